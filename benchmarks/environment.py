@@ -1,0 +1,57 @@
+"""Where a measurement was made: every result file carries device, versions and date."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "deepspeed")
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, such as `NVIDIA H200` or `AMD EPYC 9354`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, threads, versions and date (UTC) of this measurement."""
+    return {
+        "device": device_name(device),
+        "num_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write_result(name: str, device: torch.device, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Writes `results/<name>_<device type>.json` and returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}_{device.type}.json"
+    content = {"environment": describe(device), "settings": settings, "rows": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints rows of equal keys as a Markdown table; numbers with three decimals."""
+    cells = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    for line in (list(rows[0]), ["---"] * len(rows[0]), *cells):
+        print("| " + " | ".join(line) + " |")

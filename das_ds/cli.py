@@ -1,0 +1,81 @@
+"""Entry points: parse, build, run, close; a user's error is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from das_ds.config import RunConfig
+from das_ds.config_io import describe_config, load_config, resolved_dict
+from das_ds.errors import EXIT_USER_ERROR, DasError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The `das-ds` command; `launch/*.py` call it with their command's name in front."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.action(load_config(options.config, options.overrides), options)
+    except DasError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"das_ds: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _train(config: RunConfig, _: argparse.Namespace) -> None:
+    # Importing the engine takes seconds, which --help and check-config must not cost.
+    from das_ds.distributed.launch import Ranks
+    from das_ds.training.sequence import run_sequence
+
+    ranks = Ranks()
+    try:
+        results = run_sequence(config, ranks)
+    finally:
+        ranks.close()
+    if ranks.info.is_main:
+        state = "complete" if results.complete else "incomplete"
+        print(f"run {state}: {config.output_dir / 'results.json'}, {config.output_dir / 'report' / 'report.md'}")
+
+
+def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
+    from das_ds.distributed.launch import Ranks
+    from das_ds.training.evaluate import evaluate_model
+
+    ranks = Ranks()
+    try:
+        losses = evaluate_model(config, ranks, options.model)
+    finally:
+        ranks.close()
+    if ranks.info.is_main:
+        print(json.dumps(losses))
+
+
+def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
+    print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="das-ds", description="Continual pre-training without forgetting.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    epilog = describe_config()
+    for name, action, text in (
+        ("train", _train, "run or continue a sequence of domains"),
+        ("evaluate", _evaluate, "print an exported model's held-out losses on the corpora of a config, as JSON"),
+        ("check-config", _check_config, "check a config and print it with every default"),
+    ):
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(action=action)
+        command.add_argument("--config", required=True, type=Path, help="run config (YAML)")
+        command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
+        # The DeepSpeed launcher passes it; LOCAL_RANK in the environment is what counts.
+        command.add_argument("--local_rank", help=argparse.SUPPRESS)
+        if name == "evaluate":
+            command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
+    return parser

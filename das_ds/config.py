@@ -1,0 +1,223 @@
+"""The run config: frozen, typed, one docstring per field, checked when it is built.
+
+The docstrings are the text that `--help` prints; reading, overriding and writing configs is `config_io.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys are errors and values never change after construction."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+
+
+class ModelConfig(Section):
+    """Which network is trained; exactly one of `name_or_path` and `config` is given."""
+
+    name_or_path: str | None = None
+    """Folder or hub name of pre-trained weights."""
+    config: dict[str, Any] | None = None
+    """Hugging Face model config (with `model_type`) for a network with random weights."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation of the network."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError("give exactly one of name_or_path (pre-trained weights) and config (random weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, for example model_type: roberta")
+        return self
+
+
+class CorpusConfig(Section):
+    """One corpus: files, globs or hub data sets, for training and for held-out evaluation."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name in folders, tables and metric names (letters, digits, - and _)."""
+    train: list[str] = []
+    """Training text: .txt, .jsonl or .parquet files (also .gz, .xz), globs, or hub names (`owner/name[:config][@split]`)."""
+    valid: list[str] = []
+    """Held-out text in the same forms; empty: `valid_fraction` of the blocks of `train` is cut off its end."""
+    valid_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
+    """Share of the training blocks that is held out when `valid` is empty."""
+    text_column: str = "text"
+    """Column that holds the text in .jsonl, .parquet and hub data sets."""
+
+    @model_validator(mode="after")
+    def _has_text(self) -> CorpusConfig:
+        if not self.train and not self.valid:
+            raise ValueError("needs train or valid text")
+        return self
+
+
+class DomainConfig(CorpusConfig):
+    """A corpus that the model is pre-trained on."""
+
+    @model_validator(mode="after")
+    def _has_train(self) -> DomainConfig:
+        if not self.train:
+            raise ValueError("a domain needs train text")
+        return self
+
+
+class DataConfig(Section):
+    """How text becomes blocks of tokens."""
+
+    sequence_length: int = Field(default=128, ge=8)
+    """Tokens per block."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokeniser; null: that of `model.name_or_path`."""
+    mlm_probability: float = Field(default=0.15, gt=0.0, lt=1.0)
+    """Share of tokens that is predicted in masked language modelling."""
+    cache_dir: str | None = None
+    """Folder of tokenised corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
+    num_workers: int = Field(default=0, ge=0)
+    """Loader processes per rank; 0 loads in the training process."""
+
+
+class TrainConfig(Section):
+    """Optimisation; the same for every domain."""
+
+    steps_per_domain: int = Field(default=2500, ge=1)
+    """Optimizer steps on each domain."""
+    global_batch_size: int = Field(default=256, ge=1)
+    """Sequences per optimizer step over all ranks and accumulation steps."""
+    micro_batch_size: int = Field(default=32, ge=1)
+    """Sequences per rank and forward pass."""
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Learning-rate schedule, started anew for each domain."""
+    warmup_ratio: float = Field(default=0.06, ge=0.0, lt=1.0)
+    """Share of a domain's steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay; biases and normalisation layers are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's denominator offset."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Number format of weights and activations; the optimizer always keeps fp32."""
+    grad_clip: float = Field(default=1.0, ge=0.0)
+    """Largest gradient norm; 0 does not clip."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _valid_betas(self) -> TrainConfig:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
+        return self
+
+
+class SoftmaskConfig(Section):
+    """How important units are protected."""
+
+    apply_to: Literal["update", "gradient"] = "update"
+    """`update` scales the optimizer's whole step by 1 - I; `gradient` is the published form, which Adam cancels."""
+    readers: bool = False
+    """Also protect weights that only read a unit (columns of the second FFN matrix), by the larger importance."""
+    shared_scale: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Scale of the update of every parameter no unit owns (embeddings, normalisation, LM head); 1 is the paper."""
+
+
+class ImportanceConfig(Section):
+    """How the importance of units is measured."""
+
+    normalisation: Literal["abs_tanh", "tanh_positive"] = "abs_tanh"
+    """`abs_tanh` = |tanh z| (the paper); `tanh_positive` = tanh(max(z, 0)) protects only units above the average."""
+    samples: int = Field(default=10_000, ge=1)
+    """Sequences per importance pass (at most the whole corpus is used)."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per rank and forward pass; null: `train.micro_batch_size`."""
+    initial: str | None = None
+    """Accumulated importance file of an earlier run; null: measure general knowledge before the first domain."""
+
+
+class ContrastConfig(Section):
+    """The contrastive loss that integrates old and new knowledge."""
+
+    weight: float = Field(default=1.0, ge=0.0)
+    """Factor of the contrastive loss; 0 leaves it (and its three extra views) out."""
+    temperature: float = Field(default=0.05, gt=0.0)
+    """Temperature of the cosine similarities."""
+
+
+class MethodConfig(Section):
+    """The continual-learning method."""
+
+    name: Literal["das", "ncl", "one"] = "das"
+    """`das` soft masks and contrasts, `ncl` is naive continual training, `one` trains each domain from the base."""
+    softmask: SoftmaskConfig = SoftmaskConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    contrast: ContrastConfig = ContrastConfig()
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation before training and after each domain."""
+
+    batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per rank and forward pass; null: `train.micro_batch_size`."""
+    max_sequences: int | None = Field(default=None, ge=1)
+    """Use at most this many held-out sequences per corpus; null: all."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    project: str = "das_ds"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null: the account's default."""
+    name: str | None = None
+    """Run name; null: the name of the output folder."""
+    group: str | None = None
+    """W&B group; null: the name of the output folder's parent."""
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online where an API key is configured, else offline."""
+
+
+class RunConfig(Section):
+    """A whole run: a model, a sequence of domains, a method."""
+
+    output_dir: Path
+    """Run folder; a new one, an empty one, or that of the same run (which is then continued)."""
+    model: ModelConfig
+    domains: list[DomainConfig] = Field(min_length=1)
+    """Domains in the order in which they are learned."""
+    general: CorpusConfig | None = None
+    """General-language corpus; evaluated only (to pre-train a base on it, list it as a domain)."""
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    method: MethodConfig = MethodConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    deepspeed: str | dict[str, Any] = "ds_configs/zero2.json"
+    """DeepSpeed file (engine knobs only) or its content."""
+    wandb: WandbConfig = WandbConfig()
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of weights, data order, corruption and dropout."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> RunConfig:
+        names = [domain.name for domain in self.domains] + ([self.general.name] if self.general else [])
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"corpus names must differ, found more than once: {', '.join(repeated)}")
+        return self

@@ -1,0 +1,129 @@
+"""The keys of a run config as one flat table: what each may hold, its default, its meaning.
+
+The table is derived from the classes in `config.py` and serves the help text and the error messages. A list of
+sections stands in it as its first entry (`domains.0.name`), which is also how an override addresses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from das_ds.config import RunConfig
+
+MAX_SUGGESTIONS = 3
+BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+@dataclass(frozen=True)
+class ConfigKey:
+    """One dotted key of the run config."""
+
+    key: str
+    allowed: str
+    """Type, bounds and choices in words."""
+    default: Any
+    """Default value; `None` also where the key is required or a section."""
+    required: bool
+    is_section: bool
+    """True for a group of keys, false for a value."""
+    meaning: str
+
+    @property
+    def section(self) -> str:
+        """The dotted key of the group that holds this key; empty at the top."""
+        return self.key.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition(".")[2]
+
+
+@cache
+def config_keys() -> dict[str, ConfigKey]:
+    """All keys of `RunConfig` in the order of their declaration, sections before what they hold."""
+    schema = RunConfig.model_json_schema()
+    return {row.key: row for row in _walk(schema, schema["$defs"], prefix="")}
+
+
+def table_key(key: str) -> str:
+    """The row that stands for `key`: every list index becomes 0, as only first entries are in the table."""
+    return re.sub(r"\.\d+(?=\.|$)", ".0", key)
+
+
+def nearest_keys(key: str) -> list[str]:
+    """Known keys that a misspelt or misplaced `key` may mean, best first; may be empty.
+
+    A similar name in the same section comes first, then the same name elsewhere, then a similar name elsewhere.
+    """
+    section, _, leaf = key.rpartition(".")
+    rows = list(config_keys().values())
+    siblings = {row.leaf: f"{section}.{row.leaf}".lstrip(".") for row in rows if row.section == table_key(section)}
+    found = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
+    found += [row.key for row in rows if row.leaf == leaf]
+    if not found:
+        close = difflib.get_close_matches(leaf, {row.leaf for row in rows}, n=1)
+        found = [row.key for row in rows if row.leaf in close]
+    return found[:MAX_SUGGESTIONS]
+
+
+def _walk(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[ConfigKey]:
+    for name, node in schema["properties"].items():
+        key = prefix + name
+        section = _section_of(node, definitions)
+        is_list = node.get("type") == "array" and section is not None
+        yield ConfigKey(
+            key=key,
+            allowed=_allowed(node),
+            default=None if section else node.get("default"),
+            required=name in schema.get("required", []),
+            is_section=section is not None and not is_list,
+            meaning=node.get("description") or (section or {}).get("description", ""),
+        )
+        if section is not None:
+            if is_list:
+                key += ".0"
+                yield ConfigKey(key, "mapping", None, False, True, section["description"])
+            yield from _walk(section, definitions, prefix=key + ".")
+
+
+def _section_of(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any] | None:
+    """The schema of the section that a key holds, alone, optionally or in a list; None for plain values."""
+    for candidate in (node, node.get("items", {}), *node.get("anyOf", [])):
+        if "$ref" in candidate:
+            definition: dict[str, Any] = definitions[candidate["$ref"].rpartition("/")[2]]
+            return definition
+    return None
+
+
+def _allowed(node: dict[str, Any]) -> str:
+    if "anyOf" in node:
+        return " or ".join(_allowed(option) for option in node["anyOf"])
+    if "enum" in node:
+        return " | ".join(node["enum"])
+    if "prefixItems" in node:
+        return f"list of {len(node['prefixItems'])}: " + ", ".join(_allowed(item) for item in node["prefixItems"])
+    bounds = " and ".join(f"{sign} {_number(node[bound])}" for bound, sign in BOUNDS.items() if bound in node)
+    match node.get("type"):
+        case "array":
+            least = f", at least {node['minItems']}" if "minItems" in node else ""
+            items = _allowed(node["items"])
+            return f"list of {'mappings' if items == 'mapping' else items}{least}"
+        case "boolean":
+            return "true | false"
+        case "string":
+            return f"text matching {node['pattern']}" if "pattern" in node else "text"
+        case "integer" | "number" | "null" as plain:
+            return f"{plain} {bounds}".rstrip()
+        case _:
+            return "mapping"
+
+
+def _number(bound: float) -> str:
+    return json.dumps(bound).removesuffix(".0")

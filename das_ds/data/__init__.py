@@ -1,0 +1,1 @@
+"""Text to batches: reading, tokenising, blocks, corruption, order; knows ranks only as numbers."""

@@ -1,0 +1,203 @@
+"""Batches of training and of evaluation, the same text in the same corruption for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from das_ds.data.batches import Batch
+from das_ds.data.blocks import TokenBlocks
+from das_ds.data.masking import MlmMasker
+from das_ds.errors import ConfigError
+from das_ds.functional.sampling import sample_index
+
+SampleRef = tuple[int, int]
+"""Global sample number and index of its block."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which samples rank r of W reads: in step t, micro-step m, row b the global sample t*G + m*W*B + r*B + b.
+
+    Rows of one micro-step are consecutive over the ranks, so their union does not depend on W while W * B stays.
+    """
+
+    num_blocks: int
+    seed: int
+    stream: str
+    first_step: int
+    num_steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    @property
+    def num_micro_steps(self) -> int:
+        """Micro-steps per optimizer step, G / (W * B).
+
+        Raises:
+            ConfigError: the global batch is not a whole number of micro-steps.
+        """
+        rows = self.world_size * self.micro_batch_size
+        if self.global_batch_size % rows:
+            raise ConfigError(
+                f"train.global_batch_size is {self.global_batch_size}; expected a multiple of {rows} = "
+                f"{self.world_size} ranks x train.micro_batch_size {self.micro_batch_size}"
+            )
+        return self.global_batch_size // rows
+
+    def __len__(self) -> int:
+        return (self.num_steps - self.first_step) * self.num_micro_steps
+
+    def __iter__(self) -> Iterator[list[SampleRef]]:
+        rows = self.world_size * self.micro_batch_size
+        begin = self.first_step * self.global_batch_size + self.rank * self.micro_batch_size
+        for start in range(begin, begin + len(self) * rows, rows):
+            numbers = range(start, start + self.micro_batch_size)
+            yield [(number, sample_index(number, self.num_blocks, self.seed, self.stream)) for number in numbers]
+
+
+@dataclass(frozen=True)
+class MaskedSamples(Dataset[Batch]):
+    """Turns the sample references of a micro-batch into the batch; runs in the loader's processes."""
+
+    blocks: TokenBlocks
+    masker: MlmMasker
+    seed: int
+    stream: str
+
+    def __getitems__(self, refs: Sequence[SampleRef]) -> Batch:
+        """The batch of the given samples, which the loader asks for by this name."""
+        input_ids = self.blocks.take([index for _, index in refs])
+        return self.masker.batch(input_ids, [number for number, _ in refs], seed=self.seed, stream=self.stream)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def training_steps(
+    blocks: TokenBlocks,
+    masker: MlmMasker,
+    *,
+    seed: int,
+    stream: str,
+    first_step: int,
+    num_steps: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[list[Batch]]:
+    """The micro-batches of optimizer steps first_step .. num_steps - 1, one list per step.
+
+    A step depends only on its number, so resuming is starting at a later `first_step`. Every epoch visits all blocks
+    in a new order and with new corruption.
+
+    Args:
+        blocks: training blocks.
+        masker: corruption.
+        seed: seed of the run.
+        stream: name of the use, for instance `train/<domain>`.
+        first_step: first step to yield.
+        num_steps: steps of the whole training, the number to stop before.
+        global_batch_size: rows per step over all ranks, G.
+        micro_batch_size: rows per rank and micro-step, B.
+        rank: this rank.
+        world_size: number of ranks, W.
+        num_workers: loader processes; 0 loads in this one.
+        pin_memory: put batches in page-locked memory.
+
+    Raises:
+        ConfigError: the global batch is not a whole number of micro-steps.
+    """
+    plan = StepPlan(
+        len(blocks), seed, stream, first_step, num_steps, global_batch_size, micro_batch_size, rank, world_size
+    )
+    num_micro_steps = plan.num_micro_steps
+    loader = DataLoader(
+        MaskedSamples(blocks, masker, seed, stream),
+        batch_sampler=plan,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Without its own generator the loader draws from torch's, and a resumed run would see other dropout masks.
+        generator=torch.Generator(),
+    )
+    return _grouped(iter(loader), num_micro_steps)
+
+
+def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    while group := list(islice(batches, size)):
+        yield group
+
+
+@dataclass(frozen=True)
+class EvaluationBatches:
+    """One rank's batches of chosen blocks, always the same: corruption is fixed by seed, stream and block index.
+
+    All ranks get equally many batches of equally many rows (at most `batch_size`), filled with rows of weight 0.
+    """
+
+    samples: MaskedSamples
+    indices: Sequence[int]
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // (self.world_size * self.batch_size))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows per batch; spread evenly over the batches, so that the last one needs few rows to fill it."""
+        return -(-len(self.indices) // (self.world_size * len(self)))
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = self.num_rows
+        for number in range(len(self)):
+            start = (number * self.world_size + self.rank) * rows
+            yield self._batch(self.indices[start : start + rows], rows)
+
+    def _batch(self, indices: Sequence[int], num_rows: int) -> Batch:
+        samples = self.samples
+        filling = [self.indices[0]] * (num_rows - len(indices))
+        input_ids = samples.blocks.take([*indices, *filling])
+        return samples.masker.batch(input_ids, indices, seed=samples.seed, stream=samples.stream)
+
+
+def evaluation_batches(
+    blocks: TokenBlocks,
+    masker: MlmMasker,
+    *,
+    seed: int,
+    stream: str,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    max_sequences: int | None = None,
+    indices: Sequence[int] | None = None,
+) -> EvaluationBatches:
+    """This rank's share of the given blocks, or of the first `max_sequences` (all where None).
+
+    Args:
+        blocks: held-out blocks, or training blocks for measuring importance.
+        masker: corruption.
+        seed: seed of the run.
+        stream: name of the use, for instance `evaluation/<corpus>`.
+        batch_size: most rows per rank and batch.
+        rank: this rank.
+        world_size: number of ranks.
+        max_sequences: number of blocks to use at most; only without `indices`.
+        indices: block indices to use, at least one.
+    """
+    chosen = range(len(blocks))[:max_sequences] if indices is None else indices
+    return EvaluationBatches(MaskedSamples(blocks, masker, seed, stream), chosen, batch_size, rank, world_size)

@@ -1,0 +1,83 @@
+"""Corruption of blocks for masked language modelling; B = rows, S = tokens per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from das_ds.data.batches import Batch
+from das_ds.errors import ModelError
+from das_ds.functional.sampling import mlm_corrupt, sample_generator
+
+
+@dataclass(frozen=True)
+class MlmMasker:
+    """The facts about a tokeniser that corruption needs."""
+
+    mask_id: int
+    special_ids: tuple[int, ...]
+    vocab_size: int
+    probability: float
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, probability: float) -> Self:
+        """Masker that predicts tokens with the given probability.
+
+        Raises:
+            ModelError: the tokeniser has no mask token.
+        """
+        if tokenizer.mask_token_id is None:
+            raise ModelError(
+                f"tokeniser of {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; masked language "
+                "modelling needs one (special tokens found: " + ", ".join(tokenizer.all_special_tokens) + ")"
+            )
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
+        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), vocab_size, probability)
+
+    @cached_property
+    def _is_special(self) -> Tensor:
+        is_special = torch.zeros(self.vocab_size, dtype=torch.bool)
+        is_special[list(self.special_ids)] = True
+        return is_special
+
+    @cached_property
+    def _ordinary_ids(self) -> Tensor:
+        return (~self._is_special).nonzero().squeeze(1)
+
+    def batch(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
+        """Corrupt one row per sample number; rows beyond those only fill the batch and get weight 0.
+
+        Args:
+            input_ids: (B, S) long, B >= len(sample_numbers).
+            sample_numbers: with seed and stream, all that a row's corruption depends on.
+            seed: seed of the run.
+            stream: name of the use.
+        """
+        num_real, (num_rows, length) = len(sample_numbers), input_ids.shape
+        uniforms = np.ones((2, num_rows, length))
+        choices = np.zeros((num_rows, length), dtype=np.int64)
+        for row, number in enumerate(sample_numbers):
+            generator = sample_generator(seed, stream, number)
+            uniforms[:, row] = generator.random((2, length))
+            choices[row] = generator.integers(len(self._ordinary_ids), size=length)
+        selection, treatment = torch.from_numpy(uniforms)
+        # Rows that only fill the batch keep the selection 1, which no probability reaches.
+        corrupted, predicted = mlm_corrupt(
+            input_ids,
+            self._is_special[input_ids],
+            selection,
+            treatment,
+            self._ordinary_ids[torch.from_numpy(choices)],
+            mask_id=self.mask_id,
+            probability=self.probability,
+        )
+        row_weights = (torch.arange(num_rows) < num_real).float()
+        positions = predicted.flatten().nonzero().squeeze(1)
+        return Batch(input_ids, corrupted, positions, input_ids.flatten()[positions], row_weights)

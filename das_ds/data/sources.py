@@ -1,0 +1,112 @@
+"""Names of text: local files, globs and hub data sets are told apart, resolved and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import xxhash
+
+from das_ds.errors import DataError
+
+FILE_SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.+-]+))?(@(?P<split>[\w.-]+))?")
+HUB_FORM = "owner/name[:config][@split]"
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One split of a data set on the Hugging Face hub, at a fixed revision."""
+
+    repo: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        config = f":{self.config}" if self.config else ""
+        return f"{self.repo}{config}@{self.split}"
+
+
+Source = Path | HubDataset
+
+
+def file_suffix(path: Path) -> str:
+    """The known ending of a file name.
+
+    Raises:
+        DataError: unknown ending; the known ones are listed.
+    """
+    for suffix in FILE_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    raise DataError(f"{path}: unknown file type; allowed are {', '.join(FILE_SUFFIXES)}")
+
+
+def resolve_source(name: str) -> list[Source]:
+    """Files that a name stands for (a glob gives them sorted), or the hub data set with its current revision.
+
+    `owner/name` without a file suffix is a hub data set unless such a path exists; with `:config` or `@split` it
+    always is one.
+
+    Raises:
+        DataError: missing file, glob without match, folder, unknown file type, or a hub that does not answer.
+    """
+    hub_name = parse_hub_name(name)
+    if hub_name is not None:
+        return [_pin_revision(hub_name)]
+    path = Path(name).expanduser()
+    paths = [path] if path.exists() else sorted(Path(match) for match in glob(str(path), recursive=True))
+    if not paths:
+        raise DataError(f"{name}: found no such file; expected a file, a glob with a match, or a hub name {HUB_FORM}")
+    for path in paths:
+        if path.is_dir():
+            raise DataError(f"{path}: found a folder; expected files, for instance {path / '*.txt'}")
+        file_suffix(path)
+    return list(paths)
+
+
+def parse_hub_name(name: str) -> HubDataset | None:
+    """The hub data set that a name denotes, or None where it denotes files."""
+    match = HUB_NAME.fullmatch(name)
+    if match is None or Path(name).exists():
+        return None
+    repo, config, split = match["repo"], match["config"], match["split"]
+    # `corpora/train.txt` has the form of a hub name; versions such as `owner/web-1.0` end in digits.
+    ends_like_file = re.search(r"\.[A-Za-z]\w*$", repo) is not None
+    if ends_like_file and config is None and split is None:
+        return None
+    return HubDataset(repo, config, split or "train")
+
+
+def _pin_revision(source: HubDataset) -> HubDataset:
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(source.repo)
+    # The hub client passes on the errors of whatever HTTP library it is built on.
+    except Exception as error:
+        raise DataError(
+            f"{source.repo}: found no such file, and the hub has no data set of that name or does not answer "
+            f"({type(error).__name__}); expected a file, a glob with a match, or a hub name {HUB_FORM}"
+        ) from error
+    return HubDataset(source.repo, source.config, source.split, info.sha)
+
+
+def fingerprint(source: Source) -> str:
+    """Identity of a source's content: hash of the file's bytes and its type, or hub name with revision.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if isinstance(source, HubDataset):
+        return f"{source}#{source.revision}"
+    try:
+        with source.open("rb") as file:
+            digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
+    return f"{digest}{file_suffix(source)}"

@@ -1,0 +1,177 @@
+"""Text to one flat file of token ids, cached by the content of the text and the settings that shape the tokens.
+
+A cache entry is a folder `<corpus>-<key>` with `tokens.bin` (little-endian uint16 or uint32) and `meta.json`. It is
+written elsewhere and renamed when complete, so an entry that exists is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO
+
+import numpy as np
+import xxhash
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from das_ds.data.corpus import read_documents
+from das_ds.data.sources import Source, fingerprint, resolve_source
+from das_ds.errors import DataError, ModelError
+
+FORMAT_VERSION = 1
+# Small enough that the tokeniser's results stay in the processor's cache, large enough to occupy every core.
+DOCUMENTS_PER_CALL = 1000
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A finished token file: `num_tokens` ids of type `dtype`, from `num_documents` documents."""
+
+    path: Path
+    dtype: str
+    num_tokens: int
+    num_documents: int
+
+
+def prepare_tokens(
+    sources: Sequence[str],
+    *,
+    corpus: str,
+    text_column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    progress: bool,
+) -> TokenFile:
+    """Tokens of all documents of the sources in order, each with the tokeniser's special tokens (`<s> document </s>`).
+
+    An entry of the cache with the same content and settings is used as it is.
+
+    Args:
+        sources: files, globs and hub names.
+        corpus: name of the corpus for messages and the cache entry.
+        text_column: column of .jsonl, .parquet and hub data sets that holds the text.
+        tokenizer: a fast tokeniser.
+        cache_dir: folder of all cache entries.
+        progress: show a bar.
+
+    Raises:
+        DataError: text that cannot be read or is empty, or a cache folder that cannot be written; names the corpus.
+        ModelError: the tokeniser is not a fast one.
+    """
+    backend = _plain_backend(tokenizer)
+    with _named(corpus):
+        resolved = [source for name in sources for source in resolve_source(name)]
+        folder = cache_dir.expanduser() / f"{corpus}-{_cache_key(resolved, text_column, backend)}"
+        token_file = _read_entry(folder)
+        if token_file is None:
+            token_file = _write_entry(folder, resolved, corpus, text_column, backend, progress)
+    return token_file
+
+
+@contextmanager
+def _named(corpus: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"corpus '{corpus}': {error}") from error
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    if not tokenizer.is_fast:
+        found = type(tokenizer).__name__
+        raise ModelError(f"tokeniser {found} is written in Python; expected a fast tokeniser (with a tokenizer.json)")
+    # A copy, because documents must not be cut or padded and the caller's tokeniser may be set to do so.
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _cache_key(sources: Sequence[Source], text_column: str, backend: Tokenizer) -> str:
+    parts = [FORMAT_VERSION, text_column, backend.to_str(), [fingerprint(source) for source in sources]]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+
+def _read_entry(folder: Path) -> TokenFile | None:
+    """The entry, or None where there is none or its size is not the recorded one."""
+    path = folder / "tokens.bin"
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        token_file = TokenFile(path, meta["dtype"], meta["num_tokens"], meta["num_documents"])
+        whole = path.stat().st_size == token_file.num_tokens * np.dtype(token_file.dtype).itemsize
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return token_file if whole else None
+
+
+def _write_entry(
+    folder: Path, sources: Sequence[Source], corpus: str, text_column: str, backend: Tokenizer, progress: bool
+) -> TokenFile:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as scratch:
+            partial = Path(scratch) / folder.name
+            partial.mkdir()
+            token_file = _tokenise(partial / "tokens.bin", sources, corpus, text_column, backend, progress)
+            meta = {**asdict(token_file), "path": "tokens.bin", "sources": [str(source) for source in sources]}
+            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+            _publish(partial, folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"cannot write tokens in {folder.parent} ({reason}); free space there or set data.cache_dir"
+        ) from error
+    return replace(token_file, path=folder / "tokens.bin")
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        # Another job may have published the same entry meanwhile; a damaged one is replaced.
+        if _read_entry(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+
+
+def _tokenise(
+    path: Path, sources: Sequence[Source], corpus: str, text_column: str, backend: Tokenizer, progress: bool
+) -> TokenFile:
+    dtype = np.dtype("<u2" if max(backend.get_vocab().values()) < 2**16 else "<u4")
+    num_tokens = num_documents = 0
+    total = sum(source.stat().st_size for source in sources if isinstance(source, Path))
+    bar = tqdm(total=total or None, desc=f"tokenise {corpus}", unit="B", unit_scale=True, disable=not progress)
+    with path.open("wb") as file, bar:
+        for source in sources:
+            for batch in read_documents(source, text_column):
+                num_tokens += _append_tokens(file, batch.texts, backend, dtype)
+                num_documents += len(batch.texts)
+                bar.update(batch.num_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+    if num_documents == 0:
+        raise DataError(f"no text in {', '.join(map(str, sources))}; expected at least one line that is not blank")
+    return TokenFile(path, dtype.str, num_tokens, num_documents)
+
+
+def _append_tokens(
+    file: IO[bytes], texts: Iterable[str], backend: Tokenizer, dtype: np.dtype[np.unsignedinteger]
+) -> int:
+    num_tokens = 0
+    remaining = iter(texts)
+    while documents := list(islice(remaining, DOCUMENTS_PER_CALL)):
+        ids: list[int] = []
+        for encoding in backend.encode_batch_fast(documents):
+            ids += encoding.ids
+        file.write(np.array(ids, dtype=dtype).data)
+        num_tokens += len(ids)
+    return num_tokens

@@ -1,0 +1,162 @@
+"""The DeepSpeed config of a run: engine knobs from a JSON file, everything else from the run config.
+
+DeepSpeed lets one file set batch sizes, precision, clipping and the optimizer. Here the run config owns them; a file
+that contradicts it is an error and never a silent choice between the two.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from das_ds.config import RunConfig
+from das_ds.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ZERO_STAGES = (0, 1, 2, 3)
+AUTO = "auto"
+ENGINE_DEFAULTS = {
+    # Masked AdamW is a torch optimizer that DeepSpeed does not know, also under offload.
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "wall_clock_breakdown": False,
+    "steps_per_print": 10**9,
+}
+
+
+def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The config for `deepspeed.initialize`: engine knobs of `config.deepspeed` plus what the run config owns.
+
+    Raises:
+        ConfigError: file missing or not a JSON object, a value that contradicts the run config, an own optimizer or
+            scheduler, `round_robin_gradients`, a stage outside 0-3, batch sizes that do not divide.
+    """
+    engine = _read_engine(config.deepspeed)
+    _refuse_unsupported(engine)
+    for key, (owner, value) in _owned_values(config, engine, world_size).items():
+        _set_owned(engine, key, owner, value)
+    return ENGINE_DEFAULTS | engine
+
+
+def zero_stage(engine: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config; 0 where none is given.
+
+    Raises:
+        ConfigError: the stage is not 0, 1, 2 or 3.
+    """
+    stage = _section(engine, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in ZERO_STAGES:
+        raise ConfigError(f"deepspeed zero_optimization.stage: found {stage!r}, allowed: 0, 1, 2 or 3")
+    return int(stage)
+
+
+def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(source, dict):
+        return copy.deepcopy(source)
+    path = _locate(source)
+    try:
+        engine = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed: {path} is not a readable JSON file: {error}") from None
+    if not isinstance(engine, dict):
+        raise ConfigError(f"deepspeed: {path} holds a {type(engine).__name__}, expected a JSON object of engine knobs")
+    return engine
+
+
+def _locate(source: str) -> Path:
+    """A relative path counts from the working directory first, then from the root of the repository."""
+    for path in (Path(source), REPOSITORY / source):
+        if path.is_file():
+            return path
+    known = ", ".join(f"ds_configs/{path.name}" for path in sorted((REPOSITORY / "ds_configs").glob("*.json")))
+    raise ConfigError(f"deepspeed: found no file {source} in {Path.cwd()} or {REPOSITORY}; expected a path or {known}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"found key {next(name for name in names if names.count(name) > 1)} twice")
+    return unique
+
+
+def _refuse_unsupported(engine: dict[str, Any]) -> None:
+    zero_stage(engine)
+    for key in ("optimizer", "scheduler"):
+        if engine.get(key, AUTO) != AUTO:
+            raise ConfigError(
+                f"deepspeed {key}: found {engine[key]!r}, expected none: das_ds brings its own (train.learning_rate, "
+                "train.schedule and the keys beside them)"
+            )
+    if _section(engine, "zero_optimization").get("round_robin_gradients", False):
+        raise ConfigError(
+            "deepspeed zero_optimization.round_robin_gradients: found true, allowed: false; with it DeepSpeed reports "
+            "wrong places of most parameters in the optimizer's shards, so that masks would act on the wrong weights"
+        )
+
+
+def _owned_values(config: RunConfig, engine: dict[str, Any], world_size: int) -> dict[str, tuple[str, Any]]:
+    """DeepSpeed key -> (run config key that owns it, value)."""
+    train = config.train
+    is_bf16 = train.precision == "bf16"
+    return {
+        "train_batch_size": ("train.global_batch_size", train.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+        "gradient_accumulation_steps": (
+            f"train.global_batch_size / (train.micro_batch_size x {world_size} ranks)",
+            _accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size),
+        ),
+        "gradient_clipping": ("train.grad_clip", train.grad_clip),
+        "fp16.enabled": ("train.precision", False),
+        "bf16.enabled": ("train.precision", is_bf16),
+        "bf16.bf16_master_weights_and_grads": ("train.precision (the optimizer keeps fp32)", False),
+        "data_types.grad_accum_dtype": ("train.precision at this stage", _accumulation_dtype(engine, is_bf16)),
+    }
+
+
+def _accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    per_pass = micro_batch_size * world_size
+    if global_batch_size % per_pass:
+        below, above = (rounding(global_batch_size / per_pass) * per_pass for rounding in (math.floor, math.ceil))
+        raise ConfigError(
+            f"train.global_batch_size: found {global_batch_size}, expected a multiple of train.micro_batch_size "
+            f"{micro_batch_size} x {world_size} ranks; nearest allowed: " + (f"{below} or {above}" if below else f"{above}")
+        )
+    return global_batch_size // per_pass
+
+
+def _accumulation_dtype(engine: dict[str, Any], is_bf16: bool) -> str:
+    """The dtype in which gradients of one step are summed: fp32 wherever DeepSpeed shards the optimizer with it.
+
+    With bf16 weights, fp32 sums do not exist at stage 0, and at stage 1 without offload they select an optimizer that
+    keeps the whole gradient on every rank.
+    """
+    stage = zero_stage(engine)
+    is_offloaded = _section(engine, "zero_optimization").get("offload_optimizer") is not None
+    return "fp32" if not is_bf16 or stage >= 2 or (stage == 1 and is_offloaded) else "bf16"
+
+
+def _set_owned(engine: dict[str, Any], key: str, owner: str, value: Any) -> None:
+    name, _, leaf = key.rpartition(".")
+    section = _section(engine, name) if name else engine
+    found = section.get(leaf, AUTO)
+    if found != AUTO and (isinstance(found, bool) != isinstance(value, bool) or found != value):
+        raise ConfigError(
+            f"deepspeed {key}: found {found!r} in the DeepSpeed file, but {owner} in the run config asks for {value!r}; "
+            'leave it out of the file, or set "auto"'
+        )
+    section[leaf] = value
+    if name:
+        engine[name] = section
+
+
+def _section(engine: dict[str, Any], name: str) -> dict[str, Any]:
+    section = engine.get(name, {})
+    if section == AUTO:
+        return {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"deepspeed {name}: found {section!r}, expected a JSON object")
+    return section

@@ -1,0 +1,1 @@
+"""Ranks, collectives and the ZeRO engine; the only importer of deepspeed and torch.distributed."""

@@ -1,0 +1,57 @@
+"""Collectives that are identities on one rank, so that callers never ask how many ranks there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of `tensor` over ranks, in place; returned for convenience."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks in rank order, gradients flowing back to the rank each row came from.
+
+    Args:
+        tensor: (B, ...) with the same B on every rank.
+
+    Returns:
+        (B * world_size, ...).
+    """
+    if world_size() == 1:
+        return tensor
+    gathered: torch.Tensor = _GatherRows.apply(tensor)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """Backward: every rank's loss reads every row, so a row's gradient is the sum of what all ranks hold for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        ctx.num_rows = len(tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        # The rows are pooled vectors: a sum over all of them costs little and every backend offers it.
+        total = all_reduce_sum(grad_outputs[0].clone(memory_format=torch.contiguous_format))
+        return total[rank() * ctx.num_rows : (rank() + 1) * ctx.num_rows]

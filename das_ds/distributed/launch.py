@@ -1,0 +1,125 @@
+"""From environment variables to a process group: deepspeed, torchrun, srun and plain python start the same program."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed
+import numpy
+import torch
+import torch.distributed as dist
+
+from das_ds.errors import DasError
+
+T = TypeVar("T")
+
+# Slow preparation (tokenising a large corpus) happens on one rank while the others wait for it.
+PREPARATION_TIMEOUT = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where this process stands."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+class Ranks:
+    """The process group of a run: who this rank is, and waiting for each other without a collective time-out."""
+
+    def __init__(self) -> None:
+        _fill_environment()
+        # Its warnings about an untested optimizer and its own deprecated calls are nothing that a user can act on.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+        on_gpu = torch.cuda.is_available()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(device)
+        # On CPU DeepSpeed would compile its shared-memory all-reduce at every first start, guarded by a lock file that a
+        # killed process leaves behind and every later start then waits for; gloo needs no compiler and no lock.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not dist.is_initialized():
+            deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+        self.info = RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        self._patient_group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+
+    def first_main_then_others(self, prepare: Callable[[], T]) -> T:
+        """Run `prepare` on rank 0, then on the first rank of each node, then everywhere; all wait for each other.
+
+        What rank 0 leaves in a shared cache the others find there; where nodes share no folder, one rank per node
+        prepares its own copy.
+
+        Raises:
+            DasError: on every rank, when it was raised on any.
+        """
+        result: T | None = None
+        for has_turn in (self.info.is_main, self.info.local_rank == 0, True):
+            failure: DasError | None = None
+            if has_turn and result is None:
+                try:
+                    result = prepare()
+                except DasError as error:
+                    failure = error
+            self.agree(failure)
+        assert result is not None
+        return result
+
+    def agree(self, failure: DasError | None) -> None:
+        """Raise on every rank the first error that any rank has."""
+        failures: list[DasError | None] = [None] * self.info.world_size
+        dist.all_gather_object(failures, failure, group=self._patient_group)
+        for error in failures:
+            if error is not None:
+                raise error
+
+    def barrier(self) -> None:
+        """Wait for all ranks, however long one of them writes or prepares."""
+        dist.barrier(group=self._patient_group)
+
+    def close(self) -> None:
+        """End the process group."""
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators behind dropout and random weights on this rank."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _fill_environment() -> None:
+    """Complete RANK, WORLD_SIZE and LOCAL_RANK: srun sets its own names only, plain python none at all."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,120 @@
+"""The only file that knows ZeRO internals (DeepSpeed 0.19.8), stages 0 to 3, fp32 and bf16, with or without offload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_full_fp32_param
+
+from das_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The stretch of one parameter that this rank's optimizer steps."""
+
+    name: str
+    flat: torch.Tensor
+    """The float32 tensor that DeepSpeed hands to the base optimizer."""
+    start: int
+    """First element inside `flat` (flattened)."""
+    offset: int
+    """First element inside the flattened parameter."""
+    numel: int
+
+
+def shards(engine: DeepSpeedEngine, names: dict[torch.nn.Parameter, str]) -> Iterator[Shard]:
+    """This rank's shards of all named parameters; together the ranks' shards cover each parameter once (stage 0: all).
+
+    Raises:
+        ConfigError: a DeepSpeed optimizer wrapper whose layout das_ds does not know.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from _stage3_shards(optimizer, names)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        yield from _stage12_shards(optimizer, names)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for low, high in _low_high_pairs(optimizer):
+            yield Shard(names[low], high, 0, 0, high.numel())
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        for parameter, name in names.items():
+            yield Shard(name, parameter, 0, 0, parameter.numel())
+    else:
+        raise ConfigError(
+            f"deepspeed: this file makes DeepSpeed wrap the optimizer in {type(optimizer).__name__}, whose shards das_ds "
+            "cannot mask; use ZeRO stage 0 to 3 without data_types.grad_accum_dtype at stage 1"
+        )
+
+
+def refresh_weights(engine: DeepSpeedEngine) -> None:
+    """Make the weights that the forward pass reads equal to the fp32 shards, after these were written from outside."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for sub_group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for low, high in _low_high_pairs(optimizer):
+            low.data.copy_(high.data)
+
+
+def full_fp32_weight(engine: DeepSpeedEngine, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole fp32 master weight of one parameter, on every rank; a collective."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        return next(high for low, high in _low_high_pairs(optimizer) if low is parameter).detach()
+    if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer):
+        weight: torch.Tensor = safe_get_full_fp32_param(parameter)
+        return weight.detach().view(getattr(parameter, "ds_shape", parameter.shape))
+    return parameter.detach()
+
+
+def release_gathered_weights(engine: DeepSpeedEngine) -> None:
+    """Give back what a pass through `engine.module` gathered under ZeRO-3: the gated part of a graph that
+    `torch.autograd.grad` never walks to its end leaves its weights whole."""
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        engine.optimizer.parameter_offload.release_backward_leftovers()
+
+
+def gradient_norm(engine: DeepSpeedEngine) -> torch.Tensor | float | None:
+    """Norm of the last step's averaged gradient before clipping, where DeepSpeed keeps it (not at fp32 stage 0)."""
+    norm: torch.Tensor | float | None = engine.get_global_grad_norm()
+    return norm
+
+
+def _stage3_shards(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> Iterator[Shard]:
+    for parameter, name in names.items():
+        group, start, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        offset = optimizer._get_param_partition_rank(parameter) * padded
+        # The last rank's partition is padded behind the end of the parameter.
+        numel = min(padded, parameter.ds_numel - offset)
+        if numel > 0:
+            yield Shard(name, optimizer.fp32_partitioned_groups_flat[group], start, offset, numel)
+
+
+def _stage12_shards(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> Iterator[Shard]:
+    for group, parameters in enumerate(optimizer.bit16_groups):
+        flat = optimizer.single_partition_of_fp32_groups[group]
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield Shard(names[parameter], flat, high.start, low.start, low.numel)
+
+
+def _low_high_pairs(optimizer: FP16_UnfusedOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        yield from zip(low_group, high_group, strict=True)

@@ -1,0 +1,35 @@
+"""Errors that a user can act on; every one of them ends the program with exit code 2 and one line.
+
+A message says what was found, what was expected and what is allowed. Anything that is not a `DasError` is a bug and
+keeps its traceback.
+"""
+
+EXIT_USER_ERROR = 2
+
+
+class DasError(Exception):
+    """Base of all errors that are the user's to mend."""
+
+
+class ConfigError(DasError):
+    """A key or value of the run config, or its contradiction with the DeepSpeed file."""
+
+
+class DataError(DasError):
+    """A corpus that is missing, empty, unreadable or too small."""
+
+
+class ModelError(DasError):
+    """A model or tokeniser that cannot be loaded or has no adapter."""
+
+
+class ImportanceError(DasError):
+    """An importance file that belongs to another model or is damaged."""
+
+
+class RunFolderError(DasError):
+    """An output folder that belongs to another run or cannot be written."""
+
+
+class TrainingError(DasError):
+    """Training that cannot go on, such as a loss that is no longer finite."""

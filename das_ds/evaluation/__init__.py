@@ -1,0 +1,1 @@
+"""What a run has learned and forgotten: results.json, its pictures and its report."""

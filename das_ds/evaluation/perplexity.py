@@ -1,0 +1,34 @@
+"""Held-out loss per predicted token with fixed corruption: repeated evaluation gives the same number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from das_ds.data.batches import Batch
+from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.functional.losses import token_loss_sum
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
+    """Mean cross-entropy over the predicted tokens of all ranks, in nats; perplexity is its exponential.
+
+    Args:
+        model: `MaskedLanguageModel`; left in the mode it was in.
+        batches: this rank's batches; every rank has the same number of them.
+        device: where the model is.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        _, logits = model(batch.corrupted_ids, batch.predicted)
+        total[0] += token_loss_sum(logits, batch.targets)
+        total[1] += batch.num_predicted
+    model.train(was_training)
+    loss_sum, count = all_reduce_sum(total).tolist()
+    return float(loss_sum / max(count, 1.0))

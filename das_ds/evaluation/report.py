@@ -1,0 +1,208 @@
+"""The report of a run for people: report.md with its two pictures, and a plain-text comparison of runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from das_ds.errors import RunFolderError
+from das_ds.evaluation.pictures import importance_png, loss_matrix_png
+from das_ds.evaluation.results import Results
+from das_ds.functional.units import Importance
+
+REPORT_FOLDER = "report"
+REPORT_FILE = "report.md"
+LOSS_MATRIX_PICTURE = "loss_matrix.png"
+IMPORTANCE_PICTURE = "importance.png"
+
+PROTECTED = 0.9
+NONE = "-"
+
+Row = Sequence[str]
+
+
+def write_report(run_folder: Path, results: Results, importance: Importance | None) -> Path:
+    """Write `report/` into the run folder: report.md, loss_matrix.png and, where there is importance, importance.png.
+
+    Args:
+        importance: accumulated importance, unit group -> (L, U); None for methods without it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RunFolderError: the folder cannot be written or is full.
+    """
+    folder = run_folder / REPORT_FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        loss_matrix_png(results, folder / LOSS_MATRIX_PICTURE)
+        if importance:
+            importance_png(importance, folder / IMPORTANCE_PICTURE)
+        (folder / REPORT_FILE).write_text(report_text(results, importance), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder}: cannot be written ({error.strerror}); the run folder must be writable and have free space"
+        ) from error
+    return folder
+
+
+def report_text(results: Results, importance: Importance | None) -> str:
+    """The Markdown text of a report."""
+    parts = [_heading(results), _losses(results), _transfer(results)]
+    if importance:
+        parts.append(_mask(importance))
+    return "\n".join([*parts, _cost(results)])
+
+
+def comparison_table(runs: Mapping[str, Results]) -> str:
+    """Plain-text table that compares runs over the same domains: losses after each stage, forgetting, drift, time.
+
+    A run that is not complete has `-` where it has not got yet. Rows of losses appear in the order of the longest
+    run's stages.
+    """
+    longest = max(runs.values(), key=lambda results: len(results.loss_matrix))
+    columns = longest.eval_domains
+    rows = [["stage", "run", *columns]]
+    for index, stage in enumerate(longest.stages):
+        rows += [[stage, name, *_row_of(results, index, columns)] for name, results in runs.items()]
+    numbers = [["", *runs], *_compared_numbers(runs)]
+    return _aligned(rows, text_columns=(0, 1)) + "\n\n" + _aligned(numbers)
+
+
+def _heading(results: Results) -> str:
+    learned = len(results.loss_matrix) - 1
+    state = "complete" if results.complete else f"not complete: {learned} of {len(results.domains)} domains learned"
+    return (
+        f"# {results.method}: {' -> '.join(results.domains)}\n\n"
+        f"Continual pre-training with method `{results.method}` over {len(results.domains)} domains ({state}).\n"
+    )
+
+
+def _losses(results: Results) -> str:
+    header = ["stage", *results.eval_domains]
+    losses = [[stage, *_numbers(row)] for stage, row in _staged(results)]
+    perplexities = [[stage, *(_perplexity(loss) for loss in row)] for stage, row in _staged(results)]
+    return (
+        "## Held-out loss\n\n"
+        "Nats per predicted token, with fixed corruption; lower is better. Read a column downwards: it falls where\n"
+        "its domain is learned, and what it rises by below that is forgotten.\n\n"
+        f"{_markdown([header, *losses])}\n\n"
+        f"![loss matrix]({LOSS_MATRIX_PICTURE})\n\n"
+        "The same as perplexity, exp(loss): among how many tokens the model hesitates.\n\n"
+        f"{_markdown([header, *perplexities])}\n"
+    )
+
+
+def _transfer(results: Results) -> str:
+    per_domain = [
+        [f"forgetting of {domain}", f"{value:+.4f}", "loss now minus loss right after learning it; above 0: forgotten"]
+        for domain, value in results.forgetting.per_domain.items()
+    ]
+    rows = [
+        ["number", "nats", "how to read it"],
+        *per_domain,
+        ["average forgetting", f"{results.forgetting.average:+.4f}", "mean of the above; the last domain cannot count"],
+        ["general drift", _signed(results.general_drift), "general loss now minus before training; above 0: worse"],
+        ["backward transfer", f"{results.backward_transfer:+.4f}", "above 0: later domains helped earlier ones"],
+        ["forward transfer", f"{results.forward_transfer:+.4f}", "above 0: earlier domains helped later ones"],
+    ]
+    return f"## Forgetting and transfer\n\n{_markdown(rows, text_columns=(0, 2))}\n"
+
+
+def _mask(importance: Importance) -> str:
+    rows = [["unit group", "layers x units", "mean importance", f"units >= {PROTECTED}", "fullest layer"]]
+    for group, values in importance.items():
+        layer_means = values.double().mean(dim=1)
+        rows.append(
+            [
+                group,
+                f"{values.shape[0]} x {values.shape[1]}",
+                f"{layer_means.mean().item():.3f}",
+                f"{(values >= PROTECTED).double().mean().item():.1%}",
+                f"{int(layer_means.argmax()) + 1} ({layer_means.max().item():.3f})",
+            ]
+        )
+    return (
+        "## How full the mask is\n\n"
+        "Importance of all that was learned so far; the next domain moves a unit by 1 - importance, so a mean of 0.8\n"
+        "leaves a fifth of the capacity free.\n\n"
+        f"{_markdown(rows)}\n\n"
+        f"![importance]({IMPORTANCE_PICTURE})\n"
+    )
+
+
+def _cost(results: Results) -> str:
+    rows = [
+        ["tokens seen", f"{results.tokens_seen:,}"],
+        ["wall time", _duration(results.wall_seconds)],
+        ["ranks", str(results.world_size)],
+        ["ZeRO stage", str(results.zero_stage)],
+        *([package, version] for package, version in results.versions.items()),
+    ]
+    return f"## Cost and versions\n\n{_markdown([['', 'value'], *rows])}\n"
+
+
+def _compared_numbers(runs: Mapping[str, Results]) -> list[list[str]]:
+    some = next(iter(runs.values()))
+    rows = [["average forgetting", *(f"{results.forgetting.average:+.4f}" for results in runs.values())]]
+    for domain in some.domains[:-1]:
+        forgotten = [results.forgetting.per_domain.get(domain) for results in runs.values()]
+        rows.append([f"  of {domain}", *map(_signed, forgotten)])
+    rows.append(["general drift", *(_signed(results.general_drift) for results in runs.values())])
+    rows.append(["forward transfer", *(f"{results.forward_transfer:+.4f}" for results in runs.values())])
+    rows.append(["time", *(_duration(results.wall_seconds) for results in runs.values())])
+    return rows
+
+
+def _staged(results: Results) -> list[tuple[str, list[float]]]:
+    return list(zip(results.stages, results.loss_matrix, strict=True))
+
+
+def _row_of(results: Results, index: int, columns: Sequence[str]) -> list[str]:
+    if index >= len(results.loss_matrix):
+        return [NONE] * len(columns)
+    losses = dict(zip(results.eval_domains, _numbers(results.loss_matrix[index]), strict=True))
+    return [losses.get(column, NONE) for column in columns]
+
+
+def _numbers(losses: Sequence[float]) -> list[str]:
+    return [f"{loss:.4f}" for loss in losses]
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.2f}" if loss < 20.0 else f"e^{loss:.1f}"
+
+
+def _signed(value: float | None) -> str:
+    return NONE if value is None else f"{value:+.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _markdown(rows: Sequence[Row], text_columns: Sequence[int] = (0,)) -> str:
+    """A Markdown table whose source is aligned too; text columns to the left, the others to the right."""
+    widths = _widths(rows)
+    rule = ["-" * width if i in text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join("| " + " | ".join(_pad(row, widths, text_columns)) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def _aligned(rows: Sequence[Row], text_columns: Sequence[int] = (0,)) -> str:
+    """A plain-text table with a rule under its first row; text columns to the left, the others to the right."""
+    widths = _widths(rows)
+    lines = ["  ".join(_pad(row, widths, text_columns)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def _widths(rows: Sequence[Row]) -> list[int]:
+    return [max(max(map(len, column)), 3) for column in zip(*rows, strict=True)]
+
+
+def _pad(row: Row, widths: Sequence[int], text_columns: Sequence[int]) -> list[str]:
+    cells = zip(row, widths, strict=True)
+    return [cell.ljust(width) if i in text_columns else cell.rjust(width) for i, (cell, width) in enumerate(cells)]

@@ -1,0 +1,211 @@
+"""results.json: the matrix of held-out losses of a run and what follows from it, typed and versioned."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from das_ds.errors import RunFolderError, TrainingError
+from das_ds.functional import transfer
+
+FORMAT_VERSION: Literal[1] = 1
+RESULTS_FILE = "results.json"
+PACKAGES = ("das_ds", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
+
+BEFORE_TRAINING = "before training"
+
+LossRow = Sequence[float]
+
+
+class Section(BaseModel):
+    """A group of results: frozen, without unknown keys, every number finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Forgetting(Section):
+    """Loss now minus loss right after learning; see `functional.transfer.forgetting`."""
+
+    average: float
+    """Mean over the domains before the last one learned; 0 where there is none."""
+    per_domain: dict[str, float]
+    """One number per domain before the last one learned."""
+
+
+class Results(Section):
+    """Everything a run has to say about its evaluation; losses in nats per predicted token."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of this format."""
+    complete: bool
+    """Whether every domain has been learned; until then all numbers refer to the last row."""
+    method: str
+    """Name of the continual-learning method."""
+    domains: list[str] = Field(min_length=1)
+    """Domains in the order of learning."""
+    eval_domains: list[str]
+    """Column names of the loss matrix: the domains, then the general corpus where there is one."""
+    loss_matrix: list[list[float]] = Field(min_length=1)
+    """Held-out loss: row 0 before any training, row t after domain t; one column per evaluated corpus."""
+    forgetting: Forgetting
+    general_drift: float | None
+    """Loss on the general corpus now minus before training; null without such a corpus."""
+    backward_transfer: float
+    """What later domains did for earlier ones; positive is good."""
+    forward_transfer: float
+    """What earlier domains did for later ones before these were learned; positive is good."""
+    tokens_seen: int
+    """Tokens trained on, over all domains and ranks."""
+    wall_seconds: float
+    """Time of the run, all its parts together where it was resumed."""
+    world_size: int
+    """Number of ranks."""
+    zero_stage: int
+    """ZeRO stage of the engine."""
+    versions: dict[str, str]
+    """Versions of Python and of the libraries that decide the numbers."""
+
+    @model_validator(mode="after")
+    def _matrix_fits_names(self) -> Results:
+        num_domains, num_columns = len(self.domains), len(self.eval_domains)
+        if self.eval_domains[:num_domains] != self.domains or num_columns > num_domains + 1:
+            raise ValueError("eval_domains must be the domains in order and at most one general corpus")
+        if len(self.loss_matrix) > num_domains + 1 or any(len(row) != num_columns for row in self.loss_matrix):
+            raise ValueError(f"loss_matrix must have at most {num_domains + 1} rows of {num_columns} numbers")
+        return self
+
+    @property
+    def stages(self) -> list[str]:
+        """Row names of the loss matrix."""
+        return [BEFORE_TRAINING, *(f"after {domain}" for domain in self.domains)][: len(self.loss_matrix)]
+
+    @property
+    def table(self) -> tuple[list[str], list[list[float | str]]]:
+        """Column names and rows of the loss matrix with its row names, for a tracker's `log_table`."""
+        named = zip(self.stages, self.loss_matrix, strict=True)
+        return ["stage", *self.eval_domains], [[stage, *losses] for stage, losses in named]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The few numbers that compare runs, for a tracker's `log_summary`."""
+        numbers = {
+            "forgetting/average": self.forgetting.average,
+            **{f"forgetting/{domain}": value for domain, value in self.forgetting.per_domain.items()},
+            "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer,
+        }
+        return numbers if self.general_drift is None else numbers | {"general_drift": self.general_drift}
+
+
+def build_results(
+    *,
+    method: str,
+    domains: Sequence[str],
+    eval_domains: Sequence[str],
+    loss_matrix: Sequence[LossRow],
+    tokens_seen: int,
+    wall_seconds: float,
+    world_size: int,
+    zero_stage: int,
+) -> Results:
+    """Results of a run from the rows of its loss matrix so far.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    _check_finite(loss_matrix, eval_domains)
+    losses = torch.tensor(loss_matrix, dtype=torch.float64)
+    per_domain = transfer.forgetting(losses, len(domains)).tolist()
+    drift = transfer.general_drift(losses, len(domains)).tolist()
+    backward = transfer.backward_transfer(losses, len(domains))
+    return Results(
+        complete=len(loss_matrix) == len(domains) + 1,
+        method=method,
+        domains=list(domains),
+        eval_domains=list(eval_domains),
+        loss_matrix=[list(row) for row in loss_matrix],
+        # Subtracting from 0 keeps an average of nothing from being written as -0.0.
+        forgetting=Forgetting(average=0.0 - backward, per_domain=dict(zip(domains, per_domain, strict=False))),
+        general_drift=drift[0] if drift else None,
+        backward_transfer=backward,
+        forward_transfer=transfer.forward_transfer(losses, len(domains)),
+        tokens_seen=tokens_seen,
+        wall_seconds=wall_seconds,
+        world_size=world_size,
+        zero_stage=zero_stage,
+        versions=library_versions(),
+    )
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write results as JSON; a reader finds the old file or the new one, never a part.
+
+    Raises:
+        RunFolderError: the folder cannot be written or is full.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(results.model_dump_json(indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror}); the run folder must be writable and have free space"
+        ) from error
+
+
+def read_results(path: Path) -> Results:
+    """Read a results file.
+
+    Raises:
+        RunFolderError: the file is missing, is not JSON, has another format version, or lacks keys.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected the results of a run") from error
+    except ValueError as error:
+        raise RunFolderError(f"{path}: is not JSON ({error}); expected the results of a run") from error
+    found = content.get("format_version") if isinstance(content, dict) else None
+    if found != FORMAT_VERSION:
+        raise RunFolderError(f"{path}: found format_version {found}, expected {FORMAT_VERSION}")
+    try:
+        return Results.model_validate(content)
+    except ValidationError as error:
+        raise RunFolderError(f"{path}: is no results file of das_ds: {_problems(error)}") from error
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that decide the numbers."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _check_finite(loss_matrix: Sequence[LossRow], eval_domains: Sequence[str]) -> None:
+    for num_learned, row in enumerate(loss_matrix):
+        for corpus, loss in zip(eval_domains, row, strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"held-out loss of {corpus} after {num_learned} domains: found {loss}, expected a finite number; "
+                    "lower train.learning_rate or train in fp32"
+                )
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, found['loc'])) or 'results'}: {found['msg']}" for found in error.errors())

@@ -1,0 +1,1 @@
+"""Pure mathematics: torch only; no ranks, no I/O, no model classes."""

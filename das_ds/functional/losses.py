@@ -1,0 +1,83 @@
+"""Losses of the method; every input is already gathered over ranks where the formula needs the global batch.
+
+Shape legend: B local sequences, N global sequences, S positions, H hidden size, P predicted positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+def token_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy over predicted positions, in float32: logits (P, V), targets (P,) -> scalar."""
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def sequence_token_loss(
+    logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, num_sequences: int
+) -> torch.Tensor:
+    """Mean cross-entropy of each sequence over its own predicted positions.
+
+    Args:
+        logits: (P, V).
+        targets: (P,) int64.
+        rows: (P,) int64, the sequence each position belongs to.
+        num_sequences: B.
+
+    Returns:
+        (B,) float32; 0 for a sequence without predicted positions.
+    """
+    token_losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    sums = token_losses.new_zeros(num_sequences).index_add(0, rows, token_losses)
+    counts = token_losses.new_zeros(num_sequences).index_add(0, rows, torch.ones_like(token_losses))
+    return sums / counts.clamp_min(1.0)
+
+
+def representation_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Proxy loss for general knowledge (paper section 3.1): KL(softmax(first) || softmax(second)) over the hidden size.
+
+    Args:
+        first, second: (B, S, H) final hidden states of the same input under two dropout masks.
+
+    Returns:
+        (B,) float32, the mean over the S positions.
+    """
+    log_p = functional.log_softmax(first.float(), dim=-1)
+    log_q = functional.log_softmax(second.float(), dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean(dim=1)
+
+
+def mean_pool(hidden: torch.Tensor) -> torch.Tensor:
+    """(B, S, H) -> (B, H) float32; blocks are full, so every position counts."""
+    return hidden.float().mean(dim=1)
+
+
+def contrastive_loss(
+    anchors: torch.Tensor,
+    positives: torch.Tensor,
+    previous: torch.Tensor,
+    *,
+    first_positive: int,
+    temperature: float,
+) -> torch.Tensor:
+    """Contrast of full knowledge with previous knowledge (paper eq. 7).
+
+        L = -(1/B) sum_n log [ e^{sim(full_n, full+_n)/T} / sum_j (e^{sim(full_n, full+_j)/T} + e^{sim(full_n, prev_j)/T}) ]
+
+    with cosine similarity; n runs over the anchors given, j over the global batch.
+
+    Args:
+        anchors: (B, H) pooled o^full of this rank.
+        positives: (N, H) pooled o^full+ of all ranks.
+        previous: (N, H) pooled o^prev of all ranks.
+        first_positive: index in `positives` of the first anchor's partner.
+        temperature: T.
+
+    Returns:
+        Scalar float32.
+    """
+    candidates = torch.cat((positives, previous)).float()
+    similarity = functional.normalize(anchors.float(), dim=-1) @ functional.normalize(candidates, dim=-1).T
+    partners = torch.arange(first_positive, first_positive + len(anchors), device=anchors.device)
+    return functional.cross_entropy(similarity / temperature, partners)

@@ -1,0 +1,94 @@
+"""Order, subsets and corruption of samples as pure functions of a seed, a stream and a sample number.
+
+Every draw comes from Philox, a counter-based generator (Salmon et al., SC 2011), keyed by seed and stream and set to
+the sample's own counter. Nothing depends on rank, batch or call order, so any split of the work sees the same data.
+
+Shapes: S tokens per block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MASKED_SHARE = 0.8
+REPLACED_SHARE = 0.1
+
+
+@lru_cache
+def _stream_key(stream: str) -> int:
+    return int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little")
+
+
+def sample_generator(seed: int, stream: str, index: int) -> np.random.Generator:
+    """Generator of one sample: Philox with key (seed, stream) and the index in the counter's highest word.
+
+    Args:
+        seed: seed of the run, in [0, 2**64).
+        stream: name of the use, such as `train/acl`; different names give unrelated draws.
+        index: sample number, in [0, 2**64); samples are 2**192 counts apart and never overlap.
+    """
+    key = np.array([seed, _stream_key(stream)], dtype=np.uint64)
+    counter = np.array([0, 0, 0, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+# Two orders are kept because a step can straddle two epochs.
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, stream: str, epoch: int) -> NDArray[np.int64]:
+    """Permutation of 0 .. num_samples - 1 for one pass over the data; (num_samples,) int64, read-only."""
+    order = sample_generator(seed, f"{stream}/order", epoch).permutation(num_samples)
+    order.flags.writeable = False
+    return order
+
+
+def sample_index(number: int, num_samples: int, seed: int, stream: str) -> int:
+    """Index of global sample k: position k mod n of the order of epoch k div n, n = `num_samples`."""
+    epoch, position = divmod(number, num_samples)
+    return int(epoch_order(num_samples, seed, stream, epoch)[position])
+
+
+def subset_indices(num_blocks: int, num_samples: int, seed: int) -> list[int]:
+    """Sorted indices of min(num_samples, num_blocks) different blocks, each subset equally likely."""
+    generator = sample_generator(seed, "subset", num_blocks)
+    size = min(num_samples, num_blocks)
+    return sorted(generator.choice(num_blocks, size, replace=False, shuffle=False).tolist())
+
+
+def mlm_corrupt(
+    input_ids: Tensor,
+    special_mask: Tensor,
+    selection: Tensor,
+    treatment: Tensor,
+    replacements: Tensor,
+    *,
+    mask_id: int,
+    probability: float,
+) -> tuple[Tensor, Tensor]:
+    """BERT's corruption (Devlin et al., 2019, section 3.1).
+
+    A token is predicted where selection < probability and it is not special. Of the predicted tokens those with
+    treatment < 0.8 become the mask token, those in [0.8, 0.9) the given replacement, the others stay.
+
+    Args:
+        input_ids: (..., S) long.
+        special_mask: (..., S) bool, True where a token is never predicted.
+        selection: (..., S) uniform in [0, 1).
+        treatment: (..., S) uniform in [0, 1), independent of `selection`.
+        replacements: (..., S) long, random token ids.
+        mask_id: id of the mask token.
+        probability: share of tokens to predict.
+
+    Returns:
+        corrupted ids (..., S) long and predicted positions (..., S) bool.
+    """
+    predicted = (selection < probability) & ~special_mask
+    masked = predicted & (treatment < MASKED_SHARE)
+    replaced = predicted & ~masked & (treatment < MASKED_SHARE + REPLACED_SHARE)
+    corrupted = torch.where(replaced, replacements, input_ids).masked_fill(masked, mask_id)
+    return corrupted, predicted

@@ -1,0 +1,8 @@
+"""Continual-learning methods: what to do when; the loops belong to `training`."""
+
+from das_ds.methods.base import Method
+from das_ds.methods.das import SoftMaskedContrast
+from das_ds.methods.ncl import Naive
+from das_ds.methods.one import FromBase
+
+METHODS: dict[str, type[Method]] = {"das": SoftMaskedContrast, "ncl": Naive, "one": FromBase}

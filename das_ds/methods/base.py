@@ -1,0 +1,81 @@
+"""The hooks by which the training loop talks to a method; it never asks a method's name."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.distributed.engine import Engine
+from das_ds.functional.losses import token_loss_sum
+from das_ds.functional.units import Importance, UnitLayout
+from das_ds.models.gates import UnitGates
+
+Losses = dict[str, torch.Tensor]
+"""Name -> scalar whose mean over ranks and micro-steps is the global loss."""
+
+PRETRAIN_LOSS = "mlm"
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a method may use during the whole run."""
+
+    config: RunConfig
+    engine: Engine
+    layout: UnitLayout
+    gates: UnitGates
+
+
+@dataclass(frozen=True)
+class DomainContext:
+    """What a method may use while it is at one domain."""
+
+    index: int
+    name: str
+    sample_batches: Callable[[str], Iterable[Batch]]
+    """Label of a progress bar -> this rank's batches of `importance.samples` training sequences, always the same."""
+
+
+class Method(ABC):
+    """A continual-learning method; every hook does nothing special unless a method says otherwise."""
+
+    starts_from_base = False
+    """Each domain starts from the base model instead of the previous domain's."""
+
+    def __init__(self, run: RunContext) -> None:
+        self.run = run
+
+    def before_domain(self, domain: DomainContext) -> None:
+        """Called before the first step on a domain."""
+
+    @contextmanager
+    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+        """Named losses of one micro-batch; the backward pass runs inside the context.
+
+        Args:
+            batch: this rank's sequences.
+            token_scale: scalar; ranks * micro-steps / predicted tokens of the global batch, so that the mean over
+                ranks and micro-steps of token_scale * (summed token loss) is the loss per predicted token.
+        """
+        _, logits = self.run.engine(batch.corrupted_ids, batch.predicted)
+        yield {PRETRAIN_LOSS: token_loss_sum(logits, batch.targets) * token_scale}
+
+    def after_domain(self, domain: DomainContext) -> None:
+        """Called after the last step on a domain."""
+
+    def save(self, run_folder: Path, domain_folder: Path) -> None:
+        """Write what later domains need (called on rank 0 after `after_domain`)."""
+
+    def load(self, run_folder: Path, domain_folders: list[Path]) -> None:
+        """Read what `save` wrote for the domains already learned (called on every rank)."""
+
+    def accumulated_importance(self) -> Importance | None:
+        """Importance that protects the next domain, for the report; None where the method has none."""
+        return None

@@ -1,0 +1,104 @@
+"""Building the network and its tokeniser from the run config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from das_ds.config import ModelConfig, RunConfig
+from das_ds.errors import ConfigError, ModelError
+from das_ds.models.adapter import ArchitectureAdapter
+from das_ds.models.registry import adapter_for
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokeniser of `data.tokenizer`, else of the model.
+
+    Raises:
+        ConfigError: a model with random weights and no tokeniser named.
+        ModelError: it cannot be loaded.
+    """
+    source = config.data.tokenizer or config.model.name_or_path
+    if source is None:
+        raise ConfigError("data.tokenizer: a model with random weights needs a tokeniser folder or hub name, found null")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the tokeniser {source!r} (a folder or hub name): {_first_line(error)}") from error
+
+
+def load_model(
+    config: ModelConfig, *, seed: int, vocab_size: int, weights: Path | None = None
+) -> tuple[PreTrainedModel, ArchitectureAdapter]:
+    """The network in float32, with its adapter.
+
+    Args:
+        config: what to build.
+        seed: seed of random weights.
+        vocab_size: tokens of the tokeniser; sets the embedding of a random model, checked against a pre-trained one.
+        weights: folder of exported weights that replace those of `config` (a run that is continued).
+
+    Raises:
+        ModelError: not loadable, no adapter, or fewer embeddings than tokens.
+    """
+    source = str(weights) if weights else config.name_or_path
+    model_type = _model_config(config, vocab_size).model_type
+    adapter = adapter_for(model_type)
+    options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
+    try:
+        if source is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = AutoModelForMaskedLM.from_config(_model_config(config, vocab_size), **options)
+        else:
+            model = AutoModelForMaskedLM.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot load the model {source or config.config!r}: {_first_line(error)}") from error
+    _check_embeddings(model, vocab_size)
+    if config.gradient_checkpointing:
+        # Reentrant checkpointing breaks torch.autograd.grad, which the importance passes use.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, adapter
+
+
+def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, sequence_length: int) -> None:
+    """Raises ConfigError when blocks are longer than the model's positions."""
+    longest = adapter.max_sequence_length(model)
+    if sequence_length > longest:
+        raise ConfigError(
+            f"data.sequence_length: found {sequence_length}, but this {adapter.model_type} has positions for at most "
+            f"{longest} tokens"
+        )
+
+
+def _model_config(config: ModelConfig, vocab_size: int) -> Any:
+    try:
+        if config.name_or_path is not None:
+            return AutoConfig.from_pretrained(config.name_or_path)
+        assert config.config is not None
+        values = {"vocab_size": vocab_size, **config.config}
+        model_type = values.pop("model_type")
+        adapter_for(model_type)
+        return AutoConfig.for_model(model_type, **values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        source = config.name_or_path or config.config
+        raise ModelError(f"cannot load the model config of {source!r}: {_first_line(error)}") from error
+
+
+def _check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if vocab_size > num_embeddings:
+        raise ModelError(f"the tokeniser has {vocab_size} tokens, but the model has embeddings for only {num_embeddings}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

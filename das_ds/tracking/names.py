@@ -1,0 +1,31 @@
+"""Names of metrics and tracking files, written once so that producers and readers agree."""
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_RUN_ID_FILE = "wandb_run_id"
+
+GLOBAL_STEP = "global_step"
+DOMAIN = "domain"
+DOMAIN_STEP = "domain_step"
+TOKENS_SEEN = "tokens_seen"
+LOSS = "loss"
+LEARNING_RATE = "lr"
+GRAD_NORM = "grad_norm"
+TOKENS_PER_S = "tokens_per_s"
+PEAK_MEMORY_GIB = "peak_memory_gib"
+
+STEP_METRICS = (GLOBAL_STEP, DOMAIN, DOMAIN_STEP, TOKENS_SEEN, LOSS, LEARNING_RATE, GRAD_NORM, TOKENS_PER_S)
+"""Fields of every line of metrics.jsonl; `loss_part` names and others may follow."""
+
+DOMAINS_LEARNED = "domains_learned"
+LOSS_MATRIX = "loss_matrix"
+IMPORTANCE = "importance"
+
+
+def loss_part(name: str) -> str:
+    """Name of one summand of the loss, such as `loss/mlm`."""
+    return f"{LOSS}/{name}"
+
+
+def eval_loss(corpus: str) -> str:
+    """Name of the held-out loss on a corpus, such as `eval/pubmed`."""
+    return f"eval/{corpus}"

@@ -1,0 +1,104 @@
+"""Where metrics go: the interface of a sink, and the JSONL file that every run writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from das_ds.errors import RunFolderError
+from das_ds.tracking.names import GLOBAL_STEP
+
+Scalar = float | int | str
+Metrics = Mapping[str, Scalar]
+
+
+class Sink:
+    """Receives what a run reports; a sink overrides what it can show and ignores the rest."""
+
+    def log(self, metrics: Metrics, *, global_step: int) -> None:
+        """One logged training step: the fields of `names.STEP_METRICS`, and any others."""
+
+    def log_evaluation(self, losses: Mapping[str, float], *, domains_learned: int, global_step: int) -> None:
+        """Held-out loss per corpus before training (`domains_learned` 0) or after a domain."""
+
+    def log_summary(self, metrics: Metrics) -> None:
+        """Numbers that describe the whole run, such as its average forgetting."""
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Scalar]]) -> None:
+        """A table with one name per column."""
+
+    def log_picture(self, name: str, path: Path) -> None:
+        """A PNG file."""
+
+    def truncate_after(self, global_step: int) -> None:
+        """Forget every step beyond `global_step`; called when a run resumes there."""
+
+    def close(self, exit_code: int = 0) -> None:
+        """Write what is left and release resources; nothing is logged afterwards."""
+
+
+class JsonlSink(Sink):
+    """Appends one strict JSON object per logged step to a file, flushed line by line.
+
+    JSON has no number that is not finite, so these become the strings "NaN", "Infinity" and "-Infinity", which
+    `float()` reads back.
+
+    Raises:
+        RunFolderError: the file cannot be opened or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def log(self, metrics: Metrics, *, global_step: int) -> None:
+        """Append one line, `global_step` first."""
+        fields = {GLOBAL_STEP: global_step, **metrics}
+        line = json.dumps({name: _strict(value) for name, value in fields.items()}, allow_nan=False)
+        try:
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            # Closing tries to write the line again; its second failure would hide this one.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise self._cannot_write(error) from error
+
+    def truncate_after(self, global_step: int) -> None:
+        """Cut the file at the first line that lies beyond `global_step` or was only half written."""
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n") or _step_of(line) > global_step:
+                break
+            end += len(line)
+        self._file.truncate(end)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _cannot_write(self, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"{self._path}: cannot be written ({error.strerror}); the run folder must be writable and have free space"
+        )
+
+
+def _strict(value: Scalar) -> Scalar:
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    return value
+
+
+def _step_of(line: bytes) -> float:
+    """Global step of a line; infinite where the line is no object of ours."""
+    try:
+        return int(json.loads(line)[GLOBAL_STEP])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

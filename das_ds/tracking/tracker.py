@@ -1,0 +1,89 @@
+"""The tracker a run reports to: one object on every rank, with sinks on rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from das_ds.config import RunConfig
+from das_ds.tracking.names import METRICS_FILE
+from das_ds.tracking.sinks import JsonlSink, Metrics, Scalar, Sink
+from das_ds.tracking.wandb_sink import build_wandb_sink
+
+
+class Tracker(Sink):
+    """Fans everything out to its sinks; without sinks it does nothing, so that callers need not ask for their rank.
+
+    As a context manager it closes the sinks with the exit code that the block leaves with.
+    """
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = tuple(sinks)
+
+    def log(self, metrics: Metrics, *, global_step: int) -> None:
+        """One logged training step, to every sink."""
+        for sink in self._sinks:
+            sink.log(metrics, global_step=global_step)
+
+    def log_evaluation(self, losses: Mapping[str, float], *, domains_learned: int, global_step: int) -> None:
+        """Held-out losses, to every sink."""
+        for sink in self._sinks:
+            sink.log_evaluation(losses, domains_learned=domains_learned, global_step=global_step)
+
+    def log_summary(self, metrics: Metrics) -> None:
+        """Numbers of the whole run, to every sink."""
+        for sink in self._sinks:
+            sink.log_summary(metrics)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Scalar]]) -> None:
+        """A table, to every sink."""
+        for sink in self._sinks:
+            sink.log_table(name, columns, rows)
+
+    def log_picture(self, name: str, path: Path) -> None:
+        """A PNG file, to every sink."""
+        for sink in self._sinks:
+            sink.log_picture(name, path)
+
+    def truncate_after(self, global_step: int) -> None:
+        """Forget every step beyond `global_step` in every sink."""
+        for sink in self._sinks:
+            sink.truncate_after(global_step)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close(exit_code)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(_exit_code(error))
+
+
+def build_tracker(config: RunConfig, *, enabled: bool) -> Tracker:
+    """Tracker of a run: JSONL and, as `config.wandb` chooses, W&B; empty where not `enabled` (all ranks but 0).
+
+    Raises:
+        RunFolderError: `metrics.jsonl` cannot be opened; the run folder must exist.
+        ConfigError: W&B is demanded and not installed.
+    """
+    if not enabled:
+        return Tracker()
+    sinks: list[Sink] = [JsonlSink(config.output_dir / METRICS_FILE)]
+    wandb_sink = build_wandb_sink(config)
+    if wandb_sink is not None:
+        sinks.append(wandb_sink)
+    return Tracker(sinks)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    if error is None:
+        return 0
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 1

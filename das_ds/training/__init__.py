@@ -1,0 +1,1 @@
+"""The loops: one domain, and the sequence of domains with evaluation and export in between."""

@@ -1,0 +1,35 @@
+"""Held-out losses on every corpus of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from das_ds.config import ModelConfig, RunConfig
+from das_ds.distributed.launch import Ranks
+from das_ds.evaluation.perplexity import held_out_loss
+from das_ds.models.loading import check_sequence_length, load_model
+from das_ds.models.masked_lm import MaskedLanguageModel
+from das_ds.training.text import RunText, prepare_text
+
+
+def evaluate_corpora(module: nn.Module, text: RunText, label: str) -> dict[str, float]:
+    """Corpus -> loss in nats per predicted token, equal on every rank."""
+    return {
+        corpus: held_out_loss(module, text.evaluation_batches(corpus, f"evaluate {corpus} {label}"), text.info.device)
+        for corpus in text.blocks
+    }
+
+
+def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, float]:
+    """Losses of an exported model in float32, its copies on all ranks sharing the work.
+
+    Raises:
+        DasError: a model or corpus that cannot be used.
+    """
+    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info))
+    source = ModelConfig(name_or_path=str(folder), attention=config.model.attention)
+    model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.tokenizer))
+    check_sequence_length(model, adapter, config.data.sequence_length)
+    return evaluate_corpora(MaskedLanguageModel(model, adapter).to(ranks.info.device), text, f"with {folder.name}")

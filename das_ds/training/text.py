@@ -1,0 +1,103 @@
+"""The text of a run on one rank: tokeniser, blocks of every corpus, and the batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from das_ds.config import CorpusConfig, RunConfig
+from das_ds.data.batches import Batch
+from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
+from das_ds.data.loader import evaluation_batches, training_steps
+from das_ds.data.masking import MlmMasker
+from das_ds.distributed.launch import RankInfo
+from das_ds.functional.sampling import subset_indices
+from das_ds.models.loading import load_tokenizer
+
+
+@dataclass(frozen=True)
+class RunText:
+    """Everything a run reads; the same batches for any number of ranks, split between them."""
+
+    config: RunConfig
+    info: RankInfo
+    tokenizer: PreTrainedTokenizerBase
+    masker: MlmMasker
+    blocks: dict[str, CorpusBlocks]
+    """Corpus name -> blocks: the domains in order, then the general corpus."""
+
+    def training_steps(self, corpus: str, first_step: int = 0) -> Iterator[list[Batch]]:
+        """One list of micro-batches per optimizer step."""
+        train = self.config.train
+        return training_steps(
+            self._training_blocks(corpus),
+            self.masker,
+            seed=self.config.seed,
+            stream=f"train/{corpus}",
+            first_step=first_step,
+            num_steps=train.steps_per_domain,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            rank=self.info.rank,
+            world_size=self.info.world_size,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.info.device.type == "cuda",
+        )
+
+    def importance_batches(self, corpus: str, label: str) -> Iterable[Batch]:
+        """A fixed random subset of `importance.samples` training sequences, under a progress bar."""
+        importance, blocks = self.config.method.importance, self._training_blocks(corpus)
+        stream = f"importance/{corpus}"
+        chosen = subset_indices(len(blocks), importance.samples, self.config.seed)
+        return self._batches(blocks, stream, importance.batch_size, label, indices=chosen)
+
+    def evaluation_batches(self, corpus: str, label: str) -> Iterable[Batch]:
+        """Held-out sequences, under a progress bar."""
+        evaluation, blocks = self.config.evaluation, self.blocks[corpus].valid
+        stream = f"evaluation/{corpus}"
+        return self._batches(blocks, stream, evaluation.batch_size, label, max_sequences=evaluation.max_sequences)
+
+    def _training_blocks(self, corpus: str) -> TokenBlocks:
+        blocks = self.blocks[corpus].train
+        assert blocks is not None, f"{corpus} is only evaluated"
+        return blocks
+
+    def _batches(
+        self, blocks: TokenBlocks, stream: str, batch_size: int | None, label: str, **choice: Any
+    ) -> Iterable[Batch]:
+        batches = evaluation_batches(
+            blocks,
+            self.masker,
+            seed=self.config.seed,
+            stream=stream,
+            batch_size=batch_size or self.config.train.micro_batch_size,
+            rank=self.info.rank,
+            world_size=self.info.world_size,
+            **choice,
+        )
+        return tqdm(batches, label, disable=not self.info.is_main, unit="batch", dynamic_ncols=True, leave=False)
+
+
+def prepare_text(config: RunConfig, info: RankInfo) -> RunText:
+    """Load the tokeniser and tokenise every corpus, or find it in the cache.
+
+    Raises:
+        DasError: a tokeniser or corpus that cannot be used.
+    """
+    tokenizer = load_tokenizer(config)
+    return RunText(
+        config=config,
+        info=info,
+        tokenizer=tokenizer,
+        masker=MlmMasker.from_tokenizer(tokenizer, config.data.mlm_probability),
+        blocks={c.name: prepare_corpus(c, config.data, tokenizer, progress=info.is_main) for c in evaluated(config)},
+    )
+
+
+def evaluated(config: RunConfig) -> list[CorpusConfig]:
+    """Corpora in the order of the loss matrix's columns: the domains, then the general corpus."""
+    return [*config.domains, *([config.general] if config.general else [])]

@@ -1,0 +1,178 @@
+"""Reading documents: every format gives the same documents, every fault its own message."""
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from das_ds.data import corpus
+from das_ds.data.corpus import read_documents
+from das_ds.data.sources import HubDataset
+from das_ds.errors import DataError
+
+DOCUMENTS = ["first line", "", "  indented", " \t", "naïve café", "日本語", "last"]
+KEPT = ["first line", "  indented", "naïve café", "日本語", "last"]
+
+
+def read(path: Path, text_column: str = "text") -> list[str]:
+    return [text for batch in read_documents(path, text_column) for text in batch.texts]
+
+
+def as_lines(documents: list[str]) -> bytes:
+    return "\n".join(documents).encode()
+
+
+def as_jsonl(documents: list[str]) -> bytes:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)).encode()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 1 << 18])
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize(("kind", "encode"), [(".txt", as_lines), (".jsonl", as_jsonl)])
+def test_text_formats(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    encode: Callable[[list[str]], bytes],
+    suffix: str,
+    pack: Callable[[bytes], bytes],
+    chunk_bytes: int,
+) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / f"documents{kind}{suffix}"
+    path.write_bytes(pack(encode(DOCUMENTS)))
+    assert read(path) == KEPT
+    assert sum(batch.num_bytes for batch in read_documents(path, "text")) == path.stat().st_size
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "documents.parquet"
+    pq.write_table(pa.table({"id": range(len(DOCUMENTS) + 1), "text": [*DOCUMENTS, None]}), path)
+    assert read(path) == KEPT
+    assert sum(batch.num_bytes for batch in read_documents(path, "text")) == path.stat().st_size
+
+
+def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "documents.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n")
+    assert read(path) == ["one", "two"]
+
+
+def test_json_null_is_blank_and_other_columns_may_differ(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": null, "meta": 1}\n\n{"text": "a\\nb", "meta": {"x": []}}\n')
+    assert read(path) == ["a\nb"]
+
+
+@pytest.mark.parametrize("chunk_bytes", [4, 1 << 18])
+@pytest.mark.parametrize(("name", "pack"), [("bad.txt", bytes), ("bad.jsonl", bytes), ("bad.txt.gz", gzip.compress)])
+def test_not_utf8_names_file_and_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pack: Callable[[bytes], bytes], chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / name
+    path.write_bytes(pack(b'{"text": "good"}\n{"text": "caf\xe9"}\n'))
+    with pytest.raises(DataError, match=rf"{name}: found byte 0xe9 at byte 30 of the unpacked text; expected UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["cut.txt.gz", "cut.txt.xz", "junk.txt.gz", "junk.txt.xz", "flip.txt.gz"])
+def test_damaged_archive(tmp_path: Path, name: str) -> None:
+    packed = bytearray((gzip if name.endswith("gz") else lzma).compress(as_lines(KEPT * 50)))
+    if name.startswith("cut"):
+        del packed[-20:]
+    elif name.startswith("junk"):
+        packed[:] = b"plain text"
+    else:
+        packed[12] ^= 0xFF
+    path = tmp_path / name
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match=rf"{name}: damaged archive"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl.xz", "gone.parquet"])
+def test_vanished_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"{name}: cannot be read"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'text': 1}", "line 3: not JSON"),
+        ("[" * 100_000, "line 3: not JSON"),
+        ('["text"]', "line 3: found list; expected one object per line"),
+        ('{"body": "x", "id": 1}', r"line 3: no text column 'text'; found columns: body, id"),
+        ('{"text": 5}', "line 3: text column 'text' holds int; expected text or null"),
+        ('{"text": "\\ud800"}', "line 3: text column 'text' has a lone surrogate"),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 17, 1 << 18])
+def test_faulty_json_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / "documents.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_parquet_without_the_column(tmp_path: Path) -> None:
+    path = tmp_path / "documents.parquet"
+    pq.write_table(pa.table({"body": ["x"], "id": [1]}), path)
+    with pytest.raises(DataError, match="no text column 'text'; found columns: body, id"):
+        read(path)
+
+
+def test_parquet_column_of_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "documents.parquet"
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+    with pytest.raises(DataError, match="text column 'text' holds int"):
+        read(path)
+
+
+def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "documents.parquet"
+    text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"]).buffers())
+    pq.write_table(pa.table({"text": text}), path)
+    with pytest.raises(DataError, match="text column 'text' is not UTF-8"):
+        read(path)
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "documents.parquet"
+    path.write_bytes(b"PAR1 no parquet")
+    with pytest.raises(DataError, match="damaged parquet file"):
+        read(path)
+
+
+@pytest.fixture
+def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubDataset:
+    """A folder that `datasets` loads as it loads a hub data set."""
+    monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(as_jsonl(DOCUMENTS))
+    return HubDataset(str(tmp_path / "set"))
+
+
+def test_hub_dataset(local_hub: HubDataset) -> None:
+    batches = list(read_documents(local_hub, "text"))
+    assert [text for batch in batches for text in batch.texts] == KEPT
+
+
+def test_hub_dataset_without_the_column(local_hub: HubDataset) -> None:
+    with pytest.raises(DataError, match="no text column 'body'; found columns: id, text"):
+        list(read_documents(local_hub, "body"))
+
+
+def test_hub_dataset_without_the_split(local_hub: HubDataset) -> None:
+    missing = HubDataset(local_hub.repo, split="test")
+    with pytest.raises(DataError, match="@test: hub data set cannot be streamed"):
+        list(read_documents(missing, "text"))

@@ -1,0 +1,220 @@
+"""Loading: the joined batch of a micro-step is the same for every number of ranks, and position is the step alone."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from das_ds.data.batches import Batch
+from das_ds.data.blocks import TokenBlocks
+from das_ds.data.loader import EvaluationBatches, evaluation_batches, training_steps
+from das_ds.data.masking import MlmMasker
+from das_ds.data.tokenise import TokenFile
+from das_ds.errors import ConfigError
+
+LENGTH, NUM_BLOCKS, GLOBAL_BATCH = 32, 21, 8
+MASKER = MlmMasker(mask_id=4, special_ids=(0, 1, 2, 3, 4), vocab_size=300, probability=0.3)
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> TokenBlocks:
+    """Block i holds nothing but token 5 + i, so that a row tells which block it is."""
+    path = tmp_path / "tokens.bin"
+    np.repeat(np.arange(5, 5 + NUM_BLOCKS), LENGTH).astype("<u2").tofile(path)
+    return TokenBlocks(TokenFile(path, "<u2", NUM_BLOCKS * LENGTH, 1), LENGTH)
+
+
+def steps(
+    blocks: TokenBlocks,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch_size: int = 4,
+    first_step: int = 0,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> list[list[Batch]]:
+    return list(
+        training_steps(
+            blocks,
+            MASKER,
+            seed=seed,
+            stream="train/soup",
+            first_step=first_step,
+            num_steps=7,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+        )
+    )
+
+
+def evaluation(
+    blocks: TokenBlocks,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 4,
+    max_sequences: int | None = None,
+    indices: list[int] | None = None,
+) -> EvaluationBatches:
+    return evaluation_batches(
+        blocks,
+        MASKER,
+        seed=0,
+        stream="evaluation/soup",
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        max_sequences=max_sequences,
+        indices=indices,
+    )
+
+
+def block_numbers(batch: Batch) -> list[int]:
+    assert (batch.input_ids == batch.input_ids[:, :1]).all()
+    return (batch.input_ids[:, 0] - 5).tolist()
+
+
+def assert_same(left: Batch, right: Batch) -> None:
+    for field in fields(Batch):
+        assert torch.equal(getattr(left, field.name), getattr(right, field.name)), field.name
+
+
+def joined(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, corrupted rows and predicted positions of the batches of all ranks, in the order of the ranks."""
+    offsets = np.cumsum([0] + [part.input_ids.numel() for part in parts[:-1]]).tolist()
+    predicted = [part.predicted + offset for part, offset in zip(parts, offsets, strict=True)]
+    return (
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.corrupted_ids for part in parts]),
+        torch.cat(predicted),
+    )
+
+
+def test_shape_of_a_step(blocks: TokenBlocks) -> None:
+    loaded = steps(blocks, micro_batch_size=2)
+    assert [len(step) for step in loaded] == [4] * 7
+    assert all(batch.row_weights.tolist() == [1, 1] for step in loaded for batch in step)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_joined_micro_steps_do_not_depend_on_the_number_of_ranks(blocks: TokenBlocks, world_size: int) -> None:
+    one = steps(blocks, micro_batch_size=4)
+    ranks = [steps(blocks, rank=r, world_size=world_size, micro_batch_size=4 // world_size) for r in range(world_size)]
+    for number, step in enumerate(one):
+        for micro_step, whole in enumerate(step):
+            parts = joined([rank[number][micro_step] for rank in ranks])
+            for found, expected in zip(parts, joined([whole]), strict=True):
+                assert torch.equal(found, expected)
+
+
+def test_every_epoch_visits_every_block_once_in_a_new_order(blocks: TokenBlocks) -> None:
+    order = [number for step in steps(blocks) for batch in step for number in block_numbers(batch)]
+    first, second = order[:NUM_BLOCKS], order[NUM_BLOCKS : 2 * NUM_BLOCKS]
+    assert sorted(first) == sorted(second) == list(range(NUM_BLOCKS))
+    assert first != second != sorted(second)
+
+
+def test_a_block_is_corrupted_anew_in_the_next_epoch(blocks: TokenBlocks) -> None:
+    batches = [batch for step in steps(blocks) for batch in step]
+    corruptions = [
+        tuple((row != 5).nonzero().flatten().tolist())
+        for batch in batches
+        for number, row in zip(block_numbers(batch), batch.corrupted_ids, strict=True)
+        if number == 0
+    ]
+    assert len(set(corruptions)) == len(corruptions) > 1
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 7])
+def test_resuming_is_the_tail(blocks: TokenBlocks, first_step: int) -> None:
+    tail = steps(blocks)[first_step:]
+    resumed = steps(blocks, first_step=first_step)
+    assert len(resumed) == len(tail)
+    for left, right in zip(resumed, tail, strict=True):
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+
+
+def test_worker_processes_load_the_same(blocks: TokenBlocks) -> None:
+    for left, right in zip(steps(blocks, num_workers=2), steps(blocks), strict=True):
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+
+
+def test_another_seed_is_another_order(blocks: TokenBlocks) -> None:
+    assert block_numbers(steps(blocks)[0][0]) != block_numbers(steps(blocks, seed=1)[0][0])
+
+
+def test_the_global_generators_are_left_alone(blocks: TokenBlocks) -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1]
+    steps(blocks)
+    list(evaluation(blocks))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+
+
+def test_global_batch_that_the_ranks_cannot_share(blocks: TokenBlocks) -> None:
+    message = r"train.global_batch_size is 8; expected a multiple of 9 = 3 ranks x train.micro_batch_size 3"
+    with pytest.raises(ConfigError, match=message):
+        steps(blocks, world_size=3, micro_batch_size=3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_sequences", [None, 1, 5, 100])
+def test_evaluation_covers_the_same_corrupted_blocks_for_any_number_of_ranks(
+    blocks: TokenBlocks, world_size: int, max_sequences: int | None
+) -> None:
+    num_sequences = min(max_sequences or NUM_BLOCKS, NUM_BLOCKS)
+    ranks = [evaluation(blocks, rank=r, world_size=world_size, max_sequences=max_sequences) for r in range(world_size)]
+    found = {}
+    for batches in ranks:
+        for batch in batches:
+            real = batch.row_weights.bool()
+            rows = batch.predicted // LENGTH
+            assert real[rows].all()
+            for row in real.nonzero().flatten().tolist():
+                number = block_numbers(batch)[row]
+                assert number not in found
+                found[number] = (batch.corrupted_ids[row].tolist(), batch.predicted[rows == row] - row * LENGTH)
+    assert sorted(found) == list(range(num_sequences))
+    for number, (corrupted, positions) in found.items():
+        alone = MASKER.batch(blocks.take([number]), [number], seed=0, stream="evaluation/soup")
+        assert corrupted == alone.corrupted_ids[0].tolist()
+        assert torch.equal(positions, alone.predicted)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 4, 5, 9, 21])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_batches_have_equal_numbers_and_sizes(
+    blocks: TokenBlocks, world_size: int, num_sequences: int
+) -> None:
+    shapes = [
+        [
+            batch.input_ids.shape
+            for batch in evaluation(blocks, rank=r, world_size=world_size, max_sequences=num_sequences)
+        ]
+        for r in range(world_size)
+    ]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert len(set(shapes[0])) == 1
+    assert shapes[0][0][0] <= 4
+    assert len(shapes[0]) == len(evaluation(blocks, world_size=world_size, max_sequences=num_sequences))
+
+
+def test_evaluation_repeats_itself(blocks: TokenBlocks) -> None:
+    batches = evaluation(blocks)
+    for left, right in zip(batches, batches, strict=True):
+        assert_same(left, right)
+
+
+def test_evaluation_of_given_blocks(blocks: TokenBlocks) -> None:
+    chosen = [20, 3, 11, 4, 0]
+    batches = list(evaluation(blocks, indices=chosen, batch_size=3))
+    numbers = [n for b in batches for n, w in zip(block_numbers(b), b.row_weights, strict=True) if w]
+    assert numbers == chosen

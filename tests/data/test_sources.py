@@ -1,0 +1,97 @@
+"""Names of text: which are files and which are hub data sets, and what is wrong with the others."""
+
+from pathlib import Path
+
+import pytest
+
+from das_ds.data.sources import HubDataset, fingerprint, parse_hub_name, resolve_source
+from das_ds.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("owner/name", HubDataset("owner/name")),
+        ("owner/name:part-1", HubDataset("owner/name", "part-1")),
+        ("owner/name@validation", HubDataset("owner/name", split="validation")),
+        ("owner/name:part@test", HubDataset("owner/name", "part", "test")),
+        ("owner/web-1.0", HubDataset("owner/web-1.0")),
+        ("owner/name.en@train", HubDataset("owner/name.en")),
+        ("corpora/train.txt", None),
+        ("corpora/train.csv", None),
+        ("corpora/train.txt.xz", None),
+        ("train.txt", None),
+        ("a/b/c", None),
+        ("owner/*", None),
+        ("/owner/name", None),
+    ],
+)
+def test_hub_names(name: str, expected: HubDataset | None) -> None:
+    assert parse_hub_name(name) == expected
+
+
+def test_an_existing_path_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert parse_hub_name("owner/name") is None
+
+
+def test_glob_is_sorted(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.jsonl"):
+        (tmp_path / name).write_text("x")
+    assert resolve_source(str(tmp_path / "*.txt")) == [tmp_path / "a.txt", tmp_path / "b.txt"]
+    assert len(resolve_source(f"{tmp_path}/**/*")) == 3
+
+
+def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
+    path = tmp_path / "part[1].txt"
+    path.write_text("x")
+    assert resolve_source(str(path)) == [path]
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "*.txt", "folder/**/*.parquet"])
+def test_nothing_found(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"found no such file; expected a file, a glob with a match, or a hub name"):
+        resolve_source(str(tmp_path / name))
+
+
+def test_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found a folder; expected files"):
+        resolve_source(str(tmp_path))
+
+
+def test_unknown_suffix_lists_the_known(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("x")
+    with pytest.raises(DataError, match=r"data\.csv: unknown file type; allowed are \.txt, .*\.parquet"):
+        resolve_source(str(path))
+
+
+def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"no-such-owner/no-such-name: found no such file, and the hub .* not answer"):
+        resolve_source("no-such-owner/no-such-name")
+
+
+def test_hub_name_gets_the_current_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import DatasetInfo
+
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, repo: DatasetInfo(id=repo, sha="abc", tags=[]))
+    (source,) = resolve_source("owner/name:part@test")
+    assert source == HubDataset("owner/name", "part", "test", "abc")
+    assert fingerprint(source) == "owner/name:part@test#abc"
+
+
+def test_fingerprint_follows_content_and_type_not_name(tmp_path: Path) -> None:
+    contents = {"a.txt": "one", "b.txt": "one", "c.txt": "two", "d.jsonl": "one"}
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    a, b, c, d = (fingerprint(tmp_path / name) for name in contents)
+    assert a == b
+    assert len({a, c, d}) == 3
+
+
+def test_fingerprint_of_a_vanished_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        fingerprint(tmp_path / "gone.txt")

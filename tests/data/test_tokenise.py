@@ -1,0 +1,187 @@
+"""Token files: equal to a brute-force concatenation, found again only for the same content and settings."""
+
+import errno
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from das_ds.data import tokenise
+from das_ds.data.tokenise import TokenFile, prepare_tokens
+from das_ds.errors import DataError, ModelError
+from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
+
+LINES = TEXT.splitlines()
+
+
+@pytest.fixture
+def corpus_file(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def prepare(
+    path: Path, tokenizer: PreTrainedTokenizerBase | None = None, *, text_column: str = "text", progress: bool = False
+) -> TokenFile:
+    return prepare_tokens(
+        [str(path)],
+        corpus="soup",
+        text_column=text_column,
+        tokenizer=tokenizer or tiny_tokenizer(),
+        cache_dir=path.parent / "cache",
+        progress=progress,
+    )
+
+
+def stored_ids(tokens: TokenFile) -> list[int]:
+    return np.fromfile(tokens.path, tokens.dtype).tolist()
+
+
+@pytest.mark.parametrize("documents_per_call", [1, 3, 1000])
+def test_tokens_equal_the_tokeniser_document_by_document(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, documents_per_call: int
+) -> None:
+    monkeypatch.setattr(tokenise, "DOCUMENTS_PER_CALL", documents_per_call)
+    tokens = prepare(corpus_file)
+    tokenizer = tiny_tokenizer()
+    expected = [token for line in LINES for token in tokenizer(line)["input_ids"]]
+    assert stored_ids(tokens) == expected
+    assert (tokens.num_tokens, tokens.num_documents, tokens.dtype) == (len(expected), len(LINES), "<u2")
+
+
+def test_sources_are_joined_in_order(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "b.txt").write_text(LINES[0])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": LINES[1]}))
+    sources = [str(tmp_path / "b.txt"), str(tmp_path / "a.*")]
+    tokens = prepare_tokens(
+        sources, corpus="soup", text_column="text", tokenizer=tokenizer, cache_dir=tmp_path / "c", progress=False
+    )
+    assert stored_ids(tokens) == tokenizer(LINES[0])["input_ids"] + tokenizer(LINES[1])["input_ids"]
+
+
+def test_wide_ids_for_a_large_vocabulary(corpus_file: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(2**16 - 300)])
+    assert prepare(corpus_file, tokenizer).dtype == "<u2"
+    tokenizer.add_tokens(["warm bread"])
+    tokens = prepare(corpus_file, tokenizer)
+    assert tokens.dtype == "<u4"
+    assert 2**16 in stored_ids(tokens)
+
+
+def test_truncation_and_padding_of_the_tokeniser_are_left_out(corpus_file: Path) -> None:
+    plain = prepare(corpus_file)
+    tokenizer = tiny_tokenizer()
+    tokenizer(LINES, truncation=True, max_length=4, padding="max_length")
+    assert prepare(corpus_file, tokenizer) == plain
+    assert tokenizer.backend_tokenizer.truncation is not None
+
+
+def test_second_call_reads_the_cache(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(corpus_file)
+    monkeypatch.delattr(tokenise, "read_documents")
+    assert prepare(corpus_file) == first
+    moved = corpus_file.with_name("moved.txt")
+    corpus_file.rename(moved)
+    assert prepare(moved) == first
+
+
+def test_content_and_settings_make_a_new_entry(corpus_file: Path) -> None:
+    paths = [prepare(corpus_file).path, prepare(corpus_file, tiny_tokenizer(320)).path]
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["soup"])
+    paths += [prepare(corpus_file, tokenizer).path, prepare(corpus_file, text_column="body").path]
+    corpus_file.write_text(TEXT + "more\n")
+    paths.append(prepare(corpus_file).path)
+    assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize("damage", ["short tokens", "no tokens", "broken meta", "incomplete meta"])
+def test_damaged_entry_is_made_anew(corpus_file: Path, damage: str) -> None:
+    tokens = prepare(corpus_file)
+    expected, meta = stored_ids(tokens), tokens.path.with_name("meta.json")
+    if damage == "short tokens":
+        os.truncate(tokens.path, 10)
+    elif damage == "no tokens":
+        tokens.path.unlink()
+    else:
+        meta.write_text("{" if damage == "broken meta" else "{}")
+    assert stored_ids(prepare(corpus_file)) == expected
+
+
+def test_entry_published_by_another_job_meanwhile_is_kept(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish, order = tokenise._publish, []
+
+    def publish_after_another(partial: Path, folder: Path) -> None:
+        if not order:
+            order.append("outer")
+            prepare(corpus_file)
+            (folder / "mark").touch()
+        publish(partial, folder)
+
+    monkeypatch.setattr(tokenise, "_publish", publish_after_another)
+    tokens = prepare(corpus_file)
+    assert tokens.path.with_name("mark").exists()
+    assert [entry.name for entry in tokens.path.parents[1].iterdir()] == [tokens.path.parent.name]
+
+
+def test_progress_bar(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(corpus_file, progress=True)
+    assert "tokenise soup: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "\n \n\t\n"])
+def test_empty_corpus(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "blank.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"corpus 'soup': no text in .*blank\.txt; expected at least one line"):
+        prepare(path)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_errors_name_the_corpus(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"corpus 'soup': .*missing\.txt: found no such file"):
+        prepare(tmp_path / "missing.txt")
+
+
+def test_full_disk_names_the_folder_and_leaves_nothing(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(No space left on device\); free space"):
+        prepare(corpus_file)
+    assert list((corpus_file.parent / "cache").iterdir()) == []
+
+
+@pytest.fixture
+def small_file_limit() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_write_that_the_system_cuts_short(corpus_file: Path, small_file_limit: None) -> None:
+    with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(File too large\)"):
+        prepare(corpus_file)
+    assert list((corpus_file.parent / "cache").iterdir()) == []
+
+
+def test_cache_folder_that_is_a_file(corpus_file: Path) -> None:
+    (corpus_file.parent / "cache").touch()
+    with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(File exists\)"):
+        prepare(corpus_file)
+
+
+def test_slow_tokeniser(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(ModelError, match="is written in Python; expected a fast tokeniser"):
+        prepare(corpus_file)

@@ -1,0 +1,60 @@
+"""The pictures: their numbers against loops, and their pixels where a colour means something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from das_ds.evaluation.pictures import changes, importance_png, loss_matrix_png
+from das_ds.evaluation.results import Results
+
+ResultsMaker = Callable[..., Results]
+
+
+def pixels(path: Path) -> numpy.ndarray:
+    return numpy.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_changes_refer_to_the_loss_right_after_learning(make_results: ResultsMaker) -> None:
+    nan = math.nan
+    expected = [[nan, nan, nan, 0.0], [0.0, nan, nan, 0.1], [0.6, 0.0, nan, 0.2], [0.7, 0.2, 0.0, 0.4]]
+    found = changes(make_results())
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "case", [{}, {"num_rows": 1}, {"num_rows": 2}, {"num_domains": 1, "num_rows": 2, "general": False}]
+)
+def test_every_stage_of_a_run_can_be_drawn(make_results: ResultsMaker, tmp_path: Path, case: dict[str, int]) -> None:
+    loss_matrix_png(make_results(**case), tmp_path / "losses.png")
+    assert min(Image.open(tmp_path / "losses.png").size) >= 300
+
+
+def test_forgetting_is_red(make_results: ResultsMaker, tmp_path: Path) -> None:
+    def num_red(num_rows: int) -> int:
+        loss_matrix_png(make_results(num_rows=num_rows, general=False), tmp_path / "losses.png")
+        red, green, _ = pixels(tmp_path / "losses.png").transpose(2, 0, 1)
+        return int((red - green > 60).sum())
+
+    nothing_forgotten, something_forgotten = num_red(2), num_red(4)
+    assert something_forgotten > 2 * nothing_forgotten
+
+
+def test_a_full_mask_is_dark_and_an_empty_one_white(tmp_path: Path) -> None:
+    def brightness(value: float) -> float:
+        importance_png({"head": torch.full((2, 4), value), "output": torch.full((2, 9), value)}, tmp_path / "mask.png")
+        picture = pixels(tmp_path / "mask.png")
+        return float(picture[:, : picture.shape[1] // 2].mean())
+
+    assert brightness(0.0) - brightness(1.0) > 80
+
+
+def test_a_single_layer_of_a_single_group_can_be_drawn(tmp_path: Path) -> None:
+    importance_png({"intermediate": torch.rand(1, 3)}, tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").stat().st_size > 0

@@ -1,0 +1,96 @@
+"""The report folder, and the comparison table against a text written by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from das_ds.errors import RunFolderError
+from das_ds.evaluation.report import comparison_table, report_text, write_report
+from das_ds.evaluation.results import Results
+
+ResultsMaker = Callable[..., Results]
+IMPORTANCE = {"head": torch.tensor([[0.0, 0.95], [0.9, 0.95]]), "output": torch.full((2, 5), 0.25)}
+
+
+def table_row(text: str, first_cell: str) -> list[str]:
+    """Cells of the first Markdown row that begins with a cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return next(row for row in rows if row[0] == first_cell)
+
+
+def test_folder_holds_text_and_pictures(make_results: ResultsMaker, tmp_path: Path) -> None:
+    folder = write_report(tmp_path, make_results(), IMPORTANCE)
+    write_report(tmp_path, make_results(), IMPORTANCE)
+    assert folder == tmp_path / "report"
+    assert sorted(path.name for path in folder.iterdir()) == ["importance.png", "loss_matrix.png", "report.md"]
+    text = (folder / "report.md").read_text()
+    assert "(loss_matrix.png)" in text and "(importance.png)" in text
+
+
+def test_a_method_without_importance_has_no_mask_section(make_results: ResultsMaker, tmp_path: Path) -> None:
+    folder = write_report(tmp_path, make_results("ncl"), None)
+    assert sorted(path.name for path in folder.iterdir()) == ["loss_matrix.png", "report.md"]
+    assert "mask" not in (folder / "report.md").read_text()
+
+
+def test_numbers_of_the_report(make_results: ResultsMaker) -> None:
+    text = report_text(make_results(), IMPORTANCE)
+    losses, perplexities = text.split("as perplexity")
+    assert table_row(losses, "after pubmed") == ["after pubmed", "4.6000", "2.0000", "4.3000", "3.2000"]
+    assert table_row(perplexities, "after pubmed")[2] == f"{math.exp(2):.2f}"
+    assert table_row(text, "forgetting of acl")[1] == "+0.7000"
+    assert table_row(text, "average forgetting")[1] == "+0.4500"
+    assert table_row(text, "general drift")[1] == "+0.4000"
+    assert table_row(text, "forward transfer")[1] == "+0.1000"
+    assert table_row(text, "head") == ["head", "2 x 2", "0.700", "75.0%", "2 (0.925)"]
+    assert table_row(text, "output") == ["output", "2 x 5", "0.250", "0.0%", "1 (0.250)"]
+    assert table_row(text, "tokens seen")[1] == "1,234,567"
+    assert table_row(text, "wall time")[1] == "1 h 02 min"
+    assert table_row(text, "torch")[1] == torch.__version__
+
+
+def test_an_unfinished_run_says_so(make_results: ResultsMaker) -> None:
+    text = report_text(make_results(num_rows=2, general=False), None)
+    assert "not complete: 1 of 3 domains learned" in text
+    assert table_row(text, "general drift")[1] == "-"
+
+
+def test_a_loss_without_a_writable_perplexity_keeps_its_exponent(make_results: ResultsMaker) -> None:
+    losses = [[900.0, 1.0, 1.0, 1.0]]
+    text = report_text(make_results(num_rows=1).model_copy(update={"loss_matrix": losses}), None)
+    assert "e^900.0" in text
+
+
+def test_a_folder_that_cannot_be_written_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"missing/report: cannot be written \(No such file.*free space"):
+        write_report(tmp_path / "missing", make_results(), None)
+
+
+def test_comparison_of_a_whole_and_an_unfinished_run(make_results: ResultsMaker) -> None:
+    table = comparison_table({"das": make_results(num_rows=3), "naive": make_results("ncl")})
+    assert table.splitlines() == [
+        "stage             run       acl  pubmed  restaurant  general",
+        "------------------------------------------------------------",
+        "before training   das    6.0000  5.0000      4.0000   3.0000",
+        "before training   naive  6.0000  5.0000      4.0000   3.0000",
+        "after acl         das    4.0000  4.5000      4.1000   3.1000",
+        "after acl         naive  4.0000  4.5000      4.1000   3.1000",
+        "after pubmed      das    4.6000  2.0000      4.3000   3.2000",
+        "after pubmed      naive  4.6000  2.0000      4.3000   3.2000",
+        "after restaurant  das         -       -           -        -",
+        "after restaurant  naive  4.7000  2.2000      1.0000   3.4000",
+        "",
+        "                           das       naive",
+        "------------------------------------------",
+        "average forgetting     +0.6000     +0.4500",
+        "  of acl               +0.6000     +0.7000",
+        "  of pubmed                  -     +0.2000",
+        "general drift          +0.2000     +0.4000",
+        "forward transfer       +0.1000     +0.1000",
+        "time                1 h 02 min  1 h 02 min",
+    ]

@@ -1,0 +1,94 @@
+"""Runs a plain function on N real processes over gloo; a hang is a failure, and the first failing rank is named."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# The server imports the slow libraries once; ranks are forked from it in a fraction of a second.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "helpers.preload"])
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Results of `function(*args)` on every rank, in rank order.
+
+    Args:
+        function: importable by name (defined in `helpers`), so that a new process can find it.
+        world_size: number of processes.
+        args: picklable.
+        timeout: seconds until all processes are killed.
+
+    Raises:
+        RuntimeError: a rank failed (with its traceback), died, or the time ran out.
+    """
+    results: Any = _CONTEXT.Queue()
+    port = _free_port()
+    processes = [
+        _CONTEXT.Process(target=_rank_main, args=(function, args, rank, world_size, port, results), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return _collect(results, processes, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(results: Any, processes: list[Any], deadline: float) -> list[Any]:
+    values: dict[int, Any] = {}
+    while len(values) < len(processes):
+        try:
+            rank, failure, value = results.get(timeout=0.2)
+        except queue.Empty:
+            dead = [rank for rank, p in enumerate(processes) if p.exitcode not in (None, 0) and rank not in values]
+            if dead:
+                raise RuntimeError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}") from None
+            if time.monotonic() > deadline:
+                waiting = sorted(set(range(len(processes))) - set(values))
+                raise RuntimeError(f"time ran out; no result from ranks {waiting}") from None
+            continue
+        if failure is not None:
+            raise RuntimeError(f"rank {rank} failed:\n{failure}")
+        values[rank] = torch.load(io.BytesIO(value), weights_only=False)
+    return [values[rank] for rank in sorted(values)]
+
+
+def _rank_main(function: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        # Own bytes instead of the queue's shared-memory tensors, whose file handles die with this process.
+        buffer = io.BytesIO()
+        torch.save(function(*args), buffer)
+        results.put((rank, None, buffer.getvalue()))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+    results.close()
+    results.join_thread()
+    # A peer that failed leaves collectives behind whose threads would keep this process alive.
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

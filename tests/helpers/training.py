@@ -1,0 +1,125 @@
+"""Training the product's engine and method on given batches, to be run on real ranks and compared with the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.deepspeed_config import build_deepspeed_config
+from das_ds.distributed.engine import Engine
+from das_ds.distributed.launch import Ranks
+from das_ds.methods import METHODS
+from das_ds.methods.base import DomainContext, RunContext
+from das_ds.models.gates import UnitGates
+from das_ds.models.masked_lm import MaskedLanguageModel
+from das_ds.models.registry import adapter_for
+from das_ds.tracking.sinks import Metrics, Sink
+from das_ds.tracking.tracker import Tracker
+from das_ds.training.domain import DomainTrainer, Progress
+from helpers.tiny_models import tiny_model
+
+LENGTH, VOCABULARY, MASK = 12, 100, 4
+
+
+class Recorder(Sink):
+    """Keeps every logged line."""
+
+    def __init__(self) -> None:
+        self.lines: list[Metrics] = []
+
+    def log(self, metrics: Metrics, *, global_step: int) -> None:
+        self.lines.append(metrics)
+
+
+def random_batch(num_rows: int, seed: int) -> Batch:
+    """Rows with a different number of predicted tokens each, some with none."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, VOCABULARY, (num_rows, LENGTH), generator=generator)
+    share = torch.rand(num_rows, 1, generator=generator) * 0.4
+    chosen = torch.rand(num_rows, LENGTH, generator=generator) < share
+    predicted = chosen.flatten().nonzero().squeeze(1)
+    return Batch(
+        input_ids=input_ids,
+        corrupted_ids=input_ids.masked_fill(chosen, MASK),
+        predicted=predicted,
+        targets=input_ids.flatten()[predicted],
+        row_weights=torch.ones(num_rows),
+    )
+
+
+def rank_part(batch: Batch, rank: int, world_size: int) -> Batch:
+    """The rows of a joined batch that one rank reads."""
+    num_rows = len(batch.input_ids) // world_size
+    first = rank * num_rows
+    rows = batch.predicted // LENGTH
+    own = (rows >= first) & (rows < first + num_rows)
+    window = slice(first, first + num_rows)
+    return Batch(
+        batch.input_ids[window],
+        batch.corrupted_ids[window],
+        batch.predicted[own] - first * LENGTH,
+        batch.targets[own],
+        batch.row_weights[window],
+    )
+
+
+def run_config(output_dir: Path, **changes: Any) -> RunConfig:
+    """A small run; `changes` are nested dictionaries of keys."""
+    values: dict[str, Any] = {
+        "output_dir": output_dir,
+        "model": {"config": {"model_type": "roberta"}},
+        "domains": [{"name": "domain", "train": ["unused.txt"]}],
+        "data": {"sequence_length": LENGTH},
+        "train": {
+            "steps_per_domain": 5,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+            "log_every": 1,
+            "grad_clip": 0.5,
+        },
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+    return RunConfig(**values)
+
+
+def build(config: RunConfig, ranks: Ranks, **model_changes: Any) -> RunContext:
+    """Engine, layout and gates over a tiny model."""
+    model = tiny_model(config.model.config["model_type"], **model_changes)  # type: ignore[index]
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapter = adapter_for(model.config.model_type)
+    layout, gates = adapter.layout(model), UnitGates(model, adapter)
+    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
+    module = MaskedLanguageModel(model, adapter)
+    engine = Engine(module, dict(model.named_parameters()), config.train, deepspeed_config, ranks)
+    return RunContext(config, engine, layout, gates)
+
+
+def train(config: RunConfig, steps: list[list[Batch]], **model_changes: Any) -> tuple[dict[str, torch.Tensor], list[Metrics]]:
+    """Final fp32 weights and the logged lines of one domain on joined batches, trained by this rank's part of them."""
+    ranks = Ranks()
+    run = build(config, ranks, **model_changes)
+    recorder = Recorder()
+    method = METHODS[config.method.name](run)
+    method.before_domain(DomainContext(0, "domain", lambda label: []))
+    info = ranks.info
+    parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
+    DomainTrainer(run.engine, method, Tracker([recorder]), config.train).run(
+        iter(parts), Progress("domain", 0, 0, config.train.global_batch_size * LENGTH)
+    )
+    weights = {name: weight.detach().cpu().clone() for name, weight in run.engine.fp32_weights()}
+    run.engine.close()
+    return weights, recorder.lines
+
+
+def train_all(configs: list[RunConfig], steps: list[list[Batch]], model_changes: dict[str, Any]) -> list[Any]:
+    """`train` for several configs in one process, which has to be of one ZeRO stage."""
+    return [train(config, steps, **model_changes) for config in configs]

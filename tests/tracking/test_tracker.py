@@ -1,0 +1,157 @@
+"""The fan-out, and the JSONL file read back with a strict parser."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from das_ds.config import RunConfig
+from das_ds.errors import RunFolderError
+from das_ds.tracking.names import METRICS_FILE, STEP_METRICS, loss_part
+from das_ds.tracking.sinks import JsonlSink, Sink
+from das_ds.tracking.tracker import Tracker, build_tracker
+
+ConfigMaker = Callable[[Path, str], RunConfig]
+
+
+def step_metrics(step: int, **changes: float) -> dict[str, Any]:
+    metrics = {"domain": "acl", "domain_step": step, "tokens_seen": 10 * step, "loss": 1.5, "lr": 1e-4}
+    return {**metrics, "grad_norm": 0.5, "tokens_per_s": 7.0, loss_part("mlm"): 1.0, **changes}
+
+
+def read_strictly(path: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+class Recorder(Sink):
+    """Keeps every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def log(self, metrics: Any, *, global_step: int) -> None:
+        self.calls.append(("log", metrics, global_step))
+
+    def log_evaluation(self, losses: Any, *, domains_learned: int, global_step: int) -> None:
+        self.calls.append(("evaluation", losses, domains_learned, global_step))
+
+    def log_summary(self, metrics: Any) -> None:
+        self.calls.append(("summary", metrics))
+
+    def log_table(self, name: str, columns: Any, rows: Any) -> None:
+        self.calls.append(("table", name, columns, rows))
+
+    def log_picture(self, name: str, path: Path) -> None:
+        self.calls.append(("picture", name, path))
+
+    def truncate_after(self, global_step: int) -> None:
+        self.calls.append(("truncate", global_step))
+
+    def close(self, exit_code: int = 0) -> None:
+        self.calls.append(("close", exit_code))
+
+
+def report_everything(tracker: Tracker) -> None:
+    tracker.truncate_after(2)
+    tracker.log({"domain": "acl"}, global_step=3)
+    tracker.log_evaluation({"acl": 1.0}, domains_learned=1, global_step=3)
+    tracker.log_summary({"forgetting": 0.5})
+    tracker.log_table("losses", ["stage", "acl"], [["before", 1.0]])
+    tracker.log_picture("losses", Path("losses.png"))
+
+
+def test_every_sink_receives_every_call() -> None:
+    first, second = Recorder(), Recorder()
+    with Tracker([first, second]) as tracker:
+        report_everything(tracker)
+    assert first.calls == second.calls
+    assert first.calls == [
+        ("truncate", 2),
+        ("log", {"domain": "acl"}, 3),
+        ("evaluation", {"acl": 1.0}, 1, 3),
+        ("summary", {"forgetting": 0.5}),
+        ("table", "losses", ["stage", "acl"], [["before", 1.0]]),
+        ("picture", "losses", Path("losses.png")),
+        ("close", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [(SystemExit(75), 75), (SystemExit(), 0), (SystemExit("why"), 1), (KeyError("bug"), 1), (KeyboardInterrupt(), 1)],
+)
+def test_the_sinks_learn_how_the_run_ended(error: BaseException, exit_code: int) -> None:
+    sink = Recorder()
+    with pytest.raises(type(error)), Tracker([sink]):
+        raise error
+    assert sink.calls == [("close", exit_code)]
+
+
+def test_a_rank_without_sinks_writes_nothing(make_config: ConfigMaker, tmp_path: Path) -> None:
+    with build_tracker(make_config(tmp_path / "run", "offline"), enabled=False) as tracker:
+        report_everything(tracker)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_jsonl_keeps_only_training_steps(make_config: ConfigMaker, tmp_path: Path) -> None:
+    with build_tracker(make_config(tmp_path, "disabled"), enabled=True) as tracker:
+        report_everything(tracker)
+    assert read_strictly(tmp_path / METRICS_FILE) == [{"global_step": 3, "domain": "acl"}]
+
+
+def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / METRICS_FILE)
+    sink.log(step_metrics(1), global_step=41)
+    (line,) = read_strictly(tmp_path / METRICS_FILE)
+    sink.close()
+    assert set(STEP_METRICS) <= set(line)
+    assert line == {"global_step": 41, **step_metrics(1)}
+
+
+def test_numbers_that_are_not_finite_stay_strict_json(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / METRICS_FILE)
+    sink.log(step_metrics(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf), global_step=1)
+    sink.close()
+    (line,) = read_strictly(tmp_path / METRICS_FILE)
+    assert (line["loss"], line["grad_norm"], line["lr"]) == ("NaN", "Infinity", "-Infinity")
+    assert math.isnan(float(line["loss"])) and float(line["lr"]) == -math.inf
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"global_step": 9, "loss"', b'{"global_step": 2}', b'{"global_step": \n', b"7\n"]
+)
+def test_resuming_cuts_later_and_half_written_lines(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / METRICS_FILE
+    sink = JsonlSink(path)
+    for step in (1, 2, 3, 4):
+        sink.log(step_metrics(step), global_step=step)
+    sink.close()
+    path.write_bytes(path.read_bytes() + tail)
+    sink = JsonlSink(path)
+    sink.truncate_after(10)
+    assert [line["global_step"] for line in read_strictly(path)] == [1, 2, 3, 4]
+    sink.truncate_after(2)
+    sink.log(step_metrics(3), global_step=3)
+    sink.close()
+    assert [line["global_step"] for line in read_strictly(path)] == [1, 2, 3]
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"missing/metrics\.jsonl: cannot be written \(No such file"):
+        JsonlSink(tmp_path / "missing" / METRICS_FILE)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    path.symlink_to("/dev/full")
+    sink = JsonlSink(path)
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written \(No space left.*free space"):
+        sink.log(step_metrics(1), global_step=1)

@@ -1,0 +1,199 @@
+"""The W&B sink around libraries that fail, hang or are missing; the real one is in test_wandb_library.py."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from das_ds.config import RunConfig
+from das_ds.errors import ConfigError
+from das_ds.tracking import wandb_sink
+from das_ds.tracking.names import WANDB_RUN_ID_FILE
+from das_ds.tracking.wandb_sink import MAX_WAITING_JOBS, WandbSink, build_wandb_sink
+
+ConfigMaker = Callable[[Path, str], RunConfig]
+STEP: dict[str, float | int | str] = {"domain": "acl", "domain_step": 1, "loss": 1.0}
+
+
+class FakeRun:
+    """Keeps what is logged; fails where it is told to."""
+
+    def __init__(self, failing: set[str]) -> None:
+        self.failing = failing
+        self.rows: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.exit_code: int | None = None
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        if "define_metric" in self.failing:
+            raise RuntimeError("define_metric")
+
+    def log(self, row: dict[str, Any]) -> None:
+        if "log" in self.failing:
+            raise RuntimeError("log")
+        self.rows.append(row)
+
+    def finish(self, exit_code: int) -> None:
+        if "finish" in self.failing:
+            raise RuntimeError("finish")
+        self.exit_code = exit_code
+
+
+class FakeWandb:
+    """Stands for the module; `hanging` calls return only once `release` is set."""
+
+    def __init__(self, *, has_key: bool = False, failing: tuple[str, ...] = (), hanging: tuple[str, ...] = ()) -> None:
+        self.has_key, self.failing, self.hanging = has_key, set(failing), set(hanging)
+        self.release = threading.Event()
+        self.run = FakeRun(self.failing)
+        self.calls: list[str] = []
+        self.init_arguments: dict[str, Any] = {}
+
+    def _enter(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.hanging:
+            self.release.wait(60)
+        if name in self.failing:
+            raise RuntimeError(name)
+
+    def login(self, *, prompt: bool, verify: bool) -> bool:
+        self._enter("login")
+        assert not prompt and not verify
+        return self.has_key
+
+    def init(self, **arguments: Any) -> FakeRun:
+        self._enter(f"init {arguments['mode']}")
+        self.init_arguments = arguments
+        return self.run
+
+    def teardown(self) -> None:
+        self._enter("teardown")
+
+    def Settings(self, **settings: Any) -> dict[str, Any]:  # noqa: N802
+        return settings
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("mode", "has_key", "calls"),
+    [
+        ("auto", True, ["login", "init online"]),
+        ("auto", False, ["login", "init offline"]),
+        ("online", True, ["login", "init online"]),
+        ("online", False, ["login", "init offline"]),
+        ("offline", True, ["init offline"]),
+    ],
+)
+def test_mode_and_key_decide_between_online_and_offline(
+    make_config: ConfigMaker, tmp_path: Path, mode: str, has_key: bool, calls: list[str]
+) -> None:
+    library = FakeWandb(has_key=has_key)
+    WandbSink(make_config(tmp_path, mode), library).close(3)
+    assert library.calls == calls
+    assert library.run.exit_code == 3
+    assert library.init_arguments["resume"] == ("allow" if calls[-1] == "init online" else None)
+
+
+def test_run_is_described_by_the_config(make_config: ConfigMaker, tmp_path: Path) -> None:
+    library = FakeWandb()
+    config = make_config(tmp_path / "papers" / "seed0", "auto")
+    WandbSink(config, library, init_timeout_s=4.0, close_timeout_s=10.0).close()
+    given = library.init_arguments
+    assert (given["name"], given["group"], given["job_type"]) == ("seed0", "papers", "ncl")
+    assert (given["project"], given["entity"]) == ("tests", None)
+    assert given["config"] == config.model_dump(mode="json")
+    assert given["dir"] == str(tmp_path / "papers" / "seed0")
+    assert given["settings"]["init_timeout"] == 4.0 and given["settings"]["finish_timeout"] == 5.0
+
+
+def test_id_is_stored_and_used_again_unless_damaged(make_config: ConfigMaker, tmp_path: Path) -> None:
+    def run_id() -> str:
+        library = FakeWandb()
+        WandbSink(make_config(tmp_path, "offline"), library).close()
+        return str(library.init_arguments["id"])
+
+    first = run_id()
+    assert first == run_id() == (tmp_path / WANDB_RUN_ID_FILE).read_text().strip()
+    (tmp_path / WANDB_RUN_ID_FILE).write_text("no id/\n")
+    assert run_id() not in (first, "no id/")
+
+
+def test_unreachable_server_means_offline_with_a_warning(
+    make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = FakeWandb(has_key=True, failing=("init online",))
+    sink = WandbSink(make_config(tmp_path, "online"), library)
+    sink.log(STEP, global_step=1)
+    sink.close()
+    assert library.calls == ["login", "init online", "teardown", "init offline"]
+    assert library.run.rows == [{"global_step": 1, "acl/step": 1, "acl/loss": 1.0}]
+    assert len(warnings_of(caplog)) == 1 and "kept offline" in caplog.text
+
+
+@pytest.mark.parametrize("failing", ["login", "init offline", "define_metric", "log", "finish"])
+def test_failures_warn_once_and_never_reach_training(
+    make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    library = FakeWandb(failing=(failing,))
+    sink = WandbSink(make_config(tmp_path, "auto"), library)
+    for step in range(3):
+        sink.log(STEP, global_step=step)
+    sink.log({"loss": 1.0}, global_step=3)
+    sink.log_summary({"forgetting": 1.0})
+    sink.log_table("losses", ["stage"], [["before"]])
+    sink.log_picture("losses", tmp_path / "missing.png")
+    sink.close()
+    sink.close()
+    messages = warnings_of(caplog)
+    assert len(messages) == 1 and "training goes on" in messages[0]
+
+
+@pytest.mark.parametrize("hanging", ["login", "init online", "finish"])
+def test_a_hanging_library_blocks_neither_logging_nor_closing(
+    make_config: ConfigMaker,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    hanging: str,
+) -> None:
+    monkeypatch.setattr(wandb_sink, "TEARDOWN_TIMEOUT_S", 0.1)
+    library = FakeWandb(has_key=True, hanging=(hanging, "teardown"))
+    library.run.finish = lambda exit_code: library._enter("finish")  # type: ignore[method-assign]
+    sink = WandbSink(make_config(tmp_path, "auto"), library, close_timeout_s=0.2)
+    for step in range(MAX_WAITING_JOBS + 10 if hanging != "finish" else 10):
+        sink.log(STEP, global_step=step)
+    closing = threading.Thread(target=sink.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert "did not finish within 0.2 s" in warnings_of(caplog)[-1]
+    library.release.set()
+
+
+def test_missing_package_is_an_error_only_where_it_is_demanded(
+    make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert build_wandb_sink(make_config(tmp_path, "auto")) is None
+    assert "not installed" in caplog.text
+    for mode in ("online", "offline"):
+        with pytest.raises(ConfigError, match=rf"wandb\.mode: found {mode}.*install .*auto or disabled"):
+            build_wandb_sink(make_config(tmp_path, mode))
+
+
+@pytest.mark.parametrize(("mode", "environment"), [("disabled", ""), ("auto", "disabled")])
+def test_disabled_by_config_or_environment(
+    make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, environment: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", environment)
+    assert build_wandb_sink(make_config(tmp_path, mode)) is None
