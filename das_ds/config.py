@@ -52,7 +52,7 @@ class CorpusConfig(Section):
     name: str = Field(pattern=NAME_PATTERN)
     """Name in folders, tables and metric names (letters, digits, - and _)."""
     train: list[str] = []
-    """Training text: .txt, .jsonl or .parquet files (also .gz, .xz), globs, or hub names (`owner/name[:config][@split]`)."""
+    """Training text: .txt, .jsonl (also .gz, .xz) or .parquet files, globs, hub names `owner/name[:config][@split]`."""
     valid: list[str] = []
     """Held-out text in the same forms; empty: `valid_fraction` of the blocks of `train` is cut off its end."""
     valid_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)

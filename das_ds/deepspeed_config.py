@@ -123,7 +123,8 @@ def _accumulation_steps(global_batch_size: int, micro_batch_size: int, world_siz
         below, above = (rounding(global_batch_size / per_pass) * per_pass for rounding in (math.floor, math.ceil))
         raise ConfigError(
             f"train.global_batch_size: found {global_batch_size}, expected a multiple of train.micro_batch_size "
-            f"{micro_batch_size} x {world_size} ranks; nearest allowed: " + (f"{below} or {above}" if below else f"{above}")
+            f"{micro_batch_size} x {world_size} ranks; nearest allowed: "
+            + (f"{below} or {above}" if below else f"{above}")
         )
     return global_batch_size // per_pass
 
@@ -145,7 +146,7 @@ def _set_owned(engine: dict[str, Any], key: str, owner: str, value: Any) -> None
     found = section.get(leaf, AUTO)
     if found != AUTO and (isinstance(found, bool) != isinstance(value, bool) or found != value):
         raise ConfigError(
-            f"deepspeed {key}: found {found!r} in the DeepSpeed file, but {owner} in the run config asks for {value!r}; "
+            f"deepspeed {key}: found {found!r} in the DeepSpeed file, but {owner} in the run config gives {value!r}; "
             'leave it out of the file, or set "auto"'
         )
     section[leaf] = value

@@ -131,7 +131,10 @@ class Engine:
 
     def snapshot(self) -> list[torch.Tensor]:
         """Copies of this rank's fp32 shards in host memory, for `restore`."""
-        return [shard.flat.detach().view(-1)[shard.start : shard.start + shard.numel].cpu().clone() for shard in self._list_shards]
+        return [
+            shard.flat.detach().view(-1)[shard.start : shard.start + shard.numel].cpu().clone()
+            for shard in self._list_shards
+        ]
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
         """Put all weights back to a snapshot."""

@@ -52,8 +52,8 @@ class Ranks:
         device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(device)
-        # On CPU DeepSpeed would compile its shared-memory all-reduce at every first start, guarded by a lock file that a
-        # killed process leaves behind and every later start then waits for; gloo needs no compiler and no lock.
+        # On CPU DeepSpeed would compile its shared-memory all-reduce at the first start, guarded by a lock file that a
+        # killed process leaves behind and every later start waits for; gloo needs no compiler and no lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
             deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)

@@ -32,7 +32,9 @@ class Shard:
 
 
 def shards(engine: DeepSpeedEngine, names: dict[torch.nn.Parameter, str]) -> Iterator[Shard]:
-    """This rank's shards of all named parameters; together the ranks' shards cover each parameter once (stage 0: all).
+    """This rank's shards of all named parameters.
+
+    At stages 1 to 3 the shards of all ranks cover each parameter once; at stage 0 every rank has all of it.
 
     Raises:
         ConfigError: a DeepSpeed optimizer wrapper whose layout das_ds does not know.
@@ -50,8 +52,8 @@ def shards(engine: DeepSpeedEngine, names: dict[torch.nn.Parameter, str]) -> Ite
             yield Shard(name, parameter, 0, 0, parameter.numel())
     else:
         raise ConfigError(
-            f"deepspeed: this file makes DeepSpeed wrap the optimizer in {type(optimizer).__name__}, whose shards das_ds "
-            "cannot mask; use ZeRO stage 0 to 3 without data_types.grad_accum_dtype at stage 1"
+            f"deepspeed: this file makes DeepSpeed wrap the optimizer in {type(optimizer).__name__}, whose shards "
+            "das_ds cannot mask; use ZeRO stage 0 to 3 without data_types.grad_accum_dtype at stage 1"
         )
 
 
@@ -95,7 +97,7 @@ def gradient_norm(engine: DeepSpeedEngine) -> torch.Tensor | float | None:
     return norm
 
 
-def _stage3_shards(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> Iterator[Shard]:
+def _stage3_shards(optimizer: Any, names: dict[Any, str]) -> Iterator[Shard]:
     for parameter, name in names.items():
         group, start, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
         offset = optimizer._get_param_partition_rank(parameter) * padded

@@ -63,9 +63,9 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """Contrast of full knowledge with previous knowledge (paper eq. 7).
 
-        L = -(1/B) sum_n log [ e^{sim(full_n, full+_n)/T} / sum_j (e^{sim(full_n, full+_j)/T} + e^{sim(full_n, prev_j)/T}) ]
+        L = -(1/B) sum_n log [ e^{s(full_n, full+_n)} / sum_j (e^{s(full_n, full+_j)} + e^{s(full_n, prev_j)}) ]
 
-    with cosine similarity; n runs over the anchors given, j over the global batch.
+    s is the cosine similarity over the temperature T; n runs over the anchors given, j over the global batch.
 
     Args:
         anchors: (B, H) pooled o^full of this rank.

@@ -77,8 +77,10 @@ class MaskTable:
                 size += length
         self._buffer = torch.zeros(size, dtype=torch.float32, device=device)
         self.masks: dict[str, ParameterMask] = {}
-        for name, (num_rows, num_columns) in layout.shapes.items():
-            by_axis = {item.axis: self._buffer[self._stretches[self._key(item)]] for item in active if item.parameter == name}
+        for name, (num_rows, _) in layout.shapes.items():
+            by_axis = {
+                item.axis: self._buffer[self._stretches[self._key(item)]] for item in active if item.parameter == name
+            }
             if by_axis:
                 self.masks[name] = ParameterMask(by_axis.get(0), by_axis.get(1))
             elif shared_scale < 1.0:
@@ -98,7 +100,7 @@ class MaskTable:
 def pieces_of_stretch(
     mask: ParameterMask, *, flat_start: int, offset: int, numel: int, num_columns: int
 ) -> Iterator[Piece]:
-    """Rectangles covering elements [offset, offset + numel) of a flattened parameter that lie at `flat_start` in a shard.
+    """Rectangles over elements [offset, offset + numel) of a flattened parameter, from `flat_start` on in a shard.
 
     A stretch that starts or ends inside a row gives a one-row rectangle there; whole rows between are cut so that no
     piece is larger than `PIECE_ELEMENTS` (but never smaller than a row).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ class DomainContext:
     """Label of a progress bar -> this rank's batches of `importance.samples` training sequences, always the same."""
 
 
-class Method(ABC):
+class Method:
     """A continual-learning method; every hook does nothing special unless a method says otherwise."""
 
     starts_from_base = False

@@ -31,7 +31,7 @@ def load_importance(path: Path, layout: UnitLayout) -> Importance:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            importance = {group: file.get_tensor(group) for group in file.keys()}
+            importance = {group: file.get_tensor(group) for group in file.keys()}  # noqa: SIM118 (no dictionary)
     except (OSError, SafetensorError) as error:
         raise ImportanceError(f"{path}: cannot read importance: {error}") from error
     if metadata.get("format_version") != FORMAT_VERSION:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from das_ds.errors import ModelError
 from das_ds.functional.units import Ownership, UnitLayout, UnitRule, matrix_shape
@@ -41,11 +42,11 @@ class ArchitectureAdapter:
     position_offset: int = 0
     """Rows of the position embedding that no token of a block can use."""
 
-    def max_sequence_length(self, model: nn.Module) -> int:
+    def max_sequence_length(self, model: PreTrainedModel) -> int:
         """Longest block that the model's position embedding allows."""
         return int(model.config.max_position_embeddings) - self.position_offset
 
-    def layout(self, model: nn.Module) -> UnitLayout:
+    def layout(self, model: PreTrainedModel) -> UnitLayout:
         """Apply the table to a real model.
 
         Raises:
@@ -64,7 +65,7 @@ class ArchitectureAdapter:
         self._check_complete(shapes, {item.parameter for item in ownerships if not item.reader}, base)
         return UnitLayout(self.model_type, config.num_hidden_layers, num_units, ownerships, shapes)
 
-    def gate_modules(self, model: nn.Module) -> Iterator[tuple[GateSite, int, nn.Module]]:
+    def gate_modules(self, model: PreTrainedModel) -> Iterator[tuple[GateSite, int, nn.Module]]:
         """(site, layer, module) of every gate of a real model."""
         for site in self.sites:
             for layer in range(model.config.num_hidden_layers):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from das_ds.models.adapter import ArchitectureAdapter
 
@@ -41,14 +42,15 @@ class UnitGate(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         tail_dy, tail_x = dy[ctx.first_row :], x[ctx.first_row :]
         per_feature = (tail_dy.float() * tail_x.float()).sum(dim=1)
-        per_unit = per_feature.view(len(per_feature), ctx.gate_shape[1], -1).sum(dim=2)
+        num_units = ctx.gate_shape[1]
+        per_unit = per_feature.view(-1, num_units, x.shape[-1] // num_units).sum(dim=2)
         return dx, per_unit.sum_to_size(ctx.gate_shape).to(ctx.gate_dtype), None
 
 
 class UnitGates:
     """Adds the gates of one model by hooks and takes them away again."""
 
-    def __init__(self, model: nn.Module, adapter: ArchitectureAdapter) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: ArchitectureAdapter) -> None:
         self._sites = list(adapter.gate_modules(model))
 
     @contextmanager
@@ -57,7 +59,9 @@ class UnitGates:
 
         The backward pass belongs inside the context too: activation checkpointing runs the layers again there.
         """
-        handles = [self._add(module, site.position, gates[site.group][layer], first_row) for site, layer, module in self._sites]
+        handles = [
+            self._add(module, site.position, gates[site.group][layer], first_row) for site, layer, module in self._sites
+        ]
         try:
             yield
         finally:

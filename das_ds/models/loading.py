@@ -29,11 +29,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     source = config.data.tokenizer or config.model.name_or_path
     if source is None:
-        raise ConfigError("data.tokenizer: a model with random weights needs a tokeniser folder or hub name, found null")
+        raise ConfigError(
+            "data.tokenizer: a model with random weights needs a tokeniser folder or hub name, found null"
+        )
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the tokeniser {source!r} (a folder or hub name): {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot load the tokeniser {source!r} (a folder or hub name): {_first_line(error)}"
+        ) from error
 
 
 def load_model(
@@ -95,9 +99,12 @@ def _model_config(config: ModelConfig, vocab_size: int) -> Any:
 
 
 def _check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
-    num_embeddings = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    num_embeddings = embeddings.num_embeddings
     if vocab_size > num_embeddings:
-        raise ModelError(f"the tokeniser has {vocab_size} tokens, but the model has embeddings for only {num_embeddings}")
+        raise ModelError(
+            f"the tokeniser has {vocab_size} tokens, but the model has embeddings for only {num_embeddings}"
+        )
 
 
 def _first_line(error: Exception) -> str:

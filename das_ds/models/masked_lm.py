@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from das_ds.models.adapter import ArchitectureAdapter
 
@@ -14,7 +15,7 @@ class MaskedLanguageModel(nn.Module):
     The whole computation stays inside one module call, so ZeRO-3 gathers every layer once per packed batch.
     """
 
-    def __init__(self, model: nn.Module, adapter: ArchitectureAdapter) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: ArchitectureAdapter) -> None:
         super().__init__()
         self.model = model
         self._lm_head = adapter.lm_head

@@ -89,6 +89,7 @@ class DomainTrainer:
             norm = self._optimizer_step(micro_batches, meter, measure_norm=is_logged)
             throughput.add(progress.tokens_per_step)
             if is_logged:
+                assert norm is not None, "an optimizer step that is logged has a gradient norm"
                 losses = meter.take(self._engine.ranks.info.world_size)
                 self._log(progress, step, losses, learning_rate, norm, throughput.take())
                 bar.set_postfix(loss=f"{sum(losses.values()):.3f}", refresh=False)
@@ -117,14 +118,14 @@ class DomainTrainer:
         step: int,
         losses: dict[str, float],
         learning_rate: float,
-        norm: torch.Tensor | float | None,
+        norm: torch.Tensor | float,
         tokens_per_s: float,
     ) -> None:
         loss = sum(losses.values())
         if not math.isfinite(loss):
             raise TrainingError(
-                f"loss of {progress.domain} is {loss} within the {self._train.log_every} steps up to step {step}, expected "
-                "a finite number; lower train.learning_rate, clip with train.grad_clip or train in fp32"
+                f"loss of {progress.domain} is {loss} within the {self._train.log_every} steps up to step {step}, "
+                "expected a finite number; lower train.learning_rate, clip with train.grad_clip or train in fp32"
             )
         self._tracker.log(
             {
@@ -134,7 +135,7 @@ class DomainTrainer:
                 LOSS: loss,
                 **{loss_part(name): value for name, value in losses.items()},
                 LEARNING_RATE: learning_rate,
-                GRAD_NORM: None if norm is None else float(norm),
+                GRAD_NORM: float(norm),
                 TOKENS_PER_S: tokens_per_s,
                 PEAK_MEMORY_GIB: peak_memory_gib(),
             },

@@ -40,7 +40,9 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         if recorded.exists():
             _check_same_run(config, recorded)
         elif any(root.iterdir()):
-            raise RunFolderError(f"output_dir: {root} is not empty and holds no run (no {CONFIG_FILE}); use another folder")
+            raise RunFolderError(
+                f"output_dir: {root} is not empty and holds no run (no {CONFIG_FILE}); use another folder"
+            )
         else:
             dump_config(config, recorded)
     except OSError as error:

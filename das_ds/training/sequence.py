@@ -141,9 +141,7 @@ class DomainSequence:
     def _report(self, results: Results, row: dict[str, float]) -> None:
         importance = self._method.accumulated_importance()
         report = write_report(self._folder.root, results, importance)
-        self._tracker.log_evaluation(
-            row, domains_learned=self._state.domains_done, global_step=self._state.global_step
-        )
+        self._tracker.log_evaluation(row, domains_learned=self._state.domains_done, global_step=self._state.global_step)
         self._tracker.log_table(LOSS_MATRIX, *results.table)
         self._tracker.log_picture(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
         if importance is not None:

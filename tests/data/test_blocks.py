@@ -30,12 +30,12 @@ def data(tmp_path: Path) -> DataConfig:
 
 
 def corpus(tmp_path: Path, *, train: str = "", valid: str = "", valid_fraction: float = 0.02) -> CorpusConfig:
-    sources = {}
+    sources: dict[str, list[str]] = {"train": [], "valid": []}
     for part, text in (("train", train), ("valid", valid)):
         if text:
             (tmp_path / f"{part}.txt").write_text(text)
             sources[part] = [str(tmp_path / f"{part}.txt")]
-    return CorpusConfig(name="soup", valid_fraction=valid_fraction, **sources)
+    return CorpusConfig(name="soup", train=sources["train"], valid=sources["valid"], valid_fraction=valid_fraction)
 
 
 def rows(blocks: TokenBlocks) -> list[list[int]]:

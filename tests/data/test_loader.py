@@ -152,11 +152,11 @@ def test_another_seed_is_another_order(blocks: TokenBlocks) -> None:
 
 
 def test_the_global_generators_are_left_alone(blocks: TokenBlocks) -> None:
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1]
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
     steps(blocks)
     list(evaluation(blocks))
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], numpy_state)
 
 
 def test_global_batch_that_the_ranks_cannot_share(blocks: TokenBlocks) -> None:
@@ -172,7 +172,7 @@ def test_evaluation_covers_the_same_corrupted_blocks_for_any_number_of_ranks(
 ) -> None:
     num_sequences = min(max_sequences or NUM_BLOCKS, NUM_BLOCKS)
     ranks = [evaluation(blocks, rank=r, world_size=world_size, max_sequences=max_sequences) for r in range(world_size)]
-    found = {}
+    found: dict[int, tuple[list[int], torch.Tensor]] = {}
     for batches in ranks:
         for batch in batches:
             real = batch.row_weights.bool()

@@ -40,7 +40,7 @@ def prepare(
 
 
 def stored_ids(tokens: TokenFile) -> list[int]:
-    return np.fromfile(tokens.path, tokens.dtype).tolist()
+    return [int(token) for token in np.fromfile(tokens.path, tokens.dtype)]
 
 
 @pytest.mark.parametrize("documents_per_call", [1, 3, 1000])
@@ -117,7 +117,7 @@ def test_damaged_entry_is_made_anew(corpus_file: Path, damage: str) -> None:
 
 
 def test_entry_published_by_another_job_meanwhile_is_kept(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish, order = tokenise._publish, []
+    publish, order = tokenise._publish, list[str]()
 
     def publish_after_another(partial: Path, folder: Path) -> None:
         if not order:

@@ -9,7 +9,7 @@ from das_ds.functional.sampling import epoch_order, mlm_corrupt, sample_generato
 
 def test_generator_depends_on_seed_stream_and_index_only() -> None:
     def draws(seed: int, stream: str, index: int) -> list[float]:
-        return sample_generator(seed, stream, index).random(4).tolist()
+        return [float(draw) for draw in sample_generator(seed, stream, index).random(4)]
 
     first = draws(0, "a", 5)
     others = [draws(1, "a", 5), draws(0, "b", 5), draws(0, "a", 6)]

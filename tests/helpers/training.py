@@ -1,4 +1,4 @@
-"""Training the product's engine and method on given batches, to be run on real ranks and compared with the reference."""
+"""The product's engine and method trained on given batches, on real ranks, for comparison with the reference."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def build(config: RunConfig, ranks: Ranks, **model_changes: Any) -> RunContext:
     return RunContext(config, engine, layout, gates)
 
 
-def train(config: RunConfig, steps: list[list[Batch]], **model_changes: Any) -> tuple[dict[str, torch.Tensor], list[Metrics]]:
+def train(
+    config: RunConfig, steps: list[list[Batch]], **model_changes: Any
+) -> tuple[dict[str, torch.Tensor], list[Metrics]]:
     """Final fp32 weights and the logged lines of one domain on joined batches, trained by this rank's part of them."""
     ranks = Ranks()
     run = build(config, ranks, **model_changes)

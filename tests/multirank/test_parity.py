@@ -19,11 +19,15 @@ from helpers.training import random_batch, run_config, train_all
 
 NUM_STEPS, ROWS = 5, 4
 ACCUMULATION = 2
-# The gradient of key biases is zero but for rounding (softmax ignores a constant added to all keys); a smaller eps would
-# let Adam blow that rounding up to whole steps.
+# The gradient of key biases is zero but for rounding (softmax ignores a constant added to all keys); a smaller eps
+# would let Adam blow that rounding up to whole steps.
 EPS = 1e-4
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-SETTINGS = ({"apply_to": "update"}, {"apply_to": "gradient"}, {"apply_to": "update", "readers": True, "shared_scale": 0.5})
+SETTINGS = (
+    {"apply_to": "update"},
+    {"apply_to": "gradient"},
+    {"apply_to": "update", "readers": True, "shared_scale": 0.5},
+)
 
 
 def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -33,7 +37,12 @@ def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torc
 
 
 def configs(folder: Path, world_size: int, zero: dict[str, Any], precision: str = "fp32") -> list[RunConfig]:
-    train = {"micro_batch_size": ROWS // world_size, "global_batch_size": ROWS * ACCUMULATION, "precision": precision, "eps": EPS}
+    train = {
+        "micro_batch_size": ROWS // world_size,
+        "global_batch_size": ROWS * ACCUMULATION,
+        "precision": precision,
+        "eps": EPS,
+    }
     return [
         run_config(
             folder,

@@ -1,0 +1,43 @@
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+BENCHMARKS := adam_mask step tokenise
+# The deepspeed launcher starts the first `python` of the path.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test test-gpu bench lint format
+
+setup: $(STAMP)
+
+# torch goes first and by its exact version: a looser request, such as deepspeed's, may fetch another build of it.
+$(STAMP): requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"das_ds needs Python 3.11 or newer, found {v[0]}.{v[1]}; choose one with make PYTHON=...")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps -e .
+	touch $@
+
+demo: setup
+	$(BIN)/python launch/demo.py
+
+test: setup
+	$(BIN)/pytest -q tests
+
+test-gpu: setup
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: torch sees no GPU on this machine, so nothing was tested")'
+	$(BIN)/pytest -q -m gpu tests
+
+bench: setup
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy das_ds
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,85 @@
+"""Losses against hand-computed cases, loops and torch's own definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from das_ds.functional.losses import (
+    contrastive_loss,
+    mean_pool,
+    representation_kl,
+    sequence_token_loss,
+    token_loss_sum,
+)
+
+
+def test_contrast_two_by_two_by_hand() -> None:
+    # Unit vectors at 0 and 90 degrees; positives equal their anchors; prev_1 equals anchor 1, prev_2 its opposite.
+    full = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    previous = torch.tensor([[2.0, 0.0], [-1.0, 0.0]])
+    temperature = 0.5
+    # Similarities / T: anchor 1 -> full+ (2, 0), prev (2, -2); anchor 2 -> full+ (0, 2), prev (0, 0).
+    first = math.log(math.exp(2) + 1 + math.exp(2) + math.exp(-2)) - 2
+    second = math.log(1 + math.exp(2) + 1 + 1) - 2
+    loss = contrastive_loss(full, 3 * full, previous, first_positive=0, temperature=temperature)
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+
+
+def test_contrast_pairs_each_anchor_with_its_own_positive() -> None:
+    anchors, positives, previous = torch.randn(2, 5), torch.randn(6, 5), torch.randn(6, 5)
+    total = 0.0
+    for n in range(2):
+        similarity = torch.stack(
+            [functional.cosine_similarity(anchors[n], row, dim=0) for row in (*positives, *previous)]
+        )
+        total += -(similarity / 0.1).log_softmax(0)[4 + n].item()
+    found = contrastive_loss(anchors, positives, previous, first_positive=4, temperature=0.1)
+    assert found.item() == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_contrast_is_finite_for_equal_and_zero_rows() -> None:
+    rows = torch.zeros(3, 4, requires_grad=True)
+    loss = contrastive_loss(rows, rows, rows, first_positive=0, temperature=0.05)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(6))
+    assert rows.grad is not None and rows.grad.isfinite().all()
+
+
+def test_representation_kl_equals_torch() -> None:
+    first, second = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
+    expected = functional.kl_div(second.log_softmax(-1), first.log_softmax(-1), log_target=True, reduction="none")
+    torch.testing.assert_close(representation_kl(first, second), expected.sum(-1).mean(1))
+    assert representation_kl(first, first).abs().max() == 0
+
+
+def test_sequence_loss_is_each_sequences_own_mean() -> None:
+    logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
+    rows = torch.tensor([2, 0, 2, 2, 0, 3])
+    found = sequence_token_loss(logits, targets, rows, 5)
+    for row in range(5):
+        mine = rows == row
+        expected = functional.cross_entropy(logits[mine], targets[mine]).item() if mine.any() else 0.0
+        assert found[row].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_token_loss_is_computed_in_float32() -> None:
+    logits, targets = torch.randn(50, 30).bfloat16(), torch.randint(30, (50,))
+    loss = token_loss_sum(logits, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(
+        functional.cross_entropy(logits.double(), targets, reduction="sum").item(), rel=1e-5
+    )
+
+
+def test_loss_of_no_positions_is_zero_with_gradient() -> None:
+    logits = torch.randn(0, 30, requires_grad=True)
+    token_loss_sum(logits, torch.zeros(0, dtype=torch.long)).backward()
+
+
+def test_mean_pool() -> None:
+    hidden = torch.randn(2, 3, 4)
+    torch.testing.assert_close(mean_pool(hidden), sum(hidden[:, s] for s in range(3)) / 3)

@@ -1,0 +1,64 @@
+"""Importance passes of the product on real ranks, for comparison with brute force."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.distributed.launch import Ranks
+from das_ds.functional.units import Importance
+from das_ds.methods.importance_pass import general_knowledge_loss, mean_absolute_gate_gradient, pretraining_loss
+from helpers.reference import FixedNoise, fix_noise
+from helpers.training import LENGTH, build, random_batch, rank_part
+
+LOSSES = {"mlm": pretraining_loss, "proxy": general_knowledge_loss}
+
+
+def measured(config: RunConfig, kind: str, batches: list[Batch], model_changes: dict[str, Any]) -> Importance:
+    """Importance over joined batches, of which this rank runs its part; checks that training is not disturbed."""
+    ranks = Ranks()
+    run = build(config, ranks, **model_changes)
+    info = ranks.info
+    before = {name: weight.clone() for name, weight in run.engine.fp32_weights()}
+    if kind == "proxy":
+        # As many noise rows as there are sequences in both views of all batches.
+        num_sequences = sum(len(batch.input_ids) for batch in batches)
+        fix_noise(run.engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
+        _NoisePerBatch(run.engine.module, batches, num_sequences, info.rank, info.world_size)
+    parts = [rank_part(batch, info.rank, info.world_size) for batch in batches]
+    importance = mean_absolute_gate_gradient(run, parts, LOSSES[kind])
+    assert all(parameter.grad is None for parameter in run.engine.module.parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in run.engine.fp32_weights())
+    assert run.engine.module.training
+    run.engine.close()
+    return {group: values.cpu() for group, values in importance.items()}
+
+
+class _NoisePerBatch:
+    """Gives every sequence the two noise rows that the reference gives it, whatever rank and batch it is in."""
+
+    def __init__(self, module: nn.Module, batches: list[Batch], num_sequences: int, rank: int, world_size: int) -> None:
+        self._module = module
+        self._rows: list[list[int]] = []
+        first = 0
+        for batch in batches:
+            size = len(batch.input_ids) // world_size
+            mine = list(range(first + rank * size, first + (rank + 1) * size))
+            self._rows.append([*mine, *(num_sequences + row for row in mine)])
+            first += len(batch.input_ids)
+        module.register_forward_pre_hook(self._next)
+
+    def _next(self, *_: object) -> None:
+        rows = self._rows.pop(0)
+        for module in self._module.modules():
+            if isinstance(module, FixedNoise):
+                module.rows = rows
+
+
+def joined_batches(num_batches: int, rows: int) -> list[Batch]:
+    """Batches as all ranks together see them."""
+    return [random_batch(rows, 100 + index) for index in range(num_batches)]

@@ -1,0 +1,112 @@
+"""Whole runs of the product on real ranks, over text and a tokeniser made by the test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from das_ds.config import RunConfig
+from das_ds.distributed.launch import Ranks
+from das_ds.evaluation.results import Results
+from das_ds.methods.base import DomainContext
+from das_ds.methods.ncl import Naive
+from das_ds.training.evaluate import evaluate_model
+from das_ds.training.sequence import run_sequence
+from helpers.tiny_models import NO_DROPOUT
+from helpers.tiny_tokenizer import TEXT, tiny_tokenizer
+
+WORDS = TEXT.split()
+
+
+def small_run(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Config values of a run over two small domains and general text; `changes` are nested dictionaries of keys."""
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        tiny_tokenizer().save_pretrained(tokenizer)
+    corpora = {name: _corpus(folder / f"{name}.txt", shift) for shift, name in enumerate(("food", "papers", "general"))}
+    values: dict[str, Any] = {
+        "output_dir": folder / "run",
+        "model": {
+            "config": {
+                "model_type": "roberta",
+                "hidden_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "intermediate_size": 40,
+                "max_position_embeddings": 40,
+                **NO_DROPOUT,
+            }
+        },
+        "domains": [
+            {"name": name, "train": [str(corpora[name])], "valid_fraction": 0.1} for name in ("food", "papers")
+        ],
+        "general": {"name": "general", "valid": [str(corpora["general"])]},
+        "data": {"sequence_length": 16, "tokenizer": str(tokenizer), "cache_dir": str(folder / "cache")},
+        "train": {
+            "steps_per_domain": 6,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "log_every": 2,
+            "eps": 1e-4,
+        },
+        "method": {"name": "das", "importance": {"samples": 10}},
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+        "wandb": {"mode": "disabled"},
+    }
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+    return values
+
+
+def run_all(runs: list[dict[str, Any]]) -> list[Results]:
+    """Each config run in turn on these ranks, which have to be of one ZeRO stage."""
+    ranks = Ranks()
+    return [run_sequence(RunConfig(**values), ranks) for values in runs]
+
+
+def run_stopped_and_continued(values: dict[str, Any]) -> Results:
+    """The first start breaks off at the second domain, after which the same command continues."""
+    ranks, config = Ranks(), RunConfig(**values)
+    before_domain = Naive.before_domain
+
+    def fail_at_second(self: Naive, domain: DomainContext) -> None:
+        if domain.index == 1:
+            raise KeyboardInterrupt
+        before_domain(self, domain)
+
+    Naive.before_domain = fail_at_second  # type: ignore[method-assign]
+    try:
+        run_sequence(config, ranks)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        Naive.before_domain = before_domain  # type: ignore[method-assign]
+    return run_sequence(config, ranks)
+
+
+def evaluate_export(values: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Losses of an exported model on these ranks."""
+    return evaluate_model(RunConfig(**values), Ranks(), folder)
+
+
+def exported_weights(run_folder: Path, domain: str) -> dict[str, torch.Tensor]:
+    """Weights of one exported model."""
+    return load_file(run_folder / "domains" / domain / "model" / "model.safetensors")
+
+
+def metrics_lines(run_folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _corpus(path: Path, shift: int) -> Path:
+    # Domains are the same words in another order, so that they differ and yet each helps the others.
+    lines = [" ".join(WORDS[(shift * 7 + i * (shift + 1) + j) % len(WORDS)] for j in range(12)) for i in range(60)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

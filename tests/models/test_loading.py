@@ -1,0 +1,108 @@
+"""Loading models and tokenisers, and what a user sees when that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, T5Config
+
+from das_ds.config import ModelConfig
+from das_ds.errors import ConfigError, ModelError
+from das_ds.models.loading import check_sequence_length, load_model, load_tokenizer
+from helpers.tiny_models import SIZES, tiny_model
+from helpers.tiny_tokenizer import tiny_tokenizer
+from helpers.training import run_config
+
+
+def random_model(**changes: Any) -> ModelConfig:
+    return ModelConfig(config={"model_type": "roberta", **SIZES, **changes})
+
+
+def test_random_weights_depend_on_the_seed_alone() -> None:
+    first, _ = load_model(random_model(), seed=1, vocab_size=100)
+    torch.rand(3)
+    again, _ = load_model(random_model(), seed=1, vocab_size=100)
+    other, _ = load_model(random_model(), seed=2, vocab_size=100)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_random_model_takes_the_tokenisers_size() -> None:
+    config = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    model, _ = load_model(ModelConfig(config={"model_type": "roberta", **config}), seed=0, vocab_size=77)
+    assert model.get_input_embeddings().num_embeddings == 77
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_pretrained_weights_are_loaded_in_float32(model_type: str, tmp_path: Path) -> None:
+    saved = tiny_model(model_type)
+    saved.to(torch.bfloat16).save_pretrained(tmp_path)
+    model, adapter = load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
+    assert adapter.model_type == model_type
+    for mine, theirs in zip(model.parameters(), saved.parameters(), strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, theirs.float())
+
+
+def test_exported_weights_replace_the_configured_ones(tmp_path: Path) -> None:
+    saved = tiny_model(seed=5)
+    saved.save_pretrained(tmp_path)
+    model, _ = load_model(random_model(), seed=0, vocab_size=100, weights=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+
+
+def test_missing_model_is_named() -> None:
+    with pytest.raises(ModelError, match="no_such_folder"):
+        load_model(ModelConfig(name_or_path="./no_such_folder"), seed=0, vocab_size=100)
+
+
+def test_model_type_without_adapter_lists_the_known(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'t5'; known: bert, roberta"):
+        load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
+    with pytest.raises(ModelError, match="'no_such_type'; known: bert, roberta"):
+        load_model(ModelConfig(config={"model_type": "no_such_type"}), seed=0, vocab_size=100)
+
+
+def test_config_without_weights_is_named(tmp_path: Path) -> None:
+    BertConfig(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
+
+
+def test_heads_that_do_not_divide_are_an_error() -> None:
+    with pytest.raises(ModelError, match="hidden size"):
+        load_model(random_model(num_attention_heads=7), seed=0, vocab_size=100)
+
+
+def test_tokeniser_larger_than_the_embedding() -> None:
+    with pytest.raises(ModelError, match="tokeniser has 101 tokens, but the model has embeddings for only 100"):
+        load_model(random_model(), seed=0, vocab_size=101)
+
+
+def test_blocks_longer_than_the_positions() -> None:
+    model, adapter = load_model(random_model(), seed=0, vocab_size=100)
+    check_sequence_length(model, adapter, 38)
+    model(torch.full((1, 38), 7))
+    with pytest.raises(ConfigError, match=r"data.sequence_length: found 39.*at most 38 tokens"):
+        check_sequence_length(model, adapter, 39)
+
+
+def test_tokeniser_from_its_own_folder_or_the_models(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    own = run_config(tmp_path, data={"tokenizer": str(tmp_path)})
+    models = run_config(tmp_path, model={"config": None, "name_or_path": str(tmp_path)})
+    assert load_tokenizer(own).get_vocab() == load_tokenizer(models).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_random_model_without_tokeniser(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.tokenizer"):
+        load_tokenizer(run_config(tmp_path))
+
+
+def test_missing_tokeniser_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no_such_folder"):
+        load_tokenizer(run_config(tmp_path, data={"tokenizer": "./no_such_folder"}))

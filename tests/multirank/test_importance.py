@@ -1,0 +1,57 @@
+"""Unit importance: one pass per batch equals a loop over single sequences, on one rank and on two, at every stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.importance import joined_batches, measured
+from helpers.reference import fix_noise, reference_importance
+from helpers.run_ranks import run_ranks
+from helpers.tiny_models import NO_DROPOUT, tiny_model
+from helpers.training import LENGTH, run_config
+
+NUM_BATCHES, ROWS = 2, 4
+
+
+def brute_force(kind: str, model_type: str = "roberta") -> dict[str, torch.Tensor]:
+    model = tiny_model(model_type, **NO_DROPOUT).double()
+    batches = joined_batches(NUM_BATCHES, ROWS)
+    inputs = torch.cat([batch.input_ids for batch in batches])
+    labels = torch.full_like(inputs, -100)
+    for index, batch in enumerate(batches):
+        labels[index * ROWS : (index + 1) * ROWS].view(-1)[batch.predicted] = batch.targets
+    if kind == "proxy":
+        fix_noise(model, 2 * len(inputs), LENGTH)
+    corrupted = torch.cat([batch.corrupted_ids for batch in batches])
+    return reference_importance(model, inputs, corrupted, labels, kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("kind", ["mlm", "proxy"])
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (0, 2), (2, 2), (3, 1), (3, 2)])
+def test_importance_equals_a_loop_over_single_sequences(kind: str, stage: int, world_size: int, tmp_path: Path) -> None:
+    train = {"micro_batch_size": ROWS // world_size, "global_batch_size": ROWS, "precision": "fp32"}
+    config = run_config(tmp_path, train=train, deepspeed={"zero_optimization": {"stage": stage}})
+    found = run_ranks(measured, world_size, config, kind, joined_batches(NUM_BATCHES, ROWS), NO_DROPOUT)
+    for group, expected in brute_force(kind).items():
+        for rank, importance in enumerate(found):
+            difference = (importance[group] - expected).abs().max() / expected.abs().max()
+            assert difference < 1e-5, (group, rank)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_importance_in_bf16_and_under_checkpointing(checkpointing: bool, tmp_path: Path) -> None:
+    precision = "fp32" if checkpointing else "bf16"
+    model: dict[str, Any] = {"gradient_checkpointing": checkpointing}
+    train = {"micro_batch_size": ROWS // 2, "global_batch_size": ROWS, "precision": precision}
+    config = run_config(tmp_path, model=model, train=train, deepspeed={"zero_optimization": {"stage": 3}})
+    found = run_ranks(measured, 2, config, "mlm", joined_batches(NUM_BATCHES, ROWS), NO_DROPOUT)[0]
+    for group, expected in brute_force("mlm").items():
+        # bf16 keeps 8 bits of every activation.
+        tolerance = 1e-5 if checkpointing else 5e-2
+        assert (found[group] - expected).abs().max() / expected.abs().max() < tolerance, group

@@ -1,0 +1,155 @@
+"""Whole runs: every method, any number of ranks, the files they leave, and continuing after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from das_ds.config import RunConfig
+from das_ds.config_io import load_config
+from das_ds.distributed.launch import RankInfo
+from das_ds.evaluation.results import RESULTS_FILE, read_results
+from das_ds.functional.importance import elementwise_maximum
+from das_ds.methods import METHODS
+from das_ds.methods.importance_file import load_importance
+from das_ds.models.registry import adapter_for
+from das_ds.tracking.names import STEP_METRICS
+from das_ds.training.manifest import RunState
+from das_ds.training.text import prepare_text
+from helpers.run_ranks import run_ranks
+from helpers.runs import (
+    evaluate_export,
+    exported_weights,
+    metrics_lines,
+    run_all,
+    run_stopped_and_continued,
+    small_run,
+)
+
+pytestmark = pytest.mark.multirank
+
+
+def test_every_method_learns_two_domains_and_leaves_the_promised_files(tmp_path: Path) -> None:
+    runs = {name: small_run(tmp_path, method={"name": name}, output_dir=tmp_path / name) for name in METHODS}
+    results = run_ranks(run_all, 2, [{**r, "train": {**r["train"], "micro_batch_size": 2}} for r in runs.values()])[0]
+    for name, result in zip(runs, results, strict=True):
+        folder = tmp_path / name
+        assert read_results(folder / RESULTS_FILE) == result
+        assert result.complete and result.method == name and result.world_size == 2 and result.zero_stage == 2
+        assert result.eval_domains == ["food", "papers", "general"]
+        assert result.tokens_seen == 2 * 6 * 8 * 16
+        assert result.loss_matrix[1][0] < result.loss_matrix[0][0]
+        assert result.loss_matrix[2][1] < result.loss_matrix[0][1]
+        assert load_config(folder / "config.yaml").method.name == name
+        assert (folder / "report" / "report.md").exists() and (folder / "report" / "loss_matrix.png").exists()
+        _check_metrics(folder, has_contrast=name == "das")
+    assert results[0].loss_matrix[0] == results[1].loss_matrix[0] == results[2].loss_matrix[0]
+    _check_importance(tmp_path / "das")
+    assert not (tmp_path / "ncl" / "importance.safetensors").exists()
+
+
+def _check_metrics(folder: Path, *, has_contrast: bool) -> None:
+    lines = metrics_lines(folder)
+    assert [line["global_step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["domain_step"] for line in lines] == [2, 4, 6] * 2
+    assert [line["domain"] for line in lines] == ["food"] * 3 + ["papers"] * 3
+    for line in lines:
+        assert set(STEP_METRICS) <= set(line)
+        assert ("loss/contrast" in line) == has_contrast
+        assert line["loss"] == pytest.approx(line["loss/mlm"] + line.get("loss/contrast", 0.0))
+        assert line["tokens_seen"] == line["global_step"] * 8 * 16
+        assert line["grad_norm"] > 0 and line["tokens_per_s"] > 0
+
+
+def _check_importance(folder: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(folder / "domains" / "01_papers" / "model")
+    layout = adapter_for("roberta").layout(model)
+    parts = ["importance_general", "domains/00_food/importance", "domains/01_papers/importance"]
+    total = None
+    for part in parts:
+        total = elementwise_maximum(load_importance(folder / f"{part}.safetensors", layout), total)
+    found = load_importance(folder / "importance.safetensors", layout)
+    assert total is not None and all(torch.equal(found[group], total[group]) for group in found)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_and_accumulation_do_not_change_the_result(stage: int, tmp_path: Path) -> None:
+    def values(name: str, micro_batch_size: int) -> dict[str, Any]:
+        run = small_run(tmp_path, output_dir=tmp_path / name, deepspeed={"zero_optimization": {"stage": stage}})
+        return {**run, "train": {**run["train"], "micro_batch_size": micro_batch_size}}
+
+    one = run_ranks(run_all, 1, [values("one", 4)])[0][0]
+    two = run_ranks(run_all, 2, [values("two", 2)])
+    assert two[0][0].loss_matrix == two[1][0].loss_matrix
+    for mine, theirs in zip(one.loss_matrix, two[0][0].loss_matrix, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_exported_model_has_the_losses_of_the_last_row(tmp_path: Path) -> None:
+    values = small_run(tmp_path, deepspeed={"zero_optimization": {"stage": 3}})
+    results = run_ranks(run_all, 1, [values])[0][0]
+    folder = tmp_path / "run" / "domains" / "01_papers" / "model"
+    found = run_ranks(evaluate_export, 2, values, folder)[0]
+    assert list(found.values()) == pytest.approx(results.loss_matrix[-1], rel=1e-6)
+    assert _plain_losses(values, folder) == pytest.approx(results.loss_matrix[-1], rel=1e-5)
+
+
+def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
+    """The same with nothing but transformers' own model and loss, one sequence at a time."""
+    config = RunConfig(**values)
+    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
+    text = prepare_text(config, RankInfo(0, 0, 1, torch.device("cpu")))
+    losses = []
+    for corpus in text.blocks:
+        total, count = 0.0, 0
+        for batch in text.evaluation_batches(corpus, ""):
+            labels = torch.full_like(batch.input_ids, -100).flatten()
+            labels[batch.predicted] = batch.targets
+            for ids, row in zip(batch.corrupted_ids, labels.view_as(batch.input_ids), strict=True):
+                predicted = int((row != -100).sum())
+                if predicted:
+                    with torch.no_grad():
+                        total += model(input_ids=ids[None], labels=row[None]).loss.item() * predicted
+                    count += predicted
+        losses.append(total / count)
+    return losses
+
+
+def test_a_run_stopped_between_domains_continues_bitwise(tmp_path: Path) -> None:
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    base = small_run(tmp_path, method={"name": "ncl"})
+    model = {"config": {**base["model"]["config"], **dropout}}
+    whole = {**base, "model": model, "output_dir": tmp_path / "whole"}
+    parts = {**base, "model": model, "output_dir": tmp_path / "parts"}
+    expected = run_ranks(run_all, 2, [{**whole, "train": {**base["train"], "micro_batch_size": 2}}])[0][0]
+    found = run_ranks(run_stopped_and_continued, 2, {**parts, "train": {**base["train"], "micro_batch_size": 2}})[0]
+    assert found.loss_matrix == expected.loss_matrix and found.tokens_seen == expected.tokens_seen
+    weights = exported_weights(tmp_path / "whole", "01_papers")
+    continued = exported_weights(tmp_path / "parts", "01_papers")
+    assert all(torch.equal(weights[name], continued[name]) for name in weights)
+    mine, theirs = metrics_lines(tmp_path / "whole"), metrics_lines(tmp_path / "parts")
+    assert [line["loss"] for line in mine] == [line["loss"] for line in theirs]
+
+
+def test_das_continues_with_the_importance_of_the_finished_domains(tmp_path: Path) -> None:
+    whole = small_run(tmp_path, output_dir=tmp_path / "whole")
+    again = small_run(tmp_path, output_dir=tmp_path / "again")
+    expected = run_ranks(run_all, 1, [whole, again])[0][1]
+    folder = tmp_path / "again"
+    # Back to the moment after the first domain; the accumulated file already knows the second, as after a late stop.
+    RunState(domains_done=1, global_step=6, tokens_seen=6 * 8 * 16, loss_matrix=expected.loss_matrix[:2]).write(folder)
+    found = run_ranks(run_all, 1, [again])[0][0]
+    assert found.loss_matrix == expected.loss_matrix
+
+
+def test_each_domain_from_the_base_forgets_the_one_before(tmp_path: Path) -> None:
+    both = small_run(tmp_path, method={"name": "one"}, output_dir=tmp_path / "both")
+    alone = small_run(tmp_path, method={"name": "ncl"}, output_dir=tmp_path / "alone", domains=both["domains"][1:])
+    run_ranks(run_all, 2, [{**run, "train": {**run["train"], "micro_batch_size": 2}} for run in (both, alone)])
+    mine, theirs = exported_weights(tmp_path / "both", "01_papers"), exported_weights(tmp_path / "alone", "00_papers")
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

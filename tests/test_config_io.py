@@ -1,0 +1,271 @@
+"""YAML, overrides and back: what is read equals what was written, and every mistake names its key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from das_ds.config import RunConfig
+from das_ds.config_io import config_differences, describe_config, dump_config, load_config, resolved_dict
+from das_ds.errors import ConfigError, RunFolderError
+
+RUN = """
+output_dir: runs/papers
+model: {config: {model_type: roberta, layer_norm_eps: 1e-12}}
+domains:
+  - {name: acl, train: [acl.txt]}
+  - {name: pubmed, train: [pubmed.txt]}
+train: {learning_rate: 2e-4, grad_clip: 0.5}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN, encoding="utf-8")
+    return path
+
+
+def leaf_keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return [prefix]
+    return [key for name, child in node.items() for key in leaf_keys(child, f"{prefix}.{name}".lstrip("."))]
+
+
+def message_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_file_becomes_config(run_file: Path) -> None:
+    config = load_config(run_file)
+    assert config.output_dir == Path("runs/papers")
+    assert config.train.learning_rate == 2e-4
+    assert [domain.name for domain in config.domains] == ["acl", "pubmed"]
+
+
+@pytest.mark.parametrize("text", ["1e-12", "1E-12", "1.e-12", "+1e-12", "1.0e-12"])
+def test_number_with_exponent_is_a_number_everywhere(run_file: Path, text: str) -> None:
+    config = load_config(run_file, [f"model.config.layer_norm_eps={text}", f"train.eps={text}"])
+    assert config.model.config == {"model_type": "roberta", "layer_norm_eps": 1e-12}
+    assert config.train.eps == 1e-12
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.learning_rate=1e-5", ("train", "learning_rate"), 1e-5),
+        ("data.tokenizer=", ("data", "tokenizer"), None),
+        ("method.softmask.apply_to=gradient", ("method", "softmask", "apply_to"), "gradient"),
+        ("train.betas=[0.8, 0.9]", ("train", "betas"), [0.8, 0.9]),
+        ("train.betas.1=0.95", ("train", "betas"), [0.9, 0.95]),
+        ("domains.0.name=x", ("domains", 0, "name"), "x"),
+        ("domains.1.train.1=more=text.txt", ("domains", 1, "train"), ["pubmed.txt", "more=text.txt"]),
+        ("domains.2={name: c, train: [c.txt]}", ("domains", 2, "name"), "c"),
+        ("general={name: g, valid: [g.txt]}", ("general", "name"), "g"),
+        ("model.config.hidden_size=64", ("model", "config", "hidden_size"), 64),
+        ("deepspeed={zero_optimization: {stage: 3}}", ("deepspeed", "zero_optimization", "stage"), 3),
+    ],
+)
+def test_override(run_file: Path, override: str, key: tuple[str | int, ...], value: Any) -> None:
+    node: Any = resolved_dict(load_config(run_file, [override]))
+    for part in key:
+        node = node[part]
+    assert node == value
+
+
+def test_later_override_wins(run_file: Path) -> None:
+    assert load_config(run_file, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_overrides_can_build_a_section(run_file: Path) -> None:
+    config = load_config(run_file, ["general.name=g", "general.valid.0=g.txt", "general.valid.1=h.txt"])
+    assert config.general is not None
+    assert config.general.valid == ["g.txt", "h.txt"]
+
+
+def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "output_dir: x\nmodel: {name_or_path: m}\ndomains:\n"
+        "  - {name: a, train: &files [a.txt]}\n  - {name: b, train: *files}\n",
+        encoding="utf-8",
+    )
+    config = load_config(path, ["domains.0.train.0=other.txt"])
+    assert [domain.train for domain in config.domains] == [["other.txt"], ["a.txt"]]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rat=1", "train.learning_rat: unknown key; did you mean train.learning_rate?"),
+        ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate?"),
+        ("method.temprature=1", "method.temprature: unknown key; did you mean method.contrast.temperature?"),
+        ("domains.1.trian=[a]", "domains.1.trian: unknown key; did you mean domains.1.train?"),
+        ("trian.eps=1", "trian: unknown key; did you mean train?"),
+        ("method.contrast.zzz=1", "unknown key; allowed in method.contrast: weight, temperature"),
+        ("zzz=1", "zzz: unknown key; allowed at the top: output_dir, model, domains, general, data"),
+        ("train={7: 1}", "train.7: unknown key; allowed in train: steps_per_domain"),
+        ("train.eps=fast", "train.eps: found 'fast', allowed: number > 0"),
+        ("train.learning_rate=-1", "train.learning_rate: found -1, allowed: number > 0"),
+        ("train.learning_rate=.inf", "train.learning_rate: found inf, allowed: number > 0"),
+        ("data.mlm_probability=1.5", "data.mlm_probability: found 1.5, allowed: number > 0 and < 1"),
+        ("train.micro_batch_size=2.5", "train.micro_batch_size: found 2.5, allowed: integer >= 1"),
+        ("evaluation.batch_size=0", "evaluation.batch_size: found 0, allowed: integer >= 1 or null"),
+        ("method.name=dsa", "method.name: found 'dsa', allowed: das | ncl | one"),
+        ("method.softmask.readers=7", "method.softmask.readers: found 7, allowed: true | false"),
+        ("deepspeed=5", "deepspeed: found 5, allowed: text or mapping"),
+        ("deepspeed=[a, b]", "deepspeed: found ['a', 'b'], allowed: text or mapping"),
+        ("train=5", "train: found 5, allowed: mapping"),
+        ("general=5", "general: found 5, allowed: mapping or null"),
+        ("domains=acl", "domains: found 'acl', allowed: list of mappings, at least 1"),
+        ("domains=[]", "domains: found [], allowed: list of mappings, at least 1"),
+        ("domains.1=acl", "domains.1: found 'acl', allowed: mapping"),
+        ("domains.1.train.0=5", "domains.1.train.0: found 5, allowed: list of text"),
+        ("domains.0.name=a/b", "domains.0.name: found 'a/b', allowed: text matching"),
+        ("domains.0={train: [a]}", "domains.0.name: not given, expected: text matching"),
+        ("train.betas=[0.9]", "train.betas.1: not given, expected: list of 2: number, number"),
+        ("train.betas=[0.9, 1]", "train: betas must lie in [0, 1), found [0.9, 1.0]"),
+        ("domains.1.name=acl", "corpus names must differ, found more than once: acl"),
+        ("model=", "model: found None, allowed: mapping"),
+        ("seed=4294967296", "seed: found 4294967296, allowed: integer >= 0 and < 4294967296"),
+        (f"seed={'x' * 200}", "x..., allowed: integer >= 0"),
+        ("seed", "override 'seed': expected dotted.key=value"),
+        ("=5", "override '=5': expected dotted.key=value"),
+        ("train..eps=5", "override 'train..eps=5': expected dotted.key=value"),
+        ("train.betas=[1", "override 'train.betas=[1': not valid YAML at line 1, column 3: expected ',' or ']'"),
+        ("train={eps: 1, eps: 2}", "not valid YAML at line 1, column 10: key eps found twice"),
+        ("seed=2020-13-45", "override 'seed=2020-13-45': not valid YAML: month must be in 1..12"),
+        ("train.eps.x=1", "override train.eps.x: train.eps is 1e-08, a value without keys below it"),
+        ("deepspeed.bf16=1", "override deepspeed.bf16: deepspeed is 'ds_configs/zero2.json', a value without keys"),
+        ("domains.3.name=x", "override domains.3: found position '3', allowed: 0 to 2 (2 appends)"),
+        ("domains.last.name=x", "override domains.last: found position 'last', allowed: 0 to 2"),
+    ],
+)
+def test_mistake_names_the_key_and_what_is_allowed(run_file: Path, override: str, expected: str) -> None:
+    assert expected in message_of(run_file, override)
+
+
+def test_all_mistakes_are_reported_in_one_line(run_file: Path) -> None:
+    message = message_of(run_file, "learning_rate=1", "seed=-1", "method.name=dsa")
+    assert message.split("; ") == [
+        "method.name: found 'dsa', allowed: das | ncl | one",
+        "seed: found -1, allowed: integer >= 0 and < 4294967296",
+        "learning_rate: unknown key",
+        "did you mean train.learning_rate?",
+    ]
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\n", encoding="utf-8")
+    message = message_of(path)
+    assert "output_dir: not given, expected: text" in message
+    assert "model: not given, expected: mapping" in message
+    assert "domains: not given, expected: list of mappings, at least 1" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "found nothing, expected a mapping"),
+        (b"- a\n", "found ['a'], expected a mapping"),
+        (b"train: {eps: [1\n", "not valid YAML at line 2, column 1"),
+        (b"seed: 1\nseed: 2\n", "not valid YAML at line 2, column 1: key seed found twice"),
+        (b"train:\n  eps: 1\n  eps: 2\n", "not valid YAML at line 3, column 3: key eps found twice"),
+        (b"a: \xff\n", "not UTF-8 text at byte 3"),
+        (b"a: \x07\n", "not valid YAML: unacceptable character"),
+        (b"a: !!python/object:os.system {}\n", "not valid YAML at line 1, column 4"),
+    ],
+)
+def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    message = message_of(path)
+    assert message.startswith(f"{path}: ")
+    assert expected in message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert message_of(tmp_path / "run.yaml").endswith("run.yaml: no such file; expected a run config in YAML")
+    assert "cannot be read" in message_of(tmp_path)
+
+
+def test_written_config_reads_back_equal(run_file: Path, tmp_path: Path) -> None:
+    config = load_config(run_file, ["general={name: g, valid: [g.txt]}", "deepspeed={zero_optimization: {stage: 1}}"])
+    dump_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert RunConfig.model_validate(written) == config
+    assert written["method"]["contrast"] == {"weight": 1.0, "temperature": 0.05}
+
+
+def test_writing_replaces_the_file_and_leaves_nothing_else(run_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for seed in (1, 2):
+        dump_config(load_config(run_file, [f"seed={seed}"]), folder / "config.yaml")
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert load_config(folder / "config.yaml").seed == 2
+
+
+def test_folder_that_cannot_be_written_is_refused(run_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"config.yaml: cannot be written \(No such file or directory\)"):
+        dump_config(load_config(run_file), tmp_path / "missing" / "config.yaml")
+
+
+def test_failed_write_keeps_the_old_file(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dump_config(load_config(run_file), folder / "config.yaml")
+
+    def full_disk(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(RunFolderError, match="No space left on device"):
+        dump_config(load_config(run_file, ["seed=7"]), folder / "config.yaml")
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert load_config(folder / "config.yaml").seed == 0
+
+
+def test_differences_name_key_and_both_values(run_file: Path) -> None:
+    old = load_config(run_file)
+    new = load_config(run_file, ["train.learning_rate=1e-5", "domains.1.name=papers", "model.config.hidden_size=64"])
+    assert config_differences(old, new) == [
+        "domains.1.name: was 'pubmed', now 'papers'",
+        "train.learning_rate: was 0.0002, now 1e-05",
+        "model.config.hidden_size: was not given, now 64",
+    ]
+
+
+def test_added_domain_is_a_difference(run_file: Path) -> None:
+    old, new = load_config(run_file), load_config(run_file, ["domains.2={name: c, train: [c.txt]}"])
+    assert "domains.2.name: was not given, now 'c'" in config_differences(old, new)
+    assert "domains.2.name: was 'c', now not given" in config_differences(new, old)
+
+
+def test_keys_that_touch_no_result_are_no_difference(run_file: Path) -> None:
+    changes = ["wandb.mode=offline", "wandb.project=x", "train.log_every=3", "data.num_workers=2", "data.cache_dir=c"]
+    new = load_config(run_file, [*changes, "evaluation.batch_size=4", "output_dir=elsewhere"])
+    assert config_differences(load_config(run_file), new) == []
+
+
+def test_help_shows_every_key_once(run_file: Path) -> None:
+    lines = describe_config().splitlines()
+    assert max(map(len, lines)) <= 120
+    first_words = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    for key in leaf_keys(resolved_dict(load_config(run_file, ["model.config={model_type: a}"]))):
+        if not key.startswith(("model.config.", "domains", "general")):
+            assert first_words.count(key) == 1, key
+
+
+def test_help_shows_choices_default_and_meaning() -> None:
+    text = describe_config()
+    assert "fp32 | bf16; default bf16" in text
+    assert "number > 0; default 0.0001" in text
+    assert "text; required" in text
+    assert "Peak learning rate of AdamW." in text

@@ -1,0 +1,201 @@
+"""The merge of run config and DeepSpeed file: one owner per value, contradictions refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from das_ds.config import RunConfig
+from das_ds.deepspeed_config import REPOSITORY, build_deepspeed_config, zero_stage
+from das_ds.errors import ConfigError
+
+FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def run_config(deepspeed: str | dict[str, Any], **train: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "output_dir": "run",
+            "model": {"name_or_path": "roberta-base"},
+            "domains": [{"name": "acl", "train": ["acl.txt"]}],
+            "train": {"global_batch_size": 256, "micro_batch_size": 32, **train},
+            "deepspeed": deepspeed,
+        }
+    )
+
+
+def message_of(deepspeed: str | dict[str, Any], world_size: int = 4, **train: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build_deepspeed_config(run_config(deepspeed, **train), world_size)
+    return str(caught.value)
+
+
+def test_run_config_sets_what_it_owns() -> None:
+    engine = build_deepspeed_config(run_config({}, grad_clip=0.5), world_size=4)
+    assert engine["train_batch_size"] == 256
+    assert engine["train_micro_batch_size_per_gpu"] == 32
+    assert engine["gradient_accumulation_steps"] == 2
+    assert engine["gradient_clipping"] == 0.5
+    assert engine["bf16"] == {"enabled": True, "bf16_master_weights_and_grads": False}
+    assert engine["fp16"] == {"enabled": False}
+    assert engine["zero_allow_untested_optimizer"] is True
+    assert engine["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_engine_knobs_pass_through() -> None:
+    knobs = {
+        "zero_optimization": {"stage": 2, "overlap_comm": True},
+        "steps_per_print": 5,
+        "comms_logger": {"verbose": False},
+    }
+    engine = build_deepspeed_config(run_config(knobs), world_size=1)
+    assert {name: engine[name] for name in knobs} == knobs
+
+
+def test_content_in_the_run_config_is_not_changed() -> None:
+    config = run_config({"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}})
+    engine = build_deepspeed_config(config, world_size=1)
+    assert engine["bf16"]["check_grad_overflow"] is False
+    assert config.deepspeed == {"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}}
+
+
+def test_auto_and_equal_values_are_no_contradiction() -> None:
+    engine = build_deepspeed_config(
+        run_config(
+            {
+                "train_batch_size": "auto",
+                "train_micro_batch_size_per_gpu": 32,
+                "gradient_accumulation_steps": 2,
+                "gradient_clipping": 1,
+                "optimizer": "auto",
+                "bf16": "auto",
+                "fp16": {"enabled": "auto"},
+            }
+        ),
+        world_size=4,
+    )
+    assert engine["train_batch_size"] == 256
+    assert engine["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"train_batch_size": 128}, "train_batch_size: found 128 in the DeepSpeed file, but train.global_batch_size"),
+        ({"train_micro_batch_size_per_gpu": 8}, "but train.micro_batch_size in the run config gives 32"),
+        ({"gradient_accumulation_steps": 1}, "but train.global_batch_size / (train.micro_batch_size x 4 ranks)"),
+        ({"gradient_clipping": 0.1}, "gradient_clipping: found 0.1 in the DeepSpeed file, but train.grad_clip"),
+        ({"gradient_clipping": True}, "gradient_clipping: found True in the DeepSpeed file, but train.grad_clip"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled: found False in the DeepSpeed file, but train.precision"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled: found True in the DeepSpeed file, but train.precision"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "(the optimizer keeps fp32)"),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype: found 'fp32'"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer: found {'type': 'AdamW'}, expected none: das_ds brings its own"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: found {'type': 'WarmupLR'}, expected none"),
+        ({"bf16": True}, "deepspeed bf16: found True, expected a JSON object"),
+        ({"zero_optimization": 3}, "deepspeed zero_optimization: found 3, expected a JSON object"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: found 4, allowed: 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: found True, allowed: 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage: found '2', allowed: 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "round_robin_gradients: found true, allowed: false; with it DeepSpeed reports wrong places",
+        ),
+    ],
+)
+def test_contradiction_is_refused(engine: dict[str, Any], expected: str) -> None:
+    assert expected in message_of(engine)
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "nearest"), [(300, "256 or 384"), (100, "128"), (129, "128 or 256"), (255, "128 or 256")]
+)
+def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, nearest: str) -> None:
+    message = message_of({}, global_batch_size=global_batch_size)
+    assert message == (
+        f"train.global_batch_size: found {global_batch_size}, expected a multiple of train.micro_batch_size 32 "
+        f"x 4 ranks; nearest allowed: {nearest}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero", "expected"),
+    [
+        ("fp32", {"stage": 0}, "fp32"),
+        ("fp32", {"stage": 1}, "fp32"),
+        ("bf16", {"stage": 0}, "bf16"),
+        ("bf16", {"stage": 1}, "bf16"),
+        ("bf16", {"stage": 1, "offload_optimizer": {"device": "cpu"}}, "fp32"),
+        ("bf16", {"stage": 2}, "fp32"),
+        ("bf16", {"stage": 3}, "fp32"),
+    ],
+)
+def test_gradients_are_summed_in_fp32_where_the_shards_allow_it(
+    precision: str, zero: dict[str, Any], expected: str
+) -> None:
+    engine = build_deepspeed_config(run_config({"zero_optimization": zero}, precision=precision), world_size=1)
+    assert engine["data_types"] == {"grad_accum_dtype": expected}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_file_holds_engine_knobs_only(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert set(content) == {"zero_optimization"}
+    zero = content["zero_optimization"]
+    assert f"zero{zero['stage']}" == path.stem.removesuffix("_offload")
+    assert ("offload_optimizer" in zero) == path.stem.endswith("_offload")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shipped_file_is_accepted_by_deepspeed(path: Path, precision: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    engine = build_deepspeed_config(run_config(f"ds_configs/{path.name}", precision=precision), world_size=1)
+    parsed = DeepSpeedConfig(engine)
+    assert parsed.zero_config.stage == zero_stage(engine)
+    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (256, 8)
+    assert parsed.bfloat16_config.enabled == (precision == "bf16")
+
+
+def test_all_stages_are_shipped() -> None:
+    expected = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    assert [path.stem for path in FILES] == expected
+
+
+def test_working_directory_comes_before_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = run_config("ds_configs/zero2.json")
+    assert zero_stage(build_deepspeed_config(config, world_size=1)) == 2
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs/zero2.json").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    assert zero_stage(build_deepspeed_config(config, world_size=1)) == 1
+
+
+def test_missing_file_names_the_shipped_ones() -> None:
+    message = message_of("ds_configs/zero9.json")
+    assert "found no file ds_configs/zero9.json" in message
+    assert "ds_configs/zero3_offload.json" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"{", "is not a readable JSON file"),
+        (b"\xff", "is not a readable JSON file"),
+        (b"[1]", "holds a list, expected a JSON object"),
+        (b'{"steps_per_print": 1, "steps_per_print": 2}', "found key steps_per_print twice"),
+    ],
+)
+def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "engine.json"
+    path.write_bytes(content)
+    message = message_of(str(path))
+    assert str(path) in message
+    assert expected in message
+
+
+def test_stage_defaults_to_zero() -> None:
+    assert zero_stage({}) == 0
+    assert zero_stage({"zero_optimization": {"stage": 3}}) == 3

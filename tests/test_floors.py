@@ -1,0 +1,116 @@
+"""The import rule, read from the syntax trees: a file imports only from lower floors.
+
+Imports inside functions count too; modules of one folder may import each other.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Lowest first. Files of one floor stand in the order in which they may import each other; folders may not.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("config",),
+    ("config_schema",),
+    ("config_io", "deepspeed_config"),
+    ("functional",),
+    ("kernels", "models", "data", "distributed", "tracking"),
+    ("methods", "evaluation"),
+    ("training",),
+    ("cli",),
+)
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+RANKS_ONLY = ("deepspeed", "torch.distributed")
+LAZY = ("wandb", "datasets", "matplotlib")
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Dotted names that an import statement may load; `from a import b` may load a and a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: relative import, expected an absolute one"
+        return [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return []
+
+
+def all_imports(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        yield from imported(node)
+
+
+def imports_at_load(source: str) -> Iterator[str]:
+    """Imports that run when the module is loaded: not those in functions, nor those for type checkers."""
+    pending: list[ast.AST] = [ast.parse(source)]
+    while pending:
+        node = pending.pop()
+        yield from imported(node)
+        is_for_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        if not is_for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def belongs_to(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def floor_breaches(part: str, source: str) -> set[str]:
+    """Parts of das_ds that a file of `part` imports though they do not stand on a lower floor."""
+    parts = {name.split(".")[1] for name in all_imports(source) if name.startswith("das_ds.")}
+    return {other for other in parts & set(FLOOR_OF) if other != part and FLOOR_OF[other] >= FLOOR_OF[part]}
+
+
+def product_files() -> list[Path]:
+    return sorted((REPOSITORY / "das_ds").rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The file or folder directly under das_ds that holds a file."""
+    return path.relative_to(REPOSITORY / "das_ds").parts[0].removesuffix(".py")
+
+
+def identity(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+@pytest.mark.parametrize("path", product_files(), ids=identity)
+def test_file_keeps_the_import_rule(path: Path) -> None:
+    source, part = path.read_text(encoding="utf-8"), part_of(path)
+    if part == "__init__":
+        assert not list(all_imports(source))
+        return
+    assert part in FLOOR_OF, f"{part} has no floor; known: {', '.join(FLOOR_OF)}"
+    assert not floor_breaches(part, source)
+    assert not [name for name in imports_at_load(source) if belongs_to(name, LAZY)]
+    if part != "distributed":
+        assert not [name for name in all_imports(source) if belongs_to(name, RANKS_ONLY)]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch").glob("*.py")), ids=identity)
+def test_entry_point_leaves_ranks_to_the_package(path: Path) -> None:
+    assert not [name for name in all_imports(path.read_text(encoding="utf-8")) if belongs_to(name, RANKS_ONLY)]
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "breaches"),
+    [
+        ("functional", "from das_ds.models.gates import gates", {"models"}),
+        ("functional", "def f():\n    import das_ds.training", {"training"}),
+        ("data", "from das_ds import tracking", {"tracking"}),
+        ("config", "from das_ds.config_io import load_config", {"config_io"}),
+        ("data", "from das_ds.data.blocks import blocks\nfrom das_ds.errors import DataError\nimport torch", set()),
+    ],
+)
+def test_breach_is_found(part: str, source: str, breaches: set[str]) -> None:
+    assert floor_breaches(part, source) == breaches
+
+
+def test_imports_in_functions_do_not_run_at_load() -> None:
+    source = "import a\nif TYPE_CHECKING:\n    import b\nclass C:\n    import c\n    def f(self):\n        import d\n"
+    assert set(imports_at_load(source)) == {"a", "c"}
+    assert set(all_imports(source)) == {"a", "b", "c", "d"}
+    assert belongs_to("torch.distributed.nn", RANKS_ONLY)
+    assert not belongs_to("torch.distributions", RANKS_ONLY)
