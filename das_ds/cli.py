@@ -33,10 +33,9 @@ def _train(config: RunConfig, _: argparse.Namespace) -> None:
     from das_ds.training.sequence import run_sequence
 
     ranks = Ranks()
-    try:
-        results = run_sequence(config, ranks)
-    finally:
-        ranks.close()
+    results = run_sequence(config, ranks)
+    # Only when all went well: a rank that failed alone would wait here for peers that wait for it.
+    ranks.close()
     if ranks.info.is_main:
         state = "complete" if results.complete else "incomplete"
         print(f"run {state}: {config.output_dir / 'results.json'}, {config.output_dir / 'report' / 'report.md'}")
@@ -47,10 +46,8 @@ def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.training.evaluate import evaluate_model
 
     ranks = Ranks()
-    try:
-        losses = evaluate_model(config, ranks, options.model)
-    finally:
-        ranks.close()
+    losses = evaluate_model(config, ranks, options.model)
+    ranks.close()
     if ranks.info.is_main:
         print(json.dumps(losses))
 

@@ -132,12 +132,10 @@ def _accumulation_steps(global_batch_size: int, micro_batch_size: int, world_siz
 def _accumulation_dtype(engine: dict[str, Any], is_bf16: bool) -> str:
     """The dtype in which gradients of one step are summed: fp32 wherever DeepSpeed shards the optimizer with it.
 
-    With bf16 weights, fp32 sums do not exist at stage 0, and at stage 1 without offload they select an optimizer that
-    keeps the whole gradient on every rank.
+    With bf16 weights, fp32 sums do not exist at stage 0, and at stage 1 they select an optimizer that keeps the whole
+    gradient on every rank.
     """
-    stage = zero_stage(engine)
-    is_offloaded = _section(engine, "zero_optimization").get("offload_optimizer") is not None
-    return "fp32" if not is_bf16 or stage >= 2 or (stage == 1 and is_offloaded) else "bf16"
+    return "fp32" if not is_bf16 or zero_stage(engine) >= 2 else "bf16"
 
 
 def _set_owned(engine: dict[str, Any], key: str, owner: str, value: Any) -> None:

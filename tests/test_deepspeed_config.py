@@ -126,7 +126,6 @@ def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, ne
         ("fp32", {"stage": 1}, "fp32"),
         ("bf16", {"stage": 0}, "bf16"),
         ("bf16", {"stage": 1}, "bf16"),
-        ("bf16", {"stage": 1, "offload_optimizer": {"device": "cpu"}}, "fp32"),
         ("bf16", {"stage": 2}, "fp32"),
         ("bf16", {"stage": 3}, "fp32"),
     ],

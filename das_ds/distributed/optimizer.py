@@ -56,14 +56,15 @@ class MaskedAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        pieces = self._pieces.get(id(param)) or fill_gaps([], param.numel())
+        if id(param) not in self._pieces:
+            self._pieces[id(param)] = fill_gaps([], param.numel())
         masked_adamw_(
             param.view(-1),
             param.grad.view(-1),  # type: ignore[union-attr]
             state["exp_avg"].view(-1),
             state["exp_avg_sq"].view(-1),
             state["step"],
-            pieces,
+            self._pieces[id(param)],
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],

@@ -100,7 +100,7 @@ class DomainTrainer:
         token_scale = self._token_scale(micro_batches)
         norm = None
         for batch in micro_batches:
-            with self._method.micro_step(batch.to(self._device), token_scale) as losses:
+            with self._method.micro_step(batch.to(self._device, non_blocking=True), token_scale) as losses:
                 self._engine.backward(torch.stack(list(losses.values())).sum())
             meter.add(losses)
             norm = self._engine.step(measure_norm=measure_norm)
@@ -108,7 +108,9 @@ class DomainTrainer:
 
     def _token_scale(self, micro_batches: list[Batch]) -> torch.Tensor:
         """ranks * micro-steps / predicted tokens of the global batch: DeepSpeed's averages undo the first two."""
-        count = torch.tensor(float(sum(batch.num_predicted for batch in micro_batches)), device=self._device)
+        num_predicted = sum(batch.num_predicted for batch in micro_batches)
+        # Filled on the device: a copy from the host would make every step wait for it.
+        count = torch.full((), num_predicted, dtype=torch.float32, device=self._device)
         all_reduce_sum(count)
         return self._engine.ranks.info.world_size * len(micro_batches) / count.clamp_min(1.0)
 

@@ -60,7 +60,7 @@ def small_run(folder: Path, **changes: Any) -> dict[str, Any]:
         "wandb": {"mode": "disabled"},
     }
     for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
     return values
 
 

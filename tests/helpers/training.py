@@ -86,7 +86,7 @@ def run_config(output_dir: Path, **changes: Any) -> RunConfig:
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
     for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
     return RunConfig(**values)
 
 

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.multirank
 
 def test_every_method_learns_two_domains_and_leaves_the_promised_files(tmp_path: Path) -> None:
     runs = {name: small_run(tmp_path, method={"name": name}, output_dir=tmp_path / name) for name in METHODS}
+    runs["das"]["wandb"] = {"mode": "offline"}
     results = run_ranks(run_all, 2, [{**r, "train": {**r["train"], "micro_batch_size": 2}} for r in runs.values()])[0]
     for name, result in zip(runs, results, strict=True):
         folder = tmp_path / name
@@ -49,6 +50,8 @@ def test_every_method_learns_two_domains_and_leaves_the_promised_files(tmp_path:
         _check_metrics(folder, has_contrast=name == "das")
     assert results[0].loss_matrix[0] == results[1].loss_matrix[0] == results[2].loss_matrix[0]
     _check_importance(tmp_path / "das")
+    assert (tmp_path / "das" / "wandb_run_id").exists()
+    assert len(list((tmp_path / "das" / "wandb").glob("offline-run-*/*.wandb"))) == 1
     assert not (tmp_path / "ncl" / "importance.safetensors").exists()
 
 

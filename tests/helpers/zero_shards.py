@@ -1,0 +1,102 @@
+"""What `zero.py` says about shards and weights, collected on real ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.distributed.launch import Ranks
+from das_ds.errors import DataError
+from helpers.tiny_models import NO_DROPOUT
+from helpers.training import LENGTH, build, rank_part
+
+Stretch = tuple[str, int, torch.Tensor]
+
+
+def shards_and_restore(configs: list[RunConfig], batch: Batch) -> list[dict[str, Any]]:
+    """Per config: this rank's shards, and whether training and restoring a snapshot gives back the first weights."""
+    return [_shards_and_restore(config, batch) for config in configs]
+
+
+def _shards_and_restore(config: RunConfig, batch: Batch) -> dict[str, Any]:
+    ranks = Ranks()
+    engine = build(config, ranks, **NO_DROPOUT).engine
+    part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
+    stretches: list[Stretch] = [
+        (shard.name, shard.offset, shard.flat.detach().view(-1)[shard.start : shard.start + shard.numel].clone())
+        for shard in engine.shards()
+    ]
+    before, output = _weights(engine), _output(engine, part)
+    snapshot = engine.snapshot()
+    engine.start_domain(4)
+    for _ in range(2 * engine.accumulation_steps):
+        _, logits = engine(part.corrupted_ids, part.predicted)
+        engine.backward(logits.float().square().mean())
+        engine.step()
+    moved, moved_output = _weights(engine), _output(engine, part)
+    engine.restore(snapshot)
+    after, after_output = _weights(engine), _output(engine, part)
+    engine.close()
+    return {
+        "stretches": stretches,
+        "weights": before,
+        "moved": any(not torch.equal(before[n], moved[n]) for n in before) and not torch.equal(output, moved_output),
+        "restored": all(torch.equal(before[n], after[n]) for n in before) and torch.equal(output, after_output),
+    }
+
+
+def _weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in engine.fp32_weights()}
+
+
+@torch.no_grad()
+def _output(engine: Any, part: Batch) -> torch.Tensor:
+    hidden: torch.Tensor = engine.module(part.input_ids, torch.arange(LENGTH))[0]
+    return hidden
+
+
+def prepare_in_turn(folder: Path) -> tuple[int, float]:
+    """Rank 0 prepares for longer than the time-out of ordinary collectives; the others start when it is done."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    ranks = Ranks()
+
+    def prepare() -> int:
+        marker = folder / "prepared"
+        if ranks.info.is_main:
+            time.sleep(4)
+            marker.touch()
+        return int(marker.exists())
+
+    started = time.monotonic()
+    return ranks.first_main_then_others(prepare), time.monotonic() - started
+
+
+def fail_on_one(failing_rank: int) -> str:
+    """The error that every rank sees when one of them fails."""
+    ranks = Ranks()
+
+    def prepare() -> int:
+        if ranks.info.rank == failing_rank:
+            raise DataError(f"found nothing on rank {failing_rank}")
+        return 0
+
+    try:
+        ranks.first_main_then_others(prepare)
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def identity(value: int) -> int:
+    """Nothing but a process group, to see that the environment is complete."""
+    ranks = Ranks()
+    assert ranks.info.local_rank == int(os.environ["LOCAL_RANK"])
+    return value + ranks.info.rank

@@ -1,0 +1,64 @@
+"""Shards, snapshots and waiting, on real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.run_ranks import run_ranks
+from helpers.tiny_models import NO_DROPOUT, tiny_model
+from helpers.training import random_batch, run_config
+from helpers.zero_shards import fail_on_one, identity, prepare_in_turn, shards_and_restore
+
+pytestmark = pytest.mark.multirank
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_shards_cover_every_parameter_and_snapshots_bring_it_back(stage: int, tmp_path: Path) -> None:
+    train = {"micro_batch_size": 2, "global_batch_size": 8, "learning_rate": 0.1}
+    configs = [
+        run_config(
+            tmp_path,
+            train={**train, "precision": precision},
+            deepspeed={"zero_optimization": {"stage": stage, **extra}},
+        )
+        # A small sub-group makes ZeRO-3 cut its flat tensors; a persistence threshold of 0 partitions every vector.
+        for precision, extra in (
+            ("fp32", {}),
+            ("bf16", {"sub_group_size": 999, "stage3_param_persistence_threshold": 0}),
+        )
+    ]
+    results = run_ranks(shards_and_restore, 2, configs, random_batch(4, 0))
+    expected = {name: weight.detach() for name, weight in tiny_model(**NO_DROPOUT).named_parameters()}
+    for index, config in enumerate(configs):
+        covered = {name: torch.zeros(weight.numel()) for name, weight in expected.items()}
+        for rank in range(2):
+            found = results[rank][index]
+            assert found["moved"] and found["restored"], (config.train.precision, rank)
+            for name, weight in found["weights"].items():
+                rounded = expected[name].bfloat16().float() if config.train.precision == "bf16" else expected[name]
+                assert torch.equal(weight, rounded), name
+            for name, offset, values in found["stretches"]:
+                assert torch.equal(
+                    values.view(-1), found["weights"][name].view(-1)[offset : offset + len(values.view(-1))]
+                )
+                covered[name][offset : offset + values.numel()] += 1
+        times = 2 if stage == 0 else 1
+        assert all(torch.equal(count, torch.full_like(count, times)) for count in covered.values())
+
+
+def test_others_wait_for_slow_preparation_without_a_time_out(tmp_path: Path) -> None:
+    results = run_ranks(prepare_in_turn, 2, tmp_path)
+    assert [found for found, _ in results] == [1, 1]
+    assert all(seconds >= 4 for _, seconds in results)
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_an_error_on_one_rank_is_raised_on_all(failing_rank: int) -> None:
+    assert run_ranks(fail_on_one, 2, failing_rank) == [f"found nothing on rank {failing_rank}"] * 2
+
+
+def test_every_rank_knows_its_place() -> None:
+    assert run_ranks(identity, 3, 10) == [10, 11, 12]

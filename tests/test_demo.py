@@ -1,0 +1,89 @@
+"""The demo's configs, commands and context-free bounds."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from das_ds.config_io import load_config
+from das_ds.errors import TrainingError
+from launch import demo
+from launch.demo_bounds import context_free_bounds
+from launch.demo_corpora import CORPORA
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_configs_follow_the_corpora_and_each_other() -> None:
+    base, das = load_config(demo.BASE_CONFIG), load_config(demo.DAS_CONFIG)
+    general, *domains = [corpus.name for corpus in CORPORA]
+    assert [domain.name for domain in base.domains] == [general]
+    assert [domain.name for domain in das.domains] == domains
+    assert das.general is not None
+    assert das.general.name == general
+    assert das.model.name_or_path == str(base.output_dir / "domains" / f"00_{general}" / "model")
+    assert das.data.sequence_length == base.data.sequence_length
+    paths = [path for corpus in [*base.domains, *das.domains, das.general] for path in [*corpus.train, *corpus.valid]]
+    assert all(Path(path).parent.parent == demo.CORPORA_FOLDER for path in paths)
+
+
+def test_base_config_leaves_dropout_for_the_two_views_of_das() -> None:
+    model = load_config(demo.BASE_CONFIG).model.config
+    assert model is not None
+    assert max(model["hidden_dropout_prob"], model["attention_probs_dropout_prob"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "batch", "expected"), [(0, 64, 2), (1, 64, 1), (2, 64, 2), (6, 64, 4), (8, 64, 8), (16, 8, 8)]
+)
+def test_number_of_ranks(num_gpus: int, batch: int, expected: int) -> None:
+    assert demo.num_ranks(num_gpus, batch) == expected
+
+
+def test_command_splits_the_batch_and_names_the_ranks_only_where_needed() -> None:
+    batch = load_config(demo.DAS_CONFIG).train.global_batch_size
+    on_cpu = demo.launch_command(demo.DAS_CONFIG, ["method.name=ncl"], num_gpus=0, port=29501)
+    on_gpus = demo.launch_command(demo.DAS_CONFIG, [], num_gpus=4, port=29501)
+    assert on_cpu[:5] == ["deepspeed", "--num_accelerators", "2", "--master_port", "29501"]
+    assert on_cpu[-2:] == ["method.name=ncl", f"train.micro_batch_size={batch // 2}"]
+    assert "--num_accelerators" not in on_gpus
+    assert on_gpus[-1] == f"train.micro_batch_size={batch // 4}"
+
+
+def test_failed_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").touch()
+    monkeypatch.setattr(demo, "runner", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(TrainingError, match=r"demo_das\.yaml ended with exit code 3, expected 0"):
+        demo.run(demo.DAS_CONFIG, [f"output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_bounds_equal_sums_over_everything_that_can_stand_at_a_position() -> None:
+    num_tokens = 5
+    train, valid = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3]), torch.tensor([0, 1, 1, 3, 2, 4])
+    bounds = context_free_bounds(train, valid, num_tokens)
+    p = [(train.tolist().count(token) + 0.5) / (len(train) + 0.5 * num_tokens) for token in range(num_tokens)]
+
+    def loss(seen: int | None, true: int) -> float:
+        """Bayes' rule: P(true | seen) with the prior p and 80/10/10 corruption."""
+        joint = [
+            p[token] * (0.8 if seen is None else 0.1 / num_tokens + (0.1 if token == seen else 0.0))
+            for token in range(num_tokens)
+        ]
+        return -math.log(joint[true] / sum(joint))
+
+    expected = 0.0
+    for true in valid.tolist():
+        by_chance = sum(loss(seen, true) for seen in range(num_tokens)) / num_tokens
+        expected += (0.8 * loss(None, true) + 0.1 * loss(true, true) + 0.1 * by_chance) / len(valid)
+    assert bounds.context_free == pytest.approx(expected, rel=1e-12)
+    assert bounds.unigram == pytest.approx(-sum(math.log(p[token]) for token in valid.tolist()) / len(valid), rel=1e-12)
+    assert bounds.context_free < bounds.unigram
