@@ -52,12 +52,16 @@ class Engine:
         self._optimizer = MaskedAdamW(
             _decay_groups(parameters, train.weight_decay), lr=0.0, betas=train.betas, eps=train.eps, weight_decay=0.0
         )
+        exact = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self._engine, *_ = deepspeed.initialize(
             model=module.to(ranks.info.device), optimizer=self._optimizer, config=deepspeed_config
         )
         self._scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self._mask: MaskTable | None = None
         self._list_shards = list(shards(self._engine, self._names))
+        # In bf16 DeepSpeed makes its fp32 weights from rounded ones; what was trained or exported must not lose bits.
+        for shard in self._list_shards:
+            self._stretch(shard).copy_(exact[shard.name].view(-1)[shard.offset : shard.offset + shard.numel])
 
     @property
     def module(self) -> nn.Module:
@@ -131,20 +135,21 @@ class Engine:
 
     def snapshot(self) -> list[torch.Tensor]:
         """Copies of this rank's fp32 shards in host memory, for `restore`."""
-        return [
-            shard.flat.detach().view(-1)[shard.start : shard.start + shard.numel].cpu().clone()
-            for shard in self._list_shards
-        ]
+        return [self._stretch(shard).cpu().clone() for shard in self._list_shards]
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
         """Put all weights back to a snapshot."""
         for shard, saved in zip(self._list_shards, snapshot, strict=True):
-            shard.flat.data.view(-1)[shard.start : shard.start + shard.numel].copy_(saved)
+            self._stretch(shard).copy_(saved)
         refresh_weights(self._engine)
 
     def close(self) -> None:
         """Free hooks and buffers."""
         self._engine.destroy()
+
+    @staticmethod
+    def _stretch(shard: Shard) -> torch.Tensor:
+        return shard.flat.data.view(-1)[shard.start : shard.start + shard.numel]
 
     def _install_mask(self, layout: UnitLayout, softmask: SoftmaskConfig) -> MaskTable:
         on_update = softmask.apply_to == "update"

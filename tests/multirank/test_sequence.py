@@ -123,14 +123,15 @@ def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
     return losses
 
 
-def test_a_run_stopped_between_domains_continues_bitwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_stopped_between_domains_continues_bitwise(precision: str, tmp_path: Path) -> None:
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    base = small_run(tmp_path, method={"name": "ncl"})
+    base = small_run(tmp_path, method={"name": "ncl"}, train={"precision": precision, "micro_batch_size": 2})
     model = {"config": {**base["model"]["config"], **dropout}}
     whole = {**base, "model": model, "output_dir": tmp_path / "whole"}
     parts = {**base, "model": model, "output_dir": tmp_path / "parts"}
-    expected = run_ranks(run_all, 2, [{**whole, "train": {**base["train"], "micro_batch_size": 2}}])[0][0]
-    found = run_ranks(run_stopped_and_continued, 2, {**parts, "train": {**base["train"], "micro_batch_size": 2}})[0]
+    expected = run_ranks(run_all, 2, [whole])[0][0]
+    found = run_ranks(run_stopped_and_continued, 2, parts)[0]
     assert found.loss_matrix == expected.loss_matrix and found.tokens_seen == expected.tokens_seen
     weights = exported_weights(tmp_path / "whole", "01_papers")
     continued = exported_weights(tmp_path / "parts", "01_papers")

@@ -1,0 +1,82 @@
+"""One domain of five steps, as the product runs it and as the reference gives it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.methods.importance_file import save_importance
+from das_ds.models.registry import adapter_for
+from helpers.reference import reference_train
+from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
+from helpers.training import random_batch, run_config
+
+NUM_STEPS, ROWS = 5, 4
+ACCUMULATION = 2
+# The gradient of key biases is zero but for rounding (softmax ignores a constant added to all keys); a smaller eps
+# would let Adam blow that rounding up to whole steps.
+EPS = 1e-4
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+SETTINGS = (
+    {"apply_to": "update"},
+    {"apply_to": "gradient"},
+    {"apply_to": "update", "readers": True, "shared_scale": 0.5},
+)
+
+
+def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any weight, relative to the largest weight of its tensor."""
+    assert found.keys() == expected.keys()
+    return max(((found[n] - expected[n]).abs().max() / expected[n].abs().max()).item() for n in expected)
+
+
+def configs(folder: Path, world_size: int, zero: dict[str, Any], precision: str = "fp32") -> list[RunConfig]:
+    """One run per entry of `SETTINGS`."""
+    train = {
+        "micro_batch_size": ROWS // world_size,
+        "global_batch_size": ROWS * ACCUMULATION,
+        "precision": precision,
+        "eps": EPS,
+    }
+    return [
+        run_config(
+            folder,
+            train={**run_config(folder).train.model_dump(), **train},
+            deepspeed={"zero_optimization": zero},
+            method={"softmask": softmask, "importance": {"initial": str(folder / "importance.safetensors")}},
+        )
+        for softmask in SETTINGS
+    ]
+
+
+def save_random_importance(folder: Path) -> None:
+    """The importance file that `configs` names."""
+    model = tiny_model()
+    layout = adapter_for("roberta").layout(model)
+    save_importance(folder / "importance.safetensors", random_importance(model), layout)
+
+
+def steps() -> list[list[Batch]]:
+    """Joined micro-batches of every optimizer step."""
+    return [[random_batch(ROWS, 10 * step + m) for m in range(ACCUMULATION)] for step in range(NUM_STEPS)]
+
+
+@cache
+def reference(setting: int) -> Any:
+    """What `SETTINGS[setting]` has to give, in float64."""
+    model = tiny_model(**NO_DROPOUT)
+    return reference_train(
+        model,
+        [[vars(batch) for batch in step] for step in steps()],
+        random_importance(model),
+        learning_rates=[1e-2 * (NUM_STEPS - step) / NUM_STEPS for step in range(NUM_STEPS)],
+        eps=EPS,
+        grad_clip=0.5,
+        dtype=torch.float64,
+        **SETTINGS[setting],  # type: ignore[arg-type]
+    )
