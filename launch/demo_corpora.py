@@ -1,188 +1,162 @@
-"""Real text for the demo, taken from what every installation holds: no download, the same text on every machine.
+"""The demo's corpora and tokeniser: `<name>/train.jsonl` and `<name>/valid.jsonl` per corpus, and `tokenizer/`.
 
-Four corpora that differ in language: `general` (English prose from package descriptions, Python's help topics and
-docstrings), `python` (functions of the standard library), `cpp` (PyTorch's C++ headers) and `formulas` (the
-expressions that SymPy's tests assert). Licence texts were tried first, but most are copies of each other: what is
-left without the copies is far below 1 MB.
-
-Each corpus becomes `<name>/train.jsonl` and `<name>/valid.jsonl`, one document with its newlines in `text` per line.
+The same text on every machine with the same packages: documents are made distinct, put in the order of their digests
+(which mixes the sources and forgets in what order files were found) and cut at a size.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
-import re
-import sysconfig
-import textwrap
-import warnings
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
 from das_ds.errors import DataError
+from launch.demo_sources import cpp_documents, formula_documents, general_documents, python_documents
 
 MIN_BYTES = 1_000_000
+MIN_CHARACTERS, MAX_CHARACTERS = 80, 10_000
 VALID_SHARE = 0.05
-CHUNK_CHARACTERS = 1500
-MIN_CHARACTERS = 80
-MARKER = "complete.json"
-SOURCES = ("matplotlib", "networkx", "numpy", "pandas", "sympy", "torch", "transformers")
-DOCUMENTED_PACKAGES = ("matplotlib", "networkx", "numpy", "pandas")
-STDLIB_SKIPPED = {"site-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "pydoc_data", "encodings"}
-
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-Scope = ast.Module | Definition
+VOCAB_SIZE = 512
+TOKENIZER_SHARE = 0.1
+SPECIAL_TOKENS = {
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+TOKENIZER_FOLDER = "tokenizer"
+MANIFEST = "manifest.json"
+SOURCES = ("datasets", "networkx", "numpy", "sympy", "tokenizers", "torch")
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A named source of documents and the most that is taken from it."""
+class DemoCorpus:
+    """A corpus of the demo, where its documents come from and the most bytes that are taken."""
 
     name: str
     documents: Callable[[], Iterator[str]]
-    max_bytes: int
-
-
-def site_packages() -> Path:
-    """Folder of the installed packages."""
-    return Path(sysconfig.get_paths()["purelib"])
-
-
-def python_files(root: Path, skipped: set[str]) -> Iterator[Path]:
-    """Python files under `root`, sorted, outside folders named in `skipped`."""
-    for path in sorted(root.rglob("*.py")):
-        if not skipped.intersection(path.relative_to(root).parts):
-            yield path
-
-
-def parse(path: Path) -> tuple[ast.Module, list[str]] | None:
-    """Syntax tree and lines of a file; None where it is not valid UTF-8 Python (some are test data)."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's strings
-            return ast.parse(source), source.splitlines()
-    except (SyntaxError, ValueError):
-        return None
-
-
-def stdlib_files() -> Iterator[Path]:
-    """Python files of the standard library."""
-    return python_files(Path(sysconfig.get_paths()["stdlib"]), STDLIB_SKIPPED)
-
-
-def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English sentences: long enough, almost all letters, no markup or examples."""
-    if len(paragraph) < MIN_CHARACTERS or paragraph.startswith((">>>", "|", "..", "#", "[")) or "http" in paragraph:
-        return False
-    plain = sum(character.isalpha() or character in " ,.'" for character in paragraph)
-    return plain >= 0.93 * len(paragraph)
-
-
-def prose(text: str) -> Iterator[str]:
-    """The paragraphs of `text` that are English prose, each on one line."""
-    for block in re.split(r"\n\s*\n", text):
-        paragraph = " ".join(block.split())
-        if is_prose(paragraph):
-            yield paragraph
-
-
-def docstrings(path: Path) -> Iterator[str]:
-    """All docstrings of a Python file."""
-    parsed = parse(path)
-    for node in ast.walk(parsed[0]) if parsed else ():
-        if isinstance(node, Scope) and (text := ast.get_docstring(node)):
-            yield text
-
-
-def general_documents() -> Iterator[str]:
-    """English prose: package descriptions, Python's help topics, docstrings."""
-    from pydoc_data.topics import topics
-
-    for distribution in metadata.distributions():
-        yield from prose(str(distribution.metadata.get_payload()))
-    for topic in topics.values():
-        yield from prose(topic)
-    folders = [site_packages() / package for package in DOCUMENTED_PACKAGES]
-    for path in [*stdlib_files(), *(path for folder in folders for path in python_files(folder, {"tests"}))]:
-        for docstring in docstrings(path):
-            yield from prose(docstring)
-
-
-def without_docstrings(node: Definition, lines: list[str]) -> str:
-    """Source lines of a definition, its own and its members' docstrings cut out."""
-    cut: set[int] = set()
-    for scope in ast.walk(node):
-        if isinstance(scope, Scope) and ast.get_docstring(scope, clean=False) is not None:
-            first = scope.body[0]
-            cut.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    return textwrap.dedent("\n".join(lines[number - 1] for number in span if number not in cut))
-
-
-def python_documents() -> Iterator[str]:
-    """Functions and methods of the standard library without their docstrings, which are English."""
-    for path in stdlib_files():
-        parsed = parse(path)
-        for node in ast.walk(parsed[0]) if parsed else ():
-            if parsed and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield without_docstrings(node, parsed[1])
-
-
-def cpp_documents() -> Iterator[str]:
-    """PyTorch's C++ headers in runs of whole paragraphs; generated operator headers, all alike, are left out."""
-    root = site_packages() / "torch" / "include"
-    for path in sorted(root.rglob("*.h")):
-        if "ops" in path.relative_to(root).parts:
-            continue
-        chunk = ""
-        for paragraph in re.split(r"\n\s*\n", path.read_text(encoding="utf-8", errors="ignore")):
-            chunk += paragraph.strip("\n") + "\n"
-            if len(chunk) >= CHUNK_CHARACTERS:
-                yield chunk
-                chunk = ""
-        yield chunk
-
-
-def formula_documents() -> Iterator[str]:
-    """Expressions asserted by SymPy's tests, one document per test function."""
-    for path in sorted((site_packages() / "sympy").rglob("tests/test_*.py")):
-        parsed = parse(path)
-        for node in parsed[0].body if parsed else ():
-            if parsed and isinstance(node, ast.FunctionDef):
-                asserts = [statement.test for statement in ast.walk(node) if isinstance(statement, ast.Assert)]
-                spans = [range(test.lineno - 1, test.end_lineno or test.lineno) for test in asserts]
-                lines = [parsed[1][number] for span in spans for number in span]
-                yield "\n".join(line.strip().removeprefix("assert ") for line in lines)
+    max_bytes: int = 2_000_000
 
 
 CORPORA = (
-    Corpus("general", general_documents, 4_000_000),
-    Corpus("python", python_documents, 3_000_000),
-    Corpus("cpp", cpp_documents, 3_000_000),
-    Corpus("formulas", formula_documents, 3_000_000),
+    DemoCorpus("general", general_documents, 3_000_000),
+    DemoCorpus("python", python_documents),
+    DemoCorpus("cpp", cpp_documents),
+    DemoCorpus("formulas", formula_documents),
 )
-"""The base model's corpus first, then the domains in the order in which they are learned."""
+"""The corpus of the base model, then the domains in the order of learning."""
 
 
-def select(documents: Iterator[str], max_bytes: int) -> list[str]:
-    """Distinct documents of useful length in the order of their digests, at most `max_bytes` of them.
+def build_corpora(folder: Path, corpora: Sequence[DemoCorpus] = CORPORA) -> bool:
+    """Write corpora and tokeniser into `folder`, unless it already holds them complete and from the same packages.
 
-    The digest order mixes all sources and does not depend on where and in what order the files were found.
+    Returns:
+        Whether anything was written.
+
+    Raises:
+        DataError: a corpus of less than MIN_BYTES; names it.
     """
+    if _is_complete(folder):
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    selected = {corpus.name: select(corpus.documents(), corpus.max_bytes) for corpus in corpora}
+    for name, documents in selected.items():
+        _check_size(name, documents)
+        _write_corpus(folder / name, documents)
+    train_tokenizer(tokenizer_sample(selected)).save_pretrained(folder / TOKENIZER_FOLDER)
+    manifest = {"versions": _versions(), "files": _file_sizes(folder)}
+    # Written last: a folder whose manifest fits is complete.
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    return True
+
+
+def select(documents: Iterable[str], max_bytes: int) -> list[str]:
+    """Distinct documents of useful length in the order of their digests, together at most `max_bytes` of UTF-8."""
     distinct = {
-        hashlib.sha256(text.encode("utf-8", "ignore")).digest(): text
+        hashlib.sha256(encoded).digest(): encoded
         for document in documents
-        if len(text := document.strip()) >= MIN_CHARACTERS
+        if MIN_CHARACTERS <= len(text := document.strip()) <= MAX_CHARACTERS
+        # Python's own sources hold lone surrogates in a few strings.
+        for encoded in [text.encode("utf-8", "ignore")]
     }
     chosen: list[str] = []
     num_bytes = 0
-    for _, text in sorted(distinct.items()):
-        num_bytes += len(text.encode("utf-8", "ignore"))
+    for _, encoded in sorted(distinct.items()):
+        num_bytes += len(encoded)
         if num_bytes > max_bytes:
             break
-        chosen.append(text)
+        chosen.append(encoded.decode())
     return chosen
+
+
+def tokenizer_sample(selected: dict[str, list[str]]) -> list[str]:
+    """All text of the first corpus and a tenth of every other one.
+
+    The tokenisers of real base models have seen some of everything too; from English alone, code would fall apart into
+    bytes and lines into runs of single spaces.
+    """
+    first, *others = selected.values()
+    return first + [text for documents in others for text in documents[: round(len(documents) * TOKENIZER_SHARE)]]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with RoBERTa's special tokens and its `<s> document </s>`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    begin, end = (SPECIAL_TOKENS[key] for key in ("bos_token", "eos_token"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        pair=f"{begin} $A {end} $B {end}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (begin, end)],
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def _check_size(name: str, documents: Sequence[str]) -> None:
+    num_bytes = sum(len(document.encode()) for document in documents)
+    if num_bytes < MIN_BYTES:
+        raise DataError(
+            f"demo corpus '{name}': found {num_bytes} bytes of text in the installed packages; expected at least "
+            f"{MIN_BYTES} (install the project's pinned requirements)"
+        )
+
+
+def _write_corpus(folder: Path, documents: Sequence[str]) -> None:
+    folder.mkdir(parents=True)
+    num_valid = max(1, round(len(documents) * VALID_SHARE))
+    for part, texts in (("valid", documents[:num_valid]), ("train", documents[num_valid:])):
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(manifest == {"versions": _versions(), "files": _file_sizes(folder)})
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in SOURCES}

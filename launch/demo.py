@@ -1,0 +1,140 @@
+"""`make demo`: corpora and tokeniser, a small base model, then `das` and `ncl` over three domains, and one table.
+
+Runs on two CPU ranks, or on all GPUs where there are some; everything it writes is under `runs/demo/`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from das_ds.config import RunConfig
+from das_ds.config_io import load_config
+from das_ds.errors import EXIT_USER_ERROR, DasError, TrainingError
+from das_ds.evaluation.report import comparison_table
+from das_ds.evaluation.results import RESULTS_FILE, Results, read_results
+from launch.demo_bounds import corpus_bounds
+from launch.demo_corpora import CORPORA, TOKENIZER_FOLDER, build_corpora
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = Path("runs/demo")
+CORPORA_FOLDER = DEMO / "corpora"
+BASE_CONFIG = Path("launch/configs/demo_base.yaml")
+DAS_CONFIG = Path("launch/configs/demo_das.yaml")
+NUM_CPU_RANKS = 2
+MAX_THREADS_PER_RANK = 4
+
+
+def num_ranks(num_gpus: int, global_batch_size: int) -> int:
+    """Two ranks without a GPU; else the largest power of two of the GPUs, which divides the demo's batches."""
+    if num_gpus == 0:
+        return NUM_CPU_RANKS
+    return min(1 << (num_gpus.bit_length() - 1), global_batch_size)
+
+
+def launch_command(config_path: Path, overrides: list[str], num_gpus: int, port: int) -> list[str]:
+    """The command of one run; the batch of a step is split evenly over the ranks."""
+    global_batch_size = load_config(config_path, overrides).train.global_batch_size
+    ranks = num_ranks(num_gpus, global_batch_size)
+    # Without GPUs the launcher would count the machine's memory nodes and start a rank for each.
+    which = [] if num_gpus == ranks else ["--num_accelerators", str(ranks)]
+    micro_batch = f"train.micro_batch_size={global_batch_size // ranks}"
+    job = ["launch/train.py", "--config", str(config_path), *overrides, micro_batch]
+    return ["deepspeed", *which, "--master_port", str(port), *job]
+
+
+def run(config_path: Path, overrides: list[str]) -> Results:
+    """Start a run afresh, show its progress, and read its results.
+
+    Raises:
+        TrainingError: the run failed.
+    """
+    config = load_config(config_path, overrides)
+    if config.output_dir.exists():
+        print(f"removing {config.output_dir}, left by an earlier demo", flush=True)
+        shutil.rmtree(config.output_dir)
+    command = launch_command(config_path, overrides, torch.cuda.device_count(), free_port())
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    started = time.monotonic()
+    code = subprocess.run([*runner(), *command[1:]], env=environment()).returncode
+    if code != 0:
+        raise TrainingError(
+            f"demo: the run of {config_path} ended with exit code {code}, expected 0; see its output above"
+        )
+    print(f"done in {time.monotonic() - started:.0f} s", flush=True)
+    return read_results(config.output_dir / RESULTS_FILE)
+
+
+def runner() -> list[str]:
+    """The `deepspeed` command of this Python, which need not be on the path."""
+    return [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+def environment() -> dict[str, str]:
+    """The launcher's environment: this Python first on the path, the cores shared out between the CPU ranks."""
+    threads = max(1, min(MAX_THREADS_PER_RANK, len(os.sched_getaffinity(0)) // NUM_CPU_RANKS))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", **os.environ, "PATH": path}
+
+
+def free_port() -> int:
+    """A port that nothing listens on, so that a demo does not meet another job of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def plateau_line(results: Results, config: RunConfig) -> str:
+    """The base model's held-out loss beside what a model without context could reach."""
+    name = results.domains[0]
+    bounds = corpus_bounds(CORPORA_FOLDER / name, AutoTokenizer.from_pretrained(config.data.tokenizer))
+    return (
+        f"base model on held-out '{name}', nats per predicted token: unigram {bounds.unigram:.2f}, best without "
+        f"context {bounds.context_free:.2f}, before training {results.loss_matrix[0][0]:.2f}, "
+        f"after {config.train.steps_per_domain} steps {results.loss_matrix[-1][0]:.2f}"
+    )
+
+
+def demo() -> None:
+    """The whole demo, from the repository's root.
+
+    Raises:
+        DasError: a corpus that is too small, or a run that failed.
+    """
+    started = time.monotonic()
+    os.chdir(ROOT)
+    built = build_corpora(CORPORA_FOLDER)
+    names = ", ".join(corpus.name for corpus in CORPORA)
+    state = f"built in {time.monotonic() - started:.0f} s" if built else "found complete"
+    print(f"corpora ({names}) and {TOKENIZER_FOLDER} in {CORPORA_FOLDER}: {state}", flush=True)
+    base = run(BASE_CONFIG, [])
+    plateau = plateau_line(base, load_config(BASE_CONFIG))
+    print(plateau, flush=True)
+    das = run(DAS_CONFIG, [])
+    ncl = run(DAS_CONFIG, ["method.name=ncl", f"output_dir={DEMO / 'ncl'}"])
+    print(f"\n{plateau}\n\n{comparison_table({'das': das, 'ncl': ncl})}")
+    print(f"\nreports: {DEMO}/das/report/report.md, {DEMO}/ncl/report/report.md")
+    print(f"whole demo: {time.monotonic() - started:.0f} s")
+
+
+def main() -> int:
+    """Run the demo; a failure is one line and an exit code."""
+    try:
+        demo()
+    except DasError as error:
+        print(f"das_ds: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
