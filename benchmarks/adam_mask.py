@@ -1,198 +1,127 @@
 """How far masked units really move: masks on the gradient against masks on the update, under Adam and SGD.
 
 Adam divides by the root of the squared gradient, so a constant factor on the gradient cancels: m -> c m, v -> c^2 v.
-A small RoBERTa with random weights learns to predict tokens of a fixed stream, once with and once without the mask;
-the table gives the movement of FFN rows with the mask over that without, next to what was intended, 1 - I.
+The table gives the movement of FFN rows with the mask over that without, next to what was intended, 1 - I: first with
+torch's optimizers on full tensors, then with the package at every ZeRO stage on one and two ranks. After one step, when
+both trainings have seen the same gradient, the mask on the update must give 1 - I up to rounding.
 
-Run: `python -m benchmarks.adam_mask`
+Run: `python benchmarks/adam_mask.py`
 """
 
 from __future__ import annotations
 
-import copy
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM
+from torch import Tensor
+
+# A script finds only its own folder; the package, the tests' helpers and this package lie beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.environment import print_table, write_result
-from tests.helpers.reference import Batch, Units, full_masks, normalise, unit_ones
+from benchmarks.mask_training import Sizes, Training, build_config, train_on_ranks, train_with_torch
+from benchmarks.product import build_model, write_importance
+from tests.helpers.reference import Units, normalise, unit_ones
+from tests.helpers.run_ranks import run_ranks
 
-MASK_TOKEN = 4
-FIRST_WORD = 5
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The task: a network that is large enough for a table and small enough for a minute."""
-
-    hidden_size: int = 128
-    num_heads: int = 4
-    intermediate_size: int = 512
-    num_layers: int = 2
-    vocab_size: int = 1000
-    batch_size: int = 8
-    sequence_length: int = 64
-    num_steps: int = 60
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table."""
-
-    optimizer: Literal["adamw", "sgd"]
-    learning_rate: float
-    eps: float
-    apply_to: Literal["update", "gradient"]
-
-    @property
-    def title(self) -> str:
-        """The optimizer as the table names it."""
-        return "SGD" if self.optimizer == "sgd" else f"AdamW eps {self.eps:.0e}"
-
-
-# The rates are small so that free and masked rows see nearly the same loss; a free row that has learned its part slows
-# down, and its masked twin then seems to move too far (AdamW, update, all units: 0.51 at 1e-4, 0.45 at 2e-5).
-SETTINGS = (
-    Setting("adamw", 2e-5, 1e-8, "gradient"),
-    Setting("adamw", 2e-5, 1e-6, "gradient"),
-    Setting("adamw", 2e-5, 1e-8, "update"),
-    Setting("sgd", 1e-1, 0.0, "gradient"),
-    Setting("sgd", 1e-1, 0.0, "update"),
+# After the first step the masked and the free training see different gradients, so their ratio is only near 1 - I.
+NUM_STEPS = 60
+ADAMW = Training("adamw", learning_rate=2e-5, eps=1e-8, num_steps=NUM_STEPS)
+ADAMW_LARGE_EPS = replace(ADAMW, eps=1e-6)
+SGD = Training("sgd", learning_rate=1e-1, eps=0.0, num_steps=NUM_STEPS)
+WITH_TORCH = (
+    replace(ADAMW, mask="gradient"),
+    replace(ADAMW_LARGE_EPS, mask="gradient"),
+    replace(ADAMW, mask="update"),
+    replace(SGD, mask="gradient"),
+    replace(SGD, mask="update"),
 )
+ON_RANKS = (replace(ADAMW, mask="gradient"), replace(ADAMW, mask="update"))
+ZERO_STAGES, WORLD_SIZES = (0, 1, 2, 3), (1, 2)
+ONE_STEP_FACTOR = 500
+"""A single step is this much larger, so that the rounding of the weights is small beside their movement."""
 
-Train = Callable[[PreTrainedModel, list[Batch], Units | None, Setting], dict[str, Tensor]]
-"""Trains a copy of the model (mask only, no contrast) and returns its parameters by name."""
-
-
-def build_model(sizes: Sizes) -> PreTrainedModel:
-    """RoBERTa with random weights and without dropout."""
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        num_attention_heads=sizes.num_heads,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_layers,
-        max_position_embeddings=sizes.sequence_length + 2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return RobertaForMaskedLM(config)
+Movements = dict[Training, Tensor]
+TrainAll = Callable[[list[Training]], list[Tensor]]
 
 
-def build_batches(sizes: Sizes) -> list[Batch]:
-    """One batch per step; word frequencies follow Zipf's law and 15 % of the tokens are masked."""
-    generator = torch.Generator().manual_seed(1)
-    weights = 1 / torch.arange(1, sizes.vocab_size - FIRST_WORD + 1)
-    shape, num_tokens = (sizes.batch_size, sizes.sequence_length), sizes.batch_size * sizes.sequence_length
-    batches: list[Batch] = []
-    for _ in range(sizes.num_steps):
-        flat = FIRST_WORD + torch.multinomial(weights, num_tokens, replacement=True, generator=generator)
-        predicted = torch.randperm(num_tokens, generator=generator)[: round(0.15 * num_tokens)]
-        corrupted = flat.index_fill(0, predicted, MASK_TOKEN)
-        batches.append(
-            {
-                "input_ids": flat.view(shape),
-                "corrupted_ids": corrupted.view(shape),
-                "predicted": predicted,
-                "targets": flat[predicted],
-            }
-        )
-    return batches
+@dataclass(frozen=True)
+class Intention:
+    """Importance of the units that own the FFN rows, (L * (F + H),) in the order of `ffn_movement`."""
+
+    importance: Tensor
+
+    def row(self, trained_by: str, training: Training, moved: Movements) -> dict[str, Any]:
+        """The table's row for a masked training."""
+        single = one_step(training)
+        ratio = moved[training] / moved[replace(training, mask=None)]
+        single_ratio = moved[single] / moved[replace(single, mask=None)]
+        protected, scale = self.importance >= 0.9, 1 - self.importance
+        return {
+            "trained by": trained_by,
+            "optimizer": "SGD" if training.optimizer == "sgd" else f"AdamW eps {training.eps:.0e}",
+            "mask on": training.mask,
+            "all units": ratio.mean().item(),
+            "intended": scale.mean().item(),
+            "I >= 0.9": ratio[protected].mean().item(),
+            "intended, I >= 0.9": scale[protected].mean().item(),
+            "one step: max abs(ratio - (1 - I))": (single_ratio - scale).abs().max().item(),
+        }
 
 
-def draw_importance(model: PreTrainedModel) -> Units:
+def one_step(training: Training) -> Training:
+    """The same training for one large step."""
+    return replace(training, num_steps=1, learning_rate=ONE_STEP_FACTOR * training.learning_rate)
+
+
+def draw_importance(model: Any) -> Units:
     """|tanh z| of standard normal importance, for all unit groups."""
     generator = torch.Generator().manual_seed(2)
     return {group: normalise(torch.randn(ones.shape, generator=generator)) for group, ones in unit_ones(model).items()}
 
 
-def train_plain(
-    model: PreTrainedModel, batches: list[Batch], importance: Units | None, setting: Setting
-) -> dict[str, Tensor]:
-    """The `Train` function in one process, with torch's optimizers and full tensors."""
-    model = copy.deepcopy(model)
-    parameters = dict(model.named_parameters())
-    scales = full_masks(model, importance) if importance else {name: torch.ones(()) for name in parameters}
-    if setting.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters.values(), lr=setting.learning_rate)
-    else:
-        optimizer = torch.optim.AdamW(parameters.values(), lr=setting.learning_rate, eps=setting.eps)
-    for batch in batches:
-        optimizer.zero_grad()
-        torch.autograd.backward(mlm_loss(model, batch))
-        before = {name: value.detach().clone() for name, value in parameters.items()}
-        if setting.apply_to == "gradient":
-            scale_gradients(parameters, scales)
-        optimizer.step()
-        if setting.apply_to == "update":
-            for name, value in parameters.items():
-                value.data = before[name] + scales[name] * (value.data - before[name])
-    return {name: value.detach() for name, value in parameters.items()}
+def measure(
+    train_all: TrainAll, masked: tuple[Training, ...], trained_by: str, intention: Intention
+) -> list[dict[str, Any]]:
+    """One row per masked training, each compared with its unmasked twin."""
+    long = [twin for training in masked for twin in (training, replace(training, mask=None))]
+    trainings = list(dict.fromkeys([*long, *map(one_step, long)]))
+    moved = dict(zip(trainings, train_all(trainings), strict=True))
+    return [intention.row(trained_by, training, moved) for training in masked]
 
 
-def mlm_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy at the predicted positions."""
-    logits = model(input_ids=batch["corrupted_ids"]).logits.flatten(0, 1)[batch["predicted"]]
-    return cross_entropy(logits, batch["targets"])
+def measure_all(sizes: Sizes, folder: Path) -> list[dict[str, Any]]:
+    """The whole table."""
+    path = folder / "importance.safetensors"
+    model = build_model(build_config(sizes, ADAMW, path, zero_stage=0, world_size=1))
+    units = draw_importance(model)
+    write_importance(path, model, units)
+    intention = Intention(torch.cat([units["intermediate"].flatten(), units["output"].flatten()]).double())
+    rows = measure(lambda all_: [train_with_torch(sizes, t, path) for t in all_], WITH_TORCH, "torch", intention)
+    for stage in ZERO_STAGES:
+        for world_size in WORLD_SIZES:
 
+            def train_all(all_: list[Training], stage: int = stage, world_size: int = world_size) -> list[Tensor]:
+                return run_ranks(train_on_ranks, world_size, sizes, all_, path, stage, timeout=1800)[0]
 
-def scale_gradients(parameters: dict[str, nn.Parameter], scales: dict[str, Tensor]) -> None:
-    """g <- (1 - I) * g."""
-    for name, value in parameters.items():
-        if value.grad is not None:
-            value.grad *= scales[name]
-
-
-def ffn_movement(start: dict[str, Tensor], end: dict[str, Tensor]) -> Tensor:
-    """Euclidean movement of each row of the FFN's weights, intermediate rows and then output rows, (L * (F + H),)."""
-    names = [
-        name
-        for part in ("intermediate.dense.weight", "output.dense.weight")
-        for name in start
-        if name.endswith(part) and "attention" not in name
-    ]
-    return torch.cat([(end[name] - start[name]).norm(dim=1) for name in names])
-
-
-def measure(train: Train, sizes: Sizes, settings: tuple[Setting, ...] = SETTINGS) -> list[dict[str, Any]]:
-    """One row per setting: mean ratio of movement over all units and over units with I >= 0.9."""
-    model, batches = build_model(sizes), build_batches(sizes)
-    importance = draw_importance(model)
-    start = {name: value.detach().clone() for name, value in model.named_parameters()}
-    units = torch.cat([importance["intermediate"].flatten(), importance["output"].flatten()])
-    protected = units >= 0.9
-    rows: list[dict[str, Any]] = []
-    free: dict[str, Tensor] = {}
-    for setting in settings:
-        if setting.title not in free:
-            free[setting.title] = ffn_movement(start, train(model, batches, None, setting))
-        ratio = ffn_movement(start, train(model, batches, importance, setting)) / free[setting.title]
-        rows.append(
-            {
-                "optimizer": setting.title,
-                "mask applied to": setting.apply_to,
-                "all units": ratio.mean().item(),
-                "all units, intended": (1 - units).mean().item(),
-                "I >= 0.9": ratio[protected].mean().item(),
-                "I >= 0.9, intended": (1 - units[protected]).mean().item(),
-            }
-        )
+            trained_by = f"das_ds, ZeRO {stage}, {world_size} rank" + "s" * (world_size > 1)
+            rows += measure(train_all, ON_RANKS, trained_by, intention)
     return rows
 
 
 def main() -> None:
-    """Measures in one process on the CPU, prints the table and writes the result file."""
+    """Measures on the CPU, prints the table and writes the result file."""
     torch.set_num_threads(1)
     sizes = Sizes()
-    rows = measure(train_plain, sizes)
+    with TemporaryDirectory() as folder:
+        rows = measure_all(sizes, Path(folder))
     print_table(rows)
-    settings = {**asdict(sizes), "rows": [asdict(setting) for setting in SETTINGS]}
+    settings = {**asdict(sizes), "one_step_factor": ONE_STEP_FACTOR, "trainings": [asdict(t) for t in WITH_TORCH]}
     print(f"written to {write_result('adam_mask', torch.device('cpu'), settings, rows).name}")
 
 

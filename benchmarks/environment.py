@@ -51,7 +51,13 @@ def write_result(name: str, device: torch.device, settings: dict[str, Any], rows
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints rows of equal keys as a Markdown table; numbers with three decimals."""
-    cells = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    """Prints rows of equal keys as a Markdown table; numbers with three decimals, tiny ones as powers of ten."""
+    cells = [[_cell(value) for value in row.values()] for row in rows]
     for line in (list(rows[0]), ["---"] * len(rows[0]), *cells):
         print("| " + " | ".join(line) + " |")
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"

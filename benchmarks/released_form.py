@@ -2,9 +2,9 @@
 
 Three forward calls (corrupted ids; clean ids twice; clean ids with gates), each with labels, so that the LM head and
 the cross-entropy run at every position of all 4B rows; eager attention with the head gate on the attention
-probabilities; the mask multiplied into full gradients. Its pairing of views is kept too: the repeated batch is viewed
-as (B, 2), which pairs neighbouring sequences. transformers 5 leaves out an attention mask of ones, which the released
-code adds, so this form does slightly less work than the original.
+probabilities; the mask multiplied into full gradients. The language-modelling losses of the clean calls are computed
+and not used, so nothing is propagated back through their LM heads. The pairing of views is kept too: the repeated batch
+is viewed as (B, 2), which pairs neighbouring sequences.
 
 Source: https://github.com/UIC-Liu-Lab/ContinualLM (networks/posttrain/model.py, networks/baselines/softmask.py).
 """
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, dropout
-from transformers import AttentionInterface, AttentionMaskInterface, RobertaForMaskedLM
-from transformers.masking_utils import eager_mask
+from transformers import AttentionInterface, RobertaForMaskedLM
 
-from tests.helpers.reference import Units
+from das_ds.data.batches import Batch
+from das_ds.functional.units import Importance
 
 TEMPERATURE = 0.05
 ATTENTION = "eager_with_head_gate"
+IGNORED = -100
 
 
 def gated_eager_attention(
@@ -54,44 +55,54 @@ def drop(probabilities: Tensor, p: float, training: bool) -> Tensor:
 
 
 AttentionInterface.register(ATTENTION, gated_eager_attention)
-# Without its own mask function an attention function of another name never sees a mask.
-AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 class ReleasedForm:
-    """Forward, backward and update of the released step, on a model built with `attn_implementation=ATTENTION`."""
+    """The released step with full tensors, on a model whose attention implementation is `ATTENTION`.
+
+    In bf16 the forward pass runs under autocast over fp32 weights, as the released code's `accelerate` does it.
+    """
 
     def __init__(
-        self, model: RobertaForMaskedLM, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], importance: Units
+        self,
+        model: RobertaForMaskedLM,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        importance: Importance,
+        precision: str,
     ) -> None:
-        self.model, self.optimizer, self.batch, self.importance = model, optimizer, batch, importance
+        self.model, self.optimizer, self.importance, self.precision = model, optimizer, importance, precision
+        self.clean, self.corrupted = batch.input_ids, batch.corrupted_ids
+        labels = torch.full_like(self.clean, IGNORED).flatten()
+        self.labels = labels.index_put((batch.predicted,), batch.targets).view_as(self.clean)
 
-    def forward(self) -> Tensor:
-        """MLM loss plus contrastive loss."""
-        clean, labels = self.batch["input_ids"], self.batch["labels"]
-        masked = self._call(self.batch["corrupted_ids"], labels)
-        twice = self._call(clean.repeat(2, 1), labels.repeat(2, 1))
+    def step(self) -> Iterator[None]:
+        """One optimizer step; pauses after forward, backward (mask on the gradients included) and update."""
+        with torch.autocast(self.clean.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self._loss()
+        yield
+        torch.autograd.backward(loss)
+        self._mask_gradients()
+        yield
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        yield
+
+    def _loss(self) -> Tensor:
+        masked = self._call(self.corrupted, self.labels)
+        twice = self._call(self.clean.repeat(2, 1), self.labels.repeat(2, 1))
         with self._ffn_gates():
-            previous = self._call(clean, labels, head_gates=self.importance["head"])
+            previous = self._call(self.clean, self.labels, head_gates=self.importance["head"])
         pairs = twice.hidden_states[-1].unflatten(0, (-1, 2)).mean(dim=2)
         loss: Tensor = masked.loss + contrast(pairs[:, 1], pairs[:, 0], previous.hidden_states[-1].mean(dim=1))
         return loss
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients, then the soft mask on them."""
-        torch.autograd.backward(loss)
-        self._mask_gradients()
-
-    def update(self) -> None:
-        """Optimizer step."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def _call(self, input_ids: Tensor, labels: Tensor, **gates: Tensor) -> Any:
         return self.model(
             input_ids=input_ids,
             labels=labels,
-            attention_mask=torch.ones_like(input_ids),
+            # Additive, as old versions of transformers made it; version 5 would drop a mask of ones.
+            attention_mask=torch.zeros(len(input_ids), 1, 1, input_ids.shape[1], device=input_ids.device),
             output_hidden_states=True,
             **gates,
         )

@@ -1,31 +1,43 @@
-"""Seconds per optimizer step, by phase: plain MLM and the released code's DAS step, at RoBERTa-base sizes.
+"""Seconds per optimizer step at RoBERTa-base sizes: plain MLM, DAS as built, and DAS as the released code does it.
 
-All forms have the same sizes, batch, precision and optimizer, and are timed in one run; the best repeat counts.
+Plain MLM and DAS are the package's `ncl` and `das` methods over its own DeepSpeed engine, on one rank; the released
+form is written out in `released_form.py`. All have the same sizes, batch, dropout and AdamW settings
+and clip no gradient.
 
-Run: `python -m benchmarks.step [--repeats 3] [--precision bf16]`
+Run: `python benchmarks/step.py [--repeats 5] [--precision bf16]`
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import RobertaConfig, RobertaForMaskedLM
 
-from benchmarks.environment import default_device, print_table, write_result
+# A script finds only its own folder; the package and this one lie beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.environment import print_table, write_result
+from benchmarks.product import build_method, build_model, optimizer_step, run_config, write_importance
 from benchmarks.released_form import ATTENTION, ReleasedForm
-from tests.helpers.reference import Units
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.distributed.launch import Ranks
 
+PLAIN, DAS, RELEASED = "plain MLM", "DAS as built", "DAS, released form"
+BUDGET = {"cpu": {PLAIN: 3.7, RELEASED: 0.6}, "cuda": {RELEASED: 0.5}}
+"""Device type -> form -> largest ratio of a DAS step to it."""
+PHASES = ("forward", "backward", "update")
 MASK_TOKEN = 50264
 FIRST_WORD = 5
-IGNORED = -100
-PHASES = ("forward", "backward", "optimizer")
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -37,121 +49,104 @@ class Workload:
     mlm_probability: float = 0.15
     num_layers: int = 12
     precision: str = "fp32"
+    zero_stage: int = 0
 
 
 class Form(Protocol):
     """One way to do an optimizer step."""
 
-    def forward(self) -> Tensor:
-        """The total loss."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss."""
-
-    def update(self) -> None:
-        """Optimizer step; clears gradients."""
+    def step(self) -> Iterator[None]:
+        """One optimizer step, pausing at the end of each phase."""
 
 
-Build = Callable[[Workload, torch.device], Form]
+class ProductForm:
+    """A method of the package over its engine."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, batch: Batch) -> None:
+        self._method, self._batch = build_method(config, ranks), batch
+        self._token_scale = torch.tensor(1 / batch.num_predicted, device=ranks.info.device)
+
+    def step(self) -> Iterator[None]:
+        """One optimizer step, pausing at the end of each phase."""
+        return optimizer_step(self._method, self._batch, self._token_scale)
 
 
-class PlainForm:
-    """MLM training with the LM head at predicted positions only: the unit in which the other forms are counted."""
-
-    def __init__(self, model: RobertaForMaskedLM, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
-        self.model, self.optimizer, self.batch = model, optimizer, batch
-
-    def forward(self) -> Tensor:
-        """Mean cross-entropy at the predicted positions."""
-        hidden = self.model.roberta(input_ids=self.batch["corrupted_ids"]).last_hidden_state
-        logits = self.model.lm_head(hidden.flatten(0, 1)[self.batch["predicted"]])
-        return cross_entropy(logits, self.batch["targets"])
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss."""
-        torch.autograd.backward(loss)
-
-    def update(self) -> None:
-        """Optimizer step."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+def build_config(work: Workload, method: dict[str, Any]) -> RunConfig:
+    """RoBERTa-base, but for the number of layers; dropout is on."""
+    model = {
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "num_hidden_layers": work.num_layers,
+    }
+    train = {
+        "global_batch_size": work.batch_size,
+        "micro_batch_size": work.batch_size,
+        "precision": work.precision,
+    }
+    return run_config(model, train, method, sequence_length=work.sequence_length, zero_stage=work.zero_stage)
 
 
-def build_batch(work: Workload, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    """Random words, a share of them masked; `labels` say the same as `predicted` and `targets`."""
+def build_batch(work: Workload) -> Batch:
+    """Random words, a share of them masked."""
     generator = torch.Generator().manual_seed(1)
     shape, num_tokens = (work.batch_size, work.sequence_length), work.batch_size * work.sequence_length
-    flat = torch.randint(FIRST_WORD, vocab_size - 1, (num_tokens,), generator=generator)
+    flat = torch.randint(FIRST_WORD, MASK_TOKEN, (num_tokens,), generator=generator)
     predicted = torch.randperm(num_tokens, generator=generator)[: round(work.mlm_probability * num_tokens)]
-    targets = flat[predicted]
-    batch = {
-        "input_ids": flat.view(shape),
-        "corrupted_ids": flat.index_fill(0, predicted, MASK_TOKEN).view(shape),
-        "labels": torch.full_like(flat, IGNORED).index_put((predicted,), targets).view(shape),
-        "predicted": predicted,
-        "targets": targets,
-    }
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def build_model(work: Workload, device: torch.device, attention: str) -> RobertaForMaskedLM:
-    """RoBERTa-base sizes, random weights, dropout on."""
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=50265,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        num_hidden_layers=work.num_layers,
+    return Batch(
+        input_ids=flat.view(shape),
+        corrupted_ids=flat.index_fill(0, predicted, MASK_TOKEN).view(shape),
+        predicted=predicted,
+        targets=flat[predicted],
+        row_weights=torch.ones(work.batch_size),
     )
-    model = RobertaForMaskedLM(config)
-    model.set_attn_implementation(attention)
-    nn.Module.to(model, device)
-    model.train()
-    return model
 
 
-def build_optimizer(model: RobertaForMaskedLM) -> torch.optim.Optimizer:
-    """AdamW in torch's fused form."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-
-def build_importance(model: RobertaForMaskedLM, device: torch.device) -> Units:
-    """Uniform importance in [0, 1)."""
-    config, generator = model.config, torch.Generator().manual_seed(2)
+def draw_importance(config: Any) -> dict[str, torch.Tensor]:
+    """Uniform importance in [0, 1) for the units of a RoBERTa."""
+    generator = torch.Generator().manual_seed(2)
     sizes = {"head": config.num_attention_heads, "intermediate": config.intermediate_size, "output": config.hidden_size}
+    return {group: torch.rand(config.num_hidden_layers, size, generator=generator) for group, size in sizes.items()}
+
+
+def build_released(config: RunConfig, importance: dict[str, torch.Tensor], batch: Batch, device: torch.device) -> Form:
+    """The released code's step, with torch's fused AdamW."""
+    model = build_model(config).to(device).train()
+    model.set_attn_implementation(ATTENTION)
+    train = config.train
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=train.learning_rate,
+        betas=train.betas,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+    on_device = {group: values.to(device) for group, values in importance.items()}
+    return ReleasedForm(model, optimizer, batch, on_device, train.precision)
+
+
+def builders(work: Workload, ranks: Ranks, folder: Path) -> dict[str, Callable[[], Form]]:
+    """Name of each form -> what builds it."""
+    device, path = ranks.info.device, folder / "importance.safetensors"
+    plain = build_config(work, {"name": "ncl"})
+    das = build_config(work, {"name": "das", "importance": {"initial": str(path)}})
+    # Layout and sizes are all that is wanted of this model.
+    with torch.device("meta"):
+        skeleton = build_model(plain)
+    importance, batch = draw_importance(skeleton.config), build_batch(work).to(device)
+    write_importance(path, skeleton, importance)
     return {
-        group: torch.rand(config.num_hidden_layers, size, generator=generator).to(device)
-        for group, size in sizes.items()
+        PLAIN: partial(ProductForm, plain, ranks, batch),
+        DAS: partial(ProductForm, das, ranks, batch),
+        RELEASED: partial(build_released, plain, importance, batch, device),
     }
 
 
-def build_plain(work: Workload, device: torch.device) -> Form:
-    """Plain MLM with SDPA attention."""
-    model = build_model(work, device, "sdpa")
-    return PlainForm(model, build_optimizer(model), build_batch(work, model.config.vocab_size, device))
-
-
-def build_released(work: Workload, device: torch.device) -> Form:
-    """The released code's DAS step."""
-    model = build_model(work, device, ATTENTION)
-    batch = build_batch(work, model.config.vocab_size, device)
-    return ReleasedForm(model, build_optimizer(model), batch, build_importance(model, device))
-
-
-FORMS: dict[str, Build] = {"plain MLM": build_plain, "DAS, released form": build_released}
-
-
-def time_step(form: Form, work: Workload, device: torch.device) -> dict[str, float]:
+def time_step(form: Form, device: torch.device) -> dict[str, float]:
     """Seconds of each phase of one step."""
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=work.precision == "bf16")
     marks = [now(device)]
-    with autocast:
-        loss = form.forward()
-    marks.append(now(device))
-    form.backward(loss)
-    marks.append(now(device))
-    form.update()
-    marks.append(now(device))
+    marks.extend(now(device) for _ in form.step())
     return {phase: marks[index + 1] - marks[index] for index, phase in enumerate(PHASES)}
 
 
@@ -162,36 +157,59 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(work: Workload, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """One row per form: seconds of its fastest step after one to warm up, and the ratio to the first form."""
-    forms = {name: build(work, device) for name, build in FORMS.items()}
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in forms}
+def warm_up(build: Callable[[], Form], device: torch.device) -> tuple[Form, dict[str, float]]:
+    """A form after two steps and, on a GPU, the peak of what it alone has allocated there in the second."""
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    form = build()
+    time_step(form, device)
+    if device.type != "cuda":
+        return form, {}
+    torch.cuda.reset_peak_memory_stats(device)
+    time_step(form, device)
+    return form, {"peak GiB": (torch.cuda.max_memory_allocated(device) - before) / GIB}
+
+
+def measure(builds: dict[str, Callable[[], Form]], device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """One row per form: its fastest step, by phase."""
+    warm = {name: warm_up(build, device) for name, build in builds.items()}
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in warm}
     # In turns, so that other load on the machine falls on every form alike.
-    for _ in range(repeats + 1):
-        for name, form in forms.items():
-            steps[name].append(time_step(form, work, device))
-    rows: list[dict[str, Any]] = []
-    for name, timed in steps.items():
-        best = min(timed[1:], key=lambda step: sum(step.values()))
-        total = sum(best.values())
-        rows.append({"step": name, "seconds": total, "ratio": total / rows[0]["seconds"] if rows else 1.0, **best})
-    return rows
+    for _ in range(repeats):
+        for name, (form, _) in warm.items():
+            steps[name].append(time_step(form, device))
+    fastest = {name: min(timed, key=lambda step: sum(step.values())) for name, timed in steps.items()}
+    seconds = {name: sum(step.values()) for name, step in fastest.items()}
+    return [
+        {
+            "step": name,
+            "seconds": seconds[name],
+            **step,
+            **{f"over {other}": seconds[name] / seconds[other] for other in (PLAIN, RELEASED)},
+            **warm[name][1],
+        }
+        for name, step in fastest.items()
+    ]
 
 
 def main() -> None:
     """Times all forms, prints the table and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps per form; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per form; the fastest counts")
     parser.add_argument("--batch-size", type=int, default=Workload.batch_size, help="sequences per step")
     parser.add_argument("--num-layers", type=int, default=Workload.num_layers, help="12 is RoBERTa-base")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=Workload.precision)
-    options = parser.parse_args()
-    work = Workload(batch_size=options.batch_size, num_layers=options.num_layers, precision=options.precision)
-    device = default_device()
-    rows = measure(work, device, options.repeats)
+    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2), default=Workload.zero_stage)
+    options = vars(parser.parse_args())
+    repeats, work, ranks = options.pop("repeats"), Workload(**options), Ranks()
+    with TemporaryDirectory() as folder:
+        rows = measure(builders(work, ranks, Path(folder)), ranks.info.device, repeats)
     print_table(rows)
-    settings = {**asdict(work), "repeats": options.repeats}
-    print(f"written to {write_result('step', device, settings, rows).name}")
+    das = next(row for row in rows if row["step"] == DAS)
+    for name, limit in BUDGET[ranks.info.device.type].items():
+        print(f"{DAS} / {name}: {das[f'over {name}']:.2f} (budget at the default sizes: {limit})")
+    path = write_result("step", ranks.info.device, {**asdict(work), "repeats": repeats}, rows)
+    print(f"written to {path.name}")
+    ranks.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""The package's own way to an optimizer step, from a run config to a method over a DeepSpeed engine, without text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.deepspeed_config import build_deepspeed_config
+from das_ds.distributed.engine import Engine
+from das_ds.distributed.launch import Ranks
+from das_ds.methods import METHODS
+from das_ds.methods.base import DomainContext, Method, RunContext
+from das_ds.methods.importance_file import save_importance
+from das_ds.models.gates import UnitGates
+from das_ds.models.loading import load_model
+from das_ds.models.masked_lm import MaskedLanguageModel
+from das_ds.models.registry import adapter_for
+
+
+def run_config(
+    model: dict[str, Any], train: dict[str, Any], method: dict[str, Any], *, sequence_length: int, zero_stage: int
+) -> RunConfig:
+    """A run over a RoBERTa with random weights, whose text is never read and which writes nothing.
+
+    Args:
+        model: Hugging Face config values, `vocab_size` among them.
+        train, method: values of these sections; no gradient is clipped and the learning rate is constant.
+    """
+    values: dict[str, Any] = {
+        "output_dir": "unused",
+        "model": {"config": {"model_type": "roberta", **model}},
+        "domains": [{"name": "random", "train": ["unused.txt"]}],
+        "data": {"sequence_length": sequence_length},
+        "train": {"schedule": "constant_with_warmup", "warmup_ratio": 0.0, "grad_clip": 0.0, **train},
+        "method": method,
+        "deepspeed": {"zero_optimization": {"stage": zero_stage}},
+    }
+    return RunConfig(**values)
+
+
+def build_model(config: RunConfig) -> Any:
+    """The run's network, as the package builds it."""
+    assert config.model.config is not None, "benchmarks use random weights"
+    model, _ = load_model(config.model, seed=config.seed, vocab_size=config.model.config["vocab_size"])
+    return model
+
+
+def build_method(config: RunConfig, ranks: Ranks) -> Method:
+    """The run's method over an engine, ready for the first step of a domain."""
+    model = build_model(config)
+    adapter = adapter_for(model.config.model_type)
+    layout, gates = adapter.layout(model), UnitGates(model, adapter)
+    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
+    module = MaskedLanguageModel(model, adapter)
+    engine = Engine(module, dict(model.named_parameters()), config.train, deepspeed_config, ranks)
+    method = METHODS[config.method.name](RunContext(config, engine, layout, gates))
+    method.before_domain(DomainContext(0, "random", lambda label: []))
+    engine.start_domain(config.train.steps_per_domain)
+    engine.module.train()
+    return method
+
+
+def optimizer_step(method: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[None]:
+    """One step without accumulation, as `training.domain` does it; pauses after forward, backward and update."""
+    with method.micro_step(batch, token_scale) as losses:
+        yield
+        method.run.engine.backward(torch.stack(list(losses.values())).sum())
+        yield
+    method.run.engine.step()
+    yield
+
+
+def write_importance(path: Path, model: Any, importance: dict[str, torch.Tensor]) -> None:
+    """Writes group -> (L, U) where `method.importance.initial` can read it."""
+    save_importance(path, importance, adapter_for(model.config.model_type).layout(model))
