@@ -5,6 +5,7 @@ Shape legend: B local sequences, S positions, H hidden size, L layers, U units.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from das_ds.methods.importance_pass import (
     mean_absolute_gate_gradient,
     pretraining_loss,
 )
+
+logger = logging.getLogger(__name__)
 
 CONTRAST_LOSS = "contrast"
 IMPORTANCE_FILE = "importance.safetensors"
@@ -108,7 +111,13 @@ class SoftMaskedContrast(Method):
     def _initial_importance(self, domain: DomainContext) -> Importance:
         path = self.run.config.method.importance.initial
         if path is None:
-            return self._measure(domain, "importance of general knowledge", general_knowledge_loss)
+            general = self._measure(domain, "importance of general knowledge", general_knowledge_loss)
+            if self.run.engine.ranks.info.is_main and not any(values.any() for values in general.values()):
+                logger.warning(
+                    "general knowledge protects nothing: its importance is zero, as in a model without dropout, whose "
+                    "two views are equal; the views of the contrast are then equal too"
+                )
+            return general
         device = self.run.engine.ranks.info.device
         return {g: v.to(device) for g, v in load_importance(Path(path), self.run.layout).items()}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -65,7 +66,7 @@ def load_model(
                 model = AutoModelForMaskedLM.from_config(_model_config(config, vocab_size), **options)
         else:
             model = AutoModelForMaskedLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {source or config.config!r}: {_first_line(error)}") from error
     _check_embeddings(model, vocab_size)
     if config.gradient_checkpointing:

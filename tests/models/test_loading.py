@@ -73,6 +73,14 @@ def test_config_without_weights_is_named(tmp_path: Path) -> None:
         load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
 
 
+def test_damaged_weights_are_an_error(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=f"cannot load the model '{tmp_path}'"):
+        load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
+
+
 def test_heads_that_do_not_divide_are_an_error() -> None:
     with pytest.raises(ModelError, match="hidden size"):
         load_model(random_model(num_attention_heads=7), seed=0, vocab_size=100)
