@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,10 +32,11 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions and date (UTC) of this measurement."""
+    """Device, threads, load, versions and date (UTC) of this measurement; the measurement's own threads are in the load."""
     return {
         "device": device_name(device),
         "num_threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

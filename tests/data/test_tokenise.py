@@ -5,6 +5,7 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -161,16 +162,19 @@ def test_full_disk_names_the_folder_and_leaves_nothing(corpus_file: Path, monkey
     assert list((corpus_file.parent / "cache").iterdir()) == []
 
 
-@pytest.fixture
-def small_file_limit() -> Iterator[None]:
+@contextmanager
+def small_files() -> Iterator[None]:
+    # Only around the call: pytest writes its own output under the same limit.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_write_that_the_system_cuts_short(corpus_file: Path, small_file_limit: None) -> None:
-    with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(File too large\)"):
+def test_write_that_the_system_cuts_short(corpus_file: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(File too large\)"), small_files():
         prepare(corpus_file)
     assert list((corpus_file.parent / "cache").iterdir()) == []
 
