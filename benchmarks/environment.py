@@ -32,7 +32,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, threads, load, versions and date (UTC) of this measurement; the measurement's own threads are in the load."""
+    """Device, threads, versions, date (UTC) and load average, in which the measurement itself counts."""
     return {
         "device": device_name(device),
         "num_threads": torch.get_num_threads(),
