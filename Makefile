@@ -21,7 +21,7 @@ $(STAMP): requirements.txt setup.py
 	touch $@
 
 demo: setup
-	$(BIN)/python launch/demo.py
+	$(BIN)/python -m launch.demo
 
 test: setup
 	$(BIN)/pytest -q tests

@@ -1,6 +1,7 @@
 """The demo's configs, commands and context-free bounds."""
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from das_ds.config_io import load_config
 from das_ds.errors import TrainingError
+from das_ds.evaluation.results import build_results
 from launch import demo
 from launch.demo_bounds import context_free_bounds
 from launch.demo_corpora import CORPORA
@@ -57,13 +59,54 @@ def test_command_splits_the_batch_and_names_the_ranks_only_where_needed() -> Non
     assert on_gpus[-1] == f"train.micro_batch_size={batch // 4}"
 
 
-def test_failed_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "old").touch()
+def test_failed_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "runner", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(TrainingError, match=r"demo_das\.yaml ended with exit code 3, expected 0"):
-        demo.run(demo.DAS_CONFIG, [f"output_dir={tmp_path / 'run'}"])
-    assert not (tmp_path / "run").exists()
+        demo.run(demo.DAS_CONFIG, [])
+
+
+def test_learning_line_takes_each_domain_right_after_its_stage() -> None:
+    results = build_results(
+        method="ncl",
+        domains=["a", "b"],
+        eval_domains=["a", "b", "general"],
+        loss_matrix=[[9.0, 9.0, 9.0], [2.0, 9.0, 9.0], [9.0, 3.0, 9.0]],
+        tokens_seen=1,
+        wall_seconds=1.0,
+        world_size=1,
+        zero_stage=2,
+    )
+    assert "right after learning a domain: ncl 2.50 (" in demo.learning_line({"ncl": results})
+
+
+def test_earlier_runs_go_and_corpora_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "das", "corpora"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    demo.remove_earlier_runs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpora"]
+    assert capsys.readouterr().out.count("left by an earlier demo") == 2
+
+
+def test_main_turns_a_failure_into_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise TrainingError("demo: no luck")
+
+    monkeypatch.setattr(demo, "demo", fail)
+    assert demo.main() == 2
+    assert capsys.readouterr().err == "das_ds: demo: no luck\n"
+
+
+def test_threads_are_shared_out_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
+    assert demo.environment()["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert demo.environment()["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert demo.environment()["OMP_NUM_THREADS"] == "3"
 
 
 def test_bounds_equal_sums_over_everything_that_can_stand_at_a_position() -> None:
