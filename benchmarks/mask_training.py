@@ -19,7 +19,7 @@ from benchmarks.product import build_method, build_model, optimizer_step, run_co
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
-from das_ds.methods.importance_file import load_importance
+from das_ds.methods.importance_file import load_unit_importance
 from das_ds.models.registry import adapter_for
 from tests.helpers.reference import full_masks
 
@@ -122,7 +122,7 @@ def train_with_torch(sizes: Sizes, training: Training, importance: Path) -> Tens
     """Movement of FFN rows (see `ffn_movement`) in one process, with torch's optimizers and full tensors."""
     model = build_model(build_config(sizes, training, importance, zero_stage=0, world_size=1))
     parameters = dict(model.named_parameters())
-    scales = full_masks(model, load_importance(importance, adapter_for("roberta").layout(model)))
+    scales = full_masks(model, load_unit_importance(importance, adapter_for("roberta").layout(model)))
     start = copies(parameters.items())
     if training.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters.values(), lr=training.learning_rate)

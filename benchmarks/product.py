@@ -15,7 +15,7 @@ from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks
 from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext, Method, RunContext
-from das_ds.methods.importance_file import save_importance
+from das_ds.methods.importance_file import save_unit_importance
 from das_ds.models.gates import UnitGates
 from das_ds.models.loading import load_model
 from das_ds.models.masked_lm import MaskedLanguageModel
@@ -59,7 +59,7 @@ def build_method(config: RunConfig, ranks: Ranks) -> Method:
     module = MaskedLanguageModel(model, adapter)
     engine = Engine(module, dict(model.named_parameters()), config.train, deepspeed_config, ranks)
     method = METHODS[config.method.name](RunContext(config, engine, layout, gates))
-    method.before_domain(DomainContext(0, "random", lambda label: []))
+    method.before_domain(DomainContext(0, "random", lambda label: [], lambda label: []))
     engine.start_domain(config.train.steps_per_domain)
     engine.module.train()
     return method
@@ -77,4 +77,4 @@ def optimizer_step(method: Method, batch: Batch, token_scale: torch.Tensor) -> I
 
 def write_importance(path: Path, model: Any, importance: dict[str, torch.Tensor]) -> None:
     """Writes group -> (L, U) where `method.importance.initial` can read it."""
-    save_importance(path, importance, adapter_for(model.config.model_type).layout(model))
+    save_unit_importance(path, importance, adapter_for(model.config.model_type).layout(model))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.environment import print_table, write_result
 from benchmarks.product import build_method, build_model, optimizer_step, run_config, write_importance
 from benchmarks.released_form import ATTENTION, ReleasedForm
+from benchmarks.timing import now
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
@@ -148,13 +148,6 @@ def time_step(form: Form, device: torch.device) -> dict[str, float]:
     marks = [now(device)]
     marks.extend(now(device) for _ in form.step())
     return {phase: marks[index + 1] - marks[index] for index, phase in enumerate(PHASES)}
-
-
-def now(device: torch.device) -> float:
-    """The clock, once the device has caught up."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def warm_up(build: Callable[[], Form], device: torch.device) -> tuple[Form, dict[str, float]]:

@@ -101,8 +101,10 @@ class TrainConfig(Section):
     """Sequences per optimizer step over all ranks and accumulation steps."""
     micro_batch_size: int = Field(default=32, ge=1)
     """Sequences per rank and forward pass."""
+    optimizer: Literal["adamw", "cpu_adam", "lion"] = "adamw"
+    """`adamw` steps and masks in one pass; `cpu_adam` (DeepSpeed's, for offload) and `lion` are pulled back after."""
     learning_rate: float = Field(default=1e-4, gt=0.0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Learning-rate schedule, started anew for each domain."""
     warmup_ratio: float = Field(default=0.06, ge=0.0, lt=1.0)
@@ -110,7 +112,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Decoupled weight decay; biases and normalisation layers are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's moments."""
+    """Decay rates of the optimizer's moments."""
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's denominator offset."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -139,14 +141,16 @@ class SoftmaskConfig(Section):
 
 
 class ImportanceConfig(Section):
-    """How the importance of units is measured."""
+    """How importance is measured."""
 
+    granularity: Literal["unit", "parameter"] = "unit"
+    """`unit`: one number per head, neuron and output (DAS); `parameter`: one per weight (SPG), sharded, 1 byte each."""
     normalisation: Literal["abs_tanh", "tanh_positive"] = "abs_tanh"
-    """`abs_tanh` = |tanh z| (the paper); `tanh_positive` = tanh(max(z, 0)) protects only units above the average."""
+    """`abs_tanh` = |tanh z| (the paper); `tanh_positive` = tanh(max(z, 0)) protects only what is above the average."""
     samples: int = Field(default=10_000, ge=1)
     """Sequences per importance pass (at most the whole corpus is used)."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Sequences per rank and forward pass; null: `train.micro_batch_size`."""
+    """Sequences per rank and forward pass at unit level; null: `train.micro_batch_size`."""
     initial: str | None = None
     """Accumulated importance file of an earlier run; null: measure general knowledge before the first domain."""
 
@@ -168,6 +172,16 @@ class MethodConfig(Section):
     softmask: SoftmaskConfig = SoftmaskConfig()
     importance: ImportanceConfig = ImportanceConfig()
     contrast: ContrastConfig = ContrastConfig()
+
+    @model_validator(mode="after")
+    def _mask_fits_granularity(self) -> MethodConfig:
+        if self.importance.granularity == "parameter" and (self.softmask.readers or self.softmask.shared_scale != 1.0):
+            raise ValueError(
+                f"softmask.readers and softmask.shared_scale need importance.granularity: unit, found "
+                f"readers: {self.softmask.readers}, shared_scale: {self.softmask.shared_scale} with parameter, where "
+                "every weight has its own importance; allowed there: readers: false, shared_scale: 1.0"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

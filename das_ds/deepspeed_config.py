@@ -53,6 +53,12 @@ def zero_stage(engine: dict[str, Any]) -> int:
     return int(stage)
 
 
+def is_offloaded(engine: dict[str, Any]) -> bool:
+    """Whether the optimizer's weights and moments are in host memory."""
+    offload = _section(engine, "zero_optimization").get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
 def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, dict):
         return copy.deepcopy(source)

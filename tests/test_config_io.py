@@ -268,4 +268,4 @@ def test_help_shows_choices_default_and_meaning() -> None:
     assert "fp32 | bf16; default bf16" in text
     assert "number > 0; default 0.0001" in text
     assert "text; required" in text
-    assert "Peak learning rate of AdamW." in text
+    assert "Peak learning rate." in text

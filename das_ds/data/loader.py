@@ -77,6 +77,11 @@ class MaskedSamples(Dataset[Batch]):
         input_ids = self.blocks.take([index for _, index in refs])
         return self.masker.batch(input_ids, [number for number, _ in refs], seed=self.seed, stream=self.stream)
 
+    def fixed_batch(self, indices: Sequence[int], num_rows: int, filling: int) -> Batch:
+        """Blocks under the corruption that their index fixes, filled to `num_rows` with block `filling` at weight 0."""
+        input_ids = self.blocks.take([*indices, *[filling] * (num_rows - len(indices))])
+        return self.masker.batch(input_ids, indices, seed=self.seed, stream=self.stream)
+
 
 def _as_is(batch: Any) -> Any:
     return batch
@@ -165,13 +170,32 @@ class EvaluationBatches:
         rows = self.num_rows
         for number in range(len(self)):
             start = (number * self.world_size + self.rank) * rows
-            yield self._batch(self.indices[start : start + rows], rows)
+            yield self.samples.fixed_batch(self.indices[start : start + rows], rows, self.indices[0])
 
-    def _batch(self, indices: Sequence[int], num_rows: int) -> Batch:
-        samples = self.samples
-        filling = [self.indices[0]] * (num_rows - len(indices))
-        input_ids = samples.blocks.take([*indices, *filling])
-        return samples.masker.batch(input_ids, indices, seed=samples.seed, stream=samples.stream)
+
+@dataclass(frozen=True)
+class AccumulatedBatches:
+    """One rank's micro-batches of chosen blocks, one list per global batch; corruption is fixed as for evaluation.
+
+    Which blocks form a global batch does not depend on the number of ranks; the last one is filled with rows of
+    weight 0.
+    """
+
+    samples: MaskedSamples
+    indices: Sequence[int]
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.global_batch_size)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        rows, filling = self.micro_batch_size, self.indices[0]
+        for begin in range(0, len(self) * self.global_batch_size, self.global_batch_size):
+            starts = range(begin + self.rank * rows, begin + self.global_batch_size, self.world_size * rows)
+            yield [self.samples.fixed_batch(self.indices[s : s + rows], rows, filling) for s in starts]
 
 
 def evaluation_batches(

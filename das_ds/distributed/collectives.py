@@ -25,6 +25,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_reduce_maximum(tensor: torch.Tensor) -> torch.Tensor:
+    """Element-wise maximum of `tensor` over ranks, in place; returned for convenience."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Rows of all ranks in rank order, gradients flowing back to the rank each row came from.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import deepspeed
@@ -11,22 +14,30 @@ from torch import nn
 from transformers import get_scheduler
 
 from das_ds.config import SoftmaskConfig, TrainConfig
+from das_ds.deepspeed_config import is_offloaded
+from das_ds.distributed.gradient_mask import GradientMask
+from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
+from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
 from das_ds.distributed.zero import (
     Shard,
+    defer_unscaling,
     full_fp32_weight,
     gradient_norm,
     refresh_weights,
     release_gathered_weights,
     shards,
+    without_clipping,
 )
-from das_ds.functional.masks import MaskTable, Piece, pieces_of_stretch
+from das_ds.functional.masks import MaskTable
+from das_ds.functional.segments import SegmentTable, cover
 from das_ds.functional.units import Importance, UnitLayout
+from das_ds.kernels.protection import Protection
 
 
 class Engine:
-    """A model under DeepSpeed, stepped by `MaskedAdamW`.
+    """A model under DeepSpeed, stepped by an optimizer that soft-masks.
 
     Args:
         module: what the engine runs forward.
@@ -48,20 +59,22 @@ class Engine:
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._train = train
         self.ranks = ranks
-        # Stage 0 in bf16 takes a step with zero gradients while it is built; without a learning rate it moves nothing.
-        self._optimizer = MaskedAdamW(
-            _decay_groups(parameters, train.weight_decay), lr=0.0, betas=train.betas, eps=train.eps, weight_decay=0.0
-        )
+        on_host = ranks.info.device.type == "cpu" or is_offloaded(deepspeed_config)
+        self._optimizer = build_optimizer(parameters, train, on_host=on_host)
         exact = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self._engine, *_ = deepspeed.initialize(
             model=module.to(ranks.info.device), optimizer=self._optimizer, config=deepspeed_config
         )
         self._scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-        self._mask: MaskTable | None = None
+        self._is_measuring = False
+        self._unit_masks: MaskTable | None = None
+        self._gradient_mask: GradientMask | None = None
         self._list_shards = list(shards(self._engine, self._names))
         # In bf16 DeepSpeed makes its fp32 weights from rounded ones; what was trained or exported must not lose bits.
         for shard in self._list_shards:
             self._stretch(shard).copy_(exact[shard.name].view(-1)[shard.offset : shard.offset + shard.numel])
+        if isinstance(self._optimizer, MaskedAdamW):
+            defer_unscaling(self._engine, self._optimizer.set_grad_scale)
 
     @property
     def module(self) -> nn.Module:
@@ -101,24 +114,57 @@ class Engine:
         Returns:
             Norm of the averaged gradient before clipping when `measure_norm` asks for it at a boundary, else None.
         """
-        assert self._scheduler is not None, "start_domain comes before step"
-        at_boundary = self._engine.is_gradient_accumulation_boundary()
-        norm = self._unsharded_norm() if measure_norm and at_boundary else None
-        self._engine.step()
-        if not at_boundary:
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
             return None
-        self._scheduler.step()
+        if self._gradient_mask is not None and not self._is_measuring:
+            self._gradient_mask.apply()
+        norm = self._unsharded_norm() if measure_norm else None
+        self._engine.step()
+        if not self._is_measuring:
+            assert self._scheduler is not None, "start_domain comes before step"
+            self._scheduler.step()
         return gradient_norm(self._engine) if measure_norm and norm is None else norm
 
     def learning_rate(self) -> float:
         """Learning rate of the next optimizer step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def protect(self, layout: UnitLayout, importance: Importance, softmask: SoftmaskConfig) -> None:
+    def protect_units(self, layout: UnitLayout, importance: Importance, softmask: SoftmaskConfig) -> None:
         """Soft-mask all further steps by this importance (group -> (L, U)), replacing an earlier one."""
-        if self._mask is None:
-            self._mask = self._install_mask(layout, softmask)
-        self._mask.load(importance)
+        if self._unit_masks is None:
+            self._unit_masks = self._install_unit_masks(layout, softmask)
+        self._unit_masks.load(importance)
+
+    def protect_parameters(self, importance: ShardedImportance, softmask: SoftmaskConfig) -> None:
+        """Soft-mask all further steps by the importance of every weight, replacing an earlier one."""
+        if softmask.apply_to == "update":
+            self._optimizer.protect({f: Protection(v.numel(), importance=v) for f, v in importance.flats.items()})
+        else:
+            parts = [importance.flats[s.flat][s.start : s.start + s.numel] for s in self._list_shards]
+            self._mask_gradients([Protection(part.numel(), importance=part) for part in parts])
+
+    @contextmanager
+    def summing_gradient_magnitudes(self) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+        """Inside, a step adds |averaged gradient| to sums, flat tensor -> (F,) float32, and trains nothing.
+
+        Gradients pass through all of DeepSpeed (accumulation, averaging over ranks, unscaling) but clipping, and arrive
+        in the shards of the optimizer, at every stage and under offload.
+        """
+        sums = zeros_by_flat(self._list_shards, torch.float32)
+        self._is_measuring = True
+        try:
+            with self._optimizer.summing_magnitudes(sums), without_clipping(self._engine):
+                yield sums
+        finally:
+            self._is_measuring = False
+
+    @cached_property
+    def named_shards(self) -> dict[str, Shard]:
+        """This rank's shard of each parameter that it steps a part of."""
+        named = {shard.name: shard for shard in self._list_shards}
+        assert len(named) == len(self._list_shards), "a rank steps one stretch of a parameter"
+        return named
 
     def release_gathered_weights(self) -> None:
         """To be called after `torch.autograd.grad` through `module`; frees weights that ZeRO-3 left gathered."""
@@ -151,35 +197,23 @@ class Engine:
     def _stretch(shard: Shard) -> torch.Tensor:
         return shard.flat.data.view(-1)[shard.start : shard.start + shard.numel]
 
-    def _install_mask(self, layout: UnitLayout, softmask: SoftmaskConfig) -> MaskTable:
-        on_update = softmask.apply_to == "update"
-        table = MaskTable(
-            layout,
-            readers=softmask.readers,
-            shared_scale=softmask.shared_scale,
-            device=self._list_shards[0].flat.device if on_update and self._list_shards else self.ranks.info.device,
-        )
-        if on_update:
-            self._optimizer.set_pieces(self._masked_pieces(table, layout))
+    def _install_unit_masks(self, layout: UnitLayout, softmask: SoftmaskConfig) -> MaskTable:
+        on_host = self._list_shards[0].flat.device if self._list_shards else self.ranks.info.device
+        table = MaskTable(layout, readers=softmask.readers, shared_scale=softmask.shared_scale, device=on_host)
+        if softmask.apply_to == "update":
+            by_flat: dict[torch.Tensor, list[Shard]] = {}
+            for shard in self._list_shards:
+                by_flat.setdefault(shard.flat, []).append(shard)
+            self._optimizer.protect(
+                {flat: _unit_protection(table, flat.numel(), parts) for flat, parts in by_flat.items()}
+            )
         else:
-            for name, mask in table.masks.items():
-                _scale_gradient(self._parameters[name], mask.importance, layout.shapes[name])
+            alone = [replace(shard, start=0) for shard in self._list_shards]
+            self._mask_gradients([_unit_protection(table, shard.numel, [shard]) for shard in alone])
         return table
 
-    def _masked_pieces(self, table: MaskTable, layout: UnitLayout) -> dict[torch.Tensor, list[Piece]]:
-        pieces: dict[torch.Tensor, list[Piece]] = {}
-        for shard in self._list_shards:
-            if shard.name in table.masks:
-                pieces.setdefault(shard.flat, []).extend(
-                    pieces_of_stretch(
-                        table.masks[shard.name],
-                        flat_start=shard.start,
-                        offset=shard.offset,
-                        numel=shard.numel,
-                        num_columns=layout.shapes[shard.name][1],
-                    )
-                )
-        return pieces
+    def _mask_gradients(self, protections: list[Protection]) -> None:
+        self._gradient_mask = GradientMask(self._engine, self._list_shards, self._parameters, protections)
 
     def _unsharded_norm(self) -> torch.Tensor | None:
         # fp32 at stage 0 clips without keeping the norm; everywhere else DeepSpeed keeps it.
@@ -189,20 +223,7 @@ class Engine:
         return nn.utils.get_total_norm(gradients)
 
 
-def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, normalisation) do not."""
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def _scale_gradient(parameter: nn.Parameter, importance: Any, shape: tuple[int, int]) -> None:
-    """Hook: gradient <- (1 - I) * gradient before DeepSpeed reduces and clips it (the published form)."""
-
-    def scale(gradient: torch.Tensor) -> torch.Tensor:
-        # Out of place and in the gradient's own dtype: DeepSpeed may hand in an aliased or expanded tensor.
-        scaled = gradient.float().reshape(shape) * (1.0 - importance())
-        return scaled.to(gradient.dtype).view(gradient.shape)
-
-    parameter.register_hook(scale)
+def _unit_protection(table: MaskTable, numel: int, parts: list[Shard]) -> Protection:
+    """Protection of a flat tensor of `numel` elements that shards lie in."""
+    segments = (table.segment(s.name, start=s.start, offset=s.offset, numel=s.numel) for s in parts)
+    return Protection(numel, table=SegmentTable(numel, cover(segments, numel), table.values))

@@ -1,18 +1,84 @@
-"""AdamW that DeepSpeed steps on its flat fp32 shards, with the step of important units scaled by 1 - I."""
+"""Optimizers that DeepSpeed steps on its flat fp32 tensors, with the step of important weights scaled by 1 - I."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from das_ds.functional.adamw import masked_adamw_
-from das_ds.functional.masks import Piece, fill_gaps
+from das_ds.kernels.masked_adamw import masked_adamw_
+from das_ds.kernels.protection import Protection
+from das_ds.kernels.soft_update import soft_update_
+
+CHUNK_WINDOWS = 16
+"""Windows per step of a foreign optimizer: its old values are a copy of so many and never of a whole shard."""
+
+Flats = dict[torch.Tensor, torch.Tensor]
 
 
-class MaskedAdamW(torch.optim.Optimizer):
-    """AdamW with decoupled weight decay and, per flat tensor, a list of masked pieces (see `functional.adamw`).
+class ProtectedOptimizer(torch.optim.Optimizer):
+    """What both optimizers share: which flat tensor is protected how, and measuring gradients in place of stepping.
+
+    Tensors are known by identity: DeepSpeed swaps its flat tensors in and out of `param_groups` but keeps the objects.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self._protections: dict[int, Protection] = {}
+        self._sums: Flats | None = None
+        self.grad_scale: torch.Tensor | None = None
+
+    def protect(self, protections: dict[torch.Tensor, Protection]) -> None:
+        """Mask these flat tensors from now on, and no others."""
+        self._protections = {id(flat): protection for flat, protection in protections.items()}
+
+    @contextmanager
+    def summing_magnitudes(self, sums: Flats) -> Iterator[None]:
+        """Inside, a step adds |gradient| to the tensor's sum (F,) and changes neither weights nor moments."""
+        self._sums = sums
+        try:
+            yield
+        finally:
+            self._sums = None
+
+    def set_grad_scale(self, grad_scale: torch.Tensor | None) -> None:
+        """What the gradients of the next step are still to be divided by, a scalar on their device; None: nothing."""
+        self.grad_scale = grad_scale
+
+    def reset_state(self) -> None:
+        """Forget moments and step counts, as at the start of a new domain."""
+        for state in self.state.values():
+            for key, value in state.items():
+                state[key] = value.zero_() if torch.is_tensor(value) else 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step on every parameter that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if self._sums is not None:
+                    magnitude = param.grad.view(-1).abs()
+                    self._sums[param].add_(magnitude if self.grad_scale is None else magnitude / self.grad_scale)
+                else:
+                    self._step_one(param, group)
+        return loss
+
+    def _protection(self, param: torch.Tensor) -> Protection:
+        if id(param) not in self._protections:
+            self._protections[id(param)] = Protection(param.numel())
+        return self._protections[id(param)]
+
+    def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class MaskedAdamW(ProtectedOptimizer):
+    """AdamW with decoupled weight decay, stepped and masked in one pass (see `kernels.masked_adamw`).
 
     State keys are those of `torch.optim.AdamW` (`step`, `exp_avg`, `exp_avg_sq`), which DeepSpeed's checkpoints know.
     """
@@ -27,47 +93,74 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: float,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        # Keyed by identity: DeepSpeed swaps its flat tensors in and out of param_groups but keeps the objects.
-        self._pieces: dict[int, list[Piece]] = {}
-
-    def set_pieces(self, pieces: dict[torch.Tensor, list[Piece]]) -> None:
-        """Mask these flat tensors from now on, and no others."""
-        self._pieces = {id(flat): fill_gaps(masked, flat.numel()) for flat, masked in pieces.items()}
-
-    def reset_state(self) -> None:
-        """Forget moments and step counts, as at the start of a new domain."""
-        for state in self.state.values():
-            for value in state.values():
-                value.zero_()
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step_one(param, group)
-        return loss
 
     def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            # The count stays on the host, as in torch's own AdamW: reading it makes no step wait for the device.
+            state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        if id(param) not in self._pieces:
-            self._pieces[id(param)] = fill_gaps([], param.numel())
+        state["step"] += 1
         masked_adamw_(
-            param.view(-1),
+            param.data.view(-1),
             param.grad.view(-1),  # type: ignore[union-attr]
             state["exp_avg"].view(-1),
             state["exp_avg_sq"].view(-1),
-            state["step"],
-            self._pieces[id(param)],
+            self._protection(param),
+            num_steps=int(state["step"]),
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            grad_scale=self.grad_scale,
         )
-        state["step"] += 1
+
+
+class SoftUpdated(ProtectedOptimizer):
+    """Any element-wise optimizer (DeepSpeedCPUAdam, Lion, SGD ...), its step pulled back by I: p <- p + (p_old - p) I.
+
+    The inner optimizer steps one chunk of a flat tensor after the other, each with its part of the state, so that the
+    old values of one chunk are all the extra memory. The state is kept under the flat tensor, in the inner optimizer's
+    own keys, as if it had stepped it whole.
+
+    Args:
+        inner: optimizer whose update of an element depends on that element's history alone.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self._inner = inner
+
+    def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        flat, grad, numel = param.data.view(-1), param.grad.view(-1), param.numel()  # type: ignore[union-attr]
+        state, protection = self.state[param], self._protection(param)
+        is_first, shared = not state, dict[str, Any]()
+        for first in range(0, len(protection.windows), CHUNK_WINDOWS):
+            windows = protection.windows[first : first + CHUNK_WINDOWS]
+            chunk = slice(windows[0].start, windows[-1].stop)
+            part = torch.nn.Parameter(flat[chunk], requires_grad=False)
+            part.grad = grad[chunk]
+            old = part.detach().clone()
+            part_state = {} if is_first else {key: _part(value, chunk, numel) for key, value in state.items()}
+            self._inner.param_groups = [{**group, "params": [part]}]
+            self._inner.state = {part: part_state}  # type: ignore[assignment]
+            self._inner.step()
+            soft_update_(part.data, old, protection, start=chunk.start)
+            for key, value in part_state.items():
+                if not _is_elementwise(value, part.numel()):
+                    shared[key] = value
+                elif is_first:
+                    state.setdefault(key, value.new_empty(numel))[chunk] = value
+        state.update(shared)
+
+
+def _is_elementwise(value: Any, numel: int) -> bool:
+    return torch.is_tensor(value) and value.dim() > 0 and value.numel() == numel
+
+
+def _part(value: Any, chunk: slice, numel: int) -> Any:
+    """The chunk's view of a moment; its own copy of what all chunks share, such as the step count."""
+    if _is_elementwise(value, numel):
+        return value.view(-1)[chunk]
+    return value.clone() if torch.is_tensor(value) else value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,80 @@ def shards(engine: DeepSpeedEngine, names: dict[torch.nn.Parameter, str]) -> Ite
             f"deepspeed: this file makes DeepSpeed wrap the optimizer in {type(optimizer).__name__}, whose shards "
             "das_ds cannot mask; use ZeRO stage 0 to 3 without data_types.grad_accum_dtype at stage 1"
         )
+
+
+def gradients_of(
+    engine: DeepSpeedEngine, shards: list[Shard], parameters: dict[str, torch.nn.Parameter]
+) -> Callable[[], list[torch.Tensor]]:
+    """How to get at the averaged gradient of each shard's elements (1-d), between backward pass and step.
+
+    They are views of what DeepSpeed takes norm and update from: writing to them changes both, but for the norms of
+    offloaded gradients, see `refresh_gradient_norms`.
+    """
+    optimizer: Any = engine.optimizer
+    owners = [parameters[shard.name] for shard in shards]
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if optimizer.offload_optimizer:
+            return lambda: [s.flat.grad.view(-1)[s.start : s.start + s.numel] for s in shards]  # type: ignore[union-attr]
+        places = {id(p): (g, i) for g, group in enumerate(optimizer.fp16_groups) for i, p in enumerate(group)}
+        found = [(*places[id(owner)], shard.numel) for owner, shard in zip(owners, shards, strict=True)]
+        return lambda: [optimizer.averaged_gradients[g][i].view(-1)[:numel] for g, i, numel in found]
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        mapped: list[Any] = owners
+        return lambda: [p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1) for p in mapped]
+    return lambda: [owner.grad.view(-1) for owner in owners]  # type: ignore[union-attr]
+
+
+def refresh_gradient_norms(engine: DeepSpeedEngine, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Make the norms that clip offloaded gradients equal to these gradients; others are taken in the step itself."""
+    optimizer: Any = engine.optimizer
+    norms = getattr(optimizer, "norm_for_param_grads", None)
+    if norms is not None:
+        for parameter, gradient in gradients.items():
+            norms[optimizer.get_param_id(parameter)] = gradient.norm(2)
+
+
+def defer_unscaling(engine: DeepSpeedEngine, receive: Callable[[torch.Tensor | None], None]) -> None:
+    """Hand the divisor of the gradients (loss scale times clipping factor) to an optimizer that can apply it itself.
+
+    DeepSpeed otherwise spends a pass over all gradients on it. Nothing changes at stage 0 and under offload, where
+    norm and gradients may be on different devices.
+    """
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if optimizer.offload_optimizer:
+            return
+    elif not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
+        return
+
+    def unscale_later(_: Any, scaled_norm: torch.Tensor | float | None) -> None:
+        divisor = torch.as_tensor(optimizer.loss_scale, dtype=torch.float32)
+        if optimizer.clip_grad > 0.0:
+            assert scaled_norm is not None, "clipping needs the norm"
+            norm = torch.as_tensor(scaled_norm).float() / divisor
+            # DeepSpeed reports a norm that is not finite as -1.
+            norm = torch.where(norm < 0.0, torch.inf, norm)
+            divisor = divisor * torch.clamp((norm + 1e-6) / optimizer.clip_grad, min=1.0)
+        elif optimizer.loss_scale == 1.0:
+            receive(None)
+            return
+        receive(divisor.to(engine.device, non_blocking=True))
+
+    optimizer.unscale_and_clip_grads = unscale_later
+
+
+@contextmanager
+def without_clipping(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside, steps see gradients as they are; for measuring, never for training."""
+    holders = [(engine._config, "gradient_clipping"), (engine.optimizer, "clip_grad")]
+    saved = [(holder, name, getattr(holder, name)) for holder, name in holders if hasattr(holder, name)]
+    for holder, name, _ in saved:
+        setattr(holder, name, 0.0)
+    try:
+        yield
+    finally:
+        for holder, name, value in saved:
+            setattr(holder, name, value)
 
 
 def refresh_weights(engine: DeepSpeedEngine) -> None:

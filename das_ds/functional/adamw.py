@@ -1,13 +1,11 @@
-"""AdamW whose whole step is scaled by 1 - I, over one flat shard."""
+"""AdamW whose whole step is scaled by 1 - I, written out; the fast forms are in `kernels`.
+
+Shape legend: F elements.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch.optim.adamw import adamw
-
-from das_ds.functional.masks import Piece
 
 
 def masked_adamw_(
@@ -15,42 +13,37 @@ def masked_adamw_(
     grad: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
-    step: torch.Tensor,
-    pieces: Sequence[Piece],
+    importance: torch.Tensor,
     *,
+    num_steps: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    grad_scale: float = 1.0,
 ) -> None:
     """theta <- theta + (1 - I) * Delta, Delta being AdamW's step with decoupled decay (Loshchilov & Hutter, alg. 2).
+
+        m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2          g = grad / grad_scale
+        Delta = -lr * (weight_decay * theta + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
 
     The moments see the unmasked gradient, so a unit that is released later moves at once at its proper rate.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq: (F,) float32, one flat shard, updated in place (grad is only read).
-        step: float32 scalar tensor, the number of steps taken before this one; the caller counts.
-        pieces: rectangles that cover the shard; see `functional.masks`.
+        param, grad, exp_avg, exp_avg_sq: (F,) of one floating dtype; all but grad change in place.
+        importance: (F,) I in [0, 1].
+        num_steps: t, this step included.
+        lr, betas, eps, weight_decay: AdamW's settings.
+        grad_scale: what the gradient is divided by (DeepSpeed's loss scale times its clipping factor).
     """
-    for piece in pieces:
-        window = slice(piece.start, piece.stop)
-        part = param[window]
-        old = part.clone() if piece.is_masked else None
-        adamw(
-            [part],
-            [grad[window]],
-            [exp_avg[window]],
-            [exp_avg_sq[window]],
-            [],
-            [step.clone()],
-            fused=True,
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps,
-            maximize=False,
-        )
-        if old is not None:
-            piece.pull_back_(part, old)
+    beta1, beta2 = betas
+    unscaled = grad / grad_scale
+    exp_avg.mul_(beta1).add_(unscaled, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(unscaled, unscaled, value=1 - beta2)
+    direction = exp_avg / (1 - beta1**num_steps) / ((exp_avg_sq / (1 - beta2**num_steps)).sqrt() + eps)
+    param.sub_(lr * (1 - importance) * (weight_decay * param + direction))
+
+
+def soft_update_(param: torch.Tensor, old: torch.Tensor, importance: torch.Tensor) -> None:
+    """p <- p + (p_old - p) * I: what any optimizer did to p is undone in proportion to the importance; all (F,)."""
+    param.add_((old - param) * importance)

@@ -1,6 +1,6 @@
 """Algebra of unit importance: per-sequence gate gradients -> [0, 1] -> accumulated over domains.
 
-Shape legend: B sequences, L layers, U units.
+Shape legend: L layers, U units.
 """
 
 from __future__ import annotations
@@ -8,19 +8,6 @@ from __future__ import annotations
 import torch
 
 from das_ds.functional.units import Importance
-
-
-def absolute_sum(gate_gradient: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-    """Sum over sequences of |dL(x_n) / dg|, the numerator of paper eq. 2.
-
-    Args:
-        gate_gradient: (B, U); row n is the gate gradient of sequence n alone.
-        row_weights: (B,) 1, or 0 for rows that only pad the batch.
-
-    Returns:
-        (U,) float32.
-    """
-    return (gate_gradient.float().abs() * row_weights.float()[:, None]).sum(dim=0)
 
 
 def normalise(importance: torch.Tensor, form: str) -> torch.Tensor:
@@ -40,15 +27,34 @@ def normalise(importance: torch.Tensor, form: str) -> torch.Tensor:
         ValueError: another form.
     """
     values = importance.double()
-    deviation = values - values.mean(dim=1, keepdim=True)
-    std = values.std(dim=1, correction=0, keepdim=True)
-    # Rounding leaves a std of a few ulp when all units are equal; it must not be blown up to z = 1.
-    flat = std <= 1e-12 * values.abs().amax(dim=1, keepdim=True)
-    z = torch.where(flat, 0.0, deviation / torch.where(flat, 1.0, std))
+    mean, std = values.mean(dim=1, keepdim=True), values.std(dim=1, correction=0, keepdim=True)
+    return squash(values, mean, std, values.abs().amax(dim=1, keepdim=True), form).float()
+
+
+def squash(
+    values: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, largest: torch.Tensor, form: str
+) -> torch.Tensor:
+    """|tanh z| or tanh(max(z, 0)) of z = (values - mean) / std, and 0 where std is 0.
+
+    Args:
+        values: float64, any shape.
+        mean, std, largest: float64 mean, population standard deviation and largest magnitude of the values that are
+            compared; broadcast to `values`.
+        form: `abs_tanh` or `tanh_positive`.
+
+    Returns:
+        float64 in [0, 1], shaped like `values`.
+
+    Raises:
+        ValueError: another form.
+    """
+    # Rounding leaves a std of a few ulp when all values are equal; it must not be blown up to z = 1.
+    flat = std <= 1e-12 * largest
+    z = torch.where(flat, 0.0, (values - mean) / torch.where(flat, 1.0, std))
     if form == "abs_tanh":
-        return z.tanh().abs().float()
+        return z.tanh().abs()
     if form == "tanh_positive":
-        return z.clamp_min(0.0).tanh().float()
+        return z.clamp_min(0.0).tanh()
     raise ValueError(f"unknown normalisation {form!r}; allowed: abs_tanh, tanh_positive")
 
 

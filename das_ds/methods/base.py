@@ -40,6 +40,8 @@ class DomainContext:
     name: str
     sample_batches: Callable[[str], Iterable[Batch]]
     """Label of a progress bar -> this rank's batches of `importance.samples` training sequences, always the same."""
+    sample_steps: Callable[[str], Iterable[list[Batch]]]
+    """The same sequences as this rank's micro-batches of whole optimizer steps."""
 
 
 class Method:
@@ -70,11 +72,11 @@ class Method:
         """Called after the last step on a domain."""
 
     def save(self, run_folder: Path, domain_folder: Path) -> None:
-        """Write what later domains need (called on rank 0 after `after_domain`)."""
+        """Write what later domains need (called on every rank after `after_domain`; one of them writes a file)."""
 
     def load(self, run_folder: Path, domain_folders: list[Path]) -> None:
         """Read what `save` wrote for the domains already learned (called on every rank)."""
 
     def accumulated_importance(self) -> Importance | None:
-        """Importance that protects the next domain, for the report; None where the method has none."""
+        """Importance by unit that protects the next domain, for the report; None where the method has none."""
         return None

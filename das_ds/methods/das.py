@@ -9,22 +9,19 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import gather_rows, rank
-from das_ds.functional.importance import elementwise_maximum, normalise
 from das_ds.functional.losses import contrastive_loss, mean_pool, token_loss_sum
 from das_ds.functional.units import Importance
 from das_ds.methods.base import PRETRAIN_LOSS, DomainContext, Losses, Method, RunContext
-from das_ds.methods.importance_file import load_importance, save_importance
-from das_ds.methods.importance_pass import (
-    GatedLoss,
-    general_knowledge_loss,
-    mean_absolute_gate_gradient,
-    pretraining_loss,
-)
+from das_ds.methods.importance_level import ImportanceLevel
+from das_ds.methods.importance_pass import GENERAL_KNOWLEDGE, PRETRAINING
+from das_ds.methods.parameter_level import ParameterLevel
+from das_ds.methods.unit_level import UnitLevel
 
 logger = logging.getLogger(__name__)
 
@@ -33,26 +30,37 @@ IMPORTANCE_FILE = "importance.safetensors"
 GENERAL_IMPORTANCE_FILE = "importance_general.safetensors"
 
 
-class SoftMaskedContrast(Method):
-    """Protects units by their importance to earlier knowledge and contrasts full with previous knowledge.
+LEVELS: dict[str, type[ImportanceLevel[Any]]] = {"unit": UnitLevel, "parameter": ParameterLevel}
 
-    Keeps (heads + intermediate + hidden) numbers per layer. Extra compute: three more rows per sequence in the packed
-    forward pass, and one forward and backward pass over `importance.samples` sequences per domain.
+
+class SoftMaskedContrast(Method):
+    """Protects what is important to earlier knowledge and contrasts full with previous knowledge.
+
+    Keeps (heads + intermediate + hidden) numbers per layer, or, at parameter level, one byte per weight divided over
+    the ranks. Extra compute: three more rows per sequence in the packed forward pass, and one forward and backward
+    pass over `importance.samples` sequences per domain.
     """
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        self._general: Importance | None = None
-        self._latest: Importance | None = None
-        self._accumulated: Importance | None = None
+        self._level = LEVELS[run.config.method.importance.granularity](run)
+        self._general: Any = None
+        self._latest: Any = None
+        self._accumulated: Any = None
+        self._by_unit: Importance | None = None
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: importance of general knowledge; always: protect what was learned so far."""
         if self._accumulated is None:
             self._general = self._initial_importance(domain)
-            self._accumulated = elementwise_maximum(self._general, None)
-        self._previous_gates = {group: values[:, None, :] for group, values in self._accumulated.items()}
-        self.run.engine.protect(self.run.layout, self._accumulated, self.run.config.method.softmask)
+            self._accumulate(self._general)
+        assert self._by_unit is not None, "importance was accumulated"
+        self._previous_gates = {group: values[:, None, :] for group, values in self._by_unit.items()}
+        self.protect()
+
+    def protect(self) -> None:
+        """Soft-mask all further steps by I^(<=t-1)."""
+        self._level.protect(self._accumulated)
 
     @contextmanager
     def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
@@ -85,43 +93,41 @@ class SoftMaskedContrast(Method):
 
     def after_domain(self, domain: DomainContext) -> None:
         """Importance of the domain just learned, and EMax with all before."""
-        self._latest = self._measure(domain, f"importance of {domain.name}", pretraining_loss)
-        self._accumulated = elementwise_maximum(self._latest, self._accumulated)
+        self._latest = self._level.measure(domain, f"importance of {domain.name}", PRETRAINING)
+        self._accumulate(self._latest)
 
     def save(self, run_folder: Path, domain_folder: Path) -> None:
         """The domain's own importance, that of general knowledge, and their maximum."""
         assert self._latest is not None and self._accumulated is not None, "save comes after after_domain"
         if self._general is not None:
-            save_importance(run_folder / GENERAL_IMPORTANCE_FILE, self._general, self.run.layout)
-        save_importance(domain_folder / IMPORTANCE_FILE, self._latest, self.run.layout)
-        save_importance(run_folder / IMPORTANCE_FILE, self._accumulated, self.run.layout)
+            self._level.write(run_folder / GENERAL_IMPORTANCE_FILE, self._general)
+        self._level.write(domain_folder / IMPORTANCE_FILE, self._latest)
+        self._level.write(run_folder / IMPORTANCE_FILE, self._accumulated)
+        # What is on disk need not stay in memory beside the maximum.
+        self._general = self._latest = None
 
     def load(self, run_folder: Path, domain_folders: list[Path]) -> None:
         """Accumulate anew from the parts: a stop between two files cannot leave a domain's importance in too early."""
-        parts = [run_folder / GENERAL_IMPORTANCE_FILE, *(folder / IMPORTANCE_FILE for folder in domain_folders)]
-        for path in parts:
-            loaded = load_importance(path, self.run.layout)
-            device = self.run.engine.ranks.info.device
-            self._accumulated = elementwise_maximum({g: v.to(device) for g, v in loaded.items()}, self._accumulated)
+        for path in (run_folder / GENERAL_IMPORTANCE_FILE, *(folder / IMPORTANCE_FILE for folder in domain_folders)):
+            self._accumulate(self._level.read(path))
 
     def accumulated_importance(self) -> Importance | None:
-        """I^(<=t)."""
-        return self._accumulated
+        """I^(<=t) by unit."""
+        return self._by_unit
 
-    def _initial_importance(self, domain: DomainContext) -> Importance:
+    def _accumulate(self, new: Any) -> None:
+        self._accumulated = self._level.maximum(new, self._accumulated)
+        self._by_unit = self._level.by_unit(self._accumulated)
+
+    def _initial_importance(self, domain: DomainContext) -> Any:
         path = self.run.config.method.importance.initial
-        if path is None:
-            general = self._measure(domain, "importance of general knowledge", general_knowledge_loss)
-            if self.run.engine.ranks.info.is_main and not any(values.any() for values in general.values()):
-                logger.warning(
-                    "general knowledge protects nothing: its importance is zero, as in a model without dropout, whose "
-                    "two views are equal; the views of the contrast are then equal too"
-                )
-            return general
-        device = self.run.engine.ranks.info.device
-        return {g: v.to(device) for g, v in load_importance(Path(path), self.run.layout).items()}
-
-    def _measure(self, domain: DomainContext, label: str, loss: GatedLoss) -> Importance:
-        raw = mean_absolute_gate_gradient(self.run, domain.sample_batches(label), loss)
-        form = self.run.config.method.importance.normalisation
-        return {group: normalise(values, form) for group, values in raw.items()}
+        if path is not None:
+            return self._level.read(Path(path))
+        general = self._level.measure(domain, "importance of general knowledge", GENERAL_KNOWLEDGE)
+        is_zero = not any(values.any() for values in self._level.by_unit(general).values())
+        if is_zero and self.run.engine.ranks.info.is_main:
+            logger.warning(
+                "general knowledge protects nothing: its importance is zero, as in a model without dropout, whose "
+                "two views are equal; the views of the contrast are then equal too"
+            )
+        return general

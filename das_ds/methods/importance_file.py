@@ -3,46 +3,102 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from das_ds.errors import ImportanceError
 from das_ds.functional.units import Importance, UnitLayout
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+UNIT, PARAMETER = "unit", "parameter"
+
+Shapes = dict[str, tuple[int, ...]]
 
 
-def save_importance(path: Path, importance: Importance, layout: UnitLayout) -> None:
+def save_unit_importance(path: Path, importance: Importance, layout: UnitLayout) -> None:
     """Write group -> (L, U) atomically."""
-    partial = path.with_suffix(".partial")
     tensors = {group: values.detach().cpu().contiguous() for group, values in importance.items()}
-    save_file(tensors, partial, metadata={"format_version": FORMAT_VERSION, "model_type": layout.model_type})
+    _save(path, tensors, layout, UNIT)
+
+
+def load_unit_importance(path: Path, layout: UnitLayout) -> Importance:
+    """Read importance by unit and check that it belongs to this architecture.
+
+    Raises:
+        ImportanceError: missing or damaged file, another format, granularity, model type, or number of layers or units.
+    """
+    expected: Shapes = {group: (layout.num_layers, units) for group, units in layout.num_units.items()}
+    with _opened(path, layout, UNIT, expected) as file:
+        return {group: file.get_tensor(group) for group in expected}
+
+
+def save_parameter_importance(path: Path, importance: dict[str, torch.Tensor], layout: UnitLayout) -> None:
+    """Write parameter name -> (N,) uint8 (255ths) atomically."""
+    _save(path, importance, layout, PARAMETER)
+
+
+@contextmanager
+def load_parameter_importance(path: Path, layout: UnitLayout) -> Iterator[Callable[[str, int, int], torch.Tensor]]:
+    """Give (name, offset, numel) -> (numel,) uint8, which reads no more of the file than that.
+
+    Raises:
+        ImportanceError: missing or damaged file, another format, granularity, model type, or other parameters.
+    """
+    expected: Shapes = {name: (rows * columns,) for name, (rows, columns) in layout.shapes.items()}
+    with _opened(path, layout, PARAMETER, expected) as file:
+        yield lambda name, offset, numel: file.get_slice(name)[offset : offset + numel]
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], layout: UnitLayout, granularity: str) -> None:
+    partial = path.with_suffix(".partial")
+    header = {"format_version": FORMAT_VERSION, "granularity": granularity, "model_type": layout.model_type}
+    save_file(tensors, partial, metadata=header)
     os.replace(partial, path)
 
 
-def load_importance(path: Path, layout: UnitLayout) -> Importance:
-    """Read importance and check that it belongs to this architecture.
-
-    Raises:
-        ImportanceError: missing or damaged file, another format, model type, or number of layers or units.
-    """
+@contextmanager
+def _opened(path: Path, layout: UnitLayout, granularity: str, expected: Shapes) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            importance = {group: file.get_tensor(group) for group in file.keys()}  # noqa: SIM118 (no dictionary)
+            header = file.metadata() or {}
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            _check(path, header, found, layout, granularity, expected)
+            yield file
     except (OSError, SafetensorError) as error:
         raise ImportanceError(f"{path}: cannot read importance: {error}") from error
-    if metadata.get("format_version") != FORMAT_VERSION:
+
+
+def _check(
+    path: Path,
+    header: dict[str, str],
+    found: Shapes,
+    layout: UnitLayout,
+    granularity: str,
+    expected: Shapes,
+) -> None:
+    if header.get("format_version") != FORMAT_VERSION:
         raise ImportanceError(
-            f"{path}: importance format {metadata.get('format_version')!r}, this version reads {FORMAT_VERSION!r}"
+            f"{path}: importance format {header.get('format_version')!r}, this version reads {FORMAT_VERSION!r}"
         )
-    found = {group: tuple(values.shape) for group, values in importance.items()}
-    expected = {group: (layout.num_layers, units) for group, units in layout.num_units.items()}
-    if metadata["model_type"] != layout.model_type or found != expected:
+    if header["granularity"] != granularity:
         raise ImportanceError(
-            f"{path}: importance of another model: found {metadata['model_type']} with {found}, "
-            f"expected {layout.model_type} with {expected} (group: layers, units)"
+            f"{path}: importance by {header['granularity']}, expected by {granularity} (method.importance.granularity)"
         )
-    return importance
+    if header["model_type"] != layout.model_type or found != expected:
+        raise ImportanceError(
+            f"{path}: importance of another model: found {header['model_type']} with {_differing(found, expected)}, "
+            f"expected {layout.model_type} with {_differing(expected, found)} (name: shape)"
+        )
+
+
+def _differing(these: Shapes, others: Shapes) -> str:
+    """The entries that the other side lacks or has in another shape, at most three."""
+    names = [name for name in these if others.get(name) != these[name]]
+    shown = ", ".join(f"{name}: {these[name]}" for name in names[:3])
+    return f"{shown or 'the same shapes'}{' ...' if len(names) > 3 else ''}"

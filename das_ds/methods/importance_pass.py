@@ -1,73 +1,83 @@
-"""Measuring unit importance: one forward and backward pass per batch, gradients of the gates only.
+"""Measuring importance: what is differentiated, and the pass over a sample that gives the importance of units.
 
-Shape legend: B sequences of a batch, L layers, U units.
+Shape legend: B sequences of a batch, S positions, L layers, U units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import all_reduce_sum
-from das_ds.functional.importance import absolute_sum
 from das_ds.functional.losses import representation_kl, sequence_token_loss
 from das_ds.functional.units import Importance
 from das_ds.methods.base import RunContext
 
-GatedLoss = Callable[[RunContext, Batch, Importance], torch.Tensor]
-"""(run, batch, gates: group -> (L, B, U)) -> (B,) loss of each sequence."""
+Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(input ids, predicted positions) -> (hidden states, logits): an engine or the module in it."""
 
 
-def pretraining_loss(run: RunContext, batch: Batch, gates: Importance) -> torch.Tensor:
-    """Importance of a domain (paper eq. 2): each sequence's own pre-training loss, without dropout."""
-    run.engine.module.eval()
-    with run.gates.active(gates):
-        _, logits = run.engine.module(batch.corrupted_ids, batch.predicted)
+@dataclass(frozen=True)
+class ImportanceLoss:
+    """A loss whose gradient tells importance."""
+
+    of_sequences: Callable[[Forward, Batch], torch.Tensor]
+    """(forward, batch) -> (B,) loss of each sequence."""
+    dropout: bool
+    """Whether the network runs with dropout."""
+    num_views: int
+    """Rows that pass the network for each sequence."""
+
+
+def pretraining_loss(forward: Forward, batch: Batch) -> torch.Tensor:
+    """Importance of a domain (paper eq. 2): each sequence's own pre-training loss."""
+    _, logits = forward(batch.corrupted_ids, batch.predicted)
     rows = batch.predicted // batch.input_ids.shape[1]
     return sequence_token_loss(logits, batch.targets, rows, len(batch.input_ids))
 
 
-def general_knowledge_loss(run: RunContext, batch: Batch, gates: Importance) -> torch.Tensor:
+def general_knowledge_loss(forward: Forward, batch: Batch) -> torch.Tensor:
     """Importance of general knowledge (paper section 3.1): KL between two dropout views of the same input.
 
     Both views pass through the same gates, so a gate's gradient is that of both.
     """
-    run.engine.module.train()
-    both = {group: torch.cat((gate, gate), dim=1) for group, gate in gates.items()}
     no_positions = batch.predicted[:0]
-    with run.gates.active(both):
-        hidden, _ = run.engine.module(batch.input_ids.repeat(2, 1), no_positions)
-    return representation_kl(*hidden.chunk(2))
+    hidden, logits = forward(batch.input_ids.repeat(2, 1), no_positions)
+    # No logits, but every weight takes part: ZeRO waits for the gradients of all.
+    return representation_kl(*hidden.chunk(2)) + logits.sum()
 
 
-def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss: GatedLoss) -> Importance:
+PRETRAINING = ImportanceLoss(pretraining_loss, dropout=False, num_views=1)
+GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_views=2)
+
+
+def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss: ImportanceLoss) -> Importance:
     """I_l = (1/N) sum_n |dL(x_n) / dg_l| over the sequences of all ranks (paper eq. 2), before normalisation.
 
     Args:
         run: the engine, its gates and unit counts.
-        batches: this rank's batches; every rank has the same number of them.
+        batches: this rank's batches, of equally many rows; every rank has the same number of them.
         loss: what is differentiated.
 
     Returns:
         Group -> (L, U) float32, equal on every rank.
     """
     device = run.engine.ranks.info.device
-    sums = run.layout.zeros(device)
+    sums: Importance = {}
     num_sequences = torch.zeros((), device=device)
+    run.engine.module.train(loss.dropout)
     for batch in batches:
         batch = batch.to(device)
-        gates = {
-            group: torch.ones(run.layout.num_layers, len(batch.input_ids), units, device=device, requires_grad=True)
-            for group, units in run.layout.num_units.items()
-        }
-        gradients = torch.autograd.grad(loss(run, batch, gates).sum(), list(gates.values()))
+        if not sums:
+            rows, layers = len(batch.input_ids), run.layout.num_layers
+            sums = {g: torch.zeros(layers, rows, units, device=device) for g, units in run.layout.num_units.items()}
+        with run.gates.measuring(sums, batch.row_weights, loss.num_views) as anchor:
+            torch.autograd.grad(loss.of_sequences(run.engine.module, batch).sum(), anchor)
         run.engine.release_gathered_weights()
-        for group, gradient in zip(gates, gradients, strict=True):
-            for layer, layer_gradient in enumerate(gradient):
-                sums[group][layer] += absolute_sum(layer_gradient, batch.row_weights)
         num_sequences += batch.row_weights.sum()
     run.engine.module.train()
     all_reduce_sum(num_sequences)
-    return {group: all_reduce_sum(total) / num_sequences for group, total in sums.items()}
+    return {group: all_reduce_sum(total.sum(dim=1)) / num_sequences for group, total in sums.items()}

@@ -94,7 +94,12 @@ class DomainSequence:
         name, train = self._config.domains[index].name, self._config.train
         if self._base is not None:
             self.engine.restore(self._base)
-        domain = DomainContext(index, name, lambda label: self._text.importance_batches(name, label))
+        domain = DomainContext(
+            index,
+            name,
+            lambda label: self._text.importance_batches(name, label),
+            lambda label: self._text.importance_steps(name, label),
+        )
         self._seed(index, phase=0)
         self._method.before_domain(domain)
         self._seed(index, phase=1)
@@ -117,8 +122,7 @@ class DomainSequence:
     def _export(self, index: int, name: str) -> None:
         card = model_card(self._config, index + 1)
         export_model(self._folder.model(index, name), self.engine, self._model, self._text.tokenizer, card)
-        if self._ranks.info.is_main:
-            self._method.save(self._folder.root, self._folder.domain(index, name))
+        self._method.save(self._folder.root, self._folder.domain(index, name))
 
     def _finish_stage(self, state: RunState) -> None:
         """Evaluate, and make the stage count: the state file is written last."""

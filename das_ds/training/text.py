@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from das_ds.config import CorpusConfig, RunConfig
 from das_ds.data.batches import Batch
 from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
-from das_ds.data.loader import evaluation_batches, training_steps
+from das_ds.data.loader import AccumulatedBatches, MaskedSamples, evaluation_batches, training_steps
 from das_ds.data.masking import MlmMasker
 from das_ds.distributed.launch import RankInfo
 from das_ds.functional.sampling import subset_indices
@@ -50,16 +50,30 @@ class RunText:
 
     def importance_batches(self, corpus: str, label: str) -> Iterable[Batch]:
         """A fixed random subset of `importance.samples` training sequences, under a progress bar."""
-        importance, blocks = self.config.method.importance, self._training_blocks(corpus)
-        stream = f"importance/{corpus}"
-        chosen = subset_indices(len(blocks), importance.samples, self.config.seed)
-        return self._batches(blocks, stream, importance.batch_size, label, indices=chosen)
+        blocks, batch_size = self._training_blocks(corpus), self.config.method.importance.batch_size
+        return self._batches(blocks, f"importance/{corpus}", batch_size, label, indices=self._importance_subset(blocks))
+
+    def importance_steps(self, corpus: str, label: str) -> Iterable[list[Batch]]:
+        """The same subset as micro-batches of whole optimizer steps, under a progress bar."""
+        train, blocks = self.config.train, self._training_blocks(corpus)
+        steps = AccumulatedBatches(
+            MaskedSamples(blocks, self.masker, self.config.seed, f"importance/{corpus}"),
+            self._importance_subset(blocks),
+            train.global_batch_size,
+            train.micro_batch_size,
+            self.info.rank,
+            self.info.world_size,
+        )
+        return tqdm(steps, label, disable=not self.info.is_main, unit="step", dynamic_ncols=True, leave=False)
 
     def evaluation_batches(self, corpus: str, label: str) -> Iterable[Batch]:
         """Held-out sequences, under a progress bar."""
         evaluation, blocks = self.config.evaluation, self.blocks[corpus].valid
         stream = f"evaluation/{corpus}"
         return self._batches(blocks, stream, evaluation.batch_size, label, max_sequences=evaluation.max_sequences)
+
+    def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
+        return subset_indices(len(blocks), self.config.method.importance.samples, self.config.seed)
 
     def _training_blocks(self, corpus: str) -> TokenBlocks:
         blocks = self.blocks[corpus].train

@@ -9,7 +9,13 @@ import torch
 
 from das_ds.data.batches import Batch
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.loader import EvaluationBatches, evaluation_batches, training_steps
+from das_ds.data.loader import (
+    AccumulatedBatches,
+    EvaluationBatches,
+    MaskedSamples,
+    evaluation_batches,
+    training_steps,
+)
 from das_ds.data.masking import MlmMasker
 from das_ds.data.tokenise import TokenFile
 from das_ds.errors import ConfigError
@@ -218,3 +224,21 @@ def test_evaluation_of_given_blocks(blocks: TokenBlocks) -> None:
     batches = list(evaluation(blocks, indices=chosen, batch_size=3))
     numbers = [n for b in batches for n, w in zip(block_numbers(b), b.row_weights, strict=True) if w]
     assert numbers == chosen
+
+
+@pytest.mark.parametrize("num_chosen", [1, 7, 8, 17])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_global_batches_of_given_blocks_do_not_depend_on_the_number_of_ranks(
+    blocks: TokenBlocks, world_size: int, num_chosen: int
+) -> None:
+    chosen = list(range(NUM_BLOCKS))[::-1][:num_chosen]
+    samples = MaskedSamples(blocks, MASKER, 0, "importance/soup")
+    ranks = [AccumulatedBatches(samples, chosen, GLOBAL_BATCH, 2, rank, world_size) for rank in range(world_size)]
+    found: list[list[int]] = []
+    for step in zip(*ranks, strict=True):
+        assert all(len(batches) == GLOBAL_BATCH // (2 * world_size) for batches in step)
+        assert all(len(batch.input_ids) == 2 for batches in step for batch in batches)
+        joined = [batch for micro_step in zip(*step, strict=True) for batch in micro_step]
+        found.append([n for b in joined for n, w in zip(block_numbers(b), b.row_weights, strict=True) if w])
+    assert found == [chosen[i : i + GLOBAL_BATCH] for i in range(0, num_chosen, GLOBAL_BATCH)]
+    assert len(ranks[0]) == len(found)

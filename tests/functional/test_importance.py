@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from das_ds.functional.importance import absolute_sum, elementwise_maximum, normalise
+from das_ds.functional.importance import elementwise_maximum, normalise
 from helpers import reference
 
 
@@ -63,10 +63,3 @@ def test_first_maximum_does_not_alias() -> None:
     total = elementwise_maximum(first, None)
     total["head"] += 1
     assert first["head"].sum() == 0
-
-
-def test_absolute_sum_takes_the_absolute_value_per_sequence_and_skips_filling_rows() -> None:
-    gradient = torch.tensor([[1.0, -2.0], [-1.0, 2.0], [9.0, 9.0]], dtype=torch.bfloat16)
-    found = absolute_sum(gradient, torch.tensor([1.0, 1.0, 0.0]))
-    assert found.dtype == torch.float32
-    assert found.tolist() == [2.0, 4.0]

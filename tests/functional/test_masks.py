@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional import masks
-from das_ds.functional.adamw import masked_adamw_
-from das_ds.functional.masks import MaskTable, ParameterMask, Piece, fill_gaps, pieces_of_stretch
+from das_ds.functional.masks import MaskTable
+from das_ds.functional.segments import Segment, SegmentTable, cover, importance_of
 from das_ds.models.registry import adapter_for
 from helpers.reference import full_masks
 from helpers.tiny_models import random_importance, tiny_model
@@ -15,39 +14,35 @@ from helpers.tiny_models import random_importance, tiny_model
 ROWS, COLUMNS = 7, 5
 
 
-def importance_of(pieces: list[Piece], numel: int) -> torch.Tensor:
-    """I of every element of a shard, read off by pulling ones back to zeros: new - I * new."""
-    new, old = torch.ones(numel), torch.zeros(numel)
-    for piece in pieces:
-        piece.pull_back_(new[piece.start : piece.stop], old[piece.start : piece.stop])
-    return 1.0 - new
-
-
 @pytest.mark.parametrize("axes", ["rows", "columns", "both"])
-@pytest.mark.parametrize("max_elements", [1, 11, 1 << 18])
-def test_every_stretch_equals_a_slice_of_the_full_mask(
-    axes: str, max_elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(masks, "PIECE_ELEMENTS", max_elements)
-    rows = torch.rand(ROWS) if axes != "columns" else None
-    columns = torch.rand(COLUMNS) if axes != "rows" else None
-    mask = ParameterMask(rows, columns)
-    whole = mask.importance().expand(ROWS, COLUMNS).flatten()
+def test_every_stretch_equals_a_slice_of_the_full_mask(axes: str) -> None:
+    values = torch.rand(ROWS + COLUMNS)
+    where = {"rows": 0, "columns": ROWS}
+    chosen = where if axes == "both" else {axes: where[axes]}
+    rows = values[:ROWS] if "rows" in chosen else torch.zeros(ROWS)
+    columns = values[ROWS:] if "columns" in chosen else torch.zeros(COLUMNS)
+    whole = torch.tensor([[max(r, c) for c in columns.tolist()] for r in rows.tolist()]).flatten()
     for offset in range(ROWS * COLUMNS):
         for numel in range(1, ROWS * COLUMNS - offset + 1):
-            pieces = list(pieces_of_stretch(mask, flat_start=0, offset=offset, numel=numel, num_columns=COLUMNS))
-            assert sum(piece.num_rows * piece.num_columns for piece in pieces) == numel
-            found = importance_of(pieces, numel)
-            torch.testing.assert_close(found, whole[offset : offset + numel], rtol=0, atol=1e-7)
+            segment = Segment(2, numel, offset, COLUMNS, **chosen)
+            found = importance_of(SegmentTable(numel + 5, cover([segment], numel + 5), values))
+            assert torch.equal(found[2 : 2 + numel], whole[offset : offset + numel])
+            assert not found[:2].any() and not found[2 + numel :].any()
 
 
-def test_gaps_are_filled_once() -> None:
-    mask = ParameterMask(torch.rand(4), None)
-    pieces = list(pieces_of_stretch(mask, flat_start=9, offset=1, numel=6, num_columns=2))
-    covered = fill_gaps(pieces, 30)
-    positions = [i for piece in covered for i in range(piece.start, piece.stop)]
-    assert positions == list(range(30))
-    assert [i for piece in covered if piece.is_masked for i in range(piece.start, piece.stop)] == list(range(9, 15))
+def test_gaps_are_covered_once_and_empty_segments_vanish() -> None:
+    given = [Segment(9, 6, 1, 2, rows=0), Segment(3, 0, 0, 4, rows=0), Segment(20, 4, 0, 4, columns=0)]
+    covered = cover(given, 30)
+    assert [i for segment in covered for i in range(segment.start, segment.stop)] == list(range(30))
+    assert [segment for segment in covered if segment.is_protected] == [given[0], given[2]]
+    assert cover([], 0) == ()
+
+
+def test_overlapping_segments_are_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="overlaps"):
+        cover([Segment(0, 6), Segment(5, 2)], 10)
+    with pytest.raises(AssertionError, match="leaves 10"):
+        cover([Segment(5, 6)], 10)
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "bert"])
@@ -55,57 +50,12 @@ def test_gaps_are_filled_once() -> None:
 @pytest.mark.parametrize("shared_scale", [1.0, 0.25])
 def test_table_equals_masks_spelled_out_unit_by_unit(model_type: str, readers: bool, shared_scale: float) -> None:
     model = tiny_model(model_type)
-    importance = random_importance(model)
-    layout = adapter_for(model_type).layout(model)
-    table = MaskTable(layout, readers=readers, shared_scale=shared_scale)
-    table.load(importance)
-    expected = full_masks(model, importance, readers=readers, shared_scale=shared_scale)
-    for name, scale in expected.items():
-        shape = layout.shapes[name]
-        found = 1.0 - table.masks[name].importance().expand(shape) if name in table.masks else torch.ones(shape)
-        torch.testing.assert_close(found.reshape(scale.shape), scale, rtol=0, atol=1e-7, msg=name)
-
-
-def test_loading_again_changes_masks_and_pieces_in_place() -> None:
-    model = tiny_model()
-    layout = adapter_for("roberta").layout(model)
-    table = MaskTable(layout, readers=False, shared_scale=1.0)
-    name = "roberta.encoder.layer.1.intermediate.dense.weight"
-    piece = next(pieces_of_stretch(table.masks[name], flat_start=0, offset=0, numel=48, num_columns=24))
+    table = MaskTable(adapter_for(model_type).layout(model), readers=readers, shared_scale=shared_scale)
     for seed in (1, 2):
         importance = random_importance(model, seed)
         table.load(importance)
-        assert torch.equal(piece.rows, importance["intermediate"][1][:2])  # type: ignore[arg-type]
-
-
-def test_adamw_without_mask_equals_torch_over_100_steps() -> None:
-    torch.manual_seed(0)
-    start = torch.randn(1003)
-    twin = torch.nn.Parameter(start.clone())
-    other = torch.optim.AdamW([twin], lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, foreach=False)
-    param, moments, step = start.clone(), (torch.zeros(1003), torch.zeros(1003)), torch.zeros(())
-    for _ in range(100):
-        grad = torch.randn(1003)
-        twin.grad = grad.clone()
-        other.step()
-        options = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-        masked_adamw_(param, grad, *moments, step, fill_gaps([], 1003), **options)  # type: ignore[arg-type]
-        step += 1
-    torch.testing.assert_close(param, twin.data, rtol=1e-5, atol=1e-6)
-
-
-def test_masked_step_is_a_share_of_the_whole_step() -> None:
-    torch.manual_seed(0)
-    importance = torch.rand(9)
-    importance[0], importance[1] = 0.0, 1.0
-    start, grad = torch.randn(45), torch.randn(45)
-    options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-    moved = []
-    for mask in (None, ParameterMask(importance, None)):
-        pieces = list(pieces_of_stretch(mask, flat_start=0, offset=0, numel=45, num_columns=5)) if mask else []
-        param = start.clone()
-        masked_adamw_(param, grad, torch.zeros(45), torch.zeros(45), torch.zeros(()), fill_gaps(pieces, 45), **options)  # type: ignore[arg-type]
-        moved.append((param - start).view(9, 5))
-    torch.testing.assert_close(moved[1], moved[0] * (1 - importance)[:, None], rtol=1e-4, atol=2e-7)
-    assert torch.equal(moved[1][0], moved[0][0])
-    assert torch.equal(moved[1][1], torch.zeros(5))
+        for name, scale in full_masks(model, importance, readers=readers, shared_scale=shared_scale).items():
+            numel = scale.numel()
+            segment = table.segment(name, start=0, offset=0, numel=numel)
+            found = 1.0 - importance_of(SegmentTable(numel, (segment,), table.values))
+            torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-7, msg=name)

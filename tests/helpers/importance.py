@@ -11,11 +11,11 @@ from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
 from das_ds.functional.units import Importance
-from das_ds.methods.importance_pass import general_knowledge_loss, mean_absolute_gate_gradient, pretraining_loss
+from das_ds.methods.importance_pass import GENERAL_KNOWLEDGE, PRETRAINING, mean_absolute_gate_gradient
 from helpers.reference import FixedNoise, fix_noise
 from helpers.training import LENGTH, build, random_batch, rank_part
 
-LOSSES = {"mlm": pretraining_loss, "proxy": general_knowledge_loss}
+LOSSES = {"mlm": PRETRAINING, "proxy": GENERAL_KNOWLEDGE}
 
 
 def measured(config: RunConfig, kind: str, batches: list[Batch], model_changes: dict[str, Any]) -> Importance:
@@ -28,7 +28,7 @@ def measured(config: RunConfig, kind: str, batches: list[Batch], model_changes: 
         # As many noise rows as there are sequences in both views of all batches.
         num_sequences = sum(len(batch.input_ids) for batch in batches)
         fix_noise(run.engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
-        _NoisePerBatch(run.engine.module, batches, num_sequences, info.rank, info.world_size)
+        NoisePerBatch(run.engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [rank_part(batch, info.rank, info.world_size) for batch in batches]
     importance = mean_absolute_gate_gradient(run, parts, LOSSES[kind])
     assert all(parameter.grad is None for parameter in run.engine.module.parameters())
@@ -38,7 +38,7 @@ def measured(config: RunConfig, kind: str, batches: list[Batch], model_changes: 
     return {group: values.cpu() for group, values in importance.items()}
 
 
-class _NoisePerBatch:
+class NoisePerBatch:
     """Gives every sequence the two noise rows that the reference gives it, whatever rank and batch it is in."""
 
     def __init__(self, module: nn.Module, batches: list[Batch], num_sequences: int, rank: int, world_size: int) -> None:

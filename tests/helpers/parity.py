@@ -10,7 +10,7 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
-from das_ds.methods.importance_file import save_importance
+from das_ds.methods.importance_file import save_unit_importance
 from das_ds.models.registry import adapter_for
 from helpers.reference import reference_train
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
@@ -37,6 +37,15 @@ def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torc
 
 def configs(folder: Path, world_size: int, zero: dict[str, Any], precision: str = "fp32") -> list[RunConfig]:
     """One run per entry of `SETTINGS`."""
+    initial = {"initial": str(folder / "importance.safetensors")}
+    methods = [{"softmask": softmask, "importance": initial} for softmask in SETTINGS]
+    return configs_of(folder, world_size, zero, methods, precision)
+
+
+def configs_of(
+    folder: Path, world_size: int, zero: dict[str, Any], methods: list[dict[str, Any]], precision: str = "fp32"
+) -> list[RunConfig]:
+    """One run per method section."""
     train = {
         "micro_batch_size": ROWS // world_size,
         "global_batch_size": ROWS * ACCUMULATION,
@@ -48,9 +57,9 @@ def configs(folder: Path, world_size: int, zero: dict[str, Any], precision: str 
             folder,
             train={**run_config(folder).train.model_dump(), **train},
             deepspeed={"zero_optimization": zero},
-            method={"softmask": softmask, "importance": {"initial": str(folder / "importance.safetensors")}},
+            method=method,
         )
-        for softmask in SETTINGS
+        for method in methods
     ]
 
 
@@ -58,7 +67,7 @@ def save_random_importance(folder: Path) -> None:
     """The importance file that `configs` names."""
     model = tiny_model()
     layout = adapter_for("roberta").layout(model)
-    save_importance(folder / "importance.safetensors", random_importance(model), layout)
+    save_unit_importance(folder / "importance.safetensors", random_importance(model), layout)
 
 
 def steps() -> list[list[Batch]]:

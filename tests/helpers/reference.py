@@ -137,21 +137,62 @@ def reference_importance(
     """
     total = {group: torch.zeros_like(ones) for group, ones in unit_ones(model).items()}
     for index in range(len(sequences)):
-        if kind == "mlm" and bool((labels[index] == -100).all()):
-            continue
         gates = unit_ones(model, requires_grad=True)
-        if kind == "mlm":
-            logits = lm_logits(model, encode(model, corrupted[index : index + 1], gates)[0])
-            loss = cross_entropy(logits, labels[index])
-        else:
-            views = []
-            for row in (index, len(sequences) + index):
-                select_noise(model, [row])
-                views.append(encode(model, sequences[index : index + 1], gates))
-            loss = hidden_kl(*views)
-        for group, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-            total[group] += gradient.abs()
+        loss = sequence_loss(model, sequences, corrupted, labels, index, gates, kind)
+        if loss is not None:
+            for group, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+                total[group] += gradient.abs()
     return {group: value / len(sequences) for group, value in total.items()}
+
+
+def reference_magnitudes(
+    model: PreTrainedModel,
+    sequences: Tensor,
+    corrupted: Tensor,
+    labels: Tensor,
+    kind: Literal["mlm", "proxy"],
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """sum_b | (1/G) sum_{n in b} d L(x_n) / d theta | of each parameter, b running over batches of G sequences.
+
+    Args as in `reference_importance`; the number of sequences is a multiple of G = `batch_size`.
+    """
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for first in range(0, len(sequences), batch_size):
+        mean = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        for index in range(first, first + batch_size):
+            loss = sequence_loss(model, sequences, corrupted, labels, index, unit_ones(model), kind)
+            if loss is None:
+                continue
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                mean[name] += 0 if gradient is None else gradient / batch_size
+        for name, value in mean.items():
+            total[name] += value.abs()
+    return total
+
+
+def sequence_loss(
+    model: PreTrainedModel,
+    sequences: Tensor,
+    corrupted: Tensor,
+    labels: Tensor,
+    index: int,
+    gates: Units,
+    kind: Literal["mlm", "proxy"],
+) -> Tensor | None:
+    """L(x_n) of `reference_importance` for n = `index`; None where it is the constant 0."""
+    if kind == "proxy":
+        views = []
+        for row in (index, len(sequences) + index):
+            select_noise(model, [row])
+            views.append(encode(model, sequences[index : index + 1], gates))
+        return hidden_kl(*views)
+    if bool((labels[index] == -100).all()):
+        return None
+    logits = lm_logits(model, encode(model, corrupted[index : index + 1], gates)[0])
+    return cross_entropy(logits, labels[index])
 
 
 def hidden_kl(first: Tensor, second: Tensor) -> Tensor:
@@ -263,6 +304,7 @@ def reference_train(
     contrast_weight: float = 1.0,
     readers: bool = False,
     shared_scale: float = 1.0,
+    scales: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ReferenceRun:
     """Trains a copy of `model`, in evaluation mode (no dropout), on `steps` of micro-batches joined over all ranks.
@@ -270,12 +312,14 @@ def reference_train(
     L = L_mlm + contrast_weight * L_con; `update`: theta <- theta + (1 - I) * Delta, where Delta is AdamW's whole step
     with decoupled decay (not for tensors of one dimension); `gradient`: g <- (1 - I) * g before clipping.
     Clipping as in DeepSpeed: g <- g * min(1, grad_clip / (|g| + 1e-6)); 0 does not clip.
-    Importance None masks nothing and gates nothing; `contrast_weight` 0 leaves the contrast out.
+    Importance None masks nothing and gates nothing; `contrast_weight` 0 leaves the contrast out. `scales` is 1 - I of
+    every weight in place of the units' masks; the importance of units then only gates.
     """
     model = nn.Module.to(copy.deepcopy(model), dtype).train(False)
     gates = unit_ones(model) if importance is None else {group: value.to(dtype) for group, value in importance.items()}
     unmasked = {group: torch.zeros_like(value) for group, value in gates.items()}
-    scales = full_masks(model, importance or unmasked, readers=readers, shared_scale=shared_scale)
+    if scales is None:
+        scales = full_masks(model, importance or unmasked, readers=readers, shared_scale=shared_scale)
     moments = {name: (torch.zeros_like(scale), torch.zeros_like(scale)) for name, scale in scales.items()}
     run = ReferenceRun(model, [], [], [])
     for number, (micro_batches, learning_rate) in enumerate(zip(steps, learning_rates, strict=True), start=1):

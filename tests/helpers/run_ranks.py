@@ -33,8 +33,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     results: Any = _CONTEXT.Queue()
     port = _free_port()
+    packed = _packed(args)
     processes = [
-        _CONTEXT.Process(target=_rank_main, args=(function, args, rank, world_size, port, results), daemon=True)
+        _CONTEXT.Process(target=_rank_main, args=(function, packed, rank, world_size, port, results), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -62,11 +63,11 @@ def _collect(results: Any, processes: list[Any], deadline: float) -> list[Any]:
             continue
         if failure is not None:
             raise RuntimeError(f"rank {rank} failed:\n{failure}")
-        values[rank] = torch.load(io.BytesIO(value), weights_only=False)
+        values[rank] = _unpacked(value)
     return [values[rank] for rank in sorted(values)]
 
 
-def _rank_main(function: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, results: Any) -> None:
+def _rank_main(function: Callable[..., Any], args: bytes, rank: int, world_size: int, port: int, results: Any) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -76,16 +77,24 @@ def _rank_main(function: Callable[..., Any], args: Any, rank: int, world_size: i
     )
     torch.set_num_threads(1)
     try:
-        # Own bytes instead of the queue's shared-memory tensors, whose file handles die with this process.
-        buffer = io.BytesIO()
-        torch.save(function(*args), buffer)
-        results.put((rank, None, buffer.getvalue()))
+        results.put((rank, None, _packed(function(*_unpacked(args)))))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
     results.close()
     results.join_thread()
     # A peer that failed leaves collectives behind whose threads would keep this process alive.
     os._exit(0)
+
+
+def _packed(value: Any) -> bytes:
+    # Between processes tensors would travel as shared memory: a file handle each, which dies with its process.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(value: bytes) -> Any:
+    return torch.load(io.BytesIO(value), weights_only=False)
 
 
 def _free_port() -> int:

@@ -13,7 +13,9 @@ from das_ds.config import RunConfig
 from das_ds.distributed.launch import Ranks
 from das_ds.evaluation.results import Results
 from das_ds.methods.base import DomainContext
+from das_ds.methods.importance_file import save_parameter_importance
 from das_ds.methods.ncl import Naive
+from das_ds.models.loading import load_model
 from das_ds.training.evaluate import evaluate_model
 from das_ds.training.sequence import run_sequence
 from helpers.tiny_models import NO_DROPOUT
@@ -62,6 +64,18 @@ def small_run(folder: Path, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
     return values
+
+
+def save_random_importance(values: dict[str, Any], path: Path) -> Path:
+    """Random importance of every weight of a run's model, written to `path`."""
+    model, adapter = load_model(RunConfig(**values).model, seed=0, vocab_size=len(tiny_tokenizer()))
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randint(0, 256, (weight.numel(),), generator=generator, dtype=torch.uint8)
+        for name, weight in model.named_parameters()
+    }
+    save_parameter_importance(path, weights, adapter.layout(model))
+    return path
 
 
 def run_all(runs: list[dict[str, Any]]) -> list[Results]:

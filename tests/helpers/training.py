@@ -111,7 +111,7 @@ def train(
     run = build(config, ranks, **model_changes)
     recorder = Recorder()
     method = METHODS[config.method.name](run)
-    method.before_domain(DomainContext(0, "domain", lambda label: []))
+    method.before_domain(DomainContext(0, "domain", lambda label: [], lambda label: []))
     info = ranks.info
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     DomainTrainer(run.engine, method, Tracker([recorder]), config.train).run(

@@ -5,37 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.models.gates import UnitGate, UnitGates
+from das_ds.models.gates import UnitGates
 from das_ds.models.masked_lm import MaskedLanguageModel
 from das_ds.models.registry import adapter_for
 from helpers.reference import encode, lm_logits
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
-
-
-@pytest.mark.parametrize("first_row", [0, 2, 5])
-@pytest.mark.parametrize("rows_in_gate", ["one", "each"])
-def test_unit_gate_equals_plain_autograd(first_row: int, rows_in_gate: str) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(5, 3, 12, requires_grad=True)
-    gate = torch.rand(1 if rows_in_gate == "one" else 5 - first_row, 4, requires_grad=True)
-    upstream = torch.randn(5, 3, 12)
-    y = UnitGate.apply(x, gate, first_row)
-    found = torch.autograd.grad(y, (x, gate), upstream)
-    full = torch.cat((torch.ones(first_row, 4), gate.expand(5 - first_row, 4)))
-    expected_y = x * full.repeat_interleave(3, dim=1)[:, None, :]
-    expected = torch.autograd.grad(expected_y, (x, gate), upstream)
-    torch.testing.assert_close(y, expected_y)
-    torch.testing.assert_close(found, expected)
-
-
-def test_gate_gradient_is_summed_in_float32() -> None:
-    torch.manual_seed(0)
-    x, dy = torch.randn(2, 500, 6).bfloat16(), torch.randn(2, 500, 6).bfloat16()
-    gate = torch.ones(2, 3, requires_grad=True)
-    (found,) = torch.autograd.grad(UnitGate.apply(x, gate, 0), gate, dy)
-    expected = (x.double() * dy.double()).sum(1).view(2, 3, 2).sum(2)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
@@ -65,3 +39,24 @@ def test_gates_of_one_change_nothing_and_leave_no_hooks() -> None:
         raise RuntimeError("on purpose")
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     assert hooks == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_measuring_adds_up_once_and_leaves_outputs_alone(checkpointing: bool) -> None:
+    model = tiny_model(**NO_DROPOUT).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapter = adapter_for("roberta")
+    ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain = model(ids).logits
+    sums = {group: torch.zeros(2, 2, len(values[0])) for group, values in random_importance(model).items()}
+    with UnitGates(model, adapter).measuring(sums, torch.ones(2)) as anchor:
+        logits = model(ids).logits
+        assert torch.equal(logits, plain)
+        torch.autograd.grad(logits.square().sum(), anchor)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for index in range(2):
+        gates = {g: torch.ones(2, values.shape[2], requires_grad=True) for g, values in sums.items()}
+        alone = lm_logits(model, encode(model, ids[index : index + 1], gates)[0]).square().sum()
+        for group, gradient in zip(gates, torch.autograd.grad(alone, list(gates.values())), strict=True):
+            torch.testing.assert_close(sums[group][:, index], gradient.abs(), rtol=1e-3, atol=1e-3)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import get_linear_schedule_with_warmup
 
+from das_ds.methods.importance_file import save_parameter_importance, save_unit_importance
+from das_ds.models.registry import adapter_for
 from helpers.parity import (
+    EPS,
     OFFLOAD,
+    ROWS,
     SETTINGS,
     configs,
     reference,
@@ -18,8 +24,10 @@ from helpers.parity import (
     steps,
 )
 from helpers.run_ranks import run_ranks
-from helpers.tiny_models import NO_DROPOUT, tiny_model
-from helpers.training import train_all
+from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
+from helpers.training import random_batch, run_config, train_all
+
+LONG_RUN, LONG_RATE = 100, 1e-3
 
 
 @pytest.fixture
@@ -41,6 +49,60 @@ def test_weights_after_five_steps_equal_the_reference(stage: int, world_size: in
         assert [line["loss/mlm"] for line in lines] == pytest.approx(expected.mlm_losses, rel=1e-5)
         assert [line["loss/contrast"] for line in lines] == pytest.approx(expected.contrast_losses, rel=1e-4)
         assert [line["grad_norm"] for line in lines] == pytest.approx(expected.grad_norms, rel=1e-4)
+
+
+@cache
+def plain_adamw() -> dict[str, torch.Tensor]:
+    """Weights after `LONG_RUN` steps of torch's own AdamW in float64, on one process and without any mask."""
+    model = tiny_model(**NO_DROPOUT).double()
+    parameters = dict(model.named_parameters())
+    matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LONG_RATE, eps=EPS)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, LONG_RUN)
+    for number in range(LONG_RUN):
+        batch = random_batch(ROWS, number)
+        logits = model(input_ids=batch.corrupted_ids).logits.flatten(0, 1)[batch.predicted]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, batch.targets).backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.5)
+        optimizer.step()
+        scheduler.step()
+    return {name: value.detach() for name, value in parameters.items()}
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("stage", range(4))
+def test_importance_zero_is_torchs_adamw_over_100_steps(stage: int, tmp_path: Path) -> None:
+    nothing = {group: torch.zeros_like(values) for group, values in random_importance(tiny_model()).items()}
+    save_unit_importance(tmp_path / "units.safetensors", nothing, adapter_for("roberta").layout(tiny_model()))
+    weights = {n: torch.zeros(p.numel(), dtype=torch.uint8) for n, p in tiny_model().named_parameters()}
+    save_parameter_importance(tmp_path / "weights.safetensors", weights, adapter_for("roberta").layout(tiny_model()))
+    runs = [
+        run_config(
+            tmp_path,
+            train={
+                **run_config(tmp_path).train.model_dump(),
+                "global_batch_size": ROWS,
+                "micro_batch_size": ROWS // 2,
+                "steps_per_domain": LONG_RUN,
+                "learning_rate": LONG_RATE,
+                "warmup_ratio": 0.0,
+                "eps": EPS,
+            },
+            deepspeed={"zero_optimization": {"stage": stage}},
+            method={
+                "contrast": {"weight": 0.0},
+                "importance": {"granularity": granularity, "initial": str(tmp_path / file)},
+            },
+        )
+        for granularity, file in (("unit", "units.safetensors"), ("parameter", "weights.safetensors"))
+    ]
+    batches = [[random_batch(ROWS, number)] for number in range(LONG_RUN)]
+    for found, _ in run_ranks(train_all, 2, runs, batches, NO_DROPOUT)[0]:
+        difference = relative_difference(found, plain_adamw())
+        print(f"stage {stage}, {LONG_RUN} steps: {difference:.2e}")
+        assert difference <= 1e-5
 
 
 @pytest.mark.multirank

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from das_ds.config import RunConfig
@@ -15,7 +16,7 @@ from das_ds.distributed.launch import RankInfo
 from das_ds.evaluation.results import RESULTS_FILE, read_results
 from das_ds.functional.importance import elementwise_maximum
 from das_ds.methods import METHODS
-from das_ds.methods.importance_file import load_importance
+from das_ds.methods.importance_file import load_unit_importance
 from das_ds.models.registry import adapter_for
 from das_ds.tracking.names import STEP_METRICS
 from das_ds.training.manifest import RunState
@@ -27,10 +28,13 @@ from helpers.runs import (
     metrics_lines,
     run_all,
     run_stopped_and_continued,
+    save_random_importance,
     small_run,
 )
 
 pytestmark = pytest.mark.multirank
+
+ZERO3 = {"zero_optimization": {"stage": 3}}
 
 
 def test_every_method_learns_two_domains_and_leaves_the_promised_files(tmp_path: Path) -> None:
@@ -74,8 +78,8 @@ def _check_importance(folder: Path) -> None:
     parts = ["importance_general", "domains/00_food/importance", "domains/01_papers/importance"]
     total = None
     for part in parts:
-        total = elementwise_maximum(load_importance(folder / f"{part}.safetensors", layout), total)
-    found = load_importance(folder / "importance.safetensors", layout)
+        total = elementwise_maximum(load_unit_importance(folder / f"{part}.safetensors", layout), total)
+    found = load_unit_importance(folder / "importance.safetensors", layout)
     assert total is not None and all(torch.equal(found[group], total[group]) for group in found)
 
 
@@ -90,6 +94,33 @@ def test_ranks_and_accumulation_do_not_change_the_result(stage: int, tmp_path: P
     assert two[0][0].loss_matrix == two[1][0].loss_matrix
     for mine, theirs in zip(one.loss_matrix, two[0][0].loss_matrix, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("apply_to", ["update", "gradient"])
+def test_parameter_level_runs_on_any_number_of_ranks(apply_to: str, tmp_path: Path) -> None:
+    # General knowledge is not measured: without dropout its two views are equal and its gradient is rounding alone.
+    initial = str(save_random_importance(small_run(tmp_path), tmp_path / "initial.safetensors"))
+    importance = {"samples": 10, "granularity": "parameter", "normalisation": "tanh_positive", "initial": initial}
+    method = {"name": "das", "importance": importance, "softmask": {"apply_to": apply_to}}
+
+    def values(name: str, micro_batch_size: int) -> dict[str, Any]:
+        run = small_run(tmp_path, output_dir=tmp_path / name, method=method, deepspeed=ZERO3)
+        return {**run, "train": {**run["train"], "micro_batch_size": micro_batch_size}}
+
+    one = run_ranks(run_all, 1, [values("one", 4)])[0][0]
+    two = run_ranks(run_all, 2, [values("two", 2)])[0][0]
+    for mine, theirs in zip(one.loss_matrix, two.loss_matrix, strict=True):
+        # A weight whose importance lies on the edge between two 255ths may be rounded to either.
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    files = [load_file(tmp_path / name / "importance.safetensors") for name in ("one", "two")]
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "two" / "domains" / "01_papers" / "model")
+    assert files[0].keys() == files[1].keys() == dict(model.named_parameters()).keys()
+    for name, mine in files[0].items():
+        # The gradient of key biases is rounding alone.
+        if "key.bias" not in name:
+            assert (mine.int() - files[1][name].int()).abs().max() <= 1, name
+    assert any(mine.any() for mine in files[0].values())
+    assert (tmp_path / "two" / "report" / "importance.png").exists()
 
 
 def test_exported_model_has_the_losses_of_the_last_row(tmp_path: Path) -> None:
@@ -140,9 +171,11 @@ def test_a_run_stopped_between_domains_continues_bitwise(precision: str, tmp_pat
     assert [line["loss"] for line in mine] == [line["loss"] for line in theirs]
 
 
-def test_das_continues_with_the_importance_of_the_finished_domains(tmp_path: Path) -> None:
-    whole = small_run(tmp_path, output_dir=tmp_path / "whole")
-    again = small_run(tmp_path, output_dir=tmp_path / "again")
+@pytest.mark.parametrize("granularity", ["unit", "parameter"])
+def test_das_continues_with_the_importance_of_the_finished_domains(granularity: str, tmp_path: Path) -> None:
+    method = {"name": "das", "importance": {"samples": 10, "granularity": granularity}}
+    whole = small_run(tmp_path, output_dir=tmp_path / "whole", method=method)
+    again = small_run(tmp_path, output_dir=tmp_path / "again", method=method)
     expected = run_ranks(run_all, 1, [whole, again])[0][1]
     folder = tmp_path / "again"
     # Back to the moment after the first domain; the accumulated file already knows the second, as after a late stop.

@@ -1,0 +1,41 @@
+"""The published form of the soft mask: gradients are scaled by 1 - I before they are clipped."""
+
+from __future__ import annotations
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from das_ds.distributed.zero import Shard, gradients_of, refresh_gradient_norms
+from das_ds.kernels.masked_scale import MaskedScale
+from das_ds.kernels.protection import Protection
+
+
+class GradientMask:
+    """Scales this rank's averaged gradients between the backward pass and the step, all in one launch.
+
+    The mask is the same for all micro-steps and ranks, so scaling their sum is scaling each.
+
+    Args:
+        engine: the engine whose gradients are meant.
+        shards: this rank's shards.
+        parameters: name -> parameter.
+        protections: one per shard, of the shard's elements.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        shards: list[Shard],
+        parameters: dict[str, torch.nn.Parameter],
+        protections: list[Protection],
+    ) -> None:
+        self._engine = engine
+        self._owners = [parameters[shard.name] for shard in shards]
+        self._gradients = gradients_of(engine, shards, parameters)
+        self._scale = MaskedScale(protections)
+
+    def apply(self) -> None:
+        """gradient <- (1 - I) * gradient, and the norms by which they are clipped accordingly."""
+        gradients = self._gradients()
+        self._scale(gradients)
+        refresh_gradient_norms(self._engine, dict(zip(self._owners, gradients, strict=True)))

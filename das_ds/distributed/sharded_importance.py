@@ -1,0 +1,139 @@
+"""Parameter-level importance that lives as ZeRO lives: one byte per weight, next to the optimizer's shards.
+
+Shape legend: F elements of a flat tensor of the optimizer, N elements of a whole parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
+from das_ds.distributed.zero import Shard
+from das_ds.functional.importance import squash
+from das_ds.functional.units import Importance, UnitLayout
+
+LEVELS = 255
+"""uint8 counts 255ths: 0 and 1 are exact, everything else is off by at most 1/510."""
+CHUNK_ELEMENTS = 1 << 24
+"""Elements whose unit numbers (8 bytes each) exist at a time."""
+
+
+class ShardedImportance:
+    """I of every weight of a model, in [0, 1] and quantised to 255ths, each rank holding its shards' part.
+
+    Args:
+        shards: this rank's shards, at most one per parameter; all ranks' together cover every parameter, at stage 0
+            each rank has all.
+        sizes: name -> N of every parameter, in the same order on every rank.
+        device: where collectives run.
+        flats: importance by flat tensor, (F,) uint8; None: 0 everywhere.
+    """
+
+    def __init__(
+        self,
+        shards: dict[str, Shard],
+        sizes: dict[str, int],
+        device: torch.device,
+        flats: dict[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self._shards = shards
+        self._sizes = sizes
+        self._device = device
+        self.flats = zeros_by_flat(shards.values(), torch.uint8) if flats is None else flats
+
+    @classmethod
+    def from_magnitudes(
+        cls,
+        shards: dict[str, Shard],
+        sizes: dict[str, int],
+        device: torch.device,
+        sums: dict[torch.Tensor, torch.Tensor],
+        form: str,
+    ) -> ShardedImportance:
+        """Standardise each parameter tensor over all ranks, squash and quantise; a collective.
+
+            a = mean absolute gradient      z = (a - mean a) / std a      I = |tanh z|  or  tanh(max(z, 0))
+
+        The first form is that of SPG (Konishi et al., Parameter-Level Soft-Masking for Continual Learning, ICML 2023,
+        section 3: tanh of the gradient standardised per layer), the second protects only what is above average. z does
+        not change when a is multiplied by a constant. A tensor whose entries are all equal gets 0.
+
+        Args:
+            shards, sizes, device: as for the class.
+            sums: flat tensor -> (F,) float32, a constant times a.
+            form: `abs_tanh` or `tanh_positive`.
+        """
+        result = cls(shards, sizes, device)
+        parts = {name: _stretch(sums, shard) for name, shard in shards.items()}
+        numel = result._local(lambda name: torch.tensor(parts[name].numel()))
+        count = all_reduce_sum(numel)
+        mean = all_reduce_sum(result._local(lambda name: parts[name].sum(dtype=torch.float64))) / count
+        largest = all_reduce_maximum(result._local(lambda name: parts[name].amax()))
+        means = dict(zip(sizes, mean, strict=True))
+        squares = result._local(lambda name: (parts[name].double() - means[name].to(parts[name].device)).square().sum())
+        std = (all_reduce_sum(squares) / count).sqrt()
+        statistics = dict(zip(sizes, torch.stack((mean, std, largest), dim=1), strict=True))
+        for name, shard in shards.items():
+            mean_of, std_of, largest_of = statistics[name].to(parts[name].device)
+            values = squash(parts[name].double(), mean_of, std_of, largest_of, form)
+            _stretch(result.flats, shard).copy_((values * LEVELS).round_().to(torch.uint8))
+        return result
+
+    def maximum(self, other: ShardedImportance | None) -> ShardedImportance:
+        """EMax (Ke et al. 2023, eq. 3), element by element in the shard; order-free, idempotent."""
+        if other is None:
+            return self
+        flats = {flat: torch.maximum(values, other.flats[flat]) for flat, values in self.flats.items()}
+        return ShardedImportance(self._shards, self._sizes, self._device, flats)
+
+    def by_unit(self, layout: UnitLayout) -> Importance:
+        """Mean importance of the weights each unit owns, group -> (L, U) float32, equal on every rank; a collective.
+
+        Weights that only read a unit do not count. Where all weights of a unit have one importance, this is it.
+        """
+        total = {g: v.double() for g, v in layout.zeros(self._device).items()}
+        count = {g: v.double() for g, v in layout.zeros(self._device).items()}
+        for item in layout.ownerships:
+            if item.reader or item.parameter not in self._shards:
+                continue
+            shard = self._shards[item.parameter]
+            num_columns = layout.shapes[item.parameter][1]
+            for first, part in enumerate(_stretch(self.flats, shard).split(CHUNK_ELEMENTS)):
+                values = part.to(self._device).double() / LEVELS
+                index = shard.offset + first * CHUNK_ELEMENTS + torch.arange(part.numel(), device=self._device)
+                along = index // num_columns if item.axis == 0 else index % num_columns
+                unit = along // item.units_repeat
+                total[item.group][item.layer].index_add_(0, unit, values)
+                count[item.group][item.layer].index_add_(0, unit, torch.ones_like(values))
+        return {g: (all_reduce_sum(total[g]) / all_reduce_sum(count[g])).float() for g in total}
+
+    def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, (N,) uint8) of every parameter in turn, on every rank; a collective per parameter."""
+        for name, numel in self._sizes.items():
+            full = torch.zeros(numel, dtype=torch.uint8, device=self._device)
+            if (shard := self._shards.get(name)) is not None:
+                full[shard.offset : shard.offset + shard.numel] = _stretch(self.flats, shard)
+            yield name, all_reduce_maximum(full)
+
+    def fill(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Set every shard from `read(name, offset, numel) -> (numel,) uint8`, on any number of ranks."""
+        for name, shard in self._shards.items():
+            _stretch(self.flats, shard).copy_(read(name, shard.offset, shard.numel))
+
+    def _local(self, of: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """(P,) float64: `of` every parameter that this rank has a part of, 0 for the others."""
+        none = torch.zeros((), dtype=torch.float64, device=self._device)
+        return torch.stack(
+            [of(name).double().to(self._device) if name in self._shards else none for name in self._sizes]
+        )
+
+
+def zeros_by_flat(shards: Iterable[Shard], dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
+    """One tensor of zeros (F,) per flat tensor that the shards lie in, on its device."""
+    return {shard.flat: torch.zeros(shard.flat.numel(), dtype=dtype, device=shard.flat.device) for shard in shards}
+
+
+def _stretch(flats: dict[torch.Tensor, torch.Tensor], shard: Shard) -> torch.Tensor:
+    return flats[shard.flat][shard.start : shard.start + shard.numel]

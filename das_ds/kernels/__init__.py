@@ -1,0 +1,1 @@
+"""Fused kernels and their torch counterparts; the plain formulas are in `functional`."""

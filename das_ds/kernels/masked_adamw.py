@@ -1,0 +1,109 @@
+"""AdamW whose whole step is scaled by 1 - I, over one flat fp32 shard.
+
+Shape legend: F elements of a flat tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from das_ds.kernels.checks import check_flat
+from das_ds.kernels.dispatch import use_triton
+from das_ds.kernels.protection import Protection
+
+
+def masked_adamw_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    protection: Protection,
+    *,
+    num_steps: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None = None,
+) -> None:
+    """theta <- theta + (1 - I) * Delta, Delta being AdamW's step; the formula is `functional.adamw.masked_adamw_`.
+
+    Weights of importance 1 keep their value to the last bit. Nothing is read back from the device.
+
+    Args:
+        param, exp_avg, exp_avg_sq: (F,) float32, updated in place.
+        grad: (F,) float32; holds anything afterwards where `grad_scale` is given.
+        protection: importance of the F elements.
+        num_steps: steps taken, this one included.
+        lr, betas, eps, weight_decay: AdamW's settings.
+        grad_scale: float32 scalar on the same device that gradients are divided by; None: 1.
+
+    Raises:
+        ValueError: tensors of another shape, type, device or layout.
+    """
+    tensors = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    check_flat(tensors, protection.numel)
+    step = masked_adamw_torch_
+    if use_triton("masked_adamw", param):
+        from das_ds.kernels.masked_adamw_triton import masked_adamw_triton_
+
+        step = masked_adamw_triton_
+    step(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        protection,
+        num_steps=num_steps,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        grad_scale=grad_scale,
+    )
+
+
+def masked_adamw_torch_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    protection: Protection,
+    *,
+    num_steps: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None,
+) -> None:
+    """The same with torch's fused AdamW, window by window, so that undoing a step's masked share stays in cache."""
+    count = torch.tensor(float(num_steps), device=param.device)
+    # Allocated once: fresh pages for every window would cost more than the work on them.
+    old, scratch = protection.scratch(), protection.scratch()
+    for window in protection.windows:
+        part = slice(window.start, window.stop)
+        values = param[part]
+        is_protected = protection.protects(window)
+        if is_protected:
+            old[: len(window)].copy_(values)
+        # torch.optim's own function spends as long on its checks as this takes for thousands of elements.
+        torch._fused_adamw_(
+            [values],
+            [grad[part]],
+            [exp_avg[part]],
+            [exp_avg_sq[part]],
+            [],
+            [count],
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=grad_scale,
+            found_inf=None,
+        )
+        if is_protected:
+            protection.pull_back_(values, old[: len(window)], window, scratch)

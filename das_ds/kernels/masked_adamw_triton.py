@@ -1,0 +1,135 @@
+"""`masked_adamw_` in one launch over a flat tensor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from das_ds.kernels.protection import Protection
+from das_ds.kernels.segments_triton import as_importance, load, locate, store, unit_importance
+from das_ds.kernels.tiles import tile_elements
+
+NUM_WARPS = 8
+
+
+def masked_adamw_triton_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    protection: Protection,
+    *,
+    num_steps: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None,
+) -> None:
+    """Arguments as for `kernels.masked_adamw.masked_adamw_`."""
+    if not param.numel():
+        return
+    tiles = protection.tiles_on(param.device)
+    importance, table = protection.importance, protection.table
+    # Corrections are made in double precision here: 1 - 0.999 ** t has few digits in single.
+    correction1, correction2 = (1.0 - beta**num_steps for beta in betas)
+    _masked_adamw[(len(tiles.tile),)](
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        param if importance is None else importance,
+        param if table is None else table.values,
+        param if grad_scale is None else grad_scale,
+        tiles.tile,
+        tiles.segment,
+        tiles.segments,
+        lr / correction1,
+        1.0 / math.sqrt(correction2),
+        1.0 - betas[0],
+        1.0 - betas[1],
+        eps,
+        lr * weight_decay,
+        TILE=tile_elements(),
+        BY_UNIT=table is not None,
+        BY_PARAMETER=importance is not None,
+        QUANTISED=importance is not None and importance.dtype == torch.uint8,
+        SCALED=grad_scale is not None,
+        num_warps=NUM_WARPS,
+    )
+
+
+@triton.jit
+def _masked_adamw(  # type: ignore[no-untyped-def]
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    importance,
+    values,
+    grad_scale,
+    tiles,
+    owners,
+    segments,
+    step_size,
+    root_correction,
+    share1,
+    share2,
+    eps,
+    decay,
+    TILE: tl.constexpr,
+    BY_UNIT: tl.constexpr,
+    BY_PARAMETER: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    program = tl.program_id(0)
+    fields = segments + tl.load(owners + program).to(tl.int64) * 6
+    base, low, high = locate(tl.load(tiles + program), fields, TILE)
+    scale = 1.0
+    if SCALED:
+        scale = 1.0 / tl.load(grad_scale)
+    pointers = (param + base, grad + base, exp_avg + base, exp_avg_sq + base, importance + base)
+    settings = (scale, step_size, root_correction, share1, share2, eps, decay)
+    if (low == 0) & (high == TILE):
+        _step(pointers, settings, base, low, high, fields, values, TILE, BY_UNIT, BY_PARAMETER, QUANTISED, True)
+    else:
+        _step(pointers, settings, base, low, high, fields, values, TILE, BY_UNIT, BY_PARAMETER, QUANTISED, False)
+
+
+@triton.jit
+def _step(  # type: ignore[no-untyped-def]
+    pointers,
+    settings,
+    base,
+    low,
+    high,
+    fields,
+    values,
+    TILE: tl.constexpr,
+    BY_UNIT: tl.constexpr,
+    BY_PARAMETER: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    param, grad, exp_avg, exp_avg_sq, importance = pointers
+    scale, step_size, root_correction, share1, share2, eps, decay = settings
+    i = tl.arange(0, TILE)
+    inside = (i >= low) & (i < high)
+    p = load(param + i, inside, FULL)
+    g = load(grad + i, inside, FULL) * scale
+    m = load(exp_avg + i, inside, FULL)
+    v = load(exp_avg_sq + i, inside, FULL)
+    m += share1 * (g - m)
+    v += share2 * (g * g - v)
+    delta = decay * p + step_size * m / (tl.sqrt(v) * root_correction + eps)
+    if BY_UNIT:
+        delta *= 1.0 - unit_importance(i, inside, base, low, fields, values, FULL)
+    if BY_PARAMETER:
+        delta *= 1.0 - as_importance(load(importance + i, inside, FULL), QUANTISED)
+    store(param + i, p - delta, inside, FULL)
+    store(exp_avg + i, m, inside, FULL)
+    store(exp_avg_sq + i, v, inside, FULL)

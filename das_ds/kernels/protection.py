@@ -1,0 +1,115 @@
+"""How one flat tensor is protected, and the forms in which the kernels read it.
+
+Shape legend: F elements of a flat tensor.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from functools import cached_property
+
+import torch
+
+from das_ds.functional.segments import Segment, SegmentTable, importance_of
+from das_ds.kernels.tiles import Tiles, tiles_of
+from das_ds.kernels.windows import Window, windows_of
+
+LEVELS = 255
+"""Importance stored as uint8 counts 255ths: rounding errs by at most 1/510, and 0 and 1 are exact."""
+
+
+class Protection:
+    """Importance of every element of a flat tensor: by units, by parameter, or none.
+
+    Args:
+        numel: F.
+        table: unit importance; its values may change in place afterwards.
+        importance: (F,) float32, bfloat16 or uint8 (255ths) importance of each element; may change in place.
+    """
+
+    def __init__(
+        self, numel: int, *, table: SegmentTable | None = None, importance: torch.Tensor | None = None
+    ) -> None:
+        assert table is None or importance is None, "importance is by units or by parameter"
+        assert table is None or table.numel == numel, f"table of {table.numel} elements for {numel}"
+        assert importance is None or importance.shape == (numel,), f"importance {importance.shape} for {numel}"
+        self.numel = numel
+        self.table = table
+        self.importance = importance
+        self._tiles: Tiles | None = None
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Segments that cover the tensor; one without protection where no table is given."""
+        return self.table.segments if self.table is not None else (Segment(0, self.numel),)
+
+    @cached_property
+    def windows(self) -> tuple[Window, ...]:
+        """Cache-sized windows for the torch kernels."""
+        return windows_of(self.segments, None if self.table is None else self.table.values)
+
+    def windows_in(self, start: int, stop: int) -> tuple[Window, ...]:
+        """The windows that make up elements [start, stop).
+
+        Raises:
+            ValueError: the stretch begins or ends inside a window.
+        """
+        first, last = bisect_left(self._starts, start), bisect_left(self._starts, stop)
+        if self._starts[first : first + 1] != [start] or ([*self._starts, self.numel][last] != stop):
+            raise ValueError(
+                f"stretch: found [{start}, {stop}) of {self.numel} elements, expected one or several whole windows"
+            )
+        return self.windows[first:last]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [window.start for window in self.windows]
+
+    def tiles_on(self, device: torch.device) -> Tiles:
+        """Tiles for the Triton kernels, made once."""
+        if self._tiles is None:
+            self._tiles = tiles_of(self.segments, self.numel, device)
+        return self._tiles
+
+    def protects(self, window: Window) -> bool:
+        """Whether anything in the window has importance."""
+        return bool(window.rectangles) or self.importance is not None
+
+    def scratch(self) -> torch.Tensor:
+        """Room for the values of any window, float32."""
+        owner = self.importance if self.table is None else self.table.values
+        device = "cpu" if owner is None else owner.device
+        return torch.empty(max(map(len, self.windows), default=0), device=device)
+
+    def pull_back_(self, new: torch.Tensor, old: torch.Tensor, window: Window, scratch: torch.Tensor) -> None:
+        """new <- new + (old - new) * I, both float32 elements of one window; exact at I = 0 and I = 1."""
+        if self.importance is not None:
+            new.lerp_(old, self._importance_in(window, scratch))
+        for rectangle in window.rectangles:
+            rectangle.of(new).lerp_(rectangle.of(old), rectangle.current())
+
+    def scale_(self, values: torch.Tensor, window: Window, scratch: torch.Tensor) -> None:
+        """values <- values * (1 - I), the elements of one window in any floating type; computed in float32."""
+        if self.importance is not None:
+            values.copy_(values * self._importance_in(window, scratch).neg_().add_(1.0))
+        for rectangle in window.rectangles:
+            part = rectangle.of(values)
+            part.copy_(part * (1.0 - rectangle.current()))
+
+    def _importance_in(self, window: Window, scratch: torch.Tensor) -> torch.Tensor:
+        assert self.importance is not None, "asked for parameter importance alone"
+        stored = self.importance[window.start : window.stop]
+        return torch.div(stored, LEVELS if stored.dtype == torch.uint8 else 1, out=scratch[: len(window)])
+
+    def written_out(self) -> torch.Tensor:
+        """(F,) float32: the importance of every element."""
+        if self.table is not None:
+            return importance_of(self.table)
+        if self.importance is None:
+            return torch.zeros(self.numel)
+        return as_float(self.importance)
+
+
+def as_float(importance: torch.Tensor) -> torch.Tensor:
+    """Importance as float32 in [0, 1], whatever it is stored as."""
+    return importance / LEVELS if importance.dtype == torch.uint8 else importance.float()

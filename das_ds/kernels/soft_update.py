@@ -1,0 +1,45 @@
+"""The soft mask around any optimizer: what a step did is undone in proportion to the importance.
+
+Shape legend: F elements of a flat tensor, n of a stretch of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from das_ds.kernels.checks import check_flat
+from das_ds.kernels.dispatch import use_triton
+from das_ds.kernels.protection import Protection
+from das_ds.kernels.windows import Window
+
+
+def soft_update_(param: torch.Tensor, old: torch.Tensor, protection: Protection, *, start: int = 0) -> None:
+    """p <- p + (p_old - p) * I over elements [start, start + n) of a flat tensor; exact at I = 0 and I = 1.
+
+    Args:
+        param: (n,) float32, values after the step, updated in place.
+        old: (n,) float32, values before the step.
+        protection: importance of the flat tensor's F elements.
+        start: first element; the stretch is one or several of `protection.windows`.
+
+    Raises:
+        ValueError: tensors of another shape, type, device or layout, or a stretch that cuts a window.
+    """
+    check_flat({"param": param, "old": old}, param.numel())
+    windows = protection.windows_in(start, start + param.numel())
+    if use_triton("soft_update", param):
+        from das_ds.kernels.soft_update_triton import soft_update_triton_
+
+        soft_update_triton_(param, old, protection, start)
+    else:
+        soft_update_torch_(param, old, protection, start, windows)
+
+
+def soft_update_torch_(
+    param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int, windows: tuple[Window, ...]
+) -> None:
+    """The same, window by window."""
+    scratch = protection.scratch()
+    for window in windows:
+        part = slice(window.start - start, window.stop - start)
+        protection.pull_back_(param[part], old[part], window, scratch)

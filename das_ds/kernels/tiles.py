@@ -1,0 +1,56 @@
+"""The tile table by which a Triton kernel finds the segment that each of its programs works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from das_ds.functional.segments import Segment
+
+TILE_ELEMENTS = 2048
+"""Elements per program; tiles begin at multiples of it, so that loads are aligned."""
+SEGMENT_FIELDS = ("start", "numel", "offset", "num_columns", "rows", "columns")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One entry per program: elements [tile * TILE_ELEMENTS, (tile + 1) * TILE_ELEMENTS) inside one segment.
+
+    A tile that several segments meet in has one entry for each.
+    """
+
+    segments: torch.Tensor
+    """(num_segments, 6) int64, columns as in `SEGMENT_FIELDS`."""
+    tile: torch.Tensor
+    """(num_tiles,) int32."""
+    segment: torch.Tensor
+    """(num_tiles,) int32, row of `segments`."""
+    ends: torch.Tensor
+    """(F / TILE_ELEMENTS,) int64 on the host: number of entries up to and including those of each tile."""
+
+    def entries(self, start: int, stop: int) -> range:
+        """The entries of the tiles that elements [start, stop) lie in."""
+        first, last = start // TILE_ELEMENTS, (stop - 1) // TILE_ELEMENTS
+        return range(int(self.ends[first - 1]) if first else 0, int(self.ends[last]))
+
+
+def tile_elements() -> int:
+    """`TILE_ELEMENTS`, as tables and kernels have to agree on it."""
+    return TILE_ELEMENTS
+
+
+def tiles_of(segments: tuple[Segment, ...], numel: int, device: torch.device | str) -> Tiles:
+    """Tiles of segments that cover a flat tensor of `numel` elements; entries are in order of their elements."""
+    fields = torch.tensor(
+        [[getattr(segment, field) for field in SEGMENT_FIELDS] for segment in segments], dtype=torch.int64
+    ).view(-1, len(SEGMENT_FIELDS))
+    starts, counts = fields[:, 0], fields[:, 1]
+    first = starts // TILE_ELEMENTS
+    num_entries = (starts + counts - 1) // TILE_ELEMENTS - first + 1
+    segment = torch.repeat_interleave(torch.arange(len(segments)), num_entries)
+    before = num_entries.cumsum(0) - num_entries
+    tile = torch.arange(len(segment)) - before[segment] + first[segment]
+    assert not len(tile) or int(tile[-1]) * TILE_ELEMENTS < numel, "segments reach beyond the flat tensor"
+    ends = torch.bincount(tile, minlength=-(-numel // TILE_ELEMENTS)).cumsum(0)
+    return Tiles(fields.to(device), tile.int().to(device), segment.int().to(device), ends)

@@ -1,0 +1,48 @@
+"""What the method needs of importance, whatever it belongs to: units (DAS) or single weights (SPG)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from das_ds.functional.units import Importance
+from das_ds.methods.base import DomainContext, RunContext
+from das_ds.methods.importance_pass import ImportanceLoss
+
+T = TypeVar("T")
+
+
+class ImportanceLevel(ABC, Generic[T]):
+    """Measures, accumulates, stores and applies importance of type T; every method is called on all ranks."""
+
+    def __init__(self, run: RunContext) -> None:
+        self.run = run
+
+    @abstractmethod
+    def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> T:
+        """Normalised importance under `loss` over the domain's sample; `label` names the progress bar."""
+
+    @abstractmethod
+    def maximum(self, new: T, accumulated: T | None) -> T:
+        """EMax (paper eq. 3)."""
+
+    @abstractmethod
+    def by_unit(self, importance: T) -> Importance:
+        """Group -> (L, U) in [0, 1] on the device, the gates of o^prev."""
+
+    @abstractmethod
+    def protect(self, importance: T) -> None:
+        """Soft-mask all further steps."""
+
+    @abstractmethod
+    def write(self, path: Path, importance: T) -> None:
+        """Save to one file, atomically."""
+
+    @abstractmethod
+    def read(self, path: Path) -> T:
+        """Load from a file of any number of ranks.
+
+        Raises:
+            ImportanceError: missing or damaged file, or importance of another model or granularity.
+        """

@@ -1,0 +1,93 @@
+"""Importance of single weights (SPG: Konishi et al., Parameter-Level Soft-Masking for Continual Learning, ICML 2023).
+
+Shape legend: B sequences of a micro-batch, G of a global batch, N of the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from das_ds.data.batches import Batch
+from das_ds.distributed.sharded_importance import ShardedImportance
+from das_ds.functional.units import Importance
+from das_ds.methods.base import DomainContext, RunContext
+from das_ds.methods.importance_file import load_parameter_importance, save_parameter_importance
+from das_ds.methods.importance_level import ImportanceLevel
+from das_ds.methods.importance_pass import ImportanceLoss
+
+
+class ParameterLevel(ImportanceLevel[ShardedImportance]):
+    """One byte per weight, sharded like the optimizer; every parameter counts, owned by a unit or not."""
+
+    def __init__(self, run: RunContext) -> None:
+        super().__init__(run)
+        self._sizes = {name: rows * columns for name, (rows, columns) in run.layout.shapes.items()}
+
+    def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> ShardedImportance:
+        """Sum of |gradient| over the global batches of the sample, normalised per parameter tensor."""
+        engine = self.run.engine
+        return ShardedImportance.from_magnitudes(
+            engine.named_shards,
+            self._sizes,
+            engine.ranks.info.device,
+            sum_of_magnitudes(self.run, domain.sample_steps(label), loss),
+            self.run.config.method.importance.normalisation,
+        )
+
+    def maximum(self, new: ShardedImportance, accumulated: ShardedImportance | None) -> ShardedImportance:
+        """EMax in the shard."""
+        return new.maximum(accumulated)
+
+    def by_unit(self, importance: ShardedImportance) -> Importance:
+        """Mean over the weights that a unit owns."""
+        return importance.by_unit(self.run.layout)
+
+    def protect(self, importance: ShardedImportance) -> None:
+        """Mask element by element."""
+        self.run.engine.protect_parameters(importance, self.run.config.method.softmask)
+
+    def write(self, path: Path, importance: ShardedImportance) -> None:
+        """Gather parameter by parameter in rank 0's host memory (1 byte per weight) and save there."""
+        is_main = self.run.engine.ranks.info.is_main
+        tensors = {name: values.cpu() for name, values in importance.whole() if is_main}
+        if is_main:
+            save_parameter_importance(path, tensors, self.run.layout)
+
+    def read(self, path: Path) -> ShardedImportance:
+        """Read this rank's stretches, however many ranks wrote."""
+        importance = ShardedImportance(self.run.engine.named_shards, self._sizes, self.run.engine.ranks.info.device)
+        with load_parameter_importance(path, self.run.layout) as stretch:
+            importance.fill(stretch)
+        return importance
+
+
+def sum_of_magnitudes(
+    run: RunContext, steps: Iterable[list[Batch]], loss: ImportanceLoss
+) -> dict[torch.Tensor, torch.Tensor]:
+    """sum_b | (1/G) sum_{n in b} dL(x_n) / dtheta | over global batches b; N/G times the mean absolute gradient.
+
+    DeepSpeed accumulates, averages and shards these gradients as in training, at any stage; weights, moments and
+    schedule stay as they are.
+
+    Args:
+        run: the engine.
+        steps: this rank's micro-batches of whole optimizer steps.
+        loss: what is differentiated.
+
+    Returns:
+        Flat tensor of this rank's optimizer -> (F,) float32.
+    """
+    engine = run.engine
+    engine.module.train(loss.dropout)
+    with engine.summing_gradient_magnitudes() as sums:
+        for step in steps:
+            for batch in step:
+                batch = batch.to(engine.ranks.info.device)
+                per_sequence = loss.of_sequences(engine, batch)
+                engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
+                engine.step()
+    engine.module.train()
+    return sums

@@ -1,0 +1,44 @@
+"""Importance of units: heads, neurons and outputs (Ke et al., ICLR 2023). Equal on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from das_ds.functional.importance import elementwise_maximum, normalise
+from das_ds.functional.units import Importance
+from das_ds.methods.base import DomainContext
+from das_ds.methods.importance_file import load_unit_importance, save_unit_importance
+from das_ds.methods.importance_level import ImportanceLevel
+from das_ds.methods.importance_pass import ImportanceLoss, mean_absolute_gate_gradient
+
+
+class UnitLevel(ImportanceLevel[Importance]):
+    """Group -> (L, U); keeps (heads + intermediate + hidden) numbers per layer."""
+
+    def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance:
+        """One forward and backward pass over the sample, gradients of the gates only."""
+        raw = mean_absolute_gate_gradient(self.run, domain.sample_batches(label), loss)
+        form = self.run.config.method.importance.normalisation
+        return {group: normalise(values, form) for group, values in raw.items()}
+
+    def maximum(self, new: Importance, accumulated: Importance | None) -> Importance:
+        """EMax per unit."""
+        return elementwise_maximum(new, accumulated)
+
+    def by_unit(self, importance: Importance) -> Importance:
+        """Itself."""
+        return importance
+
+    def protect(self, importance: Importance) -> None:
+        """Mask by rows and columns."""
+        self.run.engine.protect_units(self.run.layout, importance, self.run.config.method.softmask)
+
+    def write(self, path: Path, importance: Importance) -> None:
+        """Save on rank 0; every rank has the same."""
+        if self.run.engine.ranks.info.is_main:
+            save_unit_importance(path, importance, self.run.layout)
+
+    def read(self, path: Path) -> Importance:
+        """Load on the run's device."""
+        device = self.run.engine.ranks.info.device
+        return {group: values.to(device) for group, values in load_unit_importance(path, self.run.layout).items()}

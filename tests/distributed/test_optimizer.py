@@ -1,0 +1,151 @@
+"""The optimizers that DeepSpeed steps, against torch's own and the update rule written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from das_ds.distributed import optimizer as optimizers
+from das_ds.distributed.optimizer import MaskedAdamW, ProtectedOptimizer, SoftUpdated
+from das_ds.kernels.protection import Protection
+from das_ds.kernels.windows import WINDOW_ELEMENTS
+
+NUMEL, NUM_STEPS = 2 * WINDOW_ELEMENTS + 1003, 4
+Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """DeepSpeed's C++ optimizers are compiled here, where no lock of a killed compilation can be waited for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
+def cpu_adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, lr=1e-2, weight_decay=0.1, adamw_mode=True)
+
+
+def cpu_lion(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    from deepspeed.ops.lion import DeepSpeedCPULion
+
+    return DeepSpeedCPULion(groups, lr=1e-2, weight_decay=0.1)
+
+
+INNER: dict[str, Make] = {
+    "sgd": partial(torch.optim.SGD, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
+    "rmsprop": partial(torch.optim.RMSprop, lr=1e-2, momentum=0.9),
+    "nadam": partial(torch.optim.NAdam, lr=1e-2),
+    "cpu_adam": cpu_adam,
+    "cpu_lion": cpu_lion,
+}
+
+
+def run(optimizer: torch.optim.Optimizer, param: torch.nn.Parameter, importance: torch.Tensor | None = None) -> None:
+    """Steps on fixed gradients; with `importance`, each step is pulled back from outside, on whole tensors."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(NUM_STEPS):
+        param.grad = torch.randn(param.shape, generator=generator)
+        old = param.detach().clone()
+        optimizer.step()
+        if importance is not None:
+            param.data = old + (1 - importance.double()).float() * (param.data - old)
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_any_optimizer_is_pulled_back_in_chunks(name: str, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "CHUNK_WINDOWS", 1)
+    start, importance = torch.randn(NUMEL), torch.rand(NUMEL)
+    importance[::7], importance[1::7] = 0.0, 1.0
+    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    found, expected = SoftUpdated(INNER[name]([{"params": [param]}])), INNER[name]([{"params": [twin]}])
+    largest = []
+    inner = optimizers.soft_update_
+
+    def watch(part: torch.Tensor, old: torch.Tensor, *args: Any, **options: Any) -> None:
+        largest.append(old.numel())
+        inner(part, old, *args, **options)
+
+    monkeypatch.setattr(optimizers, "soft_update_", watch)
+    found.protect({param: Protection(NUMEL, importance=importance)})
+    run(found, param)
+    run(expected, twin, importance)
+    torch.testing.assert_close(param.data, twin.data, rtol=1e-5, atol=1e-6)
+    assert torch.equal(param.data[1::7], start[1::7])
+    # Never a copy of the whole: one chunk at a time.
+    assert max(largest) == WINDOW_ELEMENTS and len(largest) == 3 * NUM_STEPS
+    # The state is that of an optimizer that stepped the whole tensor once per step.
+    assert found.state[param].keys() == expected.state[twin].keys()
+    for key, value in expected.state[twin].items():
+        if torch.is_tensor(value) and value.dim():
+            torch.testing.assert_close(found.state[param][key], value, rtol=1e-5, atol=1e-6)
+        else:
+            assert found.state[param][key] == value
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_without_protection_the_inner_optimizer_steps_as_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "CHUNK_WINDOWS", 1)
+    start = torch.randn(NUMEL)
+    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    run(SoftUpdated(INNER[name]([{"params": [param]}])), param)
+    run(INNER[name]([{"params": [twin]}]), twin)
+    assert torch.equal(param.data, twin.data)
+
+
+def masked_adamw(groups: list[dict[str, Any]]) -> ProtectedOptimizer:
+    return MaskedAdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+
+
+def test_masked_adamw_is_adamw_with_a_share_of_its_step() -> None:
+    start, importance = torch.randn(6, 50), torch.rand(300)
+    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    found = masked_adamw([{"params": [param]}])
+    found.protect({param: Protection(300, importance=importance)})
+    run(found, param)
+    run(INNER["adamw"]([{"params": [twin]}]), twin, importance.view(6, 50))
+    torch.testing.assert_close(param.data, twin.data, rtol=1e-5, atol=1e-6)
+    assert set(found.state[param]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("make", [masked_adamw, lambda groups: SoftUpdated(INNER["adamw"](groups))])
+def test_measuring_adds_magnitudes_and_steps_nothing(make: Callable[..., ProtectedOptimizer]) -> None:
+    start = torch.randn(40)
+    param = torch.nn.Parameter(start.clone())
+    optimizer = make([{"params": [param]}])
+    sums = {param: torch.zeros(40)}
+    gradients = [torch.randn(40), torch.randn(40)]
+    with optimizer.summing_magnitudes(sums):
+        for gradient in gradients:
+            param.grad = gradient.clone()
+            optimizer.step()
+        optimizer.set_grad_scale(torch.tensor(4.0))
+        param.grad = gradients[0].clone()
+        optimizer.step()
+    expected = gradients[0].abs() * 1.25 + gradients[1].abs()
+    torch.testing.assert_close(sums[param], expected)
+    assert torch.equal(param.data, start) and not optimizer.state[param]
+    optimizer.set_grad_scale(None)
+    optimizer.step()
+    assert not torch.equal(param.data, start)
+
+
+@pytest.mark.parametrize("make", [masked_adamw, lambda groups: SoftUpdated(INNER["adamw"](groups))])
+def test_state_starts_anew(make: Callable[..., ProtectedOptimizer]) -> None:
+    start = torch.randn(40)
+    ends = []
+    param = torch.nn.Parameter(start.clone())
+    optimizer = make([{"params": [param]}])
+    for _ in range(2):
+        param.data.copy_(start)
+        run(optimizer, param)
+        ends.append(param.detach().clone())
+        optimizer.reset_state()
+    assert torch.equal(*ends)

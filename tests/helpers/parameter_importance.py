@@ -1,0 +1,99 @@
+"""Parameter-level importance of the product on real ranks, for comparison with brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.distributed.launch import Ranks
+from das_ds.distributed.sharded_importance import ShardedImportance
+from das_ds.functional.units import Importance
+from das_ds.methods.importance_file import save_parameter_importance
+from das_ds.methods.parameter_level import ParameterLevel, sum_of_magnitudes
+from das_ds.models.registry import adapter_for
+from helpers.importance import LOSSES, NoisePerBatch
+from helpers.reference import fix_noise
+from helpers.tiny_models import tiny_model
+from helpers.training import LENGTH, build, rank_part
+
+Stretches = list[tuple[str, int, Tensor]]
+
+
+def measured_all(
+    configs: list[RunConfig], kind: str, steps: list[list[Batch]], changes: dict[str, Any]
+) -> list[tuple[Stretches, Stretches, Importance]]:
+    """Per config: this rank's stretches of the summed magnitudes and of the importance, and its means by unit."""
+    return [_measured(config, kind, steps, changes) for config in configs]
+
+
+def _measured(
+    config: RunConfig, kind: str, steps: list[list[Batch]], changes: dict[str, Any]
+) -> tuple[Stretches, Stretches, Importance]:
+    ranks = Ranks()
+    run = build(config, ranks, **changes)
+    info, engine = ranks.info, run.engine
+    before = {name: weight.clone() for name, weight in engine.fp32_weights()}
+    if kind == "proxy":
+        batches = [batch for step in steps for batch in step]
+        num_sequences = sum(len(batch.input_ids) for batch in batches)
+        fix_noise(engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
+        NoisePerBatch(engine.module, batches, num_sequences, info.rank, info.world_size)
+    parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
+    sums = sum_of_magnitudes(run, parts, LOSSES[kind])
+    assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
+    assert engine.module.training
+    sizes = ParameterLevel(run)._sizes
+    form = config.method.importance.normalisation
+    importance = ShardedImportance.from_magnitudes(engine.named_shards, sizes, info.device, sums, form)
+    found = _stretches(run, sums), _stretches(run, importance.flats), importance.by_unit(run.layout)
+    engine.close()
+    return found
+
+
+def _stretches(run: Any, flats: dict[Tensor, Tensor]) -> Stretches:
+    return [(s.name, s.offset, flats[s.flat][s.start : s.start + s.numel].clone()) for s in run.engine.shards()]
+
+
+def joined(ranks: list[Stretches], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Whole tensors from the stretches of all ranks; what no rank has stays NaN."""
+    whole = {name: torch.full((shape.numel(),), torch.nan, dtype=torch.float64) for name, shape in shapes.items()}
+    for stretches in ranks:
+        for name, offset, part in stretches:
+            whole[name][offset : offset + part.numel()] = part.double()
+    return {name: values.view(shapes[name]) for name, values in whole.items()}
+
+
+def random_weights_importance(seed: int = 0) -> dict[str, Tensor]:
+    """Name -> uint8 importance of every weight of the tiny model, with 0 and 255 among them."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for name, weight in tiny_model().named_parameters():
+        drawn[name] = torch.randint(0, 256, weight.shape, generator=generator, dtype=torch.uint8)
+        drawn[name].view(-1)[:2] = torch.tensor([0, 255], dtype=torch.uint8)
+    return drawn
+
+
+def save_random_weights_importance(folder: Path) -> Path:
+    """A file of `random_weights_importance`, as a run would have written it."""
+    layout = adapter_for("roberta").layout(tiny_model())
+    path = folder / "importance.safetensors"
+    save_parameter_importance(path, {n: v.flatten() for n, v in random_weights_importance().items()}, layout)
+    return path
+
+
+def read_and_write(config: RunConfig, source: Path, target: Path) -> Importance:
+    """Reads importance on these ranks and writes it again."""
+    ranks = Ranks()
+    run = build(config, ranks)
+    level = ParameterLevel(run)
+    importance = level.read(source)
+    # A second reading, accumulated: EMax with itself changes nothing.
+    level.write(target, level.maximum(level.read(source), importance))
+    found = level.by_unit(importance)
+    run.engine.close()
+    return found

@@ -1,0 +1,17 @@
+"""Where the kernels run: on the GPU where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+
+from das_ds.kernels import tiles
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of few elements, so that small tensors have many and the interpreter stays quick."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 128)

@@ -1,0 +1,68 @@
+"""Windows and tiles: every element once, and the importance of each where the table says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from das_ds.functional.segments import Segment
+from das_ds.kernels import tiles, windows
+from das_ds.kernels.protection import Protection
+from das_ds.kernels.tiles import SEGMENT_FIELDS
+from helpers.protections import KINDS, new_seed, random_protection
+
+NUMEL = 3001
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window_elements", [1, 7, 64, 1000, 1 << 18])
+def test_windows_cover_a_tensor_and_know_its_importance(
+    kind: str, window_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW_ELEMENTS", window_elements)
+    seed = new_seed()
+    protection = random_protection(kind, NUMEL, torch.Generator().manual_seed(seed))
+    found, position = torch.full((NUMEL,), torch.nan), 0
+    for window in protection.windows:
+        assert window.start == position and 0 < len(window) <= window_elements, seed
+        position = window.stop
+        new, old = torch.zeros(len(window)), torch.ones(len(window))
+        protection.pull_back_(new, old, window, protection.scratch())
+        found[window.start : window.stop] = new
+    assert position == NUMEL
+    torch.testing.assert_close(found, protection.written_out(), rtol=0, atol=1e-7, msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tile_elements", [16, 128, 4096])
+def test_tiles_cover_every_element_once(kind: str, tile_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile_elements)
+    seed = new_seed()
+    protection = random_protection(kind, NUMEL, torch.Generator().manual_seed(seed))
+    table, counts = protection.tiles_on(torch.device("cpu")), torch.zeros(NUMEL, dtype=torch.long)
+    for tile, number in zip(table.tile.tolist(), table.segment.tolist(), strict=True):
+        segment = Segment(**dict(zip(SEGMENT_FIELDS, table.segments[number].tolist(), strict=True)))
+        assert segment == protection.segments[number]
+        begin, end = max(segment.start, tile * tile_elements), min(segment.stop, (tile + 1) * tile_elements)
+        assert begin < end, f"seed {seed}: a tile without elements"
+        counts[begin:end] += 1
+    assert bool((counts == 1).all()), seed
+    border = min(tile_elements, NUMEL - 1)
+    for start, stop in ((0, NUMEL), (0, 1), (NUMEL - 1, NUMEL), (border - 1, border + 1), (700, 1900)):
+        meant = {element // tile_elements for element in range(start, stop)}
+        found = [entry for entry, tile in enumerate(table.tile.tolist()) if tile in meant]
+        assert list(table.entries(start, stop)) == found, seed
+
+
+def test_stretches_of_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WINDOW_ELEMENTS", 100)
+    protection = Protection(250)
+    assert [(w.start, w.stop) for w in protection.windows] == [(0, 100), (100, 200), (200, 250)]
+    assert protection.windows_in(100, 250) == protection.windows[1:]
+    for start, stop in ((0, 50), (50, 100), (0, 251), (250, 300)):
+        with pytest.raises(ValueError, match=rf"found \[{start}, {stop}\) of 250 elements, expected .*whole windows"):
+            protection.windows_in(start, stop)
+
+
+def test_an_empty_tensor_has_no_windows() -> None:
+    assert Protection(0).windows == ()
