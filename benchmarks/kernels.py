@@ -257,9 +257,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 1e7, 1e8, 1e9], help="elements")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls per form; the fastest counts")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch on a CPU")
+    parser.add_argument("--threads", type=int, help="threads of torch on a CPU; as many as there are cores")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     device, rows = default_device(), []
     with compiled_apart():
         for numel in map(int, options.sizes):
@@ -271,7 +271,7 @@ def main() -> None:
             print_table([row for row in rows if row["elements"] == numel])
             print()
     settings = {"repeats": options.repeats, "layer": "RoBERTa-base", "shift": SHIFT}
-    name = "kernels" if options.threads == torch.get_num_threads() else f"kernels_{options.threads}_threads"
+    name = f"kernels_{options.threads}_threads" if options.threads else "kernels"
     print(f"written to {write_result(name, device, settings, rows).name}")
 
 
