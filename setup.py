@@ -14,6 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["das_ds", "das_ds.*"]),
+    package_data={"das_ds.kernels.native": ["*.cpp"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=2.0",

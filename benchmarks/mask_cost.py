@@ -48,8 +48,8 @@ def write_importance_files(work: Workload, folder: Path) -> None:
     save_unit_importance(folder / f"{UNIT}.safetensors", units, layout)
     save_unit_importance(folder / f"{UNMASKED}.safetensors", units, layout)
     weights = {
-        name: torch.randint(0, 256, (rows * columns,), generator=generator, dtype=torch.uint8)
-        for name, (rows, columns) in layout.shapes.items()
+        name: torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
+        for name, size in layout.sizes.items()
     }
     save_parameter_importance(folder / f"{PARAMETER}.safetensors", weights, layout)
 

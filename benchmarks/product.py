@@ -11,14 +11,12 @@ import torch
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks
 from das_ds.methods import METHODS
-from das_ds.methods.base import DomainContext, Method, RunContext
+from das_ds.methods.base import DomainContext, Method
+from das_ds.methods.context import build_context
 from das_ds.methods.importance_file import save_unit_importance
-from das_ds.models.gates import UnitGates
 from das_ds.models.loading import load_model
-from das_ds.models.masked_lm import MaskedLanguageModel
 from das_ds.models.registry import adapter_for
 
 
@@ -54,14 +52,11 @@ def build_method(config: RunConfig, ranks: Ranks) -> Method:
     """The run's method over an engine, ready for the first step of a domain."""
     model = build_model(config)
     adapter = adapter_for(model.config.model_type)
-    layout, gates = adapter.layout(model), UnitGates(model, adapter)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    module = MaskedLanguageModel(model, adapter)
-    engine = Engine(module, dict(model.named_parameters()), config.train, deepspeed_config, ranks)
-    method = METHODS[config.method.name](RunContext(config, engine, layout, gates))
+    method = METHODS[config.method.name](build_context(config, model, adapter, deepspeed_config, ranks))
     method.before_domain(DomainContext(0, "random", lambda label: [], lambda label: []))
-    engine.start_domain(config.train.steps_per_domain)
-    engine.module.train()
+    method.run.engine.start_domain(config.train.steps_per_domain)
+    method.run.engine.module.train()
     return method
 
 

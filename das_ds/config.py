@@ -32,8 +32,10 @@ class ModelConfig(Section):
     """Folder or hub name of pre-trained weights."""
     config: dict[str, Any] | None = None
     """Hugging Face model config (with `model_type`) for a network with random weights."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of the network."""
+    objective: Literal["auto", "mlm", "clm"] = "auto"
+    """Pre-training loss: masked or causal language modelling; `auto` is what the architecture is pre-trained with."""
+    attention: str = "sdpa"
+    """Attention implementation of the network, one that transformers knows, such as sdpa, eager, flash_attention_2."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -169,6 +171,8 @@ class MethodConfig(Section):
 
     name: Literal["das", "ncl", "one"] = "das"
     """`das` soft masks and contrasts, `ncl` is naive continual training, `one` trains each domain from the base."""
+    view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()
     importance: ImportanceConfig = ImportanceConfig()
     contrast: ContrastConfig = ContrastConfig()

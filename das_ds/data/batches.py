@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,6 +23,8 @@ class Batch:
     """(P,) long, tokens of the text at those positions."""
     row_weights: Tensor
     """(B,) float32, 1, or 0 for rows that only fill the batch so that all ranks run equally many forward passes."""
+    position_ids: Tensor | None = None
+    """(B, S) long, positions inside documents that attention does not leave; None: it crosses them."""
 
     @property
     def num_predicted(self) -> int:
@@ -30,8 +33,12 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; the data loader calls this."""
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return Batch(**{name: change(value) for name, value in present.items()})

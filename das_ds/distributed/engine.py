@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -100,7 +101,7 @@ class Engine:
             self._train.schedule, self._optimizer, round(self._train.warmup_ratio * num_steps), num_steps
         )
 
-    def __call__(self, *inputs: torch.Tensor) -> Any:
+    def __call__(self, *inputs: torch.Tensor | None) -> Any:
         """Forward pass for training."""
         return self._engine(*inputs)
 
@@ -225,5 +226,5 @@ class Engine:
 
 def _unit_protection(table: MaskTable, numel: int, parts: list[Shard]) -> Protection:
     """Protection of a flat tensor of `numel` elements that shards lie in."""
-    segments = (table.segment(s.name, start=s.start, offset=s.offset, numel=s.numel) for s in parts)
+    segments = chain.from_iterable(table.segments(s.name, start=s.start, offset=s.offset, numel=s.numel) for s in parts)
     return Protection(numel, table=SegmentTable(numel, cover(segments, numel), table.values))

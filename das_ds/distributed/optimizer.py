@@ -131,6 +131,14 @@ class SoftUpdated(ProtectedOptimizer):
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__(inner.param_groups, inner.defaults)
         self._inner = inner
+        self._old: torch.Tensor | None = None
+
+    def _old_values(self, protection: Protection, part: torch.Tensor) -> torch.Tensor:
+        """A copy of a chunk, in the same memory each time: fresh pages would cost more than the copy."""
+        if self._old is None or self._old.numel() < part.numel():
+            largest = max(map(len, protection.windows)) * CHUNK_WINDOWS
+            self._old = torch.empty(largest, dtype=part.dtype, device=part.device)
+        return self._old[: part.numel()].copy_(part)
 
     def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         flat, grad, numel = param.data.view(-1), param.grad.view(-1), param.numel()  # type: ignore[union-attr]
@@ -141,7 +149,7 @@ class SoftUpdated(ProtectedOptimizer):
             chunk = slice(windows[0].start, windows[-1].stop)
             part = torch.nn.Parameter(flat[chunk], requires_grad=False)
             part.grad = grad[chunk]
-            old = part.detach().clone()
+            old = self._old_values(protection, part)
             part_state = {} if is_first else {key: _part(value, chunk, numel) for key, value in state.items()}
             self._inner.param_groups = [{**group, "params": [part]}]
             self._inner.state = {part: part_state}  # type: ignore[assignment]

@@ -99,14 +99,19 @@ class ShardedImportance:
             if item.reader or item.parameter not in self._shards:
                 continue
             shard = self._shards[item.parameter]
-            num_columns = layout.shapes[item.parameter][1]
+            _, num_rows, num_columns = layout.shapes[item.parameter]
+            owners = item.units.to(self._device)
             for first, part in enumerate(_stretch(self.flats, shard).split(CHUNK_ELEMENTS)):
                 values = part.to(self._device).double() / LEVELS
                 index = shard.offset + first * CHUNK_ELEMENTS + torch.arange(part.numel(), device=self._device)
-                along = index // num_columns if item.axis == 0 else index % num_columns
-                unit = along // item.units_repeat
-                total[item.group][item.layer].index_add_(0, unit, values)
-                count[item.group][item.layer].index_add_(0, unit, torch.ones_like(values))
+                if item.axis == 0:
+                    along = index // num_columns
+                else:
+                    along = index // (num_rows * num_columns) * num_columns + index % num_columns
+                for unit in owners[along].unbind(dim=1):
+                    owned = unit >= 0
+                    total[item.group][item.layer].index_add_(0, unit[owned], values[owned])
+                    count[item.group][item.layer].index_add_(0, unit[owned], torch.ones_like(values[owned]))
         return {g: (all_reduce_sum(total[g]) / all_reduce_sum(count[g])).float() for g in total}
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,7 +9,6 @@ from torch import nn
 
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import all_reduce_sum
-from das_ds.functional.losses import token_loss_sum
 
 
 @torch.no_grad()
@@ -17,7 +16,7 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
     """Mean cross-entropy over the predicted tokens of all ranks, in nats; perplexity is its exponential.
 
     Args:
-        model: `MaskedLanguageModel`; left in the mode it was in.
+        model: `LanguageModel`; left in the mode it was in.
         batches: this rank's batches; every rank has the same number of them.
         device: where the model is.
     """
@@ -26,8 +25,8 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        _, logits = model(batch.corrupted_ids, batch.predicted)
-        total[0] += token_loss_sum(logits, batch.targets)
+        _, losses = model(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+        total[0] += losses.sum()
         total[1] += batch.num_predicted
     model.train(was_training)
     loss_sum, count = all_reduce_sum(total).tolist()

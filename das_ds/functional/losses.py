@@ -9,28 +9,24 @@ import torch
 from torch.nn import functional
 
 
-def token_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy over predicted positions, in float32: logits (P, V), targets (P,) -> scalar."""
-    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each predicted position, in float32: logits (P, V), targets (P,) -> (P,)."""
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def sequence_token_loss(
-    logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, num_sequences: int
-) -> torch.Tensor:
-    """Mean cross-entropy of each sequence over its own predicted positions.
+def sequence_token_loss(losses: torch.Tensor, rows: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """Mean loss of each sequence over its own predicted positions.
 
     Args:
-        logits: (P, V).
-        targets: (P,) int64.
+        losses: (P,) float32.
         rows: (P,) int64, the sequence each position belongs to.
         num_sequences: B.
 
     Returns:
         (B,) float32; 0 for a sequence without predicted positions.
     """
-    token_losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-    sums = token_losses.new_zeros(num_sequences).index_add(0, rows, token_losses)
-    counts = token_losses.new_zeros(num_sequences).index_add(0, rows, torch.ones_like(token_losses))
+    sums = losses.new_zeros(num_sequences).index_add(0, rows, losses)
+    counts = losses.new_zeros(num_sequences).index_add(0, rows, torch.ones_like(losses))
     return sums / counts.clamp_min(1.0)
 
 

@@ -1,10 +1,12 @@
 """From unit importance to the protection of parameters, whole or cut into shards.
 
-A parameter is a matrix of R rows and C columns whose element (r, c) has importance
+A parameter is E blocks of R rows and C columns, whose element (e, r, c) has importance
 
-    I[r, c] = max(rows[r], columns[c])          (a vector that is absent counts as 0)
+    I[e, r, c] = max(rows[e * R + r], columns[e * C + c])          (a vector that is absent counts as 0)
 
 so a mask is two vectors and never a tensor of the parameter's size.
+
+Shape legend: V values, K owners of an entry.
 """
 
 from __future__ import annotations
@@ -16,11 +18,15 @@ import torch
 from das_ds.functional.segments import ABSENT, Segment
 from das_ds.functional.units import Importance, Ownership, UnitLayout
 
+SHARED = 0
+"""Place of the importance that all parameters without units have, in the values and in what they are gathered from."""
+
 
 @dataclass(frozen=True)
 class ParameterMask:
     """Where one parameter's row and column importances begin in `MaskTable.values`."""
 
+    num_rows: int
     num_columns: int
     rows: int = ABSENT
     columns: int = ABSENT
@@ -29,48 +35,73 @@ class ParameterMask:
 class MaskTable:
     """Masks of all protected parameters over one small vector of importances.
 
-    Every (group, layer, repeat) is one stretch of the vector, expanded to rows or columns; parameters that share
-    units share the stretch. Parameters that no unit owns have one importance, 1 - shared_scale.
+    Every (group, layer, table of owners) is one stretch of the vector, expanded to rows or columns; parameters that
+    share all three share the stretch. Parameters that no unit owns have one importance, 1 - shared_scale.
     """
 
     def __init__(
         self, layout: UnitLayout, *, readers: bool, shared_scale: float, device: torch.device | str = "cpu"
     ) -> None:
-        self._stretches: dict[tuple[str, int, int], slice] = {}
-        size = 1
+        self._groups = tuple(layout.num_units)
+        first_of = {}
+        position = 2
+        for group, units in layout.num_units.items():
+            first_of[group] = position
+            position += layout.num_layers * units
+        starts: dict[tuple[str, int, int], int] = {}
         by_axis: dict[str, dict[int, int]] = {}
+        sources = [torch.tensor([[SHARED]])]
+        size = 1
         for item in layout.ownerships:
             if item.reader and not readers:
                 continue
-            key = self._key(item)
-            if key not in self._stretches:
-                length = layout.num_units[item.group] * item.units_repeat
-                self._stretches[key] = slice(size, size + length)
-                size += length
-            by_axis.setdefault(item.parameter, {})[item.axis] = self._stretches[key].start
+            key = (item.group, item.layer, id(item.units))
+            if key not in starts:
+                starts[key] = size
+                size += len(item.units)
+                sources.append(_sources(item, first_of[item.group] + item.layer * layout.num_units[item.group]))
+            by_axis.setdefault(item.parameter, {})[item.axis] = starts[key]
+        self._sources = _joined(sources).to(device)
+        self._shared = torch.tensor([1.0 - shared_scale, 0.0], device=device)
         self.values = torch.zeros(size, dtype=torch.float32, device=device)
-        self.values[0] = 1.0 - shared_scale
+        self.values[SHARED] = 1.0 - shared_scale
         self.masks: dict[str, ParameterMask] = {}
-        for name, (num_rows, num_columns) in layout.shapes.items():
+        for name, (blocks, num_rows, num_columns) in layout.shapes.items():
             if name in by_axis:
                 axes = by_axis[name]
-                self.masks[name] = ParameterMask(num_columns, axes.get(0, ABSENT), axes.get(1, ABSENT))
+                self.masks[name] = ParameterMask(num_rows, num_columns, axes.get(0, ABSENT), axes.get(1, ABSENT))
             elif shared_scale < 1.0:
                 # One row of all elements, so that the single shared value serves any shape.
-                self.masks[name] = ParameterMask(num_rows * num_columns, rows=0)
-
-    @staticmethod
-    def _key(item: Ownership) -> tuple[str, int, int]:
-        return item.group, item.layer, item.units_repeat
+                self.masks[name] = ParameterMask(1, blocks * num_rows * num_columns, rows=SHARED)
 
     def load(self, importance: Importance) -> None:
         """Fill the vector, and with it every segment made from this table, from group -> (L, U)."""
-        for (group, layer, repeat), stretch in self._stretches.items():
-            self.values[stretch] = importance[group][layer].to(self.values.device).repeat_interleave(repeat)
+        parts = [importance[group].flatten().to(self.values) for group in self._groups]
+        self.values.copy_(torch.cat((self._shared, *parts))[self._sources].amax(dim=1))
 
-    def segment(self, name: str, *, start: int, offset: int, numel: int) -> Segment:
+    def segments(self, name: str, *, start: int, offset: int, numel: int) -> list[Segment]:
         """Elements [offset, offset + numel) of a flattened parameter, lying at `start` of a flat tensor."""
         mask = self.masks.get(name)
         if mask is None:
-            return Segment(start, numel)
-        return Segment(start, numel, offset, mask.num_columns, mask.rows, mask.columns)
+            return [Segment(start, numel)]
+        segments, position = [], offset
+        block_size = mask.num_rows * mask.num_columns
+        while position < offset + numel:
+            block, inside = divmod(position, block_size)
+            length = min(block_size - inside, offset + numel - position)
+            rows = mask.rows if mask.rows == ABSENT else mask.rows + block * mask.num_rows
+            columns = mask.columns if mask.columns == ABSENT else mask.columns + block * mask.num_columns
+            segments.append(Segment(start + position - offset, length, inside, mask.num_columns, rows, columns))
+            position += length
+        return segments
+
+
+def _sources(item: Ownership, first: int) -> torch.Tensor:
+    """(A, K): where the importances of each entry's owners lie; entries without an owner find a zero."""
+    return torch.where(item.units < 0, SHARED + 1, item.units + first)
+
+
+def _joined(sources: list[torch.Tensor]) -> torch.Tensor:
+    """(V, largest K), filled up with each entry's first owner."""
+    width = max(part.shape[1] for part in sources)
+    return torch.cat([torch.cat((part, part[:, :1].expand(-1, width - part.shape[1])), dim=1) for part in sources])

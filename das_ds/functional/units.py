@@ -1,11 +1,12 @@
 """Units of a network and which stretch of which parameter they own.
 
-Shape legend: L layers, U units of a group in one layer, R rows and C columns of a parameter seen as a matrix
-(a vector of R entries is a matrix with C = 1).
+Shape legend: L layers, U units of a group in one layer; a parameter is E blocks (experts; else 1) of R rows and
+C columns (a vector of R entries is a matrix with C = 1); A entries of an axis over all blocks, K owners of an entry.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,16 @@ class UnitRule:
     parameter: str
     """Parameter name; `{base}` stands for the base model's prefix and `{layer}` for the layer number."""
     axis: int
-    """0: unit u owns rows; 1: unit u owns columns."""
+    """0: units own rows; 1: units own columns."""
+    spread: str = "evenly"
+    """How they lie along the axis, a key of `spreads.SPREADS`."""
     reader: bool = False
-    """The parameter only reads the unit: protected with it under `softmask.readers` alone."""
+    """The parameter only reads the units: protected with them under `softmask.readers` alone."""
+    optional: bool = False
+    """Models without this parameter are fine (biases that a config switches on)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ownership:
     """A rule applied to one parameter of one layer of a real model."""
 
@@ -38,12 +43,13 @@ class Ownership:
     group: str
     layer: int
     axis: int
-    units_repeat: int
-    """Rows or columns per unit: unit u owns indices [u * units_repeat, (u + 1) * units_repeat)."""
+    units: torch.Tensor
+    """(A, K) int64, the units that own each entry of the axis, -1 for none; entry a of block e is row e * A / E + a.
+    What several units own is as important as the most important of them. Equal tables are one and the same tensor."""
     reader: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnitLayout:
     """Everything the method needs to know of a model's structure."""
 
@@ -52,8 +58,13 @@ class UnitLayout:
     num_units: dict[str, int]
     """Group -> U."""
     ownerships: tuple[Ownership, ...]
-    shapes: dict[str, tuple[int, int]]
-    """Every trained parameter -> (R, C)."""
+    shapes: dict[str, tuple[int, int, int]]
+    """Every trained parameter -> (E, R, C)."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Every trained parameter -> number of its weights."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     def zeros(self, device: torch.device | str = "cpu") -> Importance:
         """Importance 0 for every unit: nothing is protected yet."""
@@ -63,10 +74,9 @@ class UnitLayout:
         }
 
 
-def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-    """(R, C) of a parameter: a vector has one column, further dimensions count as columns."""
-    rows = int(shape[0]) if len(shape) else 1
-    columns = 1
-    for size in shape[1:]:
-        columns *= int(size)
-    return rows, columns
+def block_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
+    """(E, R, C) of a parameter: a vector has one column, and what comes before the last two dimensions are blocks."""
+    sizes = [int(size) for size in shape]
+    if len(sizes) < 2:
+        return 1, math.prod(sizes), 1
+    return math.prod(sizes[:-2]), sizes[-2], sizes[-1]

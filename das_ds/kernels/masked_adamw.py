@@ -5,10 +5,13 @@ Shape legend: F elements of a flat tensor.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from das_ds.kernels.checks import check_flat
 from das_ds.kernels.dispatch import use_triton
+from das_ds.kernels.native import protection_arguments, run, use_native
 from das_ds.kernels.protection import Protection
 
 
@@ -48,6 +51,8 @@ def masked_adamw_(
         from das_ds.kernels.masked_adamw_triton import masked_adamw_triton_
 
         step = masked_adamw_triton_
+    elif use_native(param):
+        step = masked_adamw_native_
     step(
         param,
         grad,
@@ -60,6 +65,40 @@ def masked_adamw_(
         eps=eps,
         weight_decay=weight_decay,
         grad_scale=grad_scale,
+    )
+
+
+def masked_adamw_native_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    protection: Protection,
+    *,
+    num_steps: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None,
+) -> None:
+    """The same in C++, in one pass."""
+    # Corrections are made in double precision here: 1 - 0.999 ** t has few digits in single.
+    correction1, correction2 = (1.0 - beta**num_steps for beta in betas)
+    run(
+        "masked_adamw",
+        0,
+        param.numel(),
+        (*(t.data_ptr() for t in (param, grad, exp_avg, exp_avg_sq)), *protection_arguments(protection)),
+        (
+            1.0 if grad_scale is None else 1.0 / float(grad_scale),
+            lr / correction1,
+            1.0 / math.sqrt(correction2),
+            1.0 - betas[0],
+            1.0 - betas[1],
+            eps,
+            lr * weight_decay,
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 
 from das_ds.functional.segments import Segment, SegmentTable, importance_of
-from das_ds.kernels.tiles import Tiles, tiles_of
+from das_ds.kernels.tiles import Tiles, segment_fields, tiles_of
 from das_ds.kernels.windows import Window, windows_of
 
 LEVELS = 255
@@ -42,6 +42,11 @@ class Protection:
     def segments(self) -> tuple[Segment, ...]:
         """Segments that cover the tensor; one without protection where no table is given."""
         return self.table.segments if self.table is not None else (Segment(0, self.numel),)
+
+    @cached_property
+    def fields(self) -> torch.Tensor:
+        """(num_segments, 6) int64 on the host, columns as in `SEGMENT_FIELDS`; for the C++ kernels."""
+        return segment_fields(self.segments)
 
     @cached_property
     def windows(self) -> tuple[Window, ...]:

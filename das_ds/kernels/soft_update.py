@@ -9,6 +9,7 @@ import torch
 
 from das_ds.kernels.checks import check_flat
 from das_ds.kernels.dispatch import use_triton
+from das_ds.kernels.native import protection_arguments, run, use_native
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.windows import Window
 
@@ -31,8 +32,16 @@ def soft_update_(param: torch.Tensor, old: torch.Tensor, protection: Protection,
         from das_ds.kernels.soft_update_triton import soft_update_triton_
 
         soft_update_triton_(param, old, protection, start)
+    elif use_native(param):
+        soft_update_native_(param, old, protection, start)
     else:
         soft_update_torch_(param, old, protection, start, windows)
+
+
+def soft_update_native_(param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int) -> None:
+    """The same in C++, in one pass."""
+    before = (param.data_ptr(), old.data_ptr(), start, *protection_arguments(protection))
+    run("soft_update", start, start + param.numel(), before)
 
 
 def soft_update_torch_(

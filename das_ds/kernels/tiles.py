@@ -40,11 +40,15 @@ def tile_elements() -> int:
     return TILE_ELEMENTS
 
 
+def segment_fields(segments: tuple[Segment, ...]) -> torch.Tensor:
+    """(num_segments, 6) int64, columns as in `SEGMENT_FIELDS`."""
+    rows = [[getattr(segment, field) for field in SEGMENT_FIELDS] for segment in segments]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, len(SEGMENT_FIELDS))
+
+
 def tiles_of(segments: tuple[Segment, ...], numel: int, device: torch.device | str) -> Tiles:
     """Tiles of segments that cover a flat tensor of `numel` elements; entries are in order of their elements."""
-    fields = torch.tensor(
-        [[getattr(segment, field) for field in SEGMENT_FIELDS] for segment in segments], dtype=torch.int64
-    ).view(-1, len(SEGMENT_FIELDS))
+    fields = segment_fields(segments)
     starts, counts = fields[:, 0], fields[:, 1]
     first = starts // TILE_ELEMENTS
     num_entries = (starts + counts - 1) // TILE_ELEMENTS - first + 1

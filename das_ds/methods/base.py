@@ -9,27 +9,12 @@ from pathlib import Path
 
 import torch
 
-from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
-from das_ds.distributed.engine import Engine
-from das_ds.functional.losses import token_loss_sum
-from das_ds.functional.units import Importance, UnitLayout
-from das_ds.models.gates import UnitGates
+from das_ds.functional.units import Importance
+from das_ds.methods.context import RunContext
 
 Losses = dict[str, torch.Tensor]
 """Name -> scalar whose mean over ranks and micro-steps is the global loss."""
-
-PRETRAIN_LOSS = "mlm"
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What a method may use during the whole run."""
-
-    config: RunConfig
-    engine: Engine
-    layout: UnitLayout
-    gates: UnitGates
 
 
 @dataclass(frozen=True)
@@ -65,8 +50,8 @@ class Method:
             token_scale: scalar; ranks * micro-steps / predicted tokens of the global batch, so that the mean over
                 ranks and micro-steps of token_scale * (summed token loss) is the loss per predicted token.
         """
-        _, logits = self.run.engine(batch.corrupted_ids, batch.predicted)
-        yield {PRETRAIN_LOSS: token_loss_sum(logits, batch.targets) * token_scale}
+        _, losses = self.run.engine(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+        yield {self.run.objective: losses.sum() * token_scale}
 
     def after_domain(self, domain: DomainContext) -> None:
         """Called after the last step on a domain."""

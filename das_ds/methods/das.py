@@ -15,11 +15,12 @@ import torch
 
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import gather_rows, rank
-from das_ds.functional.losses import contrastive_loss, mean_pool, token_loss_sum
+from das_ds.functional.losses import contrastive_loss, mean_pool
 from das_ds.functional.units import Importance
-from das_ds.methods.base import PRETRAIN_LOSS, DomainContext, Losses, Method, RunContext
+from das_ds.methods.base import DomainContext, Losses, Method
+from das_ds.methods.context import RunContext
 from das_ds.methods.importance_level import ImportanceLevel
-from das_ds.methods.importance_pass import GENERAL_KNOWLEDGE, PRETRAINING
+from das_ds.methods.importance_pass import GENERAL_KNOWLEDGE, PRETRAINING, repeated
 from das_ds.methods.parameter_level import ParameterLevel
 from das_ds.methods.unit_level import UnitLevel
 
@@ -64,10 +65,11 @@ class SoftMaskedContrast(Method):
 
     @contextmanager
     def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
-        """MLM on the corrupted rows plus the contrast of three clean views, in one packed forward of 4B rows.
+        """The pre-training loss plus the contrast of three clean views, in one packed forward of 4B rows.
 
-        Rows: [corrupted | o^full | o^full+ | o^prev]; dropout makes the clean views differ, and only the last B rows
-        pass through the gates g = I^(<=t-1).
+        Rows: [corrupted | o^full | o^full+ | o^prev]; dropout makes the clean views differ (noise at the units where
+        the network has none), and only the last B rows pass through the gates g = I^(<=t-1). For causal models the
+        first rows are as clean as the others but for the noise.
         """
         contrast = self.run.config.method.contrast
         if contrast.weight == 0.0:
@@ -76,8 +78,10 @@ class SoftMaskedContrast(Method):
             return
         size = len(batch.input_ids)
         rows = torch.cat((batch.corrupted_ids, batch.input_ids.repeat(3, 1)))
-        with self.run.gates.active(self._previous_gates, first_row=3 * size):
-            hidden, logits = self.run.engine(rows, batch.predicted)
+        noise = self.run.gates.noise(self.run.view_dropout, num_rows=4 * size, first_row=size)
+        gates = self.run.gates.active(self._previous_gates, num_rows=4 * size, first_row=3 * size)
+        with noise, gates:
+            hidden, losses = self.run.engine(rows, batch.predicted, batch.targets, repeated(batch.position_ids, 4))
             full, positive, previous = mean_pool(hidden[size:]).chunk(3)
             loss = contrastive_loss(
                 full,
@@ -87,7 +91,7 @@ class SoftMaskedContrast(Method):
                 temperature=contrast.temperature,
             )
             yield {
-                PRETRAIN_LOSS: token_loss_sum(logits, batch.targets) * token_scale,
+                self.run.objective: losses.sum() * token_scale,
                 CONTRAST_LOSS: contrast.weight * loss,
             }
 

@@ -50,7 +50,7 @@ def load_parameter_importance(path: Path, layout: UnitLayout) -> Iterator[Callab
     Raises:
         ImportanceError: missing or damaged file, another format, granularity, model type, or other parameters.
     """
-    expected: Shapes = {name: (rows * columns,) for name, (rows, columns) in layout.shapes.items()}
+    expected: Shapes = {name: (size,) for name, size in layout.sizes.items()}
     with _opened(path, layout, PARAMETER, expected) as file:
         yield lambda name, offset, numel: file.get_slice(name)[offset : offset + numel]
 

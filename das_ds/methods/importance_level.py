@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from das_ds.functional.units import Importance
-from das_ds.methods.base import DomainContext, RunContext
+from das_ds.methods.base import DomainContext
+from das_ds.methods.context import RunContext
 from das_ds.methods.importance_pass import ImportanceLoss
 
 T = TypeVar("T")

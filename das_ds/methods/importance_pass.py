@@ -5,7 +5,8 @@ Shape legend: B sequences of a batch, S positions, L layers, U units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,10 @@ from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.functional.losses import representation_kl, sequence_token_loss
 from das_ds.functional.units import Importance
-from das_ds.methods.base import RunContext
+from das_ds.methods.context import RunContext
 
-Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(input ids, predicted positions) -> (hidden states, logits): an engine or the module in it."""
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""(input ids, predicted positions, targets, position ids) -> (hidden states, losses): an engine or its module."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,28 @@ class ImportanceLoss:
     num_views: int
     """Rows that pass the network for each sequence."""
 
+    @contextmanager
+    def mode(self, run: RunContext) -> Iterator[None]:
+        """The network with or without dropout; afterwards with it, as in training."""
+        run.engine.module.train(self.dropout)
+        try:
+            yield
+        finally:
+            run.engine.module.train()
+
+    @contextmanager
+    def views(self, run: RunContext, batch: Batch) -> Iterator[None]:
+        """Noise at the units of a network that has no dropout of its own; the backward pass runs inside."""
+        probability = run.view_dropout if self.dropout else 0.0
+        with run.gates.noise(probability, num_rows=self.num_views * len(batch.input_ids)):
+            yield
+
 
 def pretraining_loss(forward: Forward, batch: Batch) -> torch.Tensor:
     """Importance of a domain (paper eq. 2): each sequence's own pre-training loss."""
-    _, logits = forward(batch.corrupted_ids, batch.predicted)
+    _, losses = forward(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
     rows = batch.predicted // batch.input_ids.shape[1]
-    return sequence_token_loss(logits, batch.targets, rows, len(batch.input_ids))
+    return sequence_token_loss(losses, rows, len(batch.input_ids))
 
 
 def general_knowledge_loss(forward: Forward, batch: Batch) -> torch.Tensor:
@@ -44,11 +61,19 @@ def general_knowledge_loss(forward: Forward, batch: Batch) -> torch.Tensor:
 
     Both views pass through the same gates, so a gate's gradient is that of both.
     """
-    no_positions = batch.predicted[:0]
-    hidden, logits = forward(batch.input_ids.repeat(2, 1), no_positions)
-    # No logits, but every weight takes part: ZeRO waits for the gradients of all.
-    return representation_kl(*hidden.chunk(2)) + logits.sum()
+    positions = repeated(batch.position_ids, 2)
+    hidden, no_losses = forward(batch.input_ids.repeat(2, 1), batch.predicted[:0], batch.targets[:0], positions)
+    # Nothing is predicted, but every weight takes part: ZeRO waits for the gradients of all.
+    return representation_kl(*hidden.chunk(2)) + no_losses.sum()
 
+
+def repeated(position_ids: torch.Tensor | None, times: int) -> torch.Tensor | None:
+    """(times * B, S) position ids of a packed batch."""
+    return None if position_ids is None else position_ids.repeat(times, 1)
+
+
+NEGLIGIBLE_LOSS = 1e-10
+"""Nats; far below any loss that differs from 0 by more than rounding."""
 
 PRETRAINING = ImportanceLoss(pretraining_loss, dropout=False, num_views=1)
 GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_views=2)
@@ -67,17 +92,32 @@ def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss:
     """
     device = run.engine.ranks.info.device
     sums: Importance = {}
-    num_sequences = torch.zeros((), device=device)
-    run.engine.module.train(loss.dropout)
-    for batch in batches:
-        batch = batch.to(device)
-        if not sums:
-            rows, layers = len(batch.input_ids), run.layout.num_layers
-            sums = {g: torch.zeros(layers, rows, units, device=device) for g, units in run.layout.num_units.items()}
-        with run.gates.measuring(sums, batch.row_weights, loss.num_views) as anchor:
-            torch.autograd.grad(loss.of_sequences(run.engine.module, batch).sum(), anchor)
-        run.engine.release_gathered_weights()
-        num_sequences += batch.row_weights.sum()
-    run.engine.module.train()
-    all_reduce_sum(num_sequences)
-    return {group: all_reduce_sum(total.sum(dim=1)) / num_sequences for group, total in sums.items()}
+    # Number of sequences and the sum of their losses.
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    with loss.mode(run):
+        for batch in batches:
+            batch = batch.to(device)
+            if not sums:
+                rows, layers = len(batch.input_ids), run.layout.num_layers
+                sums = {g: torch.zeros(layers, rows, units, device=device) for g, units in run.layout.num_units.items()}
+            measuring = run.gates.measuring(sums, batch.row_weights, loss.num_views)
+            with loss.views(run, batch), measuring as anchor:
+                losses = loss.of_sequences(run.engine.module, batch)
+                torch.autograd.grad(losses.sum(), anchor)
+            run.engine.release_gathered_weights()
+            totals += torch.stack((batch.row_weights, batch.row_weights * losses.detach())).sum(dim=1)
+    per_sequence = share_of_signal(totals) / totals[0].float()
+    return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in sums.items()}
+
+
+def share_of_signal(totals: torch.Tensor) -> torch.Tensor:
+    """1, or 0 where the mean loss of all ranks is so small that its gradient is rounding alone; a collective.
+
+    Two views of a network without noise are equal: their KL is 0, and what is left of its gradient would be blown up
+    by the normalisation, which knows no scale.
+
+    Args:
+        totals: (2,) float64, number of sequences and sum of their losses; summed over ranks in place.
+    """
+    count, loss = all_reduce_sum(totals)
+    return (loss / count > NEGLIGIBLE_LOSS).float()

@@ -13,10 +13,11 @@ import torch
 from das_ds.data.batches import Batch
 from das_ds.distributed.sharded_importance import ShardedImportance
 from das_ds.functional.units import Importance
-from das_ds.methods.base import DomainContext, RunContext
+from das_ds.methods.base import DomainContext
+from das_ds.methods.context import RunContext
 from das_ds.methods.importance_file import load_parameter_importance, save_parameter_importance
 from das_ds.methods.importance_level import ImportanceLevel
-from das_ds.methods.importance_pass import ImportanceLoss
+from das_ds.methods.importance_pass import ImportanceLoss, share_of_signal
 
 
 class ParameterLevel(ImportanceLevel[ShardedImportance]):
@@ -24,7 +25,7 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        self._sizes = {name: rows * columns for name, (rows, columns) in run.layout.shapes.items()}
+        self._sizes = run.layout.sizes
 
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> ShardedImportance:
         """Sum of |gradient| over the global batches of the sample, normalised per parameter tensor."""
@@ -80,14 +81,16 @@ def sum_of_magnitudes(
     Returns:
         Flat tensor of this rank's optimizer -> (F,) float32.
     """
-    engine = run.engine
-    engine.module.train(loss.dropout)
-    with engine.summing_gradient_magnitudes() as sums:
+    engine, device = run.engine, run.engine.ranks.info.device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    with loss.mode(run), engine.summing_gradient_magnitudes() as sums:
         for step in steps:
             for batch in step:
-                batch = batch.to(engine.ranks.info.device)
-                per_sequence = loss.of_sequences(engine, batch)
-                engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
+                batch = batch.to(device)
+                with loss.views(run, batch):
+                    per_sequence = loss.of_sequences(engine, batch)
+                    engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
                 engine.step()
-    engine.module.train()
-    return sums
+                totals += torch.stack((batch.row_weights, batch.row_weights * per_sequence.detach())).sum(dim=1)
+    signal = share_of_signal(totals)
+    return {flat: total.mul_(signal.to(total.device)) for flat, total in sums.items()}

@@ -5,25 +5,35 @@ Patterns use `{base}` for the base model's prefix (`roberta`, `bert`) and `{laye
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from das_ds.errors import ModelError
-from das_ds.functional.units import Ownership, UnitLayout, UnitRule, matrix_shape
+from das_ds.functional.spreads import SPREADS, Axis
+from das_ds.functional.units import Ownership, UnitLayout, UnitRule, block_shape
+
+Objective = Literal["mlm", "clm"]
+"""Masked or causal language modelling."""
 
 
 @dataclass(frozen=True)
 class GateSite:
-    """Where the units of a group can be multiplied: the input or the output of one module per layer."""
+    """Where the units of a group can be multiplied: the input or the output of one module per layer.
+
+    `experts` is the input of the down projections inside a module that runs all experts (see `experts.py`).
+    """
 
     group: str
     module: str
-    position: Literal["input", "output"]
+    position: Literal["input", "output", "experts"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,20 @@ class ArchitectureAdapter:
     """The table of one architecture."""
 
     model_type: str
+    objective: Objective
+    """What these networks are pre-trained with."""
     units: dict[str, str]
-    """Group -> attribute of the model config that holds the number of units per layer."""
+    """Group -> attribute of the model config that holds the number of units per layer, or a product `a*b` of two."""
     rules: tuple[UnitRule, ...]
     sites: tuple[GateSite, ...]
     unmasked: tuple[str, ...]
     """Parameters that belong to no unit on purpose; `*` matches anything."""
-    lm_head: str
-    """Module that turns hidden states into logits."""
+    lm_head: tuple[str, ...]
+    """Modules that turn hidden states into logits, one after the other."""
+    key_value_heads: str | None = None
+    """Attribute of the model config with the number of key/value heads; None: as many as heads."""
+    logit_cap_attribute: str | None = None
+    """Attribute of the model config with the cap c of logits, c * tanh(logits / c), where there is one."""
     position_offset: int = 0
     """Rows of the position embedding that no token of a block can use."""
 
@@ -46,24 +62,30 @@ class ArchitectureAdapter:
         """Longest block that the model's position embedding allows."""
         return int(model.config.max_position_embeddings) - self.position_offset
 
+    def logit_cap(self, model: PreTrainedModel) -> float | None:
+        """c of `logit_cap_attribute`, or None."""
+        cap = None if self.logit_cap_attribute is None else getattr(model.config, self.logit_cap_attribute)
+        return None if cap is None else float(cap)
+
     def layout(self, model: PreTrainedModel) -> UnitLayout:
         """Apply the table to a real model.
 
         Raises:
             ModelError: a parameter the table neither masks nor lists as unmasked, a rule without a parameter, or an
-                axis whose size is no multiple of the number of units.
+                axis whose size does not divide into the units.
         """
         config = model.config
-        num_units = {group: int(getattr(config, attribute)) for group, attribute in self.units.items()}
+        num_units = {group: self._count(config, attribute) for group, attribute in self.units.items()}
         shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
         base = model.base_model_prefix
-        ownerships = tuple(
-            self._own(rule, rule.parameter.format(base=base, layer=layer), layer, shapes, num_units)
-            for rule in self.rules
-            for layer in range(config.num_hidden_layers)
-        )
+        ownerships = []
+        for rule in self.rules:
+            for layer in range(config.num_hidden_layers):
+                name = rule.parameter.format(base=base, layer=layer)
+                if name in shapes or not rule.optional:
+                    ownerships.append(self._own(rule, name, layer, shapes, num_units, config))
         self._check_complete(shapes, {item.parameter for item in ownerships if not item.reader}, base)
-        return UnitLayout(self.model_type, config.num_hidden_layers, num_units, ownerships, shapes)
+        return UnitLayout(self.model_type, config.num_hidden_layers, num_units, tuple(ownerships), shapes)
 
     def gate_modules(self, model: PreTrainedModel) -> Iterator[tuple[GateSite, int, nn.Module]]:
         """(site, layer, module) of every gate of a real model."""
@@ -71,20 +93,38 @@ class ArchitectureAdapter:
             for layer in range(model.config.num_hidden_layers):
                 yield site, layer, model.get_submodule(site.module.format(base=model.base_model_prefix, layer=layer))
 
+    def _count(self, config: Any, attributes: str) -> int:
+        missing = [name for name in attributes.split("*") if not isinstance(getattr(config, name, None), int)]
+        if missing:
+            raise ModelError(
+                f"the {self.model_type} adapter names an attribute that this model's config lacks or that is no whole "
+                f"number: {missing[0]}"
+            )
+        return math.prod(int(getattr(config, name)) for name in attributes.split("*"))
+
     def _own(
-        self, rule: UnitRule, name: str, layer: int, shapes: dict[str, tuple[int, int]], num_units: dict[str, int]
+        self,
+        rule: UnitRule,
+        name: str,
+        layer: int,
+        shapes: dict[str, tuple[int, int, int]],
+        num_units: dict[str, int],
+        config: Any,
     ) -> Ownership:
         if name not in shapes:
             raise ModelError(f"the {self.model_type} adapter names a parameter that this model lacks: {name}")
-        size, units = shapes[name][rule.axis], num_units[rule.group]
-        if size % units:
+        blocks, size, units = shapes[name][0], shapes[name][1 + rule.axis], num_units[rule.group]
+        key_value_heads = units if self.key_value_heads is None else self._count(config, self.key_value_heads)
+        try:
+            owners = _owners(rule.spread, Axis(blocks, size, units, key_value_heads))
+        except ValueError as error:
             raise ModelError(
-                f"the {self.model_type} adapter does not fit {name}: axis {rule.axis} has {size} entries, "
-                f"which is no multiple of {units} {rule.group} units"
-            )
-        return Ownership(name, rule.group, layer, rule.axis, size // units, rule.reader)
+                f"the {self.model_type} adapter does not fit {name}: axis {rule.axis} of {rule.group} units "
+                f"({rule.spread}) has {error}"
+            ) from error
+        return Ownership(name, rule.group, layer, rule.axis, owners, rule.reader)
 
-    def _check_complete(self, shapes: dict[str, tuple[int, int]], owned: set[str], base: str) -> None:
+    def _check_complete(self, shapes: dict[str, tuple[int, int, int]], owned: set[str], base: str) -> None:
         allowed = [re.escape(p.format(base=base)).replace(r"\*", ".*") for p in self.unmasked]
         unknown = [n for n in shapes if n not in owned and not any(re.fullmatch(p, n) for p in allowed)]
         if unknown:
@@ -94,6 +134,12 @@ class ArchitectureAdapter:
             )
 
 
-def _full_shape(parameter: nn.Parameter) -> tuple[int, int]:
+@cache
+def _owners(spread: str, axis: Axis) -> torch.Tensor:
+    """One tensor for all equal axes, so that masks made from it are shared."""
+    return SPREADS[spread](axis)
+
+
+def _full_shape(parameter: nn.Parameter) -> tuple[int, int, int]:
     # ZeRO-3 leaves an empty placeholder in the module; the real shape stays in ds_shape.
-    return matrix_shape(getattr(parameter, "ds_shape", parameter.shape))
+    return block_shape(getattr(parameter, "ds_shape", parameter.shape))

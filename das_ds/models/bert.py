@@ -7,6 +7,7 @@ LAYER = "{base}.encoder.layer.{layer}"
 
 BERT = ArchitectureAdapter(
     model_type="bert",
+    objective="mlm",
     units={HEAD: "num_attention_heads", INTERMEDIATE: "intermediate_size", OUTPUT: "hidden_size"},
     rules=(
         UnitRule(HEAD, f"{LAYER}.attention.self.query.weight", axis=0),
@@ -34,5 +35,5 @@ BERT = ArchitectureAdapter(
         "*.attention.output.dense.bias",
         "cls.predictions.*",
     ),
-    lm_head="cls",
+    lm_head=("cls",),
 )

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -17,8 +18,10 @@ from transformers import (
 
 from das_ds.config import ModelConfig, RunConfig
 from das_ds.errors import ConfigError, ModelError
-from das_ds.models.adapter import ArchitectureAdapter
+from das_ds.models.adapter import ArchitectureAdapter, Objective
 from das_ds.models.registry import adapter_for
+
+AUTO_CLASSES: dict[Objective, Any] = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -56,23 +59,33 @@ def load_model(
         ModelError: not loadable, no adapter, or fewer embeddings than tokens.
     """
     source = str(weights) if weights else config.name_or_path
-    model_type = _model_config(config, vocab_size).model_type
-    adapter = adapter_for(model_type)
+    adapter = adapter_for(_model_config(config, vocab_size).model_type)
+    check_objective(config, adapter)
+    auto_class = AUTO_CLASSES[adapter.objective]
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
         if source is None:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                model = AutoModelForMaskedLM.from_config(_model_config(config, vocab_size), **options)
+                model = auto_class.from_config(_model_config(config, vocab_size), **options)
         else:
-            model = AutoModelForMaskedLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            model = auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {source or config.config!r}: {_first_line(error)}") from error
     _check_embeddings(model, vocab_size)
     if config.gradient_checkpointing:
         # Reentrant checkpointing breaks torch.autograd.grad, which the importance passes use.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, adapter
+
+
+def check_objective(config: ModelConfig, adapter: ArchitectureAdapter) -> None:
+    """Raises ConfigError when the config asks for a loss that the architecture is not made for."""
+    if config.objective not in ("auto", adapter.objective):
+        raise ConfigError(
+            f"model.objective: found {config.objective}, but {adapter.model_type} is made for {adapter.objective}; "
+            f"allowed: auto, {adapter.objective}"
+        )
 
 
 def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, sequence_length: int) -> None:

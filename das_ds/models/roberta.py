@@ -14,6 +14,6 @@ ROBERTA = replace(
         "*.attention.output.dense.bias",
         "lm_head.*",
     ),
-    lm_head="lm_head",
+    lm_head=("lm_head",),
     position_offset=2,
 )

@@ -9,8 +9,8 @@ from torch import nn
 from das_ds.config import ModelConfig, RunConfig
 from das_ds.distributed.launch import Ranks
 from das_ds.evaluation.perplexity import held_out_loss
+from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import check_sequence_length, load_model
-from das_ds.models.masked_lm import MaskedLanguageModel
 from das_ds.training.text import RunText, prepare_text
 
 
@@ -32,4 +32,4 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention)
     model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.tokenizer))
     check_sequence_length(model, adapter, config.data.sequence_length)
-    return evaluate_corpora(MaskedLanguageModel(model, adapter).to(ranks.info.device), text, f"with {folder.name}")
+    return evaluate_corpora(LanguageModel(model, adapter).to(ranks.info.device), text, f"with {folder.name}")

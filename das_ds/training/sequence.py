@@ -9,15 +9,13 @@ import numpy
 
 from das_ds.config import RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks, seed_everything
 from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
 from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, write_results
 from das_ds.methods import METHODS
-from das_ds.methods.base import DomainContext, Method, RunContext
-from das_ds.models.gates import UnitGates
+from das_ds.methods.base import DomainContext, Method
+from das_ds.methods.context import build_context
 from das_ds.models.loading import check_sequence_length, load_model
-from das_ds.models.masked_lm import MaskedLanguageModel
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker, build_tracker
 from das_ds.training.domain import DomainTrainer, Progress
@@ -70,12 +68,10 @@ class DomainSequence:
             weights=None if method_class.starts_from_base else learned,
         )
         check_sequence_length(self._model, adapter, config.data.sequence_length)
-        layout, gates = adapter.layout(self._model), UnitGates(self._model, adapter)
-        module = MaskedLanguageModel(self._model, adapter)
-        parameters = dict(self._model.named_parameters())
-        self.engine = Engine(module, parameters, config.train, deepspeed_config, ranks)
+        context = build_context(config, self._model, adapter, deepspeed_config, ranks)
+        self.engine = context.engine
         self._base = self.engine.snapshot() if method_class.starts_from_base else None
-        self._method: Method = method_class(RunContext(config, self.engine, layout, gates))
+        self._method: Method = method_class(context)
 
     def run(self) -> Results:
         """All domains that are still to be learned."""

@@ -13,7 +13,7 @@ from das_ds.functional.losses import (
     mean_pool,
     representation_kl,
     sequence_token_loss,
-    token_loss_sum,
+    token_losses,
 )
 
 
@@ -59,7 +59,7 @@ def test_representation_kl_equals_torch() -> None:
 def test_sequence_loss_is_each_sequences_own_mean() -> None:
     logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
     rows = torch.tensor([2, 0, 2, 2, 0, 3])
-    found = sequence_token_loss(logits, targets, rows, 5)
+    found = sequence_token_loss(token_losses(logits, targets), rows, 5)
     for row in range(5):
         mine = rows == row
         expected = functional.cross_entropy(logits[mine], targets[mine]).item() if mine.any() else 0.0
@@ -68,7 +68,7 @@ def test_sequence_loss_is_each_sequences_own_mean() -> None:
 
 def test_token_loss_is_computed_in_float32() -> None:
     logits, targets = torch.randn(50, 30).bfloat16(), torch.randint(30, (50,))
-    loss = token_loss_sum(logits, targets)
+    loss = token_losses(logits, targets).sum()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(
         functional.cross_entropy(logits.double(), targets, reduction="sum").item(), rel=1e-5
@@ -77,7 +77,7 @@ def test_token_loss_is_computed_in_float32() -> None:
 
 def test_loss_of_no_positions_is_zero_with_gradient() -> None:
     logits = torch.randn(0, 30, requires_grad=True)
-    token_loss_sum(logits, torch.zeros(0, dtype=torch.long)).backward()
+    token_losses(logits, torch.zeros(0, dtype=torch.long)).sum().backward()
 
 
 def test_mean_pool() -> None:

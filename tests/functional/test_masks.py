@@ -56,6 +56,6 @@ def test_table_equals_masks_spelled_out_unit_by_unit(model_type: str, readers: b
         table.load(importance)
         for name, scale in full_masks(model, importance, readers=readers, shared_scale=shared_scale).items():
             numel = scale.numel()
-            segment = table.segment(name, start=0, offset=0, numel=numel)
-            found = 1.0 - importance_of(SegmentTable(numel, (segment,), table.values))
+            segments = table.segments(name, start=0, offset=0, numel=numel)
+            found = 1.0 - importance_of(SegmentTable(numel, tuple(segments), table.values))
             torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-7, msg=name)

@@ -57,7 +57,7 @@ def small_run(folder: Path, **changes: Any) -> dict[str, Any]:
             "log_every": 2,
             "eps": 1e-4,
         },
-        "method": {"name": "das", "importance": {"samples": 10}},
+        "method": {"name": "das", "importance": {"samples": 10}, "view_dropout": 0.0},
         "deepspeed": {"zero_optimization": {"stage": 2}},
         "wandb": {"mode": "disabled"},
     }

@@ -10,12 +10,10 @@ import torch
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks
 from das_ds.methods import METHODS
-from das_ds.methods.base import DomainContext, RunContext
-from das_ds.models.gates import UnitGates
-from das_ds.models.masked_lm import MaskedLanguageModel
+from das_ds.methods.base import DomainContext
+from das_ds.methods.context import RunContext, build_context
 from das_ds.models.registry import adapter_for
 from das_ds.tracking.sinks import Metrics, Sink
 from das_ds.tracking.tracker import Tracker
@@ -83,6 +81,7 @@ def run_config(output_dir: Path, **changes: Any) -> RunConfig:
             "log_every": 1,
             "grad_clip": 0.5,
         },
+        "method": {"view_dropout": 0.0},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
     for key, value in changes.items():
@@ -96,11 +95,7 @@ def build(config: RunConfig, ranks: Ranks, **model_changes: Any) -> RunContext:
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapter = adapter_for(model.config.model_type)
-    layout, gates = adapter.layout(model), UnitGates(model, adapter)
-    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    module = MaskedLanguageModel(model, adapter)
-    engine = Engine(module, dict(model.named_parameters()), config.train, deepspeed_config, ranks)
-    return RunContext(config, engine, layout, gates)
+    return build_context(config, model, adapter, build_deepspeed_config(config, ranks.info.world_size), ranks)
 
 
 def train(

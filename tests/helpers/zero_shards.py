@@ -38,8 +38,8 @@ def _shards_and_restore(config: RunConfig, batch: Batch) -> dict[str, Any]:
     snapshot = engine.snapshot()
     engine.start_domain(4)
     for _ in range(2 * engine.accumulation_steps):
-        _, logits = engine(part.corrupted_ids, part.predicted)
-        engine.backward(logits.float().square().mean())
+        _, losses = engine(part.corrupted_ids, part.predicted, part.targets)
+        engine.backward(losses.mean())
         engine.step()
     moved, moved_output = _weights(engine), _output(engine, part)
     engine.restore(snapshot)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from das_ds.functional.adamw import masked_adamw_ as reference_
-from das_ds.kernels.masked_adamw import masked_adamw_, masked_adamw_torch_
+from das_ds.kernels.masked_adamw import masked_adamw_, masked_adamw_native_, masked_adamw_torch_
 from das_ds.kernels.protection import Protection
 from helpers.protections import KINDS, inside_poison, is_poison_untouched, new_seed, random_protection
 
@@ -27,7 +27,7 @@ def in_triton(*args: Any, **options: Any) -> None:
     masked_adamw_triton_(*args, **options)
 
 
-FORMS: dict[str, Step] = {"torch": masked_adamw_torch_, "triton": in_triton}
+FORMS: dict[str, Step] = {"torch": masked_adamw_torch_, "native": masked_adamw_native_, "triton": in_triton}
 
 
 @pytest.mark.parametrize("form", FORMS)

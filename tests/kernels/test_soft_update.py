@@ -10,7 +10,7 @@ import torch
 from das_ds.functional.adamw import soft_update_ as reference_
 from das_ds.kernels import windows
 from das_ds.kernels.protection import Protection
-from das_ds.kernels.soft_update import soft_update_, soft_update_torch_
+from das_ds.kernels.soft_update import soft_update_, soft_update_native_, soft_update_torch_
 from helpers.protections import KINDS, inside_poison, is_poison_untouched, new_seed, random_protection
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -28,7 +28,7 @@ def in_triton(*args: Any) -> None:
     soft_update_triton_(*args)
 
 
-FORMS = {"torch": in_torch, "triton": in_triton}
+FORMS = {"torch": in_torch, "native": soft_update_native_, "triton": in_triton}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,7 +11,7 @@ from das_ds.errors import ModelError
 from das_ds.functional.units import GROUPS, UnitRule
 from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.gates import UnitGates
-from das_ds.models.masked_lm import MaskedLanguageModel
+from das_ds.models.language_model import LanguageModel
 from das_ds.models.registry import ADAPTERS, adapter_for
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 
@@ -42,15 +42,17 @@ def test_parameters_of_a_closed_unit_get_no_gradient(model_type: str, group: str
     values = {name: torch.ones(layout.num_layers, 1, units) for name, units in layout.num_units.items()}
     values[group][layer, :, unit] = 0.0
     ids = torch.randint(5, 100, (3, 9), generator=torch.Generator().manual_seed(0))
-    with gates.active(values):
-        hidden, logits = MaskedLanguageModel(model, adapter)(ids, torch.arange(27))
-    (logits.square().sum() + hidden.square().sum()).backward()
+    wrapped = LanguageModel(model, adapter)
+    with gates.active(values, num_rows=3):
+        hidden, losses = wrapped(ids, torch.arange(27), ids.flatten())
+    (losses.sum() + hidden.square().sum()).backward()
     parameters = dict(model.named_parameters())
     for item in layout.ownerships:
         gradient = parameters[item.parameter].grad
         assert gradient is not None
-        matrix = gradient.reshape(layout.shapes[item.parameter]).movedim(item.axis, 0)
-        per_unit = matrix.reshape(layout.num_units[item.group], -1).abs().amax(dim=1)
+        entries = gradient.reshape(layout.shapes[item.parameter]).movedim(1 + item.axis, 1).flatten(0, 1).flatten(1)
+        units, per_entry = item.units[:, 0], entries.abs().amax(dim=1)
+        per_unit = torch.zeros(layout.num_units[item.group]).index_reduce(0, units, per_entry, "amax")
         # gelu(0) = 0, so the column that reads a closed intermediate unit gets no gradient either.
         expected_zero = {unit} if item.group == group and item.layer == layer else set()
         # A softmax ignores a constant added to all keys, so key biases never have a gradient.
@@ -85,5 +87,7 @@ def test_axis_that_is_no_multiple_of_units_is_named() -> None:
         replace(rule, axis=1) if rule.parameter.endswith("intermediate.dense.weight") else rule
         for rule in adapter_for("roberta").rules
     )
-    with pytest.raises(ModelError, match=r"axis 1 has 24 entries.*40 intermediate units"):
+    with pytest.raises(
+        ModelError, match=r"axis 1 of intermediate units \(evenly\) has 24 entries, which is no multiple of 40 units"
+    ):
         changed(rules=rules).layout(tiny_model())

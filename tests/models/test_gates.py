@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from das_ds.models.gates import UnitGates
-from das_ds.models.masked_lm import MaskedLanguageModel
+from das_ds.models.language_model import LanguageModel
 from das_ds.models.registry import adapter_for
 from helpers.reference import encode, lm_logits
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
@@ -19,13 +19,16 @@ def test_gated_rows_equal_the_written_out_network(model_type: str) -> None:
     importance = random_importance(model)
     ids = torch.randint(5, 100, (5, 9), generator=torch.Generator().manual_seed(0))
     predicted = torch.tensor([0, 7, 11])
-    with UnitGates(model, adapter).active({g: v[:, None] for g, v in importance.items()}, first_row=3):
-        hidden, logits = MaskedLanguageModel(model, adapter)(ids, predicted)
+    wrapped = LanguageModel(model, adapter)
+    with UnitGates(model, adapter).active({g: v[:, None] for g, v in importance.items()}, num_rows=5, first_row=3):
+        hidden, losses = wrapped(ids, predicted, ids.flatten()[predicted])
     ones = {group: torch.ones_like(values) for group, values in importance.items()}
     plain = encode(model, ids[:3], ones)
     torch.testing.assert_close(hidden[:3], plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(hidden[3:], encode(model, ids[3:], importance), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits, lm_logits(model, plain.flatten(0, 1)[predicted]), rtol=1e-4, atol=1e-4)
+    logits = lm_logits(model, plain.flatten(0, 1)[predicted])
+    expected = torch.nn.functional.cross_entropy(logits, ids.flatten()[predicted], reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gates_of_one_change_nothing_and_leave_no_hooks() -> None:
@@ -34,7 +37,7 @@ def test_gates_of_one_change_nothing_and_leave_no_hooks() -> None:
     gates = {g: torch.ones_like(v)[:, None] for g, v in random_importance(model).items()}
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     before = model(ids).logits
-    with pytest.raises(RuntimeError, match="on purpose"), UnitGates(model, adapter).active(gates):
+    with pytest.raises(RuntimeError, match="on purpose"), UnitGates(model, adapter).active(gates, num_rows=2):
         assert torch.equal(model(ids).logits, before)
         raise RuntimeError("on purpose")
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -1,0 +1,126 @@
+"""Kernels for CPUs in C++, compiled on first use (a second) where there is a compiler.
+
+Compiled apart and put in its place by one rename, so that there is no lock that a killed process could leave behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from das_ds.kernels.protection import Protection
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).parent / "masked.cpp"
+# Nothing here reads errno, floating-point traps or the sign of zero, which would keep loops from being vectorised.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros")
+PARALLEL_ELEMENTS = 1 << 17
+"""Fewest elements worth a thread of their own."""
+KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.uint8: 4}
+NONE, UNITS = 0, 1
+POINTER, COUNT, KIND, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+PROTECTION = (KIND, POINTER, POINTER, COUNT, POINTER)
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "masked_adamw": (*(POINTER,) * 4, *PROTECTION, COUNT, COUNT, *(NUMBER,) * 7),
+    "soft_update": (POINTER, POINTER, COUNT, *PROTECTION, COUNT, COUNT),
+}
+
+
+def use_native(tensor: torch.Tensor) -> bool:
+    """Whether the C++ kernels can work on this tensor: it is in host memory and they could be compiled."""
+    return tensor.device.type == "cpu" and library() is not None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (which is logged) where they cannot be compiled."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        logger.info("CPU kernels: torch, because there is no C++ compiler (g++, or the one that CXX names)")
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("CPU kernels: torch, because %s could not compile or load %s: %s", compiler, SOURCE, reason)
+        return None
+    logger.info("CPU kernels: C++, compiled with %s", compiler)
+    for name, types in SIGNATURES.items():
+        getattr(loaded, name).argtypes = types
+        getattr(loaded, name).restype = None
+    return loaded
+
+
+def run(name: str, begin: int, end: int, before: tuple[Any, ...], after: tuple[Any, ...] = ()) -> None:
+    """Call a kernel on elements [begin, end), with as many threads as torch uses.
+
+    Args:
+        name: a key of `SIGNATURES`.
+        begin, end: the elements.
+        before, after: the kernel's other arguments.
+    """
+    kernel = getattr(library(), name)
+    num_parts = max(1, min(torch.get_num_threads(), (end - begin) // PARALLEL_ELEMENTS))
+    first, *rest = pairwise(begin + (end - begin) * part // num_parts for part in range(num_parts + 1))
+    # ctypes lets go of the interpreter while it is in the kernel.
+    others = [_threads().submit(kernel, *before, *part, *after) for part in rest]
+    kernel(*before, *first, *after)
+    for other in others:
+        other.result()
+
+
+def protection_arguments(protection: Protection) -> tuple[Any, ...]:
+    """What `PROTECTION` stands for; the tensors belong to `protection` and stay where they are while it lives."""
+    if protection.importance is not None:
+        return KINDS[protection.importance.dtype], protection.importance.data_ptr(), None, 0, None
+    if protection.table is not None:
+        fields = protection.fields
+        return UNITS, None, fields.data_ptr(), len(fields), protection.table.values.data_ptr()
+    return NONE, None, None, 0, None
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, torch.get_num_threads()), thread_name_prefix="das_ds-kernels")
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library for this source, compiler and processor; compiled unless it lies in the cache."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    identity = "\n".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, version, _processor()))
+    target = _folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / target.name
+            command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(built)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            os.replace(built, target)
+    return target
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("DAS_DS_CACHE") or Path.home() / ".cache" / "das_ds") / "kernels"
+
+
+def _processor() -> str:
+    """What -march=native depends on: the cache may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
