@@ -7,7 +7,7 @@ BENCHMARKS := adam_mask kernels step mask_cost tokenise
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-gpu bench lint format
+.PHONY: setup demo demo-clm test test-gpu bench lint format
 
 setup: $(STAMP)
 
@@ -22,6 +22,9 @@ $(STAMP): requirements.txt setup.py
 
 demo: setup
 	$(BIN)/python -m launch.demo
+
+demo-clm: setup
+	$(BIN)/python -m launch.demo clm
 
 test: setup
 	$(BIN)/pytest -q tests

@@ -1,12 +1,14 @@
-"""`make demo`: corpora and tokeniser, a small base model, then `das` and naive runs over three domains, and one table.
+"""`make demo` and `make demo-clm`: a small base model, then `das` and naive runs over three domains, and one table.
 
 A naive run that learns less also forgets less, so a second one learns at a lower rate, about as much as `das` does.
 
-Runs on two CPU ranks, or on all GPUs where there are some; everything it writes is under `runs/demo/`.
+Runs on two CPU ranks, or on all GPUs where there are some; everything it writes is under `runs/demo/` (corpora and
+tokeniser, which both demos share, and the masked language model) and `runs/demo_clm/` (the causal one).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -14,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,18 +27,36 @@ from das_ds.config_io import load_config
 from das_ds.errors import EXIT_USER_ERROR, DasError, TrainingError
 from das_ds.evaluation.report import comparison_table
 from das_ds.evaluation.results import RESULTS_FILE, Results, read_results
+from das_ds.models.registry import adapter_for
 from launch.demo_bounds import corpus_bounds
 from launch.demo_corpora import CORPORA, TOKENIZER_FOLDER, build_corpora
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = Path("runs/demo")
-CORPORA_FOLDER = DEMO / "corpora"
-BASE_CONFIG = Path("launch/configs/demo_base.yaml")
-DAS_CONFIG = Path("launch/configs/demo_das.yaml")
-LOWER_RATE = "4e-4"
+CORPORA_FOLDER = Path("runs/demo/corpora")
 RUNS = ("base", "das", "ncl", "ncl_lower_rate")
 NUM_CPU_RANKS = 2
 MAX_THREADS_PER_RANK = 4
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demo: a base model and what is learned on top of it."""
+
+    folder: Path
+    base_config: Path
+    das_config: Path
+    lower_rate: str
+    """Learning rate at which naive training learns about as much as `das` does."""
+
+
+DEMOS = {
+    "mlm": Demo(
+        Path("runs/demo"), Path("launch/configs/demo_base.yaml"), Path("launch/configs/demo_das.yaml"), "4e-4"
+    ),
+    "clm": Demo(
+        Path("runs/demo_clm"), Path("launch/configs/demo_clm_base.yaml"), Path("launch/configs/demo_clm.yaml"), "8e-4"
+    ),
+}
 
 
 def num_ranks(num_gpus: int, global_batch_size: int) -> int:
@@ -105,11 +126,19 @@ def plateau_line(results: Results, config: RunConfig) -> str:
     """The base model's held-out loss beside what a model without context could reach."""
     name = results.domains[0]
     bounds = corpus_bounds(CORPORA_FOLDER / name, AutoTokenizer.from_pretrained(config.data.tokenizer))
+    # A causal model never sees the position it predicts, so that without context the unigram loss is its best.
+    best = "" if is_causal(config) else f"best without context {bounds.context_free:.2f}, "
     return (
-        f"base model on held-out '{name}', nats per predicted token: unigram {bounds.unigram:.2f}, best without "
-        f"context {bounds.context_free:.2f}, before training {results.loss_matrix[0][0]:.2f}, "
-        f"after {config.train.steps_per_domain} steps {results.loss_matrix[-1][0]:.2f}"
+        f"base model on held-out '{name}', nats per predicted token: unigram {bounds.unigram:.2f}, {best}before "
+        f"training {results.loss_matrix[0][0]:.2f}, after {config.train.steps_per_domain} steps "
+        f"{results.loss_matrix[-1][0]:.2f}"
     )
+
+
+def is_causal(config: RunConfig) -> bool:
+    """Whether the demo's base model is a causal one."""
+    assert config.model.config is not None, "the base model has random weights"
+    return adapter_for(config.model.config["model_type"]).objective == "clm"
 
 
 def learning_line(runs: dict[str, Results]) -> str:
@@ -122,13 +151,13 @@ def learning_line(runs: dict[str, Results]) -> str:
     return f"mean loss right after learning a domain: {losses} (a run that learns less also forgets less)"
 
 
-def naive(name: str) -> list[str]:
+def naive(folder: Path) -> list[str]:
     """Overrides that make the das config a naive run of another folder."""
-    return ["method.name=ncl", f"output_dir={DEMO / name}"]
+    return ["method.name=ncl", f"output_dir={folder}"]
 
 
-def demo() -> None:
-    """The whole demo, from the repository's root.
+def show(demo: Demo) -> None:
+    """A whole demo, from the repository's root.
 
     Raises:
         DasError: a corpus that is too small, or a run that failed.
@@ -139,23 +168,27 @@ def demo() -> None:
     names = ", ".join(corpus.name for corpus in CORPORA)
     state = f"built in {time.monotonic() - started:.0f} s" if built else "found complete"
     print(f"corpora ({names}) and {TOKENIZER_FOLDER} in {CORPORA_FOLDER}: {state}", flush=True)
-    remove_earlier_runs(DEMO)
-    base = run(BASE_CONFIG, [])
-    plateau = plateau_line(base, load_config(BASE_CONFIG))
+    remove_earlier_runs(demo.folder)
+    base = run(demo.base_config, [])
+    plateau = plateau_line(base, load_config(demo.base_config))
     print(plateau, flush=True)
-    das = run(DAS_CONFIG, [])
-    ncl = run(DAS_CONFIG, naive("ncl"))
-    slower = run(DAS_CONFIG, [*naive("ncl_lower_rate"), f"train.learning_rate={LOWER_RATE}"])
-    runs = {"das": das, "ncl": ncl, f"ncl {LOWER_RATE}": slower}
+    das = run(demo.das_config, [])
+    ncl = run(demo.das_config, naive(demo.folder / "ncl"))
+    lower_rate = [*naive(demo.folder / "ncl_lower_rate"), f"train.learning_rate={demo.lower_rate}"]
+    slower = run(demo.das_config, lower_rate)
+    runs = {"das": das, "ncl": ncl, f"ncl {demo.lower_rate}": slower}
     print(f"\n{plateau}\n\n{comparison_table(runs)}\n\n{learning_line(runs)}")
-    print(f"\nreports: {DEMO}/das/report/report.md, {DEMO}/ncl/report/report.md")
+    print(f"\nreports: {demo.folder}/das/report/report.md, {demo.folder}/ncl/report/report.md")
     print(f"whole demo: {time.monotonic() - started:.0f} s")
 
 
-def main() -> int:
-    """Run the demo; a failure is one line and an exit code."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run a demo; a failure is one line and an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("objective", nargs="?", choices=DEMOS, default="mlm", help="masked or causal model")
+    options = parser.parse_args(arguments)
     try:
-        demo()
+        show(DEMOS[options.objective])
     except DasError as error:
         print(f"das_ds: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -16,6 +16,7 @@ from launch.demo_bounds import context_free_bounds
 from launch.demo_corpora import CORPORA
 
 ROOT = Path(__file__).parents[1]
+DAS_CONFIG = demo.DEMOS["mlm"].das_config
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +24,11 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_configs_follow_the_corpora_and_each_other() -> None:
-    base, das = load_config(demo.BASE_CONFIG), load_config(demo.DAS_CONFIG)
+@pytest.mark.parametrize("objective", demo.DEMOS)
+def test_configs_follow_the_corpora_and_each_other(objective: str) -> None:
+    which = demo.DEMOS[objective]
+    base, das = load_config(which.base_config), load_config(which.das_config)
+    assert base.output_dir.parent == das.output_dir.parent == which.folder
     general, *domains = [corpus.name for corpus in CORPORA]
     assert [domain.name for domain in base.domains] == [general]
     assert [domain.name for domain in das.domains] == domains
@@ -37,7 +41,7 @@ def test_configs_follow_the_corpora_and_each_other() -> None:
 
 
 def test_base_config_leaves_dropout_for_the_two_views_of_das() -> None:
-    model = load_config(demo.BASE_CONFIG).model.config
+    model = load_config(demo.DEMOS["mlm"].base_config).model.config
     assert model is not None
     assert max(model["hidden_dropout_prob"], model["attention_probs_dropout_prob"]) > 0
 
@@ -50,9 +54,9 @@ def test_number_of_ranks(num_gpus: int, batch: int, expected: int) -> None:
 
 
 def test_command_splits_the_batch_and_names_the_ranks_only_where_needed() -> None:
-    batch = load_config(demo.DAS_CONFIG).train.global_batch_size
-    on_cpu = demo.launch_command(demo.DAS_CONFIG, ["method.name=ncl"], num_gpus=0, port=29501)
-    on_gpus = demo.launch_command(demo.DAS_CONFIG, [], num_gpus=4, port=29501)
+    batch = load_config(DAS_CONFIG).train.global_batch_size
+    on_cpu = demo.launch_command(DAS_CONFIG, ["method.name=ncl"], num_gpus=0, port=29501)
+    on_gpus = demo.launch_command(DAS_CONFIG, [], num_gpus=4, port=29501)
     assert on_cpu[:5] == ["deepspeed", "--num_accelerators", "2", "--master_port", "29501"]
     assert on_cpu[-2:] == ["method.name=ncl", f"train.micro_batch_size={batch // 2}"]
     assert "--num_accelerators" not in on_gpus
@@ -62,7 +66,7 @@ def test_command_splits_the_batch_and_names_the_ranks_only_where_needed() -> Non
 def test_failed_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "runner", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(TrainingError, match=r"demo_das\.yaml ended with exit code 3, expected 0"):
-        demo.run(demo.DAS_CONFIG, [])
+        demo.run(DAS_CONFIG, [])
 
 
 def test_learning_line_takes_each_domain_right_after_its_stage() -> None:
@@ -91,11 +95,11 @@ def test_earlier_runs_go_and_corpora_stay(tmp_path: Path, capsys: pytest.Capture
 def test_main_turns_a_failure_into_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(_: demo.Demo) -> None:
         raise TrainingError("demo: no luck")
 
-    monkeypatch.setattr(demo, "demo", fail)
-    assert demo.main() == 2
+    monkeypatch.setattr(demo, "show", fail)
+    assert demo.main(["clm"]) == 2
     assert capsys.readouterr().err == "das_ds: demo: no luck\n"
 
 
