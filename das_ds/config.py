@@ -86,6 +86,8 @@ class DataConfig(Section):
     """Folder or hub name of the tokeniser; null: that of `model.name_or_path`."""
     mlm_probability: float = Field(default=0.15, gt=0.0, lt=1.0)
     """Share of tokens that is predicted in masked language modelling."""
+    isolate_documents: bool = False
+    """Causal only: positions start anew and attention stops at each document of a block, no prediction crosses one."""
     cache_dir: str | None = None
     """Folder of tokenised corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
     num_workers: int = Field(default=0, ge=0)

@@ -28,7 +28,7 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     Raises:
         DasError: a model or corpus that cannot be used.
     """
-    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info))
+    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, "mlm"))
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention)
     model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.tokenizer))
     check_sequence_length(model, adapter, config.data.sequence_length)

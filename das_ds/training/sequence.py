@@ -36,7 +36,7 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
     """
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     folder = ranks.first_main_then_others(lambda: open_run_folder(config))
-    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info))
+    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, "mlm"))
     with build_tracker(config, enabled=ranks.info.is_main) as tracker:
         sequence = DomainSequence(config, ranks, folder, text, tracker, deepspeed_config)
         try:
