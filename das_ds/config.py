@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
+ObjectiveName = Literal["mlm", "clm"]
+"""Masked or causal language modelling."""
+
+
 class Section(BaseModel):
     """A group of keys; unknown keys are errors and values never change after construction."""
 
@@ -88,6 +92,8 @@ class DataConfig(Section):
     """Folder or hub name of the tokeniser; null: that of `model.name_or_path`."""
     mlm_probability: float = Field(default=0.15, gt=0.0, lt=1.0)
     """Share of tokens that is predicted in masked language modelling."""
+    isolate_documents: bool = False
+    """Causal only: positions start anew and attention stops at each document of a block, no prediction crosses one."""
     cache_dir: str | None = None
     """Folder of tokenised corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
     num_workers: int = Field(default=0, ge=0)
@@ -164,6 +170,9 @@ class ContrastConfig(Section):
     """Factor of the contrastive loss; 0 leaves it (and its three extra views) out."""
     temperature: float = Field(default=0.05, gt=0.0)
     """Temperature of the cosine similarities."""
+    pooling: Literal["auto", "mean", "last"] = "auto"
+    """One vector per sequence: the mean over its tokens or its last token (of each isolated document); `auto` is mean
+    for masked and last for causal models."""
 
 
 class MethodConfig(Section):

@@ -1,9 +1,9 @@
-"""Micro-batches for masked language modelling; B = rows, S = tokens per row, P = predicted tokens."""
+"""Micro-batches of masked and causal language modelling; B = rows, S = tokens per row, P = predicted tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,15 +16,15 @@ class Batch:
     input_ids: Tensor
     """(B, S) long, the text as it is."""
     corrupted_ids: Tensor
-    """(B, S) long, the text with masked and replaced tokens."""
+    """(B, S) long, what the network reads: masked and replaced tokens, or `input_ids` itself (causal)."""
     predicted: Tensor
-    """(P,) long, positions to predict as indices into the flat B * S; none in rows of weight 0."""
+    """(P,) long, positions that predict as indices into the flat B * S; none in rows of weight 0."""
     targets: Tensor
-    """(P,) long, tokens of the text at those positions."""
+    """(P,) long, the token each of them predicts: the text's own at that position, or the next one (causal)."""
     row_weights: Tensor
     """(B,) float32, 1, or 0 for rows that only fill the batch so that all ranks run equally many forward passes."""
     position_ids: Tensor | None = None
-    """(B, S) long, positions inside documents that attention does not leave; None: it crosses them."""
+    """(B, S) long, position of each token in its own document; None where documents are not isolated."""
 
     @property
     def num_predicted(self) -> int:
@@ -33,12 +33,12 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; the data loader calls this."""
-        return self._each(Tensor.pin_memory)
+        return self._mapped(Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        return Batch(**{name: change(value) for name, value in present.items()})
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from das_ds.config import CorpusConfig, DataConfig
-from das_ds.data.tokenise import TokenFile, prepare_tokens
+from das_ds.config import CorpusConfig, DataConfig, ObjectiveName
+from das_ds.data.causal import end_of_text
+from das_ds.data.tokenise import STARTS_DTYPE, TokenFile, prepare_tokens
 from das_ds.errors import DataError
 
 CACHE_VARIABLE = "DAS_DS_CACHE"
@@ -24,8 +26,18 @@ DEFAULT_CACHE_DIR = "~/.cache/das_ds"
 class TokenBlocks:
     """Consecutive blocks of S tokens; the tokens after the last whole block are left out."""
 
-    def __init__(self, token_file: TokenFile, sequence_length: int, first: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self,
+        token_file: TokenFile,
+        sequence_length: int,
+        first: int = 0,
+        stop: int | None = None,
+        *,
+        isolate_documents: bool = False,
+    ) -> None:
         """Blocks `first` to `stop` (all from `first` where None) of a token file that holds at least one.
+
+        With `isolate_documents` the blocks know the positions of their tokens in their documents.
 
         Raises:
             DataError: the file holds less than one block.
@@ -43,6 +55,8 @@ class TokenBlocks:
         assert 0 <= first < self.stop <= num_blocks
         shape = (num_blocks, sequence_length)
         self._blocks = np.memmap(token_file.path, token_file.dtype, "r", shape=shape)[first : self.stop]
+        self.isolate_documents = isolate_documents
+        self._starts = np.memmap(token_file.starts_path, STARTS_DTYPE, "r") if isolate_documents else None
 
     def __len__(self) -> int:
         return self.stop - self.first
@@ -55,18 +69,37 @@ class TokenBlocks:
         """The blocks of the given indices; (len(indices), S) long."""
         return torch.from_numpy(self._blocks[list(indices)].astype(np.int64))
 
+    def positions(self, indices: Sequence[int]) -> Tensor | None:
+        """Position of every token of the given blocks in its document, as far as the block holds it.
+
+        A document that began in an earlier block starts at 0 again.
+
+        Returns:
+            (len(indices), S) long, or None where documents are not isolated.
+        """
+        if self._starts is None:
+            return None
+        length = self.sequence_length
+        document_starts = np.zeros((len(indices), length), dtype=np.int64)
+        for row, index in zip(document_starts, indices, strict=True):
+            begin = (self.first + index) * length
+            lowest, highest = np.searchsorted(self._starts, np.array([begin, begin + length], dtype=np.uint64))
+            starts = self._starts[lowest:highest].astype(np.int64) - begin
+            row[starts] = starts
+        return torch.from_numpy(np.arange(length) - np.maximum.accumulate(document_starts, axis=1))
+
     def split(self, num_last: int) -> tuple[Self, Self]:
         """Views of all but the last `num_last` blocks and of those."""
         cut = self.stop - num_last
-        make = type(self)
-        return (
-            make(self.token_file, self.sequence_length, self.first, cut),
-            make(self.token_file, self.sequence_length, cut, self.stop),
-        )
+        return self._part(self.first, cut), self._part(cut, self.stop)
 
-    def __reduce__(self) -> tuple[type[Self], tuple[TokenFile, int, int, int]]:
-        # A loader process maps the file itself; a pickled memory map would carry its whole content.
-        return type(self), (self.token_file, self.sequence_length, self.first, self.stop)
+    def _part(self, first: int, stop: int) -> Self:
+        return type(self)(self.token_file, self.sequence_length, first, stop, isolate_documents=self.isolate_documents)
+
+    def __reduce__(self) -> tuple[partial[Self], tuple[TokenFile, int, int, int]]:
+        # A loader process maps the files itself; a pickled memory map would carry its whole content.
+        make = partial(type(self), isolate_documents=self.isolate_documents)
+        return make, (self.token_file, self.sequence_length, self.first, self.stop)
 
 
 @dataclass(frozen=True)
@@ -83,16 +116,23 @@ def cache_folder(data: DataConfig) -> Path:
 
 
 def prepare_corpus(
-    corpus: CorpusConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool
+    corpus: CorpusConfig,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    objective: ObjectiveName,
+    progress: bool,
 ) -> CorpusBlocks:
     """Tokenise a corpus, or find it in the cache, and cut it into blocks.
 
+    For causal language modelling every document ends in the end-of-text token.
     Without `corpus.valid` the last `valid_fraction` of the training blocks, at least one, is held out.
 
     Raises:
         DataError: text that cannot be read, is empty or makes too few blocks; names the corpus.
-        ModelError: the tokeniser is not a fast one.
+        ModelError: the tokeniser is not a fast one, or has no end-of-text token (causal).
     """
+    ending = end_of_text(tokenizer) if objective == "clm" else None
 
     def blocks(sources: Sequence[str], part: str) -> TokenBlocks:
         name = f"{corpus.name}-{part}"
@@ -103,9 +143,10 @@ def prepare_corpus(
             tokenizer=tokenizer,
             cache_dir=cache_folder(data),
             progress=progress,
+            end_of_text=ending,
         )
         try:
-            return TokenBlocks(tokens, data.sequence_length)
+            return TokenBlocks(tokens, data.sequence_length, isolate_documents=data.isolate_documents)
         except DataError as error:
             raise DataError(f"corpus '{name}': {error}") from error
 

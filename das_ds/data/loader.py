@@ -1,4 +1,4 @@
-"""Batches of training and of evaluation, the same text in the same corruption for any number of ranks."""
+"""Batches of training and of evaluation, the same text with the same predictions for any number of ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from das_ds.data.batches import Batch
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.masking import MlmMasker
+from das_ds.data.causal import isolated
+from das_ds.data.objectives import Objective
 from das_ds.errors import ConfigError
 from das_ds.functional.sampling import sample_index
 
@@ -64,23 +65,26 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class MaskedSamples(Dataset[Batch]):
+class Samples(Dataset[Batch]):
     """Turns the sample references of a micro-batch into the batch; runs in the loader's processes."""
 
     blocks: TokenBlocks
-    masker: MlmMasker
+    objective: Objective
     seed: int
     stream: str
 
     def __getitems__(self, refs: Sequence[SampleRef]) -> Batch:
         """The batch of the given samples, which the loader asks for by this name."""
-        input_ids = self.blocks.take([index for _, index in refs])
-        return self.masker.batch(input_ids, [number for number, _ in refs], seed=self.seed, stream=self.stream)
+        return self._batch([index for _, index in refs], [number for number, _ in refs])
 
     def fixed_batch(self, indices: Sequence[int], num_rows: int, filling: int) -> Batch:
         """Blocks under the corruption that their index fixes, filled to `num_rows` with block `filling` at weight 0."""
-        input_ids = self.blocks.take([*indices, *[filling] * (num_rows - len(indices))])
-        return self.masker.batch(input_ids, indices, seed=self.seed, stream=self.stream)
+        return self._batch([*indices, *[filling] * (num_rows - len(indices))], indices)
+
+    def _batch(self, indices: Sequence[int], numbers: Sequence[int]) -> Batch:
+        batch = self.objective.batch(self.blocks.take(indices), numbers, seed=self.seed, stream=self.stream)
+        position_ids = self.blocks.positions(indices)
+        return batch if position_ids is None else isolated(batch, position_ids)
 
 
 def _as_is(batch: Any) -> Any:
@@ -89,7 +93,7 @@ def _as_is(batch: Any) -> Any:
 
 def training_steps(
     blocks: TokenBlocks,
-    masker: MlmMasker,
+    objective: Objective,
     *,
     seed: int,
     stream: str,
@@ -105,11 +109,11 @@ def training_steps(
     """The micro-batches of optimizer steps first_step .. num_steps - 1, one list per step.
 
     A step depends only on its number, so resuming is starting at a later `first_step`. Every epoch visits all blocks
-    in a new order and with new corruption.
+    in a new order and, in masked language modelling, with new corruption.
 
     Args:
         blocks: training blocks.
-        masker: corruption.
+        objective: what a row predicts.
         seed: seed of the run.
         stream: name of the use, for instance `train/<domain>`.
         first_step: first step to yield.
@@ -129,7 +133,7 @@ def training_steps(
     )
     num_micro_steps = plan.num_micro_steps
     loader = DataLoader(
-        MaskedSamples(blocks, masker, seed, stream),
+        Samples(blocks, objective, seed, stream),
         batch_sampler=plan,
         collate_fn=_as_is,
         num_workers=num_workers,
@@ -152,7 +156,7 @@ class EvaluationBatches:
     All ranks get equally many batches of equally many rows (at most `batch_size`), filled with rows of weight 0.
     """
 
-    samples: MaskedSamples
+    samples: Samples
     indices: Sequence[int]
     batch_size: int
     rank: int
@@ -181,7 +185,7 @@ class AccumulatedBatches:
     weight 0.
     """
 
-    samples: MaskedSamples
+    samples: Samples
     indices: Sequence[int]
     global_batch_size: int
     micro_batch_size: int
@@ -200,7 +204,7 @@ class AccumulatedBatches:
 
 def evaluation_batches(
     blocks: TokenBlocks,
-    masker: MlmMasker,
+    objective: Objective,
     *,
     seed: int,
     stream: str,
@@ -214,7 +218,7 @@ def evaluation_batches(
 
     Args:
         blocks: held-out blocks, or training blocks for measuring importance.
-        masker: corruption.
+        objective: what a row predicts.
         seed: seed of the run.
         stream: name of the use, for instance `evaluation/<corpus>`.
         batch_size: most rows per rank and batch.
@@ -224,4 +228,4 @@ def evaluation_batches(
         indices: block indices to use, at least one.
     """
     chosen = range(len(blocks))[:max_sequences] if indices is None else indices
-    return EvaluationBatches(MaskedSamples(blocks, masker, seed, stream), chosen, batch_size, rank, world_size)
+    return EvaluationBatches(Samples(blocks, objective, seed, stream), chosen, batch_size, rank, world_size)

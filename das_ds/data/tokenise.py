@@ -1,7 +1,8 @@
 """Text to one flat file of token ids, cached by the content of the text and the settings that shape the tokens.
 
-A cache entry is a folder `<corpus>-<key>` with `tokens.bin` (little-endian uint16 or uint32) and `meta.json`. It is
-written elsewhere and renamed when complete, so an entry that exists is whole.
+A cache entry is a folder `<corpus>-<key>` with `tokens.bin` (little-endian uint16 or uint32), `starts.bin` (the index
+of each document's first token, little-endian uint64) and `meta.json`. It is written elsewhere and renamed when
+complete, so an entry that exists is whole.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
 
 import numpy as np
 import xxhash
@@ -27,7 +27,8 @@ from das_ds.data.corpus import read_documents
 from das_ds.data.sources import Source, fingerprint, resolve_source
 from das_ds.errors import DataError, ModelError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+STARTS_DTYPE = np.dtype("<u8")
 # Small enough that the tokeniser's results stay in the processor's cache, large enough to occupy every core.
 DOCUMENTS_PER_CALL = 1000
 
@@ -41,6 +42,11 @@ class TokenFile:
     num_tokens: int
     num_documents: int
 
+    @property
+    def starts_path(self) -> Path:
+        """File of the index of each document's first token, `num_documents` ascending numbers of STARTS_DTYPE."""
+        return self.path.with_name("starts.bin")
+
 
 def prepare_tokens(
     sources: Sequence[str],
@@ -50,8 +56,13 @@ def prepare_tokens(
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: Path,
     progress: bool,
+    end_of_text: int | None = None,
 ) -> TokenFile:
     """Tokens of all documents of the sources in order, each with the tokeniser's special tokens (`<s> document </s>`).
+
+    With `end_of_text` each document ends in that token; it is appended where the tokeniser does not put it there.
+    Where documents start is recorded and not read off the tokens: a document's own text may hold the end-of-text
+    token, and some tokenisers (OPT) begin a document with the token that ends it.
 
     An entry of the cache with the same content and settings is used as it is.
 
@@ -62,6 +73,7 @@ def prepare_tokens(
         tokenizer: a fast tokeniser.
         cache_dir: folder of all cache entries.
         progress: show a bar.
+        end_of_text: id of the token that ends each document; None adds nothing to what the tokeniser does.
 
     Raises:
         DataError: text that cannot be read or is empty, or a cache folder that cannot be written; names the corpus.
@@ -70,10 +82,10 @@ def prepare_tokens(
     backend = _plain_backend(tokenizer)
     with _named(corpus):
         resolved = [source for name in sources for source in resolve_source(name)]
-        folder = cache_dir.expanduser() / f"{corpus}-{_cache_key(resolved, text_column, backend)}"
+        folder = cache_dir.expanduser() / f"{corpus}-{_cache_key(resolved, text_column, backend, end_of_text)}"
         token_file = _read_entry(folder)
         if token_file is None:
-            token_file = _write_entry(folder, resolved, corpus, text_column, backend, progress)
+            token_file = _write_entry(folder, resolved, corpus, text_column, backend, end_of_text, progress)
     return token_file
 
 
@@ -96,8 +108,8 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-def _cache_key(sources: Sequence[Source], text_column: str, backend: Tokenizer) -> str:
-    parts = [FORMAT_VERSION, text_column, backend.to_str(), [fingerprint(source) for source in sources]]
+def _cache_key(sources: Sequence[Source], text_column: str, backend: Tokenizer, end_of_text: int | None) -> str:
+    parts = [FORMAT_VERSION, text_column, end_of_text, backend.to_str(), [fingerprint(source) for source in sources]]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
@@ -107,21 +119,30 @@ def _read_entry(folder: Path) -> TokenFile | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         token_file = TokenFile(path, meta["dtype"], meta["num_tokens"], meta["num_documents"])
-        whole = path.stat().st_size == token_file.num_tokens * np.dtype(token_file.dtype).itemsize
+        whole = (
+            path.stat().st_size == token_file.num_tokens * np.dtype(token_file.dtype).itemsize
+            and token_file.starts_path.stat().st_size == token_file.num_documents * STARTS_DTYPE.itemsize
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return token_file if whole else None
 
 
 def _write_entry(
-    folder: Path, sources: Sequence[Source], corpus: str, text_column: str, backend: Tokenizer, progress: bool
+    folder: Path,
+    sources: Sequence[Source],
+    corpus: str,
+    text_column: str,
+    backend: Tokenizer,
+    end_of_text: int | None,
+    progress: bool,
 ) -> TokenFile:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as scratch:
             partial = Path(scratch) / folder.name
             partial.mkdir()
-            token_file = _tokenise(partial / "tokens.bin", sources, corpus, text_column, backend, progress)
+            token_file = _tokenise(partial, sources, corpus, text_column, backend, end_of_text, progress)
             meta = {**asdict(token_file), "path": "tokens.bin", "sources": [str(source) for source in sources]}
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
             _publish(partial, folder)
@@ -144,34 +165,51 @@ def _publish(partial: Path, folder: Path) -> None:
 
 
 def _tokenise(
-    path: Path, sources: Sequence[Source], corpus: str, text_column: str, backend: Tokenizer, progress: bool
+    folder: Path,
+    sources: Sequence[Source],
+    corpus: str,
+    text_column: str,
+    backend: Tokenizer,
+    end_of_text: int | None,
+    progress: bool,
 ) -> TokenFile:
     dtype = np.dtype("<u2" if max(backend.get_vocab().values()) < 2**16 else "<u4")
-    num_tokens = num_documents = 0
+    result = TokenFile(folder / "tokens.bin", dtype.str, 0, 0)
     total = sum(source.stat().st_size for source in sources if isinstance(source, Path))
     bar = tqdm(total=total or None, desc=f"tokenise {corpus}", unit="B", unit_scale=True, disable=not progress)
-    with path.open("wb") as file, bar:
+    with result.path.open("wb") as tokens, result.starts_path.open("wb") as starts, bar:
         for source in sources:
             for batch in read_documents(source, text_column):
-                num_tokens += _append_tokens(file, batch.texts, backend, dtype)
-                num_documents += len(batch.texts)
+                for ids, lengths in _encoded(batch.texts, backend, end_of_text):
+                    tokens.write(np.array(ids, dtype=dtype).data)
+                    ends = np.cumsum(lengths)
+                    starts.write((result.num_tokens + ends - lengths).astype(STARTS_DTYPE).data)
+                    result = replace(
+                        result,
+                        num_tokens=result.num_tokens + len(ids),
+                        num_documents=result.num_documents + len(lengths),
+                    )
                 bar.update(batch.num_bytes)
-        file.flush()
-        os.fsync(file.fileno())
-    if num_documents == 0:
+        for file in (tokens, starts):
+            file.flush()
+            os.fsync(file.fileno())
+    if result.num_documents == 0:
         raise DataError(f"no text in {', '.join(map(str, sources))}; expected at least one line that is not blank")
-    return TokenFile(path, dtype.str, num_tokens, num_documents)
+    return result
 
 
-def _append_tokens(
-    file: IO[bytes], texts: Iterable[str], backend: Tokenizer, dtype: np.dtype[np.unsignedinteger]
-) -> int:
-    num_tokens = 0
+def _encoded(
+    texts: Iterable[str], backend: Tokenizer, end_of_text: int | None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Joined tokens of a few documents and the number of tokens of each."""
     remaining = iter(texts)
     while documents := list(islice(remaining, DOCUMENTS_PER_CALL)):
         ids: list[int] = []
+        lengths: list[int] = []
         for encoding in backend.encode_batch_fast(documents):
-            ids += encoding.ids
-        file.write(np.array(ids, dtype=dtype).data)
-        num_tokens += len(ids)
-    return num_tokens
+            document = encoding.ids
+            if end_of_text is not None and document[-1:] != [end_of_text]:
+                document.append(end_of_text)
+            ids += document
+            lengths.append(len(document))
+        yield ids, lengths

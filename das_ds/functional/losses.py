@@ -44,11 +44,6 @@ def representation_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean(dim=1)
 
 
-def mean_pool(hidden: torch.Tensor) -> torch.Tensor:
-    """(B, S, H) -> (B, H) float32; blocks are full, so every position counts."""
-    return hidden.float().mean(dim=1)
-
-
 def contrastive_loss(
     anchors: torch.Tensor,
     positives: torch.Tensor,

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from das_ds.config import RunConfig
+from das_ds.config import ObjectiveName, RunConfig
 from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks
 from das_ds.functional.units import UnitLayout
-from das_ds.models.adapter import ArchitectureAdapter, Objective
+from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.dropout import has_dropout
 from das_ds.models.gates import UnitGates
+from das_ds.models.isolation import check_isolation
 from das_ds.models.language_model import LanguageModel
 
 
@@ -25,7 +27,7 @@ class RunContext:
     engine: Engine
     layout: UnitLayout
     gates: UnitGates
-    objective: Objective
+    objective: ObjectiveName
     """Pre-training loss, and its name in metrics."""
     view_dropout: float
     """Dropout at the units where views are made; 0 for networks that have dropout of their own."""
@@ -42,6 +44,7 @@ def build_context(
 
     Raises:
         ModelError: an adapter that does not fit the network.
+        ConfigError: documents are to be isolated, and the network does not.
     """
     layout, gates = adapter.layout(model), UnitGates(model, adapter)
     engine = Engine(
@@ -51,5 +54,20 @@ def build_context(
         deepspeed_config,
         ranks,
     )
+    if config.data.isolate_documents:
+        _check_isolation(engine, model, adapter, ranks)
     view_dropout = 0.0 if has_dropout(model.config) else config.method.view_dropout
     return RunContext(config, engine, layout, gates, adapter.objective, view_dropout)
+
+
+def _check_isolation(engine: Engine, model: PreTrainedModel, adapter: ArchitectureAdapter, ranks: Ranks) -> None:
+    nothing = torch.zeros(0, dtype=torch.int64, device=ranks.info.device)
+    engine.module.eval()
+    check_isolation(
+        lambda input_ids, position_ids: engine.module(input_ids, nothing, nothing, position_ids)[0],
+        model_type=adapter.model_type,
+        attention=model.config._attn_implementation,
+        device=ranks.info.device,
+    )
+    engine.module.train()
+    engine.release_gathered_weights()

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from das_ds.config import ObjectiveName
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import gather_rows, rank
-from das_ds.functional.losses import contrastive_loss, mean_pool
+from das_ds.functional.losses import contrastive_loss
+from das_ds.functional.pooling import Pooling, pool, pooling_weights
 from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext, Losses, Method
 from das_ds.methods.context import RunContext
@@ -31,6 +33,8 @@ IMPORTANCE_FILE = "importance.safetensors"
 GENERAL_IMPORTANCE_FILE = "importance_general.safetensors"
 
 
+POOLING: dict[ObjectiveName, Pooling] = {"mlm": "mean", "clm": "last"}
+"""Under causal attention only the last token has read the whole text."""
 LEVELS: dict[str, type[ImportanceLevel[Any]]] = {"unit": UnitLevel, "parameter": ParameterLevel}
 
 
@@ -82,7 +86,7 @@ class SoftMaskedContrast(Method):
         gates = self.run.gates.active(self._previous_gates, num_rows=4 * size, first_row=3 * size)
         with noise, gates:
             hidden, losses = self.run.engine(rows, batch.predicted, batch.targets, repeated(batch.position_ids, 4))
-            full, positive, previous = mean_pool(hidden[size:]).chunk(3)
+            full, positive, previous = self._pooled(hidden[size:], batch.position_ids).chunk(3)
             loss = contrastive_loss(
                 full,
                 gather_rows(positive),
@@ -94,6 +98,18 @@ class SoftMaskedContrast(Method):
                 self.run.objective: losses.sum() * token_scale,
                 CONTRAST_LOSS: contrast.weight * loss,
             }
+
+    def _pooled(self, hidden: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """(3B, S, H) -> (3B, H)."""
+        kind = self.run.config.method.contrast.pooling
+        weights = pooling_weights(
+            POOLING[self.run.objective] if kind == "auto" else kind,
+            num_rows=len(hidden),
+            num_positions=hidden.shape[1],
+            position_ids=repeated(position_ids, 3),
+            device=hidden.device,
+        )
+        return pool(hidden, weights)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Importance of the domain just learned, and EMax with all before."""

@@ -16,12 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError
 from das_ds.functional.spreads import SPREADS, Axis
 from das_ds.functional.units import Ownership, UnitLayout, UnitRule, block_shape
-
-Objective = Literal["mlm", "clm"]
-"""Masked or causal language modelling."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class ArchitectureAdapter:
     """The table of one architecture."""
 
     model_type: str
-    objective: Objective
+    objective: ObjectiveName
     """What these networks are pre-trained with."""
     units: dict[str, str]
     """Group -> attribute of the model config that holds the number of units per layer, or a product `a*b` of two."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +23,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self._head = [model.get_submodule(name) for name in adapter.lm_head]
         self._logit_cap = adapter.logit_cap(model)
+        self._is_causal = adapter.objective == "clm"
 
     def forward(
         self,
@@ -40,8 +43,11 @@ class LanguageModel(nn.Module):
         Returns:
             Hidden states (R, S, H) and the cross-entropy of each predicted position (P,) float32.
         """
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        hidden = self.model.base_model(input_ids=input_ids, **positions).last_hidden_state
+        options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if self._is_causal:
+            # With a cache transformers does not look at the positions, and documents would not be isolated.
+            options["use_cache"] = False
+        hidden = self.model.base_model(input_ids=input_ids, **options).last_hidden_state
         losses = token_losses(self.logits(hidden.flatten(0, 1).index_select(0, predicted)), targets)
         return hidden, losses
 

@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from das_ds.config import ModelConfig, RunConfig
+from das_ds.config import ModelConfig, ObjectiveName, RunConfig
 from das_ds.errors import ConfigError, ModelError
-from das_ds.models.adapter import ArchitectureAdapter, Objective
+from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.registry import adapter_for
 
-AUTO_CLASSES: dict[Objective, Any] = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
+AUTO_CLASSES: dict[ObjectiveName, Any] = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -59,15 +59,14 @@ def load_model(
         ModelError: not loadable, no adapter, or fewer embeddings than tokens.
     """
     source = str(weights) if weights else config.name_or_path
-    adapter = adapter_for(_model_config(config, vocab_size).model_type)
-    check_objective(config, adapter)
+    adapter = find_adapter(config)
     auto_class = AUTO_CLASSES[adapter.objective]
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
         if source is None:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                model = auto_class.from_config(_model_config(config, vocab_size), **options)
+                model = auto_class.from_config(_model_config(config, vocab_size=vocab_size), **options)
         else:
             model = auto_class.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -79,13 +78,20 @@ def load_model(
     return model, adapter
 
 
-def check_objective(config: ModelConfig, adapter: ArchitectureAdapter) -> None:
-    """Raises ConfigError when the config asks for a loss that the architecture is not made for."""
+def find_adapter(config: ModelConfig) -> ArchitectureAdapter:
+    """The adapter of a run's model, whose objective is that of the run.
+
+    Raises:
+        ModelError: no model config, or no adapter for its type.
+        ConfigError: the run config asks for an objective that the architecture is not made for.
+    """
+    adapter = adapter_for(_model_config(config).model_type)
     if config.objective not in ("auto", adapter.objective):
         raise ConfigError(
             f"model.objective: found {config.objective}, but {adapter.model_type} is made for {adapter.objective}; "
             f"allowed: auto, {adapter.objective}"
         )
+    return adapter
 
 
 def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, sequence_length: int) -> None:
@@ -98,12 +104,12 @@ def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, 
         )
 
 
-def _model_config(config: ModelConfig, vocab_size: int) -> Any:
+def _model_config(config: ModelConfig, **defaults: int) -> Any:
     try:
         if config.name_or_path is not None:
             return AutoConfig.from_pretrained(config.name_or_path)
         assert config.config is not None
-        values = {"vocab_size": vocab_size, **config.config}
+        values = {**defaults, **config.config}
         model_type = values.pop("model_type")
         adapter_for(model_type)
         return AutoConfig.for_model(model_type, **values)

@@ -10,7 +10,7 @@ from das_ds.config import ModelConfig, RunConfig
 from das_ds.distributed.launch import Ranks
 from das_ds.evaluation.perplexity import held_out_loss
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.loading import check_sequence_length, load_model
+from das_ds.models.loading import check_sequence_length, find_adapter, load_model
 from das_ds.training.text import RunText, prepare_text
 
 
@@ -28,8 +28,8 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     Raises:
         DasError: a model or corpus that cannot be used.
     """
-    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info))
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention)
+    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
     model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.tokenizer))
     check_sequence_length(model, adapter, config.data.sequence_length)
     return evaluate_corpora(LanguageModel(model, adapter).to(ranks.info.device), text, f"with {folder.name}")

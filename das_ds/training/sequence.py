@@ -15,7 +15,7 @@ from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, writ
 from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
-from das_ds.models.loading import check_sequence_length, load_model
+from das_ds.models.loading import check_sequence_length, find_adapter, load_model
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker, build_tracker
 from das_ds.training.domain import DomainTrainer, Progress
@@ -34,7 +34,7 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
     """
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     folder = ranks.first_main_then_others(lambda: open_run_folder(config))
-    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info))
+    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(config.model).objective))
     with build_tracker(config, enabled=ranks.info.is_main) as tracker:
         sequence = DomainSequence(config, ranks, folder, text, tracker, deepspeed_config)
         try:

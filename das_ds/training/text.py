@@ -9,11 +9,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from das_ds.config import CorpusConfig, RunConfig
+from das_ds.config import CorpusConfig, ObjectiveName, RunConfig
 from das_ds.data.batches import Batch
 from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
-from das_ds.data.loader import AccumulatedBatches, MaskedSamples, evaluation_batches, training_steps
-from das_ds.data.masking import MlmMasker
+from das_ds.data.loader import AccumulatedBatches, Samples, evaluation_batches, training_steps
+from das_ds.data.objectives import Objective, make_objective
 from das_ds.distributed.launch import RankInfo
 from das_ds.functional.sampling import subset_indices
 from das_ds.models.loading import load_tokenizer
@@ -26,7 +26,7 @@ class RunText:
     config: RunConfig
     info: RankInfo
     tokenizer: PreTrainedTokenizerBase
-    masker: MlmMasker
+    objective: Objective
     blocks: dict[str, CorpusBlocks]
     """Corpus name -> blocks: the domains in order, then the general corpus."""
 
@@ -35,7 +35,7 @@ class RunText:
         train = self.config.train
         return training_steps(
             self._training_blocks(corpus),
-            self.masker,
+            self.objective,
             seed=self.config.seed,
             stream=f"train/{corpus}",
             first_step=first_step,
@@ -57,7 +57,7 @@ class RunText:
         """The same subset as micro-batches of whole optimizer steps, under a progress bar."""
         train, blocks = self.config.train, self._training_blocks(corpus)
         steps = AccumulatedBatches(
-            MaskedSamples(blocks, self.masker, self.config.seed, f"importance/{corpus}"),
+            Samples(blocks, self.objective, self.config.seed, f"importance/{corpus}"),
             self._importance_subset(blocks),
             train.global_batch_size,
             train.micro_batch_size,
@@ -85,7 +85,7 @@ class RunText:
     ) -> Iterable[Batch]:
         batches = evaluation_batches(
             blocks,
-            self.masker,
+            self.objective,
             seed=self.config.seed,
             stream=stream,
             batch_size=batch_size or self.config.train.micro_batch_size,
@@ -96,19 +96,25 @@ class RunText:
         return tqdm(batches, label, disable=not self.info.is_main, unit="batch", dynamic_ncols=True, leave=False)
 
 
-def prepare_text(config: RunConfig, info: RankInfo) -> RunText:
+def prepare_text(config: RunConfig, info: RankInfo, objective: ObjectiveName) -> RunText:
     """Load the tokeniser and tokenise every corpus, or find it in the cache.
 
     Raises:
-        DasError: a tokeniser or corpus that cannot be used.
+        DasError: a tokeniser or corpus that cannot be used, or not for this objective.
     """
     tokenizer = load_tokenizer(config)
+    # Before the corpora, so that a tokeniser without the needed token fails in seconds.
+    maker = make_objective(objective, tokenizer, config.data)
+
+    def blocks(corpus: CorpusConfig) -> CorpusBlocks:
+        return prepare_corpus(corpus, config.data, tokenizer, objective=objective, progress=info.is_main)
+
     return RunText(
         config=config,
         info=info,
         tokenizer=tokenizer,
-        masker=MlmMasker.from_tokenizer(tokenizer, config.data.mlm_probability),
-        blocks={c.name: prepare_corpus(c, config.data, tokenizer, progress=info.is_main) for c in evaluated(config)},
+        objective=maker,
+        blocks={corpus.name: blocks(corpus) for corpus in evaluated(config)},
     )
 
 

@@ -3,12 +3,14 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from das_ds.config import CorpusConfig, DataConfig
 from das_ds.data.blocks import TokenBlocks, cache_folder, prepare_corpus
-from das_ds.errors import DataError
+from das_ds.data.tokenise import TokenFile
+from das_ds.errors import DataError, ModelError
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
 
 LENGTH = 16
@@ -47,7 +49,7 @@ def test_valid_is_cut_off_the_end(tmp_path: Path, data: DataConfig, fraction: fl
     expected = brute_force_blocks()
     cut = {None: len(expected) - round(0.25 * len(expected)), 1: len(expected) - 1, -1: 1}[num_valid]
     blocks = prepare_corpus(
-        corpus(tmp_path, train=TEXT, valid_fraction=fraction), data, tiny_tokenizer(), progress=False
+        corpus(tmp_path, train=TEXT, valid_fraction=fraction), data, tiny_tokenizer(), objective="mlm", progress=False
     )
     assert blocks.train is not None
     assert rows(blocks.train) == expected[:cut]
@@ -56,20 +58,24 @@ def test_valid_is_cut_off_the_end(tmp_path: Path, data: DataConfig, fraction: fl
 
 def test_valid_of_its_own(tmp_path: Path, data: DataConfig) -> None:
     valid = "".join(TEXT.splitlines(keepends=True)[:3])
-    blocks = prepare_corpus(corpus(tmp_path, train=TEXT, valid=valid), data, tiny_tokenizer(), progress=False)
+    blocks = prepare_corpus(
+        corpus(tmp_path, train=TEXT, valid=valid), data, tiny_tokenizer(), objective="mlm", progress=False
+    )
     assert blocks.train is not None
     assert rows(blocks.train) == brute_force_blocks()
     assert rows(blocks.valid) == brute_force_blocks(valid)
 
 
 def test_corpus_that_is_only_evaluated(tmp_path: Path, data: DataConfig) -> None:
-    blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), data, tiny_tokenizer(), progress=False)
+    blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), data, tiny_tokenizer(), objective="mlm", progress=False)
     assert blocks.train is None
     assert rows(blocks.valid) == brute_force_blocks()
 
 
 def test_take_item_and_copy_agree(tmp_path: Path, data: DataConfig) -> None:
-    blocks = prepare_corpus(corpus(tmp_path, train=TEXT, valid_fraction=0.5), data, tiny_tokenizer(), progress=False)
+    blocks = prepare_corpus(
+        corpus(tmp_path, train=TEXT, valid_fraction=0.5), data, tiny_tokenizer(), objective="mlm", progress=False
+    )
     valid = blocks.valid
     taken = valid.take([2, 0, 2])
     assert taken.dtype == valid[0].dtype == torch.long
@@ -81,18 +87,93 @@ def test_take_item_and_copy_agree(tmp_path: Path, data: DataConfig) -> None:
         valid[len(valid)]
 
 
+def token_blocks(tmp_path: Path, lengths: list[int], sequence_length: int, *, isolate: bool = True) -> TokenBlocks:
+    """Blocks of documents of the given lengths; document d holds nothing but token d."""
+    tokens = np.repeat(np.arange(len(lengths)), lengths)
+    token_file = TokenFile(tmp_path / "tokens.bin", "<u2", len(tokens), len(lengths))
+    tokens.astype("<u2").tofile(token_file.path)
+    (np.cumsum(lengths) - lengths).astype("<u8").tofile(token_file.starts_path)
+    return TokenBlocks(token_file, sequence_length, isolate_documents=isolate)
+
+
+def positions_by_hand(row: list[int]) -> list[int]:
+    positions: list[int] = []
+    for s, token in enumerate(row):
+        positions.append(positions[-1] + 1 if s and row[s - 1] == token else 0)
+    return positions
+
+
+LENGTHS = {
+    "mixed": [3, 1, 1, 12, 5, 2, 1, 30, 9, 1],
+    "single tokens": [1] * 40,
+    "one document": [50],
+    "borders at blocks": [8, 16, 8, 8],
+    "random": np.random.default_rng(0).integers(1, 12, 60).tolist(),
+}
+
+
+@pytest.mark.parametrize("sequence_length", [3, 8, 16])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_positions_start_anew_at_each_document_and_block(
+    tmp_path: Path, lengths: list[int], sequence_length: int
+) -> None:
+    blocks = token_blocks(tmp_path, lengths, sequence_length)
+    indices = list(range(len(blocks)))[::-1]
+    positions = blocks.positions(indices)
+    assert positions is not None and positions.dtype == torch.long
+    assert positions.tolist() == [positions_by_hand(row) for row in blocks.take(indices).tolist()]
+
+
+def test_positions_of_parts_and_copies(tmp_path: Path) -> None:
+    blocks = token_blocks(tmp_path, LENGTHS["random"], 8)
+    whole = blocks.positions(range(len(blocks)))
+    first, last = blocks.split(3)
+    assert whole is not None
+    for part, expected in ((first, whole[:-3]), (last, whole[-3:])):
+        for copy in (part, pickle.loads(pickle.dumps(part))):
+            found = copy.positions(range(len(copy)))
+            assert found is not None and torch.equal(found, expected)
+
+
+def test_blocks_without_isolation_know_no_positions(tmp_path: Path) -> None:
+    blocks = token_blocks(tmp_path, [5, 11], 8, isolate=False)
+    assert blocks.positions([0, 1]) is None
+    assert all(part.positions([0]) is None for part in (*blocks.split(1), pickle.loads(pickle.dumps(blocks))))
+
+
+def test_causal_blocks_end_documents_and_isolate_them(tmp_path: Path, data: DataConfig) -> None:
+    tokenizer = tiny_tokenizer()
+    isolating = data.model_copy(update={"isolate_documents": True})
+    blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), isolating, tokenizer, objective="clm", progress=False).valid
+    # This tokeniser begins every document with <s> and ends it with </s>, which is not doubled.
+    assert rows(blocks) == brute_force_blocks()
+    positions = blocks.positions(range(len(blocks)))
+    assert positions is not None
+    starts = torch.tensor(rows(blocks)) == tokenizer.bos_token_id
+    starts[:, 0] = True
+    assert torch.equal(positions == 0, starts)
+    assert ((positions[:, 1:] == positions[:, :-1] + 1) | starts[:, 1:]).all()
+
+
+def test_causal_blocks_need_an_end_of_text(tmp_path: Path, data: DataConfig) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="has no end-of-text token"):
+        prepare_corpus(corpus(tmp_path, valid=TEXT), data, tokenizer, objective="clm", progress=False)
+
+
 def test_too_small_for_one_block(tmp_path: Path) -> None:
     data = DataConfig(sequence_length=512, cache_dir=str(tmp_path / "cache"))
     found = len(all_tokens("one\ntwo\n"))
     message = rf"corpus 'soup-valid': found {found} tokens in 2 documents; expected at least 512, one block"
     with pytest.raises(DataError, match=message):
-        prepare_corpus(corpus(tmp_path, valid="one\ntwo\n"), data, tiny_tokenizer(), progress=False)
+        prepare_corpus(corpus(tmp_path, valid="one\ntwo\n"), data, tiny_tokenizer(), objective="mlm", progress=False)
 
 
 def test_too_small_to_hold_out_a_block(tmp_path: Path) -> None:
     data = DataConfig(sequence_length=len(all_tokens()), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(DataError, match=r"corpus 'soup': found one block .* expected at least two"):
-        prepare_corpus(corpus(tmp_path, train=TEXT), data, tiny_tokenizer(), progress=False)
+        prepare_corpus(corpus(tmp_path, train=TEXT), data, tiny_tokenizer(), objective="mlm", progress=False)
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

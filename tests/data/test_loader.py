@@ -9,14 +9,16 @@ import torch
 
 from das_ds.data.batches import Batch
 from das_ds.data.blocks import TokenBlocks
+from das_ds.data.causal import NextTokens
 from das_ds.data.loader import (
     AccumulatedBatches,
     EvaluationBatches,
-    MaskedSamples,
+    Samples,
     evaluation_batches,
     training_steps,
 )
 from das_ds.data.masking import MlmMasker
+from das_ds.data.objectives import Objective
 from das_ds.data.tokenise import TokenFile
 from das_ds.errors import ConfigError
 
@@ -32,9 +34,21 @@ def blocks(tmp_path: Path) -> TokenBlocks:
     return TokenBlocks(TokenFile(path, "<u2", NUM_BLOCKS * LENGTH, 1), LENGTH)
 
 
+@pytest.fixture
+def documents(tmp_path: Path) -> TokenBlocks:
+    """Blocks of documents of 1 to 50 tokens, kept apart."""
+    lengths = np.random.default_rng(0).integers(1, 50, 60)
+    tokens = np.random.default_rng(1).integers(5, 300, lengths.sum())
+    token_file = TokenFile(tmp_path / "tokens.bin", "<u2", len(tokens), len(lengths))
+    tokens.astype("<u2").tofile(token_file.path)
+    (np.cumsum(lengths) - lengths).astype("<u8").tofile(token_file.starts_path)
+    return TokenBlocks(token_file, LENGTH, isolate_documents=True)
+
+
 def steps(
     blocks: TokenBlocks,
     *,
+    objective: Objective = MASKER,
     rank: int = 0,
     world_size: int = 1,
     micro_batch_size: int = 4,
@@ -45,7 +59,7 @@ def steps(
     return list(
         training_steps(
             blocks,
-            MASKER,
+            objective,
             seed=seed,
             stream="train/soup",
             first_step=first_step,
@@ -62,6 +76,7 @@ def steps(
 def evaluation(
     blocks: TokenBlocks,
     *,
+    objective: Objective = MASKER,
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 4,
@@ -70,7 +85,7 @@ def evaluation(
 ) -> EvaluationBatches:
     return evaluation_batches(
         blocks,
-        MASKER,
+        objective,
         seed=0,
         stream="evaluation/soup",
         batch_size=batch_size,
@@ -88,7 +103,8 @@ def block_numbers(batch: Batch) -> list[int]:
 
 def assert_same(left: Batch, right: Batch) -> None:
     for field in fields(Batch):
-        assert torch.equal(getattr(left, field.name), getattr(right, field.name)), field.name
+        one, other = getattr(left, field.name), getattr(right, field.name)
+        assert one is other is None or torch.equal(one, other), field.name
 
 
 def joined(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -232,7 +248,7 @@ def test_global_batches_of_given_blocks_do_not_depend_on_the_number_of_ranks(
     blocks: TokenBlocks, world_size: int, num_chosen: int
 ) -> None:
     chosen = list(range(NUM_BLOCKS))[::-1][:num_chosen]
-    samples = MaskedSamples(blocks, MASKER, 0, "importance/soup")
+    samples = Samples(blocks, MASKER, 0, "importance/soup")
     ranks = [AccumulatedBatches(samples, chosen, GLOBAL_BATCH, 2, rank, world_size) for rank in range(world_size)]
     found: list[list[int]] = []
     for step in zip(*ranks, strict=True):
@@ -242,3 +258,69 @@ def test_global_batches_of_given_blocks_do_not_depend_on_the_number_of_ranks(
         found.append([n for b in joined for n, w in zip(block_numbers(b), b.row_weights, strict=True) if w])
     assert found == [chosen[i : i + GLOBAL_BATCH] for i in range(0, num_chosen, GLOBAL_BATCH)]
     assert len(ranks[0]) == len(found)
+
+
+def causal_predictions(batches: list[Batch]) -> list[tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, int]]]]:
+    """Real rows with their positions and predictions (place, token), in the order of the batches."""
+    rows = []
+    for batch in batches:
+        assert batch.position_ids is not None
+        assert batch.row_weights[batch.predicted // LENGTH].all()
+        pairs = list(zip(batch.predicted.tolist(), batch.targets.tolist(), strict=True))
+        for row in batch.row_weights.nonzero().flatten().tolist():
+            mine = [(place - row * LENGTH, token) for place, token in pairs if place // LENGTH == row]
+            rows.append((tuple(batch.input_ids[row].tolist()), tuple(batch.position_ids[row].tolist()), mine))
+    return rows
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_causal_micro_steps_do_not_depend_on_the_number_of_ranks(documents: TokenBlocks, world_size: int) -> None:
+    def of(rank: int, ranks: int) -> list[list[Batch]]:
+        return steps(
+            documents, objective=NextTokens(), rank=rank, world_size=ranks, micro_batch_size=GLOBAL_BATCH // 2 // ranks
+        )
+
+    ranks = [of(rank, world_size) for rank in range(world_size)]
+    for number, step in enumerate(of(0, 1)):
+        for micro_step, whole in enumerate(step):
+            parts = [rank[number][micro_step] for rank in ranks]
+            assert causal_predictions(parts) == causal_predictions([whole])
+
+
+@pytest.mark.parametrize("first_step", [1, 4])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_causal_steps_resume_and_load_in_processes(documents: TokenBlocks, first_step: int, num_workers: int) -> None:
+    tail = steps(documents, objective=NextTokens())[first_step:]
+    resumed = steps(documents, objective=NextTokens(), first_step=first_step, num_workers=num_workers)
+    for left, right in zip(resumed, tail, strict=True):
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_causal_evaluation_is_every_next_token_inside_a_document(documents: TokenBlocks, world_size: int) -> None:
+    found = [
+        row
+        for rank in range(world_size)
+        for row in causal_predictions(
+            list(evaluation(documents, objective=NextTokens(), rank=rank, world_size=world_size))
+        )
+    ]
+    positions = documents.positions(range(len(documents)))
+    assert positions is not None
+    expected = [
+        (
+            tuple(ids),
+            tuple(places),
+            [(s, ids[s + 1]) for s in range(LENGTH - 1) if places[s + 1] == places[s] + 1],
+        )
+        for ids, places in zip(documents.take(range(len(documents))).tolist(), positions.tolist(), strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_rows_that_fill_a_causal_batch_have_positions_and_no_predictions(documents: TokenBlocks) -> None:
+    samples = Samples(documents, NextTokens(), 0, "evaluation/soup")
+    batch = samples.fixed_batch([], 3, 0)
+    assert batch.num_predicted == 0
+    assert batch.position_ids is not None and batch.position_ids.shape == (3, LENGTH)

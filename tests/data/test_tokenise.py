@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from das_ds.data import tokenise
@@ -28,7 +29,12 @@ def corpus_file(tmp_path: Path) -> Path:
 
 
 def prepare(
-    path: Path, tokenizer: PreTrainedTokenizerBase | None = None, *, text_column: str = "text", progress: bool = False
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    text_column: str = "text",
+    progress: bool = False,
+    end_of_text: int | None = None,
 ) -> TokenFile:
     return prepare_tokens(
         [str(path)],
@@ -37,11 +43,39 @@ def prepare(
         tokenizer=tokenizer or tiny_tokenizer(),
         cache_dir=path.parent / "cache",
         progress=progress,
+        end_of_text=end_of_text,
     )
 
 
 def stored_ids(tokens: TokenFile) -> list[int]:
     return [int(token) for token in np.fromfile(tokens.path, tokens.dtype)]
+
+
+def stored_starts(tokens: TokenFile) -> list[int]:
+    return [int(start) for start in np.fromfile(tokens.starts_path, "<u8")]
+
+
+def joined_by_hand(
+    tokenizer: PreTrainedTokenizerBase, lines: list[str], end_of_text: int | None
+) -> tuple[list[int], list[int]]:
+    """Tokens and document starts, one document after the other."""
+    tokens: list[int] = []
+    starts: list[int] = []
+    for line in lines:
+        starts.append(len(tokens))
+        tokens += tokenizer(line)["input_ids"]
+        if end_of_text is not None and tokens[-1] != end_of_text:
+            tokens.append(end_of_text)
+    return tokens, starts
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    """The tiny tokeniser with another way of adding special tokens: `A` is a document."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template.replace("A", "$A"), pair="$A $B", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer
 
 
 @pytest.mark.parametrize("documents_per_call", [1, 3, 1000])
@@ -54,6 +88,40 @@ def test_tokens_equal_the_tokeniser_document_by_document(
     expected = [token for line in LINES for token in tokenizer(line)["input_ids"]]
     assert stored_ids(tokens) == expected
     assert (tokens.num_tokens, tokens.num_documents, tokens.dtype) == (len(expected), len(LINES), "<u2")
+    assert stored_starts(tokens) == joined_by_hand(tokenizer, LINES, None)[1]
+
+
+# Nothing added (GPT-2), a token in front (Llama), one behind, both, and in front the very token that ends (OPT).
+@pytest.mark.parametrize(
+    ("template", "front"), [("A", []), ("<s> A", [0]), ("A </s>", []), ("<s> A </s>", [0]), ("</s> A", [2])]
+)
+@pytest.mark.parametrize("documents_per_call", [3, 1000])
+def test_each_document_ends_in_one_end_of_text(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, template: str, front: list[int], documents_per_call: int
+) -> None:
+    monkeypatch.setattr(tokenise, "DOCUMENTS_PER_CALL", documents_per_call)
+    tokenizer = with_template(template)
+    tokens = prepare(corpus_file, tokenizer, end_of_text=2)
+    documents = [[*front, *tokenizer(line, add_special_tokens=False)["input_ids"], 2] for line in LINES]
+    expected = [token for document in documents for token in document]
+    assert stored_ids(tokens) == expected
+    assert stored_starts(tokens) == [sum(map(len, documents[:d])) for d in range(len(documents))]
+    assert (tokens.num_tokens, tokens.num_documents) == (len(expected), len(LINES))
+
+
+def test_end_of_text_inside_a_document_is_no_border(corpus_file: Path) -> None:
+    corpus_file.write_text("warm</s>bread\nsoup</s>\nmenu\n")
+    tokenizer = with_template("A")
+    tokens = prepare(corpus_file, tokenizer, end_of_text=2)
+    ids, starts = stored_ids(tokens), stored_starts(tokens)
+    assert [ids[a:b].count(2) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)] == [2, 1, 1]
+
+
+def test_sources_are_joined_with_their_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(LINES[:2]))
+    (tmp_path / "b.txt").write_text(LINES[2])
+    tokens = prepare(tmp_path / "*.txt", with_template("A"), end_of_text=2)
+    assert (stored_ids(tokens), stored_starts(tokens)) == joined_by_hand(with_template("A"), LINES[:3], 2)
 
 
 def test_sources_are_joined_in_order(tmp_path: Path) -> None:
@@ -99,12 +167,15 @@ def test_content_and_settings_make_a_new_entry(corpus_file: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["soup"])
     paths += [prepare(corpus_file, tokenizer).path, prepare(corpus_file, text_column="body").path]
+    paths += [prepare(corpus_file, end_of_text=end).path for end in (0, 2)]
     corpus_file.write_text(TEXT + "more\n")
     paths.append(prepare(corpus_file).path)
     assert len(set(paths)) == len(paths)
 
 
-@pytest.mark.parametrize("damage", ["short tokens", "no tokens", "broken meta", "incomplete meta"])
+@pytest.mark.parametrize(
+    "damage", ["short tokens", "no tokens", "short starts", "no starts", "broken meta", "incomplete meta"]
+)
 def test_damaged_entry_is_made_anew(corpus_file: Path, damage: str) -> None:
     tokens = prepare(corpus_file)
     expected, meta = stored_ids(tokens), tokens.path.with_name("meta.json")
@@ -112,6 +183,10 @@ def test_damaged_entry_is_made_anew(corpus_file: Path, damage: str) -> None:
         os.truncate(tokens.path, 10)
     elif damage == "no tokens":
         tokens.path.unlink()
+    elif damage == "short starts":
+        os.truncate(tokens.starts_path, 10)
+    elif damage == "no starts":
+        tokens.starts_path.unlink()
     else:
         meta.write_text("{" if damage == "broken meta" else "{}")
     assert stored_ids(prepare(corpus_file)) == expected

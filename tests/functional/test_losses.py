@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from das_ds.functional.losses import (
     contrastive_loss,
-    mean_pool,
     representation_kl,
     sequence_token_loss,
     token_losses,
@@ -78,8 +77,3 @@ def test_token_loss_is_computed_in_float32() -> None:
 def test_loss_of_no_positions_is_zero_with_gradient() -> None:
     logits = torch.randn(0, 30, requires_grad=True)
     token_losses(logits, torch.zeros(0, dtype=torch.long)).sum().backward()
-
-
-def test_mean_pool() -> None:
-    hidden = torch.randn(2, 3, 4)
-    torch.testing.assert_close(mean_pool(hidden), sum(hidden[:, s] for s in range(3)) / 3)

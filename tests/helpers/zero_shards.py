@@ -16,7 +16,7 @@ from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
 from das_ds.errors import DataError
 from helpers.tiny_models import NO_DROPOUT
-from helpers.training import LENGTH, build, rank_part
+from helpers.training import build, rank_part
 
 Stretch = tuple[str, int, torch.Tensor]
 
@@ -59,7 +59,7 @@ def _weights(engine: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _output(engine: Any, part: Batch) -> torch.Tensor:
-    hidden: torch.Tensor = engine.module(part.input_ids, torch.arange(LENGTH))[0]
+    hidden: torch.Tensor = engine.module(part.input_ids, part.predicted, part.targets)[0]
     return hidden
 
 

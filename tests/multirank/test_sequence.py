@@ -137,7 +137,7 @@ def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
     config = RunConfig(**values)
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
-    text = prepare_text(config, RankInfo(0, 0, 1, torch.device("cpu")))
+    text = prepare_text(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
     losses = []
     for corpus in text.blocks:
         total, count = 0.0, 0

@@ -1,0 +1,29 @@
+"""Objectives by name, and what each refuses."""
+
+import pytest
+
+from das_ds.config import DataConfig
+from das_ds.data.causal import NextTokens
+from das_ds.data.masking import MlmMasker
+from das_ds.data.objectives import make_objective
+from das_ds.errors import ConfigError
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
+
+
+def test_objectives_by_name() -> None:
+    tokenizer = tiny_tokenizer()
+    assert isinstance(make_objective("clm", tokenizer, DataConfig(isolate_documents=True)), NextTokens)
+    masker = make_objective("mlm", tokenizer, DataConfig(mlm_probability=0.3))
+    assert masker == MlmMasker.from_tokenizer(tokenizer, 0.3)
+
+
+def test_causal_needs_no_mask_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = None
+    assert isinstance(make_objective("clm", tokenizer, DataConfig()), NextTokens)
+
+
+def test_isolation_is_for_causal_models() -> None:
+    message = r"data.isolate_documents: found true with objective mlm; expected objective clm, .*allowed with mlm"
+    with pytest.raises(ConfigError, match=message):
+        make_objective("mlm", tiny_tokenizer(), DataConfig(isolate_documents=True))
