@@ -42,7 +42,8 @@ class ArchitectureAdapter:
     objective: ObjectiveName
     """What these networks are pre-trained with."""
     units: dict[str, str]
-    """Group -> attribute of the model config that holds the number of units per layer, or a product `a*b` of two."""
+    """Group -> units per layer: an attribute of the model config, a product `a*b` of attributes or numbers, or
+    alternatives `a|b`, of which the first counts that the config has."""
     rules: tuple[UnitRule, ...]
     sites: tuple[GateSite, ...]
     unmasked: tuple[str, ...]
@@ -89,16 +90,32 @@ class ArchitectureAdapter:
         """(site, layer, module) of every gate of a real model."""
         for site in self.sites:
             for layer in range(model.config.num_hidden_layers):
-                yield site, layer, model.get_submodule(site.module.format(base=model.base_model_prefix, layer=layer))
+                name = site.module.format(base=model.base_model_prefix, layer=layer)
+                yield site, layer, self._module(model, name)
 
-    def _count(self, config: Any, attributes: str) -> int:
-        missing = [name for name in attributes.split("*") if not isinstance(getattr(config, name, None), int)]
-        if missing:
-            raise ModelError(
-                f"the {self.model_type} adapter names an attribute that this model's config lacks or that is no whole "
-                f"number: {missing[0]}"
-            )
-        return math.prod(int(getattr(config, name)) for name in attributes.split("*"))
+    def head_modules(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The modules of `lm_head` of a real model.
+
+        Raises:
+            ModelError: one is missing.
+        """
+        return [self._module(model, name) for name in self.lm_head]
+
+    def _module(self, model: PreTrainedModel, name: str) -> nn.Module:
+        try:
+            return model.get_submodule(name)
+        except AttributeError as error:
+            raise ModelError(f"the {self.model_type} adapter names a module that this model lacks: {name}") from error
+
+    def _count(self, config: Any, expression: str) -> int:
+        for product in expression.split("|"):
+            factors: list[Any] = [int(f) if f.isdecimal() else getattr(config, f, None) for f in product.split("*")]
+            if all(isinstance(factor, int) for factor in factors):
+                return int(math.prod(factors))
+        raise ModelError(
+            f"the {self.model_type} adapter counts units by {expression}, but this model's config lacks an attribute "
+            "of it, or has no whole number there"
+        )
 
     def _own(
         self,

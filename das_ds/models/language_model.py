@@ -21,7 +21,7 @@ class LanguageModel(nn.Module):
     def __init__(self, model: PreTrainedModel, adapter: ArchitectureAdapter) -> None:
         super().__init__()
         self.model = model
-        self._head = [model.get_submodule(name) for name in adapter.lm_head]
+        self._head = adapter.head_modules(model)
         self._logit_cap = adapter.logit_cap(model)
         self._is_causal = adapter.objective == "clm"
 

@@ -17,3 +17,4 @@ ROBERTA = replace(
     lm_head=("lm_head",),
     position_offset=2,
 )
+XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")
