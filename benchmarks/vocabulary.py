@@ -1,8 +1,8 @@
 """Peak memory and seconds of a CLM step with a large vocabulary: all logits at once and in chunks.
 
-A two-layer Llama with random weights predicts every position of a batch; forward and backward pass, no update. Each
-form runs in a process of its own. The peak is what the step needs on top of weights and their gradients: on a CPU the
-growth of the resident set, on a GPU that of the allocator's peak.
+A two-layer Llama with random weights predicts every position of a batch; forward and backward pass, no update. The
+peak is what a step needs on top of weights and their gradients, in a process of its own for each form: on a CPU the
+growth of the resident set, on a GPU that of the allocator's peak. Seconds are of the fastest step, in turns.
 
 * at once: one chunk that holds every position;
 * in chunks: the package's default, whose projection is a plain linear map;
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.environment import default_device, print_table, write_result
-from benchmarks.timing import now
+from benchmarks.timing import fastest_in_turns
 from das_ds.config import TrainConfig
 from das_ds.kernels.dispatch import use_liger
 from das_ds.models.token_losses import TokenLosses, positions_per_chunk
@@ -46,7 +48,7 @@ class Workload:
     sequence_length: int = 512
     precision: str = "fp32"
     logits_mib: int = TrainConfig().logits_mib
-    repeats: int = 2
+    repeats: int = 3
 
 
 class Wrapped(nn.Module):
@@ -91,43 +93,69 @@ def resident_mib(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
-def measure(form: str, work: Workload) -> dict[str, Any]:
-    """The row of one form, in a fresh process."""
-    device, model = default_device(), build_model(work)
-    model.to(device)
+def chunk_of(form: str, work: Workload) -> int:
+    """Positions per chunk of one form."""
+    if form == AT_ONCE:
+        return work.batch_size * work.sequence_length
+    return positions_per_chunk(work.vocab_size, work.logits_mib)
+
+
+def build_step(form: str, work: Workload, model: PreTrainedModel) -> Callable[[], float]:
+    """One form's step; it has been run once on a few positions, so that gradients and libraries are there."""
+    device = next(model.parameters()).device
     head = Wrapped(model.lm_head) if form == WRAPPED else model.lm_head
-    num_positions = work.batch_size * work.sequence_length
-    chunk = num_positions if form == AT_ONCE else positions_per_chunk(work.vocab_size, work.logits_mib)
-    losses_of = TokenLosses(head, head, chunk=chunk)
+    losses_of = TokenLosses(head, head, chunk=chunk_of(form, work))
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(work.vocab_size, (work.batch_size, work.sequence_length), generator=generator).to(device)
-    # Gradients and libraries are there before the measured step.
     step(model, losses_of, input_ids[:1, :8])
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) / MIB if on_gpu else resident_mib("VmRSS")
-    seconds, loss = [], 0.0
-    for _ in range(work.repeats):
-        began = now(device)
-        loss = step(model, losses_of, input_ids)
-        seconds.append(now(device) - began)
-    peak = torch.cuda.max_memory_allocated(device) / MIB if on_gpu else resident_mib("VmHWM")
-    fused = form == IN_CHUNKS and use_liger("linear_cross_entropy", model.lm_head.weight)
-    return {
-        "logits": form,
-        "kernel": "Liger" if fused else "torch",
-        "positions per chunk": "Liger's" if fused else chunk,
-        "peak MiB": round(peak - before),
-        "seconds": min(seconds),
-        "loss": loss,
-    }
+    return partial(step, model, losses_of, input_ids)
 
 
-def measure_alone(form: str, work: Workload) -> dict[str, Any]:
-    """`measure` in a process of its own: a peak is one of a whole process."""
+def measure_peak(form: str, work: Workload) -> dict[str, Any]:
+    """Peak memory and loss of one step, in a fresh process."""
+    device = default_device()
+    run = build_step(form, work, build_model(work).to(device))
+    if device.type != "cuda":
+        before = resident_mib("VmRSS")
+        loss = run()
+        return {"peak MiB": round(resident_mib("VmHWM") - before), "loss": loss}
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    loss = run()
+    return {"peak MiB": round((torch.cuda.max_memory_allocated(device) - before) / MIB), "loss": loss}
+
+
+def measure_seconds(work: Workload) -> dict[str, float]:
+    """Seconds of the fastest step of each form."""
+    device = default_device()
+    model = build_model(work).to(device)
+    steps = {form: build_step(form, work, model) for form in FORMS}
+    return fastest_in_turns(steps, device, repeats=work.repeats, warm_up=0)
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of `function(*args)` in a fresh process: a resident set's peak is that of a whole process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, form, work).result()
+        return pool.submit(function, *args).result()
+
+
+def measure(work: Workload) -> list[dict[str, Any]]:
+    """One row per form."""
+    peaks = {form: in_own_process(measure_peak, form, work) for form in FORMS}
+    seconds = in_own_process(measure_seconds, work)
+    is_fused = use_liger("linear_cross_entropy", torch.empty(0, dtype=DTYPES[work.precision], device=default_device()))
+    return [
+        {
+            "logits": form,
+            "kernel": "Liger" if is_fused and form == IN_CHUNKS else "torch",
+            "positions per chunk": chunk_of(form, work),
+            **peaks[form],
+            "seconds": seconds[form],
+            "peak over at once": peaks[form]["peak MiB"] / peaks[AT_ONCE]["peak MiB"],
+            "seconds over at once": seconds[form] / seconds[AT_ONCE],
+        }
+        for form in FORMS
+    ]
 
 
 def main() -> None:
@@ -137,8 +165,7 @@ def main() -> None:
     for name in ("vocab_size", "hidden_size", "num_layers", "batch_size", "sequence_length", "logits_mib", "repeats"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Workload, name))
     work = replace(Workload(), **vars(parser.parse_args()))
-    rows = [measure_alone(form, work) for form in FORMS]
-    rows = [{**row, "peak over at once": row["peak MiB"] / rows[0]["peak MiB"]} for row in rows]
+    rows = measure(work)
     print_table(rows)
     path = write_result("vocabulary", default_device(), asdict(work), rows)
     print(f"written to {path.name}")
