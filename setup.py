@@ -34,12 +34,12 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3.6"],
-        # Earlier ones give wrong gradients of per-token losses, see das_ds/kernels/dispatch.py.
-        "liger": ["triton>=3.6", "liger-kernel>=0.8.5"],
+        # 0.8.1 and older give wrong gradients of per-token losses, see das_ds/kernels/dispatch.py.
+        "liger": ["triton>=3.6", "liger-kernel>=0.8.2"],
         "wandb": ["wandb>=0.20"],
         "dev": [
             "triton>=3.6",
-            "liger-kernel>=0.8.5",
+            "liger-kernel>=0.8.2",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "ruff>=0.15",

@@ -12,8 +12,8 @@ from packaging.version import Version
 
 logger = logging.getLogger(__name__)
 
-LIGER_FLOOR = Version("0.8.5")
-"""Earlier ones may multiply all gradients of per-token losses by the first token's upstream gradient, silently."""
+LIGER_FLOOR = Version("0.8.2")
+"""0.8.1 and older multiply all gradients of per-token losses by the first token's upstream gradient, silently."""
 LIGER_TYPES = (torch.float32, torch.bfloat16)
 """Not float16: Liger rounds the softmax before the loss scale reaches it, and small probabilities become zero."""
 

@@ -66,10 +66,10 @@ def test_both_forms_on_a_gpu(dtype: torch.dtype, allowed: float, soft_cap: float
 @pytest.mark.parametrize(
     ("device_type", "dtype", "installed", "reason"),
     [
-        ("cuda", torch.bfloat16, "0.8.5", "Liger"),
+        ("cuda", torch.bfloat16, "0.8.2", "Liger"),
         ("cuda", torch.float32, "0.10.0", "Liger"),
         ("cuda", torch.float16, "0.8.5", "loses small gradients in torch.float16"),
-        ("cuda", torch.bfloat16, "0.8.4", "liger-kernel is 0.8.4, older than 0.8.5"),
+        ("cuda", torch.bfloat16, "0.8.1", "liger-kernel is 0.8.1, older than 0.8.2"),
         ("cuda", torch.bfloat16, None, "liger-kernel is not installed"),
         ("cpu", torch.bfloat16, "0.8.5", "no GPU"),
     ],
