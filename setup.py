@@ -31,11 +31,22 @@ setup(
         "xxhash>=3.0",
         "pyarrow>=24.0",
         "psutil>=6.0",
+        "packaging>=24.0",
     ],
     extras_require={
         "triton": ["triton>=3.6"],
+        # 0.8.1 and older give wrong gradients of per-token losses, see das_ds/kernels/dispatch.py.
+        "liger": ["triton>=3.6", "liger-kernel>=0.8.2"],
         "wandb": ["wandb>=0.20"],
-        "dev": ["triton>=3.6", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.15", "mypy>=2.0", "types-PyYAML>=6.0"],
+        "dev": [
+            "triton>=3.6",
+            "liger-kernel>=0.8.2",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "ruff>=0.15",
+            "mypy>=2.0",
+            "types-PyYAML>=6.0",
+        ],
     },
     entry_points={"console_scripts": ["das-ds = das_ds.cli:main"]},
 )

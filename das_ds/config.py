@@ -127,6 +127,8 @@ class TrainConfig(Section):
     """Number format of weights and activations; the optimizer always keeps fp32."""
     grad_clip: float = Field(default=1.0, ge=0.0)
     """Largest gradient norm; 0 does not clip."""
+    logits_mib: int = Field(default=256, ge=1)
+    """Largest chunk of float32 logits in MiB; more positions are done in chunks, each again in the backward pass."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
 

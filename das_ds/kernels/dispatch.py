@@ -1,14 +1,21 @@
-"""Which form of a kernel runs: Triton on a GPU where it is installed, torch everywhere else."""
+"""Which form of a kernel runs: Triton or Liger on a GPU where it is installed, torch everywhere else."""
 
 from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
+from packaging.version import Version
 
 logger = logging.getLogger(__name__)
+
+LIGER_FLOOR = Version("0.8.2")
+"""0.8.1 and older multiply all gradients of per-token losses by the first token's upstream gradient, silently."""
+LIGER_TYPES = (torch.float32, torch.bfloat16)
+"""Not float16: Liger rounds the softmax before the loss scale reaches it, and small probabilities become zero."""
 
 
 def use_triton(kernel: str, tensor: torch.Tensor) -> bool:
@@ -23,3 +30,23 @@ def _choice(kernel: str, device_type: str) -> bool:
     reason = "Triton" if chosen else "torch, because Triton is not installed" if device_type == "cuda" else "torch"
     logger.info("%s on %s: %s", kernel, device_type, reason)
     return chosen
+
+
+def use_liger(kernel: str, tensor: torch.Tensor) -> bool:
+    """Whether Liger's form of `kernel` runs on tensors like this one; logged once per kernel, device and type."""
+    return _liger_choice(kernel, tensor.device.type, tensor.dtype)
+
+
+@cache
+def _liger_choice(kernel: str, device_type: str, dtype: torch.dtype) -> bool:
+    obstacle = "" if device_type == "cuda" else "no GPU"
+    if not obstacle and dtype not in LIGER_TYPES:
+        obstacle = f"Liger's kernel loses small gradients in {dtype}"
+    if not obstacle:
+        try:
+            found = Version(version("liger-kernel"))
+            obstacle = "" if found >= LIGER_FLOOR else f"liger-kernel is {found}, older than {LIGER_FLOOR}"
+        except PackageNotFoundError:
+            obstacle = "liger-kernel is not installed"
+    logger.info("%s on %s: %s", kernel, device_type, f"torch, because of this: {obstacle}" if obstacle else "Liger")
+    return not obstacle
