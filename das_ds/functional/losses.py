@@ -9,11 +9,6 @@ import torch
 from torch.nn import functional
 
 
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each predicted position, in float32: logits (P, V), targets (P,) -> (P,)."""
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
-
-
 def sequence_token_loss(losses: torch.Tensor, rows: torch.Tensor, num_sequences: int) -> torch.Tensor:
     """Mean loss of each sequence over its own predicted positions.
 

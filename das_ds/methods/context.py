@@ -48,7 +48,7 @@ def build_context(
     """
     layout, gates = adapter.layout(model), UnitGates(model, adapter)
     engine = Engine(
-        LanguageModel(model, adapter),
+        LanguageModel(model, adapter, logits_mib=config.train.logits_mib),
         dict(model.named_parameters()),
         config.train,
         deepspeed_config,

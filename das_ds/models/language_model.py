@@ -8,21 +8,36 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from das_ds.functional.losses import token_losses
+from das_ds.config import TrainConfig
 from das_ds.models.adapter import ArchitectureAdapter
+from das_ds.models.token_losses import TokenLosses, positions_per_chunk
+
+DEFAULT_LOGITS_MIB = TrainConfig().logits_mib
 
 
 class LanguageModel(nn.Module):
     """Wraps a Hugging Face model so that one call gives hidden states of all rows and losses of few positions.
 
     The whole computation stays inside one module call, so ZeRO-3 gathers every layer once per packed batch.
+
+    Args:
+        model: the network.
+        adapter: its table.
+        logits_mib: largest chunk of logits, see `token_losses.py`.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: ArchitectureAdapter) -> None:
+    def __init__(
+        self, model: PreTrainedModel, adapter: ArchitectureAdapter, *, logits_mib: int = DEFAULT_LOGITS_MIB
+    ) -> None:
         super().__init__()
         self.model = model
         self._head = adapter.head_modules(model)
-        self._logit_cap = adapter.logit_cap(model)
+        self._losses = TokenLosses(
+            self._logits,
+            model.get_output_embeddings(),
+            chunk=positions_per_chunk(model.config.vocab_size, logits_mib),
+            soft_cap=adapter.logit_cap(model),
+        )
         self._is_causal = adapter.objective == "clm"
 
     def forward(
@@ -48,11 +63,11 @@ class LanguageModel(nn.Module):
             # With a cache transformers does not look at the positions, and documents would not be isolated.
             options["use_cache"] = False
         hidden = self.model.base_model(input_ids=input_ids, **options).last_hidden_state
-        losses = token_losses(self.logits(hidden.flatten(0, 1).index_select(0, predicted)), targets)
-        return hidden, losses
+        chosen = hidden.flatten(0, 1).index_select(0, predicted)
+        return hidden, self._losses(chosen, targets, most_positions=input_ids.numel())
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(P, H) -> (P, V)."""
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(P, H) -> (P, V), before a cap."""
         for module in self._head:
             hidden = module(hidden)
-        return hidden if self._logit_cap is None else self._logit_cap * torch.tanh(hidden / self._logit_cap)
+        return hidden

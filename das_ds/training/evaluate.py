@@ -32,4 +32,8 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
     model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.tokenizer))
     check_sequence_length(model, adapter, config.data.sequence_length)
-    return evaluate_corpora(LanguageModel(model, adapter).to(ranks.info.device), text, f"with {folder.name}")
+    return evaluate_corpora(
+        LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(ranks.info.device),
+        text,
+        f"with {folder.name}",
+    )
