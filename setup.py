@@ -35,6 +35,7 @@ setup(
     extras_require={
         "triton": ["triton>=3.6"],
         "wandb": ["wandb>=0.20"],
+        "lora": ["peft>=0.19"],
         "dev": ["triton>=3.6", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.15", "mypy>=2.0", "types-PyYAML>=6.0"],
     },
     entry_points={"console_scripts": ["das-ds = das_ds.cli:main"]},
