@@ -38,9 +38,11 @@ setup(
         # 0.8.1 and older give wrong gradients of per-token losses, see das_ds/kernels/dispatch.py.
         "liger": ["triton>=3.6", "liger-kernel>=0.8.2"],
         "wandb": ["wandb>=0.20"],
+        "lora": ["peft>=0.19"],
         "dev": [
             "triton>=3.6",
             "liger-kernel>=0.8.2",
+            "peft>=0.19",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "ruff>=0.15",

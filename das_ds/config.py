@@ -29,6 +29,19 @@ class Section(BaseModel):
     )
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, W = W0 + (alpha / rank) B A; needs peft."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank r of the update of each linear map; at most the smaller side of the smallest one."""
+    alpha: float = Field(default=16.0, gt=0.0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout on what enters the adapters."""
+    target_modules: list[str] = []
+    """Modules by the end of their name, such as query or attention.output.dense; empty: all that units own."""
+
+
 class ModelConfig(Section):
     """Which network is trained; exactly one of `name_or_path` and `config` is given."""
 
@@ -42,6 +55,8 @@ class ModelConfig(Section):
     """Attention implementation of the network, one that transformers knows, such as sdpa, eager, flash_attention_2."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of linear maps in place of the weights themselves; null: train the weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

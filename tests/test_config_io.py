@@ -200,7 +200,7 @@ def test_written_config_reads_back_equal(run_file: Path, tmp_path: Path) -> None
     assert load_config(tmp_path / "config.yaml") == config
     written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert RunConfig.model_validate(written) == config
-    assert written["method"]["contrast"] == {"weight": 1.0, "temperature": 0.05}
+    assert written["method"]["contrast"] == {"weight": 1.0, "temperature": 0.05, "pooling": "auto"}
 
 
 def test_writing_replaces_the_file_and_leaves_nothing_else(run_file: Path, tmp_path: Path) -> None:

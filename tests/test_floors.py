@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 RANKS_ONLY = ("deepspeed", "torch.distributed")
-LAZY = ("wandb", "datasets", "matplotlib", "triton", "liger_kernel")
+LAZY = ("wandb", "datasets", "matplotlib", "triton", "liger_kernel", "peft")
 TRITON_FILE = "_triton"
 """Ending of the files that hold Triton kernels; nothing else imports Triton or them when it is loaded."""
 

@@ -91,7 +91,8 @@ class ShardedImportance:
     def by_unit(self, layout: UnitLayout) -> Importance:
         """Mean importance of the weights each unit owns, group -> (L, U) float32, equal on every rank; a collective.
 
-        Weights that only read a unit do not count. Where all weights of a unit have one importance, this is it.
+        Weights that only read a unit do not count. Where all weights of a unit have one importance, this is it. A unit
+        that owns no trained weight (one without adapter under LoRA) gets 1: all it is was there before.
         """
         total = {g: v.double() for g, v in layout.zeros(self._device).items()}
         count = {g: v.double() for g, v in layout.zeros(self._device).items()}
@@ -112,7 +113,7 @@ class ShardedImportance:
                     owned = unit >= 0
                     total[item.group][item.layer].index_add_(0, unit[owned], values[owned])
                     count[item.group][item.layer].index_add_(0, unit[owned], torch.ones_like(values[owned]))
-        return {g: (all_reduce_sum(total[g]) / all_reduce_sum(count[g])).float() for g in total}
+        return {g: _mean_or_one(all_reduce_sum(total[g]), all_reduce_sum(count[g])).float() for g in total}
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, (N,) uint8) of every parameter in turn, on every rank; a collective per parameter."""
@@ -138,6 +139,10 @@ class ShardedImportance:
 def zeros_by_flat(shards: Iterable[Shard], dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
     """One tensor of zeros (F,) per flat tensor that the shards lie in, on its device."""
     return {shard.flat: torch.zeros(shard.flat.numel(), dtype=dtype, device=shard.flat.device) for shard in shards}
+
+
+def _mean_or_one(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    return torch.where(count > 0, total / count.clamp_min(1), 1.0)
 
 
 def _stretch(flats: dict[torch.Tensor, torch.Tensor], shard: Shard) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from das_ds.models.dropout import has_dropout
 from das_ds.models.gates import UnitGates
 from das_ds.models.isolation import check_isolation
 from das_ds.models.language_model import LanguageModel
+from das_ds.models.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class RunContext:
     """Pre-training loss, and its name in metrics."""
     view_dropout: float
     """Dropout at the units where views are made; 0 for networks that have dropout of their own."""
+    lora: Lora | None = None
+    """What is trained in place of the weights."""
 
 
 def build_context(
@@ -39,17 +43,32 @@ def build_context(
     adapter: ArchitectureAdapter,
     deepspeed_config: dict[str, Any],
     ranks: Ranks,
+    *,
+    lora_weights: Path | None = None,
 ) -> RunContext:
-    """Put a network under an engine.
+    """Put a network under an engine, with LoRA where the config asks for it.
+
+    Args:
+        config, model, adapter: of the run; LoRA changes the network.
+        deepspeed_config: merged DeepSpeed settings.
+        ranks: the process group.
+        lora_weights: folder of LoRA weights to continue from.
 
     Raises:
-        ModelError: an adapter that does not fit the network.
-        ConfigError: documents are to be isolated, and the network does not.
+        ConfigError: LoRA that does not fit the network, or without peft; documents are to be isolated, and the network
+            does not.
+        ModelError: an adapter, or LoRA weights, that do not fit the network.
     """
-    layout, gates = adapter.layout(model), UnitGates(model, adapter)
+    layout, lora = adapter.layout(model), None
+    if config.model.lora is not None:
+        lora = Lora.plan(model, layout, config.model.lora)
+        lora.attach(model, seed=config.seed, weights=lora_weights)
+        layout = lora.layout(layout)
+    # Not earlier: LoRA wraps the modules that have gates.
+    gates = UnitGates(model, adapter)
     engine = Engine(
         LanguageModel(model, adapter, logits_mib=config.train.logits_mib),
-        dict(model.named_parameters()),
+        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
         config.train,
         deepspeed_config,
         ranks,
@@ -57,7 +76,7 @@ def build_context(
     if config.data.isolate_documents:
         _check_isolation(engine, model, adapter, ranks)
     view_dropout = 0.0 if has_dropout(model.config) else config.method.view_dropout
-    return RunContext(config, engine, layout, gates, adapter.objective, view_dropout)
+    return RunContext(config, engine, layout, gates, adapter.objective, view_dropout, lora)
 
 
 def _check_isolation(engine: Engine, model: PreTrainedModel, adapter: ArchitectureAdapter, ranks: Ranks) -> None:

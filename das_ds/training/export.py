@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from das_ds.config import RunConfig
+from das_ds.config import ObjectiveName, RunConfig
 from das_ds.distributed.engine import Engine
-from das_ds.errors import RunFolderError
+from das_ds.errors import DasError, RunFolderError
+from das_ds.models.loading import find_adapter, load_model
+from das_ds.models.lora import Lora
+
+PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
 
 
 def export_model(
@@ -22,14 +28,36 @@ def export_model(
     Raises:
         RunFolderError: the disk is full or the folder cannot be written.
     """
-    is_main = engine.ranks.info.is_main
-    # Under ZeRO-3 only the fp32 shards are whole; on rank 0 the copy lives in host memory.
-    state: dict[str, torch.Tensor] = {}
-    for name, weight in engine.fp32_weights():
-        if is_main:
-            state[name] = weight.cpu().clone()
-    failure = _write(folder, model, tokenizer, state, card) if is_main else None
-    engine.ranks.agree(failure)
+    state = _trained_weights(engine)
+    _on_main(engine, lambda: _write(folder, model, tokenizer, state, card))
+
+
+def export_lora(
+    model_folder: Path,
+    adapter_folder: Path,
+    engine: Engine,
+    lora: Lora,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+) -> None:
+    """Write the network with its adapters merged, and the adapters alone; called on every rank.
+
+    Raises:
+        RunFolderError: the disk is full or a folder cannot be written.
+        ModelError: the network that was adapted can no longer be loaded.
+    """
+    trained = _trained_weights(engine)
+
+    def write() -> None:
+        # Loaded anew: the engine holds frozen weights in the precision of training, the source holds them whole.
+        base, _ = load_model(config.model, seed=config.seed, vocab_size=len(tokenizer))
+        lora.merge_into(base, trained)
+        _write(model_folder, base, tokenizer, base.state_dict(), card)
+        with _replaced(adapter_folder) as partial:
+            lora.save(partial, trained, config.model.name_or_path)
+
+    _on_main(engine, write)
 
 
 def model_card(config: RunConfig, domains_learned: int) -> str:
@@ -37,12 +65,32 @@ def model_card(config: RunConfig, domains_learned: int) -> str:
     base = config.model.name_or_path or "random weights"
     domains = [domain.name for domain in config.domains[:domains_learned]]
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags: [das_ds, continual-pre-training]\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {PIPELINES[find_adapter(config.model).objective]}\ntags: [das_ds, continual-pre-training]\n---\n\n"
         f"# {config.output_dir.name}: after {domains[-1]}\n\n"
         f"Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.\n\n"
         f"Domains in order: {', '.join(domains)}; {config.train.steps_per_domain} steps of "
         f"{config.train.global_batch_size} sequences of {config.data.sequence_length} tokens each.\n"
     )
+
+
+def _trained_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    # Under ZeRO-3 only the fp32 shards are whole; on rank 0 the copy lives in host memory.
+    state: dict[str, torch.Tensor] = {}
+    for name, weight in engine.fp32_weights():
+        if engine.ranks.info.is_main:
+            state[name] = weight.cpu().clone()
+    return state
+
+
+def _on_main(engine: Engine, write: Callable[[], None]) -> None:
+    """Write on rank 0; what goes wrong there is raised on every rank."""
+    failure: DasError | None = None
+    if engine.ranks.info.is_main:
+        try:
+            write()
+        except DasError as error:
+            failure = error
+    engine.ranks.agree(failure)
 
 
 def _write(
@@ -51,16 +99,22 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, torch.Tensor],
     card: str,
-) -> RunFolderError | None:
+) -> None:
+    with _replaced(folder) as partial:
+        model.save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when all is written."""
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        yield partial
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     except OSError as error:
-        return RunFolderError(f"cannot write the model to {folder}: {error.strerror or error}")
-    return None
+        raise RunFolderError(f"cannot write the model to {folder}: {error.strerror or error}") from error

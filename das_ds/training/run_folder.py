@@ -26,6 +26,10 @@ class RunFolder:
         """Exported model after one domain."""
         return self.domain(index, name) / "model"
 
+    def adapter(self, index: int, name: str) -> Path:
+        """LoRA weights after one domain."""
+        return self.domain(index, name) / "adapter"
+
 
 def open_run_folder(config: RunConfig) -> RunFolder:
     """Create the run folder, or enter that of the same run.

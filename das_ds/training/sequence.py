@@ -20,7 +20,7 @@ from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker, build_tracker
 from das_ds.training.domain import DomainTrainer, Progress
 from das_ds.training.evaluate import evaluate_corpora
-from das_ds.training.export import export_model, model_card
+from das_ds.training.export import export_lora, export_model, model_card
 from das_ds.training.manifest import RunState, read_state
 from das_ds.training.run_folder import RunFolder, open_run_folder
 from das_ds.training.text import RunText, evaluated, prepare_text
@@ -60,16 +60,18 @@ class DomainSequence:
         self._began = time.monotonic()
         method_class = METHODS[config.method.name]
         done = self._state.domains_done
-        learned = folder.model(done - 1, config.domains[done - 1].name) if done else None
+        last = (done - 1, config.domains[done - 1].name) if done and not method_class.starts_from_base else None
+        is_lora = config.model.lora is not None
         self._model, adapter = load_model(
             config.model,
             seed=config.seed,
             vocab_size=len(text.tokenizer),
-            weights=None if method_class.starts_from_base else learned,
+            weights=folder.model(*last) if last and not is_lora else None,
         )
         check_sequence_length(self._model, adapter, config.data.sequence_length)
-        context = build_context(config, self._model, adapter, deepspeed_config, ranks)
-        self.engine = context.engine
+        lora_weights = folder.adapter(*last) if last and is_lora else None
+        context = build_context(config, self._model, adapter, deepspeed_config, ranks, lora_weights=lora_weights)
+        self.engine, self._lora = context.engine, context.lora
         self._base = self.engine.snapshot() if method_class.starts_from_base else None
         self._method: Method = method_class(context)
 
@@ -117,7 +119,12 @@ class DomainSequence:
 
     def _export(self, index: int, name: str) -> None:
         card = model_card(self._config, index + 1)
-        export_model(self._folder.model(index, name), self.engine, self._model, self._text.tokenizer, card)
+        model, tokenizer = self._folder.model(index, name), self._text.tokenizer
+        if self._lora is None:
+            export_model(model, self.engine, self._model, tokenizer, card)
+        else:
+            adapter = self._folder.adapter(index, name)
+            export_lora(model, adapter, self.engine, self._lora, self._config, tokenizer, card)
         self._method.save(self._folder.root, self._folder.domain(index, name))
 
     def _finish_stage(self, state: RunState) -> None:

@@ -89,13 +89,14 @@ def run_config(output_dir: Path, **changes: Any) -> RunConfig:
     return RunConfig(**values)
 
 
-def build(config: RunConfig, ranks: Ranks, **model_changes: Any) -> RunContext:
+def build(config: RunConfig, ranks: Ranks, *, lora_weights: Path | None = None, **model_changes: Any) -> RunContext:
     """Engine, layout and gates over a tiny model."""
     model = tiny_model(config.model.config["model_type"], **model_changes)  # type: ignore[index]
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapter = adapter_for(model.config.model_type)
-    return build_context(config, model, adapter, build_deepspeed_config(config, ranks.info.world_size), ranks)
+    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
+    return build_context(config, model, adapter, deepspeed_config, ranks, lora_weights=lora_weights)
 
 
 def train(

@@ -1,0 +1,189 @@
+"""Low-rank adapters (LoRA) of a network's linear maps, through peft: attaching, merging, and files in peft's format."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from das_ds.config import LoraConfig
+from das_ds.errors import ConfigError, ModelError
+from das_ds.functional.lora import LowRankMap, adapted_layout, merged
+from das_ds.functional.units import UnitLayout
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+Weights = dict[str, torch.Tensor]
+"""Name of an adapter's parameter in the network -> values."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapters of one network."""
+
+    config: LoraConfig
+    maps: tuple[LowRankMap, ...]
+
+    @classmethod
+    def plan(cls, model: PreTrainedModel, layout: UnitLayout, config: LoraConfig) -> Lora:
+        """Choose the linear maps, before `attach` changes their names.
+
+        Raises:
+            ConfigError: a target that is no linear map which units own, or a rank above the smallest map's.
+            ModelError: units own no linear map at all.
+        """
+        modules = _chosen(model, layout, config.target_modules)
+        maps = tuple(_map(name, model.get_submodule(name), config.rank) for name in modules)
+        smallest = min(maps, key=lambda item: min(item.num_inputs, item.num_outputs))
+        most = min(smallest.num_inputs, smallest.num_outputs)
+        if config.rank > most:
+            raise ConfigError(
+                f"model.lora.rank: found {config.rank}, allowed: 1 to {most}, the smaller side of {smallest.weight}"
+            )
+        return cls(config, maps)
+
+    def attach(self, model: PreTrainedModel, *, seed: int, weights: Path | None = None) -> None:
+        """Freeze the network and put adapters around the chosen maps: A random by the seed, B zero.
+
+        Args:
+            model: the network, changed in place.
+            seed: seed of A.
+            weights: folder of saved adapters to continue from.
+
+        Raises:
+            ConfigError: peft is not installed.
+            ModelError: the saved adapters cannot be read or belong to another network or config.
+        """
+        peft = _peft()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(peft.LoraConfig(**self._settings()), model)
+        if weights is not None:
+            parameters = dict(model.named_parameters())
+            for name, values in self._read(weights).items():
+                parameters[name].data.copy_(values)
+
+    def layout(self, layout: UnitLayout) -> UnitLayout:
+        """What units own of the adapters."""
+        return adapted_layout(layout, self.maps)
+
+    def merge_into(self, model: PreTrainedModel, trained: Weights) -> None:
+        """Add trained adapters to the weights of the network they belong to, in place and in float32."""
+        parameters = dict(model.named_parameters())
+        scale = self.config.alpha / self.config.rank
+        for item in self.maps:
+            weight = parameters[item.weight]
+            weight.data = merged(
+                weight.data, trained[item.a], trained[item.b], scale, transposed=item.transposed
+            ).contiguous()
+
+    def save(self, folder: Path, trained: Weights, base: str | None) -> None:
+        """Write adapters as peft does, for `PeftModel.from_pretrained`, into an empty folder."""
+        tensors = {key: trained[name].contiguous() for name, key in self._keys().items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        peft_config = _peft().LoraConfig(**self._settings(), base_model_name_or_path=base, inference_mode=True)
+        peft_config.save_pretrained(folder)
+
+    def _read(self, folder: Path) -> Weights:
+        path = folder / WEIGHTS_FILE
+        try:
+            settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{folder}: cannot read the adapters: {error}") from error
+        found = {key: tuple(values.shape) for key, values in tensors.items()}
+        shapes = {name: shape[1:] for item in self.maps for name, shape in item.shapes.items()}
+        expected = {key: shapes[name] for name, key in self._keys().items()}
+        if found != expected or settings.get("lora_alpha") != self.config.alpha:
+            differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+            raise ModelError(
+                f"{folder}: adapters of another network or config: alpha {settings.get('lora_alpha')}, expected "
+                f"{self.config.alpha}; tensors that differ: {', '.join(differing[:3]) or 'none'}"
+            )
+        return {name: tensors[key] for name, key in self._keys().items()}
+
+    def _keys(self) -> dict[str, str]:
+        """Name of a parameter in the network -> its key in peft's file."""
+        names = [name for item in self.maps for name in (item.a, item.b)]
+        return {name: f"base_model.model.{name.replace('.default.', '.')}" for name in names}
+
+    def _settings(self) -> dict[str, object]:
+        return {
+            "r": self.config.rank,
+            "lora_alpha": self.config.alpha,
+            "lora_dropout": self.config.dropout,
+            "target_modules": [item.weight.removesuffix(".weight") for item in self.maps],
+            "fan_in_fan_out": all(item.transposed for item in self.maps),
+        }
+
+
+def _chosen(model: PreTrainedModel, layout: UnitLayout, targets: list[str]) -> list[str]:
+    """Names of the modules to adapt, in the order of the table."""
+    owned = dict.fromkeys(item.parameter for item in layout.ownerships)
+    names = [name.removesuffix(".weight") for name in owned if name.endswith(".weight")]
+    modules = [name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
+    experts = [name for name in owned if layout.shapes[name][0] > 1]
+    if not modules:
+        raise ModelError(f"model.lora: units of {layout.model_type} own no linear map that could be adapted")
+    kinds = ", ".join(dict.fromkeys(_kind(name) for name in modules))
+    for target in targets:
+        if not any(_ends_in(name, target) for name in modules):
+            of_experts = f" (the stacked weights of experts take no adapters: {_kind(experts[0])})" if experts else ""
+            raise ConfigError(
+                f"model.lora.target_modules: found {target}, allowed: {kinds}, or an end of these{of_experts}"
+            )
+    if experts and not targets:
+        logger.warning(
+            "model.lora: the stacked weights of experts take no adapters and stay frozen: %s",
+            ", ".join(dict.fromkeys(_kind(name) for name in experts)),
+        )
+    return [name for name in modules if not targets or any(_ends_in(name, target) for target in targets)]
+
+
+def _kind(name: str) -> str:
+    """The name inside its layer."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _map(name: str, module: nn.Module, rank: int) -> LowRankMap:
+    # Not the weight's shape: ZeRO-3 leaves an empty placeholder there.
+    if isinstance(module, nn.Linear):
+        num_inputs, num_outputs = module.in_features, module.out_features
+    else:
+        assert isinstance(module, Conv1D), "chosen among linear maps"
+        num_inputs, num_outputs = module.nx, module.nf
+    return LowRankMap(
+        weight=f"{name}.weight",
+        a=f"{name}.lora_A.default.weight",
+        b=f"{name}.lora_B.default.weight",
+        rank=rank,
+        num_inputs=num_inputs,
+        num_outputs=num_outputs,
+        transposed=isinstance(module, Conv1D),
+    )
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            f"model.lora: needs the package peft, which cannot be imported ({error}); pip install 'das_ds[lora]'"
+        ) from error
+    return peft
