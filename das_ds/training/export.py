@@ -64,8 +64,9 @@ def model_card(config: RunConfig, domains_learned: int) -> str:
     """README of an exported model: what it was trained on and how."""
     base = config.model.name_or_path or "random weights"
     domains = [domain.name for domain in config.domains[:domains_learned]]
+    pipeline = PIPELINES[find_adapter(config.model).objective]
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {PIPELINES[find_adapter(config.model).objective]}\ntags: [das_ds, continual-pre-training]\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [das_ds, continual-pre-training]\n---\n\n"
         f"# {config.output_dir.name}: after {domains[-1]}\n\n"
         f"Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.\n\n"
         f"Domains in order: {', '.join(domains)}; {config.train.steps_per_domain} steps of "

@@ -19,7 +19,7 @@ ROWS, NUM_STEPS = 4, 2
 
 
 def architecture_config(
-    folder: Path, model_type: str, *, world_size: int, stage: int, precision: str = "fp32", checkpointing: bool = False
+    folder: Path, model_type: str, *, world_size: int, zero: dict[str, Any], precision: str = "fp32", **model: Any
 ) -> RunConfig:
     """A run over the tiny network of that type, protected by the random importance in its file."""
     train_section = {
@@ -32,9 +32,9 @@ def architecture_config(
     }
     return run_config(
         folder,
-        model={"config": {"model_type": model_type}, "gradient_checkpointing": checkpointing},
+        model={"config": {"model_type": model_type}, **model},
         train=train_section,
-        deepspeed={"zero_optimization": {"stage": stage}},
+        deepspeed={"zero_optimization": zero},
         method={"importance": {"initial": str(folder / f"{model_type}.safetensors")}},
     )
 
