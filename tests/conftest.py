@@ -1,8 +1,11 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter on CPU tensors; it has to know before it is imported."""
+"""Before anything is imported: how tests use the processor."""
 
 import os
 
 import torch
 
+# Tensors are tiny: threads would wait for each other longer than they work.
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
+    # Triton kernels run in Triton's interpreter on CPU tensors; it has to know before it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")

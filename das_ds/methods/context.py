@@ -75,7 +75,7 @@ def build_context(
     )
     if config.data.isolate_documents:
         _check_isolation(engine, model, adapter, ranks)
-    view_dropout = 0.0 if has_dropout(model.config) else config.method.view_dropout
+    view_dropout = 0.0 if has_dropout(model.config, adapter.dropouts) else config.method.view_dropout
     return RunContext(config, engine, layout, gates, adapter.objective, view_dropout, lora)
 
 

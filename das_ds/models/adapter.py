@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError
 from das_ds.functional.spreads import SPREADS, Axis
 from das_ds.functional.units import Ownership, UnitLayout, UnitRule, block_shape
+from das_ds.models.dropout import PROBABILITIES
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,18 @@ class ArchitectureAdapter:
     """Parameters that belong to no unit on purpose; `*` matches anything."""
     lm_head: tuple[str, ...]
     """Modules that turn hidden states into logits, one after the other."""
+    embedding_head: str | None = None
+    """Module that does so in place of `lm_head` in models that have it, given the input embeddings as well."""
     key_value_heads: str | None = None
     """Attribute of the model config with the number of key/value heads; None: as many as heads."""
     logit_cap_attribute: str | None = None
     """Attribute of the model config with the cap c of logits, c * tanh(logits / c), where there is one."""
     position_offset: int = 0
     """Rows of the position embedding that no token of a block can use."""
+    dropouts: tuple[str, ...] = PROBABILITIES
+    """Attributes of the model config that are dropout probabilities of the network."""
+    unsupported: Callable[[Any], str | None] = lambda config: None
+    """What in a model config this table cannot describe, in words, or None."""
 
     def max_sequence_length(self, model: PreTrainedModel) -> int:
         """Longest block that the model's position embedding allows."""
@@ -70,10 +77,13 @@ class ArchitectureAdapter:
         """Apply the table to a real model.
 
         Raises:
-            ModelError: a parameter the table neither masks nor lists as unmasked, a rule without a parameter, or an
-                axis whose size does not divide into the units.
+            ModelError: a parameter the table neither masks nor lists as unmasked, a rule without a parameter, an axis
+                whose size does not divide into the units, or a config that the table cannot describe.
         """
         config = model.config
+        obstacle = self.unsupported(config)
+        if obstacle is not None:
+            raise ModelError(f"the {self.model_type} adapter does not support {obstacle}")
         num_units = {group: self._count(config, attribute) for group, attribute in self.units.items()}
         shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
         base = model.base_model_prefix
@@ -93,13 +103,24 @@ class ArchitectureAdapter:
                 name = site.module.format(base=model.base_model_prefix, layer=layer)
                 yield site, layer, self._module(model, name)
 
-    def head_modules(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The modules of `lm_head` of a real model.
+    def head(self, model: PreTrainedModel) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """What turns hidden states into logits, one after the other.
 
         Raises:
-            ModelError: one is missing.
+            ModelError: a module is missing.
         """
+        name = self.embedding_head
+        if name is not None and hasattr(model, name):
+            embeddings = model.get_input_embeddings()
+            return [lambda hidden: model.get_submodule(name)(hidden, embeddings)]
         return [self._module(model, name) for name in self.lm_head]
+
+    def projection(self, model: PreTrainedModel) -> nn.Module:
+        """The module whose output `head` returns as it is, or that contains it."""
+        if self.embedding_head is not None and hasattr(model, self.embedding_head):
+            return model.get_submodule(self.embedding_head)
+        found: nn.Module = model.get_output_embeddings()
+        return found
 
     def _module(self, model: PreTrainedModel, name: str) -> nn.Module:
         try:
@@ -140,13 +161,18 @@ class ArchitectureAdapter:
         return Ownership(name, rule.group, layer, rule.axis, owners, rule.reader)
 
     def _check_complete(self, shapes: dict[str, tuple[int, int, int]], owned: set[str], base: str) -> None:
-        allowed = [re.escape(p.format(base=base)).replace(r"\*", ".*") for p in self.unmasked]
-        unknown = [n for n in shapes if n not in owned and not any(re.fullmatch(p, n) for p in allowed)]
+        patterns = [_matcher(pattern, base) for pattern in self.unmasked]
+        unknown = [n for n in shapes if n not in owned and not any(p.fullmatch(n) for p in patterns)]
         if unknown:
             raise ModelError(
                 f"the {self.model_type} adapter does not know {len(unknown)} parameters of this model: "
                 f"{', '.join(unknown[:3])}; each must be owned by a unit or listed as unmasked"
             )
+
+
+def _matcher(pattern: str, base: str) -> re.Pattern[str]:
+    parts = [re.escape(part.replace("{base}", base)).replace(r"\*", ".*") for part in pattern.split("{layer}")]
+    return re.compile(r"\d+".join(parts))
 
 
 @cache

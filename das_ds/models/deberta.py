@@ -1,36 +1,43 @@
-"""DeBERTa-v2 and v3: BERT's layers with disentangled attention, whose position projections belong to the heads too."""
+"""DeBERTa v2 and v3: BERT's layers, attention to relative positions, and two forms of LM head.
+
+Where queries and keys of relative positions have maps of their own, a head owns its rows of them too.
+"""
 
 from dataclasses import replace
 
-from das_ds.functional.units import HEAD, UnitRule
-from das_ds.models.bert import BERT, LAYER
-
-POSITIONS = ("pos_query_proj", "pos_key_proj")
-"""Absent where a config shares the content projections (share_att_key) or has no relative attention."""
+from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
+from das_ds.models.bert import BERT, EMBEDDINGS, LAYER, LAYER_UNMASKED
 
 DEBERTA_V2 = replace(
     BERT,
     model_type="deberta-v2",
     rules=(
+        UnitRule(HEAD, f"{LAYER}.attention.self.query_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.query_proj.bias", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.key_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.key_proj.bias", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.value_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.value_proj.bias", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.pos_key_proj.weight", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.attention.self.pos_key_proj.bias", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.attention.self.pos_query_proj.weight", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.attention.self.pos_query_proj.bias", axis=0, optional=True),
         *(
-            UnitRule(HEAD, f"{LAYER}.attention.self.{name}.{part}", axis=0)
-            for name in ("query_proj", "key_proj", "value_proj")
-            for part in ("weight", "bias")
+            rule
+            for rule in BERT.rules
+            if rule.group in (INTERMEDIATE, OUTPUT) or rule.parameter.endswith("attention.output.dense.weight")
         ),
-        *(
-            UnitRule(HEAD, f"{LAYER}.attention.self.{name}.{part}", axis=0, optional=True)
-            for name in POSITIONS
-            for part in ("weight", "bias")
-        ),
-        *(rule for rule in BERT.rules if ".attention.self." not in rule.parameter),
     ),
     unmasked=(
-        "{base}.embeddings.*",
+        *EMBEDDINGS,
+        "{base}.embeddings.embed_proj.weight",
         "{base}.encoder.rel_embeddings.weight",
         "{base}.encoder.LayerNorm.*",
-        "{base}.encoder.conv.*",
-        "*.output.LayerNorm.*",
-        "*.attention.output.dense.bias",
+        "{base}.encoder.conv.conv.*",
+        "{base}.encoder.conv.LayerNorm.*",
+        *LAYER_UNMASKED,
         "cls.predictions.*",
+        "lm_predictions.lm_head.*",
     ),
+    embedding_head="lm_predictions",
 )

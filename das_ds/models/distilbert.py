@@ -1,4 +1,4 @@
-"""DistilBERT: BERT's layers under other names, and an LM head of four modules."""
+"""DistilBERT: BERT's layers under other names, and an LM head whose parts lie in the model itself."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.adapter import ArchitectureAdapter, GateSite
@@ -10,11 +10,12 @@ DISTILBERT = ArchitectureAdapter(
     objective="mlm",
     units={HEAD: "n_heads", INTERMEDIATE: "hidden_dim", OUTPUT: "dim"},
     rules=(
-        *(
-            UnitRule(HEAD, f"{LAYER}.attention.{name}_lin.{part}", axis=0)
-            for name in ("q", "k", "v")
-            for part in ("weight", "bias")
-        ),
+        UnitRule(HEAD, f"{LAYER}.attention.q_lin.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.q_lin.bias", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.k_lin.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.k_lin.bias", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.v_lin.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.v_lin.bias", axis=0),
         UnitRule(HEAD, f"{LAYER}.attention.out_lin.weight", axis=1),
         UnitRule(INTERMEDIATE, f"{LAYER}.ffn.lin1.weight", axis=0),
         UnitRule(INTERMEDIATE, f"{LAYER}.ffn.lin1.bias", axis=0),
@@ -28,10 +29,12 @@ DISTILBERT = ArchitectureAdapter(
         GateSite(OUTPUT, f"{LAYER}.ffn.lin2", "output"),
     ),
     unmasked=(
-        "{base}.embeddings.*",
-        "*.attention.out_lin.bias",
-        "*.sa_layer_norm.*",
-        "*.output_layer_norm.*",
+        "{base}.embeddings.word_embeddings.weight",
+        "{base}.embeddings.position_embeddings.weight",
+        "{base}.embeddings.LayerNorm.*",
+        f"{LAYER}.attention.out_lin.bias",
+        f"{LAYER}.sa_layer_norm.*",
+        f"{LAYER}.output_layer_norm.*",
         "vocab_transform.*",
         "vocab_layer_norm.*",
         "vocab_projector.*",

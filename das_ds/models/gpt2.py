@@ -1,4 +1,4 @@
-"""GPT-2: transposed weights (rows are inputs, columns are outputs) and query, key and value in one map."""
+"""GPT-2: fused queries, keys and values, and matrices stored as (inputs, outputs), so that outputs are columns."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.adapter import ArchitectureAdapter, GateSite
@@ -27,9 +27,9 @@ GPT2 = ArchitectureAdapter(
     unmasked=(
         "{base}.wte.weight",
         "{base}.wpe.weight",
-        "{base}.h.*.ln_1.*",
-        "{base}.h.*.ln_2.*",
-        "{base}.h.*.attn.c_proj.bias",
+        f"{LAYER}.attn.c_proj.bias",
+        f"{LAYER}.ln_1.*",
+        f"{LAYER}.ln_2.*",
         "{base}.ln_f.*",
         "lm_head.weight",
     ),

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: head h owns one run of rows of the fused map, its query, key and value together."""
+"""GPT-NeoX and Pythia: each head's query, key and value rows lie one after the other in one matrix."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.adapter import ArchitectureAdapter, GateSite
@@ -26,9 +26,9 @@ GPT_NEOX = ArchitectureAdapter(
     ),
     unmasked=(
         "{base}.embed_in.weight",
-        "*.input_layernorm.*",
-        "*.post_attention_layernorm.*",
-        "*.attention.dense.bias",
+        f"{LAYER}.input_layernorm.*",
+        f"{LAYER}.post_attention_layernorm.*",
+        f"{LAYER}.attention.dense.bias",
         "{base}.final_layer_norm.*",
         "lm_head.weight",
     ),

@@ -31,10 +31,10 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._head = adapter.head_modules(model)
+        self._head = adapter.head(model)
         self._losses = TokenLosses(
             self._logits,
-            model.get_output_embeddings(),
+            adapter.projection(model),
             chunk=positions_per_chunk(model.config.vocab_size, logits_mib),
             soft_cap=adapter.logit_cap(model),
         )
@@ -68,6 +68,6 @@ class LanguageModel(nn.Module):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(P, H) -> (P, V), before a cap."""
-        for module in self._head:
-            hidden = module(hidden)
+        for part in self._head:
+            hidden = part(hidden)
         return hidden

@@ -1,4 +1,4 @@
-"""ModernBERT: an encoder with fused projections, rotary positions and a gated MLP."""
+"""ModernBERT: fused queries, keys and values, and a gated MLP with both its maps in one matrix."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.adapter import ArchitectureAdapter, GateSite
@@ -25,10 +25,11 @@ MODERNBERT = ArchitectureAdapter(
         GateSite(OUTPUT, f"{LAYER}.mlp.Wo", "output"),
     ),
     unmasked=(
-        "{base}.embeddings.*",
-        "*.attn_norm.*",
-        "*.attn.Wo.bias",
-        "*.mlp_norm.*",
+        "{base}.embeddings.tok_embeddings.weight",
+        "{base}.embeddings.norm.*",
+        f"{LAYER}.attn.Wo.bias",
+        f"{LAYER}.attn_norm.*",
+        f"{LAYER}.mlp_norm.*",
         "{base}.final_norm.*",
         "head.*",
         "decoder.*",

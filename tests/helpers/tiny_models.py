@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from das_ds.models.dropout import PROBABILITIES
 from das_ds.models.loading import AUTO_CLASSES
 from das_ds.models.registry import adapter_for
 
@@ -57,7 +56,7 @@ SIZES_OF: dict[str, dict[str, Any]] = {
 def without_dropout(model_type: str) -> dict[str, float]:
     """Config values that switch off all dropout that this architecture has."""
     config = AutoConfig.for_model(model_type)
-    return {name: 0.0 for name in PROBABILITIES if hasattr(config, name)}
+    return {name: 0.0 for name in adapter_for(model_type).dropouts if hasattr(config, name)}
 
 
 def tiny_model(model_type: str = "roberta", *, seed: int = 0, **changes: Any) -> PreTrainedModel:

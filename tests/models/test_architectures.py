@@ -14,6 +14,7 @@ from das_ds.errors import ModelError
 from das_ds.functional.masks import MaskTable
 from das_ds.functional.segments import SegmentTable, cover, importance_of
 from das_ds.functional.units import GROUPS, HEAD, UnitLayout
+from das_ds.models import language_model
 from das_ds.models.dropout import has_dropout
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
@@ -122,6 +123,25 @@ def test_a_key_value_head_is_silent_when_all_who_use_it_are(model_type: str) -> 
     assert checked
 
 
+@pytest.fixture(params=["at once", "in chunks"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of five positions, or more than there are."""
+    chunk = 5 if request.param == "in chunks" else 1000
+    monkeypatch.setattr(language_model, "positions_per_chunk", lambda vocab_size, logits_mib: chunk)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_the_newer_head_of_deberta_reads_the_embeddings() -> None:
+    model = tiny_model("deberta-v2", legacy=False, **without_dropout("deberta-v2"))
+    adapter, input_ids = adapter_for("deberta-v2"), ids()
+    assert adapter.layout(model).num_units
+    _, losses = LanguageModel(model, adapter)(input_ids, torch.arange(ROWS * LENGTH), input_ids.flatten())
+    logits = model(input_ids=input_ids).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, input_ids.flatten(), reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("model_type", TYPES)
 def test_the_head_gives_the_networks_own_losses(model_type: str) -> None:
     model, wrapped, layout, _ = build(model_type)
@@ -180,7 +200,7 @@ def test_measured_gate_gradients_equal_differences(model_type: str, group: str) 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_noise_makes_views_differ_and_leaves_the_first_rows_alone(model_type: str) -> None:
     model, wrapped, _, gates = build(model_type)
-    assert not has_dropout(model.config)
+    assert not has_dropout(model.config, adapter_for(model_type).dropouts)
     nothing, input_ids = torch.zeros(0, dtype=torch.long), ids(1).repeat(3, 1)
     with torch.no_grad():
         plain, _ = wrapped(input_ids, nothing, nothing)
@@ -230,9 +250,11 @@ def test_a_parameter_that_no_rule_knows_is_refused(model_type: str) -> None:
 
 
 def test_dense_layers_among_experts_and_other_heads_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"lacks: model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+    with pytest.raises(ModelError, match=r"does not support models of which only some layers have experts: .*\[0\]"):
         adapter_for("qwen3_moe").layout(tiny_model("qwen3_moe", mlp_only_layers=[0]))
-    with pytest.raises(ModelError, match="deberta-v2 adapter names a module that this model lacks: cls"):
-        LanguageModel(tiny_model("deberta-v2", legacy=False), adapter_for("deberta-v2"))
+    with pytest.raises(ModelError, match=r"opt adapter does not support layerdrop: found 0\.1, allowed: 0"):
+        adapter_for("opt").layout(tiny_model("opt", layerdrop=0.1))
+    with pytest.raises(ModelError, match="bert adapter names a module that this model lacks: no_head"):
+        LanguageModel(tiny_model("bert"), replace(adapter_for("bert"), lm_head=("no_head",)))
     with pytest.raises(ModelError, match="counts units by n_experts, but this model's config lacks"):
         replace(adapter_for("llama"), units={"head": "n_experts"}).layout(tiny_model("llama"))
