@@ -38,7 +38,7 @@ def test_run_config_sets_what_it_owns() -> None:
     assert engine["gradient_accumulation_steps"] == 2
     assert engine["gradient_clipping"] == 0.5
     assert engine["bf16"] == {"enabled": True, "bf16_master_weights_and_grads": False}
-    assert engine["fp16"] == {"enabled": False}
+    assert engine["fp16"] == {"enabled": False, "fp16_master_weights_and_grads": False}
     assert engine["zero_allow_untested_optimizer"] is True
     assert engine["zero_force_ds_cpu_optimizer"] is False
 
@@ -89,6 +89,7 @@ def test_auto_and_equal_values_are_no_contradiction() -> None:
         ({"gradient_clipping": True}, "gradient_clipping: found True in the DeepSpeed file, but train.grad_clip"),
         ({"bf16": {"enabled": False}}, "bf16.enabled: found False in the DeepSpeed file, but train.precision"),
         ({"fp16": {"enabled": True}}, "fp16.enabled: found True in the DeepSpeed file, but train.precision"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "(the optimizer keeps fp32)"),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "(the optimizer keeps fp32)"),
         ({"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype: found 'fp32'"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: found {'type': 'AdamW'}, expected none: das_ds brings its own"),
@@ -128,6 +129,8 @@ def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, ne
         ("bf16", {"stage": 1}, "bf16"),
         ("bf16", {"stage": 2}, "fp32"),
         ("bf16", {"stage": 3}, "fp32"),
+        ("fp16", {"stage": 1}, "fp32"),
+        ("fp16", {"stage": 3}, "fp32"),
     ],
 )
 def test_gradients_are_summed_in_fp32_where_the_shards_allow_it(

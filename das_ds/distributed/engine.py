@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import deepspeed
@@ -19,6 +21,7 @@ from das_ds.distributed.gradient_mask import GradientMask
 from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
+from das_ds.distributed.precision import LossScale, check_precision
 from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
 from das_ds.distributed.zero import (
     Shard,
@@ -30,10 +33,14 @@ from das_ds.distributed.zero import (
     shards,
     without_clipping,
 )
+from das_ds.errors import TrainingError
 from das_ds.functional.masks import MaskTable
 from das_ds.functional.segments import SegmentTable, cover
 from das_ds.functional.units import Importance, UnitLayout
 from das_ds.kernels.protection import Protection
+
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -45,6 +52,9 @@ class Engine:
         train: optimisation settings.
         deepspeed_config: merged DeepSpeed settings, see `deepspeed_config.py`.
         ranks: the process group.
+
+    Raises:
+        ConfigError: a precision or an optimizer that does not run here.
     """
 
     def __init__(
@@ -55,6 +65,7 @@ class Engine:
         deepspeed_config: dict[str, Any],
         ranks: Ranks,
     ) -> None:
+        check_precision(train.precision)
         self._parameters = parameters
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._train = train
@@ -66,11 +77,14 @@ class Engine:
             model=module.to(ranks.info.device), optimizer=self._optimizer, config=deepspeed_config
         )
         self._scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._loss_scale = LossScale(self._engine)
         self._is_measuring = False
+        self.skipped_steps = 0
+        """Optimizer steps of this domain whose gradient was not finite, so that nothing moved."""
         self._unit_masks: MaskTable | None = None
         self._gradient_mask: GradientMask | None = None
         self._list_shards = list(shards(self._engine, self._names))
-        # In bf16 DeepSpeed makes its fp32 weights from rounded ones; what was trained or exported must not lose bits.
+        # In bf16 and fp16 DeepSpeed makes its fp32 weights from rounded ones; what was trained or exported must not lose bits.
         for shard in self._list_shards:
             self._stretch(shard).copy_(exact[shard.name].view(-1)[shard.offset : shard.offset + shard.numel])
         if isinstance(self._optimizer, MaskedAdamW):
@@ -92,8 +106,10 @@ class Engine:
         return int(self._engine.zero_optimization_stage())
 
     def start_domain(self, num_steps: int) -> None:
-        """Forget optimizer moments and start the learning-rate schedule anew."""
+        """Forget optimizer moments, start learning-rate schedule, loss scale and count of skipped steps anew."""
         self._optimizer.reset_state()
+        self._loss_scale.reset()
+        self.skipped_steps = 0
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] = self._train.learning_rate
         self._scheduler = get_scheduler(
@@ -111,6 +127,8 @@ class Engine:
     def step(self, *, measure_norm: bool = False) -> torch.Tensor | float | None:
         """End one micro-step; at an accumulation boundary clip, step the optimizer and advance the schedule.
 
+        A gradient that is not finite moves nothing, neither weights nor schedule: see `attempts`.
+
         Returns:
             Norm of the averaged gradient before clipping when `measure_norm` asks for it at a boundary, else None.
         """
@@ -121,14 +139,50 @@ class Engine:
             self._gradient_mask.apply()
         norm = self._unsharded_norm() if measure_norm else None
         self._engine.step()
-        if not self._is_measuring:
+        # DeepSpeed has read this from the device already, to know whether to step.
+        is_applied = bool(self._engine.was_step_applied())
+        self._loss_scale.update(overflowed=not is_applied)
+        if not self._is_measuring and not is_applied:
+            self.skipped_steps += 1
+        elif not self._is_measuring:
             assert self._scheduler is not None, "start_domain comes before step"
             self._scheduler.step()
         return gradient_norm(self._engine) if measure_norm and norm is None else norm
 
+    def attempts(self) -> Iterator[int]:
+        """Numbers from 0, one for every attempt at an optimizer step; the caller runs all its micro-steps for each.
+
+        Ends as soon as the step was applied. In fp16 a gradient that left the range of the type lowers the loss scale,
+        and the same micro-batches are tried again: schedule, data and sums of importance are those of a run without
+        overflow. In bf16 and fp32, where no scale can fall, training goes on with the next batch.
+
+        Raises:
+            TrainingError: the gradient is not finite at the smallest or a fixed loss scale, or, in any precision, while
+                importance is measured.
+        """
+        for attempt in count():
+            yield attempt
+            if self._engine.was_step_applied():
+                return
+            if self._loss_scale.retry_helps:
+                logger.info("gradient beyond fp16; trying the step again at loss scale %g", self._loss_scale.value)
+            elif self._is_measuring or self._train.precision == "fp16":
+                raise TrainingError(
+                    f"the gradient is not finite at loss scale {self._loss_scale.value:g}, which cannot fall further; "
+                    "lower train.learning_rate, or train in bf16 or fp32"
+                )
+            else:
+                logger.warning("a step was left out: its gradient is not finite")
+                return
+
     def learning_rate(self) -> float:
         """Learning rate of the next optimizer step."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied by so that its gradients keep clear of zero; 1 but for fp16."""
+        return self._loss_scale.value
 
     def protect_units(self, layout: UnitLayout, importance: Importance, softmask: SoftmaskConfig) -> None:
         """Soft-mask all further steps by this importance (group -> (L, U)), replacing an earlier one."""

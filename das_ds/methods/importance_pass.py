@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from das_ds.data.batches import Batch
-from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
+from das_ds.errors import TrainingError
 from das_ds.functional.losses import representation_kl, sequence_token_loss
 from das_ds.functional.units import Importance
 from das_ds.methods.base import RunContext
@@ -57,6 +58,9 @@ GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_vie
 def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss: ImportanceLoss) -> Importance:
     """I_l = (1/N) sum_n |dL(x_n) / dg_l| over the sequences of all ranks (paper eq. 2), before normalisation.
 
+    In fp16 the loss of a batch is scaled, and a batch whose gradients are not finite is measured again at half the
+    scale, down to 1.
+
     Args:
         run: the engine, its gates and unit counts.
         batches: this rank's batches, of equally many rows; every rank has the same number of them.
@@ -64,20 +68,46 @@ def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss:
 
     Returns:
         Group -> (L, U) float32, equal on every rank.
+
+    Raises:
+        TrainingError: a gradient that is not finite.
     """
     device = run.engine.ranks.info.device
     sums: Importance = {}
     num_sequences = torch.zeros((), device=device)
+    scale = run.engine.loss_scale
     run.engine.module.train(loss.dropout)
     for batch in batches:
         batch = batch.to(device)
-        if not sums:
-            rows, layers = len(batch.input_ids), run.layout.num_layers
-            sums = {g: torch.zeros(layers, rows, units, device=device) for g, units in run.layout.num_units.items()}
-        with run.gates.measuring(sums, batch.row_weights, loss.num_views) as anchor:
-            torch.autograd.grad(loss.of_sequences(run.engine.module, batch).sum(), anchor)
-        run.engine.release_gathered_weights()
+        part = _scaled_sums(run, batch, loss, scale)
+        # In fp16 a batch that leaves the range of the type is measured again before it enters the sums.
+        while scale > 1.0 and not _all_finite(part):
+            scale = max(scale / 2.0, 1.0)
+            part = _scaled_sums(run, batch, loss, scale)
+        sums = {group: values / scale + sums.get(group, 0.0) for group, values in part.items()}
         num_sequences += batch.row_weights.sum()
     run.engine.module.train()
+    if not _all_finite(sums):
+        raise TrainingError(
+            "importance: found a gradient of a gate that is not finite, expected finite numbers; the model diverged, "
+            "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
+        )
     all_reduce_sum(num_sequences)
     return {group: all_reduce_sum(total.sum(dim=1)) / num_sequences for group, total in sums.items()}
+
+
+def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: float) -> Importance:
+    """scale * |dL(x_n) / dg| of one batch, group -> (L, B, U) float32."""
+    shape = (run.layout.num_layers, len(batch.input_ids))
+    units = run.layout.num_units.items()
+    sums = {group: torch.zeros(*shape, size, device=batch.input_ids.device) for group, size in units}
+    with run.gates.measuring(sums, batch.row_weights, loss.num_views) as anchor:
+        torch.autograd.grad(loss.of_sequences(run.engine.module, batch).sum() * scale, anchor)
+    run.engine.release_gathered_weights()
+    return sums
+
+
+def _all_finite(sums: Importance) -> bool:
+    """Whether all entries on all ranks are finite; a collective that waits for the device."""
+    is_bad = torch.stack([values.isfinite().all().logical_not() for values in sums.values()]).any()
+    return not all_reduce_maximum(is_bad.float()).item()

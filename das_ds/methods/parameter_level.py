@@ -79,15 +79,20 @@ def sum_of_magnitudes(
 
     Returns:
         Flat tensor of this rank's optimizer -> (F,) float32.
+
+    Raises:
+        TrainingError: a gradient that is not finite.
     """
     engine = run.engine
     engine.module.train(loss.dropout)
     with engine.summing_gradient_magnitudes() as sums:
         for step in steps:
-            for batch in step:
-                batch = batch.to(engine.ranks.info.device)
-                per_sequence = loss.of_sequences(engine, batch)
-                engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
-                engine.step()
+            # A global batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
+            for _ in engine.attempts():
+                for batch in step:
+                    batch = batch.to(engine.ranks.info.device)
+                    per_sequence = loss.of_sequences(engine, batch)
+                    engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
+                    engine.step()
     engine.module.train()
     return sums
