@@ -22,10 +22,12 @@ from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
 from das_ds.distributed.precision import LossScale, check_precision
+from das_ds.distributed.sharded_construction import Slice
 from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
 from das_ds.distributed.zero import (
     Shard,
     defer_unscaling,
+    forget_gradients,
     full_fp32_weight,
     gradient_norm,
     refresh_weights,
@@ -52,6 +54,7 @@ class Engine:
         train: optimisation settings.
         deepspeed_config: merged DeepSpeed settings, see `deepspeed_config.py`.
         ranks: the process group.
+        exact: parameter name -> this rank's values, where the model was born in shards; used up.
 
     Raises:
         ConfigError: a precision or an optimizer that does not run here.
@@ -64,6 +67,7 @@ class Engine:
         train: TrainConfig,
         deepspeed_config: dict[str, Any],
         ranks: Ranks,
+        exact: dict[str, Slice] | None = None,
     ) -> None:
         check_precision(train.precision)
         self._parameters = parameters
@@ -72,7 +76,8 @@ class Engine:
         self.ranks = ranks
         on_host = ranks.info.device.type == "cpu" or is_offloaded(deepspeed_config)
         self._optimizer = build_optimizer(parameters, train, on_host=on_host)
-        exact = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        if exact is None:
+            exact = {name: Slice(0, parameter.detach().flatten().clone()) for name, parameter in parameters.items()}
         self._engine, *_ = deepspeed.initialize(
             model=module.to(ranks.info.device), optimizer=self._optimizer, config=deepspeed_config
         )
@@ -86,7 +91,9 @@ class Engine:
         self._list_shards = list(shards(self._engine, self._names))
         # In bf16 and fp16 DeepSpeed makes its fp32 weights from rounded ones; what was trained or exported must not lose bits.
         for shard in self._list_shards:
-            self._stretch(shard).copy_(exact[shard.name].view(-1)[shard.offset : shard.offset + shard.numel])
+            values, start = exact[shard.name].values, shard.offset - exact[shard.name].offset
+            self._stretch(shard).copy_(values[start : start + shard.numel])
+        exact.clear()
         if isinstance(self._optimizer, MaskedAdamW):
             defer_unscaling(self._engine, self._optimizer.set_grad_scale)
 
@@ -142,6 +149,8 @@ class Engine:
         # DeepSpeed has read this from the device already, to know whether to step.
         is_applied = bool(self._engine.was_step_applied())
         self._loss_scale.update(overflowed=not is_applied)
+        if not is_applied:
+            forget_gradients(self._engine)
         if not self._is_measuring and not is_applied:
             self.skipped_steps += 1
         elif not self._is_measuring:

@@ -89,6 +89,18 @@ class Ranks:
             if error is not None:
                 raise error
 
+    def gather_host(self, part: torch.Tensor, size: int) -> torch.Tensor:
+        """The parts of all ranks one after the other, every part padded to `size` elements; in host memory.
+
+        Args:
+            part: (n,) with n <= size, on the host.
+        """
+        padded = torch.zeros(size, dtype=part.dtype)
+        padded[: part.numel()] = part
+        parts = torch.empty(self.info.world_size * size, dtype=part.dtype)
+        dist.all_gather_into_tensor(parts, padded, group=self._patient_group)
+        return parts
+
     def barrier(self) -> None:
         """Wait for all ranks, however long one of them writes or prepares."""
         dist.barrier(group=self._patient_group)

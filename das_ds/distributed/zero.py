@@ -132,6 +132,15 @@ def without_clipping(engine: DeepSpeedEngine) -> Iterator[None]:
             setattr(holder, name, value)
 
 
+def forget_gradients(engine: DeepSpeedEngine) -> None:
+    """Drop what a step that was not applied left behind: at stages 1 and 2 under offload DeepSpeed keeps the gradients
+    and would add those of the next step to them."""
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+
 def refresh_weights(engine: DeepSpeedEngine) -> None:
     """Make the weights that the forward pass reads equal to the fp32 shards, after these were written from outside."""
     optimizer = engine.optimizer

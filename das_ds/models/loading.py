@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -41,8 +42,23 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         ) from error
 
 
+class Construction(Protocol):
+    """A way to build a network other than whole on every rank."""
+
+    def random(self, construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """The network of `construct()`."""
+
+    def pretrained(self, construct: Callable[[], PreTrainedModel], source: str) -> PreTrainedModel | None:
+        """The network of `construct()` with the weights of a folder or hub name; None: not that way."""
+
+
 def load_model(
-    config: ModelConfig, *, seed: int, vocab_size: int, weights: Path | None = None
+    config: ModelConfig,
+    *,
+    seed: int,
+    vocab_size: int,
+    weights: Path | None = None,
+    construction: Construction | None = None,
 ) -> tuple[PreTrainedModel, ArchitectureAdapter]:
     """The network in float32, with its adapter.
 
@@ -51,6 +67,7 @@ def load_model(
         seed: seed of random weights.
         vocab_size: tokens of the tokeniser; sets the embedding of a random model, checked against a pre-trained one.
         weights: folder of exported weights that replace those of `config` (a run that is continued).
+        construction: builds the network in parts; its weights are the same.
 
     Raises:
         ModelError: not loadable, no adapter, or fewer embeddings than tokens.
@@ -60,11 +77,15 @@ def load_model(
     adapter = adapter_for(model_type)
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
-        if source is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                model = AutoModelForMaskedLM.from_config(_model_config(config, vocab_size), **options)
-        else:
+        model = None
+        with torch.random.fork_rng():
+            if source is None:
+                build = construction.random if construction else _call
+                model = build(lambda: _random_model(_model_config(config, vocab_size), seed, options))
+            elif construction is not None:
+                source_config = AutoConfig.from_pretrained(source)
+                model = construction.pretrained(lambda: _random_model(source_config, seed, options), source)
+        if model is None:
             model = AutoModelForMaskedLM.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {source or config.config!r}: {_first_line(error)}") from error
@@ -97,6 +118,15 @@ def _model_config(config: ModelConfig, vocab_size: int) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         source = config.name_or_path or config.config
         raise ModelError(f"cannot load the model config of {source!r}: {_first_line(error)}") from error
+
+
+def _random_model(config: Any, seed: int, options: dict[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForMaskedLM.from_config(config, **options)
+
+
+def _call(construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    return construct()
 
 
 def _check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:

@@ -11,6 +11,7 @@ from das_ds.config import RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks, seed_everything
+from das_ds.distributed.sharded_construction import sharded_construction
 from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
 from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, write_results
 from das_ds.methods import METHODS
@@ -63,17 +64,20 @@ class DomainSequence:
         method_class = METHODS[config.method.name]
         done = self._state.domains_done
         learned = folder.model(done - 1, config.domains[done - 1].name) if done else None
+        construction = sharded_construction(deepspeed_config, ranks)
         self._model, adapter = load_model(
             config.model,
             seed=config.seed,
             vocab_size=len(text.tokenizer),
             weights=None if method_class.starts_from_base else learned,
+            construction=construction,
         )
         check_sequence_length(self._model, adapter, config.data.sequence_length)
         layout, gates = adapter.layout(self._model), UnitGates(self._model, adapter)
         module = MaskedLanguageModel(self._model, adapter)
         parameters = dict(self._model.named_parameters())
-        self.engine = Engine(module, parameters, config.train, deepspeed_config, ranks)
+        exact = construction.slices if construction else None
+        self.engine = Engine(module, parameters, config.train, deepspeed_config, ranks, exact)
         self._base = self.engine.snapshot() if method_class.starts_from_base else None
         self._method: Method = method_class(RunContext(config, self.engine, layout, gates))
 

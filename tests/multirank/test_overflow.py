@@ -51,7 +51,7 @@ def test_a_run_with_overflow_is_the_run_without(stage: int, tmp_path: Path) -> N
     scalers = ({"initial_scale_power": 8}, {**HUGE, "loss_scale_window": 1})
     runs = [plain.model_copy(update={"deepspeed": {"zero_optimization": zero, "fp16": fp16}}) for fp16 in scalers]
     (calm, calm_lines), (restless, restless_lines) = run_ranks(train_all, 2, runs, steps(), NO_DROPOUT)[0]
-    assert calm_lines[-1]["skipped_steps"] == 0 and restless_lines[-1]["skipped_steps"] > 10
+    assert calm_lines[-1]["skipped_steps"] == 0 and restless_lines[-1]["skipped_steps"] > 8
     assert restless_lines[0]["skipped_steps"] > 3
     for name in ("loss", "lr", "grad_norm", "tokens_seen"):
         assert [line[name] for line in restless_lines] == pytest.approx([line[name] for line in calm_lines], rel=3e-3)
