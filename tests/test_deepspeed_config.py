@@ -140,6 +140,21 @@ def test_gradients_are_summed_in_fp32_where_the_shards_allow_it(
     assert engine["data_types"] == {"grad_accum_dtype": expected}
 
 
+def test_fp16_needs_shards() -> None:
+    message = message_of({"zero_optimization": {"stage": 0}}, precision="fp16")
+    assert message.startswith("train.precision: found fp16 at zero_optimization.stage 0, where DeepSpeed divides")
+    assert "allowed: fp16 at stage 1, 2 or 3, bf16 or fp32 at stage 0" in message
+
+
+def test_loss_scaler_is_the_files() -> None:
+    knobs = {"initial_scale_power": 12, "loss_scale_window": 500, "hysteresis": 1, "min_loss_scale": 2}
+    engine = build_deepspeed_config(
+        run_config({"zero_optimization": {"stage": 2}, "fp16": knobs}, precision="fp16"), world_size=1
+    )
+    assert engine["fp16"] == {**knobs, "enabled": True, "fp16_master_weights_and_grads": False}
+    assert engine["bf16"]["enabled"] is False
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_file_holds_engine_knobs_only(path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))

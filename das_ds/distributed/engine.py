@@ -41,7 +41,6 @@ from das_ds.functional.segments import SegmentTable, cover
 from das_ds.functional.units import Importance, UnitLayout
 from das_ds.kernels.protection import Protection
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -89,7 +88,7 @@ class Engine:
         self._unit_masks: MaskTable | None = None
         self._gradient_mask: GradientMask | None = None
         self._list_shards = list(shards(self._engine, self._names))
-        # In bf16 and fp16 DeepSpeed makes its fp32 weights from rounded ones; what was trained or exported must not lose bits.
+        # In 16 bits DeepSpeed makes its fp32 weights from rounded ones; what was trained must not lose bits.
         for shard in self._list_shards:
             values, start = exact[shard.name].values, shard.offset - exact[shard.name].offset
             self._stretch(shard).copy_(values[start : start + shard.numel])

@@ -25,7 +25,7 @@ from transformers.initialization import guard_torch_init_functions, no_init_weig
 
 from das_ds.deepspeed_config import zero_stage
 from das_ds.distributed.launch import Ranks
-from das_ds.distributed.sharded_files import StoredWeights, Unreadable, stored_weights
+from das_ds.distributed.sharded_files import NotInPartsError, StoredWeights, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class ShardedConstruction:
                     empty = _Placeholders(self._ranks)
                     model = empty.build(construct)
                 self._read(model, stored, empty)
-        except Unreadable as reason:
+        except NotInPartsError as reason:
             logger.warning("%s is read whole by every rank, because %s", source, reason)
             return None
         if model.can_generate():
@@ -110,9 +110,9 @@ class ShardedConstruction:
 
     def _finish(self, model: PreTrainedModel, placeholders: _Placeholders) -> PreTrainedModel:
         """Exchange all placeholders for ZeRO-3 parameters that hold this rank's slice."""
-        # With a module, even one without parameters, DeepSpeed also installs its linear map, as it does later otherwise.
+        # Given a module, even one without parameters, DeepSpeed installs its linear map, as it otherwise does later.
         zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self._deepspeed_config)
-        made: dict[nn.Parameter, nn.Parameter] = {}
+        made: dict[nn.Parameter, Any] = {}
         for name, placeholder in model.named_parameters():
             piece = placeholders.take(placeholder)
             whole = torch.empty(placeholder.shape, dtype=zero.dtype, device=zero.local_device)

@@ -27,7 +27,7 @@ class StoredWeights:
         model: the model they are for; its parameters need no values.
 
     Raises:
-        Unreadable: the files hold tensors from which the model's own have yet to be computed.
+        NotInPartsError: the files hold tensors from which the model's own have yet to be computed.
     """
 
     def __init__(self, files: list[Any], model: PreTrainedModel) -> None:
@@ -40,7 +40,7 @@ class StoredWeights:
             for key in file.keys():  # noqa: SIM118 (no dictionary)
                 name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
                 if converter is not None:
-                    raise Unreadable(f"{key} has to be merged with other tensors")
+                    raise NotInPartsError(f"{key} has to be merged with other tensors")
                 self._places[name] = (file, key)
 
     def __contains__(self, name: str) -> bool:
@@ -64,7 +64,7 @@ class StoredWeights:
         return stored[first:last].reshape(-1)[start : start + numel].to(torch.float32, copy=True)
 
 
-class Unreadable(Exception):
+class NotInPartsError(Exception):
     """Weights that cannot be read in parts; says why."""
 
 
@@ -73,7 +73,7 @@ def stored_weights(source: str, model: PreTrainedModel) -> Iterator[StoredWeight
     """The safetensors files of a folder or hub name, open.
 
     Raises:
-        Unreadable: there are none, or their tensors are not those of the model.
+        NotInPartsError: there are none, or their tensors are not those of the model.
         SafetensorError, OSError: damaged files.
     """
     with ExitStack() as stack:
@@ -87,5 +87,5 @@ def _files(source: str) -> list[Path]:
         return [Path(whole)]
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
     if index is None:
-        raise Unreadable(f"{source} has no {SAFE_WEIGHTS_NAME}")
+        raise NotInPartsError(f"{source} has no {SAFE_WEIGHTS_NAME}")
     return [Path(file) for file in get_checkpoint_shard_files(source, index)[0]]

@@ -73,20 +73,13 @@ def load_model(
         ModelError: not loadable, no adapter, or fewer embeddings than tokens.
     """
     source = str(weights) if weights else config.name_or_path
-    model_type = _model_config(config, vocab_size).model_type
-    adapter = adapter_for(model_type)
+    own_config = _model_config(config, vocab_size)
+    adapter = adapter_for(own_config.model_type)
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
-        model = None
-        with torch.random.fork_rng():
-            if source is None:
-                build = construction.random if construction else _call
-                model = build(lambda: _random_model(_model_config(config, vocab_size), seed, options))
-            elif construction is not None:
-                source_config = AutoConfig.from_pretrained(source)
-                model = construction.pretrained(lambda: _random_model(source_config, seed, options), source)
+        model = _construct(source, lambda: _random_model(own_config, seed, options), construction)
         if model is None:
-            model = AutoModelForMaskedLM.from_pretrained(source, **options)
+            model = AutoModelForMaskedLM.from_pretrained(str(source), **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {source or config.config!r}: {_first_line(error)}") from error
     _check_embeddings(model, vocab_size)
@@ -125,8 +118,14 @@ def _random_model(config: Any, seed: int, options: dict[str, Any]) -> PreTrained
     return AutoModelForMaskedLM.from_config(config, **options)
 
 
-def _call(construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    return construct()
+def _construct(
+    source: str | None, construct: Callable[[], PreTrainedModel], construction: Construction | None
+) -> PreTrainedModel | None:
+    """A random network, or one built in parts; None where pre-trained weights are to be read whole."""
+    with torch.random.fork_rng():
+        if source is None:
+            return construction.random(construct) if construction else construct()
+        return construction.pretrained(construct, source) if construction else None
 
 
 def _check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:

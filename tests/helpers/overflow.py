@@ -63,9 +63,24 @@ def _attempts(config: RunConfig, batch: Batch) -> list[Attempt]:
     return found
 
 
-def left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
-    """A step with an infinite loss where there is no loss scale: (skipped steps, whether anything moved, the error
-    that the same gradient gives while importance is measured)."""
+def errors_of(configs: list[RunConfig], batch: Batch) -> list[str]:
+    """The error that ends the attempts, per config."""
+    errors = []
+    for config in configs:
+        try:
+            _attempts(config, batch)
+        except TrainingError as failure:
+            errors.append(str(failure))
+    return errors
+
+
+def left_out(configs: list[RunConfig], batch: Batch) -> list[tuple[int, bool, str]]:
+    """Per config, a step with an infinite loss where there is no loss scale: (skipped steps, whether anything moved,
+    the error that the same gradient gives while importance is measured)."""
+    return [_left_out(config, batch) for config in configs]
+
+
+def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
     ranks = Ranks()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
@@ -86,13 +101,16 @@ def left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
     return skipped, moved, error
 
 
-def infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
-    """The errors of both importance passes over a loss that is not finite on rank 0 alone."""
+def infinite_importance(configs: list[RunConfig], batch: Batch) -> list[list[str]]:
+    """Per config, the errors of both importance passes over a loss that is not finite on rank 0 alone."""
+    return [_infinite_importance(config, batch) for config in configs]
+
+
+def _infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
     ranks = Ranks()
     run = build(config, ranks, **NO_DROPOUT)
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
-    factor = torch.inf if ranks.info.is_main else 1.0
-    loss = scaled_loss(factor)
+    loss = _scaled_loss(torch.inf if ranks.info.is_main else 1.0)
     errors = []
     for measure in (
         lambda: mean_absolute_gate_gradient(run, [part], loss),
@@ -106,8 +124,7 @@ def infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
     return errors
 
 
-def scaled_loss(factor: float) -> ImportanceLoss:
-    """The pre-training loss times a factor."""
+def _scaled_loss(factor: float) -> ImportanceLoss:
     return replace(PRETRAINING, of_sequences=lambda forward, batch: pretraining_loss(forward, batch) * factor)
 
 
