@@ -75,7 +75,7 @@ class Engine:
         self.ranks = ranks
         on_host = ranks.info.device.type == "cpu" or is_offloaded(deepspeed_config)
         self._optimizer = build_optimizer(parameters, train, on_host=on_host)
-        if exact is None:
+        if exact is None and train.precision != "fp32":
             exact = {name: Slice(0, parameter.detach().flatten().clone()) for name, parameter in parameters.items()}
         self._engine, *_ = deepspeed.initialize(
             model=module.to(ranks.info.device), optimizer=self._optimizer, config=deepspeed_config
@@ -89,10 +89,11 @@ class Engine:
         self._gradient_mask: GradientMask | None = None
         self._list_shards = list(shards(self._engine, self._names))
         # In 16 bits DeepSpeed makes its fp32 weights from rounded ones; what was trained must not lose bits.
-        for shard in self._list_shards:
-            values, start = exact[shard.name].values, shard.offset - exact[shard.name].offset
-            self._stretch(shard).copy_(values[start : start + shard.numel])
-        exact.clear()
+        if exact:
+            for shard in self._list_shards:
+                start = shard.offset - exact[shard.name].offset
+                self._stretch(shard).copy_(exact[shard.name].values[start : start + shard.numel])
+            exact.clear()
         if isinstance(self._optimizer, MaskedAdamW):
             defer_unscaling(self._engine, self._optimizer.set_grad_scale)
 

@@ -16,6 +16,7 @@ import deepspeed
 import numpy
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from das_ds.errors import DasError
 
@@ -95,8 +96,7 @@ class Ranks:
         Args:
             part: (n,) with n <= size, on the host.
         """
-        padded = torch.zeros(size, dtype=part.dtype)
-        padded[: part.numel()] = part
+        padded = nn.functional.pad(part, (0, size - part.numel())) if part.numel() < size else part
         parts = torch.empty(self.info.world_size * size, dtype=part.dtype)
         dist.all_gather_into_tensor(parts, padded, group=self._patient_group)
         return parts

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -25,7 +26,7 @@ from transformers.initialization import guard_torch_init_functions, no_init_weig
 
 from das_ds.deepspeed_config import zero_stage
 from das_ds.distributed.launch import Ranks
-from das_ds.distributed.sharded_files import NotInPartsError, StoredWeights, stored_weights
+from das_ds.distributed.sharded_files import NotInPartsError, StoredWeights
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class ShardedConstruction:
         self._deepspeed_config = deepspeed_config
         self._ranks = ranks
         self.slices: dict[str, Slice] = {}
-        """Parameter name -> this rank's exact values, of which DeepSpeed has the rounded ones; taken by the engine."""
+        """Parameter name -> this rank's exact values where DeepSpeed has rounded ones; taken by the engine."""
 
     def random(self, construct: Construct) -> PreTrainedModel:
         """The model of `construct()`, its random weights included."""
@@ -83,7 +84,7 @@ class ShardedConstruction:
             model = empty.build(construct, keep_values=False)
         model.tie_weights()
         try:
-            with stored_weights(source, model) as stored:
+            with contextlib.closing(StoredWeights(source, model)) as stored:
                 missing = [name for name, names in _names(model).items() if not any(n in stored for n in names)]
                 if missing:
                     logger.warning("%s has no weights of %s; they start at random", source, ", ".join(missing))
@@ -103,7 +104,7 @@ class ShardedConstruction:
         for name, names in _names(model).items():
             found = next((n for n in names if n in stored), None)
             if found is not None:
-                placeholders.fill(parameters[name], lambda *place, found=found: stored.read(found, *place))
+                placeholders.fill(parameters[name], partial(stored.read, found))
         for name, buffer in model.named_buffers():
             if name in stored:
                 buffer.copy_(stored.read(name, buffer.shape, 0, buffer.numel()).view(buffer.shape))
@@ -121,7 +122,8 @@ class ShardedConstruction:
             made[placeholder] = nn.Parameter(whole, requires_grad=placeholder.requires_grad)
             zero._convert_to_deepspeed_param(made[placeholder])
             made[placeholder].partition()
-            self.slices[name] = piece
+            if zero.dtype != torch.float32:
+                self.slices[name] = piece
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -134,7 +136,8 @@ class _Placeholders:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._slices: dict[nn.Parameter, Slice] = {}
+        # Weak: a placeholder that gives way to one it is tied to takes its slice with it.
+        self._slices: Any = WeakIdKeyDictionary()
         # A weight that two modules share is met once in each.
         self._placeholder_of: Any = WeakIdKeyDictionary()
 
@@ -163,7 +166,8 @@ class _Placeholders:
 
     def take(self, placeholder: nn.Parameter) -> Slice:
         """The slice, no longer kept here."""
-        return self._slices.pop(placeholder)
+        piece: Slice = self._slices.pop(placeholder)
+        return piece
 
     def _own(self, numel: int) -> tuple[int, int]:
         """ZeRO-3's partition: equal parts in rank order, the last ones cut short: (offset, number of elements)."""
@@ -186,8 +190,12 @@ class _Placeholders:
 
     def _keep(self, placeholder: nn.Parameter, values: torch.Tensor) -> None:
         offset, numel = self._own(values.numel())
-        own = values.detach().reshape(-1)[offset : offset + numel].to(torch.float32, copy=True)
-        self._slices[placeholder] = Slice(offset, own)
+        own = values.detach().reshape(-1)[offset : offset + numel]
+        if placeholder in self._slices:
+            # In place: small pieces allocated between large ones that come and go would leave holes in the heap.
+            self._slices[placeholder].values.copy_(own)
+        else:
+            self._slices[placeholder] = Slice(offset, own.to(torch.float32, copy=True))
 
     def _initialize(self, model: PreTrainedModel) -> None:
         """`PreTrainedModel.initialize_weights`, every module's parameters whole only while they are drawn.
@@ -218,8 +226,8 @@ class _Placeholders:
             self._keep(placeholder, values)
 
     def _gathered(self, placeholder: nn.Parameter) -> nn.Parameter:
-        own = self._slices[placeholder].values
-        parts = self._ranks.gather_host(own, -(-placeholder.numel() // self._ranks.info.world_size))
+        part = -(-placeholder.numel() // self._ranks.info.world_size)
+        parts = self._ranks.gather_host(self._slices[placeholder].values, part)
         values = parts[: placeholder.numel()].view(placeholder.shape)
         return nn.Parameter(values, requires_grad=placeholder.requires_grad)
 

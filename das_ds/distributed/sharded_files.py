@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +17,37 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from das_ds.errors import ModelError
 
 
+class NotInPartsError(Exception):
+    """Weights that cannot be read in parts; says why."""
+
+
 class StoredWeights:
-    """The weights of a model in open safetensors files, by the names that the model gives them.
+    """The weights of a model in safetensors files, by the names that the model gives them.
+
+    One file is open at a time, since what was read of it counts as memory of this process.
 
     Args:
-        files: open files.
+        source: folder or hub name.
         model: the model they are for; its parameters need no values.
 
     Raises:
-        NotInPartsError: the files hold tensors from which the model's own have yet to be computed.
+        NotInPartsError: there are no such files, or tensors from which the model's own have yet to be computed.
+        SafetensorError, OSError: damaged files; later reading may raise them too.
     """
 
-    def __init__(self, files: list[Any], model: PreTrainedModel) -> None:
+    def __init__(self, source: str, model: PreTrainedModel) -> None:
+        self._open: tuple[Path, Any] | None = None
+        self._places: dict[str, tuple[Path, str]] = {}
         transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         expected = model.state_dict()
-        self._places: dict[str, tuple[Any, str]] = {}
-        for file in files:
-            for key in file.keys():  # noqa: SIM118 (no dictionary)
+        for path in _files(source):
+            for key in self._file(path).keys():  # noqa: SIM118 (no dictionary)
                 name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
                 if converter is not None:
                     raise NotInPartsError(f"{key} has to be merged with other tensors")
-                self._places[name] = (file, key)
+                self._places[name] = (path, key)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -52,32 +58,28 @@ class StoredWeights:
         Raises:
             ModelError: the file holds another shape.
         """
-        file, key = self._places[name]
-        stored = file.get_slice(key)
+        path, key = self._places[name]
+        stored = self._file(path).get_slice(key)
         if tuple(stored.get_shape()) != tuple(shape):
             raise ModelError(f"weights of {name}: found shape {tuple(stored.get_shape())}, expected {tuple(shape)}")
         if not shape or not numel:
-            return file.get_tensor(key).float().reshape(-1)[offset : offset + numel].clone()
+            return self._file(path).get_tensor(key).float().reshape(-1)[offset : offset + numel].clone()
         row = math.prod(shape[1:])
         first, last = offset // row, -(-(offset + numel) // row)
         start = offset - first * row
         return stored[first:last].reshape(-1)[start : start + numel].to(torch.float32, copy=True)
 
+    def close(self) -> None:
+        """Close the file that is open."""
+        if self._open is not None:
+            self._open[1].__exit__(None, None, None)
+            self._open = None
 
-class NotInPartsError(Exception):
-    """Weights that cannot be read in parts; says why."""
-
-
-@contextmanager
-def stored_weights(source: str, model: PreTrainedModel) -> Iterator[StoredWeights]:
-    """The safetensors files of a folder or hub name, open.
-
-    Raises:
-        NotInPartsError: there are none, or their tensors are not those of the model.
-        SafetensorError, OSError: damaged files.
-    """
-    with ExitStack() as stack:
-        yield StoredWeights([stack.enter_context(safe_open(f, framework="pt")) for f in _files(source)], model)
+    def _file(self, path: Path) -> Any:
+        if self._open is None or self._open[0] != path:
+            self.close()
+            self._open = (path, safe_open(path, framework="pt").__enter__())
+        return self._open[1]
 
 
 def _files(source: str) -> list[Path]:

@@ -43,13 +43,15 @@ def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dic
     construction = sharded_construction(deepspeed_config, ranks)
     assert construction is not None
     model, adapter = load_model(config, seed=seed, vocab_size=100, construction=construction)
-    held = {name: piece.values.numel() for name, piece in construction.slices.items()}
     parameters = dict(model.named_parameters())
+    assert construction.slices.keys() == (set() if precision == "fp32" else parameters.keys())
+    assert all(parameter.numel() == 0 for parameter in parameters.values())
+    held = {name: piece.values.numel() for name, piece in construction.slices.items()}
     # Matrices alone decay, though every parameter is an empty vector now.
     groups = build_optimizer(parameters, train, on_host=True).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
     engine = Engine(
-        MaskedLanguageModel(model, adapter), parameters, train, deepspeed_config, ranks, construction.slices or None
+        MaskedLanguageModel(model, adapter), parameters, train, deepspeed_config, ranks, construction.slices
     )
     assert not construction.slices
     ids = torch.arange(20).view(2, 10)
@@ -79,7 +81,7 @@ def random_equal_to_plain(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
             return auto.from_config(config, dtype=torch.float32)
 
         plain = construct()
-        construction = ShardedConstruction(engine_settings(Path(), "fp32", ranks.info.world_size)[1], ranks)
+        construction = ShardedConstruction(engine_settings(Path(), "bf16", ranks.info.world_size)[1], ranks)
         found = construction.random(construct)
         assert dict(found.named_parameters()).keys() == construction.slices.keys()
         for name, weight in plain.named_parameters():
@@ -95,7 +97,7 @@ def random_equal_to_plain(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
 def warnings_of_loading(folder: Path, source: Path) -> tuple[bool, list[str]]:
     """Whether a folder was read in parts, and the warnings about it."""
     ranks = Ranks()
-    construction = sharded_construction(engine_settings(folder, "fp32", ranks.info.world_size)[1], ranks)
+    construction = sharded_construction(engine_settings(folder, "bf16", ranks.info.world_size)[1], ranks)
     assert construction is not None
     messages: list[str] = []
     handler = logging.Handler()

@@ -47,7 +47,7 @@ def test_random_weights_are_those_of_other_stages(world_size: int, tmp_path: Pat
     for found in results:
         check(found, plain)
     for name, weight in plain.named_parameters():
-        held = [found[0]["held"][name] for found in results]
+        held = [found[1]["held"][name] for found in results]
         assert sum(held) == weight.numel() and max(held) == -(-weight.numel() // world_size)
 
 
