@@ -1,6 +1,8 @@
 """Peak host memory per rank while a model is built and sharded at ZeRO-3: whole on every rank, or born in shards.
 
 Every measurement is a fresh start of two processes; the baseline is what importing the packages takes.
+
+Run: `python -m benchmarks.construction`
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The only file that knows ZeRO internals (DeepSpeed 0.19.8), stages 0 to 3, fp32 and bf16, with or without offload."""
+"""ZeRO's internals (DeepSpeed 0.19.8) at stages 0 to 3, in fp32, bf16 and fp16, with or without offload.
+
+No other file knows them, but for how a parameter becomes a ZeRO-3 shard (`sharded_construction.py`).
+"""
 
 from __future__ import annotations
 
