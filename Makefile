@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
-BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary
+BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

@@ -138,8 +138,8 @@ class TrainConfig(Section):
     """Decay rates of the optimizer's moments."""
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's denominator offset."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Number format of weights and activations; the optimizer always keeps fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Number format of weights and activations; the optimizer always keeps fp32. `fp16` scales the loss (ZeRO 1-3)."""
     grad_clip: float = Field(default=1.0, ge=0.0)
     """Largest gradient norm; 0 does not clip."""
     logits_mib: int = Field(default=256, ge=1)

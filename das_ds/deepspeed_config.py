@@ -32,10 +32,10 @@ def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]
 
     Raises:
         ConfigError: file missing or not a JSON object, a value that contradicts the run config, an own optimizer or
-            scheduler, `round_robin_gradients`, a stage outside 0-3, batch sizes that do not divide.
+            scheduler, `round_robin_gradients`, a stage outside 0-3, fp16 at stage 0, batch sizes that do not divide.
     """
     engine = _read_engine(config.deepspeed)
-    _refuse_unsupported(engine)
+    _refuse_unsupported(engine, config.train.precision)
     for key, (owner, value) in _owned_values(config, engine, world_size).items():
         _set_owned(engine, key, owner, value)
     return ENGINE_DEFAULTS | engine
@@ -89,8 +89,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _refuse_unsupported(engine: dict[str, Any]) -> None:
-    zero_stage(engine)
+def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
+    if zero_stage(engine) == 0 and precision == "fp16":
+        raise ConfigError(
+            "train.precision: found fp16 at zero_optimization.stage 0, where DeepSpeed divides gradients by a loss "
+            "scale that it never multiplied the loss by; allowed: fp16 at stage 1, 2 or 3, bf16 or fp32 at stage 0"
+        )
     for key in ("optimizer", "scheduler"):
         if engine.get(key, AUTO) != AUTO:
             raise ConfigError(
@@ -107,7 +111,6 @@ def _refuse_unsupported(engine: dict[str, Any]) -> None:
 def _owned_values(config: RunConfig, engine: dict[str, Any], world_size: int) -> dict[str, tuple[str, Any]]:
     """DeepSpeed key -> (run config key that owns it, value)."""
     train = config.train
-    is_bf16 = train.precision == "bf16"
     return {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
@@ -116,10 +119,11 @@ def _owned_values(config: RunConfig, engine: dict[str, Any], world_size: int) ->
             _accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size),
         ),
         "gradient_clipping": ("train.grad_clip", train.grad_clip),
-        "fp16.enabled": ("train.precision", False),
-        "bf16.enabled": ("train.precision", is_bf16),
+        "fp16.enabled": ("train.precision", train.precision == "fp16"),
+        "fp16.fp16_master_weights_and_grads": ("train.precision (the optimizer keeps fp32)", False),
+        "bf16.enabled": ("train.precision", train.precision == "bf16"),
         "bf16.bf16_master_weights_and_grads": ("train.precision (the optimizer keeps fp32)", False),
-        "data_types.grad_accum_dtype": ("train.precision at this stage", _accumulation_dtype(engine, is_bf16)),
+        "data_types.grad_accum_dtype": ("train.precision at this stage", _accumulation_dtype(engine, train.precision)),
     }
 
 
@@ -135,13 +139,13 @@ def _accumulation_steps(global_batch_size: int, micro_batch_size: int, world_siz
     return global_batch_size // per_pass
 
 
-def _accumulation_dtype(engine: dict[str, Any], is_bf16: bool) -> str:
+def _accumulation_dtype(engine: dict[str, Any], precision: str) -> str:
     """The dtype in which gradients of one step are summed: fp32 wherever DeepSpeed shards the optimizer with it.
 
     With bf16 weights, fp32 sums do not exist at stage 0, and at stage 1 they select an optimizer that keeps the whole
     gradient on every rank.
     """
-    return "fp32" if not is_bf16 or zero_stage(engine) >= 2 else "bf16"
+    return "bf16" if precision == "bf16" and zero_stage(engine) < 2 else "fp32"
 
 
 def _set_owned(engine: dict[str, Any], key: str, owner: str, value: Any) -> None:

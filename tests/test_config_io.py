@@ -265,7 +265,7 @@ def test_help_shows_every_key_once(run_file: Path) -> None:
 
 def test_help_shows_choices_default_and_meaning() -> None:
     text = describe_config()
-    assert "fp32 | bf16; default bf16" in text
+    assert "fp32 | bf16 | fp16; default bf16" in text
     assert "number > 0; default 0.0001" in text
     assert "text; required" in text
     assert "Peak learning rate." in text

@@ -38,7 +38,7 @@ def test_run_config_sets_what_it_owns() -> None:
     assert engine["gradient_accumulation_steps"] == 2
     assert engine["gradient_clipping"] == 0.5
     assert engine["bf16"] == {"enabled": True, "bf16_master_weights_and_grads": False}
-    assert engine["fp16"] == {"enabled": False}
+    assert engine["fp16"] == {"enabled": False, "fp16_master_weights_and_grads": False}
     assert engine["zero_allow_untested_optimizer"] is True
     assert engine["zero_force_ds_cpu_optimizer"] is False
 
@@ -89,6 +89,7 @@ def test_auto_and_equal_values_are_no_contradiction() -> None:
         ({"gradient_clipping": True}, "gradient_clipping: found True in the DeepSpeed file, but train.grad_clip"),
         ({"bf16": {"enabled": False}}, "bf16.enabled: found False in the DeepSpeed file, but train.precision"),
         ({"fp16": {"enabled": True}}, "fp16.enabled: found True in the DeepSpeed file, but train.precision"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "(the optimizer keeps fp32)"),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "(the optimizer keeps fp32)"),
         ({"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype: found 'fp32'"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: found {'type': 'AdamW'}, expected none: das_ds brings its own"),
@@ -128,6 +129,8 @@ def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, ne
         ("bf16", {"stage": 1}, "bf16"),
         ("bf16", {"stage": 2}, "fp32"),
         ("bf16", {"stage": 3}, "fp32"),
+        ("fp16", {"stage": 1}, "fp32"),
+        ("fp16", {"stage": 3}, "fp32"),
     ],
 )
 def test_gradients_are_summed_in_fp32_where_the_shards_allow_it(
@@ -135,6 +138,21 @@ def test_gradients_are_summed_in_fp32_where_the_shards_allow_it(
 ) -> None:
     engine = build_deepspeed_config(run_config({"zero_optimization": zero}, precision=precision), world_size=1)
     assert engine["data_types"] == {"grad_accum_dtype": expected}
+
+
+def test_fp16_needs_shards() -> None:
+    message = message_of({"zero_optimization": {"stage": 0}}, precision="fp16")
+    assert message.startswith("train.precision: found fp16 at zero_optimization.stage 0, where DeepSpeed divides")
+    assert "allowed: fp16 at stage 1, 2 or 3, bf16 or fp32 at stage 0" in message
+
+
+def test_loss_scaler_is_the_files() -> None:
+    knobs = {"initial_scale_power": 12, "loss_scale_window": 500, "hysteresis": 1, "min_loss_scale": 2}
+    engine = build_deepspeed_config(
+        run_config({"zero_optimization": {"stage": 2}, "fp16": knobs}, precision="fp16"), world_size=1
+    )
+    assert engine["fp16"] == {**knobs, "enabled": True, "fp16_master_weights_and_grads": False}
+    assert engine["bf16"]["enabled"] is False
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import deepspeed
@@ -20,10 +21,13 @@ from das_ds.distributed.gradient_mask import GradientMask
 from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
+from das_ds.distributed.precision import LossScale, check_precision
+from das_ds.distributed.sharded_construction import Slice
 from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
 from das_ds.distributed.zero import (
     Shard,
     defer_unscaling,
+    forget_gradients,
     full_fp32_weight,
     gradient_norm,
     refresh_weights,
@@ -31,10 +35,13 @@ from das_ds.distributed.zero import (
     shards,
     without_clipping,
 )
+from das_ds.errors import TrainingError
 from das_ds.functional.masks import MaskTable
 from das_ds.functional.segments import SegmentTable, cover
 from das_ds.functional.units import Importance, UnitLayout
 from das_ds.kernels.protection import Protection
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -46,6 +53,10 @@ class Engine:
         train: optimisation settings.
         deepspeed_config: merged DeepSpeed settings, see `deepspeed_config.py`.
         ranks: the process group.
+        exact: parameter name -> this rank's values, where the model was born in shards; used up.
+
+    Raises:
+        ConfigError: a precision or an optimizer that does not run here.
     """
 
     def __init__(
@@ -55,25 +66,36 @@ class Engine:
         train: TrainConfig,
         deepspeed_config: dict[str, Any],
         ranks: Ranks,
+        exact: dict[str, Slice] | None = None,
     ) -> None:
+        check_precision(train.precision)
         self._parameters = parameters
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._train = train
         self.ranks = ranks
         on_host = ranks.info.device.type == "cpu" or is_offloaded(deepspeed_config)
         self._optimizer = build_optimizer(parameters, train, on_host=on_host)
-        exact = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        exact = {} if exact is None else exact
+        for name, parameter in parameters.items() if train.precision != "fp32" else ():
+            if name not in exact:
+                exact[name] = Slice(0, parameter.detach().flatten().clone())
         self._engine, *_ = deepspeed.initialize(
             model=module.to(ranks.info.device), optimizer=self._optimizer, config=deepspeed_config
         )
         self._scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._loss_scale = LossScale(self._engine)
         self._is_measuring = False
+        self.skipped_steps = 0
+        """Optimizer steps of this domain whose gradient was not finite, so that nothing moved."""
         self._unit_masks: MaskTable | None = None
         self._gradient_mask: GradientMask | None = None
         self._list_shards = list(shards(self._engine, self._names))
-        # In bf16 DeepSpeed makes its fp32 weights from rounded ones; what was trained or exported must not lose bits.
-        for shard in self._list_shards:
-            self._stretch(shard).copy_(exact[shard.name].view(-1)[shard.offset : shard.offset + shard.numel])
+        # In 16 bits DeepSpeed makes its fp32 weights from rounded ones; what was trained must not lose bits.
+        if exact:
+            for shard in self._list_shards:
+                start = shard.offset - exact[shard.name].offset
+                self._stretch(shard).copy_(exact[shard.name].values[start : start + shard.numel])
+            exact.clear()
         if isinstance(self._optimizer, MaskedAdamW):
             defer_unscaling(self._engine, self._optimizer.set_grad_scale)
 
@@ -93,8 +115,10 @@ class Engine:
         return int(self._engine.zero_optimization_stage())
 
     def start_domain(self, num_steps: int) -> None:
-        """Forget optimizer moments and start the learning-rate schedule anew."""
+        """Forget optimizer moments, start learning-rate schedule, loss scale and count of skipped steps anew."""
         self._optimizer.reset_state()
+        self._loss_scale.reset()
+        self.skipped_steps = 0
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] = self._train.learning_rate
         self._scheduler = get_scheduler(
@@ -112,6 +136,8 @@ class Engine:
     def step(self, *, measure_norm: bool = False) -> torch.Tensor | float | None:
         """End one micro-step; at an accumulation boundary clip, step the optimizer and advance the schedule.
 
+        A gradient that is not finite moves nothing, neither weights nor schedule: see `attempts`.
+
         Returns:
             Norm of the averaged gradient before clipping when `measure_norm` asks for it at a boundary, else None.
         """
@@ -122,14 +148,52 @@ class Engine:
             self._gradient_mask.apply()
         norm = self._unsharded_norm() if measure_norm else None
         self._engine.step()
-        if not self._is_measuring:
+        # DeepSpeed has read this from the device already, to know whether to step.
+        is_applied = bool(self._engine.was_step_applied())
+        self._loss_scale.update(overflowed=not is_applied)
+        if not is_applied:
+            forget_gradients(self._engine)
+        if not self._is_measuring and not is_applied:
+            self.skipped_steps += 1
+        elif not self._is_measuring:
             assert self._scheduler is not None, "start_domain comes before step"
             self._scheduler.step()
         return gradient_norm(self._engine) if measure_norm and norm is None else norm
 
+    def attempts(self) -> Iterator[int]:
+        """Numbers from 0, one for every attempt at an optimizer step; the caller runs all its micro-steps for each.
+
+        Ends as soon as the step was applied. In fp16 a gradient that left the range of the type lowers the loss scale,
+        and the same micro-batches are tried again: schedule, data and sums of importance are those of a run without
+        overflow. In bf16 and fp32, where no scale can fall, training goes on with the next batch.
+
+        Raises:
+            TrainingError: the gradient is not finite at the smallest or a fixed loss scale, or, in any precision, while
+                importance is measured.
+        """
+        for attempt in count():
+            yield attempt
+            if self._engine.was_step_applied():
+                return
+            if self._loss_scale.retry_helps:
+                logger.info("gradient beyond fp16; trying the step again at loss scale %g", self._loss_scale.value)
+            elif self._is_measuring or self._train.precision == "fp16":
+                raise TrainingError(
+                    f"the gradient is not finite at loss scale {self._loss_scale.value:g}, which cannot fall further; "
+                    "lower train.learning_rate, or train in bf16 or fp32"
+                )
+            else:
+                logger.warning("a step was left out: its gradient is not finite")
+                return
+
     def learning_rate(self) -> float:
         """Learning rate of the next optimizer step."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied by so that its gradients keep clear of zero; 1 but for fp16."""
+        return self._loss_scale.value
 
     def protect_units(self, layout: UnitLayout, importance: Importance, softmask: SoftmaskConfig) -> None:
         """Soft-mask all further steps by this importance (group -> (L, U)), replacing an earlier one."""

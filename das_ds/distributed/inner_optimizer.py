@@ -52,7 +52,9 @@ def _lion(groups: list[dict[str, Any]], train: TrainConfig, *, on_host: bool) ->
 
 def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; vectors (biases, normalisation) do not."""
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    # A parameter that was born as a ZeRO-3 shard is an empty vector; its shape is in ds_shape.
+    is_matrix = {p: len(getattr(p, "ds_shape", p.shape)) > 1 for p in parameters.values()}
+    matrices = [p for p in parameters.values() if is_matrix[p]]
+    vectors = [p for p in parameters.values() if not is_matrix[p]]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -16,6 +16,7 @@ import deepspeed
 import numpy
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from das_ds.errors import DasError
 
@@ -88,6 +89,17 @@ class Ranks:
         for error in failures:
             if error is not None:
                 raise error
+
+    def gather_host(self, part: torch.Tensor, size: int) -> torch.Tensor:
+        """The parts of all ranks one after the other, every part padded to `size` elements; in host memory.
+
+        Args:
+            part: (n,) with n <= size, on the host.
+        """
+        padded = nn.functional.pad(part, (0, size - part.numel())) if part.numel() < size else part
+        parts = torch.empty(self.info.world_size * size, dtype=part.dtype)
+        dist.all_gather_into_tensor(parts, padded, group=self._patient_group)
+        return parts
 
     def barrier(self) -> None:
         """Wait for all ranks, however long one of them writes or prepares."""

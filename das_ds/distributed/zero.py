@@ -1,4 +1,7 @@
-"""The only file that knows ZeRO internals (DeepSpeed 0.19.8), stages 0 to 3, fp32 and bf16, with or without offload."""
+"""ZeRO's internals (DeepSpeed 0.19.8) at stages 0 to 3, in fp32, bf16 and fp16, with or without offload.
+
+No other file knows them, but for how a parameter becomes a ZeRO-3 shard (`sharded_construction.py`).
+"""
 
 from __future__ import annotations
 
@@ -130,6 +133,15 @@ def without_clipping(engine: DeepSpeedEngine) -> Iterator[None]:
     finally:
         for holder, name, value in saved:
             setattr(holder, name, value)
+
+
+def forget_gradients(engine: DeepSpeedEngine) -> None:
+    """Drop what a step that was not applied left behind: at stages 1 and 2 under offload DeepSpeed keeps the gradients
+    and would add those of the next step to them."""
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
 
 
 def refresh_weights(engine: DeepSpeedEngine) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from das_ds.config import ObjectiveName, RunConfig
 from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks
+from das_ds.distributed.sharded_construction import Slice
 from das_ds.functional.units import UnitLayout
 from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.dropout import has_dropout
@@ -44,6 +45,7 @@ def build_context(
     deepspeed_config: dict[str, Any],
     ranks: Ranks,
     *,
+    exact: dict[str, Slice] | None = None,
     lora_weights: Path | None = None,
 ) -> RunContext:
     """Put a network under an engine, with LoRA where the config asks for it.
@@ -52,6 +54,7 @@ def build_context(
         config, model, adapter: of the run; LoRA changes the network.
         deepspeed_config: merged DeepSpeed settings.
         ranks: the process group.
+        exact: see `Engine`.
         lora_weights: folder of LoRA weights to continue from.
 
     Raises:
@@ -72,6 +75,7 @@ def build_context(
         config.train,
         deepspeed_config,
         ranks,
+        exact,
     )
     if config.data.isolate_documents:
         _check_isolation(engine, model, adapter, ranks)

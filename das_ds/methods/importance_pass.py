@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from das_ds.data.batches import Batch
-from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
+from das_ds.errors import TrainingError
 from das_ds.functional.losses import representation_kl, sequence_token_loss
 from das_ds.functional.units import Importance
 from das_ds.methods.context import RunContext
@@ -82,6 +83,9 @@ GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_vie
 def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss: ImportanceLoss) -> Importance:
     """I_l = (1/N) sum_n |dL(x_n) / dg_l| over the sequences of all ranks (paper eq. 2), before normalisation.
 
+    In fp16 the loss of a batch is scaled, and a batch whose gradients are not finite is measured again at half the
+    scale, down to 1.
+
     Args:
         run: the engine, its gates and unit counts.
         batches: this rank's batches, of equally many rows; every rank has the same number of them.
@@ -89,25 +93,37 @@ def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss:
 
     Returns:
         Group -> (L, U) float32, equal on every rank.
+
+    Raises:
+        TrainingError: a gradient that is not finite.
     """
     device = run.engine.ranks.info.device
     sums: Importance = {}
     # Number of sequences and the sum of their losses.
     totals = torch.zeros(2, dtype=torch.float64, device=device)
+    scale = run.engine.loss_scale
     with loss.mode(run):
         for batch in batches:
             batch = batch.to(device)
-            if not sums:
-                rows, layers = len(batch.input_ids), run.layout.num_layers
-                sums = {g: torch.zeros(layers, rows, units, device=device) for g, units in run.layout.num_units.items()}
-            measuring = run.gates.measuring(sums, batch.row_weights, loss.num_views)
-            with loss.views(run, batch), measuring as anchor:
-                losses = loss.of_sequences(run.engine.module, batch)
-                torch.autograd.grad(losses.sum(), anchor)
-            run.engine.release_gathered_weights()
-            totals += torch.stack((batch.row_weights, batch.row_weights * losses.detach())).sum(dim=1)
+            part, losses = _scaled_sums(run, batch, loss, scale)
+            # In fp16 a batch that leaves the range of the type is measured again before it enters the sums.
+            while scale > 1.0 and not _all_finite(part):
+                scale = max(scale / 2.0, 1.0)
+                part, losses = _scaled_sums(run, batch, loss, scale)
+            sums = {group: values / scale + sums.get(group, 0.0) for group, values in part.items()}
+            totals += count_and_loss(batch, losses)
+    if not _all_finite(sums):
+        raise TrainingError(
+            "importance: found a gradient of a gate that is not finite, expected finite numbers; the model diverged, "
+            "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
+        )
     per_sequence = share_of_signal(totals) / totals[0].float()
     return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in sums.items()}
+
+
+def count_and_loss(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
+    """(2,): number of real sequences of a batch and the sum of their losses (B,)."""
+    return torch.stack((batch.row_weights, batch.row_weights * losses.detach())).sum(dim=1)
 
 
 def share_of_signal(totals: torch.Tensor) -> torch.Tensor:
@@ -121,3 +137,22 @@ def share_of_signal(totals: torch.Tensor) -> torch.Tensor:
     """
     count, loss = all_reduce_sum(totals)
     return (loss / count > NEGLIGIBLE_LOSS).float()
+
+
+def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: float) -> tuple[Importance, torch.Tensor]:
+    """scale * |dL(x_n) / dg| of one batch, group -> (L, B, U) float32, and the losses (B,)."""
+    shape = (run.layout.num_layers, len(batch.input_ids))
+    units = run.layout.num_units.items()
+    sums = {group: torch.zeros(*shape, size, device=batch.input_ids.device) for group, size in units}
+    measuring = run.gates.measuring(sums, batch.row_weights, loss.num_views)
+    with loss.views(run, batch), measuring as anchor:
+        losses = loss.of_sequences(run.engine.module, batch)
+        torch.autograd.grad(losses.sum() * scale, anchor)
+    run.engine.release_gathered_weights()
+    return sums, losses.detach()
+
+
+def _all_finite(sums: Importance) -> bool:
+    """Whether all entries on all ranks are finite; a collective that waits for the device."""
+    is_bad = torch.stack([values.isfinite().all().logical_not() for values in sums.values()]).any()
+    return not all_reduce_maximum(is_bad.float()).item()

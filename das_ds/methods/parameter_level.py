@@ -17,7 +17,7 @@ from das_ds.methods.base import DomainContext
 from das_ds.methods.context import RunContext
 from das_ds.methods.importance_file import load_parameter_importance, save_parameter_importance
 from das_ds.methods.importance_level import ImportanceLevel
-from das_ds.methods.importance_pass import ImportanceLoss, share_of_signal
+from das_ds.methods.importance_pass import ImportanceLoss, count_and_loss, share_of_signal
 
 
 class ParameterLevel(ImportanceLevel[ShardedImportance]):
@@ -80,17 +80,24 @@ def sum_of_magnitudes(
 
     Returns:
         Flat tensor of this rank's optimizer -> (F,) float32.
+
+    Raises:
+        TrainingError: a gradient that is not finite.
     """
     engine, device = run.engine, run.engine.ranks.info.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     with loss.mode(run), engine.summing_gradient_magnitudes() as sums:
         for step in steps:
-            for batch in step:
-                batch = batch.to(device)
-                with loss.views(run, batch):
-                    per_sequence = loss.of_sequences(engine, batch)
-                    engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
-                engine.step()
-                totals += torch.stack((batch.row_weights, batch.row_weights * per_sequence.detach())).sum(dim=1)
+            # A global batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
+            for _ in engine.attempts():
+                step_totals = torch.zeros_like(totals)
+                for batch in step:
+                    batch = batch.to(device)
+                    with loss.views(run, batch):
+                        per_sequence = loss.of_sequences(engine, batch)
+                        engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
+                    engine.step()
+                    step_totals += count_and_loss(batch, per_sequence)
+            totals += step_totals
     signal = share_of_signal(totals)
     return {flat: total.mul_(signal.to(total.device)) for flat, total in sums.items()}

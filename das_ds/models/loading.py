@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -44,8 +45,23 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         ) from error
 
 
+class Construction(Protocol):
+    """A way to build a network other than whole on every rank."""
+
+    def random(self, construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """The network of `construct()`."""
+
+    def pretrained(self, construct: Callable[[], PreTrainedModel], source: str) -> PreTrainedModel | None:
+        """The network of `construct()` with the weights of a folder or hub name; None: not that way."""
+
+
 def load_model(
-    config: ModelConfig, *, seed: int, vocab_size: int, weights: Path | None = None
+    config: ModelConfig,
+    *,
+    seed: int,
+    vocab_size: int,
+    weights: Path | None = None,
+    construction: Construction | None = None,
 ) -> tuple[PreTrainedModel, ArchitectureAdapter]:
     """The network in float32, with its adapter.
 
@@ -54,21 +70,20 @@ def load_model(
         seed: seed of random weights.
         vocab_size: tokens of the tokeniser; sets the embedding of a random model, checked against a pre-trained one.
         weights: folder of exported weights that replace those of `config` (a run that is continued).
+        construction: builds the network in parts; its weights are the same.
 
     Raises:
         ModelError: not loadable, no adapter, or fewer embeddings than tokens.
     """
     source = str(weights) if weights else config.name_or_path
+    own_config = _model_config(config, vocab_size=vocab_size)
     adapter = find_adapter(config)
     auto_class = AUTO_CLASSES[adapter.objective]
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
-        if source is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                model = auto_class.from_config(_model_config(config, vocab_size=vocab_size), **options)
-        else:
-            model = auto_class.from_pretrained(source, **options)
+        model = _construct(source, lambda: _random_model(auto_class, own_config, seed, options), construction)
+        if model is None:
+            model = auto_class.from_pretrained(str(source), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {source or config.config!r}: {_first_line(error)}") from error
     _check_embeddings(model, vocab_size)
@@ -116,6 +131,22 @@ def _model_config(config: ModelConfig, **defaults: int) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         source = config.name_or_path or config.config
         raise ModelError(f"cannot load the model config of {source!r}: {_first_line(error)}") from error
+
+
+def _random_model(auto_class: Any, config: Any, seed: int, options: dict[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model: PreTrainedModel = auto_class.from_config(config, **options)
+    return model
+
+
+def _construct(
+    source: str | None, construct: Callable[[], PreTrainedModel], construction: Construction | None
+) -> PreTrainedModel | None:
+    """A random network, or one built in parts; None where pre-trained weights are to be read whole."""
+    with torch.random.fork_rng():
+        if source is None:
+            return construction.random(construct) if construction else construct()
+        return construction.pretrained(construct, source) if construction else None
 
 
 def _check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:

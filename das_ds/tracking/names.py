@@ -10,10 +10,21 @@ TOKENS_SEEN = "tokens_seen"
 LOSS = "loss"
 LEARNING_RATE = "lr"
 GRAD_NORM = "grad_norm"
+SKIPPED_STEPS = "skipped_steps"
 TOKENS_PER_S = "tokens_per_s"
 PEAK_MEMORY_GIB = "peak_memory_gib"
 
-STEP_METRICS = (GLOBAL_STEP, DOMAIN, DOMAIN_STEP, TOKENS_SEEN, LOSS, LEARNING_RATE, GRAD_NORM, TOKENS_PER_S)
+STEP_METRICS = (
+    GLOBAL_STEP,
+    DOMAIN,
+    DOMAIN_STEP,
+    TOKENS_SEEN,
+    LOSS,
+    LEARNING_RATE,
+    GRAD_NORM,
+    SKIPPED_STEPS,
+    TOKENS_PER_S,
+)
 """Fields of every line of metrics.jsonl; `loss_part` names and others may follow."""
 
 DOMAINS_LEARNED = "domains_learned"

@@ -22,6 +22,7 @@ from das_ds.tracking.names import (
     LEARNING_RATE,
     LOSS,
     PEAK_MEMORY_GIB,
+    SKIPPED_STEPS,
     TOKENS_PER_S,
     TOKENS_SEEN,
     loss_part,
@@ -99,11 +100,14 @@ class DomainTrainer:
     ) -> torch.Tensor | float | None:
         token_scale = self._token_scale(micro_batches)
         norm = None
-        for batch in micro_batches:
-            with self._method.micro_step(batch.to(self._device, non_blocking=True), token_scale) as losses:
-                self._engine.backward(torch.stack(list(losses.values())).sum())
-            meter.add(losses)
-            norm = self._engine.step(measure_norm=measure_norm)
+        for attempt in self._engine.attempts():
+            for batch in micro_batches:
+                with self._method.micro_step(batch.to(self._device, non_blocking=True), token_scale) as losses:
+                    self._engine.backward(torch.stack(list(losses.values())).sum())
+                # A step that is tried again counts once.
+                if attempt == 0:
+                    meter.add(losses)
+                norm = self._engine.step(measure_norm=measure_norm)
         return norm
 
     def _token_scale(self, micro_batches: list[Batch]) -> torch.Tensor:
@@ -138,6 +142,7 @@ class DomainTrainer:
                 **{loss_part(name): value for name, value in losses.items()},
                 LEARNING_RATE: learning_rate,
                 GRAD_NORM: float(norm),
+                SKIPPED_STEPS: self._engine.skipped_steps,
                 TOKENS_PER_S: tokens_per_s,
                 PEAK_MEMORY_GIB: peak_memory_gib(),
             },

@@ -10,6 +10,7 @@ import numpy
 from das_ds.config import RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks, seed_everything
+from das_ds.distributed.sharded_construction import sharded_construction
 from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
 from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, write_results
 from das_ds.methods import METHODS
@@ -62,15 +63,24 @@ class DomainSequence:
         done = self._state.domains_done
         last = (done - 1, config.domains[done - 1].name) if done and not method_class.starts_from_base else None
         is_lora = config.model.lora is not None
+        construction = sharded_construction(deepspeed_config, ranks)
         self._model, adapter = load_model(
             config.model,
             seed=config.seed,
             vocab_size=len(text.tokenizer),
             weights=folder.model(*last) if last and not is_lora else None,
+            construction=construction,
         )
         check_sequence_length(self._model, adapter, config.data.sequence_length)
-        lora_weights = folder.adapter(*last) if last and is_lora else None
-        context = build_context(config, self._model, adapter, deepspeed_config, ranks, lora_weights=lora_weights)
+        context = build_context(
+            config,
+            self._model,
+            adapter,
+            deepspeed_config,
+            ranks,
+            exact=construction.slices if construction else None,
+            lora_weights=folder.adapter(*last) if last and is_lora else None,
+        )
         self.engine, self._lora = context.engine, context.lora
         self._base = self.engine.snapshot() if method_class.starts_from_base else None
         self._method: Method = method_class(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,22 @@ from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
 from das_ds.functional.units import Importance
-from das_ds.methods.importance_pass import GENERAL_KNOWLEDGE, PRETRAINING, mean_absolute_gate_gradient
+from das_ds.methods.importance_pass import (
+    GENERAL_KNOWLEDGE,
+    PRETRAINING,
+    mean_absolute_gate_gradient,
+    pretraining_loss,
+)
 from helpers.reference import FixedNoise, fix_noise
 from helpers.training import LENGTH, build, random_batch, rank_part
 
-LOSSES = {"mlm": PRETRAINING, "proxy": GENERAL_KNOWLEDGE}
+FAINT = 2.0**-22
+"""Factor that makes gradients too small for fp16."""
+LOSSES = {
+    "mlm": PRETRAINING,
+    "proxy": GENERAL_KNOWLEDGE,
+    "faint": replace(PRETRAINING, of_sequences=lambda forward, batch: pretraining_loss(forward, batch) * FAINT),
+}
 
 
 def measured(config: RunConfig, kind: str, batches: list[Batch], model_changes: dict[str, Any]) -> Importance:

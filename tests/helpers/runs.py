@@ -18,6 +18,7 @@ from das_ds.methods.ncl import Naive
 from das_ds.models.loading import load_model
 from das_ds.training.evaluate import evaluate_model
 from das_ds.training.sequence import run_sequence
+from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import NO_DROPOUT
 from helpers.tiny_tokenizer import TEXT, tiny_tokenizer
 
@@ -80,12 +81,14 @@ def save_random_importance(values: dict[str, Any], path: Path) -> Path:
 
 def run_all(runs: list[dict[str, Any]]) -> list[Results]:
     """Each config run in turn on these ranks, which have to be of one ZeRO stage."""
+    allow_fp16_on_cpu()
     ranks = Ranks()
     return [run_sequence(RunConfig(**values), ranks) for values in runs]
 
 
 def run_stopped_and_continued(values: dict[str, Any]) -> Results:
     """The first start breaks off at the second domain, after which the same command continues."""
+    allow_fp16_on_cpu()
     ranks, config = Ranks(), RunConfig(**values)
     before_domain = Naive.before_domain
 

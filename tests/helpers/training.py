@@ -18,6 +18,7 @@ from das_ds.models.registry import adapter_for
 from das_ds.tracking.sinks import Metrics, Sink
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.domain import DomainTrainer, Progress
+from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import tiny_model
 
 LENGTH, VOCABULARY, MASK = 12, 100, 4
@@ -91,6 +92,8 @@ def run_config(output_dir: Path, **changes: Any) -> RunConfig:
 
 def build(config: RunConfig, ranks: Ranks, *, lora_weights: Path | None = None, **model_changes: Any) -> RunContext:
     """Engine, layout and gates over a tiny model."""
+    if config.train.precision == "fp16":
+        allow_fp16_on_cpu()
     model = tiny_model(config.model.config["model_type"], **model_changes)  # type: ignore[index]
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

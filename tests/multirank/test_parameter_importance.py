@@ -128,6 +128,16 @@ def test_magnitudes_in_bf16(stage: int, tmp_path: Path) -> None:
     check(run_ranks(measured_all, 2, runs, "mlm", global_batches(), NO_DROPOUT), "mlm", 5e-2)
 
 
+@pytest.mark.multirank
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, **OFFLOAD}, {"stage": 3}])
+def test_magnitudes_in_fp16_with_overflow(zero: dict[str, Any], tmp_path: Path) -> None:
+    # The scale overflows at first and rises after every global batch: each is measured once, by its own scale.
+    fp16 = {"initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 1}
+    runs = settings(tmp_path, 2, zero, precision="fp16")
+    runs = [run.model_copy(update={"deepspeed": {**run.deepspeed, "fp16": fp16}}) for run in runs]
+    check(run_ranks(measured_all, 2, runs, "mlm", global_batches(), NO_DROPOUT), "mlm", 1e-2)
+
+
 @cache
 def masked_reference(apply_to: str) -> Any:
     weights = {name: value.float() / 255 for name, value in random_weights_importance().items()}

@@ -115,26 +115,37 @@ def test_offload_equals_the_reference(stage: int, folder: Path) -> None:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
-def test_bf16_moves_with_the_reference_and_keeps_full_units_still(stage: int, world_size: int, folder: Path) -> None:
-    settings = configs(folder, world_size, {"stage": stage}, precision="bf16")
+@pytest.mark.parametrize(
+    ("precision", "stage", "world_size"),
+    [
+        *(("bf16", stage, ranks) for stage, ranks in ((0, 2), (1, 2), (2, 2), (3, 1), (3, 2))),
+        *(("fp16", stage, ranks) for stage, ranks in ((1, 2), (2, 2), (3, 2))),
+    ],
+)
+def test_16_bits_move_with_the_reference_and_keep_full_units_still(
+    precision: str, stage: int, world_size: int, folder: Path
+) -> None:
+    settings = configs(folder, world_size, {"stage": stage}, precision=precision)
+    rel, least_similarity = {"bf16": (0.03, 0.97), "fp16": (0.005, 0.999)}[precision]
     results = run_ranks(train_all, world_size, settings, steps(), NO_DROPOUT)
     start = {name: weight.detach() for name, weight in tiny_model().named_parameters()}
     layer = "roberta.encoder.layer.1"
     for setting, (weights, lines) in enumerate(results[0]):
         expected = reference(setting)
-        assert [line["loss/mlm"] for line in lines] == pytest.approx(expected.mlm_losses, rel=0.03)
+        assert [line["loss/mlm"] for line in lines] == pytest.approx(expected.mlm_losses, rel=rel)
         assert all(weight.dtype == torch.float32 for weight in weights.values())
         # The last intermediate unit of layer 1 has importance 1 and must not move at all, not even by weight decay ...
         moved = weights[f"{layer}.intermediate.dense.weight"] - start[f"{layer}.intermediate.dense.weight"]
         if SETTINGS[setting]["apply_to"] == "update":
             assert torch.equal(moved[-1], torch.zeros_like(moved[-1]))
-        # ... and all others move as in float64, but for what 8 bits of gradient lose.
+        # ... and all others move as in float64, but for what 8 or 11 bits of gradient lose.
         found = torch.cat([(weights[n] - start[n]).flatten() for n in weights if "key.bias" not in n])
         true = torch.cat(
             [(w - start[n]).flatten() for n, w in expected.model.named_parameters() if "key.bias" not in n]
         )
-        assert torch.nn.functional.cosine_similarity(found, true.float(), dim=0) > 0.97
+        similarity = torch.nn.functional.cosine_similarity(found, true.float(), dim=0)
+        print(f"{precision} stage {stage} {SETTINGS[setting]}: cosine {similarity:.4f}, {lines[-1]['skipped_steps']}")
+        assert similarity > least_similarity
 
 
 @pytest.mark.multirank

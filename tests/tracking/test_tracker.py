@@ -21,7 +21,7 @@ ConfigMaker = Callable[[Path, str], RunConfig]
 
 def step_metrics(step: int, **changes: float) -> dict[str, Any]:
     metrics = {"domain": "acl", "domain_step": step, "tokens_seen": 10 * step, "loss": 1.5, "lr": 1e-4}
-    return {**metrics, "grad_norm": 0.5, "tokens_per_s": 7.0, loss_part("mlm"): 1.0, **changes}
+    return {**metrics, "grad_norm": 0.5, "skipped_steps": 0, "tokens_per_s": 7.0, loss_part("mlm"): 1.0, **changes}
 
 
 def read_strictly(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,65 @@
+"""Number formats: what the device can train in, and the loss scale that keeps fp16 gradients in range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+from das_ds.errors import ConfigError
+
+
+def check_precision(precision: str) -> None:
+    """Find out before anything is built whether DeepSpeed trains in this format here.
+
+    Raises:
+        ConfigError: the device does not compute in it.
+    """
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[precision]:
+        allowed = ", ".join(name for name, is_supported in supported.items() if is_supported)
+        raise ConfigError(
+            f"train.precision: found {precision}, which this device ({accelerator.device_name()}) does not support; "
+            f"allowed here: {allowed}"
+        )
+
+
+class LossScale:
+    """DeepSpeed's loss scaler, moved on after a step instead of within it.
+
+    DeepSpeed changes the scale in the middle of a step, between measuring the gradients and dividing them, so that
+    every step that raises it would divide by twice the scale that its loss was multiplied by.
+
+    Args:
+        engine: an engine of any precision; the scale is 1 where there is nothing to scale.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._optimizer: Any = engine.optimizer
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        self._scaler = scaler if isinstance(scaler, DynamicLossScaler) else None
+        self.retry_helps = False
+        """Whether the last step overflowed at a scale that was not the smallest."""
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False
+            self._initial = dict(vars(self._scaler))
+            self._optimizer._update_scale = lambda has_overflow=False: None
+
+    @property
+    def value(self) -> float:
+        """What the next loss is multiplied by."""
+        return float(getattr(self._optimizer, "loss_scale", 1.0))
+
+    def update(self, *, overflowed: bool) -> None:
+        """To be called after every optimizer step: fall after an overflow, rise after many steps without one."""
+        if self._scaler is not None:
+            self.retry_helps = overflowed and self._scaler.cur_scale > self._scaler.min_scale
+            self._scaler.update_scale(overflowed)
+
+    def reset(self) -> None:
+        """Back to the scale that the engine was built with."""
+        if self._scaler is not None:
+            vars(self._scaler).update(self._initial)

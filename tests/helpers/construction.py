@@ -1,0 +1,108 @@
+"""Models built in parts on real ranks, compared with the plain construction of the same model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from das_ds.config import ModelConfig, TrainConfig
+from das_ds.deepspeed_config import build_deepspeed_config
+from das_ds.distributed.engine import Engine
+from das_ds.distributed.inner_optimizer import build_optimizer
+from das_ds.distributed.launch import Ranks
+from das_ds.distributed.sharded_construction import ShardedConstruction, sharded_construction
+from das_ds.models.language_model import LanguageModel
+from das_ds.models.loading import load_model
+from helpers.half import allow_fp16_on_cpu
+from helpers.training import run_config
+
+ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 50}}
+
+
+def engine_settings(folder: Path, precision: str, world_size: int) -> tuple[TrainConfig, dict[str, Any]]:
+    """Settings of an engine at ZeRO-3."""
+    train = {"precision": precision, "micro_batch_size": 1, "global_batch_size": world_size}
+    config = run_config(folder, train=train, deepspeed=ZERO3)
+    return config.train, build_deepspeed_config(config, world_size)
+
+
+def weights_of_loaded(folder: Path, model: ModelConfig, seed: int, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Per precision: the fp32 weights of an engine over a model built in parts, the buffers of the model, what it
+    computes, and the largest part of the weights that this rank held."""
+    return [_loaded(folder, model, seed, precision) for precision in precisions]
+
+
+def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dict[str, Any]:
+    allow_fp16_on_cpu()
+    ranks = Ranks()
+    train, deepspeed_config = engine_settings(folder, precision, ranks.info.world_size)
+    construction = sharded_construction(deepspeed_config, ranks)
+    assert construction is not None
+    model, adapter = load_model(config, seed=seed, vocab_size=100, construction=construction)
+    parameters = dict(model.named_parameters())
+    assert construction.slices.keys() == (set() if precision == "fp32" else parameters.keys())
+    assert all(parameter.numel() == 0 for parameter in parameters.values())
+    held = {name: piece.values.numel() for name, piece in construction.slices.items()}
+    # Matrices alone decay, though every parameter is an empty vector now.
+    groups = build_optimizer(parameters, train, on_host=True).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+    engine = Engine(LanguageModel(model, adapter), parameters, train, deepspeed_config, ranks, construction.slices)
+    assert not construction.slices
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        hidden, losses = engine.module.eval()(ids, torch.arange(5), ids.flatten()[:5])
+    found = {
+        "weights": {name: weight.clone() for name, weight in engine.fp32_weights()},
+        "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+        "output": (hidden.float(), losses),
+        "held": held,
+        "decayed": [name for name, parameter in parameters.items() if id(parameter) in decayed],
+    }
+    engine.close()
+    return found
+
+
+def random_equal_to_plain(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Names of weights and buffers that differ from the plain construction's, over all architectures."""
+    ranks = Ranks()
+    different = []
+    for model_type, sizes in cases:
+        config = AutoConfig.for_model(model_type, **{**sizes, "pad_token_id": 0})
+        auto: Any = AutoModelForMaskedLM if model_type in MASKED else AutoModelForCausalLM
+
+        def construct(auto: Any = auto, config: Any = config) -> PreTrainedModel:
+            torch.manual_seed(3)
+            return auto.from_config(config, dtype=torch.float32)
+
+        plain = construct()
+        construction = ShardedConstruction(engine_settings(Path(), "bf16", ranks.info.world_size)[1], ranks)
+        found = construction.random(construct)
+        assert dict(found.named_parameters()).keys() == construction.slices.keys()
+        for name, weight in plain.named_parameters():
+            piece = construction.slices[name]
+            own = weight.detach().flatten()[piece.offset : piece.offset + piece.values.numel()]
+            if not torch.equal(own, piece.values):
+                different.append(f"{model_type} {name}")
+        buffers = dict(found.named_buffers())
+        different += [f"{model_type} {n}" for n, b in plain.named_buffers() if not torch.equal(b, buffers[n])]
+    return different
+
+
+def warnings_of_loading(folder: Path, source: Path) -> tuple[bool, list[str]]:
+    """Whether a folder was read in parts, and the warnings about it."""
+    ranks = Ranks()
+    construction = sharded_construction(engine_settings(folder, "bf16", ranks.info.world_size)[1], ranks)
+    assert construction is not None
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("das_ds").addHandler(handler)
+    load_model(ModelConfig(name_or_path=str(source)), seed=0, vocab_size=100, construction=construction)
+    return bool(construction.slices), messages
+
+
+MASKED = ("roberta", "bert", "xlm-roberta", "distilbert", "electra", "deberta-v2", "modernbert")

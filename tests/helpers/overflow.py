@@ -1,0 +1,142 @@
+"""Steps whose gradient is not finite, as the engine takes them on real ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.distributed.engine import Engine
+from das_ds.distributed.launch import Ranks
+from das_ds.errors import TrainingError
+from das_ds.methods.importance_pass import (
+    PRETRAINING,
+    ImportanceLoss,
+    mean_absolute_gate_gradient,
+    pretraining_loss,
+)
+from das_ds.methods.parameter_level import sum_of_magnitudes
+from helpers.tiny_models import NO_DROPOUT
+from helpers.training import build, rank_part
+
+NUM_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one attempt at a step found and left."""
+
+    step: int
+    scale: float
+    learning_rates: tuple[float, float]
+    moved: bool
+    skipped: int
+
+
+def attempts_of(configs: list[RunConfig], batch: Batch) -> list[list[Attempt]]:
+    """Every attempt at `NUM_STEPS` steps on the same batch, per config."""
+    return [_attempts(config, batch) for config in configs]
+
+
+def _attempts(config: RunConfig, batch: Batch) -> list[Attempt]:
+    ranks = Ranks()
+    engine = build(config, ranks, **NO_DROPOUT).engine
+    part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
+    engine.start_domain(NUM_STEPS)
+    found: list[Attempt] = []
+    for step in range(NUM_STEPS):
+        for _ in engine.attempts():
+            before, rate, scale = _weights(engine), engine.learning_rate(), engine.loss_scale
+            for _ in range(engine.accumulation_steps):
+                _backward(engine, part)
+                engine.step()
+            after = _weights(engine)
+            moved = any(not torch.equal(before[name], after[name]) for name in before)
+            found.append(Attempt(step, scale, (rate, engine.learning_rate()), moved, engine.skipped_steps))
+    engine.start_domain(NUM_STEPS)
+    assert engine.skipped_steps == 0 and engine.loss_scale == found[0].scale
+    engine.close()
+    return found
+
+
+def errors_of(configs: list[RunConfig], batch: Batch) -> list[str]:
+    """The error that ends the attempts, per config."""
+    errors = []
+    for config in configs:
+        try:
+            _attempts(config, batch)
+        except TrainingError as failure:
+            errors.append(str(failure))
+    return errors
+
+
+def left_out(configs: list[RunConfig], batch: Batch) -> list[tuple[int, bool, str]]:
+    """Per config, a step with an infinite loss where there is no loss scale: (skipped steps, whether anything moved,
+    the error that the same gradient gives while importance is measured)."""
+    return [_left_out(config, batch) for config in configs]
+
+
+def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
+    ranks = Ranks()
+    engine = build(config, ranks, **NO_DROPOUT).engine
+    part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
+    engine.start_domain(NUM_STEPS)
+    before, rate = _weights(engine), engine.learning_rate()
+    for _ in engine.attempts():
+        _step(engine, part, torch.inf)
+    after = _weights(engine)
+    moved = rate != engine.learning_rate() or any(not torch.equal(before[name], after[name]) for name in before)
+    skipped, error = engine.skipped_steps, "none"
+    try:
+        with engine.summing_gradient_magnitudes():
+            for _ in engine.attempts():
+                _step(engine, part, torch.inf)
+    except TrainingError as failure:
+        error = str(failure)
+    engine.close()
+    return skipped, moved, error
+
+
+def infinite_importance(configs: list[RunConfig], batch: Batch) -> list[list[str]]:
+    """Per config, the errors of both importance passes over a loss that is not finite on rank 0 alone."""
+    return [_infinite_importance(config, batch) for config in configs]
+
+
+def _infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
+    ranks = Ranks()
+    run = build(config, ranks, **NO_DROPOUT)
+    part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
+    loss = _scaled_loss(torch.inf if ranks.info.is_main else 1.0)
+    errors = []
+    for measure in (
+        lambda: mean_absolute_gate_gradient(run, [part], loss),
+        lambda: sum_of_magnitudes(run, [[part] * run.engine.accumulation_steps], loss),
+    ):
+        try:
+            measure()
+        except TrainingError as failure:
+            errors.append(str(failure))
+    run.engine.close()
+    return errors
+
+
+def _scaled_loss(factor: float) -> ImportanceLoss:
+    return replace(PRETRAINING, of_sequences=lambda forward, batch: pretraining_loss(forward, batch) * factor)
+
+
+def _step(engine: Engine, part: Batch, factor: float) -> None:
+    for _ in range(engine.accumulation_steps):
+        _backward(engine, part, factor)
+        engine.step()
+
+
+def _backward(engine: Engine, part: Batch, factor: float = 1.0) -> None:
+    _, losses = engine(part.corrupted_ids, part.predicted, part.targets)
+    engine.backward(losses.sum() * factor)
+
+
+def _weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in engine.fp32_weights()}
