@@ -51,5 +51,5 @@ def build_context(
         deepspeed_config,
         ranks,
     )
-    view_dropout = 0.0 if has_dropout(model.config) else config.method.view_dropout
+    view_dropout = 0.0 if has_dropout(model.config, adapter.dropouts) else config.method.view_dropout
     return RunContext(config, engine, layout, gates, adapter.objective, view_dropout)

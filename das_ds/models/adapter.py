@@ -1,13 +1,13 @@
 """An architecture as a table: which parameters its units own, where their gates sit, what stays unmasked on purpose.
 
-Patterns use `{base}` for the base model's prefix (`roberta`, `bert`) and `{layer}` for the layer number.
+Patterns use `{base}` for the base model's prefix (`roberta`, `bert`) and `{layer}` for a layer number.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from das_ds.errors import ModelError
 from das_ds.functional.spreads import SPREADS, Axis
 from das_ds.functional.units import Ownership, UnitLayout, UnitRule, block_shape
+from das_ds.models.dropout import PROBABILITIES
 
 Objective = Literal["mlm", "clm"]
 """Masked or causal language modelling."""
@@ -44,19 +45,26 @@ class ArchitectureAdapter:
     objective: Objective
     """What these networks are pre-trained with."""
     units: dict[str, str]
-    """Group -> attribute of the model config that holds the number of units per layer, or a product `a*b` of two."""
+    """Group -> number of units per layer: an attribute of the model config, a product such as `a*b` or `4*a`, or
+    several of these with `|` between them, of which the first counts whose attributes are set."""
     rules: tuple[UnitRule, ...]
     sites: tuple[GateSite, ...]
     unmasked: tuple[str, ...]
     """Parameters that belong to no unit on purpose; `*` matches anything."""
     lm_head: tuple[str, ...]
     """Modules that turn hidden states into logits, one after the other."""
+    embedding_head: str | None = None
+    """Module that does so in place of `lm_head` in models that have it, given the input embeddings as well."""
     key_value_heads: str | None = None
     """Attribute of the model config with the number of key/value heads; None: as many as heads."""
     logit_cap_attribute: str | None = None
     """Attribute of the model config with the cap c of logits, c * tanh(logits / c), where there is one."""
     position_offset: int = 0
     """Rows of the position embedding that no token of a block can use."""
+    dropouts: tuple[str, ...] = PROBABILITIES
+    """Attributes of the model config that are dropout probabilities of the network."""
+    unsupported: Callable[[Any], str | None] = lambda config: None
+    """What in a model config this table cannot describe, in words, or None."""
 
     def max_sequence_length(self, model: PreTrainedModel) -> int:
         """Longest block that the model's position embedding allows."""
@@ -67,14 +75,25 @@ class ArchitectureAdapter:
         cap = None if self.logit_cap_attribute is None else getattr(model.config, self.logit_cap_attribute)
         return None if cap is None else float(cap)
 
+    def head(self, model: PreTrainedModel) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """What turns hidden states into logits, one after the other."""
+        name = self.embedding_head
+        if name is not None and hasattr(model, name):
+            embeddings = model.get_input_embeddings()
+            return [lambda hidden: model.get_submodule(name)(hidden, embeddings)]
+        return [model.get_submodule(name) for name in self.lm_head]
+
     def layout(self, model: PreTrainedModel) -> UnitLayout:
         """Apply the table to a real model.
 
         Raises:
-            ModelError: a parameter the table neither masks nor lists as unmasked, a rule without a parameter, or an
-                axis whose size does not divide into the units.
+            ModelError: a parameter the table neither masks nor lists as unmasked, a rule without a parameter, an axis
+                whose size does not divide into the units, or a config the table cannot describe.
         """
         config = model.config
+        obstacle = self.unsupported(config)
+        if obstacle is not None:
+            raise ModelError(f"the {self.model_type} adapter does not support {obstacle}")
         num_units = {group: self._count(config, attribute) for group, attribute in self.units.items()}
         shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
         base = model.base_model_prefix
@@ -93,14 +112,15 @@ class ArchitectureAdapter:
             for layer in range(model.config.num_hidden_layers):
                 yield site, layer, model.get_submodule(site.module.format(base=model.base_model_prefix, layer=layer))
 
-    def _count(self, config: Any, attributes: str) -> int:
-        missing = [name for name in attributes.split("*") if not isinstance(getattr(config, name, None), int)]
-        if missing:
-            raise ModelError(
-                f"the {self.model_type} adapter names an attribute that this model's config lacks or that is no whole "
-                f"number: {missing[0]}"
-            )
-        return math.prod(int(getattr(config, name)) for name in attributes.split("*"))
+    def _count(self, config: Any, counts: str) -> int:
+        for product in counts.split("|"):
+            factors = [int(name) if name.isdigit() else getattr(config, name, None) for name in product.split("*")]
+            if all(isinstance(factor, int) for factor in factors):
+                return math.prod(factors)
+        raise ModelError(
+            f"the {self.model_type} adapter names an attribute that this model's config lacks or that is no whole "
+            f"number: {counts}"
+        )
 
     def _own(
         self,
@@ -125,13 +145,18 @@ class ArchitectureAdapter:
         return Ownership(name, rule.group, layer, rule.axis, owners, rule.reader)
 
     def _check_complete(self, shapes: dict[str, tuple[int, int, int]], owned: set[str], base: str) -> None:
-        allowed = [re.escape(p.format(base=base)).replace(r"\*", ".*") for p in self.unmasked]
-        unknown = [n for n in shapes if n not in owned and not any(re.fullmatch(p, n) for p in allowed)]
+        patterns = [_matcher(pattern, base) for pattern in self.unmasked]
+        unknown = [n for n in shapes if n not in owned and not any(p.fullmatch(n) for p in patterns)]
         if unknown:
             raise ModelError(
                 f"the {self.model_type} adapter does not know {len(unknown)} parameters of this model: "
                 f"{', '.join(unknown[:3])}; each must be owned by a unit or listed as unmasked"
             )
+
+
+def _matcher(pattern: str, base: str) -> re.Pattern[str]:
+    parts = [re.escape(part.replace("{base}", base)).replace(r"\*", ".*") for part in pattern.split("{layer}")]
+    return re.compile(r"\d+".join(parts))
 
 
 @cache

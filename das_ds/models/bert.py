@@ -1,9 +1,22 @@
-"""BERT."""
+"""BERT, and ELECTRA's generator, which has BERT's layers."""
+
+from dataclasses import replace
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.adapter import ArchitectureAdapter, GateSite
 
 LAYER = "{base}.encoder.layer.{layer}"
+EMBEDDINGS = (
+    "{base}.embeddings.word_embeddings.weight",
+    "{base}.embeddings.position_embeddings.weight",
+    "{base}.embeddings.token_type_embeddings.weight",
+    "{base}.embeddings.LayerNorm.*",
+)
+LAYER_UNMASKED = (
+    f"{LAYER}.attention.output.dense.bias",
+    f"{LAYER}.attention.output.LayerNorm.*",
+    f"{LAYER}.output.LayerNorm.*",
+)
 
 BERT = ArchitectureAdapter(
     model_type="bert",
@@ -28,12 +41,19 @@ BERT = ArchitectureAdapter(
         GateSite(INTERMEDIATE, f"{LAYER}.intermediate.dense", "output"),
         GateSite(OUTPUT, f"{LAYER}.output.dense", "output"),
     ),
-    unmasked=(
-        "{base}.embeddings.*",
-        "*.LayerNorm.weight",
-        "*.LayerNorm.bias",
-        "*.attention.output.dense.bias",
-        "cls.predictions.*",
-    ),
+    unmasked=(*EMBEDDINGS, *LAYER_UNMASKED, "cls.predictions.*"),
     lm_head=("cls",),
+)
+
+ELECTRA = replace(
+    BERT,
+    model_type="electra",
+    unmasked=(
+        *EMBEDDINGS,
+        "{base}.embeddings_project.*",
+        *LAYER_UNMASKED,
+        "generator_predictions.*",
+        "generator_lm_head.*",
+    ),
+    lm_head=("generator_predictions", "generator_lm_head"),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PretrainedConfig
 
 PROBABILITIES = (
@@ -19,6 +21,6 @@ PROBABILITIES = (
 """Config attributes that make two passes of one text differ; dropout of classification heads does not."""
 
 
-def has_dropout(config: PretrainedConfig) -> bool:
-    """Whether any of the dropout probabilities that the network's config names is above 0."""
-    return any((getattr(config, name, None) or 0.0) > 0.0 for name in PROBABILITIES)
+def has_dropout(config: PretrainedConfig, probabilities: Sequence[str] = PROBABILITIES) -> bool:
+    """Whether any of these attributes of the network's config, as far as it has them, is above 0."""
+    return any((getattr(config, name, None) or 0.0) > 0.0 for name in probabilities)

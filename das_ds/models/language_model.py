@@ -19,7 +19,7 @@ class LanguageModel(nn.Module):
     def __init__(self, model: PreTrainedModel, adapter: ArchitectureAdapter) -> None:
         super().__init__()
         self.model = model
-        self._head = [model.get_submodule(name) for name in adapter.lm_head]
+        self._head = adapter.head(model)
         self._logit_cap = adapter.logit_cap(model)
 
     def forward(
@@ -47,6 +47,6 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(P, H) -> (P, V)."""
-        for module in self._head:
-            hidden = module(hidden)
+        for part in self._head:
+            hidden = part(hidden)
         return hidden if self._logit_cap is None else self._logit_cap * torch.tanh(hidden / self._logit_cap)

@@ -2,10 +2,21 @@
 
 from das_ds.errors import ModelError
 from das_ds.models.adapter import ArchitectureAdapter
-from das_ds.models.bert import BERT
-from das_ds.models.roberta import ROBERTA
+from das_ds.models.bert import BERT, ELECTRA
+from das_ds.models.deberta import DEBERTA_V2
+from das_ds.models.distilbert import DISTILBERT
+from das_ds.models.gpt2 import GPT2
+from das_ds.models.gpt_neox import GPT_NEOX
+from das_ds.models.llama import GEMMA2, GEMMA3_TEXT, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
+from das_ds.models.mixtral import MIXTRAL, QWEN3_MOE
+from das_ds.models.modernbert import MODERNBERT
+from das_ds.models.opt import OPT
+from das_ds.models.phi3 import PHI3
+from das_ds.models.roberta import ROBERTA, XLM_ROBERTA
 
-ADAPTERS: dict[str, ArchitectureAdapter] = {adapter.model_type: adapter for adapter in (BERT, ROBERTA)}
+ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, ELECTRA, DEBERTA_V2, MODERNBERT)
+DECODERS = (GPT2, GPT_NEOX, OPT, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3_TEXT, PHI3, MIXTRAL, QWEN3_MOE)
+ADAPTERS: dict[str, ArchitectureAdapter] = {adapter.model_type: adapter for adapter in (*ENCODERS, *DECODERS)}
 
 
 def adapter_for(model_type: str) -> ArchitectureAdapter:

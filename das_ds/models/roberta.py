@@ -1,19 +1,14 @@
-"""RoBERTa: BERT's layers, its own LM head, and positions that start behind the padding index."""
+"""RoBERTa and XLM-RoBERTa: BERT's layers, their own LM head, and positions that start behind the padding index."""
 
 from dataclasses import replace
 
-from das_ds.models.bert import BERT
+from das_ds.models.bert import BERT, EMBEDDINGS, LAYER_UNMASKED
 
 ROBERTA = replace(
     BERT,
     model_type="roberta",
-    unmasked=(
-        "{base}.embeddings.*",
-        "*.LayerNorm.weight",
-        "*.LayerNorm.bias",
-        "*.attention.output.dense.bias",
-        "lm_head.*",
-    ),
+    unmasked=(*EMBEDDINGS, *LAYER_UNMASKED, "lm_head.*"),
     lm_head=("lm_head",),
     position_offset=2,
 )
+XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")
