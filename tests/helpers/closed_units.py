@@ -15,7 +15,7 @@ from das_ds.models.language_model import LanguageModel
 
 Units = set[tuple[str, int, int]]
 """(group, layer, unit)."""
-NEGLIGIBLE = 1e-6
+NEGLIGIBLE = 1e-7
 """Gradients this small beside the largest are rounding."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from das_ds.errors import ModelError
 from das_ds.functional.units import GROUPS, HEAD
+from das_ds.models.dropout import has_dropout
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.registry import ADAPTERS, adapter_for
@@ -44,15 +46,29 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
 LABELS = [label for label, _, _ in VARIANTS]
 # Softmax ignores what is added to all keys alike: key biases get no gradient but rounding, where no rotation or
 # relative position makes a difference between them.
-KEY_BIASES = ("key.bias", "k_lin.bias", "k_proj.bias", "pos_key_proj.bias", "c_attn.bias", "query_key_value.bias", "Wqkv.bias")
+KEY_BIASES = ("key.bias", "k_lin.bias", "k_proj.bias", "pos_key_proj.bias", "c_attn.bias", "query_key_value.bias")
 # Special tokens, positions and relative distances that the batch does not contain.
 EMBEDDINGS = ("embeddings", "embed_tokens", "embed_in", "wte", "wpe", "embed_positions")
+
+
+# With other seeds a ReLU of OPT is dead on the whole batch.
+SEEDS = {"opt": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take longer than a tiny network does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def built(label: str) -> tuple[str, nn.Module, Any]:
     """Model type, model without dropout, adapter."""
     _, model_type, changes = VARIANTS[LABELS.index(label)]
-    return model_type, tiny_model(model_type, **without_dropout(model_type), **changes), adapter_for(model_type)
+    model = tiny_model(model_type, seed=SEEDS.get(model_type, 0), **without_dropout(model_type), **changes)
+    return model_type, model, adapter_for(model_type)
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -62,8 +78,8 @@ def test_only_what_a_closed_unit_owns_or_reads_gets_no_gradient(label: str) -> N
         hold_statistics(model)
     layout = adapter.layout(model)
     never = {where for where, size in gradient_sizes(model, adapter, layout, set()).items() if size < NEGLIGIBLE}
-    unexplained = {w for w in never if not w.parameter.endswith(KEY_BIASES) and not any(e in w.parameter for e in EMBEDDINGS)}
-    assert not unexplained
+    silent = {where.parameter for where in never}
+    assert not {name for name in silent if not name.endswith(KEY_BIASES) and not any(e in name for e in EMBEDDINGS)}
     last = layout.num_layers - 1
     closings: list[Units] = []
     for group in GROUPS:
@@ -155,7 +171,9 @@ def test_measured_gate_gradients_equal_plain_autograd_of_one_sequence_at_a_time(
         torch.autograd.grad(losses.view(5, -1).mean(dim=1).sum(), anchor)
     for row in range(5):
         one = slice(row, row + 1)
-        alone = gradients_of_gates(model, adapter, lambda one=one: sequence_losses(model(ids[one]).logits, targets[one]).sum())
+        alone = gradients_of_gates(
+            model, adapter, lambda one=one: sequence_losses(model(ids[one]).logits, targets[one]).sum()
+        )
         for group, gradient in alone.items():
             torch.testing.assert_close(sums[group][:, row], weights[row] * gradient, rtol=1e-3, atol=1e-5)
     assert all((values.amax(dim=1) > 0).all() for values in sums.values())
@@ -186,19 +204,15 @@ def test_blocks_may_be_as_long_as_the_positions(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ADAPTERS)
 def test_dropout_is_what_makes_two_passes_of_one_text_differ(model_type: str) -> None:
-    from das_ds.models.dropout import has_dropout
-
     adapter = adapter_for(model_type)
     off = without_dropout(model_type)
     ids = token_ids()
     # Every attribute of the config that could be meant, whether the table knows it or not.
     config = tiny_model(model_type).config.to_dict()
     candidates = [name for name in config if "drop" in name or "jitter" in name]
-    for name in [*off, *candidates]:
-        changes = {**off, name: 0.5}
-        if name == "layerdrop":
-            continue
-        model = tiny_model(model_type, **changes).train()
+    # Layer dropout is refused; see below.
+    for name in {*off, *candidates} - {"layerdrop"}:
+        model = tiny_model(model_type, **{**off, name: 0.5}).train()
         first, second = (model.base_model(input_ids=ids).last_hidden_state for _ in range(2))
         assert has_dropout(model.config, adapter.dropouts) == (not torch.equal(first, second)), name
     assert not has_dropout(tiny_model(model_type, **off).config, adapter.dropouts)
