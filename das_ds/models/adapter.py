@@ -114,8 +114,9 @@ class ArchitectureAdapter:
 
     def _count(self, config: Any, counts: str) -> int:
         for product in counts.split("|"):
-            factors = [int(name) if name.isdigit() else getattr(config, name, None) for name in product.split("*")]
-            if all(isinstance(factor, int) for factor in factors):
+            values = [int(name) if name.isdigit() else getattr(config, name, None) for name in product.split("*")]
+            factors = [value for value in values if isinstance(value, int)]
+            if len(factors) == len(values):
                 return math.prod(factors)
         raise ModelError(
             f"the {self.model_type} adapter names an attribute that this model's config lacks or that is no whole "

@@ -159,7 +159,7 @@ def test_gates_act_on_their_rows_alone_and_ones_change_nothing(label: str) -> No
 
 @pytest.mark.parametrize("label", LABELS)
 def test_measured_gate_gradients_equal_plain_autograd_of_one_sequence_at_a_time(label: str) -> None:
-    model_type, model, adapter = built(label)
+    _, model, adapter = built(label)
     layout = adapter.layout(model)
     ids = token_ids(rows=5, length=30)
     targets = ids.roll(1, dims=1)
