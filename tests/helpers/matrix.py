@@ -14,6 +14,7 @@ FEATURES = {
     "gates": "gates",
     "logits": "logits",
     "objective": "trained with",
+    "importance": "importance",
     "zero 0": "ZeRO 0",
     "zero 2": "ZeRO 2",
     "zero 3": "ZeRO 3",

@@ -1,0 +1,86 @@
+"""Steps of das and importance passes on every architecture, to compare numbers of ranks and ZeRO stages."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.methods.importance_file import save_unit_importance
+from das_ds.models.registry import adapter_for
+from helpers.importance import measured
+from helpers.tiny_models import random_importance, tiny_model, without_dropout
+from helpers.training import LENGTH, VOCABULARY, random_batch, run_config, train
+
+NUM_STEPS, ROWS = 2, 4
+# A persistence threshold of 0 makes ZeRO-3 divide and gather even the smallest parameter.
+EVERYTHING_SHARDED = {"stage3_param_persistence_threshold": 0}
+
+
+def causal_batch(num_rows: int, seed: int) -> Batch:
+    """Every token but the first of each row is predicted from those before it."""
+    ids = torch.randint(5, VOCABULARY, (num_rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+    predicted = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()
+    return Batch(ids, ids, predicted, ids[:, 1:].flatten(), torch.ones(num_rows))
+
+
+def steps_of(model_type: str) -> list[list[Batch]]:
+    """Joined batches of every optimizer step, of the objective that the architecture is pre-trained with."""
+    batch = causal_batch if adapter_for(model_type).objective == "clm" else random_batch
+    return [[batch(ROWS, step)] for step in range(NUM_STEPS)]
+
+
+def config_of(
+    folder: Path,
+    model_type: str,
+    world_size: int,
+    stage: int,
+    *,
+    precision: str = "fp32",
+    gradient_checkpointing: bool = False,
+) -> RunConfig:
+    """A run that is protected by random importance, which it writes to the folder."""
+    path = folder / f"{model_type}.safetensors"
+    if not path.exists():
+        model = tiny_model(model_type)
+        save_unit_importance(path, random_importance(model), adapter_for(model_type).layout(model))
+    train_changes = {
+        "micro_batch_size": ROWS // world_size,
+        "global_batch_size": ROWS,
+        "steps_per_domain": NUM_STEPS,
+        "precision": precision,
+        # Key biases have gradients of rounding alone, which a smaller eps would blow up to whole steps.
+        "eps": 1e-4,
+    }
+    return run_config(
+        folder,
+        model={"config": {"model_type": model_type}, "gradient_checkpointing": gradient_checkpointing},
+        train={**run_config(folder).train.model_dump(), **train_changes},
+        deepspeed={"zero_optimization": {"stage": stage, **(EVERYTHING_SHARDED if stage == 3 else {})}},
+        method={"view_dropout": 0.0, "importance": {"initial": str(path)}},
+    )
+
+
+def run_each(jobs: list[tuple[str, RunConfig]]) -> list[Any]:
+    """What each job gives, or the traceback of one that failed; all of one ZeRO stage.
+
+    Args:
+        jobs: `train` gives (weights, logged lines), `importance` the importance under the pre-training loss by group.
+    """
+    results: list[Any] = []
+    for kind, config in jobs:
+        assert config.model.config is not None
+        model_type = config.model.config["model_type"]
+        steps, changes = steps_of(model_type), without_dropout(model_type)
+        try:
+            if kind == "train":
+                results.append(train(config, steps, **changes))
+            else:
+                results.append(measured(config, "mlm", [batch for step in steps for batch in step], changes))
+        except Exception:
+            results.append(traceback.format_exc())
+    return results

@@ -1,0 +1,116 @@
+"""Every architecture trained by das: two ranks at every ZeRO stage against one rank, bf16, activation checkpointing."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+
+from das_ds.models.registry import ADAPTERS, adapter_for
+from helpers.architectures import config_of, run_each
+from helpers.matrix import record
+from helpers.parity import relative_difference
+from helpers.run_ranks import run_ranks
+from helpers.tiny_models import tiny_model, without_dropout
+
+pytestmark = pytest.mark.multirank
+
+# (ranks, stage) -> what is run: its name, kind of job and changes of the config.
+RUNS: dict[tuple[int, int], dict[str, tuple[str, dict[str, Any]]]] = {
+    (1, 0): {"plain": ("train", {}), "importance": ("importance", {})},
+    (2, 0): {"plain": ("train", {})},
+    (2, 2): {"plain": ("train", {})},
+    (2, 3): {
+        "plain": ("train", {}),
+        "bf16": ("train", {"precision": "bf16"}),
+        "checkpointing": ("train", {"gradient_checkpointing": True}),
+        "importance": ("importance", {}),
+    },
+}
+
+
+@cache
+def results(world_size: int, stage: int) -> dict[tuple[str, str], Any]:
+    """(architecture, name of the run) -> result; one process group, as ZeRO-3 changes torch for a whole process."""
+    folder = Path(mkdtemp())
+    runs = RUNS[world_size, stage]
+    keys = [(model_type, name) for model_type in ADAPTERS for name in runs]
+    jobs = [(runs[name][0], config_of(folder, t, world_size, stage, **runs[name][1])) for t, name in keys]
+    return dict(zip(keys, run_ranks(run_each, world_size, jobs)[0], strict=True))
+
+
+def result(world_size: int, stage: int, model_type: str, name: str) -> Any:
+    found = results(world_size, stage)[model_type, name]
+    assert not isinstance(found, str), found
+    return found
+
+
+def trained(world_size: int, stage: int, model_type: str, name: str = "plain") -> Any:
+    """(weights, logged lines)."""
+    weights, lines = result(world_size, stage, model_type, name)
+    check_that_full_units_rest(model_type, weights)
+    return weights, lines
+
+
+def check_that_full_units_rest(model_type: str, weights: dict[str, torch.Tensor]) -> None:
+    """The last unit of each group has importance 1 in the last layer: nothing it owns, alone or not, may move."""
+    start = tiny_model(model_type, **without_dropout(model_type))
+    layout = adapter_for(model_type).layout(start)
+    parameters = dict(start.named_parameters())
+    for item in layout.ownerships:
+        if item.reader or item.layer < layout.num_layers - 1:
+            continue
+        mine = (item.units == layout.num_units[item.group] - 1).any(dim=1)
+        assert mine.any()
+        before, after = (
+            tensor.detach().reshape(layout.shapes[item.parameter]).movedim(1 + item.axis, 1).flatten(0, 1).flatten(1)
+            for tensor in (parameters[item.parameter], weights[item.parameter])
+        )
+        assert torch.equal(before[mine], after[mine]), item.parameter
+        assert not torch.equal(before, after), item.parameter
+
+
+@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_train_what_one_rank_trains(stage: int, model_type: str) -> None:
+    weights, lines = trained(2, stage, model_type)
+    expected, expected_lines = trained(1, 0, model_type)
+    objective = adapter_for(model_type).objective
+    assert relative_difference(weights, expected) <= 1e-4
+    for name in (f"loss/{objective}", "loss/contrast", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected_lines], rel=1e-4)
+    record(model_type, f"zero {stage}")
+    record(model_type, "objective", objective.upper())
+
+
+@pytest.mark.parametrize("model_type", ADAPTERS)
+def test_bf16_moves_with_fp32(model_type: str) -> None:
+    weights, lines = trained(2, 3, model_type, "bf16")
+    expected, expected_lines = trained(1, 0, model_type)
+    name = f"loss/{adapter_for(model_type).objective}"
+    assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected_lines], rel=0.03)
+    start = {n: p.detach() for n, p in tiny_model(model_type, **without_dropout(model_type)).named_parameters()}
+    found, true = (torch.cat([(w[n] - start[n]).flatten() for n in start]) for w in (weights, expected))
+    assert torch.nn.functional.cosine_similarity(found, true, dim=0) > 0.9
+    record(model_type, "bf16", "ZeRO 3")
+
+
+@pytest.mark.parametrize("model_type", ADAPTERS)
+def test_activation_checkpointing_changes_nothing(model_type: str) -> None:
+    weights, _ = trained(2, 3, model_type, "checkpointing")
+    expected, _ = trained(1, 0, model_type)
+    assert relative_difference(weights, expected) <= 1e-4
+    record(model_type, "checkpointing", "ZeRO 3")
+
+
+@pytest.mark.parametrize("model_type", ADAPTERS)
+def test_two_ranks_of_shards_measure_what_one_rank_measures(model_type: str) -> None:
+    found, expected = result(2, 3, model_type, "importance"), result(1, 0, model_type, "importance")
+    for group, values in expected.items():
+        assert (values.amax(dim=1) > 0).all()
+        torch.testing.assert_close(found[group], values, rtol=1e-3, atol=1e-5 * values.max().item())
+    record(model_type, "importance", "ZeRO 3")
