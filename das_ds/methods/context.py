@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from das_ds.config import RunConfig
+from das_ds.deepspeed_config import without_leaf_modules
 from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks
 from das_ds.functional.units import UnitLayout
@@ -48,7 +49,7 @@ def build_context(
         LanguageModel(model, adapter),
         dict(model.named_parameters()),
         config.train,
-        deepspeed_config,
+        without_leaf_modules(deepspeed_config) if adapter.has_experts else deepspeed_config,
         ranks,
     )
     view_dropout = 0.0 if has_dropout(model.config, adapter.dropouts) else config.method.view_dropout

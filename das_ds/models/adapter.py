@@ -66,6 +66,11 @@ class ArchitectureAdapter:
     unsupported: Callable[[Any], str | None] = lambda config: None
     """What in a model config this table cannot describe, in words, or None."""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers have experts, of which a token uses some."""
+        return any(site.position == "experts" for site in self.sites)
+
     def max_sequence_length(self, model: PreTrainedModel) -> int:
         """Longest block that the model's position embedding allows."""
         return int(model.config.max_position_embeddings) - self.position_offset
