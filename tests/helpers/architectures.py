@@ -10,11 +10,13 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
+from das_ds.distributed.launch import Ranks
+from das_ds.functional.units import Importance
 from das_ds.methods.importance_file import save_unit_importance
 from das_ds.models.registry import adapter_for
 from helpers.importance import measured
 from helpers.tiny_models import random_importance, tiny_model, without_dropout
-from helpers.training import LENGTH, VOCABULARY, random_batch, run_config, train
+from helpers.training import LENGTH, VOCABULARY, build, random_batch, run_config, train
 
 NUM_STEPS, ROWS = 2, 4
 # A persistence threshold of 0 makes ZeRO-3 divide and gather even the smallest parameter.
@@ -84,3 +86,17 @@ def run_each(jobs: list[tuple[str, RunConfig]]) -> list[Any]:
         except Exception:
             results.append(traceback.format_exc())
     return results
+
+
+def gated_experts(config: RunConfig, gates: Importance, ids: torch.Tensor) -> tuple[list[int], torch.Tensor, list[int]]:
+    """Hidden states of a gated mixture of experts, and how many weights of its experts lie here before and after."""
+    ranks = Ranks()
+    run = build(config, ranks, **without_dropout("mixtral"))
+    model: Any = run.engine.module
+    experts = model.model.get_submodule("model.layers.1.mlp.experts")
+    before = [experts.gate_up_proj.numel(), experts.down_proj.numel()]
+    with run.gates.active(gates, num_rows=len(ids)), torch.no_grad():
+        hidden, _ = model(ids, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    after = [experts.gate_up_proj.numel(), experts.down_proj.numel()]
+    run.engine.close()
+    return before, hidden, after

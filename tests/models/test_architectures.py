@@ -28,6 +28,8 @@ from helpers.closed_units import (
 from helpers.matrix import record
 from helpers.tiny_models import random_importance, tiny_model, without_dropout
 
+pytestmark = pytest.mark.matrix
+
 # (label, model type, changes of its tiny config): what a switch of the config changes in the table is proved too.
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     *((model_type, model_type, {}) for model_type in ADAPTERS),

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from das_ds.models.gates import UnitGates
 from das_ds.models.registry import ADAPTERS, adapter_for
-from helpers.architectures import config_of, run_each
+from helpers.architectures import config_of, gated_experts, run_each
 from helpers.matrix import record
 from helpers.parity import relative_difference
 from helpers.run_ranks import run_ranks
-from helpers.tiny_models import tiny_model, without_dropout
+from helpers.tiny_models import random_importance, tiny_model, without_dropout
 
-pytestmark = pytest.mark.multirank
+pytestmark = [pytest.mark.multirank, pytest.mark.matrix]
 
 # (ranks, stage) -> what is run: its name, kind of job and changes of the config.
 RUNS: dict[tuple[int, int], dict[str, tuple[str, dict[str, Any]]]] = {
@@ -40,7 +41,7 @@ def results(world_size: int, stage: int) -> dict[tuple[str, str], Any]:
     runs = RUNS[world_size, stage]
     keys = [(model_type, name) for model_type in ADAPTERS for name in runs]
     jobs = [(runs[name][0], config_of(folder, t, world_size, stage, **runs[name][1])) for t, name in keys]
-    return dict(zip(keys, run_ranks(run_each, world_size, jobs)[0], strict=True))
+    return dict(zip(keys, run_ranks(run_each, world_size, jobs, timeout=540.0)[0], strict=True))
 
 
 def result(world_size: int, stage: int, model_type: str, name: str) -> Any:
@@ -114,3 +115,15 @@ def test_two_ranks_of_shards_measure_what_one_rank_measures(model_type: str) -> 
         assert (values.amax(dim=1) > 0).all()
         torch.testing.assert_close(found[group], values, rtol=1e-3, atol=1e-5 * values.max().item())
     record(model_type, "importance", "ZeRO 3")
+
+
+def test_experts_that_run_gated_are_gathered_and_given_back(tmp_path: Path) -> None:
+    """What takes the place of the forward of an expert layer runs inside the module call that ZeRO-3 gathers for."""
+    model = tiny_model("mixtral", **without_dropout("mixtral"))
+    importance = {group: values[:, None] for group, values in random_importance(model).items()}
+    ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
+    with UnitGates(model, adapter_for("mixtral")).active(importance, num_rows=4), torch.no_grad():
+        expected = model.base_model(input_ids=ids).last_hidden_state
+    for before, hidden, after in run_ranks(gated_experts, 2, config_of(tmp_path, "mixtral", 2, 3), importance, ids):
+        assert before == after == [0, 0]
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
