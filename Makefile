@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
+MATRIX := .matrix.json
 BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-gpu bench lint format
+.PHONY: setup demo demo-clm test test-gpu matrix bench lint format
 
 setup: $(STAMP)
 
@@ -32,6 +33,12 @@ test: setup
 test-gpu: setup
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: torch sees no GPU on this machine, so nothing was tested")'
 	$(BIN)/pytest -q -m gpu tests
+
+matrix: setup
+	rm -f $(MATRIX)
+	DAS_DS_MATRIX=$(MATRIX) $(BIN)/pytest -q -m matrix tests
+	PYTHONPATH=tests $(BIN)/python -m helpers.matrix $(MATRIX) docs/architectures.md
+	rm $(MATRIX)
 
 bench: setup
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done

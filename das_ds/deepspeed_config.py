@@ -32,7 +32,8 @@ def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]
 
     Raises:
         ConfigError: file missing or not a JSON object, a value that contradicts the run config, an own optimizer or
-            scheduler, `round_robin_gradients`, a stage outside 0-3, fp16 at stage 0, batch sizes that do not divide.
+            scheduler, `round_robin_gradients`, leaf modules, a stage outside 0-3, fp16 at stage 0, batch sizes that do
+            not divide.
     """
     engine = _read_engine(config.deepspeed)
     _refuse_unsupported(engine, config.train.precision)
@@ -57,6 +58,16 @@ def is_offloaded(engine: dict[str, Any]) -> bool:
     """Whether the optimizer's weights and moments are in host memory."""
     offload = _section(engine, "zero_optimization").get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
+
+
+def without_leaf_modules(engine: dict[str, Any]) -> dict[str, Any]:
+    """The config for a network with experts, which ZeRO-3 is to treat like any other.
+
+    DeepSpeed makes leaf modules of the expert layers it knows: their gradients are filled up with zeros and reduced by
+    a hook of the whole layer, which fires in importance passes as well. transformers keeps a layer's experts in
+    parameters that are used all together, so that nothing needs to be filled up.
+    """
+    return {**engine, "zero_optimization": {**_section(engine, "zero_optimization"), "leaf_module": {"classes": []}}}
 
 
 def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +111,12 @@ def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
             raise ConfigError(
                 f"deepspeed {key}: found {engine[key]!r}, expected none: das_ds brings its own (train.learning_rate, "
                 "train.schedule and the keys beside them)"
+            )
+    for key in ("leaf_module", "stage3_module_granularity_threshold"):
+        if _section(engine, "zero_optimization").get(key, AUTO) not in (AUTO, 0):
+            raise ConfigError(
+                f"deepspeed zero_optimization.{key}: found {engine['zero_optimization'][key]!r}, expected none: leaf "
+                "modules reduce gradients in importance passes too, which are to leave gradients alone"
             )
     if _section(engine, "zero_optimization").get("round_robin_gradients", False):
         raise ConfigError(

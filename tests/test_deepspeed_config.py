@@ -103,6 +103,14 @@ def test_auto_and_equal_values_are_no_contradiction() -> None:
             {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
             "round_robin_gradients: found true, allowed: false; with it DeepSpeed reports wrong places",
         ),
+        (
+            {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Block"]}}},
+            "leaf_module: found {'classes': ['Block']}, expected none: leaf modules reduce gradients in importance",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 100}},
+            "stage3_module_granularity_threshold: found 100, expected none",
+        ),
     ],
 )
 def test_contradiction_is_refused(engine: dict[str, Any], expected: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from das_ds.config import ObjectiveName, RunConfig
+from das_ds.deepspeed_config import without_leaf_modules
 from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.sharded_construction import Slice
@@ -73,7 +74,7 @@ def build_context(
         LanguageModel(model, adapter, logits_mib=config.train.logits_mib),
         {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
         config.train,
-        deepspeed_config,
+        without_leaf_modules(deepspeed_config) if adapter.has_experts else deepspeed_config,
         ranks,
         exact,
     )

@@ -1,6 +1,6 @@
 """An architecture as a table: which parameters its units own, where their gates sit, what stays unmasked on purpose.
 
-Patterns use `{base}` for the base model's prefix (`roberta`, `bert`) and `{layer}` for the layer number.
+Patterns use `{base}` for the base model's prefix (`roberta`, `bert`) and `{layer}` for a layer number.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ArchitectureAdapter:
     objective: ObjectiveName
     """What these networks are pre-trained with."""
     units: dict[str, str]
-    """Group -> units per layer: an attribute of the model config, a product `a*b` of attributes or numbers, or
-    alternatives `a|b`, of which the first counts that the config has."""
+    """Group -> number of units per layer: an attribute of the model config, a product such as `a*b` or `4*a`, or
+    several of these with `|` between them, of which the first counts whose attributes are set."""
     rules: tuple[UnitRule, ...]
     sites: tuple[GateSite, ...]
     unmasked: tuple[str, ...]
@@ -64,6 +64,11 @@ class ArchitectureAdapter:
     unsupported: Callable[[Any], str | None] = lambda config: None
     """What in a model config this table cannot describe, in words, or None."""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers have experts, of which a token uses some."""
+        return any(site.position == "experts" for site in self.sites)
+
     def max_sequence_length(self, model: PreTrainedModel) -> int:
         """Longest block that the model's position embedding allows."""
         return int(model.config.max_position_embeddings) - self.position_offset
@@ -78,7 +83,7 @@ class ArchitectureAdapter:
 
         Raises:
             ModelError: a parameter the table neither masks nor lists as unmasked, a rule without a parameter, an axis
-                whose size does not divide into the units, or a config that the table cannot describe.
+                whose size does not divide into the units, or a config the table cannot describe.
         """
         config = model.config
         obstacle = self.unsupported(config)
@@ -128,14 +133,15 @@ class ArchitectureAdapter:
         except AttributeError as error:
             raise ModelError(f"the {self.model_type} adapter names a module that this model lacks: {name}") from error
 
-    def _count(self, config: Any, expression: str) -> int:
-        for product in expression.split("|"):
-            factors: list[Any] = [int(f) if f.isdecimal() else getattr(config, f, None) for f in product.split("*")]
-            if all(isinstance(factor, int) for factor in factors):
-                return int(math.prod(factors))
+    def _count(self, config: Any, counts: str) -> int:
+        for product in counts.split("|"):
+            values = [int(name) if name.isdigit() else getattr(config, name, None) for name in product.split("*")]
+            factors = [value for value in values if isinstance(value, int)]
+            if len(factors) == len(values):
+                return math.prod(factors)
         raise ModelError(
-            f"the {self.model_type} adapter counts units by {expression}, but this model's config lacks an attribute "
-            "of it, or has no whole number there"
+            f"the {self.model_type} adapter names an attribute that this model's config lacks or that is no whole "
+            f"number: {counts}"
         )
 
     def _own(

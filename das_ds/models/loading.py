@@ -85,7 +85,10 @@ def load_model(
         if model is None:
             model = auto_class.from_pretrained(str(source), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model {source or config.config!r}: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot load the model {source or config.config!r} (model.attention: {config.attention}): "
+            f"{_first_line(error)}"
+        ) from error
     _check_embeddings(model, vocab_size)
     if config.gradient_checkpointing:
         # Reentrant checkpointing breaks torch.autograd.grad, which the importance passes use.

@@ -7,6 +7,7 @@ import torch
 
 from das_ds.functional.masks import MaskTable
 from das_ds.functional.segments import Segment, SegmentTable, cover, importance_of
+from das_ds.functional.units import Importance
 from das_ds.models.registry import adapter_for
 from helpers.reference import full_masks
 from helpers.tiny_models import random_importance, tiny_model
@@ -59,3 +60,66 @@ def test_table_equals_masks_spelled_out_unit_by_unit(model_type: str, readers: b
             segments = table.segments(name, start=0, offset=0, numel=numel)
             found = 1.0 - importance_of(SegmentTable(numel, tuple(segments), table.values))
             torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-7, msg=name)
+
+
+HEAD_WIDTH, SHARERS, INNER = 8, 3, {"llama": 40, "phi3": 40, "mixtral": 16}
+
+
+def importance_by_hand(
+    model_type: str, name: str, place: tuple[int, ...], importance: Importance, readers: bool
+) -> float | None:
+    """Importance of one weight, read off the architecture's description; None: no unit owns it.
+
+    Args:
+        model_type: llama (separate maps), phi3 (fused) or mixtral (experts), all with grouped-query attention.
+        name: parameter of layer `name.split(".")[2]`.
+        place: (row,), (row, column) or (expert, row, column).
+        importance: group -> (L, U).
+        readers: columns of the down projection are protected too.
+    """
+    if ".layers." not in name or "norm" in name or "mlp.gate." in name:
+        return None
+    row, column = place[-2:] if len(place) > 1 else (place[0], -1)
+    head, intermediate, output = (importance[g][int(name.split(".")[2])].tolist() for g in importance)
+    own = INNER[model_type] * (place[0] if len(place) == 3 else 0)
+    num_queries = len(head) * HEAD_WIDTH
+
+    def shared(key_value_row: int) -> float:
+        first = key_value_row // HEAD_WIDTH * SHARERS
+        return max(head[first : first + SHARERS])
+
+    if "q_proj" in name or ("qkv_proj" in name and row < num_queries):
+        return head[row // HEAD_WIDTH]
+    if "qkv_proj" in name:
+        return shared((row - num_queries) % (len(head) // SHARERS * HEAD_WIDTH))
+    if "k_proj" in name or "v_proj" in name:
+        return shared(row)
+    if "o_proj" in name:
+        return None if column < 0 else head[column // HEAD_WIDTH]
+    if "gate" in name or "up" in name:
+        return intermediate[own + row % INNER[model_type]]
+    assert "down_proj" in name
+    return max(output[row], intermediate[own + column] if readers and column >= 0 else 0.0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
+@pytest.mark.parametrize("readers", [False, True])
+def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) -> None:
+    model = tiny_model(model_type)
+    layout = adapter_for(model_type).layout(model)
+    table = MaskTable(layout, readers=readers, shared_scale=0.75)
+    importance = random_importance(model)
+    table.load(importance)
+    for name, parameter in model.named_parameters():
+        if ".layers.0." in name:
+            # Both layers are made by the same code; one of them and everything outside is enough.
+            continue
+        places = torch.cartesian_prod(*(torch.arange(size) for size in parameter.shape)).view(-1, parameter.dim())
+        by_hand = [importance_by_hand(model_type, name, tuple(p), importance, readers) for p in places.tolist()]
+        whole = torch.tensor([0.25 if value is None else value for value in by_hand])
+        numel = len(whole)
+        for offset, length in [(0, numel), (1, numel - 2), (numel // 3, numel // 2), (numel // 2 + 1, 5)]:
+            segments = table.segments(name, start=3, offset=offset, numel=length)
+            found = importance_of(SegmentTable(length + 4, cover(segments, length + 4), table.values))
+            assert torch.equal(found[3 : 3 + length], whole[offset : offset + length]), name
+            assert not found[:3].any() and not found[3 + length :].any()

@@ -1,7 +1,6 @@
-"""What was tried with which architecture, recorded by the tests that tried it, and the page made of it.
+"""What was run for which architecture: written by the tests that ran it, and set into `docs/architectures.md`.
 
-`make matrix` runs those tests with DAS_DS_MATRIX naming a file, to which every one adds a line, and then this module,
-which replaces the table in `docs/architectures.md`.
+`make matrix` runs the tests marked `matrix` and then this module, `python -m helpers.matrix RESULTS PAGE`.
 """
 
 from __future__ import annotations
@@ -9,40 +8,59 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 VARIABLE = "DAS_DS_MATRIX"
-FEATURES = ("objective", "units", "rules", "ZeRO 0", "ZeRO 2", "ZeRO 3", "bf16", "checkpointing", "LoRA")
-BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+"""Environment variable that names the JSON file; without it nothing is recorded."""
+FEATURES = {
+    "objective": "Trained with",
+    "units": "Heads, intermediate, outputs",
+    "rules": "Rules proved",
+    "gates": "Gates",
+    "logits": "Logits",
+    "zero 0": "ZeRO 0",
+    "zero 2": "ZeRO 2",
+    "zero 3": "ZeRO 3",
+    "importance": "Importance",
+    "bf16": "bf16",
+    "checkpointing": "Checkpointing",
+    "lora": "LoRA",
+}
+"""Feature -> column of the table."""
+BEGIN, END = "<!-- matrix: made by `make matrix` -->", "<!-- end of matrix -->"
+NOT_RUN = "-"
+
+Results = dict[str, dict[str, str]]
+"""Architecture -> feature -> result."""
 
 
-def record(architecture: str, feature: str, result: str) -> None:
-    """Note what a test saw, where a file is wanted."""
-    assert feature in FEATURES, f"feature: found {feature}, known: {', '.join(FEATURES)}"
-    if path := os.environ.get(VARIABLE):
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps([architecture, feature, result]) + "\n")
+def record(architecture: str, feature: str, result: str = "yes") -> None:
+    """Note, after its assertions, what a test has shown; a later result of the same feature replaces an earlier one."""
+    assert feature in FEATURES, f"{feature}: expected one of {', '.join(FEATURES)}"
+    if VARIABLE not in os.environ:
+        return
+    path = Path(os.environ[VARIABLE])
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results.setdefault(architecture, {})[feature] = result
+    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-def table(lines: list[str]) -> str:
-    """Markdown: a row per architecture, a column per feature; a cell that no test filled says so."""
-    found: dict[str, dict[str, str]] = {}
-    for line in lines:
-        architecture, feature, result = json.loads(line)
-        found.setdefault(architecture, {})[feature] = result
-    rows = [["architecture", *FEATURES], ["---"] * (len(FEATURES) + 1)]
-    rows += [[name, *(cells.get(feature, "not run") for feature in FEATURES)] for name, cells in sorted(found.items())]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def table(results: Results) -> str:
+    """The results in Markdown, with the versions they were made with."""
+    rows = [["Architecture", *FEATURES.values()], ["---"] * (1 + len(FEATURES))]
+    rows += [[name, *(cells.get(feature, NOT_RUN) for feature in FEATURES)] for name, cells in sorted(results.items())]
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\nRun with {libraries}; `{NOT_RUN}`: not run."
 
 
-def main() -> None:
-    """Replace the table of the page by what the file holds."""
-    content = PAGE.read_text(encoding="utf-8")
-    before, after = content.split(BEGIN)[0], content.split(END)[1]
-    lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
-    PAGE.write_text(f"{before}{BEGIN}\n{table(lines)}\n{END}{after}", encoding="utf-8")
+def set_into(page: str, results: Results) -> str:
+    """The page with a new table between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    main()
+    source, target = map(Path, sys.argv[1:])
+    target.write_text(set_into(target.read_text(), json.loads(source.read_text())))

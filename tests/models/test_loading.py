@@ -12,7 +12,7 @@ from transformers import BertConfig, T5Config
 from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError
 from das_ds.models.loading import check_sequence_length, load_model, load_tokenizer
-from helpers.tiny_models import SIZES, tiny_model
+from helpers.tiny_models import CONFIGS, SIZES, tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 from helpers.training import run_config
 
@@ -61,9 +61,9 @@ def test_missing_model_is_named() -> None:
 
 def test_model_type_without_adapter_lists_the_known(tmp_path: Path) -> None:
     T5Config().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"'t5'; known: bert, deberta-v2, .*, xlm-roberta"):
+    with pytest.raises(ModelError, match="'t5'; known: bert, deberta-v2"):
         load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
-    with pytest.raises(ModelError, match=r"'no_such_type'; known: bert, deberta-v2, .*, xlm-roberta"):
+    with pytest.raises(ModelError, match="'no_such_type'; known: bert, deberta-v2"):
         load_model(ModelConfig(config={"model_type": "no_such_type"}), seed=0, vocab_size=100)
 
 
@@ -84,6 +84,16 @@ def test_damaged_weights_are_an_error(tmp_path: Path) -> None:
 def test_heads_that_do_not_divide_are_an_error() -> None:
     with pytest.raises(ModelError, match="hidden size"):
         load_model(random_model(num_attention_heads=7), seed=0, vocab_size=100)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "deberta-v2"])
+def test_attention_that_the_architecture_lacks_is_named(model_type: str) -> None:
+    config = {"model_type": model_type, **CONFIGS[model_type]}
+    load_model(ModelConfig(config=config, attention="eager"), seed=0, vocab_size=100)
+    with pytest.raises(
+        ModelError, match=r"\(model.attention: sdpa\): .*does not support .*`attn_implementation=.eager"
+    ):
+        load_model(ModelConfig(config=config), seed=0, vocab_size=100)
 
 
 def test_tokeniser_larger_than_the_embedding() -> None:
