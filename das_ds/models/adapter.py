@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -65,8 +66,8 @@ class ArchitectureAdapter:
     """What in a model config this table cannot describe, in words, or None."""
 
     def max_sequence_length(self, model: PreTrainedModel) -> int:
-        """Longest block that the model's position embedding allows."""
-        return int(model.config.max_position_embeddings) - self.position_offset
+        """Longest block that the model's position embedding allows; models without positions have no limit."""
+        return int(getattr(model.config, "max_position_embeddings", sys.maxsize)) - self.position_offset
 
     def logit_cap(self, model: PreTrainedModel) -> float | None:
         """c of `logit_cap_attribute`, or None."""
@@ -84,7 +85,7 @@ class ArchitectureAdapter:
         obstacle = self.unsupported(config)
         if obstacle is not None:
             raise ModelError(f"the {self.model_type} adapter does not support {obstacle}")
-        num_units = {group: self._count(config, attribute) for group, attribute in self.units.items()}
+        num_units = {group: self.count(config, attribute) for group, attribute in self.units.items()}
         shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
         base = model.base_model_prefix
         ownerships = []
@@ -128,7 +129,12 @@ class ArchitectureAdapter:
         except AttributeError as error:
             raise ModelError(f"the {self.model_type} adapter names a module that this model lacks: {name}") from error
 
-    def _count(self, config: Any, expression: str) -> int:
+    def count(self, config: Any, expression: str) -> int:
+        """The number that an expression such as those of `units` names in a model config.
+
+        Raises:
+            ModelError: the config lacks it.
+        """
         for product in expression.split("|"):
             factors: list[Any] = [int(f) if f.isdecimal() else getattr(config, f, None) for f in product.split("*")]
             if all(isinstance(factor, int) for factor in factors):
@@ -150,7 +156,7 @@ class ArchitectureAdapter:
         if name not in shapes:
             raise ModelError(f"the {self.model_type} adapter names a parameter that this model lacks: {name}")
         blocks, size, units = shapes[name][0], shapes[name][1 + rule.axis], num_units[rule.group]
-        key_value_heads = units if self.key_value_heads is None else self._count(config, self.key_value_heads)
+        key_value_heads = units if self.key_value_heads is None else self.count(config, self.key_value_heads)
         try:
             owners = _owners(rule.spread, Axis(blocks, size, units, key_value_heads))
         except ValueError as error:
