@@ -11,15 +11,18 @@ from pathlib import Path
 import yaml
 
 from das_ds.config import RunConfig
-from das_ds.config_io import describe_config, load_config, resolved_dict
-from das_ds.errors import EXIT_USER_ERROR, DasError
+from das_ds.config_io import describe_config, load_config, read_mapping, resolved_dict
+from das_ds.errors import EXIT_USER_ERROR, ConfigError, DasError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The `das-ds` command; `launch/*.py` call it with their command's name in front."""
     options = _parser().parse_args(arguments)
     try:
-        options.action(load_config(options.config, options.overrides), options)
+        if "config" in options:
+            options.action(load_config(options.config, options.overrides), options)
+        else:
+            options.action(options)
     except DasError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"das_ds: {error}", file=sys.stderr)
@@ -56,6 +59,33 @@ def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
 
 
+def _units(options: argparse.Namespace) -> None:
+    # transformers reports what it misses as it builds networks; the answer is the table alone.
+    from transformers.utils import logging
+
+    from das_ds.config import ModelConfig
+    from das_ds.models.loading import model_config
+    from das_ds.models.unit_table import unit_table
+
+    logging.set_verbosity_error()
+    if Path(options.model).suffix in (".yaml", ".yml", ".json"):
+        values = read_mapping(Path(options.model), "a model config in YAML or JSON", "a mapping with model_type")
+        try:
+            source = ModelConfig(config=values)
+        except ValueError:
+            raise ConfigError(
+                f"{options.model}: found no model_type, expected a Hugging Face model config with one"
+            ) from None
+    else:
+        source = ModelConfig(name_or_path=options.model)
+    table = unit_table(model_config(source), options.objective)
+    if not options.yaml:
+        print(table.describe())
+    table.check()
+    if options.yaml:
+        print(table.section(), end="")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="das-ds", description="Continual pre-training without forgetting.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -75,4 +105,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--local_rank", help=argparse.SUPPRESS)
         if name == "evaluate":
             command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
+    text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
+    units = commands.add_parser("units", help=text, description=text)
+    units.set_defaults(action=_units)
+    units.add_argument("model", metavar="MODEL", help="model folder, hub name, or model config file (.yaml, .json)")
+    units.add_argument("--objective", choices=("mlm", "clm"), help="of a proposal; default: that of the architecture")
+    units.add_argument("--yaml", action="store_true", help="print the table as model.adapter of a run config")
     return parser

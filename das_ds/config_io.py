@@ -67,7 +67,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         ConfigError: file missing or not a YAML mapping, key unknown or given twice, value of a wrong type or out of
             range, override that is not `dotted.key=value`.
     """
-    raw = _read_mapping(Path(path))
+    raw = read_mapping(Path(path))
     for override in overrides or []:
         _apply_override(raw, override)
     try:
@@ -75,6 +75,35 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     except ValidationError as error:
         messages = dict.fromkeys(_message(detail) for detail in error.errors())
         raise ConfigError("; ".join(messages)) from None
+
+
+def read_mapping(
+    path: Path,
+    kind: str = "a run config in YAML",
+    content: str = "a mapping with keys such as output_dir, model and domains",
+) -> dict[str, Any]:
+    """What a YAML (or JSON) file holds at its top.
+
+    Args:
+        path: the file.
+        kind: what is expected, for messages.
+        content: the mapping that is expected, for messages.
+
+    Raises:
+        ConfigError: missing, unreadable, no YAML or no mapping.
+    """
+    try:
+        raw = _parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected {kind}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected {kind}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; expected {kind}") from None
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else _found(raw)
+        raise ConfigError(f"{path}: found {found}, expected {content}")
+    return raw
 
 
 def resolved_dict(config: RunConfig) -> dict[str, Any]:
@@ -114,21 +143,6 @@ def describe_config() -> str:
     width = max(len(row.key) for row in rows) + 2
     intro = "Keys of the run config; in a list of domains, 0 stands for the position."
     return "\n".join([intro, *(_described(row, width) for row in rows)])
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a run config in YAML") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a run config in YAML") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; expected a run config in YAML") from None
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else _found(raw)
-        raise ConfigError(f"{path}: found {found}, expected a mapping with keys such as output_dir, model and domains")
-    return raw
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -244,7 +258,8 @@ def _is_free(key: str) -> bool:
 def _described(row: ConfigKey, width: int) -> str:
     lines = textwrap.wrap(row.meaning, HELP_WIDTH - width)
     if not row.is_section:
-        lines.insert(0, f"{row.allowed}; {'required' if row.required else f'default {_plain(row.default)}'}")
+        value = f"{row.allowed}; {'required' if row.required else f'default {_plain(row.default)}'}"
+        lines = textwrap.wrap(value, HELP_WIDTH - width) + lines
     gap = "\n" if row.is_section or not row.section else ""
     return f"{gap}{row.key:<{width}}" + f"\n{' ' * width}".join(lines)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -70,8 +71,8 @@ class ArchitectureAdapter:
         return any(site.position == "experts" for site in self.sites)
 
     def max_sequence_length(self, model: PreTrainedModel) -> int:
-        """Longest block that the model's position embedding allows."""
-        return int(model.config.max_position_embeddings) - self.position_offset
+        """Longest block that the model's position embedding allows; models without positions have no limit."""
+        return int(getattr(model.config, "max_position_embeddings", sys.maxsize)) - self.position_offset
 
     def logit_cap(self, model: PreTrainedModel) -> float | None:
         """c of `logit_cap_attribute`, or None."""
@@ -89,7 +90,7 @@ class ArchitectureAdapter:
         obstacle = self.unsupported(config)
         if obstacle is not None:
             raise ModelError(f"the {self.model_type} adapter does not support {obstacle}")
-        num_units = {group: self._count(config, attribute) for group, attribute in self.units.items()}
+        num_units = {group: self.count(config, attribute) for group, attribute in self.units.items()}
         shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
         base = model.base_model_prefix
         ownerships = []
@@ -133,7 +134,12 @@ class ArchitectureAdapter:
         except AttributeError as error:
             raise ModelError(f"the {self.model_type} adapter names a module that this model lacks: {name}") from error
 
-    def _count(self, config: Any, counts: str) -> int:
+    def count(self, config: Any, counts: str) -> int:
+        """The number that an expression such as those of `units` names in a model config.
+
+        Raises:
+            ModelError: the config lacks it.
+        """
         for product in counts.split("|"):
             values = [int(name) if name.isdigit() else getattr(config, name, None) for name in product.split("*")]
             factors = [value for value in values if isinstance(value, int)]
@@ -156,7 +162,7 @@ class ArchitectureAdapter:
         if name not in shapes:
             raise ModelError(f"the {self.model_type} adapter names a parameter that this model lacks: {name}")
         blocks, size, units = shapes[name][0], shapes[name][1 + rule.axis], num_units[rule.group]
-        key_value_heads = units if self.key_value_heads is None else self._count(config, self.key_value_heads)
+        key_value_heads = units if self.key_value_heads is None else self.count(config, self.key_value_heads)
         try:
             owners = _owners(rule.spread, Axis(blocks, size, units, key_value_heads))
         except ValueError as error:

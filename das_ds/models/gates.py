@@ -63,7 +63,8 @@ class Measuring:
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         """See `kernels.unit_gate.measure_gate`."""
-        return measure_gate(x, self.anchor, self.sums, self.row_weights, self.num_views)
+        # A copy, as some layers (Falcon) add to an output in place, which would change what the measurement kept.
+        return measure_gate(x, self.anchor, self.sums, self.row_weights, self.num_views).clone()
 
     def routed(self, x: torch.Tensor, rows: torch.Tensor, first_unit: int) -> torch.Tensor:
         """The same for tokens of an expert."""

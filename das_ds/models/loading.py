@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -20,6 +21,7 @@ from transformers import (
 from das_ds.config import ModelConfig, ObjectiveName, RunConfig
 from das_ds.errors import ConfigError, ModelError
 from das_ds.models.adapter import ArchitectureAdapter
+from das_ds.models.custom import adapter_from
 from das_ds.models.registry import adapter_for
 
 AUTO_CLASSES: dict[ObjectiveName, Any] = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
@@ -40,9 +42,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"cannot load the tokeniser {source!r} (a folder or hub name): {_first_line(error)}"
-        ) from error
+        raise ModelError(f"cannot load the tokeniser {source!r} (a folder or hub name): {first_line(error)}") from error
 
 
 class Construction(Protocol):
@@ -76,7 +76,7 @@ def load_model(
         ModelError: not loadable, no adapter, or fewer embeddings than tokens.
     """
     source = str(weights) if weights else config.name_or_path
-    own_config = _model_config(config, vocab_size=vocab_size)
+    own_config = model_config(config, vocab_size=vocab_size)
     adapter = find_adapter(config)
     auto_class = AUTO_CLASSES[adapter.objective]
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
@@ -87,7 +87,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"cannot load the model {source or config.config!r} (model.attention: {config.attention}): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     _check_embeddings(model, vocab_size)
     if config.gradient_checkpointing:
@@ -100,10 +100,10 @@ def find_adapter(config: ModelConfig) -> ArchitectureAdapter:
     """The adapter of a run's model, whose objective is that of the run.
 
     Raises:
-        ModelError: no model config, or no adapter for its type.
+        ModelError: no model config, or no adapter for its type, neither registered nor in the run config.
         ConfigError: the run config asks for an objective that the architecture is not made for.
     """
-    adapter = adapter_for(_model_config(config).model_type)
+    adapter = _adapter(config)
     if config.objective not in ("auto", adapter.objective):
         raise ConfigError(
             f"model.objective: found {config.objective}, but {adapter.model_type} is made for {adapter.objective}; "
@@ -122,18 +122,29 @@ def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, 
         )
 
 
-def _model_config(config: ModelConfig, **defaults: int) -> Any:
+def model_config(config: ModelConfig, **defaults: int) -> Any:
+    """The Hugging Face config of a model, `defaults` under what a bare `model.config` says.
+
+    Raises:
+        ModelError: it cannot be loaded or built.
+    """
     try:
         if config.name_or_path is not None:
             return AutoConfig.from_pretrained(config.name_or_path)
         assert config.config is not None
         values = {**defaults, **config.config}
         model_type = values.pop("model_type")
-        adapter_for(model_type)
+        if model_type not in CONFIG_MAPPING:
+            raise ModelError(f"model type: found {model_type!r}, which transformers does not know")
         return AutoConfig.for_model(model_type, **values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         source = config.name_or_path or config.config
-        raise ModelError(f"cannot load the model config of {source!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the model config of {source!r}: {first_line(error)}") from error
+
+
+def _adapter(config: ModelConfig) -> ArchitectureAdapter:
+    model_type = model_config(config).model_type if config.config is None else config.config["model_type"]
+    return adapter_for(model_type) if config.adapter is None else adapter_from(config.adapter, model_type)
 
 
 def _random_model(auto_class: Any, config: Any, seed: int, options: dict[str, Any]) -> PreTrainedModel:
@@ -161,5 +172,6 @@ def _check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, else its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

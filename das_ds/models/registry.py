@@ -26,5 +26,8 @@ def adapter_for(model_type: str) -> ArchitectureAdapter:
         ModelError: no adapter; the message lists the known types.
     """
     if model_type not in ADAPTERS:
-        raise ModelError(f"no adapter for model type {model_type!r}; known: {', '.join(sorted(ADAPTERS))}")
+        raise ModelError(
+            f"no adapter for model type {model_type!r}; known: {', '.join(sorted(ADAPTERS))}; `das-ds units MODEL` "
+            "proposes a table for model.adapter"
+        )
     return ADAPTERS[model_type]

@@ -28,7 +28,7 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     Raises:
         DasError: a model or corpus that cannot be used.
     """
-    source = ModelConfig(name_or_path=str(folder), attention=config.model.attention)
+    source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
     model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.tokenizer))
     check_sequence_length(model, adapter, config.data.sequence_length)
