@@ -112,6 +112,11 @@ def find_adapter(config: ModelConfig) -> ArchitectureAdapter:
     return adapter
 
 
+def embedding_rows(config: ModelConfig, vocab_size: int) -> int:
+    """Rows of the embedding that `load_model` gives."""
+    return int(_model_config(config, vocab_size=vocab_size).get_text_config().vocab_size)
+
+
 def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, sequence_length: int) -> None:
     """Raises ConfigError when blocks are longer than the model's positions."""
     longest = adapter.max_sequence_length(model)
