@@ -37,6 +37,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         raise ConfigError(
             "data.tokenizer: a model with random weights needs a tokeniser folder or hub name, found null"
         )
+    return open_tokenizer(source)
+
+
+def open_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokeniser of a folder or hub name.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

@@ -9,7 +9,7 @@ from das_ds.data.vocabulary import num_tokens
 from das_ds.distributed.launch import Ranks
 from das_ds.evaluation.perplexity import held_out_loss
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.loading import check_sequence_length, find_adapter, load_model, load_tokenizer
+from das_ds.models.loading import check_sequence_length, find_adapter, load_model, open_tokenizer
 from das_ds.models.vocabulary import reserve_rows
 from das_ds.training.text import RunText, prepare_text
 
@@ -38,8 +38,7 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
     model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.base_tokenizer))
     if text.vocabulary is not None:
-        own = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(folder)})})
-        reserve_rows(model, num_tokens(load_tokenizer(own)), text.vocabulary.total)
+        reserve_rows(model, num_tokens(open_tokenizer(str(folder))), text.vocabulary.total)
     check_sequence_length(model, adapter, config.data.sequence_length)
     return evaluate_corpora(
         LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(ranks.info.device),

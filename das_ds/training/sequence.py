@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -11,13 +12,14 @@ from das_ds.config import RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks, seed_everything
 from das_ds.distributed.sharded_construction import sharded_construction
+from das_ds.errors import RunFolderError
 from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
 from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, write_results
 from das_ds.functional.vocabulary import with_mean_rows
 from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
-from das_ds.models.loading import check_sequence_length, find_adapter, load_model
+from das_ds.models.loading import check_sequence_length, find_adapter, load_model, open_tokenizer
 from das_ds.models.vocabulary import reserve_rows, vocabulary_parameters
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker, build_tracker
@@ -76,6 +78,8 @@ class DomainSequence:
         )
         check_sequence_length(self._model, adapter, config.data.sequence_length)
         if text.vocabulary is not None:
+            if last:
+                _check_tokens(folder.model(*last), text, last[1])
             known = text.vocabulary.num_tokens[last[1]] if last else text.vocabulary.base_tokens
             reserve_rows(self._model, known, text.vocabulary.total)
         context = build_context(
@@ -196,4 +200,13 @@ class DomainSequence:
             wall_seconds=self._state.wall_seconds,
             world_size=self._ranks.info.world_size,
             zero_stage=self.engine.zero_stage,
+        )
+
+
+def _check_tokens(exported: Path, text: RunText, domain: str) -> None:
+    """A file of tokens may have changed since, which the recorded config does not show."""
+    if open_tokenizer(str(exported)).get_vocab() != text.tokenizers[domain].get_vocab():
+        raise RunFolderError(
+            f"{exported}: learned with other tokens than data.add_tokens now gives up to {domain}; put the lists back "
+            "as they were or use another folder"
         )
