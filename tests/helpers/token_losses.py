@@ -85,7 +85,10 @@ def weighted(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def gradients_in_engine(
     config: RunConfig, forms: list[tuple[str, int, bool, int | None]]
 ) -> list[tuple[Gradients, torch.Tensor]]:
-    """Per form (model type, chunk, wrapped, rows of the vocabulary): this rank's shards of the averaged gradient, and a gate's gradient."""
+    """This rank's shards of the averaged gradient, and a gate's gradient.
+
+    A form is (model type, chunk, wrapped, rows of the vocabulary).
+    """
     return [_gradients(config, *form) for form in forms]
 
 
