@@ -217,6 +217,8 @@ class DataConfig(Section):
     """Tokens per block."""
     tokenizer: str | None = None
     """Folder or hub name of the tokeniser; null: that of `model.name_or_path`."""
+    add_tokens: dict[str, list[str] | str] = {}
+    """Domain -> tokens, or a file with one a line, that tokeniser and model gain before the domain is learned."""
     mlm_probability: float = Field(default=0.15, gt=0.0, lt=1.0)
     """Share of tokens that is predicted in masked language modelling."""
     isolate_documents: bool = False
@@ -376,4 +378,17 @@ class RunConfig(Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"corpus names must differ, found more than once: {', '.join(repeated)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> RunConfig:
+        domains = [domain.name for domain in self.domains]
+        unknown = [name for name in self.data.add_tokens if name not in domains]
+        if unknown:
+            raise ValueError(f"data.add_tokens: found {unknown[0]}, allowed: a domain ({', '.join(domains)})")
+        if self.data.add_tokens and self.model.lora is not None:
+            raise ValueError(
+                "data.add_tokens: found tokens with model.lora, under which embeddings are frozen and new tokens would "
+                "never be learned; allowed: one of the two"
+            )
         return self

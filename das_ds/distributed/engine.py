@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -239,6 +239,21 @@ class Engine:
         """(name, whole fp32 weight) of every parameter in turn, on every rank; a collective per parameter."""
         for name, parameter in self._parameters.items():
             yield name, full_fp32_weight(self._engine, parameter)
+
+    def rewrite(self, names: Iterable[str], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put `change` of the whole fp32 weight, on the host, in place of each named one; a collective per parameter.
+
+        Args:
+            names: the same on every rank.
+            change: weight -> weight of the same shape, with the same result on every rank; leaves its input alone.
+        """
+        for name in names:
+            changed = change(full_fp32_weight(self._engine, self._parameters[name]).cpu()).view(-1)
+            if (shard := self.named_shards.get(name)) is not None:
+                self._stretch(shard).copy_(
+                    changed[shard.offset : shard.offset + shard.numel].view_as(self._stretch(shard))
+                )
+        refresh_weights(self._engine)
 
     def shards(self) -> list[Shard]:
         """This rank's shards of the fp32 weights."""

@@ -6,6 +6,7 @@ Shape legend: F elements of a flat tensor of the optimizer, N elements of a whol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +27,7 @@ class ShardedImportance:
     Args:
         shards: this rank's shards, at most one per parameter; all ranks' together cover every parameter, at stage 0
             each rank has all.
-        sizes: name -> N of every parameter, in the same order on every rank.
+        sizes: name -> N of every parameter, in the same order on every rank; what lies behind N has importance 0.
         device: where collectives run.
         flats: importance by flat tensor, (F,) uint8; None: 0 everywhere.
     """
@@ -38,7 +39,11 @@ class ShardedImportance:
         device: torch.device,
         flats: dict[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        self._shards = shards
+        self._shards = {
+            name: replace(shard, numel=min(shard.numel, sizes[name] - shard.offset))
+            for name, shard in shards.items()
+            if shard.offset < sizes[name]
+        }
         self._sizes = sizes
         self._device = device
         self.flats = zeros_by_flat(shards.values(), torch.uint8) if flats is None else flats
@@ -66,6 +71,7 @@ class ShardedImportance:
             form: `abs_tanh` or `tanh_positive`.
         """
         result = cls(shards, sizes, device)
+        shards = result._shards
         parts = {name: _stretch(sums, shard) for name, shard in shards.items()}
         numel = result._local(lambda name: torch.tensor(parts[name].numel()))
         count = all_reduce_sum(numel)

@@ -52,6 +52,7 @@ def adapted_layout(layout: UnitLayout, maps: Iterable[LowRankMap]) -> UnitLayout
             _on_adapter(item, by_weight[item.parameter]) for item in layout.ownerships if item.parameter in by_weight
         ),
         shapes={name: shape for item in by_weight.values() for name, shape in item.shapes.items()},
+        vocabulary=frozenset(),
     )
 
 

@@ -60,6 +60,13 @@ class UnitLayout:
     ownerships: tuple[Ownership, ...]
     shapes: dict[str, tuple[int, int, int]]
     """Every trained parameter -> (E, R, C)."""
+    vocabulary: frozenset[str] = frozenset()
+    """Parameters with one row per token."""
+
+    def sizes_with(self, num_rows: int | None) -> dict[str, int]:
+        """`sizes` when a vocabulary has so many rows; None: all."""
+        cut = {name: num_rows * self.shapes[name][2] for name in self.vocabulary} if num_rows is not None else {}
+        return {**self.sizes, **cut}
 
     @property
     def sizes(self) -> dict[str, int]:

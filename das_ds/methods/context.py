@@ -33,6 +33,8 @@ class RunContext:
     gates: UnitGates
     objective: ObjectiveName
     """Pre-training loss, and its name in metrics."""
+    network: LanguageModel
+    """What the engine runs."""
     view_dropout: float
     """Dropout at the units where views are made; 0 for networks that have dropout of their own."""
     lora: Lora | None = None
@@ -70,8 +72,9 @@ def build_context(
         layout = lora.layout(layout)
     # Not earlier: LoRA wraps the modules that have gates.
     gates = UnitGates(model, adapter)
+    network = LanguageModel(model, adapter, logits_mib=config.train.logits_mib)
     engine = Engine(
-        LanguageModel(model, adapter, logits_mib=config.train.logits_mib),
+        network,
         {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
         config.train,
         without_leaf_modules(deepspeed_config) if adapter.has_experts else deepspeed_config,
@@ -81,7 +84,7 @@ def build_context(
     if config.data.isolate_documents:
         _check_isolation(engine, model, adapter, ranks)
     view_dropout = 0.0 if has_dropout(model.config, adapter.dropouts) else config.method.view_dropout
-    return RunContext(config, engine, layout, gates, adapter.objective, view_dropout, lora)
+    return RunContext(config, engine, layout, gates, adapter.objective, network, view_dropout, lora)
 
 
 def _check_isolation(engine: Engine, model: PreTrainedModel, adapter: ArchitectureAdapter, ranks: Ranks) -> None:

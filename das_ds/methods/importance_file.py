@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from das_ds.errors import ImportanceError
 from das_ds.functional.units import Importance, UnitLayout
@@ -47,12 +48,19 @@ def save_parameter_importance(path: Path, importance: dict[str, torch.Tensor], l
 def load_parameter_importance(path: Path, layout: UnitLayout) -> Iterator[Callable[[str, int, int], torch.Tensor]]:
     """Give (name, offset, numel) -> (numel,) uint8, which reads no more of the file than that.
 
+    A file of the same model with fewer tokens is read too: rows of tokens that came later have importance 0.
+
     Raises:
         ImportanceError: missing or damaged file, another format, granularity, model type, or other parameters.
     """
     expected: Shapes = {name: (size,) for name, size in layout.sizes.items()}
     with _opened(path, layout, PARAMETER, expected) as file:
-        yield lambda name, offset, numel: file.get_slice(name)[offset : offset + numel]
+
+        def read(name: str, offset: int, numel: int) -> torch.Tensor:
+            values = file.get_slice(name)[offset : offset + numel]
+            return functional.pad(values, (0, numel - len(values)))
+
+        yield read
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], layout: UnitLayout, granularity: str) -> None:
@@ -90,11 +98,18 @@ def _check(
         raise ImportanceError(
             f"{path}: importance by {header['granularity']}, expected by {granularity} (method.importance.granularity)"
         )
-    if header["model_type"] != layout.model_type or found != expected:
+    of_fewer_tokens = {name for name in layout.vocabulary & set(found) if _is_shorter(found[name], layout.shapes[name])}
+    if header["model_type"] != layout.model_type or {**found, **{n: expected[n] for n in of_fewer_tokens}} != expected:
         raise ImportanceError(
             f"{path}: importance of another model: found {header['model_type']} with {_differing(found, expected)}, "
             f"expected {layout.model_type} with {_differing(expected, found)} (name: shape)"
         )
+
+
+def _is_shorter(found: tuple[int, ...], shape: tuple[int, int, int]) -> bool:
+    """Whether a flat tensor is whole rows of a parameter with one row per token, and not all of them."""
+    _, num_rows, num_columns = shape
+    return len(found) == 1 and found[0] % num_columns == 0 and found[0] < num_rows * num_columns
 
 
 def _differing(these: Shapes, others: Shapes) -> str:

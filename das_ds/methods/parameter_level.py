@@ -23,16 +23,12 @@ from das_ds.methods.importance_pass import ImportanceLoss, count_and_loss, share
 class ParameterLevel(ImportanceLevel[ShardedImportance]):
     """One byte per weight, sharded like the optimizer; every parameter counts, owned by a unit or not."""
 
-    def __init__(self, run: RunContext) -> None:
-        super().__init__(run)
-        self._sizes = run.layout.sizes
-
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> ShardedImportance:
         """Sum of |gradient| over the global batches of the sample, normalised per parameter tensor."""
         engine = self.run.engine
         return ShardedImportance.from_magnitudes(
             engine.named_shards,
-            self._sizes,
+            self.run.layout.sizes_with(self.run.network.num_rows),
             engine.ranks.info.device,
             sum_of_magnitudes(self.run, domain.sample_steps(label), loss),
             self.run.config.method.importance.normalisation,
@@ -58,8 +54,9 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
             save_parameter_importance(path, tensors, self.run.layout)
 
     def read(self, path: Path) -> ShardedImportance:
-        """Read this rank's stretches, however many ranks wrote."""
-        importance = ShardedImportance(self.run.engine.named_shards, self._sizes, self.run.engine.ranks.info.device)
+        """Read this rank's stretches, however many ranks wrote; tokens that came later have importance 0."""
+        engine, sizes = self.run.engine, self.run.layout.sizes
+        importance = ShardedImportance(engine.named_shards, sizes, engine.ranks.info.device)
         with load_parameter_importance(path, self.run.layout) as stretch:
             importance.fill(stretch)
         return importance

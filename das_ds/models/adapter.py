@@ -22,6 +22,7 @@ from das_ds.errors import ModelError
 from das_ds.functional.spreads import SPREADS, Axis
 from das_ds.functional.units import Ownership, UnitLayout, UnitRule, block_shape
 from das_ds.models.dropout import PROBABILITIES
+from das_ds.models.vocabulary import vocabulary_parameters
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class ArchitectureAdapter:
                 if name in shapes or not rule.optional:
                     ownerships.append(self._own(rule, name, layer, shapes, num_units, config))
         self._check_complete(shapes, {item.parameter for item in ownerships if not item.reader}, base)
-        return UnitLayout(self.model_type, config.num_hidden_layers, num_units, tuple(ownerships), shapes)
+        vocabulary = frozenset(vocabulary_parameters(model))
+        return UnitLayout(self.model_type, config.num_hidden_layers, num_units, tuple(ownerships), shapes, vocabulary)
 
     def gate_modules(self, model: PreTrainedModel) -> Iterator[tuple[GateSite, int, nn.Module]]:
         """(site, layer, module) of every gate of a real model."""

@@ -40,6 +40,15 @@ class LanguageModel(nn.Module):
         )
         self._is_causal = adapter.objective == "clm"
 
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the vocabulary that can be predicted; None: all. The others wait for tokens of later domains."""
+        return self._losses.num_rows
+
+    @num_rows.setter
+    def num_rows(self, num_rows: int | None) -> None:
+        self._losses.num_rows = num_rows
+
     def forward(
         self,
         input_ids: torch.Tensor,

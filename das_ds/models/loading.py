@@ -39,6 +39,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         raise ConfigError(
             "data.tokenizer: a model with random weights needs a tokeniser folder or hub name, found null"
         )
+    return open_tokenizer(source)
+
+
+def open_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokeniser of a folder or hub name.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -110,6 +119,11 @@ def find_adapter(config: ModelConfig) -> ArchitectureAdapter:
             f"allowed: auto, {adapter.objective}"
         )
     return adapter
+
+
+def embedding_rows(config: ModelConfig, vocab_size: int) -> int:
+    """Rows of the embedding that `load_model` gives."""
+    return int(_model_config(config, vocab_size=vocab_size).get_text_config().vocab_size)
 
 
 def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, sequence_length: int) -> None:

@@ -52,6 +52,8 @@ class TokenLosses:
         assert chunk > 0, f"chunk: found {chunk}, expected a positive number of positions"
         self._head, self._projection = head, projection
         self._chunk, self._soft_cap = chunk, soft_cap
+        self.num_rows: int | None = None
+        """The softmax is over this many first rows of the vocabulary; None: all."""
 
     def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, *, most_positions: int) -> torch.Tensor:
         """Cross-entropy of each position.
@@ -73,20 +75,27 @@ class TokenLosses:
         projection = self._projection
 
         def losses(transformed: torch.Tensor) -> torch.Tensor:
-            return linear_cross_entropy(
-                transformed, projection.weight, projection.bias, targets, chunk=self._chunk, soft_cap=self._soft_cap
-            )
+            weight, bias = self._in_force(projection)
+            return linear_cross_entropy(transformed, weight, bias, targets, chunk=self._chunk, soft_cap=self._soft_cap)
 
         with _forward_replaced(projection, losses):
             return self._head(hidden)
 
     def _direct(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self._head(hidden)
+        if self.num_rows is not None:
+            logits = logits[:, : self.num_rows]
         # Not below float32; float64 stays.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._soft_cap is not None:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
         return functional.cross_entropy(logits, targets, reduction="none")
+
+    def _in_force(self, projection: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, bias = projection.weight, projection.bias
+        if self.num_rows is None:
+            return weight, bias
+        return weight[: self.num_rows], None if bias is None else bias[: self.num_rows]
 
     def _by_checkpoints(self, hidden: torch.Tensor, targets: torch.Tensor, most_positions: int) -> torch.Tensor:
         if most_positions <= self._chunk:

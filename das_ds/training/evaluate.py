@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
-
 from das_ds.config import ModelConfig, RunConfig
+from das_ds.data.vocabulary import num_tokens
 from das_ds.distributed.launch import Ranks
 from das_ds.evaluation.perplexity import held_out_loss
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.loading import check_sequence_length, find_adapter, load_model
+from das_ds.models.loading import check_sequence_length, find_adapter, load_model, open_tokenizer
+from das_ds.models.vocabulary import reserve_rows
 from das_ds.training.text import RunText, prepare_text
 
 
-def evaluate_corpora(module: nn.Module, text: RunText, label: str) -> dict[str, float]:
-    """Corpus -> loss in nats per predicted token, equal on every rank."""
-    return {
-        corpus: held_out_loss(module, text.evaluation_batches(corpus, f"evaluate {corpus} {label}"), text.info.device)
-        for corpus in text.blocks
-    }
+def evaluate_corpora(network: LanguageModel, text: RunText, label: str) -> dict[str, float]:
+    """Corpus -> loss in nats per predicted token, equal on every rank.
+
+    Each corpus is read and predicted with its own vocabulary, whatever tokens the network has gained since, so that
+    its losses are always of the same text.
+    """
+    losses = {}
+    for corpus in text.blocks:
+        network.num_rows = text.num_rows(corpus)
+        batches = text.evaluation_batches(corpus, f"evaluate {corpus} {label}")
+        losses[corpus] = held_out_loss(network, batches, text.info.device)
+    return losses
 
 
 def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, float]:
@@ -30,7 +36,9 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     """
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
-    model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.tokenizer))
+    model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.base_tokenizer))
+    if text.vocabulary is not None:
+        reserve_rows(model, num_tokens(open_tokenizer(str(folder))), text.vocabulary.total)
     check_sequence_length(model, adapter, config.data.sequence_length)
     return evaluate_corpora(
         LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(ranks.info.device),

@@ -16,20 +16,40 @@ from das_ds.distributed.engine import Engine
 from das_ds.errors import DasError, RunFolderError
 from das_ds.models.loading import find_adapter, load_model
 from das_ds.models.lora import Lora
+from das_ds.models.vocabulary import said_to_have, vocabulary_parameters
 
 PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
 
 
 def export_model(
-    folder: Path, engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str
+    folder: Path,
+    engine: Engine,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    *,
+    num_rows: int | None = None,
 ) -> None:
     """Gather the fp32 weights one parameter at a time and write them on rank 0; called on every rank.
+
+    Args:
+        folder: where to write.
+        engine: holds the weights.
+        model: the network that the engine runs.
+        tokenizer: written beside the weights.
+        card: README of the model.
+        num_rows: rows of the vocabulary to write; None: all.
 
     Raises:
         RunFolderError: the disk is full or the folder cannot be written.
     """
     state = _trained_weights(engine)
-    _on_main(engine, lambda: _write(folder, model, tokenizer, state, card))
+    if num_rows is None:
+        _on_main(engine, lambda: _write(folder, model, tokenizer, state, card))
+        return
+    rows = {name: state[name][:num_rows].clone() for name in vocabulary_parameters(model) if name in state}
+    with said_to_have(model, num_rows):
+        _on_main(engine, lambda: _write(folder, model, tokenizer, {**state, **rows}, card))
 
 
 def export_lora(

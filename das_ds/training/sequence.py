@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -11,12 +12,15 @@ from das_ds.config import RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks, seed_everything
 from das_ds.distributed.sharded_construction import sharded_construction
+from das_ds.errors import RunFolderError
 from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
 from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, write_results
+from das_ds.functional.vocabulary import with_mean_rows
 from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
-from das_ds.models.loading import check_sequence_length, find_adapter, load_model
+from das_ds.models.loading import check_sequence_length, find_adapter, load_model, open_tokenizer
+from das_ds.models.vocabulary import reserve_rows, vocabulary_parameters
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker, build_tracker
 from das_ds.training.domain import DomainTrainer, Progress
@@ -63,15 +67,21 @@ class DomainSequence:
         done = self._state.domains_done
         last = (done - 1, config.domains[done - 1].name) if done and not method_class.starts_from_base else None
         is_lora = config.model.lora is not None
-        construction = sharded_construction(deepspeed_config, ranks)
+        # Parameters that are born as shards cannot be given more rows.
+        construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
         self._model, adapter = load_model(
             config.model,
             seed=config.seed,
-            vocab_size=len(text.tokenizer),
+            vocab_size=len(text.tokenizers[last[1]] if last and not is_lora else text.base_tokenizer),
             weights=folder.model(*last) if last and not is_lora else None,
             construction=construction,
         )
         check_sequence_length(self._model, adapter, config.data.sequence_length)
+        if text.vocabulary is not None:
+            if last:
+                _check_tokens(folder.model(*last), text, last[1])
+            known = text.vocabulary.num_tokens[last[1]] if last else text.vocabulary.base_tokens
+            reserve_rows(self._model, known, text.vocabulary.total)
         context = build_context(
             config,
             self._model,
@@ -81,7 +91,7 @@ class DomainSequence:
             exact=construction.slices if construction else None,
             lora_weights=folder.adapter(*last) if last and is_lora else None,
         )
-        self.engine, self._lora = context.engine, context.lora
+        self.engine, self._lora, self._network = context.engine, context.lora, context.network
         self._base = self.engine.snapshot() if method_class.starts_from_base else None
         self._method: Method = method_class(context)
 
@@ -108,6 +118,7 @@ class DomainSequence:
             lambda label: self._text.importance_batches(name, label),
             lambda label: self._text.importance_steps(name, label),
         )
+        self._network.num_rows = self._text.num_rows(name)
         self._seed(index, phase=0)
         self._method.before_domain(domain)
         self._seed(index, phase=1)
@@ -116,6 +127,7 @@ class DomainSequence:
         trainer = DomainTrainer(self.engine, self._method, self._tracker, train)
         trainer.run(self._text.training_steps(name), progress)
         self._method.after_domain(domain)
+        self._prepare_new_tokens(name)
         self._export(index, name)
         self._finish_stage(
             self._state.model_copy(
@@ -127,11 +139,18 @@ class DomainSequence:
             )
         )
 
+    def _prepare_new_tokens(self, learned: str) -> None:
+        """Tokens of later domains begin as the mean of all tokens up to now, and nothing that befell them counts."""
+        if (vocabulary := self._text.vocabulary) is not None:
+            known, total = vocabulary.num_tokens[learned], vocabulary.total
+            names = vocabulary_parameters(self._model)
+            self.engine.rewrite(names, lambda weight: with_mean_rows(weight, known, total))
+
     def _export(self, index: int, name: str) -> None:
         card = model_card(self._config, index + 1)
-        model, tokenizer = self._folder.model(index, name), self._text.tokenizer
+        model, tokenizer = self._folder.model(index, name), self._text.tokenizers[name]
         if self._lora is None:
-            export_model(model, self.engine, self._model, tokenizer, card)
+            export_model(model, self.engine, self._model, tokenizer, card, num_rows=self._text.num_rows(name))
         else:
             adapter = self._folder.adapter(index, name)
             export_lora(model, adapter, self.engine, self._lora, self._config, tokenizer, card)
@@ -139,7 +158,7 @@ class DomainSequence:
 
     def _finish_stage(self, state: RunState) -> None:
         """Evaluate, and make the stage count: the state file is written last."""
-        row = evaluate_corpora(self.engine.module, self._text, f"after {state.domains_done} domains")
+        row = evaluate_corpora(self._network, self._text, f"after {state.domains_done} domains")
         now = time.monotonic()
         self._state = state.model_copy(
             update={
@@ -181,4 +200,13 @@ class DomainSequence:
             wall_seconds=self._state.wall_seconds,
             world_size=self._ranks.info.world_size,
             zero_stage=self.engine.zero_stage,
+        )
+
+
+def _check_tokens(exported: Path, text: RunText, domain: str) -> None:
+    """A file of tokens may have changed since, which the recorded config does not show."""
+    if open_tokenizer(str(exported)).get_vocab() != text.tokenizers[domain].get_vocab():
+        raise RunFolderError(
+            f"{exported}: learned with other tokens than data.add_tokens now gives up to {domain}; put the lists back "
+            "as they were or use another folder"
         )

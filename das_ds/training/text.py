@@ -14,9 +14,11 @@ from das_ds.data.batches import Batch
 from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
 from das_ds.data.loader import AccumulatedBatches, Samples, evaluation_batches, training_steps
 from das_ds.data.objectives import Objective, make_objective
+from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
 from das_ds.distributed.launch import RankInfo
 from das_ds.functional.sampling import subset_indices
-from das_ds.models.loading import load_tokenizer
+from das_ds.models.loading import embedding_rows, load_tokenizer
+from das_ds.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,27 @@ class RunText:
 
     config: RunConfig
     info: RankInfo
-    tokenizer: PreTrainedTokenizerBase
-    objective: Objective
+    base_tokenizer: PreTrainedTokenizerBase
+    """The tokeniser before the first domain."""
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    """Corpus name -> tokeniser, which domains may have added tokens to."""
+    objectives: dict[str, Objective]
+    """Corpus name -> what its batches predict."""
     blocks: dict[str, CorpusBlocks]
     """Corpus name -> blocks: the domains in order, then the general corpus."""
+    vocabulary: Vocabulary | None
+    """Sizes of the vocabulary from corpus to corpus; None where no tokens are added."""
+
+    def num_rows(self, corpus: str) -> int | None:
+        """Rows of the vocabulary that this corpus is read with; None: all that there are."""
+        return None if self.vocabulary is None else self.vocabulary.rows(corpus)
 
     def training_steps(self, corpus: str, first_step: int = 0) -> Iterator[list[Batch]]:
         """One list of micro-batches per optimizer step."""
         train = self.config.train
         return training_steps(
             self._training_blocks(corpus),
-            self.objective,
+            self.objectives[corpus],
             seed=self.config.seed,
             stream=f"train/{corpus}",
             first_step=first_step,
@@ -51,13 +63,14 @@ class RunText:
     def importance_batches(self, corpus: str, label: str) -> Iterable[Batch]:
         """A fixed random subset of `importance.samples` training sequences, under a progress bar."""
         blocks, batch_size = self._training_blocks(corpus), self.config.method.importance.batch_size
-        return self._batches(blocks, f"importance/{corpus}", batch_size, label, indices=self._importance_subset(blocks))
+        stream, indices = f"importance/{corpus}", self._importance_subset(blocks)
+        return self._batches(corpus, blocks, stream, batch_size, label, indices=indices)
 
     def importance_steps(self, corpus: str, label: str) -> Iterable[list[Batch]]:
         """The same subset as micro-batches of whole optimizer steps, under a progress bar."""
         train, blocks = self.config.train, self._training_blocks(corpus)
         steps = AccumulatedBatches(
-            Samples(blocks, self.objective, self.config.seed, f"importance/{corpus}"),
+            Samples(blocks, self.objectives[corpus], self.config.seed, f"importance/{corpus}"),
             self._importance_subset(blocks),
             train.global_batch_size,
             train.micro_batch_size,
@@ -69,8 +82,8 @@ class RunText:
     def evaluation_batches(self, corpus: str, label: str) -> Iterable[Batch]:
         """Held-out sequences, under a progress bar."""
         evaluation, blocks = self.config.evaluation, self.blocks[corpus].valid
-        stream = f"evaluation/{corpus}"
-        return self._batches(blocks, stream, evaluation.batch_size, label, max_sequences=evaluation.max_sequences)
+        stream, most = f"evaluation/{corpus}", evaluation.max_sequences
+        return self._batches(corpus, blocks, stream, evaluation.batch_size, label, max_sequences=most)
 
     def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
         return subset_indices(len(blocks), self.config.method.importance.samples, self.config.seed)
@@ -81,11 +94,11 @@ class RunText:
         return blocks
 
     def _batches(
-        self, blocks: TokenBlocks, stream: str, batch_size: int | None, label: str, **choice: Any
+        self, corpus: str, blocks: TokenBlocks, stream: str, batch_size: int | None, label: str, **choice: Any
     ) -> Iterable[Batch]:
         batches = evaluation_batches(
             blocks,
-            self.objective,
+            self.objectives[corpus],
             seed=self.config.seed,
             stream=stream,
             batch_size=batch_size or self.config.train.micro_batch_size,
@@ -102,20 +115,31 @@ def prepare_text(config: RunConfig, info: RankInfo, objective: ObjectiveName) ->
     Raises:
         DasError: a tokeniser or corpus that cannot be used, or not for this objective.
     """
-    tokenizer = load_tokenizer(config)
+    base = load_tokenizer(config)
+    tokenizers = tokenizers_by_corpus(config, base)
     # Before the corpora, so that a tokeniser without the needed token fails in seconds.
-    maker = make_objective(objective, tokenizer, config.data)
+    objectives = {name: make_objective(objective, tokenizer, config.data) for name, tokenizer in tokenizers.items()}
 
     def blocks(corpus: CorpusConfig) -> CorpusBlocks:
+        tokenizer = tokenizers[corpus.name]
         return prepare_corpus(corpus, config.data, tokenizer, objective=objective, progress=info.is_main)
 
     return RunText(
         config=config,
         info=info,
-        tokenizer=tokenizer,
-        objective=maker,
+        base_tokenizer=base,
+        tokenizers=tokenizers,
+        objectives=objectives,
         blocks={corpus.name: blocks(corpus) for corpus in evaluated(config)},
+        vocabulary=_vocabulary(config, base, tokenizers) if config.data.add_tokens else None,
     )
+
+
+def _vocabulary(
+    config: RunConfig, base: PreTrainedTokenizerBase, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> Vocabulary:
+    sizes = {name: num_tokens(tokenizer) for name, tokenizer in tokenizers.items()}
+    return Vocabulary(embedding_rows(config.model, len(base)), num_tokens(base), sizes)
 
 
 def evaluated(config: RunConfig) -> list[CorpusConfig]:

@@ -47,7 +47,7 @@ def _measured(
     sums = sum_of_magnitudes(run, parts, LOSSES[kind])
     assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
     assert engine.module.training
-    sizes = ParameterLevel(run)._sizes
+    sizes = run.layout.sizes
     form = config.method.importance.normalisation
     importance = ShardedImportance.from_magnitudes(engine.named_shards, sizes, info.device, sums, form)
     found = _stretches(run, sums), _stretches(run, importance.flats), importance.by_unit(run.layout)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from das_ds.config import RunConfig
 from das_ds.distributed.launch import Ranks
 from das_ds.evaluation.results import Results
-from das_ds.methods.base import DomainContext
+from das_ds.methods import METHODS
+from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.importance_file import save_parameter_importance
-from das_ds.methods.ncl import Naive
 from das_ds.models.loading import load_model
 from das_ds.training.evaluate import evaluate_model
 from das_ds.training.sequence import run_sequence
@@ -86,24 +86,24 @@ def run_all(runs: list[dict[str, Any]]) -> list[Results]:
     return [run_sequence(RunConfig(**values), ranks) for values in runs]
 
 
-def run_stopped_and_continued(values: dict[str, Any]) -> Results:
+def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Results:
     """The first start breaks off at the second domain, after which the same command continues."""
     allow_fp16_on_cpu()
-    ranks, config = Ranks(), RunConfig(**values)
-    before_domain = Naive.before_domain
+    ranks, config, kind = Ranks(), RunConfig(**values), METHODS[method]
+    before_domain = kind.before_domain
 
-    def fail_at_second(self: Naive, domain: DomainContext) -> None:
+    def fail_at_second(self: Method, domain: DomainContext) -> None:
         if domain.index == 1:
             raise KeyboardInterrupt
         before_domain(self, domain)
 
-    Naive.before_domain = fail_at_second  # type: ignore[method-assign]
+    kind.before_domain = fail_at_second  # type: ignore[method-assign]
     try:
         run_sequence(config, ranks)
     except KeyboardInterrupt:
         pass
     finally:
-        Naive.before_domain = before_domain  # type: ignore[method-assign]
+        kind.before_domain = before_domain  # type: ignore[method-assign]
     return run_sequence(config, ranks)
 
 

@@ -82,17 +82,25 @@ def weighted(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (losses * (1.0 + targets / VOCABULARY)).sum()
 
 
-def gradients_in_engine(config: RunConfig, forms: list[tuple[str, int, bool]]) -> list[tuple[Gradients, torch.Tensor]]:
-    """Per form (model type, chunk, wrapped): this rank's shards of the averaged gradient, and a gate's gradient."""
+def gradients_in_engine(
+    config: RunConfig, forms: list[tuple[str, int, bool, int | None]]
+) -> list[tuple[Gradients, torch.Tensor]]:
+    """This rank's shards of the averaged gradient, and a gate's gradient.
+
+    A form is (model type, chunk, wrapped, rows of the vocabulary).
+    """
     return [_gradients(config, *form) for form in forms]
 
 
-def _gradients(config: RunConfig, model_type: str, chunk: int, wrapped: bool) -> tuple[Gradients, torch.Tensor]:
+def _gradients(
+    config: RunConfig, model_type: str, chunk: int, wrapped: bool, num_rows: int | None
+) -> tuple[Gradients, torch.Tensor]:
     ranks = Ranks()
     model = language_model(model_type)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = Predictor(model, chunk, wrapped=wrapped)
+    module._losses.num_rows = num_rows
     parameters = {name.replace("inner.", ""): weight for name, weight in model.named_parameters()}
     engine = Engine(module, parameters, config.train, build_deepspeed_config(config, ranks.info.world_size), ranks)
     engine.start_domain(4)

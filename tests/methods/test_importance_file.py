@@ -16,6 +16,7 @@ from das_ds.methods.importance_file import (
     save_unit_importance,
 )
 from das_ds.models.registry import adapter_for
+from das_ds.models.vocabulary import reserve_rows
 from helpers.tiny_models import random_importance, tiny_model
 
 
@@ -35,6 +36,25 @@ def test_importance_of_another_model_is_refused(other: dict[str, object], tmp_pa
     save_unit_importance(path, random_importance(model), adapter_for("roberta").layout(model))
     with pytest.raises(ImportanceError, match=r"another model: found roberta .*expected (bert|roberta)"):
         load_unit_importance(path, adapter_for(another.config.model_type).layout(another))
+
+
+def test_importance_of_fewer_tokens_fits_a_grown_vocabulary(tmp_path: Path) -> None:
+    small, path = adapter_for("roberta").layout(tiny_model()), tmp_path / "importance.safetensors"
+    weights = {name: torch.full((size,), 7, dtype=torch.uint8) for name, size in small.sizes.items()}
+    save_parameter_importance(path, weights, small)
+    model = tiny_model()
+    reserve_rows(model, known=100, total=103)
+    with load_parameter_importance(path, adapter_for("roberta").layout(model)) as read:
+        found = read("roberta.embeddings.word_embeddings.weight", 98 * 24, 4 * 24)
+        assert found.tolist() == [7] * 2 * 24 + [0] * 2 * 24
+        assert read("lm_head.bias", 101, 2).tolist() == [0, 0]
+        assert read("lm_head.dense.bias", 0, 24).tolist() == [7] * 24
+    # More tokens than the model has, or part of a row, or fewer rows of anything else.
+    embedding, position = "roberta.embeddings.word_embeddings.weight", "roberta.embeddings.position_embeddings.weight"
+    for name, size in ((embedding, 101 * 24), (embedding, 99 * 24 + 1), (position, 39 * 24)):
+        save_parameter_importance(path, {**weights, name: torch.zeros(size, dtype=torch.uint8)}, small)
+        with pytest.raises(ImportanceError, match=rf"another model.*{name}"), load_parameter_importance(path, small):
+            pass
 
 
 def test_damaged_missing_and_foreign_files(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ import torch
 from torch.nn import functional
 
 from helpers.run_ranks import run_ranks
-from helpers.token_losses import CHUNK, POSITIONS, Gradients, gradients_in_engine, inputs, language_model, weighted
+from helpers.token_losses import (
+    CHUNK,
+    POSITIONS,
+    VOCABULARY,
+    Gradients,
+    gradients_in_engine,
+    inputs,
+    language_model,
+    weighted,
+)
 from helpers.training import run_config
 
 pytestmark = pytest.mark.multirank
@@ -61,11 +70,18 @@ def test_gradients_in_chunks_equal_those_of_all_logits_at_once(
     config = run_config(
         tmp_path, train=train, deepspeed={"zero_optimization": zero}, model={"gradient_checkpointing": stage == 3}
     )
-    forms = [("roberta", AT_ONCE, False), ("roberta", CHUNK, False), ("roberta", CHUNK, True), ("gpt2", CHUNK, False)]
+    forms = [
+        ("roberta", AT_ONCE, False, None),
+        ("roberta", CHUNK, False, None),
+        ("roberta", CHUNK, True, None),
+        # All rows, but by a view of the weight, as where rows are reserved for later tokens.
+        ("roberta", CHUNK, False, VOCABULARY),
+        ("gpt2", CHUNK, False, None),
+    ]
     results = run_ranks(gradients_in_engine, 2, config, forms)
     for index, (model_type, *_) in enumerate(forms):
         as_a_whole, worst = errors([rank[index][0] for rank in results], reference(model_type))
         assert as_a_whole <= allowed and worst <= 3.0 * allowed, (forms[index], as_a_whole, worst)
     for rank in results:
-        for form in (1, 2):
+        for form in (1, 2, 3):
             torch.testing.assert_close(rank[form][1], rank[0][1], rtol=10 * allowed, atol=10 * allowed)

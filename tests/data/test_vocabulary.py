@@ -1,0 +1,87 @@
+"""Tokens that domains add: which tokeniser reads which corpus, and what a user sees when a list is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from das_ds.config import RunConfig
+from das_ds.data.blocks import prepare_corpus
+from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
+from das_ds.errors import DataError
+from helpers.runs import small_run
+from helpers.tiny_tokenizer import tiny_tokenizer
+
+
+def config(folder: Path, **add_tokens: Any) -> RunConfig:
+    values = small_run(folder, data={"add_tokens": add_tokens})
+    return RunConfig(**values)
+
+
+def test_tokens_stay_for_later_domains_and_leave_earlier_text_alone(tmp_path: Path) -> None:
+    (tmp_path / "papers.tokens").write_text("treebanks\n\n baseline \n", encoding="utf-8")
+    run = config(tmp_path, food=["noodles"], papers=str(tmp_path / "papers.tokens"))
+    base = tiny_tokenizer()
+    found = tokenizers_by_corpus(run, base)
+    assert {name: num_tokens(tokenizer) for name, tokenizer in found.items()} == {
+        "food": 301,
+        "papers": 303,
+        "general": 300,
+    }
+    assert found["papers"].convert_tokens_to_ids(["noodles", "treebanks", "baseline"]) == [300, 301, 302]
+    assert found["food"].tokenize("treebanks") == base.tokenize("treebanks")
+    assert found["papers"].tokenize("treebanks") == ["treebanks"]
+    assert num_tokens(base) == 300
+
+
+def test_only_whole_words_are_tokens(tmp_path: Path) -> None:
+    tokenizer = tokenizers_by_corpus(config(tmp_path, food=["stroke"]), tiny_tokenizer())["food"]
+    assert "stroke" in tokenizer.tokenize("a stroke.") and "stroke" not in tokenizer.tokenize("strokes")
+
+
+def test_tokens_of_two_tokenisers_do_not_share_a_cache_entry(tmp_path: Path) -> None:
+    run = config(tmp_path, papers=["treebanks"])
+    for name, tokenizer in tokenizers_by_corpus(run, tiny_tokenizer()).items():
+        if name != "general":
+            prepare_corpus(run.domains[0], run.data, tokenizer, objective="mlm", progress=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = config(tmp_path, food=["noodles"], papers=["noodles", "treebanks"])
+    assert num_tokens(tokenizers_by_corpus(run, tiny_tokenizer())["papers"]) == 302
+    assert "data.add_tokens.papers: already tokens and left out: noodles" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "data.add_tokens.papers: found no token"),
+        (["a", " "], "found no token or an empty one"),
+        (["treebanks", "treebanks"], "found more than once: treebanks"),
+        ("missing.tokens", r"cannot read missing.tokens \(No such file or directory\); expected one token a line"),
+    ],
+)
+def test_lists_that_cannot_be_used(tokens: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        tokenizers_by_corpus(config(tmp_path, papers=tokens), tiny_tokenizer())
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="not UTF-8 text"):
+        tokenizers_by_corpus(config(tmp_path, papers=str(tmp_path / "tokens")), tiny_tokenizer())
+
+
+def test_tokens_of_an_unknown_domain(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"data.add_tokens: found paper, allowed: a domain \(food, papers\)"):
+        config(tmp_path, paper=["treebanks"])
+
+
+def test_tokens_under_lora(tmp_path: Path) -> None:
+    values = small_run(tmp_path, data={"add_tokens": {"papers": ["treebanks"]}}, model={"lora": {}})
+    with pytest.raises(ValidationError, match="embeddings are frozen and new tokens would never be learned"):
+        RunConfig(**values)

@@ -1,0 +1,131 @@
+"""Whole runs in which the second domain adds tokens, at ZeRO 2 and 3 on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from das_ds.evaluation.results import Results
+from helpers.run_ranks import run_ranks
+from helpers.runs import evaluate_export, exported_weights, run_all, run_stopped_and_continued, small_run
+
+pytestmark = pytest.mark.multirank
+
+TOKENS = ["treebanks", "baseline", "weeks"]
+EMBEDDING, BIAS = "roberta.embeddings.word_embeddings.weight", "lm_head.bias"
+
+
+def run(folder: Path, name: str, stage: int, **changes: Any) -> dict[str, Any]:
+    """A run whose second domain adds tokens; unclipped, as sums over parameters of other sizes round differently."""
+    values = small_run(
+        folder,
+        output_dir=folder / name,
+        data={"add_tokens": {"papers": TOKENS}},
+        deepspeed={"zero_optimization": {"stage": stage}},
+        **changes,
+    )
+    values["train"] = {**values["train"], "micro_batch_size": 2, "grad_clip": 0.0}
+    return values
+
+
+def without_tokens(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values["data"].items() if key != "add_tokens"}
+
+
+def grown_and_in_two_runs(folder: Path, stage: int, precision: str) -> list[dict[str, Any]]:
+    """A run of both domains, a run of the first, and a run of the second that starts from its export."""
+    both = run(folder, "both", stage, method={"name": "ncl"}, train={"precision": precision})
+    food, papers = both["domains"]
+    model = folder / "first" / "domains" / "00_food" / "model"
+    first = {**both, "output_dir": folder / "first", "domains": [food], "data": without_tokens(both)}
+    second = {**both, "output_dir": folder / "second", "domains": [papers], "model": {"name_or_path": str(model)}}
+    return [both, first, {**second, "data": {**both["data"], "tokenizer": str(model)}}]
+
+
+def check_as_if_added_between_two_runs(folder: Path, whole: Results, alone: Results) -> None:
+    for mine, theirs, num_tokens in (
+        ("both/domains/00_food", "first/domains/00_food", 300),
+        ("both/domains/01_papers", "second/domains/00_papers", 303),
+    ):
+        weights, expected = (load_file(folder / path / "model" / "model.safetensors") for path in (mine, theirs))
+        assert len(weights[EMBEDDING]) == len(weights[BIAS]) == num_tokens
+        for key in expected:
+            torch.testing.assert_close(weights[key], expected[key], rtol=1e-5, atol=1e-6)
+        exported = folder / mine / "model"
+        loaded, tokenizer = (kind.from_pretrained(exported) for kind in (AutoModelForMaskedLM, AutoTokenizer))
+        assert len(tokenizer) == loaded.config.vocab_size == num_tokens
+    # Columns: papers before and after it was learned, in its own tokens.
+    assert [row[1] for row in whole.loss_matrix[1:]] == pytest.approx([row[0] for row in alone.loss_matrix], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Results]]:
+    """Runs at ZeRO 2, one after the other on the same ranks."""
+    folder = tmp_path_factory.mktemp("tokens")
+    grown = grown_and_in_two_runs(folder, 2, "fp32")
+    plain = {**grown[0], "output_dir": folder / "plain", "data": without_tokens(grown[0])}
+    one = run(folder, "one", 2, method={"name": "one"})
+    alone = run(folder, "alone", 2, method={"name": "ncl"}, domains=one["domains"][1:])
+    return folder, run_ranks(run_all, 2, [*grown, plain, one, alone])[0]
+
+
+def test_reserved_tokens_are_as_if_added_between_two_runs(finished: tuple[Path, list[Results]]) -> None:
+    folder, results = finished
+    check_as_if_added_between_two_runs(folder, results[0], results[2])
+
+
+def test_so_they_are_under_zero_3_in_bf16(tmp_path: Path) -> None:
+    results = run_ranks(run_all, 2, grown_and_in_two_runs(tmp_path, 3, "bf16"))[0]
+    check_as_if_added_between_two_runs(tmp_path, results[0], results[2])
+
+
+def test_earlier_domains_keep_their_text_and_its_loss(finished: tuple[Path, list[Results]]) -> None:
+    """Until tokens are added, columns of other corpora are those of a run without tokens; exports give all of them."""
+    folder, (grown, _, _, plain, *_) = finished
+    for stage in (0, 1):
+        row, same = grown.loss_matrix[stage], plain.loss_matrix[stage]
+        assert [row[0], row[2]] == pytest.approx([same[0], same[2]], rel=1e-6) and row[1] != same[1]
+    values = run(folder, "both", 2, method={"name": "ncl"})
+    for stage, domain in ((1, "00_food"), (2, "01_papers")):
+        losses = run_ranks(evaluate_export, 1, values, folder / "both" / "domains" / domain / "model")[0]
+        assert list(losses.values()) == pytest.approx(grown.loss_matrix[stage], rel=1e-5)
+
+
+def test_each_domain_from_the_base_begins_with_its_own_tokens(finished: tuple[Path, list[Results]]) -> None:
+    folder, _ = finished
+    mine, theirs = exported_weights(folder / "one", "01_papers"), exported_weights(folder / "alone", "00_papers")
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_tokens_that_changed_since_they_were_learned(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("treebanks\n", encoding="utf-8")
+    values = run(tmp_path, "run", 2, method={"name": "ncl"}, general=None)
+    values["data"]["add_tokens"] = {"food": str(tokens)}
+    values["domains"] = values["domains"][:1]
+    run_ranks(run_all, 1, [values])
+    tokens.write_text("baseline\n", encoding="utf-8")
+    with pytest.raises(RuntimeError, match=r"RunFolderError.*learned with other tokens than data.add_tokens now gives"):
+        run_ranks(run_all, 1, [values])
+
+
+def test_das_grows_and_continues_bitwise(tmp_path: Path) -> None:
+    method = {"name": "das", "importance": {"samples": 10, "granularity": "parameter"}}
+    whole, parts = (run(tmp_path, name, 3, method=method) for name in ("whole", "parts"))
+    expected = run_ranks(run_all, 2, [whole])[0][0]
+    found = run_ranks(run_stopped_and_continued, 2, parts, "das")[0]
+    assert found.loss_matrix == expected.loss_matrix
+    mine, theirs = (exported_weights(tmp_path / name, "01_papers") for name in ("whole", "parts"))
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    for place, num_tokens in (
+        ("importance_general", 300),
+        ("domains/00_food/importance", 300),
+        ("importance", 303),
+    ):
+        importance = load_file(tmp_path / "whole" / f"{place}.safetensors")
+        assert len(importance[EMBEDDING]) == 24 * num_tokens and len(importance[BIAS]) == num_tokens
