@@ -123,7 +123,7 @@ def find_adapter(config: ModelConfig) -> ArchitectureAdapter:
 
 def embedding_rows(config: ModelConfig, vocab_size: int) -> int:
     """Rows of the embedding that `load_model` gives."""
-    return int(_model_config(config, vocab_size=vocab_size).get_text_config().vocab_size)
+    return int(model_config(config, vocab_size=vocab_size).get_text_config().vocab_size)
 
 
 def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, sequence_length: int) -> None:
