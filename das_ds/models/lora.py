@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,11 @@ class Lora:
         """
         peft = _peft()
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
             peft.inject_adapter_in_model(peft.LoraConfig(**self._settings()), model)
-        if weights is not None:
-            parameters = dict(model.named_parameters())
-            for name, values in self._read(weights).items():
-                parameters[name].data.copy_(values)
+        parameters = dict(model.named_parameters())
+        # peft gives adapters the type of the frozen weights, which under ZeRO-3 may be bf16 already; ours stay whole.
+        for name, values in (self._fresh(seed) if weights is None else self._read(weights)).items():
+            parameters[name].data = values
 
     def layout(self, layout: UnitLayout) -> UnitLayout:
         """What units own of the adapters."""
@@ -95,6 +95,16 @@ class Lora:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         peft_config = _peft().LoraConfig(**self._settings(), base_model_name_or_path=base, inference_mode=True)
         peft_config.save_pretrained(folder)
+
+    def _fresh(self, seed: int) -> Weights:
+        """Drawn as by peft: A as the weight of a linear map, B zero."""
+        weights: Weights = {}
+        generator = torch.Generator().manual_seed(seed)
+        for item in self.maps:
+            a = torch.empty(item.rank, item.num_inputs)
+            weights[item.a] = nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+            weights[item.b] = torch.zeros(item.num_outputs, item.rank)
+        return weights
 
     def _read(self, folder: Path) -> Weights:
         path = folder / WEIGHTS_FILE
