@@ -45,11 +45,11 @@ def config_of(
     precision: str = "fp32",
     **model: Any,
 ) -> RunConfig:
-    """A run that is protected by random importance, which it writes to the folder."""
+    """A run (`model` are keys of that section) that is protected by random importance, which it writes to the folder."""
     path = folder / f"{model_type}.safetensors"
     if not path.exists():
-        model = tiny_model(model_type)
-        save_unit_importance(path, random_importance(model), adapter_for(model_type).layout(model))
+        network = tiny_model(model_type)
+        save_unit_importance(path, random_importance(network), adapter_for(model_type).layout(network))
     train_changes = {
         "micro_batch_size": ROWS // world_size,
         "global_batch_size": ROWS,
