@@ -45,7 +45,7 @@ def config_of(
     precision: str = "fp32",
     **model: Any,
 ) -> RunConfig:
-    """A run (`model` are keys of that section) that is protected by random importance, which it writes to the folder."""
+    """A run that is protected by random importance, which it writes to the folder; `model` are keys of that section."""
     path = folder / f"{model_type}.safetensors"
     if not path.exists():
         network = tiny_model(model_type)
