@@ -26,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     except DasError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"das_ds: {error}", file=sys.stderr)
+        if "das_ds.distributed.launch" in sys.modules:
+            from das_ds.distributed.launch import leave
+
+            leave(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import random
 import socket
 import warnings
@@ -135,3 +136,15 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def leave(exit_code: int) -> None:
+    """End this process at once if it is in a process group; otherwise return.
+
+    A group that is not closed by all its ranks has threads that may abort the process on its way out, and the exit code
+    would be lost.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
