@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import random
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
