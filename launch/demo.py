@@ -52,7 +52,7 @@ class Demo:
 DEMOS = {
     "mlm": Demo(Path("runs/demo"), Path("launch/configs/demo_base.yaml"), Path("launch/configs/demo_das.yaml"), "4e-4"),
     "clm": Demo(
-        Path("runs/demo_clm"), Path("launch/configs/demo_clm_base.yaml"), Path("launch/configs/demo_clm.yaml"), "8e-4"
+        Path("runs/demo_clm"), Path("launch/configs/demo_clm_base.yaml"), Path("launch/configs/demo_clm.yaml"), "4e-4"
     ),
 }
 
