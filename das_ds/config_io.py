@@ -26,7 +26,8 @@ HELP_WIDTH = 120
 MAX_FOUND_LENGTH = 80
 
 # Keys, or sections of them, that may change when a run is continued: they say where the run is, how fast text is read
-# and what is shown, but none of them touches a weight, the order of the data or a result.
+# and what is shown, how it is saved and stopped, or, as do stage and micro-batch, how the work is divided; none of them
+# touches the order of the data, nor a weight beyond the order of its sums.
 FREE_KEYS = (
     "output_dir",
     "wandb",
@@ -34,6 +35,10 @@ FREE_KEYS = (
     "data.num_workers",
     "data.cache_dir",
     "evaluation.batch_size",
+    "checkpoint",
+    "run",
+    "deepspeed",
+    "train.micro_batch_size",
 )
 
 

@@ -5,6 +5,8 @@ keeps its traceback.
 """
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""Stopped on request with a checkpoint saved: the same command continues (EX_TEMPFAIL, "try again later")."""
 
 
 class DasError(Exception):
@@ -33,3 +35,11 @@ class RunFolderError(DasError):
 
 class TrainingError(DasError):
     """Training that cannot go on, such as a loss that is no longer finite."""
+
+
+class CheckpointError(DasError):
+    """Checkpoints that cannot be written, or of which none is whole."""
+
+
+class StoppedError(Exception):
+    """The run was asked to stop and everything is saved; ends the program with `EXIT_STOPPED`."""

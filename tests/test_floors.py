@@ -13,13 +13,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Lowest first. Files of one floor stand in the order in which they may import each other; folders may not.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("durable",),
     ("config",),
     ("config_schema",),
     ("config_io", "deepspeed_config"),
     ("functional",),
     ("kernels",),
     ("models", "data", "distributed", "tracking"),
-    ("methods", "evaluation"),
+    ("checkpointing", "methods", "evaluation"),
     ("training",),
     ("cli",),
 )

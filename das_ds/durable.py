@@ -1,0 +1,94 @@
+"""Files and folders that appear whole or not at all, survive a loss of power, and can be checked later."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+CHECKSUM_FILE = "SHA256SUMS"
+"""Checksums of a folder's files in the format of `sha256sum --check`."""
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` at the end of the block, flushed to disk before.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; `path` is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `folder` at the end of the block, with checksums of its files.
+
+    Raises:
+        OSError: the disk is full, or the parent cannot be written; `folder` is as it was.
+    """
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        write_checksums(partial)
+        sync_all(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until everything in a folder is on disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Record every file of a folder in its `CHECKSUM_FILE`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE)
+    lines = [f"{checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def altered_files(folder: Path) -> list[str]:
+    """Files of a folder that are missing or differ from what its `CHECKSUM_FILE` records; [] where it has none."""
+    record = folder / CHECKSUM_FILE
+    if not record.exists():
+        return []
+    expected = [line.split("  ", 1) for line in record.read_text(encoding="utf-8").splitlines()]
+    return [name for digest, name in expected if not (folder / name).is_file() or checksum(folder / name) != digest]
