@@ -105,4 +105,3 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.name != folder.name:
         raise CheckpointError(f"{path.name} belongs to {manifest.name}, found in {folder.name}")
     return manifest
-

@@ -107,7 +107,8 @@ class StoredTensors:
         by_parameter = self._pieces.get((part, name), {})
         for shard in self._shards:
             for piece in by_parameter.get(shard.name, ()):
-                first, last = max(shard.offset, piece.offset), min(shard.offset + shard.numel, piece.offset + piece.numel)
+                first = max(shard.offset, piece.offset)
+                last = min(shard.offset + shard.numel, piece.offset + piece.numel)
                 if first >= last:
                     continue
                 values = piece.file.get_slice(piece.key)[first - piece.offset : last - piece.offset]

@@ -58,7 +58,9 @@ class BackgroundWriter:
         self.failure = self._record = None
         if self._asynchronous:
             copy = self._copy_on_gpu(live) if self._device.type == "cuda" else self._copy_on_host(live)
-            self._thread = threading.Thread(target=self._write, args=(path, copy, fixed), name="checkpoint", daemon=True)
+            self._thread = threading.Thread(
+                target=self._write, args=(path, copy, fixed), name="checkpoint", daemon=True
+            )
             self._thread.start()
         else:
             self._write(path, lambda: {key: value.cpu() for key, value in live.items()}, fixed)

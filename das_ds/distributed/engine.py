@@ -189,7 +189,7 @@ class Engine:
 
         Ends as soon as the step was applied. In fp16 a gradient that left the range of the type lowers the loss scale,
         and the same micro-batches are tried again: schedule, data and sums of importance are those of a run without
-        overflow. Where no scale can fall (bf16, fp32, a refused step) `was_step_applied` says so and the caller decides.
+        overflow. Where no scale can fall (bf16, fp32, a refused step) the caller decides by `was_step_applied`.
 
         Raises:
             TrainingError: the gradient is not finite at the smallest or a fixed loss scale, or, in any precision, while
@@ -326,7 +326,9 @@ class Engine:
             "loss_scale": self._loss_scale.state(),
             "skipped_steps": self.skipped_steps,
         }
-        return RankState({WEIGHTS: weights, **{f"{MOMENT}{key}": flats for key, flats in moments.items()}}, {}, {}, numbers)
+        return RankState(
+            {WEIGHTS: weights, **{f"{MOMENT}{key}": flats for key, flats in moments.items()}}, {}, {}, numbers
+        )
 
     def load_weights(self, saved: SavedState) -> None:
         """Continue with saved weights, however they were divided."""

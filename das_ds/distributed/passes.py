@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from das_ds.distributed.random_state import random_state, set_random_state
+from das_ds.distributed.random_state import set_random_state
 from das_ds.distributed.state import RankState, SavedState
 
 T = TypeVar("T", covariant=True)

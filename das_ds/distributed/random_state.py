@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy
 import torch
@@ -11,14 +12,14 @@ import torch
 def random_state() -> dict[str, torch.Tensor]:
     """States of Python's, NumPy's and torch's generators, those of the current GPU among them."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)  # type: ignore[misc]
-    assert version == 3 and kind == "MT19937", "the generators that this format is made for"
+    generator: dict[str, Any] = numpy.random.get_state(legacy=False)
+    assert version == 3 and generator["bit_generator"] == "MT19937", "the generators that this format is made for"
     state = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(keys.astype(numpy.int64)),
-        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "numpy": torch.from_numpy(generator["state"]["key"].astype(numpy.int64)),
+        "numpy_position": torch.tensor([generator["state"]["pos"], generator["has_gauss"]], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([generator["gauss"]], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})

@@ -121,7 +121,7 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(memoryview(tensors[name].numpy()).cast("B"))
+        digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -20,7 +20,6 @@ from das_ds.methods.importance_file import load_parameter_importance, save_param
 from das_ds.methods.importance_level import ImportanceLevel
 from das_ds.methods.importance_pass import TOTALS, ImportanceLoss, count_and_loss, share_of_signal
 
-
 IMPORTANCE = "importance"
 
 

@@ -36,7 +36,9 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
         ranks.on_main(lambda: _check_folder(folder, manifest))
         if manifest is not None and manifest.run.phase == "finished":
             return _finished(config, ranks, folder, manifest)
-        text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(config.model).objective))
+        text = ranks.first_main_then_others(
+            lambda: prepare_text(config, ranks.info, find_adapter(config.model).objective)
+        )
         _leave_if_asked(ranks, requests)
         with build_tracker(config, enabled=ranks.info.is_main) as tracker:
             sequence = DomainSequence(config, ranks, folder, text, tracker, deepspeed_config, store, requests)
@@ -71,4 +73,6 @@ def _leave_if_asked(ranks: Ranks, requests: StopRequests) -> None:
         if ranks.info.is_main:
             requests.remove_stop_file()
         ranks.barrier()
-        raise StoppedError(f"stopped on {next(filter(None, reasons))} before training began; the same command starts it")
+        raise StoppedError(
+            f"stopped on {next(filter(None, reasons))} before training began; the same command starts it"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cached_property
 from typing import Any
 
 import numpy
@@ -80,7 +79,8 @@ class DomainSequence:
         method_class = METHODS[config.method.name]
         self._base = self.engine.snapshot() if method_class.starts_from_base else None
         self._method: Method = method_class(context)
-        self._guard, self._trainer = Guard(config.faults), None
+        self._guard = Guard(config.faults)
+        self._trainer: DomainTrainer | None = None
         self._passes = Passes(self._between_batches, show=ranks.info.is_main)
         about = {
             "world_size": ranks.info.world_size,
@@ -155,7 +155,7 @@ class DomainSequence:
             self._state = at(step)
             self._pass_boundary(save=step % self._config.checkpoint.every_steps == 0)
 
-        self._trainer = DomainTrainer(
+        trainer = self._trainer = DomainTrainer(
             self.engine,
             self._method,
             self._tracker,
@@ -170,8 +170,8 @@ class DomainSequence:
         if first_step == 0:
             self._guard.start_domain(name)
         else:
-            self._continue_steps(self._trainer)
-        self._trainer.run(self._text.training_steps(name, first_step), progress, first_step=first_step)
+            self._continue_steps(trainer)
+        trainer.run(self._text.training_steps(name, first_step), progress, first_step=first_step)
         self._trainer = None
         self._enter(at(train.steps_per_domain, "after"))
 
