@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -92,9 +92,12 @@ class RowExchange:
             try:
                 self._publish()
                 self._read()
+            except dist.DistNetworkError:
+                self.table = replace(self.table, is_lost=True)
+                return
             except RuntimeError:
-                # DistNetworkError or another of torch's; what matters is only that there is no answer.
-                self.table = Table(self.table.rows, self.table.verdict, self.table.num_answers, is_lost=True)
+                # No answer in time, which shows in their number; a connection that is broken never comes back.
+                continue
 
     def _publish(self) -> None:
         self._store.set(self._key, self._own_row().model_dump_json())

@@ -23,7 +23,7 @@ class Sights:
 
     def __init__(self, rank: int, hang_timeout: float) -> None:
         self._rank, self._hang_timeout = rank, hang_timeout
-        self._silent_after = min(SILENT_AFTER_S, hang_timeout)
+        self._silent_after = min(SILENT_AFTER_S, hang_timeout / 2)
         self._lock = threading.Lock()
         self._table = Table((), "", 0, is_lost=False)
         self._changed: dict[int, tuple[int, float]] = {}
@@ -80,7 +80,7 @@ class Sights:
         return any(
             not sight.row.waits
             and sight.age <= self._silent_after
-            and (sight.row.patient or sight.row.idle + sight.age <= self._hang_timeout)
+            and (sight.row.patient or sight.idle <= self._hang_timeout)
             for sight in others
         )
 

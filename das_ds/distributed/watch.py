@@ -17,7 +17,7 @@ from das_ds.distributed.launch import Ranks
 from das_ds.distributed.row_exchange import RowExchange, store_is_on_rank_0
 from das_ds.distributed.sights import Sights
 from das_ds.distributed.whereabouts import Row, stack_position
-from das_ds.errors import StoppedError
+from das_ds.errors import DasError, StoppedError
 
 EXIT_HANG = 1
 PERIOD_S = 1.0
@@ -26,6 +26,7 @@ LOST_AFTER_S = 3.0
 LOOK_FOR_LOST_S = 8.0
 LEFT_GRACE_S = 10.0
 """Seconds after which a rank that waits for one that has left with an error ends too."""
+MAX_ERROR_LENGTH = 200
 CONFER_S = 3.0
 """Seconds for all ranks to read why the run ends, before a process that ends breaks their connections."""
 
@@ -58,6 +59,7 @@ class Watch:
         self._left: str | None = None
         self._main_decides = False
         self._idle_since = self._clock = 0.0
+        self._holds_store = ranks.info.is_main and ranks.info.world_size > 1 and store_is_on_rank_0()
         self._period_s = min(PERIOD_S, hang_timeout / 10)
         self._exchange = RowExchange(ranks, self._row, self._period_s)
         self._sights = Sights(ranks.info.rank, hang_timeout)
@@ -94,16 +96,31 @@ class Watch:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        if error is None or isinstance(error, StoppedError):
+        if error is not None and not isinstance(error, StoppedError):
+            self._leave_alone(error)
+            return
+        try:
             self._place = "leaving"
             # A rank that ends takes its row, and rank 0 the store, from those that are still here.
             self._ranks.barrier()
-            self._close()
-            return
+        except RuntimeError as failure:
+            self._leave_alone(failure)
+            raise
+        self._close()
+
+    def _leave_alone(self, error: BaseException) -> None:
+        """Tell the others that this rank leaves with an error.
+
+        Raises:
+            LostPeerError: the error came of another rank's end.
+        """
         self._main_decides = True
         lost = self._lost_peer() if isinstance(error, RuntimeError) else None
-        self._left = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        self._left = f"{type(error).__name__}: {error}".splitlines()[0][:MAX_ERROR_LENGTH]
         self._close()
+        if self._holds_store and not isinstance(error, DasError):
+            # The others have to read it first. What a user has to mend all ranks know already.
+            time.sleep(2 * self._period_s)
         if lost is not None:
             raise LostPeerError(lost) from error
 
@@ -156,10 +173,11 @@ class Watch:
 
     def _confer(self, found: str) -> str:
         """The verdict that stands, after time enough for all ranks to know it."""
+        if self._exchange.table.is_lost:
+            return found
         self._exchange.propose(found)
         # The process that holds the store is the last to end.
-        holds_store = self._ranks.info.is_main and store_is_on_rank_0()
-        time.sleep(CONFER_S + (1.0 if holds_store else 0.0))
+        time.sleep(CONFER_S + (1.0 if self._holds_store else 0.0))
         return self._exchange.table.verdict or found
 
     def _row(self) -> Row:

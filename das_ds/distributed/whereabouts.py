@@ -57,6 +57,11 @@ class Sight:
     age: float
     """Seconds since it was last renewed."""
 
+    @property
+    def idle(self) -> float:
+        """Seconds without progress, as far as is known."""
+        return self.row.idle + self.age
+
 
 def culprits(sights: Sequence[Sight], *, silent_after: float, hang_timeout: float) -> list[Sight]:
     """Who holds up a run in which nothing moves.
@@ -68,9 +73,7 @@ def culprits(sights: Sequence[Sight], *, silent_after: float, hang_timeout: floa
     if silent := [sight for sight in present if sight.age > silent_after]:
         return silent
     working = [
-        sight
-        for sight in present
-        if not sight.row.waits and not sight.row.patient and sight.row.idle >= hang_timeout / 2
+        sight for sight in present if not sight.row.waits and not sight.row.patient and sight.idle >= hang_timeout / 2
     ]
     suspects = working or present
     least = min((sight.row.progress for sight in suspects), default=None)
@@ -85,12 +88,12 @@ def silence_text(sight: Sight) -> str:
 def stillness_text(sight: Sight) -> str:
     """A rank whose main thread is stuck."""
     where = f"{sight.row.standing}; {sight.row.frame}"
-    return f"{_name(sight.row)} has made no progress for {sight.row.idle:.0f} s; it stands at: {where}"
+    return f"{_name(sight.row)} has made no progress for {sight.idle:.0f} s; it stands at: {where}"
 
 
 def loss_text(sight: Sight) -> str:
     """A rank that has ended."""
-    name, ago = _name(sight.row), f"{sight.age + sight.row.idle:.0f} s ago"
+    name, ago = _name(sight.row), f"{sight.idle:.0f} s ago"
     if sight.row.left is not None:
         return f"{name} has left with {sight.row.left}; it stood at: {sight.row.standing}"
     return f"{name} is gone; its last sign of life: {sight.row.standing}, {ago}"
