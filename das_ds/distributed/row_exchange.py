@@ -7,17 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from das_ds.distributed.launch import Ranks
+from das_ds.distributed.launch import PREPARATION_TIMEOUT, Ranks
 from das_ds.distributed.whereabouts import Row
 
 READERS_PER_S = 64
 """With more ranks than this each reads the rows less often, so that the store has time for training's needs."""
-_STORE_TIMEOUT = timedelta(seconds=30)
 _num_exchanges = 0
 
 
@@ -52,7 +50,9 @@ class RowExchange:
         # Typed as a store of any kind, which need not have all that the one behind the process group has.
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = store.clone()
-        self._store.set_timeout(_STORE_TIMEOUT)
+        # An answer that comes after its time would be taken for that to the next question; and where the process that
+        # holds the store is suspended together with this one, it comes late.
+        self._store.set_timeout(PREPARATION_TIMEOUT)
         prefix = f"das_ds/watch/{_num_exchanges}"
         self._keys = [f"{prefix}/{rank}" for rank in range(ranks.info.world_size)]
         self._key, self._verdict_key = self._keys[ranks.info.rank], f"{prefix}/verdict"
@@ -92,12 +92,10 @@ class RowExchange:
             try:
                 self._publish()
                 self._read()
-            except dist.DistNetworkError:
+            except RuntimeError:
+                # A connection that is broken never comes back.
                 self.table = replace(self.table, is_lost=True)
                 return
-            except RuntimeError:
-                # No answer in time, which shows in their number; a connection that is broken never comes back.
-                continue
 
     def _publish(self) -> None:
         self._store.set(self._key, self._own_row().model_dump_json())

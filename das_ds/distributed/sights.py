@@ -36,7 +36,8 @@ class Sights:
         with self._lock:
             if table.num_answers != self._table.num_answers:
                 self._answered = now
-            self._lost_since = (self._lost_since or now) if table.is_lost else None
+            if table.is_lost and self._lost_since is None:
+                self._lost_since = now
             for row in table.rows:
                 if self._changed.get(row.rank, (None, 0.0))[0] != row.beat:
                     self._changed[row.rank] = (row.beat, now)

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +16,7 @@ from das_ds.distributed import launcher_pause, stopping
 from das_ds.distributed.launcher_pause import pause_launcher
 from das_ds.distributed.launchers import is_alive, program
 from das_ds.distributed.stopping import Request, StopRequests
+from helpers.waiting import until
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 FAKE_LAUNCHER = """
@@ -182,15 +182,3 @@ def test_a_launcher_that_has_lost_a_rank_is_not_paused(
     assert not suspended
     launcher_pause._hold(launcher, 2, 0.0)
     assert suspended == [launcher.pid]
-
-
-def until(is_true: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait until something is true.
-
-    Raises:
-        AssertionError: it was not in time.
-    """
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "time ran out"
-        time.sleep(0.02)

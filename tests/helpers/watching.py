@@ -16,6 +16,7 @@ from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.launch import Ranks, leave
 from das_ds.distributed.watch import LostPeerError, Watch
 from helpers.run_ranks import start_ranks
+from helpers.waiting import until
 
 HANG_TIMEOUT = 4.0
 BAD_STEP = 7
@@ -38,6 +39,25 @@ def exit_codes(folder: Path, what: str, bad_rank: int, world_size: int = 2) -> l
             process.join()
 
 
+def suspended_exit_codes(folder: Path) -> list[int | None]:
+    """Exit codes of two ranks that are suspended together for longer than the hang timeout, and then go on."""
+    processes = start_ranks(steps, 2, folder, "patience", 0)
+    try:
+        until(lambda: all((folder / f"started-{rank}").exists() for rank in range(2)), 60.0)
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(HANG_TIMEOUT + 4.0)
+        for process in processes:
+            os.kill(process.pid, signal.SIGCONT)
+        for process in processes:
+            process.join(60.0)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
 def steps(folder: Path, what: str, bad_rank: int) -> None:
     """Twenty steps, in the seventh of which `bad_rank` misbehaves."""
     rank = int(os.environ["RANK"])
@@ -47,6 +67,7 @@ def steps(folder: Path, what: str, bad_rank: int) -> None:
     try:
         with Watch(ranks, HANG_TIMEOUT, folder) as watch:
             watch.phase("food")
+            (folder / f"started-{rank}").touch()
             for step in range(1, 21):
                 watch.at("reading a batch", step)
                 watch.at("forward and backward", step)

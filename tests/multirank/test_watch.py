@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from das_ds.distributed.watch import EXIT_HANG
-from helpers.watching import EXIT_LOST, exit_codes
+from helpers.watching import EXIT_LOST, exit_codes, suspended_exit_codes
 
 pytestmark = pytest.mark.multirank
 
@@ -56,3 +56,7 @@ def test_patience_is_no_fault_and_a_watch_ends_without_a_word(tmp_path: Path) ->
     assert exit_codes(tmp_path, "patience", 0) == [0, 0]
     assert [(tmp_path / f"errors-{rank}").read_text() for rank in range(2)] == ["", ""]
     assert not list(tmp_path.glob("hang*"))
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    assert suspended_exit_codes(tmp_path) == [0, 0]
