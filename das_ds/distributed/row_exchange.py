@@ -56,7 +56,7 @@ class RowExchange:
         prefix = f"das_ds/watch/{_num_exchanges}"
         self._keys = [f"{prefix}/{rank}" for rank in range(ranks.info.world_size)]
         self._key, self._verdict_key = self._keys[ranks.info.rank], f"{prefix}/verdict"
-        self._read_every_s = period_s * max(1.0, ranks.info.world_size / READERS_PER_S)
+        self.read_every_s = period_s * max(1.0, ranks.info.world_size / READERS_PER_S)
         self._next_read = 0.0
         self._proposal: str | None = None
         self._wake, self._is_ended = threading.Event(), False
@@ -106,7 +106,7 @@ class RowExchange:
         now = time.monotonic()
         if now < self._next_read and self._proposal is None:
             return
-        self._next_read = now + self._read_every_s
+        self._next_read = now + self.read_every_s
         *rows, verdict = self._store.multi_get([*self._keys, self._verdict_key])
         table = tuple(Row.model_validate_json(row) for row in rows)
         self.table = Table(table, verdict.decode(), self.table.num_answers + 1, is_lost=False)

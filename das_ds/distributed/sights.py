@@ -7,7 +7,7 @@ import threading
 from das_ds.distributed.row_exchange import Table, store_is_on_rank_0
 from das_ds.distributed.whereabouts import Row, Sight, culprits, loss_text, silence_text, stillness_text
 
-SILENT_AFTER_S = 5.0
+SILENT_AFTER_ROUNDS = 5.0
 """When nothing moves, a rank whose row is this old is to blame."""
 STORE_LOST_GRACE_S = 5.0
 """Seconds for the main thread to notice by itself that the process that holds the store has ended."""
@@ -19,11 +19,12 @@ class Sights:
     Args:
         rank: this rank.
         hang_timeout: seconds without progress or without a sign of life that are a fault.
+        round_s: seconds in which a row that is renewed reaches this rank.
     """
 
-    def __init__(self, rank: int, hang_timeout: float) -> None:
+    def __init__(self, rank: int, hang_timeout: float, round_s: float = 1.0) -> None:
         self._rank, self._hang_timeout = rank, hang_timeout
-        self._silent_after = min(SILENT_AFTER_S, hang_timeout / 2)
+        self._silent_after = min(SILENT_AFTER_ROUNDS * round_s, hang_timeout / 2)
         self._lock = threading.Lock()
         self._table = Table((), "", 0, is_lost=False)
         self._changed: dict[int, tuple[int, float]] = {}

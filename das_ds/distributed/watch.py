@@ -21,14 +21,15 @@ from das_ds.errors import DasError, StoppedError
 
 EXIT_HANG = 1
 PERIOD_S = 1.0
-LOST_AFTER_S = 3.0
-"""A rank whose row is this old has ended, where there is reason to think that one has."""
-LOOK_FOR_LOST_S = 8.0
+LOST_AFTER_ROUNDS = 3.0
+"""A rank whose row is this old has ended, where there is reason to think that one has. A round is a second, or the time
+between two readings of all rows if that is longer."""
+LOOK_FOR_LOST_ROUNDS = 8.0
 LEFT_GRACE_S = 10.0
 """Seconds after which a rank that waits for one that has left with an error ends too."""
 MAX_ERROR_LENGTH = 200
-CONFER_S = 3.0
-"""Seconds for all ranks to read why the run ends, before a process that ends breaks their connections."""
+CONFER_ROUNDS = 3.0
+"""Time for all ranks to read why the run ends, before a process that ends breaks their connections."""
 
 
 class LostPeerError(RuntimeError):
@@ -62,7 +63,8 @@ class Watch:
         self._holds_store = ranks.info.is_main and ranks.info.world_size > 1 and store_is_on_rank_0()
         self._period_s = min(PERIOD_S, hang_timeout / 10)
         self._exchange = RowExchange(ranks, self._row, self._period_s)
-        self._sights = Sights(ranks.info.rank, hang_timeout)
+        self._round_s = max(1.0, self._exchange.read_every_s)
+        self._sights = Sights(ranks.info.rank, hang_timeout, self._round_s)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="das-ds-watch", daemon=True)
         self._thread.start()
@@ -120,7 +122,7 @@ class Watch:
         self._close()
         if self._holds_store and not isinstance(error, DasError):
             # The others have to read it first. What a user has to mend all ranks know already.
-            time.sleep(2 * self._period_s)
+            time.sleep(2 * self._round_s)
         if lost is not None:
             raise LostPeerError(lost) from error
 
@@ -128,13 +130,13 @@ class Watch:
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._exchange.close(wait_s=CONFER_S)
+        self._exchange.close(wait_s=CONFER_ROUNDS * self._round_s)
 
     def _lost_peer(self) -> str | None:
         """Why another rank is no longer there; None after some seconds in which all have given signs of life."""
-        deadline = time.monotonic() + LOOK_FOR_LOST_S
+        deadline = time.monotonic() + LOOK_FOR_LOST_ROUNDS * self._round_s
         while time.monotonic() < deadline:
-            if found := self._sights.lost(LOST_AFTER_S):
+            if found := self._sights.lost(LOST_AFTER_ROUNDS * self._round_s):
                 return self._confer(found)
             time.sleep(self._period_s / 2)
         return None
@@ -147,7 +149,7 @@ class Watch:
             self._clock += min(now - last, 2 * self._period_s)
             last = now
             # This thread cannot run while other code keeps Python's lock, but this timer can.
-            faulthandler.dump_traceback_later(self._hang_timeout + CONFER_S, file=2)
+            faulthandler.dump_traceback_later(self._hang_timeout + CONFER_ROUNDS * self._round_s, file=2)
             progress = (self._steps, self._passed)
             if progress != seen:
                 seen, self._idle_since = progress, self._clock
@@ -177,7 +179,7 @@ class Watch:
             return found
         self._exchange.propose(found)
         # The process that holds the store is the last to end.
-        time.sleep(CONFER_S + (1.0 if self._holds_store else 0.0))
+        time.sleep((CONFER_ROUNDS + (1.0 if self._holds_store else 0.0)) * self._round_s)
         return self._exchange.table.verdict or found
 
     def _row(self) -> Row:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from das_ds.distributed.row_exchange import Table
-from das_ds.distributed.sights import SILENT_AFTER_S, STORE_LOST_GRACE_S, Sights
+from das_ds.distributed.sights import SILENT_AFTER_ROUNDS, STORE_LOST_GRACE_S, Sights
 from das_ds.distributed.whereabouts import Row, Sight, culprits, stack_position
 from helpers.waiting import until
 
@@ -56,7 +56,7 @@ def row(rank: int, **changes: Any) -> Row:
     ],
 )
 def test_culprits(sights: list[Sight], expected: list[int]) -> None:
-    found = culprits(sights, silent_after=SILENT_AFTER_S, hang_timeout=TIMEOUT)
+    found = culprits(sights, silent_after=SILENT_AFTER_ROUNDS, hang_timeout=TIMEOUT)
     assert [sight.row.rank for sight in found] == expected
 
 
@@ -103,7 +103,7 @@ def test_standing_still_is_a_fault_unless_patience_is_due() -> None:
 def test_to_wait_for_a_rank_that_works_is_no_fault(busy: dict[str, Any]) -> None:
     assert seen_by_rank_1(table(row(0, waits=False, **busy), row(1)), 1.0).fault(row(1), GRACE) is None
     # It is frozen.
-    found = seen_by_rank_1(table(row(0, waits=False, **busy), row(1)), SILENT_AFTER_S + 1).fault(row(1), GRACE)
+    found = seen_by_rank_1(table(row(0, waits=False, **busy), row(1)), SILENT_AFTER_ROUNDS + 1).fault(row(1), GRACE)
     assert found is not None and found.startswith("rank 0 ")
 
 

@@ -18,7 +18,7 @@ from das_ds.distributed.watch import LostPeerError, Watch
 from helpers.run_ranks import start_ranks
 from helpers.waiting import until
 
-HANG_TIMEOUT = 4.0
+HANG_TIMEOUT = 5.0
 BAD_STEP = 7
 EXIT_LOST = 3
 
