@@ -12,6 +12,8 @@ from typing import Literal
 Granularity = Literal["unit", "parameter"]
 
 FP32 = 4
+STAGE_0_BUCKET = 5 * 10**8
+"""Gradients that DeepSpeed reduces together without ZeRO."""
 NUM_MOMENTS = {"adamw": 2, "cpu_adam": 2, "lion": 1}
 """Optimizer -> m."""
 
@@ -104,6 +106,8 @@ class Memory:
     device_start: int
     """While the network is built, before most of the parts exist."""
     host_start: int
+    host_export: int
+    """On rank 0 besides, in host memory, while a model is exported."""
 
     @property
     def device_bytes(self) -> int:
@@ -118,7 +122,7 @@ class Memory:
     def on_cpu(self) -> Memory:
         """The same for ranks that compute in host memory."""
         parts = {name: self.device.get(name, 0) + self.host.get(name, 0) for name in {**self.device, **self.host}}
-        return Memory(parts, {}, max(self.device_start, self.host_start), 0)
+        return Memory(parts, {}, max(self.device_start, self.host_start), 0, self.host_export)
 
 
 def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | None, copied_bytes: int) -> Memory:
@@ -131,11 +135,12 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
     | fp32 weights | 4 P, fp32: the weights | 4 P / R       | 4 P / R         | 4 P / R             |
     | moments      | 4 m P                  | 4 m P / R     | 4 m P / R       | 4 m P / R           |
     | gradients    | w P, 16 bits: + 4 P    | w P + (g+4)P/R| (g + 4) P / R   | (g + 4) P / R       |
-    | buckets      |                        | 2 w bucket    | 2 w bucket      | 2 w bucket          |
+    | buckets      | w P, at most 5e8       | 2 w bucket    | 2 w bucket      | 2 w bucket          |
     | importance   | P (parameter level)    | P / R         | P / R           | P / R               |
 
     In a step the sharded gradients exist once as they were summed and once as the optimizer takes them. Offload puts
-    weights, or fp32 weights, moments, gradients of the shard and importance, into host memory.
+    weights, or fp32 weights, moments, gradients of the shard and importance, into host memory. Rank 0 collects the
+    whole model, 4 A, to export it. Libraries and what an allocator cannot give back come on top.
 
     Args:
         size: of the network.
@@ -158,7 +163,7 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
     passing = {
         "gathered weights": w * min(size.total, max(size.largest_layer, sharding.live)) if sharding.stage == 3 else 0,
         "gradients": _whole_gradients(size, sharding),
-        "buckets": 0 if is_whole else 2 * w * min(sharding.bucket, size.trained),
+        "buckets": w * min(STAGE_0_BUCKET, size.trained) if is_whole else 2 * w * min(sharding.bucket, size.trained),
     }
     host: dict[str, int] = {"copy of a checkpoint": copied_bytes // shards}
     host |= optimizer if sharding.offloads_optimizer else {}
@@ -167,7 +172,13 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
     # The network is read in fp32; in 16 bits the engine gets a copy of what it would round.
     start = FP32 * size.total // weight_shards
     exact = FP32 * size.trained // weight_shards if w != FP32 else 0
-    return Memory(device, host, device_start=0 if sharding.stage == 3 else start, host_start=start + exact)
+    return Memory(
+        device,
+        host,
+        device_start=0 if sharding.stage == 3 else start,
+        host_start=start + exact,
+        host_export=FP32 * size.total,
+    )
 
 
 def _whole_gradients(size: ModelSize, sharding: Sharding) -> int:

@@ -32,7 +32,7 @@ def check_folder(checks: Checks, config: RunConfig, peers: Peers) -> bool:
         "writing", expected, lambda: _try_writing(root, rank), lambda _: "every rank writes and renames"
     )
     if can_write is None:
-        checks.skip("sharing", "one folder, seen by all ranks", "writing")
+        checks.skip("sharing", "one folder, seen by all ranks", needs=("writing",))
         return False
     check_sharing(checks, root, peers)
     return is_own is not None

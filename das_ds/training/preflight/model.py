@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,7 +34,8 @@ from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.loading import check_embeddings, check_sequence_length, find_adapter, load_tokenizer, model_config
 from das_ds.models.lora import Lora
 from das_ds.models.probe import skeleton
-from das_ds.training.preflight.report import MIB, Checks, Doubt, readable
+from das_ds.training.preflight.free_memory import free_memory
+from das_ds.training.preflight.report import UNITS, Checks, Doubt, readable
 
 VIEWS_OF_CONTRAST = 4
 """Rows of the packed forward pass per sequence."""
@@ -76,8 +76,8 @@ def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
         if len(set(sizes)) > 1:
             raise PreflightError(f"ranks find models of different sizes: {', '.join(str(s.total) for s in sizes[:8])}")
         size = sizes[0]
-        trained = f", of which {size.trained / 1e6:.1f} M are trained" if size.has_adapters else ""
-        return f"{size.total / 1e6:.1f} M parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens"
+        trained = f", of which {size.trained:,} are trained" if size.has_adapters else ""
+        return f"{size.total:,} parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens"
 
     found = checks.run("model", "a tokeniser, and a model with an adapter that fits it", look, judge)
     return None if found is None else found[0]
@@ -123,38 +123,51 @@ def check_memory(checks: Checks, config: RunConfig, info: RankInfo, size: ModelS
         fixed = fixed.on_cpu()
     rough = rough_bytes(config, size)
     shown = ", ".join(f"{name} {readable(part)}" for name, part in {**fixed.device, **fixed.host}.items() if part)
+    beside = f", {readable(fixed.host_bytes)} beside it in host memory" if fixed.host_bytes else ""
     expected = (
-        f"room for {readable(fixed.device_bytes)} per rank, {readable(fixed.host_bytes)} beside it in host memory, and "
-        f"roughly {readable(rough)} of activations: {shown}"
+        f"room for {readable(fixed.device_bytes)} per rank{beside} and for roughly {readable(rough)} of activations: "
+        f"{shown}"
     )
 
     def look() -> Room:
         device = torch.cuda.mem_get_info(info.device)[0] if info.device.type == "cuda" else None
-        return Room(socket.gethostname(), device, psutil.virtual_memory().available)
+        return Room(socket.gethostname(), device, free_memory())
 
     checks.run("memory", expected, look, lambda rooms: judge_memory(rooms, fixed, rough))
 
 
 def judge_memory(rooms: list[Room], fixed: Memory, rough: int) -> str | Doubt:
-    """Compare with the rank that has least.
+    """Compare with the node, and the GPU, that have least to spare.
+
+    Args:
+        rooms: of all ranks.
+        fixed: what a rank needs; without GPUs all of it as memory of the device, which is the host.
+        rough: activations of a rank.
 
     Raises:
         PreflightError: what surely is needed is more than what is free.
     """
+    gpus = [room.device for room in rooms if room.device is not None]
     ranks_on = Counter(room.node for room in rooms)
-    host = min(room.host // ranks_on[room.node] for room in rooms)
-    device = min(host if room.device is None else room.device for room in rooms)
-    has_gpu = rooms[0].device is not None
-    found = f"{readable(device)} free per rank" + (f", {readable(host)} in host memory" if has_gpu else "")
-    if fixed.device_bytes > device or (has_gpu and fixed.host_bytes > host):
+    per_rank = fixed.host_bytes if gpus else fixed.device_bytes
+    free = {node: min(room.host for room in rooms if room.node == node) for node in ranks_on}
+    needed = {node: n * per_rank + (fixed.host_export if node == rooms[0].node else 0) for node, n in ranks_on.items()}
+    tightest = min(ranks_on, key=lambda node: free[node] - needed[node])
+    found = f"{readable(needed[tightest])} of {readable(free[tightest])} free on {tightest} (ranks there: {ranks_on[tightest]})"
+    if gpus:
+        found = f"{readable(fixed.device_bytes)} of {readable(min(gpus))} free on a GPU, {found}"
+    if needed[tightest] > free[tightest] or (gpus and fixed.device_bytes > min(gpus)):
         raise PreflightError(
-            f"{found}; use more ranks, a higher ZeRO stage, offload (ds_configs/zero3_offload.json), or bf16"
+            f"{found}; use more nodes, a higher ZeRO stage, bf16, or offload where host memory is to spare"
         )
-    if fixed.device_bytes + rough > device:
+    left = min(gpus) - fixed.device_bytes if gpus else (free[tightest] - needed[tightest]) // ranks_on[tightest]
+    found = f"{found}, and roughly {readable(rough)} a rank for activations"
+    if rough > left:
         return Doubt(
-            f"{found}, which may be too little; lower train.micro_batch_size or set model.gradient_checkpointing"
+            f"{found}, for which {readable(left)} are left; lower train.micro_batch_size or set "
+            "model.gradient_checkpointing"
         )
-    return f"{found}; {readable(max(fixed.device_bytes, 1))} needed, and roughly {readable(rough)} for activations"
+    return found
 
 
 def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any], num_ranks: int) -> Memory:
@@ -200,7 +213,7 @@ def rough_bytes(config: RunConfig, size: ModelSize) -> int:
     ) + logits_bytes(
         size,
         num_positions=round(config.train.micro_batch_size * num_tokens * share),
-        largest_chunk=config.train.logits_mib * MIB,
+        largest_chunk=config.train.logits_mib * UNITS["MiB"],
     )
 
 

@@ -11,7 +11,7 @@ from das_ds.errors import DasError
 T = TypeVar("T")
 
 Status = Literal["ok", "warning", "failed", "skipped"]
-GIB, MIB, KIB = 2**30, 2**20, 2**10
+UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Finding:
 
     def line(self) -> str:
         """For people."""
-        expected = "" if self.status == "ok" else f"; expected {self.expected}"
+        expected = f" | expected: {self.expected}" if self.status in ("warning", "failed") else ""
         return f"{self.status:<8} {self.check:<10} {self.found}{expected}"
 
 
@@ -87,9 +87,10 @@ class Checks:
             self._add(Finding(name, "ok", judged, expected))
         return values
 
-    def skip(self, name: str, expected: str, needed: str) -> None:
-        """Note a check that cannot be made because another one failed."""
-        self._add(Finding(name, "skipped", f"not checked, because {needed} failed", expected))
+    def skip(self, name: str, expected: str, *, needs: tuple[str, ...]) -> None:
+        """Note a check that cannot be made because others, those of `needs`, failed."""
+        failed = " and ".join(check for check in needs if check in self.failed)
+        self._add(Finding(name, "skipped", f"not checked, because {failed} failed", expected))
 
     def _add(self, finding: Finding) -> None:
         self.findings.append(finding)
@@ -122,5 +123,7 @@ def _by_rank(failures: dict[int, _Failure], num_ranks: int) -> str:
 
 def readable(num_bytes: float) -> str:
     """A size for people."""
-    unit, size = next(((u, s) for u, s in (("GiB", GIB), ("MiB", MIB)) if num_bytes >= s), ("KiB", KIB))
-    return f"{num_bytes / size:.1f} {unit}"
+    for unit, size in UNITS.items():
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"

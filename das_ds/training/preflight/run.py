@@ -38,11 +38,11 @@ def run_preflight(config: RunConfig, peers: Peers, *, as_json: bool) -> list[Fin
     if size is not None and is_usable:
         check_disk(checks, config, size, granularity(config))
     else:
-        checks.skip("disk", "room for all checkpoints and models", "folder or model")
+        checks.skip("disk", "room for all checkpoints and models", needs=("folder", "writing", "model"))
     if size is not None and engine is not None:
         check_memory(checks, config, info, size, engine)
     else:
-        checks.skip("memory", "a model that fits", "settings or model")
+        checks.skip("memory", "a model that fits", needs=("settings", "model"))
     if info.is_main and as_json:
         print(json.dumps({"ok": not checks.failed, "checks": [asdict(finding) for finding in checks.findings]}))
     if checks.failed:
