@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from statistics import median
 from typing import TypeVar
 
 import torch
@@ -70,33 +71,35 @@ class Peers:
         Raises:
             PreflightError: the backend fails, or a sum is wrong.
         """
+        self.barrier()
         try:
-            self._all_reduce(1)
-            latency = self._all_reduce(1, NUM_SMALL) / NUM_SMALL
-            self._all_reduce(LARGE_NUMEL)
-            seconds = min(self._all_reduce(LARGE_NUMEL) for _ in range(NUM_LARGE))
+            small = [self._all_reduce(1) for _ in range(1 + NUM_SMALL)]
+            large = [self._all_reduce(LARGE_NUMEL) for _ in range(1 + NUM_LARGE)]
         except RuntimeError as error:
             raise PreflightError(
                 f"all-reduce over {dist.get_backend()} failed: {str(error).splitlines()[0]}"
             ) from error
-        return Link(dist.get_backend(), latency, LARGE_NUMEL * torch.float32.itemsize / seconds)
+        # Not earlier: a rank that left after a wrong sum would leave the others waiting for the next one.
+        num_ranks = self.ranks.info.world_size
+        expected = num_ranks * (num_ranks + 1) / 2
+        for _, total in (*small, *large):
+            if not bool((total == expected).all()):
+                value = total[total != expected][0].item()
+                raise PreflightError(f"all-reduce gave {value:g}, expected {expected:g}, the sum of 1 to {num_ranks}")
+        # The first of each makes connections and buffers.
+        latency = median(seconds for seconds, _ in small[1:])
+        fastest = min(seconds for seconds, _ in large[1:])
+        return Link(dist.get_backend(), latency, LARGE_NUMEL * torch.float32.itemsize / fastest)
 
-    def _all_reduce(self, numel: int, times: int = 1) -> float:
-        """Seconds that so many sums took, one after the other."""
+    def _all_reduce(self, numel: int) -> tuple[float, torch.Tensor]:
+        """Seconds that a sum took, and the sum."""
         info = self.ranks.info
-        tensors = [torch.full((numel,), info.rank + 1.0, device=info.device) for _ in range(times)]
-        self.barrier()
+        tensor = torch.full((numel,), info.rank + 1.0, device=info.device)
         begin = time.perf_counter()
-        for tensor in tensors:
-            work = dist.all_reduce(tensor, async_op=True)
-            assert work is not None, "every rank is in the default group"
-            work.wait(self._timeout)
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None, "every rank is in the default group"
+        # Before those give up that have failed already and wait with what they found.
+        work.wait(self._timeout / 2)
         if info.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
-        expected = info.world_size * (info.world_size + 1) / 2
-        wrong = next((t for t in tensors if not bool((t == expected).all())), None)
-        if wrong is not None:
-            value = wrong[wrong != expected][0].item()
-            raise PreflightError(f"all-reduce gave {value:g}, expected {expected:g}, the sum of 1 to {info.world_size}")
-        return seconds
+        return time.perf_counter() - begin, tensor

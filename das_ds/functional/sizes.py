@@ -134,11 +134,11 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
     | gathered     |                        |               |                 | w max(layer, live)  |
     | fp32 weights | 4 P, fp32: the weights | 4 P / R       | 4 P / R         | 4 P / R             |
     | moments      | 4 m P                  | 4 m P / R     | 4 m P / R       | 4 m P / R           |
-    | gradients    | w P, 16 bits: + 4 P    | w P + (g+4)P/R| (g + 4) P / R   | (g + 4) P / R       |
+    | gradients    | w P, 16 bits: + 4 P    | w P + 4 P / R | (g + 4) P / R   | (g + 4) P / R       |
     | buckets      | w P, at most 5e8       | 2 w bucket    | 2 w bucket      | 2 w bucket          |
     | importance   | P (parameter level)    | P / R         | P / R           | P / R               |
 
-    In a step the sharded gradients exist once as they were summed and once as the optimizer takes them. Offload puts
+    In a step gradients exist once as they were summed and once as the optimizer takes them. Offload puts
     weights, or fp32 weights, moments, gradients of the shard and importance, into host memory. Rank 0 collects the
     whole model, 4 A, to export it. Libraries and what an allocator cannot give back come on top.
 
@@ -155,7 +155,7 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
     optimizer = {
         "fp32 weights": 0 if is_whole and w == FP32 else FP32 * size.trained // shards,
         "moments": FP32 * sharding.num_moments * size.trained // shards,
-        "gradients of the shard": 0 if is_whole else (sharding.gradient_bytes + FP32) * size.trained // shards,
+        "gradients of the shard": _sharded_gradients(size, sharding),
         "importance": importance_bytes(granularity, trained=size.trained, num_units=size.num_units)
         // (shards if granularity == "parameter" else 1),
     }
@@ -187,6 +187,14 @@ def _whole_gradients(size: ModelSize, sharding: Sharding) -> int:
         return 0
     fp32_copy = FP32 if sharding.stage == 0 and sharding.weight_bytes != FP32 else 0
     return (sharding.weight_bytes + fp32_copy) * size.trained
+
+
+def _sharded_gradients(size: ModelSize, sharding: Sharding) -> int:
+    """Gradients of this rank's shard: as they are summed, where that is not done in whole ones, and for the step."""
+    if sharding.stage == 0:
+        return 0
+    summed = sharding.gradient_bytes if sharding.stage >= 2 else 0
+    return (summed + FP32) * size.trained // sharding.num_ranks
 
 
 def activation_bytes(

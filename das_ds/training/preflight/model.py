@@ -153,14 +153,15 @@ def judge_memory(rooms: list[Room], fixed: Memory, rough: int) -> str | Doubt:
     free = {node: min(room.host for room in rooms if room.node == node) for node in ranks_on}
     needed = {node: n * per_rank + (fixed.host_export if node == rooms[0].node else 0) for node, n in ranks_on.items()}
     tightest = min(ranks_on, key=lambda node: free[node] - needed[node])
-    found = f"{readable(needed[tightest])} of {readable(free[tightest])} free on {tightest} (ranks there: {ranks_on[tightest]})"
+    num_ranks = ranks_on[tightest]
+    found = f"{readable(needed[tightest])} of {readable(free[tightest])} free on {tightest} (ranks there: {num_ranks})"
     if gpus:
         found = f"{readable(fixed.device_bytes)} of {readable(min(gpus))} free on a GPU, {found}"
     if needed[tightest] > free[tightest] or (gpus and fixed.device_bytes > min(gpus)):
         raise PreflightError(
             f"{found}; use more nodes, a higher ZeRO stage, bf16, or offload where host memory is to spare"
         )
-    left = min(gpus) - fixed.device_bytes if gpus else (free[tightest] - needed[tightest]) // ranks_on[tightest]
+    left = min(gpus) - fixed.device_bytes if gpus else (free[tightest] - needed[tightest]) // num_ranks
     found = f"{found}, and roughly {readable(rough)} a rank for activations"
     if rough > left:
         return Doubt(

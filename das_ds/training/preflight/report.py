@@ -11,6 +11,7 @@ from das_ds.errors import DasError
 T = TypeVar("T")
 
 Status = Literal["ok", "warning", "failed", "skipped"]
+MOST_REASONS = 3
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
@@ -75,9 +76,9 @@ class Checks:
             What all ranks saw; None where the check failed, on every rank.
         """
         seen = self._peers.gather(_attempt(look))
-        failures = {rank: value for rank, value in enumerate(seen) if isinstance(value, _Failure)}
+        failures = {rank: value.reason for rank, value in enumerate(seen) if isinstance(value, _Failure)}
         values = [value for value in seen if not isinstance(value, _Failure)]
-        judged = _attempt(lambda: judge(values)) if not failures else _Failure(_by_rank(failures, len(seen)))
+        judged = _attempt(lambda: judge(values)) if not failures else _Failure(reasons_by_rank(failures, len(seen)))
         if isinstance(judged, _Failure):
             self._add(Finding(name, "failed", judged.reason, expected))
             return None
@@ -111,14 +112,20 @@ def _attempt(look: Callable[[], T]) -> T | _Failure:
         return _Failure(str(error))
 
 
-def _by_rank(failures: dict[int, _Failure], num_ranks: int) -> str:
-    """The first reason, and on which ranks."""
-    first = next(iter(failures))
-    reason = failures[first].reason
-    if len(failures) == num_ranks and len(set(failures.values())) == 1:
-        return reason
-    others = f" (and {len(failures) - 1} more of {num_ranks} ranks)" if len(failures) > 1 else ""
-    return f"rank {first}{others}: {reason}"
+def reasons_by_rank(failures: dict[int, str], num_ranks: int) -> str:
+    """Each reason once, with the first rank that has it and how many others; no rank where all have the same."""
+    ranks: dict[str, list[int]] = {}
+    for rank, reason in failures.items():
+        ranks.setdefault(reason, []).append(rank)
+    if len(failures) == num_ranks and len(ranks) == 1:
+        return next(iter(ranks))
+    shown = [f"{_named(having)}: {reason}" for reason, having in ranks.items()]
+    more = f"; and {len(shown) - MOST_REASONS} other reasons" if len(shown) > MOST_REASONS else ""
+    return "; ".join(shown[:MOST_REASONS]) + more
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
 
 
 def readable(num_bytes: float) -> str:
