@@ -136,11 +136,12 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
     | moments      | 4 m P                  | 4 m P / R     | 4 m P / R       | 4 m P / R           |
     | gradients    | w P, 16 bits: + 4 P    | w P + 4 P / R | (g + 4) P / R   | (g + 4) P / R       |
     | buckets      | w P, at most 5e8       | 2 w bucket    | 2 w bucket      | 2 w bucket          |
-    | importance   | P (parameter level)    | P / R         | P / R           | P / R               |
+    | importance   | 6 P (parameter level)  | 6 P / R       | 6 P / R         | 6 P / R             |
 
-    In a step gradients exist once as they were summed and once as the optimizer takes them. Offload puts
-    weights, or fp32 weights, moments, gradients of the shard and importance, into host memory. Rank 0 collects the
-    whole model, 4 A, to export it. Libraries and what an allocator cannot give back come on top.
+    In a step gradients exist once as they were summed and once as the optimizer takes them. Importance is there twice,
+    what protects and what is new, with its float32 sums. Offload puts weights, or fp32 weights, moments, gradients of
+    the shard and importance, into host memory. Rank 0 collects the whole model, 4 A, to export it. Libraries and what
+    an allocator cannot give back come on top.
 
     Args:
         size: of the network.
@@ -156,8 +157,7 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
         "fp32 weights": 0 if is_whole and w == FP32 else FP32 * size.trained // shards,
         "moments": FP32 * sharding.num_moments * size.trained // shards,
         "gradients of the shard": _sharded_gradients(size, sharding),
-        "importance": importance_bytes(granularity, trained=size.trained, num_units=size.num_units)
-        // (shards if granularity == "parameter" else 1),
+        "importance": _measured_importance(size, granularity) // (shards if granularity == "parameter" else 1),
     }
     weights = {"weights": w * size.total // weight_shards}
     passing = {
@@ -179,6 +179,14 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
         host_start=start + exact,
         host_export=FP32 * size.total,
     )
+
+
+def _measured_importance(size: ModelSize, granularity: Granularity | None) -> int:
+    """While a pass over a domain ends."""
+    if granularity is None:
+        return 0
+    numbers = size.trained if granularity == "parameter" else size.num_units
+    return 2 * importance_bytes(granularity, trained=size.trained, num_units=size.num_units) + FP32 * numbers
 
 
 def _whole_gradients(size: ModelSize, sharding: Sharding) -> int:

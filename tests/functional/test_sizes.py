@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from das_ds.functional.sizes import (
+    Granularity,
     Memory,
     ModelSize,
     Sharding,
@@ -105,6 +106,14 @@ def test_zero_3_gathers_the_largest_layer_or_what_it_may_keep() -> None:
         return memory(SIZE, sharding, granularity=None, copied_bytes=0).device["gathered weights"]
 
     assert (gathered(0), gathered(500), gathered(10**9)) == (600, 1000, 2000)
+
+
+def test_importance_of_every_weight_is_divided_like_the_optimizer() -> None:
+    def importance(granularity: Granularity | None) -> int:
+        return memory(SIZE, SHARDING, granularity=granularity, copied_bytes=0).device["importance"]
+
+    assert importance("parameter") == 6 * 1000 // 4
+    assert importance("unit") == 3 * 4 * 50 and importance(None) == 0
 
 
 def test_building_may_need_more_than_training() -> None:
