@@ -60,6 +60,17 @@ def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         print(json.dumps(losses))
 
 
+def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
+    from datetime import timedelta
+
+    from das_ds.distributed.preflight import Peers
+    from das_ds.training.preflight.run import run_preflight
+
+    peers = Peers(timedelta(seconds=config.run.hang_timeout))
+    run_preflight(config, peers, as_json=options.json)
+    peers.ranks.close()
+
+
 def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
 
@@ -98,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, action, text in (
         ("train", _train, "run or continue a sequence of domains"),
         ("evaluate", _evaluate, "print an exported model's held-out losses on the corpora of a config, as JSON"),
+        (
+            "preflight",
+            _preflight,
+            "check ranks, folders, disk, text, model and memory before a run; start it like train",
+        ),
         ("check-config", _check_config, "check a config and print it with every default"),
     ):
         command = commands.add_parser(
@@ -108,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
         # The DeepSpeed launcher passes it; LOCAL_RANK in the environment is what counts.
         command.add_argument("--local_rank", help=argparse.SUPPRESS)
+        if name == "preflight":
+            command.add_argument("--json", action="store_true", help="print the findings as one JSON object")
         if name == "evaluate":
             command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
