@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import yaml
@@ -37,11 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
     # Importing the engine takes seconds, which --help and check-config must not cost.
-    from das_ds.distributed.launch import Ranks
+    from das_ds.distributed.launch import Ranks, leave
+    from das_ds.distributed.watch import EXIT_HANG, LostPeerError
     from das_ds.training.run import run_sequence
 
-    ranks = Ranks()
-    results = run_sequence(config, ranks)
+    # Far above it, so that the watch, which can name the rank that is stuck, is the first to end the run.
+    ranks = Ranks(timeout=timedelta(seconds=2 * config.run.hang_timeout + 60))
+    try:
+        results = run_sequence(config, ranks)
+    except LostPeerError as error:
+        # Every rank says it: the one that usually speaks may be the one that is gone.
+        print(f"das_ds: {error}", file=sys.stderr)
+        leave(EXIT_HANG)
+        raise
     # Only when all went well: a rank that failed alone would wait here for peers that wait for it.
     ranks.close()
     if ranks.info.is_main:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from das_ds.checkpointing.manifest import RunState
 from das_ds.config import RunConfig
 from das_ds.distributed.launch import Ranks
+from das_ds.errors import DasError
 from das_ds.evaluation.results import Results, read_results
 from das_ds.tracking.names import MEASURED
 from das_ds.training.boundary import Boundary, Parts
@@ -22,7 +23,7 @@ Place = tuple[str, int, int]
 """Phase, domains done, step."""
 
 
-class BrokenOffError(Exception):
+class BrokenOffError(DasError):
     """Nothing is saved, closed or told to anybody."""
 
 
