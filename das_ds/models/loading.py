@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from das_ds.config import ModelConfig, ObjectiveName, RunConfig
+from das_ds.durable import CHECKSUM_FILE, altered_files
 from das_ds.errors import ConfigError, ModelError
 from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.custom import adapter_from
@@ -69,7 +70,6 @@ def load_model(
     *,
     seed: int,
     vocab_size: int,
-    weights: Path | None = None,
     construction: Construction | None = None,
 ) -> tuple[PreTrainedModel, ArchitectureAdapter]:
     """The network in float32, with its adapter.
@@ -78,13 +78,12 @@ def load_model(
         config: what to build.
         seed: seed of random weights.
         vocab_size: tokens of the tokeniser; sets the embedding of a random model, checked against a pre-trained one.
-        weights: folder of exported weights that replace those of `config` (a run that is continued).
         construction: builds the network in parts; its weights are the same.
 
     Raises:
         ModelError: not loadable, no adapter, or fewer embeddings than tokens.
     """
-    source = str(weights) if weights else config.name_or_path
+    source = config.name_or_path
     own_config = model_config(config, vocab_size=vocab_size)
     adapter = find_adapter(config)
     auto_class = AUTO_CLASSES[adapter.objective]
@@ -103,6 +102,20 @@ def load_model(
         # Reentrant checkpointing breaks torch.autograd.grad, which the importance passes use.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, adapter
+
+
+def check_files(config: ModelConfig) -> None:
+    """Compare the files of an exported model with the checksums that were written with them.
+
+    Raises:
+        ModelError: files are missing or were altered.
+    """
+    folder = Path(config.name_or_path or "")
+    if config.name_or_path and folder.is_dir() and (altered := altered_files(folder)):
+        raise ModelError(
+            f"{folder}: {', '.join(altered)} missing or not as exported (see {CHECKSUM_FILE}); put back a sound copy, "
+            f"or remove {CHECKSUM_FILE} if the change was meant"
+        )
 
 
 def find_adapter(config: ModelConfig) -> ArchitectureAdapter:

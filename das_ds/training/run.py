@@ -12,7 +12,7 @@ from das_ds.distributed.stopping import StopRequests
 from das_ds.distributed.watch import Watch
 from das_ds.errors import CheckpointError, StoppedError
 from das_ds.evaluation.results import RESULTS_FILE, Results, write_results
-from das_ds.models.loading import find_adapter
+from das_ds.models.loading import check_files, find_adapter
 from das_ds.tracking.names import METRICS_FILE
 from das_ds.tracking.tracker import build_tracker
 from das_ds.tracking.wandb_sink import store_run_id, stored_run_id
@@ -40,6 +40,7 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
         if manifest is not None and manifest.run.phase == "finished":
             return _finished(config, ranks, folder, manifest)
         with watch.patient("preparing text"):
+            ranks.on_main(lambda: check_files(config.model))
             objective = find_adapter(config.model).objective
             text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, objective))
         _leave_if_asked(ranks, requests)

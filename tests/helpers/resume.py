@@ -57,11 +57,13 @@ def _limited_run(config: RunConfig, ranks: Ranks, limit: int, breaks: list[Place
         Boundary.pass_by = pass_by  # type: ignore[method-assign]
 
 
-def break_off(values: dict[str, Any], limit: int) -> None:
-    """One start that breaks off at boundary number `limit`."""
+def break_off(values: dict[str, Any], limit: int) -> Place | None:
+    """One start that breaks off at boundary number `limit`: where it stood; None where it came to the end before."""
     allow_fp16_on_cpu()
+    breaks: list[Place] = []
     with suppress(BrokenOffError):
-        _limited_run(RunConfig(**values), Ranks(), limit, [])
+        _limited_run(RunConfig(**values), Ranks(), limit, breaks)
+    return breaks[0] if breaks else None
 
 
 def assert_same_run(mine: Path, theirs: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 from transformers import BertConfig, T5Config
 
 from das_ds.config import ModelConfig
+from das_ds.durable import replaced_folder
 from das_ds.errors import ConfigError, ModelError
-from das_ds.models.loading import check_sequence_length, load_model, load_tokenizer
+from das_ds.models.loading import check_files, check_sequence_length, load_model, load_tokenizer
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 from helpers.training import run_config
@@ -47,11 +48,16 @@ def test_pretrained_weights_are_loaded_in_float32(model_type: str, tmp_path: Pat
         assert torch.equal(mine, theirs.float())
 
 
-def test_exported_weights_replace_the_configured_ones(tmp_path: Path) -> None:
-    saved = tiny_model(seed=5)
-    saved.save_pretrained(tmp_path)
-    model, _ = load_model(random_model(), seed=0, vocab_size=100, weights=tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+def test_altered_files_of_an_exported_model_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with replaced_folder(folder) as partial:
+        tiny_model().save_pretrained(partial)
+    check_files(ModelConfig(name_or_path=str(folder)))
+    check_files(ModelConfig(name_or_path="roberta-base"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ModelError, match=r"model: model\.safetensors missing or not as exported \(see SHA256SUMS\)"):
+        check_files(ModelConfig(name_or_path=str(folder)))
 
 
 def test_missing_model_is_named() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.resume import assert_same_run, run_in_pieces
+from das_ds.evaluation.results import read_results
+from helpers.resume import Place, assert_same_run, break_off, run_in_pieces
 from helpers.run_ranks import run_ranks
-from helpers.runs import run_all, small_run
+from helpers.runs import metrics_lines, run_all, save_random_importance, small_run
 
 pytestmark = pytest.mark.multirank
 
@@ -44,3 +47,77 @@ def test_a_run_in_pieces_is_the_whole_run(stage: int, granularity: str, precisio
     _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]
     assert {phase for phase, _, _ in breaks} == {"evaluate", "before", "train", "after"}
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("granularity", ["unit", "parameter"])
+def test_a_run_continues_on_other_ranks_and_stages(granularity: str, tmp_path: Path) -> None:
+    """Within a domain, after one, and in an importance pass; without dropout, whose masks belong to ranks."""
+    importance: dict[str, Any] = {"samples": 24, "granularity": granularity}
+    if granularity == "parameter":
+        # Two views without dropout are equal, and the gradient of their difference is rounding alone.
+        importance["initial"] = str(save_random_importance(small_run(tmp_path), tmp_path / "initial.safetensors"))
+
+    def values(name: str, stage: int, micro_batch_size: int) -> dict[str, Any]:
+        base = run(tmp_path, name, stage=stage, method={"importance": importance, "view_dropout": 0.0}, log_every=1)
+        model = small_run(tmp_path)["model"]
+        return {**base, "model": model, "train": {**base["train"], "micro_batch_size": micro_batch_size}}
+
+    run_ranks(run_all, 2, [values("whole", 2, 2)])
+    places: list[Place] = []
+    for stage, ranks in cycle(((2, 2), (3, 1), (0, 2), (3, 2), (2, 1))):
+        found = run_ranks(break_off, ranks, values("parts", stage, 4 // ranks), 13)[0]
+        if found is None:
+            break
+        places.append(found)
+    assert {"train", "after"} <= {phase for phase, _, _ in places}
+    mine, theirs = (read_results(tmp_path / name / "results.json") for name in ("parts", "whole"))
+    assert mine.complete
+    for row, expected in zip(mine.loss_matrix, theirs.loss_matrix, strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+    lines, expected_lines = metrics_lines(tmp_path / "parts"), metrics_lines(tmp_path / "whole")
+    assert [line["global_step"] for line in lines] == list(range(1, 13))
+    for line, expected_line in zip(lines, expected_lines, strict=True):
+        assert line["loss"] == pytest.approx(expected_line["loss"], abs=1e-4)
+        assert line["tokens_seen"] == expected_line["tokens_seen"] and line["lr"] == expected_line["lr"]
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(num_damaged: int, tmp_path: Path) -> None:
+    runs = [run(tmp_path, name) for name in ("whole", "parts")]
+    run_ranks(run_all, 2, runs[:1])
+    run_ranks(break_off, 2, runs[1], 20)
+    folder = tmp_path / "parts"
+    names = checkpoints(folder)
+    assert len(names) == 2
+    for name in names[-num_damaged:]:
+        file = folder / "checkpoints" / name / "rank_00001_of_00002.safetensors"
+        file.write_bytes(file.read_bytes()[:-3])
+    if num_damaged == 1:
+        run_ranks(run_all, 2, runs[1:])
+        assert_same_run(folder, tmp_path / "whole")
+        assert (folder / "checkpoints" / f"{names[-1]}.broken").exists()
+        return
+    for _ in range(2):
+        # Not only at first: a later start must not take the empty folder for a new run either.
+        with pytest.raises(RuntimeError, match=r"CheckpointError: .*found no whole checkpoint.*or start anew"):
+            run_ranks(run_all, 2, runs[1:])
+
+
+def test_lost_checkpoints_are_no_new_run(tmp_path: Path) -> None:
+    values = run(tmp_path, "run")
+    run_ranks(break_off, 2, values, 20)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(RuntimeError, match=r"CheckpointError: .*found metrics.jsonl of training but no checkpoint"):
+        run_ranks(run_all, 1, [values])
+
+
+def test_each_domain_from_the_base_continues(tmp_path: Path) -> None:
+    runs = [run(tmp_path, name, method={"name": "one"}) for name in ("whole", "parts")]
+    run_ranks(run_all, 2, runs[:1])
+    run_ranks(run_in_pieces, 2, runs[1], 8)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def checkpoints(folder: Path) -> list[str]:
+    names = (path.name for path in (folder / "checkpoints").glob("*"))
+    return sorted(name for name in names if "." not in name)

@@ -1,0 +1,67 @@
+"""Files and folders that appear whole or not at all, and their checksums."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from das_ds.durable import (
+    CHECKSUM_FILE,
+    altered_files,
+    read_checked_json,
+    replaced_file,
+    replaced_folder,
+    write_checked_json,
+)
+
+
+def test_a_file_changes_only_when_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replaced_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replaced_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_changes_only_when_all_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for text in ("one", "two"):
+        with replaced_folder(folder) as partial:
+            (partial / "part").mkdir()
+            (partial / "part" / "weights").write_text(text)
+    with pytest.raises(RuntimeError), replaced_folder(folder) as partial:
+        (partial / "weights").write_text("three")
+        raise RuntimeError
+    assert (folder / "part" / "weights").read_text() == "two" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with replaced_folder(folder) as partial:
+        (partial / "weights").write_bytes(b"\x00\x01")
+        (partial / "config").write_text("{}")
+    check = ["sha256sum", "--check", "--strict", CHECKSUM_FILE]
+    assert subprocess.run(check, cwd=folder, check=False, capture_output=True).returncode == 0
+    assert altered_files(folder) == []
+    (folder / "weights").write_bytes(b"\x00\x00")
+    (folder / "config").unlink()
+    assert altered_files(folder) == ["config", "weights"]
+    (folder / CHECKSUM_FILE).unlink()
+    assert altered_files(folder) == []
+
+
+def test_json_that_was_altered(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    content = {"loss": 0.1 + 0.2, "name": "Tromsø", "nested": {"a": [1, None]}}
+    write_checked_json(path, content)
+    assert read_checked_json(path) == content
+    path.write_text(path.read_text().replace("null", "0"))
+    with pytest.raises(ValueError, match="was altered"):
+        read_checked_json(path)
