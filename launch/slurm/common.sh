@@ -37,7 +37,7 @@ prepare_job() {
   # A wrong config ends the job here, before any rank starts.
   facts=$("$python" "$root/launch/slurm/job_facts.py" "$@") || exit
   output_dir=${facts%%$'\n'*}
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=$(first_address)
   # Below 32768 ports are not handed out to clients; jobs of one day differ.
   MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
   export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
@@ -47,6 +47,17 @@ prepare_job() {
   say "nodes $SLURM_JOB_NODELIST, tasks per node ${SLURM_TASKS_PER_NODE:-1}, rank 0 on $MASTER_ADDR port $MASTER_PORT"
   say "arguments $*; output_dir ${facts/$'\n'/; }"
   begin_attempt
+}
+
+# Of the first node, where SLURM puts rank 0: its name, or the address that SLURM itself uses where names mean nothing.
+first_address() {
+  local name
+  name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  if getent hosts "$name" >/dev/null; then
+    echo "$name"
+  else
+    scontrol show node --oneliner "$name" | sed -E 's/.* NodeAddr=([^ ]+) .*/\1/'
+  fi
 }
 
 # Sets python; the code that runs is the code beside the batch files, whatever is installed.
