@@ -1,4 +1,4 @@
-"""Entry points: parse, build, run, close; a user's error is one line and exit code 2."""
+"""Entry points: parse, build, run, close; a user's error is one line and exit code 2, a stopped run exit code 75."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import yaml
 
 from das_ds.config import RunConfig
 from das_ds.config_io import describe_config, load_config, read_mapping, resolved_dict
-from das_ds.errors import EXIT_USER_ERROR, ConfigError, DasError
+from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,24 +24,33 @@ def main(arguments: list[str] | None = None) -> int:
             options.action(load_config(options.config, options.overrides), options)
         else:
             options.action(options)
-    except DasError as error:
+    except (DasError, StoppedError) as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"das_ds: {error}", file=sys.stderr)
+        exit_code = EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_USER_ERROR
         if "das_ds.distributed.launch" in sys.modules:
             from das_ds.distributed.launch import leave
 
-            leave(EXIT_USER_ERROR)
-        return EXIT_USER_ERROR
+            leave(exit_code)
+        return exit_code
     return 0
 
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
     # Importing the engine takes seconds, which --help and check-config must not cost.
-    from das_ds.distributed.launch import Ranks
-    from das_ds.training.sequence import run_sequence
+    from das_ds.distributed.launch import Ranks, leave
+    from das_ds.distributed.watch import EXIT_HANG, LostPeerError
+    from das_ds.training.run import run_sequence
 
-    ranks = Ranks()
-    results = run_sequence(config, ranks)
+    # Far above it, so that the watch, which can name the rank that is stuck, is the first to end the run.
+    ranks = Ranks(timeout=timedelta(seconds=2 * config.run.hang_timeout + 60))
+    try:
+        results = run_sequence(config, ranks)
+    except LostPeerError as error:
+        # Every rank says it: the one that usually speaks may be the one that is gone.
+        print(f"das_ds: {error}", file=sys.stderr)
+        leave(EXIT_HANG)
+        raise
     # Only when all went well: a rank that failed alone would wait here for peers that wait for it.
     ranks.close()
     if ranks.info.is_main:
@@ -57,6 +67,17 @@ def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     ranks.close()
     if ranks.info.is_main:
         print(json.dumps(losses))
+
+
+def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
+    from datetime import timedelta
+
+    from das_ds.distributed.preflight import Peers
+    from das_ds.training.preflight.run import run_preflight
+
+    peers = Peers(timedelta(seconds=config.run.hang_timeout))
+    run_preflight(config, peers, as_json=options.json)
+    peers.ranks.close()
 
 
 def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
@@ -97,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, action, text in (
         ("train", _train, "run or continue a sequence of domains"),
         ("evaluate", _evaluate, "print an exported model's held-out losses on the corpora of a config, as JSON"),
+        (
+            "preflight",
+            _preflight,
+            "check ranks, folders, disk, text, model and memory before a run; start it like train",
+        ),
         ("check-config", _check_config, "check a config and print it with every default"),
     ):
         command = commands.add_parser(
@@ -107,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
         # The DeepSpeed launcher passes it; LOCAL_RANK in the environment is what counts.
         command.add_argument("--local_rank", help=argparse.SUPPRESS)
+        if name == "preflight":
+            command.add_argument("--json", action="store_true", help="print the findings as one JSON object")
         if name == "evaluate":
             command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"

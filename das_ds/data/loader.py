@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -87,6 +88,12 @@ class Samples(Dataset[Batch]):
         return batch if position_ids is None else isolated(batch, position_ids)
 
 
+def _ignore_signals(_: int) -> None:
+    """Signals that ask the run to stop often reach all its processes; it still needs these for its last steps."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -138,6 +145,7 @@ def training_steps(
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
         # Without its own generator the loader draws from torch's, and a resumed run would see other dropout masks.
         generator=torch.Generator(),
     )
@@ -170,11 +178,12 @@ class EvaluationBatches:
         """Rows per batch; spread evenly over the batches, so that the last one needs few rows to fill it."""
         return -(-len(self.indices) // (self.world_size * len(self)))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
         rows = self.num_rows
-        for number in range(len(self)):
-            start = (number * self.world_size + self.rank) * rows
-            yield self.samples.fixed_batch(self.indices[start : start + rows], rows, self.indices[0])
+        start = (number * self.world_size + self.rank) * rows
+        return self.samples.fixed_batch(self.indices[start : start + rows], rows, self.indices[0])
 
 
 @dataclass(frozen=True)
@@ -195,11 +204,12 @@ class AccumulatedBatches:
     def __len__(self) -> int:
         return -(-len(self.indices) // self.global_batch_size)
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        rows, filling = self.micro_batch_size, self.indices[0]
-        for begin in range(0, len(self) * self.global_batch_size, self.global_batch_size):
-            starts = range(begin + self.rank * rows, begin + self.global_batch_size, self.world_size * rows)
-            yield [self.samples.fixed_batch(self.indices[s : s + rows], rows, filling) for s in starts]
+    def __getitem__(self, number: int) -> list[Batch]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        rows, filling, begin = self.micro_batch_size, self.indices[0], number * self.global_batch_size
+        starts = range(begin + self.rank * rows, begin + self.global_batch_size, self.world_size * rows)
+        return [self.samples.fixed_batch(self.indices[s : s + rows], rows, filling) for s in starts]
 
 
 def evaluation_batches(

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import numpy
@@ -42,9 +42,13 @@ class RankInfo:
 
 
 class Ranks:
-    """The process group of a run: who this rank is, and waiting for each other without a collective time-out."""
+    """The process group of a run: who this rank is, and waiting for each other without a collective time-out.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: how long to wait for all ranks to start, and for each collective; None: DeepSpeed's default.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
         _fill_environment()
         # Its warnings about an untested optimizer and its own deprecated calls are nothing that a user can act on.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -58,7 +62,8 @@ class Ranks:
         # killed process leaves behind and every later start waits for; gloo needs no compiler and no lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
-            deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+            options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+            deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **options)
         self.info = RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
         self._patient_group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
 
@@ -85,11 +90,30 @@ class Ranks:
 
     def agree(self, failure: DasError | None) -> None:
         """Raise on every rank the first error that any rank has."""
-        failures: list[DasError | None] = [None] * self.info.world_size
-        dist.all_gather_object(failures, failure, group=self._patient_group)
-        for error in failures:
+        for error in self.gather(failure):
             if error is not None:
                 raise error
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank, however long one of them takes."""
+        values: list[Any] = [None] * self.info.world_size
+        dist.all_gather_object(values, value, group=self._patient_group)
+        return values
+
+    def on_main(self, do: Callable[[], T]) -> T | None:
+        """Run on rank 0 while the others wait; its result there, None elsewhere.
+
+        Raises:
+            DasError: on every rank, when it was raised on rank 0.
+        """
+        result, failure = None, None
+        if self.info.is_main:
+            try:
+                result = do()
+            except DasError as error:
+                failure = error
+        self.agree(failure)
+        return result
 
     def gather_host(self, part: torch.Tensor, size: int) -> torch.Tensor:
         """The parts of all ranks one after the other, every part padded to `size` elements; in host memory.

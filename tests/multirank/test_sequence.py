@@ -19,7 +19,6 @@ from das_ds.methods import METHODS
 from das_ds.methods.importance_file import load_unit_importance
 from das_ds.models.registry import adapter_for
 from das_ds.tracking.names import STEP_METRICS
-from das_ds.training.manifest import RunState
 from das_ds.training.text import prepare_text
 from helpers.run_ranks import run_ranks
 from helpers.runs import (
@@ -141,7 +140,7 @@ def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
     losses = []
     for corpus in text.blocks:
         total, count = 0.0, 0
-        for batch in text.evaluation_batches(corpus, ""):
+        for batch in text.evaluation_batches(corpus):
             labels = torch.full_like(batch.input_ids, -100).flatten()
             labels[batch.predicted] = batch.targets
             for ids, row in zip(batch.corrupted_ids, labels.view_as(batch.input_ids), strict=True):
@@ -173,19 +172,6 @@ def test_a_run_stopped_between_domains_continues_bitwise(precision: str, zero: i
     for name in ("loss", "skipped_steps"):
         assert [line[name] for line in mine] == [line[name] for line in theirs]
     assert all((line["skipped_steps"] > 0) == (precision == "fp16") for line in mine)
-
-
-@pytest.mark.parametrize("granularity", ["unit", "parameter"])
-def test_das_continues_with_the_importance_of_the_finished_domains(granularity: str, tmp_path: Path) -> None:
-    method = {"name": "das", "importance": {"samples": 10, "granularity": granularity}}
-    whole = small_run(tmp_path, output_dir=tmp_path / "whole", method=method)
-    again = small_run(tmp_path, output_dir=tmp_path / "again", method=method)
-    expected = run_ranks(run_all, 1, [whole, again])[0][1]
-    folder = tmp_path / "again"
-    # Back to the moment after the first domain; the accumulated file already knows the second, as after a late stop.
-    RunState(domains_done=1, global_step=6, tokens_seen=6 * 8 * 16, loss_matrix=expected.loss_matrix[:2]).write(folder)
-    found = run_ranks(run_all, 1, [again])[0][0]
-    assert found.loss_matrix == expected.loss_matrix
 
 
 def test_each_domain_from_the_base_forgets_the_one_before(tmp_path: Path) -> None:
