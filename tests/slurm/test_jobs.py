@@ -13,7 +13,7 @@ import pytest
 from das_ds.evaluation.results import RESULTS_FILE, read_results
 from helpers.commands import write_config
 from helpers.resume import assert_same_run
-from helpers.runs import small_run
+from helpers.runs import last_step, small_run
 from helpers.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.multirank
@@ -39,7 +39,7 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         """Return when the metrics of a step, or of a later one, are written."""
-        self.cluster.wait_until(lambda: self._last_step() >= step, f"step {step}")
+        self.cluster.wait_until(lambda: last_step(self.run) >= step, f"step {step}")
 
     def finish(self, *, restarts: int) -> None:
         """Wait for a good end after so many restarts."""
@@ -48,11 +48,6 @@ class Job:
             self.log[-5000:]
         )
         assert not self.run.with_name("run.slurm_attempts").exists()
-
-    def _last_step(self) -> int:
-        metrics = self.run / "metrics.jsonl"
-        steps = re.findall(r'"global_step": ?(\d+),', metrics.read_text()) if metrics.exists() else []
-        return int(steps[-1]) if steps else 0
 
     def places(self) -> list[str]:
         """Where the attempts began."""
