@@ -122,6 +122,13 @@ def metrics_lines(run_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def last_step(run_folder: Path) -> int:
+    """Step of the last whole line of metrics.jsonl, which a run may be writing; 0 where there is none."""
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return next((json.loads(line)["global_step"] for line in reversed(lines) if line.endswith("\n")), 0)
+
+
 def _corpus(path: Path, shift: int) -> Path:
     # Domains are the same words in another order, so that they differ and yet each helps the others.
     lines = [" ".join(WORDS[(shift * 7 + i * (shift + 1) + j) % len(WORDS)] for j in range(12)) for i in range(60)]
