@@ -1,0 +1,118 @@
+"""A stopped run whose checkpoints are damaged before it is continued."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from benchmarks.chaos.corruptions import CORRUPTIONS
+from benchmarks.chaos.job_processes import NUM_RANKS, Job
+from benchmarks.chaos.outcome import differences, outcome
+from benchmarks.chaos.track import Track, checkpoints_of, first_batch
+from benchmarks.chaos.trail import Mark, Spot, Trail
+from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
+
+NEWEST, OLDER, ALL = "the newest", "an older one", "all"
+TARGETS = (NEWEST, NEWEST, ALL, NEWEST, OLDER)
+PROBLEM = "not whole"
+"""What a warning about a damaged checkpoint says of it."""
+MOST_SECONDS = 180.0
+POLL = 0.001
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a run with damaged checkpoints."""
+
+    damaged: str
+    damage: str
+    exit_codes: str
+    resumed_at: str
+    verdict: str
+    is_good: bool
+
+
+def stop_run(arguments: list[str], folder: Path, spot: Spot) -> Path:
+    """A run that was asked to stop at a spot; returns its folder.
+
+    Raises:
+        RuntimeError: it did not stop as it should.
+    """
+    run, trail, log = folder / "run", folder / "trail", folder / "log"
+    folder.mkdir()
+    job, marks = Job([*arguments, f"output_dir={run}"], log, trail), Trail(trail)
+    while job.is_running and ((mark := marks.last()) is None or mark.spot != spot):
+        time.sleep(POLL)
+    (run / "STOP").touch()
+    codes = job.wait(MOST_SECONDS)
+    if codes != [EXIT_STOPPED] * NUM_RANKS:
+        raise RuntimeError(f"exit codes {codes} after STOP, expected {EXIT_STOPPED}; see {log}")
+    return run
+
+
+class CorruptedRuns:
+    """Copies of a stopped run, each damaged in its own way and then continued.
+
+    Args:
+        arguments: of `das-ds`, without the output folder.
+        stopped: folder of the stopped run.
+        folder: where each copy, with log and trail, gets a folder.
+        track: of the undisturbed run.
+        expected: outcome of the undisturbed run.
+    """
+
+    def __init__(
+        self, arguments: list[str], stopped: Path, folder: Path, track: Track, expected: dict[str, str]
+    ) -> None:
+        self._arguments, self._stopped, self._folder = arguments, stopped, folder
+        self._track, self._expected = track, expected
+
+    def damage_and_continue(self, number: int, generator: Random) -> Verdict:
+        """One copy; the kind of damage and its target follow from the number."""
+        folder = self._folder / f"corrupted_{number:02d}"
+        run, log, trail = folder / "run", folder / "log", folder / "trail"
+        shutil.copytree(self._stopped, run)
+        target, corrupt = TARGETS[number % len(TARGETS)], CORRUPTIONS[number % len(CORRUPTIONS)]
+        damage = {path.name: corrupt(path, generator) for path in _targets(run, target, generator)}
+        codes = Job([*self._arguments, f"output_dir={run}"], log, trail).wait(MOST_SECONDS)
+        named = [name for name in damage if any(name in line and PROBLEM in line for line in _lines(log))]
+        resumed = first_batch(Trail(trail).marks())
+        verdict, is_good = self._judge(run, target, codes, named, resumed)
+        return Verdict(
+            damaged=target,
+            damage=next(iter(damage.values())),
+            exit_codes=" and ".join(map(str, codes)),
+            resumed_at=f"{resumed.part} {resumed.step}" if resumed else "-",
+            verdict=verdict,
+            is_good=is_good,
+        )
+
+    def _judge(
+        self, run: Path, target: str, codes: list[int], named: list[str], resumed: Mark | None
+    ) -> tuple[str, bool]:
+        if codes == [EXIT_USER_ERROR] * NUM_RANKS:
+            is_right = target == ALL and bool(named)
+            return ("detected: refused, none is whole" if is_right else "refused without need or reason"), is_right
+        if any(codes):
+            return "crashed", False
+        if found := differences(self._expected, outcome(run)):
+            return f"finished with {len(found)} differences such as {found[0]}", False
+        if self._track.is_first(resumed):
+            return "started from scratch without a word", False
+        if named:
+            return "detected: named, the one before used", True
+        return "harmless: equal to the undisturbed run", True
+
+
+def _targets(run: Path, target: str, generator: Random) -> list[Path]:
+    checkpoints = checkpoints_of(run)
+    if target == ALL:
+        return checkpoints
+    return [checkpoints[-1] if target == NEWEST else generator.choice(checkpoints[:-1])]
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()

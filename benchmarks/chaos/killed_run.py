@@ -1,0 +1,145 @@
+"""A run that is killed at chosen moments, started again by the same command, and finished."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.chaos.job_processes import Job
+from benchmarks.chaos.outcome import differences, outcome
+from benchmarks.chaos.plan import SAVING, Goal
+from benchmarks.chaos.track import Track, checkpoints_of, first_batch, unfinished_checkpoints
+from benchmarks.chaos.trail import START, Mark, Trail
+
+MOST_SECONDS = 180.0
+POLL = 0.0005
+
+
+@dataclass(frozen=True)
+class Death:
+    """A kill and what it cost."""
+
+    run: int
+    place: str
+    part: str
+    step: int
+    ranks: str
+    newest_checkpoint: str
+    resumed_at: str
+    steps_lost: int
+    batches_lost: int
+    seconds_to_end: float
+    """Until the ranks that were not killed had ended too."""
+
+
+class KilledRun:
+    """One run folder with all its starts.
+
+    Args:
+        number: of the run, for the table.
+        arguments: of `das-ds`, without the output folder.
+        folder: where a new folder is made for the run folder, and for log and trail of every start.
+        track: of the undisturbed run.
+    """
+
+    def __init__(self, number: int, arguments: list[str], folder: Path, track: Track) -> None:
+        self.number, self._track, self._folder = number, track, folder / f"run_{number:02d}"
+        self._folder.mkdir()
+        self.run_folder = self._folder / "run"
+        self._arguments = [*arguments, f"output_dir={self.run_folder}"]
+        self._num_starts = 0
+        self.deaths: list[Death] = []
+        self.failures: list[str] = []
+
+    def go(self, goals: list[Goal], expected: dict[str, str]) -> None:
+        """Kill at each goal that is reached, then let the run finish and compare it with the undisturbed one."""
+        for goal in goals:
+            self._start_and_kill(goal)
+        if not self.failures:
+            self._finish(expected)
+
+    def _finish(self, expected: dict[str, str]) -> None:
+        job, trail = self._start()
+        try:
+            codes = job.wait(MOST_SECONDS)
+        except TimeoutError as error:
+            self.failures.append(f"a start that was left alone: {error}")
+            return
+        self._note_resumed(trail.marks())
+        if any(codes):
+            self.failures.append(f"a start that was left alone: exit codes {codes}")
+        else:
+            self.failures += differences(expected, outcome(self.run_folder))
+
+    def _start(self) -> tuple[Job, Trail]:
+        self._num_starts += 1
+        trail = self._folder / f"trail_{self._num_starts}"
+        return Job(self._arguments, self._folder / f"log_{self._num_starts}", trail), Trail(trail)
+
+    def _start_and_kill(self, goal: Goal) -> None:
+        job, trail = self._start()
+        is_reached = self._wait_for(goal, job, trail)
+        if is_reached:
+            job.kill(goal.ranks)
+        began, is_saving, mark = time.monotonic(), bool(unfinished_checkpoints(self.run_folder)), trail.last()
+        try:
+            codes = job.wait(MOST_SECONDS)
+        except TimeoutError as error:
+            self.failures.append(f"after a kill of {goal.ranks} at {goal.spot}: {error}")
+            return
+        self._note_resumed(trail.marks())
+        if is_reached:
+            self._note_death(goal, mark, is_saving, time.monotonic() - began)
+        elif any(codes):
+            self.failures.append(f"exit codes {codes} without a kill")
+
+    def _wait_for(self, goal: Goal, job: Job, trail: Trail) -> bool:
+        """Whether the moment came while the job was running."""
+        if goal.spot is None:
+            time.sleep(goal.fraction * self._track.start_seconds)
+            return job.is_running
+        wanted, seconds = self._track.position(goal.spot), self._track.seconds_at(goal.spot)
+        # A position beyond: the checkpoint is of a later time, as after an earlier kill of the same run.
+        while (mark := trail.last()) is None or mark.place == START or self._track.position(mark.spot) < wanted:
+            if not _still_running(job):
+                return False
+        if goal.place == SAVING:
+            seconds = self._track.save_seconds
+            while not unfinished_checkpoints(self.run_folder):
+                if not _still_running(job):
+                    return False
+        time.sleep(goal.fraction * seconds)
+        return job.is_running
+
+    def _note_death(self, goal: Goal, mark: Mark | None, is_saving: bool, seconds: float) -> None:
+        at = mark or Mark(0.0, START, "start", 0)
+        death = Death(
+            run=self.number,
+            place=SAVING if is_saving else at.place,
+            part=at.part,
+            step=at.step,
+            ranks=" and ".join(map(str, goal.ranks)),
+            newest_checkpoint=max((path.name for path in checkpoints_of(self.run_folder)), default="-"),
+            resumed_at="-",
+            steps_lost=0,
+            batches_lost=0,
+            seconds_to_end=round(seconds, 1),
+        )
+        self.deaths.append(death)
+        self._last_spot = at.spot
+
+    def _note_resumed(self, marks: list[Mark]) -> None:
+        """Complete the row of the last kill by where this start took up the work."""
+        resumed = first_batch(marks)
+        if not self.deaths or self.deaths[-1].resumed_at != "-" or resumed is None:
+            return
+        steps, batches = self._track.lost(self._last_spot, resumed.spot)
+        self.deaths[-1] = replace(
+            self.deaths[-1], resumed_at=f"{resumed.part} {resumed.step}", steps_lost=steps, batches_lost=batches
+        )
+
+
+def _still_running(job: Job) -> bool:
+    time.sleep(POLL)
+    return job.is_running
