@@ -15,15 +15,12 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from benchmarks.chaos.corrupted_run import CorruptedRuns, Verdict, stop_run
-from benchmarks.chaos.job import DOMAINS, write_job
-from benchmarks.chaos.job_processes import Job
+from benchmarks.chaos.corrupted_run import CorruptedRuns, stop_run
+from benchmarks.chaos.job import job_settings, write_job
 from benchmarks.chaos.killed_run import KilledRun
-from benchmarks.chaos.outcome import differences, outcome
-from benchmarks.chaos.plan import SPOTS, draw_goal, plan
+from benchmarks.chaos.plan import PLACES, draw_goal, plan
 from benchmarks.chaos.report import Report
-from benchmarks.chaos.track import Track, unfinished_checkpoints
-from benchmarks.chaos.trail import START, TRAINING, Trail
+from benchmarks.chaos.undisturbed import Undisturbed, run_undisturbed
 
 MOST_EXTRA_RUNS = 10
 
@@ -36,90 +33,44 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of places, moments, victims and damage")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=2)
     parser.add_argument("--granularity", choices=("unit", "parameter"), default="unit", help="of importance")
-    parser.add_argument("--folder", type=Path, help="a new folder for all runs, which is kept; default: a temporary one")
-    options = parser.parse_args()
-    if options.folder is not None:
-        options.folder.mkdir(parents=True)
-        return _measure(options.folder.resolve(), options)
-    with TemporaryDirectory() as folder:
-        return _measure(Path(folder), options)
+    parser.add_argument("--folder", type=Path, help="new folder that keeps all runs; default: a temporary one")
+    options = vars(parser.parse_args())
+    if (folder := options.pop("folder")) is not None:
+        folder.mkdir(parents=True)
+        return measure(folder.resolve(), **options)
+    with TemporaryDirectory() as temporary:
+        return measure(Path(temporary), **options)
 
 
-def _measure(folder: Path, options: argparse.Namespace) -> int:
-    began = time.monotonic()
-    config = write_job(folder, zero_stage=options.zero_stage, granularity=options.granularity)
-    arguments = ["train", "--config", str(config)]
-    track, expected = undisturbed_run(arguments, folder / "undisturbed")
-    _, again = undisturbed_run(arguments, folder / "undisturbed_again")
-    if found := differences(expected, again):
-        raise RuntimeError(f"two undisturbed runs differ, so that nothing can be shown: {found[:5]}")
-    report = Report(vars(options) | {"folder": None}, track, len(expected))
-    _kill_runs(arguments, folder, track, expected, options, report)
-    _corrupt_runs(arguments, folder, track, expected, options, report)
+def measure(folder: Path, *, runs: int, corruptions: int, seed: int, zero_stage: int, granularity: str) -> int:
+    """See `main`."""
+    began, settings = time.monotonic(), job_settings(zero_stage, granularity)
+    undisturbed = run_undisturbed(write_job(folder, settings), folder)
+    report = Report({"seed": seed, **settings}, undisturbed)
+    kill_runs(undisturbed, report, runs, seed)
+    if corruptions:
+        damaged, generator = CorruptedRuns(undisturbed, stop_run(undisturbed)), Random(seed)
+        for number in range(corruptions):
+            report.add_verdict(damaged.damage_and_continue(number, generator))
     report.minutes = (time.monotonic() - began) / 60
     report.print()
     print(f"written to {report.write()}")
     return 0 if report.is_good else 1
 
 
-def undisturbed_run(arguments: list[str], folder: Path) -> tuple[Track, dict[str, str]]:
-    """The course and the outcome of a run that is left alone.
-
-    Raises:
-        RuntimeError: it did not finish.
-    """
-    folder.mkdir()
-    run, unfinished, seen = folder / "run", 0.0, set[str]()
-    job, now = Job([*arguments, f"output_dir={run}"], folder / "log", folder / "trail"), time.monotonic()
-    while job.is_running:
-        before, now = now, time.monotonic()
-        if found := unfinished_checkpoints(run):
-            unfinished += now - before
-            seen |= {path.name for path in found}
-        time.sleep(0.001)
-    if any(codes := job.wait(1.0)):
-        raise RuntimeError(f"the undisturbed run ended with exit codes {codes}; see {folder / 'log'}")
-    return Track(Trail(folder / "trail").marks(), unfinished / max(len(seen), 1)), outcome(run)
-
-
-def _kill_runs(
-    arguments: list[str],
-    folder: Path,
-    track: Track,
-    expected: dict[str, str],
-    options: argparse.Namespace,
-    report: Report,
-) -> None:
-    generator, wanted = Random(options.seed), {*SPOTS, START} - {"any moment"}
-    pending = plan(track, options.runs, options.seed)
-    for number in range(options.runs + MOST_EXTRA_RUNS):
-        if number >= options.runs:
-            # A place that luck has spared so far gets runs of its own.
-            missed = sorted(wanted - {death.place for death in report.deaths})
-            if not missed:
+def kill_runs(undisturbed: Undisturbed, report: Report, num_runs: int, seed: int) -> None:
+    """The planned runs, and more for places that none of their kills hit."""
+    track, goals = undisturbed.track, plan(undisturbed.track, num_runs, seed)
+    generator = Random(seed)
+    for number in range(num_runs + MOST_EXTRA_RUNS):
+        if number >= num_runs:
+            if not report.missed_places:
                 break
-            pending.append([draw_goal(missed[0], track, generator)])
-        run = KilledRun(number, arguments, folder, track)
-        run.go(pending[number], expected)
+            goals.append([draw_goal(report.missed_places[0], track, generator)])
+        run = KilledRun(number, undisturbed)
+        run.go(goals[number])
         report.add_run(run)
-
-
-def _corrupt_runs(
-    arguments: list[str],
-    folder: Path,
-    track: Track,
-    expected: dict[str, str],
-    options: argparse.Namespace,
-    report: Report,
-) -> None:
-    if not options.corruptions:
-        return
-    spot = next(mark.spot for mark in track.marks if mark.place == TRAINING and mark.part.endswith(DOMAINS[1]) and mark.step == 15)
-    stopped = stop_run(arguments, folder / "stopped", spot)
-    runs, generator = CorruptedRuns(arguments, stopped, folder, track, expected), Random(options.seed)
-    for number in range(options.corruptions):
-        verdict: Verdict = runs.damage_and_continue(number, generator)
-        report.add_verdict(verdict)
+    report.failures += [f"never killed: {place}" for place in report.missed_places if num_runs >= len(PLACES)]
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.chaos.corruptions import CORRUPTIONS
-from benchmarks.chaos.job_processes import NUM_RANKS, Job
+from benchmarks.chaos.job import DOMAINS
+from benchmarks.chaos.job_processes import NUM_RANKS
 from benchmarks.chaos.outcome import differences, outcome
-from benchmarks.chaos.track import Track, checkpoints_of, first_batch
-from benchmarks.chaos.trail import Mark, Spot, Trail
+from benchmarks.chaos.track import checkpoints_of, first_batch
+from benchmarks.chaos.trail import TRAINING, Mark, Trail
+from benchmarks.chaos.undisturbed import Undisturbed
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 NEWEST, OLDER, ALL = "the newest", "an older one", "all"
+STOP_AT = (TRAINING, f"train {DOMAINS[1]}", 15)
 TARGETS = (NEWEST, NEWEST, ALL, NEWEST, OLDER)
 PROBLEM = "not whole"
 """What a warning about a damaged checkpoint says of it."""
@@ -35,16 +38,17 @@ class Verdict:
     is_good: bool
 
 
-def stop_run(arguments: list[str], folder: Path, spot: Spot) -> Path:
-    """A run that was asked to stop at a spot; returns its folder.
+def stop_run(undisturbed: Undisturbed) -> Path:
+    """A run that was asked to stop while it learned its second domain; returns its folder.
 
     Raises:
         RuntimeError: it did not stop as it should.
     """
-    run, trail, log = folder / "run", folder / "trail", folder / "log"
+    folder = undisturbed.folder / "stopped"
     folder.mkdir()
-    job, marks = Job([*arguments, f"output_dir={run}"], log, trail), Trail(trail)
-    while job.is_running and ((mark := marks.last()) is None or mark.spot != spot):
+    run, trail, log = folder / "run", folder / "trail", folder / "log"
+    job, marks = undisturbed.start(run, log, trail), Trail(trail)
+    while job.is_running and ((mark := marks.last()) is None or mark.spot != STOP_AT):
         time.sleep(POLL)
     (run / "STOP").touch()
     codes = job.wait(MOST_SECONDS)
@@ -57,27 +61,21 @@ class CorruptedRuns:
     """Copies of a stopped run, each damaged in its own way and then continued.
 
     Args:
-        arguments: of `das-ds`, without the output folder.
+        undisturbed: what to run, and what it has to come to.
         stopped: folder of the stopped run.
-        folder: where each copy, with log and trail, gets a folder.
-        track: of the undisturbed run.
-        expected: outcome of the undisturbed run.
     """
 
-    def __init__(
-        self, arguments: list[str], stopped: Path, folder: Path, track: Track, expected: dict[str, str]
-    ) -> None:
-        self._arguments, self._stopped, self._folder = arguments, stopped, folder
-        self._track, self._expected = track, expected
+    def __init__(self, undisturbed: Undisturbed, stopped: Path) -> None:
+        self._undisturbed, self._stopped = undisturbed, stopped
 
     def damage_and_continue(self, number: int, generator: Random) -> Verdict:
         """One copy; the kind of damage and its target follow from the number."""
-        folder = self._folder / f"corrupted_{number:02d}"
+        folder = self._undisturbed.folder / f"corrupted_{number:02d}"
         run, log, trail = folder / "run", folder / "log", folder / "trail"
         shutil.copytree(self._stopped, run)
         target, corrupt = TARGETS[number % len(TARGETS)], CORRUPTIONS[number % len(CORRUPTIONS)]
         damage = {path.name: corrupt(path, generator) for path in _targets(run, target, generator)}
-        codes = Job([*self._arguments, f"output_dir={run}"], log, trail).wait(MOST_SECONDS)
+        codes = self._undisturbed.start(run, log, trail).wait(MOST_SECONDS)
         named = [name for name in damage if any(name in line and PROBLEM in line for line in _lines(log))]
         resumed = first_batch(Trail(trail).marks())
         verdict, is_good = self._judge(run, target, codes, named, resumed)
@@ -98,9 +96,9 @@ class CorruptedRuns:
             return ("detected: refused, none is whole" if is_right else "refused without need or reason"), is_right
         if any(codes):
             return "crashed", False
-        if found := differences(self._expected, outcome(run)):
+        if found := differences(self._undisturbed.outcome, outcome(run)):
             return f"finished with {len(found)} differences such as {found[0]}", False
-        if self._track.is_first(resumed):
+        if self._undisturbed.track.is_first(resumed):
             return "started from scratch without a word", False
         if named:
             return "detected: named, the one before used", True

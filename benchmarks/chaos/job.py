@@ -1,9 +1,10 @@
-"""The small job of the chaos runs: three domains, a network with dropout, das on two ranks, checkpoints all the time."""
+"""The small job of the chaos runs: three domains, das with dropout on two ranks, checkpoints all the time."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,12 +15,9 @@ EVERY_STEPS = 4
 LINES = 120
 
 
-def write_job(folder: Path, *, zero_stage: int, granularity: str) -> Path:
-    """Text, tokeniser and run config in `folder`; returns the config, whose output_dir is to be overridden."""
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    corpora = {name: _corpus(folder / f"{name}.txt", seed) for seed, name in enumerate((*DOMAINS, "general"))}
-    values = {
-        "output_dir": str(folder / "run"),
+def job_settings(zero_stage: int, granularity: str) -> dict[str, Any]:
+    """All of the run config but its text and its folders."""
+    return {
         "model": {
             "config": {
                 "model_type": "roberta",
@@ -30,11 +28,8 @@ def write_job(folder: Path, *, zero_stage: int, granularity: str) -> Path:
                 "max_position_embeddings": 40,
             }
         },
-        "domains": [{"name": name, "train": [corpora[name]], "valid_fraction": 0.15} for name in DOMAINS],
-        "general": {"name": "general", "valid": [corpora["general"]]},
-        "data": {"sequence_length": 24, "tokenizer": str(folder / "tokenizer"), "cache_dir": str(folder / "cache")},
-        # Two micro-steps per step. Steps logged, steps saved and steps of a domain have no common divisor: a run is
-        # stopped with half an average of losses.
+        # Two micro-steps per step. Steps logged, steps saved and steps of a domain have no common divisor: the run dies
+        # with half an average of losses.
         "train": {
             "steps_per_domain": 25,
             "global_batch_size": 16,
@@ -50,13 +45,25 @@ def write_job(folder: Path, *, zero_stage: int, granularity: str) -> Path:
         "run": {"hang_timeout": 60},
         "wandb": {"mode": "disabled"},
     }
+
+
+def write_job(folder: Path, settings: dict[str, Any]) -> Path:
+    """Text, tokeniser and run config in `folder`; returns the config, whose output_dir is to be overridden."""
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    corpora = {name: _corpus(folder / f"{name}.txt", seed) for seed, name in enumerate((*DOMAINS, "general"))}
+    values = settings | {
+        "output_dir": str(folder / "run"),
+        "domains": [{"name": name, "train": [corpora[name]], "valid_fraction": 0.15} for name in DOMAINS],
+        "general": {"name": "general", "valid": [corpora["general"]]},
+        "data": {"sequence_length": 24, "tokenizer": str(folder / "tokenizer"), "cache_dir": str(folder / "cache")},
+    }
     path = folder / "chaos.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
 def _corpus(path: Path, seed: int) -> str:
-    # Sentences of the same words in another order: domains differ, and yet each helps the others.
+    # Sentences of some words that the corpora share: domains differ, and yet each helps the others.
     generator = random.Random(seed)
     words = generator.sample(TEXT.split(), 60)
     lines = [" ".join(generator.choices(words, k=14)) for _ in range(LINES)]

@@ -22,7 +22,7 @@ from das_ds.cli import main
 
 NUM_RANKS = 2
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "tests.helpers.preload", "benchmarks.chaos.trail"])
+_CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "benchmarks.chaos.trail"])
 
 
 class Job:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from benchmarks.chaos.job_processes import Job
 from benchmarks.chaos.outcome import differences, outcome
 from benchmarks.chaos.plan import SAVING, Goal
-from benchmarks.chaos.track import Track, checkpoints_of, first_batch, unfinished_checkpoints
+from benchmarks.chaos.track import checkpoints_of, first_batch, unfinished_checkpoints
 from benchmarks.chaos.trail import START, Mark, Trail
+from benchmarks.chaos.undisturbed import Undisturbed
 
 MOST_SECONDS = 180.0
 POLL = 0.0005
@@ -38,28 +38,26 @@ class KilledRun:
 
     Args:
         number: of the run, for the table.
-        arguments: of `das-ds`, without the output folder.
-        folder: where a new folder is made for the run folder, and for log and trail of every start.
-        track: of the undisturbed run.
+        undisturbed: what to run, and what it has to come to.
     """
 
-    def __init__(self, number: int, arguments: list[str], folder: Path, track: Track) -> None:
-        self.number, self._track, self._folder = number, track, folder / f"run_{number:02d}"
+    def __init__(self, number: int, undisturbed: Undisturbed) -> None:
+        self.number, self._undisturbed, self._track = number, undisturbed, undisturbed.track
+        self._folder = undisturbed.folder / f"run_{number:02d}"
         self._folder.mkdir()
-        self.run_folder = self._folder / "run"
-        self._arguments = [*arguments, f"output_dir={self.run_folder}"]
-        self._num_starts = 0
+        self._run_folder = self._folder / "run"
+        self._num_starts, self._died_at = 0, undisturbed.track.marks[0].spot
         self.deaths: list[Death] = []
         self.failures: list[str] = []
 
-    def go(self, goals: list[Goal], expected: dict[str, str]) -> None:
+    def go(self, goals: list[Goal]) -> None:
         """Kill at each goal that is reached, then let the run finish and compare it with the undisturbed one."""
         for goal in goals:
             self._start_and_kill(goal)
         if not self.failures:
-            self._finish(expected)
+            self._finish()
 
-    def _finish(self, expected: dict[str, str]) -> None:
+    def _finish(self) -> None:
         job, trail = self._start()
         try:
             codes = job.wait(MOST_SECONDS)
@@ -70,19 +68,20 @@ class KilledRun:
         if any(codes):
             self.failures.append(f"a start that was left alone: exit codes {codes}")
         else:
-            self.failures += differences(expected, outcome(self.run_folder))
+            self.failures += differences(self._undisturbed.outcome, outcome(self._run_folder))
 
     def _start(self) -> tuple[Job, Trail]:
         self._num_starts += 1
         trail = self._folder / f"trail_{self._num_starts}"
-        return Job(self._arguments, self._folder / f"log_{self._num_starts}", trail), Trail(trail)
+        log = self._folder / f"log_{self._num_starts}"
+        return self._undisturbed.start(self._run_folder, log, trail), Trail(trail)
 
     def _start_and_kill(self, goal: Goal) -> None:
         job, trail = self._start()
         is_reached = self._wait_for(goal, job, trail)
         if is_reached:
             job.kill(goal.ranks)
-        began, is_saving, mark = time.monotonic(), bool(unfinished_checkpoints(self.run_folder)), trail.last()
+        began, is_saving, mark = time.monotonic(), bool(unfinished_checkpoints(self._run_folder)), trail.last()
         try:
             codes = job.wait(MOST_SECONDS)
         except TimeoutError as error:
@@ -106,7 +105,7 @@ class KilledRun:
                 return False
         if goal.place == SAVING:
             seconds = self._track.save_seconds
-            while not unfinished_checkpoints(self.run_folder):
+            while not unfinished_checkpoints(self._run_folder):
                 if not _still_running(job):
                     return False
         time.sleep(goal.fraction * seconds)
@@ -120,21 +119,21 @@ class KilledRun:
             part=at.part,
             step=at.step,
             ranks=" and ".join(map(str, goal.ranks)),
-            newest_checkpoint=max((path.name for path in checkpoints_of(self.run_folder)), default="-"),
+            newest_checkpoint=max((path.name for path in checkpoints_of(self._run_folder)), default="-"),
             resumed_at="-",
             steps_lost=0,
             batches_lost=0,
             seconds_to_end=round(seconds, 1),
         )
         self.deaths.append(death)
-        self._last_spot = at.spot
+        self._died_at = at.spot
 
     def _note_resumed(self, marks: list[Mark]) -> None:
         """Complete the row of the last kill by where this start took up the work."""
         resumed = first_batch(marks)
         if not self.deaths or self.deaths[-1].resumed_at != "-" or resumed is None:
             return
-        steps, batches = self._track.lost(self._last_spot, resumed.spot)
+        steps, batches = self._track.lost(self._died_at, resumed.spot)
         self.deaths[-1] = replace(
             self.deaths[-1], resumed_at=f"{resumed.part} {resumed.step}", steps_lost=steps, batches_lost=batches
         )

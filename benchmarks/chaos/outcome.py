@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-
 from das_ds.durable import checksum
 from das_ds.tracking.names import METRICS_FILE, PEAK_MEMORY_GIB, TOKENS_PER_S
 

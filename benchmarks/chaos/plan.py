@@ -22,6 +22,7 @@ SPOTS = {
     ANY: (*BATCHES, EXPORT, BETWEEN),
 }
 """Place to hit -> spots at which to begin to wait for it."""
+PLACES = (*SPOTS, START)
 VICTIMS = ((0, 1), (0, 1), (0,), (1,))
 
 
@@ -39,11 +40,10 @@ class Goal:
 
 def plan(track: Track, num_runs: int, seed: int) -> list[list[Goal]]:
     """Goals of each run in the order of the track; every place in turn, and now and then one or two more."""
-    generator, places = Random(seed), (*SPOTS, START)
-    runs = []
+    generator, runs = Random(seed), []
     for run in range(num_runs):
         more = generator.choices((0, 1, 2), weights=(6, 3, 2))[0]
-        chosen = [places[run % len(places)], *generator.choices(places, k=more)]
+        chosen = [PLACES[run % len(PLACES)], *generator.choices(PLACES, k=more)]
         goals = [draw_goal(place, track, generator) for place in chosen]
         runs.append(sorted(goals, key=lambda goal: track.position(goal.spot)))
     return runs

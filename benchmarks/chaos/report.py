@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.chaos.corrupted_run import Verdict
-from benchmarks.chaos.job import EVERY_STEPS, job_settings
+from benchmarks.chaos.job import EVERY_STEPS
 from benchmarks.chaos.killed_run import Death, KilledRun
-from benchmarks.chaos.track import Track
+from benchmarks.chaos.plan import ANY, PLACES
+from benchmarks.chaos.undisturbed import Undisturbed
 from benchmarks.environment import RESULTS, describe, print_table
 
 
@@ -21,10 +22,8 @@ from benchmarks.environment import RESULTS, describe, print_table
 class Report:
     """Collects rows while runs go on, each printed as it comes."""
 
-    options: dict[str, Any]
-    track: Track
-    num_compared: int
-    """Tensors, files and lines that are compared."""
+    settings: dict[str, Any]
+    undisturbed: Undisturbed
     num_runs: int = 0
     deaths: list[Death] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -45,26 +44,35 @@ class Report:
         print(f"{verdict.damaged}: {verdict.damage}: {verdict.verdict}", flush=True)
 
     @property
+    def missed_places(self) -> list[str]:
+        """Places that no kill has hit."""
+        hit = {death.place for death in self.deaths}
+        return [place for place in PLACES if place != ANY and place not in hit]
+
+    @property
     def is_good(self) -> bool:
         """Whether every run ended as it should."""
         return not self.failures and all(verdict.is_good for verdict in self.verdicts)
 
     def summary(self) -> dict[str, Any]:
         """Counts."""
+        track = self.undisturbed.track
         return {
             "runs": self.num_runs,
             "kills": len(self.deaths),
             "kills_by_place": dict(Counter(death.place for death in self.deaths)),
             "kills_by_ranks": dict(Counter(death.ranks for death in self.deaths)),
             "failures": self.failures,
-            "compared_per_run": self.num_compared,
+            "compared_per_run": len(self.undisturbed.outcome),
             "checkpoint_every": EVERY_STEPS,
             "most_steps_lost": max((death.steps_lost for death in self.deaths), default=0),
             "most_batches_lost": max((death.batches_lost for death in self.deaths), default=0),
             "most_seconds_to_end": max((death.seconds_to_end for death in self.deaths), default=0.0),
             "corruptions": dict(Counter(verdict.verdict for verdict in self.verdicts)),
-            "undisturbed_seconds": round(self.track.marks[-1].seconds - self.track.marks[0].seconds, 1),
-            "milliseconds_per_save": round(self.track.save_seconds * 1e3, 1),
+            "undisturbed_seconds": round(
+                self.undisturbed.track.marks[-1].seconds - self.undisturbed.track.marks[0].seconds, 1
+            ),
+            "milliseconds_per_save": round(track.save_seconds * 1e3, 1),
             "minutes": round(self.minutes, 1),
         }
 
@@ -80,7 +88,7 @@ class Report:
         """Write `results/chaos.json`."""
         content = {
             "environment": describe(torch.device("cpu")),
-            "settings": self.options | job_settings(),
+            "settings": self.settings,
             "summary": self.summary(),
             "kills": [asdict(death) for death in self.deaths],
             "corruptions": [asdict(verdict) for verdict in self.verdicts],

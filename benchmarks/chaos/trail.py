@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import das_ds.training.sequence as sequence
 from das_ds.distributed.passes import Pass
+
+import das_ds.training.sequence as sequence
 from das_ds.training.text import RunText
 
 Spot = tuple[str, str, int]
