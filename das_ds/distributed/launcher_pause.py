@@ -1,0 +1,61 @@
+"""Gives ranks that save more than the 30 seconds after which the DeepSpeed launcher kills them.
+
+On SIGTERM or SIGINT `deepspeed.launcher.launch` ends one rank after the other, waits up to 30 seconds for each and then
+sends SIGKILL. Nothing can be told to it, but it can be stopped: this module, run as a program of its own, sends it
+SIGSTOP, waits until its ranks have gone, and lets it continue; it then finds all of them ended.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from das_ds.distributed.launchers import is_alive
+
+POLL_S = 0.2
+
+
+def pause_launcher(launcher: psutil.Process, limit_s: float) -> None:
+    """Stop a launcher until all its ranks have ended, or until `limit_s` seconds have passed; returns at once."""
+    command = [sys.executable, "-m", __spec__.name, str(launcher.pid), repr(launcher.create_time()), str(limit_s)]
+    # Its own session: neither Ctrl-C at the terminal nor a signal to the launcher's group may end it.
+    subprocess.run(
+        command,
+        # Where this package is found, installed or not.
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def _hold(launcher: psutil.Process, limit_s: float) -> None:
+    # A stopped launcher does not wait for its ranks: those that have ended remain as zombies.
+    ranks = launcher.children()
+    deadline = time.monotonic() + limit_s
+    launcher.suspend()
+    try:
+        while time.monotonic() < deadline and any(is_alive(rank) for rank in ranks):
+            time.sleep(POLL_S)
+    finally:
+        launcher.resume()
+
+
+def _main(pid: int, create_time: float, limit_s: float) -> None:
+    # The launcher also ends what its ranks have started; a process whose parent has left is nobody's descendant.
+    if os.fork():
+        os._exit(0)
+    launcher = psutil.Process(pid)
+    if launcher.create_time() == create_time:
+        _hold(launcher, limit_s)
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))

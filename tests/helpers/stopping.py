@@ -1,0 +1,61 @@
+"""A loop of steps on two ranks that stops as a run does; started by a launcher: `python -m helpers.stopping FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from das_ds.distributed.agreement import Agreement, Flags
+from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.launch import Ranks, leave
+from das_ds.distributed.stopping import StopRequests
+from das_ds.errors import EXIT_STOPPED
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+STEP_S = 0.05
+
+
+def main(folder: Path, save_s: float) -> int:
+    """Steps until all ranks agree to stop; leaves `pid-<rank>`, then `stopped-<rank>`: the step and the reasons."""
+    import torch
+
+    ranks = Ranks()
+    agreement = Agreement(ranks)
+    with StopRequests(folder, SIGNALS) as requests:
+        step = 0
+        while True:
+            step += 1
+            # As in a real step, no rank gets far ahead of the others.
+            all_reduce_sum(torch.ones(1))
+            time.sleep(STEP_S * (1 + ranks.info.rank))
+            if step == 2:
+                _write(folder / f"pid-{ranks.info.rank}", str(os.getpid()))
+            request = requests.poll(files=ranks.info.is_main)
+            if agreement.exchange(Flags(stop=request.stop is not None, save=request.save)).stop:
+                break
+        agreement.settle()
+        reasons = agreement.reasons(request.stop)
+        time.sleep(save_s)
+        _write(folder / f"stopped-{ranks.info.rank}", f"{step}: {reasons}")
+        if ranks.info.is_main:
+            requests.remove_stop_file()
+        ranks.barrier()
+    leave(EXIT_STOPPED)
+    return EXIT_STOPPED
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--save-s", type=float, default=0.0)
+    parser.add_argument("--local_rank")
+    options = parser.parse_args()
+    raise SystemExit(main(options.folder, options.save_s))
