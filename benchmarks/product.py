@@ -12,6 +12,7 @@ from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Pass
 from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
@@ -54,8 +55,12 @@ def build_method(config: RunConfig, ranks: Ranks) -> Method:
     adapter = adapter_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     method = METHODS[config.method.name](build_context(config, model, adapter, deepspeed_config, ranks))
-    method.before_domain(DomainContext(0, "random", lambda label: [], lambda label: []))
+    folder = config.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    domain = DomainContext(0, "random", lambda label: Pass([]), lambda label: Pass([]), folder, folder / "random")
+    method.before_domain(domain)
     method.run.engine.start_domain(config.train.steps_per_domain)
+    method.start_training(domain)
     method.run.engine.module.train()
     return method
 

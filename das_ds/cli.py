@@ -1,4 +1,4 @@
-"""Entry points: parse, build, run, close; a user's error is one line and exit code 2."""
+"""Entry points: parse, build, run, close; a user's error is one line and exit code 2, a stopped run exit code 75."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from das_ds.config import RunConfig
 from das_ds.config_io import describe_config, load_config, read_mapping, resolved_dict
-from das_ds.errors import EXIT_USER_ERROR, ConfigError, DasError
+from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,21 +23,22 @@ def main(arguments: list[str] | None = None) -> int:
             options.action(load_config(options.config, options.overrides), options)
         else:
             options.action(options)
-    except DasError as error:
+    except (DasError, StoppedError) as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"das_ds: {error}", file=sys.stderr)
+        exit_code = EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_USER_ERROR
         if "das_ds.distributed.launch" in sys.modules:
             from das_ds.distributed.launch import leave
 
-            leave(EXIT_USER_ERROR)
-        return EXIT_USER_ERROR
+            leave(exit_code)
+        return exit_code
     return 0
 
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
     # Importing the engine takes seconds, which --help and check-config must not cost.
     from das_ds.distributed.launch import Ranks
-    from das_ds.training.sequence import run_sequence
+    from das_ds.training.run import run_sequence
 
     ranks = Ranks()
     results = run_sequence(config, ranks)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+CHECKSUM = "sha256"
 CHECKSUM_FILE = "SHA256SUMS"
 """Checksums of a folder's files in the format of `sha256sum --check`."""
 
@@ -54,6 +57,37 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as JSON with a checksum of itself, in place of what was there.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    with replaced_file(path) as partial:
+        partial.write_text(json.dumps({CHECKSUM: _digest(content), **content}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """The object that `write_checked_json` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file, or was altered; says which.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        digest = content.pop(CHECKSUM)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"is no JSON object with a {CHECKSUM}: {error}") from error
+    if digest != _digest(content):
+        raise ValueError(f"was altered: its {CHECKSUM} differs")
+    return dict(content)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -170,11 +170,12 @@ class EvaluationBatches:
         """Rows per batch; spread evenly over the batches, so that the last one needs few rows to fill it."""
         return -(-len(self.indices) // (self.world_size * len(self)))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
         rows = self.num_rows
-        for number in range(len(self)):
-            start = (number * self.world_size + self.rank) * rows
-            yield self.samples.fixed_batch(self.indices[start : start + rows], rows, self.indices[0])
+        start = (number * self.world_size + self.rank) * rows
+        return self.samples.fixed_batch(self.indices[start : start + rows], rows, self.indices[0])
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,12 @@ class AccumulatedBatches:
     def __len__(self) -> int:
         return -(-len(self.indices) // self.global_batch_size)
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        rows, filling = self.micro_batch_size, self.indices[0]
-        for begin in range(0, len(self) * self.global_batch_size, self.global_batch_size):
-            starts = range(begin + self.rank * rows, begin + self.global_batch_size, self.world_size * rows)
-            yield [self.samples.fixed_batch(self.indices[s : s + rows], rows, filling) for s in starts]
+    def __getitem__(self, number: int) -> list[Batch]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        rows, filling, begin = self.micro_batch_size, self.indices[0], number * self.global_batch_size
+        starts = range(begin + self.rank * rows, begin + self.global_batch_size, self.world_size * rows)
+        return [self.samples.fixed_batch(self.indices[s : s + rows], rows, filling) for s in starts]
 
 
 def evaluation_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, count
@@ -24,6 +24,7 @@ from das_ds.distributed.optimizer import MaskedAdamW
 from das_ds.distributed.precision import LossScale, check_precision
 from das_ds.distributed.sharded_construction import Slice
 from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
+from das_ds.distributed.state import Flats, RankState, SavedState
 from das_ds.distributed.zero import (
     Shard,
     defer_unscaling,
@@ -42,6 +43,12 @@ from das_ds.functional.units import Importance, UnitLayout
 from das_ds.kernels.protection import Protection
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS, MOMENT = "weights", "moment/"
+
+
+def _nothing() -> None:
+    pass
 
 
 class Engine:
@@ -82,11 +89,14 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module.to(ranks.info.device), optimizer=self._optimizer, config=deepspeed_config
         )
-        self._scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self._loss_scale = LossScale(self._engine)
         self._is_measuring = False
+        self._was_applied = True
         self.skipped_steps = 0
-        """Optimizer steps of this domain whose gradient was not finite, so that nothing moved."""
+        """Optimizer steps of this domain that moved nothing: their gradient was not finite, or they were refused."""
+        self.before_change: Callable[[], None] = _nothing
+        """Called before weights or moments change, for whoever still reads them."""
         self._unit_masks: MaskTable | None = None
         self._gradient_mask: GradientMask | None = None
         self._list_shards = list(shards(self._engine, self._names))
@@ -116,6 +126,7 @@ class Engine:
 
     def start_domain(self, num_steps: int) -> None:
         """Forget optimizer moments, start learning-rate schedule, loss scale and count of skipped steps anew."""
+        self.before_change()
         self._optimizer.reset_state()
         self._loss_scale.reset()
         self.skipped_steps = 0
@@ -133,10 +144,14 @@ class Engine:
         """Backward pass of one micro-step; DeepSpeed averages over micro-steps and ranks."""
         self._engine.backward(loss)
 
-    def step(self, *, measure_norm: bool = False) -> torch.Tensor | float | None:
+    def step(self, *, measure_norm: bool = False, refuse: bool = False) -> torch.Tensor | float | None:
         """End one micro-step; at an accumulation boundary clip, step the optimizer and advance the schedule.
 
         A gradient that is not finite moves nothing, neither weights nor schedule: see `attempts`.
+
+        Args:
+            measure_norm: whether the norm is wanted.
+            refuse: drop the gradients at a boundary instead of stepping; the same on every rank.
 
         Returns:
             Norm of the averaged gradient before clipping when `measure_norm` asks for it at a boundary, else None.
@@ -144,28 +159,37 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
+        self.before_change()
         if self._gradient_mask is not None and not self._is_measuring:
             self._gradient_mask.apply()
-        norm = self._unsharded_norm() if measure_norm else None
-        self._engine.step()
+        norm = self._unsharded_norm()
+        refuse = refuse or (norm is not None and not bool(norm.isfinite()))
+        with self._optimizer.muted() if refuse else nullcontext():
+            self._engine.step()
         # DeepSpeed has read this from the device already, to know whether to step.
-        is_applied = bool(self._engine.was_step_applied())
-        self._loss_scale.update(overflowed=not is_applied)
-        if not is_applied:
+        overflowed = not self._engine.was_step_applied()
+        self._was_applied = not refuse and not overflowed
+        self._loss_scale.update(overflowed=overflowed)
+        if overflowed:
             forget_gradients(self._engine)
-        if not self._is_measuring and not is_applied:
+        if not self._is_measuring and not self._was_applied:
             self.skipped_steps += 1
         elif not self._is_measuring:
             assert self._scheduler is not None, "start_domain comes before step"
             self._scheduler.step()
         return gradient_norm(self._engine) if measure_norm and norm is None else norm
 
+    @property
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step moved the weights."""
+        return self._was_applied
+
     def attempts(self) -> Iterator[int]:
         """Numbers from 0, one for every attempt at an optimizer step; the caller runs all its micro-steps for each.
 
         Ends as soon as the step was applied. In fp16 a gradient that left the range of the type lowers the loss scale,
         and the same micro-batches are tried again: schedule, data and sums of importance are those of a run without
-        overflow. In bf16 and fp32, where no scale can fall, training goes on with the next batch.
+        overflow. Where no scale can fall (bf16, fp32, a refused step) the caller decides by `was_step_applied`.
 
         Raises:
             TrainingError: the gradient is not finite at the smallest or a fixed loss scale, or, in any precision, while
@@ -173,17 +197,16 @@ class Engine:
         """
         for attempt in count():
             yield attempt
-            if self._engine.was_step_applied():
+            if self._was_applied:
                 return
             if self._loss_scale.retry_helps:
                 logger.info("gradient beyond fp16; trying the step again at loss scale %g", self._loss_scale.value)
-            elif self._is_measuring or self._train.precision == "fp16":
+            elif self._is_measuring or (self._train.precision == "fp16" and not self._engine.was_step_applied()):
                 raise TrainingError(
                     f"the gradient is not finite at loss scale {self._loss_scale.value:g}, which cannot fall further; "
                     "lower train.learning_rate, or train in bf16 or fp32"
                 )
             else:
-                logger.warning("a step was left out: its gradient is not finite")
                 return
 
     def learning_rate(self) -> float:
@@ -247,6 +270,7 @@ class Engine:
             names: the same on every rank.
             change: weight -> weight of the same shape, with the same result on every rank; leaves its input alone.
         """
+        self.before_change()
         for name in names:
             changed = change(full_fp32_weight(self._engine, self._parameters[name]).cpu()).view(-1)
             if (shard := self.named_shards.get(name)) is not None:
@@ -265,9 +289,66 @@ class Engine:
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
         """Put all weights back to a snapshot."""
+        self.before_change()
         for shard, saved in zip(self._list_shards, snapshot, strict=True):
             self._stretch(shard).copy_(saved)
         refresh_weights(self._engine)
+
+    def stored_shards(self) -> list[Shard]:
+        """This rank's part of what all ranks store together, every weight once.
+
+        At stage 0, where every rank has everything, each stores one stretch of every parameter.
+        """
+        if self.zero_stage > 0:
+            return self._list_shards
+        rank, size = self.ranks.info.rank, self.ranks.info.world_size
+        cuts = [(shard, shard.numel * rank // size, shard.numel * (rank + 1) // size) for shard in self._list_shards]
+        return [
+            replace(shard, start=shard.start + first, offset=first, numel=last - first)
+            for shard, first, last in cuts
+            if last > first
+        ]
+
+    def state(self, *, in_domain: bool) -> RankState:
+        """Weights and, within a domain, moments and schedule; views of what training goes on to change.
+
+        Args:
+            in_domain: whether optimizer steps of the present domain are still to come.
+        """
+        weights: Flats = {shard.flat: shard.flat.data.view(-1) for shard in self._list_shards}
+        if not in_domain:
+            return RankState(sharded={WEIGHTS: weights})
+        assert self._scheduler is not None, "start_domain comes before state"
+        moments, steps = self._optimizer.moments()
+        numbers = {
+            "optimizer": steps,
+            "schedule": self._scheduler.last_epoch,
+            "loss_scale": self._loss_scale.state(),
+            "skipped_steps": self.skipped_steps,
+        }
+        return RankState(
+            {WEIGHTS: weights, **{f"{MOMENT}{key}": flats for key, flats in moments.items()}}, {}, {}, numbers
+        )
+
+    def load_weights(self, saved: SavedState) -> None:
+        """Continue with saved weights, however they were divided."""
+        self.before_change()
+        for flat, values in saved.sharded(WEIGHTS).items():
+            flat.data.view(-1).copy_(values)
+        refresh_weights(self._engine)
+
+    def load_domain(self, saved: SavedState) -> None:
+        """Continue within a domain; comes after `start_domain`."""
+        assert self._scheduler is not None, "start_domain comes before load_domain"
+        numbers = saved.numbers
+        keys = [key for key in self._optimizer.moment_keys if saved.has_sharded(f"{MOMENT}{key}")]
+        self._optimizer.load_moments({key: saved.sharded(f"{MOMENT}{key}") for key in keys}, numbers["optimizer"])
+        self._loss_scale.load(numbers["loss_scale"])
+        self.skipped_steps = numbers["skipped_steps"]
+        self._scheduler.last_epoch = steps = numbers["schedule"]
+        rates = zip(self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True)
+        for group, (peak, factor) in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * factor(steps)
 
     def close(self) -> None:
         """Free hooks and buffers."""

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import numpy
@@ -85,11 +85,30 @@ class Ranks:
 
     def agree(self, failure: DasError | None) -> None:
         """Raise on every rank the first error that any rank has."""
-        failures: list[DasError | None] = [None] * self.info.world_size
-        dist.all_gather_object(failures, failure, group=self._patient_group)
-        for error in failures:
+        for error in self.gather(failure):
             if error is not None:
                 raise error
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank, however long one of them takes."""
+        values: list[Any] = [None] * self.info.world_size
+        dist.all_gather_object(values, value, group=self._patient_group)
+        return values
+
+    def on_main(self, do: Callable[[], T]) -> T | None:
+        """Run on rank 0 while the others wait; its result there, None elsewhere.
+
+        Raises:
+            DasError: on every rank, when it was raised on rank 0.
+        """
+        result, failure = None, None
+        if self.info.is_main:
+            try:
+                result = do()
+            except DasError as error:
+                failure = error
+        self.agree(failure)
+        return result
 
     def gather_host(self, part: torch.Tensor, size: int) -> torch.Tensor:
         """The parts of all ranks one after the other, every part padded to `size` elements; in host memory.

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
+from das_ds.distributed.state import Flats
 from das_ds.kernels.masked_adamw import masked_adamw_
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.soft_update import soft_update_
 
 CHUNK_WINDOWS = 16
 """Windows per step of a foreign optimizer: its old values are a copy of so many and never of a whole shard."""
-
-Flats = dict[torch.Tensor, torch.Tensor]
 
 
 class ProtectedOptimizer(torch.optim.Optimizer):
@@ -24,10 +23,14 @@ class ProtectedOptimizer(torch.optim.Optimizer):
     Tensors are known by identity: DeepSpeed swaps its flat tensors in and out of `param_groups` but keeps the objects.
     """
 
+    moment_keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    """State by weight that any optimizer here may have."""
+
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self._protections: dict[int, Protection] = {}
         self._sums: Flats | None = None
+        self._is_muted = False
         self.grad_scale: torch.Tensor | None = None
 
     def protect(self, protections: dict[torch.Tensor, Protection]) -> None:
@@ -43,6 +46,15 @@ class ProtectedOptimizer(torch.optim.Optimizer):
         finally:
             self._sums = None
 
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Inside, a step changes nothing: DeepSpeed drops the gradients as after any other."""
+        self._is_muted = True
+        try:
+            yield
+        finally:
+            self._is_muted = False
+
     def set_grad_scale(self, grad_scale: torch.Tensor | None) -> None:
         """What the gradients of the next step are still to be divided by, a scalar on their device; None: nothing."""
         self.grad_scale = grad_scale
@@ -53,10 +65,36 @@ class ProtectedOptimizer(torch.optim.Optimizer):
             for key, value in state.items():
                 state[key] = value.zero_() if torch.is_tensor(value) else 0
 
+    def moments(self) -> tuple[dict[str, Flats], dict[str, Any]]:
+        """(key -> flat tensor -> (F,) moment as a view, key -> number that all flat tensors share)."""
+        by_key: dict[str, Flats] = {}
+        numbers: dict[str, Any] = {}
+        for param, state in self.state.items():
+            for key, value in state.items():
+                if _is_elementwise(value, param.numel()):
+                    by_key.setdefault(key, {})[param] = value.view(-1)
+                else:
+                    numbers[key] = value.item() if torch.is_tensor(value) else value
+        return by_key, numbers
+
+    def load_moments(self, by_key: dict[str, Flats], numbers: dict[str, Any]) -> None:
+        """Continue with these moments, (F,) each; numbers become what this optimizer keeps (a host scalar or int)."""
+        for key, flats in by_key.items():
+            for param, values in flats.items():
+                self.state[param][key] = values.view_as(param)
+        for param, state in self.state.items():
+            if param in next(iter(by_key.values()), {}):
+                state.update({key: self._own_number(value) for key, value in numbers.items()})
+
+    def _own_number(self, value: float) -> Any:
+        return int(value)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
+        if self._is_muted:
+            return loss
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -94,11 +132,14 @@ class MaskedAdamW(ProtectedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def _own_number(self, value: float) -> Any:
+        # On the host, as in torch's own AdamW: reading it makes no step wait for the device.
+        return torch.tensor(float(value), dtype=torch.float32)
+
     def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if "step" not in state:
-            # The count stays on the host, as in torch's own AdamW: reading it makes no step wait for the device.
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = self._own_number(0)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         state["step"] += 1

@@ -63,3 +63,13 @@ class LossScale:
         """Back to the scale that the engine was built with."""
         if self._scaler is not None:
             vars(self._scaler).update(self._initial)
+
+    def state(self) -> dict[str, Any]:
+        """What the scale depends on; {} where there is nothing to scale."""
+        values = {} if self._scaler is None else vars(self._scaler)
+        return {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        if self._scaler is not None:
+            vars(self._scaler).update(state)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.passes import Pass
+
+TOTAL = "total"
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
+def held_out_loss(model: nn.Module, batches: Pass[Batch], device: torch.device) -> float:
     """Mean cross-entropy over the predicted tokens of all ranks, in nats; perplexity is its exponential.
 
     Args:
@@ -22,12 +23,12 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = batches.sums.setdefault(TOTAL, torch.zeros(2, dtype=torch.float64, device=device))
     for batch in batches:
         batch = batch.to(device)
         _, losses = model(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
         total[0] += losses.sum()
         total[1] += batch.num_predicted
     model.train(was_training)
-    loss_sum, count = all_reduce_sum(total).tolist()
+    loss_sum, count = all_reduce_sum(total.clone()).tolist()
     return float(loss_sum / max(count, 1.0))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from das_ds.durable import read_checked_json, write_checked_json
 from das_ds.errors import RunFolderError, TrainingError
 from das_ds.functional import transfer
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 RESULTS_FILE = "results.json"
 PACKAGES = ("das_ds", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
 
@@ -44,7 +43,7 @@ class Forgetting(Section):
 class Results(Section):
     """Everything a run has to say about its evaluation; losses in nats per predicted token."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     """Version of this format."""
     complete: bool
     """Whether every domain has been learned; until then all numbers refer to the last row."""
@@ -152,13 +151,8 @@ def write_results(results: Results, path: Path) -> None:
     Raises:
         RunFolderError: the folder cannot be written or is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(results.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_checked_json(path, results.model_dump(mode="json"))
     except OSError as error:
         raise RunFolderError(
             f"{path}: cannot be written ({error.strerror}); the run folder must be writable and have free space"
@@ -169,15 +163,15 @@ def read_results(path: Path) -> Results:
     """Read a results file.
 
     Raises:
-        RunFolderError: the file is missing, is not JSON, has another format version, or lacks keys.
+        RunFolderError: the file is missing, is not JSON, has another format version, lacks keys, or was altered.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_checked_json(path)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected the results of a run") from error
     except ValueError as error:
-        raise RunFolderError(f"{path}: is not JSON ({error}); expected the results of a run") from error
-    found = content.get("format_version") if isinstance(content, dict) else None
+        raise RunFolderError(f"{path}: {error}; expected the results of a run") from error
+    found = content.get("format_version")
     if found != FORMAT_VERSION:
         raise RunFolderError(f"{path}: found format_version {found}, expected {FORMAT_VERSION}")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from das_ds.data.batches import Batch
+from das_ds.distributed.passes import Pass
+from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.units import Importance
 from das_ds.methods.context import RunContext
 
@@ -23,14 +25,22 @@ class DomainContext:
 
     index: int
     name: str
-    sample_batches: Callable[[str], Iterable[Batch]]
-    """Label of a progress bar -> this rank's batches of `importance.samples` training sequences, always the same."""
-    sample_steps: Callable[[str], Iterable[list[Batch]]]
+    sample_batches: Callable[[str], Pass[Batch]]
+    """Label -> a pass over this rank's batches of `importance.samples` training sequences, always the same."""
+    sample_steps: Callable[[str], Pass[list[Batch]]]
     """The same sequences as this rank's micro-batches of whole optimizer steps."""
+    run_folder: Path
+    """Where what belongs to the whole run is written."""
+    folder: Path
+    """Where what belongs to the domain is written."""
 
 
 class Method:
-    """A continual-learning method; every hook does nothing special unless a method says otherwise."""
+    """A continual-learning method; every hook does nothing special unless a method says otherwise.
+
+    A run that continues calls `load_state` and then the hook in which it had stopped, from its beginning: a hook's
+    passes find their sums, and everything else that it does has to give the same when it is done again.
+    """
 
     starts_from_base = False
     """Each domain starts from the base model instead of the previous domain's."""
@@ -39,11 +49,16 @@ class Method:
         self.run = run
 
     def before_domain(self, domain: DomainContext) -> None:
-        """Called before the first step on a domain."""
+        """Called before the first step on a domain, not when a run continues within its steps."""
+
+    def start_training(self, domain: DomainContext) -> None:
+        """Called whenever steps on a domain begin or continue, after `before_domain` or `load_state`."""
 
     @contextmanager
     def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """Named losses of one micro-batch; the backward pass runs inside the context.
+
+        In fp16 a step whose gradient overflowed is done again: the same micro-batches come once more.
 
         Args:
             batch: this rank's sequences.
@@ -54,13 +69,14 @@ class Method:
         yield {self.run.objective: losses.sum() * token_scale}
 
     def after_domain(self, domain: DomainContext) -> None:
-        """Called after the last step on a domain."""
+        """Called after the last step on a domain; also writes the files that the method is to leave."""
 
-    def save(self, run_folder: Path, domain_folder: Path) -> None:
-        """Write what later domains need (called on every rank after `after_domain`; one of them writes a file)."""
+    def state(self) -> RankState:
+        """What a run that continues needs of the method; views and references, copied by the caller."""
+        return RankState()
 
-    def load(self, run_folder: Path, domain_folders: list[Path]) -> None:
-        """Read what `save` wrote for the domains already learned (called on every rank)."""
+    def load_state(self, saved: SavedState) -> None:
+        """Continue from a state, on any number of ranks."""
 
     def accumulated_importance(self) -> Importance | None:
         """Importance by unit that protects the next domain, for the report; None where the method has none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from das_ds.config import ObjectiveName
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import gather_rows, rank
+from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.losses import contrastive_loss
 from das_ds.functional.pooling import Pooling, pool, pooling_weights
 from das_ds.functional.units import Importance
@@ -49,16 +51,18 @@ class SoftMaskedContrast(Method):
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
         self._level = LEVELS[run.config.method.importance.granularity](run)
-        self._general: Any = None
-        self._latest: Any = None
         self._accumulated: Any = None
         self._by_unit: Importance | None = None
 
     def before_domain(self, domain: DomainContext) -> None:
-        """Before the first domain: importance of general knowledge; always: protect what was learned so far."""
+        """Before the first domain: importance of general knowledge."""
         if self._accumulated is None:
-            self._general = self._initial_importance(domain)
-            self._accumulate(self._general)
+            general = self._initial_importance(domain)
+            self._level.write(domain.run_folder / GENERAL_IMPORTANCE_FILE, general)
+            self._accumulate(general)
+
+    def start_training(self, domain: DomainContext) -> None:
+        """Protect what was learned so far."""
         assert self._by_unit is not None, "importance was accumulated"
         self._previous_gates = {group: values[:, None, :] for group, values in self._by_unit.items()}
         self.protect()
@@ -113,23 +117,22 @@ class SoftMaskedContrast(Method):
 
     def after_domain(self, domain: DomainContext) -> None:
         """Importance of the domain just learned, and EMax with all before."""
-        self._latest = self._level.measure(domain, f"importance of {domain.name}", PRETRAINING)
-        self._accumulate(self._latest)
+        latest = self._level.measure(domain, f"importance of {domain.name}", PRETRAINING)
+        self._accumulate(latest)
+        self._level.write(domain.folder / IMPORTANCE_FILE, latest)
+        self._level.write(domain.run_folder / IMPORTANCE_FILE, self._accumulated)
 
-    def save(self, run_folder: Path, domain_folder: Path) -> None:
-        """The domain's own importance, that of general knowledge, and their maximum."""
-        assert self._latest is not None and self._accumulated is not None, "save comes after after_domain"
-        if self._general is not None:
-            self._level.write(run_folder / GENERAL_IMPORTANCE_FILE, self._general)
-        self._level.write(domain_folder / IMPORTANCE_FILE, self._latest)
-        self._level.write(run_folder / IMPORTANCE_FILE, self._accumulated)
-        # What is on disk need not stay in memory beside the maximum.
-        self._general = self._latest = None
+    def state(self) -> RankState:
+        """Accumulated importance, once there is some."""
+        has_importance = self._accumulated is not None
+        state = self._level.state(self._accumulated) if has_importance else RankState()
+        return replace(state, numbers={"has_importance": has_importance})
 
-    def load(self, run_folder: Path, domain_folders: list[Path]) -> None:
-        """Accumulate anew from the parts: a stop between two files cannot leave a domain's importance in too early."""
-        for path in (run_folder / GENERAL_IMPORTANCE_FILE, *(folder / IMPORTANCE_FILE for folder in domain_folders)):
-            self._accumulate(self._level.read(path))
+    def load_state(self, saved: SavedState) -> None:
+        """Continue with accumulated importance."""
+        if saved.numbers["has_importance"]:
+            self._accumulated = self._level.load_state(saved)
+            self._by_unit = self._level.by_unit(self._accumulated)
 
     def accumulated_importance(self) -> Importance | None:
         """I^(<=t) by unit."""

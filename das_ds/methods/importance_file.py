@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from das_ds.errors import ImportanceError
+from das_ds.durable import CHECKSUM, replaced_file
+from das_ds.errors import ImportanceError, RunFolderError
 from das_ds.functional.units import Importance, UnitLayout
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 UNIT, PARAMETER = "unit", "parameter"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -64,10 +65,18 @@ def load_parameter_importance(path: Path, layout: UnitLayout) -> Iterator[Callab
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], layout: UnitLayout, granularity: str) -> None:
-    partial = path.with_suffix(".partial")
-    header = {"format_version": FORMAT_VERSION, "granularity": granularity, "model_type": layout.model_type}
-    save_file(tensors, partial, metadata=header)
-    os.replace(partial, path)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "granularity": granularity,
+        "model_type": layout.model_type,
+        CHECKSUM: _digest(tensors),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as partial:
+            save_file(tensors, partial, metadata=header)
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(f"{path}: cannot be written ({error}); the run folder must have free space") from error
 
 
 @contextmanager
@@ -77,6 +86,8 @@ def _opened(path: Path, layout: UnitLayout, granularity: str, expected: Shapes) 
             header = file.metadata() or {}
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
             _check(path, header, found, layout, granularity, expected)
+            if _digest({name: file.get_tensor(name) for name in found}) != header.get(CHECKSUM):
+                raise ImportanceError(f"{path}: was altered: the checksum of its tensors differs")
             yield file
     except (OSError, SafetensorError) as error:
         raise ImportanceError(f"{path}: cannot read importance: {error}") from error
@@ -104,6 +115,14 @@ def _check(
             f"{path}: importance of another model: found {header['model_type']} with {_differing(found, expected)}, "
             f"expected {layout.model_type} with {_differing(expected, found)} (name: shape)"
         )
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _is_shorter(found: tuple[int, ...], shape: tuple[int, int, int]) -> bool:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
 from das_ds.methods.context import RunContext
@@ -35,6 +36,14 @@ class ImportanceLevel(ABC, Generic[T]):
     @abstractmethod
     def protect(self, importance: T) -> None:
         """Soft-mask all further steps."""
+
+    @abstractmethod
+    def state(self, importance: T) -> RankState:
+        """For a checkpoint."""
+
+    @abstractmethod
+    def load_state(self, saved: SavedState) -> T:
+        """From a checkpoint of any number of ranks."""
 
     @abstractmethod
     def write(self, path: Path, importance: T) -> None:

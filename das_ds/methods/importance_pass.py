@@ -5,7 +5,7 @@ Shape legend: B sequences of a batch, S positions, L layers, U units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import torch
 
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
+from das_ds.distributed.passes import Pass
 from das_ds.errors import TrainingError
 from das_ds.functional.losses import representation_kl, sequence_token_loss
 from das_ds.functional.units import Importance
@@ -73,6 +74,7 @@ def repeated(position_ids: torch.Tensor | None, times: int) -> torch.Tensor | No
     return None if position_ids is None else position_ids.repeat(times, 1)
 
 
+TOTALS, SCALE = "totals", "loss_scale"
 NEGLIGIBLE_LOSS = 1e-10
 """Nats; far below any loss that differs from 0 by more than rounding."""
 
@@ -80,7 +82,7 @@ PRETRAINING = ImportanceLoss(pretraining_loss, dropout=False, num_views=1)
 GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_views=2)
 
 
-def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss: ImportanceLoss) -> Importance:
+def mean_absolute_gate_gradient(run: RunContext, batches: Pass[Batch], loss: ImportanceLoss) -> Importance:
     """I_l = (1/N) sum_n |dL(x_n) / dg_l| over the sequences of all ranks (paper eq. 2), before normalisation.
 
     In fp16 the loss of a batch is scaled, and a batch whose gradients are not finite is measured again at half the
@@ -98,27 +100,30 @@ def mean_absolute_gate_gradient(run: RunContext, batches: Iterable[Batch], loss:
         TrainingError: a gradient that is not finite.
     """
     device = run.engine.ranks.info.device
-    sums: Importance = {}
+    sums = batches.sums
     # Number of sequences and the sum of their losses.
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    scale = run.engine.loss_scale
+    sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=device))
+    sums.setdefault(SCALE, torch.tensor(run.engine.loss_scale, dtype=torch.float64))
     with loss.mode(run):
         for batch in batches:
-            batch = batch.to(device)
+            batch, scale = batch.to(device), float(sums[SCALE])
             part, losses = _scaled_sums(run, batch, loss, scale)
             # In fp16 a batch that leaves the range of the type is measured again before it enters the sums.
             while scale > 1.0 and not _all_finite(part):
                 scale = max(scale / 2.0, 1.0)
                 part, losses = _scaled_sums(run, batch, loss, scale)
-            sums = {group: values / scale + sums.get(group, 0.0) for group, values in part.items()}
-            totals += count_and_loss(batch, losses)
-    if not _all_finite(sums):
+            sums.update({group: values / scale + sums.get(group, 0.0) for group, values in part.items()})
+            sums[TOTALS] = sums[TOTALS] + count_and_loss(batch, losses)
+            sums[SCALE] = torch.tensor(scale, dtype=torch.float64)
+    by_group = {group: sums[group] for group in run.layout.num_units}
+    if not _all_finite(by_group):
         raise TrainingError(
             "importance: found a gradient of a gate that is not finite, expected finite numbers; the model diverged, "
             "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
         )
+    totals = sums[TOTALS].clone()
     per_sequence = share_of_signal(totals) / totals[0].float()
-    return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in sums.items()}
+    return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in by_group.items()}
 
 
 def count_and_loss(batch: Batch, losses: torch.Tensor) -> torch.Tensor:

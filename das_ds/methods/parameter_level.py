@@ -5,19 +5,22 @@ Shape legend: B sequences of a micro-batch, G of a global batch, N of the sample
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from das_ds.data.batches import Batch
+from das_ds.distributed.passes import Pass
 from das_ds.distributed.sharded_importance import ShardedImportance
+from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
 from das_ds.methods.context import RunContext
 from das_ds.methods.importance_file import load_parameter_importance, save_parameter_importance
 from das_ds.methods.importance_level import ImportanceLevel
-from das_ds.methods.importance_pass import ImportanceLoss, count_and_loss, share_of_signal
+from das_ds.methods.importance_pass import TOTALS, ImportanceLoss, count_and_loss, share_of_signal
+
+IMPORTANCE = "importance"
 
 
 class ParameterLevel(ImportanceLevel[ShardedImportance]):
@@ -46,6 +49,18 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
         """Mask element by element."""
         self.run.engine.protect_parameters(importance, self.run.config.method.softmask)
 
+    def state(self, importance: ShardedImportance) -> RankState:
+        """Each rank its shards' part."""
+        return RankState(sharded={IMPORTANCE: importance.flats})
+
+    def load_state(self, saved: SavedState) -> ShardedImportance:
+        """However it was divided."""
+        engine = self.run.engine
+        importance = ShardedImportance(engine.named_shards, self.run.layout.sizes, engine.ranks.info.device)
+        for flat, values in saved.sharded(IMPORTANCE).items():
+            importance.flats[flat].copy_(values)
+        return importance
+
     def write(self, path: Path, importance: ShardedImportance) -> None:
         """Gather parameter by parameter in rank 0's host memory (1 byte per weight) and save there."""
         is_main = self.run.engine.ranks.info.is_main
@@ -63,7 +78,7 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
 
 
 def sum_of_magnitudes(
-    run: RunContext, steps: Iterable[list[Batch]], loss: ImportanceLoss
+    run: RunContext, steps: Pass[list[Batch]], loss: ImportanceLoss
 ) -> dict[torch.Tensor, torch.Tensor]:
     """sum_b | (1/G) sum_{n in b} dL(x_n) / dtheta | over global batches b; N/G times the mean absolute gradient.
 
@@ -82,12 +97,16 @@ def sum_of_magnitudes(
         TrainingError: a gradient that is not finite.
     """
     engine, device = run.engine, run.engine.ranks.info.device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    steps.sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=device))
     with loss.mode(run), engine.summing_gradient_magnitudes() as sums:
+        for number, (flat, total) in enumerate(sums.items()):
+            if (earlier := steps.sums.get(f"{number}")) is not None:
+                total.copy_(earlier)
+            steps.sums[f"{number}"] = sums[flat]
         for step in steps:
             # A global batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
             for _ in engine.attempts():
-                step_totals = torch.zeros_like(totals)
+                step_totals = torch.zeros_like(steps.sums[TOTALS])
                 for batch in step:
                     batch = batch.to(device)
                     with loss.views(run, batch):
@@ -95,6 +114,7 @@ def sum_of_magnitudes(
                         engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
                     engine.step()
                     step_totals += count_and_loss(batch, per_sequence)
-            totals += step_totals
-    signal = share_of_signal(totals)
+            steps.sums[TOTALS] = steps.sums[TOTALS] + step_totals
+    signal = share_of_signal(steps.sums[TOTALS].clone())
+    # In place, also where the pass was complete and this is done again: the factor is 0 or 1.
     return {flat: total.mul_(signal.to(total.device)) for flat, total in sums.items()}

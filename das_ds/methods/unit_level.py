@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.importance import elementwise_maximum, normalise
 from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
@@ -32,6 +33,15 @@ class UnitLevel(ImportanceLevel[Importance]):
     def protect(self, importance: Importance) -> None:
         """Mask by rows and columns."""
         self.run.engine.protect_units(self.run.layout, importance, self.run.config.method.softmask)
+
+    def state(self, importance: Importance) -> RankState:
+        """Equal on every rank."""
+        return RankState(shared=importance)
+
+    def load_state(self, saved: SavedState) -> Importance:
+        """On the run's device."""
+        device = self.run.engine.ranks.info.device
+        return {group: values.to(device) for group, values in saved.shared().items()}
 
     def write(self, path: Path, importance: Importance) -> None:
         """Save on rank 0; every rank has the same."""

@@ -13,6 +13,10 @@ GRAD_NORM = "grad_norm"
 SKIPPED_STEPS = "skipped_steps"
 TOKENS_PER_S = "tokens_per_s"
 PEAK_MEMORY_GIB = "peak_memory_gib"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_STALL_S = "checkpoint_stall_s"
+CHECKPOINT_WRITE_S = "checkpoint_write_s"
+CHECKPOINT_MIB = "checkpoint_mib"
 
 STEP_METRICS = (
     GLOBAL_STEP,
@@ -26,6 +30,16 @@ STEP_METRICS = (
     TOKENS_PER_S,
 )
 """Fields of every line of metrics.jsonl; `loss_part` names and others may follow."""
+
+MEASURED = (
+    TOKENS_PER_S,
+    PEAK_MEMORY_GIB,
+    CHECKPOINTS,
+    CHECKPOINT_STALL_S,
+    CHECKPOINT_WRITE_S,
+    CHECKPOINT_MIB,
+)
+"""Fields that tell of the machine: two runs of one config agree in all others."""
 
 DOMAINS_LEARNED = "domains_learned"
 LOSS_MATRIX = "loss_matrix"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.tracking.names import GLOBAL_STEP
+
+logger = logging.getLogger(__name__)
 
 Scalar = float | int | str
 Metrics = Mapping[str, Scalar]
@@ -33,8 +37,17 @@ class Sink:
     def log_picture(self, name: str, path: Path) -> None:
         """A PNG file."""
 
-    def truncate_after(self, global_step: int) -> None:
-        """Forget every step beyond `global_step`; called when a run resumes there."""
+    def sync(self) -> int:
+        """Put on disk what was logged; bytes that the sink's file then has, 0 where it has none."""
+        return 0
+
+    def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
+        """Forget every step beyond `global_step`; called when a run resumes there.
+
+        Args:
+            global_step: last step to keep.
+            num_bytes: what `sync` said when that step was saved.
+        """
 
     def close(self, exit_code: int = 0) -> None:
         """Write what is left and release resources; nothing is logged afterwards."""
@@ -70,8 +83,16 @@ class JsonlSink(Sink):
                 self._file.close()
             raise self._cannot_write(error) from error
 
-    def truncate_after(self, global_step: int) -> None:
-        """Cut the file at the first line that lies beyond `global_step` or was only half written."""
+    def sync(self) -> int:
+        """Wait until all lines are on disk; the file's length."""
+        os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
+    def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
+        """Cut the file at the first line that lies beyond `global_step` or was only half written.
+
+        Lines that were there when the step was saved and no longer are cannot be had again: a warning says so.
+        """
         self._file.seek(0)
         end = 0
         for line in self._file:
@@ -79,6 +100,13 @@ class JsonlSink(Sink):
                 break
             end += len(line)
         self._file.truncate(end)
+        if end < num_bytes:
+            logger.warning(
+                "%s: %d bytes of lines up to step %d are missing; the run goes on, they cannot be had again",
+                self._path,
+                num_bytes - end,
+                global_step,
+            )
 
     def close(self, exit_code: int = 0) -> None:
         """Close the file."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from das_ds.config import RunConfig
+from das_ds.errors import EXIT_STOPPED, StoppedError
 from das_ds.tracking.names import METRICS_FILE
 from das_ds.tracking.sinks import JsonlSink, Metrics, Scalar, Sink
 from das_ds.tracking.wandb_sink import build_wandb_sink
@@ -46,10 +47,14 @@ class Tracker(Sink):
         for sink in self._sinks:
             sink.log_picture(name, path)
 
-    def truncate_after(self, global_step: int) -> None:
+    def sync(self) -> int:
+        """Put on disk what was logged; bytes of metrics.jsonl, 0 on ranks without it."""
+        return max((sink.sync() for sink in self._sinks), default=0)
+
+    def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
         """Forget every step beyond `global_step` in every sink."""
         for sink in self._sinks:
-            sink.truncate_after(global_step)
+            sink.truncate_after(global_step, num_bytes)
 
     def close(self, exit_code: int = 0) -> None:
         """Close every sink."""
@@ -84,6 +89,8 @@ def build_tracker(config: RunConfig, *, enabled: bool) -> Tracker:
 def _exit_code(error: BaseException | None) -> int:
     if error is None:
         return 0
+    if isinstance(error, StoppedError):
+        return EXIT_STOPPED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 1

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import psutil
 
 from das_ds.config import RunConfig
+from das_ds.durable import replaced_file
 from das_ds.errors import ConfigError
 from das_ds.tracking.names import (
     DOMAIN,
@@ -233,11 +234,24 @@ def _step_axis(domain: str) -> str:
     return f"{domain}/step"
 
 
-def _run_id(folder: Path) -> str:
-    """The id stored in the run folder, made and stored on first use."""
+def stored_run_id(folder: Path) -> str | None:
+    """The id of the W&B run that this run folder reports to; None before its first use."""
     path = folder / WANDB_RUN_ID_FILE
     if path.exists() and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", stored := path.read_text().strip()):
         return stored
-    run_id = secrets.token_hex(4)
-    path.write_text(run_id + "\n")
+    return None
+
+
+def store_run_id(folder: Path, run_id: str) -> None:
+    """Report to this W&B run from now on."""
+    with replaced_file(folder / WANDB_RUN_ID_FILE) as partial:
+        partial.write_text(run_id + "\n")
+
+
+def _run_id(folder: Path) -> str:
+    """The id stored in the run folder, made and stored on first use."""
+    run_id = stored_run_id(folder)
+    if run_id is None:
+        run_id = secrets.token_hex(4)
+        store_run_id(folder, run_id)
     return run_id

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from das_ds.config import TrainConfig
+from das_ds.config import FaultsConfig, TrainConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.engine import Engine
+from das_ds.distributed.state import RankState, SavedState
 from das_ds.errors import TrainingError
 from das_ds.methods.base import Method
 from das_ds.tracking.names import (
@@ -29,6 +32,9 @@ from das_ds.tracking.names import (
 )
 from das_ds.tracking.throughput import Throughput, peak_memory_gib
 from das_ds.tracking.tracker import Tracker
+from das_ds.training.guard import Guard, Verdict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,74 +47,152 @@ class Progress:
     tokens_per_step: int
 
 
+class RewindError(Exception):
+    """The run has to go back to the newest checkpoint; the guard knows which step it leaves out then."""
+
+
 class LossMeter:
-    """Means of named losses since they were last taken, summed on the device so that no step waits for the host."""
+    """Means of named losses over the steps since they were last taken."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._num_micro_steps = 0
+        self._sums: dict[str, float] = {}
+        self._num_steps = 0
 
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
-        """Add one micro-step's losses."""
-        self._num_micro_steps += 1
+    def add(self, losses: dict[str, float]) -> None:
+        """Add one step's losses."""
+        self._num_steps += 1
         for name, loss in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + loss.detach()
+            self._sums[name] = self._sums.get(name, 0.0) + loss
 
-    def take(self, world_size: int) -> dict[str, float]:
-        """Means over micro-steps and ranks (a collective), and start anew."""
-        values = all_reduce_sum(torch.stack(list(self._sums.values()))) / (self._num_micro_steps * world_size)
-        means = dict(zip(self._sums, values.tolist(), strict=True))
-        self._sums, self._num_micro_steps = {}, 0
+    def take(self) -> dict[str, float]:
+        """Means over steps, and start anew; {} where there was no step."""
+        means = {name: total / self._num_steps for name, total in self._sums.items()}
+        self._sums, self._num_steps = {}, 0
         return means
+
+    def state(self) -> dict[str, Any]:
+        """What a run that continues needs."""
+        return {"sums": dict(self._sums), "num_steps": self._num_steps}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._sums, self._num_steps = dict(state["sums"]), state["num_steps"]
 
 
 class DomainTrainer:
-    """Runs the optimizer steps of one domain."""
+    """Runs the optimizer steps of one domain.
 
-    def __init__(self, engine: Engine, method: Method, tracker: Tracker, train: TrainConfig) -> None:
-        self._engine = engine
-        self._method = method
-        self._tracker = tracker
-        self._train = train
+    Args:
+        engine, method, tracker, train: of the run.
+        guard: judges every step.
+        after_step: called after every step but the last with the number of steps done.
+        costs: metrics of checkpoints saved since the last line, for the next one.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        method: Method,
+        tracker: Tracker,
+        train: TrainConfig,
+        *,
+        guard: Guard | None = None,
+        after_step: Callable[[int], None] = lambda step: None,
+        costs: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self._engine, self._method, self._tracker, self._train = engine, method, tracker, train
         self._device = engine.ranks.info.device
+        self._guard = guard or Guard(FaultsConfig())
+        self._meter = LossMeter()
+        self._after_step, self._costs = after_step, costs
 
-    def run(self, steps: Iterator[list[Batch]], progress: Progress) -> None:
-        """Train on one list of micro-batches per optimizer step.
+    def state(self) -> RankState:
+        """What a run that continues within the domain needs."""
+        return RankState(numbers=self._meter.state())
+
+    def load_state(self, saved: SavedState) -> None:
+        """Continue within the domain."""
+        self._meter.load(saved.numbers)
+
+    def run(self, steps: Iterator[list[Batch]], progress: Progress, *, first_step: int = 0) -> None:
+        """Train on one list of micro-batches per optimizer step; the engine is at the start or within the domain.
+
+        Args:
+            steps: those after `first_step`.
+            progress: where the run stood when the domain began.
+            first_step: steps done already.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: a loss or gradient that is not finite, or a spike, where the guard says stop.
+            RewindError: the same where it says rewind.
         """
         num_steps = self._train.steps_per_domain
-        self._engine.start_domain(num_steps)
         self._engine.module.train()
-        meter, throughput = LossMeter(), Throughput()
-        is_main = self._engine.ranks.info.is_main
-        bar = tqdm(steps, f"train {progress.domain}", num_steps, disable=not is_main, unit="step", dynamic_ncols=True)
-        for step, micro_batches in enumerate(bar, start=1):
+        throughput = Throughput()
+        bar = tqdm(
+            steps,
+            f"train {progress.domain}",
+            num_steps,
+            initial=first_step,
+            disable=not self._engine.ranks.info.is_main,
+            unit="step",
+            dynamic_ncols=True,
+        )
+        for step, micro_batches in enumerate(bar, start=first_step + 1):
             is_logged = step % self._train.log_every == 0 or step == num_steps
-            learning_rate = self._engine.learning_rate()
-            norm = self._optimizer_step(micro_batches, meter, measure_norm=is_logged)
+            learning_rate, norm = self._engine.learning_rate(), None
+            if self._guard.is_left_out(step):
+                self._engine.skipped_steps += 1
+            else:
+                norm = self._optimizer_step(step, micro_batches, measure_norm=is_logged)
             throughput.add(progress.tokens_per_step)
             if is_logged:
-                assert norm is not None, "an optimizer step that is logged has a gradient norm"
-                losses = meter.take(self._engine.ranks.info.world_size)
+                losses = self._meter.take()
                 self._log(progress, step, losses, learning_rate, norm, throughput.take())
                 bar.set_postfix(loss=f"{sum(losses.values()):.3f}", refresh=False)
+            if step < num_steps:
+                with throughput.paused():
+                    self._after_step(step)
 
     def _optimizer_step(
-        self, micro_batches: list[Batch], meter: LossMeter, *, measure_norm: bool
+        self, step: int, micro_batches: list[Batch], *, measure_norm: bool
     ) -> torch.Tensor | float | None:
         token_scale = self._token_scale(micro_batches)
-        norm = None
+        verdict, norm = Verdict("take"), None
         for attempt in self._engine.attempts():
-            for batch in micro_batches:
+            totals: dict[str, torch.Tensor] = {}
+            for number, batch in enumerate(micro_batches, start=1):
                 with self._method.micro_step(batch.to(self._device, non_blocking=True), token_scale) as losses:
                     self._engine.backward(torch.stack(list(losses.values())).sum())
-                # A step that is tried again counts once.
-                if attempt == 0:
-                    meter.add(losses)
-                norm = self._engine.step(measure_norm=measure_norm)
+                for name, loss in losses.items():
+                    totals[name] = totals.get(name, 0.0) + loss.detach()
+                # A step that is tried again is judged and counts once.
+                if number == len(micro_batches) and attempt == 0:
+                    means = self._means(totals, len(micro_batches))
+                    verdict = self._guard.judge(sum(means.values()), step)
+                    if verdict.action == "take":
+                        self._meter.add(means)
+                norm = self._engine.step(measure_norm=measure_norm, refuse=verdict.action != "take")
+            if verdict.action != "take":
+                break
+        if verdict.action == "take" and not self._engine.was_step_applied:
+            verdict = self._guard.judge_gradient(step)
+        self._obey(verdict)
         return norm
+
+    def _obey(self, verdict: Verdict) -> None:
+        if verdict.action == "stop":
+            raise TrainingError(verdict.message)
+        if verdict.message is not None and self._engine.ranks.info.is_main:
+            logger.warning(verdict.message)
+        if verdict.action == "rewind":
+            raise RewindError(verdict.message)
+
+    def _means(self, totals: dict[str, torch.Tensor], num_micro_steps: int) -> dict[str, float]:
+        """Means of named losses over micro-steps and ranks; the optimizer step, which follows, would wait as well."""
+        values = all_reduce_sum(torch.stack(list(totals.values())))
+        scale = num_micro_steps * self._engine.ranks.info.world_size
+        return dict(zip(totals, (values / scale).tolist(), strict=True))
 
     def _token_scale(self, micro_batches: list[Batch]) -> torch.Tensor:
         """ranks * micro-steps / predicted tokens of the global batch: DeepSpeed's averages undo the first two."""
@@ -124,27 +208,23 @@ class DomainTrainer:
         step: int,
         losses: dict[str, float],
         learning_rate: float,
-        norm: torch.Tensor | float,
+        norm: torch.Tensor | float | None,
         tokens_per_s: float,
     ) -> None:
-        loss = sum(losses.values())
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"loss of {progress.domain} is {loss} within the {self._train.log_every} steps up to step {step}, "
-                "expected a finite number; lower train.learning_rate, clip with train.grad_clip or train in fp32"
-            )
         self._tracker.log(
             {
                 DOMAIN: progress.domain,
                 DOMAIN_STEP: step,
                 TOKENS_SEEN: progress.tokens_seen + step * progress.tokens_per_step,
-                LOSS: loss,
+                # No number where every step since the last line was left out.
+                LOSS: sum(losses.values()) if losses else math.nan,
                 **{loss_part(name): value for name, value in losses.items()},
                 LEARNING_RATE: learning_rate,
-                GRAD_NORM: float(norm),
+                GRAD_NORM: math.nan if norm is None else float(norm),
                 SKIPPED_STEPS: self._engine.skipped_steps,
                 TOKENS_PER_S: tokens_per_s,
                 PEAK_MEMORY_GIB: peak_memory_gib(),
+                **self._costs(),
             },
             global_step=progress.global_step + step,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from das_ds.config import ModelConfig, RunConfig
 from das_ds.data.vocabulary import num_tokens
 from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Passes
 from das_ds.evaluation.perplexity import held_out_loss
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import check_sequence_length, find_adapter, load_model, open_tokenizer
@@ -14,7 +15,7 @@ from das_ds.models.vocabulary import reserve_rows
 from das_ds.training.text import RunText, prepare_text
 
 
-def evaluate_corpora(network: LanguageModel, text: RunText, label: str) -> dict[str, float]:
+def evaluate_corpora(network: LanguageModel, text: RunText, passes: Passes) -> dict[str, float]:
     """Corpus -> loss in nats per predicted token, equal on every rank.
 
     Each corpus is read and predicted with its own vocabulary, whatever tokens the network has gained since, so that
@@ -23,7 +24,7 @@ def evaluate_corpora(network: LanguageModel, text: RunText, label: str) -> dict[
     losses = {}
     for corpus in text.blocks:
         network.num_rows = text.num_rows(corpus)
-        batches = text.evaluation_batches(corpus, f"evaluate {corpus} {label}")
+        batches = passes.over(text.evaluation_batches(corpus), f"evaluate {corpus}")
         losses[corpus] = held_out_loss(network, batches, text.info.device)
     return losses
 
@@ -43,5 +44,5 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     return evaluate_corpora(
         LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(ranks.info.device),
         text,
-        f"with {folder.name}",
+        Passes(show=ranks.info.is_main),
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from das_ds.config import ObjectiveName, RunConfig
 from das_ds.distributed.engine import Engine
-from das_ds.errors import DasError, RunFolderError
+from das_ds.durable import replaced_folder
+from das_ds.errors import RunFolderError
 from das_ds.models.loading import find_adapter, load_model
 from das_ds.models.lora import Lora
 from das_ds.models.vocabulary import said_to_have, vocabulary_parameters
@@ -45,11 +44,11 @@ def export_model(
     """
     state = _trained_weights(engine)
     if num_rows is None:
-        _on_main(engine, lambda: _write(folder, model, tokenizer, state, card))
+        engine.ranks.on_main(lambda: _write(folder, model, tokenizer, state, card))
         return
     rows = {name: state[name][:num_rows].clone() for name in vocabulary_parameters(model) if name in state}
     with said_to_have(model, num_rows):
-        _on_main(engine, lambda: _write(folder, model, tokenizer, {**state, **rows}, card))
+        engine.ranks.on_main(lambda: _write(folder, model, tokenizer, {**state, **rows}, card))
 
 
 def export_lora(
@@ -77,7 +76,7 @@ def export_lora(
         with _replaced(adapter_folder) as partial:
             lora.save(partial, trained, config.model.name_or_path)
 
-    _on_main(engine, write)
+    engine.ranks.on_main(write)
 
 
 def model_card(config: RunConfig, domains_learned: int) -> str:
@@ -103,17 +102,6 @@ def _trained_weights(engine: Engine) -> dict[str, torch.Tensor]:
     return state
 
 
-def _on_main(engine: Engine, write: Callable[[], None]) -> None:
-    """Write on rank 0; what goes wrong there is raised on every rank."""
-    failure: DasError | None = None
-    if engine.ranks.info.is_main:
-        try:
-            write()
-        except DasError as error:
-            failure = error
-    engine.ranks.agree(failure)
-
-
 def _write(
     folder: Path,
     model: PreTrainedModel,
@@ -129,13 +117,8 @@ def _write(
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when all is written."""
-    partial = folder.with_name(folder.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        with replaced_folder(folder) as partial:
+            yield partial
     except OSError as error:
         raise RunFolderError(f"cannot write the model to {folder}: {error.strerror or error}") from error

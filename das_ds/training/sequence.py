@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy
 
+from das_ds.checkpointing.manifest import Manifest, RunState
+from das_ds.checkpointing.rank_file import StoredTensors
+from das_ds.checkpointing.resume import newest_whole
+from das_ds.checkpointing.saver import Saver
+from das_ds.checkpointing.store import CheckpointStore
 from das_ds.config import RunConfig
-from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks, seed_everything
+from das_ds.distributed.passes import Pass, Passes
+from das_ds.distributed.random_state import random_state, set_random_state
 from das_ds.distributed.sharded_construction import sharded_construction
-from das_ds.errors import RunFolderError
+from das_ds.distributed.state import RankState
+from das_ds.distributed.stopping import StopRequests
 from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
-from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, write_results
+from das_ds.evaluation.results import RESULTS_FILE, Results, library_versions, write_results
 from das_ds.functional.vocabulary import with_mean_rows
 from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
-from das_ds.models.loading import check_sequence_length, find_adapter, load_model, open_tokenizer
+from das_ds.models.loading import check_sequence_length, load_model
 from das_ds.models.vocabulary import reserve_rows, vocabulary_parameters
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
-from das_ds.tracking.tracker import Tracker, build_tracker
-from das_ds.training.domain import DomainTrainer, Progress
+from das_ds.tracking.tracker import Tracker
+from das_ds.tracking.wandb_sink import stored_run_id
+from das_ds.training.boundary import Boundary, Parts
+from das_ds.training.domain import DomainTrainer, Progress, RewindError
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_lora, export_model, model_card
-from das_ds.training.manifest import RunState, read_state
-from das_ds.training.run_folder import RunFolder, open_run_folder
-from das_ds.training.text import RunText, evaluated, prepare_text
+from das_ds.training.guard import Guard, GuardState
+from das_ds.training.outcome import results_of
+from das_ds.training.run_folder import RunFolder
+from das_ds.training.text import RunText
 
-
-def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
-    """Start a run, or continue it after its last finished domain; returns the final results on every rank.
-
-    Raises:
-        DasError: anything in the config, data, model or run folder that the user has to mend.
-    """
-    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    folder = ranks.first_main_then_others(lambda: open_run_folder(config))
-    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(config.model).objective))
-    with build_tracker(config, enabled=ranks.info.is_main) as tracker:
-        sequence = DomainSequence(config, ranks, folder, text, tracker, deepspeed_config)
-        try:
-            return sequence.run()
-        finally:
-            sequence.engine.close()
+ENGINE, METHOD, GENERATORS, PASSES, TRAINER, GUARD = "engine", "method", "generators", "passes", "trainer", "guard"
+"""Parts of a checkpoint."""
 
 
 class DomainSequence:
-    """The phases of a run over one engine."""
+    """The phases of a run over one engine, each of which can be entered from a checkpoint.
+
+    Args:
+        config, ranks, folder, text, tracker, deepspeed_config: of the run.
+        store: its checkpoints.
+        requests: what this rank is asked for.
+    """
 
     def __init__(
         self,
@@ -59,85 +60,224 @@ class DomainSequence:
         text: RunText,
         tracker: Tracker,
         deepspeed_config: dict[str, Any],
+        store: CheckpointStore,
+        requests: StopRequests,
     ) -> None:
         self._config, self._ranks, self._folder, self._text, self._tracker = config, ranks, folder, text, tracker
-        self._state = read_state(folder.root)
-        self._began = time.monotonic()
-        method_class = METHODS[config.method.name]
-        done = self._state.domains_done
-        last = (done - 1, config.domains[done - 1].name) if done and not method_class.starts_from_base else None
-        is_lora = config.model.lora is not None
+        self._store, self._state, self._began = store, RunState(), time.monotonic()
         # Parameters that are born as shards cannot be given more rows.
         construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
         self._model, adapter = load_model(
-            config.model,
-            seed=config.seed,
-            vocab_size=len(text.tokenizers[last[1]] if last and not is_lora else text.base_tokenizer),
-            weights=folder.model(*last) if last and not is_lora else None,
-            construction=construction,
+            config.model, seed=config.seed, vocab_size=len(text.base_tokenizer), construction=construction
         )
         check_sequence_length(self._model, adapter, config.data.sequence_length)
         if text.vocabulary is not None:
-            if last:
-                _check_tokens(folder.model(*last), text, last[1])
-            known = text.vocabulary.num_tokens[last[1]] if last else text.vocabulary.base_tokens
-            reserve_rows(self._model, known, text.vocabulary.total)
-        context = build_context(
-            config,
-            self._model,
-            adapter,
-            deepspeed_config,
-            ranks,
-            exact=construction.slices if construction else None,
-            lora_weights=folder.adapter(*last) if last and is_lora else None,
-        )
+            reserve_rows(self._model, text.vocabulary.base_tokens, text.vocabulary.total)
+        exact = construction.slices if construction else None
+        context = build_context(config, self._model, adapter, deepspeed_config, ranks, exact=exact)
         self.engine, self._lora, self._network = context.engine, context.lora, context.network
+        method_class = METHODS[config.method.name]
         self._base = self.engine.snapshot() if method_class.starts_from_base else None
         self._method: Method = method_class(context)
+        self._guard = Guard(config.faults)
+        self._trainer: DomainTrainer | None = None
+        self._passes = Passes(self._between_batches, show=ranks.info.is_main)
+        about = {
+            "world_size": ranks.info.world_size,
+            "zero_stage": self.engine.zero_stage,
+            "versions": library_versions(),
+        }
+        asynchronous = config.checkpoint.asynchronous
+        saver = Saver(ranks, store, self.engine.stored_shards(), about, asynchronous=asynchronous)
+        self.engine.before_change = saver.wait_for_copy
+        self._boundary = Boundary(ranks, saver, requests, self._save_arguments)
+        self._stored: StoredTensors | None = None
+        self._resumed: Manifest | None = None
 
-    def run(self) -> Results:
-        """All domains that are still to be learned."""
-        done = self._state.domains_done
-        self._tracker.truncate_after(self._state.global_step)
-        if self._state.loss_matrix:
-            learned = self._config.domains[:done]
-            self._method.load(self._folder.root, [self._folder.domain(i, d.name) for i, d in enumerate(learned)])
-        else:
-            self._finish_stage(self._state)
-        for index in range(done, len(self._config.domains)):
-            self._learn(index)
-        return self._results()
+    def run(self, manifest: Manifest | None) -> Results:
+        """Everything that is still to be done.
 
-    def _learn(self, index: int) -> None:
-        name, train = self._config.domains[index].name, self._config.train
+        Args:
+            manifest: of the checkpoint to continue from; None: from the beginning.
+        """
+        phases = {"evaluate": self._evaluate, "before": self._before, "train": self._train, "after": self._after}
+        if manifest is not None:
+            self._load(manifest)
+        self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes if manifest else 0)
+        while self._state.phase != "finished":
+            try:
+                phases[self._state.phase]()
+            except RewindError:
+                self._rewind()
+        return results_of(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)
+
+    def _evaluate(self) -> None:
+        row = evaluate_corpora(self._network, self._text, self._passes)
+        is_last = self._state.domains_done == len(self._config.domains)
+        state = self._state.model_copy(
+            update={
+                "loss_matrix": [*self._state.loss_matrix, list(row.values())],
+                "phase": "finished" if is_last else "before",
+            }
+        )
+        self._state = self._timed(state)
+        self._ranks.on_main(lambda: self._report(row))
+        self._enter(self._state)
+
+    def _before(self) -> None:
         if self._base is not None:
             self.engine.restore(self._base)
-        domain = DomainContext(
-            index,
-            name,
-            lambda label: self._text.importance_batches(name, label),
-            lambda label: self._text.importance_steps(name, label),
-        )
+        self._network.num_rows = self._text.num_rows(self._domain.name)
+        self._seed(0)
+        self._method.before_domain(self._domain)
+        # Without a pass nothing was done that could not be done again at once.
+        self._enter(self._state.model_copy(update={"phase": "train"}), save=self._passes.num_batches > 0)
+
+    def _train(self) -> None:
+        train, name = self._config.train, self._domain.name
+        begin, first_step = self._state, self._state.domain_step
         self._network.num_rows = self._text.num_rows(name)
-        self._seed(index, phase=0)
-        self._method.before_domain(domain)
-        self._seed(index, phase=1)
         tokens_per_step = train.global_batch_size * self._config.data.sequence_length
-        progress = Progress(name, self._state.global_step, self._state.tokens_seen, tokens_per_step)
-        trainer = DomainTrainer(self.engine, self._method, self._tracker, train)
-        trainer.run(self._text.training_steps(name), progress)
-        self._method.after_domain(domain)
-        self._prepare_new_tokens(name)
-        self._export(index, name)
-        self._finish_stage(
-            self._state.model_copy(
-                update={
-                    "domains_done": index + 1,
-                    "global_step": progress.global_step + train.steps_per_domain,
-                    "tokens_seen": progress.tokens_seen + train.steps_per_domain * tokens_per_step,
-                }
-            )
+        progress = Progress(
+            name, begin.global_step - first_step, begin.tokens_seen - first_step * tokens_per_step, tokens_per_step
         )
+
+        def at(step: int, phase: str = "train") -> RunState:
+            update = {
+                "phase": phase,
+                "domain_step": step,
+                "global_step": progress.global_step + step,
+                "tokens_seen": progress.tokens_seen + step * tokens_per_step,
+            }
+            return begin.model_copy(update=update)
+
+        def after_step(step: int) -> None:
+            self._state = at(step)
+            self._pass_boundary(save=step % self._config.checkpoint.every_steps == 0)
+
+        trainer = self._trainer = DomainTrainer(
+            self.engine,
+            self._method,
+            self._tracker,
+            train,
+            guard=self._guard,
+            after_step=after_step,
+            costs=self._boundary.take_reports,
+        )
+        self.engine.start_domain(train.steps_per_domain)
+        self._method.start_training(self._domain)
+        self._seed(1)
+        if first_step == 0:
+            self._guard.start_domain(name)
+        else:
+            self._continue_steps(trainer)
+        trainer.run(self._text.training_steps(name, first_step), progress, first_step=first_step)
+        self._trainer = None
+        self._enter(at(train.steps_per_domain, "after"))
+
+    def _after(self) -> None:
+        self._network.num_rows = self._text.num_rows(self._domain.name)
+        self._seed(2)
+        self._method.after_domain(self._domain)
+        self._prepare_new_tokens(self._domain.name)
+        self._export(self._state.domains_done, self._domain.name)
+        done = self._state.domains_done + 1
+        self._enter(self._state.model_copy(update={"phase": "evaluate", "domains_done": done, "domain_step": 0}))
+
+    def _enter(self, state: RunState, *, save: bool = True) -> None:
+        """The present phase is over; a checkpoint makes it count."""
+        self._passes.forget()
+        self._close_stored()
+        self._state = state
+        if state.phase == "finished" or not state.global_step:
+            # Whoever finds lines of metrics without a checkpoint knows that checkpoints were lost.
+            self._boundary.settle()
+            self._boundary.save(self._timed(state), self._parts())
+        else:
+            self._pass_boundary(save=save)
+
+    def _between_batches(self) -> None:
+        self._pass_boundary(save=self._passes.num_batches % self._config.checkpoint.every_steps == 0)
+
+    def _pass_boundary(self, *, save: bool) -> None:
+        self._boundary.pass_by(self._timed(self._state), self._parts, save=save)
+
+    def _parts(self) -> Parts:
+        in_domain = self._state.phase == "train" and self._state.domain_step > 0
+        return {
+            ENGINE: self.engine.state(in_domain=in_domain),
+            METHOD: self._method.state(),
+            GENERATORS: RankState(local=random_state()),
+            PASSES: self._passes.state(),
+            TRAINER: RankState() if self._trainer is None else self._trainer.state(),
+            GUARD: RankState(numbers=self._guard.state().model_dump(mode="json")),
+        }
+
+    def _save_arguments(self, state: RunState) -> dict[str, Any]:
+        domains = self._config.domains
+        return {
+            "domain": domains[min(state.domains_done, len(domains) - 1)].name,
+            "metrics_bytes": self._tracker.sync(),
+            "wandb_run_id": stored_run_id(self._folder.root),
+        }
+
+    def _load(self, manifest: Manifest) -> None:
+        """Enter the phase of a checkpoint; what only its steps need is read when they begin."""
+        info = self._ranks.info
+        is_same = (manifest.world_size, manifest.zero_stage) == (info.world_size, self.engine.zero_stage)
+        self._stored = StoredTensors(
+            self._store.folder / manifest.name,
+            manifest.world_size,
+            info.rank if is_same else None,
+            self.engine.shards(),
+        )
+        self._resumed, self._state, self._began = manifest, manifest.run, time.monotonic()
+        self.engine.load_weights(self._part(ENGINE))
+        self._method.load_state(self._part(METHOD))
+        self._passes.load(self._part(PASSES), self._part(GENERATORS).local(), info.device)
+        self._guard.load(GuardState.model_validate(self._part(GUARD).numbers))
+
+    def _continue_steps(self, trainer: DomainTrainer) -> None:
+        self.engine.load_domain(self._part(ENGINE))
+        trainer.load_state(self._part(TRAINER))
+        generators = self._part(GENERATORS).local()
+        if generators:
+            set_random_state(generators)
+        self._close_stored()
+
+    def _part(self, name: str) -> Any:
+        assert self._stored is not None and self._resumed is not None, "a checkpoint is open"
+        return self._stored.part(name, self._resumed.numbers[name])
+
+    def _close_stored(self) -> None:
+        if self._stored is not None:
+            self._stored.close()
+            self._stored = None
+
+    def _rewind(self) -> None:
+        self._boundary.settle()
+        self._close_stored()
+        manifest = newest_whole(self._store, self._ranks)
+        assert manifest is not None, "steps come after a checkpoint"
+        self._trainer = None
+        self._passes.forget()
+        wall_seconds = self._timed(self._state).wall_seconds
+        self._load(manifest)
+        self._state = self._state.model_copy(update={"wall_seconds": wall_seconds})
+        self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes)
+
+    @property
+    def _domain(self) -> DomainContext:
+        index = self._state.domains_done
+        name = self._config.domains[index].name
+
+        def batches(label: str) -> Pass[Any]:
+            return self._passes.over(self._text.importance_batches(name), label)
+
+        def steps(label: str) -> Pass[Any]:
+            return self._passes.over(self._text.importance_steps(name), label)
+
+        return DomainContext(index, name, batches, steps, self._folder.root, self._folder.domain(index, name))
 
     def _prepare_new_tokens(self, learned: str) -> None:
         """Tokens of later domains begin as the mean of all tokens up to now, and nothing that befell them counts."""
@@ -154,59 +294,27 @@ class DomainSequence:
         else:
             adapter = self._folder.adapter(index, name)
             export_lora(model, adapter, self.engine, self._lora, self._config, tokenizer, card)
-        self._method.save(self._folder.root, self._folder.domain(index, name))
 
-    def _finish_stage(self, state: RunState) -> None:
-        """Evaluate, and make the stage count: the state file is written last."""
-        row = evaluate_corpora(self._network, self._text, f"after {state.domains_done} domains")
+    def _timed(self, state: RunState) -> RunState:
         now = time.monotonic()
-        self._state = state.model_copy(
-            update={
-                "loss_matrix": [*state.loss_matrix, list(row.values())],
-                "wall_seconds": state.wall_seconds + now - self._began,
-            }
-        )
-        self._began = now
-        if self._ranks.info.is_main:
-            results = self._results()
-            write_results(results, self._folder.root / RESULTS_FILE)
-            self._report(results, row)
-            self._state.write(self._folder.root)
-        self._ranks.barrier()
+        seconds, self._began = self._state.wall_seconds + now - self._began, now
+        self._state = self._state.model_copy(update={"wall_seconds": seconds})
+        return state.model_copy(update={"wall_seconds": seconds})
 
-    def _report(self, results: Results, row: dict[str, float]) -> None:
+    def _report(self, row: dict[str, float]) -> None:
+        state = self._state
+        results = results_of(self._config, state, self._ranks.info.world_size, self.engine.zero_stage)
+        write_results(results, self._folder.root / RESULTS_FILE)
         importance = self._method.accumulated_importance()
         report = write_report(self._folder.root, results, importance)
-        self._tracker.log_evaluation(row, domains_learned=self._state.domains_done, global_step=self._state.global_step)
+        self._tracker.log_evaluation(row, domains_learned=state.domains_done, global_step=state.global_step)
         self._tracker.log_table(LOSS_MATRIX, *results.table)
         self._tracker.log_picture(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
         if importance is not None:
             self._tracker.log_picture(IMPORTANCE, report / IMPORTANCE_PICTURE)
         self._tracker.log_summary(results.summary)
 
-    def _seed(self, index: int, *, phase: int) -> None:
+    def _seed(self, phase: int) -> None:
         # Seeding at fixed points makes a run that was stopped between domains equal to one that was not.
-        parts = [self._config.seed, index, phase, self._ranks.info.rank]
+        parts = [self._config.seed, self._state.domains_done, phase, self._ranks.info.rank, self._state.domain_step]
         seed_everything(int(numpy.random.SeedSequence(parts).generate_state(1)[0]))
-
-    def _results(self) -> Results:
-        config = self._config
-        return build_results(
-            method=config.method.name,
-            domains=[domain.name for domain in config.domains],
-            eval_domains=[corpus.name for corpus in evaluated(config)],
-            loss_matrix=self._state.loss_matrix,
-            tokens_seen=self._state.tokens_seen,
-            wall_seconds=self._state.wall_seconds,
-            world_size=self._ranks.info.world_size,
-            zero_stage=self.engine.zero_stage,
-        )
-
-
-def _check_tokens(exported: Path, text: RunText, domain: str) -> None:
-    """A file of tokens may have changed since, which the recorded config does not show."""
-    if open_tokenizer(str(exported)).get_vocab() != text.tokenizers[domain].get_vocab():
-        raise RunFolderError(
-            f"{exported}: learned with other tokens than data.add_tokens now gives up to {domain}; put the lists back "
-            "as they were or use another folder"
-        )

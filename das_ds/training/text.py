@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import CorpusConfig, ObjectiveName, RunConfig
 from das_ds.data.batches import Batch
 from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
-from das_ds.data.loader import AccumulatedBatches, Samples, evaluation_batches, training_steps
+from das_ds.data.loader import (
+    AccumulatedBatches,
+    EvaluationBatches,
+    Samples,
+    evaluation_batches,
+    training_steps,
+)
 from das_ds.data.objectives import Objective, make_objective
 from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
 from das_ds.distributed.launch import RankInfo
@@ -60,16 +65,16 @@ class RunText:
             pin_memory=self.info.device.type == "cuda",
         )
 
-    def importance_batches(self, corpus: str, label: str) -> Iterable[Batch]:
-        """A fixed random subset of `importance.samples` training sequences, under a progress bar."""
+    def importance_batches(self, corpus: str) -> EvaluationBatches:
+        """A fixed random subset of `importance.samples` training sequences."""
         blocks, batch_size = self._training_blocks(corpus), self.config.method.importance.batch_size
         stream, indices = f"importance/{corpus}", self._importance_subset(blocks)
-        return self._batches(corpus, blocks, stream, batch_size, label, indices=indices)
+        return self._batches(corpus, blocks, stream, batch_size, indices=indices)
 
-    def importance_steps(self, corpus: str, label: str) -> Iterable[list[Batch]]:
-        """The same subset as micro-batches of whole optimizer steps, under a progress bar."""
+    def importance_steps(self, corpus: str) -> AccumulatedBatches:
+        """The same subset as micro-batches of whole optimizer steps."""
         train, blocks = self.config.train, self._training_blocks(corpus)
-        steps = AccumulatedBatches(
+        return AccumulatedBatches(
             Samples(blocks, self.objectives[corpus], self.config.seed, f"importance/{corpus}"),
             self._importance_subset(blocks),
             train.global_batch_size,
@@ -77,13 +82,12 @@ class RunText:
             self.info.rank,
             self.info.world_size,
         )
-        return tqdm(steps, label, disable=not self.info.is_main, unit="step", dynamic_ncols=True, leave=False)
 
-    def evaluation_batches(self, corpus: str, label: str) -> Iterable[Batch]:
-        """Held-out sequences, under a progress bar."""
+    def evaluation_batches(self, corpus: str) -> EvaluationBatches:
+        """Held-out sequences."""
         evaluation, blocks = self.config.evaluation, self.blocks[corpus].valid
         stream, most = f"evaluation/{corpus}", evaluation.max_sequences
-        return self._batches(corpus, blocks, stream, evaluation.batch_size, label, max_sequences=most)
+        return self._batches(corpus, blocks, stream, evaluation.batch_size, max_sequences=most)
 
     def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
         return subset_indices(len(blocks), self.config.method.importance.samples, self.config.seed)
@@ -94,9 +98,9 @@ class RunText:
         return blocks
 
     def _batches(
-        self, corpus: str, blocks: TokenBlocks, stream: str, batch_size: int | None, label: str, **choice: Any
-    ) -> Iterable[Batch]:
-        batches = evaluation_batches(
+        self, corpus: str, blocks: TokenBlocks, stream: str, batch_size: int | None, **choice: Any
+    ) -> EvaluationBatches:
+        return evaluation_batches(
             blocks,
             self.objectives[corpus],
             seed=self.config.seed,
@@ -106,7 +110,6 @@ class RunText:
             world_size=self.info.world_size,
             **choice,
         )
-        return tqdm(batches, label, disable=not self.info.is_main, unit="batch", dynamic_ncols=True, leave=False)
 
 
 def prepare_text(config: RunConfig, info: RankInfo, objective: ObjectiveName) -> RunText:

@@ -11,6 +11,7 @@ from torch import nn
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Pass
 from das_ds.functional.units import Importance
 from das_ds.methods.importance_pass import (
     GENERAL_KNOWLEDGE,
@@ -42,7 +43,7 @@ def measured(config: RunConfig, kind: str, batches: list[Batch], model_changes: 
         fix_noise(run.engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(run.engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [rank_part(batch, info.rank, info.world_size) for batch in batches]
-    importance = mean_absolute_gate_gradient(run, parts, LOSSES[kind])
+    importance = mean_absolute_gate_gradient(run, Pass(parts), LOSSES[kind])
     assert all(parameter.grad is None for parameter in run.engine.module.parameters())
     assert all(torch.equal(before[name], weight) for name, weight in run.engine.fp32_weights())
     assert run.engine.module.training

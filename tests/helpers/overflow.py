@@ -11,6 +11,7 @@ from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.engine import Engine
 from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Pass
 from das_ds.errors import TrainingError
 from das_ds.methods.importance_pass import (
     PRETRAINING,
@@ -112,8 +113,8 @@ def _infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
     loss = _scaled_loss(torch.inf if ranks.info.is_main else 1.0)
     errors = []
     for measure in (
-        lambda: mean_absolute_gate_gradient(run, [part], loss),
-        lambda: sum_of_magnitudes(run, [[part] * run.engine.accumulation_steps], loss),
+        lambda: mean_absolute_gate_gradient(run, Pass([part]), loss),
+        lambda: sum_of_magnitudes(run, Pass([[part] * run.engine.accumulation_steps]), loss),
     ):
         try:
             measure()

@@ -11,6 +11,7 @@ from torch import Tensor
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Pass
 from das_ds.distributed.sharded_importance import ShardedImportance
 from das_ds.functional.units import Importance
 from das_ds.methods.importance_file import save_parameter_importance
@@ -44,7 +45,7 @@ def _measured(
         fix_noise(engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
-    sums = sum_of_magnitudes(run, parts, LOSSES[kind])
+    sums = sum_of_magnitudes(run, Pass(parts), LOSSES[kind])
     assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
     assert engine.module.training
     sizes = run.layout.sizes

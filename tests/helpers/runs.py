@@ -17,7 +17,7 @@ from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.importance_file import save_parameter_importance
 from das_ds.models.loading import load_model
 from das_ds.training.evaluate import evaluate_model
-from das_ds.training.sequence import run_sequence
+from das_ds.training.run import run_sequence
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import NO_DROPOUT
 from helpers.tiny_tokenizer import TEXT, tiny_tokenizer

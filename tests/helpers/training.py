@@ -11,6 +11,7 @@ from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Pass
 from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext
 from das_ds.methods.context import RunContext, build_context
@@ -102,6 +103,11 @@ def build(config: RunConfig, ranks: Ranks, *, lora_weights: Path | None = None, 
     return build_context(config, model, adapter, deepspeed_config, ranks, lora_weights=lora_weights)
 
 
+def no_text_domain(folder: Path) -> DomainContext:
+    """A first domain whose sample is empty."""
+    return DomainContext(0, "domain", lambda label: Pass([]), lambda label: Pass([]), folder, folder / "domain")
+
+
 def train(
     config: RunConfig, steps: list[list[Batch]], **model_changes: Any
 ) -> tuple[dict[str, torch.Tensor], list[Metrics]]:
@@ -110,7 +116,10 @@ def train(
     run = build(config, ranks, **model_changes)
     recorder = Recorder()
     method = METHODS[config.method.name](run)
-    method.before_domain(DomainContext(0, "domain", lambda label: [], lambda label: []))
+    domain = no_text_domain(config.output_dir)
+    method.before_domain(domain)
+    run.engine.start_domain(config.train.steps_per_domain)
+    method.start_training(domain)
     info = ranks.info
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     DomainTrainer(run.engine, method, Tracker([recorder]), config.train).run(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from das_ds.training.manifest import RunState
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -19,7 +20,6 @@ from das_ds.methods import METHODS
 from das_ds.methods.importance_file import load_unit_importance
 from das_ds.models.registry import adapter_for
 from das_ds.tracking.names import STEP_METRICS
-from das_ds.training.manifest import RunState
 from das_ds.training.text import prepare_text
 from helpers.run_ranks import run_ranks
 from helpers.runs import (
@@ -141,7 +141,7 @@ def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
     losses = []
     for corpus in text.blocks:
         total, count = 0.0, 0
-        for batch in text.evaluation_batches(corpus, ""):
+        for batch in text.evaluation_batches(corpus):
             labels = torch.full_like(batch.input_ids, -100).flatten()
             labels[batch.predicted] = batch.targets
             for ids, row in zip(batch.corrupted_ids, labels.view_as(batch.input_ids), strict=True):

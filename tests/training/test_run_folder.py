@@ -9,7 +9,6 @@ import pytest
 
 from das_ds.config_io import load_config
 from das_ds.errors import RunFolderError
-from das_ds.training.manifest import RunState, read_state
 from das_ds.training.run_folder import open_run_folder
 from helpers.training import run_config
 
@@ -51,18 +50,3 @@ def test_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(RunFolderError, match="No space left on device"):
         open_run_folder(run_config(tmp_path / "run"))
-
-
-def test_state_survives_writing(tmp_path: Path) -> None:
-    assert read_state(tmp_path) == RunState()
-    state = RunState(domains_done=1, global_step=7, tokens_seen=99, wall_seconds=1.5, loss_matrix=[[1.0], [0.5]])
-    state.write(tmp_path)
-    assert read_state(tmp_path) == state
-    assert [path.name for path in tmp_path.iterdir()] == ["run_state.json"]
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"format_version": 2}', '{"domains_done": "many"}', '{"surprise": 1}'])
-def test_damaged_state_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "run_state.json").write_text(content)
-    with pytest.raises(RunFolderError, match=r"run_state.json: damaged or of another version"):
-        read_state(tmp_path)

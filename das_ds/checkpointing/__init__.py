@@ -1,0 +1,1 @@
+"""Checkpoints: what is in one, writing it while training goes on, and finding the newest that is whole."""

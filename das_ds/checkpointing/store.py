@@ -1,0 +1,115 @@
+"""The folder of a run's checkpoints: making one visible, keeping few, finding the newest that is whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from das_ds.checkpointing.manifest import FileRecord, Manifest, read_manifest
+from das_ds.durable import checksum, sync, sync_all
+from das_ds.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+PARTIAL, BROKEN = ".partial-", ".broken"
+NAME = re.compile(r"^\d{6,}_[^.]*$")
+
+
+class CheckpointStore:
+    """Checkpoints `<number>_<domain>_<phase>_<step>` of one run; rank 0 alone changes the folder.
+
+    Args:
+        root: the run folder.
+        keep: newest checkpoints to keep, besides the one at the end of every domain.
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.folder = root / FOLDER
+        self._keep = keep
+        self._ends: dict[str, bool] = {}
+
+    def names(self) -> list[str]:
+        """Checkpoints from the oldest to the newest, whole or not."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((p.name for p in found if NAME.match(p.name)), key=lambda name: int(name.split("_")[0]))
+
+    @property
+    def has_broken(self) -> bool:
+        """Whether a checkpoint was once found damaged."""
+        return any(self.folder.glob(f"*{BROKEN}"))
+
+    @property
+    def next_number(self) -> int:
+        """Number of the next checkpoint: none comes again, also after a return to an earlier one."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return max((int(number[0]) for p in found if (number := re.findall(r"^\d+", p.name))), default=-1) + 1
+
+    def partial(self, name: str) -> Path:
+        """Where a checkpoint is written before it counts."""
+        return self.folder / f"{PARTIAL}{name}"
+
+    def clear_partial(self) -> None:
+        """Remove what saves that were never finished left behind."""
+        for path in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, manifest: Manifest) -> None:
+        """Make a checkpoint visible, all files of which are on disk, and drop those that are no longer kept.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written.
+        """
+        partial = self.partial(manifest.name)
+        try:
+            manifest.write(partial)
+            sync_all(partial)
+            os.replace(partial, self.folder / manifest.name)
+            sync(self.folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder / manifest.name}: cannot be written ({error.strerror or error}); the checkpoint before "
+                "it is as it was"
+            ) from error
+        self._ends[manifest.name] = manifest.run.ends_domain
+        self._prune()
+
+    def set_aside(self, name: str, reasons: list[str]) -> None:
+        """Warn about a checkpoint that is not whole and rename it, so that it is never looked at again."""
+        logger.warning("checkpoint %s is not whole and is left out: %s", name, "; ".join(reasons))
+        os.replace(self.folder / name, self.folder / f"{name}{BROKEN}")
+
+    def problems(self, name: str, manifest: Manifest, part: Callable[[int], bool]) -> list[str]:
+        """What is wrong with those files of a checkpoint whose number `part` picks."""
+        records = [item for number, item in enumerate(sorted(manifest.files.items())) if part(number)]
+        return [problem for file, record in records if (problem := _problem(self.folder / name / file, record))]
+
+    def _prune(self) -> None:
+        for name in self.names()[: -self._keep]:
+            if not self._is_end(name):
+                # Renamed first: a removal that is interrupted must not leave half a checkpoint under its name.
+                gone = self.partial(name)
+                os.replace(self.folder / name, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _is_end(self, name: str) -> bool:
+        if name not in self._ends:
+            try:
+                self._ends[name] = read_manifest(self.folder / name).run.ends_domain
+            except CheckpointError:
+                self._ends[name] = True
+        return self._ends[name]
+
+
+def _problem(path: Path, record: FileRecord) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            return f"{path.name} has {size} bytes, expected {record.size}"
+        return None if checksum(path) == record.sha256 else f"{path.name} was altered: its checksum differs"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"

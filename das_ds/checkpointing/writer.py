@@ -1,0 +1,150 @@
+"""Writing one rank's file while training goes on, from a copy in host memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from das_ds.checkpointing.manifest import FileRecord
+from das_ds.durable import checksum, sync
+from das_ds.errors import CheckpointError
+
+Copy = Callable[[], dict[str, torch.Tensor]]
+"""Gives the copies in host memory when they are complete."""
+
+
+class BackgroundWriter:
+    """Writes one file at a time on a thread of its own.
+
+    Values that training changes are copied first, beside the forward and backward passes that only read them; whoever
+    is about to change them calls `wait_for_copy`. The copies lie in the same memory each time: one file's size.
+
+    Args:
+        device: where the values are.
+        asynchronous: False writes before `start` returns, without a copy.
+    """
+
+    def __init__(self, device: torch.device, *, asynchronous: bool) -> None:
+        self._device, self._asynchronous = device, asynchronous
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._copied: threading.Event | torch.cuda.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._record: FileRecord | None = None
+        self.failure: CheckpointError | None = None
+        """What went wrong with the file that was written last."""
+        self.write_seconds = 0.0
+        """Time that the last file took, beside training where asynchronous."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a file is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, path: Path, live: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor]) -> None:
+        """Begin to write a file; the one before must be finished.
+
+        Args:
+            path: the file.
+            live: values that must not change before `wait_for_copy`.
+            fixed: values in host memory that nobody changes.
+        """
+        assert not self.is_busy, "one file at a time"
+        self.failure = self._record = None
+        if self._asynchronous:
+            copy = self._copy_on_gpu(live) if self._device.type == "cuda" else self._copy_on_host(live)
+            self._thread = threading.Thread(
+                target=self._write, args=(path, copy, fixed), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(path, lambda: {key: value.cpu() for key, value in live.items()}, fixed)
+
+    def wait_for_copy(self) -> None:
+        """Return when the values may change."""
+        if isinstance(self._copied, threading.Event):
+            self._copied.wait()
+        elif self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+        self._copied = None
+
+    def finish(self) -> FileRecord:
+        """Wait for the file.
+
+        Raises:
+            CheckpointError: it could not be written, or does not hold what was to be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self.failure is not None:
+            raise self.failure
+        assert self._record is not None, "a file was started"
+        return self._record
+
+    def _buffer(self, key: str, like: torch.Tensor) -> torch.Tensor:
+        found = self._buffers.get(key)
+        if found is None or found.shape != like.shape or found.dtype != like.dtype:
+            pinned = self._device.type == "cuda"
+            found = self._buffers[key] = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
+        return found
+
+    def _copy_on_host(self, live: dict[str, torch.Tensor]) -> Copy:
+        copied = self._copied = threading.Event()
+
+        def copy() -> dict[str, torch.Tensor]:
+            try:
+                return {key: self._buffer(key, value).copy_(value) for key, value in live.items()}
+            finally:
+                copied.set()
+
+        return copy
+
+    def _copy_on_gpu(self, live: dict[str, torch.Tensor]) -> Copy:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            stored = {key: self._buffer(key, value).copy_(value, non_blocking=True) for key, value in live.items()}
+            self._copied = copied = torch.cuda.Event()
+            copied.record()
+
+        def copy() -> dict[str, torch.Tensor]:
+            copied.synchronize()
+            return stored
+
+        return copy
+
+    def _write(self, path: Path, copy: Copy, fixed: dict[str, torch.Tensor]) -> None:
+        began = time.perf_counter()
+        try:
+            tensors = {**copy(), **fixed}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path)
+            sync(path)
+            _check(path, tensors)
+            self._record = FileRecord(size=path.stat().st_size, sha256=checksum(path))
+        except CheckpointError as error:
+            self.failure = error
+        except Exception as error:
+            self.failure = CheckpointError(
+                f"{path.parent}: the checkpoint cannot be written ({error}); the run folder must be writable and have "
+                "free space; the checkpoint before it is as it was"
+            )
+        self.write_seconds = time.perf_counter() - began
+
+
+def _check(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with safe_open(path, framework="pt") as file:
+        for key, value in tensors.items():
+            if not torch.equal(_bytes(file.get_tensor(key)), _bytes(value)):
+                raise CheckpointError(f"{path}: read back other values of {key} than were written; is the disk sound?")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    # Compared as bytes: a number that is not one differs from itself.
+    return tensor.reshape(-1).view(torch.uint8)

@@ -1,0 +1,47 @@
+"""What one rank needs in order to continue, sorted by how it is divided over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+Flats = dict[torch.Tensor, torch.Tensor]
+"""Flat tensor of the optimizer -> a value for each of its F elements."""
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Everything of one part of the program (engine, method ...) that a checkpoint has to hold."""
+
+    sharded: dict[str, Flats] = field(default_factory=dict)
+    """Values by weight (weights, moments, importance), divided like the optimizer; fits any number of ranks."""
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Equal on every rank."""
+    local: dict[str, torch.Tensor] = field(default_factory=dict)
+    """This rank's alone; lost when the run continues on another number of ranks or at another ZeRO stage."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """What JSON can hold, equal on every rank."""
+
+
+class SavedState(Protocol):
+    """One part's state as a checkpoint gives it back."""
+
+    numbers: dict[str, Any]
+    """As saved."""
+
+    def has_sharded(self, name: str) -> bool:
+        """Whether values by weight were saved under this name."""
+
+    def sharded(self, name: str) -> Flats:
+        """Values by weight for this rank's flat tensors, on their devices; 0 where a weight had none.
+
+        Flat tensors of which nothing was saved are left out.
+        """
+
+    def shared(self) -> dict[str, torch.Tensor]:
+        """What was equal on every rank, in host memory."""
+
+    def local(self) -> dict[str, torch.Tensor]:
+        """This rank's own tensors, in host memory; none where ranks or stage are not those of the checkpoint."""

@@ -1,0 +1,78 @@
+"""One start of a run: open its folder, find where to continue, and go on until it is finished or asked to stop."""
+
+from __future__ import annotations
+
+from das_ds.checkpointing.manifest import Manifest
+from das_ds.checkpointing.resume import newest_whole
+from das_ds.checkpointing.store import CheckpointStore
+from das_ds.config import RunConfig
+from das_ds.deepspeed_config import build_deepspeed_config
+from das_ds.distributed.launch import Ranks
+from das_ds.distributed.stopping import StopRequests
+from das_ds.errors import CheckpointError, StoppedError
+from das_ds.evaluation.results import RESULTS_FILE, Results, write_results
+from das_ds.models.loading import find_adapter
+from das_ds.tracking.names import METRICS_FILE
+from das_ds.tracking.tracker import build_tracker
+from das_ds.tracking.wandb_sink import store_run_id, stored_run_id
+from das_ds.training.outcome import results_of
+from das_ds.training.run_folder import RunFolder, open_run_folder
+from das_ds.training.sequence import DomainSequence
+from das_ds.training.text import prepare_text
+
+
+def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
+    """Start a run, or continue it from its newest whole checkpoint; returns the final results on every rank.
+
+    Raises:
+        DasError: anything in the config, data, model, run folder or checkpoints that the user has to mend.
+        StoppedError: the run was asked to stop and is saved.
+    """
+    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
+    folder = ranks.first_main_then_others(lambda: open_run_folder(config))
+    store = CheckpointStore(folder.root, config.checkpoint.keep)
+    with StopRequests(folder.root, config.run.stop_signals) as requests:
+        manifest = newest_whole(store, ranks)
+        ranks.on_main(lambda: _check_folder(folder, manifest))
+        if manifest is not None and manifest.run.phase == "finished":
+            return _finished(config, ranks, folder, manifest)
+        text = ranks.first_main_then_others(
+            lambda: prepare_text(config, ranks.info, find_adapter(config.model).objective)
+        )
+        _leave_if_asked(ranks, requests)
+        with build_tracker(config, enabled=ranks.info.is_main) as tracker:
+            sequence = DomainSequence(config, ranks, folder, text, tracker, deepspeed_config, store, requests)
+            try:
+                return sequence.run(manifest)
+            finally:
+                sequence.engine.close()
+
+
+def _check_folder(folder: RunFolder, manifest: Manifest | None) -> None:
+    metrics = folder.root / METRICS_FILE
+    if manifest is None:
+        if metrics.exists() and metrics.stat().st_size:
+            raise CheckpointError(
+                f"{folder.root}: found {METRICS_FILE} of training but no checkpoint, expected the folder checkpoints "
+                "that it was saved in; put it back, or start anew with another output_dir"
+            )
+    elif manifest.wandb_run_id is not None and stored_run_id(folder.root) is None:
+        store_run_id(folder.root, manifest.wandb_run_id)
+
+
+def _finished(config: RunConfig, ranks: Ranks, folder: RunFolder, manifest: Manifest) -> Results:
+    results = results_of(config, manifest.run, manifest.world_size, manifest.zero_stage)
+    ranks.on_main(lambda: write_results(results, folder.root / RESULTS_FILE))
+    return results
+
+
+def _leave_if_asked(ranks: Ranks, requests: StopRequests) -> None:
+    """What was asked for while text was prepared is obeyed before the engine is built: nothing is lost."""
+    reasons = ranks.gather(requests.poll(files=ranks.info.is_main).stop)
+    if any(reasons):
+        if ranks.info.is_main:
+            requests.remove_stop_file()
+        ranks.barrier()
+        raise StoppedError(
+            f"stopped on {next(filter(None, reasons))} before training began; the same command starts it"
+        )
