@@ -8,7 +8,7 @@ BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-gpu matrix bench lint format
+.PHONY: setup demo demo-clm test test-gpu matrix bench chaos lint format
 
 setup: $(STAMP)
 
@@ -42,6 +42,9 @@ matrix: setup
 
 bench: setup
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+chaos: setup
+	$(BIN)/python -m benchmarks.chaos
 
 lint: setup
 	$(BIN)/ruff check .

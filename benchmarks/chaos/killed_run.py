@@ -12,7 +12,7 @@ from benchmarks.chaos.track import checkpoints_of, first_batch, unfinished_check
 from benchmarks.chaos.trail import START, Mark, Trail
 from benchmarks.chaos.undisturbed import Undisturbed
 
-MOST_SECONDS = 180.0
+MOST_SECONDS = 120.0
 POLL = 0.0005
 
 
@@ -24,6 +24,8 @@ class Death:
     place: str
     part: str
     step: int
+    saving: bool
+    """Whether a checkpoint was being written."""
     ranks: str
     newest_checkpoint: str
     resumed_at: str
@@ -115,9 +117,10 @@ class KilledRun:
         at = mark or Mark(0.0, START, "start", 0)
         death = Death(
             run=self.number,
-            place=SAVING if is_saving else at.place,
+            place=at.place,
             part=at.part,
             step=at.step,
+            saving=is_saving,
             ranks=" and ".join(map(str, goal.ranks)),
             newest_checkpoint=max((path.name for path in checkpoints_of(self._run_folder)), default="-"),
             resumed_at="-",

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from das_ds.durable import checksum
-from das_ds.tracking.names import METRICS_FILE, PEAK_MEMORY_GIB, TOKENS_PER_S
+from das_ds.tracking.names import MEASURED, METRICS_FILE
 
-MEASURED = (TOKENS_PER_S, PEAK_MEMORY_GIB)
-"""Fields of metrics.jsonl that measure time or memory, besides those that begin with `checkpoint_`."""
+TIMED = ("wall_seconds", "sha256")
+"""Fields of results.json that differ from run to run: the time, and the checksum of all fields."""
 
 
 def outcome(run: Path) -> dict[str, str]:
@@ -29,7 +29,7 @@ def outcome(run: Path) -> dict[str, str]:
         elif path.name != "SHA256SUMS":
             found[name] = checksum(path)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    found |= {f"results.json: {key}": json.dumps(value) for key, value in results.items() if key != "wall_seconds"}
+    found |= {f"results.json: {key}": json.dumps(value) for key, value in results.items() if key not in TIMED}
     return found | {f"{METRICS_FILE}: {line}": text for line, text in enumerate(_metrics(run / METRICS_FILE), start=1)}
 
 
@@ -53,8 +53,4 @@ def _tensors(path: Path) -> Iterator[tuple[str, str]]:
 
 def _metrics(path: Path) -> Iterator[str]:
     for line in path.read_text(encoding="utf-8").splitlines():
-        yield json.dumps({name: value for name, value in json.loads(line).items() if not _is_measured(name)})
-
-
-def _is_measured(name: str) -> bool:
-    return name in MEASURED or name.startswith("checkpoint_")
+        yield json.dumps({name: value for name, value in json.loads(line).items() if name not in MEASURED})

@@ -44,8 +44,13 @@ def plan(track: Track, num_runs: int, seed: int) -> list[list[Goal]]:
     for run in range(num_runs):
         more = generator.choices((0, 1, 2), weights=(6, 3, 2))[0]
         chosen = [PLACES[run % len(PLACES)], *generator.choices(PLACES, k=more)]
-        goals = [draw_goal(place, track, generator) for place in chosen]
-        runs.append(sorted(goals, key=lambda goal: track.position(goal.spot)))
+        goals = [draw_goal(place, track, generator) for place in chosen if place != START]
+        goals.sort(key=lambda goal: track.position(goal.spot))
+        for _ in range(chosen.count(START)):
+            # Mostly a start that finds a checkpoint.
+            goals = goals or [draw_goal(ANY, track, generator)]
+            goals.insert(generator.randint(0, len(goals)), draw_goal(START, track, generator))
+        runs.append(goals)
     return runs
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.chaos.corrupted_run import Verdict
 from benchmarks.chaos.job import EVERY_STEPS
 from benchmarks.chaos.killed_run import Death, KilledRun
-from benchmarks.chaos.plan import ANY, PLACES
+from benchmarks.chaos.plan import ANY, PLACES, SAVING
 from benchmarks.chaos.undisturbed import Undisturbed
 from benchmarks.environment import RESULTS, describe, print_table
 
@@ -35,7 +35,10 @@ class Report:
         self.num_runs += 1
         self.deaths += run.deaths
         self.failures += [f"run {run.number}: {failure}" for failure in run.failures]
-        places = ", ".join(f"{death.place} ({death.part} {death.step})" for death in run.deaths) or "no kill in time"
+        places = (
+            ", ".join(f"{death.part} {death.step}{' while saving' * death.saving}" for death in run.deaths)
+            or "no kill in time"
+        )
         print(f"run {run.number}: {places}: {run.failures[:3] or 'equal'}", flush=True)
 
     def add_verdict(self, verdict: Verdict) -> None:
@@ -46,7 +49,7 @@ class Report:
     @property
     def missed_places(self) -> list[str]:
         """Places that no kill has hit."""
-        hit = {death.place for death in self.deaths}
+        hit = {death.place for death in self.deaths} | {SAVING for death in self.deaths if death.saving}
         return [place for place in PLACES if place != ANY and place not in hit]
 
     @property
@@ -61,6 +64,7 @@ class Report:
             "runs": self.num_runs,
             "kills": len(self.deaths),
             "kills_by_place": dict(Counter(death.place for death in self.deaths)),
+            "kills_while_saving": sum(death.saving for death in self.deaths),
             "kills_by_ranks": dict(Counter(death.ranks for death in self.deaths)),
             "failures": self.failures,
             "compared_per_run": len(self.undisturbed.outcome),

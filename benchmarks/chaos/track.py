@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
-from benchmarks.chaos.trail import START, TRAINING, Mark, Spot
+from benchmarks.chaos.trail import BETWEEN, START, TRAINING, Mark, Spot
 
 
 def unfinished_checkpoints(run_folder: Path) -> list[Path]:
@@ -66,4 +66,4 @@ class Track:
 
 def first_batch(marks: list[Mark]) -> Mark | None:
     """Where a start took up the work."""
-    return next((mark for mark in marks if mark.place != START), None)
+    return next((mark for mark in marks if mark.place not in (START, BETWEEN)), None)

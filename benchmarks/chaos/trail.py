@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from das_ds.distributed.passes import Pass
-
 import das_ds.training.sequence as sequence
+from das_ds.distributed.passes import Pass
 from das_ds.training.text import RunText
 
 Spot = tuple[str, str, int]
@@ -29,7 +28,7 @@ class Mark:
     seconds: float
     place: str
     part: str
-    """What names the part within the run, such as `evaluate food after 1 domains`."""
+    """What names the part within the run, such as `evaluate food, 1 learned`."""
     step: int
 
     @property
@@ -49,6 +48,8 @@ class Trail:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self.num_learned = 0
+        """Domains learned, which tells the evaluations of a run apart."""
 
     def add(self, place: str, part: str, step: int = 0) -> None:
         """One short write, which a kill does not divide."""
@@ -72,6 +73,7 @@ class Trail:
 def follow(trail: Trail) -> None:
     """Make this process, which is rank 0, add a mark for every batch, optimizer step and export."""
     trail.add(START, "start")
+    _follow_evaluation(trail)
     _follow_passes(trail)
     _follow_training(trail)
     export = sequence.export_model
@@ -84,15 +86,26 @@ def follow(trail: Trail) -> None:
     sequence.export_model = followed
 
 
+def _follow_evaluation(trail: Trail) -> None:
+    evaluate = sequence.DomainSequence._evaluate
+
+    def followed(self: sequence.DomainSequence) -> None:
+        trail.num_learned = self._state.domains_done
+        evaluate(self)
+
+    sequence.DomainSequence._evaluate = followed  # type: ignore[method-assign]
+
+
 def _follow_passes(trail: Trail) -> None:
     batches = Pass.__iter__
 
     def followed(self: Pass[Any]) -> Iterator[Any]:
-        label = self._label
+        place = _place_of_pass(self._label)
+        part = f"{self._label}, {trail.num_learned} learned" if place == EVALUATION else self._label
         for batch in batches(self):
-            trail.add(_place_of_pass(label), label, self.done)
+            trail.add(place, part, self.done)
             yield batch
-        trail.add(BETWEEN, f"after {label}")
+        trail.add(BETWEEN, f"after {part}")
 
     Pass.__iter__ = followed  # type: ignore[method-assign]
 
