@@ -17,9 +17,9 @@ from benchmarks.chaos.trail import TRAINING, Mark, Trail
 from benchmarks.chaos.undisturbed import Undisturbed
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
-NEWEST, OLDER, ALL = "the newest", "an older one", "all"
+NEWEST, NEWEST_TWO, OLDER, ALL = "the newest", "the newest two", "an older one", "all"
 STOP_AT = (TRAINING, f"train {DOMAINS[1]}", 15)
-TARGETS = (NEWEST, NEWEST, ALL, NEWEST, OLDER)
+TARGETS = (NEWEST, NEWEST_TWO, ALL, NEWEST, OLDER, NEWEST)
 PROBLEM = "not whole"
 """What a warning about a damaged checkpoint says of it."""
 MOST_SECONDS = 120.0
@@ -75,10 +75,14 @@ class CorruptedRuns:
         shutil.copytree(self._stopped, run)
         target, corrupt = TARGETS[number % len(TARGETS)], CORRUPTIONS[number % len(CORRUPTIONS)]
         damage = {path.name: corrupt(path, generator) for path in _targets(run, target, generator)}
-        codes = self._undisturbed.start(run, log, trail).wait(MOST_SECONDS)
-        named = [name for name in damage if any(name in line and PROBLEM in line for line in _lines(log))]
+        try:
+            codes = self._undisturbed.start(run, log, trail).wait(MOST_SECONDS)
+        except TimeoutError:
+            return Verdict(target, next(iter(damage.values())), "-", "-", "did not end", False)
+        # Of checkpoints older than a sound one nothing is read, and nothing needs to be said.
+        is_named = all(any(name in line and PROBLEM in line for line in _lines(log)) for name in damage)
         resumed = first_batch(Trail(trail).marks())
-        verdict, is_good = self._judge(run, target, codes, named, resumed)
+        verdict, is_good = self._judge(run, target, codes, is_named, resumed)
         return Verdict(
             damaged=target,
             damage=next(iter(damage.values())),
@@ -89,10 +93,10 @@ class CorruptedRuns:
         )
 
     def _judge(
-        self, run: Path, target: str, codes: list[int], named: list[str], resumed: Mark | None
+        self, run: Path, target: str, codes: list[int], is_named: bool, resumed: Mark | None
     ) -> tuple[str, bool]:
         if codes == [EXIT_USER_ERROR] * NUM_RANKS:
-            is_right = target == ALL and bool(named)
+            is_right = target == ALL and is_named
             return ("detected: refused, none is whole" if is_right else "refused without need or reason"), is_right
         if any(codes):
             return "crashed", False
@@ -100,16 +104,17 @@ class CorruptedRuns:
             return f"finished with {len(found)} differences such as {found[0]}", False
         if self._undisturbed.track.is_first(resumed):
             return "started from scratch without a word", False
-        if named:
-            return "detected: named, the one before used", True
-        return "harmless: equal to the undisturbed run", True
+        if is_named:
+            return "detected: named, one before it used", True
+        if target != OLDER:
+            return "not noticed", False
+        return "harmless: not read, equal to the undisturbed run", True
 
 
 def _targets(run: Path, target: str, generator: Random) -> list[Path]:
     checkpoints = checkpoints_of(run)
-    if target == ALL:
-        return checkpoints
-    return [checkpoints[-1] if target == NEWEST else generator.choice(checkpoints[:-1])]
+    chosen = {ALL: checkpoints, NEWEST: checkpoints[-1:], NEWEST_TWO: checkpoints[-2:]}
+    return chosen[target] if target in chosen else [generator.choice(checkpoints[:-1])]
 
 
 def _lines(log: Path) -> list[str]:

@@ -28,7 +28,7 @@ def outcome(run: Path) -> dict[str, str]:
             found |= {f"{name}: {key}": digest for key, digest in _tensors(path)}
         elif path.name != "SHA256SUMS":
             found[name] = checksum(path)
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    results = json.loads(_text(run / "results.json") or "{}")
     found |= {f"results.json: {key}": json.dumps(value) for key, value in results.items() if key not in TIMED}
     return found | {f"{METRICS_FILE}: {line}": text for line, text in enumerate(_metrics(run / METRICS_FILE), start=1)}
 
@@ -52,5 +52,10 @@ def _tensors(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _metrics(path: Path) -> Iterator[str]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _text(path).splitlines():
         yield json.dumps({name: value for name, value in json.loads(line).items() if name not in MEASURED})
+
+
+def _text(path: Path) -> str:
+    """Content of a file; nothing where a run that failed has not written it."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
