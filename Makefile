@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 MATRIX := .matrix.json
-BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction
+BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction checkpoint
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

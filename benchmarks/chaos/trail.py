@@ -58,7 +58,9 @@ class Trail:
     def last(self) -> Mark | None:
         """The newest mark."""
         size = os.fstat(self._descriptor).st_size
-        lines = os.pread(self._descriptor, LONGEST_LINE, max(size - LONGEST_LINE, 0)).decode().splitlines()
+        tail = os.pread(self._descriptor, LONGEST_LINE, max(size - LONGEST_LINE, 0)).decode()
+        # A line that is being added may be seen in part.
+        lines = tail[: tail.rfind("\n") + 1].splitlines()
         return _mark(lines[-1]) if lines else None
 
     def marks(self) -> list[Mark]:
