@@ -8,7 +8,7 @@ BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction 
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-gpu matrix bench chaos lint format
+.PHONY: setup demo demo-clm test test-gpu test-slow matrix bench chaos lint format
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ test: setup
 test-gpu: setup
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: torch sees no GPU on this machine, so nothing was tested")'
 	$(BIN)/pytest -q -m gpu tests
+
+test-slow: setup
+	$(BIN)/pytest -q -m slow tests
 
 matrix: setup
 	rm -f $(MATRIX)

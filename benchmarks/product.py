@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -55,10 +56,9 @@ def build_method(config: RunConfig, ranks: Ranks) -> Method:
     adapter = adapter_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     method = METHODS[config.method.name](build_context(config, model, adapter, deepspeed_config, ranks))
-    folder = config.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    domain = DomainContext(0, "random", lambda label: Pass([]), lambda label: Pass([]), folder, folder / "random")
-    method.before_domain(domain)
+    with TemporaryDirectory() as folder:
+        domain = DomainContext(0, "random", lambda label: Pass([]), lambda label: Pass([]), Path(folder), Path(folder))
+        method.before_domain(domain)
     method.run.engine.start_domain(config.train.steps_per_domain)
     method.start_training(domain)
     method.run.engine.module.train()

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import yaml
@@ -37,11 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
     # Importing the engine takes seconds, which --help and check-config must not cost.
-    from das_ds.distributed.launch import Ranks
+    from das_ds.distributed.launch import Ranks, leave
+    from das_ds.distributed.watch import EXIT_HANG, LostPeerError
     from das_ds.training.run import run_sequence
 
-    ranks = Ranks()
-    results = run_sequence(config, ranks)
+    # Far above it, so that the watch, which can name the rank that is stuck, is the first to end the run.
+    ranks = Ranks(timeout=timedelta(seconds=2 * config.run.hang_timeout + 60))
+    try:
+        results = run_sequence(config, ranks)
+    except LostPeerError as error:
+        # Every rank says it: the one that usually speaks may be the one that is gone.
+        print(f"das_ds: {error}", file=sys.stderr)
+        leave(EXIT_HANG)
+        raise
     # Only when all went well: a rank that failed alone would wait here for peers that wait for it.
     ranks.close()
     if ranks.info.is_main:
@@ -58,6 +67,17 @@ def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     ranks.close()
     if ranks.info.is_main:
         print(json.dumps(losses))
+
+
+def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
+    from datetime import timedelta
+
+    from das_ds.distributed.preflight import Peers
+    from das_ds.training.preflight.run import run_preflight
+
+    peers = Peers(timedelta(seconds=config.run.hang_timeout))
+    run_preflight(config, peers, as_json=options.json)
+    peers.ranks.close()
 
 
 def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
@@ -98,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, action, text in (
         ("train", _train, "run or continue a sequence of domains"),
         ("evaluate", _evaluate, "print an exported model's held-out losses on the corpora of a config, as JSON"),
+        (
+            "preflight",
+            _preflight,
+            "check ranks, folders, disk, text, model and memory before a run; start it like train",
+        ),
         ("check-config", _check_config, "check a config and print it with every default"),
     ):
         command = commands.add_parser(
@@ -108,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
         # The DeepSpeed launcher passes it; LOCAL_RANK in the environment is what counts.
         command.add_argument("--local_rank", help=argparse.SUPPRESS)
+        if name == "preflight":
+            command.add_argument("--json", action="store_true", help="print the findings as one JSON object")
         if name == "evaluate":
             command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"

@@ -142,6 +142,12 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
+def config_values(config: RunConfig) -> dict[str, str]:
+    """Dotted key -> value as text, for every key."""
+    values = dict(_flatten(resolved_dict(config)))
+    return {key: _shown(values, key) for key in values}
+
+
 def describe_config() -> str:
     """Every key with what it may hold, its default and its meaning, as the text of `--help`."""
     rows = list(config_keys().values())

@@ -41,5 +41,9 @@ class CheckpointError(DasError):
     """Checkpoints that cannot be written, or of which none is whole."""
 
 
+class PreflightError(DasError):
+    """Ranks that do not find each other, or anything else that a check before a run found wrong."""
+
+
 class StoppedError(Exception):
     """The run was asked to stop and everything is saved; ends the program with `EXIT_STOPPED`."""

@@ -10,12 +10,14 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.chaos.trail import Trail, follow
 from das_ds.cli import main
@@ -78,6 +80,8 @@ def _rank_main(arguments: list[str], rank: int, port: int, log: Path, trail: Pat
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    # Its own lock is a semaphore of the system, which a process that is killed leaves behind.
+    tqdm.set_lock(threading.RLock())
     if rank == 0:
         follow(Trail(trail))
     try:

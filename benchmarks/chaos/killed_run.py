@@ -115,6 +115,8 @@ class KilledRun:
 
     def _note_death(self, goal: Goal, mark: Mark | None, is_saving: bool, seconds: float) -> None:
         at = mark or Mark(0.0, START, "start", 0)
+        # What an earlier kill left unfinished is still there while the job starts.
+        is_saving = is_saving and at.place != START
         death = Death(
             run=self.number,
             place=at.place,

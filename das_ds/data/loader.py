@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -87,6 +88,12 @@ class Samples(Dataset[Batch]):
         return batch if position_ids is None else isolated(batch, position_ids)
 
 
+def _ignore_signals(_: int) -> None:
+    """Signals that ask the run to stop often reach all its processes; it still needs these for its last steps."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -138,6 +145,7 @@ def training_steps(
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
         # Without its own generator the loader draws from torch's, and a resumed run would see other dropout masks.
         generator=torch.Generator(),
     )

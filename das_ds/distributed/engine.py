@@ -316,23 +316,25 @@ class Engine:
             in_domain: whether optimizer steps of the present domain are still to come.
         """
         weights: Flats = {shard.flat: shard.flat.data.view(-1) for shard in self._list_shards}
+        loss_scale = {"loss_scale": self._loss_scale.state()}
         if not in_domain:
-            return RankState(sharded={WEIGHTS: weights})
+            return RankState(sharded={WEIGHTS: weights}, numbers=loss_scale)
         assert self._scheduler is not None, "start_domain comes before state"
         moments, steps = self._optimizer.moments()
         numbers = {
             "optimizer": steps,
             "schedule": self._scheduler.last_epoch,
-            "loss_scale": self._loss_scale.state(),
             "skipped_steps": self.skipped_steps,
+            **loss_scale,
         }
         return RankState(
             {WEIGHTS: weights, **{f"{MOMENT}{key}": flats for key, flats in moments.items()}}, {}, {}, numbers
         )
 
     def load_weights(self, saved: SavedState) -> None:
-        """Continue with saved weights, however they were divided."""
+        """Continue with saved weights, however they were divided, and the loss scale, which importance depends on."""
         self.before_change()
+        self._loss_scale.load(saved.numbers["loss_scale"])
         for flat, values in saved.sharded(WEIGHTS).items():
             flat.data.view(-1).copy_(values)
         refresh_weights(self._engine)

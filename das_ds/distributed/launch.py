@@ -42,9 +42,13 @@ class RankInfo:
 
 
 class Ranks:
-    """The process group of a run: who this rank is, and waiting for each other without a collective time-out."""
+    """The process group of a run: who this rank is, and waiting for each other without a collective time-out.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: how long to wait for all ranks to start, and for each collective; None: DeepSpeed's default.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
         _fill_environment()
         # Its warnings about an untested optimizer and its own deprecated calls are nothing that a user can act on.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -58,7 +62,8 @@ class Ranks:
         # killed process leaves behind and every later start waits for; gloo needs no compiler and no lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
-            deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+            options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+            deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **options)
         self.info = RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
         self._patient_group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
 

@@ -18,11 +18,17 @@ import psutil
 from das_ds.distributed.launchers import is_alive
 
 POLL_S = 0.2
+STRAGGLERS_S = 30.0
+"""Ranks that have saved end together; those left behind by one that has ended are the launcher's again after this."""
 
 
-def pause_launcher(launcher: psutil.Process, limit_s: float) -> None:
-    """Stop a launcher until all its ranks have ended, or until `limit_s` seconds have passed; returns at once."""
-    command = [sys.executable, "-m", __spec__.name, str(launcher.pid), repr(launcher.create_time()), str(limit_s)]
+def pause_launcher(launcher: psutil.Process, num_ranks: int, limit_s: float) -> None:
+    """Stop a launcher until all its ranks have ended, or until `limit_s` seconds have passed; returns at once.
+
+    Nothing is done unless all of its `num_ranks` ranks run: a launcher also ends those that have lost one of them.
+    """
+    identity = [str(launcher.pid), repr(launcher.create_time())]
+    command = [sys.executable, "-m", __spec__.name, *identity, str(num_ranks), str(limit_s)]
     # Its own session: neither Ctrl-C at the terminal nor a signal to the launcher's group may end it.
     subprocess.run(
         command,
@@ -36,26 +42,32 @@ def pause_launcher(launcher: psutil.Process, limit_s: float) -> None:
     )
 
 
-def _hold(launcher: psutil.Process, limit_s: float) -> None:
+def _hold(launcher: psutil.Process, num_ranks: int, limit_s: float) -> None:
     # A stopped launcher does not wait for its ranks: those that have ended remain as zombies.
-    ranks = launcher.children()
+    ranks = [rank for rank in launcher.children() if is_alive(rank)]
+    if len(ranks) < num_ranks:
+        return
     deadline = time.monotonic() + limit_s
     launcher.suspend()
     try:
-        while time.monotonic() < deadline and any(is_alive(rank) for rank in ranks):
+        while ranks and time.monotonic() < deadline:
             time.sleep(POLL_S)
+            alive = [rank for rank in ranks if is_alive(rank)]
+            if len(alive) < len(ranks):
+                deadline = min(deadline, time.monotonic() + STRAGGLERS_S)
+            ranks = alive
     finally:
         launcher.resume()
 
 
-def _main(pid: int, create_time: float, limit_s: float) -> None:
+def _main(pid: int, create_time: float, num_ranks: int, limit_s: float) -> None:
     # The launcher also ends what its ranks have started; a process whose parent has left is nobody's descendant.
     if os.fork():
         os._exit(0)
     launcher = psutil.Process(pid)
     if launcher.create_time() == create_time:
-        _hold(launcher, limit_s)
+        _hold(launcher, num_ranks, limit_s)
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
+    _main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -18,6 +18,8 @@ from das_ds.distributed.launchers import DEEPSPEED_LAUNCH, is_alive, launchers, 
 
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
+ENDING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+"""Those that end a launcher, which then ends its ranks."""
 INSIST_AFTER_S = 2.0
 """A second Ctrl-C that comes later than this is a user who does not want to wait; launchers repeat the first sooner."""
 LAUNCHER_CHECK_S = 1.0
@@ -109,6 +111,7 @@ class StopRequests:
         for launcher in self._launchers:
             if not is_alive(launcher):
                 self._reason = f"the launcher (pid {launcher.pid}) is gone"
+                return
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -131,6 +134,7 @@ class _LauncherGuard:
     def __init__(self, ancestors: Sequence[Any], limit_s: float) -> None:
         self._launcher = next((one for one in ancestors if program(one.cmdline()) == DEEPSPEED_LAUNCH), None)
         self._limit_s = limit_s
+        self._num_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
         self._is_on = self._launcher is not None and os.environ.get("LOCAL_RANK") == "0"
         if self._is_on:
             self._reader, self._writer = socket.socketpair()
@@ -144,8 +148,11 @@ class _LauncherGuard:
             self._writer.close()
 
     def _run(self) -> None:
+        # Inherited by the process that pauses: launchers and SLURM signal all that a rank has started, and if it ended
+        # early the launcher would remain stopped.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         with self._reader:
             while numbers := self._reader.recv(64):
-                if {signal.SIGTERM, signal.SIGINT} & set(numbers):
-                    pause_launcher(self._launcher, self._limit_s)
+                if ENDING_SIGNALS & set(numbers):
+                    pause_launcher(self._launcher, self._num_ranks, self._limit_s)
                     return

@@ -98,7 +98,7 @@ def load_model(
             f"cannot load the model {source or config.config!r} (model.attention: {config.attention}): "
             f"{first_line(error)}"
         ) from error
-    _check_embeddings(model, vocab_size)
+    check_embeddings(model, vocab_size)
     if config.gradient_checkpointing:
         # Reentrant checkpointing breaks torch.autograd.grad, which the importance passes use.
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -177,7 +177,8 @@ def _construct(
         return construction.pretrained(construct, source) if construction else None
 
 
-def _check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
+def check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
+    """Raises ModelError when there are more tokens than rows of the embedding."""
     embeddings: Any = model.get_input_embeddings()
     num_embeddings = embeddings.num_embeddings
     if vocab_size > num_embeddings:

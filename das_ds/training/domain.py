@@ -86,6 +86,7 @@ class DomainTrainer:
         engine, method, tracker, train: of the run.
         guard: judges every step.
         after_step: called after every step but the last with the number of steps done.
+        at: told the place within a step and its number.
         costs: metrics of checkpoints saved since the last line, for the next one.
     """
 
@@ -98,13 +99,14 @@ class DomainTrainer:
         *,
         guard: Guard | None = None,
         after_step: Callable[[int], None] = lambda step: None,
+        at: Callable[[str, int], None] = lambda place, step: None,
         costs: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._engine, self._method, self._tracker, self._train = engine, method, tracker, train
         self._device = engine.ranks.info.device
         self._guard = guard or Guard(FaultsConfig())
         self._meter = LossMeter()
-        self._after_step, self._costs = after_step, costs
+        self._after_step, self._at, self._costs = after_step, at, costs
 
     def state(self) -> RankState:
         """What a run that continues within the domain needs."""
@@ -139,6 +141,7 @@ class DomainTrainer:
             dynamic_ncols=True,
         )
         for step, micro_batches in enumerate(bar, start=first_step + 1):
+            self._at("forward and backward", step)
             is_logged = step % self._train.log_every == 0 or step == num_steps
             learning_rate, norm = self._engine.learning_rate(), None
             if self._guard.is_left_out(step):
@@ -150,9 +153,11 @@ class DomainTrainer:
                 losses = self._meter.take()
                 self._log(progress, step, losses, learning_rate, norm, throughput.take())
                 bar.set_postfix(loss=f"{sum(losses.values()):.3f}", refresh=False)
+            self._at("between steps", step)
             if step < num_steps:
                 with throughput.paused():
                     self._after_step(step)
+                self._at("reading a batch", step + 1)
 
     def _optimizer_step(
         self, step: int, micro_batches: list[Batch], *, measure_norm: bool
@@ -172,6 +177,7 @@ class DomainTrainer:
                     verdict = self._guard.judge(sum(means.values()), step)
                     if verdict.action == "take":
                         self._meter.add(means)
+                self._at("optimizer step", step)
                 norm = self._engine.step(measure_norm=measure_norm, refuse=verdict.action != "take")
             if verdict.action != "take":
                 break

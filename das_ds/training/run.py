@@ -9,6 +9,7 @@ from das_ds.config import RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.stopping import StopRequests
+from das_ds.distributed.watch import Watch
 from das_ds.errors import CheckpointError, StoppedError
 from das_ds.evaluation.results import RESULTS_FILE, Results, write_results
 from das_ds.models.loading import find_adapter
@@ -31,17 +32,22 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     folder = ranks.first_main_then_others(lambda: open_run_folder(config))
     store = CheckpointStore(folder.root, config.checkpoint.keep)
-    with StopRequests(folder.root, config.run.stop_signals) as requests:
-        manifest = newest_whole(store, ranks)
+    watch = Watch(ranks, config.run.hang_timeout, folder.root)
+    with watch, StopRequests(folder.root, config.run.stop_signals) as requests:
+        with watch.patient("checking checkpoints"):
+            manifest = newest_whole(store, ranks)
         ranks.on_main(lambda: _check_folder(folder, manifest))
         if manifest is not None and manifest.run.phase == "finished":
             return _finished(config, ranks, folder, manifest)
-        text = ranks.first_main_then_others(
-            lambda: prepare_text(config, ranks.info, find_adapter(config.model).objective)
-        )
+        with watch.patient("preparing text"):
+            objective = find_adapter(config.model).objective
+            text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, objective))
         _leave_if_asked(ranks, requests)
         with build_tracker(config, enabled=ranks.info.is_main) as tracker:
-            sequence = DomainSequence(config, ranks, folder, text, tracker, deepspeed_config, store, requests)
+            with watch.patient("building the engine"):
+                sequence = DomainSequence(
+                    config, ranks, folder, text, tracker, deepspeed_config, store, requests, watch
+                )
             try:
                 return sequence.run(manifest)
             finally:

@@ -19,6 +19,7 @@ from das_ds.distributed.random_state import random_state, set_random_state
 from das_ds.distributed.sharded_construction import sharded_construction
 from das_ds.distributed.state import RankState
 from das_ds.distributed.stopping import StopRequests
+from das_ds.distributed.watch import Watch
 from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
 from das_ds.evaluation.results import RESULTS_FILE, Results, library_versions, write_results
 from das_ds.functional.vocabulary import with_mean_rows
@@ -50,6 +51,7 @@ class DomainSequence:
         config, ranks, folder, text, tracker, deepspeed_config: of the run.
         store: its checkpoints.
         requests: what this rank is asked for.
+        watch: is told where this rank stands.
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class DomainSequence:
         deepspeed_config: dict[str, Any],
         store: CheckpointStore,
         requests: StopRequests,
+        watch: Watch,
     ) -> None:
         self._config, self._ranks, self._folder, self._text, self._tracker = config, ranks, folder, text, tracker
-        self._store, self._state, self._began = store, RunState(), time.monotonic()
+        self._store, self._watch, self._state, self._began = store, watch, RunState(), time.monotonic()
         # Parameters that are born as shards cannot be given more rows.
         construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
         self._model, adapter = load_model(
@@ -90,7 +93,7 @@ class DomainSequence:
         asynchronous = config.checkpoint.asynchronous
         saver = Saver(ranks, store, self.engine.stored_shards(), about, asynchronous=asynchronous)
         self.engine.before_change = saver.wait_for_copy
-        self._boundary = Boundary(ranks, saver, requests, self._save_arguments)
+        self._boundary = Boundary(ranks, saver, requests, watch, self._save_arguments)
         self._stored: StoredTensors | None = None
         self._resumed: Manifest | None = None
 
@@ -102,9 +105,11 @@ class DomainSequence:
         """
         phases = {"evaluate": self._evaluate, "before": self._before, "train": self._train, "after": self._after}
         if manifest is not None:
-            self._load(manifest)
+            with self._watch.patient("reading a checkpoint"):
+                self._load(manifest)
         self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes if manifest else 0)
         while self._state.phase != "finished":
+            self._watch.phase(f"{self._domain_name(self._state)}, {self._state.phase}")
             try:
                 phases[self._state.phase]()
             except RewindError:
@@ -121,7 +126,8 @@ class DomainSequence:
             }
         )
         self._state = self._timed(state)
-        self._ranks.on_main(lambda: self._report(row))
+        with self._watch.patient("writing results"):
+            self._ranks.on_main(lambda: self._report(row))
         self._enter(self._state)
 
     def _before(self) -> None:
@@ -162,6 +168,7 @@ class DomainSequence:
             train,
             guard=self._guard,
             after_step=after_step,
+            at=self._watch.at,
             costs=self._boundary.take_reports,
         )
         self.engine.start_domain(train.steps_per_domain)
@@ -179,8 +186,9 @@ class DomainSequence:
         self._network.num_rows = self._text.num_rows(self._domain.name)
         self._seed(2)
         self._method.after_domain(self._domain)
-        self._prepare_new_tokens(self._domain.name)
-        self._export(self._state.domains_done, self._domain.name)
+        with self._watch.patient("exporting"):
+            self._prepare_new_tokens(self._domain.name)
+            self._export(self._state.domains_done, self._domain.name)
         done = self._state.domains_done + 1
         self._enter(self._state.model_copy(update={"phase": "evaluate", "domains_done": done, "domain_step": 0}))
 
@@ -197,6 +205,7 @@ class DomainSequence:
             self._pass_boundary(save=save)
 
     def _between_batches(self) -> None:
+        self._watch.at(f"a batch of phase {self._state.phase}", self._passes.num_batches)
         self._pass_boundary(save=self._passes.num_batches % self._config.checkpoint.every_steps == 0)
 
     def _pass_boundary(self, *, save: bool) -> None:
@@ -213,10 +222,14 @@ class DomainSequence:
             GUARD: RankState(numbers=self._guard.state().model_dump(mode="json")),
         }
 
-    def _save_arguments(self, state: RunState) -> dict[str, Any]:
+    def _domain_name(self, state: RunState) -> str:
+        """The present domain, or the last where all are done."""
         domains = self._config.domains
+        return domains[min(state.domains_done, len(domains) - 1)].name
+
+    def _save_arguments(self, state: RunState) -> dict[str, Any]:
         return {
-            "domain": domains[min(state.domains_done, len(domains) - 1)].name,
+            "domain": self._domain_name(state),
             "metrics_bytes": self._tracker.sync(),
             "wandb_run_id": stored_run_id(self._folder.root),
         }

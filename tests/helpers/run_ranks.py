@@ -48,6 +48,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             process.join()
 
 
+def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Processes that run `function(*args)` as ranks, for tests of how they end; the caller waits for and kills them."""
+    port = _free_port()
+    processes = [
+        _CONTEXT.Process(target=_lone_rank_main, args=(function, args, rank, world_size, port), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
 def _collect(results: Any, processes: list[Any], deadline: float) -> list[Any]:
     values: dict[int, Any] = {}
     while len(values) < len(processes):
@@ -68,14 +80,7 @@ def _collect(results: Any, processes: list[Any], deadline: float) -> list[Any]:
 
 
 def _rank_main(function: Callable[..., Any], args: bytes, rank: int, world_size: int, port: int, results: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+    _become_rank(rank, world_size, port)
     try:
         results.put((rank, None, _packed(function(*_unpacked(args)))))
     except BaseException:
@@ -84,6 +89,22 @@ def _rank_main(function: Callable[..., Any], args: bytes, rank: int, world_size:
     results.join_thread()
     # A peer that failed leaves collectives behind whose threads would keep this process alive.
     os._exit(0)
+
+
+def _lone_rank_main(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int) -> None:
+    _become_rank(rank, world_size, port)
+    function(*args)
+
+
+def _become_rank(rank: int, world_size: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
 
 
 def _packed(value: Any) -> bytes:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from das_ds.training.manifest import RunState
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -173,19 +172,6 @@ def test_a_run_stopped_between_domains_continues_bitwise(precision: str, zero: i
     for name in ("loss", "skipped_steps"):
         assert [line[name] for line in mine] == [line[name] for line in theirs]
     assert all((line["skipped_steps"] > 0) == (precision == "fp16") for line in mine)
-
-
-@pytest.mark.parametrize("granularity", ["unit", "parameter"])
-def test_das_continues_with_the_importance_of_the_finished_domains(granularity: str, tmp_path: Path) -> None:
-    method = {"name": "das", "importance": {"samples": 10, "granularity": granularity}}
-    whole = small_run(tmp_path, output_dir=tmp_path / "whole", method=method)
-    again = small_run(tmp_path, output_dir=tmp_path / "again", method=method)
-    expected = run_ranks(run_all, 1, [whole, again])[0][1]
-    folder = tmp_path / "again"
-    # Back to the moment after the first domain; the accumulated file already knows the second, as after a late stop.
-    RunState(domains_done=1, global_step=6, tokens_seen=6 * 8 * 16, loss_matrix=expected.loss_matrix[:2]).write(folder)
-    found = run_ranks(run_all, 1, [again])[0][0]
-    assert found.loss_matrix == expected.loss_matrix
 
 
 def test_each_domain_from_the_base_forgets_the_one_before(tmp_path: Path) -> None:

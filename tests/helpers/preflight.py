@@ -1,0 +1,126 @@
+"""Preflight checks on one process without a process group, and on real ranks of which one is not like the other."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from das_ds.config import RunConfig
+from das_ds.distributed.launch import RankInfo
+from das_ds.distributed.preflight import Peers
+from das_ds.errors import PreflightError
+from das_ds.evaluation.results import library_versions
+from das_ds.training.preflight import folder
+from das_ds.training.preflight.agreement import check_clocks, check_network, check_settings, check_versions
+from das_ds.training.preflight.corpora import check_corpora
+from das_ds.training.preflight.folder import check_folder, check_sharing
+from das_ds.training.preflight.report import Checks, Finding
+from das_ds.training.preflight.run import run_preflight
+
+TIMEOUT = timedelta(seconds=60)
+
+
+class Alone:
+    """The only rank."""
+
+    def __init__(self) -> None:
+        self.ranks = SimpleNamespace(info=RankInfo(0, 0, 1, torch.device("cpu")))
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+
+def silent_checks(peers: Any) -> Checks:
+    """Checks that print nothing."""
+    return Checks(peers, lambda finding: None)
+
+
+def preflight(values: dict[str, Any]) -> list[Finding]:
+    """All checks of a config on these ranks, none of which fails."""
+    return run_preflight(RunConfig(**values), Peers(TIMEOUT), as_json=False)
+
+
+def different_ranks(values: dict[str, Any]) -> list[Finding]:
+    """Rank 1 has another clock, library, config, DeepSpeed file, corpus and folder than rank 0."""
+    peers = Peers(TIMEOUT)
+    checks, rank, config = silent_checks(peers), peers.ranks.info.rank, RunConfig(**values)
+    check_clocks(checks, peers, lambda: time.time() + 60.0 * rank)
+    check_versions(checks, config, lambda: library_versions() | ({"torch": "9.9"} if rank else {}))
+    check_versions(checks, config.model_copy(update={"seed": rank}))
+    engine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000 + rank}}
+    check_settings(checks, config.model_copy(update={"deepspeed": engine}), peers.ranks.info.world_size)
+    one, other = config.domains[0], config.domains[1]
+    check_corpora(checks, config.model_copy(update={"domains": [other if rank else one]}))
+    folder.VISIBLE_WITHIN_S = 0.1
+    own = config.output_dir / str(rank)
+    own.mkdir(parents=True)
+    check_sharing(checks, own, peers)
+    assert not list(own.iterdir())
+    return checks.findings
+
+
+def failing_rank(values: dict[str, Any]) -> list[Finding]:
+    """Rank 1 cannot rename, and its sums are wrong; then no rank can talk over the run's backend at all."""
+    peers = Peers(TIMEOUT)
+    checks, rank, config = silent_checks(peers), peers.ranks.info.rank, RunConfig(**values)
+    rename, all_reduce = os.replace, dist.all_reduce
+
+    def cannot_rename(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
+
+    def wrong_sum(tensor: torch.Tensor, **options: Any) -> Any:
+        work = all_reduce(tensor, **options)
+        work.wait()
+        tensor += 1.0
+        return work
+
+    def broken(tensor: torch.Tensor, **options: Any) -> Any:
+        raise RuntimeError("no route to host\nframe #0")
+
+    try:
+        if rank == 1:
+            os.replace, dist.all_reduce = cannot_rename, wrong_sum
+        check_folder(checks, config, peers)
+        check_network(checks, peers)
+        dist.all_reduce = broken
+        check_network(checks, peers)
+    finally:
+        os.replace, dist.all_reduce = rename, all_reduce
+    return checks.findings
+
+
+def rank_without_backend(timeout: float) -> list[Finding]:
+    """Rank 1 cannot talk over the run's backend, so rank 0 waits for it there in vain."""
+    peers = Peers(timedelta(seconds=timeout))
+    checks, all_reduce = silent_checks(peers), dist.all_reduce
+
+    def broken(tensor: torch.Tensor, **options: Any) -> Any:
+        raise RuntimeError("no route to host")
+
+    try:
+        if peers.ranks.info.rank == 1:
+            dist.all_reduce = broken
+        check_network(checks, peers)
+    finally:
+        dist.all_reduce = all_reduce
+    return checks.findings
+
+
+def preflight_and_error(values: dict[str, Any]) -> str:
+    """What `run_preflight` raises on this rank."""
+    try:
+        preflight(values)
+    except PreflightError as error:
+        return str(error)
+    return ""

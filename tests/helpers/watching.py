@@ -1,0 +1,122 @@
+"""Ranks in a loop of collectives under a watch, one of which does something bad."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from das_ds.distributed.agreement import Agreement, Flags
+from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.launch import Ranks, leave
+from das_ds.distributed.watch import LostPeerError, Watch
+from helpers.run_ranks import start_ranks
+from helpers.waiting import until
+
+HANG_TIMEOUT = 5.0
+BAD_STEP = 7
+EXIT_LOST = 3
+
+
+def exit_codes(folder: Path, what: str, bad_rank: int, world_size: int = 2) -> list[int | None]:
+    """Exit codes of ranks of which one misbehaves; None: still there a minute later. Errors are in `errors-<rank>`."""
+    processes = start_ranks(steps, world_size, folder, what, bad_rank)
+    deadline = time.monotonic() + 60
+    try:
+        for rank, process in enumerate(processes):
+            # A rank that is stopped, or keeps Python's lock, is left for the launcher to kill.
+            if what not in ("stop", "lock") or rank != bad_rank:
+                process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def suspended_exit_codes(folder: Path) -> list[int | None]:
+    """Exit codes of two ranks that are suspended together for longer than the hang timeout, and then go on."""
+    processes = start_ranks(steps, 2, folder, "patience", 0)
+    try:
+        until(lambda: all((folder / f"started-{rank}").exists() for rank in range(2)), 60.0)
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(HANG_TIMEOUT + 4.0)
+        for process in processes:
+            os.kill(process.pid, signal.SIGCONT)
+        for process in processes:
+            process.join(60.0)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def steps(folder: Path, what: str, bad_rank: int) -> None:
+    """Twenty steps, in the seventh of which `bad_rank` misbehaves."""
+    rank = int(os.environ["RANK"])
+    os.dup2(os.open(folder / f"errors-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    ranks = Ranks()
+    agreement = Agreement(ranks)
+    try:
+        with Watch(ranks, HANG_TIMEOUT, folder) as watch:
+            watch.phase("food")
+            (folder / f"started-{rank}").touch()
+            for step in range(1, 21):
+                watch.at("reading a batch", step)
+                watch.at("forward and backward", step)
+                if step == BAD_STEP and rank == bad_rank:
+                    misbehave(what, watch)
+                all_reduce_sum(torch.ones(1))
+                agreement.exchange(Flags())
+            agreement.settle()
+    except LostPeerError as error:
+        os.write(2, f"lost: {error}\n".encode())
+        leave(EXIT_LOST)
+    ranks.close()
+
+
+def misbehave(what: str, watch: Watch) -> None:
+    """Sleep for ever, be stopped or killed, keep Python's lock, fail, or be slow where that is allowed."""
+    # The others know where this rank stands from what it says once in a while.
+    time.sleep(1.5)
+    if what == "sleep":
+        sleep_for_ever()
+    elif what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "lock":
+        # A function called through PyDLL keeps the lock.
+        ctypes.PyDLL(None).sleep(600)
+    elif what == "fail":
+        raise ValueError("no such thing")
+    else:
+        assert what == "patience"
+        with watch.patient("exporting"):
+            time.sleep(1.5 * HANG_TIMEOUT)
+
+
+def sleep_for_ever() -> None:
+    """Hang outside any collective."""
+    while True:
+        time.sleep(1.0)
+
+
+def agreed_flags() -> dict[str, Any]:
+    """What a rank reads at each boundary: rank 1 asks for a save at the second, rank 0 for a stop at the third."""
+    ranks = Ranks()
+    rank, agreement = ranks.info.rank, Agreement(ranks)
+    last = ranks.info.world_size - 1
+    reported = [Flags(), Flags(save=rank == last, writing=rank == 0), Flags(stop=rank == 0), Flags(failed=rank == last)]
+    read = [agreement.exchange(flags) for flags in reported]
+    settled = [agreement.settle(), agreement.settle(), agreement.exchange(Flags())]
+    agreement.settle()
+    reasons = [agreement.reasons(text) for text in ("SIGTERM" if rank == 0 else None, "the same", f"own {rank}")]
+    return {"read": read, "settled": settled, "reasons": reasons}
