@@ -22,7 +22,7 @@ STOP_AT = (TRAINING, f"train {DOMAINS[1]}", 15)
 TARGETS = (NEWEST, NEWEST_TWO, ALL, NEWEST, OLDER, NEWEST)
 PROBLEM = "not whole"
 """What a warning about a damaged checkpoint says of it."""
-MOST_SECONDS = 120.0
+MOST_SECONDS = 150.0
 POLL = 0.001
 
 

@@ -42,7 +42,7 @@ def job_settings(zero_stage: int, granularity: str) -> dict[str, Any]:
         "evaluation": {"batch_size": 1, "max_sequences": 24},
         "deepspeed": {"zero_optimization": {"stage": zero_stage}},
         "checkpoint": {"every_steps": EVERY_STEPS, "keep": 3, "asynchronous": True},
-        "run": {"hang_timeout": 30},
+        "run": {"hang_timeout": 20},
         "wandb": {"mode": "disabled"},
     }
 

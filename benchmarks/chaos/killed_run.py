@@ -12,7 +12,7 @@ from benchmarks.chaos.track import checkpoints_of, first_batch, unfinished_check
 from benchmarks.chaos.trail import START, Mark, Trail
 from benchmarks.chaos.undisturbed import Undisturbed
 
-MOST_SECONDS = 120.0
+MOST_SECONDS = 150.0
 POLL = 0.0005
 
 
