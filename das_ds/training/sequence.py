@@ -41,6 +41,7 @@ from das_ds.training.run_folder import RunFolder
 from das_ds.training.text import RunText
 
 ENGINE, METHOD, GENERATORS, PASSES, TRAINER, GUARD = "engine", "method", "generators", "passes", "trainer", "guard"
+TEXT = "text"
 """Parts of a checkpoint."""
 
 
@@ -200,7 +201,7 @@ class DomainSequence:
         if state.phase == "finished" or not state.global_step:
             # Whoever finds lines of metrics without a checkpoint knows that checkpoints were lost.
             self._boundary.settle()
-            self._boundary.save(self._timed(state), self._parts())
+            self._boundary.save(state, self._parts())
         else:
             self._pass_boundary(save=save)
 
@@ -219,6 +220,7 @@ class DomainSequence:
             GENERATORS: RankState(local=random_state()),
             PASSES: self._passes.state(),
             TRAINER: RankState() if self._trainer is None else self._trainer.state(),
+            TEXT: RankState(numbers=self._text.fingerprints),
             GUARD: RankState(numbers=self._guard.state().model_dump(mode="json")),
         }
 
@@ -245,6 +247,7 @@ class DomainSequence:
             self.engine.shards(),
         )
         self._resumed, self._state, self._began = manifest, manifest.run, time.monotonic()
+        self._text.check_unchanged(self._part(TEXT).numbers)
         self.engine.load_weights(self._part(ENGINE))
         self._method.load_state(self._part(METHOD))
         self._passes.load(self._part(PASSES), self._part(GENERATORS).local(), info.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from das_ds.data.loader import (
 from das_ds.data.objectives import Objective, make_objective
 from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
 from das_ds.distributed.launch import RankInfo
+from das_ds.errors import RunFolderError
 from das_ds.functional.sampling import subset_indices
 from das_ds.models.loading import embedding_rows, load_tokenizer
 from das_ds.models.vocabulary import Vocabulary
@@ -46,6 +48,28 @@ class RunText:
     def num_rows(self, corpus: str) -> int | None:
         """Rows of the vocabulary that this corpus is read with; None: all that there are."""
         return None if self.vocabulary is None else self.vocabulary.rows(corpus)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, list[str]]:
+        """Corpus -> what its tokens were made of (text and tokeniser), training and held-out part."""
+        parts = {name: [blocks.train, blocks.valid] for name, blocks in self.blocks.items()}
+        return {
+            name: [part.token_file.path.parent.name for part in both if part is not None]
+            for name, both in parts.items()
+        }
+
+    def check_unchanged(self, saved: dict[str, list[str]]) -> None:
+        """Compare with the text that a run was saved with.
+
+        Raises:
+            RunFolderError: a corpus, or the tokens it is read with, changed since.
+        """
+        changed = [name for name, parts in saved.items() if self.fingerprints.get(name) != parts]
+        if changed:
+            raise RunFolderError(
+                f"{self.config.output_dir}: the text or the tokens of {', '.join(changed)} changed since the run was "
+                "saved; put files and data.add_tokens back as they were or use another folder"
+            )
 
     def training_steps(self, corpus: str, first_step: int = 0) -> Iterator[list[Batch]]:
         """One list of micro-batches per optimizer step."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from das_ds.durable import write_checked_json
 from das_ds.errors import RunFolderError, TrainingError
 from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, read_results, write_results
 
@@ -22,7 +23,7 @@ def test_file_has_the_fixed_keys_and_numbers(make_results: ResultsMaker, tmp_pat
     write_results(make_results(), tmp_path / RESULTS_FILE)
     content = json.loads((tmp_path / RESULTS_FILE).read_text())
     assert {key: content[key] for key in ("format_version", "complete", "method")} == {
-        "format_version": 1,
+        "format_version": 2,
         "complete": True,
         "method": "das",
     }
@@ -98,19 +99,16 @@ def test_a_folder_that_cannot_be_written_is_named(make_results: ResultsMaker, tm
         write_results(make_results(), tmp_path / "missing" / RESULTS_FILE)
 
 
-def change(content: dict[str, Any], **changes: Any) -> str:
-    return json.dumps({**content, **changes})
+def change(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**content, **changes}
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: "{", "is not JSON"),
-        (lambda content: "\xff", "is not JSON"),
-        (lambda content: "[]", "found format_version None, expected 1"),
-        (lambda content: change(content, format_version=2), "found format_version 2, expected 1"),
+        (lambda content: change(content, format_version=1), "found format_version 1, expected 2"),
         (lambda content: change(content, method=None), "is no results file of das_ds: method: "),
-        (lambda content: json.dumps({"format_version": 1}), "complete: Field required.*versions: Field required"),
+        (lambda content: {"format_version": 2}, "complete: Field required.*versions: Field required"),
         (lambda content: change(content, extra=1), "extra: Extra inputs"),
         (lambda content: change(content, eval_domains=["acl"] * 4), "must be the domains in order"),
         (lambda content: change(content, loss_matrix=[[1.0]]), "at most 4 rows of 4 numbers"),
@@ -118,13 +116,29 @@ def change(content: dict[str, Any], **changes: Any) -> str:
     ],
 )
 def test_a_damaged_file_is_named_with_its_fault(
-    make_results: ResultsMaker, tmp_path: Path, damage: Callable[[dict[str, Any]], str], message: str
+    make_results: ResultsMaker, tmp_path: Path, damage: Callable[[dict[str, Any]], dict[str, Any]], message: str
 ) -> None:
     path = tmp_path / RESULTS_FILE
-    path.write_text(damage(make_results().model_dump()), encoding="latin-1")
+    write_checked_json(path, damage(make_results().model_dump()))
     with pytest.raises(RunFolderError, match=message) as caught:
         read_results(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"format_version": 2}'])
+def test_a_file_that_is_no_results_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / RESULTS_FILE
+    path.write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"is no JSON object with a sha256.*expected the results of a run"):
+        read_results(path)
+
+
+def test_a_number_that_was_altered_is_noticed(make_results: ResultsMaker, tmp_path: Path) -> None:
+    path = tmp_path / RESULTS_FILE
+    write_results(make_results(), path)
+    path.write_text(path.read_text().replace("1234567", "1234568"))
+    with pytest.raises(RunFolderError, match=r"was altered: its sha256 differs"):
+        read_results(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

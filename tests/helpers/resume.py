@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from das_ds.training.run import run_sequence
 from helpers.half import allow_fp16_on_cpu
 from helpers.runs import metrics_lines
 
+MOST_BREAKS = 100
 Place = tuple[str, int, int]
 """Phase, domains done, step."""
 
@@ -31,25 +33,35 @@ def run_in_pieces(values: dict[str, Any], limit: int) -> tuple[Results, list[Pla
     """Every start breaks off at its boundary number `limit` until one comes to the end; where each of them stood."""
     allow_fp16_on_cpu()
     ranks, config, breaks = Ranks(), RunConfig(**values), list[Place]()
-    pass_by = Boundary.pass_by
-    while True:
-        passed = 0
+    while len(breaks) < MOST_BREAKS:
+        with suppress(BrokenOffError):
+            return _limited_run(config, ranks, limit, breaks), breaks
+    raise AssertionError(f"no progress: {breaks[-5:]}")
 
-        def limited(self: Boundary, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
-            nonlocal passed
-            pass_by(self, run, parts, save=save)
-            passed += 1
-            if passed == limit:
-                breaks.append((run.phase, run.domains_done, run.domain_step))
-                raise BrokenOffError
 
-        Boundary.pass_by = limited  # type: ignore[method-assign]
-        try:
-            return run_sequence(config, ranks), breaks
-        except BrokenOffError:
-            assert len(breaks) < 100, f"no progress: {breaks[-5:]}"
-        finally:
-            Boundary.pass_by = pass_by  # type: ignore[method-assign]
+def _limited_run(config: RunConfig, ranks: Ranks, limit: int, breaks: list[Place]) -> Results:
+    pass_by, passed = Boundary.pass_by, 0
+
+    def limited(self: Boundary, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
+        nonlocal passed
+        pass_by(self, run, parts, save=save)
+        passed += 1
+        if passed == limit:
+            breaks.append((run.phase, run.domains_done, run.domain_step))
+            raise BrokenOffError
+
+    Boundary.pass_by = limited  # type: ignore[method-assign]
+    try:
+        return run_sequence(config, ranks)
+    finally:
+        Boundary.pass_by = pass_by  # type: ignore[method-assign]
+
+
+def break_off(values: dict[str, Any], limit: int) -> None:
+    """One start that breaks off at boundary number `limit`."""
+    allow_fp16_on_cpu()
+    with suppress(BrokenOffError):
+        _limited_run(RunConfig(**values), Ranks(), limit, [])
 
 
 def assert_same_run(mine: Path, theirs: Path) -> None:

@@ -66,7 +66,7 @@ def test_damaged_missing_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(ImportanceError, match="cannot read importance"):
         load_unit_importance(path, layout)
     save_file({"head": torch.zeros(2, 3)}, path)
-    with pytest.raises(ImportanceError, match="importance format None, this version reads '2'"):
+    with pytest.raises(ImportanceError, match="importance format None, this version reads '3'"):
         load_unit_importance(path, layout)
 
 

@@ -52,7 +52,7 @@ class Recorder(Sink):
     def log_picture(self, name: str, path: Path) -> None:
         self.calls.append(("picture", name, path))
 
-    def truncate_after(self, global_step: int) -> None:
+    def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
         self.calls.append(("truncate", global_step))
 
     def close(self, exit_code: int = 0) -> None:
