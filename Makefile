@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 MATRIX := .matrix.json
-BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction
+BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction checkpoint
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-gpu test-slow matrix bench lint format
+.PHONY: setup demo demo-clm test test-gpu test-slow matrix bench chaos lint format
 
 setup: $(STAMP)
 
@@ -45,6 +45,9 @@ matrix: setup
 
 bench: setup
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+chaos: setup
+	$(BIN)/python -m benchmarks.chaos
 
 lint: setup
 	$(BIN)/ruff check .

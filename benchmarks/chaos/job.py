@@ -1,0 +1,71 @@
+"""The small job of the chaos runs: three domains, das with dropout on two ranks, checkpoints all the time."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
+
+DOMAINS = ("food", "papers", "pubmed")
+EVERY_STEPS = 4
+LINES = 120
+
+
+def job_settings(zero_stage: int, granularity: str) -> dict[str, Any]:
+    """All of the run config but its text and its folders."""
+    return {
+        "model": {
+            "config": {
+                "model_type": "roberta",
+                "hidden_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "intermediate_size": 96,
+                "max_position_embeddings": 40,
+            }
+        },
+        # Two micro-steps per step. Steps logged, steps saved and steps of a domain have no common divisor: the run dies
+        # with half an average of losses.
+        "train": {
+            "steps_per_domain": 25,
+            "global_batch_size": 16,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "log_every": 3,
+        },
+        "method": {"name": "das", "importance": {"samples": 160, "granularity": granularity}},
+        "evaluation": {"batch_size": 1, "max_sequences": 24},
+        "deepspeed": {"zero_optimization": {"stage": zero_stage}},
+        "checkpoint": {"every_steps": EVERY_STEPS, "keep": 3, "asynchronous": True},
+        "run": {"hang_timeout": 20},
+        "wandb": {"mode": "disabled"},
+    }
+
+
+def write_job(folder: Path, settings: dict[str, Any]) -> Path:
+    """Text, tokeniser and run config in `folder`; returns the config, whose output_dir is to be overridden."""
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    corpora = {name: _corpus(folder / f"{name}.txt", seed) for seed, name in enumerate((*DOMAINS, "general"))}
+    values = settings | {
+        "output_dir": str(folder / "run"),
+        "domains": [{"name": name, "train": [corpora[name]], "valid_fraction": 0.15} for name in DOMAINS],
+        "general": {"name": "general", "valid": [corpora["general"]]},
+        "data": {"sequence_length": 24, "tokenizer": str(folder / "tokenizer"), "cache_dir": str(folder / "cache")},
+    }
+    path = folder / "chaos.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def _corpus(path: Path, seed: int) -> str:
+    # Sentences of some words that the corpora share: domains differ, and yet each helps the others.
+    generator = random.Random(seed)
+    words = generator.sample(TEXT.split(), 60)
+    lines = [" ".join(generator.choices(words, k=14)) for _ in range(LINES)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)

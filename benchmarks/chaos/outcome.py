@@ -1,0 +1,61 @@
+"""What a finished run has left behind, as digests by name, so that two runs can be compared bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from das_ds.durable import checksum
+from das_ds.tracking.names import MEASURED, METRICS_FILE
+
+TIMED = ("wall_seconds", "sha256")
+"""Fields of results.json that differ from run to run: the time, and the checksum of all fields."""
+
+
+def outcome(run: Path) -> dict[str, str]:
+    """Name -> digest of all that a run is for: exported models, importance, results, metrics.
+
+    Tensors are compared one by one, since the header of a safetensors file has no fixed order. Pictures and the report
+    are made of the results.
+    """
+    files = sorted(run.glob("domains/**/*")) + sorted(run.glob("*.safetensors"))
+    found: dict[str, str] = {}
+    for path in (file for file in files if file.is_file()):
+        name = path.relative_to(run).as_posix()
+        if path.suffix == ".safetensors":
+            found |= {f"{name}: {key}": digest for key, digest in _tensors(path)}
+        elif path.name != "SHA256SUMS":
+            found[name] = checksum(path)
+    results = json.loads(_text(run / "results.json") or "{}")
+    found |= {f"results.json: {key}": json.dumps(value) for key, value in results.items() if key not in TIMED}
+    return found | {f"{METRICS_FILE}: {line}": text for line, text in enumerate(_metrics(run / METRICS_FILE), start=1)}
+
+
+def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+    """Names that one of two outcomes lacks, or that differ."""
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str]]:
+    """Digests of the tensors of a safetensors file (type, shape and bytes) and of its metadata."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8:start]).items():
+        if name == "__metadata__":
+            yield name, json.dumps(entry, sort_keys=True)
+            continue
+        begin, end = entry["data_offsets"]
+        digest = hashlib.sha256(content[start + begin : start + end]).hexdigest()
+        yield name, f"{entry['dtype']} {entry['shape']} {digest}"
+
+
+def _metrics(path: Path) -> Iterator[str]:
+    for line in _text(path).splitlines():
+        yield json.dumps({name: value for name, value in json.loads(line).items() if name not in MEASURED})
+
+
+def _text(path: Path) -> str:
+    """Content of a file; nothing where a run that failed has not written it."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""

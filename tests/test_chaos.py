@@ -1,0 +1,95 @@
+"""The parts of `make chaos` that decide whether a run is equal and a checkpoint damaged."""
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.chaos.corruptions import CORRUPTIONS
+from benchmarks.chaos.outcome import differences, outcome
+from benchmarks.chaos.track import Track
+from benchmarks.chaos.trail import EVALUATION, START, TRAINING, Mark, Trail
+
+
+def finished_run(folder: Path) -> Path:
+    """The files of a run that are compared."""
+    model = folder / "domains" / "00_food" / "model"
+    model.mkdir(parents=True)
+    save_file({"weight": torch.arange(6.0), "bias": torch.zeros(2)}, model / "model.safetensors", {"format": "pt"})
+    (model / "config.json").write_text("{}")
+    save_file({"head": torch.ones(3)}, folder / "importance.safetensors")
+    (folder / "results.json").write_text(json.dumps({"loss_matrix": [[1.5]], "wall_seconds": 7.0}))
+    lines = [{"global_step": 3, "loss": 2.0, "tokens_per_s": 10.0}, {"global_step": 6, "loss": 1.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda run: flip(run / "domains/00_food/model/model.safetensors", -1), "domains/00_food/model/model.saf"),
+        (lambda run: flip(run / "importance.safetensors", -1), "importance.safetensors: head"),
+        (lambda run: (run / "domains/00_food/model/config.json").write_text("{ }"), "domains/00_food/model/config"),
+        (lambda run: (run / "importance.safetensors").unlink(), "importance.safetensors: head"),
+        (lambda run: (run / "results.json").write_text('{"loss_matrix": [[1.25]]}'), "results.json: loss_matrix"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"global_step": 3, "loss": 2.0}\n'), "metrics.jsonl: 2"),
+    ],
+)
+def test_a_difference_is_found_and_named(tmp_path: Path, change, named: str) -> None:  # type: ignore[no-untyped-def]
+    expected, run = outcome(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
+    change(run)
+    found = differences(expected, outcome(run))
+    assert len(found) == 1 and found[0].startswith(named)
+
+
+def test_time_is_no_difference(tmp_path: Path) -> None:
+    expected, run = outcome(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
+    (run / "results.json").write_text(json.dumps({"loss_matrix": [[1.5]], "wall_seconds": 9.0}))
+    metrics = (run / "metrics.jsonl").read_text().replace('"tokens_per_s": 10.0', '"tokens_per_s": 3.0')
+    (run / "metrics.jsonl").write_text(metrics.replace('"loss": 1.0', '"loss": 1.0, "checkpoint_stall_s": 0.1'))
+    assert not differences(expected, outcome(run))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("corrupt", CORRUPTIONS)
+def test_every_corruption_alters_the_checkpoint(tmp_path: Path, corrupt, seed: int) -> None:  # type: ignore[no-untyped-def]
+    for name, content in (("manifest.json", '{"files": {"a": 12}}'), ("a", "twelve bytes"), ("b", "others")):
+        (tmp_path / name).write_text(content)
+    before = contents(tmp_path)
+    assert corrupt(tmp_path, Random(seed))
+    assert contents(tmp_path) != before
+    if (tmp_path / "manifest.json").exists():
+        json.loads((tmp_path / "manifest.json").read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_trail_is_read_back(tmp_path: Path) -> None:
+    trail = Trail(tmp_path / "trail")
+    assert trail.last() is None
+    trail.add(START, "start")
+    trail.add(TRAINING, "train food", 4)
+    assert [mark.spot for mark in trail.marks()] == [(START, "start", 0), (TRAINING, "train food", 4)]
+    assert trail.last() == trail.marks()[-1]
+    trail.close()
+
+
+def test_what_is_lost_is_counted_from_where_the_run_resumed() -> None:
+    evaluation = [Mark(1.0 + n, EVALUATION, "evaluate food", n) for n in range(2)]
+    training = [Mark(3.0 + n, TRAINING, "train food", n) for n in range(3)]
+    track = Track([Mark(0.0, START, "start", 0), *evaluation, *training], save_seconds=0.0)
+    assert track.lost(training[2].spot, training[1].spot) == (2, 0)
+    assert track.lost(training[0].spot, evaluation[1].spot) == (1, 1)
+    assert track.lost(training[0].spot, training[1].spot) == (0, 0)
+    assert track.is_first(evaluation[0]) and not track.is_first(training[0])
