@@ -117,6 +117,10 @@ class Saver:
         with self._stalling():
             self._writer.wait_for_copy()
 
+    def close(self) -> None:
+        """Return when what is no longer kept is gone."""
+        self._store.wait_for_removals()
+
     def publish(self) -> SaveReport:
         """Wait for all ranks' files and make the checkpoint visible.
 

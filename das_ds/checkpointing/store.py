@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from das_ds.checkpointing.manifest import FileRecord, Manifest, read_manifest
@@ -32,6 +33,8 @@ class CheckpointStore:
         self.folder = root / FOLDER
         self._keep = keep
         self._ends: dict[str, bool] = {}
+        # Removing gigabytes takes a while, which training need not wait for.
+        self._remover = ThreadPoolExecutor(1)
 
     def names(self) -> list[str]:
         """Checkpoints from the oldest to the newest, whole or not."""
@@ -83,6 +86,10 @@ class CheckpointStore:
         logger.warning("checkpoint %s is not whole and is left out: %s", name, "; ".join(reasons))
         os.replace(self.folder / name, self.folder / f"{name}{BROKEN}")
 
+    def wait_for_removals(self) -> None:
+        """Return when what is no longer kept is gone."""
+        self._remover.submit(lambda: None).result()
+
     def problems(self, name: str, manifest: Manifest, part: Callable[[int], bool]) -> list[str]:
         """What is wrong with those files of a checkpoint whose number `part` picks."""
         records = [item for number, item in enumerate(sorted(manifest.files.items())) if part(number)]
@@ -94,7 +101,7 @@ class CheckpointStore:
                 # Renamed first: a removal that is interrupted must not leave half a checkpoint under its name.
                 gone = self.partial(name)
                 os.replace(self.folder / name, gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                self._remover.submit(shutil.rmtree, gone, ignore_errors=True)
 
     def _is_end(self, name: str) -> bool:
         if name not in self._ends:

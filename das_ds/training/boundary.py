@@ -85,6 +85,7 @@ class Boundary:
         """Wait for a checkpoint that is being written."""
         if self._saver.is_open:
             self._publish()
+        self._saver.close()
         self._agreement.settle()
 
     def take_reports(self) -> dict[str, float]:

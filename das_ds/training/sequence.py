@@ -115,6 +115,7 @@ class DomainSequence:
                 phases[self._state.phase]()
             except RewindError:
                 self._rewind()
+        self._boundary.settle()
         return results_of(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)
 
     def _evaluate(self) -> None:

@@ -53,6 +53,7 @@ def test_the_newest_and_the_end_of_every_domain_are_kept(tmp_path: Path) -> None
     for number in range(5, 9):
         save(store, f"{number:06d}_papers_train_{number}", phase="train", domains_done=1)
     assert store.names() == ["000004_food_before_0", "000007_papers_train_7", "000008_papers_train_8"]
+    store.wait_for_removals()
     assert sorted(path.name for path in store.folder.iterdir()) == store.names()
 
 
