@@ -61,11 +61,13 @@ class Ranks:
         # On CPU DeepSpeed would compile its shared-memory all-reduce at the first start, guarded by a lock file that a
         # killed process leaves behind and every later start waits for; gloo needs no compiler and no lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         if not dist.is_initialized():
-            options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
             deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **options)
         self.info = RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
-        self._patient_group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+        # Ranks that start together meet soon; only what they wait for later may take any time.
+        self._patient_group = dist.new_group(backend="gloo", **options)
+        dist.distributed_c10d._set_pg_timeout(PREPARATION_TIMEOUT, self._patient_group)
 
     def first_main_then_others(self, prepare: Callable[[], T]) -> T:
         """Run `prepare` on rank 0, then on the first rank of each node, then everywhere; all wait for each other.

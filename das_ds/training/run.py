@@ -30,11 +30,11 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
         StoppedError: the run was asked to stop and is saved.
     """
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    folder = ranks.first_main_then_others(lambda: open_run_folder(config))
-    store = CheckpointStore(folder.root, config.checkpoint.keep)
-    watch = Watch(ranks, config.run.hang_timeout, folder.root)
-    with watch, StopRequests(folder.root, config.run.stop_signals) as requests:
-        with watch.patient("checking checkpoints"):
+    watch = Watch(ranks, config.run.hang_timeout, config.output_dir)
+    with watch, StopRequests(config.output_dir, config.run.stop_signals) as requests:
+        with watch.patient("opening the run folder"):
+            folder = ranks.first_main_then_others(lambda: open_run_folder(config))
+            store = CheckpointStore(folder.root, config.checkpoint.keep)
             manifest = newest_whole(store, ranks)
         ranks.on_main(lambda: _check_folder(folder, manifest))
         if manifest is not None and manifest.run.phase == "finished":

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from das_ds.config import RunConfig
 from das_ds.config_io import config_differences, dump_config, load_config
+from das_ds.distributed.stopping import SAVE_FILE, STOP_FILE
 from das_ds.errors import RunFolderError
 
+PROBE = ".preflight-"
+"""Beginning of the names of what a preflight writes for a moment."""
 CONFIG_FILE = "config.yaml"
 
 
@@ -43,7 +46,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         root.mkdir(parents=True, exist_ok=True)
         if recorded.exists():
             _check_same_run(config, recorded)
-        elif any(root.iterdir()):
+        elif not all(_may_come_first(path) for path in root.iterdir()):
             raise RunFolderError(
                 f"output_dir: {root} is not empty and holds no run (no {CONFIG_FILE}); use another folder"
             )
@@ -52,6 +55,11 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     except OSError as error:
         raise RunFolderError(f"output_dir: cannot write to {root}: {error.strerror or error}") from error
     return RunFolder(root)
+
+
+def _may_come_first(path: Path) -> bool:
+    """What a user asks for before the run begins, and what a preflight that was killed leaves behind."""
+    return path.name in (STOP_FILE, SAVE_FILE) or path.name.startswith(PROBE)
 
 
 def _check_same_run(config: RunConfig, recorded: Path) -> None:

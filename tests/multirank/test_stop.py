@@ -75,9 +75,6 @@ def test_the_file_save_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_a_stop_before_training_loses_nothing(tmp_path: Path) -> None:
     values, folder = run(tmp_path, "run"), tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("")
-    (folder / "config.yaml").unlink()
     processes = start_training(values, tmp_path, 2)
     wait_until((folder / "config.yaml").exists, "the run folder")
     (folder / "STOP").touch()

@@ -15,9 +15,8 @@ from das_ds.durable import sync
 from das_ds.errors import PreflightError
 from das_ds.functional.sizes import Granularity, ModelSize, checkpoint_bytes, domain_bytes, importance_bytes
 from das_ds.training.preflight.report import Checks, readable
-from das_ds.training.run_folder import open_run_folder
+from das_ds.training.run_folder import PROBE, open_run_folder
 
-PROBE = ".preflight-"
 VISIBLE_WITHIN_S = 10.0
 """Network file systems may show other nodes' files a little later."""
 
