@@ -44,6 +44,8 @@ class LoraConfig(Section):
     """Dropout on what enters the adapters."""
     target_modules: list[str] = []
     """Modules by the end of their name, such as query or attention.output.dense; empty: all that units own."""
+    initial: str | None = None
+    """Adapter folder of an earlier run over the same network to begin with; null: a fresh adapter."""
 
 
 class UnitCountsConfig(Section):

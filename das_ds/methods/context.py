@@ -49,7 +49,6 @@ def build_context(
     ranks: Ranks,
     *,
     exact: dict[str, Slice] | None = None,
-    lora_weights: Path | None = None,
 ) -> RunContext:
     """Put a network under an engine, with LoRA where the config asks for it.
 
@@ -58,7 +57,6 @@ def build_context(
         deepspeed_config: merged DeepSpeed settings.
         ranks: the process group.
         exact: see `Engine`.
-        lora_weights: folder of LoRA weights to continue from.
 
     Raises:
         ConfigError: LoRA that does not fit the network, or without peft; documents are to be isolated, and the network
@@ -68,7 +66,8 @@ def build_context(
     layout, lora = adapter.layout(model), None
     if config.model.lora is not None:
         lora = Lora.plan(model, layout, config.model.lora)
-        lora.attach(model, seed=config.seed, weights=lora_weights)
+        initial = config.model.lora.initial
+        lora.attach(model, seed=config.seed, weights=Path(initial) if initial else None)
         layout = lora.layout(layout)
     # Not earlier: LoRA wraps the modules that have gates.
     gates = UnitGates(model, adapter)

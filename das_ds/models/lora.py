@@ -61,7 +61,7 @@ class Lora:
         Args:
             model: the network, changed in place.
             seed: seed of A.
-            weights: folder of saved adapters to continue from.
+            weights: folder of saved adapters to begin with.
 
         Raises:
             ConfigError: peft is not installed.

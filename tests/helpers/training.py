@@ -91,7 +91,7 @@ def run_config(output_dir: Path, **changes: Any) -> RunConfig:
     return RunConfig(**values)
 
 
-def build(config: RunConfig, ranks: Ranks, *, lora_weights: Path | None = None, **model_changes: Any) -> RunContext:
+def build(config: RunConfig, ranks: Ranks, **model_changes: Any) -> RunContext:
     """Engine, layout and gates over a tiny model."""
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
@@ -100,7 +100,7 @@ def build(config: RunConfig, ranks: Ranks, *, lora_weights: Path | None = None, 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     adapter = adapter_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    return build_context(config, model, adapter, deepspeed_config, ranks, lora_weights=lora_weights)
+    return build_context(config, model, adapter, deepspeed_config, ranks)
 
 
 def no_text_domain(folder: Path) -> DomainContext:

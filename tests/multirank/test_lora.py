@@ -59,7 +59,10 @@ def configs(folder: Path, world_size: int, stage: int, precision: str = "fp32") 
     return [
         run_config(
             folder,
-            model={"lora": LORA.model_dump(), "gradient_checkpointing": stage == 3},
+            model={
+                "lora": {**LORA.model_dump(), "initial": str(folder / "adapter")},
+                "gradient_checkpointing": stage == 3,
+            },
             train={**small.train.model_dump(), **train, "precision": precision},
             deepspeed={"zero_optimization": {"stage": stage}},
             method={"softmask": softmask, "importance": {"initial": str(folder / "importance.safetensors")}},
@@ -70,8 +73,7 @@ def configs(folder: Path, world_size: int, stage: int, precision: str = "fp32") 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (2, 1), (2, 2), (3, 2)])
 def test_adapters_after_five_steps_equal_the_written_out_network(stage: int, world_size: int, tmp_path: Path) -> None:
-    options = {**NO_DROPOUT, "lora_weights": tmp_path / "adapter"}
-    results = run_ranks(train_all, world_size, configs(tmp_path, world_size, stage), steps(), options)
+    results = run_ranks(train_all, world_size, configs(tmp_path, world_size, stage), steps(), NO_DROPOUT)
     for setting, (weights, lines) in enumerate(results[0]):
         expected = reference(setting)
         assert relative_difference(weights, dict(expected.model.named_parameters())) <= 1e-5
@@ -82,8 +84,7 @@ def test_adapters_after_five_steps_equal_the_written_out_network(stage: int, wor
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_bf16_keeps_what_full_units_own_still(stage: int, tmp_path: Path) -> None:
-    options = {**NO_DROPOUT, "lora_weights": tmp_path / "adapter"}
-    (update, *_) = run_ranks(train_all, 2, configs(tmp_path, 2, stage, "bf16")[:1], steps(), options)[0]
+    (update, *_) = run_ranks(train_all, 2, configs(tmp_path, 2, stage, "bf16")[:1], steps(), NO_DROPOUT)[0]
     weights, lines = update
     assert [line["loss/mlm"] for line in lines] == pytest.approx(reference(0).mlm_losses, rel=0.03)
     model = tiny_model()
