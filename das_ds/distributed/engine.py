@@ -159,9 +159,10 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
-        self.before_change()
-        if self._gradient_mask is not None and not self._is_measuring:
-            self._gradient_mask.apply()
+        if not self._is_measuring:
+            self.before_change()
+            if self._gradient_mask is not None:
+                self._gradient_mask.apply()
         norm = self._unsharded_norm()
         refuse = refuse or (norm is not None and not bool(norm.isfinite()))
         with self._optimizer.muted() if refuse else nullcontext():

@@ -68,7 +68,8 @@ class DomainSequence:
         watch: Watch,
     ) -> None:
         self._config, self._ranks, self._folder, self._text, self._tracker = config, ranks, folder, text, tracker
-        self._store, self._watch, self._state, self._began = store, watch, RunState(), time.monotonic()
+        self._store, self._watch, self._state = store, watch, RunState()
+        self._began, self._earlier_seconds = time.monotonic(), 0.0
         # Parameters that are born as shards cannot be given more rows.
         construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
         self._model, adapter = load_model(
@@ -106,6 +107,7 @@ class DomainSequence:
         """
         phases = {"evaluate": self._evaluate, "before": self._before, "train": self._train, "after": self._after}
         if manifest is not None:
+            self._earlier_seconds = manifest.run.wall_seconds
             with self._watch.patient("reading a checkpoint"):
                 self._load(manifest)
         self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes if manifest else 0)
@@ -247,7 +249,7 @@ class DomainSequence:
             info.rank if is_same else None,
             self.engine.shards(),
         )
-        self._resumed, self._state, self._began = manifest, manifest.run, time.monotonic()
+        self._resumed, self._state = manifest, manifest.run
         self._text.check_unchanged(self._part(TEXT).numbers)
         self.engine.load_weights(self._part(ENGINE))
         self._method.load_state(self._part(METHOD))
@@ -278,9 +280,7 @@ class DomainSequence:
         assert manifest is not None, "steps come after a checkpoint"
         self._trainer = None
         self._passes.forget()
-        wall_seconds = self._timed(self._state).wall_seconds
         self._load(manifest)
-        self._state = self._state.model_copy(update={"wall_seconds": wall_seconds})
         self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes)
 
     @property
@@ -313,9 +313,7 @@ class DomainSequence:
             export_lora(model, adapter, self.engine, self._lora, self._config, tokenizer, card)
 
     def _timed(self, state: RunState) -> RunState:
-        now = time.monotonic()
-        seconds, self._began = self._state.wall_seconds + now - self._began, now
-        self._state = self._state.model_copy(update={"wall_seconds": seconds})
+        seconds = self._earlier_seconds + time.monotonic() - self._began
         return state.model_copy(update={"wall_seconds": seconds})
 
     def _report(self, row: dict[str, float]) -> None:
