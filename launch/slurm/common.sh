@@ -31,6 +31,7 @@ forward_signal() {
 # Sets python, output_dir, job.
 prepare_job() {
   find_python
+  # An array's element by its own name: the id of the last one is also that of the whole array.
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
   job=${job:-$SLURM_JOB_ID}
   local facts
@@ -136,15 +137,14 @@ finish_job() {
   fi
   [[ $(newest_place) == "$place" ]] || stalls=-1
   [[ $((stalls + 1)) -le $max_stalls ]] || give_up "$code"
-  if [[ $code == "$exit_stopped" ]]; then say "stopped on request; requeued"; else say "crashed; requeued"; fi
-  # By its own name: the id of an array's last element is also that of the whole array.
+  if [[ $code == "$exit_stopped" ]]; then say "stopped on request; requeued"; else say "did not finish; requeued"; fi
   scontrol requeue "$job" || say "requeue refused, see above; to go on submit the same command again"
   exit "$code"
 }
 
 # Whether the job still runs or has met its time limit. SLURM would also take back one that a user has cancelled.
 is_wanted() {
-  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -qE ' (JobState=RUNNING|Reason=TimeLimit) '
+  scontrol show job --oneliner "$job" | grep -qE ' (JobState=RUNNING|Reason=TimeLimit) '
 }
 
 give_up() {

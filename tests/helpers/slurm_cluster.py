@@ -161,7 +161,10 @@ class SlurmCluster:
         return done.stdout.split().count("idle")
 
     def _end(self) -> None:
-        """Daemons last to first, then what is left of jobs."""
+        """Jobs that a test has left, daemons last to first, then what is left of jobs whose daemon did not answer."""
+        with suppress(RuntimeError):
+            self.call("scancel", "--user=root")
+            self.wait_until(lambda: not self.call("squeue", "--noheader"), "jobs to end", 60.0)
         for daemon in reversed(self._daemons):
             daemon.terminate()
             try:

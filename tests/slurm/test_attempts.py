@@ -35,10 +35,12 @@ def submit(cluster: SlurmCluster, tmp_path: Path) -> Callable[..., str]:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({**values, "output_dir": str(values["output_dir"])}), encoding="utf-8")
 
-    def submit(does: str, *overrides: str, stalls: int = 1, file: str = "train.sbatch") -> str:
+    def submit(
+        does: str, *words: str, stalls: int = 1, file: str = "train.sbatch", options: tuple[str, ...] = ("--nodes=2",)
+    ) -> str:
         return cluster.submit(
-            *("--nodes", 2, "--ntasks-per-node", 1, "--output", tmp_path / "log"),
-            *(f"launch/slurm/{file}", "--config", config, *overrides),
+            *(*options, "--ntasks-per-node=1", "--output", tmp_path / "log"),
+            *(f"launch/slurm/{file}", "--config", config, *words),
             DAS_DS_PYTHON=str(python),
             DAS_DS_MAX_STALLS=str(stalls),
             RANK_DOES=does,
@@ -90,6 +92,23 @@ def test_cancelled_job_is_not_requeued_though_its_ranks_saved(
     log = (tmp_path / "log").read_text()
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), log
     assert "ranks ended with exit code" in log and "not requeued by the batch file: the job was cancelled" in log
+
+
+def test_cancelled_element_is_not_requeued_while_another_runs(
+    cluster: SlurmCluster, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    does = 'touch "$STARTED-$SLURM_ARRAY_TASK_ID"; while [[ ! -e $STARTED-end ]]; do sleep 0.1; done'
+    options = ("--nodes=1", "--array=0-1")
+    id_ = submit(does, "--seeds", "0,1", file="sweep.sbatch", options=options)
+    cluster.wait_until(lambda: all((tmp_path / f"started-{element}").exists() for element in (0, 1)), "both elements")
+    # The last one: its id is that of the whole array.
+    cluster.call("scancel", f"{id_}_1")
+    ended = cluster.wait(f"{id_}_1")
+    (tmp_path / "started-end").touch()
+    fields = cluster.wait(f"{id_}_0")
+    log = (tmp_path / "log").read_text()
+    assert (ended["JobId"], ended["JobState"], ended["Restarts"]) == (id_, "CANCELLED", "0"), log
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "0"), log
 
 
 def test_wrong_config_ends_the_job_with_code_2_before_any_rank_starts(

@@ -104,7 +104,7 @@ def test_killed_rank_ends_the_attempt_and_the_next_goes_on(
     job.wait_for_step(60)
     cluster.ranks(job.id)[1].send_signal(signal.SIGKILL)
     job.finish(restarts=1)
-    assert "ranks ended with exit code 137" in job.log and "crashed; requeued" in job.log
+    assert "ranks ended with exit code 137" in job.log and "did not finish; requeued" in job.log
     assert "rank 1 (pid " in job.log
     assert job.places()[1].startswith("food_train_")
     assert_same_run(job.run, undisturbed)
