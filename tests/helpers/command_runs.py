@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from das_ds.checkpointing.manifest import RunState
 from das_ds.cli import main
 from das_ds.config import RunConfig
 from das_ds.config_io import resolved_dict
+from das_ds.data.batches import Batch
+from das_ds.distributed.collectives import rank
+from das_ds.methods.base import Losses, Method
+from das_ds.training.boundary import Boundary, Parts
 from helpers.run_ranks import start_ranks
 
 PATIENCE_S = 120.0
 
 
-def start_training(values: dict[str, Any], folder: Path, world_size: int) -> list[Any]:
-    """Processes of `das-ds train` over this config."""
+def start_training(
+    values: dict[str, Any], folder: Path, world_size: int, disturb: Callable[[], None] | None = None
+) -> list[Any]:
+    """Processes of `das-ds train` over this config, which say to `folder/stderr_<rank>` what users would read.
+
+    Args:
+        values: config of the run.
+        folder: for what the start needs.
+        world_size: number of ranks.
+        disturb: called on every rank before it begins; importable by name.
+    """
     path = folder / "config_of_run.yaml"
     path.write_text(yaml.safe_dump(resolved_dict(RunConfig(**values))), encoding="utf-8")
-    return start_ranks(_train, world_size, str(path))
+    return start_ranks(_train, world_size, str(path), str(folder), disturb)
 
 
 def exit_codes(processes: list[Any]) -> list[int]:
@@ -45,5 +63,38 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-def _train(config: str) -> None:
+def hang_in_step_three_of_rank_one() -> None:
+    """For `disturb`: its third micro-step never ends."""
+    micro_step, calls = Method.micro_step, 0
+
+    @contextmanager
+    def hanging(self: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and self.run.engine.ranks.info.rank == 1:
+            time.sleep(3600)
+        with micro_step(self, batch, token_scale) as losses:
+            yield losses
+
+    Method.micro_step = hanging  # type: ignore[assignment,method-assign]
+
+
+def fill_disk_in_step_three() -> None:
+    """For `disturb`: from then on the system refuses to write more than a little to any file of rank 1."""
+    pass_by = Boundary.pass_by
+
+    def filled(self: Boundary, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
+        if run.phase == "train" and run.domain_step == 3 and rank() == 1:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        pass_by(self, run, parts, save=save)
+
+    Boundary.pass_by = filled  # type: ignore[method-assign]
+
+
+def _train(config: str, folder: str, disturb: Callable[[], None] | None) -> None:
+    log = os.open(f"{folder}/stderr_{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 2)
+    if disturb is not None:
+        disturb()
     sys.exit(main(["train", "--config", config]))

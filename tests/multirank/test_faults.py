@@ -34,8 +34,7 @@ def run(folder: Path, name: str, stage: int, **faults: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["nan", "gradient", "spike"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(("stage", "kind"), [(0, "nan"), (0, "gradient"), (2, "spike"), (2, "gradient"), (3, "nan")])
 def test_a_bad_step_is_left_out(stage: int, kind: str, tmp_path: Path) -> None:
     run_ranks(run_with_fault, 2, run(tmp_path, "run", stage, nonfinite="skip", spike="skip"), kind, STEP)
     lines = metrics_lines(tmp_path / "run")

@@ -1,29 +1,36 @@
-"""A run that is asked to stop or to save, by signal or file, and what its processes say as they end."""
+"""A run that is asked to stop or to save, or that a rank, a disk or a network fails: how its processes end."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.command_runs import exit_codes, start_training, wait_until
+from helpers.command_runs import (
+    exit_codes,
+    fill_disk_in_step_three,
+    hang_in_step_three_of_rank_one,
+    start_training,
+    wait_until,
+)
 from helpers.resume import assert_same_run
 from helpers.runs import small_run
 
 pytestmark = pytest.mark.multirank
 
 
-def run(folder: Path, name: str, **checkpoint: Any) -> dict[str, Any]:
+def run(folder: Path, name: str, method: str = "ncl", **checkpoint: Any) -> dict[str, Any]:
     base = small_run(folder)
     train = {**base["train"], "micro_batch_size": 2, "steps_per_domain": 40, "log_every": 1}
     return {
         **base,
         "output_dir": folder / name,
         "train": train,
-        "method": {"name": "das", "importance": {"samples": 10}},
+        "method": {"name": method, "importance": {"samples": 10}},
         "checkpoint": {"every_steps": 1000, **checkpoint},
     }
 
@@ -38,7 +45,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 def test_a_stopped_run_ends_with_75_and_continues_to_the_same_end(tmp_path: Path) -> None:
-    whole, stopped = run(tmp_path, "whole"), run(tmp_path, "stopped")
+    whole, stopped = (run(tmp_path, name, "das") for name in ("whole", "stopped"))
     assert exit_codes(start_training(whole, tmp_path, 2)) == [0, 0]
     folder = tmp_path / "stopped"
 
@@ -80,3 +87,41 @@ def test_a_stop_before_training_loses_nothing(tmp_path: Path) -> None:
     (folder / "STOP").touch()
     assert exit_codes(processes) == [75, 75]
     assert exit_codes(start_training(values, tmp_path, 2)) == [0, 0]
+
+
+def test_a_killed_rank_is_named_and_the_run_continues(tmp_path: Path) -> None:
+    whole, killed = run(tmp_path, "whole"), run(tmp_path, "killed", every_steps=5)
+    assert exit_codes(start_training(whole, tmp_path, 2)) == [0, 0]
+    processes = start_training(killed, tmp_path, 2)
+    wait_until(lambda: num_lines(tmp_path / "killed") >= 12, "step 12")
+    os.kill(processes[1].pid, signal.SIGKILL)
+    assert exit_codes(processes) == [1, -signal.SIGKILL]
+    said = (tmp_path / "stderr_0").read_text()
+    assert re.search(
+        r"das_ds: rank 1 \(pid \d+ on .*\) is gone; its last sign of life: .*step \d+ of food, train", said
+    )
+    assert exit_codes(start_training(killed, tmp_path, 2)) == [0, 0]
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
+    values = {**run(tmp_path, "run"), "run": {"hang_timeout": 4.0}}
+    assert exit_codes(start_training(values, tmp_path, 2, hang_in_step_three_of_rank_one)) == [1, 1]
+    for rank in (0, 1):
+        said = (tmp_path / f"stderr_{rank}").read_text()
+        assert re.search(
+            r"das_ds: rank 1 \(pid .*\) has made no progress for \d+ s; it stands at: .*step \d of food", said
+        )
+        assert "command_runs.py" in (tmp_path / "run" / "hang-rank1.txt").read_text()
+
+
+def test_a_full_disk_ends_the_run_with_the_checkpoint_before(tmp_path: Path) -> None:
+    whole, full = run(tmp_path, "whole"), run(tmp_path, "full", every_steps=4)
+    assert exit_codes(start_training(whole, tmp_path, 2)) == [0, 0]
+    assert exit_codes(start_training(full, tmp_path, 2, fill_disk_in_step_three)) == [2, 2]
+    assert re.search(
+        r"das_ds: .*000\d+_food_train_4: the checkpoint cannot be written", (tmp_path / "stderr_0").read_text()
+    )
+    assert checkpoints(tmp_path / "full")[-1].endswith("_food_train_0")
+    assert exit_codes(start_training(full, tmp_path, 2)) == [0, 0]
+    assert_same_run(tmp_path / "full", tmp_path / "whole")
