@@ -15,6 +15,9 @@ from das_ds.config import RunConfig
 from das_ds.config_io import describe_config, load_config, read_mapping, resolved_dict
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
+LEAST_START_TIMEOUT = timedelta(minutes=2)
+"""Ranks import the same libraries, but not at the same speed."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The `das-ds` command; `launch/*.py` call it with their command's name in front."""
@@ -42,8 +45,9 @@ def _train(config: RunConfig, _: argparse.Namespace) -> None:
     from das_ds.distributed.watch import EXIT_HANG, LostPeerError
     from das_ds.training.run import run_sequence
 
-    # Far above it, so that the watch, which can name the rank that is stuck, is the first to end the run.
-    ranks = Ranks(timeout=timedelta(seconds=2 * config.run.hang_timeout + 60))
+    hang_timeout = timedelta(seconds=config.run.hang_timeout)
+    # Collectives wait far longer: the watch, which can name the rank that is stuck, is to be the first to end the run.
+    ranks = Ranks(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
     try:
         results = run_sequence(config, ranks)
     except LostPeerError as error:

@@ -46,9 +46,10 @@ class Ranks:
 
     Args:
         timeout: how long to wait for all ranks to start, and for each collective; None: DeepSpeed's default.
+        collective_timeout: for each collective, where it is to be another.
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
+    def __init__(self, timeout: timedelta | None = None, collective_timeout: timedelta | None = None) -> None:
         _fill_environment()
         # Its warnings about an untested optimizer and its own deprecated calls are nothing that a user can act on.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -68,6 +69,8 @@ class Ranks:
         # Ranks that start together meet soon; only what they wait for later may take any time.
         self._patient_group = dist.new_group(backend="gloo", **options)
         dist.distributed_c10d._set_pg_timeout(PREPARATION_TIMEOUT, self._patient_group)
+        if collective_timeout is not None:
+            dist.distributed_c10d._set_pg_timeout(collective_timeout)
 
     def first_main_then_others(self, prepare: Callable[[], T]) -> T:
         """Run `prepare` on rank 0, then on the first rank of each node, then everywhere; all wait for each other.
