@@ -49,6 +49,18 @@ def test_a_run_in_pieces_is_the_whole_run(stage: int, granularity: str, precisio
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_in_pieces_is_the_whole_run_on_a_gpu(stage: int, tmp_path: Path) -> None:
+    """Its copies are made on a stream of their own; sums on a GPU may differ in their order."""
+    runs = [run(tmp_path, name, stage=stage, precision="bf16") for name in ("whole", "parts")]
+    run_ranks(run_all, 1, runs[:1])
+    run_ranks(run_in_pieces, 1, runs[1], 5)
+    mine, theirs = (read_results(tmp_path / name / "results.json") for name in ("parts", "whole"))
+    for row, expected in zip(mine.loss_matrix, theirs.loss_matrix, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("granularity", ["unit", "parameter"])
 def test_a_run_continues_on_other_ranks_and_stages(granularity: str, tmp_path: Path) -> None:
     """Within a domain, after one, and in an importance pass; without dropout, whose masks belong to ranks."""
