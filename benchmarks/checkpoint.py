@@ -24,7 +24,8 @@ from benchmarks.environment import print_table, write_result
 from benchmarks.product import build_method, build_model, optimizer_step, write_importance
 from benchmarks.step import Workload, build_batch, build_config, draw_importance
 from das_ds.checkpointing.manifest import RunState
-from das_ds.checkpointing.rank_file import StoredTensors, live_tensors
+from das_ds.checkpointing.opened import OpenCheckpoint
+from das_ds.checkpointing.rank_file import live_tensors
 from das_ds.checkpointing.resume import newest_whole
 from das_ds.checkpointing.saver import Saver, SaveReport
 from das_ds.checkpointing.store import CheckpointStore
@@ -94,14 +95,12 @@ class Checkpointed:
         manifest = newest_whole(self.store, self.ranks)
         checked = time.perf_counter()
         assert manifest is not None, "a checkpoint was saved"
-        info = self.ranks.info
-        folder = self.store.folder / manifest.name
-        stored = StoredTensors(folder, info.world_size, info.rank, self.engine.shards())
-        part = stored.part(ENGINE, manifest.numbers[ENGINE])
-        self.engine.load_weights(part)
-        self.engine.load_domain(part)
-        self.method.load_state(stored.part(METHOD, manifest.numbers[METHOD]))
-        stored.close()
+        engine = self.engine
+        opened = OpenCheckpoint(self.store.folder, manifest, self.ranks.info, engine.zero_stage, engine.shards())
+        engine.load_weights(opened.part(ENGINE))
+        engine.load_domain(opened.part(ENGINE))
+        self.method.load_state(opened.part(METHOD))
+        opened.close()
         self.ranks.barrier()
         return {"check s": checked - began, "load s": time.perf_counter() - checked}
 

@@ -89,10 +89,6 @@ class StoredTensors:
         """Close the files."""
         self._files.close()
 
-    def part(self, part: str, numbers: dict[str, Any]) -> PartState:
-        """The state of one part of the program."""
-        return PartState(self, part, numbers)
-
     def small(self, kind: str, part: str) -> dict[str, torch.Tensor]:
         """Shared or local tensors of a part."""
         return self._small.get((kind, part), {})

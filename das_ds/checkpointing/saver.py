@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from das_ds.checkpointing.manifest import FileRecord, Manifest, RunState
@@ -43,15 +44,23 @@ class Saver:
         shards: what this rank stores of all weights.
         asynchronous: see `BackgroundWriter`.
         about: what stays the same in every manifest (`world_size`, `zero_stage`, `versions`).
+        beside: see `BackgroundWriter`.
     """
 
     def __init__(
-        self, ranks: Ranks, store: CheckpointStore, shards: list[Shard], about: dict[str, Any], *, asynchronous: bool
+        self,
+        ranks: Ranks,
+        store: CheckpointStore,
+        shards: list[Shard],
+        about: dict[str, Any],
+        *,
+        asynchronous: bool,
+        beside: Sequence[Path] = (),
     ) -> None:
         self._ranks, self._store, self._shards, self._about = ranks, store, shards, about
         self.asynchronous = asynchronous
         """Whether training goes on between `start` and `publish`."""
-        self._writer = BackgroundWriter(ranks.info.device, asynchronous=asynchronous)
+        self._writer = BackgroundWriter(ranks.info.device, asynchronous=asynchronous, beside=beside)
         self._number = ranks.gather(store.next_number)[0]
         self._manifest: Manifest | None = None
         self._stall = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,10 +28,11 @@ class BackgroundWriter:
     Args:
         device: where the values are.
         asynchronous: False writes before `start` returns, without a copy.
+        beside: files that others append to and that are flushed to disk with each file written here.
     """
 
-    def __init__(self, device: torch.device, *, asynchronous: bool) -> None:
-        self._device, self._asynchronous = device, asynchronous
+    def __init__(self, device: torch.device, *, asynchronous: bool, beside: Sequence[Path] = ()) -> None:
+        self._device, self._asynchronous, self._beside = device, asynchronous, beside
         self._buffers: dict[str, torch.Tensor] = {}
         self._copied: threading.Event | torch.cuda.Event | None = None
         self._thread: threading.Thread | None = None
@@ -125,7 +126,8 @@ class BackgroundWriter:
             tensors = {**copy(), **fixed}
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path)
-            sync(path)
+            for written in (path, *(other for other in self._beside if other.exists())):
+                sync(written)
             _check(path, tensors)
             self._record = FileRecord(size=path.stat().st_size, sha256=checksum(path))
         except CheckpointError as error:

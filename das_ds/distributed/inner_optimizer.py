@@ -37,10 +37,18 @@ def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, 
                 "train.optimizer: found cpu_adam, which steps weights in host memory, but zero_optimization has no "
                 "offload_optimizer; allowed here: adamw, lion"
             )
-        return SoftUpdated(
-            DeepSpeedCPUAdam(groups, lr=0.0, betas=train.betas, eps=train.eps, weight_decay=0.0, adamw_mode=True)
-        )
+        adam = DeepSpeedCPUAdam(groups, lr=0.0, betas=train.betas, eps=train.eps, weight_decay=0.0, adamw_mode=True)
+        return SoftUpdated(adam, lambda: _forget_powers(adam))
     return SoftUpdated(_lion(groups, train, on_host=on_host))
+
+
+def _forget_powers(adam: Any) -> None:
+    """Make DeepSpeedCPUAdam compute the powers of its betas anew, by a step on one number with other betas.
+
+    It multiplies those of the step before, which a run that continues does not have and would round differently.
+    """
+    nothing = [torch.zeros(1) for _ in range(4)]
+    adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, False, *nothing)
 
 
 def _lion(groups: list[dict[str, Any]], train: TrainConfig, *, on_host: bool) -> torch.optim.Optimizer:

@@ -167,11 +167,12 @@ class SoftUpdated(ProtectedOptimizer):
 
     Args:
         inner: optimizer whose update of an element depends on that element's history alone.
+        before_step: called before each flat tensor is stepped.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
+    def __init__(self, inner: torch.optim.Optimizer, before_step: Callable[[], None] = lambda: None) -> None:
         super().__init__(inner.param_groups, inner.defaults)
-        self._inner = inner
+        self._inner, self._before_step = inner, before_step
         self._old: torch.Tensor | None = None
 
     def _old_values(self, protection: Protection, part: torch.Tensor) -> torch.Tensor:
@@ -185,6 +186,7 @@ class SoftUpdated(ProtectedOptimizer):
         flat, grad, numel = param.data.view(-1), param.grad.view(-1), param.numel()  # type: ignore[union-attr]
         state, protection = self.state[param], self._protection(param)
         is_first, shared = not state, dict[str, Any]()
+        self._before_step()
         for first in range(0, len(protection.windows), CHUNK_WINDOWS):
             windows = protection.windows[first : first + CHUNK_WINDOWS]
             chunk = slice(windows[0].start, windows[-1].stop)

@@ -28,8 +28,9 @@ class RankState:
 class SavedState(Protocol):
     """One part's state as a checkpoint gives it back."""
 
-    numbers: dict[str, Any]
-    """As saved."""
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """As saved."""
 
     def has_sharded(self, name: str) -> bool:
         """Whether values by weight were saved under this name."""

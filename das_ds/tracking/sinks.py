@@ -37,8 +37,8 @@ class Sink:
     def log_picture(self, name: str, path: Path) -> None:
         """A PNG file."""
 
-    def sync(self) -> int:
-        """Put on disk what was logged; bytes that the sink's file then has, 0 where it has none."""
+    def num_bytes(self) -> int:
+        """Length of the sink's file, 0 where it has none."""
         return 0
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
@@ -46,7 +46,7 @@ class Sink:
 
         Args:
             global_step: last step to keep.
-            num_bytes: what `sync` said when that step was saved.
+            num_bytes: what `num_bytes` said when that step was saved.
         """
 
     def close(self, exit_code: int = 0) -> None:
@@ -83,9 +83,8 @@ class JsonlSink(Sink):
                 self._file.close()
             raise self._cannot_write(error) from error
 
-    def sync(self) -> int:
-        """Wait until all lines are on disk; the file's length."""
-        os.fsync(self._file.fileno())
+    def num_bytes(self) -> int:
+        """Length of the file."""
         return self._file.seek(0, os.SEEK_END)
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:

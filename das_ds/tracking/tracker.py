@@ -47,9 +47,9 @@ class Tracker(Sink):
         for sink in self._sinks:
             sink.log_picture(name, path)
 
-    def sync(self) -> int:
-        """Put on disk what was logged; bytes of metrics.jsonl, 0 on ranks without it."""
-        return max((sink.sync() for sink in self._sinks), default=0)
+    def num_bytes(self) -> int:
+        """Length of metrics.jsonl, 0 on ranks without it."""
+        return max((sink.num_bytes() for sink in self._sinks), default=0)
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
         """Forget every step beyond `global_step` in every sink."""

@@ -1,10 +1,16 @@
-"""Results of a run from the state it is in."""
+"""Results of a run from the state it is in, and everybody who is told of them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from das_ds.checkpointing.manifest import RunState
 from das_ds.config import RunConfig
-from das_ds.evaluation.results import Results, build_results
+from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
+from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, write_results
+from das_ds.functional.units import Importance
+from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
+from das_ds.tracking.tracker import Tracker
 from das_ds.training.text import evaluated
 
 
@@ -24,3 +30,34 @@ def results_of(config: RunConfig, state: RunState, world_size: int, zero_stage: 
         world_size=world_size,
         zero_stage=zero_stage,
     )
+
+
+def publish_results(
+    results: Results,
+    root: Path,
+    tracker: Tracker,
+    row: dict[str, float],
+    state: RunState,
+    importance: Importance | None,
+) -> None:
+    """Write results and report to the run folder, and tell the tracker.
+
+    Args:
+        results: after the newest evaluation.
+        root: the run folder.
+        tracker: of the run.
+        row: corpus -> loss of the newest evaluation.
+        state: where the run stands.
+        importance: by unit; None where the method has none.
+
+    Raises:
+        RunFolderError: the folder cannot be written or is full.
+    """
+    write_results(results, root / RESULTS_FILE)
+    report = write_report(root, results, importance)
+    tracker.log_evaluation(row, domains_learned=state.domains_done, global_step=state.global_step)
+    tracker.log_table(LOSS_MATRIX, *results.table)
+    tracker.log_picture(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
+    if importance is not None:
+        tracker.log_picture(IMPORTANCE, report / IMPORTANCE_PICTURE)
+    tracker.log_summary(results.summary)

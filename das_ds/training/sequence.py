@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from das_ds.checkpointing.manifest import Manifest, RunState
-from das_ds.checkpointing.rank_file import StoredTensors
+from das_ds.checkpointing.opened import OpenCheckpoint
 from das_ds.checkpointing.resume import newest_whole
 from das_ds.checkpointing.saver import Saver
 from das_ds.checkpointing.store import CheckpointStore
@@ -20,15 +20,14 @@ from das_ds.distributed.sharded_construction import sharded_construction
 from das_ds.distributed.state import RankState
 from das_ds.distributed.stopping import StopRequests
 from das_ds.distributed.watch import Watch
-from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
-from das_ds.evaluation.results import RESULTS_FILE, Results, library_versions, write_results
+from das_ds.evaluation.results import Results, library_versions
 from das_ds.functional.vocabulary import with_mean_rows
 from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
 from das_ds.models.loading import check_sequence_length, load_model
 from das_ds.models.vocabulary import reserve_rows, vocabulary_parameters
-from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
+from das_ds.tracking.names import METRICS_FILE
 from das_ds.tracking.tracker import Tracker
 from das_ds.tracking.wandb_sink import stored_run_id
 from das_ds.training.boundary import Boundary, Parts
@@ -36,7 +35,7 @@ from das_ds.training.domain import DomainTrainer, Progress, RewindError
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_lora, export_model, model_card
 from das_ds.training.guard import Guard, GuardState
-from das_ds.training.outcome import results_of
+from das_ds.training.outcome import publish_results, results_of
 from das_ds.training.run_folder import RunFolder
 from das_ds.training.text import RunText
 
@@ -92,12 +91,17 @@ class DomainSequence:
             "zero_stage": self.engine.zero_stage,
             "versions": library_versions(),
         }
-        asynchronous = config.checkpoint.asynchronous
-        saver = Saver(ranks, store, self.engine.stored_shards(), about, asynchronous=asynchronous)
+        saver = Saver(
+            ranks,
+            store,
+            self.engine.stored_shards(),
+            about,
+            asynchronous=config.checkpoint.asynchronous,
+            beside=[folder.root / METRICS_FILE],
+        )
         self.engine.before_change = saver.wait_for_copy
         self._boundary = Boundary(ranks, saver, requests, watch, self._save_arguments)
-        self._stored: StoredTensors | None = None
-        self._resumed: Manifest | None = None
+        self._opened: OpenCheckpoint | None = None
 
     def run(self, manifest: Manifest | None) -> Results:
         """Everything that is still to be done.
@@ -118,7 +122,7 @@ class DomainSequence:
             except RewindError:
                 self._rewind()
         self._boundary.settle()
-        return results_of(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)
+        return self._results()
 
     def _evaluate(self) -> None:
         row = evaluate_corpora(self._network, self._text, self._passes)
@@ -131,8 +135,15 @@ class DomainSequence:
         )
         self._state = self._timed(state)
         with self._watch.patient("writing results"):
-            self._ranks.on_main(lambda: self._report(row))
+            self._ranks.on_main(lambda: self._publish(row))
         self._enter(self._state)
+
+    def _publish(self, row: dict[str, float]) -> None:
+        importance = self._method.accumulated_importance()
+        publish_results(self._results(), self._folder.root, self._tracker, row, self._state, importance)
+
+    def _results(self) -> Results:
+        return results_of(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)
 
     def _before(self) -> None:
         if self._base is not None:
@@ -199,7 +210,7 @@ class DomainSequence:
     def _enter(self, state: RunState, *, save: bool = True) -> None:
         """The present phase is over; a checkpoint makes it count."""
         self._passes.forget()
-        self._close_stored()
+        self._close_opened()
         self._state = state
         if state.phase == "finished" or not state.global_step:
             # Whoever finds lines of metrics without a checkpoint knows that checkpoints were lost.
@@ -235,47 +246,37 @@ class DomainSequence:
     def _save_arguments(self, state: RunState) -> dict[str, Any]:
         return {
             "domain": self._domain_name(state),
-            "metrics_bytes": self._tracker.sync(),
+            "metrics_bytes": self._tracker.num_bytes(),
             "wandb_run_id": stored_run_id(self._folder.root),
         }
 
     def _load(self, manifest: Manifest) -> None:
         """Enter the phase of a checkpoint; what only its steps need is read when they begin."""
         info = self._ranks.info
-        is_same = (manifest.world_size, manifest.zero_stage) == (info.world_size, self.engine.zero_stage)
-        self._stored = StoredTensors(
-            self._store.folder / manifest.name,
-            manifest.world_size,
-            info.rank if is_same else None,
-            self.engine.shards(),
-        )
-        self._resumed, self._state = manifest, manifest.run
-        self._text.check_unchanged(self._part(TEXT).numbers)
-        self.engine.load_weights(self._part(ENGINE))
-        self._method.load_state(self._part(METHOD))
-        self._passes.load(self._part(PASSES), self._part(GENERATORS).local(), info.device)
-        self._guard.load(GuardState.model_validate(self._part(GUARD).numbers))
+        opened = OpenCheckpoint(self._store.folder, manifest, info, self.engine.zero_stage, self.engine.shards())
+        self._opened, self._state = opened, manifest.run
+        self._text.check_unchanged(opened.part(TEXT).numbers)
+        self.engine.load_weights(opened.part(ENGINE))
+        self._method.load_state(opened.part(METHOD))
+        self._passes.load(opened.part(PASSES), opened.part(GENERATORS).local(), info.device)
+        self._guard.load(GuardState.model_validate(opened.part(GUARD).numbers))
 
     def _continue_steps(self, trainer: DomainTrainer) -> None:
-        self.engine.load_domain(self._part(ENGINE))
-        trainer.load_state(self._part(TRAINER))
-        generators = self._part(GENERATORS).local()
-        if generators:
+        assert self._opened is not None, "steps continue from a checkpoint"
+        self.engine.load_domain(self._opened.part(ENGINE))
+        trainer.load_state(self._opened.part(TRAINER))
+        if generators := self._opened.part(GENERATORS).local():
             set_random_state(generators)
-        self._close_stored()
+        self._close_opened()
 
-    def _part(self, name: str) -> Any:
-        assert self._stored is not None and self._resumed is not None, "a checkpoint is open"
-        return self._stored.part(name, self._resumed.numbers[name])
-
-    def _close_stored(self) -> None:
-        if self._stored is not None:
-            self._stored.close()
-            self._stored = None
+    def _close_opened(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def _rewind(self) -> None:
         self._boundary.settle()
-        self._close_stored()
+        self._close_opened()
         manifest = newest_whole(self._store, self._ranks)
         assert manifest is not None, "steps come after a checkpoint"
         self._trainer = None
@@ -315,19 +316,6 @@ class DomainSequence:
     def _timed(self, state: RunState) -> RunState:
         seconds = self._earlier_seconds + time.monotonic() - self._began
         return state.model_copy(update={"wall_seconds": seconds})
-
-    def _report(self, row: dict[str, float]) -> None:
-        state = self._state
-        results = results_of(self._config, state, self._ranks.info.world_size, self.engine.zero_stage)
-        write_results(results, self._folder.root / RESULTS_FILE)
-        importance = self._method.accumulated_importance()
-        report = write_report(self._folder.root, results, importance)
-        self._tracker.log_evaluation(row, domains_learned=state.domains_done, global_step=state.global_step)
-        self._tracker.log_table(LOSS_MATRIX, *results.table)
-        self._tracker.log_picture(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
-        if importance is not None:
-            self._tracker.log_picture(IMPORTANCE, report / IMPORTANCE_PICTURE)
-        self._tracker.log_summary(results.summary)
 
     def _seed(self, phase: int) -> None:
         # Seeding at fixed points makes a run that was stopped between domains equal to one that was not.

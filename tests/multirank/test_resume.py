@@ -37,12 +37,20 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("stage", "granularity", "precision"),
-    [(0, "unit", "fp32"), (2, "unit", "bf16"), (3, "parameter", "fp32"), (1, "parameter", "fp16")],
+    ("stage", "granularity", "precision", "optimizer"),
+    [
+        (0, "unit", "fp32", "adamw"),
+        (2, "unit", "bf16", "adamw"),
+        (3, "parameter", "fp32", "cpu_adam"),
+        (1, "parameter", "fp16", "adamw"),
+    ],
 )
-def test_a_run_in_pieces_is_the_whole_run(stage: int, granularity: str, precision: str, tmp_path: Path) -> None:
+def test_a_run_in_pieces_is_the_whole_run(
+    stage: int, granularity: str, precision: str, optimizer: str, tmp_path: Path
+) -> None:
+    train = {"precision": precision, "optimizer": optimizer}
     method = {"importance": {"samples": 24, "granularity": granularity}}
-    runs = [run(tmp_path, name, stage=stage, method=method, precision=precision) for name in ("whole", "parts")]
+    runs = [run(tmp_path, name, stage=stage, method=method, **train) for name in ("whole", "parts")]
     run_ranks(run_all, 2, runs[:1])
     _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]
     assert {phase for phase, _, _ in breaks} == {"evaluate", "before", "train", "after"}

@@ -155,3 +155,22 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     sink = JsonlSink(path)
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written \(No space left.*free space"):
         sink.log(step_metrics(1), global_step=1)
+
+
+def test_lines_that_a_checkpoint_knew_of_and_that_are_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (1, 2, 3):
+        sink.log(step_metrics(step), global_step=step)
+    saved = sink.num_bytes()
+    assert saved == path.stat().st_size
+    sink.log(step_metrics(4), global_step=4)
+    sink.truncate_after(3, saved)
+    assert not caplog.records and path.stat().st_size == saved
+    sink.close()
+    path.write_bytes(path.read_bytes()[:-5])
+    sink = JsonlSink(path)
+    sink.truncate_after(3, saved)
+    sink.close()
+    assert [line["global_step"] for line in read_strictly(path)] == [1, 2]
+    assert f"{saved - path.stat().st_size} bytes of lines up to step 3 are missing" in caplog.text
