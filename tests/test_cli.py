@@ -61,7 +61,7 @@ def test_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path, method={"name": "ncl"}))
     done = command(sys.executable, "launch/train.py", "--config", path, "train.learning_rate=1e38", "train.grad_clip=0")
     assert done.returncode == 2, done.stderr
-    assert "das_ds: loss of food is nan within the 2 steps up to step 2" in done.stderr
+    assert "das_ds: food, step 2: loss is nan, expected a finite number" in done.stderr
 
 
 def test_wrong_key_is_one_line_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
