@@ -244,10 +244,13 @@ class TrainConfig(Section):
     """`adamw` steps and masks in one pass; `cpu_adam` (DeepSpeed's, for offload) and `lion` are pulled back after."""
     learning_rate: float = Field(default=1e-4, gt=0.0)
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    """Learning-rate schedule, started anew for each domain."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"] = "linear"
+    """Learning-rate schedule, started anew for each domain; `wsd`: warm-up, stable, decay; `infinite`: the same over
+    the whole run, with warm-up in the first domain and decay in the last."""
     warmup_ratio: float = Field(default=0.06, ge=0.0, lt=1.0)
     """Share of a domain's steps over which the learning rate rises from 0."""
+    decay_ratio: float = Field(default=0.2, ge=0.0, le=1.0)
+    """Share of a domain's steps, its last, over which the learning rate falls to 0 in `wsd` and `infinite`."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Decoupled weight decay; biases and normalisation layers are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -267,6 +270,15 @@ class TrainConfig(Section):
     def _valid_betas(self) -> TrainConfig:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
+        return self
+
+    @model_validator(mode="after")
+    def _ratios_fit(self) -> TrainConfig:
+        if self.schedule in ("wsd", "infinite") and self.warmup_ratio + self.decay_ratio > 1.0:
+            raise ValueError(
+                f"warmup_ratio + decay_ratio: found {self.warmup_ratio:g} + {self.decay_ratio:g} with schedule "
+                f"{self.schedule}, allowed: at most 1 together"
+            )
         return self
 
 

@@ -38,6 +38,11 @@ def test_values_cannot_change() -> None:
         (CorpusConfig, {"name": "a/b", "valid": ["a.txt"]}, "match pattern"),
         (TrainConfig, {"betas": [0.9, 1.0]}, r"betas must lie in \[0, 1\), found \[0.9, 1.0\]"),
         (TrainConfig, {"learning_rate": float("nan")}, "finite"),
+        (
+            TrainConfig,
+            {"schedule": "wsd", "warmup_ratio": 0.4, "decay_ratio": 0.7},
+            r"warmup_ratio \+ decay_ratio: found 0.4 \+ 0.7 with schedule wsd, allowed: at most 1 together",
+        ),
         (RunConfig, {**SMALL, "domains": SMALL["domains"] * 2}, "found more than once: acl"),
         (RunConfig, {**SMALL, "general": {"name": "acl", "valid": ["a.txt"]}}, "found more than once: acl"),
         (RunConfig, {**SMALL, "domains": []}, "at least 1 item"),
