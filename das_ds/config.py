@@ -5,6 +5,7 @@ The docstrings are the text that `--help` prints; reading, overriding and writin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,9 @@ ObjectiveName = Literal["mlm", "clm"]
 """Masked or causal language modelling."""
 GroupName = Literal["head", "intermediate", "output"]
 """Attention heads, neurons of the MLP, outputs of its second map."""
+
+DEFAULT_REPLAY_SHARE = 1 / 16
+"""What method replay replays at the default share, up to a whole number of sequences."""
 
 
 class Section(BaseModel):
@@ -244,10 +248,13 @@ class TrainConfig(Section):
     """`adamw` steps and masks in one pass; `cpu_adam` (DeepSpeed's, for offload) and `lion` are pulled back after."""
     learning_rate: float = Field(default=1e-4, gt=0.0)
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    """Learning-rate schedule, started anew for each domain."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"] = "linear"
+    """Learning-rate schedule, started anew for each domain; `wsd`: warm-up, stable, decay; `infinite`: the same over
+    the whole run, with warm-up in the first domain and decay in the last."""
     warmup_ratio: float = Field(default=0.06, ge=0.0, lt=1.0)
     """Share of a domain's steps over which the learning rate rises from 0."""
+    decay_ratio: float = Field(default=0.2, ge=0.0, le=1.0)
+    """Share of a domain's steps, its last, over which the learning rate falls to 0 in `wsd` and `infinite`."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Decoupled weight decay; biases and normalisation layers are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -267,6 +274,15 @@ class TrainConfig(Section):
     def _valid_betas(self) -> TrainConfig:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
+        return self
+
+    @model_validator(mode="after")
+    def _ratios_fit(self) -> TrainConfig:
+        if self.schedule in ("wsd", "infinite") and self.warmup_ratio + self.decay_ratio > 1.0:
+            raise ValueError(
+                f"warmup_ratio + decay_ratio: found {self.warmup_ratio:g} + {self.decay_ratio:g} with schedule "
+                f"{self.schedule}, allowed: at most 1 together"
+            )
         return self
 
 
@@ -308,16 +324,28 @@ class ContrastConfig(Section):
     for masked and last for causal models."""
 
 
+class ReplayConfig(Section):
+    """Earlier text in every global batch, beside any method."""
+
+    share: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Share of each global batch that is text of earlier domains, a whole number of sequences; null: with method
+    `replay` the number nearest to 1 of 16, at least one, and none with other methods."""
+    general: bool = False
+    """Replay the training text of `general` as well, in the first domain too."""
+
+
 class MethodConfig(Section):
     """The continual-learning method."""
 
-    name: Literal["das", "ncl", "one"] = "das"
-    """`das` soft masks and contrasts, `ncl` is naive continual training, `one` trains each domain from the base."""
+    name: Literal["das", "ncl", "one", "replay"] = "das"
+    """`das` soft masks and contrasts, `ncl` is naive continual training, `one` trains each domain from the base,
+    `replay` is naive with earlier text in every batch."""
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()
     importance: ImportanceConfig = ImportanceConfig()
     contrast: ContrastConfig = ContrastConfig()
+    replay: ReplayConfig = ReplayConfig()
 
     @model_validator(mode="after")
     def _mask_fits_granularity(self) -> MethodConfig:
@@ -399,7 +427,8 @@ class RunConfig(Section):
     domains: list[DomainConfig] = Field(min_length=1)
     """Domains in the order in which they are learned."""
     general: CorpusConfig | None = None
-    """General-language corpus; evaluated only (to pre-train a base on it, list it as a domain)."""
+    """General-language corpus; evaluated, and trained on by `method.replay.general` alone (to pre-train a base on it,
+    list it as a domain)."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: MethodConfig = MethodConfig()
@@ -412,6 +441,22 @@ class RunConfig(Section):
     wandb: WandbConfig = WandbConfig()
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of weights, data order, corruption and dropout."""
+
+    @property
+    def num_replayed(self) -> int:
+        """Sequences of each global batch that are earlier text, in domains that have some."""
+        share, size = self.method.replay.share, self.train.global_batch_size
+        if share is None:
+            return max(1, round(DEFAULT_REPLAY_SHARE * size)) if self.method.name == "replay" else 0
+        return round(share * size)
+
+    def replayed(self, domain: str) -> list[str]:
+        """Corpora that sequences are replayed from while a domain is learned: earlier domains, general text."""
+        if not self.num_replayed:
+            return []
+        names = [domain.name for domain in self.domains]
+        general = [self.general.name] if self.general is not None and self.method.replay.general else []
+        return names[: names.index(domain)] + general
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> RunConfig:
@@ -433,3 +478,34 @@ class RunConfig(Section):
                 "never be learned; allowed: one of the two"
             )
         return self
+
+    @model_validator(mode="after")
+    def _replay_is_possible(self) -> RunConfig:
+        replay, size = self.method.replay, self.train.global_batch_size
+        if replay.share is not None:
+            _check_share(replay.share, size)
+        elif self.num_replayed >= size:
+            raise ValueError("method.name: found replay with train.global_batch_size 1, expected at least 2")
+        if self.num_replayed and self.method.name == "one":
+            raise ValueError(
+                f"method.replay.share: found {replay.share:g} with method one, where no domain comes after another; "
+                "allowed there: 0"
+            )
+        if replay.general and (self.general is None or not self.general.train):
+            raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")
+        if replay.general and not self.num_replayed:
+            raise ValueError("method.replay.general: found true with nothing to replay, expected method.replay.share")
+        return self
+
+
+def _check_share(share: float, global_batch_size: int) -> None:
+    """A share is as good as whole where it was rounded to six digits."""
+    count = share * global_batch_size
+    if math.isclose(count, round(count), rel_tol=1e-5) and round(count) < global_batch_size:
+        return
+    nearest = [number for number in (math.floor(count), math.floor(count) + 1) if number < global_batch_size]
+    allowed = " or ".join(f"{number / global_batch_size:.6g} ({number} of them)" for number in nearest)
+    raise ValueError(
+        f"method.replay.share: found {share}, {count:g} of {global_batch_size} sequences (train.global_batch_size); "
+        f"nearest allowed: {allowed}"
+    )

@@ -27,6 +27,39 @@ def test_values_cannot_change() -> None:
         config.train.learning_rate = 1.0
 
 
+def replaying(share: float | None, size: int = 256, name: str = "ncl", **changes: Any) -> dict[str, Any]:
+    method = {"name": name, "replay": {"share": share}}
+    return {**SMALL, "train": {"global_batch_size": size, "micro_batch_size": 1}, "method": method, **changes}
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "size", "expected"),
+    [
+        ("replay", None, 256, 16),
+        ("replay", None, 8, 1),
+        ("replay", None, 40, 2),
+        ("das", None, 256, 0),
+        ("das", 0.0625, 256, 16),
+        ("replay", 0.25, 8, 2),
+        ("replay", 0.0, 8, 0),
+        ("ncl", 0.333333, 12, 4),
+    ],
+)
+def test_share_of_replay_is_a_number_of_sequences(name: str, share: float | None, size: int, expected: int) -> None:
+    assert RunConfig.model_validate(replaying(share, size, name)).num_replayed == expected
+
+
+def test_earlier_domains_and_general_text_are_replayed() -> None:
+    domains = [{"name": name, "train": ["a.txt"]} for name in ("acl", "pubmed", "phone")]
+    general = {"name": "general", "train": ["b.txt"]}
+    values = replaying(0.5, domains=domains, general=general)
+    config = RunConfig.model_validate(values)
+    assert [config.replayed(name) for name in ("acl", "phone")] == [[], ["acl", "pubmed"]]
+    with_general = RunConfig.model_validate({**values, "method": {"replay": {"share": 0.5, "general": True}}})
+    assert [with_general.replayed(name) for name in ("acl", "pubmed")] == [["general"], ["acl", "general"]]
+    assert RunConfig.model_validate({**values, "method": {}}).replayed("phone") == []
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
@@ -38,8 +71,34 @@ def test_values_cannot_change() -> None:
         (CorpusConfig, {"name": "a/b", "valid": ["a.txt"]}, "match pattern"),
         (TrainConfig, {"betas": [0.9, 1.0]}, r"betas must lie in \[0, 1\), found \[0.9, 1.0\]"),
         (TrainConfig, {"learning_rate": float("nan")}, "finite"),
+        (
+            TrainConfig,
+            {"schedule": "wsd", "warmup_ratio": 0.4, "decay_ratio": 0.7},
+            r"warmup_ratio \+ decay_ratio: found 0.4 \+ 0.7 with schedule wsd, allowed: at most 1 together",
+        ),
         (RunConfig, {**SMALL, "domains": SMALL["domains"] * 2}, "found more than once: acl"),
         (RunConfig, {**SMALL, "general": {"name": "acl", "valid": ["a.txt"]}}, "found more than once: acl"),
+        (
+            RunConfig,
+            replaying(0.05),
+            r"method.replay.share: found 0.05, 12.8 of 256 sequences \(train.global_batch_size\); "
+            r"nearest allowed: 0.046875 \(12 of them\) or 0.0507812 \(13 of them\)",
+        ),
+        (RunConfig, replaying(0.001, 8), r"nearest allowed: 0 \(0 of them\) or 0.125 \(1 of them\)"),
+        (RunConfig, replaying(0.9, 8), r"nearest allowed: 0.875 \(7 of them\) \["),
+        (RunConfig, replaying(0.9999999, 8), r"nearest allowed: 0.875 \(7 of them\) \["),
+        (RunConfig, replaying(None, 1, "replay"), "found replay with train.global_batch_size 1, expected at least 2"),
+        (RunConfig, replaying(0.25, 8, "one"), "method.replay.share: found 0.25 with method one"),
+        (
+            RunConfig,
+            {**SMALL, "method": {"name": "replay", "replay": {"general": True}}},
+            "method.replay.general: found true without training text",
+        ),
+        (
+            RunConfig,
+            {**SMALL, "method": {"replay": {"general": True}}, "general": {"name": "general", "train": ["b.txt"]}},
+            "method.replay.general: found true with nothing to replay, expected method.replay.share",
+        ),
         (RunConfig, {**SMALL, "domains": []}, "at least 1 item"),
         (RunConfig, {**SMALL, "epochs": 3}, "Extra inputs"),
     ],

@@ -15,18 +15,17 @@ from das_ds.data.batches import Batch
 from das_ds.data.blocks import TokenBlocks
 from das_ds.data.causal import isolated
 from das_ds.data.objectives import Objective
+from das_ds.data.replay import NO_REPLAY, REPLAY_STREAM, MixedRows, Replay, SampleRef
 from das_ds.errors import ConfigError
-from das_ds.functional.sampling import sample_index
-
-SampleRef = tuple[int, int]
-"""Global sample number and index of its block."""
+from das_ds.functional.sampling import replay_number, sample_index
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """Which samples rank r of W reads: in step t, micro-step m, row b the global sample t*G + m*W*B + r*B + b.
 
-    Rows of one micro-step are consecutive over the ranks, so their union does not depend on W while W * B stays.
+    Some of these are replayed, the others count up the domain's own samples. Rows of one micro-step are consecutive
+    over the ranks, so their union does not depend on W while W * B stays.
     """
 
     num_blocks: int
@@ -38,6 +37,7 @@ class StepPlan:
     micro_batch_size: int
     rank: int
     world_size: int
+    replay: Replay = NO_REPLAY
 
     @property
     def num_micro_steps(self) -> int:
@@ -61,8 +61,13 @@ class StepPlan:
         rows = self.world_size * self.micro_batch_size
         begin = self.first_step * self.global_batch_size + self.rank * self.micro_batch_size
         for start in range(begin, begin + len(self) * rows, rows):
-            numbers = range(start, start + self.micro_batch_size)
-            yield [(number, sample_index(number, self.num_blocks, self.seed, self.stream)) for number in numbers]
+            yield [self._ref(number) for number in range(start, start + self.micro_batch_size)]
+
+    def _ref(self, global_number: int) -> SampleRef:
+        is_replayed, number = replay_number(global_number, self.global_batch_size, self.replay.num_sequences)
+        if is_replayed:
+            return self.replay.ref(number, self.seed, self.stream)
+        return SampleRef(number, sample_index(number, self.num_blocks, self.seed, self.stream))
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Samples(Dataset[Batch]):
 
     def __getitems__(self, refs: Sequence[SampleRef]) -> Batch:
         """The batch of the given samples, which the loader asks for by this name."""
-        return self._batch([index for _, index in refs], [number for number, _ in refs])
+        return self._batch([ref.block for ref in refs], [ref.number for ref in refs])
 
     def fixed_batch(self, indices: Sequence[int], num_rows: int, filling: int) -> Batch:
         """Blocks under the corruption that their index fixes, filled to `num_rows` with block `filling` at weight 0."""
@@ -112,6 +117,7 @@ def training_steps(
     world_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    replay: Replay = NO_REPLAY,
 ) -> Iterator[list[Batch]]:
     """The micro-batches of optimizer steps first_step .. num_steps - 1, one list per step.
 
@@ -131,16 +137,18 @@ def training_steps(
         world_size: number of ranks, W.
         num_workers: loader processes; 0 loads in this one.
         pin_memory: put batches in page-locked memory.
+        replay: other text in every step, in place of some of the domain's.
 
     Raises:
         ConfigError: the global batch is not a whole number of micro-steps.
     """
     plan = StepPlan(
-        len(blocks), seed, stream, first_step, num_steps, global_batch_size, micro_batch_size, rank, world_size
+        len(blocks), seed, stream, first_step, num_steps, global_batch_size, micro_batch_size, rank, world_size, replay
     )
     num_micro_steps = plan.num_micro_steps
+    replayed = (Samples(*source, seed, stream + REPLAY_STREAM) for source in replay.sources)
     loader = DataLoader(
-        Samples(blocks, objective, seed, stream),
+        MixedRows((Samples(blocks, objective, seed, stream), *replayed)),
         batch_sampler=plan,
         collate_fn=_as_is,
         num_workers=num_workers,

@@ -13,7 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 from das_ds.config import SoftmaskConfig, TrainConfig
 from das_ds.deepspeed_config import is_offloaded
@@ -22,6 +21,7 @@ from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
 from das_ds.distributed.precision import LossScale, check_precision
+from das_ds.distributed.schedule import build_schedule
 from das_ds.distributed.sharded_construction import Slice
 from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
 from das_ds.distributed.state import Flats, RankState, SavedState
@@ -124,17 +124,21 @@ class Engine:
         """ZeRO stage in force."""
         return int(self._engine.zero_optimization_stage())
 
-    def start_domain(self, num_steps: int) -> None:
-        """Forget optimizer moments, start learning-rate schedule, loss scale and count of skipped steps anew."""
+    def start_domain(self, num_steps: int, *, is_first: bool = True, is_last: bool = True) -> None:
+        """Forget optimizer moments, start learning-rate schedule, loss scale and count of skipped steps anew.
+
+        Args:
+            num_steps: steps of the domain.
+            is_first: whether the model comes from no domain of this run.
+            is_last: whether it goes on to none.
+        """
         self.before_change()
         self._optimizer.reset_state()
         self._loss_scale.reset()
         self.skipped_steps = 0
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] = self._train.learning_rate
-        self._scheduler = get_scheduler(
-            self._train.schedule, self._optimizer, round(self._train.warmup_ratio * num_steps), num_steps
-        )
+        self._scheduler = build_schedule(self._optimizer, self._train, num_steps, is_first=is_first, is_last=is_last)
 
     def __call__(self, *inputs: torch.Tensor | None) -> Any:
         """Forward pass for training."""

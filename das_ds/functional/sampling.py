@@ -53,6 +53,21 @@ def sample_index(number: int, num_samples: int, seed: int, stream: str) -> int:
     return int(epoch_order(num_samples, seed, stream, epoch)[position])
 
 
+def replay_number(number: int, global_batch_size: int, num_replayed: int) -> tuple[bool, int]:
+    """Whether global sample k is replayed, and its number among those that are, or among those that are not.
+
+    At place j of step t that is so where (t + j) R mod G < R, with R of G samples replayed. Of any B places in a row,
+    floor(B R / G) or ceil(B R / G) are replayed, so that micro-batches share them evenly; the places move with the
+    step, so that in G steps each is replayed R times, whichever rank has it.
+    """
+    step, place = divmod(number, global_batch_size)
+    is_replayed = (step + place) * num_replayed % global_batch_size < num_replayed
+    # The condition holds floor((x - 1) R / G) + 1 times for t + j from 0 to x - 1.
+    until, since = ((x - 1) * num_replayed // global_batch_size for x in (step + place, step))
+    earlier = step * num_replayed + until - since
+    return is_replayed, earlier if is_replayed else number - earlier
+
+
 def subset_indices(num_blocks: int, num_samples: int, seed: int) -> list[int]:
     """Sorted indices of min(num_samples, num_blocks) different blocks, each subset equally likely."""
     generator = sample_generator(seed, "subset", num_blocks)

@@ -83,13 +83,15 @@ def model_card(config: RunConfig, domains_learned: int) -> str:
     """README of an exported model: what it was trained on and how."""
     base = config.model.name_or_path or "random weights"
     domains = [domain.name for domain in config.domains[:domains_learned]]
+    replayed = config.replayed(domains[-1])
+    replay = f" In the last domain {config.num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
     pipeline = PIPELINES[find_adapter(config.model).objective]
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [das_ds, continual-pre-training]\n---\n\n"
         f"# {config.output_dir.name}: after {domains[-1]}\n\n"
         f"Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.\n\n"
         f"Domains in order: {', '.join(domains)}; {config.train.steps_per_domain} steps of "
-        f"{config.train.global_batch_size} sequences of {config.data.sequence_length} tokens each.\n"
+        f"{config.train.global_batch_size} sequences of {config.data.sequence_length} tokens each.{replay}\n"
     )
 
 

@@ -186,7 +186,12 @@ class DomainSequence:
             at=self._watch.at,
             costs=self._boundary.take_reports,
         )
-        self.engine.start_domain(train.steps_per_domain)
+        is_alone, index = self._base is not None, begin.domains_done
+        self.engine.start_domain(
+            train.steps_per_domain,
+            is_first=is_alone or index == 0,
+            is_last=is_alone or index == len(self._config.domains) - 1,
+        )
         self._method.start_training(self._domain)
         self._seed(1)
         if first_step == 0:

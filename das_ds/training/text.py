@@ -20,6 +20,7 @@ from das_ds.data.loader import (
     training_steps,
 )
 from das_ds.data.objectives import Objective, make_objective
+from das_ds.data.replay import NO_REPLAY, Replay
 from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
 from das_ds.distributed.launch import RankInfo
 from das_ds.errors import RunFolderError
@@ -87,6 +88,7 @@ class RunText:
             world_size=self.info.world_size,
             num_workers=self.config.data.num_workers,
             pin_memory=self.info.device.type == "cuda",
+            replay=self._replay(corpus),
         )
 
     def importance_batches(self, corpus: str) -> EvaluationBatches:
@@ -115,6 +117,14 @@ class RunText:
 
     def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
         return subset_indices(len(blocks), self.config.method.importance.samples, self.config.seed)
+
+    def _replay(self, corpus: str) -> Replay:
+        # Earlier text keeps its own tokeniser, as in evaluation; its tokens are among those of every later one.
+        names = self.config.replayed(corpus)
+        if not names:
+            return NO_REPLAY
+        sources = tuple((self._training_blocks(name), self.objectives[name]) for name in names)
+        return Replay(self.config.num_replayed, sources)
 
     def _training_blocks(self, corpus: str) -> TokenBlocks:
         blocks = self.blocks[corpus].train

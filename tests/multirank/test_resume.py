@@ -136,10 +136,42 @@ def test_lost_checkpoints_are_no_new_run(tmp_path: Path) -> None:
 
 
 def test_each_domain_from_the_base_continues(tmp_path: Path) -> None:
-    runs = [run(tmp_path, name, method={"name": "one"}) for name in ("whole", "parts")]
+    changes = {"schedule": "infinite", "decay_ratio": 0.5, "log_every": 1}
+    runs = [run(tmp_path, name, method={"name": "one"}, **changes) for name in ("whole", "parts")]
     run_ranks(run_all, 2, runs[:1])
     run_ranks(run_in_pieces, 2, runs[1], 8)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    # No model comes from another, so that each domain is first and last.
+    found = [line["lr"] for line in metrics_lines(tmp_path / "parts")]
+    assert found[:6] == found[6:] and found[5] < found[3]
+
+
+def test_a_run_with_replay_continues(tmp_path: Path) -> None:
+    """Beside das, with general text in the first domain and food and general text in the second."""
+    method = {"importance": {"samples": 8}, "replay": {"share": 0.25, "general": True}}
+    runs = [run(tmp_path, name, method=method) for name in ("whole", "parts", "without")]
+    general = {"name": "general", "train": runs[0]["general"]["valid"]}
+    runs = [{**values, "general": general} for values in runs]
+    runs[2]["method"] = {"name": "das", "importance": {"samples": 8}}
+    run_ranks(run_all, 2, [runs[0], runs[2]])
+    _, breaks = run_ranks(run_in_pieces, 2, runs[1], 9)[0]
+    assert any(phase == "train" and step > 0 for phase, _, step in breaks)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    lines, without = metrics_lines(tmp_path / "whole"), metrics_lines(tmp_path / "without")
+    assert [line["tokens_seen"] for line in lines] == [line["global_step"] * 8 * 16 for line in lines]
+    assert all(line["loss"] != other["loss"] for line, other in zip(lines, without, strict=True))
+
+
+def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
+    changes = {"schedule": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_every": 1}
+    runs = [run(tmp_path, name, method={"name": "ncl"}, **changes) for name in ("whole", "parts")]
+    run_ranks(run_all, 1, runs[:1])
+    _, breaks = run_ranks(run_in_pieces, 1, runs[1], 5)[0]
+    assert {domains_done for phase, domains_done, step in breaks if phase == "train" and step > 0} == {0, 1}
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    factors = [0, 1 / 3, 2 / 3, 1, 1, 1, *(1, 1, 1, 1, 1 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5)]
+    found = [line["lr"] for line in metrics_lines(tmp_path / "parts")]
+    assert found == pytest.approx([1e-3 * factor for factor in factors])
 
 
 def checkpoints(folder: Path) -> list[str]:

@@ -1,0 +1,190 @@
+"""Replay: an exact share of every global batch, the same rows for every split of the work, each made as alone."""
+
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from das_ds.data.batches import Batch
+from das_ds.data.blocks import TokenBlocks
+from das_ds.data.causal import NextTokens
+from das_ds.data.loader import training_steps
+from das_ds.data.masking import MlmMasker
+from das_ds.data.objectives import Objective
+from das_ds.data.replay import Replay, interleaved
+from das_ds.data.tokenise import TokenFile
+from das_ds.functional.sampling import replay_number
+
+LENGTH, NUM_STEPS, FIRST_TOKEN = 16, 6, 5
+SPECIAL = (0, 1, 2, 3, 4)
+NUM_BLOCKS = {"papers": 30, "food": 3, "news": 50}
+"""The domain, then what is replayed."""
+TOKEN = {"papers": 5, "food": 100, "news": 200}
+"""Block i of a corpus holds nothing but its token + i."""
+MASKERS = {name: MlmMasker(4, SPECIAL, vocab, 0.3) for name, vocab in (("papers", 400), ("food", 300), ("news", 350))}
+
+
+@pytest.mark.parametrize(
+    ("size", "num_replayed"), [(1, 0), (8, 0), (8, 1), (8, 3), (8, 7), (12, 5), (16, 2), (16, 4), (21, 6)]
+)
+def test_replayed_numbers_are_exact_even_and_without_gaps(size: int, num_replayed: int) -> None:
+    found = [replay_number(number, size, num_replayed) for number in range(size * size)]
+    is_replayed = np.array([replayed for replayed, _ in found]).reshape(size, size)
+    assert (is_replayed.sum(axis=1) == num_replayed).all()
+    assert (is_replayed.sum(axis=0) == num_replayed).all()
+    for kind in (True, False):
+        numbers = [number for replayed, number in found if replayed == kind]
+        assert numbers == list(range(len(numbers)))
+    for length in range(1, size + 1):
+        expected = length * num_replayed / size
+        for step in is_replayed.astype(int):
+            counts = np.convolve(step, np.ones(length, dtype=int), "valid")
+            assert np.floor(expected) <= counts.min() and counts.max() <= np.ceil(expected)
+
+
+@pytest.fixture
+def corpora(tmp_path: Path) -> dict[str, TokenBlocks]:
+    made = {}
+    for name, num_blocks in NUM_BLOCKS.items():
+        path = tmp_path / f"{name}.bin"
+        np.repeat(np.arange(TOKEN[name], TOKEN[name] + num_blocks), LENGTH).astype("<u2").tofile(path)
+        made[name] = TokenBlocks(TokenFile(path, "<u2", num_blocks * LENGTH, 1), LENGTH)
+    return made
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch, in terms of the row alone."""
+
+    token: int
+    corrupted: tuple[int, ...]
+    predicted: tuple[tuple[int, int], ...]
+
+    @property
+    def corpus(self) -> str:
+        return next(name for name in ("news", "food", "papers") if self.token >= TOKEN[name])
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    assert batch.predicted.equal(batch.predicted.sort().values)
+    assert (batch.input_ids == batch.input_ids[:, :1]).all() and batch.row_weights.bool().all()
+    pairs = list(zip(batch.predicted.tolist(), batch.targets.tolist(), strict=True))
+    return [
+        Row(
+            int(ids[0]),
+            tuple(batch.corrupted_ids[row].tolist()),
+            tuple((place % LENGTH, target) for place, target in pairs if place // LENGTH == row),
+        )
+        for row, ids in enumerate(batch.input_ids)
+    ]
+
+
+def load(
+    corpora: dict[str, TokenBlocks],
+    *,
+    num_replayed: int,
+    size: int = 16,
+    micro_batch_size: int = 4,
+    rank: int = 0,
+    world_size: int = 1,
+    objectives: dict[str, Objective] | None = None,
+    **options: Any,
+) -> list[list[Batch]]:
+    made = objectives or MASKERS
+    sources = tuple((corpora[name], made[name]) for name in ("food", "news"))
+    arguments = {"seed": 0, "stream": "train/papers", "first_step": 0, "num_steps": NUM_STEPS, **options}
+    return list(
+        training_steps(
+            corpora["papers"],
+            made["papers"],
+            global_batch_size=size,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            replay=Replay(num_replayed, sources),
+            **arguments,
+        )
+    )
+
+
+@pytest.mark.parametrize("num_replayed", [1, 3, 8])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 16), (1, 2), (2, 8), (2, 1), (4, 4), (4, 1), (8, 2)])
+def test_share_and_rows_of_a_step_do_not_depend_on_the_split(
+    corpora: dict[str, TokenBlocks], world_size: int, micro_batch_size: int, num_replayed: int
+) -> None:
+    whole = [rows_of(batch) for (batch,) in load(corpora, num_replayed=num_replayed, micro_batch_size=16)]
+    ranks = [
+        load(corpora, num_replayed=num_replayed, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step, expected in zip(zip(*ranks, strict=True), whole, strict=True):
+        found = [rows_of(batch) for micro_step in zip(*step, strict=True) for batch in micro_step]
+        # In the order of the global batch, not only as a set.
+        assert [row for rows in found for row in rows] == expected
+        assert sum(row.corpus != "papers" for row in expected) == num_replayed
+        counts = [sum(row.corpus != "papers" for row in rows) for rows in found]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_corpora_come_in_turn_and_the_domain_is_read_in_epochs(corpora: dict[str, TokenBlocks]) -> None:
+    rows = [row for step in load(corpora, num_replayed=4) for batch in step for row in rows_of(batch)]
+    replayed = [row for row in rows if row.corpus != "papers"]
+    assert [row.corpus for row in replayed] == ["food", "news"] * (2 * NUM_STEPS)
+    assert len({row.token for row in replayed if row.corpus == "news"}) > 8
+    own = [row.token for row in rows if row.corpus == "papers"]
+    assert sorted(own[:30]) == sorted(own[30:60]) == list(range(5, 35))
+    plain = [row for step in load(corpora, num_replayed=0, num_steps=5) for batch in step for row in rows_of(batch)]
+    # The domain's own samples are those of a run without replay, corruption included.
+    assert [row for row in rows if row.corpus == "papers"] == plain[: len(own)]
+
+
+def test_a_row_repeated_is_corrupted_anew(corpora: dict[str, TokenBlocks]) -> None:
+    rows = [row for step in load(corpora, num_replayed=8) for batch in step for row in rows_of(batch)]
+    same = [row for row in rows if row.token == TOKEN["food"]]
+    assert len({row.corrupted for row in same}) == len(same) > 1
+
+
+def test_every_row_is_made_by_its_own_objective(corpora: dict[str, TokenBlocks]) -> None:
+    """Random replacements come from the vocabulary of the row's corpus."""
+    rows = [row for step in load(corpora, num_replayed=8) for batch in step for row in rows_of(batch)]
+    largest = {name: max(max(row.corrupted) for row in rows if row.corpus == name) for name in MASKERS}
+    assert largest["food"] < 300 and largest["news"] < 350 < largest["papers"] < 400
+    assert all(target == row.token for row in rows for _, target in row.predicted)
+    counts = Counter(row.corpus for row in rows if row.predicted)
+    assert set(counts) == set(MASKERS)
+
+
+@pytest.mark.parametrize(("first_step", "num_workers"), [(1, 0), (4, 0), (6, 0), (0, 2), (3, 2)])
+def test_resuming_and_loader_processes_give_the_same(
+    corpora: dict[str, TokenBlocks], first_step: int, num_workers: int
+) -> None:
+    whole = load(corpora, num_replayed=3)
+    found = load(corpora, num_replayed=3, first_step=first_step, num_workers=num_workers)
+    assert len(found) == NUM_STEPS - first_step
+    for left, right in zip(found, whole[first_step:], strict=True):
+        assert [rows_of(batch) for batch in left] == [rows_of(batch) for batch in right]
+
+
+def test_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
+    objectives: dict[str, Objective] = dict.fromkeys(NUM_BLOCKS, NextTokens())
+    for step in load(corpora, num_replayed=3, objectives=objectives):
+        for batch in step:
+            assert batch.corrupted_ids.equal(batch.input_ids)
+            for row in rows_of(batch):
+                assert row.predicted == tuple((place, row.token) for place in range(LENGTH - 1))
+
+
+def test_rows_of_batches_with_positions_are_put_where_they_belong() -> None:
+    def made(rows: list[list[int]], predicted: list[int]) -> Batch:
+        ids = torch.tensor(rows)
+        weights = torch.ones(len(rows))
+        return Batch(ids, ids + 100, torch.tensor(predicted), ids.flatten()[predicted], weights, ids * 2)
+
+    joined = interleaved([made([[1, 2], [3, 4]], [1, 2]), made([[5, 6]], [0])], [2, 0, 1])
+    expected = made([[3, 4], [5, 6], [1, 2]], [0, 2, 5])
+    for field in fields(Batch):
+        assert getattr(joined, field.name).equal(getattr(expected, field.name)), field.name
