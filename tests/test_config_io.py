@@ -102,7 +102,7 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("train.learning_rat=1", "train.learning_rat: unknown key; did you mean train.learning_rate?"),
-        ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate?"),
+        ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate or tasks.0.learning_rate?"),
         ("method.temprature=1", "method.temprature: unknown key; did you mean method.contrast.temperature?"),
         ("domains.1.trian=[a]", "domains.1.trian: unknown key; did you mean domains.1.train?"),
         ("trian.eps=1", "trian: unknown key; did you mean train?"),
@@ -155,7 +155,7 @@ def test_all_mistakes_are_reported_in_one_line(run_file: Path) -> None:
         "method.name: found 'dsa', allowed: das | ncl | one",
         "seed: found -1, allowed: integer >= 0 and < 4294967296",
         "learning_rate: unknown key",
-        "did you mean train.learning_rate?",
+        "did you mean train.learning_rate or tasks.0.learning_rate?",
     ]
 
 
