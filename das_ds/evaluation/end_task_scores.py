@@ -182,6 +182,25 @@ def summary_of(scores: EndTaskScores, tasks: list[TaskConfig]) -> dict[str, dict
     }
 
 
+def means_of(scores: EndTaskScores) -> dict[str, float]:
+    """`end_task/<task>/<part>` -> mean of the reported metric, for a tracker's `log_summary`."""
+    return {
+        f"end_task/{name}/{part}": spread.mean
+        for name, entry in scores.tasks.items()
+        for part, spread in (("dev", entry.dev), ("test", entry.test))
+    }
+
+
+def table_of(scores: EndTaskScores) -> tuple[list[str], list[list[float | int | str]]]:
+    """Column names and a row per seed, for a tracker's `log_table`."""
+    rows: list[list[float | int | str]] = [
+        [name, done.seed, entry.metric, done.dev.of(entry.metric), done.test.of(entry.metric), done.best_epoch]
+        for name, entry in scores.tasks.items()
+        for done in entry.seeds
+    ]
+    return ["task", "seed", "metric", "dev", "test", "best_epoch"], rows
+
+
 def _spread(values: list[float]) -> Spread:
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Spread(mean=statistics.fmean(values), deviation=deviation)

@@ -11,10 +11,22 @@ from das_ds.data.end_tasks import EndTask, read_task
 from das_ds.distributed.launch import Ranks
 from das_ds.durable import checksum
 from das_ds.errors import ConfigError, DasError
-from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores, SeedScores, open_scores, write_scores
+from das_ds.evaluation.end_task_scores import (
+    END_TASKS_FILE,
+    EndTaskScores,
+    SeedScores,
+    means_of,
+    open_scores,
+    table_of,
+    write_scores,
+)
 from das_ds.evaluation.fine_tuning import fine_tune
 from das_ds.models.classifier import check_model_folder, weight_files
 from das_ds.models.loading import check_files
+from das_ds.tracking.tracker import build_job_tracker
+from das_ds.tracking.wandb_sink import WandbJob
+
+JOB_TYPE = "finetune"
 
 
 def finetune_model(
@@ -40,9 +52,13 @@ def finetune_model(
     tasks = ranks.first_main_then_others(lambda: [read_task(task) for task in chosen])
     scores = _from_main(ranks, path, folder, tasks)
     jobs = [(task, seed) for task in tasks for seed in task.config.seeds if not scores.has(task.config.name, seed)]
-    for first in range(0, len(jobs), ranks.info.world_size):
-        together = jobs[first : first + ranks.info.world_size]
-        scores = _round(ranks, together, scores, source, path)
+    wandb_job = WandbJob(path.parent, JOB_TYPE, f"{path.resolve().parent.name} {JOB_TYPE}")
+    with build_job_tracker(config, wandb_job, enabled=ranks.info.is_main and bool(jobs)) as tracker:
+        for first in range(0, len(jobs), ranks.info.world_size):
+            together = jobs[first : first + ranks.info.world_size]
+            scores = _round(ranks, together, scores, source, path)
+            tracker.log_summary(means_of(scores))
+        tracker.log_table("end_tasks", *table_of(scores))
     return scores
 
 

@@ -16,9 +16,11 @@ from das_ds.evaluation.end_task_scores import (
     EndTaskScores,
     Scores,
     SeedScores,
+    means_of,
     open_scores,
     read_scores,
     summary_of,
+    table_of,
     write_scores,
 )
 from helpers.end_tasks import small_task
@@ -56,6 +58,14 @@ def test_seeds_are_sorted_and_spread_is_that_of_the_reported_metric(tmp_path: Pa
     assert scores.has("toy_text", 4) and not scores.has("toy_text", 0) and not scores.has("other", 4)
     summary = summary_of(scores, [task_of(tmp_path).config])["toy_text"]
     assert (summary["metric"], summary["seeds"], summary["test"]["mean"]) == ("accuracy", 2, 0.5)
+
+
+def test_means_and_table_suit_a_tracker(tmp_path: Path) -> None:
+    scores = two_seeds(tmp_path)
+    assert means_of(scores) == {"end_task/toy_text/dev": 0.75, "end_task/toy_text/test": 0.5}
+    columns, rows = table_of(scores)
+    assert columns == ["task", "seed", "metric", "dev", "test", "best_epoch"]
+    assert rows == [["toy_text", 1, "accuracy", 1.0, 0.75, 2], ["toy_text", 4, "accuracy", 0.5, 0.25, 2]]
 
 
 def test_file_gives_back_what_was_written(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def task_run(folder: Path, tasks: list[dict[str, Any]]) -> RunConfig:
             "model": {"name_or_path": "none"},
             "domains": [{"name": "food", "train": ["none.txt"]}],
             "tasks": tasks,
+            "wandb": {"mode": "disabled"},
         }
     )
 

@@ -77,12 +77,13 @@ def test_command_prints_and_records_the_scores(tmp_path: Path) -> None:
     model, config = save_model(tmp_path), tmp_path / "run.yaml"
     dump_config(task_run(tmp_path, two_tasks(tmp_path)), config)
     words = (sys.executable, "launch/finetune.py", "--config", config, "--model", model, "--task", "toy_pair")
-    done = command(*words, "tasks.1.metric=accuracy")
+    done = command(*words, "tasks.1.metric=accuracy", "wandb.mode=offline")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
     entry = read_scores(model.parent / END_TASKS_FILE).tasks["toy_pair"]
     assert list(shown) == ["toy_pair"] and shown["toy_pair"]["metric"] == "accuracy"
     assert shown["toy_pair"]["test"] == {"mean": entry.seeds[0].test.accuracy, "deviation": None}
+    assert list((model.parent / "wandb").glob("offline-run-*")) and not (tmp_path / "run" / "wandb").exists()
     assert "toy_pair, seed 3, epoch 1" in done.stderr and "LOAD REPORT" not in done.stderr
 
 
