@@ -250,7 +250,8 @@ def test_added_domain_is_a_difference(run_file: Path) -> None:
 
 def test_keys_that_touch_no_result_are_no_difference(run_file: Path) -> None:
     changes = ["wandb.mode=offline", "wandb.project=x", "train.log_every=3", "data.num_workers=2", "data.cache_dir=c"]
-    new = load_config(run_file, [*changes, "evaluation.batch_size=4", "output_dir=elsewhere"])
+    changes += ["tasks.0={name: a, train: a.jsonl, dev: b.jsonl, test: c.jsonl}", "evaluation.batch_size=4"]
+    new = load_config(run_file, [*changes, "output_dir=elsewhere"])
     assert config_differences(load_config(run_file), new) == []
 
 

@@ -76,7 +76,7 @@ class _Job:
         while stopping.epochs < self._config.epochs and not stopping.is_over:
             self._train_epoch(stopping.epochs + 1)
             dev = self._score(self._dev)
-            if stopping.is_best(dev.of(self._config.metric)):
+            if stopping.take(dev.of(self._config.metric)):
                 best_weights, best_dev = copy.deepcopy(self._model.state_dict()), dev
         assert best_dev is not None
         self._model.load_state_dict(best_weights)

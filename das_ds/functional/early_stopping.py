@@ -18,7 +18,7 @@ class EarlyStopping:
         self.epochs = 0
         """Epochs scored so far."""
 
-    def is_best(self, score: float) -> bool:
+    def take(self, score: float) -> bool:
         """Take the score of the next epoch; whether it is higher than all before."""
         self.epochs += 1
         if score <= self._best_score:
