@@ -73,6 +73,25 @@ def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
         print(json.dumps(losses))
 
 
+def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from das_ds.data.end_tasks import choose_tasks
+    from das_ds.distributed.launch import Ranks
+    from das_ds.evaluation.end_task_scores import summary_of
+    from das_ds.training.finetune import finetune_model, scores_path
+
+    tasks, path = choose_tasks(config.tasks, options.task), scores_path(options.model, options.output)
+    # The head of a classifier is new by nature; transformers would report it for every job.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    ranks = Ranks()
+    scores = finetune_model(config, ranks, options.model, tasks, path)
+    ranks.close()
+    if ranks.info.is_main:
+        print(json.dumps(summary_of(scores, tasks)))
+
+
 def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     from datetime import timedelta
 
@@ -122,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, action, text in (
         ("train", _train, "run or continue a sequence of domains"),
         ("evaluate", _evaluate, "print an exported model's held-out losses on the corpora of a config, as JSON"),
+        ("finetune", _finetune, "fine-tune an exported model on the tasks of a config and record its scores"),
         (
             "preflight",
             _preflight,
@@ -139,8 +159,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--local_rank", help=argparse.SUPPRESS)
         if name == "preflight":
             command.add_argument("--json", action="store_true", help="print the findings as one JSON object")
-        if name == "evaluate":
+        if name in ("evaluate", "finetune"):
             command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
+        if name == "finetune":
+            command.add_argument(
+                "--task",
+                action="append",
+                default=[],
+                metavar="NAME",
+                help="a task of the config, may be repeated; default: all",
+            )
+            text = "file of scores to begin or continue; default: end_tasks.json beside the model of a run"
+            command.add_argument("--output", type=Path, metavar="FILE", help=text)
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
     units = commands.add_parser("units", help=text, description=text)
     units.set_defaults(action=_units)

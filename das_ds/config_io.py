@@ -27,7 +27,7 @@ MAX_FOUND_LENGTH = 80
 
 # Keys, or sections of them, that may change when a run is continued: they say where the run is, how fast text is read
 # and what is shown, how it is saved and stopped, or, as do stage and micro-batch, how the work is divided; none of them
-# touches the order of the data, nor a weight beyond the order of its sums.
+# touches the order of the data, nor a weight beyond the order of its sums. Training does not read `tasks`.
 FREE_KEYS = (
     "output_dir",
     "wandb",
@@ -35,6 +35,7 @@ FREE_KEYS = (
     "data.num_workers",
     "data.cache_dir",
     "evaluation.batch_size",
+    "tasks",
     "checkpoint",
     "run",
     "deepspeed",

@@ -102,7 +102,7 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("train.learning_rat=1", "train.learning_rat: unknown key; did you mean train.learning_rate?"),
-        ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate?"),
+        ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate or tasks.0.learning_rate?"),
         ("method.temprature=1", "method.temprature: unknown key; did you mean method.contrast.temperature?"),
         ("domains.1.trian=[a]", "domains.1.trian: unknown key; did you mean domains.1.train?"),
         ("trian.eps=1", "trian: unknown key; did you mean train?"),
@@ -155,7 +155,7 @@ def test_all_mistakes_are_reported_in_one_line(run_file: Path) -> None:
         "method.name: found 'dsa', allowed: das | ncl | one | replay",
         "seed: found -1, allowed: integer >= 0 and < 4294967296",
         "learning_rate: unknown key",
-        "did you mean train.learning_rate?",
+        "did you mean train.learning_rate or tasks.0.learning_rate?",
     ]
 
 
@@ -250,7 +250,8 @@ def test_added_domain_is_a_difference(run_file: Path) -> None:
 
 def test_keys_that_touch_no_result_are_no_difference(run_file: Path) -> None:
     changes = ["wandb.mode=offline", "wandb.project=x", "train.log_every=3", "data.num_workers=2", "data.cache_dir=c"]
-    new = load_config(run_file, [*changes, "evaluation.batch_size=4", "output_dir=elsewhere"])
+    changes += ["tasks.0={name: a, train: a.jsonl, dev: b.jsonl, test: c.jsonl}", "evaluation.batch_size=4"]
+    new = load_config(run_file, [*changes, "output_dir=elsewhere"])
     assert config_differences(load_config(run_file), new) == []
 
 

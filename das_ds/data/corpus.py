@@ -44,7 +44,7 @@ def read_documents(source: Source, text_column: str) -> Iterator[DocumentBatch]:
     elif file_suffix(source).startswith(".jsonl"):
         batches = _read_jsonl(source, text_column)
     else:
-        batches = _read_lines(source)
+        batches = read_lines(source)
     for texts, num_bytes in batches:
         yield DocumentBatch([text for text in texts if text and not text.isspace()], num_bytes)
 
@@ -56,7 +56,12 @@ def _unpacked(path: Path, file: IO[bytes]) -> Any:
     return lzma.open(file) if suffix.endswith(".xz") else nullcontext(file)
 
 
-def _read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
+def read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
+    """Lines of a file of text, packed or not, in chunks, each with the bytes of the file that it took.
+
+    Raises:
+        DataError: unreadable or damaged file, text that is not UTF-8.
+    """
     offset = position = 0
     try:
         with path.open("rb") as file, _unpacked(path, file) as stream:
@@ -80,19 +85,29 @@ def _read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[tuple[list[str], int]]:
     num_lines = 0
-    for lines, num_bytes in _read_lines(path):
+    for lines, num_bytes in read_lines(path):
         rows = enumerate(lines, num_lines + 1)
         yield [_json_text(line, text_column, f"{path}, line {number}") for number, line in rows if line], num_bytes
         num_lines += len(lines)
 
 
-def _json_text(line: str, text_column: str, place: str) -> str:
+def json_object(line: str, place: str) -> dict[str, Any]:
+    """The object that one line of JSON holds.
+
+    Raises:
+        DataError: no JSON or no object; `place` is where the line stands.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON ({error}); expected one object per line") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: found {type(row).__name__}; expected one object per line")
+    return row
+
+
+def _json_text(line: str, text_column: str, place: str) -> str:
+    row = json_object(line, place)
     _check_column(text_column, row, place)
     return _checked_text(row[text_column], text_column, place)
 

@@ -10,7 +10,7 @@ from das_ds.config import RunConfig
 from das_ds.errors import EXIT_STOPPED, StoppedError
 from das_ds.tracking.names import METRICS_FILE
 from das_ds.tracking.sinks import JsonlSink, Metrics, Scalar, Sink
-from das_ds.tracking.wandb_sink import build_wandb_sink
+from das_ds.tracking.wandb_sink import WandbJob, build_wandb_sink
 
 
 class Tracker(Sink):
@@ -84,6 +84,16 @@ def build_tracker(config: RunConfig, *, enabled: bool) -> Tracker:
     if wandb_sink is not None:
         sinks.append(wandb_sink)
     return Tracker(sinks)
+
+
+def build_job_tracker(config: RunConfig, job: WandbJob, *, enabled: bool) -> Tracker:
+    """Tracker of a job besides the training run: W&B alone, as `config.wandb` chooses; empty where not `enabled`.
+
+    Raises:
+        ConfigError: W&B is demanded and not installed.
+    """
+    sink = build_wandb_sink(config, job) if enabled else None
+    return Tracker([] if sink is None else [sink])
 
 
 def _exit_code(error: BaseException | None) -> int:

@@ -14,6 +14,7 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +42,22 @@ logger = logging.getLogger(__name__)
 Job = Callable[[Any], object]
 
 
-def build_wandb_sink(config: RunConfig) -> WandbSink | None:
+@dataclass(frozen=True)
+class WandbJob:
+    """A W&B run besides that of the training run, in its group."""
+
+    folder: Path
+    """Holds its id and files."""
+    job_type: str
+    name: str
+
+
+def build_wandb_sink(config: RunConfig, job: WandbJob | None = None) -> WandbSink | None:
     """The W&B sink that `config.wandb.mode` asks for, or none.
+
+    Args:
+        config: of the run.
+        job: None: the training run itself.
 
     `auto` is online where W&B finds an API key (environment, netrc, its own settings), else offline; it obeys
     `WANDB_MODE=offline` and `disabled`, and does without W&B where the package is missing.
@@ -65,7 +80,7 @@ def build_wandb_sink(config: RunConfig) -> WandbSink | None:
             ) from error
         logger.warning("W&B is off: the wandb package is not installed (wandb.mode=disabled silences this)")
         return None
-    return WandbSink(config, wandb)
+    return WandbSink(config, wandb, job=job)
 
 
 class WandbSink(Sink):
@@ -78,12 +93,22 @@ class WandbSink(Sink):
         library: the `wandb` module.
         init_timeout_s: seconds after which going online is given up for offline.
         close_timeout_s: longest time that `close` blocks.
+        job: None: the training run itself.
     """
 
     def __init__(
-        self, config: RunConfig, library: Any, *, init_timeout_s: float = 30.0, close_timeout_s: float = 60.0
+        self,
+        config: RunConfig,
+        library: Any,
+        *,
+        init_timeout_s: float = 30.0,
+        close_timeout_s: float = 60.0,
+        job: WandbJob | None = None,
     ) -> None:
         self._config = config
+        self._job = job or WandbJob(
+            config.output_dir, config.method.name, config.wandb.name or config.output_dir.resolve().name
+        )
         self._wandb = library
         self._init_timeout_s = init_timeout_s
         self._close_timeout_s = close_timeout_s
@@ -126,7 +151,7 @@ class WandbSink(Sink):
             logger.warning(
                 "W&B did not finish within %g s and is left behind; `wandb sync %s` uploads what it wrote",
                 self._close_timeout_s,
-                self._config.output_dir / "wandb" / "*run-*",
+                self._job.folder / "wandb" / "*run-*",
             )
             self._abandon()
 
@@ -186,13 +211,13 @@ class WandbSink(Sink):
         return bool(has_key)
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
-        config, folder = self._config, self._config.output_dir.resolve()
+        config, folder = self._config, self._job.folder.resolve()
         run = self._wandb.init(
             project=config.wandb.project,
             entity=config.wandb.entity,
-            name=config.wandb.name or folder.name,
-            group=config.wandb.group or folder.parent.name,
-            job_type=config.method.name,
+            name=self._job.name,
+            group=config.wandb.group or config.output_dir.resolve().parent.name,
+            job_type=self._job.job_type,
             config=config.model_dump(mode="json"),
             dir=str(folder),
             id=_run_id(folder),

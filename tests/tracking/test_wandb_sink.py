@@ -15,7 +15,7 @@ from das_ds.config import RunConfig
 from das_ds.errors import ConfigError
 from das_ds.tracking import wandb_sink
 from das_ds.tracking.names import WANDB_RUN_ID_FILE
-from das_ds.tracking.wandb_sink import MAX_WAITING_JOBS, WandbSink, build_wandb_sink
+from das_ds.tracking.wandb_sink import MAX_WAITING_JOBS, WandbJob, WandbSink, build_wandb_sink
 
 ConfigMaker = Callable[[Path, str], RunConfig]
 STEP: dict[str, float | int | str] = {"domain": "acl", "domain_step": 1, "loss": 1.0}
@@ -113,6 +113,17 @@ def test_run_is_described_by_the_config(make_config: ConfigMaker, tmp_path: Path
     assert given["config"] == config.model_dump(mode="json")
     assert given["dir"] == str(tmp_path / "papers" / "seed0")
     assert given["settings"]["init_timeout"] == 4.0 and given["settings"]["finish_timeout"] == 5.0
+
+
+def test_job_besides_training_is_a_run_of_its_own_in_the_same_group(make_config: ConfigMaker, tmp_path: Path) -> None:
+    library, config = FakeWandb(), make_config(tmp_path / "papers" / "seed0", "auto")
+    folder = tmp_path / "papers" / "seed0" / "domains" / "00_acl"
+    folder.mkdir(parents=True)
+    WandbSink(config, library, job=WandbJob(folder, "finetune", "00_acl finetune")).close()
+    given = library.init_arguments
+    assert (given["name"], given["group"], given["job_type"]) == ("00_acl finetune", "papers", "finetune")
+    assert given["dir"] == str(folder) and given["id"] == (folder / WANDB_RUN_ID_FILE).read_text().strip()
+    assert not (config.output_dir / WANDB_RUN_ID_FILE).exists()
 
 
 def test_id_is_stored_and_used_again_unless_damaged(make_config: ConfigMaker, tmp_path: Path) -> None:

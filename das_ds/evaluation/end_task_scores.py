@@ -1,0 +1,206 @@
+"""end_tasks.json: what a model scores on end tasks, seed by seed, typed and versioned; it grows as seeds are done."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from das_ds.config import TaskConfig
+from das_ds.data.end_tasks import EndTask
+from das_ds.durable import read_checked_json, write_checked_json
+from das_ds.errors import RunFolderError
+from das_ds.evaluation.results import Section, library_versions
+
+FORMAT_VERSION: Literal[1] = 1
+END_TASKS_FILE = "end_tasks.json"
+NOT_SETTINGS = {"name", "train", "dev", "test", "seeds"}
+"""Keys of a task that may change between two starts: a file counts by its content, and seeds may be added."""
+
+MetricName = Literal["accuracy", "macro_f1", "micro_f1"]
+
+
+class Scores(Section):
+    """Scores on one file; see `functional.scores`."""
+
+    accuracy: float
+    macro_f1: float
+    micro_f1: float
+
+    def of(self, metric: MetricName) -> float:
+        """The score of this name."""
+        return float(getattr(self, metric))
+
+
+class SeedScores(Section):
+    """One training of one task."""
+
+    seed: int
+    epochs: int
+    """Epochs trained."""
+    best_epoch: int
+    """The epoch with the best dev score, whose weights are scored."""
+    dev: Scores
+    test: Scores
+
+
+class Spread(Section):
+    """The reported metric over all seeds."""
+
+    mean: float
+    deviation: float | None
+    """Standard deviation of a sample; null for one seed."""
+
+
+class TaskScores(Section):
+    """One task: its seeds, and what they give together."""
+
+    metric: MetricName
+    """The reported one."""
+    labels: list[str]
+    """Classes in the order of their numbers."""
+    settings: dict[str, Any]
+    """What decides the scores besides model and seed: keys of the task, and the identities of its files."""
+    seeds: list[SeedScores] = Field(min_length=1)
+    """Sorted by seed."""
+    dev: Spread
+    test: Spread
+
+
+class EndTaskScores(Section):
+    """Scores of one model."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of this format."""
+    model: str
+    """Checksum of the model's weights."""
+    tasks: dict[str, TaskScores] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=library_versions)
+    """Versions of the libraries at the first start."""
+
+    def has(self, task: str, seed: int) -> bool:
+        """Whether this job is done."""
+        return task in self.tasks and seed in [found.seed for found in self.tasks[task].seeds]
+
+    def with_seed(self, task: EndTask, scores: SeedScores) -> EndTaskScores:
+        """A copy with one more job done."""
+        name, metric = task.config.name, task.config.metric
+        known = self.tasks[name].seeds if name in self.tasks else []
+        seeds = sorted([*known, scores], key=lambda done: done.seed)
+        entry = TaskScores(
+            metric=metric,
+            labels=task.labels,
+            settings=settings_of(task),
+            seeds=seeds,
+            dev=_spread([done.dev.of(metric) for done in seeds]),
+            test=_spread([done.test.of(metric) for done in seeds]),
+        )
+        return self.model_copy(update={"tasks": {**self.tasks, name: entry}})
+
+
+def settings_of(task: EndTask) -> dict[str, Any]:
+    """What decides a task's scores besides model and seed."""
+    return {**task.config.model_dump(mode="json", exclude=NOT_SETTINGS), "files": task.fingerprints}
+
+
+def open_scores(path: Path, model: str, tasks: list[EndTask]) -> EndTaskScores:
+    """The scores that a file holds, or none yet where there is no file.
+
+    Raises:
+        RunFolderError: the file has no folder, is damaged, of another model, or has a task with other settings.
+    """
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise RunFolderError(f"{path}: found no folder {path.parent}, expected one to write scores to")
+        return EndTaskScores(model=model)
+    scores = read_scores(path)
+    if scores.model != model:
+        raise RunFolderError(f"{path}: holds scores of other weights than the model has; move the file away")
+    for task in tasks:
+        name, settings = task.config.name, settings_of(task)
+        known = scores.tasks[name].settings if name in scores.tasks else settings
+        if known != settings:
+            changes = [
+                f"{key}: was {known.get(key)}, now {settings.get(key)}"
+                for key in dict.fromkeys([*known, *settings])
+                if known.get(key) != settings.get(key)
+            ]
+            raise RunFolderError(
+                f"{path}: task {name} was done with other settings ({'; '.join(changes)}); use the same, another name "
+                "for the task, or move the file away"
+            )
+    return scores
+
+
+def write_scores(scores: EndTaskScores, path: Path) -> None:
+    """Write scores as JSON; a reader finds the old file or the new one, never a part.
+
+    Raises:
+        RunFolderError: the folder cannot be written or is full.
+    """
+    try:
+        write_checked_json(path, scores.model_dump(mode="json"))
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written ({error.strerror}); its folder must exist, be writable and have free space"
+        ) from error
+
+
+def read_scores(path: Path) -> EndTaskScores:
+    """Read a file of scores.
+
+    Raises:
+        RunFolderError: it cannot be read, was altered, or is no such file of this version.
+    """
+    try:
+        return EndTaskScores.model_validate(read_checked_json(path))
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected scores of end tasks") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RunFolderError(
+            f"{path}: {place}: {first['msg']}; expected scores of end tasks, format_version {FORMAT_VERSION}"
+        ) from error
+    except ValueError as error:
+        raise RunFolderError(f"{path}: {error}; expected scores of end tasks") from error
+
+
+def summary_of(scores: EndTaskScores, tasks: list[TaskConfig]) -> dict[str, dict[str, Any]]:
+    """Task -> reported metric, number of seeds, and its spread on dev and test."""
+    found = {task.name: scores.tasks[task.name] for task in tasks}
+    return {
+        name: {
+            "metric": entry.metric,
+            "seeds": len(entry.seeds),
+            "dev": entry.dev.model_dump(),
+            "test": entry.test.model_dump(),
+        }
+        for name, entry in found.items()
+    }
+
+
+def means_of(scores: EndTaskScores) -> dict[str, float]:
+    """`end_task/<task>/<part>` -> mean of the reported metric, for a tracker's `log_summary`."""
+    return {
+        f"end_task/{name}/{part}": spread.mean
+        for name, entry in scores.tasks.items()
+        for part, spread in (("dev", entry.dev), ("test", entry.test))
+    }
+
+
+def table_of(scores: EndTaskScores) -> tuple[list[str], list[list[float | int | str]]]:
+    """Column names and a row per seed, for a tracker's `log_table`."""
+    rows: list[list[float | int | str]] = [
+        [name, done.seed, entry.metric, done.dev.of(entry.metric), done.test.of(entry.metric), done.best_epoch]
+        for name, entry in scores.tasks.items()
+        for done in entry.seeds
+    ]
+    return ["task", "seed", "metric", "dev", "test", "best_epoch"], rows
+
+
+def _spread(values: list[float]) -> Spread:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(mean=statistics.fmean(values), deviation=deviation)

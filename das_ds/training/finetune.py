@@ -1,0 +1,118 @@
+"""Fine-tuning an exported model on the end tasks of a config: tasks x seeds, divided among the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from das_ds.config import ModelConfig, RunConfig, TaskConfig
+from das_ds.data.end_tasks import EndTask, read_task
+from das_ds.distributed.launch import Ranks
+from das_ds.durable import checksum
+from das_ds.errors import ConfigError, DasError
+from das_ds.evaluation.end_task_scores import (
+    END_TASKS_FILE,
+    EndTaskScores,
+    SeedScores,
+    means_of,
+    open_scores,
+    table_of,
+    write_scores,
+)
+from das_ds.evaluation.fine_tuning import fine_tune
+from das_ds.models.classifier import check_model_folder, weight_files
+from das_ds.models.loading import check_files
+from das_ds.tracking.tracker import build_job_tracker
+from das_ds.tracking.wandb_sink import WandbJob
+
+JOB_TYPE = "finetune"
+
+
+def finetune_model(
+    config: RunConfig, ranks: Ranks, folder: Path, chosen: Sequence[TaskConfig], path: Path
+) -> EndTaskScores:
+    """Do every job, a task with a seed, that the file of scores lacks; returns all scores on every rank.
+
+    Rank r of W takes jobs r, r + W, ... of what is to be done. After each round the file is written, so that a start
+    that was broken off costs one job per rank.
+
+    Args:
+        config: run config, for how the model is loaded.
+        ranks: of this start.
+        folder: exported model.
+        chosen: tasks to do.
+        path: file of scores.
+
+    Raises:
+        DasError: a task, model or file that cannot be used.
+    """
+    source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
+    ranks.on_main(lambda: _check(source, folder))
+    tasks = ranks.first_main_then_others(lambda: [read_task(task) for task in chosen])
+    scores = _from_main(ranks, path, folder, tasks)
+    jobs = [(task, seed) for task in tasks for seed in task.config.seeds if not scores.has(task.config.name, seed)]
+    wandb_job = WandbJob(path.parent, JOB_TYPE, f"{path.resolve().parent.name} {JOB_TYPE}")
+    with build_job_tracker(config, wandb_job, enabled=ranks.info.is_main and bool(jobs)) as tracker:
+        for first in range(0, len(jobs), ranks.info.world_size):
+            together = jobs[first : first + ranks.info.world_size]
+            scores = _round(ranks, together, scores, source, path)
+            tracker.log_summary(means_of(scores))
+        tracker.log_table("end_tasks", *table_of(scores))
+    return scores
+
+
+def _round(
+    ranks: Ranks, jobs: Sequence[tuple[EndTask, int]], scores: EndTaskScores, source: ModelConfig, path: Path
+) -> EndTaskScores:
+    """One job for each rank, at most; what is done is written even where a job of another rank failed."""
+    done: SeedScores | None = None
+    failure: DasError | None = None
+    if ranks.info.rank < len(jobs):
+        task, seed = jobs[ranks.info.rank]
+        try:
+            done = fine_tune(task, seed, source, ranks.info.device, show=ranks.info.is_main)
+        except DasError as error:
+            failure = error
+    for (task, _), found in zip(jobs, ranks.gather(done), strict=False):
+        if found is not None:
+            scores = scores.with_seed(task, found)
+    if scores.tasks:
+        ranks.on_main(lambda: write_scores(scores, path))
+    ranks.agree(failure)
+    return scores
+
+
+def _check(source: ModelConfig, folder: Path) -> None:
+    check_model_folder(folder)
+    check_files(source)
+
+
+def scores_path(folder: Path, output: Path | None) -> Path:
+    """Where scores are written: `output`, else `domains/<ii>_<name>/end_tasks.json` for the model of a run's domain.
+
+    Raises:
+        ConfigError: the model lies elsewhere, where scores may not be wanted.
+    """
+    if output is not None:
+        return output
+    domain = folder.resolve().parent
+    if domain.parent.name != "domains":
+        raise ConfigError(
+            f"--model {folder}: found no model of a run (domains/<ii>_<name>/model), beside which scores are written; "
+            "expected --output FILE with any other model"
+        )
+    return domain / END_TASKS_FILE
+
+
+def _from_main(ranks: Ranks, path: Path, folder: Path, tasks: list[EndTask]) -> EndTaskScores:
+    """What the file of scores holds; rank 0 alone reads it, as only its folder need be the run's."""
+    scores = ranks.gather(ranks.on_main(lambda: open_scores(path, _weights_checksum(folder), tasks)))[0]
+    assert scores is not None
+    return scores
+
+
+def _weights_checksum(folder: Path) -> str:
+    """Checksum of the weights of a model, whole or in shards."""
+    digests = "".join(checksum(path) for path in weight_files(folder))
+    return hashlib.sha256(digests.encode()).hexdigest()

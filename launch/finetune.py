@@ -1,0 +1,8 @@
+"""Scores of an exported model on end tasks: `deepspeed launch/finetune.py --config FILE --model FOLDER`."""
+
+import sys
+
+from das_ds.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["finetune", *sys.argv[1:]]))

@@ -1,0 +1,77 @@
+"""Fine-tuning one job: toy tasks are learned, a seed gives the same twice, the best epoch is the one scored."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from das_ds.config import ModelConfig, TaskConfig
+from das_ds.data.end_tasks import read_task
+from das_ds.errors import TrainingError
+from das_ds.evaluation import fine_tuning
+from das_ds.evaluation.end_task_scores import Scores, SeedScores
+from das_ds.evaluation.fine_tuning import fine_tune
+from helpers.end_tasks import save_model, small_task
+
+CPU = torch.device("cpu")
+
+
+def tuned(folder: Path, model: Path, kind: str = "text", seed: int = 0, **changes: object) -> SeedScores:
+    task = read_task(TaskConfig(**small_task(folder, kind, **changes)))
+    return fine_tune(task, seed, ModelConfig(name_or_path=str(model)), CPU, show=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [("bert", "text"), ("roberta", "text"), ("bert", "pair"), ("roberta", "entities")]
+)
+def test_separable_train_rows_are_learned_by_heart(tmp_path: Path, model_type: str, kind: str) -> None:
+    model = save_model(tmp_path, model_type)
+    train = small_task(tmp_path, kind)["train"]
+    scores = tuned(tmp_path, model, kind, dev=train, test=train, epochs=20, patience=20)
+    assert scores.dev == scores.test == Scores(accuracy=1.0, macro_f1=1.0, micro_f1=1.0)
+
+
+def test_same_seed_gives_the_same_twice_whatever_came_before(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    first = tuned(tmp_path, model, learning_rate=1e-3, epochs=2)
+    other = tuned(tmp_path, model, learning_rate=1e-3, epochs=2, seed=1)
+    assert tuned(tmp_path, model, learning_rate=1e-3, epochs=2) == first
+    assert (other.dev, other.test) != (first.dev, first.test)
+
+
+def test_best_dev_epoch_is_scored_and_patience_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Dev scores as if written down: epoch 2 is the best, two worse ones follow.
+    dev_scores = iter([0.4, 0.7, 0.6, 0.5, 0.9])
+    weights_at: list[dict[str, torch.Tensor]] = []
+    score = fine_tuning._Job._score
+
+    def scripted(job: fine_tuning._Job, encoded: object) -> Scores:
+        weights_at.append({name: value.clone() for name, value in job._model.state_dict().items()})
+        if encoded is job._dev:
+            return Scores(accuracy=0.0, macro_f1=next(dev_scores), micro_f1=1.0)
+        return score(job, encoded)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fine_tuning._Job, "_score", scripted)
+    scores = tuned(tmp_path, save_model(tmp_path), epochs=5, patience=2)
+    assert (scores.epochs, scores.best_epoch, scores.dev.macro_f1) == (4, 2, 0.7)
+    tested = weights_at[-1]
+    assert all(torch.equal(tested[name], value) for name, value in weights_at[1].items())
+    assert any(not torch.equal(tested[name], value) for name, value in weights_at[3].items())
+
+
+def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"task toy_text, seed 0: the loss of epoch 1 is nan, .*tasks.learning_rate"
+    ):
+        tuned(tmp_path, save_model(tmp_path), learning_rate=1e30)
+
+
+def test_rows_that_are_cut_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = read_task(TaskConfig(**small_task(tmp_path, sequence_length=8, epochs=1)))
+    source = ModelConfig(name_or_path=str(save_model(tmp_path)))
+    with caplog.at_level(logging.WARNING):
+        fine_tune(task, 0, source, CPU, show=True)
+    assert "rows of more than 8 tokens are cut: 40 of train, 12 of dev, 16 of test" in caplog.text

@@ -1,0 +1,89 @@
+"""Classifiers over exported models: what is kept, what is new, and folders that hold no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from das_ds.config import ModelConfig
+from das_ds.errors import ConfigError, ModelError
+from das_ds.models.classifier import check_model_folder, check_task_length, load_classifier
+from helpers.end_tasks import save_model
+from helpers.tiny_tokenizer import tiny_tokenizer
+
+MARKERS = ["[[", "]]", "<<", ">>"]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2", "distilbert", "modernbert"])
+def test_encoder_is_the_exported_one_and_labels_are_named(tmp_path: Path, model_type: str) -> None:
+    folder = save_model(tmp_path, model_type)
+    model, _ = load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b", "c"])
+    stored, loaded = load_file(folder / WEIGHTS), model.state_dict()
+    common = set(stored) & set(loaded)
+    assert len(common) > len(stored) / 2
+    for name in common:
+        torch.testing.assert_close(loaded[name], stored[name], rtol=0, atol=0)
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_head_follows_the_seed_of_torch(tmp_path: Path) -> None:
+    source = ModelConfig(name_or_path=str(save_model(tmp_path)))
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        heads.append(load_classifier(source, ["a", "b"]).model.state_dict()["classifier.weight"])
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_markers_are_one_token_each_and_begin_as_what_they_were(tmp_path: Path) -> None:
+    source = ModelConfig(name_or_path=str(save_model(tmp_path)))
+    model, tokenizer = load_classifier(source, ["a", "b"], MARKERS)
+    old = tiny_tokenizer()
+    embedding = model.get_input_embeddings().weight
+    assert len(embedding) == len(old) + len(MARKERS)
+    for marker in MARKERS:
+        (number,) = tokenizer(marker, add_special_tokens=False)["input_ids"]
+        pieces = old(marker, add_special_tokens=False)["input_ids"]
+        torch.testing.assert_close(embedding[number], embedding[pieces].mean(dim=0))
+    assert "".join(tokenizer.tokenize("a [[ tree ]]")).count("[[") == 1
+
+
+def test_tokeniser_without_padding_pads_with_its_last_token(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "gpt2")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    model, loaded = load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b"])
+    assert loaded.pad_token == loaded.eos_token and model.config.pad_token_id == loaded.eos_token_id
+
+
+def test_folder_without_a_model_or_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nowhere: found no config\.json, expected the folder of a model"):
+        check_model_folder(tmp_path / "nowhere")
+    folder = save_model(tmp_path)
+    check_model_folder(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ModelError, match=r"model: found no weights, expected model\.safetensors"):
+        check_model_folder(folder)
+    with pytest.raises(ModelError, match="cannot load a classifier from"):
+        load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b"])
+
+
+def test_weights_of_half_a_network_are_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    weights = {name: value for name, value in load_file(folder / WEIGHTS).items() if "layer.1" not in name}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"found no weights for bert\.encoder\.layer\.1\..* expected those of a whole"):
+        load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b"])
+
+
+def test_rows_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
+    source = ModelConfig(name_or_path=str(save_model(tmp_path, "roberta")))
+    model, _ = load_classifier(source, ["a", "b"])
+    check_task_length(source, model, 38, "toy")
+    with pytest.raises(ConfigError, match=r"tasks.sequence_length of toy: found 39, .* at most 38 tokens"):
+        check_task_length(source, model, 39, "toy")
