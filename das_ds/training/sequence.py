@@ -324,5 +324,8 @@ class DomainSequence:
 
     def _seed(self, phase: int) -> None:
         # Seeding at fixed points makes a run that was stopped between domains equal to one that was not.
-        parts = [self._config.seed, self._state.domains_done, phase, self._ranks.info.rank, self._state.domain_step]
+        parts = [self._config.seed, self._state.domains_done, phase, self._ranks.info.rank]
+        if self._state.domain_step:
+            # On other ranks than before a domain goes on with masks of its own.
+            parts.append(self._state.domain_step)
         seed_everything(int(numpy.random.SeedSequence(parts).generate_state(1)[0]))
