@@ -1,6 +1,6 @@
 """The keys of a run config as one flat table: what each may hold, its default, its meaning.
 
-The table is derived from the classes in `config.py` and serves the help text and the error messages. A list of
+The table is derived from the classes in `config/` and serves the help text and the error messages. A list of
 sections stands in it as its first entry (`domains.0.name`), which is also how an override addresses it.
 """
 

@@ -1,0 +1,42 @@
+"""The run config; the docstrings of its fields are the text that `--help` prints.
+
+Reading, overriding and writing configs is `config_io.py`, the table of all keys `config_schema.py`.
+"""
+
+from das_ds.config.adapter import AdapterConfig, GroupName, ObjectiveName, RuleConfig, SiteConfig, UnitCountsConfig
+from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
+from das_ds.config.method import ContrastConfig, ImportanceConfig, MethodConfig, ReplayConfig, SoftmaskConfig
+from das_ds.config.model import LoraConfig, ModelConfig
+from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
+from das_ds.config.run import RunConfig
+from das_ds.config.section import Section
+from das_ds.config.task import TaskConfig
+from das_ds.config.training import EvaluationConfig, TrainConfig
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "ContrastConfig",
+    "CorpusConfig",
+    "DataConfig",
+    "DomainConfig",
+    "EvaluationConfig",
+    "FaultsConfig",
+    "GroupName",
+    "ImportanceConfig",
+    "JobConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "ObjectiveName",
+    "ReplayConfig",
+    "RuleConfig",
+    "RunConfig",
+    "Section",
+    "SiteConfig",
+    "SoftmaskConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "UnitCountsConfig",
+    "WandbConfig",
+]

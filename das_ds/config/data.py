@@ -1,0 +1,57 @@
+"""Corpora, and how their text becomes blocks."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from das_ds.config.section import NAME_PATTERN, Section
+
+
+class CorpusConfig(Section):
+    """One corpus: files, globs or hub data sets, for training and for held-out evaluation."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name in folders, tables and metric names (letters, digits, - and _)."""
+    train: list[str] = Field(default=[])
+    """Training text: .txt, .jsonl (also .gz, .xz) or .parquet files, globs, hub names `owner/name[:config][@split]`."""
+    valid: list[str] = Field(default=[])
+    """Held-out text in the same forms; empty: `valid_fraction` of the blocks of `train` is cut off its end."""
+    valid_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
+    """Share of the training blocks that is held out when `valid` is empty."""
+    text_column: str = "text"
+    """Column that holds the text in .jsonl, .parquet and hub data sets."""
+
+    @model_validator(mode="after")
+    def _has_text(self) -> CorpusConfig:
+        if not self.train and not self.valid:
+            raise ValueError("needs train or valid text")
+        return self
+
+
+class DomainConfig(CorpusConfig):
+    """A corpus that the model is pre-trained on."""
+
+    @model_validator(mode="after")
+    def _has_train(self) -> DomainConfig:
+        if not self.train:
+            raise ValueError("a domain needs train text")
+        return self
+
+
+class DataConfig(Section):
+    """How text becomes blocks of tokens."""
+
+    sequence_length: int = Field(default=128, ge=8)
+    """Tokens per block."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokeniser; null: that of `model.name_or_path`."""
+    add_tokens: dict[str, list[str] | str] = Field(default={})
+    """Domain -> tokens, or a file with one a line, that tokeniser and model gain before the domain is learned."""
+    mlm_probability: float = Field(default=0.15, gt=0.0, lt=1.0)
+    """Share of tokens that is predicted in masked language modelling."""
+    isolate_documents: bool = False
+    """Causal only: positions start anew and attention stops at each document of a block, no prediction crosses one."""
+    cache_dir: str | None = None
+    """Folder of tokenised corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
+    num_workers: int = Field(default=0, ge=0)
+    """Loader processes per rank; 0 loads in the training process."""

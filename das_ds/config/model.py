@@ -1,0 +1,52 @@
+"""Which network is trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from das_ds.config.adapter import AdapterConfig
+from das_ds.config.section import Section
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, W = W0 + (alpha / rank) B A; needs peft."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank r of the update of each linear map; at most the smaller side of the smallest one."""
+    alpha: float = Field(default=16.0, gt=0.0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout on what enters the adapters."""
+    target_modules: list[str] = Field(default=[])
+    """Modules by the end of their name, such as query or attention.output.dense; empty: all that units own."""
+    initial: str | None = None
+    """Adapter folder of an earlier run over the same network to begin with; null: a fresh adapter."""
+
+
+class ModelConfig(Section):
+    """Which network is trained; exactly one of `name_or_path` and `config` is given."""
+
+    name_or_path: str | None = None
+    """Folder or hub name of pre-trained weights."""
+    config: dict[str, Any] | None = None
+    """Hugging Face model config (with `model_type`) for a network with random weights."""
+    objective: Literal["auto", "mlm", "clm"] = "auto"
+    """Pre-training loss: masked or causal language modelling; `auto` is what the architecture is pre-trained with."""
+    attention: str = "sdpa"
+    """Attention implementation of the network, one that transformers knows, such as sdpa, eager, flash_attention_2."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of linear maps in place of the weights themselves; null: train the weights."""
+    adapter: AdapterConfig | None = None
+    """Your own table of units for this model; null: the registered one. `das-ds units MODEL --yaml` proposes one."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError("give exactly one of name_or_path (pre-trained weights) and config (random weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, for example model_type: roberta")
+        return self

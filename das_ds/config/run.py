@@ -1,0 +1,123 @@
+"""A whole run: all sections, and what has to fit between them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
+from das_ds.config.method import MethodConfig
+from das_ds.config.model import ModelConfig
+from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
+from das_ds.config.section import Section
+from das_ds.config.task import TaskConfig
+from das_ds.config.training import EvaluationConfig, TrainConfig
+
+DEFAULT_REPLAY_SHARE = 1 / 16
+"""What method replay replays at the default share, up to a whole number of sequences."""
+
+
+class RunConfig(Section):
+    """A whole run: a model, a sequence of domains, a method."""
+
+    output_dir: Path
+    """Run folder; a new one, an empty one, or that of the same run (which is then continued)."""
+    model: ModelConfig
+    domains: list[DomainConfig] = Field(min_length=1)
+    """Domains in the order in which they are learned."""
+    general: CorpusConfig | None = None
+    """General-language corpus; evaluated, and trained on by `method.replay.general` alone (to pre-train a base on it,
+    list it as a domain)."""
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    method: MethodConfig = MethodConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tasks: list[TaskConfig] = Field(default=[])
+    """End tasks that exported models are fine-tuned on, for `das-ds finetune`; training leaves them alone."""
+    deepspeed: str | dict[str, Any] = "ds_configs/zero2.json"
+    """DeepSpeed file (engine knobs only) or its content."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
+    run: JobConfig = JobConfig()
+    wandb: WandbConfig = WandbConfig()
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of weights, data order, corruption and dropout."""
+
+    @property
+    def num_replayed(self) -> int:
+        """Sequences of each global batch that are earlier text, in domains that have some."""
+        share, size = self.method.replay.share, self.train.global_batch_size
+        if share is None:
+            return max(1, round(DEFAULT_REPLAY_SHARE * size)) if self.method.name == "replay" else 0
+        return round(share * size)
+
+    def replayed(self, domain: str) -> list[str]:
+        """Corpora that sequences are replayed from while a domain is learned: earlier domains, general text."""
+        if not self.num_replayed:
+            return []
+        names = [domain.name for domain in self.domains]
+        general = [self.general.name] if self.general is not None and self.method.replay.general else []
+        return names[: names.index(domain)] + general
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> RunConfig:
+        names = [domain.name for domain in self.domains] + ([self.general.name] if self.general else [])
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"corpus names must differ, found more than once: {', '.join(repeated)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_unique(self) -> RunConfig:
+        names = [task.name for task in self.tasks]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"tasks: names must differ, found more than once: {', '.join(repeated)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> RunConfig:
+        domains = [domain.name for domain in self.domains]
+        unknown = [name for name in self.data.add_tokens if name not in domains]
+        if unknown:
+            raise ValueError(f"data.add_tokens: found {unknown[0]}, allowed: a domain ({', '.join(domains)})")
+        if self.data.add_tokens and self.model.lora is not None:
+            raise ValueError(
+                "data.add_tokens: found tokens with model.lora, under which embeddings are frozen and new tokens would "
+                "never be learned; allowed: one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_is_possible(self) -> RunConfig:
+        replay, size = self.method.replay, self.train.global_batch_size
+        if replay.share is not None:
+            _check_share(replay.share, size)
+        elif self.num_replayed >= size:
+            raise ValueError("method.name: found replay with train.global_batch_size 1, expected at least 2")
+        if self.num_replayed and self.method.name == "one":
+            raise ValueError(
+                f"method.replay.share: found {replay.share:g} with method one, where no domain comes after another; "
+                "allowed there: 0"
+            )
+        if replay.general and (self.general is None or not self.general.train):
+            raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")
+        if replay.general and not self.num_replayed:
+            raise ValueError("method.replay.general: found true with nothing to replay, expected method.replay.share")
+        return self
+
+
+def _check_share(share: float, global_batch_size: int) -> None:
+    """A share is as good as whole where it was rounded to six digits."""
+    count = share * global_batch_size
+    if math.isclose(count, round(count), rel_tol=1e-5) and round(count) < global_batch_size:
+        return
+    nearest = [number for number in (math.floor(count), math.floor(count) + 1) if number < global_batch_size]
+    allowed = " or ".join(f"{number / global_batch_size:.6g} ({number} of them)" for number in nearest)
+    raise ValueError(
+        f"method.replay.share: found {share}, {count:g} of {global_batch_size} sequences (train.global_batch_size); "
+        f"nearest allowed: {allowed}"
+    )

@@ -1,0 +1,69 @@
+"""Optimisation and evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from das_ds.config.section import Section
+
+
+class TrainConfig(Section):
+    """Optimisation; the same for every domain."""
+
+    steps_per_domain: int = Field(default=2500, ge=1)
+    """Optimizer steps on each domain."""
+    global_batch_size: int = Field(default=256, ge=1)
+    """Sequences per optimizer step over all ranks and accumulation steps."""
+    micro_batch_size: int = Field(default=32, ge=1)
+    """Sequences per rank and forward pass."""
+    optimizer: Literal["adamw", "cpu_adam", "lion"] = "adamw"
+    """`adamw` steps and masks in one pass; `cpu_adam` (DeepSpeed's, for offload) and `lion` are pulled back after."""
+    learning_rate: float = Field(default=1e-4, gt=0.0)
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"] = "linear"
+    """Learning-rate schedule, started anew for each domain; `wsd`: warm-up, stable, decay; `infinite`: the same over
+    the whole run, with warm-up in the first domain and decay in the last."""
+    warmup_ratio: float = Field(default=0.06, ge=0.0, lt=1.0)
+    """Share of a domain's steps over which the learning rate rises from 0."""
+    decay_ratio: float = Field(default=0.2, ge=0.0, le=1.0)
+    """Share of a domain's steps, its last, over which the learning rate falls to 0 in `wsd` and `infinite`."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay; biases and normalisation layers are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the optimizer's moments."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW's denominator offset."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Number format of weights and activations; the optimizer always keeps fp32. `fp16` scales the loss (ZeRO 1-3)."""
+    grad_clip: float = Field(default=1.0, ge=0.0)
+    """Largest gradient norm; 0 does not clip."""
+    logits_mib: int = Field(default=256, ge=1)
+    """Largest chunk of float32 logits in MiB; more positions are done in chunks, each again in the backward pass."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _valid_betas(self) -> TrainConfig:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
+        return self
+
+    @model_validator(mode="after")
+    def _ratios_fit(self) -> TrainConfig:
+        if self.schedule in ("wsd", "infinite") and self.warmup_ratio + self.decay_ratio > 1.0:
+            raise ValueError(
+                f"warmup_ratio + decay_ratio: found {self.warmup_ratio:g} + {self.decay_ratio:g} with schedule "
+                f"{self.schedule}, allowed: at most 1 together"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation before training and after each domain."""
+
+    batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per rank and forward pass; null: `train.micro_batch_size`."""
+    max_sequences: int | None = Field(default=None, ge=1)
+    """Use at most this many held-out sequences per corpus; null: all."""
