@@ -79,6 +79,14 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _tasks_are_of_domains(self) -> RunConfig:
+        domains = [domain.name for domain in self.domains]
+        for number, task in enumerate(self.tasks):
+            if task.domain is not None and task.domain not in domains:
+                raise ValueError(f"tasks.{number}.domain: found {task.domain}, allowed: null or {', '.join(domains)}")
+        return self
+
+    @model_validator(mode="after")
     def _tokens_fit(self) -> RunConfig:
         domains = [domain.name for domain in self.domains]
         unknown = [name for name in self.data.add_tokens if name not in domains]
