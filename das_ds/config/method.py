@@ -60,9 +60,9 @@ class ReplayConfig(Section):
 class MethodConfig(Section):
     """The continual-learning method."""
 
-    name: Literal["das", "ncl", "one", "replay"] = "das"
+    name: Literal["das", "ncl", "one", "pool", "replay"] = "das"
     """`das` soft masks and contrasts, `ncl` is naive continual training, `one` trains each domain from the base,
-    `replay` is naive with earlier text in every batch."""
+    `pool` trains on all domains at once, `replay` is naive with earlier text in every batch."""
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()

@@ -13,6 +13,7 @@ from das_ds.config.method import MethodConfig
 from das_ds.config.model import ModelConfig
 from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.section import Section
+from das_ds.config.stage import Stage
 from das_ds.config.task import TaskConfig
 from das_ds.config.training import EvaluationConfig, TrainConfig
 
@@ -45,6 +46,14 @@ class RunConfig(Section):
     wandb: WandbConfig = WandbConfig()
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of weights, data order, corruption and dropout."""
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What is learned in order: the domains one by one, or with method `pool` at once and in as many steps."""
+        names, num_steps = [domain.name for domain in self.domains], self.train.steps_per_domain
+        if self.method.name == "pool":
+            return [Stage(0, tuple(names), len(names) * num_steps)]
+        return [Stage(index, (name,), num_steps) for index, name in enumerate(names)]
 
     @property
     def num_replayed(self) -> int:
@@ -106,10 +115,10 @@ class RunConfig(Section):
             _check_share(replay.share, size)
         elif self.num_replayed >= size:
             raise ValueError("method.name: found replay with train.global_batch_size 1, expected at least 2")
-        if self.num_replayed and self.method.name == "one":
+        if self.num_replayed and self.method.name in ("one", "pool"):
             raise ValueError(
-                f"method.replay.share: found {replay.share:g} with method one, where no domain comes after another; "
-                "allowed there: 0"
+                f"method.replay.share: found {replay.share:g} with method {self.method.name}, where no domain comes "
+                "after another; allowed there: 0"
             )
         if replay.general and (self.general is None or not self.general.train):
             raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")

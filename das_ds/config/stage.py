@@ -25,6 +25,17 @@ class Stage:
         """Name in folders, tables and metrics."""
         return stage_name(self.domains)
 
+    @property
+    def last_domain(self) -> str:
+        """Domain whose tokeniser has the tokens of all of them."""
+        return self.domains[-1]
+
+    @property
+    def only_domain(self) -> str:
+        """Its one domain, for what is defined for one alone."""
+        assert len(self.domains) == 1, f"{self.name} is {len(self.domains)} domains, expected one"
+        return self.domains[0]
+
 
 def stage_name(domains: Sequence[str]) -> str:
     """The domain that a stage learns, or `pool`."""

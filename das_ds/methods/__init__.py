@@ -4,6 +4,13 @@ from das_ds.methods.base import Method
 from das_ds.methods.das import SoftMaskedContrast
 from das_ds.methods.ncl import Naive
 from das_ds.methods.one import FromBase
+from das_ds.methods.pool import Pool
 from das_ds.methods.replay import NaiveReplay
 
-METHODS: dict[str, type[Method]] = {"das": SoftMaskedContrast, "ncl": Naive, "one": FromBase, "replay": NaiveReplay}
+METHODS: dict[str, type[Method]] = {
+    "das": SoftMaskedContrast,
+    "ncl": Naive,
+    "one": FromBase,
+    "pool": Pool,
+    "replay": NaiveReplay,
+}
