@@ -10,6 +10,15 @@ from typing import Any
 import torch
 
 from das_ds.config_io import dump_config
+from das_ds.evaluation.end_task_scores import (
+    END_TASKS_FILE,
+    EndTaskScores,
+    Scores,
+    SeedScores,
+    Spread,
+    TaskScores,
+    write_scores,
+)
 from das_ds.evaluation.results import RESULTS_FILE, build_results, write_results
 from das_ds.methods.importance_file import save_parameter_importance, save_unit_importance
 from das_ds.models.registry import adapter_for
@@ -62,6 +71,22 @@ def write_run(
         lines = [{"tokens_per_s": rate, "peak_memory_gib": 0.5 + rate / 1000} for rate in (10.0, 300.0, 200.0)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def write_task(folder: Path, place: str, score: float) -> None:
+    """The score of task acl_arc after one stage of a run."""
+    scores = Scores(accuracy=0.0, macro_f1=score, micro_f1=0.0)
+    task = TaskScores(
+        domain=None,
+        metric="macro_f1",
+        labels=["no", "yes"],
+        settings={},
+        seeds=[SeedScores(seed=0, epochs=1, best_epoch=1, dev=scores, test=scores)],
+        dev=Spread(mean=score, deviation=None),
+        test=Spread(mean=score, deviation=None),
+    )
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    write_scores(EndTaskScores(model="0", tasks={"acl_arc": task}), folder / place / END_TASKS_FILE)
 
 
 def write_unit_importance(folder: Path, values: dict[str, float]) -> None:

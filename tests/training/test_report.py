@@ -15,7 +15,7 @@ from das_ds.tracking.tracker import Tracker
 from das_ds.training.report import run as command
 from das_ds.training.report.compare import compare_runs
 from das_ds.training.report.folder import read_run
-from helpers.run_folders import write_run, write_unit_importance
+from helpers.run_folders import write_run, write_task, write_unit_importance
 
 DAS = {"method": {"name": "das"}}
 WHOLE, ACL, PUBMED = (f"{place}importance.safetensors" for place in ("", "domains/00_acl/", "domains/01_pubmed/"))
@@ -43,6 +43,17 @@ def test_everything_a_run_says_is_in_the_comparison(tmp_path: Path) -> None:
     (run,) = at_once.runs
     assert at_once.stages == ["before training", "after pool"]
     assert run.learned == run.final == pytest.approx(4.25) and run.forgetting is None and run.forward_transfer is None
+
+
+def test_scores_on_end_tasks(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "ncl" / "seed0")
+    write_task(run, "domains/00_acl", 0.8)
+    write_task(run, "domains/01_pubmed", 0.5)
+    found = compare(run)
+    scores = found.groups[0].runs[0].scores
+    assert scores is not None and scores.scores == [[None], [0.8], [0.5]]
+    assert scores.forgetting.average == pytest.approx(0.3)
+    assert found.notes == ["ncl/seed0: acl_arc was not measured before training."]
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
