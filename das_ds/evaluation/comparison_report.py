@@ -122,9 +122,10 @@ def _line(comparison: Comparison) -> str:
     labels = ", ".join(f"`{group.label}`" for group in line_groups(comparison))
     return (
         "## At equal learning\n\n"
-        f"How much less is forgotten by nothing but learning less is shown by the line through {labels}.\n"
-        "Each run is held against the line of its seed at the same loss when learned: below 0, it forgets less than\n"
-        "a run of the line that learned as much. Seeds beyond the ends of the line do not count.\n\n"
+        f"The line through {labels}\n"
+        "shows how much less is forgotten by learning less alone. Each run is held against the line of its seed at\n"
+        "the same loss when learned: below 0, it forgets less than a run of the line that learned as much. Seeds\n"
+        "beyond the ends of the line do not count.\n\n"
         f"{_table(rows)}"
     )
 

@@ -70,7 +70,7 @@ def line_rows(comparison: Comparison) -> list[Row]:
     header = ["group", "pairs", "loss when learned", "forgetting", "of the line there", "difference", "share"]
     rows: list[Row] = []
     for group in comparison.groups if len(on_line) > 1 else []:
-        if group.label in on_line:
+        if group.label in on_line or estimate_of(group, FORGETTING) is None:
             continue
         found, expected = off_line(comparison, group), line_forgetting(comparison, group)
         own = [_estimate(estimate_of(group, measure), measure) for measure in (LEARNED, FORGETTING)]

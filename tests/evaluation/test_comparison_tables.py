@@ -56,9 +56,10 @@ def test_differences_are_against_the_reference(several: Comparison) -> None:
 
 def test_beside_the_line_of_the_reference(several: Comparison) -> None:
     found = by_label(tables.line_rows(several))
-    assert list(found) == ["das", "pool"]
+    assert list(found) == ["das"]
     assert found["das"][0] == "2" and found["das"][3:] == ["+0.6000", "-0.1500 [-0.2000, -0.1000], p 0.5", "-25%"]
-    assert found["pool"] == ["0", "2.5000", "-", "-", "-", "-"]
+    fast = comparison(several.group("ncl"), several.group("ncl slow"), group("das fast", [(2.0, 0.8)]))
+    assert by_label(tables.line_rows(fast))["das fast"] == ["0", "2.0000", "+0.8000", "-", "-", "-"]
     assert len(tables.line_rows(comparison(several.group("ncl"), several.group("das")))) == 1
 
 
