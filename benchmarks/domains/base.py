@@ -17,6 +17,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertForMaskedLM
+from transformers.utils import logging
 
 from benchmarks.domains.data import GENERAL, corpus
 from das_ds.config import RunConfig
@@ -102,6 +103,8 @@ def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, de
 def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMaskedLM:
     """The body with a new LM head, of which only the head has moved; on the CPU."""
     torch.manual_seed(training.seed)
+    # The head is new by nature; transformers would report it.
+    logging.set_verbosity_error()
     model = BertForMaskedLM.from_pretrained(str(body), dtype=torch.float32)
     model.requires_grad_(False)
     head = [model.cls.predictions.bias, *model.cls.predictions.transform.parameters()]
@@ -111,7 +114,8 @@ def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMask
     network = LanguageModel(model, adapter_for("bert")).to(text.info.device).eval()
     optimizer = torch.optim.AdamW(head, lr=training.learning_rate, weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, training.steps))
-    for (batch,) in tqdm(text.training_steps(GENERAL), "LM head", training.steps, dynamic_ncols=True):
+    (stage,) = text.config.stages
+    for (batch,) in tqdm(text.training_steps(stage), "LM head", training.steps, dynamic_ncols=True):
         batch = batch.to(text.info.device)
         _, losses = network(batch.corrupted_ids, batch.predicted, batch.targets)
         losses.mean().backward()

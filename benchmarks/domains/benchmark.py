@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from benchmarks.domains.choice import Choice, choose
 from benchmarks.domains.decoder import base_decoder
 from benchmarks.domains.experiment import Experiment
 from benchmarks.domains.plan import BaseName, Tier
-from benchmarks.domains.record import write_record
+from benchmarks.domains.record import Record, Repeated, write_record
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.track import TrackRuns
+from benchmarks.environment import describe
+from das_ds.evaluation.results import Results
 
 
 class Benchmark:
@@ -38,7 +39,7 @@ class Benchmark:
         self._device, self._result = device, result
         self._choices: dict[BaseName, dict[str, Choice]] = {}
         self._tracks: list[TrackRuns] = []
-        self._repeated: dict[str, Any] | None = None
+        self._repeated: Repeated | None = None
 
     def run(self) -> None:
         """Everything that is not done; the result file is written after each stage of a track.
@@ -69,21 +70,27 @@ class Benchmark:
             return base_encoder(folder, self._data, cache, HeadTraining(), self._device)
         return base_decoder(self._tier, folder, self._data, cache, self._runner)
 
-    def _repeat(self, experiment: Experiment) -> dict[str, Any]:
+    def _repeat(self, experiment: Experiment) -> Repeated:
         """Whether a run that is made twice gives the same numbers."""
         variant = self._tier.variant(self._tier.repeated)
         rate = self._tier.rates(variant)[0]
         again = experiment.choice_run(variant, rate, again=True)
         self._runner.run([again])
-        runs = (experiment.choice_run(variant, rate), again)
-        first, second = (run.results().model_dump(mode="json", exclude=set(TIMED)) for run in runs)
-        return {"label": variant.label, "learning_rate": rate, "is_equal": first == second}
+        first, second = (numbers(run.results()) for run in (experiment.choice_run(variant, rate), again))
+        return Repeated(label=variant.label, learning_rate=rate, is_equal=first == second)
 
     def _write(self) -> None:
-        content = {
-            "tier": {key: value for key, value in asdict(self._tier).items() if key != "tracks"},
-            "choice": {base: [choice.row() for choice in choices.values()] for base, choices in self._choices.items()},
-            "repeated": self._repeated,
-            "tracks": [runs.row() for runs in self._tracks],
-        }
-        write_record(self._result, content, self._device)
+        record = Record(
+            tier=self._tier.name,
+            environment=describe(self._device),
+            settings=self._tier.settings,
+            choices={base: list(choices.values()) for base, choices in self._choices.items()},
+            repeated=self._repeated,
+            tracks=[runs.record() for runs in self._tracks],
+        )
+        write_record(self._result, record)
+
+
+def numbers(results: Results) -> dict[str, Any]:
+    """Everything in results that two runs of one config have in common."""
+    return results.model_dump(mode="json", exclude=set(TIMED))

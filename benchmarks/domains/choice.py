@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from benchmarks.domains.experiment import Experiment, learned
 from benchmarks.domains.plan import Variant
@@ -18,8 +17,8 @@ class Candidate:
     learning_rate: float
     learned: float
     """Mean held-out loss right after learning: the criterion."""
-    forgetting: float
-    """Of the first domain; shown, not used."""
+    forgetting: float | None
+    """Of the first domain, where it is defined; shown, not used."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,6 @@ class Choice:
         """Whether the best is the first or the last, so that a better one may lie beyond."""
         rates = [candidate.learning_rate for candidate in self.candidates]
         return len(rates) > 1 and self.learning_rate in (rates[0], rates[-1])
-
-    def row(self) -> dict[str, Any]:
-        """For the result file."""
-        return asdict(self) | {"chosen": self.learning_rate, "is_at_edge": self.is_at_edge}
 
 
 def choose(experiment: Experiment, variants: Sequence[Variant], runner: Runner) -> dict[str, Choice]:

@@ -67,8 +67,9 @@ class Experiment:
 
 def learned(results: Results) -> float:
     """Mean loss of the domains, each right after it was learned; what learning rates are chosen and matched by."""
-    num_domains = len(results.domains)
-    return sum(results.loss_matrix[index + 1][index] for index in range(num_domains)) / num_domains
+    # What is learned at once, by `pool`, has one row after it.
+    num_domains, last = len(results.domains), len(results.loss_matrix) - 1
+    return sum(results.loss_matrix[min(index + 1, last)][index] for index in range(num_domains)) / num_domains
 
 
 def _slug(label: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -37,6 +37,15 @@ TOGETHER = {"attention + FFN": ("attention", "FFN")}
 NOTHING = "nothing"
 
 
+@dataclass(frozen=True)
+class Restored:
+    """Held-out losses of a last model with one group of parameters as it was before the last domain."""
+
+    group: str
+    losses: dict[str, float]
+    """By corpus."""
+
+
 def groups_of(names: list[str]) -> dict[str, list[str]]:
     """Group -> parameters; groups without any are left out.
 
@@ -53,8 +62,8 @@ def groups_of(names: list[str]) -> dict[str, list[str]]:
     return {group: members for group, members in found.items() if members}
 
 
-def restored_losses(run: TrainingRun, device: torch.device) -> list[dict[str, Any]]:
-    """One row per group: held-out losses of the last model with the group as it was before the last domain.
+def restored_losses(run: TrainingRun, device: torch.device) -> list[Restored]:
+    """First with nothing put back, then group by group.
 
     Args:
         run: done, over at least two domains, with its models.
@@ -67,10 +76,10 @@ def restored_losses(run: TrainingRun, device: torch.device) -> list[dict[str, An
     model, adapter = load_model(after, seed=config.seed, vocab_size=len(text.base_tokenizer))
     network = LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(device)
     old_weights, weights = dict(old.named_parameters()), dict(model.named_parameters())
-    rows = [{"restored": NOTHING, **evaluate_corpora(network, text, Passes(show=False))}]
+    rows = [Restored(NOTHING, evaluate_corpora(network, text, Passes(show=False)))]
     for group, names in groups_of(list(weights)).items():
         with replaced({name: weights[name] for name in names}, old_weights):
-            rows.append({"restored": group, **evaluate_corpora(network, text, Passes(show=False))})
+            rows.append(Restored(group, evaluate_corpora(network, text, Passes(show=False))))
     return rows
 
 

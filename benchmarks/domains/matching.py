@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 LOWEST = 1 / 32
 """Rates below this times the largest known one are not searched."""
@@ -48,14 +47,6 @@ class Match:
     def needs_lowering(self) -> bool:
         """Whether the variant learns less than naive training at its largest known rate."""
         return self.target > max(self.probes, key=lambda probe: probe.learning_rate).learned
-
-    def row(self) -> dict[str, Any]:
-        """For the result file."""
-        return asdict(self) | {
-            "learning_rate": self.best.learning_rate,
-            "is_met": self.is_met,
-            "needs_lowering": self.needs_lowering,
-        }
 
 
 def match(

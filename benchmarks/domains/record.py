@@ -1,37 +1,71 @@
-"""The result file of a tier: everything that tables and pictures are made of, without the run folders."""
+"""The result file of a tier, typed and versioned: tables and pictures are made of it, without the run folders."""
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 
+from benchmarks.domains.choice import Choice
+from benchmarks.domains.groups import Restored
 from benchmarks.domains.jobs import TrainingRun
-from benchmarks.environment import RESULTS, describe
-from das_ds.config_io import load_config
-from das_ds.durable import replaced_file
-from das_ds.tracking.names import METRICS_FILE, PEAK_MEMORY_GIB, TOKENS_PER_S
+from benchmarks.domains.matching import Match
+from benchmarks.domains.plan import NAIVE
+from benchmarks.environment import RESULTS
+from das_ds.durable import read_checked_json, write_checked_json
+from das_ds.errors import RunFolderError
+from das_ds.evaluation.comparison import Comparison
+from das_ds.evaluation.results import Section
+from das_ds.training.report.compare import compare_runs
+from das_ds.training.report.folder import read_run
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
 
-def run_row(label: str, run: TrainingRun) -> dict[str, Any]:
-    """One run that is done."""
-    config = load_config(run.config)
-    lines = [json.loads(line) for line in (run.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    return {
-        "label": label,
-        "seed": config.seed,
-        "learning_rate": config.train.learning_rate,
-        "method": config.method.model_dump(mode="json"),
-        "results": run.results().model_dump(mode="json"),
-        "tokens_per_s": statistics.median(line[TOKENS_PER_S] for line in lines),
-        "peak_memory_gib": max(line[PEAK_MEMORY_GIB] for line in lines),
-    }
+class Repeated(Section):
+    """One run that was made twice."""
+
+    label: str
+    learning_rate: float
+    is_equal: bool
+    """Whether both gave the same results, to the last digit."""
+
+
+class TrackRecord(Section):
+    """One base model over one order of domains."""
+
+    name: str
+    base: str
+    comparison: Comparison
+    """Of all its runs; naive training is the reference."""
+    matches: list[Match]
+    groups: list[Restored]
+    """Of the first naive run; empty until it was measured."""
+
+
+class Record(Section):
+    """All that a tier has to say."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of this format."""
+    tier: str
+    environment: dict[str, Any]
+    """Device, threads, versions and date."""
+    settings: dict[str, Any]
+    """Keys of the run config that all runs share."""
+    choices: dict[str, list[Choice]]
+    """Base model -> choice of every variant."""
+    repeated: Repeated | None
+    tracks: list[TrackRecord]
+
+
+def compared(runs: Mapping[str, Sequence[TrainingRun]]) -> Comparison:
+    """Those runs that are done, by label, against naive training, which has to be among them."""
+    done = [(label, run) for label, of_label in runs.items() for run in of_label if run.is_done()]
+    return compare_runs([read_run(f"{label}={run.folder}") for label, run in done], NAIVE)
 
 
 def result_path(tier: str, device: torch.device) -> Path:
@@ -39,14 +73,25 @@ def result_path(tier: str, device: torch.device) -> Path:
     return RESULTS / f"domains_{tier}_{device.type}.json"
 
 
-def write_record(path: Path, content: dict[str, Any], device: torch.device) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Write a result file in place of the one before."""
-    whole = {"format_version": FORMAT_VERSION, "environment": describe(device), **content}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_file(path) as partial:
-        partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_checked_json(path, record.model_dump(mode="json"))
 
 
-def run_rows(runs: dict[str, Iterable[TrainingRun]]) -> list[dict[str, Any]]:
-    """Rows of all runs that are done, by label."""
-    return [run_row(label, run) for label, of_label in runs.items() for run in of_label if run.is_done()]
+def read_record(path: Path) -> Record:
+    """Read it back.
+
+    Raises:
+        RunFolderError: it was altered, or is no result file of this version.
+    """
+    try:
+        return Record.model_validate(read_checked_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "record"
+        raise RunFolderError(
+            f"{path}: {place}: {first['msg']}; expected results of the benchmark, format_version {FORMAT_VERSION}"
+        ) from error
+    except ValueError as error:
+        raise RunFolderError(f"{path}: {error}; expected results of the benchmark") from error

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 import torch
 
 from benchmarks.domains.choice import Choice
 from benchmarks.domains.experiment import Experiment, learned
-from benchmarks.domains.groups import restored_losses
+from benchmarks.domains.groups import Restored, restored_losses
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.matching import Match, Probe, match
 from benchmarks.domains.plan import NAIVE
-from benchmarks.domains.record import run_rows
+from benchmarks.domains.record import TrackRecord, compared
 from benchmarks.domains.runner import Runner
 
 
@@ -32,19 +31,18 @@ class TrackRuns:
         self._naive: dict[str, float] = {NAIVE: choices[NAIVE].learning_rate}
         """Label -> learning rate of the naive runs that matches are sought among."""
         self._matches: list[Match] = []
-        self._groups: list[dict[str, Any]] = []
+        self._groups: list[Restored] = []
 
-    def row(self) -> dict[str, Any]:
-        """What is known so far, for the result file."""
+    def record(self) -> TrackRecord:
+        """What is known so far."""
         track = self._experiment.track
-        return {
-            "name": track.name,
-            "base": track.base,
-            "domains": list(track.domains),
-            "matching": [match.row() for match in self._matches],
-            "groups": self._groups,
-            "runs": run_rows(self._runs),
-        }
+        return TrackRecord(
+            name=track.name,
+            base=track.base,
+            comparison=compared(self._runs),
+            matches=self._matches,
+            groups=self._groups,
+        )
 
     def run_variants(self) -> None:
         """Every variant at its chosen rate, and naive training at the rates of the line; all seeds."""

@@ -21,6 +21,7 @@ def das(label: str, *sections: dict[str, Any]) -> Variant:
 VARIANTS = (
     Variant(NAIVE, {"method": {"name": "ncl"}}),
     Variant("one", {"method": {"name": "one"}}),
+    Variant("pool", {"method": {"name": "pool"}}),
     Variant("replay", {"method": {"name": "replay", **REPLAY}}),
     das("das published", {"softmask": {"apply_to": "gradient"}}),
     das("das"),
