@@ -162,6 +162,17 @@ def test_a_run_with_replay_continues(tmp_path: Path) -> None:
     assert all(line["loss"] != other["loss"] for line, other in zip(lines, without, strict=True))
 
 
+def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
+    """Method dga, with a mask that is not 1 - I itself and is made anew from what a checkpoint holds."""
+    importance = {"samples": 8, "granularity": "parameter", "normalisation": "rank_soft", "scope": "group"}
+    method = {"name": "dga", "importance": importance, "softmask": {"strength": 2.0, "shared_scale": 0.5}}
+    runs = [run(tmp_path, name, method=method, asynchronous=False) for name in ("whole", "parts")]
+    run_ranks(run_all, 1, runs[:1])
+    _, breaks = run_ranks(run_in_pieces, 1, runs[1], 5)[0]
+    assert {domains_done for phase, domains_done, step in breaks if phase == "train" and step > 0} == {0, 1}
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
     changes = {"schedule": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_every": 1}
     runs = [run(tmp_path, name, method={"name": "ncl"}, **changes) for name in ("whole", "parts")]

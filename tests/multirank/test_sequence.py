@@ -50,12 +50,17 @@ def test_every_method_learns_two_domains_and_leaves_the_promised_files(tmp_path:
         assert result.loss_matrix[2][1] < result.loss_matrix[0][1]
         assert load_config(folder / "config.yaml").method.name == name
         assert (folder / "report" / "report.md").exists() and (folder / "report" / "loss_matrix.png").exists()
-        _check_metrics(folder, has_contrast=name == "das")
+        _check_metrics(folder, has_contrast=name in ("das", "dga"))
     assert results[0].loss_matrix[0] == results[1].loss_matrix[0] == results[2].loss_matrix[0]
     _check_importance(tmp_path / "das")
     assert (tmp_path / "das" / "wandb_run_id").exists()
     assert len(list((tmp_path / "das" / "wandb").glob("offline-run-*/*.wandb"))) == 1
     assert not (tmp_path / "ncl" / "importance.safetensors").exists()
+    # Method dga measures general knowledge alone.
+    assert [path.name for path in (tmp_path / "dga").rglob("importance*.safetensors")] == [
+        "importance_general.safetensors"
+    ]
+    assert (tmp_path / "dga" / "report" / "importance.png").exists()
 
 
 def _check_metrics(folder: Path, *, has_contrast: bool) -> None:
