@@ -81,7 +81,7 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.evaluation.end_task_scores import summary_of
     from das_ds.training.finetune import finetune_model, scores_path
 
-    tasks, path = choose_tasks(config.tasks, options.task), scores_path(options.model, options.output)
+    tasks, path = choose_tasks(config.tasks, options.task), scores_path(config, options.model, options.output)
     # The head of a classifier is new by nature; transformers would report it for every job.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="NAME",
                 help="a task of the config, may be repeated; default: all",
             )
-            text = "file of scores to begin or continue; default: end_tasks.json beside the model of a run"
+            text = "file of scores to begin or continue; default: end_tasks.json beside the model of a run, or in base/"
             command.add_argument("--output", type=Path, metavar="FILE", help=text)
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
     units = commands.add_parser("units", help=text, description=text)

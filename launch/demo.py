@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -141,10 +142,7 @@ def is_causal(config: RunConfig) -> bool:
 
 def learning_line(runs: dict[str, Results]) -> str:
     """How far each run got right after each domain, without which its forgetting says little."""
-    means = {
-        name: sum(results.loss_matrix[index + 1][index] for index in range(len(results.domains))) / len(results.domains)
-        for name, results in runs.items()
-    }
+    means = {name: statistics.fmean(results.losses_learned.values()) for name, results in runs.items()}
     losses = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
     return f"mean loss right after learning a domain: {losses} (a run that learns less also forgets less)"
 

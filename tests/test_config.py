@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from das_ds.config import CorpusConfig, DomainConfig, MethodConfig, ModelConfig, RunConfig, SoftmaskConfig, TrainConfig
+from das_ds.config.stage import Stage
 
 SMALL: dict[str, Any] = {
     "output_dir": "runs/papers",
@@ -60,6 +61,21 @@ def test_earlier_domains_and_general_text_are_replayed() -> None:
     assert RunConfig.model_validate({**values, "method": {}}).replayed("phone") == []
 
 
+def test_stages_are_the_domains_one_by_one_or_all_at_once_in_as_many_steps() -> None:
+    domains = [{"name": name, "train": ["a.txt"]} for name in ("acl", "pubmed", "phone")]
+    values = {**SMALL, "domains": domains, "train": {"steps_per_domain": 7}}
+    stages = RunConfig.model_validate(values).stages
+    assert stages == [Stage(0, ("acl",), 7), Stage(1, ("pubmed",), 7), Stage(2, ("phone",), 7)]
+    assert [(stage.name, stage.last_domain, stage.only_domain) for stage in stages][1] == ("pubmed",) * 3
+    (pool,) = RunConfig.model_validate({**values, "method": {"name": "pool"}}).stages
+    assert pool == Stage(0, ("acl", "pubmed", "phone"), 21)
+    assert (pool.name, pool.last_domain) == ("pool", "phone")
+    with pytest.raises(AssertionError, match="pool is 3 domains, expected one"):
+        pool.only_domain  # noqa: B018
+    (alone,) = RunConfig.model_validate({**values, "domains": domains[:1], "method": {"name": "pool"}}).stages
+    assert alone == stages[0]
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -106,6 +122,7 @@ def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: 
         (RunConfig, replaying(0.9999999, 8), r"nearest allowed: 0.875 \(7 of them\) \["),
         (RunConfig, replaying(None, 1, "replay"), "found replay with train.global_batch_size 1, expected at least 2"),
         (RunConfig, replaying(0.25, 8, "one"), "method.replay.share: found 0.25 with method one"),
+        (RunConfig, replaying(0.25, 8, "pool"), "found 0.25 with method pool, where no domain comes after another"),
         (
             RunConfig,
             {**SMALL, "method": {"name": "replay", "replay": {"general": True}}},

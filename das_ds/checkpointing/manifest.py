@@ -27,7 +27,7 @@ class RunState(Section):
     """Where a run stands."""
 
     domains_done: int = 0
-    """Domains trained on and exported; the phase `evaluate` comes right after one is."""
+    """Domains, or stages of several domains, trained on and exported; the phase `evaluate` comes right after one is."""
     phase: Phase = "evaluate"
     domain_step: int = 0
     """Optimizer steps of the present domain."""

@@ -75,9 +75,10 @@ class ReplayConfig(Section):
 class MethodConfig(Section):
     """The continual-learning method."""
 
-    name: Literal["das", "dga", "ncl", "one", "replay"] = "das"
+    name: Literal["das", "dga", "ncl", "one", "pool", "replay"] = "das"
     """`das` soft masks and contrasts, `dga` does so with general knowledge alone, `ncl` is naive continual training,
-    `one` trains each domain from the base, `replay` is naive with earlier text in every batch."""
+    `one` trains each domain from the base, `pool` on all domains at once, `replay` is naive with earlier text in every
+    batch."""
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()

@@ -13,6 +13,7 @@ from das_ds.config.method import MethodConfig
 from das_ds.config.model import ModelConfig
 from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.section import Section
+from das_ds.config.stage import Stage
 from das_ds.config.task import TaskConfig
 from das_ds.config.training import EvaluationConfig, TrainConfig
 
@@ -47,6 +48,14 @@ class RunConfig(Section):
     """Seed of weights, data order, corruption and dropout."""
 
     @property
+    def stages(self) -> list[Stage]:
+        """What is learned in order: the domains one by one, or with method `pool` at once and in as many steps."""
+        names, num_steps = [domain.name for domain in self.domains], self.train.steps_per_domain
+        if self.method.name == "pool":
+            return [Stage(0, tuple(names), len(names) * num_steps)]
+        return [Stage(index, (name,), num_steps) for index, name in enumerate(names)]
+
+    @property
     def num_replayed(self) -> int:
         """Sequences of each global batch that are earlier text, in domains that have some."""
         share, size = self.method.replay.share, self.train.global_batch_size
@@ -79,6 +88,14 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _tasks_are_of_domains(self) -> RunConfig:
+        domains = [domain.name for domain in self.domains]
+        for number, task in enumerate(self.tasks):
+            if task.domain is not None and task.domain not in domains:
+                raise ValueError(f"tasks.{number}.domain: found {task.domain}, allowed: null or {', '.join(domains)}")
+        return self
+
+    @model_validator(mode="after")
     def _tokens_fit(self) -> RunConfig:
         domains = [domain.name for domain in self.domains]
         unknown = [name for name in self.data.add_tokens if name not in domains]
@@ -98,10 +115,10 @@ class RunConfig(Section):
             _check_share(replay.share, size)
         elif self.num_replayed >= size:
             raise ValueError("method.name: found replay with train.global_batch_size 1, expected at least 2")
-        if self.num_replayed and self.method.name == "one":
+        if self.num_replayed and self.method.name in ("one", "pool"):
             raise ValueError(
-                f"method.replay.share: found {replay.share:g} with method one, where no domain comes after another; "
-                "allowed there: 0"
+                f"method.replay.share: found {replay.share:g} with method {self.method.name}, where no domain comes "
+                "after another; allowed there: 0"
             )
         if replay.general and (self.general is None or not self.general.train):
             raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")

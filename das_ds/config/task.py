@@ -14,6 +14,9 @@ class TaskConfig(Section):
 
     name: str = Field(pattern=NAME_PATTERN)
     """Name in tables and files (letters, digits, - and _)."""
+    domain: str | None = None
+    """Domain whose end task this is, for forgetting and transfer; null: the one that the name begins with, as in
+    `acl_arc` and `acl`, else none."""
     train: str
     """Training rows: a .jsonl file (also .gz, .xz), one object per line."""
     dev: str

@@ -13,7 +13,7 @@ class TrainConfig(Section):
     """Optimisation; the same for every domain."""
 
     steps_per_domain: int = Field(default=2500, ge=1)
-    """Optimizer steps on each domain."""
+    """Optimizer steps on each domain; method `pool` makes as many steps as all domains together have."""
     global_batch_size: int = Field(default=256, ge=1)
     """Sequences per optimizer step over all ranks and accumulation steps."""
     micro_batch_size: int = Field(default=32, ge=1)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -15,29 +15,35 @@ from das_ds.data.batches import Batch
 from das_ds.data.blocks import TokenBlocks
 from das_ds.data.causal import isolated
 from das_ds.data.objectives import Objective
-from das_ds.data.replay import NO_REPLAY, REPLAY_STREAM, MixedRows, Replay, SampleRef
+from das_ds.data.replay import MixedRows, SampleRef
 from das_ds.errors import ConfigError
-from das_ds.functional.sampling import replay_number, sample_index
+
+
+class Reading(Protocol):
+    """What a training reads."""
+
+    @property
+    def parts(self) -> tuple[Samples, ...]:
+        """The corpora, by source."""
+
+    def ref(self, number: int) -> SampleRef:
+        """Global sample `number` of the training, a pure function."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """Which samples rank r of W reads: in step t, micro-step m, row b the global sample t*G + m*W*B + r*B + b.
 
-    Some of these are replayed, the others count up the domain's own samples. Rows of one micro-step are consecutive
-    over the ranks, so their union does not depend on W while W * B stays.
+    Rows of one micro-step are consecutive over the ranks, so their union does not depend on W while W * B stays.
     """
 
-    num_blocks: int
-    seed: int
-    stream: str
+    reading: Reading
     first_step: int
     num_steps: int
     global_batch_size: int
     micro_batch_size: int
     rank: int
     world_size: int
-    replay: Replay = NO_REPLAY
 
     @property
     def num_micro_steps(self) -> int:
@@ -61,13 +67,7 @@ class StepPlan:
         rows = self.world_size * self.micro_batch_size
         begin = self.first_step * self.global_batch_size + self.rank * self.micro_batch_size
         for start in range(begin, begin + len(self) * rows, rows):
-            yield [self._ref(number) for number in range(start, start + self.micro_batch_size)]
-
-    def _ref(self, global_number: int) -> SampleRef:
-        is_replayed, number = replay_number(global_number, self.global_batch_size, self.replay.num_sequences)
-        if is_replayed:
-            return self.replay.ref(number, self.seed, self.stream)
-        return SampleRef(number, sample_index(number, self.num_blocks, self.seed, self.stream))
+            yield [self.reading.ref(number) for number in range(start, start + self.micro_batch_size)]
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,8 @@ def _as_is(batch: Any) -> Any:
 
 
 def training_steps(
-    blocks: TokenBlocks,
-    objective: Objective,
+    reading: Reading,
     *,
-    seed: int,
-    stream: str,
     first_step: int,
     num_steps: int,
     global_batch_size: int,
@@ -117,7 +114,6 @@ def training_steps(
     world_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-    replay: Replay = NO_REPLAY,
 ) -> Iterator[list[Batch]]:
     """The micro-batches of optimizer steps first_step .. num_steps - 1, one list per step.
 
@@ -125,10 +121,7 @@ def training_steps(
     in a new order and, in masked language modelling, with new corruption.
 
     Args:
-        blocks: training blocks.
-        objective: what a row predicts.
-        seed: seed of the run.
-        stream: name of the use, for instance `train/<domain>`.
+        reading: which sample of which corpus each row is.
         first_step: first step to yield.
         num_steps: steps of the whole training, the number to stop before.
         global_batch_size: rows per step over all ranks, G.
@@ -137,18 +130,14 @@ def training_steps(
         world_size: number of ranks, W.
         num_workers: loader processes; 0 loads in this one.
         pin_memory: put batches in page-locked memory.
-        replay: other text in every step, in place of some of the domain's.
 
     Raises:
         ConfigError: the global batch is not a whole number of micro-steps.
     """
-    plan = StepPlan(
-        len(blocks), seed, stream, first_step, num_steps, global_batch_size, micro_batch_size, rank, world_size, replay
-    )
+    plan = StepPlan(reading, first_step, num_steps, global_batch_size, micro_batch_size, rank, world_size)
     num_micro_steps = plan.num_micro_steps
-    replayed = (Samples(*source, seed, stream + REPLAY_STREAM) for source in replay.sources)
     loader = DataLoader(
-        MixedRows((Samples(blocks, objective, seed, stream), *replayed)),
+        MixedRows(reading.parts),
         batch_sampler=plan,
         collate_fn=_as_is,
         num_workers=num_workers,

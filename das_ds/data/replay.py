@@ -27,7 +27,7 @@ class SampleRef(NamedTuple):
     block: int
     """Index of its block."""
     source: int = 0
-    """0: the domain; i + 1: corpus i of those that are replayed."""
+    """Position of its corpus among those that are read; of a domain with replay: 0, then i + 1 for corpus i of that."""
 
 
 class Rows(Protocol):

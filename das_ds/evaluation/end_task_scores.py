@@ -14,9 +14,11 @@ from das_ds.durable import read_checked_json, write_checked_json
 from das_ds.errors import RunFolderError
 from das_ds.evaluation.results import Section, library_versions
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 END_TASKS_FILE = "end_tasks.json"
-NOT_SETTINGS = {"name", "train", "dev", "test", "seeds"}
+BASE_FOLDER = "base"
+"""Folder in a run folder for the scores of the model that the run starts from."""
+NOT_SETTINGS = {"name", "domain", "train", "dev", "test", "seeds"}
 """Keys of a task that may change between two starts: a file counts by its content, and seeds may be added."""
 
 MetricName = Literal["accuracy", "macro_f1", "micro_f1"]
@@ -57,6 +59,8 @@ class Spread(Section):
 class TaskScores(Section):
     """One task: its seeds, and what they give together."""
 
+    domain: str | None
+    """The domain whose end task it is, as the config says it."""
     metric: MetricName
     """The reported one."""
     labels: list[str]
@@ -72,7 +76,7 @@ class TaskScores(Section):
 class EndTaskScores(Section):
     """Scores of one model."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     """Version of this format."""
     model: str
     """Checksum of the model's weights."""
@@ -90,6 +94,7 @@ class EndTaskScores(Section):
         known = self.tasks[name].seeds if name in self.tasks else []
         seeds = sorted([*known, scores], key=lambda done: done.seed)
         entry = TaskScores(
+            domain=task.config.domain,
             metric=metric,
             labels=task.labels,
             settings=settings_of(task),
@@ -98,6 +103,12 @@ class EndTaskScores(Section):
             test=_spread([done.test.of(metric) for done in seeds]),
         )
         return self.model_copy(update={"tasks": {**self.tasks, name: entry}})
+
+    def with_domains(self, tasks: list[EndTask]) -> EndTaskScores:
+        """A copy in which what is known of these tasks belongs to the domains that they name."""
+        named = {task.config.name: task.config.domain for task in tasks if task.config.name in self.tasks}
+        entries = {name: self.tasks[name].model_copy(update={"domain": domain}) for name, domain in named.items()}
+        return self.model_copy(update={"tasks": {**self.tasks, **entries}})
 
 
 def settings_of(task: EndTask) -> dict[str, Any]:

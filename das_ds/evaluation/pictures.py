@@ -119,8 +119,8 @@ def _figure(
 
 def _reference_rows(results: Results) -> list[int]:
     """Row of each column's reference: right after learning a domain, before training for the general corpus."""
-    num_domains = len(results.domains)
-    return [column + 1 if column < num_domains else 0 for column in range(len(results.eval_domains))]
+    rows = results.rows_learned
+    return [rows.get(corpus, 0) for corpus in results.eval_domains]
 
 
 def _write_cell(plot: Axes, row: int, column: int, loss: float, change: float, limit: float) -> None:

@@ -60,22 +60,23 @@ def comparison_table(runs: Mapping[str, Results]) -> str:
     """Plain-text table that compares runs over the same domains: losses after each stage, forgetting, drift, time.
 
     A run that is not complete has `-` where it has not got yet. Rows of losses appear in the order of the longest
-    run's stages.
+    run's stages, then stages that only others have; a run has no line at a stage that is none of its own.
     """
     longest = max(runs.values(), key=lambda results: len(results.loss_matrix))
     columns = longest.eval_domains
     rows = [["stage", "run", *columns]]
-    for index, stage in enumerate(longest.stages):
-        rows += [[stage, name, *_row_of(results, index, columns)] for name, results in runs.items()]
+    for stage in dict.fromkeys([*longest.stages, *(stage for results in runs.values() for stage in results.stages)]):
+        having = [(name, results) for name, results in runs.items() if stage in results.all_stages]
+        rows += [[stage, name, *_row_of(results, stage, columns)] for name, results in having]
     numbers = [["", *runs], *_compared_numbers(runs)]
     return _aligned(rows, text_columns=(0, 1)) + "\n\n" + _aligned(numbers)
 
 
 def _heading(results: Results) -> str:
-    learned = len(results.loss_matrix) - 1
-    state = "complete" if results.complete else f"not complete: {learned} of {len(results.domains)} domains learned"
+    num_learned = len(results.losses_learned)
+    state = "complete" if results.complete else f"not complete: {num_learned} of {len(results.domains)} domains learned"
     return (
-        f"# {results.method}: {' -> '.join(results.domains)}\n\n"
+        f"# {results.method}: {' -> '.join(' + '.join(stage) for stage in results.learned)}\n\n"
         f"Continual pre-training with method `{results.method}` over {len(results.domains)} domains ({state}).\n"
     )
 
@@ -103,10 +104,10 @@ def _transfer(results: Results) -> str:
     rows = [
         ["number", "nats", "how to read it"],
         *per_domain,
-        ["average forgetting", f"{results.forgetting.average:+.4f}", "mean of the above; the last domain cannot count"],
+        ["average forgetting", _signed(results.forgetting.average), "mean of the above; the last stage cannot count"],
         ["general drift", _signed(results.general_drift), "general loss now minus before training; above 0: worse"],
-        ["backward transfer", f"{results.backward_transfer:+.4f}", "above 0: later domains helped earlier ones"],
-        ["forward transfer", f"{results.forward_transfer:+.4f}", "above 0: earlier domains helped later ones"],
+        ["backward transfer", _signed(results.backward_transfer), "above 0: later domains helped earlier ones"],
+        ["forward transfer", _signed(results.forward_transfer), "above 0: earlier domains helped later ones"],
     ]
     return f"## Forgetting and transfer\n\n{_markdown(rows, text_columns=(0, 2))}\n"
 
@@ -146,12 +147,12 @@ def _cost(results: Results) -> str:
 
 def _compared_numbers(runs: Mapping[str, Results]) -> list[list[str]]:
     some = next(iter(runs.values()))
-    rows = [["average forgetting", *(f"{results.forgetting.average:+.4f}" for results in runs.values())]]
+    rows = [["average forgetting", *(_signed(results.forgetting.average) for results in runs.values())]]
     for domain in some.domains[:-1]:
         forgotten = [results.forgetting.per_domain.get(domain) for results in runs.values()]
         rows.append([f"  of {domain}", *map(_signed, forgotten)])
     rows.append(["general drift", *(_signed(results.general_drift) for results in runs.values())])
-    rows.append(["forward transfer", *(f"{results.forward_transfer:+.4f}" for results in runs.values())])
+    rows.append(["forward transfer", *(_signed(results.forward_transfer) for results in runs.values())])
     rows.append(["time", *(_duration(results.wall_seconds) for results in runs.values())])
     return rows
 
@@ -160,10 +161,11 @@ def _staged(results: Results) -> list[tuple[str, list[float]]]:
     return list(zip(results.stages, results.loss_matrix, strict=True))
 
 
-def _row_of(results: Results, index: int, columns: Sequence[str]) -> list[str]:
-    if index >= len(results.loss_matrix):
+def _row_of(results: Results, stage: str, columns: Sequence[str]) -> list[str]:
+    row = dict(_staged(results)).get(stage)
+    if row is None:
         return [NONE] * len(columns)
-    losses = dict(zip(results.eval_domains, _numbers(results.loss_matrix[index]), strict=True))
+    losses = dict(zip(results.eval_domains, _numbers(row), strict=True))
     return [losses.get(column, NONE) for column in columns]
 
 

@@ -12,11 +12,12 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from das_ds.config.stage import stage_name
 from das_ds.durable import read_checked_json, write_checked_json
 from das_ds.errors import RunFolderError, TrainingError
 from das_ds.functional import transfer
 
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 RESULTS_FILE = "results.json"
 PACKAGES = ("das_ds", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
 
@@ -34,16 +35,16 @@ class Section(BaseModel):
 class Forgetting(Section):
     """Loss now minus loss right after learning; see `functional.transfer.forgetting`."""
 
-    average: float
-    """Mean over the domains before the last one learned; 0 where there is none."""
+    average: float | None
+    """Mean over the domains that a later stage could make the model forget; null where there is none."""
     per_domain: dict[str, float]
-    """One number per domain before the last one learned."""
+    """One number per such domain."""
 
 
 class Results(Section):
     """Everything a run has to say about its evaluation; losses in nats per predicted token."""
 
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     """Version of this format."""
     complete: bool
     """Whether every domain has been learned; until then all numbers refer to the last row."""
@@ -51,17 +52,19 @@ class Results(Section):
     """Name of the continual-learning method."""
     domains: list[str] = Field(min_length=1)
     """Domains in the order of learning."""
+    learned: list[list[str]]
+    """What each stage of the run learns: one domain after another, or several at once (`pool`)."""
     eval_domains: list[str]
     """Column names of the loss matrix: the domains, then the general corpus where there is one."""
     loss_matrix: list[list[float]] = Field(min_length=1)
-    """Held-out loss: row 0 before any training, row t after domain t; one column per evaluated corpus."""
+    """Held-out loss: row 0 before any training, row t after stage t; one column per evaluated corpus."""
     forgetting: Forgetting
     general_drift: float | None
     """Loss on the general corpus now minus before training; null without such a corpus."""
-    backward_transfer: float
-    """What later domains did for earlier ones; positive is good."""
-    forward_transfer: float
-    """What earlier domains did for later ones before these were learned; positive is good."""
+    backward_transfer: float | None
+    """What later domains did for earlier ones; positive is good; null where no domain comes after one learned."""
+    forward_transfer: float | None
+    """What earlier domains did for later ones before these were learned; positive is good; null likewise."""
     tokens_seen: int
     """Tokens trained on, over all domains and ranks."""
     wall_seconds: float
@@ -78,14 +81,36 @@ class Results(Section):
         num_domains, num_columns = len(self.domains), len(self.eval_domains)
         if self.eval_domains[:num_domains] != self.domains or num_columns > num_domains + 1:
             raise ValueError("eval_domains must be the domains in order and at most one general corpus")
-        if len(self.loss_matrix) > num_domains + 1 or any(len(row) != num_columns for row in self.loss_matrix):
-            raise ValueError(f"loss_matrix must have at most {num_domains + 1} rows of {num_columns} numbers")
+        if [domain for stage in self.learned for domain in stage] != self.domains or not all(self.learned):
+            raise ValueError("learned must have every domain in order, in stages of at least one")
+        most = len(self.learned) + 1
+        if len(self.loss_matrix) > most or any(len(row) != num_columns for row in self.loss_matrix):
+            raise ValueError(f"loss_matrix must have at most {most} rows of {num_columns} numbers")
         return self
 
     @property
+    def all_stages(self) -> list[str]:
+        """Row names of the loss matrix of the whole run."""
+        return [BEFORE_TRAINING, *(f"after {stage_name(stage)}" for stage in self.learned)]
+
+    @property
     def stages(self) -> list[str]:
-        """Row names of the loss matrix."""
-        return [BEFORE_TRAINING, *(f"after {domain}" for domain in self.domains)][: len(self.loss_matrix)]
+        """Row names of the loss matrix so far."""
+        return self.all_stages[: len(self.loss_matrix)]
+
+    @property
+    def rows_learned(self) -> dict[str, int]:
+        """Domain -> row right after learning it, which may not be there yet."""
+        return {domain: row for row, stage in enumerate(self.learned, start=1) for domain in stage}
+
+    @property
+    def losses_learned(self) -> dict[str, float]:
+        """Domain learned so far -> loss right after learning it."""
+        return {
+            domain: self.loss_matrix[row][column]
+            for column, (domain, row) in enumerate(self.rows_learned.items())
+            if row < len(self.loss_matrix)
+        }
 
     @property
     def table(self) -> tuple[list[str], list[list[float | str]]]:
@@ -101,8 +126,9 @@ class Results(Section):
             **{f"forgetting/{domain}": value for domain, value in self.forgetting.per_domain.items()},
             "backward_transfer": self.backward_transfer,
             "forward_transfer": self.forward_transfer,
+            "general_drift": self.general_drift,
         }
-        return numbers if self.general_drift is None else numbers | {"general_drift": self.general_drift}
+        return {name: value for name, value in numbers.items() if value is not None}
 
 
 def build_results(
@@ -115,34 +141,54 @@ def build_results(
     wall_seconds: float,
     world_size: int,
     zero_stage: int,
+    learned: Sequence[Sequence[str]] | None = None,
 ) -> Results:
     """Results of a run from the rows of its loss matrix so far.
+
+    Args:
+        learned: domains of each stage; None: one after another.
 
     Raises:
         TrainingError: a loss is not finite.
     """
     _check_finite(loss_matrix, eval_domains)
+    stages = [list(stage) for stage in learned] if learned is not None else [[domain] for domain in domains]
     losses = torch.tensor(loss_matrix, dtype=torch.float64)
-    per_domain = transfer.forgetting(losses, len(domains)).tolist()
-    drift = transfer.general_drift(losses, len(domains)).tolist()
-    backward = transfer.backward_transfer(losses, len(domains))
+    rows = learned_rows(eval_domains, stages)
+    forgotten, can_be_forgotten = transfer.forgetting(losses, rows), transfer.can_be_forgotten(losses, rows)
+    average = transfer.average(forgotten, rows, can_be_forgotten)
+    helped = transfer.average(transfer.forward_transfer(losses, rows), rows, transfer.can_be_helped(losses, rows))
     return Results(
-        complete=len(loss_matrix) == len(domains) + 1,
+        complete=len(loss_matrix) == len(stages) + 1,
         method=method,
         domains=list(domains),
+        learned=stages,
         eval_domains=list(eval_domains),
         loss_matrix=[list(row) for row in loss_matrix],
-        # Subtracting from 0 keeps an average of nothing from being written as -0.0.
-        forgetting=Forgetting(average=0.0 - backward, per_domain=dict(zip(domains, per_domain, strict=False))),
-        general_drift=drift[0] if drift else None,
-        backward_transfer=backward,
-        forward_transfer=transfer.forward_transfer(losses, len(domains)),
+        forgetting=Forgetting(
+            average=average,
+            per_domain={
+                domain: value
+                for domain, value, counts in zip(eval_domains, forgotten.tolist(), can_be_forgotten, strict=True)
+                if counts
+            },
+        ),
+        general_drift=transfer.average(transfer.drift(losses, rows), rows, rows == 0),
+        # Subtracting from 0 keeps nothing forgotten from being written as -0.0.
+        backward_transfer=None if average is None else 0.0 - average,
+        forward_transfer=helped,
         tokens_seen=tokens_seen,
         wall_seconds=wall_seconds,
         world_size=world_size,
         zero_stage=zero_stage,
         versions=library_versions(),
     )
+
+
+def learned_rows(columns: Sequence[str | None], stages: Sequence[Sequence[str]]) -> torch.Tensor:
+    """For every column's domain the row right after learning it, 0 for what is none; (C,) int64 for `transfer`."""
+    rows = {domain: row for row, stage in enumerate(stages, start=1) for domain in stage}
+    return torch.tensor([rows.get(column, 0) if column is not None else 0 for column in columns], dtype=torch.int64)
 
 
 def write_results(results: Results, path: Path) -> None:

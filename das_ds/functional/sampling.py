@@ -9,7 +9,7 @@ Shapes: S tokens per block.
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -38,8 +38,6 @@ def sample_generator(seed: int, stream: str, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-# Two orders are kept because a step can straddle two epochs.
-@lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, stream: str, epoch: int) -> NDArray[np.int64]:
     """Permutation of 0 .. num_samples - 1 for one pass over the data; (num_samples,) int64, read-only."""
     order = sample_generator(seed, f"{stream}/order", epoch).permutation(num_samples)
@@ -47,10 +45,23 @@ def epoch_order(num_samples: int, seed: int, stream: str, epoch: int) -> NDArray
     return order
 
 
-def sample_index(number: int, num_samples: int, seed: int, stream: str) -> int:
-    """Index of global sample k: position k mod n of the order of epoch k div n, n = `num_samples`."""
-    epoch, position = divmod(number, num_samples)
-    return int(epoch_order(num_samples, seed, stream, epoch)[position])
+class SampleOrder:
+    """Index of every sample of a stream: number k is position k mod n of the order of epoch k div n.
+
+    Args:
+        num_samples: n.
+        seed: seed of the run.
+        stream: name of the use.
+    """
+
+    def __init__(self, num_samples: int, seed: int, stream: str) -> None:
+        self._num_samples = num_samples
+        # Two orders are kept because a step can straddle two epochs.
+        self._order = lru_cache(maxsize=2)(partial(epoch_order, num_samples, seed, stream))
+
+    def __getitem__(self, number: int) -> int:
+        epoch, position = divmod(number, self._num_samples)
+        return int(self._order(epoch)[position])
 
 
 def replay_number(number: int, global_batch_size: int, num_replayed: int) -> tuple[bool, int]:

@@ -1,80 +1,113 @@
-"""What a matrix of held-out losses says about forgetting and transfer.
+"""What a matrix of held-out losses, or of scores on end tasks, says about forgetting and transfer.
 
-R (t + 1, E): row 0 before training, row r after domain r; column i < T belongs to domain i + 1, column g to the
-general corpus, where there is one. With t < T the run still goes on, and everything refers to its last row so far.
-Losses are in nats, lower is better; each sign is chosen so that the name tells what a positive number means.
+R (t + 1, C): row 0 before training, row r after stage r, and a column for every corpus or task; NaN where nothing was
+measured. With stages still to come, everything refers to the last row so far. `learned` (C,) has for every column the
+row l_i right after the stage that learned its domain, which may not be there yet, and 0 for a column of no domain, such
+as general text.
+
+Each function gives one number per column: NaN where the column does not count (its mask tells which do), or where a
+number that it needs was not measured. Lower is better for losses, higher for scores; s = 1 for losses and -1 for scores
+makes every sign tell the same about both.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
-def forgetting(loss_matrix: torch.Tensor, num_domains: int) -> torch.Tensor:
-    """Loss now minus loss right after learning, for every domain before the last one learned.
+def can_be_forgotten(matrix: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+    """Columns whose domain was learned before the last stage, 0 < l_i < t; (C,) bool.
 
-    F_i = R[t, i] - R[i + 1, i],  i = 0 .. t - 2
+    What the last stage learned has had no chance to be forgotten.
+    """
+    return (learned > 0) & (learned < _last_row(matrix, learned))
 
-    The last domain has had no chance to be forgotten and does not count.
+
+def forgetting(matrix: torch.Tensor, learned: torch.Tensor, *, higher_is_better: bool = False) -> torch.Tensor:
+    """How much worse a column is now than right after learning.
+
+    F_i = s (R[t, i] - R[l_i, i])  where 0 < l_i < t
+
+    For scores this is the forgetting rate of DAS (Ke et al., ICLR 2023, section 4), A_kk - A_tk before the mean over k.
+    Backward transfer of GEM (Lopez-Paz & Ranzato, NeurIPS 2017) is minus its mean.
 
     Args:
-        loss_matrix: R (t + 1, E), floating point.
-        num_domains: T.
+        matrix: R (t + 1, C), floating point.
+        learned: (C,) int64.
+        higher_is_better: R holds scores.
 
     Returns:
-        (max(t - 1, 0),); positive means forgotten.
+        (C,); positive means forgotten.
     """
-    num_earlier = max(_num_learned(loss_matrix, num_domains) - 1, 0)
-    return loss_matrix[-1, :num_earlier] - _right_after_learning(loss_matrix, num_earlier)
+    rise = matrix[-1] - _at(matrix, learned)
+    return _signed(rise, higher_is_better).where(can_be_forgotten(matrix, learned), math.nan)
 
 
-def backward_transfer(loss_matrix: torch.Tensor, num_domains: int) -> float:
-    """What later domains did for earlier ones: minus the average forgetting.
-
-    BWT = mean_i (R[i + 1, i] - R[t, i]),  i = 0 .. t - 2
-
-    Positive means that earlier domains got better; 0 while fewer than two domains are learned. This is BWT of
-    Lopez-Paz & Ranzato (GEM, NeurIPS 2017) with the sign turned, as they measure accuracy and this is a loss.
-    """
-    return _mean(-forgetting(loss_matrix, num_domains))
+def can_be_helped(matrix: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+    """Columns whose domain has a stage before it, with the row right before learning it there, 1 < l_i <= t + 1."""
+    return (learned > 1) & (learned <= _last_row(matrix, learned) + 1)
 
 
-def forward_transfer(loss_matrix: torch.Tensor, num_domains: int) -> float:
-    """What earlier domains did for a domain before it was learned itself.
+def forward_transfer(matrix: torch.Tensor, learned: torch.Tensor, *, higher_is_better: bool = False) -> torch.Tensor:
+    """What earlier stages did for a column before its own domain was learned.
 
-    FWT = mean_i (R[0, i] - R[i, i]),  i = 1 .. min(t, T - 1)
+    FWT_i = s (R[0, i] - R[l_i - 1, i])  where 1 < l_i <= t + 1
 
-    Positive means that earlier domains helped; 0 where no domain has one before it. FWT of GEM with the sign turned
-    and the untrained row in the place of its random baseline.
-    """
-    last = min(_num_learned(loss_matrix, num_domains), num_domains - 1)
-    just_before = loss_matrix.diagonal()[1 : last + 1]
-    return _mean(loss_matrix[0, 1 : last + 1] - just_before)
+    FWT of GEM with the untrained row in the place of its random baseline.
 
-
-def general_drift(loss_matrix: torch.Tensor, num_domains: int) -> torch.Tensor:
-    """Loss now minus loss before training, for every column that is no domain.
-
-    D_g = R[t, g] - R[0, g],  g = T .. E - 1
+    Args:
+        matrix, learned, higher_is_better: as for `forgetting`.
 
     Returns:
-        (E - T,); positive means that general language got worse.
+        (C,); positive means helped.
     """
-    _num_learned(loss_matrix, num_domains)
-    return (loss_matrix[-1] - loss_matrix[0])[num_domains:]
+    fall = matrix[0] - _at(matrix, learned - 1)
+    return _signed(fall, higher_is_better).where(can_be_helped(matrix, learned), math.nan)
 
 
-def _right_after_learning(loss_matrix: torch.Tensor, num_domains: int) -> torch.Tensor:
-    return loss_matrix[1:].diagonal()[:num_domains]
+def drift(matrix: torch.Tensor, learned: torch.Tensor, *, higher_is_better: bool = False) -> torch.Tensor:
+    """What became of columns that belong to no domain.
+
+    D_i = s (R[t, i] - R[0, i])  where l_i = 0
+
+    Args:
+        matrix, learned, higher_is_better: as for `forgetting`.
+
+    Returns:
+        (C,); positive means worse.
+    """
+    return _signed(matrix[-1] - matrix[0], higher_is_better).where(learned == 0, math.nan)
 
 
-def _num_learned(loss_matrix: torch.Tensor, num_domains: int) -> int:
-    """t, after checking the shape of R."""
-    num_rows, num_columns = loss_matrix.shape
-    assert 1 <= num_rows <= num_domains + 1, f"{num_rows} rows for {num_domains} domains"
-    assert num_columns >= num_domains, f"{num_columns} columns for {num_domains} domains"
-    return num_rows - 1
+def average(values: torch.Tensor, learned: torch.Tensor, counted: torch.Tensor) -> float | None:
+    """Mean over stages of the mean over the columns of each, so that a domain with many tasks counts once.
+
+    Args:
+        values: (C,), one number per column.
+        learned: (C,) int64.
+        counted: (C,) bool.
+
+    Returns:
+        None where no column counts, or a value of one that does was not measured.
+    """
+    means = [values[counted & (learned == row)].mean() for row in learned[counted].unique()]
+    mean = torch.stack(means).mean().item() if means else math.nan
+    return None if math.isnan(mean) else mean
 
 
-def _mean(values: torch.Tensor) -> float:
-    return values.mean().item() if values.numel() else 0.0
+def _signed(values: torch.Tensor, higher_is_better: bool) -> torch.Tensor:
+    return -values if higher_is_better else values
+
+
+def _at(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """R[rows_i, i], of any row there is where rows_i is none of the matrix."""
+    return matrix.gather(0, rows.clamp(0, len(matrix) - 1)[None])[0]
+
+
+def _last_row(matrix: torch.Tensor, learned: torch.Tensor) -> int:
+    """t, after checking shapes."""
+    assert matrix.ndim == 2 and len(matrix) >= 1, f"a matrix of shape {tuple(matrix.shape)}"
+    assert learned.shape == matrix.shape[1:], f"{tuple(learned.shape)} for {matrix.shape[1]} columns"
+    return len(matrix) - 1

@@ -5,6 +5,7 @@ from das_ds.methods.das import SoftMaskedContrast
 from das_ds.methods.dga import GeneralKnowledgeContrast
 from das_ds.methods.ncl import Naive
 from das_ds.methods.one import FromBase
+from das_ds.methods.pool import Pool
 from das_ds.methods.replay import NaiveReplay
 
 METHODS: dict[str, type[Method]] = {
@@ -12,5 +13,6 @@ METHODS: dict[str, type[Method]] = {
     "dga": GeneralKnowledgeContrast,
     "ncl": Naive,
     "one": FromBase,
+    "pool": Pool,
     "replay": NaiveReplay,
 }

@@ -241,9 +241,9 @@ class WandbSink(Sink):
 
     def _define_axes(self, run: Any) -> None:
         run.define_metric(GLOBAL_STEP)
-        for domain in self._config.domains:
-            run.define_metric(_step_axis(domain.name), hidden=True)
-            run.define_metric(f"{domain.name}/*", step_metric=_step_axis(domain.name))
+        for stage in self._config.stages:
+            run.define_metric(_step_axis(stage.name), hidden=True)
+            run.define_metric(f"{stage.name}/*", step_metric=_step_axis(stage.name))
         run.define_metric(DOMAINS_LEARNED, hidden=True)
         run.define_metric(eval_loss("*"), step_metric=DOMAINS_LEARNED)
 

@@ -39,12 +39,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run stood when the domain began."""
+    """Where the run stood when the domain began, and how long it is."""
 
     domain: str
     global_step: int
     tokens_seen: int
     tokens_per_step: int
+    num_steps: int
 
 
 class RewindError(Exception):
@@ -128,7 +129,7 @@ class DomainTrainer:
             TrainingError: a loss or gradient that is not finite, or a spike, where the guard says stop.
             RewindError: the same where it says rewind.
         """
-        num_steps = self._train.steps_per_domain
+        num_steps = progress.num_steps
         self._engine.module.train()
         throughput = Throughput()
         bar = tqdm(

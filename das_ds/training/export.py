@@ -79,18 +79,20 @@ def export_lora(
     engine.ranks.on_main(write)
 
 
-def model_card(config: RunConfig, domains_learned: int) -> str:
+def model_card(config: RunConfig, stages_done: int) -> str:
     """README of an exported model: what it was trained on and how."""
     base = config.model.name_or_path or "random weights"
-    domains = [domain.name for domain in config.domains[:domains_learned]]
-    replayed = config.replayed(domains[-1])
+    stages = config.stages[:stages_done]
+    domains, newest = [domain for stage in stages for domain in stage.domains], stages[-1]
+    how = "in order" if len(newest.domains) == 1 else "all at once"
+    replayed = config.replayed(newest.last_domain)
     replay = f" In the last domain {config.num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
     pipeline = PIPELINES[find_adapter(config.model).objective]
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [das_ds, continual-pre-training]\n---\n\n"
-        f"# {config.output_dir.name}: after {domains[-1]}\n\n"
+        f"# {config.output_dir.name}: after {newest.name}\n\n"
         f"Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.\n\n"
-        f"Domains in order: {', '.join(domains)}; {config.train.steps_per_domain} steps of "
+        f"Domains {how}: {', '.join(domains)}; {newest.num_steps} steps of "
         f"{config.train.global_batch_size} sequences of {config.data.sequence_length} tokens each.{replay}\n"
     )
 

@@ -10,8 +10,9 @@ from das_ds.config import ModelConfig, RunConfig, TaskConfig
 from das_ds.data.end_tasks import EndTask, read_task
 from das_ds.distributed.launch import Ranks
 from das_ds.durable import checksum
-from das_ds.errors import ConfigError, DasError
+from das_ds.errors import ConfigError, DasError, RunFolderError
 from das_ds.evaluation.end_task_scores import (
+    BASE_FOLDER,
     END_TASKS_FILE,
     EndTaskScores,
     SeedScores,
@@ -50,6 +51,8 @@ def finetune_model(
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
     ranks.on_main(lambda: _check(source, folder))
     tasks = ranks.first_main_then_others(lambda: [read_task(task) for task in chosen])
+    if path.parent == config.output_dir / BASE_FOLDER:
+        ranks.on_main(lambda: _make(path.parent))
     scores = _from_main(ranks, path, folder, tasks)
     jobs = [(task, seed) for task in tasks for seed in task.config.seeds if not scores.has(task.config.name, seed)]
     wandb_job = WandbJob(path.parent, JOB_TYPE, f"{path.resolve().parent.name} {JOB_TYPE}")
@@ -88,26 +91,48 @@ def _check(source: ModelConfig, folder: Path) -> None:
     check_files(source)
 
 
-def scores_path(folder: Path, output: Path | None) -> Path:
-    """Where scores are written: `output`, else `domains/<ii>_<name>/end_tasks.json` for the model of a run's domain.
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"output_dir: cannot make {folder}: {error.strerror or error}") from error
+
+
+def scores_path(config: RunConfig, folder: Path, output: Path | None) -> Path:
+    """Where scores are written: `output`, else in the run folder or beside the model of a run's domain.
+
+    Those of the model that the config's run starts from are in `<output_dir>/base/`, the row before training of the
+    run's scores; those of a domain's model in `domains/<ii>_<name>/`.
 
     Raises:
-        ConfigError: the model lies elsewhere, where scores may not be wanted.
+        ConfigError: the model is no such, and its scores may be wanted anywhere.
     """
     if output is not None:
         return output
+    source = config.model.name_or_path
+    if source is not None and Path(source).resolve() == folder.resolve():
+        return config.output_dir / BASE_FOLDER / END_TASKS_FILE
     domain = folder.resolve().parent
     if domain.parent.name != "domains":
         raise ConfigError(
-            f"--model {folder}: found no model of a run (domains/<ii>_<name>/model), beside which scores are written; "
-            "expected --output FILE with any other model"
+            f"--model {folder}: found no model of a run (domains/<ii>_<name>/model), beside which scores are written, "
+            "nor the config's model.name_or_path; expected --output FILE with any other model"
         )
     return domain / END_TASKS_FILE
 
 
 def _from_main(ranks: Ranks, path: Path, folder: Path, tasks: list[EndTask]) -> EndTaskScores:
     """What the file of scores holds; rank 0 alone reads it, as only its folder need be the run's."""
-    scores = ranks.gather(ranks.on_main(lambda: open_scores(path, _weights_checksum(folder), tasks)))[0]
+
+    def opened() -> EndTaskScores:
+        found = open_scores(path, _weights_checksum(folder), tasks)
+        # A task may be found to belong to another domain when all is done already.
+        named = found.with_domains(tasks)
+        if named != found:
+            write_scores(named, path)
+        return named
+
+    scores = ranks.gather(ranks.on_main(opened))[0]
     assert scores is not None
     return scores
 

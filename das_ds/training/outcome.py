@@ -29,6 +29,7 @@ def results_of(config: RunConfig, state: RunState, world_size: int, zero_stage: 
         wall_seconds=state.wall_seconds,
         world_size=world_size,
         zero_stage=zero_stage,
+        learned=[stage.domains for stage in config.stages],
     )
 
 
@@ -55,7 +56,7 @@ def publish_results(
     """
     write_results(results, root / RESULTS_FILE)
     report = write_report(root, results, importance)
-    tracker.log_evaluation(row, domains_learned=state.domains_done, global_step=state.global_step)
+    tracker.log_evaluation(row, domains_learned=len(results.losses_learned), global_step=state.global_step)
     tracker.log_table(LOSS_MATRIX, *results.table)
     tracker.log_picture(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
     if importance is not None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from das_ds.config import RunConfig
+from das_ds.config.stage import stage_folder
 from das_ds.config_io import config_differences, dump_config, load_config
 from das_ds.distributed.stopping import SAVE_FILE, STOP_FILE
 from das_ds.errors import RunFolderError
+from das_ds.evaluation.end_task_scores import BASE_FOLDER
 
 PROBE = ".preflight-"
 """Beginning of the names of what a preflight writes for a moment."""
@@ -23,7 +25,7 @@ class RunFolder:
 
     def domain(self, index: int, name: str) -> Path:
         """Folder of one domain: `domains/<ii>_<name>`."""
-        return self.root / "domains" / f"{index:02d}_{name}"
+        return self.root / stage_folder(index, name)
 
     def model(self, index: int, name: str) -> Path:
         """Exported model after one domain."""
@@ -58,8 +60,8 @@ def open_run_folder(config: RunConfig) -> RunFolder:
 
 
 def _may_come_first(path: Path) -> bool:
-    """What a user asks for before the run begins, and what a preflight that was killed leaves behind."""
-    return path.name in (STOP_FILE, SAVE_FILE) or path.name.startswith(PROBE)
+    """What users ask for or score before the run begins, and what a preflight that was killed leaves behind."""
+    return path.name in (STOP_FILE, SAVE_FILE, BASE_FOLDER) or path.name.startswith(PROBE)
 
 
 def _check_same_run(config: RunConfig, recorded: Path) -> None:

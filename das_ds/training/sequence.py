@@ -13,6 +13,7 @@ from das_ds.checkpointing.resume import newest_whole
 from das_ds.checkpointing.saver import Saver
 from das_ds.checkpointing.store import CheckpointStore
 from das_ds.config import RunConfig
+from das_ds.config.stage import Stage
 from das_ds.distributed.launch import Ranks, seed_everything
 from das_ds.distributed.passes import Pass, Passes
 from das_ds.distributed.random_state import random_state, set_random_state
@@ -67,7 +68,7 @@ class DomainSequence:
         watch: Watch,
     ) -> None:
         self._config, self._ranks, self._folder, self._text, self._tracker = config, ranks, folder, text, tracker
-        self._store, self._watch, self._state = store, watch, RunState()
+        self._store, self._watch, self._state, self._stages = store, watch, RunState(), config.stages
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         # Parameters that are born as shards cannot be given more rows.
         construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
@@ -126,7 +127,7 @@ class DomainSequence:
 
     def _evaluate(self) -> None:
         row = evaluate_corpora(self._network, self._text, self._passes)
-        is_last = self._state.domains_done == len(self._config.domains)
+        is_last = self._state.domains_done == len(self._stages)
         state = self._state.model_copy(
             update={
                 "loss_matrix": [*self._state.loss_matrix, list(row.values())],
@@ -148,19 +149,23 @@ class DomainSequence:
     def _before(self) -> None:
         if self._base is not None:
             self.engine.restore(self._base)
-        self._network.num_rows = self._text.num_rows(self._domain.name)
+        self._network.num_rows = self._text.num_rows(self._stage.last_domain)
         self._seed(0)
         self._method.before_domain(self._domain)
         # Without a pass nothing was done that could not be done again at once.
         self._enter(self._state.model_copy(update={"phase": "train"}), save=self._passes.num_batches > 0)
 
     def _train(self) -> None:
-        train, name = self._config.train, self._domain.name
+        train, stage = self._config.train, self._stage
         begin, first_step = self._state, self._state.domain_step
-        self._network.num_rows = self._text.num_rows(name)
+        self._network.num_rows = self._text.num_rows(stage.last_domain)
         tokens_per_step = train.global_batch_size * self._config.data.sequence_length
         progress = Progress(
-            name, begin.global_step - first_step, begin.tokens_seen - first_step * tokens_per_step, tokens_per_step
+            stage.name,
+            begin.global_step - first_step,
+            begin.tokens_seen - first_step * tokens_per_step,
+            tokens_per_step,
+            stage.num_steps,
         )
 
         def at(step: int, phase: str = "train") -> RunState:
@@ -186,29 +191,29 @@ class DomainSequence:
             at=self._watch.at,
             costs=self._boundary.take_reports,
         )
-        is_alone, index = self._base is not None, begin.domains_done
+        is_alone = self._base is not None
         self.engine.start_domain(
-            train.steps_per_domain,
-            is_first=is_alone or index == 0,
-            is_last=is_alone or index == len(self._config.domains) - 1,
+            stage.num_steps,
+            is_first=is_alone or stage.index == 0,
+            is_last=is_alone or stage.index == len(self._stages) - 1,
         )
         self._method.start_training(self._domain)
         self._seed(1)
         if first_step == 0:
-            self._guard.start_domain(name)
+            self._guard.start_domain(stage.name)
         else:
             self._continue_steps(trainer)
-        trainer.run(self._text.training_steps(name, first_step), progress, first_step=first_step)
+        trainer.run(self._text.training_steps(stage, first_step), progress, first_step=first_step)
         self._trainer = None
-        self._enter(at(train.steps_per_domain, "after"))
+        self._enter(at(stage.num_steps, "after"))
 
     def _after(self) -> None:
-        self._network.num_rows = self._text.num_rows(self._domain.name)
+        self._network.num_rows = self._text.num_rows(self._stage.last_domain)
         self._seed(2)
         self._method.after_domain(self._domain)
         with self._watch.patient("exporting"):
-            self._prepare_new_tokens(self._domain.name)
-            self._export(self._state.domains_done, self._domain.name)
+            self._prepare_new_tokens(self._stage.last_domain)
+            self._export(self._stage)
         done = self._state.domains_done + 1
         self._enter(self._state.model_copy(update={"phase": "evaluate", "domains_done": done, "domain_step": 0}))
 
@@ -244,9 +249,8 @@ class DomainSequence:
         }
 
     def _domain_name(self, state: RunState) -> str:
-        """The present domain, or the last where all are done."""
-        domains = self._config.domains
-        return domains[min(state.domains_done, len(domains) - 1)].name
+        """The present stage, or the last where all are done."""
+        return self._stages[min(state.domains_done, len(self._stages) - 1)].name
 
     def _save_arguments(self, state: RunState) -> dict[str, Any]:
         return {
@@ -290,17 +294,21 @@ class DomainSequence:
         self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes)
 
     @property
+    def _stage(self) -> Stage:
+        return self._stages[self._state.domains_done]
+
+    @property
     def _domain(self) -> DomainContext:
-        index = self._state.domains_done
-        name = self._config.domains[index].name
+        stage = self._stage
 
         def batches(label: str) -> Pass[Any]:
-            return self._passes.over(self._text.importance_batches(name), label)
+            return self._passes.over(self._text.importance_batches(stage.only_domain), label)
 
         def steps(label: str) -> Pass[Any]:
-            return self._passes.over(self._text.importance_steps(name), label)
+            return self._passes.over(self._text.importance_steps(stage.only_domain), label)
 
-        return DomainContext(index, name, batches, steps, self._folder.root, self._folder.domain(index, name))
+        folder = self._folder.domain(stage.index, stage.name)
+        return DomainContext(stage.index, stage.name, batches, steps, self._folder.root, folder)
 
     def _prepare_new_tokens(self, learned: str) -> None:
         """Tokens of later domains begin as the mean of all tokens up to now, and nothing that befell them counts."""
@@ -309,13 +317,13 @@ class DomainSequence:
             names = vocabulary_parameters(self._model)
             self.engine.rewrite(names, lambda weight: with_mean_rows(weight, known, total))
 
-    def _export(self, index: int, name: str) -> None:
-        card = model_card(self._config, index + 1)
-        model, tokenizer = self._folder.model(index, name), self._text.tokenizers[name]
+    def _export(self, stage: Stage) -> None:
+        card, corpus = model_card(self._config, stage.index + 1), stage.last_domain
+        model, tokenizer = self._folder.model(stage.index, stage.name), self._text.tokenizers[corpus]
         if self._lora is None:
-            export_model(model, self.engine, self._model, tokenizer, card, num_rows=self._text.num_rows(name))
+            export_model(model, self.engine, self._model, tokenizer, card, num_rows=self._text.num_rows(corpus))
         else:
-            adapter = self._folder.adapter(index, name)
+            adapter = self._folder.adapter(stage.index, stage.name)
             export_lora(model, adapter, self.engine, self._lora, self._config, tokenizer, card)
 
     def _timed(self, state: RunState) -> RunState:

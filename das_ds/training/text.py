@@ -10,16 +10,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import CorpusConfig, ObjectiveName, RunConfig
+from das_ds.config.stage import Stage
 from das_ds.data.batches import Batch
 from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
 from das_ds.data.loader import (
     AccumulatedBatches,
     EvaluationBatches,
+    Reading,
     Samples,
     evaluation_batches,
     training_steps,
 )
 from das_ds.data.objectives import Objective, make_objective
+from das_ds.data.reading import OneDomain, Pool
 from das_ds.data.replay import NO_REPLAY, Replay
 from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
 from das_ds.distributed.launch import RankInfo
@@ -72,23 +75,19 @@ class RunText:
                 "saved; put files and data.add_tokens back as they were or use another folder"
             )
 
-    def training_steps(self, corpus: str, first_step: int = 0) -> Iterator[list[Batch]]:
+    def training_steps(self, stage: Stage, first_step: int = 0) -> Iterator[list[Batch]]:
         """One list of micro-batches per optimizer step."""
         train = self.config.train
         return training_steps(
-            self._training_blocks(corpus),
-            self.objectives[corpus],
-            seed=self.config.seed,
-            stream=f"train/{corpus}",
+            self._reading(stage),
             first_step=first_step,
-            num_steps=train.steps_per_domain,
+            num_steps=stage.num_steps,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
             rank=self.info.rank,
             world_size=self.info.world_size,
             num_workers=self.config.data.num_workers,
             pin_memory=self.info.device.type == "cuda",
-            replay=self._replay(corpus),
         )
 
     def importance_batches(self, corpus: str) -> EvaluationBatches:
@@ -117,6 +116,15 @@ class RunText:
 
     def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
         return subset_indices(len(blocks), self.config.method.importance.samples, self.config.seed)
+
+    def _reading(self, stage: Stage) -> Reading:
+        samples = tuple(
+            Samples(self._training_blocks(name), self.objectives[name], self.config.seed, f"train/{name}")
+            for name in stage.domains
+        )
+        if len(samples) > 1:
+            return Pool(samples)
+        return OneDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain))
 
     def _replay(self, corpus: str) -> Replay:
         # Earlier text keeps its own tokeniser, as in evaluation; its tokens are among those of every later one.

@@ -19,6 +19,7 @@ from das_ds.data.loader import (
 )
 from das_ds.data.masking import MlmMasker
 from das_ds.data.objectives import Objective
+from das_ds.data.reading import OneDomain
 from das_ds.data.tokenise import TokenFile
 from das_ds.errors import ConfigError
 
@@ -58,10 +59,7 @@ def steps(
 ) -> list[list[Batch]]:
     return list(
         training_steps(
-            blocks,
-            objective,
-            seed=seed,
-            stream="train/soup",
+            OneDomain(Samples(blocks, objective, seed, "train/soup"), GLOBAL_BATCH),
             first_step=first_step,
             num_steps=7,
             global_batch_size=GLOBAL_BATCH,

@@ -12,9 +12,10 @@ import torch
 from das_ds.data.batches import Batch
 from das_ds.data.blocks import TokenBlocks
 from das_ds.data.causal import NextTokens
-from das_ds.data.loader import training_steps
+from das_ds.data.loader import Samples, training_steps
 from das_ds.data.masking import MlmMasker
 from das_ds.data.objectives import Objective
+from das_ds.data.reading import OneDomain
 from das_ds.data.replay import Replay, interleaved
 from das_ds.data.tokenise import TokenFile
 from das_ds.functional.sampling import replay_number
@@ -96,17 +97,15 @@ def load(
 ) -> list[list[Batch]]:
     made = objectives or MASKERS
     sources = tuple((corpora[name], made[name]) for name in ("food", "news"))
-    arguments = {"seed": 0, "stream": "train/papers", "first_step": 0, "num_steps": NUM_STEPS, **options}
+    samples = Samples(corpora["papers"], made["papers"], 0, "train/papers")
     return list(
         training_steps(
-            corpora["papers"],
-            made["papers"],
+            OneDomain(samples, size, Replay(num_replayed, sources)),
             global_batch_size=size,
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
-            replay=Replay(num_replayed, sources),
-            **arguments,
+            **{"first_step": 0, "num_steps": NUM_STEPS, **options},
         )
     )
 

@@ -12,7 +12,13 @@ LOSS_MATRIX = [[6.0, 5.0, 4.0, 3.0], [4.0, 4.5, 4.1, 3.1], [4.6, 2.0, 4.3, 3.2],
 DOMAINS = ["acl", "pubmed", "restaurant"]
 
 
-def _results(method: str = "das", num_rows: int = 4, num_domains: int = 3, general: bool = True) -> Results:
+def _results(
+    method: str = "das",
+    num_rows: int = 4,
+    num_domains: int = 3,
+    general: bool = True,
+    learned: list[list[str]] | None = None,
+) -> Results:
     columns = [*range(num_domains), *([3] if general else [])]
     return build_results(
         method=method,
@@ -23,10 +29,11 @@ def _results(method: str = "das", num_rows: int = 4, num_domains: int = 3, gener
         wall_seconds=3725.4,
         world_size=2,
         zero_stage=3,
+        learned=learned,
     )
 
 
 @pytest.fixture(scope="session")
 def make_results() -> Callable[..., Results]:
-    """(method, num_rows, num_domains, general) -> results."""
+    """(method, num_rows, num_domains, general, learned) -> results."""
     return _results

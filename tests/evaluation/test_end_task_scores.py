@@ -99,6 +99,15 @@ def test_other_weights_and_other_settings_are_refused(tmp_path: Path) -> None:
         open_scores(path, "abc", [task_of(tmp_path, test=task.config.dev)])
 
 
+def test_a_task_may_turn_out_to_belong_to_a_domain(tmp_path: Path) -> None:
+    path, scores = tmp_path / END_TASKS_FILE, two_seeds(tmp_path)
+    write_scores(scores, path)
+    task = task_of(tmp_path, domain="acl")
+    moved = open_scores(path, "abc", [task]).with_domains([task, task_of(tmp_path, name="other", domain="acl")])
+    assert list(moved.tasks) == ["toy_text"] and moved.tasks["toy_text"].domain == "acl"
+    assert scores.with_seed(task, seed_scores(9, 0.5, 0.5)).tasks["toy_text"].domain == "acl"
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / END_TASKS_FILE
     with pytest.raises(RunFolderError, match=r"end_tasks\.json: cannot be read \(No such file"):
@@ -107,6 +116,6 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("0.75", "0.95"))
     with pytest.raises(RunFolderError, match="was altered: its sha256 differs; expected scores of end tasks"):
         read_scores(path)
-    write_checked_json(path, {**two_seeds(tmp_path).model_dump(mode="json"), "format_version": 2})
-    with pytest.raises(RunFolderError, match=r"format_version: .*; expected scores of end tasks, format_version 1"):
+    write_checked_json(path, {**two_seeds(tmp_path).model_dump(mode="json"), "format_version": 1})
+    with pytest.raises(RunFolderError, match=r"format_version: .*; expected scores of end tasks, format_version 2"):
         read_scores(path)

@@ -28,6 +28,12 @@ def test_changes_refer_to_the_loss_right_after_learning(make_results: ResultsMak
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
 
 
+def test_changes_of_domains_learned_at_once(make_results: ResultsMaker) -> None:
+    found = changes(make_results("pool", num_rows=2, learned=[["acl", "pubmed", "restaurant"]]))
+    expected = torch.tensor([[math.nan] * 3 + [0.0], [0.0, 0.0, 0.0, 0.1]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "case", [{}, {"num_rows": 1}, {"num_rows": 2}, {"num_domains": 1, "num_rows": 2, "general": False}]
 )

@@ -60,6 +60,24 @@ def test_an_unfinished_run_says_so(make_results: ResultsMaker) -> None:
     assert table_row(text, "general drift")[1] == "-"
 
 
+def test_a_run_over_all_domains_at_once(make_results: ResultsMaker) -> None:
+    pool = make_results("pool", num_rows=2, learned=[["acl", "pubmed", "restaurant"]])
+    text = report_text(pool, None)
+    assert text.startswith("# pool: acl + pubmed + restaurant\n") and "(complete)" in text
+    assert table_row(text, "after pool")[1:] == ["4.0000", "4.5000", "4.1000", "3.1000"]
+    assert [table_row(text, f"{name} transfer")[1] for name in ("backward", "forward")] == ["-", "-"]
+    assert table_row(text, "average forgetting")[1] == "-" and "forgetting of" not in text
+    lines = comparison_table({"das": make_results(), "pool": pool}).splitlines()
+    stages = [line.split("  ")[0] for line in lines[2:9]]
+    assert stages == ["before training"] * 2 + ["after acl", "after pubmed", "after restaurant", "after pool", ""]
+    assert next(line.split() for line in lines if line.startswith("average")) == [
+        "average",
+        "forgetting",
+        "+0.4500",
+        "-",
+    ]
+
+
 def test_a_loss_without_a_writable_perplexity_keeps_its_exponent(make_results: ResultsMaker) -> None:
     losses = [[900.0, 1.0, 1.0, 1.0]]
     text = report_text(make_results(num_rows=1).model_copy(update={"loss_matrix": losses}), None)

@@ -23,7 +23,7 @@ def test_file_has_the_fixed_keys_and_numbers(make_results: ResultsMaker, tmp_pat
     write_results(make_results(), tmp_path / RESULTS_FILE)
     content = json.loads((tmp_path / RESULTS_FILE).read_text())
     assert {key: content[key] for key in ("format_version", "complete", "method")} == {
-        "format_version": 2,
+        "format_version": 3,
         "complete": True,
         "method": "das",
     }
@@ -51,8 +51,21 @@ def test_reading_gives_back_what_was_written_over_an_older_file(make_results: Re
 def test_unfinished_runs_have_nothing_to_forget_yet(make_results: ResultsMaker, num_rows: int) -> None:
     results = make_results(num_rows=num_rows)
     assert not results.complete
-    assert results.forgetting.model_dump_json() == '{"average":0.0,"per_domain":{}}'
+    assert results.forgetting.model_dump_json() == '{"average":null,"per_domain":{}}'
+    assert results.backward_transfer is None and "backward_transfer" not in results.summary
     assert results.stages == ["before training", "after acl"][:num_rows]
+    assert results.losses_learned == {"acl": 4.0} if num_rows == 2 else not results.losses_learned
+
+
+def test_domains_learned_at_once_have_one_row_and_nothing_to_forget(make_results: ResultsMaker, tmp_path: Path) -> None:
+    results = make_results("pool", num_rows=2, learned=[["acl", "pubmed", "restaurant"]])
+    assert results.complete and results.stages == ["before training", "after pool"]
+    assert results.rows_learned == {"acl": 1, "pubmed": 1, "restaurant": 1}
+    assert results.losses_learned == {"acl": 4.0, "pubmed": 4.5, "restaurant": 4.1}
+    assert results.forgetting.average is results.backward_transfer is results.forward_transfer is None
+    assert results.summary == pytest.approx({"general_drift": 0.1})
+    write_results(results, tmp_path / RESULTS_FILE)
+    assert read_results(tmp_path / RESULTS_FILE) == results
 
 
 def test_without_a_general_corpus_there_is_no_drift(make_results: ResultsMaker) -> None:
@@ -106,11 +119,13 @@ def change(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: change(content, format_version=1), "found format_version 1, expected 2"),
+        (lambda content: change(content, format_version=2), "found format_version 2, expected 3"),
         (lambda content: change(content, method=None), "is no results file of das_ds: method: "),
-        (lambda content: {"format_version": 2}, "complete: Field required.*versions: Field required"),
+        (lambda content: {"format_version": 3}, "complete: Field required.*versions: Field required"),
         (lambda content: change(content, extra=1), "extra: Extra inputs"),
         (lambda content: change(content, eval_domains=["acl"] * 4), "must be the domains in order"),
+        (lambda content: change(content, learned=[["acl"], ["restaurant"]]), "learned must have every domain in order"),
+        (lambda content: change(content, learned=[*content["learned"], []]), "in stages of at least one"),
         (lambda content: change(content, loss_matrix=[[1.0]]), "at most 4 rows of 4 numbers"),
         (lambda content: change(content, loss_matrix=[[1.0] * 4] * 5), "at most 4 rows of 4 numbers"),
     ],
@@ -125,7 +140,7 @@ def test_a_damaged_file_is_named_with_its_fault(
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"format_version": 2}'])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"format_version": 3}'])
 def test_a_file_that_is_no_results_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / RESULTS_FILE
     path.write_bytes(content)

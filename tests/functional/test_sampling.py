@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from das_ds.functional.sampling import epoch_order, mlm_corrupt, sample_generator, sample_index, subset_indices
+from das_ds.functional.sampling import SampleOrder, epoch_order, mlm_corrupt, sample_generator, subset_indices
 
 
 def test_generator_depends_on_seed_stream_and_index_only() -> None:
@@ -29,9 +29,11 @@ def test_epoch_order_is_a_permutation_that_changes_with_the_epoch() -> None:
     assert not orders[0].flags.writeable
 
 
-def test_sample_index_walks_through_the_epochs() -> None:
+def test_sample_order_walks_through_the_epochs() -> None:
     expected = [index for epoch in range(3) for index in epoch_order(5, 0, "s", epoch)]
-    assert [sample_index(number, 5, 0, "s") for number in range(15)] == expected
+    order = SampleOrder(5, 0, "s")
+    assert [order[number] for number in range(15)] == expected
+    assert order[2] == expected[2]
 
 
 @pytest.mark.parametrize(("num_blocks", "num_samples", "size"), [(50, 10, 10), (10, 50, 10), (1, 1, 1)])

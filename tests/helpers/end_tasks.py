@@ -73,7 +73,7 @@ def save_model(folder: Path, model_type: str = "bert") -> Path:
 
 def scores_on_ranks(config: RunConfig, folder: Path) -> EndTaskScores:
     """Fine-tuning on these ranks."""
-    return finetune.finetune_model(config, Ranks(), folder, config.tasks, finetune.scores_path(folder, None))
+    return finetune.finetune_model(config, Ranks(), folder, config.tasks, finetune.scores_path(config, folder, None))
 
 
 def jobs_of_a_start(config: RunConfig, folder: Path) -> list[tuple[str, int]]:

@@ -122,9 +122,8 @@ def train(
     method.start_training(domain)
     info = ranks.info
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
-    DomainTrainer(run.engine, method, Tracker([recorder]), config.train).run(
-        iter(parts), Progress("domain", 0, 0, config.train.global_batch_size * LENGTH)
-    )
+    progress = Progress("domain", 0, 0, config.train.global_batch_size * LENGTH, config.train.steps_per_domain)
+    DomainTrainer(run.engine, method, Tracker([recorder]), config.train).run(iter(parts), progress)
     weights = {name: weight.detach().cpu().clone() for name, weight in run.engine.fp32_weights()}
     run.engine.close()
     return weights, recorder.lines

@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 from das_ds.cli import main
+from das_ds.config import ModelConfig
 from das_ds.config_io import dump_config, load_config
 from das_ds.durable import write_checksums
 from das_ds.errors import ConfigError
 from das_ds.evaluation.end_task_scores import END_TASKS_FILE, read_scores
 from das_ds.training.finetune import scores_path
+from das_ds.training.run_folder import open_run_folder
 from helpers.commands import command
 from helpers.end_tasks import jobs_of_a_start, save_model, scores_on_ranks, small_task, task_run
 from helpers.run_ranks import run_ranks
@@ -91,7 +93,7 @@ def test_command_prints_and_records_the_scores(tmp_path: Path) -> None:
     ("more", "expected"),
     [
         (["--task", "rte"], "--task rte: no such task, allowed: toy_text, toy_pair"),
-        ([], "elsewhere: found no model of a run (domains/<ii>_<name>/model), beside which scores are written"),
+        ([], "elsewhere: found no model of a run (domains/<ii>_<name>/model), beside which scores are written, nor"),
         (["tasks=[]"], "tasks: found none, expected at least one with name, train, dev and test"),
     ],
 )
@@ -105,10 +107,37 @@ def test_mistakes_are_one_line(
     assert error.startswith("das_ds: ") and error.count("\n") == 1 and expected in error
 
 
-def test_scores_lie_beside_the_model_of_a_run_or_where_they_are_wanted(tmp_path: Path) -> None:
-    model = tmp_path / "domains" / "01_acl" / "model"
-    assert scores_path(model, None) == tmp_path / "domains" / "01_acl" / END_TASKS_FILE
-    assert scores_path(tmp_path, tmp_path / "base.json") == tmp_path / "base.json"
+def test_scores_lie_where_the_run_is_or_where_they_are_wanted(tmp_path: Path) -> None:
+    config, model = task_run(tmp_path, []), tmp_path / "domains" / "01_acl" / "model"
+    assert scores_path(config, model, None) == tmp_path / "domains" / "01_acl" / END_TASKS_FILE
+    assert scores_path(config, tmp_path, tmp_path / "base.json") == tmp_path / "base.json"
+    # Also where the base is a domain's model of another run.
+    config = config.model_copy(update={"model": ModelConfig(name_or_path=str(model))})
+    assert scores_path(config, model, None) == tmp_path / "run" / "base" / END_TASKS_FILE
+
+
+@pytest.mark.multirank
+def test_the_model_that_a_run_starts_from_is_scored_before_the_run_begins(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "elsewhere")
+    config = task_run(tmp_path, [small_task(tmp_path, **QUICK)])
+    config = config.model_copy(update={"model": ModelConfig(name_or_path=str(base))})
+    done = run_ranks(scores_on_ranks, 1, config, base)[0]
+    assert read_scores(tmp_path / "run" / "base" / END_TASKS_FILE) == done
+    assert open_run_folder(config).root == tmp_path / "run"
+    # Nothing is to be done but to say where the task belongs.
+    task = config.tasks[0].model_copy(update={"domain": "food"})
+    moved = run_ranks(scores_on_ranks, 1, config.model_copy(update={"tasks": [task]}), base)[0]
+    assert read_scores(tmp_path / "run" / "base" / END_TASKS_FILE) == moved != done
+    assert moved.tasks["toy_text"] == done.tasks["toy_text"].model_copy(update={"domain": "food"})
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    base = save_model(tmp_path / "elsewhere")
+    config = task_run(tmp_path, [small_task(tmp_path, **QUICK)])
+    config = config.model_copy(update={"model": ModelConfig(name_or_path=str(base))})
+    with pytest.raises(RuntimeError, match=r"RunFolderError: output_dir: cannot make .*run/base: Not a directory"):
+        run_ranks(scores_on_ranks, 1, config, base)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +148,7 @@ def test_scores_lie_beside_the_model_of_a_run_or_where_they_are_wanted(tmp_path:
         ({"labels": ["a"]}, "tasks.0: found labels ['a'] and markers"),
         ({"metric": "f1"}, "tasks.0.metric: found 'f1', allowed: accuracy | macro_f1 | micro_f1"),
         ({"patients": 1}, "tasks.0.patients: unknown key; did you mean tasks.0.patience?"),
+        ({"domain": "papers"}, "tasks.0.domain: found papers, allowed: null or food"),
         ({"name": "toy_pair"}, "tasks: names must differ, found more than once: toy_pair"),
     ],
 )

@@ -47,8 +47,9 @@ def test_each_step_has_its_share_of_what_came_before(
 ) -> None:
     text = run_text(tmp_path, add_tokens=add_tokens, share=0.25, general=general)
     assert text.config.replayed(domain) == expected
+    stage = next(stage for stage in text.config.stages if stage.name == domain)
     own, others = block_rows(text, domain), {name: block_rows(text, name) for name in expected}
-    for step in text.training_steps(domain):
+    for step in text.training_steps(stage):
         rows = [tuple(row) for batch in step for row in batch.input_ids.tolist()]
         replayed = [row for row in rows if row not in own]
         assert len(replayed) == (2 if expected else 0)
@@ -59,7 +60,7 @@ def test_each_step_has_its_share_of_what_came_before(
 def test_earlier_text_keeps_its_tokeniser(tmp_path: Path) -> None:
     text = run_text(tmp_path, add_tokens={"papers": TOKENS}, share=0.5)
     own = block_rows(text, "papers")
-    batches = [batch for step in text.training_steps("papers") for batch in step]
+    batches = [batch for step in text.training_steps(text.config.stages[1]) for batch in step]
     replayed = [tuple(row) not in own for batch in batches for row in batch.input_ids.tolist()]
     largest = torch.cat([batch.corrupted_ids for batch in batches]).max(dim=1).values
     assert largest[torch.tensor(replayed)].max() < 300 <= largest[~torch.tensor(replayed)].max()

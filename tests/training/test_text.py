@@ -47,7 +47,7 @@ def test_causal_run_predicts_the_next_tokens_of_its_corpus(tmp_path: Path, isola
         ids = tokenizer(line)["input_ids"]
         pairs |= set(pairwise(ids))
     crossing = (tokenizer.eos_token_id, tokenizer.bos_token_id)
-    batches = [batch for step in text.training_steps("soup") for batch in step]
+    batches = [batch for step in text.training_steps(text.config.stages[0]) for batch in step]
     batches += [*text.evaluation_batches("soup"), *text.importance_batches("soup")]
     found = set[tuple[int, int]]()
     for batch in batches:

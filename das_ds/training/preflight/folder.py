@@ -69,7 +69,7 @@ def check_sharing(checks: Checks, root: Path, peers: Peers) -> None:
 
 def check_disk(checks: Checks, config: RunConfig, size: ModelSize, granularity: Granularity | None) -> None:
     """Free space against all that the run is going to write there, less what it has written already."""
-    root, keep, num_domains = config.output_dir, config.checkpoint.keep, len(config.domains)
+    root, keep, num_domains = config.output_dir, config.checkpoint.keep, len(config.stages)
     one = checkpoint_bytes(
         trained=size.trained, optimizer=config.train.optimizer, granularity=granularity, num_units=size.num_units
     )
