@@ -103,6 +103,12 @@ def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     peers.ranks.close()
 
 
+def _report(options: argparse.Namespace) -> None:
+    from das_ds.training.report.run import report_runs
+
+    report_runs(options.runs, options.output, options.against, wandb=options.wandb)
+
+
 def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
 
@@ -171,6 +177,16 @@ def _parser() -> argparse.ArgumentParser:
             )
             text = "file of scores to begin or continue; default: end_tasks.json beside the model of a run, or in base/"
             command.add_argument("--output", type=Path, metavar="FILE", help=text)
+    text = "compare runs: tables, pictures and comparison.json, with intervals over seeds"
+    report = commands.add_parser("report", help=text, description=text)
+    report.set_defaults(action=_report)
+    text = "run folder; those that differ in their seed alone are one group, or those given one LABEL"
+    report.add_argument("runs", nargs="*", metavar="[LABEL=]RUN", help=text)
+    text = "folder to write to; default: comparison"
+    report.add_argument("--output", type=Path, default=Path("comparison"), metavar="DIR", help=text)
+    text = "group that the others are held against; default: that of the first run"
+    report.add_argument("--against", metavar="LABEL", help=text)
+    report.add_argument("--wandb", action="store_true", help="log tables and pictures to W&B as well (job type report)")
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
     units = commands.add_parser("units", help=text, description=text)
     units.set_defaults(action=_units)

@@ -149,6 +149,11 @@ def config_values(config: RunConfig) -> dict[str, str]:
     return {key: _shown(values, key) for key in values}
 
 
+def deciding_values(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> plain value, for every key that decides the numbers of a run: all but `FREE_KEYS`."""
+    return {key: value for key, value in _flatten(resolved_dict(config)) if not _is_free(key)}
+
+
 def describe_config() -> str:
     """Every key with what it may hold, its default and its meaning, as the text of `--help`."""
     rows = list(config_keys().values())

@@ -13,7 +13,6 @@ import os
 import shlex
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -26,14 +25,19 @@ from transformers import AutoTokenizer
 from das_ds.config import RunConfig
 from das_ds.config_io import load_config
 from das_ds.errors import EXIT_USER_ERROR, DasError, TrainingError
-from das_ds.evaluation.report import comparison_table
+from das_ds.evaluation import comparison_tables as tables
+from das_ds.evaluation.comparison_report import write_comparison_report
 from das_ds.evaluation.results import RESULTS_FILE, Results, read_results
+from das_ds.evaluation.tables import aligned
 from das_ds.models.registry import adapter_for
+from das_ds.training.report.compare import compare_runs
+from das_ds.training.report.folder import read_run
 from launch.demo_bounds import corpus_bounds
 from launch.demo_corpora import CORPORA, TOKENIZER_FOLDER, build_corpora
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPORA_FOLDER = Path("runs/demo/corpora")
+COMPARISON_FOLDER = "comparison"
 RUNS = ("base", "das", "ncl", "ncl_lower_rate")
 NUM_CPU_RANKS = 2
 MAX_THREADS_PER_RANK = 4
@@ -140,11 +144,18 @@ def is_causal(config: RunConfig) -> bool:
     return adapter_for(config.model.config["model_type"]).objective == "clm"
 
 
-def learning_line(runs: dict[str, Results]) -> str:
-    """How far each run got right after each domain, without which its forgetting says little."""
-    means = {name: statistics.fmean(results.losses_learned.values()) for name, results in runs.items()}
-    losses = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
-    return f"mean loss right after learning a domain: {losses} (a run that learns less also forgets less)"
+def compare(demo: Demo) -> str:
+    """The main tables of the demo's runs; all of the comparison is written to the demo's folder."""
+    labels = {"das": "das", "ncl": "ncl", f"ncl {demo.lower_rate}": "ncl_lower_rate"}
+    runs = [read_run(f"{label}={demo.folder / name}") for label, name in labels.items()]
+    comparison = compare_runs(runs, against="ncl")
+    write_comparison_report(comparison, demo.folder / COMPARISON_FOLDER)
+    return (
+        f"{aligned(tables.stage_rows(comparison), text_columns=(0, 1))}\n\n"
+        f"{aligned(tables.summary_rows(comparison))}\n\n"
+        "forgetting by domain (a run that learns less also forgets less)\n\n"
+        f"{aligned(tables.forgetting_rows(comparison))}"
+    )
 
 
 def naive(folder: Path) -> list[str]:
@@ -168,13 +179,11 @@ def show(demo: Demo) -> None:
     base = run(demo.base_config, [])
     plateau = plateau_line(base, load_config(demo.base_config))
     print(plateau, flush=True)
-    das = run(demo.das_config, [])
-    ncl = run(demo.das_config, naive(demo.folder / "ncl"))
-    lower_rate = [*naive(demo.folder / "ncl_lower_rate"), f"train.learning_rate={demo.lower_rate}"]
-    slower = run(demo.das_config, lower_rate)
-    runs = {"das": das, "ncl": ncl, f"ncl {demo.lower_rate}": slower}
-    print(f"\n{plateau}\n\n{comparison_table(runs)}\n\n{learning_line(runs)}")
-    print(f"\nreports: {demo.folder}/das/report/report.md, {demo.folder}/ncl/report/report.md")
+    run(demo.das_config, [])
+    run(demo.das_config, naive(demo.folder / "ncl"))
+    run(demo.das_config, [*naive(demo.folder / "ncl_lower_rate"), f"train.learning_rate={demo.lower_rate}"])
+    print(f"\n{plateau}\n\n{compare(demo)}")
+    print(f"\nreports: {demo.folder / COMPARISON_FOLDER}/report.md, {demo.folder}/das/report/report.md")
     print(f"whole demo: {time.monotonic() - started:.0f} s")
 
 

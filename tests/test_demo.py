@@ -1,5 +1,6 @@
 """The demo's configs, commands and context-free bounds."""
 
+import dataclasses
 import math
 import os
 import sys
@@ -10,7 +11,7 @@ import torch
 
 from das_ds.config_io import load_config
 from das_ds.errors import TrainingError
-from das_ds.evaluation.results import build_results
+from helpers.run_folders import write_run
 from launch import demo
 from launch.demo_bounds import context_free_bounds
 from launch.demo_corpora import CORPORA
@@ -69,18 +70,16 @@ def test_failed_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         demo.run(DAS_CONFIG, [])
 
 
-def test_learning_line_takes_each_domain_right_after_its_stage() -> None:
-    results = build_results(
-        method="ncl",
-        domains=["a", "b"],
-        eval_domains=["a", "b", "general"],
-        loss_matrix=[[9.0, 9.0, 9.0], [2.0, 9.0, 9.0], [9.0, 3.0, 9.0]],
-        tokens_seen=1,
-        wall_seconds=1.0,
-        world_size=1,
-        zero_stage=2,
-    )
-    assert "right after learning a domain: ncl 2.50 (" in demo.learning_line({"ncl": results})
+def test_comparison_shows_learning_beside_forgetting(tmp_path: Path) -> None:
+    for name, shift in (("das", 0.0), ("ncl", -0.5), ("ncl_lower_rate", 0.25)):
+        write_run(tmp_path / name, shift=shift)
+    shown = demo.compare(dataclasses.replace(demo.DEMOS["mlm"], folder=tmp_path)).splitlines()
+    rows = [line.split("  ")[0] for line in shown]
+    assert rows.count("after pubmed") == 3
+    summary = next(number for number, line in enumerate(shown) if "loss when learned" in line)
+    assert [line.split()[-5] for line in shown[summary + 2 : summary + 5]] == ["3.5000", "3.0000", "3.7500"]
+    assert rows[summary + 2 : summary + 5] == ["das", "ncl", "ncl 4e-4"]
+    assert (tmp_path / "comparison" / "report.md").exists()
 
 
 def test_earlier_runs_go_and_corpora_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""What a run has learned and forgotten: results.json, its pictures and its report."""
+"""What runs have learned and forgotten: results.json, comparison.json, and what is drawn of them."""

@@ -1,14 +1,15 @@
-"""The report of a run for people: report.md with its two pictures, and a plain-text comparison of runs."""
+"""The report of a run for people: report.md with its two pictures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.evaluation.pictures import importance_png, loss_matrix_png
 from das_ds.evaluation.results import Results
+from das_ds.evaluation.tables import duration, markdown
 from das_ds.functional.units import Importance
 
 REPORT_FOLDER = "report"
@@ -18,8 +19,6 @@ IMPORTANCE_PICTURE = "importance.png"
 
 PROTECTED = 0.9
 NONE = "-"
-
-Row = Sequence[str]
 
 
 def write_report(run_folder: Path, results: Results, importance: Importance | None) -> Path:
@@ -56,22 +55,6 @@ def report_text(results: Results, importance: Importance | None) -> str:
     return "\n".join([*parts, _cost(results)])
 
 
-def comparison_table(runs: Mapping[str, Results]) -> str:
-    """Plain-text table that compares runs over the same domains: losses after each stage, forgetting, drift, time.
-
-    A run that is not complete has `-` where it has not got yet. Rows of losses appear in the order of the longest
-    run's stages, then stages that only others have; a run has no line at a stage that is none of its own.
-    """
-    longest = max(runs.values(), key=lambda results: len(results.loss_matrix))
-    columns = longest.eval_domains
-    rows = [["stage", "run", *columns]]
-    for stage in dict.fromkeys([*longest.stages, *(stage for results in runs.values() for stage in results.stages)]):
-        having = [(name, results) for name, results in runs.items() if stage in results.all_stages]
-        rows += [[stage, name, *_row_of(results, stage, columns)] for name, results in having]
-    numbers = [["", *runs], *_compared_numbers(runs)]
-    return _aligned(rows, text_columns=(0, 1)) + "\n\n" + _aligned(numbers)
-
-
 def _heading(results: Results) -> str:
     num_learned = len(results.losses_learned)
     state = "complete" if results.complete else f"not complete: {num_learned} of {len(results.domains)} domains learned"
@@ -89,10 +72,10 @@ def _losses(results: Results) -> str:
         "## Held-out loss\n\n"
         "Nats per predicted token, with fixed corruption; lower is better. Read a column downwards: it falls where\n"
         "its domain is learned, and what it rises by below that is forgotten.\n\n"
-        f"{_markdown([header, *losses])}\n\n"
+        f"{markdown([header, *losses])}\n\n"
         f"![loss matrix]({LOSS_MATRIX_PICTURE})\n\n"
         "The same as perplexity, exp(loss): among how many tokens the model hesitates.\n\n"
-        f"{_markdown([header, *perplexities])}\n"
+        f"{markdown([header, *perplexities])}\n"
     )
 
 
@@ -109,7 +92,7 @@ def _transfer(results: Results) -> str:
         ["backward transfer", _signed(results.backward_transfer), "above 0: later domains helped earlier ones"],
         ["forward transfer", _signed(results.forward_transfer), "above 0: earlier domains helped later ones"],
     ]
-    return f"## Forgetting and transfer\n\n{_markdown(rows, text_columns=(0, 2))}\n"
+    return f"## Forgetting and transfer\n\n{markdown(rows, text_columns=(0, 2))}\n"
 
 
 def _mask(importance: Importance) -> str:
@@ -129,7 +112,7 @@ def _mask(importance: Importance) -> str:
         "## How full the mask is\n\n"
         "Importance of all that was learned so far; the next domain moves a unit by 1 - importance, so a mean of 0.8\n"
         "leaves a fifth of the capacity free.\n\n"
-        f"{_markdown(rows)}\n\n"
+        f"{markdown(rows)}\n\n"
         f"![importance]({IMPORTANCE_PICTURE})\n"
     )
 
@@ -137,36 +120,16 @@ def _mask(importance: Importance) -> str:
 def _cost(results: Results) -> str:
     rows = [
         ["tokens seen", f"{results.tokens_seen:,}"],
-        ["wall time", _duration(results.wall_seconds)],
+        ["wall time", duration(results.wall_seconds)],
         ["ranks", str(results.world_size)],
         ["ZeRO stage", str(results.zero_stage)],
         *([package, version] for package, version in results.versions.items()),
     ]
-    return f"## Cost and versions\n\n{_markdown([['', 'value'], *rows])}\n"
-
-
-def _compared_numbers(runs: Mapping[str, Results]) -> list[list[str]]:
-    some = next(iter(runs.values()))
-    rows = [["average forgetting", *(_signed(results.forgetting.average) for results in runs.values())]]
-    for domain in some.domains[:-1]:
-        forgotten = [results.forgetting.per_domain.get(domain) for results in runs.values()]
-        rows.append([f"  of {domain}", *map(_signed, forgotten)])
-    rows.append(["general drift", *(_signed(results.general_drift) for results in runs.values())])
-    rows.append(["forward transfer", *(_signed(results.forward_transfer) for results in runs.values())])
-    rows.append(["time", *(_duration(results.wall_seconds) for results in runs.values())])
-    return rows
+    return f"## Cost and versions\n\n{markdown([['', 'value'], *rows])}\n"
 
 
 def _staged(results: Results) -> list[tuple[str, list[float]]]:
     return list(zip(results.stages, results.loss_matrix, strict=True))
-
-
-def _row_of(results: Results, stage: str, columns: Sequence[str]) -> list[str]:
-    row = dict(_staged(results)).get(stage)
-    if row is None:
-        return [NONE] * len(columns)
-    losses = dict(zip(results.eval_domains, _numbers(row), strict=True))
-    return [losses.get(column, NONE) for column in columns]
 
 
 def _numbers(losses: Sequence[float]) -> list[str]:
@@ -179,32 +142,3 @@ def _perplexity(loss: float) -> str:
 
 def _signed(value: float | None) -> str:
     return NONE if value is None else f"{value:+.4f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def _markdown(rows: Sequence[Row], text_columns: Sequence[int] = (0,)) -> str:
-    """A Markdown table whose source is aligned too; text columns to the left, the others to the right."""
-    widths = _widths(rows)
-    rule = ["-" * width if i in text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join("| " + " | ".join(_pad(row, widths, text_columns)) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
-def _aligned(rows: Sequence[Row], text_columns: Sequence[int] = (0,)) -> str:
-    """A plain-text table with a rule under its first row; text columns to the left, the others to the right."""
-    widths = _widths(rows)
-    lines = ["  ".join(_pad(row, widths, text_columns)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
-
-
-def _widths(rows: Sequence[Row]) -> list[int]:
-    return [max(max(map(len, column)), 3) for column in zip(*rows, strict=True)]
-
-
-def _pad(row: Row, widths: Sequence[int], text_columns: Sequence[int]) -> list[str]:
-    cells = zip(row, widths, strict=True)
-    return [cell.ljust(width) if i in text_columns else cell.rjust(width) for i, (cell, width) in enumerate(cells)]

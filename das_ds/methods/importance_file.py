@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,23 @@ FORMAT_VERSION = "3"
 UNIT, PARAMETER = "unit", "parameter"
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class StoredImportance:
+    """A file of importance, open for reading, of whatever model."""
+
+    granularity: str
+    """`UNIT` or `PARAMETER`."""
+    model_type: str
+    shapes: Shapes
+    """Unit group -> (L, U), or parameter name -> (N,)."""
+    _file: Any
+
+    def values(self, name: str) -> torch.Tensor:
+        """Importance as it is stored: float32 in [0, 1], or uint8 (255ths)."""
+        found: torch.Tensor = self._file.get_tensor(name)
+        return found
 
 
 def save_unit_importance(path: Path, importance: Importance, layout: UnitLayout) -> None:
@@ -64,6 +82,17 @@ def load_parameter_importance(path: Path, layout: UnitLayout) -> Iterator[Callab
         yield read
 
 
+@contextmanager
+def stored_importance(path: Path) -> Iterator[StoredImportance]:
+    """Importance without the model it belongs to, for those who only look at it.
+
+    Raises:
+        ImportanceError: missing or damaged file, or another format.
+    """
+    with _checked(path) as (file, header, shapes):
+        yield StoredImportance(header["granularity"], header["model_type"], shapes, file)
+
+
 def _save(path: Path, tensors: dict[str, torch.Tensor], layout: UnitLayout, granularity: str) -> None:
     header = {
         "format_version": FORMAT_VERSION,
@@ -81,14 +110,25 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], layout: UnitLayout, gran
 
 @contextmanager
 def _opened(path: Path, layout: UnitLayout, granularity: str, expected: Shapes) -> Iterator[Any]:
+    with _checked(path) as (file, header, found):
+        _check(path, header, found, layout, granularity, expected)
+        yield file
+
+
+@contextmanager
+def _checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
+    """The open file, its header and its shapes, once format and checksum are right."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+            if header.get("format_version") != FORMAT_VERSION:
+                raise ImportanceError(
+                    f"{path}: importance format {header.get('format_version')!r}, this version reads {FORMAT_VERSION!r}"
+                )
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-            _check(path, header, found, layout, granularity, expected)
             if _digest({name: file.get_tensor(name) for name in found}) != header.get(CHECKSUM):
                 raise ImportanceError(f"{path}: was altered: the checksum of its tensors differs")
-            yield file
+            yield file, header, found
     except (OSError, SafetensorError) as error:
         raise ImportanceError(f"{path}: cannot read importance: {error}") from error
 
@@ -101,10 +141,6 @@ def _check(
     granularity: str,
     expected: Shapes,
 ) -> None:
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ImportanceError(
-            f"{path}: importance format {header.get('format_version')!r}, this version reads {FORMAT_VERSION!r}"
-        )
     if header["granularity"] != granularity:
         raise ImportanceError(
             f"{path}: importance by {header['granularity']}, expected by {granularity} (method.importance.granularity)"

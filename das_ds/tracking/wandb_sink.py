@@ -50,6 +50,8 @@ class WandbJob:
     """Holds its id and files."""
     job_type: str
     name: str
+    config: Mapping[str, Any] | None = None
+    """What W&B shows as its settings; None: those of the run config."""
 
 
 def build_wandb_sink(config: RunConfig, job: WandbJob | None = None) -> WandbSink | None:
@@ -218,7 +220,7 @@ class WandbSink(Sink):
             name=self._job.name,
             group=config.wandb.group or config.output_dir.resolve().parent.name,
             job_type=self._job.job_type,
-            config=config.model_dump(mode="json"),
+            config=config.model_dump(mode="json") if self._job.config is None else dict(self._job.config),
             dir=str(folder),
             id=_run_id(folder),
             resume="allow" if mode == "online" else None,

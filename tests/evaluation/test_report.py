@@ -1,4 +1,4 @@
-"""The report folder, and the comparison table against a text written by hand."""
+"""The report folder of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.report import comparison_table, report_text, write_report
+from das_ds.evaluation.report import report_text, write_report
 from das_ds.evaluation.results import Results
 
 ResultsMaker = Callable[..., Results]
@@ -67,15 +67,6 @@ def test_a_run_over_all_domains_at_once(make_results: ResultsMaker) -> None:
     assert table_row(text, "after pool")[1:] == ["4.0000", "4.5000", "4.1000", "3.1000"]
     assert [table_row(text, f"{name} transfer")[1] for name in ("backward", "forward")] == ["-", "-"]
     assert table_row(text, "average forgetting")[1] == "-" and "forgetting of" not in text
-    lines = comparison_table({"das": make_results(), "pool": pool}).splitlines()
-    stages = [line.split("  ")[0] for line in lines[2:9]]
-    assert stages == ["before training"] * 2 + ["after acl", "after pubmed", "after restaurant", "after pool", ""]
-    assert next(line.split() for line in lines if line.startswith("average")) == [
-        "average",
-        "forgetting",
-        "+0.4500",
-        "-",
-    ]
 
 
 def test_a_loss_without_a_writable_perplexity_keeps_its_exponent(make_results: ResultsMaker) -> None:
@@ -87,28 +78,3 @@ def test_a_loss_without_a_writable_perplexity_keeps_its_exponent(make_results: R
 def test_a_folder_that_cannot_be_written_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"missing/report: cannot be written \(No such file.*free space"):
         write_report(tmp_path / "missing", make_results(), None)
-
-
-def test_comparison_of_a_whole_and_an_unfinished_run(make_results: ResultsMaker) -> None:
-    table = comparison_table({"das": make_results(num_rows=3), "naive": make_results("ncl")})
-    assert table.splitlines() == [
-        "stage             run       acl  pubmed  restaurant  general",
-        "------------------------------------------------------------",
-        "before training   das    6.0000  5.0000      4.0000   3.0000",
-        "before training   naive  6.0000  5.0000      4.0000   3.0000",
-        "after acl         das    4.0000  4.5000      4.1000   3.1000",
-        "after acl         naive  4.0000  4.5000      4.1000   3.1000",
-        "after pubmed      das    4.6000  2.0000      4.3000   3.2000",
-        "after pubmed      naive  4.6000  2.0000      4.3000   3.2000",
-        "after restaurant  das         -       -           -        -",
-        "after restaurant  naive  4.7000  2.2000      1.0000   3.4000",
-        "",
-        "                           das       naive",
-        "------------------------------------------",
-        "average forgetting     +0.6000     +0.4500",
-        "  of acl               +0.6000     +0.7000",
-        "  of pubmed                  -     +0.2000",
-        "general drift          +0.2000     +0.4000",
-        "forward transfer       +0.1000     +0.1000",
-        "time                1 h 02 min  1 h 02 min",
-    ]

@@ -127,6 +127,9 @@ def test_job_besides_training_is_a_run_of_its_own_in_the_same_group(make_config:
     assert (given["name"], given["group"], given["job_type"]) == ("00_acl finetune", "papers", "finetune")
     assert given["dir"] == str(folder) and given["id"] == (folder / WANDB_RUN_ID_FILE).read_text().strip()
     assert not (config.output_dir / WANDB_RUN_ID_FILE).exists()
+    assert given["config"]["seed"] == config.seed
+    WandbSink(config, library, job=WandbJob(folder, "report", "papers report", {"runs": ["a", "b"]})).close()
+    assert library.init_arguments["config"] == {"runs": ["a", "b"]}
 
 
 def test_id_is_stored_and_used_again_unless_damaged(make_config: ConfigMaker, tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Means, paired differences and the distance from the line, against numbers made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from das_ds.evaluation.measures import (
+    DRIFT,
+    FORGETTING,
+    LEARNED,
+    difference_of,
+    estimate_of,
+    line_forgetting,
+    line_groups,
+    measures_of,
+    off_line,
+    values_of,
+)
+from helpers.comparisons import comparison, group, pooled
+
+NCL = group("ncl", [(3.0, 0.9), (3.2, 0.7)], train__learning_rate="1e-3")
+SLOW = group("ncl slow", [(4.0, 0.5), (4.2, 0.3)], train__learning_rate="3e-4")
+REPLAY = group("ncl replay", [(3.4, 0.1), (3.6, 0.1)], method__replay__share="0.1")
+DAS = group("das", [(3.5, 0.6), (3.7, 0.3), (3.0, 0.0)], train__learning_rate="1e-3")
+
+
+def test_means_over_the_seeds_that_have_the_number() -> None:
+    found = estimate_of(NCL, FORGETTING)
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((0.8, 0.7, 0.9, 2))
+    assert values_of(DAS, LEARNED) == pytest.approx({0: 3.5, 1: 3.7, 2: 3.0})
+    assert estimate_of(pooled("pool", [2.5]), FORGETTING) is None
+
+
+def test_differences_pair_the_seeds_of_both() -> None:
+    found = difference_of(DAS, NCL, FORGETTING)
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((-0.35, -0.4, -0.3, 2))
+    assert found.p_value == 0.5
+    third = DAS.model_copy(update={"runs": DAS.runs[2:]})
+    assert difference_of(third, NCL, FORGETTING) is None
+    assert difference_of(pooled("pool", [2.5]), NCL, FORGETTING) is None
+
+
+def test_the_line_is_made_of_what_differs_in_pace_alone() -> None:
+    everything = comparison(NCL, SLOW, REPLAY, DAS)
+    assert [found.label for found in line_groups(everything)] == ["ncl", "ncl slow"]
+    # Seed 0: halfway between 0.9 and 0.5; seed 1: halfway between 0.7 and 0.3; seed 2 has no line.
+    found = off_line(everything, DAS)
+    assert found is not None
+    assert (found.mean, found.num_seeds) == pytest.approx((((0.6 - 0.7) + (0.3 - 0.5)) / 2, 2))
+    assert line_forgetting(everything, DAS) == pytest.approx(0.6)
+
+
+def test_beyond_the_ends_of_the_line_nothing_is_said() -> None:
+    fast = group("das fast", [(2.9, 0.6), (3.1, 0.3)])
+    everything = comparison(NCL, SLOW, fast, pooled("pool", [3.5, 3.7]))
+    assert off_line(everything, fast) is None and line_forgetting(everything, fast) is None
+    assert off_line(everything, everything.group("pool")) is None
+    assert off_line(comparison(NCL, DAS), DAS) is None
+
+
+def test_measures_that_no_run_has_are_left_out() -> None:
+    drift_free = [run.model_copy(update={"general_drift": None}) for run in NCL.runs]
+    assert DRIFT not in measures_of(comparison(NCL.model_copy(update={"runs": drift_free})))
+    assert measures_of(comparison(pooled("pool", [2.5]))).count(FORGETTING) == 0
+    assert FORGETTING in measures_of(comparison(pooled("pool", [2.5]), NCL))

@@ -1,0 +1,83 @@
+"""Comparisons with numbers made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from das_ds.evaluation.comparison import Comparison, Cost, Group, GroupOverlap, ImportanceNumbers, RunNumbers
+
+BEFORE = [6.0, 5.0, 3.0]
+STAGES = ["before training", "after acl", "after pubmed"]
+
+
+def run_numbers(
+    seed: int, learned: float, forgetting: float, *, importance: ImportanceNumbers | None = None
+) -> RunNumbers:
+    """A run over acl and pubmed that learns both to `learned` and forgets acl by `forgetting`."""
+    return RunNumbers(
+        seed=seed,
+        folder=f"runs/{seed}",
+        loss_matrix=[BEFORE, [learned, 4.5, 3.1], [learned + forgetting, learned, 3.0 + forgetting]],
+        learned_rows=[1, 2],
+        forgetting=forgetting,
+        forgetting_per_domain={"acl": forgetting},
+        general_drift=forgetting,
+        forward_transfer=0.5,
+        end_tasks=None,
+        importance=importance,
+        cost=Cost(wall_seconds=1800.0, num_ranks=4, tokens_seen=1000, tokens_per_s=100.0 + seed, peak_memory_gib=2.5),
+        versions={"torch": "2.0"},
+    )
+
+
+def group(
+    label: str, places: Sequence[tuple[float, float]], *, importance: ImportanceNumbers | None = None, **settings: str
+) -> Group:
+    """One run per (loss when learned, forgetting), seeds from 0; the method is the first word of the label."""
+    runs = [run_numbers(seed, *place, importance=importance) for seed, place in enumerate(places)]
+    keys = {key.replace("__", "."): value for key, value in settings.items()}
+    return Group(label=label, method=label.split()[0], settings=keys, stages=STAGES, runs=runs)
+
+
+def pooled(label: str, losses: Sequence[float]) -> Group:
+    """A method that learns both domains at once, for which forgetting is not defined."""
+    runs = [
+        run_numbers(seed, loss, 0.0).model_copy(
+            update={
+                "loss_matrix": [BEFORE, [loss, loss, 3.0]],
+                "learned_rows": [1, 1],
+                "forgetting": None,
+                "forgetting_per_domain": {},
+                "forward_transfer": None,
+            }
+        )
+        for seed, loss in enumerate(losses)
+    ]
+    return Group(label=label, method="pool", settings={}, stages=["before training", "after pool"], runs=runs)
+
+
+def comparison(*groups: Group, reference: str | None = None, notes: Sequence[str] = ()) -> Comparison:
+    """Groups side by side."""
+    return Comparison(
+        domains=["acl", "pubmed"],
+        eval_domains=["acl", "pubmed", "general"],
+        groups=list(groups),
+        reference=reference or groups[0].label,
+        notes=list(notes),
+    )
+
+
+def importance_numbers(fullness: float = 0.25, jaccard: float = 0.5) -> ImportanceNumbers:
+    """Two unit groups, two layers, two sources."""
+    overlap = GroupOverlap(
+        claimed=[0.2, 0.4],
+        jaccard=[[1.0, jaccard], [jaccard, 1.0]],
+        cosine=[[1.0, 0.75], [0.75, 1.0]],
+        fullness=[fullness, fullness + 0.1],
+    )
+    return ImportanceNumbers(
+        granularity="unit",
+        threshold=0.9,
+        sources=["acl", "pubmed"],
+        groups={"head": overlap, "others": overlap.model_copy(update={"fullness": [fullness]})},
+    )
