@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from das_ds.methods.base import DomainContext
+from das_ds.methods.importance_file import IMPORTANCE_FILE
 from das_ds.methods.importance_pass import PRETRAINING
 from das_ds.methods.soft_masked import SoftMasked
-
-IMPORTANCE_FILE = "importance.safetensors"
 
 
 class SoftMaskedContrast(SoftMasked):

@@ -19,14 +19,13 @@ from das_ds.functional.units import UNOWNED, Importance
 from das_ds.methods.base import DomainContext, Losses, Method
 from das_ds.methods.context import RunContext
 from das_ds.methods.contrast import Contrast
+from das_ds.methods.importance_file import GENERAL_IMPORTANCE_FILE
 from das_ds.methods.importance_level import ImportanceLevel
 from das_ds.methods.importance_pass import GENERAL_KNOWLEDGE
 from das_ds.methods.parameter_level import ParameterLevel
 from das_ds.methods.unit_level import UnitLevel
 
 logger = logging.getLogger(__name__)
-
-GENERAL_IMPORTANCE_FILE = "importance_general.safetensors"
 
 LEVELS: dict[str, type[ImportanceLevel[Any]]] = {"unit": UnitLevel, "parameter": ParameterLevel}
 
