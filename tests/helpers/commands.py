@@ -17,6 +17,8 @@ from helpers.run_ranks import FORK_SERVER
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+QUICK_START = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+"""Environment of processes on a shared processor. DeepSpeed would load torch's compiler, which nothing here uses."""
 PATIENCE_S = 300.0
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -31,7 +33,7 @@ def write_config(folder: Path, values: dict[str, Any]) -> Path:
 def command(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """A finished command, started in the repository."""
     clean = {key: value for key, value in os.environ.items() if key not in _OF_RANKS}
-    clean |= {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    clean |= {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)} | QUICK_START | environment
     return subprocess.run(
         [str(word) for word in words],
         cwd=ROOT,
