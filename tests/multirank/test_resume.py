@@ -105,34 +105,48 @@ def test_a_run_continues_on_other_ranks_and_stages(granularity: str, places: set
         assert line["tokens_seen"] == expected_line["tokens_seen"] and line["lr"] == expected_line["lr"]
 
 
-@pytest.mark.parametrize("num_damaged", [1, 2])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(num_damaged: int, tmp_path: Path) -> None:
-    runs = [run(tmp_path, name) for name in ("whole", "parts")]
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Config of a run that broke off, beside the whole run, and a copy of the folder it left."""
+    folder = tmp_path_factory.mktemp("broken_off")
+    runs = [run(folder, name) for name in ("whole", "parts")]
     run_ranks(run_all, 2, runs[:1])
     run_ranks(break_off, 2, runs[1], 20)
-    folder = tmp_path / "parts"
+    return runs[1], shutil.copytree(folder / "parts", folder / "kept")
+
+
+@pytest.fixture
+def broken_off(kept: tuple[dict[str, Any], Path]) -> dict[str, Any]:
+    """Config of a run that has just broken off."""
+    values, copy = kept
+    shutil.rmtree(values["output_dir"])
+    shutil.copytree(copy, values["output_dir"])
+    return values
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(num_damaged: int, broken_off: dict[str, Any]) -> None:
+    folder = broken_off["output_dir"]
     names = checkpoints(folder)
     assert len(names) == 2
     for name in names[-num_damaged:]:
         file = folder / "checkpoints" / name / "rank_00001_of_00002.safetensors"
         file.write_bytes(file.read_bytes()[:-3])
     if num_damaged == 1:
-        run_ranks(run_all, 2, runs[1:])
-        assert_same_run(folder, tmp_path / "whole")
+        run_ranks(run_all, 2, [broken_off])
+        assert_same_run(folder, folder.with_name("whole"))
         assert (folder / "checkpoints" / f"{names[-1]}.broken").exists()
         return
     for _ in range(2):
         # Not only at first: a later start must not take the empty folder for a new run either.
         with pytest.raises(RuntimeError, match=r"CheckpointError: .*found no whole checkpoint.*or start anew"):
-            run_ranks(run_all, 2, runs[1:])
+            run_ranks(run_all, 2, [broken_off])
 
 
-def test_lost_checkpoints_are_no_new_run(tmp_path: Path) -> None:
-    values = run(tmp_path, "run")
-    run_ranks(break_off, 2, values, 20)
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+def test_lost_checkpoints_are_no_new_run(broken_off: dict[str, Any]) -> None:
+    shutil.rmtree(broken_off["output_dir"] / "checkpoints")
     with pytest.raises(RuntimeError, match=r"CheckpointError: .*found metrics.jsonl of training but no checkpoint"):
-        run_ranks(run_all, 1, [values])
+        run_ranks(run_all, 1, [broken_off])
 
 
 def test_each_domain_from_the_base_continues(tmp_path: Path) -> None:
