@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from das_ds.cli import main
 from das_ds.evaluation.results import RESULTS_FILE, read_results
-from helpers.commands import command, write_config
+from helpers.commands import command, program, write_config
 from helpers.runs import small_run
 
 
@@ -25,6 +26,9 @@ def test_deepspeed_launcher_trains_on_two_ranks_and_evaluate_agrees(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     results = read_results(values["output_dir"] / RESULTS_FILE)
     assert results.complete and results.world_size == 2 and results.zero_stage == 3
+    pictures = [values["output_dir"] / "report" / name for name in ("loss_matrix.png", "importance.png")]
+    # Programs and ranks that come from the fork server draw no more than one pixel.
+    assert all(min(Image.open(picture).size) > 100 for picture in pictures)
     model = values["output_dir"] / "domains" / "01_papers" / "model"
     shown = command(sys.executable, "launch/evaluate.py", "--config", path, "--model", model)
     assert shown.returncode == 0, shown.stderr
@@ -47,7 +51,7 @@ def test_deepspeed_launcher_passes_on_exit_code_2_and_one_line(tmp_path: Path) -
 def test_srun_and_torchrun_environments_are_understood(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path, method={"name": "ncl"}))
     slurm = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
-    done = command(sys.executable, "launch/train.py", "--config", path, **slurm)
+    done = program("launch/train.py", "--config", path, **slurm)
     assert done.returncode == 0, done.stderr
     # The same command over a finished run has nothing left to do.
     again = command(
@@ -59,7 +63,7 @@ def test_srun_and_torchrun_environments_are_understood(tmp_path: Path) -> None:
 
 def test_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path, method={"name": "ncl"}))
-    done = command(sys.executable, "launch/train.py", "--config", path, "train.learning_rate=1e38", "train.grad_clip=0")
+    done = program("launch/train.py", "--config", path, "train.learning_rate=1e38", "train.grad_clip=0")
     assert done.returncode == 2, done.stderr
     assert "das_ds: food, step 2: loss is nan, expected a finite number" in done.stderr
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from das_ds.config import CorpusConfig, DomainConfig, ModelConfig, RunConfig, TrainConfig
+from das_ds.config import CorpusConfig, DomainConfig, MethodConfig, ModelConfig, RunConfig, SoftmaskConfig, TrainConfig
 from das_ds.config.stage import Stage
 
 SMALL: dict[str, Any] = {
@@ -77,6 +77,23 @@ def test_stages_are_the_domains_one_by_one_or_all_at_once_in_as_many_steps() -> 
 
 
 @pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({"name": "das"}, (True, False)),
+        ({"name": "das", "softmask": {"strength": 2.0}}, (True, True)),
+        ({"name": "das", "softmask": {"shared_scale": 0.5}}, (True, True)),
+        ({"name": "das", "softmask": {"groups": ["head"]}}, (True, True)),
+        ({"name": "dga"}, (True, True)),
+        ({"name": "ncl", "softmask": {"strength": 2.0}}, (False, False)),
+    ],
+)
+def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: tuple[bool, bool]) -> None:
+    config = MethodConfig.model_validate({**method, "importance": {"granularity": "parameter"}})
+    assert (config.is_soft_masked, config.has_own_mask) == expected
+    assert not MethodConfig.model_validate(method).has_own_mask
+
+
+@pytest.mark.parametrize(
     ("section", "values", "message"),
     [
         (ModelConfig, {}, "exactly one of name_or_path"),
@@ -116,6 +133,12 @@ def test_stages_are_the_domains_one_by_one_or_all_at_once_in_as_many_steps() -> 
             {**SMALL, "method": {"replay": {"general": True}}, "general": {"name": "general", "train": ["b.txt"]}},
             "method.replay.general: found true with nothing to replay, expected method.replay.share",
         ),
+        (
+            MethodConfig,
+            {"importance": {"granularity": "parameter"}, "softmask": {"readers": True}},
+            "softmask.readers needs importance.granularity: unit, found true with parameter",
+        ),
+        (SoftmaskConfig, {"groups": ["heads"]}, "should be 'head', 'intermediate', 'output' or 'shared'"),
         (RunConfig, {**SMALL, "domains": []}, "at least 1 item"),
         (RunConfig, {**SMALL, "epochs": 3}, "Extra inputs"),
     ],

@@ -14,10 +14,16 @@ class SoftmaskConfig(Section):
 
     apply_to: Literal["update", "gradient"] = "update"
     """`update` scales the optimizer's whole step by 1 - I; `gradient` is the published form, which Adam cancels."""
+    groups: list[Literal["head", "intermediate", "output", "shared"]] | None = None
+    """Whose weights are masked by their importance; null: all (only `head` with method dga). `shared`, what no unit
+    owns, has importance at parameter level alone."""
     readers: bool = False
     """Also protect weights that only read a unit (columns of the second FFN matrix), by the larger importance."""
     shared_scale: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Scale of the update of every parameter no unit owns (embeddings, normalisation, LM head); 1 is the paper."""
+    """Scale of the update of every parameter no unit owns (embeddings, normalisation, LM head), at parameter level on
+    top of its mask; 1 is the paper."""
+    strength: float = Field(default=1.0, gt=0.0)
+    """p of the mask (1 - I)^p; above 1 protects more, below 1 less, and what has importance 0 or 1 stays as it is."""
 
 
 class ImportanceConfig(Section):
@@ -25,8 +31,17 @@ class ImportanceConfig(Section):
 
     granularity: Literal["unit", "parameter"] = "unit"
     """`unit`: one number per head, neuron and output (DAS); `parameter`: one per weight (SPG), sharded, 1 byte each."""
-    normalisation: Literal["abs_tanh", "tanh_positive"] = "abs_tanh"
-    """`abs_tanh` = |tanh z| (the paper); `tanh_positive` = tanh(max(z, 0)) protects only what is above the average."""
+    normalisation: Literal["abs_tanh", "tanh_positive", "rank_hard", "rank_soft", "saturating"] = "abs_tanh"
+    """`abs_tanh` = |tanh z| (the paper); `tanh_positive` = tanh(max(z, 0)) protects only what is above the average;
+    `rank_hard` = 1 for the most important `protected_share`, else 0; `rank_soft` = a power of the rank whose mean is
+    `protected_share`; `saturating` = a / (a + `saturation` * mean a)."""
+    protected_share: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Share of what is compared that one domain protects: wholly (`rank_hard`) or on average (`rank_soft`)."""
+    saturation: float = Field(default=1.0, gt=0.0)
+    """c of `saturating`: what is c times as important as the average gets 1/2."""
+    scope: Literal["tensor", "group", "model"] = "tensor"
+    """What importance is compared with: `tensor`, the same layer and unit group or the same parameter (the paper);
+    `group`, the same unit group in all layers (at parameter level all that no unit owns is one group too); `model`."""
     samples: int = Field(default=10_000, ge=1)
     """Sequences per importance pass (at most the whole corpus is used)."""
     batch_size: int | None = Field(default=None, ge=1)
@@ -60,9 +75,10 @@ class ReplayConfig(Section):
 class MethodConfig(Section):
     """The continual-learning method."""
 
-    name: Literal["das", "ncl", "one", "pool", "replay"] = "das"
-    """`das` soft masks and contrasts, `ncl` is naive continual training, `one` trains each domain from the base,
-    `pool` trains on all domains at once, `replay` is naive with earlier text in every batch."""
+    name: Literal["das", "dga", "ncl", "one", "pool", "replay"] = "das"
+    """`das` soft masks and contrasts, `dga` does so with general knowledge alone, `ncl` is naive continual training,
+    `one` trains each domain from the base, `pool` on all domains at once, `replay` is naive with earlier text in every
+    batch."""
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()
@@ -70,12 +86,23 @@ class MethodConfig(Section):
     contrast: ContrastConfig = ContrastConfig()
     replay: ReplayConfig = ReplayConfig()
 
+    @property
+    def is_soft_masked(self) -> bool:
+        """Whether the method measures importance, protects by it, and contrasts."""
+        return self.name in ("das", "dga")
+
+    @property
+    def has_own_mask(self) -> bool:
+        """Whether what masks single weights is something else than their importance, and takes memory of its own."""
+        mask = self.softmask
+        is_plain = self.name != "dga" and mask.groups is None and mask.strength == mask.shared_scale == 1.0
+        return self.is_soft_masked and self.importance.granularity == "parameter" and not is_plain
+
     @model_validator(mode="after")
     def _mask_fits_granularity(self) -> MethodConfig:
-        if self.importance.granularity == "parameter" and (self.softmask.readers or self.softmask.shared_scale != 1.0):
+        if self.importance.granularity == "parameter" and self.softmask.readers:
             raise ValueError(
-                f"softmask.readers and softmask.shared_scale need importance.granularity: unit, found "
-                f"readers: {self.softmask.readers}, shared_scale: {self.softmask.shared_scale} with parameter, where "
-                "every weight has its own importance; allowed there: readers: false, shared_scale: 1.0"
+                "softmask.readers needs importance.granularity: unit, found true with parameter, where every weight "
+                "has its own importance; allowed there: false"
             )
         return self

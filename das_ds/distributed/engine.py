@@ -23,7 +23,7 @@ from das_ds.distributed.optimizer import MaskedAdamW
 from das_ds.distributed.precision import LossScale, check_precision
 from das_ds.distributed.schedule import build_schedule
 from das_ds.distributed.sharded_construction import Slice
-from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
+from das_ds.distributed.sharded_importance import ShardedImportance, looked_up, zeros_by_flat
 from das_ds.distributed.state import Flats, RankState, SavedState
 from das_ds.distributed.zero import (
     Shard,
@@ -37,10 +37,10 @@ from das_ds.distributed.zero import (
     without_clipping,
 )
 from das_ds.errors import TrainingError
-from das_ds.functional.masks import MaskTable
+from das_ds.functional.masks import MaskTable, mask_levels
 from das_ds.functional.segments import SegmentTable, cover
 from das_ds.functional.units import Importance, UnitLayout
-from das_ds.kernels.protection import Protection
+from das_ds.kernels.protection import LEVELS, Protection
 
 logger = logging.getLogger(__name__)
 
@@ -229,12 +229,20 @@ class Engine:
             self._unit_masks = self._install_unit_masks(layout, softmask)
         self._unit_masks.load(importance)
 
-    def protect_parameters(self, importance: ShardedImportance, softmask: SoftmaskConfig) -> None:
-        """Soft-mask all further steps by the importance of every weight, replacing an earlier one."""
+    def protect_parameters(self, layout: UnitLayout, importance: ShardedImportance, softmask: SoftmaskConfig) -> None:
+        """Soft-mask all further steps by the importance of every weight, replacing an earlier one.
+
+        Where the mask is not 1 - I itself it takes another byte per weight of the shards.
+        """
+        groups, shared_scale, strength = softmask.groups, softmask.shared_scale, softmask.strength
+        tables = mask_levels(
+            layout.owners, groups=groups, shared_scale=shared_scale, strength=strength, num_levels=LEVELS
+        )
+        flats = importance.flats if tables is None else looked_up(self._list_shards, importance.flats, tables)
         if softmask.apply_to == "update":
-            self._optimizer.protect({f: Protection(v.numel(), importance=v) for f, v in importance.flats.items()})
+            self._optimizer.protect({f: Protection(v.numel(), importance=v) for f, v in flats.items()})
         else:
-            parts = [importance.flats[s.flat][s.start : s.start + s.numel] for s in self._list_shards]
+            parts = [flats[s.flat][s.start : s.start + s.numel] for s in self._list_shards]
             self._mask_gradients([Protection(part.numel(), importance=part) for part in parts])
 
     @contextmanager
@@ -367,7 +375,14 @@ class Engine:
 
     def _install_unit_masks(self, layout: UnitLayout, softmask: SoftmaskConfig) -> MaskTable:
         on_host = self._list_shards[0].flat.device if self._list_shards else self.ranks.info.device
-        table = MaskTable(layout, readers=softmask.readers, shared_scale=softmask.shared_scale, device=on_host)
+        table = MaskTable(
+            layout,
+            readers=softmask.readers,
+            shared_scale=softmask.shared_scale,
+            groups=softmask.groups,
+            strength=softmask.strength,
+            device=on_host,
+        )
         if softmask.apply_to == "update":
             by_flat: dict[torch.Tensor, list[Shard]] = {}
             for shard in self._list_shards:

@@ -10,15 +10,12 @@ from dataclasses import replace
 
 import torch
 
+from das_ds.config import ImportanceConfig
 from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
+from das_ds.distributed.sharded_normalisation import CHUNK_ELEMENTS, Comparison, levels_of
 from das_ds.distributed.zero import Shard
-from das_ds.functional.importance import squash
 from das_ds.functional.units import Importance, UnitLayout
-
-LEVELS = 255
-"""uint8 counts 255ths: 0 and 1 are exact, everything else is off by at most 1/510."""
-CHUNK_ELEMENTS = 1 << 24
-"""Elements whose unit numbers (8 bytes each) exist at a time."""
+from das_ds.kernels.protection import LEVELS
 
 
 class ShardedImportance:
@@ -55,36 +52,26 @@ class ShardedImportance:
         sizes: dict[str, int],
         device: torch.device,
         sums: dict[torch.Tensor, torch.Tensor],
-        form: str,
+        owners: dict[str, str],
+        settings: ImportanceConfig,
     ) -> ShardedImportance:
-        """Standardise each parameter tensor over all ranks, squash and quantise; a collective.
+        """Normalise and quantise over all ranks; a collective.
 
-            a = mean absolute gradient      z = (a - mean a) / std a      I = |tanh z|  or  tanh(max(z, 0))
-
-        The first form is that of SPG (Konishi et al., Parameter-Level Soft-Masking for Continual Learning, ICML 2023,
-        section 3: tanh of the gradient standardised per layer), the second protects only what is above average. z does
-        not change when a is multiplied by a constant. A tensor whose entries are all equal gets 0.
+        `abs_tanh` within each tensor is the form of SPG (Konishi et al., Parameter-Level Soft-Masking for Continual
+        Learning, ICML 2023, section 3: tanh of the gradient standardised per layer); the others are described in
+        `functional.normalisation`. None of them changes when `sums` are multiplied by a constant.
 
         Args:
             shards, sizes, device: as for the class.
-            sums: flat tensor -> (F,) float32, a constant times a.
-            form: `abs_tanh` or `tanh_positive`.
+            sums: flat tensor -> (F,) float32, what is normalised, not negative.
+            owners: name -> group whose units own the parameter, of which `settings.scope` makes comparisons.
+            settings: form, its parameters, and scope.
         """
         result = cls(shards, sizes, device)
-        shards = result._shards
-        parts = {name: _stretch(sums, shard) for name, shard in shards.items()}
-        numel = result._local(lambda name: torch.tensor(parts[name].numel()))
-        count = all_reduce_sum(numel)
-        mean = all_reduce_sum(result._local(lambda name: parts[name].sum(dtype=torch.float64))) / count
-        largest = all_reduce_maximum(result._local(lambda name: parts[name].amax()))
-        means = dict(zip(sizes, mean, strict=True))
-        squares = result._local(lambda name: (parts[name].double() - means[name].to(parts[name].device)).square().sum())
-        std = (all_reduce_sum(squares) / count).sqrt()
-        statistics = dict(zip(sizes, torch.stack((mean, std, largest), dim=1), strict=True))
-        for name, shard in shards.items():
-            mean_of, std_of, largest_of = statistics[name].to(parts[name].device)
-            values = squash(parts[name].double(), mean_of, std_of, largest_of, form)
-            _stretch(result.flats, shard).copy_((values * LEVELS).round_().to(torch.uint8))
+        parts = {name: _stretch(sums, shard) for name, shard in result._shards.items()}
+        comparison = Comparison.within(settings.scope, owners, sizes)
+        for name, levels in levels_of(parts, comparison, settings, device):
+            _stretch(result.flats, result._shards[name]).copy_(levels)
         return result
 
     def maximum(self, other: ShardedImportance | None) -> ShardedImportance:
@@ -134,12 +121,25 @@ class ShardedImportance:
         for name, shard in self._shards.items():
             _stretch(self.flats, shard).copy_(read(name, shard.offset, shard.numel))
 
-    def _local(self, of: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """(P,) float64: `of` every parameter that this rank has a part of, 0 for the others."""
-        none = torch.zeros((), dtype=torch.float64, device=self._device)
-        return torch.stack(
-            [of(name).double().to(self._device) if name in self._shards else none for name in self._sizes]
-        )
+
+def looked_up(
+    shards: Iterable[Shard], flats: dict[torch.Tensor, torch.Tensor], tables: dict[str, torch.Tensor]
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Flat tensor -> (F,) uint8, every level l of `flats` replaced by `tables[parameter][l]`.
+
+    Args:
+        shards: what is replaced; everything else gets 0.
+        flats: flat tensor -> (F,) uint8.
+        tables: parameter -> (256,) uint8.
+    """
+    shards = list(shards)
+    replaced = zeros_by_flat(shards, torch.uint8)
+    for shard in shards:
+        table = tables[shard.name].to(shard.flat.device)
+        pairs = zip(*(_stretch(values, shard).split(CHUNK_ELEMENTS) for values in (replaced, flats)), strict=True)
+        for new, old in pairs:
+            new.copy_(table[old.long()])
+    return replaced
 
 
 def zeros_by_flat(shards: Iterable[Shard], dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:

@@ -11,12 +11,13 @@ Shape legend: V values, K owners of an entry.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from das_ds.functional.segments import ABSENT, Segment
-from das_ds.functional.units import Importance, Ownership, UnitLayout
+from das_ds.functional.units import UNOWNED, Importance, Ownership, UnitLayout
 
 SHARED = 0
 """Place of the importance that all parameters without units have, in the values and in what they are gathered from."""
@@ -37,12 +38,26 @@ class MaskTable:
 
     Every (group, layer, table of owners) is one stretch of the vector, expanded to rows or columns; parameters that
     share all three share the stretch. Parameters that no unit owns have one importance, 1 - shared_scale.
+
+    Args:
+        layout: the model's units.
+        readers, shared_scale, strength: see `SoftmaskConfig`.
+        groups: whose units are masked, whether they own or read; None: all.
+        device: where `values` lie.
     """
 
     def __init__(
-        self, layout: UnitLayout, *, readers: bool, shared_scale: float, device: torch.device | str = "cpu"
+        self,
+        layout: UnitLayout,
+        *,
+        readers: bool,
+        shared_scale: float,
+        groups: Collection[str] | None = None,
+        strength: float = 1.0,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._groups = tuple(layout.num_units)
+        self._strength = strength
         first_of = {}
         position = 2
         for group, units in layout.num_units.items():
@@ -53,7 +68,7 @@ class MaskTable:
         sources = [torch.tensor([[SHARED]])]
         size = 1
         for item in layout.ownerships:
-            if item.reader and not readers:
+            if (item.reader and not readers) or (groups is not None and item.group not in groups):
                 continue
             key = (item.group, item.layer, id(item.units))
             if key not in starts:
@@ -66,17 +81,19 @@ class MaskTable:
         self.values = torch.zeros(size, dtype=torch.float32, device=device)
         self.values[SHARED] = 1.0 - shared_scale
         self.masks: dict[str, ParameterMask] = {}
+        owners = layout.owners
         for name, (blocks, num_rows, num_columns) in layout.shapes.items():
             if name in by_axis:
                 axes = by_axis[name]
                 self.masks[name] = ParameterMask(num_rows, num_columns, axes.get(0, ABSENT), axes.get(1, ABSENT))
-            elif shared_scale < 1.0:
+            elif shared_scale < 1.0 and owners[name] == UNOWNED:
                 # One row of all elements, so that the single shared value serves any shape.
                 self.masks[name] = ParameterMask(1, blocks * num_rows * num_columns, rows=SHARED)
 
     def load(self, importance: Importance) -> None:
         """Fill the vector, and with it every segment made from this table, from group -> (L, U)."""
-        parts = [importance[group].flatten().to(self.values) for group in self._groups]
+        units = (importance[group].flatten().to(self.values) for group in self._groups)
+        parts = [strengthened(values, self._strength) for values in units]
         self.values.copy_(torch.cat((self._shared, *parts))[self._sources].amax(dim=1))
 
     def segments(self, name: str, *, start: int, offset: int, numel: int) -> list[Segment]:
@@ -94,6 +111,40 @@ class MaskTable:
             segments.append(Segment(start + position - offset, length, inside, mask.num_columns, rows, columns))
             position += length
         return segments
+
+
+def strengthened(importance: torch.Tensor, strength: float) -> torch.Tensor:
+    """I' with 1 - I' = (1 - I)^strength; 0 and 1 stay as they are."""
+    return importance if strength == 1.0 else 1.0 - (1.0 - importance).pow(strength)
+
+
+def mask_levels(
+    owners: dict[str, str], *, groups: Collection[str] | None, shared_scale: float, strength: float, num_levels: int
+) -> dict[str, torch.Tensor] | None:
+    """What masks the weights of each parameter, as a table over their stored importance I:
+
+        1 - I' = (1 - I)^strength, or 1 outside `groups`, and all times shared_scale where no unit owns the weight
+
+    Args:
+        owners: parameter -> group that owns it, or `UNOWNED`, which `groups` may hold as well.
+        groups: whose weights are masked by their importance; None: all.
+        shared_scale, strength: see `SoftmaskConfig`.
+        num_levels: I and I' count steps of 1 / `num_levels`.
+
+    Returns:
+        Parameter -> (num_levels + 1,) uint8, I' of every I; None where I' is I for all.
+    """
+    importance = torch.arange(num_levels + 1, dtype=torch.float64) / num_levels
+    masked, free = strengthened(importance, strength), torch.zeros_like(importance)
+    tables = {}
+    for group in set(owners.values()):
+        scale = 1.0 - (masked if groups is None or group in groups else free)
+        scale = scale * (shared_scale if group == UNOWNED else 1.0)
+        tables[group] = ((1.0 - scale) * num_levels).round().to(torch.uint8)
+    same = torch.arange(num_levels + 1, dtype=torch.uint8)
+    if all(table.equal(same) for table in tables.values()):
+        return None
+    return {name: tables[group] for name, group in owners.items()}
 
 
 def _sources(item: Ownership, first: int) -> torch.Tensor:

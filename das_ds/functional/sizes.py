@@ -125,7 +125,14 @@ class Memory:
         return Memory(parts, {}, max(self.device_start, self.host_start), 0, self.host_export)
 
 
-def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | None, copied_bytes: int) -> Memory:
+def memory(
+    size: ModelSize,
+    sharding: Sharding,
+    *,
+    granularity: Granularity | None,
+    copied_bytes: int,
+    has_own_mask: bool = False,
+) -> Memory:
     """Memory of one rank, R = 1 for what its stage does not divide.
 
     | part         | stage 0                | stage 1       | stage 2         | stage 3             |
@@ -139,15 +146,16 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
     | importance   | 6 P (parameter level)  | 6 P / R       | 6 P / R         | 6 P / R             |
 
     In a step gradients exist once as they were summed and once as the optimizer takes them. Importance is there twice,
-    what protects and what is new, with its float32 sums. Offload puts weights, or fp32 weights, moments, gradients of
-    the shard and importance, into host memory. Rank 0 collects the whole model, 4 A, to export it. Libraries and what
-    an allocator cannot give back come on top.
+    what protects and what is new, with its float32 sums; a mask of its own adds 1 P. Offload puts weights, or fp32
+    weights, moments, gradients of the shard and importance, into host memory. Rank 0 collects the whole model, 4 A, to
+    export it. Libraries and what an allocator cannot give back come on top.
 
     Args:
         size: of the network.
         sharding: how it is divided.
         granularity: of the importance; None: the method has none.
         copied_bytes: a checkpoint that is written from a copy in host memory, over all ranks; 0 for none.
+        has_own_mask: whether single weights are masked by something else than their importance itself.
     """
     shards = sharding.num_ranks if sharding.stage >= 1 else 1
     weight_shards = sharding.num_ranks if sharding.stage == 3 else 1
@@ -157,7 +165,8 @@ def memory(size: ModelSize, sharding: Sharding, *, granularity: Granularity | No
         "fp32 weights": 0 if is_whole and w == FP32 else FP32 * size.trained // shards,
         "moments": FP32 * sharding.num_moments * size.trained // shards,
         "gradients of the shard": _sharded_gradients(size, sharding),
-        "importance": _measured_importance(size, granularity) // (shards if granularity == "parameter" else 1),
+        "importance": (_measured_importance(size, granularity) + (size.trained if has_own_mask else 0))
+        // (shards if granularity == "parameter" else 1),
     }
     weights = {"weights": w * size.total // weight_shards}
     passing = {

@@ -13,6 +13,8 @@ import torch
 
 HEAD, INTERMEDIATE, OUTPUT = "head", "intermediate", "output"
 GROUPS = (HEAD, INTERMEDIATE, OUTPUT)
+UNOWNED = "shared"
+"""In place of a group: parameters that no unit owns (embeddings, normalisation, LM head)."""
 
 Importance = dict[str, torch.Tensor]
 """Group -> (L, U) float32 in [0, 1]."""
@@ -67,6 +69,12 @@ class UnitLayout:
         """`sizes` when a vocabulary has so many rows; None: all."""
         cut = {name: num_rows * self.shapes[name][2] for name in self.vocabulary} if num_rows is not None else {}
         return {**self.sizes, **cut}
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Every trained parameter -> the group whose units own it, or `UNOWNED`."""
+        owned = {item.parameter: item.group for item in self.ownerships if not item.reader}
+        return {name: owned.get(name, UNOWNED) for name in self.shapes}
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from das_ds.methods.base import Method
 from das_ds.methods.das import SoftMaskedContrast
+from das_ds.methods.dga import GeneralKnowledgeContrast
 from das_ds.methods.ncl import Naive
 from das_ds.methods.one import FromBase
 from das_ds.methods.pool import Pool
@@ -9,6 +10,7 @@ from das_ds.methods.replay import NaiveReplay
 
 METHODS: dict[str, type[Method]] = {
     "das": SoftMaskedContrast,
+    "dga": GeneralKnowledgeContrast,
     "ncl": Naive,
     "one": FromBase,
     "pool": Pool,

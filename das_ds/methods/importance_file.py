@@ -19,6 +19,9 @@ from das_ds.errors import ImportanceError, RunFolderError
 from das_ds.functional.units import Importance, UnitLayout
 
 FORMAT_VERSION = "3"
+IMPORTANCE_FILE = "importance.safetensors"
+"""Of a domain in its folder, accumulated in the run folder."""
+GENERAL_IMPORTANCE_FILE = "importance_general.safetensors"
 UNIT, PARAMETER = "unit", "parameter"
 
 Shapes = dict[str, tuple[int, ...]]

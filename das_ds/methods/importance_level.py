@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from das_ds.config import SoftmaskConfig
 from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
@@ -34,8 +35,8 @@ class ImportanceLevel(ABC, Generic[T]):
         """Group -> (L, U) in [0, 1] on the device, the gates of o^prev."""
 
     @abstractmethod
-    def protect(self, importance: T) -> None:
-        """Soft-mask all further steps."""
+    def protect(self, importance: T, softmask: SoftmaskConfig) -> None:
+        """Soft-mask all further steps; `softmask` is the same at every call."""
 
     @abstractmethod
     def state(self, importance: T) -> RankState:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from das_ds.config import SoftmaskConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.passes import Pass
 from das_ds.distributed.sharded_importance import ShardedImportance
@@ -27,14 +28,15 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
     """One byte per weight, sharded like the optimizer; every parameter counts, owned by a unit or not."""
 
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> ShardedImportance:
-        """Sum of |gradient| over the global batches of the sample, normalised per parameter tensor."""
+        """Sum of |gradient| over the global batches of the sample, normalised."""
         engine = self.run.engine
         return ShardedImportance.from_magnitudes(
             engine.named_shards,
             self.run.layout.sizes_with(self.run.network.num_rows),
             engine.ranks.info.device,
             sum_of_magnitudes(self.run, domain.sample_steps(label), loss),
-            self.run.config.method.importance.normalisation,
+            self.run.layout.owners,
+            self.run.config.method.importance,
         )
 
     def maximum(self, new: ShardedImportance, accumulated: ShardedImportance | None) -> ShardedImportance:
@@ -45,9 +47,9 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
         """Mean over the weights that a unit owns."""
         return importance.by_unit(self.run.layout)
 
-    def protect(self, importance: ShardedImportance) -> None:
+    def protect(self, importance: ShardedImportance, softmask: SoftmaskConfig) -> None:
         """Mask element by element."""
-        self.run.engine.protect_parameters(importance, self.run.config.method.softmask)
+        self.run.engine.protect_parameters(self.run.layout, importance, softmask)
 
     def state(self, importance: ShardedImportance) -> RankState:
         """Each rank its shards' part."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from das_ds.config import SoftmaskConfig
 from das_ds.distributed.state import RankState, SavedState
-from das_ds.functional.importance import elementwise_maximum, normalise
+from das_ds.functional.importance import elementwise_maximum
+from das_ds.functional.normalisation import normalise_units
 from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
 from das_ds.methods.importance_file import load_unit_importance, save_unit_importance
@@ -19,8 +21,7 @@ class UnitLevel(ImportanceLevel[Importance]):
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance:
         """One forward and backward pass over the sample, gradients of the gates only."""
         raw = mean_absolute_gate_gradient(self.run, domain.sample_batches(label), loss)
-        form = self.run.config.method.importance.normalisation
-        return {group: normalise(values, form) for group, values in raw.items()}
+        return normalise_units(raw, self.run.config.method.importance)
 
     def maximum(self, new: Importance, accumulated: Importance | None) -> Importance:
         """EMax per unit."""
@@ -30,9 +31,9 @@ class UnitLevel(ImportanceLevel[Importance]):
         """Itself."""
         return importance
 
-    def protect(self, importance: Importance) -> None:
+    def protect(self, importance: Importance, softmask: SoftmaskConfig) -> None:
         """Mask by rows and columns."""
-        self.run.engine.protect_units(self.run.layout, importance, self.run.config.method.softmask)
+        self.run.engine.protect_units(self.run.layout, importance, softmask)
 
     def state(self, importance: Importance) -> RankState:
         """Equal on every rank."""

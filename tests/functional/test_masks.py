@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.masks import MaskTable
+from das_ds.functional.masks import MaskTable, mask_levels, strengthened
 from das_ds.functional.segments import Segment, SegmentTable, cover, importance_of
 from das_ds.functional.units import Importance
 from das_ds.models.registry import adapter_for
 from helpers.reference import full_masks
-from helpers.tiny_models import random_importance, tiny_model
+from helpers.tiny_models import CONFIGS, random_importance, tiny_model
 
 ROWS, COLUMNS = 7, 5
 
@@ -123,3 +123,56 @@ def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) ->
             found = importance_of(SegmentTable(length + 4, cover(segments, length + 4), table.values))
             assert torch.equal(found[3 : 3 + length], whole[offset : offset + length]), name
             assert not found[:3].any() and not found[3 + length :].any()
+
+
+@pytest.mark.parametrize("groups", [["head"], ["intermediate", "shared"], []])
+@pytest.mark.parametrize("readers", [False, True])
+def test_units_outside_the_groups_move_freely(groups: list[str], readers: bool) -> None:
+    model = tiny_model()
+    layout = adapter_for("roberta").layout(model)
+    table = MaskTable(layout, readers=readers, shared_scale=0.25, groups=groups, strength=3.0)
+    importance = random_importance(model)
+    table.load(importance)
+    masked = {
+        group: 1 - (1 - values) ** 3 if group in groups else torch.zeros_like(values)
+        for group, values in importance.items()
+    }
+    for name, scale in full_masks(model, masked, readers=readers, shared_scale=0.25).items():
+        segments = cover(table.segments(name, start=0, offset=0, numel=scale.numel()), scale.numel())
+        found = 1.0 - importance_of(SegmentTable(scale.numel(), segments, table.values))
+        torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-6, msg=name)
+
+
+def test_strength_keeps_both_ends_and_leaves_1_alone() -> None:
+    importance = torch.tensor([0.0, 0.3, 1.0])
+    assert strengthened(importance, 1.0) is importance
+    assert strengthened(importance, 2.0).tolist() == [0.0, pytest.approx(0.51), 1.0]
+    assert strengthened(importance, 0.5).tolist() == [0.0, pytest.approx(1 - 0.7**0.5), 1.0]
+
+
+def test_levels_of_a_mask_by_weight() -> None:
+    owners = {"query": "head", "inner": "intermediate", "embedding": "shared"}
+    tables = mask_levels(owners, groups=["head", "shared"], shared_scale=0.5, strength=2.0, num_levels=10)
+    assert tables is not None
+    # (1 - I)^2 leaves 0.81, 0.64, ... of the update, and half of that where no unit owns the weight.
+    assert tables["query"].tolist() == [0, 2, 4, 5, 6, 8, 8, 9, 10, 10, 10]
+    assert tables["inner"].tolist() == [0] * 11
+    assert tables["embedding"].tolist() == [5, 6, 7, 8, 8, 9, 9, 10, 10, 10, 10]
+
+
+def test_a_plain_mask_by_weight_needs_no_table() -> None:
+    owners = {"query": "head", "embedding": "shared"}
+    assert mask_levels(owners, groups=None, shared_scale=1.0, strength=1.0, num_levels=255) is None
+    assert mask_levels(owners, groups=["head", "shared"], shared_scale=1.0, strength=1.0, num_levels=255) is None
+    for group, free in (("head", "embedding"), ("shared", "query")):
+        tables = mask_levels(owners, groups=[group], shared_scale=1.0, strength=1.0, num_levels=255)
+        assert tables is not None and not tables[free].any()
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_a_parameter_has_one_group_of_owners(model_type: str) -> None:
+    layout = adapter_for(model_type).layout(tiny_model(model_type))
+    pairs = {(item.parameter, item.group) for item in layout.ownerships if not item.reader}
+    assert len(pairs) == len({name for name, _ in pairs})
+    shared = {name: "shared" for name in layout.shapes if name not in dict(pairs)}
+    assert layout.owners == {**dict(pairs), **shared} and shared

@@ -109,10 +109,11 @@ def test_zero_3_gathers_the_largest_layer_or_what_it_may_keep() -> None:
 
 
 def test_importance_of_every_weight_is_divided_like_the_optimizer() -> None:
-    def importance(granularity: Granularity | None) -> int:
-        return memory(SIZE, SHARDING, granularity=granularity, copied_bytes=0).device["importance"]
+    def importance(granularity: Granularity | None, **mask: bool) -> int:
+        return memory(SIZE, SHARDING, granularity=granularity, copied_bytes=0, **mask).device["importance"]
 
     assert importance("parameter") == 6 * 1000 // 4
+    assert importance("parameter", has_own_mask=True) == 7 * 1000 // 4
     assert importance("unit") == 3 * 4 * 50 and importance(None) == 0
 
 

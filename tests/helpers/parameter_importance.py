@@ -48,15 +48,15 @@ def _measured(
     sums = sum_of_magnitudes(run, Pass(parts), LOSSES[kind])
     assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
     assert engine.module.training
-    sizes = run.layout.sizes
-    form = config.method.importance.normalisation
-    importance = ShardedImportance.from_magnitudes(engine.named_shards, sizes, info.device, sums, form)
-    found = _stretches(run, sums), _stretches(run, importance.flats), importance.by_unit(run.layout)
+    sizes, owners, settings = run.layout.sizes, run.layout.owners, config.method.importance
+    importance = ShardedImportance.from_magnitudes(engine.named_shards, sizes, info.device, sums, owners, settings)
+    found = stretches_of(run, sums), stretches_of(run, importance.flats), importance.by_unit(run.layout)
     engine.close()
     return found
 
 
-def _stretches(run: Any, flats: dict[Tensor, Tensor]) -> Stretches:
+def stretches_of(run: Any, flats: dict[Tensor, Tensor]) -> Stretches:
+    """(name, first element, elements) of what this rank has of flat tensors."""
     return [(s.name, s.offset, flats[s.flat][s.start : s.start + s.numel].clone()) for s in run.engine.shards()]
 
 

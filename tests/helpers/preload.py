@@ -1,3 +1,28 @@
-"""What every rank of a test imports, loaded once by the fork server."""
+"""What every rank of a test imports, loaded once by the fork server, and what ranks leave out."""
+
+import gc
+from pathlib import Path
+
+# DeepSpeed imports it when it builds an engine, and torch's compiler with it, which takes two seconds.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+from PIL import Image
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import das_ds.training.run  # noqa: F401
+from das_ds.evaluation import report
+
+# Every export looks into this table, whose thousand regular expressions are compiled when it is first asked for.
+get_checkpoint_conversion_mapping("roberta")
+
+
+def _one_pixel(_: object, path: Path) -> None:
+    Image.new("L", (1, 1)).save(path)
+
+
+# Both pictures of a report take longer than all else in a tiny run. They have tests of their own, and runs that are
+# started as commands draw them.
+report.loss_matrix_png = report.importance_png = _one_pixel
+
+# ZeRO-3 collects garbage when it begins; what is loaded by now is none, and takes a second to look through.
+gc.collect()
+gc.freeze()

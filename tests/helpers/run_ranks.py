@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 # The server imports the slow libraries once; ranks are forked from it in a fraction of a second.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "helpers.preload"])
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["torch", "transformers", "deepspeed", "helpers.preload"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
@@ -31,11 +31,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises:
         RuntimeError: a rank failed (with its traceback), died, or the time ran out.
     """
-    results: Any = _CONTEXT.Queue()
+    results: Any = FORK_SERVER.Queue()
     port = _free_port()
     packed = _packed(args)
     processes = [
-        _CONTEXT.Process(target=_rank_main, args=(function, packed, rank, world_size, port, results), daemon=True)
+        FORK_SERVER.Process(target=_rank_main, args=(function, packed, rank, world_size, port, results), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -52,7 +52,7 @@ def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> li
     """Processes that run `function(*args)` as ranks, for tests of how they end; the caller waits for and kills them."""
     port = _free_port()
     processes = [
-        _CONTEXT.Process(target=_lone_rank_main, args=(function, args, rank, world_size, port), daemon=True)
+        FORK_SERVER.Process(target=_lone_rank_main, args=(function, args, rank, world_size, port), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:

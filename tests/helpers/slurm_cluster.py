@@ -15,7 +15,8 @@ from types import TracebackType
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from helpers.commands import QUICK_START, ROOT
+
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -60,7 +61,7 @@ class SlurmCluster:
         self._folder = folder
         self._daemons: list[subprocess.Popen[bytes]] = []
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
-        self._environment = clean | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        self._environment = clean | {"SLURM_CONF": str(folder / "slurm.conf")} | QUICK_START
 
     def __enter__(self) -> SlurmCluster:
         for name in ("state", "spool", "log"):

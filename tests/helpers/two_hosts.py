@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).parents[2]
+from helpers.commands import QUICK_START, ROOT
+
 INTERFACE = "cable"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
@@ -50,10 +50,9 @@ class TwoHosts:
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
         }
         command = ["ip", "netns", "exec", self._names[rank], sys.executable, *map(str, words)]
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | QUICK_START | environment, stdout=log, stderr=log)
 
 
 @contextmanager

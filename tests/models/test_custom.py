@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -23,9 +22,9 @@ from das_ds.functional.units import GROUPS
 from das_ds.models.custom import adapter_from, section_of
 from das_ds.models.loading import find_adapter, load_model
 from das_ds.models.registry import ADAPTERS, adapter_for
+from helpers.commands import program, write_config
 from helpers.runs import exported_weights, small_run
 from helpers.tiny_models import SIZES
-from test_cli import command, write_config
 
 MODELS: dict[str, dict[str, Any]] = {
     "stablelm": {**SIZES, "vocab_size": 300, "num_attention_heads": 6, "num_key_value_heads": 2},
@@ -143,14 +142,14 @@ def test_unknown_architecture_trains_with_the_proposed_table(
     values["train"] |= {"steps_per_domain": 2}
     values["method"] |= {"view_dropout": 0.1}
     path = write_config(tmp_path, values)
-    done = command(sys.executable, "launch/train.py", "--config", path)
+    done = program("launch/train.py", "--config", path)
     assert done.returncode == 0, done.stderr
     run = values["output_dir"]
     results = read_results(run / RESULTS_FILE)
     assert results.complete and (run / "importance.safetensors").exists()
     assert exported_weights(run, "00_food")
     folder = run / "domains" / "00_food" / "model"
-    shown = command(sys.executable, "launch/evaluate.py", "--config", path, "--model", folder)
+    shown = program("launch/evaluate.py", "--config", path, "--model", folder)
     assert shown.returncode == 0, shown.stderr
     losses = json.loads(shown.stdout.splitlines()[-1])
     assert losses == pytest.approx(dict(zip(results.eval_domains, results.loss_matrix[-1], strict=True)), rel=1e-6)

@@ -17,6 +17,7 @@ import pytest
 
 from das_ds.distributed.launchers import is_alive
 from das_ds.errors import EXIT_STOPPED
+from helpers.commands import QUICK_START
 
 pytestmark = pytest.mark.multirank
 
@@ -45,7 +46,7 @@ def start(folder: Path, *, save_s: float = 0.0) -> Job:
     with (folder / "log").open("wb") as log:
         command = subprocess.Popen(
             [*launcher, "--module", "helpers.stopping", str(folder), "--save-s", str(save_s)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, **QUICK_START},
             stdout=log,
             stderr=log,
             start_new_session=True,

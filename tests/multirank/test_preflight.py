@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from das_ds.training.preflight.report import Finding
-from helpers.commands import command, write_config
+from helpers.commands import command, program, write_config
 from helpers.preflight import different_ranks, failing_rank, preflight_and_error, rank_without_backend
 from helpers.run_ranks import run_ranks
 from helpers.runs import small_run
@@ -87,7 +86,7 @@ def test_failing_command_makes_all_checks_and_exits_with_2(tmp_path: Path) -> No
     values = small_run(tmp_path)
     values["domains"][1]["train"] = [str(tmp_path / "no_such_file.txt")]
     path = write_config(tmp_path, values)
-    done = command(sys.executable, "launch/preflight.py", "--json", "--config", path)
+    done = program("launch/preflight.py", "--json", "--config", path)
     assert done.returncode == 2, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert not report["ok"] and [check["check"] for check in report["checks"]] == CHECKS
@@ -99,6 +98,6 @@ def test_failing_command_makes_all_checks_and_exits_with_2(tmp_path: Path) -> No
 def test_rank_that_waits_in_vain_says_so(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
     lonely = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
-    done = command(sys.executable, "launch/preflight.py", "--config", path, "run.hang_timeout=2", **lonely)
+    done = program("launch/preflight.py", "--config", path, "run.hang_timeout=2", **lonely)
     assert done.returncode == 2, done.stderr
     assert "das_ds: the ranks do not find each other within 2 s (run.hang_timeout)" in done.stderr

@@ -105,34 +105,48 @@ def test_a_run_continues_on_other_ranks_and_stages(granularity: str, places: set
         assert line["tokens_seen"] == expected_line["tokens_seen"] and line["lr"] == expected_line["lr"]
 
 
-@pytest.mark.parametrize("num_damaged", [1, 2])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(num_damaged: int, tmp_path: Path) -> None:
-    runs = [run(tmp_path, name) for name in ("whole", "parts")]
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Config of a run that broke off, beside the whole run, and a copy of the folder it left."""
+    folder = tmp_path_factory.mktemp("broken_off")
+    runs = [run(folder, name) for name in ("whole", "parts")]
     run_ranks(run_all, 2, runs[:1])
     run_ranks(break_off, 2, runs[1], 20)
-    folder = tmp_path / "parts"
+    return runs[1], shutil.copytree(folder / "parts", folder / "kept")
+
+
+@pytest.fixture
+def broken_off(kept: tuple[dict[str, Any], Path]) -> dict[str, Any]:
+    """Config of a run that has just broken off."""
+    values, copy = kept
+    shutil.rmtree(values["output_dir"])
+    shutil.copytree(copy, values["output_dir"])
+    return values
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(num_damaged: int, broken_off: dict[str, Any]) -> None:
+    folder = broken_off["output_dir"]
     names = checkpoints(folder)
     assert len(names) == 2
     for name in names[-num_damaged:]:
         file = folder / "checkpoints" / name / "rank_00001_of_00002.safetensors"
         file.write_bytes(file.read_bytes()[:-3])
     if num_damaged == 1:
-        run_ranks(run_all, 2, runs[1:])
-        assert_same_run(folder, tmp_path / "whole")
+        run_ranks(run_all, 2, [broken_off])
+        assert_same_run(folder, folder.with_name("whole"))
         assert (folder / "checkpoints" / f"{names[-1]}.broken").exists()
         return
     for _ in range(2):
         # Not only at first: a later start must not take the empty folder for a new run either.
         with pytest.raises(RuntimeError, match=r"CheckpointError: .*found no whole checkpoint.*or start anew"):
-            run_ranks(run_all, 2, runs[1:])
+            run_ranks(run_all, 2, [broken_off])
 
 
-def test_lost_checkpoints_are_no_new_run(tmp_path: Path) -> None:
-    values = run(tmp_path, "run")
-    run_ranks(break_off, 2, values, 20)
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+def test_lost_checkpoints_are_no_new_run(broken_off: dict[str, Any]) -> None:
+    shutil.rmtree(broken_off["output_dir"] / "checkpoints")
     with pytest.raises(RuntimeError, match=r"CheckpointError: .*found metrics.jsonl of training but no checkpoint"):
-        run_ranks(run_all, 1, [values])
+        run_ranks(run_all, 1, [broken_off])
 
 
 def test_each_domain_from_the_base_continues(tmp_path: Path) -> None:
@@ -160,6 +174,17 @@ def test_a_run_with_replay_continues(tmp_path: Path) -> None:
     lines, without = metrics_lines(tmp_path / "whole"), metrics_lines(tmp_path / "without")
     assert [line["tokens_seen"] for line in lines] == [line["global_step"] * 8 * 16 for line in lines]
     assert all(line["loss"] != other["loss"] for line, other in zip(lines, without, strict=True))
+
+
+def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
+    """Method dga, with a mask that is not 1 - I itself and is made anew from what a checkpoint holds."""
+    importance = {"samples": 8, "granularity": "parameter", "normalisation": "rank_soft", "scope": "group"}
+    method = {"name": "dga", "importance": importance, "softmask": {"strength": 2.0, "shared_scale": 0.5}}
+    runs = [run(tmp_path, name, method=method, asynchronous=False) for name in ("whole", "parts")]
+    run_ranks(run_all, 1, runs[:1])
+    _, breaks = run_ranks(run_in_pieces, 1, runs[1], 5)[0]
+    assert {domains_done for phase, domains_done, step in breaks if phase == "train" and step > 0} == {0, 1}
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:

@@ -51,12 +51,17 @@ def test_every_method_learns_two_domains_and_leaves_the_promised_files(tmp_path:
         assert len(result.loss_matrix) == 1 + len(result.learned) == (2 if name == "pool" else 3)
         assert load_config(folder / "config.yaml").method.name == name
         assert (folder / "report" / "report.md").exists() and (folder / "report" / "loss_matrix.png").exists()
-        _check_metrics(folder, has_contrast=name == "das", is_pool=name == "pool")
+        _check_metrics(folder, has_contrast=name in ("das", "dga"), is_pool=name == "pool")
     assert all(result.loss_matrix[0] == results[0].loss_matrix[0] for result in results)
     _check_importance(tmp_path / "das")
     assert (tmp_path / "das" / "wandb_run_id").exists()
     assert len(list((tmp_path / "das" / "wandb").glob("offline-run-*/*.wandb"))) == 1
     assert not (tmp_path / "ncl" / "importance.safetensors").exists()
+    # Method dga measures general knowledge alone.
+    assert [path.name for path in (tmp_path / "dga").rglob("importance*.safetensors")] == [
+        "importance_general.safetensors"
+    ]
+    assert (tmp_path / "dga" / "report" / "importance.png").exists()
 
 
 def _check_metrics(folder: Path, *, has_contrast: bool, is_pool: bool) -> None:

@@ -44,6 +44,14 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name[0] != ".")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `ncl` from beginning to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert exit_codes(start_training(run(folder, "whole"), folder, 2)) == [0, 0]
+    return folder / "whole"
+
+
 def test_a_stopped_run_ends_with_75_and_continues_to_the_same_end(tmp_path: Path) -> None:
     whole, stopped = (run(tmp_path, name, "das") for name in ("whole", "stopped"))
     assert exit_codes(start_training(whole, tmp_path, 2)) == [0, 0]
@@ -89,9 +97,8 @@ def test_a_stop_before_training_loses_nothing(tmp_path: Path) -> None:
     assert exit_codes(start_training(values, tmp_path, 2)) == [0, 0]
 
 
-def test_a_killed_rank_is_named_and_the_run_continues(tmp_path: Path) -> None:
-    whole, killed = run(tmp_path, "whole"), run(tmp_path, "killed", every_steps=5)
-    assert exit_codes(start_training(whole, tmp_path, 2)) == [0, 0]
+def test_a_killed_rank_is_named_and_the_run_continues(undisturbed: Path, tmp_path: Path) -> None:
+    killed = run(tmp_path, "killed", every_steps=5)
     processes = start_training(killed, tmp_path, 2)
     wait_until(lambda: num_lines(tmp_path / "killed") >= 12, "step 12")
     os.kill(processes[1].pid, signal.SIGKILL)
@@ -101,7 +108,7 @@ def test_a_killed_rank_is_named_and_the_run_continues(tmp_path: Path) -> None:
     sign = r"its last sign of life: step \d+ of \w+, (evaluate|train)"
     assert re.search(rf"das_ds: rank 1 \(pid .*\) is gone; {sign}", said)
     assert exit_codes(start_training(killed, tmp_path, 2)) == [0, 0]
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert_same_run(tmp_path / "killed", undisturbed)
 
 
 def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
@@ -115,13 +122,12 @@ def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
         assert "command_runs.py" in (tmp_path / "run" / "hang-rank1.txt").read_text()
 
 
-def test_a_full_disk_ends_the_run_with_the_checkpoint_before(tmp_path: Path) -> None:
-    whole, full = run(tmp_path, "whole"), run(tmp_path, "full", every_steps=4)
-    assert exit_codes(start_training(whole, tmp_path, 2)) == [0, 0]
+def test_a_full_disk_ends_the_run_with_the_checkpoint_before(undisturbed: Path, tmp_path: Path) -> None:
+    full = run(tmp_path, "full", every_steps=4)
     assert exit_codes(start_training(full, tmp_path, 2, fill_disk_in_step_three)) == [2, 2]
     assert re.search(
         r"das_ds: .*000\d+_food_train_4: the checkpoint cannot be written", (tmp_path / "stderr_0").read_text()
     )
     assert checkpoints(tmp_path / "full")[-1].endswith("_food_train_0")
     assert exit_codes(start_training(full, tmp_path, 2)) == [0, 0]
-    assert_same_run(tmp_path / "full", tmp_path / "whole")
+    assert_same_run(tmp_path / "full", undisturbed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,52 +15,80 @@ pytestmark = pytest.mark.multirank
 
 KILLED = -9
 STANDING = "step 7 of food, forward and backward"
+FROZEN_OR_KILLED = [("stop", 0, 2), ("stop", 1, 2), ("kill", 0, 2), ("kill", 1, 3)]
+OTHERS = [("sleep", 1, 3), ("lock", 1, 2), ("fail", 0, 2), ("patience", 0, 2)]
+Case = tuple[str, int, int]
+"""What a rank does, which one, of how many."""
 
 
-@pytest.mark.parametrize(
-    ("what", "bad_rank", "world_size"), [("stop", 0, 2), ("stop", 1, 2), ("kill", 0, 2), ("kill", 1, 3)]
-)
-def test_a_rank_that_is_frozen_or_killed_is_named(what: str, bad_rank: int, world_size: int, tmp_path: Path) -> None:
-    codes = exit_codes(tmp_path, what, bad_rank, world_size)
+class Cases:
+    """All cases at once, for their ranks do nothing but wait for time-outs."""
+
+    def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
+        self._folders = {case: folder / "-".join(map(str, case)) for case in [*FROZEN_OR_KILLED, *OTHERS]}
+        self._codes: dict[Case, Future[list[int | None]]] = {}
+        for case, own in self._folders.items():
+            own.mkdir()
+            self._codes[case] = pool.submit(exit_codes, own, *case)
+        self.suspended = pool.submit(suspended_exit_codes, folder)
+
+    def result(self, what: str, bad_rank: int, world_size: int) -> tuple[list[int | None], Path]:
+        """Exit codes of all ranks, and the folder of what they said."""
+        case = what, bad_rank, world_size
+        return self._codes[case].result(), self._folders[case]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
+    with ThreadPoolExecutor(len(FROZEN_OR_KILLED) + len(OTHERS) + 1) as pool:
+        yield Cases(tmp_path_factory.mktemp("watch"), pool)
+
+
+@pytest.mark.parametrize(("what", "bad_rank", "world_size"), FROZEN_OR_KILLED)
+def test_a_rank_that_is_frozen_or_killed_is_named(what: str, bad_rank: int, world_size: int, cases: Cases) -> None:
+    codes, folder = cases.result(what, bad_rank, world_size)
     assert codes[bad_rank] == (KILLED if what == "kill" else None)
     sign = "is gone" if what == "kill" else "has given no sign of life"
     others = set(range(world_size)) - {bad_rank}
     for rank in others:
-        text = (tmp_path / f"errors-{rank}").read_text()
+        text = (folder / f"errors-{rank}").read_text()
         # A peer that dies makes a collective fail; whether the main thread or the watch knows first does not matter.
         assert codes[rank] in (EXIT_HANG, EXIT_LOST)
         assert f"rank {bad_rank} (pid " in text and sign in text and STANDING in text
         assert not any(f"rank {other} (pid " in text for other in others)
 
 
-def test_a_rank_that_hangs_ends_with_all_others_and_says_where(tmp_path: Path) -> None:
-    assert exit_codes(tmp_path, "sleep", 1, world_size=3) == [EXIT_HANG] * 3
+def test_a_rank_that_hangs_ends_with_all_others_and_says_where(cases: Cases) -> None:
+    codes, folder = cases.result("sleep", 1, 3)
+    assert codes == [EXIT_HANG] * 3
     for rank in range(3):
-        text, stacks = ((tmp_path / name).read_text() for name in (f"errors-{rank}", f"hang-rank{rank}.txt"))
+        text, stacks = ((folder / name).read_text() for name in (f"errors-{rank}", f"hang-rank{rank}.txt"))
         for found in (text, stacks):
             assert "rank 1 (pid " in found and "has made no progress" in found and STANDING in found
             assert "sleep_for_ever" in found and "rank 0 (pid " not in found and "rank 2 (pid " not in found
         assert "watching.py" in stacks.split("\n", 1)[1]
 
 
-def test_a_rank_that_keeps_the_lock_of_python_is_named(tmp_path: Path) -> None:
-    assert exit_codes(tmp_path, "lock", 1) == [EXIT_HANG, None]
-    text = (tmp_path / "errors-0").read_text()
+def test_a_rank_that_keeps_the_lock_of_python_is_named(cases: Cases) -> None:
+    codes, folder = cases.result("lock", 1, 2)
+    assert codes == [EXIT_HANG, None]
+    text = (folder / "errors-0").read_text()
     assert "rank 1 (pid " in text and "has given no sign of life" in text
 
 
-def test_a_rank_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
-    codes = exit_codes(tmp_path, "fail", 0)
+def test_a_rank_that_fails_is_named_with_its_error(cases: Cases) -> None:
+    codes, folder = cases.result("fail", 0, 2)
     assert codes == [1, EXIT_LOST]
-    assert "rank 0 (pid " in (tmp_path / "errors-1").read_text()
-    assert "has left with ValueError: no such thing" in (tmp_path / "errors-1").read_text()
+    assert "rank 0 (pid " in (folder / "errors-1").read_text()
+    assert "has left with ValueError: no such thing" in (folder / "errors-1").read_text()
 
 
-def test_patience_is_no_fault_and_a_watch_ends_without_a_word(tmp_path: Path) -> None:
-    assert exit_codes(tmp_path, "patience", 0) == [0, 0]
-    assert [(tmp_path / f"errors-{rank}").read_text() for rank in range(2)] == ["", ""]
-    assert not list(tmp_path.glob("hang*"))
+def test_patience_is_no_fault_and_a_watch_ends_without_a_word(cases: Cases) -> None:
+    codes, folder = cases.result("patience", 0, 2)
+    assert codes == [0, 0]
+    assert [(folder / f"errors-{rank}").read_text() for rank in range(2)] == ["", ""]
+    assert not list(folder.glob("hang*"))
 
 
-def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
-    assert suspended_exit_codes(tmp_path) == [0, 0]
+def test_a_job_that_is_suspended_as_a_whole_goes_on(cases: Cases) -> None:
+    assert cases.suspended.result() == [0, 0]

@@ -18,7 +18,7 @@ from helpers.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.multirank
 
-# Long enough to be met in the middle of its first domain; what is saved in between is what a kill goes back to.
+# Long enough to be met in the middle of its domain; what is saved in between is what a kill goes back to.
 TRAIN = {"steps_per_domain": 150, "micro_batch_size": 2}
 CHECKPOINT = {"every_steps": 40}
 ON_TWO_NODES = ("--nodes", 2, "--ntasks-per-node", 1)
@@ -30,7 +30,8 @@ class Job:
     def __init__(self, cluster: SlurmCluster, folder: Path, file: str, **changes: Any) -> None:
         folder.mkdir(exist_ok=True)
         self.cluster, self.run, self._log = cluster, folder / "run", folder / "log"
-        config = write_config(folder, small_run(folder, train=TRAIN, checkpoint=CHECKPOINT, **changes))
+        values = small_run(folder, train=TRAIN, checkpoint=CHECKPOINT, **changes)
+        config = write_config(folder, {**values, "domains": values["domains"][:1]})
         self.id = cluster.submit(*ON_TWO_NODES, "--output", self._log, f"launch/slurm/{file}", "--config", config)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.config import RunConfig
+from das_ds.config import MethodConfig, RunConfig
 from das_ds.errors import ConfigError
 from das_ds.tracking import wandb_sink
 from das_ds.tracking.names import WANDB_RUN_ID_FILE
@@ -29,10 +29,13 @@ class FakeRun:
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.exit_code: int | None = None
+        self.axes: dict[str, str] = {}
 
     def define_metric(self, name: str, **options: Any) -> None:
         if "define_metric" in self.failing:
             raise RuntimeError("define_metric")
+        if "step_metric" in options:
+            self.axes[name] = options["step_metric"]
 
     def log(self, row: dict[str, Any]) -> None:
         if "log" in self.failing:
@@ -151,6 +154,15 @@ def test_unreachable_server_means_offline_with_a_warning(
     assert library.calls == ["login", "init online", "teardown", "init offline"]
     assert library.run.rows == [{"global_step": 1, "acl/step": 1, "acl/loss": 1.0}]
     assert len(warnings_of(caplog)) == 1 and "kept offline" in caplog.text
+
+
+@pytest.mark.parametrize(("method", "names"), [("ncl", ["acl", "pub-med"]), ("pool", ["pool"])])
+def test_every_stage_has_its_own_axis(make_config: ConfigMaker, tmp_path: Path, method: str, names: list[str]) -> None:
+    config = make_config(tmp_path, "offline")
+    library = FakeWandb()
+    sink = WandbSink(config.model_copy(update={"method": MethodConfig.model_validate({"name": method})}), library)
+    sink.close()
+    assert library.run.axes == {**{f"{name}/*": f"{name}/step" for name in names}, "eval/*": "domains_learned"}
 
 
 @pytest.mark.parametrize("failing", ["login", "init offline", "define_metric", "log", "finish"])

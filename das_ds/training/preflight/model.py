@@ -54,7 +54,7 @@ class Room:
 
 def granularity(config: RunConfig) -> Granularity | None:
     """Of the importance that the run keeps; None: it keeps none."""
-    return config.method.importance.granularity if config.method.name == "das" else None
+    return config.method.importance.granularity if config.method.is_soft_masked else None
 
 
 def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
@@ -193,13 +193,17 @@ def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any],
         num_units=size.num_units,
     )
     return memory(
-        size, sharding, granularity=granularity(config), copied_bytes=copied if config.checkpoint.asynchronous else 0
+        size,
+        sharding,
+        granularity=granularity(config),
+        has_own_mask=config.method.has_own_mask,
+        copied_bytes=copied if config.checkpoint.asynchronous else 0,
     )
 
 
 def rough_bytes(config: RunConfig, size: ModelSize) -> int:
     """Activations and logits of one micro-step."""
-    is_contrasted = config.method.name == "das" and config.method.contrast.weight > 0.0
+    is_contrasted = config.method.is_soft_masked and config.method.contrast.weight > 0.0
     num_rows = config.train.micro_batch_size * (VIEWS_OF_CONTRAST if is_contrasted else 1)
     num_tokens = config.data.sequence_length
     is_masked = find_adapter(config.model).objective == "mlm"

@@ -17,8 +17,13 @@ from das_ds.config import ModelConfig
 from das_ds.evaluation.comparison import GroupOverlap, ImportanceNumbers, Matrix
 from das_ds.evaluation.report import PROTECTED
 from das_ds.functional.overlap import Overlap
-from das_ds.methods.das import GENERAL_IMPORTANCE_FILE, IMPORTANCE_FILE
-from das_ds.methods.importance_file import PARAMETER, StoredImportance, stored_importance
+from das_ds.methods.importance_file import (
+    GENERAL_IMPORTANCE_FILE,
+    IMPORTANCE_FILE,
+    PARAMETER,
+    StoredImportance,
+    stored_importance,
+)
 from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.custom import adapter_from
 from das_ds.models.registry import adapter_for

@@ -1,0 +1,74 @@
+"""Forms of the mask written out weight by weight, and the product's on real ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from das_ds.config import ImportanceConfig, RunConfig
+from das_ds.data.batches import Batch
+from das_ds.distributed.launch import Ranks
+from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
+from helpers.parameter_importance import Stretches, stretches_of
+from helpers.reference import full_masks, unit_ones
+from helpers.tiny_models import tiny_model
+from helpers.training import build, train_all
+
+Weights = dict[str, Tensor]
+
+
+def owners() -> dict[str, str]:
+    """Parameter of the tiny model -> the group whose units own it, found by masking nothing but that group."""
+    model, found = tiny_model(), dict.fromkeys(dict(tiny_model().named_parameters()), "shared")
+    ones = unit_ones(model)
+    for group in ones:
+        only = {g: v if g == group else torch.zeros_like(v) for g, v in ones.items()}
+        found.update({name: group for name, scale in full_masks(model, only).items() if not scale.any()})
+    return found
+
+
+def written_out(importance: Weights, groups: list[str], strength: float, shared_scale: float) -> Weights:
+    """1 - I' of every weight, (1 - I)^strength where its owner is masked, in 255ths as I is."""
+    scales = {}
+    for name, owner in owners().items():
+        kept = (
+            (1 - importance[name].double() / 255) ** strength if owner in groups else torch.ones_like(importance[name])
+        )
+        scale = kept * (shared_scale if owner == "shared" else 1.0)
+        scales[name] = 1 - ((1 - scale) * 255).round() / 255
+    return scales
+
+
+def magnitudes(seed: int = 0) -> Weights:
+    """Parameter of the tiny model -> (N,) float32, heavy-tailed; some are 0, and small ones are often equal."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for number, (name, weight) in enumerate(tiny_model().named_parameters()):
+        values = torch.randn(weight.numel(), generator=generator) ** 4
+        drawn[name] = values.mul(100).round().div(100) * 10.0 ** (number % 5 - 2)
+    return drawn
+
+
+def normalised_and_trained(
+    normalising: RunConfig,
+    forms: list[ImportanceConfig],
+    training: list[RunConfig],
+    steps: list[list[Batch]],
+    model_changes: dict[str, Any],
+) -> tuple[list[Stretches], list[Any]]:
+    """Per form, this rank's stretches of `magnitudes` normalised; and what `train_all` gives."""
+    ranks = Ranks()
+    run = build(normalising, ranks)
+    shards = run.engine.named_shards
+    sums = zeros_by_flat(shards.values(), torch.float32)
+    drawn = magnitudes()
+    for name, shard in shards.items():
+        part = drawn[name][shard.offset : shard.offset + shard.numel]
+        sums[shard.flat][shard.start : shard.start + shard.numel] = part
+    sizes, device, layout = run.layout.sizes, ranks.info.device, run.layout
+    made = [ShardedImportance.from_magnitudes(shards, sizes, device, sums, layout.owners, form) for form in forms]
+    found = [stretches_of(run, importance.flats) for importance in made]
+    run.engine.close()
+    return found, train_all(training, steps, model_changes)

@@ -1,0 +1,38 @@
+"""What is masked where the config does not say, and groups that a model lacks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from das_ds.errors import ConfigError
+from das_ds.methods import METHODS
+from das_ds.models.registry import adapter_for
+from helpers.tiny_models import tiny_model
+from helpers.training import run_config
+
+
+def run_of(method: dict[str, Any], folder: Path) -> Any:
+    """As much of a run as is read before training, over a model whose table has no heads."""
+    layout = adapter_for("roberta").layout(tiny_model())
+    units = {group: size for group, size in layout.num_units.items() if group != "head"}
+    return SimpleNamespace(config=run_config(folder, method=method), layout=replace(layout, num_units=units))
+
+
+@pytest.mark.parametrize("method", [{"name": "dga"}, {"name": "das", "softmask": {"groups": ["output", "head"]}}])
+def test_groups_that_the_model_lacks_are_refused(method: dict[str, Any], tmp_path: Path) -> None:
+    message = (
+        "method.softmask.groups: found head, which the roberta adapter has no units of; "
+        "allowed: intermediate, output, shared"
+    )
+    with pytest.raises(ConfigError, match=message):
+        METHODS[method["name"]](run_of(method, tmp_path))
+
+
+@pytest.mark.parametrize("groups", [None, ["output", "shared"]])
+def test_das_masks_what_there_is(groups: list[str] | None, tmp_path: Path) -> None:
+    METHODS["das"](run_of({"name": "das", "softmask": {"groups": groups}}, tmp_path))
