@@ -15,7 +15,7 @@ from importlib import util
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -37,8 +37,8 @@ WARMUP_STEPS = 20
 class HeadTraining:
     """How the head is trained."""
 
-    batches: int = 300
-    epochs: int = 4
+    batches: int = 400
+    epochs: int = 6
     """Passes over what the body makes of these batches."""
     batch_size: int = 16
     sequence_length: int = 128
@@ -108,8 +108,9 @@ def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMask
     torch.manual_seed(training.seed)
     # The head is new by nature; transformers would report it.
     logging.set_verbosity_error()
-    model = BertForMaskedLM.from_pretrained(str(body), dtype=torch.float32).to(text.info.device).eval()
-    model.requires_grad_(False)
+    model = BertForMaskedLM.from_pretrained(str(body), dtype=torch.float32)
+    nn.Module.to(model, text.info.device)
+    model.eval().requires_grad_(False)
     read = predicted_states(model, text)
     head = model.cls.predictions
     head.bias.copy_(log_frequencies(torch.cat([targets for _, targets in read]), len(head.bias)))
@@ -124,7 +125,8 @@ def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMask
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return model.requires_grad_(True).cpu()
+    nn.Module.to(model.requires_grad_(True), "cpu")
+    return model
 
 
 @torch.no_grad()

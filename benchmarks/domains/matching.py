@@ -45,8 +45,8 @@ class Match:
 
     @property
     def needs_lowering(self) -> bool:
-        """Whether the variant learns less than naive training at its largest known rate."""
-        return self.target > max(self.probes, key=lambda probe: probe.learning_rate).learned
+        """Whether the variant learns less than naive training at its best known rate."""
+        return self.target > min(probe.learned for probe in self.probes)
 
 
 def match(

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -59,14 +59,20 @@ class Runner:
                 job.finish()
         with ThreadPoolExecutor(self._parallel) as pool:
             futures = [pool.submit(self._do, job) for job in left]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                self._is_stopped.set()
-                raise
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        # What failed comes before what was stopped for it.
+        for error in sorted(errors, key=lambda error: isinstance(error, StoppedError)):
+            raise error
 
     def _do(self, job: Job) -> None:
+        try:
+            self._start(job)
+        except BaseException:
+            # Here, before this thread takes the next job.
+            self._is_stopped.set()
+            raise
+
+    def _start(self, job: Job) -> None:
         if self._is_stopped.is_set() or time.monotonic() > self._deadline - WORTH_STARTING:
             raise StoppedError("time is up; the same command continues")
         began = time.monotonic()

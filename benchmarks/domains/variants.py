@@ -23,6 +23,7 @@ VARIANTS = (
     Variant("one", {"method": {"name": "one"}}),
     Variant("pool", {"method": {"name": "pool"}}),
     Variant("replay", {"method": {"name": "replay", **REPLAY}}),
+    Variant("dga", {"method": {"name": "dga"}}),
     das("das published", {"softmask": {"apply_to": "gradient"}}),
     das("das"),
     das("das one-sided", ONE_SIDED, NO_CONTRAST),

@@ -42,7 +42,7 @@ def against_line(comparison: Comparison, group: Group) -> str:
     own, found, line = f"`{group.label}` forgets {forgets.mean:+.3f}", *_line(comparison, group)
     if found is None or line is None:
         return f"{own}; no naive run learns as much or as little as it does, so the two cannot be held together."
-    share = f", {(line + found.mean) / line:.0%} of it" if line > 0 else ""
+    share = f", {(line + found.mean) / line:.0%} of it" if line > 0 and line + found.mean > 0 else ""
     return f"{own}; naive training that learns as much forgets {line:+.3f}{share}: {judged(found)}."
 
 
@@ -51,7 +51,7 @@ def goal(comparison: Comparison, label: str) -> str:
     found, line = _line(comparison, comparison.group(label))
     if found is None or line is None or line <= 0:
         return f"Half of naive forgetting at equal learning, `{label}`: cannot be said."
-    share = (line + found.mean) / line
+    share = max(line + found.mean, 0.0) / line
     reached = "reached" if share <= GOAL else "not reached"
     return f"Half of naive forgetting at equal learning, `{label}`: {reached} ({share:.0%})."
 
@@ -59,9 +59,9 @@ def goal(comparison: Comparison, label: str) -> str:
 def between(comparison: Comparison, label: str, other: str) -> str:
     """Two groups beside each other, seed by seed, in what they forget and what they learn."""
     these, others = comparison.group(label), comparison.group(other)
-    parts = [_part(these, others, FORGETTING, "forgets", "less", "more")]
-    parts.append(_part(these, others, LEARNED, "its loss when learned is", "lower", "higher"))
-    return f"`{label}` beside `{other}`: {'; '.join(parts)}."
+    forgets = _part(these, others, FORGETTING, "forgets", "less", "more")
+    learns = _part(these, others, LEARNED, "its loss when learned is", "lower", "higher")
+    return f"`{label}` beside `{other}`: {forgets}; {learns}."
 
 
 def compared_groups(comparison: Comparison) -> list[Group]:

@@ -96,6 +96,8 @@ def test_words_follow_from_the_line() -> None:
     assert goal(runs, "das").endswith("`das`: reached (31%).")
     assert goal(runs, "das weights").endswith("`das weights`: not reached (100%).")
     assert goal(runs, "ewc").endswith("cannot be said.")
+    better = comparison(runs.group("ncl"), runs.group("ncl x 0.5"), group("das", [(3.2, -0.1)]))
+    assert goal(better, "das").endswith("reached (0%).") and "% of it" not in against_line(better, better.group("das"))
     assert between(runs, "das", "ewc") == (
         "`das` beside `ewc`: forgets -0.250, less, the interval leaves out 0, but 2 seeds cannot be significant "
         "(p 0.5); its loss when learned is +1.200, higher, the interval leaves out 0, but 2 seeds cannot be "

@@ -36,6 +36,12 @@ def test_a_method_that_learns_more_needs_no_lowering() -> None:
     assert len(found.probes) == len(KNOWN)
 
 
+def test_a_rate_that_is_too_high_to_learn_is_no_end_of_the_search() -> None:
+    found = match("das", loss_of(1e-4), [Probe(1e-2, 9.0), *KNOWN], loss_of, tolerance=1e-3, most_probes=6)
+    assert found.needs_lowering and found.is_met
+    assert found.best.learning_rate == pytest.approx(1e-4, rel=0.05)
+
+
 def test_the_number_of_probes_is_bounded_and_so_is_the_rate() -> None:
     few = match("das", loss_of(4.6e-5), KNOWN, loss_of, tolerance=1e-9, most_probes=2)
     assert len(few.probes) == len(KNOWN) + 2 and not few.is_met

@@ -67,6 +67,13 @@ def test_a_job_that_fails_or_leaves_nothing_is_named(tmp_path: Path, code: str) 
     assert not (tmp_path / "after").exists()
 
 
+def test_a_failure_stops_the_jobs_beside_it_and_is_what_is_said(tmp_path: Path) -> None:
+    jobs = [Script(tmp_path / "long", STOPPED), Script(tmp_path / "bad", "import time; time.sleep(1); 1 / 0")]
+    with pytest.raises(TrainingError, match="bad: ended with exit code 1"):
+        Runner(tmp_path, threads=1, parallel=2).run(jobs)
+    assert {line["job"]: line["exit_code"] for line in manifest(tmp_path)} == {"long": 75, "bad": 1}
+
+
 def test_time_that_is_up_asks_the_run_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.domains.runner.WORTH_STARTING", 0.0)
     with pytest.raises(StoppedError, match="long: stopped and saved; the same command continues"):
