@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 LOWEST = 1 / 32
-"""Rates below this times the largest known one are not searched."""
+"""Rates below this times the one that learns best are not searched."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def next_rate(probes: tuple[Probe, ...], target: float) -> float | None:
         default=None,
     )
     if lower is None:
-        lowest = LOWEST * max(probe.learning_rate for probe in probes)
+        lowest = LOWEST * min(probes, key=lambda probe: probe.learned).learning_rate
         return upper.learning_rate / 2 if upper.learning_rate > lowest else None
     low, high = math.log(lower.learning_rate), math.log(upper.learning_rate)
     share = (lower.learned - target) / (lower.learned - upper.learned)
