@@ -22,7 +22,12 @@ def base_decoder(tier: Tier, folder: Path, data: Path, cache: Path, runner: Runn
         text = lzma.decompress(Path(corpus(data, GENERAL)["train"][0]).read_bytes()).decode()
         with replaced_folder(tokenizer) as partial:
             train_tokenizer(text.splitlines(), VOCAB_SIZE).save_pretrained(partial)
-    own = {"domains": [corpus(data, GENERAL)], "data": {"tokenizer": str(tokenizer), "cache_dir": str(cache)}}
-    run = TrainingRun(folder / f"decoder_{tier.name}", merged(own, tier.settings, tier.decoder), keeps_models=True)
+    run = decoder_run(tier, folder, data, cache, tokenizer)
     runner.run([run])
     return run.model(0)
+
+
+def decoder_run(tier: Tier, folder: Path, data: Path, cache: Path, tokenizer: Path) -> TrainingRun:
+    """The run that pre-trains it."""
+    own = {"domains": [corpus(data, GENERAL)], "data": {"tokenizer": str(tokenizer), "cache_dir": str(cache)}}
+    return TrainingRun(folder / f"decoder_{tier.name}", merged(own, tier.settings, tier.decoder), keeps_models=True)

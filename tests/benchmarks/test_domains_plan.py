@@ -8,6 +8,7 @@ import pytest
 from benchmarks.domains import data
 from benchmarks.domains.__main__ import main, only
 from benchmarks.domains.choice import Candidate, Choice
+from benchmarks.domains.decoder import decoder_run
 from benchmarks.domains.experiment import Experiment, learned
 from benchmarks.domains.plan import NAIVE, Tier, merged
 from benchmarks.domains.tiers import TIERS
@@ -46,6 +47,14 @@ def test_a_tier_names_its_own_variants_and_leaves_the_choice_a_seed(tier: Tier) 
     assert tier.choice_seed not in tier.seeds
     assert all(low < high for low, high in pairwise(tier.learning_rates))
     assert set(data.TASK_OF) >= set(tier.corpora if tier.task_variants else ())
+
+
+def test_the_decoder_is_a_run_over_general_text_alone() -> None:
+    run = decoder_run(TIERS["gpu"], Path("base"), Path("data"), Path("cache"), Path("tokenizer"))
+    config = RunConfig.model_validate({"output_dir": run.folder, **run.values})
+    assert [domain.name for domain in config.domains] == [data.GENERAL] and run.keeps_models
+    assert config.train.schedule == "cosine" and config.train.precision == "bf16"
+    assert config.model.config is not None and config.data.tokenizer == "tokenizer"
 
 
 def test_merging_goes_into_sections_and_replaces_lists() -> None:
