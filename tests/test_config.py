@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from das_ds.config import CorpusConfig, DomainConfig, ModelConfig, RunConfig, TrainConfig
+from das_ds.config import CorpusConfig, DomainConfig, ImportanceConfig, ModelConfig, RunConfig, TrainConfig
 
 SMALL: dict[str, Any] = {
     "output_dir": "runs/papers",
@@ -98,6 +98,11 @@ def test_earlier_domains_and_general_text_are_replayed() -> None:
             RunConfig,
             {**SMALL, "method": {"replay": {"general": True}}, "general": {"name": "general", "train": ["b.txt"]}},
             "method.replay.general: found true with nothing to replay, expected method.replay.share",
+        ),
+        (
+            ImportanceConfig,
+            {"kind": "sensitivity"},
+            "kind: found sensitivity with granularity unit, .* allowed there: magnitude, square",
         ),
         (RunConfig, {**SMALL, "domains": []}, "at least 1 item"),
         (RunConfig, {**SMALL, "epochs": 3}, "Extra inputs"),

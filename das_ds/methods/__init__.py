@@ -2,8 +2,17 @@
 
 from das_ds.methods.base import Method
 from das_ds.methods.das import SoftMaskedContrast
+from das_ds.methods.ewc import ElasticConsolidation
+from das_ds.methods.merge import Merged
 from das_ds.methods.ncl import Naive
 from das_ds.methods.one import FromBase
 from das_ds.methods.replay import NaiveReplay
 
-METHODS: dict[str, type[Method]] = {"das": SoftMaskedContrast, "ncl": Naive, "one": FromBase, "replay": NaiveReplay}
+METHODS: dict[str, type[Method]] = {
+    "das": SoftMaskedContrast,
+    "ewc": ElasticConsolidation,
+    "merge": Merged,
+    "ncl": Naive,
+    "one": FromBase,
+    "replay": NaiveReplay,
+}

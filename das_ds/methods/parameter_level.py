@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from das_ds.config import ImportanceKind
 from das_ds.data.batches import Batch
 from das_ds.distributed.passes import Pass
 from das_ds.distributed.sharded_importance import ShardedImportance
-from das_ds.distributed.state import RankState, SavedState
+from das_ds.distributed.state import Flats, RankState, SavedState
 from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
 from das_ds.methods.context import RunContext
@@ -27,13 +28,13 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
     """One byte per weight, sharded like the optimizer; every parameter counts, owned by a unit or not."""
 
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> ShardedImportance:
-        """Sum of |gradient| over the global batches of the sample, normalised per parameter tensor."""
+        """Sum over the gradients of the sample's global batches, normalised per parameter tensor."""
         engine = self.run.engine
         return ShardedImportance.from_magnitudes(
             engine.named_shards,
             self.run.layout.sizes_with(self.run.network.num_rows),
             engine.ranks.info.device,
-            sum_of_magnitudes(self.run, domain.sample_steps(label), loss),
+            sum_over_gradients(self.run, domain.sample_steps(label), loss, self.run.config.method.importance.kind),
             self.run.config.method.importance.normalisation,
         )
 
@@ -77,10 +78,10 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
         return importance
 
 
-def sum_of_magnitudes(
-    run: RunContext, steps: Pass[list[Batch]], loss: ImportanceLoss
-) -> dict[torch.Tensor, torch.Tensor]:
-    """sum_b | (1/G) sum_{n in b} dL(x_n) / dtheta | over global batches b; N/G times the mean absolute gradient.
+def sum_over_gradients(run: RunContext, steps: Pass[list[Batch]], loss: ImportanceLoss, kind: ImportanceKind) -> Flats:
+    """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over global batches b; s is `contribution`.
+
+    For `magnitude` that is N/G times the mean absolute gradient.
 
     DeepSpeed accumulates, averages and shards these gradients as in training, at any stage; weights, moments and
     schedule stay as they are.
@@ -89,6 +90,7 @@ def sum_of_magnitudes(
         run: the engine.
         steps: this rank's micro-batches of whole optimizer steps.
         loss: what is differentiated.
+        kind: what is summed.
 
     Returns:
         Flat tensor of this rank's optimizer -> (F,) float32.
@@ -98,7 +100,7 @@ def sum_of_magnitudes(
     """
     engine, device = run.engine, run.engine.ranks.info.device
     steps.sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=device))
-    with loss.mode(run), engine.summing_gradient_magnitudes() as sums:
+    with loss.mode(run), engine.summing_gradients(kind) as sums:
         for number, (flat, total) in enumerate(sums.items()):
             if (earlier := steps.sums.get(f"{number}")) is not None:
                 total.copy_(earlier)

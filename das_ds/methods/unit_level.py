@@ -10,7 +10,7 @@ from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
 from das_ds.methods.importance_file import load_unit_importance, save_unit_importance
 from das_ds.methods.importance_level import ImportanceLevel
-from das_ds.methods.importance_pass import ImportanceLoss, mean_absolute_gate_gradient
+from das_ds.methods.importance_pass import ImportanceLoss, mean_over_sequences
 
 
 class UnitLevel(ImportanceLevel[Importance]):
@@ -18,7 +18,8 @@ class UnitLevel(ImportanceLevel[Importance]):
 
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance:
         """One forward and backward pass over the sample, gradients of the gates only."""
-        raw = mean_absolute_gate_gradient(self.run, domain.sample_batches(label), loss)
+        kind = self.run.config.method.importance.kind
+        raw = mean_over_sequences(self.run, domain.sample_batches(label), loss, kind)
         form = self.run.config.method.importance.normalisation
         return {group: normalise(values, form) for group, values in raw.items()}
 

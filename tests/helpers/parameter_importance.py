@@ -15,7 +15,7 @@ from das_ds.distributed.passes import Pass
 from das_ds.distributed.sharded_importance import ShardedImportance
 from das_ds.functional.units import Importance
 from das_ds.methods.importance_file import save_parameter_importance
-from das_ds.methods.parameter_level import ParameterLevel, sum_of_magnitudes
+from das_ds.methods.parameter_level import ParameterLevel, sum_over_gradients
 from das_ds.models.registry import adapter_for
 from helpers.importance import LOSSES, NoisePerBatch
 from helpers.reference import fix_noise
@@ -28,7 +28,7 @@ Stretches = list[tuple[str, int, Tensor]]
 def measured_all(
     configs: list[RunConfig], kind: str, steps: list[list[Batch]], changes: dict[str, Any]
 ) -> list[tuple[Stretches, Stretches, Importance]]:
-    """Per config: this rank's stretches of the summed magnitudes and of the importance, and its means by unit."""
+    """Per config: this rank's stretches of the sums over gradients and of the importance, and its means by unit."""
     return [_measured(config, kind, steps, changes) for config in configs]
 
 
@@ -45,7 +45,7 @@ def _measured(
         fix_noise(engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
-    sums = sum_of_magnitudes(run, Pass(parts), LOSSES[kind])
+    sums = sum_over_gradients(run, Pass(parts), LOSSES[kind], config.method.importance.kind)
     assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
     assert engine.module.training
     sizes = run.layout.sizes
