@@ -36,6 +36,9 @@ class ImportanceConfig(Section):
     """Sequences per importance pass (at most the whole corpus is used)."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences per rank and forward pass at unit level; null: `train.micro_batch_size`."""
+    gradient_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per gradient at parameter level and for `ewc`, a multiple of the ranks; fewer tell single sequences
+    apart better and take longer; null: `train.global_batch_size`."""
     initial: str | None = None
     """Accumulated importance file of an earlier run; null: measure general knowledge before the first domain."""
 
@@ -64,8 +67,8 @@ class ContrastConfig(Section):
 class EwcConfig(Section):
     """Elastic weight consolidation."""
 
-    strength: float = Field(default=1.0, ge=0.0)
-    """Factor lambda of the penalty lambda / 2 * sum_i F_i (theta_i - theta*_i)^2."""
+    strength: float = Field(default=10.0, ge=0.0)
+    """Factor lambda of the penalty lambda / 2 * sum_i F_i (theta_i - theta*_i)^2, F being that of single sequences."""
     decay: float = Field(default=1.0, ge=0.0, le=1.0)
     """Factor of the Fisher information of all earlier domains when a domain's is added; 1 forgets none."""
 

@@ -249,6 +249,17 @@ class Engine:
         return QuadraticPenalty(self._engine, shards, parameters, scale, strength, curvature, anchor)
 
     @contextmanager
+    def accumulating(self, num_micro_steps: int) -> Iterator[None]:
+        """Inside, steps end after so many micro-steps, whatever it is in training; entered and left between steps."""
+        config, engine = self._engine._config, self._engine
+        saved = config.gradient_accumulation_steps, engine.micro_steps
+        config.gradient_accumulation_steps, engine.micro_steps = num_micro_steps, 0
+        try:
+            yield
+        finally:
+            config.gradient_accumulation_steps, engine.micro_steps = saved
+
+    @contextmanager
     def summing_gradients(self, kind: ImportanceKind) -> Iterator[Flats]:
         """Inside, a step adds what its averaged gradient contributes to sums, (F,) float32 each, and trains nothing.
 

@@ -1,6 +1,6 @@
 """EWC: elastic weight consolidation (Kirkpatrick et al., PNAS 2017), online (Schwarz et al., ICML 2018).
 
-Shape legend: G sequences of a global batch, N of the sample.
+N sequences of the sample.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class ElasticConsolidation(Method):
 
         F_i = (1/N) sum_b (sum_{n in b} dL(x_n) / dtheta_i)^2       L(x_n): mean loss of the predicted tokens
 
-    With batches b of one sequence that is the definition; larger ones have the same expectation up to the square of the
-    mean gradient, which is small at the end of a domain, so that lambda means the same at any batch size. In the first
-    domain nothing is known and nothing is pulled.
+    With batches b of one sequence that is the definition; larger ones (`importance.gradient_batch_size`) have the same
+    expectation up to the square of the mean gradient, which is small at the end of a domain, so that lambda means the
+    same at any batch size. In the first domain nothing is known and nothing is pulled.
 
     The pull lambda * F * (theta - theta*) is part of the gradient, as published: it is clipped with it and divided by
     Adam's root of squared gradients with it. So lambda counts against the loss's own gradient, a weight whose pull is
@@ -82,7 +82,7 @@ class ElasticConsolidation(Method):
         steps = domain.sample_steps(f"Fisher information of {domain.name}")
         sums = sum_over_gradients(self.run, steps, PRETRAINING, "square")
         count = float(all_reduce_sum(steps.sums[TOTALS].clone())[0])
-        scale = self.run.config.train.global_batch_size**2 / count
+        scale = self.run.config.gradient_batch_size**2 / count
         self.run.engine.before_change()
         if self._fisher is None:
             self._fisher = {flat: torch.zeros_like(total) for flat, total in sums.items()}

@@ -1,6 +1,6 @@
 """Importance of single weights (SPG: Konishi et al., Parameter-Level Soft-Masking for Continual Learning, ICML 2023).
 
-Shape legend: B sequences of a micro-batch, G of a global batch, N of the sample.
+Shape legend: B sequences of a micro-batch, G of a batch that gives one gradient, N of the sample.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
     """One byte per weight, sharded like the optimizer; every parameter counts, owned by a unit or not."""
 
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> ShardedImportance:
-        """Sum over the gradients of the sample's global batches, normalised per parameter tensor."""
+        """Sum over the gradients of the sample's batches, normalised per parameter tensor."""
         engine = self.run.engine
         return ShardedImportance.from_magnitudes(
             engine.named_shards,
@@ -79,7 +79,7 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
 
 
 def sum_over_gradients(run: RunContext, steps: Pass[list[Batch]], loss: ImportanceLoss, kind: ImportanceKind) -> Flats:
-    """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over global batches b; s is `contribution`.
+    """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over batches b of all ranks; s is `contribution`.
 
     For `magnitude` that is N/G times the mean absolute gradient.
 
@@ -88,7 +88,7 @@ def sum_over_gradients(run: RunContext, steps: Pass[list[Batch]], loss: Importan
 
     Args:
         run: the engine.
-        steps: this rank's micro-batches of whole optimizer steps.
+        steps: this rank's micro-batches of each batch b.
         loss: what is differentiated.
         kind: what is summed.
 
@@ -106,17 +106,25 @@ def sum_over_gradients(run: RunContext, steps: Pass[list[Batch]], loss: Importan
                 total.copy_(earlier)
             steps.sums[f"{number}"] = sums[flat]
         for step in steps:
-            # A global batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
-            for _ in engine.attempts():
-                step_totals = torch.zeros_like(steps.sums[TOTALS])
-                for batch in step:
-                    batch = batch.to(device)
-                    with loss.views(run, batch):
-                        per_sequence = loss.of_sequences(engine, batch)
-                        engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
-                    engine.step()
-                    step_totals += count_and_loss(batch, per_sequence)
-            steps.sums[TOTALS] = steps.sums[TOTALS] + step_totals
+            with engine.accumulating(len(step)):
+                # A batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
+                for _ in engine.attempts():
+                    totals = _measure_step(run, step, loss)
+            steps.sums[TOTALS] = steps.sums[TOTALS] + totals
     signal = share_of_signal(steps.sums[TOTALS].clone())
     # In place, also where the pass was complete and this is done again: the factor is 0 or 1.
     return {flat: total.mul_(signal.to(total.device)) for flat, total in sums.items()}
+
+
+def _measure_step(run: RunContext, step: list[Batch], loss: ImportanceLoss) -> torch.Tensor:
+    """One attempt at the gradient of a batch; (2,) its number of sequences and the sum of their losses on this rank."""
+    engine, device = run.engine, run.engine.ranks.info.device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in step:
+        batch = batch.to(device)
+        with loss.views(run, batch):
+            per_sequence = loss.of_sequences(engine, batch)
+            engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
+        engine.step()
+        totals += count_and_loss(batch, per_sequence)
+    return totals

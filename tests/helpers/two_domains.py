@@ -54,7 +54,8 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
     for index, steps in enumerate(domains):
         parts = [[rank_part(batch, ranks.info.rank, ranks.info.world_size) for batch in step] for step in steps]
         folder = config.output_dir
-        domain = DomainContext(index, "domain", lambda _: Pass([]), lambda _, p=parts: Pass(p), folder, folder)
+        measured = [[batch] for step in parts for batch in step]
+        domain = DomainContext(index, "domain", lambda _: Pass([]), lambda _, m=measured: Pass(m), folder, folder)
         method.before_domain(domain)
         engine.start_domain(len(steps))
         method.start_training(domain)
@@ -114,7 +115,7 @@ def learn_plainly(
 
 
 def _squares(model: Any, steps: Steps) -> Weights:
-    """(1/N) sum_b (sum_{n in b} g_n)^2, one sequence at a time."""
+    """(1/N) sum_b (sum_{n in b} g_n)^2 over micro-batches b, one sequence at a time."""
     batches = [batch for step in steps for batch in step]
     inputs, corrupted = (torch.cat([vars(batch)[key] for batch in batches]) for key in ("input_ids", "corrupted_ids"))
     labels = torch.full_like(inputs, -100)
@@ -122,6 +123,6 @@ def _squares(model: Any, steps: Steps) -> Weights:
     for batch in batches:
         labels[first : first + len(batch.input_ids)].view(-1)[batch.predicted] = batch.targets
         first += len(batch.input_ids)
-    size = len(inputs) // len(steps)
+    size = len(inputs) // len(batches)
     means = reference_batch_gradients(model, inputs, corrupted, labels, "mlm", size)
     return {name: sum((size * mean[name]) ** 2 for mean in means) / len(inputs) for name in means[0]}

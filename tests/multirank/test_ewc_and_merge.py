@@ -18,7 +18,12 @@ from helpers.two_domains import Expected, Learned, Steps, learn_all, learn_plain
 pytestmark = pytest.mark.multirank
 
 NUM_STEPS, STRENGTH, DECAY = 3, 3000.0, 0.5
-EWC: dict[str, Any] = {"name": "ewc", "ewc": {"strength": STRENGTH, "decay": DECAY}}
+# Gradients for Fisher information are those of single micro-batches, unlike those of training.
+EWC: dict[str, Any] = {
+    "name": "ewc",
+    "ewc": {"strength": STRENGTH, "decay": DECAY},
+    "importance": {"gradient_batch_size": ROWS},
+}
 MERGE: dict[str, Any] = {"name": "merge", "merge": {"coefficient": 0.3}}
 AVERAGE: dict[str, Any] = {"name": "merge", "merge": {"coefficient": "average"}}
 
