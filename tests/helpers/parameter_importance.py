@@ -12,8 +12,8 @@ from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Pass
-from das_ds.distributed.sharded_importance import ShardedImportance
 from das_ds.functional.units import Importance
+from das_ds.methods.base import DomainContext
 from das_ds.methods.importance_file import save_parameter_importance
 from das_ds.methods.parameter_level import ParameterLevel, sum_over_gradients
 from das_ds.models.registry import adapter_for
@@ -45,12 +45,13 @@ def _measured(
         fix_noise(engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
-    sums = sum_over_gradients(run, Pass(parts), LOSSES[kind], config.method.importance.kind)
+    steps, folder = Pass(parts), config.output_dir
+    domain = DomainContext(0, "domain", lambda label: Pass([]), lambda label: steps, folder, folder)
+    importance = ParameterLevel(run).measure(domain, "", LOSSES[kind])
     assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
     assert engine.module.training
-    sizes = run.layout.sizes
-    form = config.method.importance.normalisation
-    importance = ShardedImportance.from_magnitudes(engine.named_shards, sizes, info.device, sums, form)
+    # The pass is complete: its sums are given back without any batch.
+    sums = sum_over_gradients(run, steps, LOSSES[kind], config.method.importance.kind)
     found = _stretches(run, sums), _stretches(run, importance.flats), importance.by_unit(run.layout)
     engine.close()
     return found
