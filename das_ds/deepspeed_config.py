@@ -39,6 +39,11 @@ def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]
     _refuse_unsupported(engine, config.train.precision)
     for key, (owner, value) in _owned_values(config, engine, world_size).items():
         _set_owned(engine, key, owner, value)
+    if config.gradient_batch_size % world_size:
+        raise ConfigError(
+            f"method.importance.gradient_batch_size: found {config.gradient_batch_size}, expected a multiple of the "
+            f"number of ranks, {world_size}"
+        )
     return ENGINE_DEFAULTS | engine
 
 

@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from das_ds.config import CorpusConfig, DomainConfig, MethodConfig, ModelConfig, RunConfig, SoftmaskConfig, TrainConfig
+from das_ds.config import (
+    CorpusConfig,
+    DomainConfig,
+    ImportanceConfig,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    SoftmaskConfig,
+    TrainConfig,
+)
 from das_ds.config.stage import Stage
 
 SMALL: dict[str, Any] = {
@@ -139,6 +148,11 @@ def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: 
             "softmask.readers needs importance.granularity: unit, found true with parameter",
         ),
         (SoftmaskConfig, {"groups": ["heads"]}, "should be 'head', 'intermediate', 'output' or 'shared'"),
+        (
+            ImportanceConfig,
+            {"kind": "sensitivity"},
+            "kind: found sensitivity with granularity unit, .* allowed there: magnitude, square",
+        ),
         (RunConfig, {**SMALL, "domains": []}, "at least 1 item"),
         (RunConfig, {**SMALL, "epochs": 3}, "Extra inputs"),
     ],

@@ -128,6 +128,15 @@ def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, ne
     )
 
 
+def test_gradients_of_importance_are_shared_by_all_ranks() -> None:
+    config = run_config({})
+    method = {"importance": {"gradient_batch_size": 6}}
+    config = RunConfig.model_validate({**config.model_dump(), "method": method})
+    assert build_deepspeed_config(config, world_size=2)["gradient_accumulation_steps"] == 4
+    with pytest.raises(ConfigError, match=r"gradient_batch_size: found 6, expected a multiple of .* ranks, 4"):
+        build_deepspeed_config(config, world_size=4)
+
+
 @pytest.mark.parametrize(
     ("precision", "zero", "expected"),
     [

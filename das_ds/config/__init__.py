@@ -5,7 +5,16 @@ Reading, overriding and writing configs is `config_io.py`, the table of all keys
 
 from das_ds.config.adapter import AdapterConfig, GroupName, ObjectiveName, RuleConfig, SiteConfig, UnitCountsConfig
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
-from das_ds.config.method import ContrastConfig, ImportanceConfig, MethodConfig, ReplayConfig, SoftmaskConfig
+from das_ds.config.method import (
+    ContrastConfig,
+    EwcConfig,
+    ImportanceConfig,
+    ImportanceKind,
+    MergeConfig,
+    MethodConfig,
+    ReplayConfig,
+    SoftmaskConfig,
+)
 from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.run import RunConfig
@@ -21,11 +30,14 @@ __all__ = [
     "DataConfig",
     "DomainConfig",
     "EvaluationConfig",
+    "EwcConfig",
     "FaultsConfig",
     "GroupName",
     "ImportanceConfig",
+    "ImportanceKind",
     "JobConfig",
     "LoraConfig",
+    "MergeConfig",
     "MethodConfig",
     "ModelConfig",
     "ObjectiveName",

@@ -56,6 +56,11 @@ class RunConfig(Section):
         return [Stage(index, (name,), num_steps) for index, name in enumerate(names)]
 
     @property
+    def gradient_batch_size(self) -> int:
+        """Sequences, over all ranks, of each gradient that importance of weights is measured by."""
+        return self.method.importance.gradient_batch_size or self.train.global_batch_size
+
+    @property
     def num_replayed(self) -> int:
         """Sequences of each global batch that are earlier text, in domains that have some."""
         share, size = self.method.replay.share, self.train.global_batch_size

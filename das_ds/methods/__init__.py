@@ -3,6 +3,8 @@
 from das_ds.methods.base import Method
 from das_ds.methods.das import SoftMaskedContrast
 from das_ds.methods.dga import GeneralKnowledgeContrast
+from das_ds.methods.ewc import ElasticConsolidation
+from das_ds.methods.merge import Merged
 from das_ds.methods.ncl import Naive
 from das_ds.methods.one import FromBase
 from das_ds.methods.pool import Pool
@@ -11,6 +13,8 @@ from das_ds.methods.replay import NaiveReplay
 METHODS: dict[str, type[Method]] = {
     "das": SoftMaskedContrast,
     "dga": GeneralKnowledgeContrast,
+    "ewc": ElasticConsolidation,
+    "merge": Merged,
     "ncl": Naive,
     "one": FromBase,
     "pool": Pool,

@@ -187,6 +187,44 @@ def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_what_ewc_and_merge_keep_continues(tmp_path: Path) -> None:
+    """In pieces bit for bit, and from the middle of the second domain on another number of ranks and stage."""
+    methods = {"ewc": {"name": "ewc", "ewc": {"strength": 1e4}}, "merge": {"name": "merge"}}
+    # So that a start also breaks off where weights are still to be merged, or within the pass for Fisher information.
+    limits = {"ewc": 5, "merge": 7}
+
+    def values(name: str, method: str, **changes: Any) -> dict[str, Any]:
+        measured = {**methods[method], "importance": {"samples": 24}}
+        base = run(tmp_path, name, method=measured, asynchronous=False, log_every=1)
+        checkpoint = {**base["checkpoint"], "keep": 100}
+        return {**base, "model": small_run(tmp_path)["model"], "checkpoint": checkpoint, **changes}
+
+    run_ranks(run_all, 2, [values(f"{name}_whole", name) for name in methods])
+    others = []
+    for name in methods:
+        whole, parts = tmp_path / f"{name}_whole", tmp_path / f"{name}_parts"
+        _, breaks = run_ranks(run_in_pieces, 2, values(parts.name, name), limits[name])[0]
+        assert {phase for phase, *_ in breaks} >= {"train", "after"}, breaks
+        assert_same_run(parts, whole)
+        others.append(tmp_path / f"{name}_other")
+        shutil.copytree(whole, others[-1])
+        # As if the run had been killed there.
+        saved = checkpoints(others[-1])
+        for later in saved[saved.index(next(place for place in saved if place.endswith("papers_train_3"))) + 1 :]:
+            shutil.rmtree(others[-1] / "checkpoints" / later)
+    zero3 = {"zero_optimization": {"stage": 3}}
+    run_ranks(run_all, 1, [values(f"{name}_other", name, deepspeed=zero3) for name in methods])
+    for name, other in zip(methods, others, strict=True):
+        lines, expected = metrics_lines(other), metrics_lines(tmp_path / f"{name}_whole")
+        assert [line["global_step"] for line in lines] == list(range(1, 13))
+        for part in ("loss", "grad_norm"):
+            assert [line[part] for line in lines] == pytest.approx([line[part] for line in expected], rel=1e-4)
+        mine, theirs = (read_results(folder / "results.json") for folder in (other, tmp_path / f"{name}_whole"))
+        assert mine.loss_matrix[-1] == pytest.approx(theirs.loss_matrix[-1], rel=1e-4)
+        assert all(("loss/ewc" in line) == (name == "ewc" and line["domain"] == "papers") for line in lines)
+    assert max(line.get("loss/ewc", 0.0) for line in metrics_lines(others[0])) > 1e-3
+
+
 def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
     changes = {"schedule": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_every": 1}
     runs = [run(tmp_path, name, method={"name": "ncl"}, **changes) for name in ("whole", "parts")]
