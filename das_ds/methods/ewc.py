@@ -40,8 +40,8 @@ class ElasticConsolidation(Method):
     same at any batch size. In the first domain nothing is known and nothing is pulled.
 
     The pull lambda * F * (theta - theta*) is part of the gradient, as published: it is clipped with it and divided by
-    Adam's root of squared gradients with it. So lambda counts against the loss's own gradient, a weight whose pull is
-    the larger part moves at the full learning rate whatever lambda is, and weight decay is not opposed.
+    Adam's root of squared gradients with it. So lambda counts against the loss's own gradient, and a weight of whose
+    gradient the pull is the larger part goes back at the full learning rate, whatever lambda is.
 
     Keeps two fp32 numbers per weight (F and theta*), sharded like the optimizer. Extra compute: one pass over them per
     step, and one forward and backward pass over the sample per domain.
@@ -60,6 +60,7 @@ class ElasticConsolidation(Method):
 
     def start_training(self, domain: DomainContext) -> None:
         """Penalise all further steps."""
+        self._penalty = None
         if self._fisher is not None:
             assert self._anchor is not None, "before_domain comes before start_training"
             strength = self.run.config.method.ewc.strength

@@ -191,7 +191,7 @@ def test_what_ewc_and_merge_keep_continues(tmp_path: Path) -> None:
     """In pieces bit for bit, and from the middle of the second domain on another number of ranks and stage."""
     methods = {"ewc": {"name": "ewc", "ewc": {"strength": 1e4}}, "merge": {"name": "merge"}}
     # So that a start also breaks off where weights are still to be merged, or within the pass for Fisher information.
-    limits = {"ewc": 5, "merge": 7}
+    limits = {"ewc": 8, "merge": 7}
 
     def values(name: str, method: str, **changes: Any) -> dict[str, Any]:
         measured = {**methods[method], "importance": {"samples": 24}}
