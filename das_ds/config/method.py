@@ -47,6 +47,15 @@ class ContrastConfig(Section):
     for masked and last for causal models."""
 
 
+class KdConfig(Section):
+    """Method kd: distillation from the model as it was before the domain."""
+
+    weight: float = Field(default=1.0, ge=0.0)
+    """Factor of the divergence of final hidden states from those of the teacher."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """What hidden states are divided by before the softmax over the hidden size."""
+
+
 class ReplayConfig(Section):
     """Earlier text in every global batch, beside any method."""
 
@@ -60,14 +69,15 @@ class ReplayConfig(Section):
 class MethodConfig(Section):
     """The continual-learning method."""
 
-    name: Literal["das", "ncl", "one", "replay"] = "das"
-    """`das` soft masks and contrasts, `ncl` is naive continual training, `one` trains each domain from the base,
-    `replay` is naive with earlier text in every batch."""
+    name: Literal["das", "kd", "ncl", "one", "replay"] = "das"
+    """`das` soft masks and contrasts, `kd` distils from the model before the domain, `ncl` is naive continual training,
+    `one` trains each domain from the base, `replay` is naive with earlier text in every batch."""
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()
     importance: ImportanceConfig = ImportanceConfig()
     contrast: ContrastConfig = ContrastConfig()
+    kd: KdConfig = KdConfig()
     replay: ReplayConfig = ReplayConfig()
 
     @model_validator(mode="after")

@@ -162,6 +162,30 @@ def test_a_run_with_replay_continues(tmp_path: Path) -> None:
     assert all(line["loss"] != other["loss"] for line, other in zip(lines, without, strict=True))
 
 
+def test_a_teacher_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
+    def values(name: str, zero: dict[str, Any], micro_batch_size: int, **train: Any) -> dict[str, Any]:
+        changes = {"log_every": 1, "micro_batch_size": micro_batch_size, **train}
+        base = run(tmp_path, name, method={"name": "kd", "kd": {"weight": 10.0}}, asynchronous=False, **changes)
+        return {**base, "deepspeed": {"zero_optimization": zero}}
+
+    divided = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    runs = [values(name, divided, 2, precision="bf16") for name in ("whole", "parts")]
+    run_ranks(run_all, 2, runs[:1])
+    _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]
+    assert {domains_done for phase, domains_done, step in breaks if phase == "train" and step > 0} == {0, 1}
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+    def without_dropout(name: str, zero: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
+        return {**values(name, zero, micro_batch_size), "model": small_run(tmp_path)["model"]}
+
+    broken_off = run_ranks(break_off, 2, without_dropout("moved", {"stage": 2}, 2), 19)[0]
+    assert broken_off == ("train", 1, 4)
+    run_ranks(run_all, 1, [without_dropout("moved", divided, 4)])
+    run_ranks(run_all, 2, [without_dropout("still", {"stage": 2}, 2)])
+    found, expected = ([line["loss/distillation"] for line in metrics_lines(tmp_path / n)] for n in ("moved", "still"))
+    assert found == pytest.approx(expected, rel=1e-3) and expected[-1] > 1e-3
+
+
 def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
     changes = {"schedule": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_every": 1}
     runs = [run(tmp_path, name, method={"name": "ncl"}, **changes) for name in ("whole", "parts")]
