@@ -118,7 +118,7 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
         ("data.mlm_probability=1.5", "data.mlm_probability: found 1.5, allowed: number > 0 and < 1"),
         ("train.micro_batch_size=2.5", "train.micro_batch_size: found 2.5, allowed: integer >= 1"),
         ("evaluation.batch_size=0", "evaluation.batch_size: found 0, allowed: integer >= 1 or null"),
-        ("method.name=dsa", "method.name: found 'dsa', allowed: das | kd | ncl | one | replay"),
+        ("method.name=dsa", "method.name: found 'dsa', allowed: das | derpp | kd | ncl | one | replay"),
         ("method.softmask.readers=7", "method.softmask.readers: found 7, allowed: true | false"),
         ("deepspeed=5", "deepspeed: found 5, allowed: text or mapping"),
         ("deepspeed=[a, b]", "deepspeed: found ['a', 'b'], allowed: text or mapping"),
@@ -155,7 +155,7 @@ def test_mistake_names_the_key_and_what_is_allowed(run_file: Path, override: str
 def test_all_mistakes_are_reported_in_one_line(run_file: Path) -> None:
     message = message_of(run_file, "learning_rate=1", "seed=-1", "method.name=dsa")
     assert message.split("; ") == [
-        "method.name: found 'dsa', allowed: das | kd | ncl | one | replay",
+        "method.name: found 'dsa', allowed: das | derpp | kd | ncl | one | replay",
         "seed: found -1, allowed: integer >= 0 and < 4294967296",
         "learning_rate: unknown key",
         "did you mean train.learning_rate or tasks.0.learning_rate?",

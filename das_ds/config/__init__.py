@@ -7,6 +7,7 @@ from das_ds.config.adapter import AdapterConfig, GroupName, ObjectiveName, RuleC
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import (
     ContrastConfig,
+    DerppConfig,
     ImportanceConfig,
     KdConfig,
     MethodConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "ContrastConfig",
     "CorpusConfig",
     "DataConfig",
+    "DerppConfig",
     "DomainConfig",
     "EvaluationConfig",
     "FaultsConfig",

@@ -47,6 +47,21 @@ class ContrastConfig(Section):
     for masked and last for causal models."""
 
 
+class DerppConfig(Section):
+    """Method derpp: replay from a buffer, with the answers that the model gave when it stored a sequence."""
+
+    alpha: float = Field(default=0.5, ge=0.0)
+    """Factor of the distance of final hidden states from the stored ones."""
+    beta: float = Field(default=0.5, ge=0.0)
+    """Factor of the pre-training loss on replayed sequences."""
+    capacity: int = Field(default=1000, ge=1)
+    """Sequences in the buffer, over all ranks; each takes 4 bytes a token and 8 + 2 x hidden size an answer."""
+    positions: int = Field(default=32, ge=2, multiple_of=2)
+    """Most predicted positions of a sequence whose answer is stored, an even number; only these are rehearsed."""
+    replayed: int | None = Field(default=None, ge=1)
+    """Sequences replayed with each global batch, on top of it; null: the number nearest to 1 of 16, at least one."""
+
+
 class KdConfig(Section):
     """Method kd: distillation from the model as it was before the domain."""
 
@@ -69,14 +84,16 @@ class ReplayConfig(Section):
 class MethodConfig(Section):
     """The continual-learning method."""
 
-    name: Literal["das", "kd", "ncl", "one", "replay"] = "das"
-    """`das` soft masks and contrasts, `kd` distils from the model before the domain, `ncl` is naive continual training,
-    `one` trains each domain from the base, `replay` is naive with earlier text in every batch."""
+    name: Literal["das", "derpp", "kd", "ncl", "one", "replay"] = "das"
+    """`das` soft masks and contrasts, `derpp` replays sequences with earlier answers from a buffer, `kd` distils from
+    the model before the domain, `ncl` is naive continual training, `one` trains each domain from the base, `replay` is
+    naive with earlier text in every batch."""
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()
     importance: ImportanceConfig = ImportanceConfig()
     contrast: ContrastConfig = ContrastConfig()
+    derpp: DerppConfig = DerppConfig()
     kd: KdConfig = KdConfig()
     replay: ReplayConfig = ReplayConfig()
 

@@ -2,6 +2,7 @@
 
 from das_ds.methods.base import Method
 from das_ds.methods.das import SoftMaskedContrast
+from das_ds.methods.derpp import DarkExperienceReplay
 from das_ds.methods.kd import Distillation
 from das_ds.methods.ncl import Naive
 from das_ds.methods.one import FromBase
@@ -9,6 +10,7 @@ from das_ds.methods.replay import NaiveReplay
 
 METHODS: dict[str, type[Method]] = {
     "das": SoftMaskedContrast,
+    "derpp": DarkExperienceReplay,
     "kd": Distillation,
     "ncl": Naive,
     "one": FromBase,
