@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from das_ds.data.batches import Batch
 from helpers.distillation import TeacherFacts, teach_and_train
-from helpers.parity import EPS, NUM_STEPS, configs_of, relative_difference, steps
+from helpers.parity import EPS, NUM_STEPS, OFFLOAD, configs_of, relative_difference, steps
 from helpers.rehearsal import DERPP, PlainBuffer
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
@@ -97,7 +97,8 @@ def derpp_reference() -> Reference:
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 2), (2, 2), (3, 2), (2, 1)])
 def test_teachers_are_exact_and_methods_equal_plain_torch(stage: int, world_size: int, tmp_path: Path) -> None:
     zeros = [{"stage": stage, "stage3_param_persistence_threshold": threshold} for threshold in THRESHOLDS]
-    settings = [(zeros[0], "bf16"), (zeros[1], "fp32"), (zeros[1], "fp16")][: 2 if stage == 0 else 3]
+    offloaded = {**zeros[1], **(OFFLOAD if stage > 1 else {})}
+    settings = [(zeros[0], "bf16"), (zeros[1], "fp32"), (offloaded, "fp16")][: 2 if stage == 0 else 3]
     beside = [configs_of(tmp_path, world_size, zero, [KD], precision)[0] for zero, precision in settings]
     methods = configs_of(tmp_path, world_size, zeros[1], [KD, DERPP])
     results = run_ranks(teach_and_train, world_size, beside, methods, steps(), NO_DROPOUT)
