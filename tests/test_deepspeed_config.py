@@ -118,6 +118,26 @@ def test_contradiction_is_refused(engine: dict[str, Any], expected: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size: found 8 with method.name kd, allowed: 1"),
+        (
+            {"offload_param": {"device": "nvme"}},
+            "offload_param.device: found 'nvme' with method.name kd, allowed: none",
+        ),
+    ],
+)
+def test_a_teacher_needs_weights_that_can_be_replaced(zero: dict[str, Any], expected: str) -> None:
+    config = run_config({"zero_optimization": {"stage": 3, **zero}})
+    build_deepspeed_config(config, world_size=1)
+    with pytest.raises(ConfigError) as caught:
+        build_deepspeed_config(
+            config.model_copy(update={"method": config.method.model_copy(update={"name": "kd"})}), world_size=1
+        )
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("global_batch_size", "nearest"), [(300, "256 or 384"), (100, "128"), (129, "128 or 256"), (255, "128 or 256")]
 )
 def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, nearest: str) -> None:

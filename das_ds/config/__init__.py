@@ -7,9 +7,11 @@ from das_ds.config.adapter import AdapterConfig, GroupName, ObjectiveName, RuleC
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import (
     ContrastConfig,
+    DerppConfig,
     EwcConfig,
     ImportanceConfig,
     ImportanceKind,
+    KdConfig,
     MergeConfig,
     MethodConfig,
     ReplayConfig,
@@ -28,6 +30,7 @@ __all__ = [
     "ContrastConfig",
     "CorpusConfig",
     "DataConfig",
+    "DerppConfig",
     "DomainConfig",
     "EvaluationConfig",
     "EwcConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "ImportanceConfig",
     "ImportanceKind",
     "JobConfig",
+    "KdConfig",
     "LoraConfig",
     "MergeConfig",
     "MethodConfig",

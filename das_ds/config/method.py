@@ -79,6 +79,21 @@ class ContrastConfig(Section):
     for masked and last for causal models."""
 
 
+class DerppConfig(Section):
+    """Method derpp: replay from a buffer, with the answers that the model gave when it stored a sequence."""
+
+    alpha: float = Field(default=0.5, ge=0.0)
+    """Factor of the distance of final hidden states from the stored ones."""
+    beta: float = Field(default=0.5, ge=0.0)
+    """Factor of the pre-training loss on replayed sequences."""
+    capacity: int = Field(default=1000, ge=1)
+    """Sequences in the buffer, over all ranks; each takes 4 bytes a token and 8 + 2 x hidden size an answer."""
+    positions: int = Field(default=32, ge=2, multiple_of=2)
+    """Most predicted positions of a sequence whose answer is stored, an even number; only these are rehearsed."""
+    replayed: int | None = Field(default=None, ge=1)
+    """Sequences replayed with each global batch, on top of it; null: the number nearest to 1 of 16, at least one."""
+
+
 class EwcConfig(Section):
     """Elastic weight consolidation."""
 
@@ -86,6 +101,15 @@ class EwcConfig(Section):
     """Factor lambda of the penalty lambda / 2 * sum_i F_i (theta_i - theta*_i)^2, F being that of single sequences."""
     decay: float = Field(default=1.0, ge=0.0, le=1.0)
     """Factor of the Fisher information of all earlier domains when a domain's is added; 1 forgets none."""
+
+
+class KdConfig(Section):
+    """Method kd: distillation from the model as it was before the domain."""
+
+    weight: float = Field(default=1.0, ge=0.0)
+    """Factor of the divergence of final hidden states from those of the teacher."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """What hidden states are divided by before the softmax over the hidden size."""
 
 
 class MergeConfig(Section):
@@ -109,17 +133,20 @@ class ReplayConfig(Section):
 class MethodConfig(Section):
     """The continual-learning method."""
 
-    name: Literal["das", "dga", "ewc", "merge", "ncl", "one", "pool", "replay"] = "das"
-    """`das` soft masks and contrasts, `dga` does so with general knowledge alone, `ewc` pulls weights back by their
-    Fisher information, `merge` averages weights from before and after each domain, `ncl` is naive continual training,
-    `one` trains each domain from the base, `pool` on all domains at once, `replay` is naive with earlier text in every
+    name: Literal["das", "derpp", "dga", "ewc", "kd", "merge", "ncl", "one", "pool", "replay"] = "das"
+    """`das` soft masks and contrasts, `derpp` replays sequences with earlier answers from a buffer, `dga` is das with
+    general knowledge alone, `ewc` pulls weights back by their Fisher information, `kd` distils from the model before
+    the domain, `merge` averages weights from before and after each domain, `ncl` is naive continual training, `one`
+    trains each domain from the base, `pool` on all domains at once, `replay` is naive with earlier text in every
     batch."""
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()
     importance: ImportanceConfig = ImportanceConfig()
     contrast: ContrastConfig = ContrastConfig()
+    derpp: DerppConfig = DerppConfig()
     ewc: EwcConfig = EwcConfig()
+    kd: KdConfig = KdConfig()
     merge: MergeConfig = MergeConfig()
     replay: ReplayConfig = ReplayConfig()
 

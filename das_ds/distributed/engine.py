@@ -16,6 +16,7 @@ from torch import nn
 
 from das_ds.config import ImportanceKind, SoftmaskConfig, TrainConfig
 from das_ds.deepspeed_config import is_offloaded
+from das_ds.distributed.earlier_weights import EarlierWeights
 from das_ds.distributed.gradient_mask import GradientMask
 from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
@@ -339,6 +340,22 @@ class Engine:
         for shard, saved in zip(self._list_shards, snapshot, strict=True):
             self._stretch(shard).copy_(saved)
         refresh_weights(self._engine)
+
+    def earlier_weights(self, saved: Flats | None = None) -> EarlierWeights:
+        """A copy of the weights as they are, or as they were saved, that can be run later in place of the present ones.
+
+        Args:
+            saved: what `EarlierWeights.flats` gave, however it was divided.
+        """
+        if saved is None:
+            return EarlierWeights(self._engine, self._parameters, self._list_shards)
+        present = self.snapshot()
+        self.before_change()
+        for flat, values in saved.items():
+            flat.data.view(-1).copy_(values)
+        earlier = EarlierWeights(self._engine, self._parameters, self._list_shards)
+        self.restore(present)
+        return earlier
 
     def stored_shards(self) -> list[Shard]:
         """This rank's part of what all ranks store together, every weight once.

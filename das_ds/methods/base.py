@@ -54,6 +54,9 @@ class Method:
     def start_training(self, domain: DomainContext) -> None:
         """Called whenever steps on a domain begin or continue, after `before_domain` or `load_state`."""
 
+    def start_step(self, step: int) -> None:
+        """Called before the micro-steps of optimizer step `step` of the domain, and again when it is tried again."""
+
     @contextmanager
     def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """Named losses of one micro-batch; the backward pass runs inside the context.

@@ -225,6 +225,60 @@ def test_what_ewc_and_merge_keep_continues(tmp_path: Path) -> None:
     assert max(line.get("loss/ewc", 0.0) for line in metrics_lines(others[0])) > 1e-3
 
 
+def test_a_teacher_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
+    def values(name: str, zero: dict[str, Any], micro_batch_size: int, **train: Any) -> dict[str, Any]:
+        changes = {"log_every": 1, "micro_batch_size": micro_batch_size, **train}
+        base = run(tmp_path, name, method={"name": "kd", "kd": {"weight": 10.0}}, asynchronous=False, **changes)
+        return {**base, "deepspeed": {"zero_optimization": zero}}
+
+    divided = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    runs = [values(name, divided, 2, precision="bf16") for name in ("whole", "parts")]
+    run_ranks(run_all, 2, runs[:1])
+    _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]
+    assert {domains_done for phase, domains_done, step in breaks if phase == "train" and step > 0} == {0, 1}
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+    def without_dropout(name: str, zero: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
+        return {**values(name, zero, micro_batch_size), "model": small_run(tmp_path)["model"]}
+
+    broken_off = run_ranks(break_off, 2, without_dropout("moved", {"stage": 2}, 2), 19)[0]
+    assert broken_off == ("train", 1, 4)
+    run_ranks(run_all, 1, [without_dropout("moved", divided, 4)])
+    run_ranks(run_all, 2, [without_dropout("still", {"stage": 2}, 2)])
+    found, expected = ([line["loss/distillation"] for line in metrics_lines(tmp_path / n)] for n in ("moved", "still"))
+    assert found == pytest.approx(expected, rel=1e-3) and expected[-1] > 1e-3
+
+
+def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
+    """In fp16 with steps that are tried again; then a causal model on isolated documents, from two ranks to one."""
+
+    def values(name: str, stage: int, micro_batch_size: int, **train: Any) -> dict[str, Any]:
+        method = {"name": "derpp", "derpp": {"capacity": 13, "positions": 4, "replayed": 3}}
+        changes = {"log_every": 1, "micro_batch_size": micro_batch_size, **train}
+        base = run(tmp_path, name, stage=stage, method=method, asynchronous=False, **changes)
+        return {**base, "deepspeed": {**base["deepspeed"], "fp16": {"initial_scale_power": 22}}}
+
+    runs = [values(name, 1, 2, precision="fp16") for name in ("whole", "parts")]
+    run_ranks(run_all, 2, runs[:1])
+    run_ranks(run_in_pieces, 2, runs[1], 5)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert metrics_lines(tmp_path / "whole")[-1]["skipped_steps"] > 0
+
+    def causal(name: str, stage: int, micro_batch_size: int) -> dict[str, Any]:
+        base = values(name, stage, micro_batch_size)
+        model = {**small_run(tmp_path)["model"]["config"], "model_type": "llama", "num_key_value_heads": 3}
+        model = {name: value for name, value in model.items() if not name.endswith("dropout_prob")}
+        return {**base, "model": {"config": model}, "data": {**base["data"], "isolate_documents": True}}
+
+    assert run_ranks(break_off, 2, causal("moved", 2, 2), 19)[0] == ("train", 1, 4)
+    run_ranks(run_all, 1, [causal("moved", 3, 4)])
+    run_ranks(run_all, 2, [causal("still", 2, 2)])
+    found, expected = (metrics_lines(tmp_path / name) for name in ("moved", "still"))
+    for part in ("clm", "answers", "rehearsal"):
+        losses = [[line[f"loss/{part}"] for line in lines] for lines in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[1][-1] > 1e-3
+
+
 def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
     changes = {"schedule": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_every": 1}
     runs = [run(tmp_path, name, method={"name": "ncl"}, **changes) for name in ("whole", "parts")]
