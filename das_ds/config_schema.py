@@ -107,6 +107,8 @@ def _allowed(node: dict[str, Any]) -> str:
         return " or ".join(_allowed(option) for option in node["anyOf"])
     if "enum" in node:
         return " | ".join(node["enum"])
+    if "const" in node:
+        return str(node["const"])
     if "prefixItems" in node:
         return f"list of {len(node['prefixItems'])}: " + ", ".join(_allowed(item) for item in node["prefixItems"])
     bounds = " and ".join(f"{sign} {_number(node[bound])}" for bound, sign in BOUNDS.items() if bound in node)

@@ -32,13 +32,20 @@ def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]
 
     Raises:
         ConfigError: file missing or not a JSON object, a value that contradicts the run config, an own optimizer or
-            scheduler, `round_robin_gradients`, leaf modules, a stage outside 0-3, fp16 at stage 0, batch sizes that do
-            not divide.
+            scheduler, `round_robin_gradients`, leaf modules, a stage outside 0-3, fp16 at stage 0, weights on NVMe or
+            twice in shards with method kd, batch sizes that do not divide.
     """
     engine = _read_engine(config.deepspeed)
     _refuse_unsupported(engine, config.train.precision)
+    if config.method.name == "kd":
+        _refuse_hidden_parts(engine)
     for key, (owner, value) in _owned_values(config, engine, world_size).items():
         _set_owned(engine, key, owner, value)
+    if config.gradient_batch_size % world_size:
+        raise ConfigError(
+            f"method.importance.gradient_batch_size: found {config.gradient_batch_size}, expected a multiple of the "
+            f"number of ranks, {world_size}"
+        )
     return ENGINE_DEFAULTS | engine
 
 
@@ -122,6 +129,21 @@ def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
         raise ConfigError(
             "deepspeed zero_optimization.round_robin_gradients: found true, allowed: false; with it DeepSpeed reports "
             "wrong places of most parameters in the optimizer's shards, so that masks would act on the wrong weights"
+        )
+
+
+def _refuse_hidden_parts(engine: dict[str, Any]) -> None:
+    """A teacher takes the place of the weights where ZeRO-3 reads them; these two settings make it read elsewhere."""
+    zero = _section(engine, "zero_optimization")
+    if zero.get("zero_hpz_partition_size", AUTO) not in (AUTO, 1):
+        raise ConfigError(
+            f"deepspeed zero_optimization.zero_hpz_partition_size: found {zero['zero_hpz_partition_size']!r} with "
+            "method.name kd, allowed: 1; DeepSpeed would gather the teacher from a second copy of the present weights"
+        )
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise ConfigError(
+            "deepspeed zero_optimization.offload_param.device: found 'nvme' with method.name kd, allowed: none or cpu; "
+            "DeepSpeed would read the present weights from disk in place of the teacher"
         )
 
 

@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from das_ds.config import CorpusConfig, DomainConfig, MethodConfig, ModelConfig, RunConfig, SoftmaskConfig, TrainConfig
+from das_ds.config import (
+    CorpusConfig,
+    DomainConfig,
+    ImportanceConfig,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    SoftmaskConfig,
+    TrainConfig,
+)
 from das_ds.config.stage import Stage
 
 SMALL: dict[str, Any] = {
@@ -31,6 +40,15 @@ def test_values_cannot_change() -> None:
 def replaying(share: float | None, size: int = 256, name: str = "ncl", **changes: Any) -> dict[str, Any]:
     method = {"name": name, "replay": {"share": share}}
     return {**SMALL, "train": {"global_batch_size": size, "micro_batch_size": 1}, "method": method, **changes}
+
+
+def rehearsing(replayed: int | None, size: int, **changes: Any) -> dict[str, Any]:
+    return {**replaying(0.0, size), "method": {"name": "derpp", "derpp": {"replayed": replayed, **changes}}}
+
+
+@pytest.mark.parametrize(("replayed", "size", "expected"), [(None, 256, 16), (None, 4, 1), (8, 8, 8)])
+def test_replayed_from_the_buffer(replayed: int | None, size: int, expected: int) -> None:
+    assert RunConfig.model_validate(rehearsing(replayed, size)).num_rehearsed == expected
 
 
 @pytest.mark.parametrize(
@@ -139,6 +157,19 @@ def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: 
             "softmask.readers needs importance.granularity: unit, found true with parameter",
         ),
         (SoftmaskConfig, {"groups": ["heads"]}, "should be 'head', 'intermediate', 'output' or 'shared'"),
+        (
+            ImportanceConfig,
+            {"kind": "sensitivity"},
+            "kind: found sensitivity with granularity unit, .* allowed there: magnitude, square",
+        ),
+        (
+            RunConfig,
+            rehearsing(9, 8),
+            "method.derpp.replayed: found 9, allowed: at most 8, the smaller of method.derpp.capacity 1000 and "
+            "train.global_batch_size 8",
+        ),
+        (RunConfig, rehearsing(None, 256, capacity=15), "method.derpp.replayed: found 16, allowed: at most 15"),
+        (RunConfig, rehearsing(1, 8, positions=7), "multiple of 2"),
         (RunConfig, {**SMALL, "domains": []}, "at least 1 item"),
         (RunConfig, {**SMALL, "epochs": 3}, "Extra inputs"),
     ],

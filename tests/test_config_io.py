@@ -103,7 +103,10 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
     [
         ("train.learning_rat=1", "train.learning_rat: unknown key; did you mean train.learning_rate?"),
         ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate or tasks.0.learning_rate?"),
-        ("method.temprature=1", "method.temprature: unknown key; did you mean method.contrast.temperature?"),
+        (
+            "method.temprature=1",
+            "method.temprature: unknown key; did you mean method.contrast.temperature or method.kd.temperature?",
+        ),
         ("domains.1.trian=[a]", "domains.1.trian: unknown key; did you mean domains.1.train?"),
         ("trian.eps=1", "trian: unknown key; did you mean train?"),
         ("method.contrast.zzz=1", "unknown key; allowed in method.contrast: weight, temperature"),
@@ -115,7 +118,11 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
         ("data.mlm_probability=1.5", "data.mlm_probability: found 1.5, allowed: number > 0 and < 1"),
         ("train.micro_batch_size=2.5", "train.micro_batch_size: found 2.5, allowed: integer >= 1"),
         ("evaluation.batch_size=0", "evaluation.batch_size: found 0, allowed: integer >= 1 or null"),
-        ("method.name=dsa", "method.name: found 'dsa', allowed: das | dga | ncl | one | pool | replay"),
+        (
+            "method.name=dsa",
+            "method.name: found 'dsa', allowed: das | derpp | dga | ewc | kd | merge | ncl | one | pool | replay",
+        ),
+        ("method.merge.coefficient=1", "coefficient: found 1, allowed: number >= 0 and < 1 or average"),
         ("method.softmask.readers=7", "method.softmask.readers: found 7, allowed: true | false"),
         ("deepspeed=5", "deepspeed: found 5, allowed: text or mapping"),
         ("deepspeed=[a, b]", "deepspeed: found ['a', 'b'], allowed: text or mapping"),
@@ -152,7 +159,7 @@ def test_mistake_names_the_key_and_what_is_allowed(run_file: Path, override: str
 def test_all_mistakes_are_reported_in_one_line(run_file: Path) -> None:
     message = message_of(run_file, "learning_rate=1", "seed=-1", "method.name=dsa")
     assert message.split("; ") == [
-        "method.name: found 'dsa', allowed: das | dga | ncl | one | pool | replay",
+        "method.name: found 'dsa', allowed: das | derpp | dga | ewc | kd | merge | ncl | one | pool | replay",
         "seed: found -1, allowed: integer >= 0 and < 4294967296",
         "learning_rate: unknown key",
         "did you mean train.learning_rate or tasks.0.learning_rate?",

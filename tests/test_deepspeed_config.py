@@ -118,6 +118,26 @@ def test_contradiction_is_refused(engine: dict[str, Any], expected: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size: found 8 with method.name kd, allowed: 1"),
+        (
+            {"offload_param": {"device": "nvme"}},
+            "offload_param.device: found 'nvme' with method.name kd, allowed: none",
+        ),
+    ],
+)
+def test_a_teacher_needs_weights_that_can_be_replaced(zero: dict[str, Any], expected: str) -> None:
+    config = run_config({"zero_optimization": {"stage": 3, **zero}})
+    build_deepspeed_config(config, world_size=1)
+    with pytest.raises(ConfigError) as caught:
+        build_deepspeed_config(
+            config.model_copy(update={"method": config.method.model_copy(update={"name": "kd"})}), world_size=1
+        )
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("global_batch_size", "nearest"), [(300, "256 or 384"), (100, "128"), (129, "128 or 256"), (255, "128 or 256")]
 )
 def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, nearest: str) -> None:
@@ -126,6 +146,15 @@ def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, ne
         f"train.global_batch_size: found {global_batch_size}, expected a multiple of train.micro_batch_size 32 "
         f"x 4 ranks; nearest allowed: {nearest}"
     )
+
+
+def test_gradients_of_importance_are_shared_by_all_ranks() -> None:
+    config = run_config({})
+    method = {"importance": {"gradient_batch_size": 6}}
+    config = RunConfig.model_validate({**config.model_dump(), "method": method})
+    assert build_deepspeed_config(config, world_size=2)["gradient_accumulation_steps"] == 4
+    with pytest.raises(ConfigError, match=r"gradient_batch_size: found 6, expected a multiple of .* ranks, 4"):
+        build_deepspeed_config(config, world_size=4)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ class StoredTensors:
         self._files = ExitStack()
         self._pieces: dict[tuple[str, str], dict[str, list[_Piece]]] = {}
         self._small: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+        self._locals: dict[tuple[str, str], list[tuple[Any, str]]] = {}
         for rank in range(world_size):
             file = self._files.enter_context(safe_open(folder / file_name(rank, world_size), framework="pt"))
             for key in file.keys():  # noqa: SIM118 (no dictionary)
@@ -82,7 +83,10 @@ class StoredTensors:
                     numel = file.get_slice(key).get_shape()[0]
                     piece = _Piece(file, key, int(place[1]), numel)
                     self._pieces.setdefault((part, name), {}).setdefault(place[0], []).append(piece)
-                elif kind == SHARED or rank == own_rank:
+                    continue
+                if kind == LOCAL:
+                    self._locals.setdefault((part, name), []).append((file, key))
+                if kind == SHARED or rank == own_rank:
                     self._small.setdefault((kind, part), {})[name] = file.get_tensor(key)
 
     def close(self) -> None:
@@ -92,6 +96,10 @@ class StoredTensors:
     def small(self, kind: str, part: str) -> dict[str, torch.Tensor]:
         """Shared or local tensors of a part."""
         return self._small.get((kind, part), {})
+
+    def every_local(self, part: str, name: str) -> list[torch.Tensor]:
+        """Local tensors of this name of all ranks, in their order."""
+        return [file.get_tensor(key) for file, key in self._locals.get((part, name), ())]
 
     def has(self, part: str, name: str) -> bool:
         """Whether there are values by weight of this name."""
@@ -138,3 +146,7 @@ class PartState:
     def local(self) -> dict[str, torch.Tensor]:
         """See `SavedState`."""
         return self.stored.small(LOCAL, self.name)
+
+    def every_local(self, name: str) -> list[torch.Tensor]:
+        """See `SavedState`."""
+        return self.stored.every_local(self.name, name)

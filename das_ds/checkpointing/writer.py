@@ -113,6 +113,10 @@ class BackgroundWriter:
             stored = {key: self._buffer(key, value).copy_(value, non_blocking=True) for key, value in live.items()}
             self._copied = copied = torch.cuda.Event()
             copied.record()
+        for value in live.values():
+            if value.is_cuda:
+                # What was made for this checkpoint alone must not give its memory to others before it is copied.
+                value.record_stream(stream)
 
         def copy() -> dict[str, torch.Tensor]:
             copied.synchronize()

@@ -5,7 +5,18 @@ Reading, overriding and writing configs is `config_io.py`, the table of all keys
 
 from das_ds.config.adapter import AdapterConfig, GroupName, ObjectiveName, RuleConfig, SiteConfig, UnitCountsConfig
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
-from das_ds.config.method import ContrastConfig, ImportanceConfig, MethodConfig, ReplayConfig, SoftmaskConfig
+from das_ds.config.method import (
+    ContrastConfig,
+    DerppConfig,
+    EwcConfig,
+    ImportanceConfig,
+    ImportanceKind,
+    KdConfig,
+    MergeConfig,
+    MethodConfig,
+    ReplayConfig,
+    SoftmaskConfig,
+)
 from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.run import RunConfig
@@ -19,13 +30,18 @@ __all__ = [
     "ContrastConfig",
     "CorpusConfig",
     "DataConfig",
+    "DerppConfig",
     "DomainConfig",
     "EvaluationConfig",
+    "EwcConfig",
     "FaultsConfig",
     "GroupName",
     "ImportanceConfig",
+    "ImportanceKind",
     "JobConfig",
+    "KdConfig",
     "LoraConfig",
+    "MergeConfig",
     "MethodConfig",
     "ModelConfig",
     "ObjectiveName",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from das_ds.config.section import Section
+
+ImportanceKind = Literal["magnitude", "square", "sensitivity"]
 
 
 class SoftmaskConfig(Section):
@@ -29,6 +31,9 @@ class SoftmaskConfig(Section):
 class ImportanceConfig(Section):
     """How importance is measured."""
 
+    kind: ImportanceKind = "magnitude"
+    """What is summed over gradients g: `magnitude` |g|; `square` g^2, the diagonal of the empirical Fisher matrix;
+    `sensitivity` |g * weight|, at parameter level only."""
     granularity: Literal["unit", "parameter"] = "unit"
     """`unit`: one number per head, neuron and output (DAS); `parameter`: one per weight (SPG), sharded, 1 byte each."""
     normalisation: Literal["abs_tanh", "tanh_positive", "rank_hard", "rank_soft", "saturating"] = "abs_tanh"
@@ -46,8 +51,20 @@ class ImportanceConfig(Section):
     """Sequences per importance pass (at most the whole corpus is used)."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences per rank and forward pass at unit level; null: `train.micro_batch_size`."""
+    gradient_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per gradient at parameter level and for `ewc`, a multiple of the ranks; fewer tell single sequences
+    apart better and take longer; null: `train.global_batch_size`."""
     initial: str | None = None
     """Accumulated importance file of an earlier run; null: measure general knowledge before the first domain."""
+
+    @model_validator(mode="after")
+    def _kind_fits_granularity(self) -> ImportanceConfig:
+        if self.kind == "sensitivity" and self.granularity == "unit":
+            raise ValueError(
+                "kind: found sensitivity with granularity unit, where it is magnitude, as a unit's gate is 1; allowed "
+                "there: magnitude, square"
+            )
+        return self
 
 
 class ContrastConfig(Section):
@@ -60,6 +77,47 @@ class ContrastConfig(Section):
     pooling: Literal["auto", "mean", "last"] = "auto"
     """One vector per sequence: the mean over its tokens or its last token (of each isolated document); `auto` is mean
     for masked and last for causal models."""
+
+
+class DerppConfig(Section):
+    """Method derpp: replay from a buffer, with the answers that the model gave when it stored a sequence."""
+
+    alpha: float = Field(default=0.5, ge=0.0)
+    """Factor of the distance of final hidden states from the stored ones."""
+    beta: float = Field(default=0.5, ge=0.0)
+    """Factor of the pre-training loss on replayed sequences."""
+    capacity: int = Field(default=1000, ge=1)
+    """Sequences in the buffer, over all ranks; each takes 4 bytes a token and 8 + 2 x hidden size an answer."""
+    positions: int = Field(default=32, ge=2, multiple_of=2)
+    """Most predicted positions of a sequence whose answer is stored, an even number; only these are rehearsed."""
+    replayed: int | None = Field(default=None, ge=1)
+    """Sequences replayed with each global batch, on top of it; null: the number nearest to 1 of 16, at least one."""
+
+
+class EwcConfig(Section):
+    """Elastic weight consolidation."""
+
+    strength: float = Field(default=10.0, ge=0.0)
+    """Factor lambda of the penalty lambda / 2 * sum_i F_i (theta_i - theta*_i)^2, F being that of single sequences."""
+    decay: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Factor of the Fisher information of all earlier domains when a domain's is added; 1 forgets none."""
+
+
+class KdConfig(Section):
+    """Method kd: distillation from the model as it was before the domain."""
+
+    weight: float = Field(default=1.0, ge=0.0)
+    """Factor of the divergence of final hidden states from those of the teacher."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """What hidden states are divided by before the softmax over the hidden size."""
+
+
+class MergeConfig(Section):
+    """Averaging of the weights before and after each domain."""
+
+    coefficient: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["average"] = 0.5
+    """Share of the model from before the domain, the rest being what training made of it; `average` is t / (t + 1)
+    after domain t = 1, 2, ..., so that the base model and all models so far weigh the same."""
 
 
 class ReplayConfig(Section):
@@ -75,15 +133,21 @@ class ReplayConfig(Section):
 class MethodConfig(Section):
     """The continual-learning method."""
 
-    name: Literal["das", "dga", "ncl", "one", "pool", "replay"] = "das"
-    """`das` soft masks and contrasts, `dga` does so with general knowledge alone, `ncl` is naive continual training,
-    `one` trains each domain from the base, `pool` on all domains at once, `replay` is naive with earlier text in every
+    name: Literal["das", "derpp", "dga", "ewc", "kd", "merge", "ncl", "one", "pool", "replay"] = "das"
+    """`das` soft masks and contrasts, `derpp` replays sequences with earlier answers from a buffer, `dga` is das with
+    general knowledge alone, `ewc` pulls weights back by their Fisher information, `kd` distils from the model before
+    the domain, `merge` averages weights from before and after each domain, `ncl` is naive continual training, `one`
+    trains each domain from the base, `pool` on all domains at once, `replay` is naive with earlier text in every
     batch."""
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()
     importance: ImportanceConfig = ImportanceConfig()
     contrast: ContrastConfig = ContrastConfig()
+    derpp: DerppConfig = DerppConfig()
+    ewc: EwcConfig = EwcConfig()
+    kd: KdConfig = KdConfig()
+    merge: MergeConfig = MergeConfig()
     replay: ReplayConfig = ReplayConfig()
 
     @property

@@ -18,7 +18,7 @@ from das_ds.config.task import TaskConfig
 from das_ds.config.training import EvaluationConfig, TrainConfig
 
 DEFAULT_REPLAY_SHARE = 1 / 16
-"""What method replay replays at the default share, up to a whole number of sequences."""
+"""What methods replay and derpp replay by default, up to a whole number of sequences."""
 
 
 class RunConfig(Section):
@@ -56,12 +56,23 @@ class RunConfig(Section):
         return [Stage(index, (name,), num_steps) for index, name in enumerate(names)]
 
     @property
+    def gradient_batch_size(self) -> int:
+        """Sequences, over all ranks, of each gradient that importance of weights is measured by."""
+        return self.method.importance.gradient_batch_size or self.train.global_batch_size
+
+    @property
     def num_replayed(self) -> int:
         """Sequences of each global batch that are earlier text, in domains that have some."""
         share, size = self.method.replay.share, self.train.global_batch_size
         if share is None:
             return max(1, round(DEFAULT_REPLAY_SHARE * size)) if self.method.name == "replay" else 0
         return round(share * size)
+
+    @property
+    def num_rehearsed(self) -> int:
+        """Sequences from the buffer of method derpp that are added to each global batch."""
+        chosen = self.method.derpp.replayed
+        return max(1, round(DEFAULT_REPLAY_SHARE * self.train.global_batch_size)) if chosen is None else chosen
 
     def replayed(self, domain: str) -> list[str]:
         """Corpora that sequences are replayed from while a domain is learned: earlier domains, general text."""
@@ -124,6 +135,18 @@ class RunConfig(Section):
             raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")
         if replay.general and not self.num_replayed:
             raise ValueError("method.replay.general: found true with nothing to replay, expected method.replay.share")
+        return self
+
+    @model_validator(mode="after")
+    def _buffer_is_large_enough(self) -> RunConfig:
+        # After one step the buffer holds a global batch, or is full.
+        most = min(self.method.derpp.capacity, self.train.global_batch_size)
+        if self.method.name == "derpp" and self.num_rehearsed > most:
+            raise ValueError(
+                f"method.derpp.replayed: found {self.num_rehearsed}, allowed: at most {most}, the smaller of "
+                f"method.derpp.capacity {self.method.derpp.capacity} and train.global_batch_size "
+                f"{self.train.global_batch_size}"
+            )
         return self
 
 

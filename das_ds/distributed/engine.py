@@ -14,13 +14,15 @@ import deepspeed
 import torch
 from torch import nn
 
-from das_ds.config import SoftmaskConfig, TrainConfig
+from das_ds.config import ImportanceKind, SoftmaskConfig, TrainConfig
 from das_ds.deepspeed_config import is_offloaded
+from das_ds.distributed.earlier_weights import EarlierWeights
 from das_ds.distributed.gradient_mask import GradientMask
 from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
 from das_ds.distributed.precision import LossScale, check_precision
+from das_ds.distributed.quadratic_penalty import QuadraticPenalty
 from das_ds.distributed.schedule import build_schedule
 from das_ds.distributed.sharded_construction import Slice
 from das_ds.distributed.sharded_importance import ShardedImportance, looked_up, zeros_by_flat
@@ -118,6 +120,11 @@ class Engine:
     def accumulation_steps(self) -> int:
         """Micro-steps per optimizer step."""
         return int(self._engine.gradient_accumulation_steps())
+
+    @property
+    def is_last_micro_step(self) -> bool:
+        """Whether the next `step` ends an accumulation; between backward pass and step the gradient is then whole."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
 
     @property
     def zero_stage(self) -> int:
@@ -245,9 +252,25 @@ class Engine:
             parts = [flats[s.flat][s.start : s.start + s.numel] for s in self._list_shards]
             self._mask_gradients([Protection(part.numel(), importance=part) for part in parts])
 
+    def penalise(self, strength: float, curvature: Flats, anchor: Flats) -> QuadraticPenalty:
+        """A penalty on the distance of the weights from an anchor; its gradient is added where its owner says."""
+        shards, parameters, scale = self._list_shards, self._parameters, self._loss_scale
+        return QuadraticPenalty(self._engine, shards, parameters, scale, strength, curvature, anchor)
+
     @contextmanager
-    def summing_gradient_magnitudes(self) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
-        """Inside, a step adds |averaged gradient| to sums, flat tensor -> (F,) float32, and trains nothing.
+    def accumulating(self, num_micro_steps: int) -> Iterator[None]:
+        """Inside, steps end after so many micro-steps, whatever it is in training; entered and left between steps."""
+        config, engine = self._engine._config, self._engine
+        saved = config.gradient_accumulation_steps, engine.micro_steps
+        config.gradient_accumulation_steps, engine.micro_steps = num_micro_steps, 0
+        try:
+            yield
+        finally:
+            config.gradient_accumulation_steps, engine.micro_steps = saved
+
+    @contextmanager
+    def summing_gradients(self, kind: ImportanceKind) -> Iterator[Flats]:
+        """Inside, a step adds what its averaged gradient contributes to sums, (F,) float32 each, and trains nothing.
 
         Gradients pass through all of DeepSpeed (accumulation, averaging over ranks, unscaling) but clipping, and arrive
         in the shards of the optimizer, at every stage and under offload.
@@ -255,7 +278,7 @@ class Engine:
         sums = zeros_by_flat(self._list_shards, torch.float32)
         self._is_measuring = True
         try:
-            with self._optimizer.summing_magnitudes(sums), without_clipping(self._engine):
+            with self._optimizer.summing(sums, kind), without_clipping(self._engine):
                 yield sums
         finally:
             self._is_measuring = False
@@ -292,6 +315,17 @@ class Engine:
                 )
         refresh_weights(self._engine)
 
+    def weights(self) -> Flats:
+        """This rank's part of the fp32 weights, flat tensor -> (F,) view of it, for reading."""
+        return {shard.flat: shard.flat.data.view(-1) for shard in self._list_shards}
+
+    @contextmanager
+    def changing_weights(self) -> Iterator[Flats]:
+        """The same for writing; afterwards the forward pass reads what was written."""
+        self.before_change()
+        yield self.weights()
+        refresh_weights(self._engine)
+
     def shards(self) -> list[Shard]:
         """This rank's shards of the fp32 weights."""
         return self._list_shards
@@ -306,6 +340,22 @@ class Engine:
         for shard, saved in zip(self._list_shards, snapshot, strict=True):
             self._stretch(shard).copy_(saved)
         refresh_weights(self._engine)
+
+    def earlier_weights(self, saved: Flats | None = None) -> EarlierWeights:
+        """A copy of the weights as they are, or as they were saved, that can be run later in place of the present ones.
+
+        Args:
+            saved: what `EarlierWeights.flats` gave, however it was divided.
+        """
+        if saved is None:
+            return EarlierWeights(self._engine, self._parameters, self._list_shards)
+        present = self.snapshot()
+        self.before_change()
+        for flat, values in saved.items():
+            flat.data.view(-1).copy_(values)
+        earlier = EarlierWeights(self._engine, self._parameters, self._list_shards)
+        self.restore(present)
+        return earlier
 
     def stored_shards(self) -> list[Shard]:
         """This rank's part of what all ranks store together, every weight once.
@@ -328,7 +378,7 @@ class Engine:
         Args:
             in_domain: whether optimizer steps of the present domain are still to come.
         """
-        weights: Flats = {shard.flat: shard.flat.data.view(-1) for shard in self._list_shards}
+        weights = self.weights()
         loss_scale = {"loss_scale": self._loss_scale.state()}
         if not in_domain:
             return RankState(sharded={WEIGHTS: weights}, numbers=loss_scale)

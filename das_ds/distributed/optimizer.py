@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from das_ds.config import ImportanceKind
 from das_ds.distributed.state import Flats
+from das_ds.functional.contribution import contribution
 from das_ds.kernels.masked_adamw import masked_adamw_
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.soft_update import soft_update_
@@ -30,6 +32,7 @@ class ProtectedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._protections: dict[int, Protection] = {}
         self._sums: Flats | None = None
+        self._kind: ImportanceKind = "magnitude"
         self._is_muted = False
         self.grad_scale: torch.Tensor | None = None
 
@@ -38,9 +41,9 @@ class ProtectedOptimizer(torch.optim.Optimizer):
         self._protections = {id(flat): protection for flat, protection in protections.items()}
 
     @contextmanager
-    def summing_magnitudes(self, sums: Flats) -> Iterator[None]:
-        """Inside, a step adds |gradient| to the tensor's sum (F,) and changes neither weights nor moments."""
-        self._sums = sums
+    def summing(self, sums: Flats, kind: ImportanceKind) -> Iterator[None]:
+        """Inside, a step adds the gradient's `contribution` to the tensor's sum (F,); weights and moments stay."""
+        self._sums, self._kind = sums, kind
         try:
             yield
         finally:
@@ -100,8 +103,10 @@ class ProtectedOptimizer(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 if self._sums is not None:
-                    magnitude = param.grad.view(-1).abs()
-                    self._sums[param].add_(magnitude if self.grad_scale is None else magnitude / self.grad_scale)
+                    gradient = param.grad.view(-1)
+                    # Before it is squared: a scaled gradient's square would have to be divided twice.
+                    gradient = gradient if self.grad_scale is None else gradient / self.grad_scale
+                    self._sums[param].add_(contribution(gradient, param.data.view(-1), self._kind))
                 else:
                     self._step_one(param, group)
         return loss

@@ -20,7 +20,7 @@ class RankState:
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
     """Equal on every rank."""
     local: dict[str, torch.Tensor] = field(default_factory=dict)
-    """This rank's alone; lost when the run continues on another number of ranks or at another ZeRO stage."""
+    """This rank's alone; another number of ranks, or another ZeRO stage, can read only those of all ranks."""
     numbers: dict[str, Any] = field(default_factory=dict)
     """What JSON can hold, equal on every rank."""
 
@@ -46,3 +46,6 @@ class SavedState(Protocol):
 
     def local(self) -> dict[str, torch.Tensor]:
         """This rank's own tensors, in host memory; none where ranks or stage are not those of the checkpoint."""
+
+    def every_local(self, name: str) -> list[torch.Tensor]:
+        """The own tensors of this name of all ranks that wrote, in their order, in host memory."""

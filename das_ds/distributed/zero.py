@@ -1,6 +1,7 @@
 """ZeRO's internals (DeepSpeed 0.19.8) at stages 0 to 3, in fp32, bf16 and fp16, with or without offload.
 
-No other file knows them, but for how a parameter becomes a ZeRO-3 shard (`sharded_construction.py`).
+No other file knows them, but for how a parameter becomes a ZeRO-3 shard (`sharded_construction.py`) and how another is
+put in its place (`earlier_weights.py`).
 """
 
 from __future__ import annotations

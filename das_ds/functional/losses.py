@@ -39,6 +39,20 @@ def representation_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean(dim=1)
 
 
+def distillation_loss(teacher: torch.Tensor, student: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) (Hinton et al., 2015, section 2) over the hidden size.
+
+    Args:
+        teacher, student: (B, S, H) final hidden states of the same input.
+        temperature: T; the factor T^2 keeps the size of the gradient.
+
+    Returns:
+        Scalar float32, the mean over all B * S positions.
+    """
+    kl = representation_kl(teacher.float() / temperature, student.float() / temperature)
+    return temperature**2 * kl.mean()
+
+
 def contrastive_loss(
     anchors: torch.Tensor,
     positives: torch.Tensor,

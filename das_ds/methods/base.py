@@ -28,7 +28,7 @@ class DomainContext:
     sample_batches: Callable[[str], Pass[Batch]]
     """Label -> a pass over this rank's batches of `importance.samples` training sequences, always the same."""
     sample_steps: Callable[[str], Pass[list[Batch]]]
-    """The same sequences as this rank's micro-batches of whole optimizer steps."""
+    """The same sequences as this rank's micro-batches of `gradient_batch_size` sequences of all ranks together."""
     run_folder: Path
     """Where what belongs to the whole run is written."""
     folder: Path
@@ -53,6 +53,9 @@ class Method:
 
     def start_training(self, domain: DomainContext) -> None:
         """Called whenever steps on a domain begin or continue, after `before_domain` or `load_state`."""
+
+    def start_step(self, step: int) -> None:
+        """Called before the micro-steps of optimizer step `step` of the domain, and again when it is tried again."""
 
     @contextmanager
     def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from das_ds.config import ImportanceKind
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
 from das_ds.distributed.passes import Pass
 from das_ds.errors import TrainingError
+from das_ds.functional.contribution import contribution
 from das_ds.functional.losses import representation_kl, sequence_token_loss
 from das_ds.functional.units import Importance
 from das_ds.methods.context import RunContext
@@ -82,8 +84,12 @@ PRETRAINING = ImportanceLoss(pretraining_loss, dropout=False, num_views=1)
 GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_views=2)
 
 
-def mean_absolute_gate_gradient(run: RunContext, batches: Pass[Batch], loss: ImportanceLoss) -> Importance:
-    """I_l = (1/N) sum_n |dL(x_n) / dg_l| over the sequences of all ranks (paper eq. 2), before normalisation.
+def mean_over_sequences(
+    run: RunContext, batches: Pass[Batch], loss: ImportanceLoss, kind: ImportanceKind
+) -> Importance:
+    """I_l = (1/N) sum_n s(dL(x_n) / dg_l) over the sequences of all ranks, before normalisation; s is `contribution`.
+
+    For `magnitude` that is paper eq. 2, the mean absolute gradient of the gates.
 
     In fp16 the loss of a batch is scaled, and a batch whose gradients are not finite is measured again at half the
     scale, down to 1.
@@ -92,6 +98,7 @@ def mean_absolute_gate_gradient(run: RunContext, batches: Pass[Batch], loss: Imp
         run: the engine, its gates and unit counts.
         batches: this rank's batches, of equally many rows; every rank has the same number of them.
         loss: what is differentiated.
+        kind: what is averaged.
 
     Returns:
         Group -> (L, U) float32, equal on every rank.
@@ -112,7 +119,8 @@ def mean_absolute_gate_gradient(run: RunContext, batches: Pass[Batch], loss: Imp
             while scale > 1.0 and not _all_finite(part):
                 scale = max(scale / 2.0, 1.0)
                 part, losses = _scaled_sums(run, batch, loss, scale)
-            sums.update({group: values / scale + sums.get(group, 0.0) for group, values in part.items()})
+            for group, values in part.items():
+                sums[group] = contribution(values / scale, 1.0, kind) + sums.get(group, 0.0)
             sums[TOTALS] = sums[TOTALS] + count_and_loss(batch, losses)
             sums[SCALE] = torch.tensor(scale, dtype=torch.float64)
     by_group = {group: sums[group] for group in run.layout.num_units}

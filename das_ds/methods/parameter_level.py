@@ -1,6 +1,6 @@
 """Importance of single weights (SPG: Konishi et al., Parameter-Level Soft-Masking for Continual Learning, ICML 2023).
 
-Shape legend: B sequences of a micro-batch, G of a global batch, N of the sample.
+Shape legend: B sequences of a micro-batch, G of a batch that gives one gradient, N of the sample.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from das_ds.config import SoftmaskConfig
+from das_ds.config import ImportanceKind, SoftmaskConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.passes import Pass
 from das_ds.distributed.sharded_importance import ShardedImportance
-from das_ds.distributed.state import RankState, SavedState
+from das_ds.distributed.state import Flats, RankState, SavedState
 from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
 from das_ds.methods.context import RunContext
@@ -28,13 +28,13 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
     """One byte per weight, sharded like the optimizer; every parameter counts, owned by a unit or not."""
 
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> ShardedImportance:
-        """Sum of |gradient| over the global batches of the sample, normalised."""
+        """Sum over the gradients of the sample's batches, normalised."""
         engine = self.run.engine
         return ShardedImportance.from_magnitudes(
             engine.named_shards,
             self.run.layout.sizes_with(self.run.network.num_rows),
             engine.ranks.info.device,
-            sum_of_magnitudes(self.run, domain.sample_steps(label), loss),
+            sum_over_gradients(self.run, domain.sample_steps(label), loss, self.run.config.method.importance.kind),
             self.run.layout.owners,
             self.run.config.method.importance,
         )
@@ -79,18 +79,19 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
         return importance
 
 
-def sum_of_magnitudes(
-    run: RunContext, steps: Pass[list[Batch]], loss: ImportanceLoss
-) -> dict[torch.Tensor, torch.Tensor]:
-    """sum_b | (1/G) sum_{n in b} dL(x_n) / dtheta | over global batches b; N/G times the mean absolute gradient.
+def sum_over_gradients(run: RunContext, steps: Pass[list[Batch]], loss: ImportanceLoss, kind: ImportanceKind) -> Flats:
+    """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over batches b of all ranks; s is `contribution`.
+
+    For `magnitude` that is N/G times the mean absolute gradient.
 
     DeepSpeed accumulates, averages and shards these gradients as in training, at any stage; weights, moments and
     schedule stay as they are.
 
     Args:
         run: the engine.
-        steps: this rank's micro-batches of whole optimizer steps.
+        steps: this rank's micro-batches of each batch b.
         loss: what is differentiated.
+        kind: what is summed.
 
     Returns:
         Flat tensor of this rank's optimizer -> (F,) float32.
@@ -100,23 +101,31 @@ def sum_of_magnitudes(
     """
     engine, device = run.engine, run.engine.ranks.info.device
     steps.sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=device))
-    with loss.mode(run), engine.summing_gradient_magnitudes() as sums:
+    with loss.mode(run), engine.summing_gradients(kind) as sums:
         for number, (flat, total) in enumerate(sums.items()):
             if (earlier := steps.sums.get(f"{number}")) is not None:
                 total.copy_(earlier)
             steps.sums[f"{number}"] = sums[flat]
         for step in steps:
-            # A global batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
-            for _ in engine.attempts():
-                step_totals = torch.zeros_like(steps.sums[TOTALS])
-                for batch in step:
-                    batch = batch.to(device)
-                    with loss.views(run, batch):
-                        per_sequence = loss.of_sequences(engine, batch)
-                        engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
-                    engine.step()
-                    step_totals += count_and_loss(batch, per_sequence)
-            steps.sums[TOTALS] = steps.sums[TOTALS] + step_totals
+            with engine.accumulating(len(step)):
+                # A batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
+                for _ in engine.attempts():
+                    totals = _measure_step(run, step, loss)
+            steps.sums[TOTALS] = steps.sums[TOTALS] + totals
     signal = share_of_signal(steps.sums[TOTALS].clone())
     # In place, also where the pass was complete and this is done again: the factor is 0 or 1.
     return {flat: total.mul_(signal.to(total.device)) for flat, total in sums.items()}
+
+
+def _measure_step(run: RunContext, step: list[Batch], loss: ImportanceLoss) -> torch.Tensor:
+    """One attempt at the gradient of a batch; (2,) its number of sequences and the sum of their losses on this rank."""
+    engine, device = run.engine, run.engine.ranks.info.device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in step:
+        batch = batch.to(device)
+        with loss.views(run, batch):
+            per_sequence = loss.of_sequences(engine, batch)
+            engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
+        engine.step()
+        totals += count_and_loss(batch, per_sequence)
+    return totals

@@ -12,7 +12,7 @@ from das_ds.functional.units import Importance
 from das_ds.methods.base import DomainContext
 from das_ds.methods.importance_file import load_unit_importance, save_unit_importance
 from das_ds.methods.importance_level import ImportanceLevel
-from das_ds.methods.importance_pass import ImportanceLoss, mean_absolute_gate_gradient
+from das_ds.methods.importance_pass import ImportanceLoss, mean_over_sequences
 
 
 class UnitLevel(ImportanceLevel[Importance]):
@@ -20,8 +20,9 @@ class UnitLevel(ImportanceLevel[Importance]):
 
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance:
         """One forward and backward pass over the sample, gradients of the gates only."""
-        raw = mean_absolute_gate_gradient(self.run, domain.sample_batches(label), loss)
-        return normalise_units(raw, self.run.config.method.importance)
+        settings = self.run.config.method.importance
+        raw = mean_over_sequences(self.run, domain.sample_batches(label), loss, settings.kind)
+        return normalise_units(raw, settings)
 
     def maximum(self, new: Importance, accumulated: Importance | None) -> Importance:
         """EMax per unit."""

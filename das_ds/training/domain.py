@@ -167,6 +167,7 @@ class DomainTrainer:
         verdict, norm = Verdict("take"), None
         for attempt in self._engine.attempts():
             totals: dict[str, torch.Tensor] = {}
+            self._method.start_step(step)
             for number, batch in enumerate(micro_batches, start=1):
                 with self._method.micro_step(batch.to(self._device, non_blocking=True), token_scale) as losses:
                     self._engine.backward(torch.stack(list(losses.values())).sum())

@@ -97,13 +97,14 @@ class RunText:
         return self._batches(corpus, blocks, stream, batch_size, indices=indices)
 
     def importance_steps(self, corpus: str) -> AccumulatedBatches:
-        """The same subset as micro-batches of whole optimizer steps."""
-        train, blocks = self.config.train, self._training_blocks(corpus)
+        """The same subset as micro-batches of `gradient_batch_size` sequences together, as large as in training."""
+        size, blocks = self.config.gradient_batch_size, self._training_blocks(corpus)
+        num_rows, most = size // self.info.world_size, self.config.train.micro_batch_size
         return AccumulatedBatches(
             Samples(blocks, self.objectives[corpus], self.config.seed, f"importance/{corpus}"),
             self._importance_subset(blocks),
-            train.global_batch_size,
-            train.micro_batch_size,
+            size,
+            max(rows for rows in range(1, min(num_rows, most) + 1) if num_rows % rows == 0),
             self.info.rank,
             self.info.world_size,
         )

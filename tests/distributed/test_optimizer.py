@@ -116,20 +116,26 @@ def test_masked_adamw_is_adamw_with_a_share_of_its_step() -> None:
 
 
 @pytest.mark.parametrize("make", [masked_adamw, lambda groups: SoftUpdated(INNER["adamw"](groups))])
-def test_measuring_adds_magnitudes_and_steps_nothing(make: Callable[..., ProtectedOptimizer]) -> None:
+@pytest.mark.parametrize("kind", ["magnitude", "square", "sensitivity"])
+def test_measuring_adds_up_and_steps_nothing(make: Callable[..., ProtectedOptimizer], kind: Any) -> None:
     start = torch.randn(40)
     param = torch.nn.Parameter(start.clone())
     optimizer = make([{"params": [param]}])
     sums = {param: torch.zeros(40)}
     gradients = [torch.randn(40), torch.randn(40)]
-    with optimizer.summing_magnitudes(sums):
+    with optimizer.summing(sums, kind):
         for gradient in gradients:
             param.grad = gradient.clone()
             optimizer.step()
         optimizer.set_grad_scale(torch.tensor(4.0))
         param.grad = gradients[0].clone()
         optimizer.step()
-    expected = gradients[0].abs() * 1.25 + gradients[1].abs()
+    summands = [gradients[0], gradients[1], gradients[0] / 4]
+    if kind == "square":
+        summands = [gradient**2 for gradient in summands]
+    elif kind == "sensitivity":
+        summands = [gradient * start for gradient in summands]
+    expected = torch.stack(summands).abs().sum(0)
     torch.testing.assert_close(sums[param], expected)
     assert torch.equal(param.data, start) and not optimizer.state[param]
     optimizer.set_grad_scale(None)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from das_ds.functional.losses import (
     contrastive_loss,
+    distillation_loss,
     representation_kl,
     sequence_token_loss,
 )
@@ -52,6 +53,15 @@ def test_representation_kl_equals_torch() -> None:
     expected = functional.kl_div(second.log_softmax(-1), first.log_softmax(-1), log_target=True, reduction="none")
     torch.testing.assert_close(representation_kl(first, second), expected.sum(-1).mean(1))
     assert representation_kl(first, first).abs().max() == 0
+
+
+def test_distillation_by_hand() -> None:
+    """Two of two numbers: the teacher's softmax at T = 2 is (3/4, 1/4), the student's (1/2, 1/2)."""
+    teacher, student = torch.tensor([[[2 * math.log(3), 0.0]]]), torch.tensor([[[5.0, 5.0]]])
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert distillation_loss(teacher, student, temperature=2.0).item() == pytest.approx(4 * kl, rel=1e-6)
+    rows, equal = torch.cat((teacher, student)), torch.cat((student, student))
+    assert distillation_loss(rows, equal, temperature=2.0).item() == pytest.approx(2 * kl, rel=1e-6)
 
 
 def test_sequence_loss_is_each_sequences_own_mean() -> None:

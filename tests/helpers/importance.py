@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import nn
 
-from das_ds.config import RunConfig
+from das_ds.config import ImportanceKind, RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Pass
@@ -16,7 +17,7 @@ from das_ds.functional.units import Importance
 from das_ds.methods.importance_pass import (
     GENERAL_KNOWLEDGE,
     PRETRAINING,
-    mean_absolute_gate_gradient,
+    mean_over_sequences,
     pretraining_loss,
 )
 from helpers.reference import FixedNoise, fix_noise
@@ -31,8 +32,10 @@ LOSSES = {
 }
 
 
-def measured(config: RunConfig, kind: str, batches: list[Batch], model_changes: dict[str, Any]) -> Importance:
-    """Importance over joined batches, of which this rank runs its part; checks that training is not disturbed."""
+def measured(
+    config: RunConfig, kind: str, batches: list[Batch], model_changes: dict[str, Any]
+) -> dict[str, Importance]:
+    """Importance of each kind over joined batches, of which this rank runs its part; training is not disturbed."""
     ranks = Ranks()
     run = build(config, ranks, **model_changes)
     info = ranks.info
@@ -43,12 +46,13 @@ def measured(config: RunConfig, kind: str, batches: list[Batch], model_changes: 
         fix_noise(run.engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(run.engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [rank_part(batch, info.rank, info.world_size) for batch in batches]
-    importance = mean_absolute_gate_gradient(run, Pass(parts), LOSSES[kind])
+    kinds: tuple[ImportanceKind, ...] = ("magnitude", "square")
+    importance = {summed: mean_over_sequences(run, Pass(parts), LOSSES[kind], summed) for summed in kinds}
     assert all(parameter.grad is None for parameter in run.engine.module.parameters())
     assert all(torch.equal(before[name], weight) for name, weight in run.engine.fp32_weights())
     assert run.engine.module.training
     run.engine.close()
-    return {group: values.cpu() for group, values in importance.items()}
+    return importance
 
 
 class NoisePerBatch:
@@ -56,17 +60,19 @@ class NoisePerBatch:
 
     def __init__(self, module: nn.Module, batches: list[Batch], num_sequences: int, rank: int, world_size: int) -> None:
         self._module = module
-        self._rows: list[list[int]] = []
+        rows: list[list[int]] = []
         first = 0
         for batch in batches:
             size = len(batch.input_ids) // world_size
             mine = list(range(first + rank * size, first + (rank + 1) * size))
-            self._rows.append([*mine, *(num_sequences + row for row in mine)])
+            rows.append([*mine, *(num_sequences + row for row in mine)])
             first += len(batch.input_ids)
+        # A second pass over the batches begins anew.
+        self._rows = cycle(rows)
         module.register_forward_pre_hook(self._next)
 
     def _next(self, *_: object) -> None:
-        rows = self._rows.pop(0)
+        rows = next(self._rows)
         for module in self._module.modules():
             if isinstance(module, FixedNoise):
                 module.rows = rows

@@ -16,10 +16,10 @@ from das_ds.errors import TrainingError
 from das_ds.methods.importance_pass import (
     PRETRAINING,
     ImportanceLoss,
-    mean_absolute_gate_gradient,
+    mean_over_sequences,
     pretraining_loss,
 )
-from das_ds.methods.parameter_level import sum_of_magnitudes
+from das_ds.methods.parameter_level import sum_over_gradients
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part
 
@@ -92,7 +92,7 @@ def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
     moved = rate != engine.learning_rate() or any(not torch.equal(before[name], after[name]) for name in before)
     skipped, error = engine.skipped_steps, "none"
     try:
-        with engine.summing_gradient_magnitudes():
+        with engine.summing_gradients("magnitude"):
             for _ in engine.attempts():
                 _step(engine, part, torch.inf)
     except TrainingError as failure:
@@ -113,8 +113,8 @@ def _infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
     loss = _scaled_loss(torch.inf if ranks.info.is_main else 1.0)
     errors = []
     for measure in (
-        lambda: mean_absolute_gate_gradient(run, Pass([part]), loss),
-        lambda: sum_of_magnitudes(run, Pass([[part] * run.engine.accumulation_steps]), loss),
+        lambda: mean_over_sequences(run, Pass([part]), loss, "magnitude"),
+        lambda: sum_over_gradients(run, Pass([[part] * run.engine.accumulation_steps]), loss, "square"),
     ):
         try:
             measure()

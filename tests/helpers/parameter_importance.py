@@ -12,10 +12,10 @@ from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Pass
-from das_ds.distributed.sharded_importance import ShardedImportance
 from das_ds.functional.units import Importance
+from das_ds.methods.base import DomainContext
 from das_ds.methods.importance_file import save_parameter_importance
-from das_ds.methods.parameter_level import ParameterLevel, sum_of_magnitudes
+from das_ds.methods.parameter_level import ParameterLevel, sum_over_gradients
 from das_ds.models.registry import adapter_for
 from helpers.importance import LOSSES, NoisePerBatch
 from helpers.reference import fix_noise
@@ -28,7 +28,7 @@ Stretches = list[tuple[str, int, Tensor]]
 def measured_all(
     configs: list[RunConfig], kind: str, steps: list[list[Batch]], changes: dict[str, Any]
 ) -> list[tuple[Stretches, Stretches, Importance]]:
-    """Per config: this rank's stretches of the summed magnitudes and of the importance, and its means by unit."""
+    """Per config: this rank's stretches of the sums over gradients and of the importance, and its means by unit."""
     return [_measured(config, kind, steps, changes) for config in configs]
 
 
@@ -45,11 +45,13 @@ def _measured(
         fix_noise(engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
-    sums = sum_of_magnitudes(run, Pass(parts), LOSSES[kind])
+    steps, folder = Pass(parts), config.output_dir
+    domain = DomainContext(0, "domain", lambda label: Pass([]), lambda label: steps, folder, folder)
+    importance = ParameterLevel(run).measure(domain, "", LOSSES[kind])
     assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
     assert engine.module.training
-    sizes, owners, settings = run.layout.sizes, run.layout.owners, config.method.importance
-    importance = ShardedImportance.from_magnitudes(engine.named_shards, sizes, info.device, sums, owners, settings)
+    # The pass is complete: its sums are given back without any batch.
+    sums = sum_over_gradients(run, steps, LOSSES[kind], config.method.importance.kind)
     found = stretches_of(run, sums), stretches_of(run, importance.flats), importance.by_unit(run.layout)
     engine.close()
     return found

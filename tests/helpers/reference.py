@@ -125,8 +125,9 @@ def reference_importance(
     corrupted: Tensor,
     labels: Tensor,
     kind: Literal["mlm", "proxy"] = "mlm",
+    power: int = 1,
 ) -> Units:
-    """I = (1/N) sum_n |d L(x_n) / d g|, one sequence at a time (paper, eq. 2), before normalisation.
+    """I = (1/N) sum_n |d L(x_n) / d g|^power, one sequence at a time (paper, eq. 2), before normalisation.
 
     `mlm`: L is the mean cross-entropy over the sequence's predicted tokens (labels != -100), of `corrupted`; a
     sequence without any counts with gradient 0. `proxy`: L is `hidden_kl` of two passes over `sequences` with common
@@ -141,24 +142,24 @@ def reference_importance(
         loss = sequence_loss(model, sequences, corrupted, labels, index, gates, kind)
         if loss is not None:
             for group, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-                total[group] += gradient.abs()
+                total[group] += gradient.abs() ** power
     return {group: value / len(sequences) for group, value in total.items()}
 
 
-def reference_magnitudes(
+def reference_batch_gradients(
     model: PreTrainedModel,
     sequences: Tensor,
     corrupted: Tensor,
     labels: Tensor,
     kind: Literal["mlm", "proxy"],
     batch_size: int,
-) -> dict[str, Tensor]:
-    """sum_b | (1/G) sum_{n in b} d L(x_n) / d theta | of each parameter, b running over batches of G sequences.
+) -> list[dict[str, Tensor]]:
+    """(1/G) sum_{n in b} d L(x_n) / d theta of each parameter, for every batch b of G sequences.
 
     Args as in `reference_importance`; the number of sequences is a multiple of G = `batch_size`.
     """
     parameters = dict(model.named_parameters())
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    means = []
     for first in range(0, len(sequences), batch_size):
         mean = {name: torch.zeros_like(value) for name, value in parameters.items()}
         for index in range(first, first + batch_size):
@@ -168,9 +169,8 @@ def reference_magnitudes(
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 mean[name] += 0 if gradient is None else gradient / batch_size
-        for name, value in mean.items():
-            total[name] += value.abs()
-    return total
+        means.append(mean)
+    return means
 
 
 def sequence_loss(

@@ -17,8 +17,11 @@ from helpers.training import LENGTH, run_config
 NUM_BATCHES, ROWS = 2, 4
 
 
-def brute_force(kind: str, model_type: str = "roberta") -> dict[str, torch.Tensor]:
-    model = tiny_model(model_type, **NO_DROPOUT).double()
+POWERS = {"magnitude": 1, "square": 2}
+
+
+def brute_force(kind: str, power: int) -> dict[str, torch.Tensor]:
+    model = tiny_model(**NO_DROPOUT).double()
     batches = joined_batches(NUM_BATCHES, ROWS)
     inputs = torch.cat([batch.input_ids for batch in batches])
     labels = torch.full_like(inputs, -100)
@@ -27,7 +30,7 @@ def brute_force(kind: str, model_type: str = "roberta") -> dict[str, torch.Tenso
     if kind == "proxy":
         fix_noise(model, 2 * len(inputs), LENGTH)
     corrupted = torch.cat([batch.corrupted_ids for batch in batches])
-    return reference_importance(model, inputs, corrupted, labels, kind)  # type: ignore[arg-type]
+    return reference_importance(model, inputs, corrupted, labels, kind, power)  # type: ignore[arg-type]
 
 
 @pytest.mark.multirank
@@ -37,10 +40,11 @@ def test_importance_equals_a_loop_over_single_sequences(kind: str, stage: int, w
     train = {"micro_batch_size": ROWS // world_size, "global_batch_size": ROWS, "precision": "fp32"}
     config = run_config(tmp_path, train=train, deepspeed={"zero_optimization": {"stage": stage}})
     found = run_ranks(measured, world_size, config, kind, joined_batches(NUM_BATCHES, ROWS), NO_DROPOUT)
-    for group, expected in brute_force(kind).items():
-        for rank, importance in enumerate(found):
-            difference = (importance[group] - expected).abs().max() / expected.abs().max()
-            assert difference < 1e-5, (group, rank)
+    for summed, power in POWERS.items():
+        for group, expected in brute_force(kind, power).items():
+            for rank, importance in enumerate(found):
+                difference = (importance[summed][group] - expected).abs().max() / expected.abs().max()
+                assert difference < 1e-5, (summed, group, rank)
 
 
 @pytest.mark.multirank
@@ -50,10 +54,11 @@ def test_importance_in_bf16_and_under_checkpointing(precision: str, checkpointin
     train = {"micro_batch_size": ROWS // 2, "global_batch_size": ROWS, "precision": precision}
     config = run_config(tmp_path, model=model, train=train, deepspeed={"zero_optimization": {"stage": 3}})
     found = run_ranks(measured, 2, config, "mlm", joined_batches(NUM_BATCHES, ROWS), NO_DROPOUT)[0]
-    for group, expected in brute_force("mlm").items():
-        # bf16 keeps 8 bits of every activation.
-        tolerance = 1e-5 if checkpointing else 5e-2
-        assert (found[group] - expected).abs().max() / expected.abs().max() < tolerance, group
+    for summed, power in POWERS.items():
+        for group, expected in brute_force("mlm", power).items():
+            # bf16 keeps 8 bits of every activation.
+            tolerance = 1e-5 if checkpointing else 5e-2 * power
+            assert (found[summed][group] - expected).abs().max() / expected.abs().max() < tolerance, (summed, group)
 
 
 @pytest.mark.multirank
@@ -64,8 +69,9 @@ def test_importance_in_fp16_neither_underflows_nor_overflows(kind: str, stage: i
     config = run_config(tmp_path, train=train, deepspeed=deepspeed)
     found = run_ranks(measured, 2, config, kind, joined_batches(NUM_BATCHES, ROWS), NO_DROPOUT)
     factor = FAINT if kind == "faint" else 1.0
-    for group, expected in brute_force("mlm").items():
-        assert torch.equal(found[0][group], found[1][group])
-        # Without a scale the faint gradients, most of them below 6e-8, would be zero.
-        difference = (found[0][group] / factor - expected).abs().max() / expected.abs().max()
-        assert difference < 1e-2, group
+    for summed, power in POWERS.items():
+        for group, expected in brute_force("mlm", power).items():
+            assert torch.equal(found[0][summed][group], found[1][summed][group])
+            # Without a scale the faint gradients, most of them below 6e-8, would be zero.
+            difference = (found[0][summed][group] / factor**power - expected).abs().max() / expected.abs().max()
+            assert difference < 1e-2 * power, (summed, group)

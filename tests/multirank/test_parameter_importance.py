@@ -19,13 +19,14 @@ from helpers.parameter_importance import (
     save_random_weights_importance,
 )
 from helpers.parity import EPS, NUM_STEPS, OFFLOAD, ROWS, configs_of, relative_difference, steps
-from helpers.reference import fix_noise, full_masks, reference_magnitudes, reference_train
+from helpers.reference import fix_noise, full_masks, reference_batch_gradients, reference_train
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.training import LENGTH, run_config, train_all
 
 NUM_GLOBAL_BATCHES, ACCUMULATION, MICRO_ROWS = 2, 2, 4
-FORMS = ("abs_tanh", "tanh_positive")
+# Each form of normalisation over another sum.
+MEASURES = (("magnitude", "abs_tanh"), ("square", "tanh_positive"), ("sensitivity", "abs_tanh"))
 STAGES = [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
 Weights = dict[str, torch.Tensor]
 
@@ -36,7 +37,8 @@ def global_batches() -> list[Any]:
 
 
 @cache
-def brute_force(kind: str) -> Weights:
+def brute_force(kind: str) -> dict[str, Weights]:
+    """Sums over the global batches, by what is summed."""
     model = tiny_model(**NO_DROPOUT).double()
     batches = [batch for step in global_batches() for batch in step]
     inputs = torch.cat([batch.input_ids for batch in batches])
@@ -46,7 +48,15 @@ def brute_force(kind: str) -> Weights:
     if kind == "proxy":
         fix_noise(model, 2 * len(inputs), LENGTH)
     corrupted = torch.cat([batch.corrupted_ids for batch in batches])
-    return reference_magnitudes(model, inputs, corrupted, labels, kind, ACCUMULATION * MICRO_ROWS)  # type: ignore[arg-type]
+    batch_size = ACCUMULATION * MICRO_ROWS
+    gradients = reference_batch_gradients(model, inputs, corrupted, labels, kind, batch_size)  # type: ignore[arg-type]
+    sums: dict[str, Weights] = {summed: {} for summed, _ in MEASURES}
+    for name, weight in model.named_parameters():
+        parts = torch.stack([batch[name] for batch in gradients])
+        sums["magnitude"][name] = parts.abs().sum(0)
+        sums["square"][name] = parts.pow(2).sum(0)
+        sums["sensitivity"][name] = (parts * weight.detach()).abs().sum(0)
+    return sums
 
 
 def normalised(magnitudes: torch.Tensor, form: str) -> torch.Tensor:
@@ -80,23 +90,23 @@ def settings(folder: Path, world_size: int, zero: dict[str, Any], precision: str
             folder,
             train={**run_config(folder).train.model_dump(), **train},
             deepspeed={"zero_optimization": zero},
-            method={"importance": {"granularity": "parameter", "normalisation": form}},
+            method={"importance": {"granularity": "parameter", "normalisation": form, "kind": summed}},
         )
-        for form in FORMS
+        for summed, form in MEASURES
     ]
 
 
 def check(results: list[Any], kind: str, tolerance: float) -> None:
-    expected = brute_force(kind)
-    shapes = {name: value.shape for name, value in expected.items()}
-    for number, form in enumerate(FORMS):
+    shapes = {name: weight.shape for name, weight in tiny_model().named_parameters()}
+    for number, (summed, form) in enumerate(MEASURES):
         sums = joined([rank[number][0] for rank in results], shapes)
         levels = joined([rank[number][1] for rank in results], shapes)
-        for name, value in expected.items():
+        for name, value in brute_force(kind)[summed].items():
             # The gradient of key biases is rounding alone: softmax ignores a constant added to all keys.
             if "key.bias" in name:
                 continue
-            assert (sums[name] - value).abs().max() <= tolerance * value.abs().max(), name
+            allowed = tolerance * (2 if summed == "square" else 1)
+            assert (sums[name] - value).abs().max() <= allowed * value.abs().max(), (summed, name)
             # What is stored belongs to the sums that were found, to within half of a 255th.
             error = (levels[name] / 255 - normalised(sums[name], form)).abs().max()
             assert error <= 1 / 510 + 1e-9, (name, error)
@@ -109,28 +119,28 @@ def check(results: list[Any], kind: str, tolerance: float) -> None:
 @pytest.mark.multirank
 @pytest.mark.parametrize("kind", ["mlm", "proxy"])
 @pytest.mark.parametrize(("stage", "world_size"), STAGES)
-def test_magnitudes_equal_brute_force(kind: str, stage: int, world_size: int, tmp_path: Path) -> None:
+def test_sums_equal_brute_force(kind: str, stage: int, world_size: int, tmp_path: Path) -> None:
     runs = settings(tmp_path, world_size, {"stage": stage})
     check(run_ranks(measured_all, world_size, runs, kind, global_batches(), NO_DROPOUT), kind, 1e-5)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("stage", [2, 3])
-def test_magnitudes_under_offload(stage: int, tmp_path: Path) -> None:
+def test_sums_under_offload(stage: int, tmp_path: Path) -> None:
     runs = settings(tmp_path, 2, {"stage": stage, **OFFLOAD})
     check(run_ranks(measured_all, 2, runs, "mlm", global_batches(), NO_DROPOUT), "mlm", 1e-5)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_magnitudes_in_bf16(stage: int, tmp_path: Path) -> None:
+def test_sums_in_bf16(stage: int, tmp_path: Path) -> None:
     runs = settings(tmp_path, 2, {"stage": stage}, precision="bf16")
     check(run_ranks(measured_all, 2, runs, "mlm", global_batches(), NO_DROPOUT), "mlm", 5e-2)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, **OFFLOAD}, {"stage": 3}])
-def test_magnitudes_in_fp16_with_overflow(zero: dict[str, Any], tmp_path: Path) -> None:
+def test_sums_in_fp16_with_overflow(zero: dict[str, Any], tmp_path: Path) -> None:
     # The scale overflows at first and rises after every global batch: each is measured once, by its own scale.
     fp16 = {"initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 1}
     runs = settings(tmp_path, 2, zero, precision="fp16")

@@ -187,6 +187,98 @@ def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_what_ewc_and_merge_keep_continues(tmp_path: Path) -> None:
+    """In pieces bit for bit, and from the middle of the second domain on another number of ranks and stage."""
+    methods = {"ewc": {"name": "ewc", "ewc": {"strength": 1e4}}, "merge": {"name": "merge"}}
+    # So that a start also breaks off where weights are still to be merged, or within the pass for Fisher information.
+    limits = {"ewc": 8, "merge": 7}
+
+    def values(name: str, method: str, **changes: Any) -> dict[str, Any]:
+        measured = {**methods[method], "importance": {"samples": 24}}
+        base = run(tmp_path, name, method=measured, asynchronous=False, log_every=1)
+        checkpoint = {**base["checkpoint"], "keep": 100}
+        return {**base, "model": small_run(tmp_path)["model"], "checkpoint": checkpoint, **changes}
+
+    run_ranks(run_all, 2, [values(f"{name}_whole", name) for name in methods])
+    others = []
+    for name in methods:
+        whole, parts = tmp_path / f"{name}_whole", tmp_path / f"{name}_parts"
+        _, breaks = run_ranks(run_in_pieces, 2, values(parts.name, name), limits[name])[0]
+        assert {phase for phase, *_ in breaks} >= {"train", "after"}, breaks
+        assert_same_run(parts, whole)
+        others.append(tmp_path / f"{name}_other")
+        shutil.copytree(whole, others[-1])
+        # As if the run had been killed there.
+        saved = checkpoints(others[-1])
+        for later in saved[saved.index(next(place for place in saved if place.endswith("papers_train_3"))) + 1 :]:
+            shutil.rmtree(others[-1] / "checkpoints" / later)
+    zero3 = {"zero_optimization": {"stage": 3}}
+    run_ranks(run_all, 1, [values(f"{name}_other", name, deepspeed=zero3) for name in methods])
+    for name, other in zip(methods, others, strict=True):
+        lines, expected = metrics_lines(other), metrics_lines(tmp_path / f"{name}_whole")
+        assert [line["global_step"] for line in lines] == list(range(1, 13))
+        for part in ("loss", "grad_norm"):
+            assert [line[part] for line in lines] == pytest.approx([line[part] for line in expected], rel=1e-4)
+        mine, theirs = (read_results(folder / "results.json") for folder in (other, tmp_path / f"{name}_whole"))
+        assert mine.loss_matrix[-1] == pytest.approx(theirs.loss_matrix[-1], rel=1e-4)
+        assert all(("loss/ewc" in line) == (name == "ewc" and line["domain"] == "papers") for line in lines)
+    assert max(line.get("loss/ewc", 0.0) for line in metrics_lines(others[0])) > 1e-3
+
+
+def test_a_teacher_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
+    def values(name: str, zero: dict[str, Any], micro_batch_size: int, **train: Any) -> dict[str, Any]:
+        changes = {"log_every": 1, "micro_batch_size": micro_batch_size, **train}
+        base = run(tmp_path, name, method={"name": "kd", "kd": {"weight": 10.0}}, asynchronous=False, **changes)
+        return {**base, "deepspeed": {"zero_optimization": zero}}
+
+    divided = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    runs = [values(name, divided, 2, precision="bf16") for name in ("whole", "parts")]
+    run_ranks(run_all, 2, runs[:1])
+    _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]
+    assert {domains_done for phase, domains_done, step in breaks if phase == "train" and step > 0} == {0, 1}
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+    def without_dropout(name: str, zero: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
+        return {**values(name, zero, micro_batch_size), "model": small_run(tmp_path)["model"]}
+
+    broken_off = run_ranks(break_off, 2, without_dropout("moved", {"stage": 2}, 2), 19)[0]
+    assert broken_off == ("train", 1, 4)
+    run_ranks(run_all, 1, [without_dropout("moved", divided, 4)])
+    run_ranks(run_all, 2, [without_dropout("still", {"stage": 2}, 2)])
+    found, expected = ([line["loss/distillation"] for line in metrics_lines(tmp_path / n)] for n in ("moved", "still"))
+    assert found == pytest.approx(expected, rel=1e-3) and expected[-1] > 1e-3
+
+
+def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
+    """In fp16 with steps that are tried again; then a causal model on isolated documents, from two ranks to one."""
+
+    def values(name: str, stage: int, micro_batch_size: int, **train: Any) -> dict[str, Any]:
+        method = {"name": "derpp", "derpp": {"capacity": 13, "positions": 4, "replayed": 3}}
+        changes = {"log_every": 1, "micro_batch_size": micro_batch_size, **train}
+        base = run(tmp_path, name, stage=stage, method=method, asynchronous=False, **changes)
+        return {**base, "deepspeed": {**base["deepspeed"], "fp16": {"initial_scale_power": 22}}}
+
+    runs = [values(name, 1, 2, precision="fp16") for name in ("whole", "parts")]
+    run_ranks(run_all, 2, runs[:1])
+    run_ranks(run_in_pieces, 2, runs[1], 5)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert metrics_lines(tmp_path / "whole")[-1]["skipped_steps"] > 0
+
+    def causal(name: str, stage: int, micro_batch_size: int) -> dict[str, Any]:
+        base = values(name, stage, micro_batch_size)
+        model = {**small_run(tmp_path)["model"]["config"], "model_type": "llama", "num_key_value_heads": 3}
+        model = {name: value for name, value in model.items() if not name.endswith("dropout_prob")}
+        return {**base, "model": {"config": model}, "data": {**base["data"], "isolate_documents": True}}
+
+    assert run_ranks(break_off, 2, causal("moved", 2, 2), 19)[0] == ("train", 1, 4)
+    run_ranks(run_all, 1, [causal("moved", 3, 4)])
+    run_ranks(run_all, 2, [causal("still", 2, 2)])
+    found, expected = (metrics_lines(tmp_path / name) for name in ("moved", "still"))
+    for part in ("clm", "answers", "rehearsal"):
+        losses = [[line[f"loss/{part}"] for line in lines] for lines in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[1][-1] > 1e-3
+
+
 def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
     changes = {"schedule": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_every": 1}
     runs = [run(tmp_path, name, method={"name": "ncl"}, **changes) for name in ("whole", "parts")]

@@ -67,3 +67,22 @@ def test_objectives_name_the_token_they_miss(tmp_path: Path) -> None:
 def test_isolation_in_a_masked_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.isolate_documents: found true with objective mlm"):
         prepare_text(run_config(tmp_path, isolate=True), INFO, "mlm")
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "rows"), [(None, 1, [2, 2]), (1, 1, [1]), (3, 1, [1, 1, 1]), (12, 2, [2, 2, 2]), (2, 2, [1])]
+)
+def test_a_gradient_has_its_number_of_sequences(
+    size: int | None, world_size: int, rows: list[int], tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, isolate=False)
+    importance = config.method.importance.model_copy(update={"gradient_batch_size": size, "samples": 5})
+    config = config.model_copy(update={"method": config.method.model_copy(update={"importance": importance})})
+    measured: list[torch.Tensor] = []
+    for rank in range(world_size):
+        steps = prepare_text(config, RankInfo(rank, rank, world_size, INFO.device), "clm").importance_steps("soup")
+        assert all([len(batch.input_ids) for batch in step] == rows for step in steps)
+        measured += [batch.input_ids[batch.row_weights > 0] for step in steps for batch in step]
+    whole = prepare_text(config, INFO, "clm").importance_batches("soup")
+    expected = torch.cat([batch.input_ids[batch.row_weights > 0] for batch in whole])
+    assert sorted(torch.cat(measured).tolist()) == sorted(expected.tolist())

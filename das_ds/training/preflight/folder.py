@@ -14,6 +14,7 @@ from das_ds.distributed.preflight import Peers
 from das_ds.durable import sync
 from das_ds.errors import PreflightError
 from das_ds.functional.sizes import Granularity, ModelSize, checkpoint_bytes, domain_bytes, importance_bytes
+from das_ds.training.preflight.kept import kept_in_checkpoint
 from das_ds.training.preflight.report import Checks, readable
 from das_ds.training.run_folder import PROBE, open_run_folder
 
@@ -72,8 +73,8 @@ def check_disk(checks: Checks, config: RunConfig, size: ModelSize, granularity: 
     root, keep, num_domains = config.output_dir, config.checkpoint.keep, len(config.stages)
     one = checkpoint_bytes(
         trained=size.trained, optimizer=config.train.optimizer, granularity=granularity, num_units=size.num_units
-    )
-    domain = domain_bytes(size, granularity)
+    ) + kept_in_checkpoint(config, size, in_domain=True)
+    domain = domain_bytes(size, granularity) + kept_in_checkpoint(config, size, in_domain=False)
     run_importance = 2 * importance_bytes(granularity, trained=size.trained, num_units=size.num_units)
     needed = (keep + 1) * one + num_domains * domain + run_importance
     expected = (

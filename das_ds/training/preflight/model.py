@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from das_ds.models.loading import check_embeddings, check_sequence_length, find_
 from das_ds.models.lora import Lora
 from das_ds.models.probe import skeleton
 from das_ds.training.preflight.free_memory import free_memory
+from das_ds.training.preflight.kept import kept_by_rank, kept_in_checkpoint
 from das_ds.training.preflight.report import UNITS, Checks, Doubt, readable
 
 VIEWS_OF_CONTRAST = 4
@@ -191,20 +192,24 @@ def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any],
         optimizer=config.train.optimizer,
         granularity=granularity(config),
         num_units=size.num_units,
-    )
-    return memory(
+    ) + kept_in_checkpoint(config, size, in_domain=True)
+    found = memory(
         size,
         sharding,
         granularity=granularity(config),
         has_own_mask=config.method.has_own_mask,
         copied_bytes=copied if config.checkpoint.asynchronous else 0,
     )
+    on_device, on_host = kept_by_rank(config, size, sharding)
+    return replace(found, device=found.device | on_device, host=found.host | on_host)
 
 
 def rough_bytes(config: RunConfig, size: ModelSize) -> int:
     """Activations and logits of one micro-step."""
     is_contrasted = config.method.is_soft_masked and config.method.contrast.weight > 0.0
     num_rows = config.train.micro_batch_size * (VIEWS_OF_CONTRAST if is_contrasted else 1)
+    if config.method.name == "derpp":
+        num_rows += -(-config.num_rehearsed * config.train.micro_batch_size // config.train.global_batch_size)
     num_tokens = config.data.sequence_length
     is_masked = find_adapter(config.model).objective == "mlm"
     share = config.data.mlm_probability if is_masked else 1.0

@@ -1,0 +1,101 @@
+"""EWC: elastic weight consolidation (Kirkpatrick et al., PNAS 2017), online (Schwarz et al., ICML 2018).
+
+N sequences of the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from das_ds.data.batches import Batch
+from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.quadratic_penalty import QuadraticPenalty
+from das_ds.distributed.state import Flats, RankState, SavedState
+from das_ds.methods.base import DomainContext, Losses, Method
+from das_ds.methods.context import RunContext
+from das_ds.methods.importance_pass import PRETRAINING, TOTALS
+from das_ds.methods.parameter_level import sum_over_gradients
+
+EWC_LOSS = "ewc"
+FISHER, ANCHOR = "fisher", "anchor"
+
+
+class ElasticConsolidation(Method):
+    """Pulls every weight back to where it was before the domain, by its Fisher information in earlier domains:
+
+        L(theta) = L_pretrain(theta) + lambda / 2 * sum_i F_i (theta_i - theta*_i)^2      (Kirkpatrick et al., eq. 3)
+        F after domain t = decay * F after domain t-1 + F of domain t                    (Schwarz et al., section 4)
+
+    theta* are the weights after the last domain alone, as in the online form; the further `decay` that its penalty has
+    is left to lambda. The Fisher information of a domain is the empirical one (targets from the text), of single
+    sequences, on `importance.samples` of them after training:
+
+        F_i = (1/N) sum_b (sum_{n in b} dL(x_n) / dtheta_i)^2       L(x_n): mean loss of the predicted tokens
+
+    With batches b of one sequence that is the definition; larger ones (`importance.gradient_batch_size`) have the same
+    expectation up to the square of the mean gradient, which is small at the end of a domain, so that lambda means the
+    same at any batch size. In the first domain nothing is known and nothing is pulled.
+
+    The pull lambda * F * (theta - theta*) is part of the gradient, as published: it is clipped with it and divided by
+    Adam's root of squared gradients with it. So lambda counts against the loss's own gradient, and a weight of whose
+    gradient the pull is the larger part goes back at the full learning rate, whatever lambda is.
+
+    Keeps two fp32 numbers per weight (F and theta*), sharded like the optimizer. Extra compute: one pass over them per
+    step, and one forward and backward pass over the sample per domain.
+    """
+
+    def __init__(self, run: RunContext) -> None:
+        super().__init__(run)
+        self._fisher: Flats | None = None
+        self._anchor: Flats | None = None
+        self._penalty: QuadraticPenalty | None = None
+
+    def before_domain(self, domain: DomainContext) -> None:
+        """Anchor the weights where the last domain left them."""
+        if self._fisher is not None:
+            self._anchor = {flat: weights.clone() for flat, weights in self.run.engine.weights().items()}
+
+    def start_training(self, domain: DomainContext) -> None:
+        """Penalise all further steps."""
+        self._penalty = None
+        if self._fisher is not None:
+            assert self._anchor is not None, "before_domain comes before start_training"
+            strength = self.run.config.method.ewc.strength
+            self._penalty = self.run.engine.penalise(strength, self._fisher, self._anchor)
+
+    @contextmanager
+    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+        """The pre-training loss; the last micro-step of a step adds the penalty, whose gradient is the same in all."""
+        with super().micro_step(batch, token_scale) as losses:
+            yield losses
+        if self._penalty is not None and self.run.engine.is_last_micro_step:
+            # Losses are averaged over micro-steps.
+            losses[EWC_LOSS] = self._penalty.add_gradient() * self.run.engine.accumulation_steps
+
+    def after_domain(self, domain: DomainContext) -> None:
+        """Add the domain's Fisher information to that of all before."""
+        # A checkpoint that is being written may still read what goes now, and what changes later.
+        self.run.engine.before_change()
+        self._anchor = self._penalty = None
+        steps = domain.sample_steps(f"Fisher information of {domain.name}")
+        sums = sum_over_gradients(self.run, steps, PRETRAINING, "square")
+        count = float(all_reduce_sum(steps.sums[TOTALS].clone())[0])
+        scale = self.run.config.gradient_batch_size**2 / count
+        self.run.engine.before_change()
+        if self._fisher is None:
+            self._fisher = {flat: torch.zeros_like(total) for flat, total in sums.items()}
+        for flat, total in sums.items():
+            self._fisher[flat].mul_(self.run.config.method.ewc.decay).add_(total, alpha=scale)
+
+    def state(self) -> RankState:
+        """Fisher information, and the anchor within a domain."""
+        kept = {FISHER: self._fisher, ANCHOR: self._anchor}
+        return RankState(sharded={name: flats for name, flats in kept.items() if flats is not None})
+
+    def load_state(self, saved: SavedState) -> None:
+        """However they were divided."""
+        self._fisher = saved.sharded(FISHER) if saved.has_sharded(FISHER) else None
+        self._anchor = saved.sharded(ANCHOR) if saved.has_sharded(ANCHOR) else None

@@ -1,0 +1,82 @@
+"""Knowledge distillation: representations are to stay near those of the model before the domain.
+
+Shape legend: B local sequences, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from das_ds.data.batches import Batch
+from das_ds.distributed.earlier_weights import EarlierWeights
+from das_ds.distributed.state import RankState, SavedState
+from das_ds.functional.losses import distillation_loss
+from das_ds.methods.base import DomainContext, Losses, Method
+from das_ds.methods.context import RunContext
+
+DISTILLATION_LOSS = "distillation"
+TEACHER = "teacher"
+
+
+class Distillation(Method):
+    """Knowledge distillation (Hinton et al., 2015), on new text as in Learning without Forgetting (Li & Hoiem, 2018).
+
+        L = L_pretrain + w T^2 KL(softmax(h_teacher / T) || softmax(h / T))
+
+    h are the hidden states before the LM head, the softmax is over the hidden size and the mean over all positions: the
+    form of the baseline KD of the DAS paper (Ke et al., ICLR 2023, section 4). The teacher is the model before the
+    domain, the base model in the first; it reads the same rows, corrupted as they are, without dropout.
+
+    Keeps a copy of the trained weights in the type of training, half the fp32 weights in 16 bits: whole at ZeRO 0 to
+    2, this rank's shard at 3; in checkpoints within a domain, too. Extra compute: one forward pass per micro-step,
+    about a third of a step, and at ZeRO 3 one gather of every layer more.
+    """
+
+    def __init__(self, run: RunContext) -> None:
+        super().__init__(run)
+        self._teacher: EarlierWeights | None = None
+
+    def before_domain(self, domain: DomainContext) -> None:
+        """What the model knows now is what the domain is to keep."""
+        self._teacher = self.run.engine.earlier_weights()
+
+    @contextmanager
+    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+        """The pre-training loss plus the divergence from the teacher, over all positions of the batch."""
+        kd = self.run.config.method.kd
+        taught = self._taught(batch)
+        hidden, losses = self.run.engine(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+        yield {
+            self.run.objective: losses.sum() * token_scale,
+            DISTILLATION_LOSS: kd.weight * distillation_loss(taught, hidden, temperature=kd.temperature),
+        }
+
+    def after_domain(self, domain: DomainContext) -> None:
+        """The next domain has another teacher."""
+        self._teacher = None
+
+    def state(self) -> RankState:
+        """The teacher, while there is one."""
+        if self._teacher is None:
+            return RankState(numbers={"has_teacher": False})
+        return RankState(sharded={TEACHER: self._teacher.flats()}, numbers={"has_teacher": True})
+
+    def load_state(self, saved: SavedState) -> None:
+        """Continue with the same teacher."""
+        has_teacher = saved.numbers["has_teacher"]
+        self._teacher = self.run.engine.earlier_weights(saved.sharded(TEACHER)) if has_teacher else None
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> torch.Tensor:
+        """(B, S, H) hidden states of the teacher."""
+        assert self._teacher is not None, "a domain begins with a teacher"
+        module = self.run.engine.module
+        module.eval()
+        with self._teacher.in_force():
+            hidden, _ = module(batch.corrupted_ids, batch.predicted[:0], batch.targets[:0], batch.position_ids)
+        module.train()
+        taught: torch.Tensor = hidden
+        return taught

@@ -1,0 +1,71 @@
+"""The reservoir against a loop, its law, and the spread of positions against counting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from das_ds.functional.reservoir import NOT_KEPT, last_of_each_slot, padded, reservoir_slots, spread_positions
+
+
+def stored(num_samples: int, capacity: int, chunk: int, seed: int) -> list[int]:
+    """Numbers of the samples in each slot after a stream, taken in chunks."""
+    uniforms, slots = np.random.default_rng(seed).random(num_samples), np.full(capacity, NOT_KEPT)
+    for first in range(0, num_samples, chunk):
+        found = reservoir_slots(first, uniforms[first : first + chunk], capacity)
+        last = last_of_each_slot(found)
+        assert len(set(found[last])) == len(last)
+        slots[found[last]] = first + last
+    return list(slots)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_any_chunks_give_what_a_loop_gives(chunk: int) -> None:
+    uniforms, expected = np.random.default_rng(0).random(64), list[int]()
+    for number, u in enumerate(uniforms):
+        slot = int(u * (number + 1))
+        if number < 5:
+            expected.append(number)
+        elif slot < 5:
+            expected[slot] = number
+    assert stored(64, 5, chunk, 0) == expected
+
+
+def test_every_sample_is_kept_as_often_as_any_other() -> None:
+    counts = np.zeros(30)
+    for seed in range(3000):
+        counts[stored(30, 6, 10, seed)] += 1
+    # 600 times each, with a standard deviation of 22.
+    assert np.abs(counts - 600).max() < 100
+
+
+def test_a_buffer_that_is_not_full_has_empty_slots() -> None:
+    assert stored(3, 5, 2, 0) == [0, 1, 2, NOT_KEPT, NOT_KEPT]
+
+
+def test_positions_are_all_there_are_or_spread_over_the_sequence() -> None:
+    # Rows of 10 tokens that predict 2, none, 6 and 3.
+    predicted = torch.tensor([1, 7, 20, 21, 22, 25, 26, 29, 30, 34, 38])
+    offsets = torch.tensor([0.9, 0.9, 0.9, 0.0], dtype=torch.float64)
+    indices, exists = spread_positions(predicted, 4, 10, 3, offsets)
+    found = [padded(predicted)[row][mask].tolist() for row, mask in zip(indices, exists, strict=True)]
+    # Of six, those at floor(0.9 * 2), floor(1.9 * 2), floor(2.9 * 2).
+    assert found == [[1, 7], [], [21, 25, 29], [30, 34, 38]]
+
+
+def test_no_position_at_all() -> None:
+    indices, exists = spread_positions(torch.zeros(0, dtype=torch.int64), 2, 10, 4, torch.rand(2).double())
+    assert not exists.any() and not padded(torch.zeros(0, 3))[indices].any()
+
+
+def test_every_position_is_as_likely_as_any_other() -> None:
+    num_rows, count = 7000, 3
+    predicted = torch.arange(num_rows)[:, None] * 10 + torch.arange(7)
+    offsets = torch.rand(num_rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    indices, exists = spread_positions(predicted.flatten(), num_rows, 10, count, offsets)
+    assert exists.all()
+    chosen = predicted.flatten()[indices] % 10
+    assert (chosen.diff(dim=1) > 0).all()
+    counts = chosen.flatten().bincount(minlength=7)
+    assert (counts - num_rows * count / 7).abs().max() < 200

@@ -1,0 +1,129 @@
+"""A method over two domains of given batches on real ranks, and the same in plain torch on one process.
+
+G sequences of a global batch, N of a domain.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
+from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Pass
+from das_ds.methods import METHODS
+from das_ds.methods.base import DomainContext
+from das_ds.tracking.sinks import Metrics
+from das_ds.tracking.tracker import Tracker
+from das_ds.training.domain import DomainTrainer, Progress
+from helpers.parity import EPS
+from helpers.reference import adamw_step, reference_batch_gradients, step_losses, unit_ones
+from helpers.tiny_models import NO_DROPOUT, tiny_model
+from helpers.training import LENGTH, Recorder, build, rank_part
+
+Weights = dict[str, Tensor]
+Steps = list[list[Batch]]
+Stretch = tuple[str, int, Tensor]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a run over two domains left; weights as after each domain's last hook."""
+
+    weights: list[Weights]
+    lines: list[Metrics]
+    sharded: dict[str, list[Stretch]]
+    """This rank's stretches of what the method would save at the end."""
+
+
+def learn_all(configs: list[RunConfig], domains: list[Steps]) -> list[Learned]:
+    """Per config, all of one ZeRO stage: the method over the domains, by this rank's part of each batch."""
+    return [_learn(config, domains) for config in configs]
+
+
+def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
+    ranks = Ranks()
+    run = build(config, ranks, **NO_DROPOUT)
+    engine, method, recorder = run.engine, METHODS[config.method.name](run), Recorder()
+    weights = []
+    for index, steps in enumerate(domains):
+        parts = [[rank_part(batch, ranks.info.rank, ranks.info.world_size) for batch in step] for step in steps]
+        folder = config.output_dir
+        measured = [[batch] for step in parts for batch in step]
+        domain = DomainContext(index, "domain", lambda _: Pass([]), lambda _, m=measured: Pass(m), folder, folder)
+        method.before_domain(domain)
+        engine.start_domain(len(steps))
+        method.start_training(domain)
+        trainer = DomainTrainer(engine, method, Tracker([recorder]), config.train)
+        tokens_per_step = config.train.global_batch_size * LENGTH
+        trainer.run(iter(parts), Progress("domain", 0, 0, tokens_per_step, len(parts)))
+        method.after_domain(domain)
+        weights.append({name: weight.detach().clone() for name, weight in engine.fp32_weights()})
+    sharded = {
+        name: [(s.name, s.offset, flats[s.flat][s.start : s.start + s.numel].clone()) for s in engine.shards()]
+        for name, flats in method.state().sharded.items()
+    }
+    engine.close()
+    return Learned(weights, recorder.lines, sharded)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The same in float64; one penalty per step, nothing in the first domain."""
+
+    weights: list[Weights]
+    penalties: list[float]
+    grad_norms: list[float]
+    fisher: Weights
+
+
+def learn_plainly(
+    domains: list[Steps], *, strength: float = 0.0, decay: float = 1.0, shares: tuple[float, ...] = (0.0, 0.0)
+) -> Expected:
+    """AdamW on the loss and its penalty by autograd, then theta <- (1 - share) theta + share theta_before."""
+    model = nn.Module.to(copy.deepcopy(tiny_model(**NO_DROPOUT)), torch.float64).train(False)
+    parameters = dict(model.named_parameters())
+    result = Expected([], [], [], {name: torch.zeros_like(value) for name, value in parameters.items()})
+    for steps, share in zip(domains, shares, strict=True):
+        before = {name: value.detach().clone() for name, value in parameters.items()}
+        moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in before.items()}
+        for number, micro_batches in enumerate(steps):
+            inputs = [vars(batch) for batch in micro_batches]
+            loss, _ = step_losses(model, inputs, unit_ones(model), 1.0, contrast=False)
+            distances = ((result.fisher[n] * (parameters[n] - before[n]) ** 2).sum() for n in parameters)
+            penalty = strength / 2 * torch.stack(list(distances)).sum()
+            gradients = torch.autograd.grad(loss + penalty, list(parameters.values()))
+            norm = torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().sqrt().item()
+            clip, rate = min(1.0, 0.5 / (norm + 1e-6)), 1e-2 * (len(steps) - number) / len(steps)
+            for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
+                weight_decay = 0.01 if value.ndim > 1 else 0.0
+                step = adamw_step(
+                    value, gradient * clip, *moments[name], number + 1, rate, (0.9, 0.999), EPS, weight_decay
+                )
+                value.data += step
+            result.penalties.append(penalty.item())
+            result.grad_norms.append(norm)
+        for name, gradients_squared in _squares(model, steps).items():
+            result.fisher[name].mul_(decay).add_(gradients_squared)
+            parameters[name].data.lerp_(before[name], share)
+        result.weights.append({name: value.detach().clone() for name, value in parameters.items()})
+    return result
+
+
+def _squares(model: Any, steps: Steps) -> Weights:
+    """(1/N) sum_b (sum_{n in b} g_n)^2 over micro-batches b, one sequence at a time."""
+    batches = [batch for step in steps for batch in step]
+    inputs, corrupted = (torch.cat([vars(batch)[key] for batch in batches]) for key in ("input_ids", "corrupted_ids"))
+    labels = torch.full_like(inputs, -100)
+    first = 0
+    for batch in batches:
+        labels[first : first + len(batch.input_ids)].view(-1)[batch.predicted] = batch.targets
+        first += len(batch.input_ids)
+    size = len(inputs) // len(batches)
+    means = reference_batch_gradients(model, inputs, corrupted, labels, "mlm", size)
+    return {name: sum((size * mean[name]) ** 2 for mean in means) / len(inputs) for name in means[0]}
