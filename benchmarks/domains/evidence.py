@@ -1,0 +1,220 @@
+"""Writes docs/evidence.md and its pictures from the committed result files: `make evidence`.
+
+Every variant of a result file is in every table; which of them did well decides nothing but the words.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from benchmarks.domains.choice import Choice
+from benchmarks.domains.groups import NOTHING, Restored
+from benchmarks.domains.jobs import ROOT
+from benchmarks.domains.matching import Match
+from benchmarks.domains.plan import NAIVE
+from benchmarks.domains.record import Record, TrackRecord, read_record
+from benchmarks.domains.verdicts import against_line, between, compared_groups, goal
+from benchmarks.environment import RESULTS
+from das_ds.errors import EXIT_USER_ERROR, DasError, RunFolderError
+from das_ds.evaluation import comparison_tables as tables
+from das_ds.evaluation.comparison import Comparison, RunNumbers
+from das_ds.evaluation.comparison_report import interval_sentences
+from das_ds.evaluation.pareto_picture import pareto_png
+from das_ds.evaluation.tables import Row, markdown
+
+PAGE = ROOT / "docs" / "evidence.md"
+IMAGES = "images"
+RIVALS = ("ewc", "kd", "derpp", "merge", "dga")
+"""Methods that das is held beside."""
+REPLAY = "replay"
+
+
+def main() -> int:
+    """Write the page; a result file that cannot be used is one line and exit code 2."""
+    try:
+        write_page(sorted(RESULTS.glob("domains_*.json")), PAGE)
+    except DasError as error:
+        print(f"das_ds: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    print(f"written to {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+def write_page(paths: Sequence[Path], page: Path) -> None:
+    """The page of these result files, and a picture per track beside it.
+
+    Raises:
+        RunFolderError: there is none, or one is damaged.
+    """
+    if not paths:
+        raise RunFolderError(f"{RESULTS}: found no domains_*.json, expected results of `make bench-domains`")
+    records = [read_record(path) for path in paths]
+    (page.parent / IMAGES).mkdir(parents=True, exist_ok=True)
+    for record in records:
+        for track in record.tracks:
+            pareto_png(track.comparison, page.parent / picture(record, track))
+    page.write_text(page_text(records), encoding="utf-8")
+
+
+def page_text(records: Sequence[Record]) -> str:
+    """The whole page in Markdown."""
+    return "\n".join([INTRODUCTION, *(_record(record) for record in records)])
+
+
+def picture(record: Record, track: TrackRecord) -> str:
+    """The file of a track's picture, relative to the page."""
+    return f"{IMAGES}/evidence_{record.tier}_{track.name}.png"
+
+
+def _record(record: Record) -> str:
+    train, environment = record.settings["train"], record.environment
+    seconds = sum(run.cost.wall_seconds for track in record.tracks for run in _runs(track.comparison))
+    parts = [
+        f"## Tier {record.tier}\n\n"
+        f"{environment['device']}, {environment['date']}, "
+        f"{', '.join(f'{name} {number}' for name, number in environment['versions'].items())}. "
+        f"{train['steps_per_domain']} steps per domain of {train['global_batch_size']} x "
+        f"{record.settings['data']['sequence_length']} tokens, {train['precision']}. "
+        f"The compared runs took {seconds / 3600:.1f} hours.\n",
+        _repeated(record),
+        *(_track(record, track) for track in record.tracks),
+    ]
+    return "\n".join(parts)
+
+
+def _repeated(record: Record) -> str:
+    if record.repeated is None:
+        return ""
+    equal = "the same numbers to the last digit" if record.repeated.is_equal else "**other numbers**"
+    return f"The same config and seed run twice (`{record.repeated.label}`) gave {equal}.\n"
+
+
+def _track(record: Record, track: TrackRecord) -> str:
+    comparison = track.comparison
+    parts = [
+        f"### {track.base.capitalize()}: {' -> '.join(comparison.domains)}\n\n{_words(comparison)}",
+        f"#### Learning and forgetting\n\n{interval_sentences(comparison)}\n{_table(tables.summary_rows(comparison))}",
+        f"![learning against forgetting]({picture(record, track)})\n",
+        f"#### At equal learning\n\n{LINE}\n{_table(tables.line_rows(comparison))}",
+        f"#### Against {NAIVE}\n\n{_table(tables.difference_rows(comparison))}",
+        _matches(track.matches),
+        _groups(track.groups, comparison),
+        f"#### Cost\n\n{_table(tables.cost_rows(comparison))}",
+        _choices(record.choices.get(track.base, [])),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _words(comparison: Comparison) -> str:
+    labels = [group.label for group in comparison.groups]
+    protected = [group.label for group in comparison.groups if group.method == "das"]
+    replaying = [label for label in protected if REPLAY in label]
+    sentences = [against_line(comparison, group) for group in compared_groups(comparison)]
+    sentences += [goal(comparison, label) for label in protected if label not in replaying]
+    sentences += [
+        between(comparison, label, rival)
+        for label, rival in product(protected, RIVALS)
+        if rival in labels and label not in replaying
+    ]
+    sentences += [between(comparison, label, REPLAY) for label in replaying if REPLAY in labels]
+    return "".join(f"- {sentence}\n" for sentence in sentences)
+
+
+def _matches(matches: Sequence[Match]) -> str:
+    if not matches:
+        return ""
+    header: Row = ["matched to", "its loss when learned", "naive rate", "loss when learned", "within", "met"]
+    rows = [
+        [
+            match.label,
+            f"{match.target:.4f}",
+            f"{match.best.learning_rate:.3g}",
+            f"{match.best.learned:.4f}",
+            f"{match.tolerance:g}",
+            "yes" if match.is_met else ("no" if match.needs_lowering else "no: it learns more than naive training"),
+        ]
+        for match in matches
+    ]
+    return f"#### Naive training matched in what it learns\n\n{MATCHED}\n{_table([header, *rows])}"
+
+
+def _groups(groups: Sequence[Restored], comparison: Comparison) -> str:
+    if not groups:
+        return ""
+    corpora = comparison.eval_domains
+    nothing = next(row for row in groups if row.group == NOTHING)
+    rows = [
+        [
+            row.group,
+            *(
+                f"{row.losses[corpus]:.4f}"
+                + ("" if row is nothing else f" ({row.losses[corpus] - nothing.losses[corpus]:+.4f})")
+                for corpus in corpora
+            ),
+        ]
+        for row in groups
+    ]
+    return f"#### Which parameters carry the forgetting\n\n{GROUPS}\n{_table([['put back', *corpora], *rows])}"
+
+
+def _choices(choices: Sequence[Choice]) -> str:
+    header: Row = ["variant", "candidates: loss when learned (forgetting)", "chosen", "at the edge"]
+    rows = [
+        [
+            choice.label,
+            ", ".join(
+                f"{one.learning_rate:g}: {one.learned:.4f}"
+                + ("" if one.forgetting is None else f" ({one.forgetting:+.4f})")
+                for one in choice.candidates
+            ),
+            f"{choice.learning_rate:g}",
+            "yes" if choice.is_at_edge else "no",
+        ]
+        for choice in choices
+    ]
+    return f"#### Choice of learning rates\n\n{CHOICE}\n{_table([header, *rows], text_columns=(0, 1))}"
+
+
+def _runs(comparison: Comparison) -> list[RunNumbers]:
+    return [run for group in comparison.groups for run in group.runs]
+
+
+def _table(rows: Sequence[Row], text_columns: tuple[int, ...] = (0,)) -> str:
+    return markdown(rows, text_columns) + "\n"
+
+
+INTRODUCTION = """\
+# Evidence
+
+Does das_ds forget less than the simple alternatives, at equal learning, and what does it cost? This page is written by
+`make evidence` from the result files in `benchmarks/results/`; [benchmarks](benchmarks.md) says how they are made. All
+losses are nats per predicted token on held-out text, lower is better; *loss when learned* is the mean over the domains,
+each right after it was learned.
+
+A difference counts as significant where its 95 % interval over seeds, paired by seed, leaves out 0 and its sign-flip
+test has p of at most 0.05, which takes at least 6 seeds. Many variants are compared on the same few domains: some
+difference is bound to look good by luck. Nothing is left out: what did not work stands here as well.
+"""
+LINE = f"""\
+A run that learns less also forgets less. The line goes through naive runs (`{NAIVE}`) of several learning rates; each
+run is held against the line of its seed at the same loss when learned. Below 0 it forgets less than it has to.
+"""
+MATCHED = """\
+The learning rate of naive training, lowered until its mean loss when learned is that of a variant. These runs are
+points of the line above.
+"""
+GROUPS = f"""\
+The last model of the first `{NAIVE}` run, with one group of parameters put back to what it was before the last domain.
+What the loss on an earlier domain falls by is what the group's change has cost it; shares need not add up.
+"""
+CHOICE = """\
+Equally many candidates per variant, one seed that no compared run has, the first two domains only; the best mean loss
+when learned is chosen. The held-out text is that of the comparison. At the edge of the candidates a better rate may lie
+beyond.
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""One run of the product as a command with a folder: done once, and never again."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from das_ds.durable import read_checked_json
+from das_ds.errors import RunFolderError
+from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores
+from das_ds.evaluation.results import RESULTS_FILE, Results, read_results
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Job(Protocol):
+    """Something that a command of the product does."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def log(self) -> Path:
+        """What the command prints."""
+
+    def is_done(self) -> bool:
+        """Whether there is nothing left to do."""
+
+    def command(self) -> list[str]:
+        """What to start; writes what it reads."""
+
+    def finish(self) -> None:
+        """Called when the command has ended well."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """`das-ds train` over one config; its folder lies beside its config and its log."""
+
+    folder: Path
+    """The run folder."""
+    values: dict[str, Any]
+    """The run config but for `output_dir`."""
+    keeps_models: bool = False
+    """Whether exported models stay; checkpoints never do."""
+
+    @property
+    def name(self) -> str:
+        """The last parts of its folder."""
+        return "/".join(self.folder.parts[-3:])
+
+    @property
+    def config(self) -> Path:
+        """Its run config."""
+        return self.folder.with_name(self.folder.name + ".yaml")
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder.with_name(self.folder.name + ".log")
+
+    def is_done(self) -> bool:
+        """Whether its results are complete.
+
+        Raises:
+            RunFolderError: they are those of another plan, or damaged.
+        """
+        if not (self.folder / RESULTS_FILE).exists():
+            return False
+        if self.config.read_text(encoding="utf-8") != self._text():
+            raise RunFolderError(
+                f"{self.folder}: found a run of another plan (see {self.config}), expected that of this one; use "
+                "another --folder or move it away"
+            )
+        return self.results().complete
+
+    def command(self) -> list[str]:
+        """Writes the config."""
+        self.config.parent.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(self._text(), encoding="utf-8")
+        return [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(self.config)]
+
+    def finish(self) -> None:
+        """Gigabytes per run that nobody will read."""
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        if not self.keeps_models:
+            for model in self.folder.glob("domains/*/model"):
+                shutil.rmtree(model)
+
+    def results(self) -> Results:
+        """Of the run.
+
+        Raises:
+            RunFolderError: none, or damaged.
+        """
+        return read_results(self.folder / RESULTS_FILE)
+
+    def model(self, index: int) -> Path:
+        """Exported after domain `index`."""
+        return next(iter(self.folder.glob(f"domains/{index:02d}_*/model")))
+
+    def _text(self) -> str:
+        values = {"output_dir": str(self.folder), **self.values}
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """`das-ds finetune` of one exported model on some tasks of its run's config."""
+
+    run: TrainingRun
+    domain: int
+    """Position of the domain after which the model was exported."""
+    tasks: tuple[str, ...]
+    num_seeds: int
+
+    @property
+    def name(self) -> str:
+        """Run, domain, tasks."""
+        return f"{self.run.name}/{self.domain:02d}: {', '.join(self.tasks)}"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.run.folder.with_name(f"{self.run.folder.name}_tasks_{self.domain:02d}.log")
+
+    def is_done(self) -> bool:
+        """Whether every task has all its seeds."""
+        path = self.run.model(self.domain).parent / END_TASKS_FILE
+        if not path.exists():
+            return False
+        scores = EndTaskScores.model_validate(read_checked_json(path))
+        return all(scores.has(task, seed) for task in self.tasks for seed in range(self.num_seeds))
+
+    def command(self) -> list[str]:
+        """One call for all tasks."""
+        chosen = [word for task in self.tasks for word in ("--task", task)]
+        script, model = str(ROOT / "launch" / "finetune.py"), str(self.run.model(self.domain))
+        return [sys.executable, script, "--config", str(self.run.config), "--model", model, *chosen]
+
+    def finish(self) -> None:
+        """The scores lie beside the model."""

@@ -1,0 +1,99 @@
+"""The two tiers."""
+
+from __future__ import annotations
+
+from benchmarks.domains.plan import NAIVE, Tier, Track, Values
+from benchmarks.domains.variants import VARIANTS
+
+SHARED: Values = {
+    "wandb": {"mode": "disabled"},
+    "checkpoint": {"keep": 1},
+}
+
+CPU = Tier(
+    name="cpu",
+    # Reviews, papers on language, medical abstracts: of the six domains the three that differ most.
+    tracks=(Track("encoder", "encoder", ("restaurant", "acl", "pubmed")),),
+    settings=SHARED
+    | {
+        "data": {"sequence_length": 64},
+        "train": {
+            "steps_per_domain": 100,
+            "global_batch_size": 16,
+            "micro_batch_size": 16,
+            "precision": "fp32",
+            "log_every": 20,
+        },
+        "method": {"importance": {"samples": 512}},
+        "evaluation": {"batch_size": 32, "max_sequences": 256},
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    },
+    learning_rates=(2e-4, 4e-4, 8e-4),
+    variants=VARIANTS,
+    seeds=(0, 1),
+    choice_seed=100,
+    line=(0.25, 0.5),
+    matched=("das", "das weights"),
+    repeated="das weights",
+    # Two runs of one thread each wait less for each other than the threads of one run.
+    threads=1,
+    parallel=2,
+    most_probes=3,
+)
+
+PAPER_ORDER = ("restaurant", "acl", "ai", "phone", "pubmed", "camera")
+"""Of Ke et al., ICLR 2023."""
+OTHER_ORDER = ("pubmed", "camera", "phone", "ai", "restaurant", "acl")
+
+GPU = Tier(
+    name="gpu",
+    tracks=(
+        Track("encoder_paper_order", "encoder", PAPER_ORDER),
+        Track("encoder_other_order", "encoder", OTHER_ORDER),
+        Track("decoder_paper_order", "decoder", PAPER_ORDER),
+    ),
+    settings=SHARED
+    | {
+        "data": {"sequence_length": 128},
+        "train": {
+            "steps_per_domain": 500,
+            "global_batch_size": 64,
+            "micro_batch_size": 64,
+            "precision": "bf16",
+            "log_every": 50,
+        },
+        "method": {"importance": {"samples": 4096}},
+        "evaluation": {"batch_size": 256, "max_sequences": 1024},
+        "deepspeed": {"zero_optimization": {"stage": 1}},
+    },
+    learning_rates=(1e-4, 2e-4, 4e-4),
+    variants=VARIANTS,
+    seeds=(0, 1, 2),
+    choice_seed=100,
+    line=(0.25, 0.5),
+    matched=("das", "das weights"),
+    repeated="das weights",
+    threads=4,
+    # A model this small leaves most of a large GPU idle.
+    parallel=4,
+    task_seeds=5,
+    task_variants=(NAIVE, "replay", "das", "das weights"),
+    decoder={
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 384,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 6,
+                "intermediate_size": 1024,
+                "max_position_embeddings": 256,
+                "tie_word_embeddings": True,
+            }
+        },
+        "train": {"steps_per_domain": 6000, "learning_rate": 1e-3, "schedule": "cosine", "betas": [0.9, 0.95]},
+        "method": {"name": NAIVE},
+    },
+)
+
+TIERS = {tier.name: tier for tier in (CPU, GPU)}

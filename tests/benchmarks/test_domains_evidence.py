@@ -1,0 +1,125 @@
+"""The page of evidence from results made by hand: every variant is in it, and its words follow from the numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.domains.choice import Candidate, Choice
+from benchmarks.domains.evidence import page_text, write_page
+from benchmarks.domains.groups import NOTHING, Restored
+from benchmarks.domains.matching import Match, Probe
+from benchmarks.domains.record import Record, Repeated, TrackRecord, read_record, write_record
+from benchmarks.domains.verdicts import against_line, between, goal, judged
+from das_ds.errors import RunFolderError
+from das_ds.evaluation.comparison import Comparison
+from das_ds.functional.intervals import paired_difference
+from helpers.comparisons import comparison, group, pooled
+
+
+def naive_and_others() -> Comparison:
+    """Naive training at two rates: learning to 3.0 costs 1.0, to 3.5 costs 0.5; in between 1 nat costs 1 nat."""
+    rate = "train__learning_rate"
+    return comparison(
+        group("ncl", [(3.0, 1.0), (3.0, 1.0)], **{rate: "2e-4"}),
+        group("ncl x 0.5", [(3.5, 0.5), (3.5, 0.5)], **{rate: "1e-4"}),
+        group("das", [(3.2, 0.3), (3.2, 0.2)], **{rate: "2e-4"}),
+        group("das weights", [(3.2, 0.7), (3.2, 0.9)], **{rate: "2e-4"}),
+        group("das weights, replay", [(3.1, 0.15), (3.1, 0.14)], **{rate: "2e-4"}),
+        group("replay", [(3.1, 0.1), (3.1, 0.2)], **{rate: "2e-4"}),
+        group("ewc", [(2.0, 0.4), (2.0, 0.6)], **{rate: "2e-4"}),
+        pooled("pool", [2.5]),
+    )
+
+
+def record() -> Record:
+    """Results of a tier with one track."""
+    choice = Choice("das", (Candidate(1e-4, 3.4, 0.2), Candidate(2e-4, 3.2, 0.3)))
+    track = TrackRecord(
+        name="encoder",
+        base="encoder",
+        comparison=naive_and_others(),
+        matches=[Match("das", 3.2, 0.01, (Probe(2e-4, 3.0), Probe(1.5e-4, 3.205)))],
+        groups=[
+            Restored(NOTHING, {"acl": 4.0, "pubmed": 3.0, "general": 5.0}),
+            Restored("FFN", {"acl": 3.5, "pubmed": 3.6, "general": 4.5}),
+        ],
+    )
+    return Record(
+        tier="cpu",
+        environment={"device": "a processor", "date": "2026-01-01", "versions": {"torch": "2.0"}},
+        settings={
+            "train": {"steps_per_domain": 7, "global_batch_size": 4, "precision": "fp32"},
+            "data": {"sequence_length": 8},
+        },
+        choices={"encoder": [choice]},
+        repeated=Repeated(label="das", learning_rate=1e-4, is_equal=True),
+        tracks=[track],
+    )
+
+
+def test_a_record_comes_back_and_draws_the_page(tmp_path: Path) -> None:
+    path, page = tmp_path / "domains_cpu_cpu.json", tmp_path / "docs" / "evidence.md"
+    write_record(path, record())
+    assert read_record(path) == record()
+    page.parent.mkdir()
+    write_page([path], page)
+    assert page.read_text() == page_text([record()])
+    assert (page.parent / "images" / "evidence_cpu_encoder.png").stat().st_size > 1000
+
+
+def test_everything_is_on_the_page() -> None:
+    text = page_text([record()])
+    for found in naive_and_others().groups:
+        assert f"| {found.label} " in text
+    assert "7 steps per domain of 4 x 8 tokens, fp32" in text
+    assert "gave the same numbers to the last digit" in text
+    assert "3.5000 (-0.5000)" in text and "0.0001: 3.4000 (+0.2000), 0.0002: 3.2000 (+0.3000)" in text
+    assert " 0.00015 |" in text
+    assert "images/evidence_cpu_encoder.png" in text
+    assert "`pool`: forgetting is not defined" in text
+
+
+def test_a_run_that_gave_other_numbers_is_said_to() -> None:
+    other = record().model_copy(update={"repeated": Repeated(label="das", learning_rate=1e-4, is_equal=False)})
+    assert "gave **other numbers**" in page_text([other])
+
+
+def test_words_follow_from_the_line() -> None:
+    runs = naive_and_others()
+    # At 3.2 the line forgets 0.8: das 0.25 on average, a third of it; das weights exactly as much.
+    assert against_line(runs, runs.group("das")) == (
+        "`das` forgets +0.250; naive training that learns as much forgets +0.800, 31% of it: less, the interval leaves "
+        "out 0, but 2 seeds cannot be significant (p 0.5)."
+    )
+    assert against_line(runs, runs.group("das weights")).endswith("100% of it: not told apart: the interval holds 0.")
+    assert "no naive run learns as much or as little" in against_line(runs, runs.group("ewc"))
+    assert goal(runs, "das").endswith("`das`: reached (31%).")
+    assert goal(runs, "das weights").endswith("`das weights`: not reached (100%).")
+    assert goal(runs, "ewc").endswith("cannot be said.")
+    better = comparison(runs.group("ncl"), runs.group("ncl x 0.5"), group("das", [(3.2, -0.1)]))
+    assert goal(better, "das").endswith("reached (0%).") and "% of it" not in against_line(better, better.group("das"))
+    assert between(runs, "das", "ewc") == (
+        "`das` beside `ewc`: forgets -0.250, less, the interval leaves out 0, but 2 seeds cannot be significant "
+        "(p 0.5); its loss when learned is +1.200, higher, the interval leaves out 0, but 2 seeds cannot be "
+        "significant (p 0.5)."
+    )
+
+
+def test_few_seeds_are_never_significant_and_many_can_be() -> None:
+    assert judged(paired_difference([1.0], [2.0])) == "less in the one seed there is"
+    assert judged(paired_difference([3.0, 1.0], [2.0, 2.0])) == "not told apart: the interval holds 0"
+    assert judged(paired_difference([1.0] * 5, [2.0] * 5)).startswith("less, the interval leaves out 0, but 5 seeds")
+    assert judged(paired_difference([3.0] * 6, [2.0] * 6)) == "significantly more (p 0.031)"
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"found no domains_\*\.json, expected results of `make bench-domains`"):
+        write_page([], tmp_path / "evidence.md")
+    path = tmp_path / "domains_cpu_cpu.json"
+    write_record(path, record())
+    path.write_text(path.read_text().replace("a processor", "another"))
+    with pytest.raises(RunFolderError, match="was altered"):
+        read_record(path)
+    write_record(path, record().model_copy(update={"format_version": 9}))
+    with pytest.raises(RunFolderError, match=r"format_version: Input should be 1; expected results of the benchmark"):
+        read_record(path)

@@ -1,0 +1,84 @@
+"""Groups of parameters that are put back: every parameter in one, and what restoring a group does to the losses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.domains.groups import NOTHING, PATTERNS, TOGETHER, groups_of, restored_losses
+from benchmarks.domains.jobs import TrainingRun
+from das_ds.config import ModelConfig
+from das_ds.config_io import load_config
+from das_ds.distributed.launch import RankInfo
+from das_ds.distributed.passes import Passes
+from das_ds.errors import ModelError
+from das_ds.evaluation.results import RESULTS_FILE, build_results, write_results
+from das_ds.models.language_model import LanguageModel
+from das_ds.models.loading import load_model
+from das_ds.training.evaluate import evaluate_corpora
+from das_ds.training.text import prepare_text
+from helpers.runs import small_run
+from helpers.tiny_models import tiny_model
+from helpers.tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.mark.parametrize(("model_type", "missing"), [("bert", set()), ("llama", {"LM-head transform", "decoder bias"})])
+def test_every_parameter_has_one_group(model_type: str, missing: set[str]) -> None:
+    names = [name for name, _ in tiny_model(model_type, tie_word_embeddings=True).named_parameters()]
+    groups = groups_of(names)
+    alone = {group: members for group, members in groups.items() if group not in TOGETHER}
+    assert sorted(name for members in alone.values() for name in members) == sorted(names)
+    assert set(alone) == set(PATTERNS) - missing
+    assert set(groups["attention + FFN"]) == {*groups["attention"], *groups["FFN"]}
+    assert all("orm" in name for name in groups["layer norms"])
+    assert not any("orm" in name for group in ("attention", "FFN", "embeddings") for name in groups[group])
+
+
+def test_a_parameter_without_group_is_named() -> None:
+    with pytest.raises(ModelError, match=r"found parameter classifier\.weight, expected one of layer norms"):
+        groups_of(["classifier.weight"])
+
+
+def finished_run(folder: Path) -> TrainingRun:
+    """A run whose two models differ in one LM-head transform and nothing else."""
+    values = small_run(folder)
+    values["model"]["config"]["model_type"] = "bert"
+    run = TrainingRun(values.pop("output_dir") / "seed0", values)
+    run.command()
+    model = tiny_model("bert", vocab_size=len(tiny_tokenizer()))
+    for index, name in enumerate(("food", "papers")):
+        path = run.folder / "domains" / f"{index:02d}_{name}" / "model"
+        model.save_pretrained(path)
+        tiny_tokenizer().save_pretrained(path)
+        model.get_parameter("cls.predictions.transform.dense.bias").data += 1.0
+    results = build_results(
+        method="ncl",
+        domains=["food", "papers"],
+        eval_domains=["food", "papers", "general"],
+        loss_matrix=[[1.0] * 3] * 3,
+        tokens_seen=1,
+        wall_seconds=1.0,
+        world_size=1,
+        zero_stage=0,
+    )
+    write_results(results, run.folder / RESULTS_FILE)
+    return run
+
+
+def losses_of(run: TrainingRun, index: int) -> dict[str, float]:
+    """Held-out losses of an exported model as it is."""
+    config = load_config(run.config)
+    text = prepare_text(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
+    source = ModelConfig(name_or_path=str(run.model(index)))
+    model, adapter = load_model(source, seed=0, vocab_size=len(text.base_tokenizer))
+    return evaluate_corpora(LanguageModel(model, adapter), text, Passes(show=False))
+
+
+def test_restoring_what_changed_gives_the_earlier_model_and_leaves_no_trace(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    found = {row.group: row.losses for row in restored_losses(run, torch.device("cpu"))}
+    before, after = (losses_of(run, index) for index in range(2))
+    assert before != after
+    assert found.pop("LM-head transform") == pytest.approx(before)
+    assert set(found) == {NOTHING, "layer norms", "embeddings", "attention", "FFN", "decoder bias", "attention + FFN"}
+    assert all(losses == pytest.approx(after) for losses in found.values())

@@ -1,0 +1,123 @@
+"""Jobs are done once, stopped at a deadline, and told apart from those of another plan."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.domains.jobs import TrainingRun
+from benchmarks.domains.runner import MANIFEST, WORTH_STARTING, Runner
+from das_ds.errors import RunFolderError, StoppedError, TrainingError
+from das_ds.evaluation.results import RESULTS_FILE, build_results, write_results
+
+STOPPED = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)"
+
+
+@dataclass(frozen=True)
+class Script:
+    """A job that runs a few words of Python, after which it is done if they made its file."""
+
+    file: Path
+    code: str
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def log(self) -> Path:
+        return self.file.with_suffix(".log")
+
+    def is_done(self) -> bool:
+        return self.file.exists()
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-S", "-c", self.code]
+
+    def finish(self) -> None:
+        self.file.with_suffix(".finished").touch()
+
+
+def writing(path: Path, text: str = "once") -> Script:
+    return Script(path, f"import os; open({str(path)!r}, 'a').write({text!r}); print(os.environ['OMP_NUM_THREADS'])")
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
+
+
+def test_jobs_run_once_with_their_threads_and_are_in_the_manifest(tmp_path: Path) -> None:
+    jobs = [writing(tmp_path / name) for name in ("a", "b", "c")]
+    runner = Runner(tmp_path, threads=3, parallel=2)
+    runner.run(jobs)
+    runner.run(jobs)
+    assert [job.file.read_text() for job in jobs] == ["once"] * 3
+    assert {job.log.read_text() for job in jobs} == {"3\n"}
+    assert all(job.file.with_suffix(".finished").exists() for job in jobs)
+    assert sorted(line["job"] for line in manifest(tmp_path)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(2)", "pass"])
+def test_a_job_that_fails_or_leaves_nothing_is_named(tmp_path: Path, code: str) -> None:
+    with pytest.raises(TrainingError, match=r"bad: ended with exit code [02], expected 0 and results; see .*bad\.log"):
+        Runner(tmp_path, threads=1).run([Script(tmp_path / "bad", code), writing(tmp_path / "after")])
+    assert not (tmp_path / "after").exists()
+
+
+def test_a_failure_stops_the_jobs_beside_it_and_is_what_is_said(tmp_path: Path) -> None:
+    jobs = [Script(tmp_path / "long", STOPPED), Script(tmp_path / "bad", "import time; time.sleep(1); 1 / 0")]
+    with pytest.raises(TrainingError, match="bad: ended with exit code 1"):
+        Runner(tmp_path, threads=1, parallel=2).run(jobs)
+    assert {line["job"]: line["exit_code"] for line in manifest(tmp_path)} == {"long": 75, "bad": 1}
+
+
+def test_time_that_is_up_asks_the_run_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.domains.runner.WORTH_STARTING", 0.0)
+    with pytest.raises(StoppedError, match="long: stopped and saved; the same command continues"):
+        Runner(tmp_path, threads=1, minutes=1 / 60).run([Script(tmp_path / "long", STOPPED)])
+    assert [line["exit_code"] for line in manifest(tmp_path)] == [75]
+
+
+def test_nothing_is_started_shortly_before_the_end(tmp_path: Path) -> None:
+    with pytest.raises(StoppedError, match="time is up"):
+        Runner(tmp_path, threads=1, minutes=0.9 * WORTH_STARTING / 60).run([writing(tmp_path / "late")])
+    assert not (tmp_path / "late").exists()
+
+
+def done_run(folder: Path, rate: float = 1e-3) -> TrainingRun:
+    """A training run with results, checkpoints and a model."""
+    run = TrainingRun(folder / "ncl" / "seed0", {"train": {"learning_rate": rate}})
+    run.command()
+    for name in ("checkpoints", "domains/00_a/model"):
+        (run.folder / name).mkdir(parents=True)
+    results = build_results(
+        method="ncl",
+        domains=["a"],
+        eval_domains=["a"],
+        loss_matrix=[[2.0], [1.0]],
+        tokens_seen=1,
+        wall_seconds=1.0,
+        world_size=1,
+        zero_stage=0,
+    )
+    write_results(results, run.folder / RESULTS_FILE)
+    return run
+
+
+def test_a_run_that_is_done_leaves_neither_checkpoints_nor_models(tmp_path: Path) -> None:
+    run = done_run(tmp_path)
+    assert run.is_done()
+    run.finish()
+    assert not (run.folder / "checkpoints").exists() and not list(run.folder.glob("domains/*/model"))
+    kept = TrainingRun(done_run(tmp_path / "kept").folder, run.values, keeps_models=True)
+    kept.finish()
+    assert kept.model(0).is_dir()
+
+
+def test_a_run_of_another_plan_is_refused(tmp_path: Path) -> None:
+    other = TrainingRun(done_run(tmp_path).folder, {"train": {"learning_rate": 2e-3}})
+    with pytest.raises(RunFolderError, match=r"found a run of another plan .*expected that of this one; use another"):
+        other.is_done()
