@@ -27,7 +27,7 @@ from das_ds.config_io import load_config
 from das_ds.errors import EXIT_USER_ERROR, DasError, TrainingError
 from das_ds.evaluation import comparison_tables as tables
 from das_ds.evaluation.comparison_report import write_comparison_report
-from das_ds.evaluation.results import RESULTS_FILE, Results, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.evaluation.tables import aligned
 from das_ds.models.registry import adapter_for
 from das_ds.training.report.compare import compare_runs
@@ -103,7 +103,7 @@ def run(config_path: Path, overrides: list[str]) -> Results:
             f"demo: the run of {config_path} ended with exit code {code}, expected 0; see its output above"
         )
     print(f"done in {time.monotonic() - started:.0f} s", flush=True)
-    return read_results(load_config(config_path, overrides).output_dir / RESULTS_FILE)
+    return Results.read(load_config(config_path, overrides).output_dir / RESULTS_FILE)
 
 
 def runner() -> list[str]:

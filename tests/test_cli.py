@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from das_ds.cli import main
-from das_ds.evaluation.results import RESULTS_FILE, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from helpers.commands import command, program, write_config
 from helpers.runs import small_run
 
@@ -24,7 +24,7 @@ def test_deepspeed_launcher_trains_on_two_ranks_and_evaluate_agrees(tmp_path: Pa
         "deepspeed", "--num_accelerators", 2, "launch/train.py", "--config", path, "train.micro_batch_size=2"
     )
     assert done.returncode == 0, done.stderr
-    results = read_results(values["output_dir"] / RESULTS_FILE)
+    results = Results.read(values["output_dir"] / RESULTS_FILE)
     assert results.complete and results.world_size == 2 and results.zero_stage == 3
     pictures = [values["output_dir"] / "report" / name for name in ("loss_matrix.png", "importance.png")]
     # Programs and ranks that come from the fork server draw no more than one pixel.

@@ -13,7 +13,7 @@ import yaml
 from das_ds.durable import read_checked_json
 from das_ds.errors import RunFolderError
 from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores
-from das_ds.evaluation.results import RESULTS_FILE, Results, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,7 +99,7 @@ class TrainingRun:
         Raises:
             RunFolderError: none, or damaged.
         """
-        return read_results(self.folder / RESULTS_FILE)
+        return Results.read(self.folder / RESULTS_FILE)
 
     def model(self, index: int) -> Path:
         """Exported after domain `index`."""

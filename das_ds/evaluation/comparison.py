@@ -6,15 +6,12 @@ drawn again without the folders of its runs.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from das_ds.durable import read_checked_json, write_checked_json
-from das_ds.errors import RunFolderError
-from das_ds.evaluation.results import Section
 from das_ds.evaluation.score_matrix import RunScores, ScoreMatrix
+from das_ds.evaluation.stored import Section, StoredFile
 
 FORMAT_VERSION: Literal[1] = 1
 COMPARISON_FILE = "comparison.json"
@@ -136,9 +133,10 @@ class Group(Section):
         return self
 
 
-class Comparison(Section):
+class Comparison(StoredFile):
     """Groups of runs over the same domains."""
 
+    what: ClassVar[str] = "a comparison of runs"
     format_version: Literal[1] = FORMAT_VERSION
     """Version of this format."""
     domains: list[str] = Field(min_length=1)
@@ -165,37 +163,3 @@ class Comparison(Section):
     def group(self, label: str) -> Group:
         """The group of this label."""
         return next(group for group in self.groups if group.label == label)
-
-
-def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write it as JSON; a reader finds the old file or the new one, never a part.
-
-    Raises:
-        RunFolderError: the folder cannot be written or is full.
-    """
-    try:
-        write_checked_json(path, comparison.model_dump(mode="json"))
-    except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot be written ({error.strerror}); its folder must be writable and have free space"
-        ) from error
-
-
-def read_comparison(path: Path) -> Comparison:
-    """Read it back.
-
-    Raises:
-        RunFolderError: it cannot be read, was altered, or is no such file of this version.
-    """
-    try:
-        return Comparison.model_validate(read_checked_json(path))
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected a comparison of runs") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "comparison"
-        raise RunFolderError(
-            f"{path}: {place}: {first['msg']}; expected a comparison of runs, format_version {FORMAT_VERSION}"
-        ) from error
-    except ValueError as error:
-        raise RunFolderError(f"{path}: {error}; expected a comparison of runs") from error

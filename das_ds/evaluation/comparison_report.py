@@ -7,7 +7,7 @@ from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.evaluation import comparison_tables as tables
-from das_ds.evaluation.comparison import COMPARISON_FILE, Comparison, write_comparison
+from das_ds.evaluation.comparison import COMPARISON_FILE, Comparison
 from das_ds.evaluation.comparison_pictures import fullness_png, loss_matrices_png, overlap_png
 from das_ds.evaluation.measures import line_groups
 from das_ds.evaluation.pareto_picture import pareto_png
@@ -40,7 +40,7 @@ def write_comparison_report(comparison: Comparison, folder: Path) -> dict[str, P
         raise RunFolderError(
             f"--output {folder}: cannot be written ({error.strerror}); expected a folder with free space"
         ) from error
-    write_comparison(comparison, folder / COMPARISON_FILE)
+    comparison.write(folder / COMPARISON_FILE)
     return drawn
 
 

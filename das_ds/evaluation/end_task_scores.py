@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from das_ds.config import TaskConfig
 from das_ds.data.end_tasks import EndTask
-from das_ds.durable import read_checked_json, write_checked_json
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.results import Section, library_versions
+from das_ds.evaluation.results import library_versions
+from das_ds.evaluation.stored import Section, StoredFile
 
 FORMAT_VERSION: Literal[2] = 2
 END_TASKS_FILE = "end_tasks.json"
@@ -73,9 +73,10 @@ class TaskScores(Section):
     test: Spread
 
 
-class EndTaskScores(Section):
+class EndTaskScores(StoredFile):
     """Scores of one model."""
 
+    what: ClassVar[str] = "scores of end tasks"
     format_version: Literal[2] = FORMAT_VERSION
     """Version of this format."""
     model: str
@@ -126,7 +127,7 @@ def open_scores(path: Path, model: str, tasks: list[EndTask]) -> EndTaskScores:
         if not path.parent.is_dir():
             raise RunFolderError(f"{path}: found no folder {path.parent}, expected one to write scores to")
         return EndTaskScores(model=model)
-    scores = read_scores(path)
+    scores = EndTaskScores.read(path)
     if scores.model != model:
         raise RunFolderError(f"{path}: holds scores of other weights than the model has; move the file away")
     for task in tasks:
@@ -143,40 +144,6 @@ def open_scores(path: Path, model: str, tasks: list[EndTask]) -> EndTaskScores:
                 "for the task, or move the file away"
             )
     return scores
-
-
-def write_scores(scores: EndTaskScores, path: Path) -> None:
-    """Write scores as JSON; a reader finds the old file or the new one, never a part.
-
-    Raises:
-        RunFolderError: the folder cannot be written or is full.
-    """
-    try:
-        write_checked_json(path, scores.model_dump(mode="json"))
-    except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot be written ({error.strerror}); its folder must exist, be writable and have free space"
-        ) from error
-
-
-def read_scores(path: Path) -> EndTaskScores:
-    """Read a file of scores.
-
-    Raises:
-        RunFolderError: it cannot be read, was altered, or is no such file of this version.
-    """
-    try:
-        return EndTaskScores.model_validate(read_checked_json(path))
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected scores of end tasks") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RunFolderError(
-            f"{path}: {place}: {first['msg']}; expected scores of end tasks, format_version {FORMAT_VERSION}"
-        ) from error
-    except ValueError as error:
-        raise RunFolderError(f"{path}: {error}; expected scores of end tasks") from error
 
 
 def summary_of(scores: EndTaskScores, tasks: list[TaskConfig]) -> dict[str, dict[str, Any]]:

@@ -6,15 +6,14 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from das_ds.config.stage import stage_name
-from das_ds.durable import read_checked_json, write_checked_json
-from das_ds.errors import RunFolderError, TrainingError
+from das_ds.errors import TrainingError
+from das_ds.evaluation.stored import Section, StoredFile
 from das_ds.functional import transfer
 
 FORMAT_VERSION: Literal[3] = 3
@@ -26,12 +25,6 @@ BEFORE_TRAINING = "before training"
 LossRow = Sequence[float]
 
 
-class Section(BaseModel):
-    """A group of results: frozen, without unknown keys, every number finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
 class Forgetting(Section):
     """Loss now minus loss right after learning; see `functional.transfer.forgetting`."""
 
@@ -41,9 +34,10 @@ class Forgetting(Section):
     """One number per such domain."""
 
 
-class Results(Section):
+class Results(StoredFile):
     """Everything a run has to say about its evaluation; losses in nats per predicted token."""
 
+    what: ClassVar[str] = "the results of a run"
     format_version: Literal[3] = FORMAT_VERSION
     """Version of this format."""
     complete: bool
@@ -191,41 +185,6 @@ def learned_rows(columns: Sequence[str | None], stages: Sequence[Sequence[str]])
     return torch.tensor([rows.get(column, 0) if column is not None else 0 for column in columns], dtype=torch.int64)
 
 
-def write_results(results: Results, path: Path) -> None:
-    """Write results as JSON; a reader finds the old file or the new one, never a part.
-
-    Raises:
-        RunFolderError: the folder cannot be written or is full.
-    """
-    try:
-        write_checked_json(path, results.model_dump(mode="json"))
-    except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot be written ({error.strerror}); the run folder must be writable and have free space"
-        ) from error
-
-
-def read_results(path: Path) -> Results:
-    """Read a results file.
-
-    Raises:
-        RunFolderError: the file is missing, is not JSON, has another format version, lacks keys, or was altered.
-    """
-    try:
-        content = read_checked_json(path)
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected the results of a run") from error
-    except ValueError as error:
-        raise RunFolderError(f"{path}: {error}; expected the results of a run") from error
-    found = content.get("format_version")
-    if found != FORMAT_VERSION:
-        raise RunFolderError(f"{path}: found format_version {found}, expected {FORMAT_VERSION}")
-    try:
-        return Results.model_validate(content)
-    except ValidationError as error:
-        raise RunFolderError(f"{path}: is no results file of das_ds: {_problems(error)}") from error
-
-
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that decide the numbers."""
     versions = {"python": platform.python_version()}
@@ -245,7 +204,3 @@ def _check_finite(loss_matrix: Sequence[LossRow], eval_domains: Sequence[str]) -
                     f"held-out loss of {corpus} after {num_learned} domains: found {loss}, expected a finite number; "
                     "lower train.learning_rate or train in fp32"
                 )
-
-
-def _problems(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, found['loc'])) or 'results'}: {found['msg']}" for found in error.errors())

@@ -19,9 +19,9 @@ from das_ds.evaluation.end_task_scores import (
     MetricName,
     SeedScores,
     TaskScores,
-    read_scores,
 )
-from das_ds.evaluation.results import RESULTS_FILE, Results, Section, learned_rows, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results, learned_rows
+from das_ds.evaluation.stored import Section
 from das_ds.functional import transfer
 
 ScoreName = Literal["reported", "accuracy", "macro_f1", "micro_f1"]
@@ -84,9 +84,9 @@ def read_run_scores(run_folder: Path) -> RunScores | None:
         RunFolderError: a file that cannot be read or is damaged; scores of one task with different settings or without
             a seed in common; a task of a domain that the run has not.
     """
-    results = read_results(run_folder / RESULTS_FILE)
+    results = Results.read(run_folder / RESULTS_FILE)
     paths = _paths(run_folder, results)
-    rows = [read_scores(path) if path.exists() else None for path in paths]
+    rows = [EndTaskScores.read(path) if path.exists() else None for path in paths]
     names = list(dict.fromkeys(name for row in rows if row is not None for name in row.tasks))
     if not names:
         return None

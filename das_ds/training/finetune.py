@@ -19,7 +19,6 @@ from das_ds.evaluation.end_task_scores import (
     means_of,
     open_scores,
     table_of,
-    write_scores,
 )
 from das_ds.evaluation.fine_tuning import fine_tune
 from das_ds.models.classifier import check_model_folder, weight_files
@@ -81,7 +80,7 @@ def _round(
         if found is not None:
             scores = scores.with_seed(task, found)
     if scores.tasks:
-        ranks.on_main(lambda: write_scores(scores, path))
+        ranks.on_main(lambda: scores.write(path))
     ranks.agree(failure)
     return scores
 
@@ -129,7 +128,7 @@ def _from_main(ranks: Ranks, path: Path, folder: Path, tasks: list[EndTask]) -> 
         # A task may be found to belong to another domain when all is done already.
         named = found.with_domains(tasks)
         if named != found:
-            write_scores(named, path)
+            named.write(path)
         return named
 
     scores = ranks.gather(ranks.on_main(opened))[0]

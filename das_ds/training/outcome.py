@@ -7,7 +7,7 @@ from pathlib import Path
 from das_ds.checkpointing.manifest import RunState
 from das_ds.config import RunConfig
 from das_ds.evaluation.report import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, write_report
-from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, write_results
+from das_ds.evaluation.results import RESULTS_FILE, Results, build_results
 from das_ds.functional.units import Importance
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker
@@ -54,7 +54,7 @@ def publish_results(
     Raises:
         RunFolderError: the folder cannot be written or is full.
     """
-    write_results(results, root / RESULTS_FILE)
+    results.write(root / RESULTS_FILE)
     report = write_report(root, results, importance)
     tracker.log_evaluation(row, domains_learned=len(results.losses_learned), global_step=state.global_step)
     tracker.log_table(LOSS_MATRIX, *results.table)

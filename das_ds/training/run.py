@@ -11,7 +11,7 @@ from das_ds.distributed.launch import Ranks
 from das_ds.distributed.stopping import StopRequests
 from das_ds.distributed.watch import Watch
 from das_ds.errors import CheckpointError, StoppedError
-from das_ds.evaluation.results import RESULTS_FILE, Results, write_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.models.loading import check_files, find_adapter
 from das_ds.tracking.names import METRICS_FILE
 from das_ds.tracking.tracker import build_tracker
@@ -69,7 +69,7 @@ def _check_folder(folder: RunFolder, manifest: Manifest | None) -> None:
 
 def _finished(config: RunConfig, ranks: Ranks, folder: RunFolder, manifest: Manifest) -> Results:
     results = results_of(config, manifest.run, manifest.world_size, manifest.zero_stage)
-    ranks.on_main(lambda: write_results(results, folder.root / RESULTS_FILE))
+    ranks.on_main(lambda: results.write(folder.root / RESULTS_FILE))
     return results
 
 

@@ -12,7 +12,7 @@ from das_ds.config_io import load_config
 from das_ds.distributed.launch import RankInfo
 from das_ds.distributed.passes import Passes
 from das_ds.errors import ModelError
-from das_ds.evaluation.results import RESULTS_FILE, build_results, write_results
+from das_ds.evaluation.results import RESULTS_FILE, build_results
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import load_model
 from das_ds.training.evaluate import evaluate_corpora
@@ -61,7 +61,7 @@ def finished_run(folder: Path) -> TrainingRun:
         world_size=1,
         zero_stage=0,
     )
-    write_results(results, run.folder / RESULTS_FILE)
+    results.write(run.folder / RESULTS_FILE)
     return run
 
 

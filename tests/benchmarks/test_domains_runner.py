@@ -11,7 +11,7 @@ import pytest
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.runner import MANIFEST, WORTH_STARTING, Runner
 from das_ds.errors import RunFolderError, StoppedError, TrainingError
-from das_ds.evaluation.results import RESULTS_FILE, build_results, write_results
+from das_ds.evaluation.results import RESULTS_FILE, build_results
 
 STOPPED = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)"
 
@@ -103,7 +103,7 @@ def done_run(folder: Path, rate: float = 1e-3) -> TrainingRun:
         world_size=1,
         zero_stage=0,
     )
-    write_results(results, run.folder / RESULTS_FILE)
+    results.write(run.folder / RESULTS_FILE)
     return run
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import COMPARISON_FILE, Comparison, read_comparison
+from das_ds.evaluation.comparison import COMPARISON_FILE, Comparison
 from das_ds.evaluation.comparison_pictures import fullness_png, loss_matrices_png, overlap_png
 from das_ds.evaluation.comparison_report import REPORT_FILE, report_text, write_comparison_report
 from das_ds.evaluation.pareto_picture import pareto_png
@@ -29,7 +29,7 @@ def pixels(draw: Callable[[Comparison, Path], None], comparison: Comparison, fol
 def test_a_committed_file_gives_the_same_folder_again(tmp_path: Path) -> None:
     drawn = write_comparison_report(comparison(NCL, SLOW, DAS, pooled("pool", [2.5])), tmp_path / "new" / "first")
     assert sorted(drawn) == ["fullness", "loss_matrices", "overlap", "pareto"]
-    write_comparison_report(read_comparison(tmp_path / "new" / "first" / COMPARISON_FILE), tmp_path / "second")
+    write_comparison_report(Comparison.read(tmp_path / "new" / "first" / COMPARISON_FILE), tmp_path / "second")
     names = {path.name for path in drawn.values()} | {COMPARISON_FILE, REPORT_FILE}
     for folder in (tmp_path / "new" / "first", tmp_path / "second"):
         assert {path.name for path in folder.iterdir()} == names

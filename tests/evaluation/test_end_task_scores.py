@@ -18,10 +18,8 @@ from das_ds.evaluation.end_task_scores import (
     SeedScores,
     means_of,
     open_scores,
-    read_scores,
     summary_of,
     table_of,
-    write_scores,
 )
 from helpers.end_tasks import small_task
 
@@ -70,8 +68,8 @@ def test_means_and_table_suit_a_tracker(tmp_path: Path) -> None:
 
 def test_file_gives_back_what_was_written(tmp_path: Path) -> None:
     path, scores = tmp_path / END_TASKS_FILE, two_seeds(tmp_path)
-    write_scores(scores, path)
-    assert read_scores(path) == open_scores(path, "abc", [task_of(tmp_path)]) == scores
+    scores.write(path)
+    assert EndTaskScores.read(path) == open_scores(path, "abc", [task_of(tmp_path)]) == scores
     # Seeds may be added, and files may move as long as their content stays.
     (tmp_path / "moved").mkdir()
     assert open_scores(path, "abc", [task_of(tmp_path / "moved", seeds=[1, 2, 3])]) == scores
@@ -82,12 +80,12 @@ def test_no_file_is_no_scores_but_its_folder_must_be_there(tmp_path: Path) -> No
     with pytest.raises(RunFolderError, match=r"found no folder .*none, expected one to write scores to"):
         open_scores(tmp_path / "none" / END_TASKS_FILE, "abc", [])
     with pytest.raises(RunFolderError, match=r"end_tasks\.json: cannot be written \(No such file"):
-        write_scores(EndTaskScores(model="abc"), tmp_path / "none" / END_TASKS_FILE)
+        EndTaskScores(model="abc").write(tmp_path / "none" / END_TASKS_FILE)
 
 
 def test_other_weights_and_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / END_TASKS_FILE
-    write_scores(two_seeds(tmp_path), path)
+    two_seeds(tmp_path).write(path)
     with pytest.raises(RunFolderError, match="holds scores of other weights than the model has"):
         open_scores(path, "abd", [])
     with pytest.raises(
@@ -101,7 +99,7 @@ def test_other_weights_and_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_a_task_may_turn_out_to_belong_to_a_domain(tmp_path: Path) -> None:
     path, scores = tmp_path / END_TASKS_FILE, two_seeds(tmp_path)
-    write_scores(scores, path)
+    scores.write(path)
     task = task_of(tmp_path, domain="acl")
     moved = open_scores(path, "abc", [task]).with_domains([task, task_of(tmp_path, name="other", domain="acl")])
     assert list(moved.tasks) == ["toy_text"] and moved.tasks["toy_text"].domain == "acl"
@@ -111,11 +109,11 @@ def test_a_task_may_turn_out_to_belong_to_a_domain(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / END_TASKS_FILE
     with pytest.raises(RunFolderError, match=r"end_tasks\.json: cannot be read \(No such file"):
-        read_scores(path)
-    write_scores(two_seeds(tmp_path), path)
+        EndTaskScores.read(path)
+    two_seeds(tmp_path).write(path)
     path.write_text(path.read_text().replace("0.75", "0.95"))
     with pytest.raises(RunFolderError, match="was altered: its sha256 differs; expected scores of end tasks"):
-        read_scores(path)
+        EndTaskScores.read(path)
     write_checked_json(path, {**two_seeds(tmp_path).model_dump(mode="json"), "format_version": 1})
-    with pytest.raises(RunFolderError, match=r"format_version: .*; expected scores of end tasks, format_version 2"):
-        read_scores(path)
+    with pytest.raises(RunFolderError, match=r"found format_version .*, expected scores of end tasks, 2"):
+        EndTaskScores.read(path)

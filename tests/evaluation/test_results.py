@@ -14,13 +14,13 @@ from pydantic import ValidationError
 
 from das_ds.durable import write_checked_json
 from das_ds.errors import RunFolderError, TrainingError
-from das_ds.evaluation.results import RESULTS_FILE, Results, build_results, read_results, write_results
+from das_ds.evaluation.results import RESULTS_FILE, Results, build_results
 
 ResultsMaker = Callable[..., Results]
 
 
 def test_file_has_the_fixed_keys_and_numbers(make_results: ResultsMaker, tmp_path: Path) -> None:
-    write_results(make_results(), tmp_path / RESULTS_FILE)
+    make_results().write(tmp_path / RESULTS_FILE)
     content = json.loads((tmp_path / RESULTS_FILE).read_text())
     assert {key: content[key] for key in ("format_version", "complete", "method")} == {
         "format_version": 3,
@@ -41,9 +41,9 @@ def test_file_has_the_fixed_keys_and_numbers(make_results: ResultsMaker, tmp_pat
 
 def test_reading_gives_back_what_was_written_over_an_older_file(make_results: ResultsMaker, tmp_path: Path) -> None:
     path = tmp_path / RESULTS_FILE
-    write_results(make_results(num_rows=1), path)
-    write_results(make_results(), path)
-    assert read_results(path) == make_results()
+    make_results(num_rows=1).write(path)
+    make_results().write(path)
+    assert Results.read(path) == make_results()
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -64,8 +64,8 @@ def test_domains_learned_at_once_have_one_row_and_nothing_to_forget(make_results
     assert results.losses_learned == {"acl": 4.0, "pubmed": 4.5, "restaurant": 4.1}
     assert results.forgetting.average is results.backward_transfer is results.forward_transfer is None
     assert results.summary == pytest.approx({"general_drift": 0.1})
-    write_results(results, tmp_path / RESULTS_FILE)
-    assert read_results(tmp_path / RESULTS_FILE) == results
+    results.write(tmp_path / RESULTS_FILE)
+    assert Results.read(tmp_path / RESULTS_FILE) == results
 
 
 def test_without_a_general_corpus_there_is_no_drift(make_results: ResultsMaker) -> None:
@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_is_named(loss: float) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"missing/results\.json: cannot be written \(No such file.*free space"):
-        write_results(make_results(), tmp_path / "missing" / RESULTS_FILE)
+        make_results().write(tmp_path / "missing" / RESULTS_FILE)
 
 
 def change(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -119,8 +119,8 @@ def change(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: change(content, format_version=2), "found format_version 2, expected 3"),
-        (lambda content: change(content, method=None), "is no results file of das_ds: method: "),
+        (lambda content: change(content, format_version=2), "found format_version 2, expected the results of a run, 3"),
+        (lambda content: change(content, method=None), "method: .*; expected the results of a run"),
         (lambda content: {"format_version": 3}, "complete: Field required.*versions: Field required"),
         (lambda content: change(content, extra=1), "extra: Extra inputs"),
         (lambda content: change(content, eval_domains=["acl"] * 4), "must be the domains in order"),
@@ -136,7 +136,7 @@ def test_a_damaged_file_is_named_with_its_fault(
     path = tmp_path / RESULTS_FILE
     write_checked_json(path, damage(make_results().model_dump()))
     with pytest.raises(RunFolderError, match=message) as caught:
-        read_results(path)
+        Results.read(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
@@ -145,20 +145,20 @@ def test_a_file_that_is_no_results_file_is_named(tmp_path: Path, content: bytes)
     path = tmp_path / RESULTS_FILE
     path.write_bytes(content)
     with pytest.raises(RunFolderError, match=r"is no JSON object with a sha256.*expected the results of a run"):
-        read_results(path)
+        Results.read(path)
 
 
 def test_a_number_that_was_altered_is_noticed(make_results: ResultsMaker, tmp_path: Path) -> None:
     path = tmp_path / RESULTS_FILE
-    write_results(make_results(), path)
+    make_results().write(path)
     path.write_text(path.read_text().replace("1234567", "1234568"))
     with pytest.raises(RunFolderError, match=r"was altered: its sha256 differs"):
-        read_results(path)
+        Results.read(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"results\.json: cannot be read \(No such file"):
-        read_results(tmp_path / RESULTS_FILE)
+        Results.read(tmp_path / RESULTS_FILE)
 
 
 def test_results_never_change(make_results: ResultsMaker) -> None:

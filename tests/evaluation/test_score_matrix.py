@@ -10,16 +10,8 @@ from typing import Any
 import pytest
 
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.end_task_scores import (
-    END_TASKS_FILE,
-    EndTaskScores,
-    Scores,
-    SeedScores,
-    Spread,
-    TaskScores,
-    write_scores,
-)
-from das_ds.evaluation.results import RESULTS_FILE, Results, write_results
+from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores, Scores, SeedScores, Spread, TaskScores
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.evaluation.score_matrix import RunScores, read_run_scores
 
 ResultsMaker = Callable[..., Results]
@@ -59,7 +51,7 @@ def entry(test: dict[int, float], *, domain: str | None = None, **changes: Any) 
 
 def write_row(root: Path, folder: str, tasks: dict[str, TaskScores]) -> None:
     (root / folder).mkdir(parents=True, exist_ok=True)
-    write_scores(EndTaskScores(model="abc", tasks=tasks), root / folder / END_TASKS_FILE)
+    EndTaskScores(model="abc", tasks=tasks).write(root / folder / END_TASKS_FILE)
 
 
 @pytest.fixture
@@ -67,7 +59,7 @@ def make_run(make_results: ResultsMaker, tmp_path: Path) -> Callable[..., Path]:
     """(missing cells, results' options) -> a run folder with the scores by hand, two seeds around each."""
 
     def make(missing: set[tuple[str, int]] = frozenset(), **options: Any) -> Path:  # type: ignore[assignment]
-        write_results(make_results(**options), tmp_path / RESULTS_FILE)
+        make_results(**options).write(tmp_path / RESULTS_FILE)
         for row, folder in enumerate(FOLDERS):
             there = {name: scores[row] for name, scores in BY_HAND.items() if (name, row) not in missing}
             entries = {
@@ -209,5 +201,5 @@ def test_scores_under_other_settings_are_not_compared(
 def test_a_run_without_scores_and_a_folder_without_a_run(make_results: ResultsMaker, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"results\.json: cannot be read"):
         read_run_scores(tmp_path)
-    write_results(make_results(), tmp_path / RESULTS_FILE)
+    make_results().write(tmp_path / RESULTS_FILE)
     assert read_run_scores(tmp_path) is None

@@ -13,7 +13,7 @@ from das_ds.checkpointing.manifest import RunState
 from das_ds.config import RunConfig
 from das_ds.distributed.launch import Ranks
 from das_ds.errors import DasError
-from das_ds.evaluation.results import Results, read_results
+from das_ds.evaluation.results import Results
 from das_ds.tracking.names import MEASURED
 from das_ds.training.boundary import Boundary, Parts
 from das_ds.training.run import run_sequence
@@ -76,7 +76,7 @@ def assert_same_run(mine: Path, theirs: Path) -> None:
         assert found.keys() == expected.keys(), file
         for name, value in expected.items():
             assert found[name].equal(value), f"{file}: {name}"
-    results = [read_results(run / "results.json").model_copy(update={"wall_seconds": 0.0}) for run in (mine, theirs)]
+    results = [Results.read(run / "results.json").model_copy(update={"wall_seconds": 0.0}) for run in (mine, theirs)]
     assert results[0] == results[1]
     lines = [
         [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_lines(run)] for run in (mine, theirs)

@@ -10,16 +10,8 @@ from typing import Any
 import torch
 
 from das_ds.config_io import dump_config
-from das_ds.evaluation.end_task_scores import (
-    END_TASKS_FILE,
-    EndTaskScores,
-    Scores,
-    SeedScores,
-    Spread,
-    TaskScores,
-    write_scores,
-)
-from das_ds.evaluation.results import RESULTS_FILE, build_results, write_results
+from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores, Scores, SeedScores, Spread, TaskScores
+from das_ds.evaluation.results import RESULTS_FILE, build_results
 from das_ds.methods.importance_file import save_parameter_importance, save_unit_importance
 from das_ds.models.registry import adapter_for
 from helpers.tiny_models import tiny_model
@@ -66,7 +58,7 @@ def write_run(
         zero_stage=0,
         learned=[list(domains)] if at_once else None,
     )
-    write_results(results, folder / RESULTS_FILE)
+    results.write(folder / RESULTS_FILE)
     if metrics:
         lines = [{"tokens_per_s": rate, "peak_memory_gib": 0.5 + rate / 1000} for rate in (10.0, 300.0, 200.0)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -86,7 +78,7 @@ def write_task(folder: Path, place: str, score: float) -> None:
         test=Spread(mean=score, deviation=None),
     )
     (folder / place).mkdir(parents=True, exist_ok=True)
-    write_scores(EndTaskScores(model="0", tasks={"acl_arc": task}), folder / place / END_TASKS_FILE)
+    EndTaskScores(model="0", tasks={"acl_arc": task}).write(folder / place / END_TASKS_FILE)
 
 
 def write_unit_importance(folder: Path, values: dict[str, float]) -> None:

@@ -16,7 +16,7 @@ from das_ds.cli import main
 from das_ds.config import AdapterConfig, GroupName, ModelConfig, RuleConfig
 from das_ds.config_io import describe_config, dump_config, load_config
 from das_ds.errors import ConfigError, ModelError
-from das_ds.evaluation.results import RESULTS_FILE, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.functional.spreads import SPREADS
 from das_ds.functional.units import GROUPS
 from das_ds.models.custom import adapter_from, section_of
@@ -145,7 +145,7 @@ def test_unknown_architecture_trains_with_the_proposed_table(
     done = program("launch/train.py", "--config", path)
     assert done.returncode == 0, done.stderr
     run = values["output_dir"]
-    results = read_results(run / RESULTS_FILE)
+    results = Results.read(run / RESULTS_FILE)
     assert results.complete and (run / "importance.safetensors").exists()
     assert exported_weights(run, "00_food")
     folder = run / "domains" / "00_food" / "model"

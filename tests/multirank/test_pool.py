@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from das_ds.evaluation.results import read_results
+from das_ds.evaluation.results import Results
 from helpers.resume import assert_same_run, run_in_pieces
 from helpers.run_ranks import run_ranks
 from helpers.runs import exported_weights, metrics_lines, run_all, small_run
@@ -39,7 +39,7 @@ def test_a_pool_continues_and_is_the_same_on_other_ranks(tmp_path: Path) -> None
     lines, expected = metrics_lines(tmp_path / "whole"), metrics_lines(tmp_path / "alone")
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
     _check_budget_and_schedule(lines)
-    whole, alone = (read_results(tmp_path / name / "results.json") for name in ("whole", "alone"))
+    whole, alone = (Results.read(tmp_path / name / "results.json") for name in ("whole", "alone"))
     for row, other in zip(whole.loss_matrix, alone.loss_matrix, strict=True):
         assert row == pytest.approx(other, rel=1e-4)
     assert whole.learned == [["food", "papers"]] and whole.forgetting.average is None

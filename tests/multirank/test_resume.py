@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.evaluation.results import read_results
+from das_ds.evaluation.results import Results
 from helpers.resume import Place, assert_same_run, break_off, run_in_pieces
 from helpers.run_ranks import run_ranks
 from helpers.runs import metrics_lines, run_all, save_random_importance, small_run
@@ -66,7 +66,7 @@ def test_a_run_in_pieces_is_the_whole_run_on_a_gpu(stage: int, tmp_path: Path) -
     runs = [run(tmp_path, name, stage=stage, precision="bf16") for name in ("whole", "parts")]
     run_ranks(run_all, 1, runs[:1])
     run_ranks(run_in_pieces, 1, runs[1], 5)
-    mine, theirs = (read_results(tmp_path / name / "results.json") for name in ("parts", "whole"))
+    mine, theirs = (Results.read(tmp_path / name / "results.json") for name in ("parts", "whole"))
     for row, expected in zip(mine.loss_matrix, theirs.loss_matrix, strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
 
@@ -94,7 +94,7 @@ def test_a_run_continues_on_other_ranks_and_stages(granularity: str, places: set
         breaks.append(found)
         assert len(breaks) < 20, f"no progress: {breaks[-3:]}"
     assert places <= {phase for phase, _, _ in breaks}
-    mine, theirs = (read_results(tmp_path / name / "results.json") for name in ("parts", "whole"))
+    mine, theirs = (Results.read(tmp_path / name / "results.json") for name in ("parts", "whole"))
     assert mine.complete
     for row, expected in zip(mine.loss_matrix, theirs.loss_matrix, strict=True):
         assert row == pytest.approx(expected, abs=1e-4)
@@ -219,7 +219,7 @@ def test_what_ewc_and_merge_keep_continues(tmp_path: Path) -> None:
         assert [line["global_step"] for line in lines] == list(range(1, 13))
         for part in ("loss", "grad_norm"):
             assert [line[part] for line in lines] == pytest.approx([line[part] for line in expected], rel=1e-4)
-        mine, theirs = (read_results(folder / "results.json") for folder in (other, tmp_path / f"{name}_whole"))
+        mine, theirs = (Results.read(folder / "results.json") for folder in (other, tmp_path / f"{name}_whole"))
         assert mine.loss_matrix[-1] == pytest.approx(theirs.loss_matrix[-1], rel=1e-4)
         assert all(("loss/ewc" in line) == (name == "ewc" and line["domain"] == "papers") for line in lines)
     assert max(line.get("loss/ewc", 0.0) for line in metrics_lines(others[0])) > 1e-3

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from das_ds.config import RunConfig
 from das_ds.config_io import load_config
 from das_ds.distributed.launch import RankInfo
-from das_ds.evaluation.results import RESULTS_FILE, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.functional.importance import elementwise_maximum
 from das_ds.methods import METHODS
 from das_ds.methods.importance_file import load_unit_importance
@@ -42,7 +42,7 @@ def test_every_method_learns_two_domains_and_leaves_the_promised_files(tmp_path:
     results = run_ranks(run_all, 2, [{**r, "train": {**r["train"], "micro_batch_size": 2}} for r in runs.values()])[0]
     for name, result in zip(runs, results, strict=True):
         folder = tmp_path / name
-        assert read_results(folder / RESULTS_FILE) == result
+        assert Results.read(folder / RESULTS_FILE) == result
         assert result.complete and result.method == name and result.world_size == 2 and result.zero_stage == 2
         assert result.eval_domains == ["food", "papers", "general"]
         assert result.tokens_seen == 2 * 6 * 8 * 16

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.evaluation.results import RESULTS_FILE, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from helpers.commands import write_config
 from helpers.resume import assert_same_run
 from helpers.runs import last_step, small_run
@@ -65,7 +65,7 @@ def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_job_on_two_nodes_finishes(undisturbed: Path) -> None:
-    results = read_results(undisturbed / RESULTS_FILE)
+    results = Results.read(undisturbed / RESULTS_FILE)
     assert results.complete and results.world_size == 2
 
 

@@ -15,7 +15,7 @@ from das_ds.config import ModelConfig
 from das_ds.config_io import dump_config, load_config
 from das_ds.durable import write_checksums
 from das_ds.errors import ConfigError
-from das_ds.evaluation.end_task_scores import END_TASKS_FILE, read_scores
+from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores
 from das_ds.training.finetune import scores_path
 from das_ds.training.run_folder import open_run_folder
 from helpers.commands import command
@@ -34,7 +34,7 @@ def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
     model = save_model(tmp_path)
     config, path = task_run(tmp_path, two_tasks(tmp_path)), model.parent / END_TASKS_FILE
     (alone,) = run_ranks(scores_on_ranks, 1, config, model)
-    assert read_scores(path) == alone
+    assert EndTaskScores.read(path) == alone
     assert {name: [done.seed for done in entry.seeds] for name, entry in alone.tasks.items()} == {
         "toy_text": [0, 1],
         "toy_pair": [3],
@@ -42,7 +42,7 @@ def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
     path.unlink()
     for scores in run_ranks(scores_on_ranks, 2, config, model):
         assert scores == alone
-    assert read_scores(path) == alone
+    assert EndTaskScores.read(path) == alone
 
 
 @pytest.mark.multirank
@@ -54,7 +54,7 @@ def test_finished_jobs_are_kept_and_not_done_again(tmp_path: Path) -> None:
     more = [small_task(tmp_path, seeds=[1, 2, 0], **QUICK), small_task(tmp_path, "pair", seeds=[3], **QUICK)]
     continued = run_ranks(jobs_of_a_start, 1, task_run(tmp_path, more), model)[0]
     assert continued == [("toy_text", 2), ("toy_pair", 3)]
-    assert read_scores(path).tasks["toy_text"].seeds[:2] == done.tasks["toy_text"].seeds
+    assert EndTaskScores.read(path).tasks["toy_text"].seeds[:2] == done.tasks["toy_text"].seeds
 
 
 @pytest.mark.multirank
@@ -63,7 +63,7 @@ def test_what_other_ranks_did_is_written_before_a_failure_ends_the_start(tmp_pat
     tasks = [small_task(tmp_path, seeds=[0], **QUICK), small_task(tmp_path, "pair", **QUICK) | {"learning_rate": 1e30}]
     with pytest.raises(RuntimeError, match="TrainingError: task toy_pair, seed 0: the loss of epoch 1"):
         run_ranks(scores_on_ranks, 2, task_run(tmp_path, tasks), model)
-    scores = read_scores(model.parent / END_TASKS_FILE)
+    scores = EndTaskScores.read(model.parent / END_TASKS_FILE)
     assert scores.has("toy_text", 0) and not scores.has("toy_pair", 0)
 
 
@@ -82,7 +82,7 @@ def test_command_prints_and_records_the_scores(tmp_path: Path) -> None:
     done = command(*words, "tasks.1.metric=accuracy", "wandb.mode=offline")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
-    entry = read_scores(model.parent / END_TASKS_FILE).tasks["toy_pair"]
+    entry = EndTaskScores.read(model.parent / END_TASKS_FILE).tasks["toy_pair"]
     assert list(shown) == ["toy_pair"] and shown["toy_pair"]["metric"] == "accuracy"
     assert shown["toy_pair"]["test"] == {"mean": entry.seeds[0].test.accuracy, "deviation": None}
     assert list((model.parent / "wandb").glob("offline-run-*")) and not (tmp_path / "run" / "wandb").exists()
@@ -122,12 +122,12 @@ def test_the_model_that_a_run_starts_from_is_scored_before_the_run_begins(tmp_pa
     config = task_run(tmp_path, [small_task(tmp_path, **QUICK)])
     config = config.model_copy(update={"model": ModelConfig(name_or_path=str(base))})
     done = run_ranks(scores_on_ranks, 1, config, base)[0]
-    assert read_scores(tmp_path / "run" / "base" / END_TASKS_FILE) == done
+    assert EndTaskScores.read(tmp_path / "run" / "base" / END_TASKS_FILE) == done
     assert open_run_folder(config).root == tmp_path / "run"
     # Nothing is to be done but to say where the task belongs.
     task = config.tasks[0].model_copy(update={"domain": "food"})
     moved = run_ranks(scores_on_ranks, 1, config.model_copy(update={"tasks": [task]}), base)[0]
-    assert read_scores(tmp_path / "run" / "base" / END_TASKS_FILE) == moved != done
+    assert EndTaskScores.read(tmp_path / "run" / "base" / END_TASKS_FILE) == moved != done
     assert moved.tasks["toy_text"] == done.tasks["toy_text"].model_copy(update={"domain": "food"})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from das_ds.checkpointing.manifest import RunState
-from das_ds.evaluation.results import RESULTS_FILE, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.tracking.sinks import Sink
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.outcome import publish_results, results_of
@@ -36,6 +36,6 @@ def test_losses_stand_over_the_domains_learned(method: str, learned: list[list[s
         state = RunState(domains_done=done, loss_matrix=matrix)
         results = results_of(config, state, 1, 2)
         publish_results(results, tmp_path, Tracker([sink]), {"acl": 1.0}, state, None)
-        assert read_results(tmp_path / RESULTS_FILE) == results
+        assert Results.read(tmp_path / RESULTS_FILE) == results
         assert results.learned == learned and results.complete == (done == len(learned))
     assert sink.domains_learned == [sum(map(len, learned[:done])) for done in range(len(learned) + 1)]

@@ -9,7 +9,7 @@ import pytest
 
 from das_ds.cli import main
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import Comparison, read_comparison
+from das_ds.evaluation.comparison import Comparison
 from das_ds.tracking.sinks import Sink
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.report import run as command
@@ -136,7 +136,7 @@ def test_command_writes_a_folder_and_prints_the_table(
     assert main(["report", "ncl", "naive=half", "--output", "out"]) == 0
     shown = capsys.readouterr().out
     assert "\nncl        1" in shown and "note: " in shown and "report: out/report.md, out/comparison.json" in shown
-    assert read_comparison(tmp_path / "out" / "comparison.json").groups[0].label == "ncl"
+    assert Comparison.read(tmp_path / "out" / "comparison.json").groups[0].label == "ncl"
     assert not (tmp_path / "out" / "wandb").exists()
 
 

@@ -11,7 +11,7 @@ from das_ds.config import RunConfig
 from das_ds.config_io import load_config
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.evaluation.comparison import Cost, RunNumbers
-from das_ds.evaluation.results import RESULTS_FILE, Results, read_results
+from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.evaluation.score_matrix import read_run_scores
 from das_ds.tracking.names import METRICS_FILE, PEAK_MEMORY_GIB, TOKENS_PER_S
 from das_ds.training.report.importance import importance_numbers
@@ -44,7 +44,7 @@ def read_run(argument: str) -> ReadRun:
     if not (path / RESULTS_FILE).exists():
         found = "no such folder" if not path.is_dir() else f"no {RESULTS_FILE} in it"
         raise RunFolderError(f"{path}: found {found}, expected the folder of a run that was evaluated")
-    results = read_results(path / RESULTS_FILE)
+    results = Results.read(path / RESULTS_FILE)
     try:
         config = load_config(path / CONFIG_FILE)
     except ConfigError as error:
