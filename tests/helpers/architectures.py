@@ -82,7 +82,8 @@ def run_each(jobs: list[tuple[str, RunConfig]]) -> list[Any]:
             if kind == "train":
                 results.append(train(config, steps, **changes))
             else:
-                results.append(measured(config, "mlm", [batch for step in steps for batch in step], changes))
+                batches = [batch for step in steps for batch in step]
+                results.append(measured(config, "mlm", batches, changes)["magnitude"])
         except Exception:
             results.append(traceback.format_exc())
     return results
