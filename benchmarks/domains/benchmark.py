@@ -10,9 +10,10 @@ import torch
 from benchmarks.chaos.outcome import TIMED
 from benchmarks.domains.base import HeadTraining, base_encoder
 from benchmarks.domains.choice import Choice, choose
-from benchmarks.domains.decoder import base_decoder
+from benchmarks.domains.decoder import decoder_tokenizer
 from benchmarks.domains.experiment import Experiment
-from benchmarks.domains.plan import BaseName, Tier
+from benchmarks.domains.plan import BaseName, Tier, Values
+from benchmarks.domains.pretraining import pretraining_run
 from benchmarks.domains.record import Record, Repeated, write_record
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.track import TrackRuns
@@ -66,9 +67,15 @@ class Benchmark:
 
     def _base(self, name: BaseName) -> Path:
         folder, cache = self._folder.parent / "base", self._folder / "cache"
+        start: Values
         if name == "encoder":
-            return base_encoder(folder, self._data, cache, HeadTraining(), self._device)
-        return base_decoder(self._tier, folder, self._data, cache, self._runner)
+            head = base_encoder(folder, self._data, cache, HeadTraining(), self._device)
+            start = {"model": {"name_or_path": str(head)}}
+        else:
+            start = {"data": {"tokenizer": str(decoder_tokenizer(folder, self._data))}}
+        run = pretraining_run(self._tier, name, folder, self._data, cache, start)
+        self._runner.run([run])
+        return run.model(0)
 
     def _repeat(self, experiment: Experiment) -> Repeated:
         """Whether a run that is made twice gives the same numbers."""

@@ -67,8 +67,8 @@ class Tier:
     """Seeds of each end task; 0: no end tasks."""
     task_variants: tuple[str, ...] = ()
     """Variants whose models are fine-tuned on the end tasks."""
-    decoder: Values = field(default_factory=dict)
-    """Keys of the run that pre-trains the decoder on the general corpus."""
+    pretraining: dict[BaseName, Values] = field(default_factory=dict)
+    """Base model -> keys of the run that pre-trains it on the general corpus."""
 
     @property
     def corpora(self) -> list[str]:

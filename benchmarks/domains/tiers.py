@@ -39,6 +39,7 @@ CPU = Tier(
     threads=1,
     parallel=2,
     most_probes=3,
+    pretraining={"encoder": {"train": {"steps_per_domain": 400, "learning_rate": 5e-4}, "method": {"name": NAIVE}}},
 )
 
 PAPER_ORDER = ("restaurant", "acl", "ai", "phone", "pubmed", "camera")
@@ -78,21 +79,24 @@ GPU = Tier(
     parallel=4,
     task_seeds=5,
     task_variants=(NAIVE, "replay", "das", "das weights"),
-    decoder={
-        "model": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 384,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 6,
-                "num_key_value_heads": 6,
-                "intermediate_size": 1024,
-                "max_position_embeddings": 256,
-                "tie_word_embeddings": True,
-            }
+    pretraining={
+        "encoder": {"train": {"steps_per_domain": 1000, "learning_rate": 5e-4}, "method": {"name": NAIVE}},
+        "decoder": {
+            "model": {
+                "config": {
+                    "model_type": "llama",
+                    "hidden_size": 384,
+                    "num_hidden_layers": 6,
+                    "num_attention_heads": 6,
+                    "num_key_value_heads": 6,
+                    "intermediate_size": 1024,
+                    "max_position_embeddings": 256,
+                    "tie_word_embeddings": True,
+                }
+            },
+            "train": {"steps_per_domain": 6000, "learning_rate": 1e-3, "schedule": "cosine", "betas": [0.9, 0.95]},
+            "method": {"name": NAIVE},
         },
-        "train": {"steps_per_domain": 6000, "learning_rate": 1e-3, "schedule": "cosine", "betas": [0.9, 0.95]},
-        "method": {"name": NAIVE},
     },
 )
 

@@ -8,9 +8,9 @@ import pytest
 from benchmarks.domains import data
 from benchmarks.domains.__main__ import main, only
 from benchmarks.domains.choice import Candidate, Choice
-from benchmarks.domains.decoder import decoder_run
 from benchmarks.domains.experiment import Experiment, learned
-from benchmarks.domains.plan import NAIVE, Tier, merged
+from benchmarks.domains.plan import NAIVE, BaseName, Tier, Values, merged
+from benchmarks.domains.pretraining import pretraining_run
 from benchmarks.domains.tiers import TIERS
 from das_ds.config import RunConfig
 from das_ds.errors import ConfigError, DataError
@@ -49,12 +49,20 @@ def test_a_tier_names_its_own_variants_and_leaves_the_choice_a_seed(tier: Tier) 
     assert set(data.TASK_OF) >= set(tier.corpora if tier.task_variants else ())
 
 
-def test_the_decoder_is_a_run_over_general_text_alone() -> None:
-    run = decoder_run(TIERS["gpu"], Path("base"), Path("data"), Path("cache"), Path("tokenizer"))
-    config = RunConfig.model_validate({"output_dir": run.folder, **run.values})
-    assert [domain.name for domain in config.domains] == [data.GENERAL] and run.keeps_models
-    assert config.train.schedule == "cosine" and config.train.precision == "bf16"
-    assert config.model.config is not None and config.data.tokenizer == "tokenizer"
+@TIERS_BY_NAME
+def test_base_models_are_runs_over_general_text_alone(tier: Tier) -> None:
+    starts: dict[BaseName, Values] = {
+        "encoder": {"model": {"name_or_path": "head"}},
+        "decoder": {"data": {"tokenizer": "tokenizer"}},
+    }
+    for name in tier.bases:
+        run = pretraining_run(tier, name, Path("runs"), Path("data"), Path("cache"), starts[name])
+        config = RunConfig.model_validate({"output_dir": run.folder, **run.values})
+        assert [domain.name for domain in config.domains] == [data.GENERAL] and run.keeps_models
+        assert config.method.name == NAIVE and config.data.cache_dir == "cache"
+        assert (config.model.name_or_path, config.data.tokenizer) == (
+            ("head", None) if name == "encoder" else (None, "tokenizer")
+        )
 
 
 def test_merging_goes_into_sections_and_replaces_lists() -> None:
