@@ -36,7 +36,8 @@ class Job:
 
     @property
     def log(self) -> str:
-        return self._log.read_text() if self._log.exists() else ""
+        # A killed rank may leave half a character of its progress bar.
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def wait_for_step(self, step: int) -> None:
         """Return when the metrics of a step, or of a later one, are written."""
