@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from das_ds import methods
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Pass
-from das_ds.methods import METHODS
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
 from das_ds.methods.importance_file import save_unit_importance
@@ -55,7 +55,7 @@ def build_method(config: RunConfig, ranks: Ranks) -> Method:
     model = build_model(config)
     adapter = adapter_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    method = METHODS[config.method.name](build_context(config, model, adapter, deepspeed_config, ranks))
+    method = methods.build_method(build_context(config, model, adapter, deepspeed_config, ranks))
     with TemporaryDirectory() as folder:
         domain = DomainContext(0, "random", lambda label: Pass([]), lambda label: Pass([]), Path(folder), Path(folder))
         method.before_domain(domain)

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from das_ds.config.section import Section
 
+DEFAULT_MERGING = 0.5
+"""c of method `merge`."""
 ImportanceKind = Literal["magnitude", "square", "sensitivity"]
 
 
@@ -34,8 +36,9 @@ class ImportanceConfig(Section):
     kind: ImportanceKind = "magnitude"
     """What is summed over gradients g: `magnitude` |g|; `square` g^2, the diagonal of the empirical Fisher matrix;
     `sensitivity` |g * weight|, at parameter level only."""
-    granularity: Literal["unit", "parameter"] = "unit"
-    """`unit`: one number per head, neuron and output (DAS); `parameter`: one per weight (SPG), sharded, 1 byte each."""
+    granularity: Literal["unit", "parameter", "direction"] = "unit"
+    """`unit`: one number per head, neuron and output (DAS); `parameter`: one per weight (SPG), sharded, 1 byte each;
+    `direction`: one per principal direction of what flows into a linear layer, with `normalisation: saturating`."""
     normalisation: Literal["abs_tanh", "tanh_positive", "rank_hard", "rank_soft", "saturating"] = "abs_tanh"
     """`abs_tanh` = |tanh z| (the paper); `tanh_positive` = tanh(max(z, 0)) protects only what is above the average;
     `rank_hard` = 1 for the most important `protected_share`, else 0; `rank_soft` = a power of the rank whose mean is
@@ -113,11 +116,12 @@ class KdConfig(Section):
 
 
 class MergeConfig(Section):
-    """Averaging of the weights before and after each domain."""
+    """Averaging of the weights before and after each domain, with any method."""
 
-    coefficient: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["average"] = 0.5
+    coefficient: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["average"] | None = None
     """Share of the model from before the domain, the rest being what training made of it; `average` is t / (t + 1)
-    after domain t = 1, 2, ..., so that the base model and all models so far weigh the same."""
+    after domain t = 1, 2, ..., so that the base model and all models so far weigh the same; null: 0.5 with method
+    `merge`, and none with other methods."""
 
 
 class ReplayConfig(Section):
@@ -152,8 +156,20 @@ class MethodConfig(Section):
 
     @property
     def is_soft_masked(self) -> bool:
-        """Whether the method measures importance, protects by it, and contrasts."""
-        return self.name in ("das", "dga")
+        """Whether the method measures importance of units or weights, protects by it, and contrasts."""
+        return self.name in ("das", "dga") and self.importance.granularity != "direction"
+
+    @property
+    def merging(self) -> float | Literal["average"] | None:
+        """c by which weights are merged after each domain; None: they are not."""
+        if self.merge.coefficient is None:
+            return DEFAULT_MERGING if self.name == "merge" else None
+        return self.merge.coefficient
+
+    @property
+    def masks_directions(self) -> bool:
+        """Whether the method protects directions of what flows into linear layers."""
+        return self.name == "das" and self.importance.granularity == "direction"
 
     @property
     def has_own_mask(self) -> bool:
@@ -169,4 +185,29 @@ class MethodConfig(Section):
                 "softmask.readers needs importance.granularity: unit, found true with parameter, where every weight "
                 "has its own importance; allowed there: false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_fit_directions(self) -> MethodConfig:
+        """What directions have no use for must not be asked for; `dga` has no general knowledge of them."""
+        if self.importance.granularity != "direction" or self.name not in ("das", "dga"):
+            return self
+        found: dict[str, tuple[object, object]] = {
+            "name": (self.name, "das"),
+            "importance.normalisation": (self.importance.normalisation, "saturating"),
+            "contrast.weight": (self.contrast.weight, 0.0),
+        }
+        found |= {
+            f"softmask.{key}": (getattr(self.softmask, key), field.default)
+            for key, field in SoftmaskConfig.model_fields.items()
+        }
+        found |= {
+            f"importance.{key}": (getattr(self.importance, key), ImportanceConfig.model_fields[key].default)
+            for key in ("kind", "scope")
+        }
+        for key, (value, allowed) in found.items():
+            if value != allowed:
+                raise ValueError(
+                    f"{key}: found {value} with importance.granularity direction, allowed there: {allowed}"
+                )
         return self

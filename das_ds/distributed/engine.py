@@ -23,6 +23,7 @@ from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
 from das_ds.distributed.precision import LossScale, check_precision
 from das_ds.distributed.quadratic_penalty import QuadraticPenalty
+from das_ds.distributed.row_masks import RowMasks
 from das_ds.distributed.schedule import build_schedule
 from das_ds.distributed.sharded_construction import Slice
 from das_ds.distributed.sharded_importance import ShardedImportance, looked_up, zeros_by_flat
@@ -30,6 +31,7 @@ from das_ds.distributed.state import Flats, RankState, SavedState
 from das_ds.distributed.zero import (
     Shard,
     defer_unscaling,
+    flats_by_parameter,
     forget_gradients,
     full_fp32_weight,
     gradient_norm,
@@ -78,7 +80,8 @@ class Engine:
         exact: dict[str, Slice] | None = None,
     ) -> None:
         check_precision(train.precision)
-        self._parameters = parameters
+        self.parameters = parameters
+        """Name -> parameter of everything that is trained."""
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._train = train
         self.ranks = ranks
@@ -252,9 +255,17 @@ class Engine:
             parts = [flats[s.flat][s.start : s.start + s.numel] for s in self._list_shards]
             self._mask_gradients([Protection(part.numel(), importance=part) for part in parts])
 
+    def protect_directions(self, masks: dict[str, torch.Tensor]) -> None:
+        """Multiply the rows of all further updates of these parameters (o, d) by a matrix each, (d, d) float32.
+
+        Takes another fp32 number per weight of the largest flat tensor while it is stepped.
+        """
+        flats = flats_by_parameter(self._engine, self._names)
+        self._optimizer.protect_rows(RowMasks(self._list_shards, flats, masks, self.ranks.info.device))
+
     def penalise(self, strength: float, curvature: Flats, anchor: Flats) -> QuadraticPenalty:
         """A penalty on the distance of the weights from an anchor; its gradient is added where its owner says."""
-        shards, parameters, scale = self._list_shards, self._parameters, self._loss_scale
+        shards, parameters, scale = self._list_shards, self.parameters, self._loss_scale
         return QuadraticPenalty(self._engine, shards, parameters, scale, strength, curvature, anchor)
 
     @contextmanager
@@ -296,7 +307,7 @@ class Engine:
 
     def fp32_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole fp32 weight) of every parameter in turn, on every rank; a collective per parameter."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             yield name, full_fp32_weight(self._engine, parameter)
 
     def rewrite(self, names: Iterable[str], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -308,7 +319,7 @@ class Engine:
         """
         self.before_change()
         for name in names:
-            changed = change(full_fp32_weight(self._engine, self._parameters[name]).cpu()).view(-1)
+            changed = change(full_fp32_weight(self._engine, self.parameters[name]).cpu()).view(-1)
             if (shard := self.named_shards.get(name)) is not None:
                 self._stretch(shard).copy_(
                     changed[shard.offset : shard.offset + shard.numel].view_as(self._stretch(shard))
@@ -348,12 +359,12 @@ class Engine:
             saved: what `EarlierWeights.flats` gave, however it was divided.
         """
         if saved is None:
-            return EarlierWeights(self._engine, self._parameters, self._list_shards)
+            return EarlierWeights(self._engine, self.parameters, self._list_shards)
         present = self.snapshot()
         self.before_change()
         for flat, values in saved.items():
             flat.data.view(-1).copy_(values)
-        earlier = EarlierWeights(self._engine, self._parameters, self._list_shards)
+        earlier = EarlierWeights(self._engine, self.parameters, self._list_shards)
         self.restore(present)
         return earlier
 
@@ -446,13 +457,13 @@ class Engine:
         return table
 
     def _mask_gradients(self, protections: list[Protection]) -> None:
-        self._gradient_mask = GradientMask(self._engine, self._list_shards, self._parameters, protections)
+        self._gradient_mask = GradientMask(self._engine, self._list_shards, self.parameters, protections)
 
     def _unsharded_norm(self) -> torch.Tensor | None:
         # fp32 at stage 0 clips without keeping the norm; everywhere else DeepSpeed keeps it.
         if self._engine.optimizer is not self._optimizer:
             return None
-        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
 

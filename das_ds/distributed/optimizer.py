@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from das_ds.config import ImportanceKind
+from das_ds.distributed.row_masks import RowMasks
 from das_ds.distributed.state import Flats
 from das_ds.functional.contribution import contribution
 from das_ds.kernels.masked_adamw import masked_adamw_
@@ -31,6 +32,7 @@ class ProtectedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self._protections: dict[int, Protection] = {}
+        self._row_masks: RowMasks | None = None
         self._sums: Flats | None = None
         self._kind: ImportanceKind = "magnitude"
         self._is_muted = False
@@ -39,6 +41,10 @@ class ProtectedOptimizer(torch.optim.Optimizer):
     def protect(self, protections: dict[torch.Tensor, Protection]) -> None:
         """Mask these flat tensors from now on, and no others."""
         self._protections = {id(flat): protection for flat, protection in protections.items()}
+
+    def protect_rows(self, masks: RowMasks) -> None:
+        """Mask the rows of all updates from now on, by whole matrices."""
+        self._row_masks = masks
 
     @contextmanager
     def summing(self, sums: Flats, kind: ImportanceKind) -> Iterator[None]:
@@ -108,8 +114,14 @@ class ProtectedOptimizer(torch.optim.Optimizer):
                     gradient = gradient if self.grad_scale is None else gradient / self.grad_scale
                     self._sums[param].add_(contribution(gradient, param.data.view(-1), self._kind))
                 else:
-                    self._step_one(param, group)
+                    self._step_masked(param, group)
         return loss
+
+    def _step_masked(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        old = None if self._row_masks is None else self._row_masks.remember(param)
+        self._step_one(param, group)
+        if self._row_masks is not None and old is not None:
+            self._row_masks.mask(param, old)
 
     def _protection(self, param: torch.Tensor) -> Protection:
         if id(param) not in self._protections:

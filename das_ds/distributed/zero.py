@@ -62,6 +62,23 @@ def shards(engine: DeepSpeedEngine, names: dict[torch.nn.Parameter, str]) -> Ite
         )
 
 
+def flats_by_parameter(engine: DeepSpeedEngine, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
+    """Parameter -> the flat tensor that it is stepped in, also where this rank has no part of it.
+
+    Ranks step flat tensors that hold the same parameters at the same time.
+    """
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        groups = {
+            name: optimizer.grad_position[optimizer.get_param_id(parameter)][0] for parameter, name in names.items()
+        }
+        return {name: optimizer.fp32_partitioned_groups_flat[group] for name, group in groups.items()}
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        flats = optimizer.single_partition_of_fp32_groups
+        return {names[p]: flats[group] for group, members in enumerate(optimizer.bit16_groups) for p in members}
+    return {shard.name: shard.flat for shard in shards(engine, names)}
+
+
 def gradients_of(
     engine: DeepSpeedEngine, shards: list[Shard], parameters: dict[str, torch.nn.Parameter]
 ) -> Callable[[], list[torch.Tensor]]:

@@ -22,7 +22,9 @@ FORMAT_VERSION = "3"
 IMPORTANCE_FILE = "importance.safetensors"
 """Of a domain in its folder, accumulated in the run folder."""
 GENERAL_IMPORTANCE_FILE = "importance_general.safetensors"
-UNIT, PARAMETER = "unit", "parameter"
+DIRECTIONS_FILE = "directions.safetensors"
+"""The same of directions."""
+UNIT, PARAMETER, DIRECTION = "unit", "parameter", "direction"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -83,6 +85,28 @@ def load_parameter_importance(path: Path, layout: UnitLayout) -> Iterator[Callab
             return functional.pad(values, (0, numel - len(values)))
 
         yield read
+
+
+def save_directions(path: Path, moments: dict[str, torch.Tensor], layout: UnitLayout) -> None:
+    """Write weight name -> (d, d) float32 atomically."""
+    tensors = {name: moment.detach().cpu().contiguous() for name, moment in moments.items()}
+    _save(path, tensors, layout, DIRECTION)
+
+
+def load_directions(path: Path, widths: dict[str, int], layout: UnitLayout) -> dict[str, torch.Tensor]:
+    """Read weight name -> (d, d) and check that they belong to this network.
+
+    Args:
+        path: of the file.
+        widths: weight name -> d.
+        layout: of the network.
+
+    Raises:
+        ImportanceError: missing or damaged file, another format, granularity, model type, or other layers.
+    """
+    expected: Shapes = {name: (width, width) for name, width in widths.items()}
+    with _opened(path, layout, DIRECTION, expected) as file:
+        return {name: file.get_tensor(name) for name in expected}
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from das_ds.distributed.stopping import StopRequests
 from das_ds.distributed.watch import Watch
 from das_ds.evaluation.results import Results, library_versions
 from das_ds.functional.vocabulary import with_mean_rows
-from das_ds.methods import METHODS
+from das_ds.methods import build_method, method_class
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
 from das_ds.models.loading import check_sequence_length, load_model
@@ -81,9 +81,8 @@ class DomainSequence:
         exact = construction.slices if construction else None
         context = build_context(config, self._model, adapter, deepspeed_config, ranks, exact=exact)
         self.engine, self._lora, self._network = context.engine, context.lora, context.network
-        method_class = METHODS[config.method.name]
-        self._base = self.engine.snapshot() if method_class.starts_from_base else None
-        self._method: Method = method_class(context)
+        self._base = self.engine.snapshot() if method_class(config.method).starts_from_base else None
+        self._method: Method = build_method(context)
         self._guard = Guard(config.faults)
         self._trainer: DomainTrainer | None = None
         self._passes = Passes(self._between_batches, show=ranks.info.is_main)

@@ -12,7 +12,7 @@ from das_ds.data.batches import Batch
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Pass
-from das_ds.methods import METHODS
+from das_ds.methods import build_method
 from das_ds.methods.base import DomainContext
 from das_ds.methods.context import RunContext, build_context
 from das_ds.models.registry import adapter_for
@@ -115,7 +115,7 @@ def train(
     ranks = Ranks()
     run = build(config, ranks, **model_changes)
     recorder = Recorder()
-    method = METHODS[config.method.name](run)
+    method = build_method(run)
     domain = no_text_domain(config.output_dir)
     method.before_domain(domain)
     run.engine.start_domain(config.train.steps_per_domain)

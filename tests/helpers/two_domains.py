@@ -16,7 +16,7 @@ from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Pass
-from das_ds.methods import METHODS
+from das_ds.methods import build_method
 from das_ds.methods.base import DomainContext
 from das_ds.tracking.sinks import Metrics
 from das_ds.tracking.tracker import Tracker
@@ -49,13 +49,16 @@ def learn_all(configs: list[RunConfig], domains: list[Steps]) -> list[Learned]:
 def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
     ranks = Ranks()
     run = build(config, ranks, **NO_DROPOUT)
-    engine, method, recorder = run.engine, METHODS[config.method.name](run), Recorder()
+    engine, method, recorder = run.engine, build_method(run), Recorder()
     weights = []
     for index, steps in enumerate(domains):
         parts = [[rank_part(batch, ranks.info.rank, ranks.info.world_size) for batch in step] for step in steps]
         folder = config.output_dir
-        measured = [[batch] for step in parts for batch in step]
-        domain = DomainContext(index, "domain", lambda _: Pass([]), lambda _, m=measured: Pass(m), folder, folder)
+        batches = [batch for step in parts for batch in step]
+        measured = [[batch] for batch in batches]
+        domain = DomainContext(
+            index, "domain", lambda _, b=batches: Pass(b), lambda _, m=measured: Pass(m), folder, folder
+        )
         method.before_domain(domain)
         engine.start_domain(len(steps))
         method.start_training(domain)
@@ -83,9 +86,18 @@ class Expected:
 
 
 def learn_plainly(
-    domains: list[Steps], *, strength: float = 0.0, decay: float = 1.0, shares: tuple[float, ...] = (0.0, 0.0)
+    domains: list[Steps],
+    *,
+    strength: float = 0.0,
+    decay: float = 1.0,
+    shares: tuple[float, ...] = (0.0, 0.0),
+    saturation: float | None = None,
 ) -> Expected:
-    """AdamW on the loss and its penalty by autograd, then theta <- (1 - share) theta + share theta_before."""
+    """AdamW on the loss and its penalty by autograd, then theta <- (1 - share) theta + share theta_before.
+
+    With a saturation c the steps of linear layers are multiplied by (I + M / c)^-1.
+    """
+    moments_of_inputs: Weights = {}
     model = nn.Module.to(copy.deepcopy(tiny_model(**NO_DROPOUT)), torch.float64).train(False)
     parameters = dict(model.named_parameters())
     result = Expected([], [], [], {name: torch.zeros_like(value) for name, value in parameters.items()})
@@ -105,6 +117,8 @@ def learn_plainly(
                 step = adamw_step(
                     value, gradient * clip, *moments[name], number + 1, rate, (0.9, 0.999), EPS, weight_decay
                 )
+                if (moment := moments_of_inputs.get(name)) is not None and saturation is not None:
+                    step = step @ torch.linalg.inv(torch.eye(len(moment)).double() + moment / saturation)
                 value.data += step
             result.penalties.append(penalty.item())
             result.grad_norms.append(norm)
@@ -112,7 +126,27 @@ def learn_plainly(
             result.fisher[name].mul_(decay).add_(gradients_squared)
             parameters[name].data.lerp_(before[name], share)
         result.weights.append({name: value.detach().clone() for name, value in parameters.items()})
+        for name, moment in _relative_moments(model, [batch for step in steps for batch in step]).items():
+            moments_of_inputs[name] = moments_of_inputs.get(name, 0.0) + moment
     return result
+
+
+def _relative_moments(model: Any, batches: list[Batch]) -> Weights:
+    """d / tr(A) * A, A = sum of x x^T over the inputs of every linear layer, one position at a time."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    total: Weights = {}
+
+    def hear(module: nn.Linear, inputs: tuple[Tensor]) -> None:
+        for x in inputs[0].detach().reshape(-1, module.in_features):
+            total[names[module.weight]] = total.get(names[module.weight], 0.0) + torch.outer(x, x)
+
+    handles = [m.register_forward_pre_hook(hear) for m in model.modules() if isinstance(m, nn.Linear)]
+    for batch in batches:
+        hidden = model.base_model(input_ids=batch.corrupted_ids).last_hidden_state
+        model.lm_head(hidden.flatten(0, 1)[batch.predicted])
+    for handle in handles:
+        handle.remove()
+    return {name: len(moment) / moment.trace() * moment for name, moment in total.items()}
 
 
 def _squares(model: Any, steps: Steps) -> Weights:

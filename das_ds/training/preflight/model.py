@@ -54,8 +54,9 @@ class Room:
 
 
 def granularity(config: RunConfig) -> Granularity | None:
-    """Of the importance that the run keeps; None: it keeps none."""
-    return config.method.importance.granularity if config.method.is_soft_masked else None
+    """Of the importance of units or weights that the run keeps; None: it keeps none."""
+    found = config.method.importance.granularity
+    return found if config.method.is_soft_masked and found != "direction" else None
 
 
 def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
