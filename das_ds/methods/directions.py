@@ -11,7 +11,7 @@ from das_ds.functional.directions import direction_mask
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import RunContext
 from das_ds.methods.importance_file import DIRECTIONS_FILE, load_directions, save_directions
-from das_ds.methods.input_moments import linear_inputs, relative_moments
+from das_ds.methods.input_moments import linear_layers, relative_moments
 
 
 class DirectionMasked(Method):
@@ -32,32 +32,36 @@ class DirectionMasked(Method):
     masked. Knowledge from before the first domain is known only from `importance.initial`; there is no contrast, which
     needs units.
 
-    Keeps two fp32 matrices (d, d) per linear layer on every rank, and, while a flat tensor is stepped, a copy of it.
+    Keeps two fp32 matrices (d, d) per linear layer on every rank, P where the optimizer is and M in host memory, and,
+    while a flat tensor is stepped, a copy of it.
     Extra compute: d / (3 * tokens of the global batch) of a step's, and a forward pass over the sample per domain.
+
+    Raises:
+        ModelError: the network has layers whose directions cannot be masked.
     """
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
         self._moments: dict[str, torch.Tensor] = {}
-        self._widths = {name: layer.in_features for name, layer in linear_inputs(run).items()}
+        self._widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
 
     def before_domain(self, domain: DomainContext) -> None:
         """What earlier runs protect, before the first domain."""
         initial = self.run.config.method.importance.initial
         if initial is not None and not self._moments:
-            self._moments = self._on_device(load_directions(Path(initial), self._widths, self.run.layout))
+            self._moments = load_directions(Path(initial), self._widths, self.run.layout)
 
     def start_training(self, domain: DomainContext) -> None:
         """Protect what was learned so far."""
         if self._moments:
-            saturation = self.run.config.method.importance.saturation
-            masks = {name: direction_mask(moment, saturation) for name, moment in self._moments.items()}
+            saturation, device = self.run.config.method.importance.saturation, self.run.engine.ranks.info.device
+            masks = {name: direction_mask(moment.to(device), saturation) for name, moment in self._moments.items()}
             self.run.engine.protect_directions(masks)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add what the domain's text brings into every layer."""
         batches = domain.sample_batches(f"inputs of {domain.name}")
-        latest = relative_moments(self.run, batches)
+        latest = {name: moment.cpu() for name, moment in relative_moments(self.run, batches).items()}
         # New tensors: a checkpoint that is being written may still read the old ones.
         self._moments = {name: moment + self._moments.get(name, 0.0) for name, moment in latest.items()}
         if self.run.engine.ranks.info.is_main:
@@ -69,9 +73,5 @@ class DirectionMasked(Method):
         return RankState(shared=self._moments)
 
     def load_state(self, saved: SavedState) -> None:
-        """On the run's device."""
-        self._moments = self._on_device(saved.shared())
-
-    def _on_device(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        device = self.run.engine.ranks.info.device
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
+        """In host memory, where nothing but the next domain's mask needs it."""
+        self._moments = saved.shared()

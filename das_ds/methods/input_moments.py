@@ -24,14 +24,13 @@ COUNT = "#count "
 """Begins the names under which a pass sums how many inputs there were; no parameter has a space in its name."""
 
 
-def linear_inputs(run: RunContext) -> dict[str, nn.Linear]:
+def linear_layers(run: RunContext) -> dict[str, nn.Linear]:
     """Name of a trained weight (o, d) -> the linear layer that multiplies by it.
 
-    Embeddings are among them where the LM head shares them. Convolutions and stacked experts, whose weights lie
-    otherwise, are not.
+    Embeddings are among them where the LM head shares them.
 
     Raises:
-        ModelError: the network has none.
+        ModelError: a matrix of the network's layers is no weight of a linear layer, and would stay unprotected.
     """
     trained = {id(parameter): name for name, parameter in run.engine.parameters.items()}
     found = {
@@ -39,11 +38,14 @@ def linear_inputs(run: RunContext) -> dict[str, nn.Linear]:
         for module in run.network.model.modules()
         if isinstance(module, nn.Linear) and id(module.weight) in trained
     }
-    if not found:
-        raise ModelError(
-            f"method.importance.granularity: found direction, but no linear layer (torch.nn.Linear) of this "
-            f"{run.layout.model_type} network is trained; allowed here: unit, parameter"
-        )
+    for item in run.layout.ownerships:
+        _, num_rows, num_columns = run.layout.shapes[item.parameter]
+        is_vector = min(num_rows, num_columns) == 1
+        if item.parameter in run.engine.parameters and item.parameter not in found and not is_vector:
+            raise ModelError(
+                f"method.importance.granularity: found direction, but {item.parameter} is no weight of a "
+                "torch.nn.Linear (a convolution, or stacked experts); allowed for this network: unit, parameter"
+            )
     return found
 
 
@@ -60,7 +62,7 @@ def relative_moments(run: RunContext, batches: Pass[Batch]) -> dict[str, torch.T
     Returns:
         Name of the weight -> (d, d) float32, equal on every rank.
     """
-    layers, sums, device = linear_inputs(run), batches.sums, run.engine.ranks.info.device
+    layers, sums, device = linear_layers(run), batches.sums, run.engine.ranks.info.device
     for name, layer in layers.items():
         width = layer.in_features
         sums.setdefault(name, torch.zeros(width, width, device=device))

@@ -187,14 +187,24 @@ def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_what_ewc_and_merge_keep_continues(tmp_path: Path) -> None:
+def test_what_ewc_merging_and_directions_keep_continues(tmp_path: Path) -> None:
     """In pieces bit for bit, and from the middle of the second domain on another number of ranks and stage."""
-    methods = {"ewc": {"name": "ewc", "ewc": {"strength": 1e4}}, "merge": {"name": "merge"}}
-    # So that a start also breaks off where weights are still to be merged, or within the pass for Fisher information.
-    limits = {"ewc": 8, "merge": 7}
+    direction = {"granularity": "direction", "normalisation": "saturating"}
+    methods: dict[str, dict[str, Any]] = {
+        "ewc": {"name": "ewc", "ewc": {"strength": 1e4}},
+        "merge": {"name": "merge"},
+        "directions": {
+            "name": "das",
+            "importance": direction,
+            "contrast": {"weight": 0.0},
+            "merge": {"coefficient": 0.25},
+        },
+    }
+    # So that a start also breaks off where weights are still to be merged, or within a pass over a sample.
+    limits = {"ewc": 8, "merge": 7, "directions": 8}
 
     def values(name: str, method: str, **changes: Any) -> dict[str, Any]:
-        measured = {**methods[method], "importance": {"samples": 24}}
+        measured = {**methods[method], "importance": {**methods[method].get("importance", {}), "samples": 24}}
         base = run(tmp_path, name, method=measured, asynchronous=False, log_every=1)
         checkpoint = {**base["checkpoint"], "keep": 100}
         return {**base, "model": small_run(tmp_path)["model"], "checkpoint": checkpoint, **changes}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.config import RunConfig
+from das_ds.config import MethodConfig, RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.functional.sizes import ModelSize
 from das_ds.training.preflight.kept import kept_in_checkpoint
@@ -60,6 +60,18 @@ def test_kept_by_a_rank(name: str, stage: int, precision: str, part: str, expect
     assert found.device == {**plain.device, part: expected}
     copied = kept_in_checkpoint(run, SIZE, in_domain=True) // (1 if stage == 0 else 4)
     assert found.host["copy of a checkpoint"] - plain.host["copy of a checkpoint"] == copied
+
+
+def test_what_masks_of_directions_take() -> None:
+    direction = {"granularity": "direction", "normalisation": "saturating"}
+    method = MethodConfig.model_validate({"name": "das", "contrast": {"weight": 0.0}, "importance": direction})
+    run = config("das").model_copy(update={"method": method})
+    found = estimated_memory(run, SIZE, build_deepspeed_config(run, 4), 4)
+    # Two layers of five matrices that read 24 numbers and one that reads 40, and two of the LM head.
+    moments = 4 * (2 * (5 * 24**2 + 40**2) + 2 * 24**2)
+    assert found.device["direction masks"] == found.host["moments of inputs"] == moments
+    assert found.device["weights before the step"] == 1000
+    assert [kept_in_checkpoint(run, SIZE, in_domain=is_in) for is_in in (True, False)] == [moments, moments]
 
 
 def test_kept_in_host_memory() -> None:

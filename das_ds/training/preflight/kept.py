@@ -21,7 +21,8 @@ def kept_by_rank(config: RunConfig, size: ModelSize, sharding: Sharding) -> tupl
     if config.method.name == "derpp":
         own["buffer"] = -(-config.method.derpp.capacity // sharding.num_ranks) * _row_bytes(config, size)
     if config.method.masks_directions:
-        own["direction masks"] = 2 * _moment_bytes(size)
+        host["moments of inputs"] = _moment_bytes(size)
+        beside_weights["direction masks"] = _moment_bytes(size)
         beside_weights["weights before the step"] = OLD_BYTES * size.trained // shards
     if config.method.merging is not None:
         host["weights before the domain"] = MERGE_BYTES * size.trained // shards

@@ -1,0 +1,114 @@
+"""What directions are measured on, kept in, and refused for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from das_ds.config import MethodConfig
+from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Pass
+from das_ds.errors import ImportanceError, ModelError
+from das_ds.methods import METHODS, build_method
+from das_ds.methods.directions import DirectionMasked
+from das_ds.methods.importance_file import DIRECTIONS_FILE, load_directions, save_directions
+from das_ds.methods.input_moments import linear_layers, relative_moments
+from das_ds.methods.merge import Merging
+from helpers.tiny_models import NO_DROPOUT
+from helpers.training import build, random_batch, run_config
+
+IMPORTANCE = {"granularity": "direction", "normalisation": "saturating", "saturation": 2.0}
+METHOD: dict[str, Any] = {"name": "das", "importance": IMPORTANCE, "contrast": {"weight": 0.0}}
+
+
+def run_of(folder: Path, **changes: Any) -> Any:
+    return build(run_config(folder, method=METHOD, **changes), Ranks(), **NO_DROPOUT)
+
+
+def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    whole, first = random_batch(4, 1), random_batch(4, 1)
+    first.row_weights[2:] = 0.0
+    is_first = first.predicted < 2 * first.input_ids.shape[1]
+    first = type(first)(
+        first.input_ids, first.corrupted_ids, first.predicted[is_first], first.targets[is_first], first.row_weights
+    )
+    alone = type(whole)(
+        *(v[:2] for v in (first.input_ids, first.corrupted_ids)), first.predicted, first.targets, torch.ones(2)
+    )
+    filled, expected = relative_moments(run, Pass([first])), relative_moments(run, Pass([alone]))
+    assert filled.keys() == linear_layers(run).keys()
+    for name, moment in filled.items():
+        torch.testing.assert_close(moment, expected[name])
+    assert any(not torch.allclose(filled[n], m, rtol=1e-3) for n, m in relative_moments(run, Pass([whole])).items())
+    run.engine.close()
+
+
+def test_files_come_back_and_others_are_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
+    moments = {name: torch.rand(width, width) for name, width in widths.items()}
+    path = tmp_path / DIRECTIONS_FILE
+    save_directions(path, moments, run.layout)
+    for name, moment in load_directions(path, widths, run.layout).items():
+        assert torch.equal(moment, moments[name])
+    with pytest.raises(ImportanceError, match="importance of another model: found roberta with"):
+        load_directions(path, {**widths, next(iter(widths)): 7}, run.layout)
+    with pytest.raises(ImportanceError, match="cannot read importance"):
+        load_directions(tmp_path / "missing", widths, run.layout)
+    run.engine.close()
+
+
+def test_earlier_runs_protect_from_the_first_domain_on(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
+    save_directions(tmp_path / DIRECTIONS_FILE, {name: torch.eye(width) for name, width in widths.items()}, run.layout)
+    run.engine.close()
+    initial = {**METHOD, "importance": {**IMPORTANCE, "initial": str(tmp_path / DIRECTIONS_FILE)}}
+    run = build(run_config(tmp_path, method=initial), Ranks(), **NO_DROPOUT)
+    method = build_method(run)
+    method.before_domain(object())  # type: ignore[arg-type]
+    assert isinstance(method, DirectionMasked) and method.state().shared.keys() == widths.keys()
+    run.engine.close()
+
+
+def test_networks_whose_layers_are_no_linear_layers_are_refused(tmp_path: Path) -> None:
+    config = run_config(tmp_path, method=METHOD, model={"config": {"model_type": "gpt2"}})
+    run = build(config, Ranks())
+    with pytest.raises(ModelError, match=r"found direction, but .*c_attn.weight is no weight of a torch.nn.Linear"):
+        build_method(run)
+    run.engine.close()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "merge"])
+def test_any_method_merges_where_it_is_told_to(name: str) -> None:
+    assert MethodConfig.model_validate({"name": name}).merging is None
+    assert MethodConfig.model_validate({"name": name, "merge": {"coefficient": 0.25}}).merging == 0.25
+
+
+def test_merge_has_a_default(tmp_path: Path) -> None:
+    assert MethodConfig.model_validate({"name": "merge"}).merging == 0.5
+    run = build(run_config(tmp_path, method={"name": "merge"}), Ranks())
+    assert isinstance(build_method(run), Merging)
+    run.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "dga"}, "name: found dga with importance.granularity direction, allowed there: das"),
+        ({"contrast": {"weight": 1.0}}, "contrast.weight: found 1.0 with .* allowed there: 0.0"),
+        ({"softmask": {"apply_to": "gradient"}}, "softmask.apply_to: found gradient .* allowed there: update"),
+        ({"softmask": {"strength": 2.0}}, "softmask.strength: found 2.0 .* allowed there: 1.0"),
+        ({"importance": {**IMPORTANCE, "normalisation": "abs_tanh"}}, "normalisation: found abs_tanh .* saturating"),
+        ({"importance": {**IMPORTANCE, "scope": "model"}}, "importance.scope: found model .* allowed there: tensor"),
+    ],
+)
+def test_what_directions_have_no_use_for_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MethodConfig.model_validate({**METHOD, **changes})
+    # Another method leaves the section alone.
+    MethodConfig.model_validate({**METHOD, **changes, "name": "ncl"})
