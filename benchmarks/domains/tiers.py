@@ -18,23 +18,24 @@ CPU = Tier(
     | {
         "data": {"sequence_length": 64},
         "train": {
-            "steps_per_domain": 100,
+            "steps_per_domain": 75,
             "global_batch_size": 16,
             "micro_batch_size": 16,
-            "precision": "fp32",
+            # On CPUs that multiply bf16 a step takes less than half as long as in fp32.
+            "precision": "bf16",
             "log_every": 20,
         },
         "method": {"importance": {"samples": 512}},
         "evaluation": {"batch_size": 32, "max_sequences": 256},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     },
-    learning_rates=(2e-4, 4e-4, 8e-4),
+    learning_rates=(2e-4, 4e-4),
     variants=VARIANTS,
     seeds=(0, 1),
     choice_seed=100,
-    line=(0.25, 0.5),
-    matched=("das", "das weights"),
-    repeated="das weights",
+    line=(0.5,),
+    matched=("das", "das directions"),
+    repeated="das directions",
     # Two runs of one thread each wait less for each other than the threads of one run.
     threads=1,
     parallel=2,
@@ -72,13 +73,13 @@ GPU = Tier(
     seeds=(0, 1, 2),
     choice_seed=100,
     line=(0.25, 0.5),
-    matched=("das", "das weights"),
-    repeated="das weights",
+    matched=("das", "das directions"),
+    repeated="das directions",
     threads=4,
     # A model this small leaves most of a large GPU idle.
     parallel=4,
     task_seeds=5,
-    task_variants=(NAIVE, "replay", "das", "das weights"),
+    task_variants=(NAIVE, "replay", "das", "das directions"),
     pretraining={
         "encoder": {"train": {"steps_per_domain": 1000, "learning_rate": 5e-4}, "method": {"name": NAIVE}},
         "decoder": {

@@ -7,8 +7,12 @@ from typing import Any
 from benchmarks.domains.plan import NAIVE, Variant, merged
 
 NO_CONTRAST = {"contrast": {"weight": 0.0}}
-ONE_SIDED = {"importance": {"normalisation": "tanh_positive"}}
 PARAMETER = {"importance": {"granularity": "parameter", "normalisation": "tanh_positive"}}
+DIRECTIONS: dict[str, Any] = {
+    "importance": {"granularity": "direction", "normalisation": "saturating", "saturation": 30.0},
+    **NO_CONTRAST,
+}
+MERGING = {"merge": {"coefficient": 0.3}}
 REPLAY: dict[str, Any] = {"replay": {"share": 0.0625}}
 """1 of 16 sequences, the nearest to 5 % that a batch of 16 can hold."""
 
@@ -22,15 +26,17 @@ VARIANTS = (
     Variant(NAIVE, {"method": {"name": "ncl"}}),
     Variant("one", {"method": {"name": "one"}}),
     Variant("pool", {"method": {"name": "pool"}}),
+    Variant("lora", {"method": {"name": "ncl"}, "model": {"lora": {"rank": 8}}}, rate_scale=5.0),
     Variant("replay", {"method": {"name": "replay", **REPLAY}}),
     Variant("derpp", {"method": {"name": "derpp"}}),
     Variant("ewc", {"method": {"name": "ewc"}}),
     Variant("kd", {"method": {"name": "kd"}}),
-    Variant("merge", {"method": {"name": "merge"}}),
+    Variant("merge", {"method": {"name": "merge", **MERGING}}),
     Variant("dga", {"method": {"name": "dga"}}),
     das("das published", {"softmask": {"apply_to": "gradient"}}),
     das("das"),
-    das("das one-sided", ONE_SIDED, NO_CONTRAST),
     das("das weights", PARAMETER, NO_CONTRAST),
-    das("das weights, replay", PARAMETER, NO_CONTRAST, REPLAY),
+    das("das directions", DIRECTIONS),
+    das("das directions, merging", DIRECTIONS, MERGING),
+    das("das directions, replay", DIRECTIONS, REPLAY),
 )

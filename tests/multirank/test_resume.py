@@ -201,7 +201,7 @@ def test_what_ewc_merging_and_directions_keep_continues(tmp_path: Path) -> None:
         },
     }
     # So that a start also breaks off where weights are still to be merged, or within a pass over a sample.
-    limits = {"ewc": 8, "merge": 7, "directions": 8}
+    limits = {"ewc": 8, "merge": 7, "directions": 7}
 
     def values(name: str, method: str, **changes: Any) -> dict[str, Any]:
         measured = {**methods[method], "importance": {**methods[method].get("importance", {}), "samples": 24}}
