@@ -28,7 +28,7 @@ from das_ds.evaluation.tables import Row, markdown
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = "images"
 RIVALS = ("ewc", "kd", "derpp", "merge", "dga")
-"""Methods that das is held beside."""
+"""Methods that a variant of das whose learning was matched is held beside."""
 REPLAY = "replay"
 
 
@@ -95,7 +95,7 @@ def _repeated(record: Record) -> str:
 def _track(record: Record, track: TrackRecord) -> str:
     comparison = track.comparison
     parts = [
-        f"### {track.base.capitalize()}: {' -> '.join(comparison.domains)}\n\n{_words(comparison)}",
+        f"### {track.base.capitalize()}: {' -> '.join(comparison.domains)}\n\n{_words(track)}",
         f"#### Learning and forgetting\n\n{interval_sentences(comparison)}\n{_table(tables.summary_rows(comparison))}",
         f"![learning against forgetting]({picture(record, track)})\n",
         f"#### At equal learning\n\n{LINE}\n{_table(tables.line_rows(comparison))}",
@@ -108,17 +108,15 @@ def _track(record: Record, track: TrackRecord) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _words(comparison: Comparison) -> str:
-    labels = [group.label for group in comparison.groups]
+def _words(track: TrackRecord) -> str:
+    """The goal first, then every variant against the line, then what was matched beside its rivals."""
+    comparison, labels = track.comparison, [group.label for group in track.comparison.groups]
     protected = [group.label for group in comparison.groups if group.method == "das"]
     replaying = [label for label in protected if REPLAY in label]
-    sentences = [against_line(comparison, group) for group in compared_groups(comparison)]
-    sentences += [goal(comparison, label) for label in protected if label not in replaying]
-    sentences += [
-        between(comparison, label, rival)
-        for label, rival in product(protected, RIVALS)
-        if rival in labels and label not in replaying
-    ]
+    matched = [match.label for match in track.matches if match.label in protected]
+    sentences = [goal(comparison, label) for label in protected if label not in replaying]
+    sentences += [against_line(comparison, group) for group in compared_groups(comparison)]
+    sentences += [between(comparison, label, rival) for label, rival in product(matched, RIVALS) if rival in labels]
     sentences += [between(comparison, label, REPLAY) for label in replaying if REPLAY in labels]
     return "".join(f"- {sentence}\n" for sentence in sentences)
 

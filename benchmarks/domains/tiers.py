@@ -33,7 +33,7 @@ CPU = Tier(
     variants=VARIANTS,
     seeds=(0, 1),
     choice_seed=100,
-    line=(0.5,),
+    line=(0.25, 0.5),
     matched=("das", "das directions"),
     repeated="das directions",
     # Two runs of one thread each wait less for each other than the threads of one run.

@@ -9,7 +9,7 @@ from benchmarks.domains.plan import NAIVE, Variant, merged
 NO_CONTRAST = {"contrast": {"weight": 0.0}}
 PARAMETER = {"importance": {"granularity": "parameter", "normalisation": "tanh_positive"}}
 DIRECTIONS: dict[str, Any] = {
-    "importance": {"granularity": "direction", "normalisation": "saturating", "saturation": 30.0},
+    "importance": {"granularity": "direction", "normalisation": "saturating", "saturation": 3.0},
     **NO_CONTRAST,
 }
 MERGING = {"merge": {"coefficient": 0.3}}

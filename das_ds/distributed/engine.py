@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run and the two places where soft masks act: the gradient and the optimizer's update."""
+"""The DeepSpeed engine of a run: its steps, its schedule, its weights and what a checkpoint needs of them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, count
+from itertools import count
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
-from das_ds.config import ImportanceKind, SoftmaskConfig, TrainConfig
+from das_ds.config import ImportanceKind, TrainConfig
 from das_ds.deepspeed_config import is_offloaded
 from das_ds.distributed.earlier_weights import EarlierWeights
-from das_ds.distributed.gradient_mask import GradientMask
 from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
 from das_ds.distributed.precision import LossScale, check_precision
 from das_ds.distributed.quadratic_penalty import QuadraticPenalty
-from das_ds.distributed.row_masks import RowMasks
 from das_ds.distributed.schedule import build_schedule
 from das_ds.distributed.sharded_construction import Slice
-from das_ds.distributed.sharded_importance import ShardedImportance, looked_up, zeros_by_flat
+from das_ds.distributed.sharded_importance import zeros_by_flat
+from das_ds.distributed.soft_masks import SoftMasks
 from das_ds.distributed.state import Flats, RankState, SavedState
 from das_ds.distributed.zero import (
     Shard,
     defer_unscaling,
-    flats_by_parameter,
     forget_gradients,
     full_fp32_weight,
     gradient_norm,
@@ -41,10 +39,6 @@ from das_ds.distributed.zero import (
     without_clipping,
 )
 from das_ds.errors import TrainingError
-from das_ds.functional.masks import MaskTable, mask_levels
-from das_ds.functional.segments import SegmentTable, cover
-from das_ds.functional.units import Importance, UnitLayout
-from das_ds.kernels.protection import LEVELS, Protection
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +96,6 @@ class Engine:
         """Optimizer steps of this domain that moved nothing: their gradient was not finite, or they were refused."""
         self.before_change: Callable[[], None] = _nothing
         """Called before weights or moments change, for whoever still reads them."""
-        self._unit_masks: MaskTable | None = None
-        self._gradient_mask: GradientMask | None = None
         self._list_shards = list(shards(self._engine, self._names))
         # In 16 bits DeepSpeed makes its fp32 weights from rounded ones; what was trained must not lose bits.
         if exact:
@@ -111,6 +103,8 @@ class Engine:
                 start = shard.offset - exact[shard.name].offset
                 self._stretch(shard).copy_(exact[shard.name].values[start : start + shard.numel])
             exact.clear()
+        self.soft_masks = SoftMasks(self._engine, self._optimizer, self._list_shards, parameters, ranks.info.device)
+        """What protects earlier knowledge in all further steps."""
         if isinstance(self._optimizer, MaskedAdamW):
             defer_unscaling(self._engine, self._optimizer.set_grad_scale)
 
@@ -175,8 +169,7 @@ class Engine:
             return None
         if not self._is_measuring:
             self.before_change()
-            if self._gradient_mask is not None:
-                self._gradient_mask.apply()
+            self.soft_masks.mask_gradients()
         norm = self._unsharded_norm()
         refuse = refuse or (norm is not None and not bool(norm.isfinite()))
         with self._optimizer.muted() if refuse else nullcontext():
@@ -232,36 +225,6 @@ class Engine:
     def loss_scale(self) -> float:
         """What the next loss is multiplied by so that its gradients keep clear of zero; 1 but for fp16."""
         return self._loss_scale.value
-
-    def protect_units(self, layout: UnitLayout, importance: Importance, softmask: SoftmaskConfig) -> None:
-        """Soft-mask all further steps by this importance (group -> (L, U)), replacing an earlier one."""
-        if self._unit_masks is None:
-            self._unit_masks = self._install_unit_masks(layout, softmask)
-        self._unit_masks.load(importance)
-
-    def protect_parameters(self, layout: UnitLayout, importance: ShardedImportance, softmask: SoftmaskConfig) -> None:
-        """Soft-mask all further steps by the importance of every weight, replacing an earlier one.
-
-        Where the mask is not 1 - I itself it takes another byte per weight of the shards.
-        """
-        groups, shared_scale, strength = softmask.groups, softmask.shared_scale, softmask.strength
-        tables = mask_levels(
-            layout.owners, groups=groups, shared_scale=shared_scale, strength=strength, num_levels=LEVELS
-        )
-        flats = importance.flats if tables is None else looked_up(self._list_shards, importance.flats, tables)
-        if softmask.apply_to == "update":
-            self._optimizer.protect({f: Protection(v.numel(), importance=v) for f, v in flats.items()})
-        else:
-            parts = [flats[s.flat][s.start : s.start + s.numel] for s in self._list_shards]
-            self._mask_gradients([Protection(part.numel(), importance=part) for part in parts])
-
-    def protect_directions(self, masks: dict[str, torch.Tensor]) -> None:
-        """Multiply the rows of all further updates of these parameters (o, d) by a matrix each, (d, d) float32.
-
-        Takes another fp32 number per weight of the largest flat tensor while it is stepped.
-        """
-        flats = flats_by_parameter(self._engine, self._names)
-        self._optimizer.protect_rows(RowMasks(self._list_shards, flats, masks, self.ranks.info.device))
 
     def penalise(self, strength: float, curvature: Flats, anchor: Flats) -> QuadraticPenalty:
         """A penalty on the distance of the weights from an anchor; its gradient is added where its owner says."""
@@ -434,40 +397,9 @@ class Engine:
     def _stretch(shard: Shard) -> torch.Tensor:
         return shard.flat.data.view(-1)[shard.start : shard.start + shard.numel]
 
-    def _install_unit_masks(self, layout: UnitLayout, softmask: SoftmaskConfig) -> MaskTable:
-        on_host = self._list_shards[0].flat.device if self._list_shards else self.ranks.info.device
-        table = MaskTable(
-            layout,
-            readers=softmask.readers,
-            shared_scale=softmask.shared_scale,
-            groups=softmask.groups,
-            strength=softmask.strength,
-            device=on_host,
-        )
-        if softmask.apply_to == "update":
-            by_flat: dict[torch.Tensor, list[Shard]] = {}
-            for shard in self._list_shards:
-                by_flat.setdefault(shard.flat, []).append(shard)
-            self._optimizer.protect(
-                {flat: _unit_protection(table, flat.numel(), parts) for flat, parts in by_flat.items()}
-            )
-        else:
-            alone = [replace(shard, start=0) for shard in self._list_shards]
-            self._mask_gradients([_unit_protection(table, shard.numel, [shard]) for shard in alone])
-        return table
-
-    def _mask_gradients(self, protections: list[Protection]) -> None:
-        self._gradient_mask = GradientMask(self._engine, self._list_shards, self.parameters, protections)
-
     def _unsharded_norm(self) -> torch.Tensor | None:
         # fp32 at stage 0 clips without keeping the norm; everywhere else DeepSpeed keeps it.
         if self._engine.optimizer is not self._optimizer:
             return None
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         return nn.utils.get_total_norm(gradients)
-
-
-def _unit_protection(table: MaskTable, numel: int, parts: list[Shard]) -> Protection:
-    """Protection of a flat tensor of `numel` elements that shards lie in."""
-    segments = chain.from_iterable(table.segments(s.name, start=s.start, offset=s.offset, numel=s.numel) for s in parts)
-    return Protection(numel, table=SegmentTable(numel, cover(segments, numel), table.values))

@@ -56,7 +56,7 @@ class DirectionMasked(Method):
         if self._moments:
             saturation, device = self.run.config.method.importance.saturation, self.run.engine.ranks.info.device
             masks = {name: direction_mask(moment.to(device), saturation) for name, moment in self._moments.items()}
-            self.run.engine.protect_directions(masks)
+            self.run.engine.soft_masks.protect_directions(masks)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add what the domain's text brings into every layer."""

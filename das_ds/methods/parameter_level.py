@@ -49,7 +49,7 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
 
     def protect(self, importance: ShardedImportance, softmask: SoftmaskConfig) -> None:
         """Mask element by element."""
-        self.run.engine.protect_parameters(self.run.layout, importance, softmask)
+        self.run.engine.soft_masks.protect_parameters(self.run.layout, importance, softmask)
 
     def state(self, importance: ShardedImportance) -> RankState:
         """Each rank its shards' part."""

@@ -34,7 +34,7 @@ class UnitLevel(ImportanceLevel[Importance]):
 
     def protect(self, importance: Importance, softmask: SoftmaskConfig) -> None:
         """Mask by rows and columns."""
-        self.run.engine.protect_units(self.run.layout, importance, softmask)
+        self.run.engine.soft_masks.protect_units(self.run.layout, importance, softmask)
 
     def state(self, importance: Importance) -> RankState:
         """Equal on every rank."""
