@@ -210,8 +210,8 @@ What the loss on an earlier domain falls by is what the group's change has cost 
 """
 CHOICE = """\
 Equally many candidates per variant, one seed that no compared run has, the first two domains only; the best mean loss
-when learned is chosen. The held-out text is that of the comparison. At the edge of the candidates a better rate may lie
-beyond.
+when learned is chosen. Some variants were tried here alone and are in no other table. The held-out text is that of the
+comparison. At the edge of the candidates a better rate may lie beyond.
 """
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ class Variant:
     """Keys of the run config in which it differs from the tier's settings; the learning rate is chosen."""
     rate_scale: float = 1.0
     """Its candidates are the tier's times this, so that every variant has equally many."""
+    is_compared: bool = True
+    """Whether it is run over all domains; what is only searched is tried where learning rates are chosen, on the first
+    two."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Tier:
     def bases(self) -> list[BaseName]:
         """Base models of all tracks, each once."""
         return list(dict.fromkeys(track.base for track in self.tracks))
+
+    @property
+    def compared(self) -> list[Variant]:
+        """Those that are run over all domains."""
+        return [variant for variant in self.variants if variant.is_compared]
 
     def variant(self, label: str) -> Variant:
         """The variant of this label."""

@@ -47,7 +47,7 @@ class TrackRuns:
     def run_variants(self) -> None:
         """Every variant at its chosen rate, and naive training at the rates of the line; all seeds."""
         tier = self._experiment.tier
-        for variant in tier.variants:
+        for variant in tier.compared:
             rate = self._choices[variant.label].learning_rate
             self._runs[variant.label] = [self._experiment.run(variant, rate, seed) for seed in tier.seeds]
         for factor in tier.line:

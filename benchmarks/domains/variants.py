@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.domains.plan import NAIVE, Variant, merged
@@ -22,6 +23,12 @@ def das(label: str, *sections: dict[str, Any]) -> Variant:
     return Variant(label, {"method": merged({"name": "das"}, *sections)})
 
 
+def searched(saturation: float) -> Variant:
+    """Another c of the mask of directions."""
+    other = das(f"das directions {saturation:g}", DIRECTIONS, {"importance": {"saturation": saturation}})
+    return replace(other, is_compared=False)
+
+
 VARIANTS = (
     Variant(NAIVE, {"method": {"name": "ncl"}}),
     Variant("one", {"method": {"name": "one"}}),
@@ -37,6 +44,9 @@ VARIANTS = (
     das("das"),
     das("das weights", PARAMETER, NO_CONTRAST),
     das("das directions", DIRECTIONS),
+    searched(1.0),
+    searched(10.0),
+    searched(30.0),
     das("das directions, merging", DIRECTIONS, MERGING),
     das("das directions, replay", DIRECTIONS, REPLAY),
 )
