@@ -25,8 +25,8 @@ class DirectionMasked(Method):
     optimizer's whole step, since a mask on the gradient would be undone by Adam.
 
     In the eigenvectors of M that is DAS's mask 1 - I of an importance I = a / (a + c). P is the projector of orthogonal
-    weight modification (Zeng et al., Nature Machine Intelligence 2019, eq. 1), with c large instead of small; gradient
-    projection memory is its form with a hard threshold (Saha et al., ICLR 2021).
+    weight modification (Zeng et al., Nature Machine Intelligence 2019) with a larger constant; gradient projection
+    memory (Saha et al., ICLR 2021) is its form with a threshold. Both modify the gradient.
 
     What is not the weight of a linear layer (biases, normalisation, embeddings that are not tied to the LM head) is not
     masked. Knowledge from before the first domain is known only from `importance.initial`; there is no contrast, which
