@@ -34,7 +34,7 @@ CPU = Tier(
     seeds=(0, 1),
     choice_seed=100,
     line=(0.25, 0.5),
-    matched=("das", "das directions"),
+    matched=("das directions",),
     repeated="das directions",
     # Two runs of one thread each wait less for each other than the threads of one run.
     threads=1,
