@@ -116,7 +116,8 @@ def _words(track: TrackRecord) -> str:
     matched = [match.label for match in track.matches if match.label in protected]
     sentences = [goal(comparison, label) for label in protected if label not in replaying]
     sentences += [against_line(comparison, group) for group in compared_groups(comparison)]
-    sentences += [between(comparison, label, rival) for label, rival in product(matched, RIVALS) if rival in labels]
+    rivals = [label for label in labels if label.split()[0] in RIVALS]
+    sentences += [between(comparison, label, rival) for label, rival in product(matched, rivals)]
     sentences += [between(comparison, label, REPLAY) for label in replaying if REPLAY in labels]
     return "".join(f"- {sentence}\n" for sentence in sentences)
 

@@ -23,10 +23,19 @@ def das(label: str, *sections: dict[str, Any]) -> Variant:
     return Variant(label, {"method": merged({"name": "das"}, *sections)})
 
 
-def searched(saturation: float) -> Variant:
-    """Another c of the mask of directions."""
-    other = das(f"das directions {saturation:g}", DIRECTIONS, {"importance": {"saturation": saturation}})
-    return replace(other, is_compared=False)
+def searched(*variants: Variant) -> list[Variant]:
+    """Other values of a method's own settings."""
+    return [replace(variant, is_compared=False) for variant in variants]
+
+
+def ewc(strength: float) -> Variant:
+    """ewc with a factor of its penalty."""
+    return Variant(f"ewc {strength:g}", {"method": {"name": "ewc", "ewc": {"strength": strength}}})
+
+
+def directions(saturation: float) -> Variant:
+    """das with another c of the mask of directions."""
+    return das(f"das directions {saturation:g}", DIRECTIONS, {"importance": {"saturation": saturation}})
 
 
 VARIANTS = (
@@ -36,7 +45,8 @@ VARIANTS = (
     Variant("lora", {"method": {"name": "ncl"}, "model": {"lora": {"rank": 8}}}, rate_scale=5.0),
     Variant("replay", {"method": {"name": "replay", **REPLAY}}),
     Variant("derpp", {"method": {"name": "derpp"}}),
-    Variant("ewc", {"method": {"name": "ewc"}}),
+    ewc(100.0),
+    *searched(Variant("ewc", {"method": {"name": "ewc"}}), ewc(1000.0)),
     Variant("kd", {"method": {"name": "kd"}}),
     Variant("merge", {"method": {"name": "merge", **MERGING}}),
     Variant("dga", {"method": {"name": "dga"}}),
@@ -44,9 +54,7 @@ VARIANTS = (
     das("das"),
     das("das weights", PARAMETER, NO_CONTRAST),
     das("das directions", DIRECTIONS),
-    searched(1.0),
-    searched(10.0),
-    searched(30.0),
+    *searched(directions(1.0), directions(10.0), directions(30.0)),
     das("das directions, merging", DIRECTIONS, MERGING),
     das("das directions, replay", DIRECTIONS, REPLAY),
 )
