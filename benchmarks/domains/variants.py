@@ -8,7 +8,9 @@ from typing import Any
 from benchmarks.domains.plan import NAIVE, Variant, merged
 
 NO_CONTRAST = {"contrast": {"weight": 0.0}}
+ONE_SIDED = {"importance": {"normalisation": "tanh_positive"}}
 PARAMETER = {"importance": {"granularity": "parameter", "normalisation": "tanh_positive"}}
+FISHER = {"importance": {"kind": "square", "normalisation": "saturating", "scope": "model"}}
 DIRECTIONS: dict[str, Any] = {
     "importance": {"granularity": "direction", "normalisation": "saturating", "saturation": 3.0},
     **NO_CONTRAST,
@@ -53,6 +55,15 @@ VARIANTS = (
     das("das published", {"softmask": {"apply_to": "gradient"}}),
     das("das"),
     das("das weights", PARAMETER, NO_CONTRAST),
+    *searched(
+        das("das one-sided", ONE_SIDED, NO_CONTRAST),
+        das("das readers", ONE_SIDED, NO_CONTRAST, {"softmask": {"readers": True}}),
+        das("das FFN", ONE_SIDED, NO_CONTRAST, {"softmask": {"groups": ["intermediate", "output"]}}),
+        das("das weights Fisher", PARAMETER, NO_CONTRAST, FISHER),
+        das("das weights ranks", PARAMETER, NO_CONTRAST, {"importance": {"normalisation": "rank_hard"}}),
+        das("das weights sensitivity", PARAMETER, NO_CONTRAST, {"importance": {"kind": "sensitivity"}}),
+        das("das weights shared", PARAMETER, NO_CONTRAST, {"softmask": {"shared_scale": 0.25}}),
+    ),
     das("das directions", DIRECTIONS),
     *searched(directions(1.0), directions(10.0), directions(30.0)),
     das("das directions, merging", DIRECTIONS, MERGING),
