@@ -40,7 +40,6 @@ def test_the_mask_matters() -> None:
     [
         ({"stage": 0}, 2, "bf16"),
         ({"stage": 1}, 2, "fp16"),
-        ({"stage": 2}, 1, None),
         ({"stage": 2, **OFFLOAD}, 2, None),
         # Four ranks cut rows of most matrices, some of them twice.
         ({"stage": 3}, 4, "bf16"),
