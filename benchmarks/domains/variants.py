@@ -35,6 +35,11 @@ def ewc(strength: float) -> Variant:
     return Variant(f"ewc {strength:g}", {"method": {"name": "ewc", "ewc": {"strength": strength}}})
 
 
+def kd(weight: float) -> Variant:
+    """kd with a factor of its divergence."""
+    return Variant(f"kd {weight:g}", {"method": {"name": "kd", "kd": {"weight": weight}}})
+
+
 def directions(saturation: float) -> Variant:
     """das with another c of the mask of directions."""
     return das(f"das directions {saturation:g}", DIRECTIONS, {"importance": {"saturation": saturation}})
@@ -47,9 +52,10 @@ VARIANTS = (
     Variant("lora", {"method": {"name": "ncl"}, "model": {"lora": {"rank": 8}}}, rate_scale=5.0),
     Variant("replay", {"method": {"name": "replay", **REPLAY}}),
     Variant("derpp", {"method": {"name": "derpp"}}),
-    ewc(100.0),
-    *searched(Variant("ewc", {"method": {"name": "ewc"}}), ewc(1000.0)),
-    Variant("kd", {"method": {"name": "kd"}}),
+    ewc(1e4),
+    *searched(Variant("ewc", {"method": {"name": "ewc"}}), ewc(100.0), ewc(1000.0), ewc(1e5)),
+    kd(100.0),
+    *searched(Variant("kd", {"method": {"name": "kd"}}), kd(10.0)),
     Variant("merge", {"method": {"name": "merge", **MERGING}}),
     Variant("dga", {"method": {"name": "dga"}}),
     das("das published", {"softmask": {"apply_to": "gradient"}}),
