@@ -55,7 +55,7 @@ VARIANTS = (
     ewc(1e4),
     *searched(Variant("ewc", {"method": {"name": "ewc"}}), ewc(100.0), ewc(1000.0), ewc(1e5)),
     kd(100.0),
-    *searched(Variant("kd", {"method": {"name": "kd"}}), kd(10.0)),
+    *searched(Variant("kd", {"method": {"name": "kd"}}), kd(10.0), kd(1000.0)),
     Variant("merge", {"method": {"name": "merge", **MERGING}}),
     Variant("dga", {"method": {"name": "dga"}}),
     das("das published", {"softmask": {"apply_to": "gradient"}}),
