@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from das_ds.config import MethodConfig
-from das_ds.distributed.launch import Ranks
+from das_ds.distributed.launch import RankInfo
 from das_ds.distributed.passes import Pass
 from das_ds.errors import ImportanceError, ModelError
 from das_ds.methods import METHODS, build_method
@@ -17,15 +18,26 @@ from das_ds.methods.directions import DirectionMasked
 from das_ds.methods.importance_file import DIRECTIONS_FILE, load_directions, save_directions
 from das_ds.methods.input_moments import linear_layers, relative_moments
 from das_ds.methods.merge import Merging
-from helpers.tiny_models import NO_DROPOUT
-from helpers.training import build, random_batch, run_config
+from das_ds.models.language_model import LanguageModel
+from das_ds.models.registry import adapter_for
+from helpers.tiny_models import NO_DROPOUT, tiny_model
+from helpers.training import random_batch, run_config
 
 IMPORTANCE = {"granularity": "direction", "normalisation": "saturating", "saturation": 2.0}
 METHOD: dict[str, Any] = {"name": "das", "importance": IMPORTANCE, "contrast": {"weight": 0.0}}
 
 
-def run_of(folder: Path, **changes: Any) -> Any:
-    return build(run_config(folder, method=METHOD, **changes), Ranks(), **NO_DROPOUT)
+def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta") -> Any:
+    """As much of a run as directions need before training, without an engine."""
+    model, adapter = tiny_model(model_type, **NO_DROPOUT), adapter_for(model_type)
+    network = LanguageModel(model, adapter)
+    engine = SimpleNamespace(
+        parameters=dict(model.named_parameters()),
+        module=network,
+        ranks=SimpleNamespace(info=RankInfo(0, 0, 1, torch.device("cpu"))),
+    )
+    config = run_config(folder, method=method)
+    return SimpleNamespace(config=config, engine=engine, network=network, layout=adapter.layout(model))
 
 
 def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
@@ -44,7 +56,6 @@ def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
     for name, moment in filled.items():
         torch.testing.assert_close(moment, expected[name])
     assert any(not torch.allclose(filled[n], m, rtol=1e-3) for n, m in relative_moments(run, Pass([whole])).items())
-    run.engine.close()
 
 
 def test_files_come_back_and_others_are_refused(tmp_path: Path) -> None:
@@ -59,28 +70,22 @@ def test_files_come_back_and_others_are_refused(tmp_path: Path) -> None:
         load_directions(path, {**widths, next(iter(widths)): 7}, run.layout)
     with pytest.raises(ImportanceError, match="cannot read importance"):
         load_directions(tmp_path / "missing", widths, run.layout)
-    run.engine.close()
 
 
 def test_earlier_runs_protect_from_the_first_domain_on(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     save_directions(tmp_path / DIRECTIONS_FILE, {name: torch.eye(width) for name, width in widths.items()}, run.layout)
-    run.engine.close()
     initial = {**METHOD, "importance": {**IMPORTANCE, "initial": str(tmp_path / DIRECTIONS_FILE)}}
-    run = build(run_config(tmp_path, method=initial), Ranks(), **NO_DROPOUT)
-    method = build_method(run)
+    method = build_method(run_of(tmp_path, initial))
     method.before_domain(object())  # type: ignore[arg-type]
     assert isinstance(method, DirectionMasked) and method.state().shared.keys() == widths.keys()
-    run.engine.close()
 
 
 def test_networks_whose_layers_are_no_linear_layers_are_refused(tmp_path: Path) -> None:
-    config = run_config(tmp_path, method=METHOD, model={"config": {"model_type": "gpt2"}})
-    run = build(config, Ranks())
+    run = run_of(tmp_path, model_type="gpt2")
     with pytest.raises(ModelError, match=r"found direction, but .*c_attn.weight is no weight of a torch.nn.Linear"):
         build_method(run)
-    run.engine.close()
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "merge"])
@@ -91,9 +96,7 @@ def test_any_method_merges_where_it_is_told_to(name: str) -> None:
 
 def test_merge_has_a_default(tmp_path: Path) -> None:
     assert MethodConfig.model_validate({"name": "merge"}).merging == 0.5
-    run = build(run_config(tmp_path, method={"name": "merge"}), Ranks())
-    assert isinstance(build_method(run), Merging)
-    run.engine.close()
+    assert isinstance(build_method(run_of(tmp_path, {"name": "merge"})), Merging)
 
 
 @pytest.mark.parametrize(
