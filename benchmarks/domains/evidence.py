@@ -16,6 +16,7 @@ from benchmarks.domains.jobs import ROOT
 from benchmarks.domains.matching import Match
 from benchmarks.domains.plan import NAIVE
 from benchmarks.domains.record import Record, TrackRecord, read_record
+from benchmarks.domains.tiers import TIERS
 from benchmarks.domains.verdicts import against_line, between, compared_groups, goal
 from benchmarks.environment import RESULTS
 from das_ds.errors import EXIT_USER_ERROR, DasError, RunFolderError
@@ -80,9 +81,20 @@ def _record(record: Record) -> str:
         f"{record.settings['data']['sequence_length']} tokens, {train['precision']}. "
         f"The compared runs took {seconds / 3600:.1f} hours.\n",
         _repeated(record),
+        _missing(record),
         *(_track(record, track) for track in record.tracks),
     ]
     return "\n".join(parts)
+
+
+def _missing(record: Record) -> str:
+    """What the tier has and the results lack, since a part of it was run, or variants came later."""
+    tier = TIERS.get(record.tier)
+    chosen = {choice.label for choices in record.choices.values() for choice in choices}
+    found = {group.label for track in record.tracks for group in track.comparison.groups}
+    variants = () if tier is None else tier.variants
+    missing = [v.label for v in variants if v.label not in (found if v.is_compared else chosen)]
+    return f"Not run yet: {', '.join(f'`{label}`' for label in missing)}.\n" if missing else ""
 
 
 def _repeated(record: Record) -> str:

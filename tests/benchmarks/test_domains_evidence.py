@@ -79,6 +79,14 @@ def test_everything_is_on_the_page() -> None:
     assert "`pool`: forgetting is not defined" in text
 
 
+def test_what_was_not_run_is_said_to_be_missing() -> None:
+    missing = next(line for line in page_text([record()]).splitlines() if line.startswith("Not run yet: "))
+    # Compared are ncl, replay and das; of what is only searched nothing has a choice.
+    assert "`kd 1000`" in missing and "`das directions 10`" in missing
+    assert not any(f"`{label}`" in missing for label in ("ncl", "replay", "das"))
+    assert "Not run yet" not in page_text([record().model_copy(update={"tier": "another"})])
+
+
 def test_a_run_that_gave_other_numbers_is_said_to() -> None:
     other = record().model_copy(update={"repeated": Repeated(label="das", learning_rate=1e-4, is_equal=False)})
     assert "gave **other numbers**" in page_text([other])
