@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from das_ds.distributed.collectives import rank
+from das_ds.distributed.launch import Ranks
+from das_ds.distributed.row_masks import RowMasks
+from das_ds.distributed.zero import Shard
 from helpers.parity import OFFLOAD, configs_of, relative_difference
 from helpers.run_ranks import run_ranks
 from helpers.two_domains import Expected, learn_all, learn_plainly
@@ -35,13 +39,35 @@ def test_the_mask_matters() -> None:
     assert relative_difference(expected().weights[0], without.weights[0]) == 0.0
 
 
+def masked_stretch(cuts: list[int], before: torch.Tensor, step: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What this rank makes of its stretch of one parameter."""
+    ranks = Ranks()
+    own = slice(cuts[rank()], cuts[rank() + 1])
+    flat = torch.nn.Parameter(before.flatten()[own].clone())
+    shards = [Shard("w", flat, 0, own.start, flat.numel())] if flat.numel() else []
+    rows = RowMasks(shards, {"w": flat}, {"w": mask}, ranks.info.device)
+    old = rows.remember(flat)
+    assert old is not None
+    flat.data += step.flatten()[own]
+    rows.mask(flat, old)
+    return flat.data
+
+
+@pytest.mark.parametrize("cuts", [[0, 10, 21, 35], [0, 15, 18, 35], [0, 16, 35, 35]])
+def test_rows_that_ranks_share_are_put_together(cuts: list[int]) -> None:
+    """Between rows and within them, twice within one, and with a rank that has nothing."""
+    generator = torch.Generator().manual_seed(7)
+    before, step, mask = (torch.randn(*shape, generator=generator) for shape in ((5, 7), (5, 7), (7, 7)))
+    found = torch.cat(run_ranks(masked_stretch, 3, cuts, before, step, mask))
+    torch.testing.assert_close(found.view(5, 7), before + step @ mask)
+
+
 @pytest.mark.parametrize(
     ("zero", "world_size", "precision"),
     [
         ({"stage": 0}, 2, "bf16"),
         ({"stage": 1}, 2, "fp16"),
         ({"stage": 2, **OFFLOAD}, 2, None),
-        # Four ranks cut rows of most matrices, some of them twice.
         ({"stage": 3}, 4, "bf16"),
         ({"stage": 3, **OFFLOAD}, 2, None),
     ],
