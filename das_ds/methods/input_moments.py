@@ -19,6 +19,7 @@ from das_ds.distributed.passes import Pass
 from das_ds.errors import ModelError
 from das_ds.functional.directions import relative_moment
 from das_ds.methods.context import RunContext
+from das_ds.methods.importance_pass import PRETRAINING
 
 COUNT = "#count "
 """Begins the names under which a pass sums how many inputs there were; no parameter has a space in its name."""
@@ -67,14 +68,11 @@ def relative_moments(run: RunContext, batches: Pass[Batch]) -> dict[str, torch.T
         width = layer.in_features
         sums.setdefault(name, torch.zeros(width, width, device=device))
         sums.setdefault(COUNT + name, torch.zeros((), dtype=torch.float64, device=device))
-    run.engine.module.eval()
-    try:
+    with PRETRAINING.mode(run), torch.no_grad():
         for batch in batches:
             batch = batch.to(device)
-            with _listening(layers, partial(_add, sums, batch)), torch.no_grad():
+            with _listening(layers, partial(_add, sums, batch)):
                 run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
-    finally:
-        run.engine.module.train()
     return {name: _relative(sums[name], sums[COUNT + name]) for name in layers}
 
 
