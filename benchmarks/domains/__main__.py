@@ -12,8 +12,9 @@ from pathlib import Path
 
 from benchmarks.domains import data
 from benchmarks.domains.benchmark import Benchmark
+from benchmarks.domains.extension import check_tier
 from benchmarks.domains.plan import NAIVE, Tier
-from benchmarks.domains.record import result_path
+from benchmarks.domains.record import read_record, result_path
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.tiers import TIERS
 from benchmarks.environment import default_device
@@ -29,10 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="save and end after so many; default: when all is done")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of base models and runs; default: {FOLDER}")
     parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="a variant, may be repeated")
+    parser.add_argument("--extend", type=Path, metavar="RESULT", help="results whose runs are not made again")
     parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/domains_<tier>_<device>")
     options = parser.parse_args(arguments)
     try:
-        run(only(TIERS[options.tier], options.only), options.folder.resolve(), options.minutes, options.output)
+        tier = only(TIERS[options.tier], options.only)
+        run(tier, options.folder.resolve(), options.minutes, options.output, options.extend)
     except StoppedError as error:
         print(f"das_ds: {error}", file=sys.stderr)
         return EXIT_STOPPED
@@ -42,13 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None) -> None:
+def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, extend: Path | None = None) -> None:
     """The whole tier.
 
     Raises:
-        DasError: corpora that are missing, or anything that fails on the way.
+        DasError: corpora that are missing, results to extend that are of another tier, or anything that fails on the
+            way.
         StoppedError: time is up.
     """
+    known = None if extend is None else read_record(extend)
+    if known is not None:
+        check_tier(known, tier)
     corpora = data.data_folder()
     data.check_files(corpora, [data.GENERAL, *tier.corpora], data.TASKS if tier.task_variants else ())
     runs, device = folder / tier.name, default_device()
@@ -56,7 +63,7 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None) ->
     runner = Runner(runs, threads=tier.threads, parallel=tier.parallel, minutes=minutes)
     runner.stop_on_signals()
     result = output or result_path(tier.name, device)
-    Benchmark(tier, runs, corpora, runner, device, result).run()
+    Benchmark(tier, runs, corpora, runner, device, result, known).run()
     print(f"written to {result}")
 
 
@@ -77,6 +84,7 @@ def only(tier: Tier, labels: list[str]) -> Tier:
         tier,
         variants=chosen,
         matched=tuple(label for label in tier.matched if label in left),
+        contenders=tuple(label for label in tier.contenders if label in left),
         task_variants=tuple(label for label in tier.task_variants if label in left),
         repeated=tier.repeated if tier.repeated in left else NAIVE,
     )

@@ -12,9 +12,10 @@ from benchmarks.domains.base import HeadTraining, base_encoder
 from benchmarks.domains.choice import Choice, choose
 from benchmarks.domains.decoder import decoder_tokenizer
 from benchmarks.domains.experiment import Experiment
+from benchmarks.domains.extension import track_of
 from benchmarks.domains.plan import BaseName, Tier, Values
 from benchmarks.domains.pretraining import pretraining_run
-from benchmarks.domains.record import Record, Repeated, write_record
+from benchmarks.domains.record import Extended, Record, Repeated, write_record
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.track import TrackRuns
 from benchmarks.environment import describe
@@ -31,16 +32,24 @@ class Benchmark:
         runner: makes the runs.
         device: of the base model's head, of groups, and of the result's name.
         result: the file to write.
+        known: results of this tier whose runs are not made again.
     """
 
     def __init__(
-        self, tier: Tier, folder: Path, data: Path, runner: Runner, device: torch.device, result: Path
+        self,
+        tier: Tier,
+        folder: Path,
+        data: Path,
+        runner: Runner,
+        device: torch.device,
+        result: Path,
+        known: Record | None = None,
     ) -> None:
         self._tier, self._folder, self._data, self._runner = tier, folder, data, runner
-        self._device, self._result = device, result
+        self._device, self._result, self._known = device, result, known
         self._choices: dict[BaseName, dict[str, Choice]] = {}
         self._tracks: list[TrackRuns] = []
-        self._repeated: Repeated | None = None
+        self._repeated = known.repeated if known else None
 
     def run(self) -> None:
         """Everything that is not done; the result file is written after each stage of a track.
@@ -53,10 +62,11 @@ class Benchmark:
         for track in self._tier.tracks:
             experiment = Experiment(self._tier, track, self._folder, self._data, bases[track.base])
             if track.base not in self._choices:
-                self._choices[track.base] = choose(experiment, self._tier.variants, self._runner)
+                before = self._known.choices.get(track.base, []) if self._known else []
+                self._choices[track.base] = choose(experiment, self._tier.variants, self._runner, before)
             if self._repeated is None:
                 self._repeated = self._repeat(experiment)
-            runs = TrackRuns(experiment, self._choices[track.base], self._runner)
+            runs = TrackRuns(experiment, self._choices[track.base], self._runner, track_of(self._known, track))
             self._tracks.append(runs)
             for stage in (runs.run_variants, runs.match_naive, lambda runs=runs: runs.restore_groups(self._device)):
                 stage()
@@ -90,12 +100,19 @@ class Benchmark:
         record = Record(
             tier=self._tier.name,
             environment=describe(self._device),
+            extended=self._extended(),
             settings=self._tier.settings,
             choices={base: list(choices.values()) for base, choices in self._choices.items()},
             repeated=self._repeated,
             tracks=[runs.record() for runs in self._tracks],
         )
         write_record(self._result, record)
+
+    def _extended(self) -> list[Extended]:
+        if self._known is None:
+            return []
+        difference = max((runs.difference for runs in self._tracks if runs.difference is not None), default=0.0)
+        return [*self._known.extended, Extended(environment=self._known.environment, difference=difference)]
 
 
 def numbers(results: Results) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.domains.experiment import Experiment, learned
+from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.plan import Variant
 from benchmarks.domains.runner import Runner
 
@@ -40,20 +41,36 @@ class Choice:
         return len(rates) > 1 and self.learning_rate in (rates[0], rates[-1])
 
 
-def choose(experiment: Experiment, variants: Sequence[Variant], runner: Runner) -> dict[str, Choice]:
-    """Label -> choice; makes the runs that are missing.
+def choose(
+    experiment: Experiment, variants: Sequence[Variant], runner: Runner, known: Sequence[Choice] = ()
+) -> dict[str, Choice]:
+    """Label -> choice, first of `variants`, then of what else is known; makes the runs that are missing.
+
+    Args:
+        experiment: the track whose first domains are learned.
+        variants: to choose for.
+        runner: makes the runs.
+        known: choices that were made before.
 
     Raises:
         StoppedError, TrainingError: see `Runner.run`.
     """
+    before = {choice.label: choice for choice in known}
     runs = {
-        (variant.label, rate): experiment.choice_run(variant, rate)
+        variant.label: [experiment.choice_run(variant, rate) for rate in experiment.tier.rates(variant)]
         for variant in variants
-        for rate in experiment.tier.rates(variant)
+        if variant.label not in before
     }
-    runner.run(list(runs.values()))
-    found: dict[str, list[Candidate]] = {variant.label: [] for variant in variants}
-    for (label, rate), run in runs.items():
-        results = run.results()
-        found[label].append(Candidate(rate, learned(results), results.forgetting.average))
-    return {label: Choice(label, tuple(candidates)) for label, candidates in found.items()}
+    runner.run([run for of_label in runs.values() for run in of_label])
+    made = {
+        variant.label: _choice(variant.label, experiment.tier.rates(variant), runs[variant.label])
+        for variant in variants
+        if variant.label in runs
+    }
+    return {label: (before | made)[label] for label in dict.fromkeys([*(v.label for v in variants), *before])}
+
+
+def _choice(label: str, rates: Sequence[float], runs: Sequence[TrainingRun]) -> Choice:
+    found = [(rate, run.results()) for rate, run in zip(rates, runs, strict=True)]
+    candidates = tuple(Candidate(rate, learned(results), results.forgetting.average) for rate, results in found)
+    return Choice(label, candidates)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from benchmarks.domains.choice import Choice
 from benchmarks.domains.groups import NOTHING, Restored
@@ -21,7 +22,7 @@ from benchmarks.domains.verdicts import against_line, between, compared_groups, 
 from benchmarks.environment import RESULTS
 from das_ds.errors import EXIT_USER_ERROR, DasError, RunFolderError
 from das_ds.evaluation import comparison_tables as tables
-from das_ds.evaluation.comparison import Comparison, RunNumbers
+from das_ds.evaluation.comparison import Comparison, Group, RunNumbers
 from das_ds.evaluation.comparison_report import interval_sentences
 from das_ds.evaluation.pareto_picture import pareto_png
 from das_ds.evaluation.tables import Row, markdown
@@ -52,7 +53,7 @@ def write_page(paths: Sequence[Path], page: Path) -> None:
     """
     if not paths:
         raise RunFolderError(f"{RESULTS}: found no domains_*.json, expected results of `make bench-domains`")
-    records = [read_record(path) for path in paths]
+    records = [in_order(read_record(path)) for path in paths]
     (page.parent / IMAGES).mkdir(parents=True, exist_ok=True)
     for record in records:
         for track in record.tracks:
@@ -65,6 +66,26 @@ def page_text(records: Sequence[Record]) -> str:
     return "\n".join([INTRODUCTION, *(_record(record) for record in records)])
 
 
+def in_order(record: Record) -> Record:
+    """Choices and groups in the order of the tier's variants, whenever they were run; all others after them."""
+    labels = [variant.label for variant in TIERS[record.tier].variants] if record.tier in TIERS else []
+    place = {label: index for index, label in enumerate(labels)}
+
+    def key(labelled: Choice | Group) -> int:
+        return place.get(labelled.label, len(labels))
+
+    tracks = [
+        track.model_copy(
+            update={
+                "comparison": track.comparison.model_copy(update={"groups": sorted(track.comparison.groups, key=key)})
+            }
+        )
+        for track in record.tracks
+    ]
+    choices = {base: sorted(found, key=key) for base, found in record.choices.items()}
+    return record.model_copy(update={"tracks": tracks, "choices": choices})
+
+
 def picture(record: Record, track: TrackRecord) -> str:
     """The file of a track's picture, relative to the page."""
     return f"{IMAGES}/evidence_{record.tier}_{track.name}.png"
@@ -75,16 +96,30 @@ def _record(record: Record) -> str:
     seconds = sum(run.cost.wall_seconds for track in record.tracks for run in _runs(track.comparison))
     parts = [
         f"## Tier {record.tier}\n\n"
-        f"{environment['device']}, {environment['date']}, "
-        f"{', '.join(f'{name} {number}' for name, number in environment['versions'].items())}. "
+        f"{_where(environment)}. "
         f"{train['steps_per_domain']} steps per domain of {train['global_batch_size']} x "
         f"{record.settings['data']['sequence_length']} tokens, {train['precision']}. "
         f"The compared runs took {seconds / 3600:.1f} hours.\n",
+        _extended(record),
         _repeated(record),
         _missing(record),
         *(_track(record, track) for track in record.tracks),
     ]
     return "\n".join(parts)
+
+
+def _where(environment: dict[str, Any]) -> str:
+    versions = (f"{name} {number}" for name, number in environment["versions"].items())
+    return ", ".join([environment["device"], environment["date"], *versions])
+
+
+def _extended(record: Record) -> str:
+    """Where the results are from that were gone on from, and how well they agree with the later ones."""
+    return "".join(
+        f"Earlier results are among these: {_where(part.environment)}. Since then the first run of `{NAIVE}` was made "
+        f"again, and its losses differ by {part.difference:.2g} at most.\n"
+        for part in record.extended
+    )
 
 
 def _missing(record: Record) -> str:

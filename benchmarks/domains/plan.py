@@ -60,6 +60,10 @@ class Tier:
     """Variant whose first run of the choice is made twice, which must give the same numbers."""
     threads: int
     """Of each run; sums in another order differ in their last digits."""
+    contenders: tuple[str, ...] = ()
+    """Variants that are run with `more_seeds` as well, so that a difference between them can be significant."""
+    more_seeds: tuple[int, ...] = ()
+    """Of the contenders and of naive training."""
     parallel: int = 1
     """Runs at a time."""
     tolerance: float = 0.01
@@ -91,6 +95,10 @@ class Tier:
     def variant(self, label: str) -> Variant:
         """The variant of this label."""
         return next(variant for variant in self.variants if variant.label == label)
+
+    def seeds_of(self, label: str) -> tuple[int, ...]:
+        """Of the runs of a variant."""
+        return self.seeds + (self.more_seeds if label in (NAIVE, *self.contenders) else ())
 
     def rates(self, variant: Variant) -> list[float]:
         """Candidates of a variant."""

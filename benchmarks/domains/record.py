@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from benchmarks.domains.choice import Choice
 from benchmarks.domains.groups import Restored
@@ -18,7 +18,7 @@ from benchmarks.environment import RESULTS
 from das_ds.durable import read_checked_json, write_checked_json
 from das_ds.errors import RunFolderError
 from das_ds.evaluation.comparison import Comparison
-from das_ds.evaluation.results import Section
+from das_ds.evaluation.stored import Section
 from das_ds.training.report.compare import compare_runs
 from das_ds.training.report.folder import read_run
 
@@ -46,6 +46,15 @@ class TrackRecord(Section):
     """Of the first naive run; empty until it was measured."""
 
 
+class Extended(Section):
+    """Results that were gone on from, perhaps on another machine."""
+
+    environment: dict[str, Any]
+    """Of their last run."""
+    difference: float
+    """Nats by which a loss of the naive run that was made again differs at most."""
+
+
 class Record(Section):
     """All that a tier has to say."""
 
@@ -54,6 +63,8 @@ class Record(Section):
     tier: str
     environment: dict[str, Any]
     """Device, threads, versions and date."""
+    extended: list[Extended] = Field(default_factory=list)
+    """Those that these results hold as well, oldest first."""
     settings: dict[str, Any]
     """Keys of the run config that all runs share."""
     choices: dict[str, list[Choice]]
@@ -83,7 +94,7 @@ def read_record(path: Path) -> Record:
     """Read it back.
 
     Raises:
-        RunFolderError: it was altered, or is no result file of this version.
+        RunFolderError: it cannot be read, was altered, or is no result file of this version.
     """
     try:
         return Record.model_validate(read_checked_json(path))
@@ -93,5 +104,5 @@ def read_record(path: Path) -> Record:
         raise RunFolderError(
             f"{path}: {place}: {first['msg']}; expected results of the benchmark, format_version {FORMAT_VERSION}"
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise RunFolderError(f"{path}: {error}; expected results of the benchmark") from error

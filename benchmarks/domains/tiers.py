@@ -36,6 +36,9 @@ CPU = Tier(
     line=(0.25, 0.5),
     matched=("das directions",),
     repeated="das directions",
+    contenders=("replay", "ewc 10000", "kd 1000", "das directions", "das directions, replay"),
+    # Six seeds are the fewest that can be significant.
+    more_seeds=(2, 3, 4, 5),
     # Two runs of one thread each wait less for each other than the threads of one run.
     threads=1,
     parallel=2,

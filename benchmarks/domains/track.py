@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import torch
 
 from benchmarks.domains.choice import Choice
-from benchmarks.domains.experiment import Experiment, learned
+from benchmarks.domains.experiment import Experiment
+from benchmarks.domains.extension import check_agreement, joined, known_run
 from benchmarks.domains.groups import Restored, restored_losses
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.matching import Match, Probe, match
-from benchmarks.domains.plan import NAIVE
+from benchmarks.domains.plan import NAIVE, Variant
 from benchmarks.domains.record import TrackRecord, compared
 from benchmarks.domains.runner import Runner
+from das_ds.evaluation.comparison import Comparison, RunNumbers
 
 
 class TrackRuns:
@@ -23,15 +26,21 @@ class TrackRuns:
         experiment: the track and where its runs lie.
         choices: label -> chosen learning rate.
         runner: makes the runs.
+        known: results of runs that are not made again, but for one, which has to agree.
     """
 
-    def __init__(self, experiment: Experiment, choices: dict[str, Choice], runner: Runner) -> None:
-        self._experiment, self._choices, self._runner = experiment, choices, runner
+    def __init__(
+        self, experiment: Experiment, choices: dict[str, Choice], runner: Runner, known: TrackRecord | None = None
+    ) -> None:
+        self._experiment, self._choices, self._runner, self._known = experiment, choices, runner, known
         self._runs: dict[str, list[TrainingRun]] = {}
+        """Label -> runs that are made here."""
         self._naive: dict[str, float] = {NAIVE: choices[NAIVE].learning_rate}
         """Label -> learning rate of the naive runs that matches are sought among."""
-        self._matches: list[Match] = []
-        self._groups: list[Restored] = []
+        self._matches: dict[str, Match] = {found.label: found for found in known.matches} if known else {}
+        self._groups: list[Restored] = known.groups if known else []
+        self.difference: float | None = None
+        """Nats by which a loss of the known run that was made again differs at most; None: none is known."""
 
     def record(self) -> TrackRecord:
         """What is known so far."""
@@ -39,8 +48,8 @@ class TrackRuns:
         return TrackRecord(
             name=track.name,
             base=track.base,
-            comparison=compared(self._runs),
-            matches=self._matches,
+            comparison=self._comparison(),
+            matches=list(self._matches.values()),
             groups=self._groups,
         )
 
@@ -48,47 +57,85 @@ class TrackRuns:
         """Every variant at its chosen rate, and naive training at the rates of the line; all seeds."""
         tier = self._experiment.tier
         for variant in tier.compared:
-            rate = self._choices[variant.label].learning_rate
-            self._runs[variant.label] = [self._experiment.run(variant, rate, seed) for seed in tier.seeds]
+            self._add(variant, self._choices[variant.label].learning_rate)
         for factor in tier.line:
             self._add_naive(f"{NAIVE} x {factor:g}", factor * self._naive[NAIVE])
+        for rate in self._known_rates():
+            self._add_naive_at(rate)
         self._runner.run([run for runs in self._runs.values() for run in runs])
+        first = known_run(self._known, NAIVE, tier.seeds[0])
+        if first is not None:
+            self.difference = check_agreement(first, compared(self._runs).group(NAIVE).runs[0])
 
     def match_naive(self) -> None:
         """Naive training at the rates at which it learns as much as the variants that are to be matched."""
         tier = self._experiment.tier
         for label in tier.matched:
-            known = [Probe(rate, self._mean_learned(name)) for name, rate in self._naive.items()]
-            self._matches.append(
-                match(
-                    label,
-                    self._mean_learned(label),
-                    known,
-                    self._learned_at,
-                    tolerance=tier.tolerance,
-                    most_probes=tier.most_probes,
-                )
+            known = [Probe(rate, self._mean_learned(name, label)) for name, rate in self._naive.items()]
+            self._matches[label] = match(
+                label,
+                self._mean_learned(label, label),
+                known,
+                partial(self._learned_at, matched=label),
+                tolerance=tier.tolerance,
+                most_probes=tier.most_probes,
             )
 
     def restore_groups(self, device: torch.device) -> None:
         """Of the first naive run, see `groups.py`."""
-        self._groups = restored_losses(self._runs[NAIVE][0], device)
+        if not self._groups:
+            self._groups = restored_losses(self._runs[NAIVE][0], device)
 
     def fine_tune(self) -> None:
         """End tasks of the variants that the tier names."""
         runs = [run for label in self._experiment.tier.task_variants for run in self._runs[label]]
         self._runner.run([job for run in runs for job in self._experiment.fine_tunings(run)])
 
-    def _learned_at(self, rate: float) -> float:
-        label = f"{NAIVE} at {rate:.3g}"
-        self._add_naive(label, float(f"{rate:.3g}"))
+    def _learned_at(self, rate: float, matched: str) -> float:
+        label = self._add_naive_at(rate)
         self._runner.run(self._runs[label])
-        return self._mean_learned(label)
+        return self._mean_learned(label, matched)
+
+    def _add_naive_at(self, rate: float) -> str:
+        """Adds a rate of the matching, to the digits that its label has; returns the label."""
+        label = _naive_label(rate)
+        self._add_naive(label, float(f"{rate:.3g}"))
+        return label
 
     def _add_naive(self, label: str, rate: float) -> None:
-        variant, seeds = self._experiment.tier.variant(NAIVE), self._experiment.tier.seeds
         self._naive[label] = rate
-        self._runs[label] = [self._experiment.run(variant, rate, seed, name=label) for seed in seeds]
+        self._add(self._experiment.tier.variant(NAIVE), rate, label)
 
-    def _mean_learned(self, label: str) -> float:
-        return statistics.fmean(learned(run.results()) for run in self._runs[label])
+    def _add(self, variant: Variant, rate: float, name: str | None = None) -> None:
+        """Those runs of a variant that are not known, and the first naive one."""
+        tier, label = self._experiment.tier, name or variant.label
+        self._runs[label] = [
+            self._experiment.run(variant, rate, seed, name)
+            for seed in tier.seeds_of(variant.label)
+            if not self._is_known(label, seed) or (label, seed) == (NAIVE, tier.seeds[0])
+        ]
+
+    def _is_known(self, label: str, seed: int) -> bool:
+        found = known_run(self._known, label, seed)
+        return found is not None and (found.end_tasks is not None or label not in self._experiment.tier.task_variants)
+
+    def _known_rates(self) -> list[float]:
+        """Naive rates that known matches have tried."""
+        labels = {group.label for group in self._known.comparison.groups} if self._known else set()
+        rates = {probe.learning_rate for found in self._matches.values() for probe in found.probes}
+        return sorted(rate for rate in rates if _naive_label(rate) in labels)
+
+    def _comparison(self) -> Comparison:
+        """Of all runs that are done."""
+        new = compared(self._runs)
+        return joined(self._known.comparison, new) if self._known else new
+
+    def _mean_learned(self, label: str, like: str) -> float:
+        """Over the seeds of the variant `like`."""
+        seeds = self._experiment.tier.seeds_of(like)
+        runs: list[RunNumbers] = self._comparison().group(label).runs
+        return statistics.fmean(run.learned for run in runs if run.seed in seeds)
+
+
+def _naive_label(rate: float) -> str:
+    return f"{NAIVE} at {rate:.3g}"

@@ -71,7 +71,14 @@ VARIANTS = (
         das("das weights shared", PARAMETER, NO_CONTRAST, {"softmask": {"shared_scale": 0.25}}),
     ),
     das("das directions", DIRECTIONS),
-    *searched(directions(1.0), directions(10.0), directions(30.0)),
+    *searched(
+        directions(1.0),
+        directions(10.0),
+        directions(30.0),
+        # Whether a mask that blocks a part of the movement allows a higher rate.
+        replace(das("das directions, faster", DIRECTIONS), rate_scale=4.0),
+        replace(Variant("ncl, faster", {"method": {"name": "ncl"}}), rate_scale=4.0),
+    ),
     das("das directions, merging", DIRECTIONS, MERGING),
     das("das directions, replay", DIRECTIONS, REPLAY),
 )

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.domains.choice import Candidate, Choice
-from benchmarks.domains.evidence import page_text, write_page
+from benchmarks.domains.evidence import in_order, page_text, write_page
 from benchmarks.domains.groups import NOTHING, Restored
 from benchmarks.domains.matching import Match, Probe
-from benchmarks.domains.record import Record, Repeated, TrackRecord, read_record, write_record
+from benchmarks.domains.record import Extended, Record, Repeated, TrackRecord, read_record, write_record
 from benchmarks.domains.verdicts import against_line, between, goal, judged
 from das_ds.errors import RunFolderError
 from das_ds.evaluation.comparison import Comparison
@@ -63,7 +63,7 @@ def test_a_record_comes_back_and_draws_the_page(tmp_path: Path) -> None:
     assert read_record(path) == record()
     page.parent.mkdir()
     write_page([path], page)
-    assert page.read_text() == page_text([record()])
+    assert page.read_text() == page_text([in_order(record())])
     assert (page.parent / "images" / "evidence_cpu_encoder.png").stat().st_size > 1000
 
 
@@ -77,6 +77,24 @@ def test_everything_is_on_the_page() -> None:
     assert " 0.00015 |" in text
     assert "images/evidence_cpu_encoder.png" in text
     assert "`pool`: forgetting is not defined" in text
+
+
+def test_rows_are_in_the_order_of_the_tier_whenever_they_were_run() -> None:
+    others = [Choice(label, (Candidate(1e-4, 3.4, 0.2),)) for label in ("das", "mine", "replay")]
+    found = in_order(record().model_copy(update={"choices": {"encoder": others}}))
+    assert [choice.label for choice in found.choices["encoder"]] == ["replay", "das", "mine"]
+    labels = [group.label for group in found.tracks[0].comparison.groups]
+    assert labels == ["ncl", "pool", "replay", "ewc", "das", "das weights", "ncl x 0.5", "das weights, replay"]
+    unknown = record().model_copy(update={"tier": "another"})
+    assert in_order(unknown) == unknown
+
+
+def test_earlier_results_are_named() -> None:
+    earlier = Extended(environment=record().environment | {"date": "2025-01-01"}, difference=0.00012)
+    text = page_text([record().model_copy(update={"extended": [earlier]})])
+    assert "Earlier results are among these: a processor, 2025-01-01, torch 2.0." in text
+    assert "differ by 0.00012 at most" in text
+    assert "Earlier" not in page_text([record()])
 
 
 def test_what_was_not_run_is_said_to_be_missing() -> None:

@@ -1,0 +1,192 @@
+"""Going on from results without the folders of their runs: nothing twice, nothing mixed that does not fit."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.domains import data
+from benchmarks.domains.__main__ import main
+from benchmarks.domains.choice import Candidate, Choice, choose
+from benchmarks.domains.experiment import Experiment
+from benchmarks.domains.extension import AGREEMENT, check_agreement, check_tier, joined, known_run, track_of
+from benchmarks.domains.jobs import Job
+from benchmarks.domains.matching import Match, Probe
+from benchmarks.domains.plan import NAIVE, Tier
+from benchmarks.domains.record import Record, TrackRecord, write_record
+from benchmarks.domains.runner import Runner
+from benchmarks.domains.tiers import CPU, GPU
+from benchmarks.domains.track import TrackRuns
+from das_ds.errors import RunFolderError, StoppedError
+from das_ds.evaluation.comparison import Comparison, Group
+from das_ds.evaluation.measures import line_groups
+from helpers.comparisons import comparison, group, run_numbers
+
+RATE = "train__learning_rate"
+TRACK = replace(CPU.tracks[0], domains=("acl", "pubmed"))
+
+
+class Asked(Runner):
+    """Notes what it is asked to run, and stops."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        self.names += [job.name for job in jobs]
+        raise StoppedError("noted")
+
+
+def known() -> Comparison:
+    """Two seeds of naive training at two rates and at that of a match, and of another method."""
+    return comparison(
+        group(NAIVE, [(3.0, 1.0), (3.1, 1.1)], **{RATE: "4e-4", "method__replay__share": "null"}),
+        group("ncl x 0.5", [(3.5, 0.5), (3.6, 0.6)], **{RATE: "2e-4", "method__replay__share": "null"}),
+        group("ncl at 0.000186", [(3.2, 0.8), (3.3, 0.9)], **{RATE: "1.86e-4", "method__replay__share": "null"}),
+        group("replay", [(3.1, 0.1), (3.1, 0.2)], **{RATE: "4e-4", "method__replay__share": "0.25"}),
+    )
+
+
+def seeds(of: Group) -> list[int]:
+    return [run.seed for run in of.runs]
+
+
+def track() -> TrackRecord:
+    matches = [Match("das directions", 3.2, 0.01, (Probe(4e-4, 3.0), Probe(1.8612e-4, 3.2)))]
+    return TrackRecord(name=TRACK.name, base=TRACK.base, comparison=known(), matches=matches, groups=[])
+
+
+def record(tier: Tier = CPU) -> Record:
+    return Record(
+        tier=tier.name,
+        environment={"device": "a processor", "date": "2026-01-01", "versions": {"torch": "2.0"}},
+        settings=tier.settings,
+        choices={"encoder": [Choice("replay", (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4)))]},
+        repeated=None,
+        tracks=[track()],
+    )
+
+
+def new() -> Comparison:
+    """Seed 1 of naive training again and a seed of its own, and a method whose contrast tells it apart."""
+    first = group(NAIVE, [(9.0, 9.0), (9.0, 9.0), (3.2, 1.2)], **{RATE: "4e-4", "method__contrast__weight": "1"})
+    first = first.model_copy(update={"runs": first.runs[1:]})
+    return comparison(first, group("das", [(3.4, 0.3)], **{RATE: "4e-4", "method__contrast__weight": "0"}))
+
+
+def test_all_runs_of_both_each_seed_once() -> None:
+    both = joined(known(), new())
+    assert [(one.label, seeds(one)) for one in both.groups] == [
+        (NAIVE, [0, 1, 2]),
+        ("ncl x 0.5", [0, 1]),
+        ("ncl at 0.000186", [0, 1]),
+        ("replay", [0, 1]),
+        ("das", [0]),
+    ]
+    # Of a run that both have, the known one.
+    assert [run.learned for run in both.group(NAIVE).runs] == pytest.approx([3.0, 3.1, 3.2])
+
+
+def test_settings_of_one_alone_have_the_value_of_the_reference_in_the_other() -> None:
+    both = joined(known(), new())
+    assert both.group("replay").settings == {
+        "train.learning_rate": "4e-4",
+        "method.replay.share": "0.25",
+        "method.contrast.weight": "1",
+    }
+    assert both.group("das").settings["method.replay.share"] == "null"
+    assert [one.label for one in line_groups(both)] == [NAIVE, "ncl x 0.5", "ncl at 0.000186"]
+
+
+def test_runs_of_one_label_with_other_settings_are_refused() -> None:
+    other = comparison(group(NAIVE, [(3.0, 1.0)], **{RATE: "2e-4"}))
+    with pytest.raises(RunFolderError, match=r"ncl: found train.learning_rate 2e-4, expected 4e-4"):
+        joined(known(), other)
+
+
+def test_only_results_of_the_same_tier_are_extended() -> None:
+    check_tier(record(), CPU)
+    with pytest.raises(RunFolderError, match=r"found results of tier gpu, expected those of cpu"):
+        check_tier(record(GPU), CPU)
+    with pytest.raises(RunFolderError, match=r"found results of other settings in evaluation, train, expected"):
+        check_tier(record(), replace(CPU, settings={**CPU.settings, "train": {}, "evaluation": {}}))
+    assert track_of(None, TRACK) is None
+    assert track_of(record(), replace(TRACK, name="another")) is None
+    assert track_of(record(), TRACK) == track()
+    with pytest.raises(RunFolderError, match=r"found track encoder over acl, pubmed, expected restaurant, acl, pubmed"):
+        track_of(record(), CPU.tracks[0])
+
+
+def test_a_run_that_is_made_again_has_to_agree() -> None:
+    assert check_agreement(run_numbers(0, 3.0, 1.0), run_numbers(0, 3.0, 1.0)) == 0.0
+    assert check_agreement(run_numbers(0, 3.0, 1.0), run_numbers(0, 3.01, 1.0)) == pytest.approx(0.01)
+    with pytest.raises(RunFolderError, match=r"runs/0 was made again and differs by 0.1 .* at most 0.05"):
+        check_agreement(run_numbers(0, 3.0, 1.0), run_numbers(0, 3.0, 1.0 + 2 * AGREEMENT))
+    assert known_run(None, NAIVE, 0) is None
+    assert known_run(track(), NAIVE, 7) is None
+    assert known_run(track(), NAIVE, 1) == run_numbers(1, 3.1, 1.1)
+
+
+def experiment(*labels: str) -> Experiment:
+    tier = replace(
+        CPU,
+        variants=tuple(variant for variant in CPU.variants if variant.label in labels),
+        contenders=("replay",),
+        seeds=(0, 1),
+        more_seeds=(2,),
+    )
+    return Experiment(tier, TRACK, Path("runs"), Path("data"), Path("base"))
+
+
+def test_known_choices_are_not_made_again() -> None:
+    runner = Asked()
+    setup = experiment(NAIVE, "replay")
+    with pytest.raises(StoppedError, match="noted"):
+        choose(setup, setup.tier.variants, runner, record().choices["encoder"])
+    assert runner.names == ["encoder/ncl/0.0002", "encoder/ncl/0.0004"]
+
+
+def test_of_known_runs_only_the_first_naive_one_is_made_again() -> None:
+    runner = Asked()
+    rates = (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4))
+    choices = {label: Choice(label, rates) for label in (NAIVE, "replay", "das")}
+    with pytest.raises(StoppedError, match="noted"):
+        TrackRuns(experiment(NAIVE, "replay", "das"), choices, runner, track()).run_variants()
+    assert runner.names == [
+        "encoder/ncl/seed0",
+        "encoder/ncl/seed2",
+        "encoder/replay/seed2",
+        "encoder/das/seed0",
+        "encoder/das/seed1",
+        "encoder/ncl_x_0.25/seed0",
+        "encoder/ncl_x_0.25/seed1",
+        "encoder/ncl_x_0.25/seed2",
+        "encoder/ncl_x_0.5/seed2",
+        "encoder/ncl_at_0.000186/seed2",
+    ]
+
+
+def test_runs_whose_models_are_needed_for_end_tasks_are_made_again() -> None:
+    setup = experiment(NAIVE, "replay")
+    setup = replace(setup, tier=replace(setup.tier, task_variants=("replay",), task_seeds=1, line=(), more_seeds=()))
+    choices = {label: Choice(label, (Candidate(4e-4, 3.1, 0.4),)) for label in (NAIVE, "replay")}
+    runner = Asked()
+    with pytest.raises(StoppedError, match="noted"):
+        TrackRuns(setup, choices, runner, track()).run_variants()
+    assert runner.names == ["encoder/ncl/seed0", "encoder/replay/seed0", "encoder/replay/seed1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none.json", "No such file or directory"), ("other.json", "--extend: found results of tier gpu")],
+)
+def test_results_that_cannot_be_extended_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, message: str
+) -> None:
+    monkeypatch.setenv(data.VARIABLE, str(tmp_path))
+    write_record(tmp_path / "other.json", record(GPU))
+    assert main(["cpu", "--folder", str(tmp_path / "runs"), "--extend", str(tmp_path / name)]) == 2
+    output = capsys.readouterr().err
+    assert output.startswith("das_ds: ") and message in output and output.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
