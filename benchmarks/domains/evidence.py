@@ -123,13 +123,18 @@ def _extended(record: Record) -> str:
 
 
 def _missing(record: Record) -> str:
-    """What the tier has and the results lack, since a part of it was run, or variants came later."""
-    tier = TIERS.get(record.tier)
-    chosen = {choice.label for choices in record.choices.values() for choice in choices}
-    found = {group.label for track in record.tracks for group in track.comparison.groups}
-    variants = () if tier is None else tier.variants
-    missing = [v.label for v in variants if v.label not in (found if v.is_compared else chosen)]
-    return f"Not run yet: {', '.join(f'`{label}`' for label in missing)}.\n" if missing else ""
+    """What the tier has and the results lack, since a part of it was run, or variants or seeds came later."""
+    if record.tier not in TIERS:
+        return ""
+    tier, chosen = TIERS[record.tier], {choice.label for choices in record.choices.values() for choice in choices}
+    runs = {group.label: len(group.runs) for track in record.tracks for group in track.comparison.groups}
+    missing = [v.label for v in tier.variants if v.label not in (runs if v.is_compared else chosen)]
+    partly = [v.label for v in tier.compared if v.label in runs and runs[v.label] < len(tier.seeds_of(v.label))]
+    return _labels("Not run yet", missing) + _labels("Not run yet with all seeds", partly)
+
+
+def _labels(what: str, labels: Sequence[str]) -> str:
+    return f"{what}: {', '.join(f'`{label}`' for label in labels)}.\n" if labels else ""
 
 
 def _repeated(record: Record) -> str:

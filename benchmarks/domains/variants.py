@@ -45,8 +45,12 @@ def directions(saturation: float) -> Variant:
     return das(f"das directions {saturation:g}", DIRECTIONS, {"importance": {"saturation": saturation}})
 
 
-VARIANTS = (
-    Variant(NAIVE, {"method": {"name": "ncl"}}),
+NAIVE_TRAINING = Variant(NAIVE, {"method": {"name": "ncl"}})
+FASTER = 4.0
+"""Factor of the candidates of a variant that is tried at higher rates than the others."""
+
+METHODS = (
+    NAIVE_TRAINING,
     Variant("one", {"method": {"name": "one"}}),
     Variant("pool", {"method": {"name": "pool"}}),
     Variant("lora", {"method": {"name": "ncl"}, "model": {"lora": {"rank": 8}}}, rate_scale=5.0),
@@ -57,11 +61,21 @@ VARIANTS = (
     kd(1000.0),
     *searched(Variant("kd", {"method": {"name": "kd"}}), kd(10.0), kd(100.0), kd(3000.0), kd(10_000.0)),
     Variant("merge", {"method": {"name": "merge", **MERGING}}),
+    das("das directions", DIRECTIONS),
+    *searched(directions(1.0), directions(10.0), directions(30.0)),
+    das("das directions, replay", DIRECTIONS, REPLAY),
+)
+"""Methods beside each other, das in the form that works best."""
+
+MASKS = (
+    NAIVE_TRAINING,
+    *searched(replace(NAIVE_TRAINING, label="ncl, faster", rate_scale=FASTER)),
     Variant("dga", {"method": {"name": "dga"}}),
     das("das published", {"softmask": {"apply_to": "gradient"}}),
     das("das"),
     das("das weights", PARAMETER, NO_CONTRAST),
     *searched(
+        das("das units", NO_CONTRAST),
         das("das one-sided", ONE_SIDED, NO_CONTRAST),
         das("das readers", ONE_SIDED, NO_CONTRAST, {"softmask": {"readers": True}}),
         das("das FFN", ONE_SIDED, NO_CONTRAST, {"softmask": {"groups": ["intermediate", "output"]}}),
@@ -71,14 +85,8 @@ VARIANTS = (
         das("das weights shared", PARAMETER, NO_CONTRAST, {"softmask": {"shared_scale": 0.25}}),
     ),
     das("das directions", DIRECTIONS),
-    *searched(
-        directions(1.0),
-        directions(10.0),
-        directions(30.0),
-        # Whether a mask that blocks a part of the movement allows a higher rate.
-        replace(das("das directions, faster", DIRECTIONS), rate_scale=4.0),
-        replace(Variant("ncl, faster", {"method": {"name": "ncl"}}), rate_scale=4.0),
-    ),
+    # Whether a mask that blocks a part of the movement allows a higher rate.
+    *searched(replace(das("das directions, faster", DIRECTIONS), rate_scale=FASTER)),
     das("das directions, merging", DIRECTIONS, MERGING),
-    das("das directions, replay", DIRECTIONS, REPLAY),
 )
+"""Forms of the mask of das beside each other."""

@@ -20,7 +20,7 @@ from das_ds.distributed.earlier_weights import EarlierWeights
 from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
-from das_ds.distributed.precision import LossScale, check_precision
+from das_ds.distributed.precision import LossScale, check_precision, slow_here
 from das_ds.distributed.quadratic_penalty import QuadraticPenalty
 from das_ds.distributed.schedule import build_schedule
 from das_ds.distributed.sharded_construction import Slice
@@ -74,6 +74,8 @@ class Engine:
         exact: dict[str, Slice] | None = None,
     ) -> None:
         check_precision(train.precision)
+        if ranks.info.is_main and (slow := slow_here(train.precision)):
+            logger.warning("train.precision: %s", slow)
         self.parameters = parameters
         """Name -> parameter of everything that is trained."""
         self._names = {parameter: name for name, parameter in parameters.items()}

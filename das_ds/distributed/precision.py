@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
@@ -25,6 +26,22 @@ def check_precision(precision: str) -> None:
             f"train.precision: found {precision}, which this device ({accelerator.device_name()}) does not support; "
             f"allowed here: {allowed}"
         )
+
+
+def slow_here(precision: str) -> str:
+    """Why this format is far slower than fp32 on this device; "" where it is not.
+
+    Without oneDNN's kernels PyTorch multiplies 16-bit matrices on a CPU number by number.
+    """
+    if precision == "fp32" or get_accelerator().device_name() != "cpu":
+        return ""
+    is_fast = {
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }[precision]
+    if torch.backends.mkldnn.is_available() and is_fast():
+        return ""
+    return f"this CPU has no instructions for {precision}, which is many times slower here than fp32"
 
 
 class LossScale:

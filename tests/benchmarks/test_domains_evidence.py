@@ -80,11 +80,11 @@ def test_everything_is_on_the_page() -> None:
 
 
 def test_rows_are_in_the_order_of_the_tier_whenever_they_were_run() -> None:
-    others = [Choice(label, (Candidate(1e-4, 3.4, 0.2),)) for label in ("das", "mine", "replay")]
+    others = [Choice(label, (Candidate(1e-4, 3.4, 0.2),)) for label in ("merge", "mine", "replay")]
     found = in_order(record().model_copy(update={"choices": {"encoder": others}}))
-    assert [choice.label for choice in found.choices["encoder"]] == ["replay", "das", "mine"]
+    assert [choice.label for choice in found.choices["encoder"]] == ["replay", "merge", "mine"]
     labels = [group.label for group in found.tracks[0].comparison.groups]
-    assert labels == ["ncl", "pool", "replay", "ewc", "das", "das weights", "ncl x 0.5", "das weights, replay"]
+    assert labels == ["ncl", "pool", "replay", "ewc", "ncl x 0.5", "das", "das weights", "das weights, replay"]
     unknown = record().model_copy(update={"tier": "another"})
     assert in_order(unknown) == unknown
 
@@ -98,10 +98,12 @@ def test_earlier_results_are_named() -> None:
 
 
 def test_what_was_not_run_is_said_to_be_missing() -> None:
-    missing = next(line for line in page_text([record()]).splitlines() if line.startswith("Not run yet: "))
-    # Compared are ncl, replay and das; of what is only searched nothing has a choice.
+    lines = page_text([record()]).splitlines()
+    missing = next(line for line in lines if line.startswith("Not run yet: "))
+    # Compared are ncl, replay and pool; of what is only searched nothing has a choice.
     assert "`kd 1000`" in missing and "`das directions 10`" in missing
-    assert not any(f"`{label}`" in missing for label in ("ncl", "replay", "das"))
+    assert not any(f"`{label}`" in missing for label in ("ncl", "replay", "pool"))
+    assert "Not run yet with all seeds: `ncl`, `pool`, `replay`." in lines
     assert "Not run yet" not in page_text([record().model_copy(update={"tier": "another"})])
 
 

@@ -150,15 +150,15 @@ def test_known_choices_are_not_made_again() -> None:
 def test_of_known_runs_only_the_first_naive_one_is_made_again() -> None:
     runner = Asked()
     rates = (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4))
-    choices = {label: Choice(label, rates) for label in (NAIVE, "replay", "das")}
+    choices = {label: Choice(label, rates) for label in (NAIVE, "replay", "merge")}
     with pytest.raises(StoppedError, match="noted"):
-        TrackRuns(experiment(NAIVE, "replay", "das"), choices, runner, track()).run_variants()
+        TrackRuns(experiment(NAIVE, "replay", "merge"), choices, runner, track()).run_variants()
     assert runner.names == [
         "encoder/ncl/seed0",
         "encoder/ncl/seed2",
         "encoder/replay/seed2",
-        "encoder/das/seed0",
-        "encoder/das/seed1",
+        "encoder/merge/seed0",
+        "encoder/merge/seed1",
         "encoder/ncl_x_0.25/seed0",
         "encoder/ncl_x_0.25/seed1",
         "encoder/ncl_x_0.25/seed2",

@@ -117,6 +117,21 @@ def test_no_data_folder_is_one_line(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_tier_that_would_take_days_here_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for corpus in (data.GENERAL, *TIERS["cpu"].corpora):
+        (tmp_path / corpus).mkdir()
+        for part in ("train", "valid"):
+            (tmp_path / corpus / f"{part}.txt.xz").touch()
+    monkeypatch.setenv(data.VARIABLE, str(tmp_path))
+    monkeypatch.setattr("benchmarks.domains.__main__.slow_here", lambda precision: f"no {precision} here")
+    assert main(["cpu", "--folder", str(tmp_path / "runs")]) == 2
+    message = "das_ds: tier cpu trains in bf16: no bf16 here; expected another device, or tier masks\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "runs").exists()
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     for part in ("train", "valid"):
         (tmp_path / "acl").mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import das_ds
 from das_ds.config import RunConfig
 from das_ds.config_io import config_values
 from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.precision import check_precision
+from das_ds.distributed.precision import check_precision, slow_here
 from das_ds.distributed.preflight import Link, Peers
 from das_ds.errors import PreflightError
 from das_ds.evaluation.results import library_versions
@@ -92,8 +92,10 @@ def check_settings(checks: Checks, config: RunConfig, num_ranks: int) -> dict[st
         differing = next((rank for rank, other in enumerate(found) if other != found[0]), None)
         if differing is not None:
             raise PreflightError(f"rank {differing} reads another DeepSpeed file than rank 0")
+        slow = slow_here(train.precision)
         return (
-            f"{train.precision}, ZeRO {found[0].get('zero_optimization', {}).get('stage', 0)}, "
+            f"{train.precision}{slow and f' ({slow})'}, "
+            f"ZeRO {found[0].get('zero_optimization', {}).get('stage', 0)}, "
             f"{train.global_batch_size} sequences = {num_ranks} ranks x {train.micro_batch_size} x "
             f"{found[0]['gradient_accumulation_steps']} micro-steps"
         )
