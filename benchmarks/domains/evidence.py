@@ -105,7 +105,7 @@ def _record(record: Record) -> str:
         _missing(record),
         *(_track(record, track) for track in record.tracks),
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def _where(environment: dict[str, Any]) -> str:
