@@ -5,10 +5,9 @@ Shape legend: F elements of a flat tensor.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from das_ds.kernels.adamw_step import AdamWStep
 from das_ds.kernels.checks import check_flat
 from das_ds.kernels.dispatch import use_triton
 from das_ds.kernels.native import protection_arguments, run, use_native
@@ -46,102 +45,49 @@ def masked_adamw_(
     """
     tensors = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     check_flat(tensors, protection.numel)
-    step = masked_adamw_torch_
+    form = masked_adamw_torch_
     if use_triton("masked_adamw", param):
         from das_ds.kernels.masked_adamw_triton import masked_adamw_triton_
 
-        step = masked_adamw_triton_
+        form = masked_adamw_triton_
     elif use_native(param):
-        step = masked_adamw_native_
-    step(
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        protection,
-        num_steps=num_steps,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        grad_scale=grad_scale,
-    )
+        form = masked_adamw_native_
+    form(AdamWStep(param, grad, exp_avg, exp_avg_sq, num_steps, lr, betas, eps, weight_decay, grad_scale), protection)
 
 
-def masked_adamw_native_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    protection: Protection,
-    *,
-    num_steps: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    grad_scale: torch.Tensor | None,
-) -> None:
+def masked_adamw_native_(step: AdamWStep, protection: Protection) -> None:
     """The same in C++, in one pass."""
-    # Corrections are made in double precision here: 1 - 0.999 ** t has few digits in single.
-    correction1, correction2 = (1.0 - beta**num_steps for beta in betas)
-    run(
-        "masked_adamw",
-        0,
-        param.numel(),
-        (*(t.data_ptr() for t in (param, grad, exp_avg, exp_avg_sq)), *protection_arguments(protection)),
-        (
-            1.0 if grad_scale is None else 1.0 / float(grad_scale),
-            lr / correction1,
-            1.0 / math.sqrt(correction2),
-            1.0 - betas[0],
-            1.0 - betas[1],
-            eps,
-            lr * weight_decay,
-        ),
-    )
+    scale = 1.0 if step.grad_scale is None else 1.0 / float(step.grad_scale)
+    pointers = (*(tensor.data_ptr() for tensor in step.tensors), *protection_arguments(protection))
+    run("masked_adamw", 0, step.param.numel(), pointers, (scale, *step.numbers))
 
 
-def masked_adamw_torch_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    protection: Protection,
-    *,
-    num_steps: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    grad_scale: torch.Tensor | None,
-) -> None:
+def masked_adamw_torch_(step: AdamWStep, protection: Protection) -> None:
     """The same with torch's fused AdamW, window by window, so that undoing a step's masked share stays in cache."""
-    count = torch.tensor(float(num_steps), device=param.device)
+    count = torch.tensor(float(step.num_steps), device=step.param.device)
     # Allocated once: fresh pages for every window would cost more than the work on them.
     old, scratch = protection.scratch(), protection.scratch()
     for window in protection.windows:
-        part = slice(window.start, window.stop)
-        values = param[part]
+        values, grad, exp_avg, exp_avg_sq = (tensor[window.start : window.stop] for tensor in step.tensors)
         is_protected = protection.protects(window)
         if is_protected:
             old[: len(window)].copy_(values)
         # torch.optim's own function spends as long on its checks as this takes for thousands of elements.
         torch._fused_adamw_(
             [values],
-            [grad[part]],
-            [exp_avg[part]],
-            [exp_avg_sq[part]],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
             [],
             [count],
-            lr=lr,
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=weight_decay,
-            eps=eps,
+            lr=step.lr,
+            beta1=step.betas[0],
+            beta2=step.betas[1],
+            weight_decay=step.weight_decay,
+            eps=step.eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=grad_scale,
+            grad_scale=step.grad_scale,
             found_inf=None,
         )
         if is_protected:

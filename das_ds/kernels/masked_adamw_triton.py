@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
+from das_ds.kernels.adamw_step import AdamWStep
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.segments_triton import as_importance, load, locate, store, unit_importance
 from das_ds.kernels.tiles import tile_elements
@@ -15,49 +14,26 @@ from das_ds.kernels.tiles import tile_elements
 NUM_WARPS = 8
 
 
-def masked_adamw_triton_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    protection: Protection,
-    *,
-    num_steps: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    grad_scale: torch.Tensor | None,
-) -> None:
-    """Arguments as for `kernels.masked_adamw.masked_adamw_`."""
-    if not param.numel():
+def masked_adamw_triton_(step: AdamWStep, protection: Protection) -> None:
+    """One program per tile; see `kernels.masked_adamw.masked_adamw_`."""
+    if not step.param.numel():
         return
-    tiles = protection.tiles_on(param.device)
+    tiles = protection.tiles_on(step.param.device)
     importance, table = protection.importance, protection.table
-    # Corrections are made in double precision here: 1 - 0.999 ** t has few digits in single.
-    correction1, correction2 = (1.0 - beta**num_steps for beta in betas)
     _masked_adamw[(len(tiles.tile),)](
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        param if importance is None else importance,
-        param if table is None else table.values,
-        param if grad_scale is None else grad_scale,
+        *step.tensors,
+        step.param if importance is None else importance,
+        step.param if table is None else table.values,
+        step.param if step.grad_scale is None else step.grad_scale,
         tiles.tile,
         tiles.segment,
         tiles.segments,
-        lr / correction1,
-        1.0 / math.sqrt(correction2),
-        1.0 - betas[0],
-        1.0 - betas[1],
-        eps,
-        lr * weight_decay,
+        *step.numbers,
         TILE=tile_elements(),
         BY_UNIT=table is not None,
         BY_PARAMETER=importance is not None,
         QUANTISED=importance is not None and importance.dtype == torch.uint8,
-        SCALED=grad_scale is not None,
+        SCALED=step.grad_scale is not None,
         num_warps=NUM_WARPS,
     )
 

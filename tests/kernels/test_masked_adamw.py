@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from das_ds.functional.adamw import masked_adamw_ as reference_
+from das_ds.kernels.adamw_step import AdamWStep
 from das_ds.kernels.masked_adamw import masked_adamw_, masked_adamw_native_, masked_adamw_torch_
 from das_ds.kernels.protection import Protection
 from helpers.protections import KINDS, inside_poison, is_poison_untouched, new_seed, random_protection
@@ -17,17 +18,23 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 SETTINGS: dict[str, Any] = {"lr": 3e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 SIZES = (1, 127, 128, 129, 1003)
-Step = Callable[..., None]
+Form = Callable[[AdamWStep, Protection], None]
 
 
-def in_triton(*args: Any, **options: Any) -> None:
+def in_triton(step: AdamWStep, protection: Protection) -> None:
     # Imported late: the interpreter has to be chosen before.
     from das_ds.kernels.masked_adamw_triton import masked_adamw_triton_
 
-    masked_adamw_triton_(*args, **options)
+    masked_adamw_triton_(step, protection)
 
 
-FORMS: dict[str, Step] = {"torch": masked_adamw_torch_, "native": masked_adamw_native_, "triton": in_triton}
+FORMS: dict[str, Form] = {"torch": masked_adamw_torch_, "native": masked_adamw_native_, "triton": in_triton}
+
+
+def step_in(form: str, *tensors: Any, num_steps: int, grad_scale: torch.Tensor | None = None) -> None:
+    """One step of a form; the last of `tensors` is the protection."""
+    *four, protection = tensors
+    FORMS[form](AdamWStep(*four, num_steps=num_steps, grad_scale=grad_scale, **SETTINGS), protection)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -43,7 +50,7 @@ def test_equals_the_formula_in_float64(form: str, kind: str, scaled: bool, devic
         poisoned = [inside_poison(values.to(device)) for values in start]
         views = [view for _, view in poisoned]
         grad_scale = torch.tensor(2.5, device=device) if scaled else None
-        FORMS[form](*views, protection, num_steps=7, grad_scale=grad_scale, **SETTINGS)
+        step_in(form, *views, protection, num_steps=7, grad_scale=grad_scale)
         expected = [values.double() for values in start]
         importance = protection.written_out().double().cpu()
         reference_(*expected, importance, num_steps=7, grad_scale=2.5 if scaled else 1.0, **SETTINGS)
@@ -68,7 +75,7 @@ def test_equals_torch_over_100_steps_where_nothing_is_important(form: str, kind:
         twin.grad = torch.randn(numel, generator=generator)
         other.step()
         grad = twin.grad.to(device)
-        FORMS[form](param, grad, *moments, protection, num_steps=step + 1, grad_scale=None, **SETTINGS)
+        step_in(form, param, grad, *moments, protection, num_steps=step + 1)
     torch.testing.assert_close(param.cpu(), twin.data, rtol=1e-5, atol=1e-5, msg=f"seed {seed}")
     for found, key in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
         torch.testing.assert_close(found.cpu(), other.state[twin][key], rtol=1e-5, atol=1e-6)
@@ -85,7 +92,7 @@ def test_importance_may_change_in_place(form: str, kind: str, device: str) -> No
         values.fill_(full)
         param, grad = (torch.ones(1003, device=device) for _ in range(2))
         moments = [torch.zeros(1003, device=device) for _ in range(2)]
-        FORMS[form](param, grad, *moments, protection, num_steps=1, grad_scale=None, **SETTINGS)
+        step_in(form, param, grad, *moments, protection, num_steps=1)
         protected = protection.written_out().to(device) == 1
         assert not (param[protected] != 1).any() and bool((param[~protected] != 1).all())
         assert bool((~protected).all()) == moves
@@ -94,7 +101,7 @@ def test_importance_may_change_in_place(form: str, kind: str, device: str) -> No
 @pytest.mark.parametrize("form", FORMS)
 def test_an_empty_shard_is_no_error(form: str, device: str) -> None:
     nothing = [torch.zeros(0, device=device) for _ in range(4)]
-    FORMS[form](*nothing, Protection(0), num_steps=1, grad_scale=None, **SETTINGS)
+    step_in(form, *nothing, Protection(0), num_steps=1)
 
 
 @pytest.mark.parametrize(
