@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from benchmarks.domains.experiment import Experiment, learned
 from benchmarks.domains.jobs import TrainingRun
-from benchmarks.domains.plan import Variant
+from benchmarks.domains.plan import NAIVE, Variant
 from benchmarks.domains.runner import Runner
+from das_ds.functional.pareto import Point, pareto_front
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,15 @@ def _choice(label: str, rates: Sequence[float], runs: Sequence[TrainingRun]) -> 
     found = [(rate, run.results()) for rate, run in zip(rates, runs, strict=True)]
     candidates = tuple(Candidate(rate, learned(results), results.forgetting.average) for rate, results in found)
     return Choice(label, candidates)
+
+
+def is_naive(choice: Choice) -> bool:
+    """Whether it is naive training, be it at other candidates."""
+    return choice.label.split(",")[0] == NAIVE
+
+
+def naive_line(choices: Sequence[Choice]) -> list[Point]:
+    """Those candidates of naive training as (loss when learned, forgetting) that no other beats in both."""
+    found = [one for choice in choices if is_naive(choice) for one in choice.candidates]
+    points = [(one.learned, one.forgetting) for one in found if one.forgetting is not None]
+    return [points[place] for place in pareto_front(points)]

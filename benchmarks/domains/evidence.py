@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domains.choice import Choice
+from benchmarks.domains.choice import Candidate, Choice, is_naive, naive_line
 from benchmarks.domains.groups import NOTHING, Restored
 from benchmarks.domains.jobs import ROOT
 from benchmarks.domains.matching import Match
@@ -26,6 +26,7 @@ from das_ds.evaluation.comparison import Comparison, Group, RunNumbers
 from das_ds.evaluation.comparison_report import interval_sentences
 from das_ds.evaluation.pareto_picture import pareto_png
 from das_ds.evaluation.tables import Row, markdown
+from das_ds.functional.pareto import Point, line_at
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = "images"
@@ -212,13 +213,13 @@ def _groups(groups: Sequence[Restored], comparison: Comparison) -> str:
 
 
 def _choices(choices: Sequence[Choice]) -> str:
-    header: Row = ["variant", "candidates: loss when learned (forgetting)", "chosen", "at the edge"]
+    line = naive_line(choices)
+    header: Row = ["variant", "candidates: loss when learned (forgetting; share)", "chosen", "at the edge"]
     rows = [
         [
             choice.label,
             ", ".join(
-                f"{one.learning_rate:g}: {one.learned:.4f}"
-                + ("" if one.forgetting is None else f" ({one.forgetting:+.4f})")
+                f"{one.learning_rate:g}: {one.learned:.4f}" + _forgets(one, () if is_naive(choice) else line)
                 for one in choice.candidates
             ),
             f"{choice.learning_rate:g}",
@@ -227,6 +228,14 @@ def _choices(choices: Sequence[Choice]) -> str:
         for choice in choices
     ]
     return f"#### Choice of learning rates\n\n{CHOICE}\n{_table([header, *rows], text_columns=(0, 1))}"
+
+
+def _forgets(candidate: Candidate, line: Sequence[Point]) -> str:
+    if candidate.forgetting is None:
+        return ""
+    on_line = line_at(line, candidate.learned)
+    share = f"; {candidate.forgetting / on_line:.0%}" if on_line is not None and on_line > 0 else ""
+    return f" ({candidate.forgetting:+.4f}{share})"
 
 
 def _runs(comparison: Comparison) -> list[RunNumbers]:
@@ -264,7 +273,8 @@ What the loss on an earlier domain falls by is what the group's change has cost 
 CHOICE = """\
 Equally many candidates per variant, one seed that no compared run has, the first two domains only; the best mean loss
 when learned is chosen. Some variants were tried here alone and are in no other table. The held-out text is that of the
-comparison. At the edge of the candidates a better rate may lie beyond.
+comparison. At the edge of the candidates a better rate may lie beyond. The share is that of the forgetting of naive
+training that learns as much, on the line between its own candidates; none where they learn more, or less.
 """
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.domains.choice import Candidate, Choice
+from benchmarks.domains.choice import Candidate, Choice, naive_line
 from benchmarks.domains.evidence import in_order, page_text, write_page
 from benchmarks.domains.groups import NOTHING, Restored
 from benchmarks.domains.matching import Match, Probe
@@ -77,6 +77,25 @@ def test_everything_is_on_the_page() -> None:
     assert " 0.00015 |" in text
     assert "images/evidence_cpu_encoder.png" in text
     assert "`pool`: forgetting is not defined" in text
+
+
+def test_the_choice_is_held_against_naive_training_that_learns_as_much() -> None:
+    def choice(label: str, *places: tuple[float, float | None]) -> Choice:
+        return Choice(label, tuple(Candidate(rate, *place) for rate, place in zip((1.0, 2.0), places, strict=True)))
+
+    choices = [
+        choice("ncl", (3.4, 0.4), (3.0, 1.2)),
+        # It learns less and forgets more than another: no point of the line.
+        choice("ncl, faster", (3.2, 2.0), (2.8, 2.2)),
+        choice("das", (3.2, 0.2), (3.5, 0.1)),
+        choice("pool", (3.2, None), (2.9, None)),
+    ]
+    assert naive_line(choices) == [(2.8, 2.2), (3.0, 1.2), (3.4, 0.4)]
+    text = page_text([record().model_copy(update={"choices": {"encoder": choices}})])
+    # The line forgets 0.8 at 3.2, and ends at 3.4.
+    assert "| 1: 3.2000 (+0.2000; 25%), 2: 3.5000 (+0.1000) " in text
+    assert "| 1: 3.4000 (+0.4000), 2: 3.0000 (+1.2000) " in text
+    assert "| 1: 3.2000, 2: 2.9000 " in text
 
 
 def test_rows_are_in_the_order_of_the_tier_whenever_they_were_run() -> None:
