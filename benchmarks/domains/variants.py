@@ -46,8 +46,8 @@ def directions(saturation: float) -> Variant:
 
 
 NAIVE_TRAINING = Variant(NAIVE, {"method": {"name": "ncl"}})
-FASTER = 4.0
-"""Factor of the candidates of a variant that is tried at higher rates than the others."""
+FASTER, SLOWER = 4.0, 0.25
+"""Factors of the candidates of variants that are tried at other rates than the rest."""
 
 METHODS = (
     NAIVE_TRAINING,
@@ -69,7 +69,11 @@ METHODS = (
 
 MASKS = (
     NAIVE_TRAINING,
-    *searched(replace(NAIVE_TRAINING, label="ncl, faster", rate_scale=FASTER)),
+    *searched(
+        replace(NAIVE_TRAINING, label="ncl, faster", rate_scale=FASTER),
+        # More of the line that the others are held against.
+        replace(NAIVE_TRAINING, label="ncl, slower", rate_scale=SLOWER),
+    ),
     Variant("dga", {"method": {"name": "dga"}}),
     das("das published", {"softmask": {"apply_to": "gradient"}}),
     das("das"),
