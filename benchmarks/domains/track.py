@@ -71,10 +71,12 @@ class TrackRuns:
         """Naive training at the rates at which it learns as much as the variants that are to be matched."""
         tier = self._experiment.tier
         for label in tier.matched:
-            known = [Probe(rate, self._mean_learned(name, label)) for name, rate in self._naive.items()]
+            # Once: it reads all run folders, with their importance files.
+            runs = self._comparison()
+            known = [Probe(rate, self._mean_learned(runs, name, label)) for name, rate in self._naive.items()]
             self._matches[label] = match(
                 label,
-                self._mean_learned(label, label),
+                self._mean_learned(runs, label, label),
                 known,
                 partial(self._learned_at, matched=label),
                 tolerance=tier.tolerance,
@@ -94,7 +96,7 @@ class TrackRuns:
     def _learned_at(self, rate: float, matched: str) -> float:
         label = self._add_naive_at(rate)
         self._runner.run(self._runs[label])
-        return self._mean_learned(label, matched)
+        return self._mean_learned(self._comparison(), label, matched)
 
     def _add_naive_at(self, rate: float) -> str:
         """Adds a rate of the matching, to the digits that its label has; returns the label."""
@@ -130,10 +132,10 @@ class TrackRuns:
         new = compared(self._runs)
         return joined(self._known.comparison, new) if self._known else new
 
-    def _mean_learned(self, label: str, like: str) -> float:
+    def _mean_learned(self, comparison: Comparison, label: str, like: str) -> float:
         """Over the seeds of the variant `like`."""
         seeds = self._experiment.tier.seeds_of(like)
-        runs: list[RunNumbers] = self._comparison().group(label).runs
+        runs: list[RunNumbers] = comparison.group(label).runs
         return statistics.fmean(run.learned for run in runs if run.seed in seeds)
 
 
