@@ -7,10 +7,13 @@ import multiprocessing
 import os
 import queue
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -34,12 +37,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     results: Any = FORK_SERVER.Queue()
     port = _free_port()
     packed = _packed(args)
-    processes = [
-        FORK_SERVER.Process(target=_rank_main, args=(function, packed, rank, world_size, port, results), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes = _started(
+        _rank_main, [(function, packed, rank, world_size, port, results) for rank in range(world_size)]
+    )
     try:
         return _collect(results, processes, time.monotonic() + timeout)
     finally:
@@ -51,10 +51,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Processes that run `function(*args)` as ranks, for tests of how they end; the caller waits for and kills them."""
     port = _free_port()
-    processes = [
-        FORK_SERVER.Process(target=_lone_rank_main, args=(function, args, rank, world_size, port), daemon=True)
-        for rank in range(world_size)
-    ]
+    return _started(_lone_rank_main, [(function, args, rank, world_size, port) for rank in range(world_size)])
+
+
+def _started(target: Callable[..., None], args_of_ranks: list[tuple[Any, ...]]) -> list[Any]:
+    # Python 3.11 does not tell the server where to import from, and what it cannot import it leaves out without a word:
+    # every rank would then do so by itself, for ten seconds.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
+    processes = [FORK_SERVER.Process(target=target, args=args, daemon=True) for args in args_of_ranks]
     for process in processes:
         process.start()
     return processes

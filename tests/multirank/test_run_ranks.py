@@ -1,0 +1,43 @@
+"""The harness of the tests of several ranks: how ranks start, and what is said of one that fails or hangs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import pytest
+
+from helpers.run_ranks import run_ranks
+
+pytestmark = pytest.mark.multirank
+
+
+def is_warm() -> bool:
+    return "helpers.preload" in sys.modules
+
+
+def fail_on_the_second(how: str) -> None:
+    if os.environ["RANK"] == "1":
+        if how == "error":
+            raise ValueError("no such thing")
+        if how == "exit":
+            os._exit(3)
+        time.sleep(60.0)
+
+
+def test_ranks_start_with_everything_loaded() -> None:
+    assert run_ranks(is_warm, 2) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("error", "(?s)rank 1 failed:.*ValueError: no such thing"),
+        ("exit", "rank 1 died with exit code 3"),
+        ("hang", r"time ran out; no result from ranks \[1\]"),
+    ],
+)
+def test_a_rank_that_does_not_answer_is_named(how: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run_ranks(fail_on_the_second, 2, how, timeout=5.0)
