@@ -10,8 +10,8 @@ SHARED: Values = {
     "checkpoint": {"keep": 1},
 }
 
-SIX_SEEDS = (2, 3, 4, 5)
-"""With the two of every variant six, the fewest that can be significant."""
+UP_TO_SIX = (2, 3, 4, 5)
+"""Seeds beside the two of every variant: six are the fewest that can be significant."""
 
 # Reviews, papers on language, medical abstracts: of the six domains the three that differ most.
 THREE = (Track("encoder", "encoder", ("restaurant", "acl", "pubmed")),)
@@ -42,7 +42,7 @@ CPU = Tier(
     matched=("das directions",),
     repeated="das directions",
     contenders=("replay", "ewc 10000", "kd 1000", "das directions", "das directions, replay"),
-    more_seeds=SIX_SEEDS,
+    more_seeds=UP_TO_SIX,
     # Two runs of one thread each wait less for each other than the threads of one run.
     threads=1,
     parallel=2,
@@ -76,7 +76,7 @@ MASKS_TIER = Tier(
     matched=("das directions",),
     repeated="das directions",
     contenders=("das directions",),
-    more_seeds=SIX_SEEDS,
+    more_seeds=UP_TO_SIX,
     threads=1,
     parallel=2,
     most_probes=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ CHUNK_WINDOWS = 16
 """Windows per step of a foreign optimizer: its old values are a copy of so many and never of a whole shard."""
 
 
-class ProtectedOptimizer(torch.optim.Optimizer):
+class ProtectedOptimizer(torch.optim.Optimizer, ABC):
     """What both optimizers share: which flat tensor is protected how, and measuring gradients in place of stepping.
 
     Tensors are known by identity: DeepSpeed swaps its flat tensors in and out of `param_groups` but keeps the objects.
@@ -128,8 +129,9 @@ class ProtectedOptimizer(torch.optim.Optimizer):
             self._protections[id(param)] = Protection(param.numel())
         return self._protections[id(param)]
 
+    @abstractmethod
     def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Step a flat tensor, its important weights less."""
 
 
 class MaskedAdamW(ProtectedOptimizer):
