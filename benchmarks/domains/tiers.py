@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from benchmarks.domains.plan import NAIVE, Tier, Track, Values
-from benchmarks.domains.variants import MASKS, METHODS
+from benchmarks.domains.variants import MASKS, METHODS, RIVALS
 
 SHARED: Values = {
     "wandb": {"mode": "disabled"},
     "checkpoint": {"keep": 1},
 }
 
+CONTENDERS = ("replay", "ewc 10000", "kd 1000", "das directions", "das directions, replay")
 UP_TO_SIX = (2, 3, 4, 5)
 """Seeds beside the two of every variant: six are the fewest that can be significant."""
 
@@ -41,7 +42,7 @@ CPU = Tier(
     line=(0.25, 0.5),
     matched=("das directions",),
     repeated="das directions",
-    contenders=("replay", "ewc 10000", "kd 1000", "das directions", "das directions, replay"),
+    contenders=CONTENDERS,
     more_seeds=UP_TO_SIX,
     # Two runs of one thread each wait less for each other than the threads of one run.
     threads=1,
@@ -69,13 +70,13 @@ MASKS_TIER = Tier(
         "deepspeed": {"zero_optimization": {"stage": 0}},
     },
     learning_rates=(2e-4, 4e-4),
-    variants=MASKS,
+    variants=(*MASKS, *RIVALS),
     seeds=(0, 1),
     choice_seed=100,
     line=(0.25, 0.5),
     matched=("das directions",),
     repeated="das directions",
-    contenders=("das directions",),
+    contenders=CONTENDERS,
     more_seeds=UP_TO_SIX,
     threads=1,
     parallel=2,

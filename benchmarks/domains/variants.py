@@ -18,6 +18,8 @@ DIRECTIONS: dict[str, Any] = {
 MERGING = {"merge": {"coefficient": 0.3}}
 REPLAY: dict[str, Any] = {"replay": {"share": 0.0625}}
 """1 of 16 sequences, the nearest to 5 % that a batch of 16 can hold."""
+REPLAY_IN_8: dict[str, Any] = {"replay": {"share": 0.125}}
+"""1 of 8 sequences, the fewest that a batch of 8 can hold."""
 
 
 def das(label: str, *sections: dict[str, Any]) -> Variant:
@@ -94,3 +96,14 @@ MASKS = (
     das("das directions, merging", DIRECTIONS, MERGING),
 )
 """Forms of the mask of das beside each other."""
+
+RIVALS = (
+    Variant("replay", {"method": {"name": "replay", **REPLAY_IN_8}}),
+    ewc(1e4),
+    *searched(ewc(1000.0), ewc(1e5)),
+    kd(1000.0),
+    *searched(kd(100.0), kd(10_000.0)),
+    das("das directions, replay", DIRECTIONS, REPLAY_IN_8),
+)
+"""What the best mask has to beat, and the mask with replay, for batches of 8. The strengths are those that were chosen
+among more for batches of 16, beside their neighbours."""
