@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import sys
@@ -65,18 +66,17 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
 
 def hang_in_step_three_of_rank_one() -> None:
     """For `disturb`: its third micro-step never ends."""
-    micro_step, calls = Method.micro_step, 0
 
-    @contextmanager
-    def hanging(self: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
-        nonlocal calls
-        calls += 1
-        if calls == 3 and self.run.engine.ranks.info.rank == 1:
+    def hang(step: int) -> None:
+        if step == 3 and rank() == 1:
             time.sleep(3600)
-        with micro_step(self, batch, token_scale) as losses:
-            yield losses
 
-    Method.micro_step = hanging  # type: ignore[assignment,method-assign]
+    _before_micro_steps(hang)
+
+
+def take_half_a_second_per_step() -> None:
+    """For `disturb`: every rank gives signs of life in the middle of training, however fast the machine is."""
+    _before_micro_steps(lambda _: time.sleep(0.5))
 
 
 def fill_disk_in_step_three() -> None:
@@ -90,6 +90,19 @@ def fill_disk_in_step_three() -> None:
         pass_by(self, run, parts, save=save)
 
     Boundary.pass_by = filled  # type: ignore[method-assign]
+
+
+def _before_micro_steps(act: Callable[[int], None]) -> None:
+    """Have this process do something with the number, counted from 1, of each micro-step of its before it is made."""
+    micro_step, numbers = Method.micro_step, itertools.count(1)
+
+    @contextmanager
+    def disturbed(self: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+        act(next(numbers))
+        with micro_step(self, batch, token_scale) as losses:
+            yield losses
+
+    Method.micro_step = disturbed  # type: ignore[assignment,method-assign]
 
 
 def _train(config: str, folder: str, disturb: Callable[[], None] | None) -> None:
