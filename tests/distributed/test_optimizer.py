@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,6 @@ from das_ds.kernels.windows import WINDOW_ELEMENTS
 
 NUMEL, NUM_STEPS = 2 * WINDOW_ELEMENTS + 1003, 4
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """DeepSpeed's C++ optimizers are compiled here, where no lock of a killed compilation can be waited for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
-        yield
 
 
 def cpu_adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -60,7 +52,7 @@ def run(optimizer: torch.optim.Optimizer, param: torch.nn.Parameter, importance:
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_any_optimizer_is_pulled_back_in_chunks(name: str, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_optimizer_is_pulled_back_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "CHUNK_WINDOWS", 1)
     start, importance = torch.randn(NUMEL), torch.rand(NUMEL)
     importance[::7], importance[1::7] = 0.0, 1.0
