@@ -116,11 +116,12 @@ def _where(environment: dict[str, Any]) -> str:
 
 def _extended(record: Record) -> str:
     """Where the results are from that were gone on from, and how well they agree with the later ones."""
-    return "".join(
+    lines = [
         f"Earlier results are among these: {_where(part.environment)}. Since then the first run of `{NAIVE}` was made "
         f"again, and its losses differ by {part.difference:.2g} at most.\n"
         for part in record.extended
-    )
+    ]
+    return "".join([*dict.fromkeys(lines), LATER]) if lines else ""
 
 
 def _missing(record: Record) -> str:
@@ -265,6 +266,9 @@ run is held against the line of its seed at the same loss when learned. Below 0 
 MATCHED = """\
 The learning rate of naive training, lowered until its mean loss when learned is that of a variant. These runs are
 points of the line above.
+"""
+LATER = """\
+Rows that were run at different times are comparable in losses, but in cost only roughly.
 """
 GROUPS = f"""\
 The last model of the first `{NAIVE}` run, with one group of parameters put back to what it was before the last domain.

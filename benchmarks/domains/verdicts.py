@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from das_ds.evaluation.comparison import Comparison, Group
 from das_ds.evaluation.measures import (
+    FINAL,
     FORGETTING,
     LEARNED,
     Measure,
@@ -57,11 +58,12 @@ def goal(comparison: Comparison, label: str) -> str:
 
 
 def between(comparison: Comparison, label: str, other: str) -> str:
-    """Two groups beside each other, seed by seed, in what they forget and what they learn."""
+    """Two groups beside each other, seed by seed, in what they forget, what they learn, and what is left of both."""
     these, others = comparison.group(label), comparison.group(other)
     forgets = _part(these, others, FORGETTING, "forgets", "less", "more")
     learns = _part(these, others, LEARNED, "its loss when learned is", "lower", "higher")
-    return f"`{label}` beside `{other}`: {forgets}; {learns}."
+    ends = _part(these, others, FINAL, "its loss at the end is", "lower", "higher")
+    return f"`{label}` beside `{other}`: {forgets}; {learns}; {ends}."
 
 
 def compared_groups(comparison: Comparison) -> list[Group]:
