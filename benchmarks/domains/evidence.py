@@ -30,9 +30,9 @@ from das_ds.functional.pareto import Point, line_at
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = "images"
-RIVALS = ("ewc", "kd", "derpp", "merge", "dga")
-"""Methods that a variant of das whose learning was matched is held beside."""
 REPLAY = "replay"
+RIVALS = (REPLAY, "ewc", "kd", "derpp", "merge", "dga")
+"""Methods that a variant of das whose learning was matched is held beside."""
 
 
 def main() -> int:
