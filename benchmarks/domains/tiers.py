@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.domains.plan import NAIVE, Tier, Track, Values
+from dataclasses import replace
+
+from benchmarks.domains.plan import NAIVE, Tier, Track, Values, merged
 from benchmarks.domains.variants import MASKS, METHODS, RIVALS
 
 SHARED: Values = {
@@ -10,7 +12,6 @@ SHARED: Values = {
     "checkpoint": {"keep": 1},
 }
 
-CONTENDERS = ("replay", "ewc 10000", "kd 1000", "das directions", "das directions, replay")
 UP_TO_SIX = (2, 3, 4, 5)
 """Seeds beside the two of every variant: six are the fewest that can be significant."""
 
@@ -42,7 +43,7 @@ CPU = Tier(
     line=(0.25, 0.5),
     matched=("das directions",),
     repeated="das directions",
-    contenders=CONTENDERS,
+    contenders=("replay", "ewc 10000", "kd 1000", "das directions", "das directions, replay"),
     more_seeds=UP_TO_SIX,
     # Two runs of one thread each wait less for each other than the threads of one run.
     threads=1,
@@ -51,37 +52,26 @@ CPU = Tier(
     pretraining={"encoder": {"train": {"steps_per_domain": 400, "learning_rate": 5e-4}, "method": {"name": NAIVE}}},
 )
 
-MASKS_TIER = Tier(
+# In fp32, for any CPU, and small, since contrast costs several passes over each batch.
+MASKS_TIER = replace(
+    CPU,
     name="masks",
-    tracks=THREE,
-    settings=SHARED
-    | {
-        "data": {"sequence_length": 64},
-        # In fp32, for any CPU, and small, since contrast costs several passes over each batch.
-        "train": {
-            "steps_per_domain": 40,
-            "global_batch_size": 8,
-            "micro_batch_size": 8,
-            "precision": "fp32",
-            "log_every": 10,
+    settings=merged(
+        CPU.settings,
+        {
+            "train": {
+                "steps_per_domain": 40,
+                "global_batch_size": 8,
+                "micro_batch_size": 8,
+                "precision": "fp32",
+                "log_every": 10,
+            },
+            "method": {"importance": {"samples": 128}},
+            "evaluation": {"max_sequences": 96},
         },
-        "method": {"importance": {"samples": 128}},
-        "evaluation": {"batch_size": 32, "max_sequences": 96},
-        "deepspeed": {"zero_optimization": {"stage": 0}},
-    },
-    learning_rates=(2e-4, 4e-4),
+    ),
     variants=(*MASKS, *RIVALS),
-    seeds=(0, 1),
-    choice_seed=100,
-    line=(0.25, 0.5),
-    matched=("das directions",),
-    repeated="das directions",
-    contenders=CONTENDERS,
-    more_seeds=UP_TO_SIX,
-    threads=1,
-    parallel=2,
     most_probes=2,
-    pretraining={"encoder": {"train": {"steps_per_domain": 400, "learning_rate": 5e-4}, "method": {"name": NAIVE}}},
 )
 
 PAPER_ORDER = ("restaurant", "acl", "ai", "phone", "pubmed", "camera")
