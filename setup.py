@@ -45,6 +45,7 @@ setup(
             "peft>=0.19",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.15",
             "mypy>=2.0",
             "types-PyYAML>=6.0",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 # Lowest first. Files of one floor stand in the order in which they may import each other; folders may not.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),

@@ -16,7 +16,7 @@ from launch import demo
 from launch.demo_bounds import context_free_bounds
 from launch.demo_corpora import CORPORA
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DAS_CONFIG = demo.DEMOS["mlm"].das_config
 
 
