@@ -46,6 +46,7 @@ setup(
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "scipy>=1.14",
             "ruff>=0.15",
             "mypy>=2.0",
             "types-PyYAML>=6.0",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.domains.experiment import Experiment, learned
+from benchmarks.domains.experiment import Experiment, learned, learned_later
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.plan import NAIVE, Variant
 from benchmarks.domains.runner import Runner
@@ -21,6 +21,14 @@ class Candidate:
     """Mean held-out loss right after learning: the criterion."""
     forgetting: float | None
     """Of the first domain, where it is defined; shown, not used."""
+    learned_later: float | None = None
+    """Loss right after learning the second domain, which the first is forgotten by; None in results of before it was
+    recorded."""
+
+    @property
+    def place(self) -> float:
+        """Where it lies on the line of naive candidates."""
+        return self.learned if self.learned_later is None else self.learned_later
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,9 @@ def choose(
 
 def _choice(label: str, rates: Sequence[float], runs: Sequence[TrainingRun]) -> Choice:
     found = [(rate, run.results()) for rate, run in zip(rates, runs, strict=True)]
-    candidates = tuple(Candidate(rate, learned(results), results.forgetting.average) for rate, results in found)
+    candidates = tuple(
+        Candidate(rate, learned(results), results.forgetting.average, learned_later(results)) for rate, results in found
+    )
     return Choice(label, candidates)
 
 
@@ -83,7 +93,7 @@ def is_naive(choice: Choice) -> bool:
 
 
 def naive_line(choices: Sequence[Choice]) -> list[Point]:
-    """Those candidates of naive training as (loss when learned, forgetting) that no other beats in both."""
+    """Those candidates of naive training as (place, forgetting) that no other beats in both."""
     found = [one for choice in choices if is_naive(choice) for one in choice.candidates]
-    points = [(one.learned, one.forgetting) for one in found if one.forgetting is not None]
+    points = [(one.place, one.forgetting) for one in found if one.forgetting is not None]
     return [points[place] for place in pareto_front(points)]

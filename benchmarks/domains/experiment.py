@@ -66,10 +66,21 @@ class Experiment:
 
 
 def learned(results: Results) -> float:
-    """Mean loss of the domains, each right after it was learned; what learning rates are chosen and matched by."""
+    """Mean loss of the domains, each right after it was learned; what learning rates are chosen by."""
+    losses = _losses_when_learned(results)
+    return sum(losses) / len(losses)
+
+
+def learned_later(results: Results) -> float:
+    """The same over all domains but the first, whose learning is what the earlier ones are forgotten by."""
+    losses = _losses_when_learned(results)[1:]
+    return sum(losses) / len(losses)
+
+
+def _losses_when_learned(results: Results) -> list[float]:
     # What is learned at once, by `pool`, has one row after it.
-    num_domains, last = len(results.domains), len(results.loss_matrix) - 1
-    return sum(results.loss_matrix[min(index + 1, last)][index] for index in range(num_domains)) / num_domains
+    last = len(results.loss_matrix) - 1
+    return [results.loss_matrix[min(index + 1, last)][index] for index in range(len(results.domains))]
 
 
 def _slug(label: str) -> str:

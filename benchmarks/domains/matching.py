@@ -1,6 +1,7 @@
 """Naive training with its learning rate lowered until it learns as much as another variant does.
 
-A run that learns less also forgets less. Protection has to beat that: at equal mean domain loss it must forget less.
+A run that learns less also forgets less. Protection has to beat that: where it learns domains 2..T as well, it must
+forget less. The first domain does not count: nothing is forgotten by learning it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ LOWEST = 1 / 32
 
 @dataclass(frozen=True)
 class Probe:
-    """A learning rate and the mean domain loss that it gave, over all seeds."""
+    """A learning rate and the mean loss when learned on domains 2..T that it gave, over all seeds."""
 
     learning_rate: float
     learned: float
@@ -28,7 +29,7 @@ class Match:
     label: str
     """The variant that is matched."""
     target: float
-    """Its mean domain loss, over all seeds."""
+    """Its mean loss when learned on domains 2..T, over all seeds."""
     tolerance: float
     probes: tuple[Probe, ...]
     """Every rate that is known, those tried for this match last."""
@@ -66,7 +67,7 @@ def match(
     Args:
         label, target: of the variant.
         known: rates that were run already, at least one.
-        learned_at: runs a rate and returns its mean domain loss.
+        learned_at: runs a rate and returns its mean loss when learned on domains 2..T.
         tolerance: nats; the search ends where a rate is as near as that.
         most_probes: rates to run at most.
     """
@@ -86,7 +87,7 @@ def next_rate(probes: tuple[Probe, ...], target: float) -> float | None:
 
     Args:
         probes: at least one of them learns more than the target, which is a smaller loss.
-        target: mean domain loss.
+        target: mean loss when learned on domains 2..T.
     """
     upper = min((probe for probe in probes if probe.learned < target), key=lambda probe: probe.learning_rate)
     lower = max(

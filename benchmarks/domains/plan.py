@@ -61,13 +61,14 @@ class Tier:
     threads: int
     """Of each run; sums in another order differ in their last digits."""
     contenders: tuple[str, ...] = ()
-    """Variants that are run with `more_seeds` as well, so that a difference between them can be significant."""
+    """Variants that are run with `more_seeds` as well. They make the families of tests, fixed here before anything is
+    run: each of them against the line of naive training, and the matched ones beside the others."""
     more_seeds: tuple[int, ...] = ()
     """Of the contenders and of naive training."""
     parallel: int = 1
     """Runs at a time."""
     tolerance: float = 0.01
-    """Nats by which a matched mean domain loss may differ."""
+    """Nats by which a matched loss on domains 2..T may differ."""
     most_probes: int = 4
     """Learning rates that are tried to match one variant."""
     task_seeds: int = 0

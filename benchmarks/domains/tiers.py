@@ -13,7 +13,7 @@ SHARED: Values = {
 }
 
 UP_TO_SIX = (2, 3, 4, 5)
-"""Seeds beside the two of every variant: six are the fewest that can be significant."""
+"""Seeds beside the two of every variant: six are the fewest with which a single test can have a p-value below 0.05."""
 
 # Reviews, papers on language, medical abstracts: of the six domains the three that differ most.
 THREE = (Track("encoder", "encoder", ("restaurant", "acl", "pubmed")),)

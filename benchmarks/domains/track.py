@@ -133,10 +133,10 @@ class TrackRuns:
         return joined(self._known.comparison, new) if self._known else new
 
     def _mean_learned(self, comparison: Comparison, label: str, like: str) -> float:
-        """Over the seeds of the variant `like`."""
+        """Loss when learned on domains 2..T, over the seeds of the variant `like`."""
         seeds = self._experiment.tier.seeds_of(like)
         runs: list[RunNumbers] = comparison.group(label).runs
-        return statistics.fmean(run.learned for run in runs if run.seed in seeds)
+        return statistics.fmean(run.learned_later for run in runs if run.seed in seeds)
 
 
 def _naive_label(rate: float) -> str:

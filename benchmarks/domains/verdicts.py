@@ -1,12 +1,15 @@
-"""What a comparison shows, in words: sentences that follow from intervals, whatever they turn out to be."""
+"""What a comparison shows, in words: sentences that follow from intervals and corrected p-values, whatever they are."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from das_ds.evaluation.comparison import Comparison, Group
 from das_ds.evaluation.measures import (
     FINAL,
     FORGETTING,
-    LEARNED,
+    LEARNED_LATER,
     Measure,
     difference_of,
     estimate_of,
@@ -14,29 +17,58 @@ from das_ds.evaluation.measures import (
     line_groups,
     off_line,
 )
-from das_ds.functional.intervals import Difference
+from das_ds.functional.intervals import Difference, holm
 
 SIGNIFICANT = 0.05
 GOAL = 0.5
 """Share of the forgetting of naive training, at equal learning, that das is to forget at most."""
 
 
-def judged(found: Difference, less: str = "less", more: str = "more") -> str:
-    """A difference as words: significant, the same in every seed, or neither."""
+@dataclass(frozen=True)
+class Aspect:
+    """What two groups are held beside each other in."""
+
+    measure: Measure
+    verb: str
+    less: str
+    more: str
+
+
+ASPECTS = (
+    Aspect(FORGETTING, "forgets", "less", "more"),
+    Aspect(LEARNED_LATER, "its loss when learned (2..T) is", "lower", "higher"),
+    Aspect(FINAL, "its loss at the end is", "lower", "higher"),
+)
+
+
+def judged(found: Difference, corrected_p: float | None, less: str = "less", more: str = "more") -> str:
+    """A difference as words.
+
+    Args:
+        found: the difference.
+        corrected_p: its p-value, corrected for the family that it was tested in; None: it is in no family.
+        less, more: what it is below and above 0.
+    """
     word = less if found.mean < 0 else more
     if found.low is None or found.high is None:
         return f"{word} in the one seed there is"
-    if not (found.low > 0 or found.high < 0):
+    if found.low <= 0 <= found.high:
         return "not told apart: the interval holds 0"
-    if found.p_value <= SIGNIFICANT:
-        return f"significantly {word} (p {found.p_value:.2g})"
-    return (
-        f"{word}, the interval leaves out 0, but {found.num_seeds} seeds cannot be significant (p {found.p_value:.2g})"
-    )
+    if corrected_p is None:
+        return f"{word}, the interval leaves out 0; not tested"
+    if corrected_p <= SIGNIFICANT:
+        return f"significantly {word} (p {corrected_p:.2g})"
+    return f"{word}, the interval leaves out 0 (p {corrected_p:.2g})"
 
 
-def against_line(comparison: Comparison, group: Group) -> str:
-    """A group beside naive training that learns as much."""
+def against_line(comparison: Comparison, group: Group, family: Sequence[str] = ()) -> str:
+    """A group beside naive training that learns as much.
+
+    Args:
+        comparison: of all groups.
+        group: to speak of.
+        family: labels of the groups that were to be tested against the line.
+    """
     forgets = estimate_of(group, FORGETTING)
     if forgets is None:
         return f"`{group.label}`: forgetting is not defined for it."
@@ -44,7 +76,21 @@ def against_line(comparison: Comparison, group: Group) -> str:
     if found is None or line is None:
         return f"{own}; no naive run learns as much or as little as it does, so the two cannot be held together."
     share = f", {(line + found.mean) / line:.0%} of it" if line > 0 and line + found.mean > 0 else ""
-    return f"{own}; naive training that learns as much forgets {line:+.3f}{share}: {judged(found)}."
+    words = judged(found, line_p_values(comparison, family).get(group.label))
+    return f"{own}; naive training that learns as much forgets {line:+.3f}{share}: {words}."
+
+
+def line_p_values(comparison: Comparison, family: Sequence[str]) -> dict[str, float]:
+    """Label -> p-value of its difference from the line, corrected for the whole family, also for those without one."""
+    found = {
+        group.label: difference
+        for group in comparison.groups
+        if group.label in family
+        and (difference := off_line(comparison, group)) is not None
+        and difference.low is not None
+    }
+    p_values = holm([difference.p_value for difference in found.values()], len(family))
+    return dict(zip(found, p_values, strict=True))
 
 
 def goal(comparison: Comparison, label: str) -> str:
@@ -57,13 +103,30 @@ def goal(comparison: Comparison, label: str) -> str:
     return f"Half of naive forgetting at equal learning, `{label}`: {reached} ({share:.0%})."
 
 
-def between(comparison: Comparison, label: str, other: str) -> str:
-    """Two groups beside each other, seed by seed, in what they forget, what they learn, and what is left of both."""
-    these, others = comparison.group(label), comparison.group(other)
-    forgets = _part(these, others, FORGETTING, "forgets", "less", "more")
-    learns = _part(these, others, LEARNED, "its loss when learned is", "lower", "higher")
-    ends = _part(these, others, FINAL, "its loss at the end is", "lower", "higher")
-    return f"`{label}` beside `{other}`: {forgets}; {learns}; {ends}."
+def between(comparison: Comparison, pairs: Sequence[tuple[str, str]], family: Sequence[str] = ()) -> list[str]:
+    """Two groups beside each other, seed by seed: what they forget, what they learn, and what is left of both.
+
+    Args:
+        comparison: of all groups.
+        pairs: labels; a sentence each.
+        family: labels of the groups that were to be tested. A pair of two of them is tested in every aspect, and
+            p-values are corrected for all aspects of all those pairs.
+    """
+    found = {
+        (pair, aspect): difference
+        for pair in pairs
+        for aspect in ASPECTS
+        if (difference := difference_of(comparison.group(pair[0]), comparison.group(pair[1]), aspect.measure))
+        is not None
+    }
+    tested = [key for key, difference in found.items() if set(key[0]) <= set(family) and difference.low is not None]
+    num_tests = len(ASPECTS) * sum(set(pair) <= set(family) for pair in pairs)
+    p_values = dict(zip(tested, holm([found[key].p_value for key in tested], num_tests), strict=True))
+    sentences = []
+    for pair in pairs:
+        parts = [_part(aspect, found.get((pair, aspect)), p_values.get((pair, aspect))) for aspect in ASPECTS]
+        sentences.append(f"`{pair[0]}` beside `{pair[1]}`: {'; '.join(parts)}.")
+    return sentences
 
 
 def compared_groups(comparison: Comparison) -> list[Group]:
@@ -76,6 +139,7 @@ def _line(comparison: Comparison, group: Group) -> tuple[Difference | None, floa
     return off_line(comparison, group), line_forgetting(comparison, group)
 
 
-def _part(these: Group, others: Group, measure: Measure, verb: str, less: str, more: str) -> str:
-    found = difference_of(these, others, measure)
-    return f"{verb}: no seed in common" if found is None else f"{verb} {found.mean:+.3f}, {judged(found, less, more)}"
+def _part(aspect: Aspect, found: Difference | None, corrected_p: float | None) -> str:
+    if found is None:
+        return f"{aspect.verb}: no seed in common"
+    return f"{aspect.verb} {found.mean:+.3f}, {judged(found, corrected_p, aspect.less, aspect.more)}"

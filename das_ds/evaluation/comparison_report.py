@@ -12,13 +12,12 @@ from das_ds.evaluation.comparison_pictures import fullness_png, loss_matrices_pn
 from das_ds.evaluation.measures import line_groups
 from das_ds.evaluation.pareto_picture import pareto_png
 from das_ds.evaluation.tables import Row, markdown
-from das_ds.functional.intervals import largest_coverage
 
 REPORT_FILE = "report.md"
 PARETO, LOSS_MATRICES, OVERLAP, FULLNESS = "pareto", "loss_matrices", "overlap", "fullness"
 """Names of the pictures, each in a PNG file of its name."""
-FEWEST_FOR_LEVEL = 6
-"""Seeds from which an interval within them can cover the true mean in 95 % of cases."""
+FEW = 6
+"""Pairs from which a single sign-flip test can have a p-value below 0.05."""
 
 
 def write_comparison_report(comparison: Comparison, folder: Path) -> dict[str, Path]:
@@ -66,17 +65,20 @@ def interval_sentences(comparison: Comparison) -> str:
     if counts[-1] == 1:
         return "One seed per group: no interval can be given, and a small difference says nothing.\n"
     text = (
-        "In brackets: 95 % bootstrap interval (percentile) over seeds, which never reaches beyond the smallest and\n"
-        "the largest seed.\n"
+        "In brackets: 95 % t interval over seeds, which holds the true mean in 95 % of cases where seeds err\n"
+        "normally.\n"
     )
-    few = [count for count in counts if 1 < count < FEWEST_FOR_LEVEL]
+    few = [count for count in counts if 1 < count < FEW]
     if few:
-        most = ", ".join(f"{largest_coverage(count):.0%} with {count} seeds" for count in few)
         text += (
-            f"So few seeds cannot carry 95 %: the true mean lies within it in at most {most}. Read it as the\n"
-            "range of what was seen.\n"
+            f"With {_listed(few)} seeds it is wide, for the spread is itself hardly known, and no p-value can be\n"
+            "below 0.05.\n"
         )
     return text
+
+
+def _listed(counts: list[int]) -> str:
+    return " or ".join(map(str, counts))
 
 
 def _heading(comparison: Comparison) -> str:
@@ -109,8 +111,8 @@ def _differences(comparison: Comparison) -> str:
     return (
         f"## Against {comparison.reference}\n\n"
         f"Group minus `{comparison.reference}`, paired by seed; what a seed does to both cancels. p is that of the\n"
-        "exact sign-flip test: with n pairs it is at least 2^(1-n), so that fewer than 6 pairs cannot reach 0.05.\n"
-        "Several groups and columns are several chances to be lucky.\n\n"
+        "exact sign-flip test, which of n pairs is at least 2^(1-n), after Holm's correction for the groups of its\n"
+        "column; several columns are several chances to be lucky.\n\n"
         f"{_table(rows)}"
     )
 
@@ -124,8 +126,10 @@ def _line(comparison: Comparison) -> str:
         "## At equal learning\n\n"
         f"The line through {labels}\n"
         "shows how much less is forgotten by learning less alone. Each run is held against the line of its seed at\n"
-        "the same loss when learned: below 0, it forgets less than a run of the line that learned as much. Seeds\n"
-        "beyond the ends of the line do not count.\n\n"
+        "the same loss when learned on domains 2..T, whose learning is what the earlier ones are forgotten by: below\n"
+        "0, it forgets less than a run of the line that learned as much. Seeds beyond the ends of the line do not\n"
+        "count.\n"
+        "p is corrected, by Holm, for the groups of this table.\n\n"
         f"{_table(rows)}"
     )
 

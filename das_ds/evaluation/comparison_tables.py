@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 from das_ds.evaluation.comparison import Comparison, Group, ImportanceNumbers, RunNumbers
 from das_ds.evaluation.measures import (
     FORGETTING,
     LEARNED,
+    LEARNED_LATER,
     Measure,
     difference_of,
     estimate_of,
@@ -19,7 +20,7 @@ from das_ds.evaluation.measures import (
     off_line,
 )
 from das_ds.evaluation.tables import Row, duration
-from das_ds.functional.intervals import Difference, Estimate
+from das_ds.functional.intervals import Difference, Estimate, holm
 from das_ds.functional.overlap import jaccard_by_chance
 
 NONE = "-"
@@ -50,35 +51,52 @@ def summary_rows(comparison: Comparison) -> list[Row]:
     return [["group", "seeds", *(measure.title for measure in measures)], *rows]
 
 
-def difference_rows(comparison: Comparison) -> list[Row]:
-    """Each group minus the reference, paired by seed: mean [interval] and p-value per measure."""
+def difference_rows(comparison: Comparison, family: Collection[str] | None = None) -> list[Row]:
+    """Each group minus the reference, paired by seed: mean [interval] and p-value per measure.
+
+    Args:
+        comparison: to take them from.
+        family: labels of the groups that were to be tested; p-values are corrected for their number, by Holm, in each
+            measure, and other groups have none. None: all groups of which there is a difference.
+    """
     reference = comparison.group(comparison.reference)
     measures = measures_of(comparison)
+    groups = [group for group in comparison.groups if group.label != reference.label]
+    columns = [[difference_of(group, reference, measure) for group in groups] for measure in measures]
+    labels = [group.label for group in groups]
+    cells = [_differences(labels, column, family) for column in columns]
     rows = []
-    for group in comparison.groups:
-        if group.label == reference.label:
-            continue
-        differences = [difference_of(group, reference, measure) for measure in measures]
-        pairs = max((found.num_seeds for found in differences if found is not None), default=0)
-        rows.append([group.label, str(pairs), *map(_difference, differences)])
+    for place, label in enumerate(labels):
+        pairs = max((found.num_seeds for column in columns if (found := column[place]) is not None), default=0)
+        rows.append([label, str(pairs), *(column[place] for column in cells)])
     return [["group", "pairs", *(measure.title for measure in measures)], *rows]
 
 
-def line_rows(comparison: Comparison) -> list[Row]:
-    """Forgetting beside what the reference's method forgets at the same loss when learned; no rows without a line."""
+def line_rows(comparison: Comparison, family: Collection[str] | None = None) -> list[Row]:
+    """Forgetting beside what the reference's method forgets where it learns domains 2..T as well; none without a line.
+
+    Args:
+        comparison: to take them from.
+        family: as for `difference_rows`.
+    """
     on_line = {group.label for group in line_groups(comparison)}
-    header = ["group", "pairs", "loss when learned", "forgetting", "of the line there", "difference", "share"]
+    header = ["group", "pairs", LEARNED_LATER.title, "forgetting", "of the line there", "difference", "share"]
+    groups = [
+        group
+        for group in comparison.groups
+        if len(on_line) > 1 and group.label not in on_line and estimate_of(group, FORGETTING) is not None
+    ]
+    found = [off_line(comparison, group) for group in groups]
+    cells = _differences([group.label for group in groups], found, family)
     rows: list[Row] = []
-    for group in comparison.groups if len(on_line) > 1 else []:
-        if group.label in on_line or estimate_of(group, FORGETTING) is None:
-            continue
-        found, expected = off_line(comparison, group), line_forgetting(comparison, group)
-        own = [_estimate(estimate_of(group, measure), measure) for measure in (LEARNED, FORGETTING)]
-        if found is None or expected is None:
+    for group, difference, cell in zip(groups, found, cells, strict=True):
+        expected = line_forgetting(comparison, group)
+        own = [_estimate(estimate_of(group, measure), measure) for measure in (LEARNED_LATER, FORGETTING)]
+        if difference is None or expected is None:
             rows.append([group.label, "0", *own, NONE, NONE, NONE])
             continue
-        share = f"{found.mean / expected:+.0%}" if expected > 0 else NONE
-        rows.append([group.label, str(found.num_seeds), *own, f"{expected:+.4f}", _difference(found), share])
+        share = f"{difference.mean / expected:+.0%}" if expected > 0 else NONE
+        rows.append([group.label, str(difference.num_seeds), *own, f"{expected:+.4f}", cell, share])
     return [header, *rows]
 
 
@@ -217,11 +235,28 @@ def _estimate(found: Estimate | None, measure: Measure) -> str:
     return mean if found.low is None else f"{mean} [{found.low:{sign}.4f}, {found.high:{sign}.4f}]"
 
 
-def _difference(found: Difference | None) -> str:
+def _differences(
+    labels: Sequence[str], differences: Sequence[Difference | None], family: Collection[str] | None
+) -> list[str]:
+    """One measure of every group as text, p-values corrected for the tests there are."""
+    tested = [
+        index
+        for index, found in enumerate(differences)
+        if found is not None and found.low is not None and (family is None or labels[index] in family)
+    ]
+    num_tests = None if family is None else len(set(family) & set(labels))
+    p_values = holm([found.p_value for index in tested if (found := differences[index]) is not None], num_tests)
+    corrected = dict(zip(tested, p_values, strict=True))
+    return [_difference(found, corrected.get(index)) for index, found in enumerate(differences)]
+
+
+def _difference(found: Difference | None, corrected_p: float | None) -> str:
     if found is None:
         return NONE
-    mean = f"{found.mean:+.4f}"
-    return mean if found.low is None else f"{mean} [{found.low:+.4f}, {found.high:+.4f}], p {found.p_value:.2g}"
+    if found.low is None:
+        return f"{found.mean:+.4f}"
+    p_value = "" if corrected_p is None else f", p {corrected_p:.2g}"
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{p_value}"
 
 
 def _forgetting_of(domain: str, run: RunNumbers) -> float | None:

@@ -41,6 +41,8 @@ def _score_forward(run: RunNumbers) -> float | None:
 
 
 LEARNED = Measure("loss when learned", lambda run: run.learned, is_signed=False)
+LEARNED_LATER = Measure("loss when learned (2..T)", lambda run: run.learned_later, is_signed=False)
+"""What runs are held beside each other at: see `RunNumbers.learned_later`."""
 FINAL = Measure("loss at the end", lambda run: run.final, is_signed=False)
 FORGETTING = Measure("forgetting", lambda run: run.forgetting)
 DRIFT = Measure("general drift", lambda run: run.general_drift)
@@ -52,7 +54,8 @@ SCORE_FORWARD = Measure("end-task forward transfer", _score_forward)
 
 def measures_of(comparison: Comparison) -> list[Measure]:
     """Those that some run has."""
-    known = [LEARNED, FINAL, FORGETTING, DRIFT, FORWARD, SCORE, SCORE_FORGETTING, SCORE_FORWARD]
+    later = [LEARNED_LATER] if len(comparison.domains) > 1 else []
+    known = [LEARNED, *later, FINAL, FORGETTING, DRIFT, FORWARD, SCORE, SCORE_FORGETTING, SCORE_FORWARD]
     runs = [run for group in comparison.groups for run in group.runs]
     return [measure for measure in known if any(measure.of(run) is not None for run in runs)]
 
@@ -94,7 +97,7 @@ def line_groups(comparison: Comparison) -> list[Group]:
 
 
 def off_line(comparison: Comparison, group: Group) -> Difference | None:
-    """Forgetting minus that of the reference's line at the same loss when learned, seed by seed.
+    """Forgetting minus that of the reference's line at the same loss when learned on domains 2..T, seed by seed.
 
     Between two runs of the line it is interpolated; a seed whose loss lies beyond the line's ends does not count. None
     where no seed counts.
@@ -112,10 +115,10 @@ def line_forgetting(comparison: Comparison, group: Group) -> float | None:
 def _beside_line(comparison: Comparison, run: RunNumbers) -> tuple[float, float] | None:
     """Forgetting of a run and of the line of its seed."""
     points: list[Point] = [
-        (other.learned, other.forgetting)
+        (other.learned_later, other.forgetting)
         for group in line_groups(comparison)
         for other in group.runs
         if other.seed == run.seed and other.forgetting is not None
     ]
-    on_line = line_at(points, run.learned)
+    on_line = line_at(points, run.learned_later)
     return None if on_line is None or run.forgetting is None else (run.forgetting, on_line)

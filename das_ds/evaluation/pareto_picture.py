@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from das_ds.evaluation.comparison import Comparison, Group
-from das_ds.evaluation.measures import FORGETTING, LEARNED, estimate_of, line_groups
+from das_ds.evaluation.measures import FORGETTING, LEARNED_LATER, estimate_of, line_groups
 from das_ds.evaluation.pictures import DPI, figure_of
 from das_ds.functional.intervals import Estimate
 from das_ds.functional.pareto import pareto_front
@@ -21,11 +21,11 @@ LINE_COLOUR = "0.45"
 LEGEND_COLUMNS = 2
 
 Place = tuple[Estimate, Estimate]
-"""Loss when learned, and forgetting."""
+"""Loss when learned on domains 2..T, and forgetting."""
 
 
 def pareto_png(comparison: Comparison, path: Path) -> None:
-    """Draw mean domain loss right after learning (across) against forgetting (up); down and to the left is better.
+    """Draw the mean loss right after learning domains 2..T (across) against forgetting (up); down and left is better.
 
     One colour per method, one marker per group of a method; bars are intervals over seeds, small points the seeds. The
     front joins the groups that no other beats in both. A dashed line joins the groups of the reference that differ in
@@ -40,14 +40,14 @@ def pareto_png(comparison: Comparison, path: Path) -> None:
         number = numbers[group.method] = numbers.get(group.method, -1) + 1
         if group.label in places:
             _draw_group(plot, group, places[group.label], colours[group.method], MARKERS[number % len(MARKERS)])
-        elif (learned := estimate_of(group, LEARNED)) is not None:
+        elif (learned := estimate_of(group, LEARNED_LATER)) is not None:
             plot.axvline(learned.mean, linestyle=":", color=colours[group.method], label=group.label)
     means = {label: (learned.mean, forgotten.mean) for label, (learned, forgotten) in places.items()}
     _draw_front(plot, list(means.values()))
     line = sorted(means[group.label] for group in line_groups(comparison) if group.label in means)
     if len(line) > 1:
         plot.plot(*zip(*line, strict=True), "--", color=LINE_COLOUR, linewidth=1, zorder=1, label="learning less")
-    plot.set_xlabel("mean domain loss right after learning (nats per token)")
+    plot.set_xlabel("mean loss right after learning domains 2..T (nats per token)")
     plot.set_ylabel("average forgetting (nats per token)")
     plot.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8)
@@ -55,7 +55,7 @@ def pareto_png(comparison: Comparison, path: Path) -> None:
 
 
 def _place(group: Group) -> Place | None:
-    learned, forgotten = estimate_of(group, LEARNED), estimate_of(group, FORGETTING)
+    learned, forgotten = estimate_of(group, LEARNED_LATER), estimate_of(group, FORGETTING)
     return None if learned is None or forgotten is None else (learned, forgotten)
 
 
@@ -66,7 +66,7 @@ def _colours(comparison: Comparison) -> dict[str, str]:
 
 def _draw_group(plot: Axes, group: Group, place: Place, colour: str, marker: str) -> None:
     across, up = place
-    seeds = [(run.learned, run.forgetting) for run in group.runs if run.forgetting is not None]
+    seeds = [(run.learned_later, run.forgetting) for run in group.runs if run.forgetting is not None]
     if len(seeds) > 1:
         across_seeds, up_seeds = zip(*seeds, strict=True)
         plot.scatter(across_seeds, up_seeds, s=9, color=colour, alpha=0.45, linewidths=0, zorder=2)

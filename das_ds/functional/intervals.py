@@ -1,15 +1,16 @@
-"""What a few seeds say about a mean: bootstrap intervals and sign-flip tests, the same numbers at every call.
+"""What a few seeds say about a mean: Student's t intervals, exact sign-flip tests, and Holm's correction of p-values.
 
-Shape legend: S seeds, R resamples, F flips.
+Shape legend: S seeds, F flips, M tests of a family.
 
-A percentile interval of S values lies between the smallest and the largest of them. Where errors are symmetric, the
-true mean lies outside of all S values with probability 2^(1-S): half the time for 2 seeds, 6 % for 5. So with fewer
-than 6 seeds no such interval covers the true mean in 95 % of cases (`largest_coverage`), and for the same reason no
-sign-flip test of fewer than 6 pairs has a p-value below 0.05.
+A t interval is as wide as a spread that is itself only estimated demands: with 2 seeds it reaches 9 standard deviations
+to either side, with 6 one. The sign-flip test needs no distribution, but of fewer than 6 pairs it has no p-value below
+0.05, and a family of M tests needs log2(20 M) + 1 pairs for one of them to survive Holm's correction at that level.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -17,7 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
 MOST_ENUMERATED = 50_000
-"""Up to here all resamples or flips are taken, beyond it as many at random."""
+"""Up to here all flips are taken, beyond it as many at random."""
+BISECTIONS = 60
+"""Halvings of a right angle, to the last bit of a float64."""
 
 Values = NDArray[numpy.float64]
 
@@ -41,54 +44,103 @@ class Difference(Estimate):
     """Of the exact sign-flip test, two-sided; 1 for a single seed."""
 
 
-def estimate(values: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Estimate:
-    """Mean and percentile interval.
+def estimate(values: ArrayLike, *, level: float = LEVEL) -> Estimate:
+    """Mean and t interval.
 
     Args:
         values: (S,) one number per seed, S >= 1.
-        level: share of the bootstrap distribution that the interval holds.
-        seed: of the resamples, where they are drawn at random.
+        level: how often such an interval holds the true mean, where seeds err normally.
     """
     numbers = _vector(values)
-    low, high = bootstrap_interval(numbers, level=level, seed=seed) if len(numbers) > 1 else (None, None)
+    low, high = t_interval(numbers, level=level) if len(numbers) > 1 else (None, None)
     return Estimate(float(numbers.mean()), low, high, len(numbers))
 
 
 def paired_difference(these: ArrayLike, others: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Difference:
-    """Mean of these - others, its interval and its p-value; what a seed does to both cancels.
+    """Mean of these - others, its t interval and its p-value; what a seed does to both cancels.
 
     Args:
         these: (S,) one number per seed.
         others: (S,) of the same seeds in the same order.
-        level, seed: as for `estimate`.
+        level: as for `estimate`.
+        seed: as for `sign_flip_p_value`.
     """
     differences = _vector(these) - _vector(others)
-    found = estimate(differences, level=level, seed=seed)
+    found = estimate(differences, level=level)
     p_value = sign_flip_p_value(differences, seed=seed)
     return Difference(found.mean, found.low, found.high, found.num_seeds, p_value)
 
 
-def bootstrap_interval(values: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean (Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993, section 13.3).
+def t_interval(values: ArrayLike, *, level: float = LEVEL) -> tuple[float, float]:
+    """mean -+ t s / sqrt(S), t the (1 + level) / 2 quantile of Student's t with S - 1 degrees of freedom.
 
-    The quantiles (1 - level) / 2 and (1 + level) / 2 of the means of resamples of S values with replacement. All S^S
-    resamples are equally likely and are enumerated up to S = 6; beyond that as many as `MOST_ENUMERATED` are drawn.
+    Student, *The probable error of a mean*, Biometrika 1908; s is the standard deviation with S - 1 in its denominator.
 
     Args:
-        values: (S,), S >= 1.
-        level: share of the distribution between the two ends.
-        seed: of the draws.
+        values: (S,), S >= 2.
+        level: how often the interval holds the true mean, where values err normally.
     """
     numbers = _vector(values)
     size = len(numbers)
-    if size**size <= MOST_ENUMERATED:
-        indices = numpy.indices((size,) * size).reshape(size, -1)
-    else:
-        indices = numpy.random.default_rng(seed).integers(size, size=(size, MOST_ENUMERATED))
-    means_R = numbers[indices].mean(axis=0)
-    # The resamples are the distribution and no sample of it, so nothing is to be guessed between two of them.
-    low, high = numpy.quantile(means_R, ((1 - level) / 2, (1 + level) / 2), method="inverted_cdf")
-    return float(low), float(high)
+    arm = t_quantile(level, size - 1) * float(numbers.std(ddof=1)) / math.sqrt(size)
+    mean = float(numbers.mean())
+    return mean - arm, mean + arm
+
+
+def t_quantile(level: float, degrees: int) -> float:
+    """The t with P(|T| <= t) = level for Student's t with so many degrees of freedom.
+
+    Found by bisection in theta = atan(t / sqrt(degrees)) of the finite sums for whole degrees (Abramowitz & Stegun,
+    *Handbook of Mathematical Functions*, 1964, 26.7.3 and 26.7.4).
+
+    Args:
+        level: between 0 and 1.
+        degrees: of freedom, >= 1.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if _t_probability(middle, degrees) < level:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _t_probability(theta: float, degrees: int) -> float:
+    """P(|T| <= sqrt(degrees) tan(theta))."""
+    sine, cosine = math.sin(theta), math.cos(theta)
+    is_odd = degrees % 2 == 1
+    # Odd: cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ...; even: 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...
+    term = cosine if is_odd else 1.0
+    total = 0.0
+    for power in range(2 if is_odd else 1, degrees, 2):
+        total += term
+        term *= cosine**2 * power / (power + 1)
+    return 2 / math.pi * (theta + sine * total) if is_odd else sine * total
+
+
+def holm(p_values: Sequence[float], num_tests: int | None = None) -> list[float]:
+    """p-values corrected for the number of tests: the chance that any of a family without effects looks so good.
+
+    p~_(i) = max_{j <= i} min(1, (M - j + 1) p_(j)) over ascending p-values (Holm, *A simple sequentially rejective
+    multiple test procedure*, Scandinavian Journal of Statistics 1979).
+
+    Args:
+        p_values: of the tests of a family that was fixed before they were seen.
+        num_tests: M, where the family has tests besides that could not be made; they count as p-values of 1.
+
+    Returns:
+        As many as `p_values`, in the same order.
+    """
+    size = max(num_tests or 0, len(p_values))
+    ascending = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for place, index in enumerate(ascending):
+        largest = max(largest, min(1.0, (size - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def sign_flip_p_value(differences: ArrayLike, *, seed: int = 0) -> float:
@@ -113,11 +165,6 @@ def sign_flip_p_value(differences: ArrayLike, *, seed: int = 0) -> float:
     # Sums in another order differ in their last digits, which must not tell a tie from a smaller one.
     least = abs(numbers.sum()) - 1e-12 * numpy.abs(numbers).sum()
     return float((sums_F >= least).mean())
-
-
-def largest_coverage(num_seeds: int) -> float:
-    """The most often that an interval within S values can hold the true mean: 1 - 2^(1-S), for symmetric errors."""
-    return 1.0 - 2.0 ** (1 - num_seeds)
 
 
 def _vector(values: ArrayLike) -> Values:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from das_ds.evaluation.comparison import Comparison, Cost, Group, GroupOverlap, ImportanceNumbers, RunNumbers
 
+T_OF_TWO = 12.706204736
+"""The 97.5 % quantile of Student's t with one degree of freedom, from a table."""
 BEFORE = [6.0, 5.0, 3.0]
 STAGES = ["before training", "after acl", "after pubmed"]
 
@@ -54,6 +56,12 @@ def pooled(label: str, losses: Sequence[float]) -> Group:
         for seed, loss in enumerate(losses)
     ]
     return Group(label=label, method="pool", settings={}, stages=["before training", "after pool"], runs=runs)
+
+
+def interval_of_two(first: float, second: float) -> tuple[float, float]:
+    """The 95 % t interval of two seeds: their standard error is half their difference."""
+    arm = T_OF_TWO * abs(first - second) / 2
+    return (first + second) / 2 - arm, (first + second) / 2 + arm
 
 
 def comparison(*groups: Group, reference: str | None = None, notes: Sequence[str] = ()) -> Comparison:

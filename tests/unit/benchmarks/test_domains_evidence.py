@@ -9,9 +9,9 @@ from benchmarks.domains.evidence import in_order, page_text, write_page
 from benchmarks.domains.groups import NOTHING, Restored
 from benchmarks.domains.matching import Match, Probe
 from benchmarks.domains.record import Extended, Record, Repeated, TrackRecord, read_record, write_record
-from benchmarks.domains.verdicts import against_line, between, goal, judged
+from benchmarks.domains.verdicts import against_line, between, goal, judged, line_p_values
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import Comparison
+from das_ds.evaluation.comparison import Comparison, Group
 from das_ds.functional.intervals import paired_difference
 from helpers.comparisons import comparison, group, pooled
 
@@ -74,7 +74,7 @@ def test_everything_is_on_the_page() -> None:
     assert "7 steps per domain of 4 x 8 tokens, fp32" in text
     assert "gave the same numbers to the last digit" in text
     assert "3.5000 (-0.5000)" in text and "0.0001: 3.4000 (+0.2000), 0.0002: 3.2000 (+0.3000)" in text
-    assert " 0.00015 |" in text
+    assert "| das        |          3.2000 |                ncl |            3.0000 |   0.01 |  no |" in text
     assert "images/evidence_cpu_encoder.png" in text
     assert "`pool`: forgetting is not defined" in text
 
@@ -136,10 +136,13 @@ def test_words_follow_from_the_line() -> None:
     runs = naive_and_others()
     # At 3.2 the line forgets 0.8: das 0.25 on average, a third of it; das weights exactly as much.
     assert against_line(runs, runs.group("das")) == (
-        "`das` forgets +0.250; naive training that learns as much forgets +0.800, 31% of it: less, the interval leaves "
-        "out 0, but 2 seeds cannot be significant (p 0.5)."
+        "`das` forgets +0.250; naive training that learns as much forgets +0.800, 31% of it: not told apart: the "
+        "interval holds 0."
     )
-    assert against_line(runs, runs.group("das weights")).endswith("100% of it: not told apart: the interval holds 0.")
+    same = comparison(runs.group("ncl"), runs.group("ncl x 0.5"), group("das", [(3.2, 0.3), (3.2, 0.3)]))
+    assert against_line(same, same.group("das")).endswith("38% of it: less, the interval leaves out 0; not tested.")
+    tested = against_line(same, same.group("das"), family=["das"])
+    assert tested.endswith("38% of it: less, the interval leaves out 0 (p 0.5).")
     assert "no naive run learns as much or as little" in against_line(runs, runs.group("ewc"))
     assert goal(runs, "das").endswith("`das`: reached (31%).")
     assert goal(runs, "das weights").endswith("`das weights`: not reached (100%).")
@@ -147,19 +150,46 @@ def test_words_follow_from_the_line() -> None:
     better = comparison(runs.group("ncl"), runs.group("ncl x 0.5"), group("das", [(3.2, -0.1)]))
     assert goal(better, "das").endswith("reached (0%).") and "% of it" not in against_line(better, better.group("das"))
     # Of two domains the first is forgotten, so half of the difference in forgetting is left at the end: 1.2 - 0.125.
-    assert between(runs, "das", "ewc") == (
-        "`das` beside `ewc`: forgets -0.250, less, the interval leaves out 0, but 2 seeds cannot be significant "
-        "(p 0.5); its loss when learned is +1.200, higher, the interval leaves out 0, but 2 seeds cannot be "
-        "significant (p 0.5); its loss at the end is +1.075, higher, the interval leaves out 0, but 2 seeds cannot be "
-        "significant (p 0.5)."
+    assert between(runs, [("das", "ewc")]) == [
+        "`das` beside `ewc`: forgets -0.250, not told apart: the interval holds 0; its loss when learned (2..T) is "
+        "+1.200, higher, the interval leaves out 0; not tested; its loss at the end is +1.075, higher, the interval "
+        "leaves out 0; not tested."
+    ]
+
+
+def test_judged_corrected_p_value_decides_on_the_word() -> None:
+    assert judged(paired_difference([1.0], [2.0]), None) == "less in the one seed there is"
+    assert judged(paired_difference([3.0, 1.0], [2.0, 2.0]), 0.01) == "not told apart: the interval holds 0"
+    six = paired_difference([3.0] * 6, [2.0] * 6)
+    assert judged(six, six.p_value) == "significantly more (p 0.031)"
+    assert judged(six, 2 * six.p_value) == "more, the interval leaves out 0 (p 0.062)"
+    assert judged(six, None) == "more, the interval leaves out 0; not tested"
+
+
+def test_between_one_family_has_all_aspects_of_all_its_pairs() -> None:
+    def seeds(label: str, learned: float, forgetting: float, num_seeds: int = 9) -> Group:
+        return group(label, [(learned + 0.1 * seed, forgetting) for seed in range(num_seeds)])
+
+    runs = comparison(seeds("ncl", 3.0, 0.9), seeds("das", 3.5, 0.1), seeds("ewc", 3.4, 0.2), seeds("kd", 3.3, 0.3))
+    pairs = [("das", "ewc"), ("das", "kd")]
+    # Nine pairs of one sign: p = 2 / 2^9 = 0.0039, times six tests.
+    assert between(runs, pairs, family=["das", "ewc", "kd"])[0].startswith(
+        "`das` beside `ewc`: forgets -0.100, significantly less (p 0.023)"
     )
+    # A pair with a group outside the family is not tested and is no test of it.
+    first, second = between(runs, pairs, family=["das", "ewc"])
+    assert "significantly less (p 0.012)" in first and "not tested" in second and "significant" not in second
 
 
-def test_few_seeds_are_never_significant_and_many_can_be() -> None:
-    assert judged(paired_difference([1.0], [2.0])) == "less in the one seed there is"
-    assert judged(paired_difference([3.0, 1.0], [2.0, 2.0])) == "not told apart: the interval holds 0"
-    assert judged(paired_difference([1.0] * 5, [2.0] * 5)).startswith("less, the interval leaves out 0, but 5 seeds")
-    assert judged(paired_difference([3.0] * 6, [2.0] * 6)) == "significantly more (p 0.031)"
+def test_line_p_values_family_counts_what_could_not_be_tested() -> None:
+    places = {"ncl": (3.0, 1.0), "ncl x 0.5": (3.5, 0.5), "das": (3.2, 0.1)}
+    groups = [
+        group(label, [place] * 6, train__learning_rate=f"{index}e-4")
+        for index, (label, place) in enumerate(places.items())
+    ]
+    runs = comparison(*groups)
+    assert line_p_values(runs, ["das"]) == pytest.approx({"das": 2 / 2**6})
+    assert line_p_values(runs, ["das", "ewc", "kd"]) == pytest.approx({"das": 3 * 2 / 2**6})
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_committed_file_gives_the_same_folder_again(tmp_path: Path) -> None:
 def test_what_the_report_says() -> None:
     text = report_text(comparison(NCL, SLOW, DAS, notes=["x/y is not complete and is left out."]))
     assert "# Runs over acl -> pubmed" in text
-    assert "at most 50% with 2 seeds" in text
+    assert "With 2 seeds it is wide" in text
     assert "## Against ncl\n" in text and "## At equal learning\n" in text
     assert "Without importance files, and left out here: ncl, ncl slow." in text
     assert "## Notes\n\n- x/y is not complete and is left out.\n" in text
@@ -58,7 +58,7 @@ def test_a_single_group_of_one_seed_is_not_made_more_of() -> None:
 
 def test_six_seeds_need_no_warning() -> None:
     text = report_text(comparison(group("ncl", [(3.0 + 0.1 * seed, 0.5) for seed in range(6)])))
-    assert "In brackets: 95 % bootstrap interval" in text and "So few seeds" not in text
+    assert "In brackets: 95 % t interval" in text and "it is wide" not in text
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 
 from das_ds.evaluation import comparison_tables as tables
-from das_ds.evaluation.comparison import Comparison
+from das_ds.evaluation.comparison import Comparison, Group
 from das_ds.evaluation.score_matrix import RunScores, ScoredTask, ScoreMatrix, TaskForgetting
 from das_ds.evaluation.tables import Row
-from helpers.comparisons import comparison, group, importance_numbers, pooled, run_numbers
+from helpers.comparisons import comparison, group, importance_numbers, interval_of_two, pooled, run_numbers
+
+
+def bracket(first: float, second: float, sign: str = "") -> str:
+    """Mean and interval of two seeds as a table has them."""
+    low, high = interval_of_two(first, second)
+    return f"{(first + second) / 2:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
 
 
 def by_label(rows: list[Row]) -> dict[str, list[str]]:
@@ -34,30 +40,41 @@ def test_settings_are_those_in_which_groups_differ(several: Comparison) -> None:
 
 def test_summary(several: Comparison) -> None:
     rows = tables.summary_rows(several)
-    assert rows[0][:5] == ["group", "seeds", "loss when learned", "loss at the end", "forgetting"]
-    assert by_label(rows)["ncl"][:4] == [
-        "2",
-        "3.1000 [3.0000, 3.2000]",
-        "3.5000 [3.4500, 3.5500]",
-        "+0.8000 [+0.7000, +0.9000]",
-    ]
-    assert by_label(rows)["pool"] == ["1", "2.5000", "2.5000", "-", "+0.0000", "-"]
+    assert rows[0][:5] == ["group", "seeds", "loss when learned", "loss when learned (2..T)", "loss at the end"]
+    learned = bracket(3.0, 3.2)
+    assert by_label(rows)["ncl"][:5] == ["2", learned, learned, bracket(3.45, 3.55), bracket(0.9, 0.7, "+")]
+    assert by_label(rows)["pool"] == ["1", "2.5000", "2.5000", "2.5000", "-", "+0.0000", "-"]
 
 
 def test_differences_are_against_the_reference(several: Comparison) -> None:
     found = by_label(tables.difference_rows(several))
     assert list(found) == ["ncl slow", "das", "pool"]
-    assert found["das"][:2] == ["2", "+0.5000 [+0.5000, +0.5000], p 0.5"]
-    assert found["das"][3] == "-0.3500 [-0.4000, -0.3000], p 0.5"
-    assert found["pool"] == ["1", "-0.5000", "-0.9500", "-", "-0.9000", "-"]
+    # Two groups with two pairs each: p of 0.5 for either, times two.
+    assert found["das"][:2] == ["2", "+0.5000 [+0.5000, +0.5000], p 1"]
+    assert found["das"][4] == bracket(-0.3, -0.4, "+") + ", p 1"
+    assert found["pool"] == ["1", "-0.5000", "-0.5000", "-0.9500", "-", "-0.9000", "-"]
     again = tables.difference_rows(several.model_copy(update={"reference": "das"}))
-    assert by_label(again)["ncl"][3] == "+0.3500 [+0.3000, +0.4000], p 0.5"
+    assert by_label(again)["ncl"][4] == bracket(0.3, 0.4, "+") + ", p 1"
+    of_das = by_label(tables.difference_rows(several, family=["das"]))
+    assert of_das["das"][4] == bracket(-0.3, -0.4, "+") + ", p 0.5"
+    assert "p" not in of_das["ncl slow"][4]
+
+
+def test_p_values_of_a_table_are_corrected_for_its_groups() -> None:
+    def six(label: str, forgetting: float) -> Group:
+        return group(label, [(3.0, forgetting + 0.01 * seed) for seed in range(6)])
+
+    # All six differences have one sign, p = 2 / 2^6 = 0.03125: alone it is below 0.05, among three it is not.
+    alone = tables.difference_rows(comparison(six("ncl", 0.9), six("das", 0.1)))
+    assert by_label(alone)["das"][4].endswith(", p 0.031")
+    three = tables.difference_rows(comparison(six("ncl", 0.9), six("das", 0.1), six("ewc", 0.2), six("kd", 0.3)))
+    assert by_label(three)["das"][4].endswith(", p 0.094")
 
 
 def test_beside_the_line_of_the_reference(several: Comparison) -> None:
     found = by_label(tables.line_rows(several))
     assert list(found) == ["das"]
-    assert found["das"][0] == "2" and found["das"][3:] == ["+0.6000", "-0.1500 [-0.2000, -0.1000], p 0.5", "-25%"]
+    assert found["das"][0] == "2" and found["das"][3:] == ["+0.6000", bracket(-0.1, -0.2, "+") + ", p 0.5", "-25%"]
     fast = comparison(several.group("ncl"), several.group("ncl slow"), group("das fast", [(2.0, 0.8)]))
     assert by_label(tables.line_rows(fast))["das fast"] == ["0", "2.0000", "+0.8000", "-", "-", "-"]
     assert len(tables.line_rows(comparison(several.group("ncl"), several.group("das")))) == 1
@@ -74,7 +91,7 @@ def test_losses_of_a_stage_stand_together(several: Comparison) -> None:
 def test_forgetting_by_domain(several: Comparison) -> None:
     rows = tables.forgetting_rows(several)
     assert rows[0] == ["group", "acl"]
-    assert by_label(rows)["das"] == ["+0.4500 [+0.3000, +0.6000]"]
+    assert by_label(rows)["das"] == [bracket(0.6, 0.3, "+")]
     assert by_label(rows)["pool"] == ["-"]
 
 
@@ -137,8 +154,8 @@ def test_end_tasks() -> None:
             "macro_f1",
             "-",
             "0.8000 [0.8000, 0.8000]",
-            "0.5500 [0.5000, 0.6000]",
-            "+0.2500 [+0.2000, +0.3000]",
+            bracket(0.5, 0.6),
+            bracket(0.3, 0.2, "+"),
         ],
         [
             "das",
@@ -152,7 +169,7 @@ def test_end_tasks() -> None:
     ]
     header, das, ncl = tables.summary_rows(both)
     assert header[-3:] == ["end-task score", "end-task forgetting", "end-task forward transfer"]
-    assert das[-3:-1] == ["0.6250 [0.6000, 0.6500]", "+0.2500 [+0.2000, +0.3000]"] and ncl[-3:] == ["-"] * 3
+    assert das[-3:-1] == [bracket(0.6, 0.65), bracket(0.3, 0.2, "+")] and ncl[-3:] == ["-"] * 3
     # A mean over some of the tasks would be another number.
     missing = runs[0].model_copy(update={"end_tasks": scores_of(None)})
     lacking = comparison(group("das", [(3.0, 0.1)]).model_copy(update={"runs": [missing]}))

@@ -8,6 +8,7 @@ from das_ds.evaluation.measures import (
     DRIFT,
     FORGETTING,
     LEARNED,
+    LEARNED_LATER,
     difference_of,
     estimate_of,
     line_forgetting,
@@ -16,7 +17,7 @@ from das_ds.evaluation.measures import (
     off_line,
     values_of,
 )
-from helpers.comparisons import comparison, group, pooled
+from helpers.comparisons import comparison, group, interval_of_two, pooled
 
 NCL = group("ncl", [(3.0, 0.9), (3.2, 0.7)], train__learning_rate="1e-3")
 SLOW = group("ncl slow", [(4.0, 0.5), (4.2, 0.3)], train__learning_rate="3e-4")
@@ -27,7 +28,7 @@ DAS = group("das", [(3.5, 0.6), (3.7, 0.3), (3.0, 0.0)], train__learning_rate="1
 def test_means_over_the_seeds_that_have_the_number() -> None:
     found = estimate_of(NCL, FORGETTING)
     assert found is not None
-    assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((0.8, 0.7, 0.9, 2))
+    assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((0.8, *interval_of_two(0.9, 0.7), 2))
     assert values_of(DAS, LEARNED) == pytest.approx({0: 3.5, 1: 3.7, 2: 3.0})
     assert estimate_of(pooled("pool", [2.5]), FORGETTING) is None
 
@@ -35,7 +36,8 @@ def test_means_over_the_seeds_that_have_the_number() -> None:
 def test_differences_pair_the_seeds_of_both() -> None:
     found = difference_of(DAS, NCL, FORGETTING)
     assert found is not None
-    assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((-0.35, -0.4, -0.3, 2))
+    low, high = interval_of_two(-0.3, -0.4)
+    assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((-0.35, low, high, 2))
     assert found.p_value == 0.5
     third = DAS.model_copy(update={"runs": DAS.runs[2:]})
     assert difference_of(third, NCL, FORGETTING) is None
@@ -50,6 +52,26 @@ def test_the_line_is_made_of_what_differs_in_pace_alone() -> None:
     assert found is not None
     assert (found.mean, found.num_seeds) == pytest.approx((((0.6 - 0.7) + (0.3 - 0.5)) / 2, 2))
     assert line_forgetting(everything, DAS) == pytest.approx(0.6)
+
+
+def test_what_the_first_domain_costs_does_not_move_a_run_along_the_line() -> None:
+    """Forgetting comes of learning domains 2..T: a method that learns the first one at its full rate gains nothing."""
+    everything = comparison(NCL, SLOW, DAS)
+    run = DAS.runs[0]
+    losses = [list(row) for row in run.loss_matrix]
+    losses[1][0] -= 0.4
+    losses[2][0] -= 0.4
+    eager = DAS.model_copy(update={"label": "das eager", "runs": [run.model_copy(update={"loss_matrix": losses})]})
+    assert values_of(eager, LEARNED)[0] == pytest.approx(3.3)
+    assert values_of(eager, LEARNED_LATER)[0] == pytest.approx(3.5)
+    found = off_line(comparison(NCL, SLOW, DAS, eager), eager)
+    assert found is not None and found.mean == pytest.approx(0.6 - 0.7)
+    assert line_forgetting(everything, eager) == pytest.approx(0.7)
+
+
+def test_learned_later_of_one_domain_is_that_of_the_domain() -> None:
+    run = DAS.runs[0].model_copy(update={"loss_matrix": [[6.0], [3.5]], "learned_rows": [1]})
+    assert run.learned_later == run.learned == 3.5
 
 
 def test_beyond_the_ends_of_the_line_nothing_is_said() -> None:

@@ -3,42 +3,71 @@
 from __future__ import annotations
 
 import itertools
-import random
 from fractions import Fraction
 
 import numpy
 import pytest
+from scipy import stats
 
 from das_ds.functional.intervals import (
-    bootstrap_interval,
     estimate,
-    largest_coverage,
+    holm,
     paired_difference,
     sign_flip_p_value,
+    t_interval,
+    t_quantile,
 )
 
 VALUES = [0.31, 0.42, 0.27, 0.55, 0.36, 0.71, 0.18, 0.44, 0.39]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_interval_of_few_seeds_is_that_of_all_resamples(size: int) -> None:
-    means = sorted(sum(resample) / size for resample in itertools.product(VALUES[:size], repeat=size))
-    for found, share in zip(bootstrap_interval(VALUES[:size], level=0.9), (0.05, 0.95), strict=True):
-        # The smallest mean that so large a share of all lies at or below.
-        expected = next(mean for place, mean in enumerate(means, start=1) if place >= share * len(means) - 1e-9)
-        assert found == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 7, 10, 29, 100])
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
+def test_t_quantile_any_degrees_is_that_of_scipy(level: float, degrees: int) -> None:
+    assert t_quantile(level, degrees) == pytest.approx(stats.t.ppf((1 + level) / 2, degrees), rel=1e-9)
 
 
-def test_two_seeds_give_back_their_range() -> None:
-    assert bootstrap_interval([3.0, 1.0]) == (1.0, 3.0)
+@pytest.mark.parametrize("size", [2, 3, 6, 9])
+def test_t_interval_is_that_of_scipy(size: int) -> None:
+    values = VALUES[:size]
+    expected = stats.t.interval(0.9, size - 1, loc=numpy.mean(values), scale=stats.sem(values))
+    assert t_interval(values, level=0.9) == pytest.approx(expected, rel=1e-9)
 
 
-def test_interval_of_many_seeds_agrees_with_other_draws() -> None:
-    draw = random.Random(0)
-    means = sorted(sum(draw.choices(VALUES, k=len(VALUES))) / len(VALUES) for _ in range(50_000))
-    assert bootstrap_interval(VALUES) == pytest.approx((means[1249], means[48_749]), abs=3e-3)
-    assert bootstrap_interval(VALUES) == bootstrap_interval(VALUES)
-    assert bootstrap_interval(VALUES) != bootstrap_interval(VALUES, seed=1)
+@pytest.mark.parametrize("size", [3, 6, 9])
+def test_paired_difference_interval_is_that_of_scipys_paired_t_test(size: int) -> None:
+    these, others = VALUES[:size], VALUES[::-1][:size]
+    expected = stats.ttest_rel(these, others).confidence_interval(0.95)
+    found = paired_difference(these, others)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 6])
+def test_t_interval_of_normal_seeds_covers_the_true_mean_as_often_as_it_says(num_seeds: int) -> None:
+    draws = numpy.random.default_rng(0).normal(size=(4000, num_seeds))
+    ends = numpy.array([t_interval(draw) for draw in draws])
+    covered = ((ends[:, 0] <= 0) & (ends[:, 1] >= 0)).mean()
+    # Four standard errors of a share of 0.95 in 4000 draws.
+    assert covered == pytest.approx(0.95, abs=0.014)
+
+
+def test_holm_worked_example_gives_the_corrected_values() -> None:
+    # Smallest times 4; next times 3; then 2 * 0.03 = 0.06 and the last, 0.04, may not fall below it.
+    assert holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.01, 0.02], num_tests=4) == pytest.approx(holm([0.01, 0.02, 1.0, 1.0])[:2])
+    assert holm([]) == []
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
+    draws = numpy.random.default_rng(0).uniform(size=(200, 5)) ** 3
+    for p_values in draws:
+        rejected = set()
+        for place, index in enumerate(numpy.argsort(p_values)):
+            if p_values[index] > 0.05 / (5 - place):
+                break
+            rejected.add(int(index))
+        assert {index for index, value in enumerate(holm(p_values.tolist())) if value <= 0.05} == rejected
 
 
 def test_estimate_of_one_seed_has_no_interval() -> None:
@@ -77,16 +106,6 @@ def test_p_value_of_many_pairs_is_near_the_exact_one() -> None:
 
 def test_nothing_follows_from_one_pair_or_from_no_difference() -> None:
     assert sign_flip_p_value([3.0]) == sign_flip_p_value([0.0, 0.0, 0.0]) == 1.0
-
-
-@pytest.mark.parametrize("num_seeds", [2, 3, 5])
-def test_an_interval_covers_no_more_often_than_the_range_of_its_seeds(num_seeds: int) -> None:
-    draws = numpy.random.default_rng(0).normal(size=(4000, num_seeds))
-    in_range = ((draws.min(axis=1) <= 0) & (draws.max(axis=1) >= 0)).mean()
-    assert in_range == pytest.approx(largest_coverage(num_seeds), abs=0.03)
-    ends = numpy.array([bootstrap_interval(draw) for draw in draws[:300]])
-    covered = ((ends[:, 0] <= 0) & (ends[:, 1] >= 0)).mean()
-    assert covered <= largest_coverage(num_seeds) + 0.05
 
 
 def test_no_values_are_a_mistake_of_the_caller() -> None:
