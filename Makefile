@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 MATRIX := .matrix.json
+TEST_PROCESSES ?= 2
 BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction checkpoint
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-gpu test-slow matrix bench bench-domains bench-domains-masks bench-domains-gpu evidence chaos lint format
+.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-domains bench-domains-masks bench-domains-gpu evidence chaos lint format
 
 setup: $(STAMP)
 
@@ -27,15 +28,23 @@ demo: setup
 demo-clm: setup
 	$(BIN)/python -m launch.demo clm
 
+# Minutes: everything within one process, and of what takes several processes the strictest cell of each part.
 test: setup
-	$(BIN)/pytest -q tests
+	$(BIN)/pytest -q -n $(TEST_PROCESSES) tests/unit tests/smoke
+
+# Before a release: every stage, number of ranks, precision, method and architecture, and what waits for real time.
+test-full: setup
+	$(BIN)/pytest -q -n $(TEST_PROCESSES) tests/unit tests/smoke tests/full
+	$(MAKE) test-slow
+
+# Launchers, hang time-outs, two hosts (iproute2) and a SLURM cluster (slurm-wlm, munge): one at a time, as they measure
+# time. Tests whose system packages are missing are skipped and say which.
+test-slow: setup
+	$(BIN)/pytest -q -m "not gpu" tests/slow
 
 test-gpu: setup
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: torch sees no GPU on this machine, so nothing was tested")'
 	$(BIN)/pytest -q -m gpu tests
-
-test-slow: setup
-	$(BIN)/pytest -q -m slow tests
 
 matrix: setup
 	rm -f $(MATRIX)
