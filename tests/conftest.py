@@ -1,7 +1,6 @@
-"""Before anything is imported: how tests use the processor."""
+"""Before anything is imported: how tests use the processor, and what they compile."""
 
 import os
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -11,6 +10,6 @@ if not torch.cuda.is_available():
     # Triton kernels run in Triton's interpreter on CPU tensors; it has to know before it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# DeepSpeed's C++ optimizers are compiled once for all tests, where no lock of a killed compilation can be waited for.
-_extensions = TemporaryDirectory(prefix="torch_extensions_")
-os.environ["TORCH_EXTENSIONS_DIR"] = _extensions.name
+from helpers.compiled_ops import keep_compiled_ops  # noqa: E402
+
+keep_compiled_ops()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import yaml
 
-from helpers.run_ranks import FORK_SERVER
+from helpers.ports import reserve_port
+from helpers.run_ranks import preload, process_context
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -45,12 +46,17 @@ def command(*words: object, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+def on_two_ranks(*words: object) -> subprocess.CompletedProcess[str]:
+    """`command` under DeepSpeed's launcher, at a port that no other test uses."""
+    return command("deepspeed", "--num_accelerators", 2, "--master_port", reserve_port(), *words)
+
+
 def program(path: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """`command(sys.executable, path, *words)` without the wait for its libraries, which the fork server has loaded."""
     arguments = [path, *map(str, words)]
     with TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = FORK_SERVER.Process(target=_run_program, args=(arguments, environment, files), daemon=True)
+        process = process_context().Process(target=_run_program, args=(arguments, environment, files), daemon=True)
         process.start()
         process.join(PATIENCE_S)
         if process.exitcode is None:
@@ -67,5 +73,6 @@ def _run_program(arguments: list[str], environment: dict[str, str], files: list[
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)
+    preload()
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")

@@ -10,6 +10,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import das_ds.training.run  # noqa: F401
 from das_ds.evaluation import report
+from helpers.compiled_ops import keep_compiled_ops
+
+keep_compiled_ops()
 
 # Every export looks into this table, whose thousand regular expressions are compiled when it is first asked for.
 get_checkpoint_conversion_mapping("roberta")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import os
 import queue
-import socket
 import sys
 import time
 import traceback
@@ -17,9 +17,27 @@ from unittest.mock import patch
 
 import torch
 
-# The server imports the slow libraries once; ranks are forked from it in a fraction of a second.
-FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["torch", "transformers", "deepspeed", "helpers.preload"])
+from helpers.ports import reserve_port
+
+PRELOADED = ["torch", "transformers", "deepspeed", "helpers.preload"]
+
+
+def process_context() -> Any:
+    """How processes of tests are started.
+
+    A server imports the slow libraries once, and ranks are forked from it in a fraction of a second. Where there is a
+    GPU, DeepSpeed asks for it when it is imported, after which no forked process may use CUDA: there every rank is
+    started anew.
+    """
+    if torch.cuda.device_count() > 0:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    # Python 3.11 does not tell the server where to import from, and what it cannot import it leaves out without a word:
+    # every rank would then do so by itself, for ten seconds.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
+    return context
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
@@ -34,8 +52,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises:
         RuntimeError: a rank failed (with its traceback), died, or the time ran out.
     """
-    results: Any = FORK_SERVER.Queue()
-    port = _free_port()
+    results: Any = process_context().Queue()
+    port = reserve_port()
     packed = _packed(args)
     processes = _started(
         _rank_main, [(function, packed, rank, world_size, port, results) for rank in range(world_size)]
@@ -50,16 +68,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Processes that run `function(*args)` as ranks, for tests of how they end; the caller waits for and kills them."""
-    port = _free_port()
+    port = reserve_port()
     return _started(_lone_rank_main, [(function, args, rank, world_size, port) for rank in range(world_size)])
 
 
 def _started(target: Callable[..., None], args_of_ranks: list[tuple[Any, ...]]) -> list[Any]:
-    # Python 3.11 does not tell the server where to import from, and what it cannot import it leaves out without a word:
-    # every rank would then do so by itself, for ten seconds.
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
-        forkserver.ensure_running()
-    processes = [FORK_SERVER.Process(target=target, args=args, daemon=True) for args in args_of_ranks]
+    context = process_context()
+    processes = [context.Process(target=target, args=args, daemon=True) for args in args_of_ranks]
     for process in processes:
         process.start()
     return processes
@@ -101,7 +116,14 @@ def _lone_rank_main(function: Callable[..., Any], args: tuple[Any, ...], rank: i
     function(*args)
 
 
+def preload() -> None:
+    """Import what the fork server has imported already, where there is one."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+
 def _become_rank(rank: int, world_size: int, port: int) -> None:
+    preload()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -121,9 +143,3 @@ def _packed(value: Any) -> bytes:
 
 def _unpacked(value: bytes) -> Any:
     return torch.load(io.BytesIO(value), weights_only=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 from das_ds.distributed.launchers import is_alive
 from das_ds.errors import EXIT_STOPPED
 from helpers.commands import QUICK_START
+from helpers.ports import reserve_port
 
 pytestmark = pytest.mark.multirank
 
@@ -38,14 +38,28 @@ class Job:
 
 def start(folder: Path, *, save_s: float = 0.0) -> Job:
     """Two ranks in a loop of steps; returns once both are at it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(reserve_port()),
+    ]
     with (folder / "log").open("wb") as log:
         command = subprocess.Popen(
-            [*launcher, "--module", "helpers.stopping", str(folder), "--save-s", str(save_s)],
+            [
+                *launcher,
+                "--master_port",
+                str(reserve_port()),
+                "--module",
+                "helpers.stopping",
+                str(folder),
+                "--save-s",
+                str(save_s),
+            ],
             env={**os.environ, "PYTHONPATH": path, **QUICK_START},
             stdout=log,
             stderr=log,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from das_ds.training.preflight.report import Finding
-from helpers.commands import command, program, write_config
+from helpers.commands import on_two_ranks, program, write_config
+from helpers.ports import reserve_port
 from helpers.preflight import different_ranks, failing_rank, preflight_and_error, rank_without_backend
 from helpers.run_ranks import run_ranks
 from helpers.runs import small_run
@@ -74,7 +75,7 @@ def test_all_ranks_raise_the_same_after_all_checks(tmp_path: Path) -> None:
 def test_deepspeed_launcher_checks_two_ranks(tmp_path: Path) -> None:
     values = small_run(tmp_path)
     path = write_config(tmp_path, values)
-    done = command("deepspeed", "--num_accelerators", 2, "launch/preflight.py", "--config", path)
+    done = on_two_ranks("launch/preflight.py", "--config", path)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith(("ok ", "warning ", "failed "))]
     assert [words[:2] for words in lines] == [["ok", check] for check in CHECKS]
@@ -97,7 +98,8 @@ def test_failing_command_makes_all_checks_and_exits_with_2(tmp_path: Path) -> No
 
 def test_rank_that_waits_in_vain_says_so(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
-    lonely = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
+    lonely = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    lonely["MASTER_PORT"] = str(reserve_port())
     done = program("launch/preflight.py", "--config", path, "run.hang_timeout=2", **lonely)
     assert done.returncode == 2, done.stderr
     assert "das_ds: the ranks do not find each other within 2 s (run.hang_timeout)" in done.stderr

@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
+import torch
 
-from helpers.run_ranks import run_ranks
+from helpers.run_ranks import process_context, run_ranks
 
 pytestmark = pytest.mark.multirank
 
@@ -28,6 +29,15 @@ def fail_on_the_second(how: str) -> None:
 
 def test_ranks_start_with_everything_loaded() -> None:
     assert run_ranks(is_warm, 2) == [True, True]
+
+
+@pytest.mark.parametrize(("num_gpus", "method"), [(0, "forkserver"), (1, "spawn")])
+def test_process_context_with_a_gpu_starts_processes_anew(
+    num_gpus: int, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork of a process that has asked for the GPU may not use it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert process_context().get_start_method() == method
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from das_ds.cli import main
 from das_ds.evaluation.results import RESULTS_FILE, Results
-from helpers.commands import command, program, write_config
+from helpers.commands import command, on_two_ranks, program, write_config
 from helpers.runs import small_run
 
 
@@ -20,9 +20,7 @@ from helpers.runs import small_run
 def test_deepspeed_launcher_trains_on_two_ranks_and_evaluate_agrees(tmp_path: Path) -> None:
     values = small_run(tmp_path, deepspeed="ds_configs/zero3.json")
     path = write_config(tmp_path, values)
-    done = command(
-        "deepspeed", "--num_accelerators", 2, "launch/train.py", "--config", path, "train.micro_batch_size=2"
-    )
+    done = on_two_ranks("launch/train.py", "--config", path, "train.micro_batch_size=2")
     assert done.returncode == 0, done.stderr
     results = Results.read(values["output_dir"] / RESULTS_FILE)
     assert results.complete and results.world_size == 2 and results.zero_stage == 3
@@ -41,7 +39,7 @@ def test_deepspeed_launcher_passes_on_exit_code_2_and_one_line(tmp_path: Path) -
     values = small_run(tmp_path)
     values["domains"][1]["train"] = [str(tmp_path / "no_such_file.txt")]
     path = write_config(tmp_path, values)
-    done = command("deepspeed", "--num_accelerators", 2, "launch/train.py", "--config", path)
+    done = on_two_ranks("launch/train.py", "--config", path)
     assert done.returncode == 2, done.stderr
     ours = [line for line in done.stderr.splitlines() if line.startswith("das_ds: ")]
     assert len(ours) == 1 and "no_such_file.txt" in ours[0] and "papers" in ours[0]

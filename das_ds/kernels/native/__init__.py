@@ -101,7 +101,7 @@ def _threads() -> ThreadPoolExecutor:
 def _compiled(compiler: str) -> Path:
     """The shared library for this source, compiler and processor; compiled unless it lies in the cache."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\n".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, version, _processor()))
+    identity = "\n".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, version, processor()))
     target = _folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _folder() -> Path:
     return Path(os.environ.get("DAS_DS_CACHE") or Path.home() / ".cache" / "das_ds") / "kernels"
 
 
-def _processor() -> str:
+def processor() -> str:
     """What -march=native depends on: the cache may be shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -5,10 +5,13 @@ import torch
 
 from das_ds.kernels import tiles
 
+DEVICE = pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"
 
-@pytest.fixture
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+
+@pytest.fixture(params=[DEVICE])
+def device(request: pytest.FixtureRequest) -> str:
+    """With a GPU, tests that use it belong to those of `pytest -m gpu`."""
+    return str(request.param)
 
 
 @pytest.fixture
