@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 # Tensors are tiny: threads would wait for each other longer than they work.
@@ -9,6 +10,8 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton kernels run in Triton's interpreter on CPU tensors; it has to know before it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.register_assert_rewrite("helpers")
 
 from helpers.compiled_ops import keep_compiled_ops  # noqa: E402
 

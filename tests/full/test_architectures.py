@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -12,7 +10,19 @@ import torch
 
 from das_ds.models.gates import UnitGates
 from das_ds.models.registry import ADAPTERS, adapter_for
-from helpers.architectures import config_of, gated_experts, run_each, train_head
+from helpers.architectures import (
+    IMPORTANCE,
+    PLAIN,
+    Results,
+    check_same_importance,
+    check_same_training,
+    check_that_full_units_rest,
+    config_of,
+    gated_experts,
+    result_of,
+    run_architectures,
+    train_head,
+)
 from helpers.matrix import record
 from helpers.parity import relative_difference
 from helpers.run_ranks import run_ranks
@@ -20,80 +30,52 @@ from helpers.tiny_models import random_importance, tiny_model, without_dropout
 
 pytestmark = [pytest.mark.multirank, pytest.mark.matrix]
 
-LORA = {"rank": 2, "alpha": 8.0}
-# (ranks, stage) -> what is run: its name, kind of job and changes of the config.
-RUNS: dict[tuple[int, int], dict[str, tuple[str, dict[str, Any]]]] = {
-    (1, 0): {"plain": ("train", {}), "importance": ("importance", {}), "lora": ("train", {"lora": LORA})},
-    (2, 0): {"plain": ("train", {})},
-    (2, 2): {"plain": ("train", {})},
-    (2, 3): {
-        "plain": ("train", {}),
-        "bf16": ("train", {"precision": "bf16"}),
-        "checkpointing": ("train", {"gradient_checkpointing": True}),
-        "importance": ("importance", {}),
-        "lora": ("train", {"lora": LORA}),
-    },
-}
+LORA: tuple[str, dict[str, Any]] = ("train", {"lora": {"rank": 2, "alpha": 8.0}})
+BF16: tuple[str, dict[str, Any]] = ("train", {"precision": "bf16"})
+CHECKPOINTING: tuple[str, dict[str, Any]] = ("train", {"gradient_checkpointing": True})
 
 
-@cache
-def results(world_size: int, stage: int) -> dict[tuple[str, str], Any]:
-    """(architecture, name of the run) -> result; one process group, as ZeRO-3 changes torch for a whole process."""
-    folder = Path(mkdtemp())
-    runs = RUNS[world_size, stage]
-    keys = [(model_type, name) for model_type in ADAPTERS for name in runs]
-    jobs = [(runs[name][0], config_of(folder, t, world_size, stage, **runs[name][1])) for t, name in keys]
-    return dict(zip(keys, run_ranks(run_each, world_size, jobs, timeout=540.0)[0], strict=True))
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All architectures on one rank at stage 0."""
+    runs = {"plain": PLAIN, "importance": IMPORTANCE, "lora": LORA}
+    return run_architectures(tmp_path_factory.mktemp("one_rank"), 1, 0, ADAPTERS, runs)
 
 
-def result(world_size: int, stage: int, model_type: str, name: str) -> Any:
-    found = results(world_size, stage)[model_type, name]
-    assert not isinstance(found, str), found
-    return found
+@pytest.fixture(scope="module")
+def stage_0(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All architectures on two ranks."""
+    return run_architectures(tmp_path_factory.mktemp("stage_0"), 2, 0, ADAPTERS, {"plain": PLAIN})
 
 
-def trained(world_size: int, stage: int, model_type: str, name: str = "plain") -> Any:
-    """(weights, logged lines)."""
-    weights, lines = result(world_size, stage, model_type, name)
-    check_that_full_units_rest(model_type, weights)
-    return weights, lines
+@pytest.fixture(scope="module")
+def stage_2(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All architectures on two ranks."""
+    return run_architectures(tmp_path_factory.mktemp("stage_2"), 2, 2, ADAPTERS, {"plain": PLAIN})
 
 
-def check_that_full_units_rest(model_type: str, weights: dict[str, torch.Tensor]) -> None:
-    """The last unit of each group has importance 1 in the last layer: nothing it owns, alone or not, may move."""
-    start = tiny_model(model_type, **without_dropout(model_type))
-    layout = adapter_for(model_type).layout(start)
-    parameters = dict(start.named_parameters())
-    for item in layout.ownerships:
-        if item.reader or item.layer < layout.num_layers - 1:
-            continue
-        mine = (item.units == layout.num_units[item.group] - 1).any(dim=1)
-        assert mine.any()
-        before, after = (
-            tensor.detach().reshape(layout.shapes[item.parameter]).movedim(1 + item.axis, 1).flatten(0, 1).flatten(1)
-            for tensor in (parameters[item.parameter], weights[item.parameter])
-        )
-        assert torch.equal(before[mine], after[mine]), item.parameter
-        assert not torch.equal(before, after), item.parameter
+@pytest.fixture(scope="module")
+def stage_3(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All architectures on two ranks, in every form."""
+    runs = {"plain": PLAIN, "bf16": BF16, "checkpointing": CHECKPOINTING, "importance": IMPORTANCE, "lora": LORA}
+    return run_architectures(tmp_path_factory.mktemp("stage_3"), 2, 3, ADAPTERS, runs)
 
 
 @pytest.mark.parametrize("model_type", ADAPTERS)
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_train_what_one_rank_trains(stage: int, model_type: str) -> None:
-    weights, lines = trained(2, stage, model_type)
-    expected, expected_lines = trained(1, 0, model_type)
-    objective = adapter_for(model_type).objective
-    assert relative_difference(weights, expected) <= 1e-4
-    for name in (f"loss/{objective}", "loss/contrast", "grad_norm"):
-        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected_lines], rel=1e-4)
+def test_two_ranks_train_what_one_rank_trains(
+    stage: int, model_type: str, one_rank: Results, request: pytest.FixtureRequest
+) -> None:
+    check_same_training(request.getfixturevalue(f"stage_{stage}"), one_rank, model_type)
     record(model_type, f"zero {stage}")
-    record(model_type, "objective", objective.upper())
+    record(model_type, "objective", adapter_for(model_type).objective.upper())
 
 
 @pytest.mark.parametrize("model_type", ADAPTERS)
-def test_bf16_moves_with_fp32(model_type: str) -> None:
-    weights, lines = trained(2, 3, model_type, "bf16")
-    expected, expected_lines = trained(1, 0, model_type)
+def test_bf16_moves_with_fp32(model_type: str, stage_3: Results, one_rank: Results) -> None:
+    weights, lines = result_of(stage_3, model_type, "bf16")
+    expected, expected_lines = result_of(one_rank, model_type)
+    check_that_full_units_rest(model_type, weights)
     name = f"loss/{adapter_for(model_type).objective}"
     assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected_lines], rel=0.03)
     start = {n: p.detach() for n, p in tiny_model(model_type, **without_dropout(model_type)).named_parameters()}
@@ -103,30 +85,28 @@ def test_bf16_moves_with_fp32(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ADAPTERS)
-def test_activation_checkpointing_changes_nothing(model_type: str) -> None:
-    weights, _ = trained(2, 3, model_type, "checkpointing")
-    expected, _ = trained(1, 0, model_type)
-    assert relative_difference(weights, expected) <= 1e-4
+def test_activation_checkpointing_changes_nothing(model_type: str, stage_3: Results, one_rank: Results) -> None:
+    weights, _ = result_of(stage_3, model_type, "checkpointing")
+    check_that_full_units_rest(model_type, weights)
+    assert relative_difference(weights, result_of(one_rank, model_type)[0]) <= 1e-4
     record(model_type, "checkpointing", "ZeRO 3")
 
 
 @pytest.mark.parametrize("model_type", ADAPTERS)
-def test_low_rank_adapters_train_alone(model_type: str) -> None:
-    weights, _ = result(2, 3, model_type, "lora")
-    expected, _ = result(1, 0, model_type, "lora")
+def test_low_rank_adapters_train_alone(model_type: str, stage_3: Results, one_rank: Results) -> None:
+    weights, _ = result_of(stage_3, model_type, "lora")
     assert weights and all("lora" in name for name in weights)
     # B begins at zero.
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
-    assert relative_difference(weights, expected) <= 1e-4
+    assert relative_difference(weights, result_of(one_rank, model_type, "lora")[0]) <= 1e-4
     record(model_type, "lora", "ZeRO 3")
 
 
 @pytest.mark.parametrize("model_type", ADAPTERS)
-def test_two_ranks_of_shards_measure_what_one_rank_measures(model_type: str) -> None:
-    found, expected = result(2, 3, model_type, "importance"), result(1, 0, model_type, "importance")
-    for group, values in expected.items():
-        assert (values.amax(dim=1) > 0).all()
-        torch.testing.assert_close(found[group], values, rtol=1e-3, atol=1e-5 * values.max().item())
+def test_two_ranks_of_shards_measure_what_one_rank_measures(
+    model_type: str, stage_3: Results, one_rank: Results
+) -> None:
+    check_same_importance(stage_3, one_rank, model_type)
     record(model_type, "importance", "ZeRO 3")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from das_ds.config import RunConfig
@@ -15,12 +17,19 @@ from das_ds.functional.units import Importance
 from das_ds.methods.importance_file import save_unit_importance
 from das_ds.models.registry import adapter_for
 from helpers.importance import measured
+from helpers.parity import relative_difference
+from helpers.run_ranks import run_ranks
 from helpers.tiny_models import random_importance, tiny_model, without_dropout
 from helpers.training import LENGTH, VOCABULARY, build, random_batch, run_config, train
 
 NUM_STEPS, ROWS = 2, 4
 # A persistence threshold of 0 makes ZeRO-3 divide and gather even the smallest parameter.
 EVERYTHING_SHARDED = {"stage3_param_persistence_threshold": 0}
+PLAIN: tuple[str, dict[str, Any]] = ("train", {})
+IMPORTANCE: tuple[str, dict[str, Any]] = ("importance", {})
+
+Results = dict[tuple[str, str], Any]
+"""(architecture, name of the run) -> what the run gave, or the traceback of one that failed."""
 
 
 def causal_batch(num_rows: int, seed: int) -> Batch:
@@ -87,6 +96,66 @@ def run_each(jobs: list[tuple[str, RunConfig]]) -> list[Any]:
         except Exception:
             results.append(traceback.format_exc())
     return results
+
+
+def run_architectures(
+    folder: Path, world_size: int, stage: int, model_types: Iterable[str], runs: dict[str, tuple[str, dict[str, Any]]]
+) -> Results:
+    """All in one process group of its own, as ZeRO-3 changes torch for a whole process.
+
+    Args:
+        folder: for importance files.
+        world_size: number of ranks.
+        stage: of ZeRO.
+        model_types: architectures.
+        runs: name -> kind of job and changes of the config's model section and precision.
+    """
+    keys = [(model_type, name) for model_type in model_types for name in runs]
+    jobs = [(runs[name][0], config_of(folder, t, world_size, stage, **runs[name][1])) for t, name in keys]
+    return dict(zip(keys, run_ranks(run_each, world_size, jobs, timeout=540.0)[0], strict=True))
+
+
+def result_of(results: Results, model_type: str, name: str = "plain") -> Any:
+    """What a run gave: (weights, logged lines) of one that trains, importance by group of one that measures."""
+    found = results[model_type, name]
+    assert not isinstance(found, str), found
+    return found
+
+
+def check_same_training(found: Results, expected: Results, model_type: str) -> None:
+    """Weights and losses agree, and what is of full importance has not moved."""
+    (weights, lines), (true_weights, true_lines) = (result_of(results, model_type) for results in (found, expected))
+    for trained in (weights, true_weights):
+        check_that_full_units_rest(model_type, trained)
+    assert relative_difference(weights, true_weights) <= 1e-4
+    for name in (f"loss/{adapter_for(model_type).objective}", "loss/contrast", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in true_lines], rel=1e-4)
+
+
+def check_same_importance(found: Results, expected: Results, model_type: str) -> None:
+    """Importance by group agrees, and no layer has none."""
+    importance, true_importance = (result_of(results, model_type, "importance") for results in (found, expected))
+    for group, values in true_importance.items():
+        assert (values.amax(dim=1) > 0).all()
+        torch.testing.assert_close(importance[group], values, rtol=1e-3, atol=1e-5 * values.max().item())
+
+
+def check_that_full_units_rest(model_type: str, weights: dict[str, torch.Tensor]) -> None:
+    """The last unit of each group has importance 1 in the last layer: nothing it owns, alone or not, may move."""
+    start = tiny_model(model_type, **without_dropout(model_type))
+    layout = adapter_for(model_type).layout(start)
+    parameters = dict(start.named_parameters())
+    for item in layout.ownerships:
+        if item.reader or item.layer < layout.num_layers - 1:
+            continue
+        mine = (item.units == layout.num_units[item.group] - 1).any(dim=1)
+        assert mine.any()
+        before, after = (
+            tensor.detach().reshape(layout.shapes[item.parameter]).movedim(1 + item.axis, 1).flatten(0, 1).flatten(1)
+            for tensor in (parameters[item.parameter], weights[item.parameter])
+        )
+        assert torch.equal(before[mine], after[mine]), item.parameter
+        assert not torch.equal(before, after), item.parameter
 
 
 def train_head(config: RunConfig) -> Any:

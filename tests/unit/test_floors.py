@@ -4,7 +4,7 @@ Imports inside functions count too; modules of one folder may import each other.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,33 +77,47 @@ def product_files() -> list[Path]:
 
 
 def part_of(path: Path) -> str:
-    """The file or folder directly under das_ds that holds a file."""
-    return path.relative_to(REPOSITORY / "das_ds").parts[0].removesuffix(".py")
+    """The file or folder directly under das_ds, or launch, that holds a file."""
+    return path.relative_to(REPOSITORY).parts[1].removesuffix(".py")
 
 
 def identity(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-@pytest.mark.parametrize("path", product_files(), ids=identity)
-def test_file_keeps_the_import_rule(path: Path) -> None:
-    source, part = path.read_text(encoding="utf-8"), part_of(path)
-    if part == "__init__":
-        assert not list(all_imports(source))
-        return
-    assert part in FLOOR_OF, f"{part} has no floor; known: {', '.join(FLOOR_OF)}"
-    assert not floor_breaches(part, source)
-    at_load = list(imports_at_load(source))
-    if path.stem.endswith(TRITON_FILE):
-        at_load = [name for name in at_load if not belongs_to(name, ("triton",)) and not is_triton_file(name)]
-    assert not [name for name in at_load if belongs_to(name, LAZY) or is_triton_file(name)]
-    if part != "distributed":
-        assert not [name for name in all_imports(source) if belongs_to(name, RANKS_ONLY)]
+def sources(paths: Iterable[Path]) -> dict[str, tuple[str, str]]:
+    """File -> its part of das_ds and its text."""
+    return {identity(path): (part_of(path), path.read_text(encoding="utf-8")) for path in paths}
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch").glob("*.py")), ids=identity)
-def test_entry_point_leaves_ranks_to_the_package(path: Path) -> None:
-    assert not [name for name in all_imports(path.read_text(encoding="utf-8")) if belongs_to(name, RANKS_ONLY)]
+def test_product_files_import_from_lower_floors_only() -> None:
+    breaches = {}
+    for file, (part, source) in sources(product_files()).items():
+        if part == "__init__":
+            assert not list(all_imports(source)), file
+            continue
+        assert part in FLOOR_OF, f"{part} has no floor; known: {', '.join(FLOOR_OF)}"
+        if found := floor_breaches(part, source):
+            breaches[file] = found
+    assert not breaches
+
+
+def test_product_files_load_slow_libraries_in_functions_only() -> None:
+    breaches = {}
+    for file, (_, source) in sources(product_files()).items():
+        at_load = list(imports_at_load(source))
+        if file.endswith(f"{TRITON_FILE}.py"):
+            at_load = [name for name in at_load if not belongs_to(name, ("triton",)) and not is_triton_file(name)]
+        if found := [name for name in at_load if belongs_to(name, LAZY) or is_triton_file(name)]:
+            breaches[file] = found
+    assert not breaches
+
+
+def test_ranks_are_the_business_of_distributed_alone() -> None:
+    files = sources([*product_files(), *(REPOSITORY / "launch").glob("*.py")])
+    outside = {file: list(all_imports(source)) for file, (part, source) in files.items() if part != "distributed"}
+    breaches = {file: [name for name in names if belongs_to(name, RANKS_ONLY)] for file, names in outside.items()}
+    assert not {file: names for file, names in breaches.items() if names}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""Six unlike architectures, whose modules ZeRO-3 gathers in different ways, on two ranks against one."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.architectures import (
+    IMPORTANCE,
+    PLAIN,
+    Results,
+    check_same_importance,
+    check_same_training,
+    run_architectures,
+)
+
+pytestmark = pytest.mark.multirank
+
+ARCHITECTURES = ("bert", "deberta-v2", "modernbert", "gpt2", "llama", "mixtral")
+RUNS = {"plain": PLAIN, "importance": IMPORTANCE}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """At stage 0."""
+    return run_architectures(tmp_path_factory.mktemp("one_rank"), 1, 0, ARCHITECTURES, RUNS)
+
+
+@pytest.fixture(scope="module")
+def stage_3(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """On two ranks."""
+    return run_architectures(tmp_path_factory.mktemp("stage_3"), 2, 3, ARCHITECTURES, RUNS)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_two_ranks_at_stage_3_train_what_one_rank_trains(model_type: str, stage_3: Results, one_rank: Results) -> None:
+    check_same_training(stage_3, one_rank, model_type)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_two_ranks_at_stage_3_measure_what_one_rank_measures(
+    model_type: str, stage_3: Results, one_rank: Results
+) -> None:
+    check_same_importance(stage_3, one_rank, model_type)
