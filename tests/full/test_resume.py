@@ -11,29 +11,11 @@ import pytest
 
 from das_ds.evaluation.results import Results
 from helpers.resume import Place, assert_same_run, break_off, run_in_pieces
+from helpers.resume import resumable_run as run
 from helpers.run_ranks import run_ranks
 from helpers.runs import metrics_lines, run_all, save_random_importance, small_run
 
 pytestmark = pytest.mark.multirank
-
-DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-
-
-def run(
-    folder: Path, name: str, *, stage: int = 2, method: Any = None, asynchronous: bool = True, **train: Any
-) -> dict[str, Any]:
-    """A run with dropout that may be saved at every boundary; logging does not fall on every saved step."""
-    base = small_run(folder)
-    return {
-        **base,
-        "output_dir": folder / name,
-        "model": {"config": {**base["model"]["config"], **DROPOUT}},
-        "train": {**base["train"], "micro_batch_size": 2, "log_every": 3, **train},
-        "method": {"name": "das", "importance": {"samples": 24}, **(method or {})},
-        "evaluation": {"batch_size": 1, "max_sequences": 4},
-        "deepspeed": {"zero_optimization": {"stage": stage}},
-        "checkpoint": {"every_steps": 1, "asynchronous": asynchronous},
-    }
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from das_ds.config import RunConfig
-from das_ds.config_io import load_config
 from das_ds.distributed.launch import RankInfo
-from das_ds.evaluation.results import RESULTS_FILE, Results
-from das_ds.functional.importance import elementwise_maximum
-from das_ds.methods import METHODS
-from das_ds.methods.importance_file import load_unit_importance
-from das_ds.models.registry import adapter_for
-from das_ds.tracking.names import STEP_METRICS
 from das_ds.training.text import prepare_text
 from helpers.run_ranks import run_ranks
 from helpers.runs import (
@@ -34,58 +27,6 @@ from helpers.runs import (
 pytestmark = pytest.mark.multirank
 
 ZERO3 = {"zero_optimization": {"stage": 3}}
-
-
-def test_every_method_learns_two_domains_and_leaves_the_promised_files(tmp_path: Path) -> None:
-    runs = {name: small_run(tmp_path, method={"name": name}, output_dir=tmp_path / name) for name in METHODS}
-    runs["das"]["wandb"] = {"mode": "offline"}
-    results = run_ranks(run_all, 2, [{**r, "train": {**r["train"], "micro_batch_size": 2}} for r in runs.values()])[0]
-    for name, result in zip(runs, results, strict=True):
-        folder = tmp_path / name
-        assert Results.read(folder / RESULTS_FILE) == result
-        assert result.complete and result.method == name and result.world_size == 2 and result.zero_stage == 2
-        assert result.eval_domains == ["food", "papers", "general"]
-        assert result.tokens_seen == 2 * 6 * 8 * 16
-        assert result.loss_matrix[1][0] < result.loss_matrix[0][0]
-        assert result.loss_matrix[-1][1] < result.loss_matrix[0][1]
-        assert len(result.loss_matrix) == 1 + len(result.learned) == (2 if name == "pool" else 3)
-        assert load_config(folder / "config.yaml").method.name == name
-        assert (folder / "report" / "report.md").exists() and (folder / "report" / "loss_matrix.png").exists()
-        _check_metrics(folder, has_contrast=name in ("das", "dga"), is_pool=name == "pool")
-    assert all(result.loss_matrix[0] == results[0].loss_matrix[0] for result in results)
-    _check_importance(tmp_path / "das")
-    assert (tmp_path / "das" / "wandb_run_id").exists()
-    assert len(list((tmp_path / "das" / "wandb").glob("offline-run-*/*.wandb"))) == 1
-    assert not (tmp_path / "ncl" / "importance.safetensors").exists()
-    # Method dga measures general knowledge alone.
-    assert [path.name for path in (tmp_path / "dga").rglob("importance*.safetensors")] == [
-        "importance_general.safetensors"
-    ]
-    assert (tmp_path / "dga" / "report" / "importance.png").exists()
-
-
-def _check_metrics(folder: Path, *, has_contrast: bool, is_pool: bool) -> None:
-    lines = metrics_lines(folder)
-    assert [line["global_step"] for line in lines] == [2, 4, 6, 8, 10, 12]
-    assert [line["domain_step"] for line in lines] == ([2, 4, 6, 8, 10, 12] if is_pool else [2, 4, 6] * 2)
-    assert [line["domain"] for line in lines] == (["pool"] * 6 if is_pool else ["food"] * 3 + ["papers"] * 3)
-    for line in lines:
-        assert set(STEP_METRICS) <= set(line)
-        assert ("loss/contrast" in line) == has_contrast
-        assert line["loss"] == pytest.approx(sum(value for key, value in line.items() if key.startswith("loss/")))
-        assert line["tokens_seen"] == line["global_step"] * 8 * 16
-        assert line["grad_norm"] > 0 and line["tokens_per_s"] > 0
-
-
-def _check_importance(folder: Path) -> None:
-    model = AutoModelForMaskedLM.from_pretrained(folder / "domains" / "01_papers" / "model")
-    layout = adapter_for("roberta").layout(model)
-    parts = ["importance_general", "domains/00_food/importance", "domains/01_papers/importance"]
-    total = None
-    for part in parts:
-        total = elementwise_maximum(load_unit_importance(folder / f"{part}.safetensors", layout), total)
-    found = load_unit_importance(folder / "importance.safetensors", layout)
-    assert total is not None and all(torch.equal(found[group], total[group]) for group in found)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

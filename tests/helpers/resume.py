@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +19,9 @@ from das_ds.tracking.names import MEASURED
 from das_ds.training.boundary import Boundary, Parts
 from das_ds.training.run import run_sequence
 from helpers.half import allow_fp16_on_cpu
-from helpers.runs import metrics_lines
+from helpers.runs import metrics_lines, small_run
 
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 MOST_BREAKS = 100
 Place = tuple[str, int, int]
 """Phase, domains done, step."""
@@ -27,6 +29,23 @@ Place = tuple[str, int, int]
 
 class BrokenOffError(DasError):
     """Nothing is saved, closed or told to anybody."""
+
+
+def resumable_run(
+    folder: Path, name: str, *, stage: int = 2, method: Any = None, asynchronous: bool = True, **train: Any
+) -> dict[str, Any]:
+    """A run with dropout that may be saved at every boundary; logging does not fall on every saved step."""
+    base = small_run(folder)
+    return {
+        **base,
+        "output_dir": folder / name,
+        "model": {"config": {**base["model"]["config"], **DROPOUT}},
+        "train": {**base["train"], "micro_batch_size": 2, "log_every": 3, **train},
+        "method": {"name": "das", "importance": {"samples": 24}, **(method or {})},
+        "evaluation": {"batch_size": 1, "max_sequences": 4},
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+        "checkpoint": {"every_steps": 1, "asynchronous": asynchronous},
+    }
 
 
 def run_in_pieces(values: dict[str, Any], limit: int) -> tuple[Results, list[Place]]:
@@ -40,21 +59,58 @@ def run_in_pieces(values: dict[str, Any], limit: int) -> tuple[Results, list[Pla
 
 
 def _limited_run(config: RunConfig, ranks: Ranks, limit: int, breaks: list[Place]) -> Results:
-    pass_by, passed = Boundary.pass_by, 0
+    passed = 0
 
-    def limited(self: Boundary, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
+    def is_last(run: RunState) -> bool:
         nonlocal passed
-        pass_by(self, run, parts, save=save)
         passed += 1
-        if passed == limit:
+        return passed == limit
+
+    return _breaking_run(config, ranks, is_last, breaks)
+
+
+def _breaking_run(config: RunConfig, ranks: Ranks, is_last: Callable[[RunState], bool], breaks: list[Place]) -> Results:
+    """A start that breaks off at the first boundary for which `is_last` is true; asked once at each."""
+    pass_by = Boundary.pass_by
+
+    def breaking(self: Boundary, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
+        pass_by(self, run, parts, save=save)
+        if is_last(run):
             breaks.append((run.phase, run.domains_done, run.domain_step))
             raise BrokenOffError
 
-    Boundary.pass_by = limited  # type: ignore[method-assign]
+    Boundary.pass_by = breaking  # type: ignore[method-assign]
     try:
         return run_sequence(config, ranks)
     finally:
         Boundary.pass_by = pass_by  # type: ignore[method-assign]
+
+
+def run_whole_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], global_step: int) -> list[Place | str]:
+    """Of each pair the first config run at once, the second broken off at a step of training and started again.
+
+    Returns:
+        Where each second run broke off, or the traceback of a pair that failed.
+    """
+    ranks = Ranks()
+    return [_whole_and_broken(RunConfig(**whole), RunConfig(**broken), global_step, ranks) for whole, broken in pairs]
+
+
+def _whole_and_broken(whole: RunConfig, broken: RunConfig, global_step: int, ranks: Ranks) -> Place | str:
+    breaks: list[Place] = []
+    steps_per_domain = whole.train.steps_per_domain
+
+    def is_there(run: RunState) -> bool:
+        return run.phase == "train" and run.domains_done * steps_per_domain + run.domain_step == global_step
+
+    try:
+        run_sequence(whole, ranks)
+        with suppress(BrokenOffError):
+            _breaking_run(broken, ranks, is_there, breaks)
+        run_sequence(broken, ranks)
+    except Exception:
+        return traceback.format_exc()
+    return breaks[0]
 
 
 def break_off(values: dict[str, Any], limit: int) -> Place | None:

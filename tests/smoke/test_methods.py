@@ -1,0 +1,120 @@
+"""Every method at ZeRO 3 on two ranks: it learns, leaves the promised files, and continues from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from das_ds.config_io import load_config
+from das_ds.evaluation.results import RESULTS_FILE, Results
+from das_ds.functional.importance import elementwise_maximum
+from das_ds.methods import METHODS
+from das_ds.methods.importance_file import load_unit_importance
+from das_ds.models.registry import adapter_for
+from das_ds.tracking.names import STEP_METRICS
+from helpers.resume import Place, assert_same_run, resumable_run, run_whole_and_broken
+from helpers.run_ranks import run_ranks
+from helpers.runs import metrics_lines
+
+pytestmark = pytest.mark.multirank
+
+STEPS_PER_DOMAIN, BREAK_STEP = 6, 9
+IMPORTANCE = {"samples": 10}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "derpp": {"derpp": {"capacity": 13, "positions": 4, "replayed": 3}},
+    "ewc": {"ewc": {"strength": 1e4}},
+    "kd": {"kd": {"weight": 10.0}},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},
+    "das-direction": {
+        "name": "das",
+        "importance": {**IMPORTANCE, "granularity": "direction", "normalisation": "saturating"},
+        "contrast": {"weight": 0.0},
+        "merge": {"coefficient": 0.25},
+    },
+    "das-replay": {"name": "das", "importance": IMPORTANCE, "replay": {"share": 0.25}},
+}
+CASES = {**{name: {"name": name, "importance": IMPORTANCE, **SETTINGS.get(name, {})} for name in METHODS}, **VARIANTS}
+
+
+def values(folder: Path, name: str, case: str) -> dict[str, Any]:
+    run = resumable_run(folder, name, stage=3, method=CASES[case], asynchronous=False, log_every=1)
+    return {**run, "checkpoint": {**run["checkpoint"], "every_steps": 3}, "evaluation": {"max_sequences": 24}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Place | str]]:
+    """Folder with each case `<case>` and, broken off once, `<case>-broken`; where that was, or what failed."""
+    folder = tmp_path_factory.mktemp("methods")
+    pairs = [(values(folder, case, case), values(folder, f"{case}-broken", case)) for case in CASES]
+    pairs[list(CASES).index("das")][0]["wandb"] = {"mode": "offline"}
+    places = run_ranks(run_whole_and_broken, 2, pairs, BREAK_STEP, timeout=540.0)[0]
+    return folder, dict(zip(CASES, places, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_run_broken_off_within_a_domain_is_the_whole_run(
+    case: str, finished: tuple[Path, dict[str, Place | str]]
+) -> None:
+    folder, places = finished
+    assert places[case] == (("train", 0, BREAK_STEP) if case == "pool" else ("train", 1, BREAK_STEP - STEPS_PER_DOMAIN))
+    assert_same_run(folder / f"{case}-broken", folder / case)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_learns_two_domains_and_leaves_the_promised_files(
+    name: str, finished: tuple[Path, dict[str, Place | str]]
+) -> None:
+    folder = finished[0] / name
+    result = Results.read(folder / RESULTS_FILE)
+    assert result.complete and result.method == name and result.world_size == 2 and result.zero_stage == 3
+    assert result.eval_domains == ["food", "papers", "general"]
+    assert result.tokens_seen == 2 * STEPS_PER_DOMAIN * 8 * 16
+    assert result.loss_matrix[0] == Results.read(finished[0] / "ncl" / RESULTS_FILE).loss_matrix[0]
+    assert result.loss_matrix[1][0] < result.loss_matrix[0][0]
+    assert result.loss_matrix[-1][1] < result.loss_matrix[0][1]
+    assert len(result.loss_matrix) == 1 + len(result.learned) == (2 if name == "pool" else 3)
+    assert load_config(folder / "config.yaml").method.name == name
+    assert (folder / "report" / "report.md").exists() and (folder / "report" / "loss_matrix.png").exists()
+    _check_metrics(folder, has_contrast=name in ("das", "dga"), is_pool=name == "pool")
+
+
+def _check_metrics(folder: Path, *, has_contrast: bool, is_pool: bool) -> None:
+    lines, steps = metrics_lines(folder), list(range(1, STEPS_PER_DOMAIN + 1))
+    assert [line["global_step"] for line in lines] == list(range(1, 2 * STEPS_PER_DOMAIN + 1))
+    assert [line["domain_step"] for line in lines] == (list(range(1, 13)) if is_pool else steps * 2)
+    assert [line["domain"] for line in lines] == (["pool"] * 12 if is_pool else ["food"] * 6 + ["papers"] * 6)
+    for line in lines:
+        assert set(STEP_METRICS) <= set(line)
+        assert ("loss/contrast" in line) == has_contrast
+        assert line["loss"] == pytest.approx(sum(value for key, value in line.items() if key.startswith("loss/")))
+        assert line["tokens_seen"] == line["global_step"] * 8 * 16
+        assert line["grad_norm"] > 0 and line["tokens_per_s"] > 0
+
+
+def test_importance_of_a_run_is_the_maximum_of_its_parts(finished: tuple[Path, dict[str, Place | str]]) -> None:
+    folder = finished[0] / "das"
+    model = AutoModelForMaskedLM.from_pretrained(folder / "domains" / "01_papers" / "model")
+    layout = adapter_for("roberta").layout(model)
+    parts = ["importance_general", "domains/00_food/importance", "domains/01_papers/importance"]
+    total = None
+    for part in parts:
+        total = elementwise_maximum(load_unit_importance(folder / f"{part}.safetensors", layout), total)
+    found = load_unit_importance(folder / "importance.safetensors", layout)
+    assert total is not None and all(torch.equal(found[group], total[group]) for group in found)
+
+
+def test_files_are_those_of_what_a_run_uses(finished: tuple[Path, dict[str, Place | str]]) -> None:
+    folder, _ = finished
+    assert (folder / "das" / "wandb_run_id").exists()
+    assert len(list((folder / "das" / "wandb").glob("offline-run-*/*.wandb"))) == 1
+    assert not (folder / "ncl" / "importance.safetensors").exists()
+    # Method dga measures general knowledge alone.
+    files = [path.name for path in (folder / "dga").rglob("importance*.safetensors")]
+    assert files == ["importance_general.safetensors"]
+    assert (folder / "dga" / "report" / "importance.png").exists()
