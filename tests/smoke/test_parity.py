@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import get_linear_schedule_with_warmup
 
-from das_ds.methods.importance_file import save_parameter_importance, save_unit_importance
-from das_ds.models.registry import adapter_for
 from helpers.parity import (
-    EPS,
-    OFFLOAD,
-    ROWS,
     SETTINGS,
     configs,
     reference,
@@ -23,11 +15,13 @@ from helpers.parity import (
     save_random_importance,
     steps,
 )
+from helpers.parity_checks import (
+    check_16_bits_move_with_the_reference_and_keep_full_units_still,
+    check_importance_zero_is_torchs_adamw_over_100_steps,
+)
 from helpers.run_ranks import run_ranks
-from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
-from helpers.training import random_batch, run_config, train_all
-
-LONG_RUN, LONG_RATE = 100, 1e-3
+from helpers.tiny_models import NO_DROPOUT
+from helpers.training import train_all
 
 
 @pytest.fixture
@@ -51,103 +45,6 @@ def test_weights_after_five_steps_equal_the_reference(stage: int, world_size: in
         assert [line["grad_norm"] for line in lines] == pytest.approx(expected.grad_norms, rel=1e-4)
 
 
-@cache
-def plain_adamw() -> dict[str, torch.Tensor]:
-    """Weights after `LONG_RUN` steps of torch's own AdamW in float64, on one process and without any mask."""
-    model = tiny_model(**NO_DROPOUT).double()
-    parameters = dict(model.named_parameters())
-    matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LONG_RATE, eps=EPS)
-    scheduler = get_linear_schedule_with_warmup(optimizer, 0, LONG_RUN)
-    for number in range(LONG_RUN):
-        batch = random_batch(ROWS, number)
-        logits = model(input_ids=batch.corrupted_ids).logits.flatten(0, 1)[batch.predicted]
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits, batch.targets).backward()
-        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.5)
-        optimizer.step()
-        scheduler.step()
-    return {name: value.detach() for name, value in parameters.items()}
-
-
-@pytest.mark.multirank
-@pytest.mark.parametrize("stage", range(4))
-def test_importance_zero_is_torchs_adamw_over_100_steps(stage: int, tmp_path: Path) -> None:
-    nothing = {group: torch.zeros_like(values) for group, values in random_importance(tiny_model()).items()}
-    save_unit_importance(tmp_path / "units.safetensors", nothing, adapter_for("roberta").layout(tiny_model()))
-    weights = {n: torch.zeros(p.numel(), dtype=torch.uint8) for n, p in tiny_model().named_parameters()}
-    save_parameter_importance(tmp_path / "weights.safetensors", weights, adapter_for("roberta").layout(tiny_model()))
-    runs = [
-        run_config(
-            tmp_path,
-            train={
-                **run_config(tmp_path).train.model_dump(),
-                "global_batch_size": ROWS,
-                "micro_batch_size": ROWS // 2,
-                "steps_per_domain": LONG_RUN,
-                "learning_rate": LONG_RATE,
-                "warmup_ratio": 0.0,
-                "eps": EPS,
-            },
-            deepspeed={"zero_optimization": {"stage": stage}},
-            method={
-                "contrast": {"weight": 0.0},
-                "importance": {"granularity": granularity, "initial": str(tmp_path / file)},
-            },
-        )
-        for granularity, file in (("unit", "units.safetensors"), ("parameter", "weights.safetensors"))
-    ]
-    batches = [[random_batch(ROWS, number)] for number in range(LONG_RUN)]
-    for found, _ in run_ranks(train_all, 2, runs, batches, NO_DROPOUT)[0]:
-        difference = relative_difference(found, plain_adamw())
-        print(f"stage {stage}, {LONG_RUN} steps: {difference:.2e}")
-        assert difference <= 1e-5
-
-
-@pytest.mark.multirank
-@pytest.mark.parametrize("stage", [2, 3])
-def test_offload_equals_the_reference(stage: int, folder: Path) -> None:
-    settings = configs(folder, 2, {"stage": stage, **OFFLOAD})
-    results = run_ranks(train_all, 2, settings, steps(), NO_DROPOUT)
-    for setting, (weights, _) in enumerate(results[0]):
-        assert relative_difference(weights, dict(reference(setting).model.named_parameters())) <= 1e-5
-
-
-@pytest.mark.multirank
-@pytest.mark.parametrize(
-    ("precision", "stage", "world_size"),
-    [
-        *(("bf16", stage, ranks) for stage, ranks in ((0, 2), (1, 2), (2, 2), (3, 1), (3, 2))),
-        *(("fp16", stage, ranks) for stage, ranks in ((1, 2), (2, 2), (3, 2))),
-    ],
-)
-def test_16_bits_move_with_the_reference_and_keep_full_units_still(
-    precision: str, stage: int, world_size: int, folder: Path
-) -> None:
-    settings = configs(folder, world_size, {"stage": stage}, precision=precision)
-    rel, least_similarity = {"bf16": (0.03, 0.97), "fp16": (0.005, 0.999)}[precision]
-    results = run_ranks(train_all, world_size, settings, steps(), NO_DROPOUT)
-    start = {name: weight.detach() for name, weight in tiny_model().named_parameters()}
-    layer = "roberta.encoder.layer.1"
-    for setting, (weights, lines) in enumerate(results[0]):
-        expected = reference(setting)
-        assert [line["loss/mlm"] for line in lines] == pytest.approx(expected.mlm_losses, rel=rel)
-        assert all(weight.dtype == torch.float32 for weight in weights.values())
-        # The last intermediate unit of layer 1 has importance 1 and must not move at all, not even by weight decay ...
-        moved = weights[f"{layer}.intermediate.dense.weight"] - start[f"{layer}.intermediate.dense.weight"]
-        if SETTINGS[setting]["apply_to"] == "update":
-            assert torch.equal(moved[-1], torch.zeros_like(moved[-1]))
-        # ... and all others move as in float64, but for what 8 or 11 bits of gradient lose.
-        found = torch.cat([(weights[n] - start[n]).flatten() for n in weights if "key.bias" not in n])
-        true = torch.cat(
-            [(w - start[n]).flatten() for n, w in expected.model.named_parameters() if "key.bias" not in n]
-        )
-        similarity = torch.nn.functional.cosine_similarity(found, true.float(), dim=0)
-        print(f"{precision} stage {stage} {SETTINGS[setting]}: cosine {similarity:.4f}, {lines[-1]['skipped_steps']}")
-        assert similarity > least_similarity
-
-
 @pytest.mark.multirank
 def test_activation_checkpointing_changes_nothing(folder: Path) -> None:
     settings = configs(folder, 2, {"stage": 3})
@@ -158,3 +55,14 @@ def test_activation_checkpointing_changes_nothing(folder: Path) -> None:
     results = run_ranks(train_all, 2, checkpointed, steps(), NO_DROPOUT)
     for setting, (weights, _) in enumerate(results[0]):
         assert relative_difference(weights, dict(reference(setting).model.named_parameters())) <= 1e-5
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_at_stage_3_move_with_the_reference_and_keep_full_units_still(precision: str, folder: Path) -> None:
+    check_16_bits_move_with_the_reference_and_keep_full_units_still(precision, 3, 2, folder)
+
+
+@pytest.mark.multirank
+def test_importance_zero_at_stage_2_is_torchs_adamw_over_100_steps(tmp_path: Path) -> None:
+    check_importance_zero_is_torchs_adamw_over_100_steps(2, tmp_path)

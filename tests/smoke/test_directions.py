@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from full.test_ewc_and_merge import domains
 
 from das_ds.distributed.collectives import rank
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.row_masks import RowMasks
 from das_ds.distributed.zero import Shard
-from full.test_ewc_and_merge import domains
 from helpers.parity import OFFLOAD, configs_of, relative_difference
 from helpers.run_ranks import run_ranks
 from helpers.two_domains import Expected, learn_all, learn_plainly

@@ -1,0 +1,122 @@
+"""Old answers: teachers are bit for bit the model of their time and no larger than they have to be; kd and derpp."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from das_ds.data.batches import Batch
+from helpers.distillation import TeacherFacts, teach_and_train
+from helpers.parity import EPS, NUM_STEPS, OFFLOAD, configs_of, relative_difference, steps
+from helpers.rehearsal import DERPP, PlainBuffer
+from helpers.run_ranks import run_ranks
+from helpers.tiny_models import NO_DROPOUT, tiny_model
+
+KD = {"name": "kd", "kd": {"weight": 3.0, "temperature": 2.0}}
+# With a threshold of 0 every parameter is divided, with 30 vectors of up to that size stay whole.
+THRESHOLDS = (0, 30)
+
+
+def expected_elements(stage: int, num_ranks: int, threshold: int) -> int:
+    sizes = [weight.numel() for weight in tiny_model().parameters()]
+    if stage < 3:
+        return sum(sizes)
+    return sum(-(-size // num_ranks) + (size if size <= threshold else 0) for size in sizes)
+
+
+Losses = tuple[torch.Tensor, ...]
+Reference = tuple[dict[str, torch.Tensor], list[list[float]]]
+"""Weights at the end, and per step the losses: mlm and those of the method."""
+
+
+def trained(losses_of: Callable[[PreTrainedModel], Callable[[PreTrainedModel, list[Batch]], Losses]]) -> Reference:
+    """Plain torch in float64 on one process.
+
+    Args:
+        losses_of: first model -> (model, joined micro-batches of a step) -> losses of the method.
+    """
+    model = tiny_model(**NO_DROPOUT).double()
+    method = losses_of(model)
+    parameters = dict(model.named_parameters())
+    matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, eps=EPS)
+    lines = []
+    for number, step in enumerate(steps()):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (NUM_STEPS - number) / NUM_STEPS
+        predicted = torch.stack([_token_loss(model, batch) for batch in step]).sum()
+        losses = (predicted / sum(batch.num_predicted for batch in step), *method(model, step))
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.5)
+        optimizer.step()
+        lines.append([loss.item() for loss in losses])
+    return {name: value.detach() for name, value in parameters.items()}, lines
+
+
+def _token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    logits = model(input_ids=batch.corrupted_ids).logits.flatten(0, 1)[batch.predicted]
+    return functional.cross_entropy(logits, batch.targets, reduction="sum")
+
+
+def _distillation(first: PreTrainedModel) -> Callable[[PreTrainedModel, list[Batch]], Losses]:
+    teacher = copy.deepcopy(first).eval().requires_grad_(False)
+    weight, temperature = 3.0, 2.0
+
+    def losses(student: PreTrainedModel, step: list[Batch]) -> Losses:
+        ids = torch.cat([batch.corrupted_ids for batch in step])
+        old, new = (model.base_model(input_ids=ids).last_hidden_state for model in (teacher, student))
+        p, q = functional.softmax(old / temperature, dim=-1), functional.softmax(new / temperature, dim=-1)
+        return (weight * temperature**2 * (p * (p / q).log()).sum(dim=-1).mean(),)
+
+    return losses
+
+
+@cache
+def kd_reference() -> Reference:
+    return trained(_distillation)
+
+
+@cache
+def derpp_reference() -> Reference:
+    return trained(lambda _: PlainBuffer().step)
+
+
+def assert_losses(found: list[Any], expected: list[list[float]], names: tuple[str, ...], rel: float) -> None:
+    for line, losses in zip(found, expected, strict=True):
+        assert [line[f"loss/{name}"] for name in names] == pytest.approx(losses, rel=rel, abs=1e-6)
+
+
+def check_teachers_are_exact_and_methods_equal_plain_torch(stage: int, world_size: int, folder: Path) -> None:
+    """In three precisions, with parameters that are divided and with ones that are not, and offloaded."""
+    zeros = [{"stage": stage, "stage3_param_persistence_threshold": threshold} for threshold in THRESHOLDS]
+    offloaded = {**zeros[1], **(OFFLOAD if stage > 1 else {})}
+    settings = [(zeros[0], "bf16"), (zeros[1], "fp32"), (offloaded, "fp16")][: 2 if stage == 0 else 3]
+    beside = [configs_of(folder, world_size, zero, [KD], precision)[0] for zero, precision in settings]
+    methods = configs_of(folder, world_size, zeros[1], [KD, DERPP])
+    results = run_ranks(teach_and_train, world_size, beside, methods, steps(), NO_DROPOUT)
+    for facts, _ in results:
+        for found, (zero, precision) in zip(facts, settings, strict=True):
+            size = expected_elements(stage, world_size, zero["stage3_param_persistence_threshold"])
+            assert found == TeacherFacts(True, True, True, True, size), precision
+    (kd_weights, kd_lines), (derpp_weights, derpp_lines) = results[0][1]
+    weights, lines = kd_reference()
+    assert relative_difference(kd_weights, weights) <= 1e-5
+    # At first the teacher is the student.
+    assert lines[0][1] == 0.0 and lines[-1][1] > 0.01
+    assert_losses(kd_lines, lines, ("mlm", "distillation"), 1e-4)
+    weights, lines = derpp_reference()
+    print(f"derpp stage {stage} ranks {world_size}: {relative_difference(derpp_weights, weights):.2e}")
+    # Answers are rounded to 16 bits, here from float32 and there from float64.
+    assert relative_difference(derpp_weights, weights) <= 1e-4
+    assert lines[0][1:] == [0.0, 0.0] and lines[-1][1] > 0.01
+    assert_losses(derpp_lines, lines, ("mlm", "answers", "rehearsal"), 1e-3)

@@ -1,0 +1,22 @@
+"""LoRA inside the engine at ZeRO 3 on two ranks, as written out without peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers.lora_checks import (
+    check_adapters_after_five_steps_equal_the_written_out_network,
+    check_bf16_keeps_what_full_units_own_still,
+)
+
+pytestmark = pytest.mark.multirank
+
+
+def test_adapters_at_stage_3_equal_the_written_out_network(tmp_path: Path) -> None:
+    check_adapters_after_five_steps_equal_the_written_out_network(3, 2, tmp_path)
+
+
+def test_bf16_at_stage_3_keeps_what_full_units_own_still(tmp_path: Path) -> None:
+    check_bf16_keeps_what_full_units_own_still(3, tmp_path)
