@@ -1,4 +1,4 @@
-"""Whole runs: every method, any number of ranks, the files they leave, and continuing after a stop."""
+"""Whole runs: any number of ranks, continuing after a stop, and both at the level of parameters."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM
 
-from das_ds.config import RunConfig
-from das_ds.distributed.launch import RankInfo
-from das_ds.training.text import prepare_text
 from helpers.run_ranks import run_ranks
 from helpers.runs import (
-    evaluate_export,
     exported_weights,
     metrics_lines,
     run_all,
@@ -69,37 +65,6 @@ def test_parameter_level_runs_on_any_number_of_ranks(apply_to: str, tmp_path: Pa
     assert (tmp_path / "two" / "report" / "importance.png").exists()
 
 
-def test_exported_model_has_the_losses_of_the_last_row(tmp_path: Path) -> None:
-    values = small_run(tmp_path, deepspeed={"zero_optimization": {"stage": 3}})
-    results = run_ranks(run_all, 1, [values])[0][0]
-    folder = tmp_path / "run" / "domains" / "01_papers" / "model"
-    found = run_ranks(evaluate_export, 2, values, folder)[0]
-    assert list(found.values()) == pytest.approx(results.loss_matrix[-1], rel=1e-6)
-    assert _plain_losses(values, folder) == pytest.approx(results.loss_matrix[-1], rel=1e-5)
-
-
-def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
-    """The same with nothing but transformers' own model and loss, one sequence at a time."""
-    config = RunConfig(**values)
-    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
-    text = prepare_text(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
-    losses = []
-    for corpus in text.blocks:
-        total, count = 0.0, 0
-        for batch in text.evaluation_batches(corpus):
-            labels = torch.full_like(batch.input_ids, -100).flatten()
-            labels[batch.predicted] = batch.targets
-            for ids, row in zip(batch.corrupted_ids, labels.view_as(batch.input_ids), strict=True):
-                predicted = int((row != -100).sum())
-                if predicted:
-                    with torch.no_grad():
-                        total += model(input_ids=ids[None], labels=row[None]).loss.item() * predicted
-                    count += predicted
-        losses.append(total / count)
-    return losses
-
-
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 2), ("bf16", 2), ("fp16", 3)])
 def test_a_run_stopped_between_domains_continues_bitwise(precision: str, zero: int, tmp_path: Path) -> None:
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -119,11 +84,3 @@ def test_a_run_stopped_between_domains_continues_bitwise(precision: str, zero: i
     for name in ("loss", "skipped_steps"):
         assert [line[name] for line in mine] == [line[name] for line in theirs]
     assert all((line["skipped_steps"] > 0) == (precision == "fp16") for line in mine)
-
-
-def test_each_domain_from_the_base_forgets_the_one_before(tmp_path: Path) -> None:
-    both = small_run(tmp_path, method={"name": "one"}, output_dir=tmp_path / "both")
-    alone = small_run(tmp_path, method={"name": "ncl"}, output_dir=tmp_path / "alone", domains=both["domains"][1:])
-    run_ranks(run_all, 2, [{**run, "train": {**run["train"], "micro_batch_size": 2}} for run in (both, alone)])
-    mine, theirs = exported_weights(tmp_path / "both", "01_papers"), exported_weights(tmp_path / "alone", "00_papers")
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -19,7 +19,8 @@ from das_ds.tracking.names import MEASURED
 from das_ds.training.boundary import Boundary, Parts
 from das_ds.training.run import run_sequence
 from helpers.half import allow_fp16_on_cpu
-from helpers.runs import metrics_lines, small_run
+from helpers.run_ranks import run_ranks
+from helpers.runs import metrics_lines, run_all, small_run
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 MOST_BREAKS = 100
@@ -138,3 +139,18 @@ def assert_same_run(mine: Path, theirs: Path) -> None:
         [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_lines(run)] for run in (mine, theirs)
     ]
     assert lines[0] == lines[1]
+
+
+def check_a_run_in_pieces_is_the_whole_run(
+    stage: int, granularity: str, precision: str, optimizer: str, asynchronous: bool, folder: Path
+) -> None:
+    """On two ranks; each start breaks off at its fifth boundary."""
+    changes = {"precision": precision, "optimizer": optimizer, "asynchronous": asynchronous}
+    method = {"importance": {"samples": 24, "granularity": granularity}}
+    runs = [resumable_run(folder, name, stage=stage, method=method, **changes) for name in ("whole", "parts")]
+    run_ranks(run_all, 2, runs[:1])
+    _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]
+    # How far a start comes beyond its newest checkpoint is chance where these are written beside it.
+    met = {phase for phase, _, _ in breaks}
+    assert met == {"evaluate", "before", "train", "after"} if not asynchronous else "train" in met
+    assert_same_run(folder / "parts", folder / "whole")

@@ -1,0 +1,16 @@
+"""A run that breaks off at every fifth boundary, in each of its phases, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers.resume import check_a_run_in_pieces_is_the_whole_run
+
+pytestmark = pytest.mark.multirank
+
+
+@pytest.mark.parametrize(("stage", "precision", "asynchronous"), [(0, "fp32", True), (2, "bf16", False)])
+def test_a_run_in_pieces_is_the_whole_run(stage: int, precision: str, asynchronous: bool, tmp_path: Path) -> None:
+    check_a_run_in_pieces_is_the_whole_run(stage, "unit", precision, "adamw", asynchronous, tmp_path)
