@@ -41,6 +41,21 @@ class Alone:
         pass
 
 
+CHECKS = [
+    "network",
+    "clocks",
+    "versions",
+    "settings",
+    "folder",
+    "writing",
+    "sharing",
+    "model",
+    "corpora",
+    "disk",
+    "memory",
+]
+
+
 def silent_checks(peers: Any) -> Checks:
     """Checks that print nothing."""
     return Checks(peers, lambda finding: None)
@@ -124,3 +139,9 @@ def preflight_and_error(values: dict[str, Any]) -> str:
     except PreflightError as error:
         return str(error)
     return ""
+
+
+def equal_on_all(findings: list[list[Finding]]) -> list[Finding]:
+    """What all ranks found, which is the same."""
+    assert findings[0] == findings[1]
+    return findings[0]

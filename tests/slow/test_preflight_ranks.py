@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from das_ds.training.preflight.report import Finding
 from helpers.commands import on_two_ranks, program, write_config
 from helpers.ports import reserve_port
-from helpers.preflight import different_ranks, failing_rank, preflight_and_error, rank_without_backend
+from helpers.preflight import CHECKS, equal_on_all, failing_rank, preflight_and_error, rank_without_backend
 from helpers.run_ranks import run_ranks
 from helpers.runs import small_run
 
 pytestmark = pytest.mark.multirank
-
-CHECKS = [
-    "network",
-    "clocks",
-    "versions",
-    "settings",
-    "folder",
-    "writing",
-    "sharing",
-    "model",
-    "corpora",
-    "disk",
-    "memory",
-]
-
-
-def equal_on_all(findings: list[list[Finding]]) -> list[Finding]:
-    assert findings[0] == findings[1]
-    return findings[0]
-
-
-def test_ranks_that_differ_are_found_by_all(tmp_path: Path) -> None:
-    values = small_run(tmp_path)
-    clocks, version, config, settings, corpora, sharing = equal_on_all(run_ranks(different_ranks, 2, values))
-    assert all(f.status == "failed" for f in (clocks, version, config, settings, corpora, sharing))
-    assert clocks.found.startswith("rank 1 is 60.") and "ahead of rank 0" in clocks.found
-    assert version.found.startswith("torch: 9.9 on rank 1, ")
-    assert config.found == "config seed: 1 on rank 1, 0 on rank 0"
-    assert settings.found == "rank 1 reads another DeepSpeed file than rank 0"
-    assert "different files on different ranks" in corpora.found
-    assert "rank 0 does not see the file of rank 1" in sharing.found and "share" in sharing.found
 
 
 def test_rank_that_fails_alone_is_named_and_nobody_waits(tmp_path: Path) -> None:
@@ -81,19 +48,6 @@ def test_deepspeed_launcher_checks_two_ranks(tmp_path: Path) -> None:
     assert [words[:2] for words in lines] == [["ok", check] for check in CHECKS]
     # The run itself, which wants a new or empty folder, can start now.
     assert not list(values["output_dir"].iterdir())
-
-
-def test_failing_command_makes_all_checks_and_exits_with_2(tmp_path: Path) -> None:
-    values = small_run(tmp_path)
-    values["domains"][1]["train"] = [str(tmp_path / "no_such_file.txt")]
-    path = write_config(tmp_path, values)
-    done = program("launch/preflight.py", "--json", "--config", path)
-    assert done.returncode == 2, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert not report["ok"] and [check["check"] for check in report["checks"]] == CHECKS
-    failed = [check for check in report["checks"] if check["status"] != "ok"]
-    assert [check["check"] for check in failed] == ["corpora"] and "no_such_file.txt" in failed[0]["found"]
-    assert "das_ds: preflight: 1 checks failed: corpora" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_rank_that_waits_in_vain_says_so(tmp_path: Path) -> None:

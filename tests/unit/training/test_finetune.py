@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from das_ds.errors import ConfigError
 from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores
 from das_ds.training.finetune import scores_path
 from das_ds.training.run_folder import open_run_folder
-from helpers.commands import command
+from helpers.commands import program
 from helpers.end_tasks import jobs_of_a_start, save_model, scores_on_ranks, small_task, task_run
 from helpers.run_ranks import run_ranks
 
@@ -78,8 +77,8 @@ def test_model_that_was_altered_after_its_export_is_refused(tmp_path: Path) -> N
 def test_command_prints_and_records_the_scores(tmp_path: Path) -> None:
     model, config = save_model(tmp_path), tmp_path / "run.yaml"
     dump_config(task_run(tmp_path, two_tasks(tmp_path)), config)
-    words = (sys.executable, "launch/finetune.py", "--config", config, "--model", model, "--task", "toy_pair")
-    done = command(*words, "tasks.1.metric=accuracy", "wandb.mode=offline")
+    words = ("launch/finetune.py", "--config", config, "--model", model, "--task", "toy_pair")
+    done = program(*words, "tasks.1.metric=accuracy", "wandb.mode=offline")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
     entry = EndTaskScores.read(model.parent / END_TASKS_FILE).tasks["toy_pair"]

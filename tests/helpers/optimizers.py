@@ -1,0 +1,61 @@
+"""Optimizers stepped on fixed gradients, with a mask inside and with one from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from das_ds.distributed import optimizer as optimizers
+from das_ds.distributed.optimizer import SoftUpdated
+from das_ds.kernels.protection import Protection
+from das_ds.kernels.windows import WINDOW_ELEMENTS
+
+NUMEL, NUM_STEPS = 2 * WINDOW_ELEMENTS + 1003, 4
+Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def run_steps(
+    optimizer: torch.optim.Optimizer, param: torch.nn.Parameter, importance: torch.Tensor | None = None
+) -> None:
+    """Steps on fixed gradients; with `importance`, each step is pulled back from outside, on whole tensors."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(NUM_STEPS):
+        param.grad = torch.randn(param.shape, generator=generator)
+        old = param.detach().clone()
+        optimizer.step()
+        if importance is not None:
+            param.data = old + (1 - importance.double()).float() * (param.data - old)
+
+
+def check_pulled_back_in_chunks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps under a mask, chunk by chunk, are those of whole tensors."""
+    monkeypatch.setattr(optimizers, "CHUNK_WINDOWS", 1)
+    start, importance = torch.randn(NUMEL), torch.rand(NUMEL)
+    importance[::7], importance[1::7] = 0.0, 1.0
+    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    found, expected = SoftUpdated(make([{"params": [param]}])), make([{"params": [twin]}])
+    largest = []
+    inner = optimizers.soft_update_
+
+    def watch(part: torch.Tensor, old: torch.Tensor, *args: Any, **options: Any) -> None:
+        largest.append(old.numel())
+        inner(part, old, *args, **options)
+
+    monkeypatch.setattr(optimizers, "soft_update_", watch)
+    found.protect({param: Protection(NUMEL, importance=importance)})
+    run_steps(found, param)
+    run_steps(expected, twin, importance)
+    torch.testing.assert_close(param.data, twin.data, rtol=1e-5, atol=1e-6)
+    assert torch.equal(param.data[1::7], start[1::7])
+    # Never a copy of the whole: one chunk at a time.
+    assert max(largest) == WINDOW_ELEMENTS and len(largest) == 3 * NUM_STEPS
+    # The state is that of an optimizer that stepped the whole tensor once per step.
+    assert found.state[param].keys() == expected.state[twin].keys()
+    for key, value in expected.state[twin].items():
+        if torch.is_tensor(value) and value.dim():
+            torch.testing.assert_close(found.state[param][key], value, rtol=1e-5, atol=1e-6)
+        else:
+            assert found.state[param][key] == value

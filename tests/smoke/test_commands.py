@@ -1,0 +1,40 @@
+"""The commands as users start them: DeepSpeed's launcher, exit codes, one line per error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from das_ds.evaluation.results import RESULTS_FILE, Results
+from helpers.commands import command, on_two_ranks, program, write_config
+from helpers.runs import small_run
+
+pytestmark = pytest.mark.multirank
+
+
+def test_deepspeed_launcher_trains_on_two_ranks_and_evaluate_agrees(tmp_path: Path) -> None:
+    values = small_run(tmp_path, deepspeed="ds_configs/zero3.json")
+    path = write_config(tmp_path, values)
+    done = on_two_ranks("launch/train.py", "--config", path, "train.micro_batch_size=2")
+    assert done.returncode == 0, done.stderr
+    results = Results.read(values["output_dir"] / RESULTS_FILE)
+    assert results.complete and results.world_size == 2 and results.zero_stage == 3
+    pictures = [values["output_dir"] / "report" / name for name in ("loss_matrix.png", "importance.png")]
+    # Programs and ranks that come from the fork server draw no more than one pixel.
+    assert all(min(Image.open(picture).size) > 100 for picture in pictures)
+    model = values["output_dir"] / "domains" / "01_papers" / "model"
+    shown = command(sys.executable, "launch/evaluate.py", "--config", path, "--model", model)
+    assert shown.returncode == 0, shown.stderr
+    losses = json.loads(shown.stdout.splitlines()[-1])
+    assert losses == pytest.approx(dict(zip(results.eval_domains, results.loss_matrix[-1], strict=True)), rel=1e-6)
+
+
+def test_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
+    path = write_config(tmp_path, small_run(tmp_path, method={"name": "ncl"}))
+    done = program("launch/train.py", "--config", path, "train.learning_rate=1e38", "train.grad_clip=0")
+    assert done.returncode == 2, done.stderr
+    assert "das_ds: food, step 2: loss is nan, expected a finite number" in done.stderr

@@ -1,0 +1,19 @@
+"""A rank that hangs ends all ranks in bounded time, and is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from das_ds.distributed.watch import EXIT_HANG
+from helpers.watching import exit_codes
+
+pytestmark = pytest.mark.multirank
+
+
+def test_watch_of_a_rank_that_hangs_ends_all_and_names_it(tmp_path: Path) -> None:
+    assert exit_codes(tmp_path, "sleep", 1) == [EXIT_HANG, EXIT_HANG]
+    for rank in range(2):
+        text = (tmp_path / f"errors-{rank}").read_text()
+        assert "rank 1 (pid " in text and "rank 0 (pid " not in text
