@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 MATRIX := .matrix.json
-TEST_PROCESSES ?= 2
+# A file is the work of one process, as its tests share what they look at; long files go first.
+TEST_OPTIONS := -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder
 BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction checkpoint
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -30,11 +31,11 @@ demo-clm: setup
 
 # Minutes: everything within one process, and of what takes several processes the strictest cell of each part.
 test: setup
-	$(BIN)/pytest -q -n $(TEST_PROCESSES) tests/unit tests/smoke
+	$(BIN)/pytest $(TEST_OPTIONS) tests/smoke tests/unit
 
 # Before a release: every stage, number of ranks, precision, method and architecture, and what waits for real time.
 test-full: setup
-	$(BIN)/pytest -q -n $(TEST_PROCESSES) tests/unit tests/smoke tests/full
+	$(BIN)/pytest $(TEST_OPTIONS) tests/full tests/smoke tests/unit
 	$(MAKE) test-slow
 
 # Launchers, hang time-outs, two hosts (iproute2) and a SLURM cluster (slurm-wlm, munge): one at a time, as they measure
