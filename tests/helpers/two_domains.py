@@ -21,11 +21,12 @@ from das_ds.methods.base import DomainContext
 from das_ds.tracking.sinks import Metrics
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.domain import DomainTrainer, Progress
-from helpers.parity import EPS
+from helpers.parity import ACCUMULATION, EPS, ROWS
 from helpers.reference import adamw_step, reference_batch_gradients, step_losses, unit_ones
 from helpers.tiny_models import NO_DROPOUT, tiny_model
-from helpers.training import LENGTH, Recorder, build, rank_part
+from helpers.training import LENGTH, Recorder, build, random_batch, rank_part
 
+NUM_STEPS = 3
 Weights = dict[str, Tensor]
 Steps = list[list[Batch]]
 Stretch = tuple[str, int, Tensor]
@@ -39,6 +40,14 @@ class Learned:
     lines: list[Metrics]
     sharded: dict[str, list[Stretch]]
     """This rank's stretches of what the method would save at the end."""
+
+
+def make_domains() -> list[Steps]:
+    """Joined micro-batches of `NUM_STEPS` steps of each domain."""
+    numbers = range(2 * NUM_STEPS * ACCUMULATION)
+    batches = [random_batch(ROWS, 50 + number) for number in numbers]
+    steps = [batches[first : first + ACCUMULATION] for first in range(0, len(batches), ACCUMULATION)]
+    return [steps[:NUM_STEPS], steps[NUM_STEPS:]]
 
 
 def learn_all(configs: list[RunConfig], domains: list[Steps]) -> list[Learned]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from full.test_ewc_and_merge import domains
 
 from das_ds.distributed.collectives import rank
 from das_ds.distributed.launch import Ranks
@@ -16,7 +15,7 @@ from das_ds.distributed.row_masks import RowMasks
 from das_ds.distributed.zero import Shard
 from helpers.parity import OFFLOAD, configs_of, relative_difference
 from helpers.run_ranks import run_ranks
-from helpers.two_domains import Expected, learn_all, learn_plainly
+from helpers.two_domains import Expected, learn_all, learn_plainly, make_domains
 
 pytestmark = pytest.mark.multirank
 
@@ -30,11 +29,11 @@ METHOD: dict[str, Any] = {
 
 @cache
 def expected() -> Expected:
-    return learn_plainly(domains(), saturation=SATURATION)
+    return learn_plainly(make_domains(), saturation=SATURATION)
 
 
 def test_the_mask_matters() -> None:
-    without = learn_plainly(domains())
+    without = learn_plainly(make_domains())
     assert relative_difference(expected().weights[1], without.weights[1]) > 1e-2
     assert relative_difference(expected().weights[0], without.weights[0]) == 0.0
 
@@ -78,7 +77,7 @@ def test_two_domains_equal_plain_torch(
     runs = configs_of(tmp_path, world_size, zero, [METHOD])
     if precision is not None:
         runs += configs_of(tmp_path, world_size, zero, [METHOD], precision)
-    found = run_ranks(learn_all, world_size, runs, domains())[0]
+    found = run_ranks(learn_all, world_size, runs, make_domains())[0]
     for mine, theirs in zip(found[0].weights, expected().weights, strict=True):
         assert relative_difference(mine, theirs) <= 2e-5
     for rounded in found[1:]:

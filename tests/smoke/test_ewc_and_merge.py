@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from helpers.parameter_importance import joined
-from helpers.parity import ACCUMULATION, OFFLOAD, ROWS, configs_of, relative_difference
+from helpers.parity import OFFLOAD, ROWS, configs_of, relative_difference
 from helpers.run_ranks import run_ranks
-from helpers.training import random_batch
-from helpers.two_domains import Expected, Learned, Steps, learn_all, learn_plainly
+from helpers.two_domains import NUM_STEPS, Expected, Learned, learn_all, learn_plainly, make_domains
 
 pytestmark = pytest.mark.multirank
 
-NUM_STEPS, STRENGTH, DECAY = 3, 3000.0, 0.5
+STRENGTH, DECAY = 3000.0, 0.5
 # Gradients for Fisher information are those of single micro-batches, unlike those of training.
 EWC: dict[str, Any] = {
     "name": "ewc",
@@ -28,25 +27,18 @@ MERGE: dict[str, Any] = {"name": "merge", "merge": {"coefficient": 0.3}}
 AVERAGE: dict[str, Any] = {"name": "merge", "merge": {"coefficient": "average"}}
 
 
-def domains() -> list[Steps]:
-    numbers = range(2 * NUM_STEPS * ACCUMULATION)
-    batches = [random_batch(ROWS, 50 + number) for number in numbers]
-    steps = [batches[first : first + ACCUMULATION] for first in range(0, len(batches), ACCUMULATION)]
-    return [steps[:NUM_STEPS], steps[NUM_STEPS:]]
-
-
 @cache
 def consolidated() -> Expected:
-    return learn_plainly(domains(), strength=STRENGTH, decay=DECAY)
+    return learn_plainly(make_domains(), strength=STRENGTH, decay=DECAY)
 
 
 @cache
 def merged() -> Expected:
-    return learn_plainly(domains(), shares=(0.3, 0.3))
+    return learn_plainly(make_domains(), shares=(0.3, 0.3))
 
 
 def test_the_penalty_matters() -> None:
-    without = learn_plainly(domains())
+    without = learn_plainly(make_domains())
     assert relative_difference(consolidated().weights[1], without.weights[1]) > 1e-2
     assert relative_difference(consolidated().weights[0], without.weights[0]) == 0.0
 
@@ -69,7 +61,7 @@ def test_two_domains_equal_plain_torch(
     runs = configs_of(tmp_path, world_size, zero, [EWC, MERGE])
     if precision is not None:
         runs += configs_of(tmp_path, world_size, zero, [EWC, MERGE], precision)
-    by_rank = run_ranks(learn_all, world_size, runs, domains())
+    by_rank = run_ranks(learn_all, world_size, runs, make_domains())
     for found, true in zip(by_rank[0], (consolidated(), merged()), strict=False):
         check(found, true)
     for found, true in zip(by_rank[0][2:], (consolidated(), merged()), strict=False):
@@ -79,8 +71,8 @@ def test_two_domains_equal_plain_torch(
 
 
 def test_an_average_of_base_and_models_equals_plain_torch(tmp_path: Path) -> None:
-    found = run_ranks(learn_all, 1, configs_of(tmp_path, 1, {"stage": 0}, [AVERAGE]), domains())[0][0]
-    check(found, learn_plainly(domains(), shares=(1 / 2, 2 / 3)))
+    found = run_ranks(learn_all, 1, configs_of(tmp_path, 1, {"stage": 0}, [AVERAGE]), make_domains())[0][0]
+    check(found, learn_plainly(make_domains(), shares=(1 / 2, 2 / 3)))
 
 
 def check(found: Learned, true: Expected) -> None:
