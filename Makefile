@@ -43,6 +43,7 @@ test-full: setup
 test-slow: setup
 	$(BIN)/pytest -q -m "not gpu" tests/slow
 
+# What needs a GPU, and the kernels' tests, which run on the GPU where there is one and in Triton's interpreter elsewhere.
 test-gpu: setup
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: torch sees no GPU on this machine, so nothing was tested")'
 	$(BIN)/pytest -q -m gpu tests
