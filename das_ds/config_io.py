@@ -21,9 +21,12 @@ from pydantic_core import ErrorDetails
 from das_ds.config import RunConfig
 from das_ds.config_schema import ConfigKey, config_keys, nearest_keys, table_key
 from das_ds.errors import ConfigError, RunFolderError
+from das_ds.user_files import read_text
 
 HELP_WIDTH = 120
 MAX_FOUND_LENGTH = 80
+MAX_DEPTH = 50
+MAX_NODES = 1_000_000
 
 # Keys, or sections of them, that may change when a run is continued: they say where the run is, how fast text is read
 # and what is shown, how it is saved and stopped, or, as do stage and micro-batch, how the work is divided; none of them
@@ -99,13 +102,11 @@ def read_mapping(
         ConfigError: missing, unreadable, no YAML or no mapping.
     """
     try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+        raw = _parse_yaml(read_text(path), source=str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected {kind}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected {kind}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; expected {kind}") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); expected {kind}") from None
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else _found(raw)
         raise ConfigError(f"{path}: found {found}, expected {content}")
@@ -164,12 +165,36 @@ def describe_config() -> str:
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
+        node = yaml.load(text, Loader=_Loader)
+        _check_nesting(node)
+        return node
+    # Values with explicit tags, such as `!!timestamp x`, make PyYAML raise whatever its conversion does.
+    except Exception as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        if not isinstance(error, yaml.YAMLError | ValueError):
+            problem = f"a value that cannot be converted ({type(error).__name__}: {problem})"
         raise ConfigError(f"{source}: not valid YAML{place}: {problem}") from None
+
+
+def _check_nesting(node: Any) -> None:
+    """Raises ValueError where aliases make a node contain itself, or text of a few lines a tree without end."""
+    level, num_nodes = [node], 0
+    for _ in range(MAX_DEPTH):
+        level = [child for parent in level for child in _children(parent)]
+        num_nodes += len(level)
+        if num_nodes > MAX_NODES:
+            raise ValueError(f"found more than {MAX_NODES} values, which aliases repeat")
+        if not level:
+            return
+    raise ValueError(f"found more than {MAX_DEPTH} values within each other; does an alias contain itself?")
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return list(node) if isinstance(node, list | tuple | set) else []
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -249,7 +274,11 @@ def _hint(key: str) -> str:
 
 
 def _found(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not write whole numbers of thousands of digits.
+        return "a whole number of thousands of digits"
     return text if len(text) <= MAX_FOUND_LENGTH else text[:MAX_FOUND_LENGTH] + "..."
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from das_ds.config import RunConfig
+from das_ds.deepspeed_keys import AUTO, checked_engine
 from das_ds.errors import ConfigError
+from das_ds.user_files import read_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ZERO_STAGES = (0, 1, 2, 3)
-AUTO = "auto"
 ENGINE_DEFAULTS = {
     # Masked AdamW is a torch optimizer that DeepSpeed does not know, also under offload.
     "zero_allow_untested_optimizer": True,
@@ -31,12 +32,14 @@ def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]
     """The config for `deepspeed.initialize`: engine knobs of `config.deepspeed` plus what the run config owns.
 
     Raises:
-        ConfigError: file missing or not a JSON object, a value that contradicts the run config, an own optimizer or
-            scheduler, `round_robin_gradients`, leaf modules, a stage outside 0-3, fp16 at stage 0, weights on NVMe or
-            twice in shards with method kd, batch sizes that do not divide.
+        ConfigError: file missing or not a JSON object, a key or value that is not on the list of `deepspeed_keys.py`,
+            a value that contradicts the run config, an own optimizer or scheduler, fp16 at stage 0, weights twice in
+            shards with method kd, offload or shards that do not fit the stage or the ranks, batch sizes that do not
+            divide.
     """
-    engine = _read_engine(config.deepspeed)
+    engine = checked_engine(_read_engine(config.deepspeed))
     _refuse_unsupported(engine, config.train.precision)
+    _refuse_misfits(engine, world_size)
     if config.method.name == "kd":
         _refuse_hidden_parts(engine)
     for key, (owner, value) in _owned_values(config, engine, world_size).items():
@@ -82,7 +85,9 @@ def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
         return copy.deepcopy(source)
     path = _locate(source)
     try:
-        engine = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        engine = json.loads(read_text(path), object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ConfigError(f"deepspeed: {path} is not a readable JSON file: too many values within each other") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"deepspeed: {path} is not a readable JSON file: {error}") from None
     if not isinstance(engine, dict):
@@ -93,7 +98,7 @@ def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
 def _locate(source: str) -> Path:
     """A relative path counts from the working directory first, then from the root of the repository."""
     for path in (Path(source), REPOSITORY / source):
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             return path
     known = ", ".join(f"ds_configs/{path.name}" for path in sorted((REPOSITORY / "ds_configs").glob("*.json")))
     raise ConfigError(f"deepspeed: found no file {source} in {Path.cwd()} or {REPOSITORY}; expected a path or {known}")
@@ -119,31 +124,32 @@ def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
                 f"deepspeed {key}: found {engine[key]!r}, expected none: das_ds brings its own (train.learning_rate, "
                 "train.schedule and the keys beside them)"
             )
-    for key in ("leaf_module", "stage3_module_granularity_threshold"):
-        if _section(engine, "zero_optimization").get(key, AUTO) not in (AUTO, 0):
+
+
+def _refuse_misfits(engine: dict[str, Any], world_size: int) -> None:
+    """What DeepSpeed would leave out without a word, or fail over on some ranks."""
+    zero, stage = _section(engine, "zero_optimization"), zero_stage(engine)
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if zero.get(key, {}).get("device", "none") != "none" and stage < least:
             raise ConfigError(
-                f"deepspeed zero_optimization.{key}: found {engine['zero_optimization'][key]!r}, expected none: leaf "
-                "modules reduce gradients in importance passes too, which are to leave gradients alone"
+                f"deepspeed zero_optimization.{key}.device: found {zero[key]['device']!r} at stage {stage}, where "
+                f"nothing is offloaded by it; allowed: stage {least} or higher, or none"
             )
-    if _section(engine, "zero_optimization").get("round_robin_gradients", False):
+    own_shards = min(int(zero.get("zero_hpz_partition_size", 1)), world_size)
+    if world_size % own_shards:
         raise ConfigError(
-            "deepspeed zero_optimization.round_robin_gradients: found true, allowed: false; with it DeepSpeed reports "
-            "wrong places of most parameters in the optimizer's shards, so that masks would act on the wrong weights"
+            f"deepspeed zero_optimization.zero_hpz_partition_size: found {own_shards}, expected a divisor of the "
+            f"number of ranks, {world_size}"
         )
 
 
 def _refuse_hidden_parts(engine: dict[str, Any]) -> None:
-    """A teacher takes the place of the weights where ZeRO-3 reads them; these two settings make it read elsewhere."""
+    """A teacher takes the place of the weights where ZeRO-3 reads them; a second copy would be read in its place."""
     zero = _section(engine, "zero_optimization")
     if zero.get("zero_hpz_partition_size", AUTO) not in (AUTO, 1):
         raise ConfigError(
             f"deepspeed zero_optimization.zero_hpz_partition_size: found {zero['zero_hpz_partition_size']!r} with "
             "method.name kd, allowed: 1; DeepSpeed would gather the teacher from a second copy of the present weights"
-        )
-    if (zero.get("offload_param") or {}).get("device") == "nvme":
-        raise ConfigError(
-            "deepspeed zero_optimization.offload_param.device: found 'nvme' with method.name kd, allowed: none or cpu; "
-            "DeepSpeed would read the present weights from disk in place of the teacher"
         )
 
 

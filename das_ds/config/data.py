@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from das_ds.config.section import NAME_PATTERN, Section
+from das_ds.config.section import NAME_PATTERN, PathText, Section
+from das_ds.user_files import expand_path
 
 
 class CorpusConfig(Section):
@@ -12,10 +13,11 @@ class CorpusConfig(Section):
 
     name: str = Field(pattern=NAME_PATTERN)
     """Name in folders, tables and metric names (letters, digits, - and _)."""
-    train: list[str] = Field(default=[])
+    train: list[PathText] = Field(default=[])
     """Training text: .txt, .jsonl (also .gz, .xz) or .parquet files, globs, hub names `owner/name[:config][@split]`."""
-    valid: list[str] = Field(default=[])
-    """Held-out text in the same forms; empty: `valid_fraction` of the blocks of `train` is cut off its end."""
+    valid: list[PathText] = Field(default=[])
+    """Held-out text in the same forms, no file of `train`; empty: `valid_fraction` of the blocks of `train` is cut off
+    its end."""
     valid_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     """Share of the training blocks that is held out when `valid` is empty."""
     text_column: str = "text"
@@ -43,7 +45,7 @@ class DataConfig(Section):
 
     sequence_length: int = Field(default=128, ge=8)
     """Tokens per block."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder or hub name of the tokeniser; null: that of `model.name_or_path`."""
     add_tokens: dict[str, list[str] | str] = Field(default={})
     """Domain -> tokens, or a file with one a line, that tokeniser and model gain before the domain is learned."""
@@ -51,7 +53,12 @@ class DataConfig(Section):
     """Share of tokens that is predicted in masked language modelling."""
     isolate_documents: bool = False
     """Causal only: positions start anew and attention stops at each document of a block, no prediction crosses one."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder of tokenised corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
     num_workers: int = Field(default=0, ge=0)
     """Loader processes per rank; 0 loads in the training process."""
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _files_are_expanded(cls, value: dict[str, list[str] | str]) -> dict[str, list[str] | str]:
+        return {name: expand_path(tokens) if isinstance(tokens, str) else tokens for name, tokens in value.items()}

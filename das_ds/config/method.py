@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from das_ds.config.section import Section
+from das_ds.config.section import PathText, Section
 
 DEFAULT_MERGING = 0.5
 """c of method `merge`."""
@@ -57,7 +57,7 @@ class ImportanceConfig(Section):
     gradient_batch_size: int | None = Field(default=None, ge=1)
     """Sequences per gradient at parameter level and for `ewc`, a multiple of the ranks; fewer tell single sequences
     apart better and take longer; null: `train.global_batch_size`."""
-    initial: str | None = None
+    initial: PathText | None = None
     """Accumulated importance file of an earlier run; null: measure general knowledge before the first domain."""
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from das_ds.config.adapter import AdapterConfig
-from das_ds.config.section import Section
+from das_ds.config.section import PathText, Section
 
 
 class LoraConfig(Section):
@@ -21,14 +21,14 @@ class LoraConfig(Section):
     """Dropout on what enters the adapters."""
     target_modules: list[str] = Field(default=[])
     """Modules by the end of their name, such as query or attention.output.dense; empty: all that units own."""
-    initial: str | None = None
+    initial: PathText | None = None
     """Adapter folder of an earlier run over the same network to begin with; null: a fresh adapter."""
 
 
 class ModelConfig(Section):
     """Which network is trained; exactly one of `name_or_path` and `config` is given."""
 
-    name_or_path: str | None = None
+    name_or_path: PathText | None = None
     """Folder or hub name of pre-trained weights."""
     config: dict[str, Any] | None = None
     """Hugging Face model config (with `model_type`) for a network with random weights."""
@@ -47,6 +47,6 @@ class ModelConfig(Section):
     def _one_source(self) -> ModelConfig:
         if (self.name_or_path is None) == (self.config is None):
             raise ValueError("give exactly one of name_or_path (pre-trained weights) and config (random weights)")
-        if self.config is not None and "model_type" not in self.config:
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs model_type, for example model_type: roberta")
         return self

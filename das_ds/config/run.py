@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import MethodConfig
 from das_ds.config.model import ModelConfig
 from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
-from das_ds.config.section import Section
+from das_ds.config.section import FolderPath, Section
 from das_ds.config.stage import Stage
 from das_ds.config.task import TaskConfig
 from das_ds.config.training import EvaluationConfig, TrainConfig
+from das_ds.user_files import expand_path
 
 DEFAULT_REPLAY_SHARE = 1 / 16
 """What methods replay and derpp replay by default, up to a whole number of sequences."""
@@ -24,7 +24,7 @@ DEFAULT_REPLAY_SHARE = 1 / 16
 class RunConfig(Section):
     """A whole run: a model, a sequence of domains, a method."""
 
-    output_dir: Path
+    output_dir: FolderPath
     """Run folder; a new one, an empty one, or that of the same run (which is then continued)."""
     model: ModelConfig
     domains: list[DomainConfig] = Field(min_length=1)
@@ -81,6 +81,11 @@ class RunConfig(Section):
         names = [domain.name for domain in self.domains]
         general = [self.general.name] if self.general is not None and self.method.replay.general else []
         return names[: names.index(domain)] + general
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _file_is_expanded(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        return expand_path(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> RunConfig:

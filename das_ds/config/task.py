@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from das_ds.config.section import NAME_PATTERN, Section
+from das_ds.config.section import NAME_PATTERN, PathText, Section
 
 
 class TaskConfig(Section):
@@ -17,11 +17,11 @@ class TaskConfig(Section):
     domain: str | None = None
     """Domain whose end task this is, for forgetting and transfer; null: the one that the name begins with, as in
     `acl_arc` and `acl`, else none."""
-    train: str
+    train: PathText
     """Training rows: a .jsonl file (also .gz, .xz), one object per line."""
-    dev: str
+    dev: PathText
     """Rows that choose the best epoch, in the same form."""
-    test: str
+    test: PathText
     """Rows that are scored at the best epoch only, in the same form."""
     kind: Literal["text", "pair", "entities"] = "text"
     """One text; two texts, such as an aspect and a sentence; one text with marked entities."""

@@ -183,7 +183,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
         (b"train: {eps: [1\n", "not valid YAML at line 2, column 1"),
         (b"seed: 1\nseed: 2\n", "not valid YAML at line 2, column 1: key seed found twice"),
         (b"train:\n  eps: 1\n  eps: 2\n", "not valid YAML at line 3, column 3: key eps found twice"),
-        (b"a: \xff\n", "not UTF-8 text at byte 3"),
+        (b"a: \xff\n", "cannot be read (line 1: found byte 0xff, expected UTF-8)"),
         (b"a: \x07\n", "not valid YAML: unacceptable character"),
         (b"a: !!python/object:os.system {}\n", "not valid YAML at line 1, column 4"),
     ],

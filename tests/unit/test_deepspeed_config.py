@@ -8,6 +8,7 @@ import pytest
 
 from das_ds.config import RunConfig
 from das_ds.deepspeed_config import REPOSITORY, build_deepspeed_config, zero_stage
+from das_ds.deepspeed_keys import KEYS
 from das_ds.errors import ConfigError
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -97,19 +98,19 @@ def test_auto_and_equal_values_are_no_contradiction() -> None:
         ({"bf16": True}, "deepspeed bf16: found True, expected a JSON object"),
         ({"zero_optimization": 3}, "deepspeed zero_optimization: found 3, expected a JSON object"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: found 4, allowed: 0, 1, 2 or 3"),
-        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: found True, allowed: 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: found true, allowed: 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage: found '2', allowed: 0, 1, 2 or 3"),
         (
             {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
-            "round_robin_gradients: found true, allowed: false; with it DeepSpeed reports wrong places",
+            "round_robin_gradients: found true, allowed: false (with it DeepSpeed reports wrong places",
         ),
         (
             {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Block"]}}},
-            "leaf_module: found {'classes': ['Block']}, expected none: leaf modules reduce gradients in importance",
+            "leaf_module: found {'classes': ['Block']}, expected no such key: leaf modules reduce gradients",
         ),
         (
             {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 100}},
-            "stage3_module_granularity_threshold: found 100, expected none",
+            "stage3_module_granularity_threshold: found 100, allowed: 0 (leaf modules",
         ),
     ],
 )
@@ -121,10 +122,6 @@ def test_contradiction_is_refused(engine: dict[str, Any], expected: str) -> None
     ("zero", "expected"),
     [
         ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size: found 8 with method.name kd, allowed: 1"),
-        (
-            {"offload_param": {"device": "nvme"}},
-            "offload_param.device: found 'nvme' with method.name kd, allowed: none",
-        ),
     ],
 )
 def test_a_teacher_needs_weights_that_can_be_replaced(zero: dict[str, Any], expected: str) -> None:
@@ -135,6 +132,118 @@ def test_a_teacher_needs_weights_that_can_be_replaced(zero: dict[str, Any], expe
             config.model_copy(update={"method": config.method.model_copy(update={"name": "kd"})}), world_size=1
         )
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation: unknown key; did you mean zero_optimization?"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            "zero_optimization.overlap_com: unknown key; did you mean zero_optimization.overlap_comm?",
+        ),
+        (
+            {"zero_optimization": {"prefetch_bucket_size": 5}},
+            "prefetch_bucket_size: unknown key; did you mean zero_optimization.stage3_prefetch_bucket_size?",
+        ),
+        ({"stage": 2}, "deepspeed stage: unknown key; did you mean zero_optimization.stage?"),
+        ({"fp17": {}}, "deepspeed fp17: unknown key; did you mean fp16?"),
+        ({"frobnicate": 1}, "deepspeed frobnicate: unknown or untested key; allowed at the top: bf16, "),
+        ({"zero_optimization": {"zenflow": {}}}, "zenflow: found {}, expected no such key: ZenFlow is not supported"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "expected no such key: tensor parallelism (AutoTP) is not supported"),
+        ({"compile": {"deepcompile": True}}, "expected no such key: DeepCompile is not supported"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "allowed: false (ZeRO++ quantization"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "allowed: false (ZeRO++ quantization"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "found 'nvme', allowed: none or cpu"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "found 'nvme', allowed: none or cpu"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.3}}}, "ratio: found 0.3, allowed: 1 (all of"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "super_offload: found true, allowed:"),
+        ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, "reduce_bucket_size: found '5e8', allowed: a whole"),
+        ({"zero_optimization": {"reduce_bucket_size": 10**400}}, "reduce_bucket_size: found 1000"),
+        ({"zero_optimization": {"reduce_bucket_size": True}}, "reduce_bucket_size: found true, allowed: a whole"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage: found 'auto', allowed: 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}, "stage": 2}},
+            "allowed: stage 3 or higher, or none",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "found 'cpu' at stage 0, where nothing"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}},
+            "found 3, expected a divisor of the number",
+        ),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer: found true, allowed: false"),
+        ({"communication_data_type": "fp8"}, "found 'fp8', allowed: fp32, fp16, bf16 or null"),
+    ],
+)
+def test_key_or_value_off_the_list_is_refused(engine: dict[str, Any], expected: str) -> None:
+    assert expected in message_of(engine)
+
+
+def test_every_listed_value_means_to_deepspeed_what_it_says() -> None:
+    """No key of the list is one that DeepSpeed does not know: each of its own models refuses or drops such."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime import config as constants
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    models: dict[str, Any] = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "comms_logger": CommsLoggerConfig,
+    }
+    source = Path(constants.__file__).with_name("constants.py").read_text(encoding="utf-8")
+    for key in KEYS:
+        section, _, name = key.rpartition(".")
+        if section in models:
+            fields = models[section].model_fields
+            assert name in {field.alias or known for known, field in fields.items()}, key
+        else:
+            assert f'"{name}"' in source or f"'{name}'" in source, key
+
+
+def test_auto_is_the_run_configs_value_or_deepspeeds_default() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    hugging_face = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_max_live_parameters": "auto",
+            "stage3_max_reuse_distance": 1e9,
+            "offload_optimizer": "auto",
+            "offload_param": None,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "wall_clock_breakdown": False,
+    }
+    engine = build_deepspeed_config(run_config(hugging_face), world_size=1)
+    assert "auto" not in json.dumps(engine)
+    assert (engine["train_batch_size"], engine["gradient_accumulation_steps"]) == (256, 8)
+    parsed = DeepSpeedConfig({**engine})
+    default = DeepSpeedConfig({"train_batch_size": 256, "zero_optimization": {"stage": 3}}).zero_config
+    assert parsed.zero_config.reduce_bucket_size == default.reduce_bucket_size
+    assert parsed.zero_config.max_live_parameters == default.max_live_parameters
+    assert parsed.zero_config.offload_optimizer is None
+    assert parsed.bfloat16_config.enabled and not parsed.float16_config.enabled
 
 
 @pytest.mark.parametrize(
@@ -240,6 +349,8 @@ def test_missing_file_names_the_shipped_ones() -> None:
         (b"\xff", "is not a readable JSON file"),
         (b"[1]", "holds a list, expected a JSON object"),
         (b'{"steps_per_print": 1, "steps_per_print": 2}', "found key steps_per_print twice"),
+        (b"[" * 100_000, "too many values within each other"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
     ],
 )
 def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -13,9 +13,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Lowest first. Files of one floor stand in the order in which they may import each other; folders may not.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("durable",),
+    ("durable", "user_files"),
     ("config",),
     ("config_schema",),
+    ("deepspeed_keys",),
     ("config_io", "deepspeed_config"),
     ("functional",),
     ("kernels",),
@@ -23,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpointing", "methods", "evaluation"),
     ("training",),
     ("cli",),
+    ("__main__",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 RANKS_ONLY = ("deepspeed", "torch.distributed")
