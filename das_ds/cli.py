@@ -13,6 +13,7 @@ import yaml
 
 from das_ds.config import RunConfig
 from das_ds.config_io import describe_config, load_config, read_mapping, resolved_dict
+from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 LEAST_START_TIMEOUT = timedelta(minutes=2)
@@ -110,6 +111,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
+    # What does not fit one rank fits no number of them.
+    build_deepspeed_config(config, world_size=1)
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
 
 
@@ -142,6 +145,8 @@ def _units(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="das-ds", description="Continual pre-training without forgetting.")
+    # The DeepSpeed launcher puts it first where it starts a module (`deepspeed --module das_ds train ...`).
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     epilog = describe_config()
     for name, action, text in (
@@ -153,7 +158,11 @@ def _parser() -> argparse.ArgumentParser:
             _preflight,
             "check ranks, folders, disk, text, model and memory before a run; start it like train",
         ),
-        ("check-config", _check_config, "check a config and print it with every default"),
+        (
+            "check-config",
+            _check_config,
+            "check a config and its DeepSpeed file without ranks, text or model, and print it with every default",
+        ),
     ):
         command = commands.add_parser(
             name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,3 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     units.add_argument("--objective", choices=("mlm", "clm"), help="of a proposal; default: that of the architecture")
     units.add_argument("--yaml", action="store_true", help="print the table as model.adapter of a run config")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -47,3 +47,9 @@ class PreflightError(DasError):
 
 class StoppedError(Exception):
     """The run was asked to stop and everything is saved; ends the program with `EXIT_STOPPED`."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, which libraries may write many of, else its name."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import CorpusConfig, DataConfig, ObjectiveName
 from das_ds.data.causal import end_of_text
+from das_ds.data.sources import shared_sources
 from das_ds.data.tokenise import STARTS_DTYPE, TokenFile, prepare_tokens
 from das_ds.errors import DataError
+from das_ds.user_files import expand_path
 
 CACHE_VARIABLE = "DAS_DS_CACHE"
 DEFAULT_CACHE_DIR = "~/.cache/das_ds"
@@ -111,8 +113,15 @@ class CorpusBlocks:
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Folder of tokenised corpora: `data.cache_dir`, else `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
-    return Path(data.cache_dir or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE_DIR).expanduser()
+    """Folder of tokenised corpora: `data.cache_dir`, else `$DAS_DS_CACHE`, else `~/.cache/das_ds`.
+
+    Raises:
+        DataError: the user has no home folder, or the variable names another that is not set.
+    """
+    try:
+        return Path(data.cache_dir or expand_path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE_DIR))
+    except ValueError as error:
+        raise DataError(f"data.cache_dir: {error}") from None
 
 
 def prepare_corpus(
@@ -150,11 +159,29 @@ def prepare_corpus(
         except DataError as error:
             raise DataError(f"corpus '{name}': {error}") from error
 
+    check_own_text(corpus)
     train = blocks(corpus.train, "train") if corpus.train else None
     if corpus.valid:
         return CorpusBlocks(train, blocks(corpus.valid, "valid"))
     assert train is not None
     return CorpusBlocks(*_hold_out(train, corpus))
+
+
+def check_own_text(corpus: CorpusConfig) -> None:
+    """Refuse held-out text that is trained on: its losses would say nothing of text that is new to the model.
+
+    Raises:
+        DataError: a source is in `train` and in `valid`, or cannot be found; names the corpus.
+    """
+    try:
+        shared = shared_sources(corpus.train, corpus.valid)
+    except DataError as error:
+        raise DataError(f"corpus '{corpus.name}': {error}") from error
+    if shared:
+        raise DataError(
+            f"corpus '{corpus.name}': found {shared[0]} in train and in valid; expected held-out text of its own (or "
+            "no valid: then valid_fraction of train is held out)"
+        )
 
 
 def _hold_out(train: TokenBlocks, corpus: CorpusConfig) -> tuple[TokenBlocks, TokenBlocks]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from das_ds.data.sources import HubDataset, Source, file_suffix
-from das_ds.errors import DataError
+from das_ds.errors import DataError, first_line
+from das_ds.user_files import NotTextError, UnusableFileError, decoded_lines, require_file
 
 CHUNK_BYTES = 1 << 18
 ROWS_PER_BATCH = 1000
@@ -50,44 +51,60 @@ def read_documents(source: Source, text_column: str) -> Iterator[DocumentBatch]:
 
 
 def _unpacked(path: Path, file: IO[bytes]) -> Any:
-    suffix = file_suffix(path)
-    if suffix.endswith(".gz"):
+    name = path.name.lower()
+    if name.endswith(".gz"):
         return gzip.open(file)
-    return lzma.open(file) if suffix.endswith(".xz") else nullcontext(file)
+    return lzma.open(file) if name.endswith(".xz") else nullcontext(file)
 
 
 def read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
     """Lines of a file of text, packed or not, in chunks, each with the bytes of the file that it took.
 
+    A line ends in LF, CR LF or CR, as in Python's own text files; a byte-order mark at the beginning is no part of it.
+
     Raises:
-        DataError: unreadable or damaged file, text that is not UTF-8.
+        DataError: no regular file, a Git LFS pointer, unreadable, damaged, or text that is not UTF-8.
     """
-    offset = position = 0
+    num_lines = position = 0
     try:
+        require_file(path)
         with path.open("rb") as file, _unpacked(path, file) as stream:
-            while chunk := stream.read(CHUNK_BYTES) + stream.readline():
-                text = chunk.decode()
-                # Some editors begin a file with a byte-order mark, which is no part of the text.
-                text = text if offset else text.removeprefix("\ufeff")
+            for block in _whole_lines(stream):
+                lines = decoded_lines(block, num_lines)
                 last, position = position, file.tell()
-                yield [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")], position - last
-                offset += len(chunk)
-    except UnicodeDecodeError as error:
-        found = error.object[error.start]
-        raise DataError(
-            f"{path}: found byte 0x{found:02x} at byte {offset + error.start} of the unpacked text; expected UTF-8"
-        ) from error
+                yield lines, position - last
+                num_lines += len(lines)
+    except NotTextError as error:
+        raise DataError(f"{path}, {error.strerror}") from None
     except DAMAGE as error:
         raise DataError(f"{path}: damaged archive ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def _whole_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """The bytes of a stream, cut behind ends of lines, about CHUNK_BYTES at a time."""
+    buffer = bytearray()
+    while chunk := stream.read(CHUNK_BYTES):
+        searched = max(0, len(buffer) - 1)
+        buffer += chunk
+        # A CR that stands last may be the first half of CR LF.
+        cut = 1 + max(buffer.rfind(b"\n", searched), buffer.rfind(b"\r", searched, len(buffer) - 1))
+        if cut:
+            yield bytes(buffer[:cut])
+            del buffer[:cut]
+    if buffer:
+        yield bytes(buffer)
+
+
 def _read_jsonl(path: Path, text_column: str) -> Iterator[tuple[list[str], int]]:
     num_lines = 0
     for lines, num_bytes in read_lines(path):
         rows = enumerate(lines, num_lines + 1)
-        yield [_json_text(line, text_column, f"{path}, line {number}") for number, line in rows if line], num_bytes
+        yield (
+            [_json_text(line, text_column, f"{path}, line {number}") for number, line in rows if line.strip()],
+            num_bytes,
+        )
         num_lines += len(lines)
 
 
@@ -131,10 +148,10 @@ def _check_column(text_column: str, columns: Iterable[str], place: str) -> None:
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[tuple[list[str], int]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        require_file(path)
         with pq.ParquetFile(path) as file:
             _check_column(text_column, file.schema_arrow.names, str(path))
             bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
@@ -142,12 +159,15 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[tuple[list[str], int
                 values = batch.column(0).to_pylist()
                 texts = [_checked_text(value, text_column, str(path)) for value in values]
                 yield texts, round(len(texts) * bytes_per_row)
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: text column '{text_column}' is not UTF-8 ({error})") from error
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: damaged parquet file ({error})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    except (FileNotFoundError, PermissionError, UnusableFileError) as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    # pyarrow reports damage by errors of many kinds, of which OSError is one.
+    except Exception as error:
+        raise DataError(f"{path}: damaged parquet file ({first_line(error)})") from error
 
 
 def _read_hub(source: HubDataset, text_column: str) -> Iterator[tuple[list[str], int]]:

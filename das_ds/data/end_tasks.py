@@ -105,7 +105,7 @@ def _placed_lines(path: Path) -> Iterator[tuple[str, str]]:
     num_lines = 0
     for lines, _ in read_lines(path):
         for number, line in enumerate(lines, num_lines + 1):
-            if line:
+            if line.strip():
                 yield line, f"{path}, line {number}"
         num_lines += len(lines)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 import xxhash
@@ -55,18 +56,59 @@ def resolve_source(name: str) -> list[Source]:
     Raises:
         DataError: missing file, glob without match, folder, unknown file type, or a hub that does not answer.
     """
-    hub_name = parse_hub_name(name)
-    if hub_name is not None:
-        return [_pin_revision(hub_name)]
-    path = Path(name).expanduser()
-    paths = [path] if path.exists() else sorted(Path(match) for match in glob(str(path), recursive=True))
+    return [_pin_revision(source) if isinstance(source, HubDataset) else source for source in _found(name)]
+
+
+def _found(name: str) -> list[Source]:
+    """What a name stands for, without a question to the hub."""
+    try:
+        hub_name = parse_hub_name(name)
+        if hub_name is not None:
+            return [hub_name]
+        paths = _matches(name)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
     if not paths:
         raise DataError(f"{name}: found no such file; expected a file, a glob with a match, or a hub name {HUB_FORM}")
     for path in paths:
         if path.is_dir():
             raise DataError(f"{path}: found a folder; expected files, for instance {path / '*.txt'}")
         file_suffix(path)
+        if path.exists() and not path.is_file():
+            raise DataError(
+                f"{path}: found a pipe, socket or device; expected a regular file, because text is read several times"
+            )
     return list(paths)
+
+
+def shared_sources(these: Iterable[str], others: Iterable[str]) -> list[Source]:
+    """What both groups of names stand for: files, also by another name or link, and splits of hub data sets.
+
+    Raises:
+        DataError: a file that cannot be found; the hub is not asked.
+    """
+    identities = {_identity(source) for name in others for source in _found(name)}
+    return [source for name in these for source in _found(name) if _identity(source) in identities]
+
+
+def _identity(source: Source) -> Source:
+    return source.resolve() if isinstance(source, Path) else source
+
+
+def _matches(name: str) -> list[Path]:
+    """Files that a path or glob stands for; folders of a glob may have brackets in their real names."""
+    path = Path(name)
+    if path.exists():
+        return [path]
+    return sorted(Path(match) for match in glob(_literal_folders(path), recursive=True))
+
+
+def _literal_folders(path: Path) -> str:
+    """The glob, in which the longest leading part that exists as it is written stands for itself."""
+    for parent in path.parents:
+        if parent.exists():
+            return str(Path(escape(str(parent))) / path.relative_to(parent))
+    return str(path)
 
 
 def parse_hub_name(name: str) -> HubDataset | None:

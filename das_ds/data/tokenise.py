@@ -27,7 +27,7 @@ from das_ds.data.corpus import read_documents
 from das_ds.data.sources import Source, fingerprint, resolve_source
 from das_ds.errors import DataError, ModelError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STARTS_DTYPE = np.dtype("<u8")
 # Small enough that the tokeniser's results stay in the processor's cache, large enough to occupy every core.
 DOCUMENTS_PER_CALL = 1000
@@ -82,7 +82,7 @@ def prepare_tokens(
     backend = _plain_backend(tokenizer)
     with _named(corpus):
         resolved = [source for name in sources for source in resolve_source(name)]
-        folder = cache_dir.expanduser() / f"{corpus}-{_cache_key(resolved, text_column, backend, end_of_text)}"
+        folder = cache_dir / f"{corpus}-{_cache_key(resolved, text_column, backend, end_of_text)}"
         token_file = _read_entry(folder)
         if token_file is None:
             token_file = _write_entry(folder, resolved, corpus, text_column, backend, end_of_text, progress)
@@ -196,6 +196,31 @@ def _tokenise(
     if result.num_documents == 0:
         raise DataError(f"no text in {', '.join(map(str, sources))}; expected at least one line that is not blank")
     return result
+
+
+def count_tokens(
+    sources: Iterable[Source],
+    *,
+    text_column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    end_of_text: int | None,
+    enough: int,
+) -> int:
+    """Tokens that `prepare_tokens` would give; no text is read beyond the first `enough` of them.
+
+    Raises:
+        DataError: text that cannot be read.
+        ModelError: the tokeniser is not a fast one.
+    """
+    backend, num_tokens = _plain_backend(tokenizer), 0
+    for source in sources:
+        for batch in read_documents(source, text_column):
+            # One by one: the first document may be enough.
+            for text in batch.texts:
+                num_tokens += sum(len(ids) for ids, _ in _encoded([text], backend, end_of_text))
+                if num_tokens >= enough:
+                    return num_tokens
+    return num_tokens
 
 
 def _encoded(

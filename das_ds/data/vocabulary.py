@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import RunConfig
+from das_ds.data.corpus import read_lines
 from das_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,10 @@ def _tokens(domain: str, source: list[str] | str) -> list[str]:
 
 def _read(domain: str, path: str) -> list[str]:
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(
-            f"data.add_tokens.{domain}: cannot read {path} ({reason}); expected one token a line"
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
+        words = [line.strip() for lines, _ in read_lines(Path(path)) for line in lines]
+    except DataError as error:
+        raise DataError(f"data.add_tokens.{domain}: {error}; expected one token a line") from error
+    return [word for word in words if word]
 
 
 def _grown(tokenizer: PreTrainedTokenizerBase, domain: str, tokens: list[str]) -> PreTrainedTokenizerBase:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from das_ds.distributed.environment import check_device, check_environment
 from das_ds.errors import DasError
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Ranks:
 
     def __init__(self, timeout: timedelta | None = None, collective_timeout: timedelta | None = None) -> None:
         _fill_environment()
+        check_environment()
         # Its warnings about an untested optimizer and its own deprecated calls are nothing that a user can act on.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
@@ -58,6 +60,7 @@ class Ranks:
         local_rank = int(os.environ["LOCAL_RANK"])
         device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
+            check_device(local_rank, torch.cuda.device_count())
             torch.cuda.set_device(device)
         # On CPU DeepSpeed would compile its shared-memory all-reduce at the first start, guarded by a lock file that a
         # killed process leaves behind and every later start waits for; gloo needs no compiler and no lock.
@@ -152,7 +155,7 @@ def _fill_environment() -> None:
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")

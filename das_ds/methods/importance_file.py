@@ -17,6 +17,7 @@ from torch.nn import functional
 from das_ds.durable import CHECKSUM, replaced_file
 from das_ds.errors import ImportanceError, RunFolderError
 from das_ds.functional.units import Importance, UnitLayout
+from das_ds.user_files import require_file
 
 FORMAT_VERSION = "3"
 IMPORTANCE_FILE = "importance.safetensors"
@@ -146,6 +147,7 @@ def _opened(path: Path, layout: UnitLayout, granularity: str, expected: Shapes) 
 def _checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
     """The open file, its header and its shapes, once format and checksum are right."""
     try:
+        require_file(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format_version") != FORMAT_VERSION:

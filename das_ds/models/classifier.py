@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from das_ds.config import ModelConfig
-from das_ds.errors import ConfigError, ModelError
-from das_ds.models.loading import check_embeddings, find_adapter, first_line, open_tokenizer
+from das_ds.errors import ConfigError, ModelError, first_line
+from das_ds.models.loading import check_embeddings, find_adapter, open_tokenizer
 
 
 class Classifier(NamedTuple):
@@ -83,7 +82,8 @@ def _load(source: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             str(source.name_or_path), output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    # A damaged file or an odd config makes libraries raise anything.
+    except Exception as error:
         raise ModelError(
             f"cannot load a classifier from {source.name_or_path} (model.attention: {source.attention}): "
             f"{first_line(error)}"

@@ -14,12 +14,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from das_ds.config import ObjectiveName
-from das_ds.errors import DasError, ModelError
+from das_ds.errors import DasError, ModelError, first_line
 from das_ds.functional.spreads import SPREADS, Axis
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.adapter import ArchitectureAdapter, GateSite
 from das_ds.models.dataflow import LayerFlow, LinearMap, trace_layer
-from das_ds.models.loading import first_line
 from das_ds.models.outline import (
     find_layers,
     find_lm_head,

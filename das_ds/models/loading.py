@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -20,10 +19,11 @@ from transformers import (
 
 from das_ds.config import ModelConfig, ObjectiveName, RunConfig
 from das_ds.durable import CHECKSUM_FILE, altered_files
-from das_ds.errors import ConfigError, ModelError
+from das_ds.errors import ConfigError, DasError, ModelError, first_line
 from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.custom import adapter_from
 from das_ds.models.registry import adapter_for
+from das_ds.user_files import lfs_pointers
 
 AUTO_CLASSES: dict[ObjectiveName, Any] = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
@@ -49,9 +49,11 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be loaded.
     """
+    _refuse_pointers(source, *_tokenizer_files(source))
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    # A damaged file makes libraries raise anything: tokenizers, for one, a bare Exception.
+    except Exception as error:
         raise ModelError(f"cannot load the tokeniser {source!r} (a folder or hub name): {first_line(error)}") from error
 
 
@@ -87,12 +89,16 @@ def load_model(
     own_config = model_config(config, vocab_size=vocab_size)
     adapter = find_adapter(config)
     auto_class = AUTO_CLASSES[adapter.objective]
+    if source is not None:
+        _refuse_pointers(source, *_weight_files(source))
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
         model = _construct(source, lambda: _random_model(auto_class, own_config, seed, options), construction)
         if model is None:
             model = auto_class.from_pretrained(str(source), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except DasError:
+        raise
+    except Exception as error:
         raise ModelError(
             f"cannot load the model {source or config.config!r} (model.attention: {config.attention}): "
             f"{first_line(error)}"
@@ -155,6 +161,8 @@ def model_config(config: ModelConfig, **defaults: int) -> Any:
     Raises:
         ModelError: it cannot be loaded or built.
     """
+    if config.name_or_path is not None:
+        _refuse_pointers(config.name_or_path, "config.json")
     try:
         if config.name_or_path is not None:
             return AutoConfig.from_pretrained(config.name_or_path)
@@ -164,7 +172,10 @@ def model_config(config: ModelConfig, **defaults: int) -> Any:
         if model_type not in CONFIG_MAPPING:
             raise ModelError(f"model type: found {model_type!r}, which transformers does not know")
         return AutoConfig.for_model(model_type, **values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DasError:
+        raise
+    # A value of another type may fail anywhere in the class of the config.
+    except Exception as error:
         source = config.name_or_path or config.config
         raise ModelError(f"cannot load the model config of {source!r}: {first_line(error)}") from error
 
@@ -200,6 +211,28 @@ def check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
         )
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, else its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _tokenizer_files(source: str) -> tuple[str, ...]:
+    """Files of a folder that its tokeniser is made of; others, which tokenizer.json makes needless, are not read."""
+    settings = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    if (Path(source) / "tokenizer.json").is_file():
+        return settings
+    return (*settings, "vocab.*", "merges.txt", "*.model", "*.tiktoken")
+
+
+def _weight_files(source: str) -> tuple[str, ...]:
+    """Files of a folder that its weights are read from: safetensors where there are some."""
+    return ("*.safetensors", "*.index.json") if any(Path(source).glob("*.safetensors")) else ("*.bin", "*.index.json")
+
+
+def _refuse_pointers(source: str, *patterns: str) -> None:
+    """Raises ModelError where a folder's files are Git LFS pointers, which some readers take for a small vocabulary."""
+    folder = Path(source)
+    try:
+        pointers = lfs_pointers(folder, *patterns) if folder.is_dir() else []
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    if pointers:
+        raise ModelError(
+            f"{folder}: found Git LFS pointers in place of {', '.join(pointers)}, expected the files themselves; fetch "
+            "them with: git lfs pull"
+        )

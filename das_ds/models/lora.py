@@ -21,6 +21,7 @@ from das_ds.config import LoraConfig
 from das_ds.errors import ConfigError, ModelError
 from das_ds.functional.lora import LowRankMap, adapted_layout, merged
 from das_ds.functional.units import UnitLayout
+from das_ds.user_files import read_text, require_file
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +110,13 @@ class Lora:
     def _read(self, folder: Path) -> Weights:
         path = folder / WEIGHTS_FILE
         try:
-            settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            settings = json.loads(read_text(folder / CONFIG_FILE))
+            require_file(path)
             tensors = load_file(path)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise ModelError(f"{folder}: cannot read the adapters: {error}") from error
+        if not isinstance(settings, dict):
+            raise ModelError(f"{folder / CONFIG_FILE}: found {type(settings).__name__}, expected peft's JSON object")
         found = {key: tuple(values.shape) for key, values in tensors.items()}
         shapes = {name: shape[1:] for item in self.maps for name, shape in item.shapes.items()}
         expected = {key: shapes[name] for name, key in self._keys().items()}

@@ -1,14 +1,23 @@
-"""Whether the text is there: every source of every corpus is opened and its first document read."""
+"""Whether the text is there: every source of every corpus is opened, and read until it has the blocks it needs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from das_ds.config import CorpusConfig, RunConfig
+from das_ds.data.blocks import check_own_text
+from das_ds.data.causal import end_of_text
 from das_ds.data.corpus import read_documents
-from das_ds.data.sources import Source, resolve_source
-from das_ds.errors import DataError, PreflightError
-from das_ds.training.preflight.report import Checks, readable
+from das_ds.data.sources import Source, resolve_source, shared_sources
+from das_ds.data.tokenise import count_tokens
+from das_ds.data.vocabulary import tokenizers_by_corpus
+from das_ds.errors import DasError, DataError, PreflightError
+from das_ds.models.loading import find_adapter, load_tokenizer
+from das_ds.training.preflight.report import Checks, Doubt, readable
 from das_ds.training.text import evaluated
 
 
@@ -16,28 +25,81 @@ def check_corpora(checks: Checks, config: RunConfig) -> None:
     """Every rank reads: each of them opens all text later."""
     corpora = evaluated(config)
 
-    def judge(found: list[list[Source]]) -> str:
+    def look() -> list[Source]:
+        reading = _reading(config)
+        return [source for corpus in corpora for source in _opened(corpus, config, reading)]
+
+    def judge(found: list[list[Source]]) -> str | Doubt:
         if any([str(source) for source in other] != [str(source) for source in found[0]] for other in found):
             raise PreflightError("globs and names stand for different files on different ranks")
         num_bytes = sum(source.stat().st_size for source in found[0] if isinstance(source, Path))
-        return f"{len(corpora)} corpora, {len(found[0])} sources, {readable(num_bytes)} of files"
+        summary = f"{len(corpora)} corpora, {len(found[0])} sources, {readable(num_bytes)} of files"
+        trained_on = _trained_on(config, corpora)
+        return Doubt(f"{summary}; {trained_on}") if trained_on else summary
 
     checks.run(
-        "corpora",
-        "text in every source",
-        lambda: [source for corpus in corpora for source in _opened(corpus)],
-        judge,
+        "corpora", "text in every source, a block of tokens in every part, none of it held out twice", look, judge
     )
 
 
-def _opened(corpus: CorpusConfig) -> list[Source]:
+Reading = tuple[dict[str, PreTrainedTokenizerBase], bool]
+"""Tokenisers by corpus, and whether documents end in an end-of-text token."""
+
+
+def _reading(config: RunConfig) -> Reading | None:
+    """How text becomes tokens; None where the model or tokeniser cannot be used, which another check says."""
     try:
-        sources = [source for name in (*corpus.train, *corpus.valid) for source in resolve_source(name)]
-        for source in sources:
+        return tokenizers_by_corpus(config, load_tokenizer(config)), find_adapter(config.model).objective == "clm"
+    except DasError:
+        return None
+
+
+def _opened(corpus: CorpusConfig, config: RunConfig, reading: Reading | None) -> list[Source]:
+    check_own_text(corpus)
+    try:
+        train, valid = (
+            [source for name in names for source in resolve_source(name)] for names in (corpus.train, corpus.valid)
+        )
+        for source in (*train, *valid):
             _read_first(source, corpus.text_column)
+        if reading is not None:
+            # Without valid, a second block is held out.
+            _check_length(corpus, config, reading, train, num_blocks=1 if valid else 2)
+            _check_length(corpus, config, reading, valid, num_blocks=1)
     except DataError as error:
         raise DataError(f"corpus '{corpus.name}': {error}") from error
-    return sources
+    return [*train, *valid]
+
+
+def _check_length(
+    corpus: CorpusConfig, config: RunConfig, reading: Reading, sources: Sequence[Source], num_blocks: int
+) -> None:
+    """Raises DataError where there is text, but less of it than a run needs."""
+    if not sources:
+        return
+    tokenizers, ends_documents = reading
+    tokenizer, needed = tokenizers[corpus.name], num_blocks * config.data.sequence_length
+    num_tokens = count_tokens(
+        sources,
+        text_column=corpus.text_column,
+        tokenizer=tokenizer,
+        end_of_text=end_of_text(tokenizer) if ends_documents else None,
+        enough=needed,
+    )
+    if num_tokens < needed:
+        held_out = ", one to train on and one to hold out" if num_blocks == 2 else ""
+        raise DataError(
+            f"found {num_tokens} tokens in {', '.join(map(str, sources))}; expected at least {needed}, {num_blocks} x "
+            f"data.sequence_length {config.data.sequence_length}{held_out}"
+        )
+
+
+def _trained_on(config: RunConfig, corpora: list[CorpusConfig]) -> str:
+    """Held-out text of one corpus that another one trains on, in words; empty: there is none."""
+    for domain, corpus in product(config.domains, corpora):
+        if domain.name != corpus.name and (shared := shared_sources(corpus.valid, domain.train)):
+            return f"{shared[0]} is held out for {corpus.name}, but domain {domain.name} trains on it"
+    return ""
 
 
 def _read_first(source: Source, text_column: str) -> None:

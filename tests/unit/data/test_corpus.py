@@ -71,13 +71,13 @@ def test_json_null_is_blank_and_other_columns_may_differ(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("chunk_bytes", [4, 1 << 18])
 @pytest.mark.parametrize(("name", "pack"), [("bad.txt", bytes), ("bad.jsonl", bytes), ("bad.txt.gz", gzip.compress)])
-def test_not_utf8_names_file_and_byte(
+def test_not_utf8_names_file_line_and_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pack: Callable[[bytes], bytes], chunk_bytes: int
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / name
     path.write_bytes(pack(b'{"text": "good"}\n{"text": "caf\xe9"}\n'))
-    with pytest.raises(DataError, match=rf"{name}: found byte 0xe9 at byte 30 of the unpacked text; expected UTF-8"):
+    with pytest.raises(DataError, match=rf"{name}, line 2: found byte 0xe9, expected UTF-8"):
         read(path)
 
 

@@ -62,7 +62,7 @@ def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogC
         ([], "data.add_tokens.papers: found no token"),
         (["a", " "], "found no token or an empty one"),
         (["treebanks", "treebanks"], "found more than once: treebanks"),
-        ("missing.tokens", r"cannot read missing.tokens \(No such file or directory\); expected one token a line"),
+        ("missing.tokens", r"missing.tokens: cannot be read \(No such file or directory\); expected one token a"),
     ],
 )
 def test_lists_that_cannot_be_used(tokens: Any, message: str, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_lists_that_cannot_be_used(tokens: Any, message: str, tmp_path: Path) ->
 
 def test_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="not UTF-8 text"):
+    with pytest.raises(DataError, match="tokens, line 1: found byte 0xff, expected UTF-8"):
         tokenizers_by_corpus(config(tmp_path, papers=str(tmp_path / "tokens")), tiny_tokenizer())
 
 
