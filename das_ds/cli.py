@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             options.action(options)
     except (DasError, StoppedError) as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if _speaks():
             print(f"das_ds: {error}", file=sys.stderr)
         exit_code = EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_USER_ERROR
         if "das_ds.distributed.launch" in sys.modules:
@@ -38,6 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
             leave(exit_code)
         return exit_code
     return 0
+
+
+def _speaks() -> bool:
+    """Whether errors that all ranks have are this process's to print: rank 0's, or of one whose rank makes no sense."""
+    rank, world_size = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), os.environ.get("WORLD_SIZE", "")
+    if not rank.isdecimal() or int(rank) == 0:
+        return True
+    return world_size.isdecimal() and int(rank) >= int(world_size)
 
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:

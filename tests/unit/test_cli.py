@@ -32,3 +32,52 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for key in ("train.learning_rate", "method.softmask.apply_to", "domains.0.train", "wandb.mode"):
         assert key in text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("deepspeed=ds_configs/zero9.json", "deepspeed: found no file ds_configs/zero9.json"),
+        (
+            "deepspeed={zero_optimisation: {stage: 2}}",
+            "deepspeed zero_optimisation: unknown key; did you mean zero_opt",
+        ),
+        ("deepspeed={train_batch_size: 9}", "deepspeed train_batch_size: found 9 in the DeepSpeed file"),
+        ("train.micro_batch_size=3", "train.global_batch_size: found 8, expected a multiple of train.micro_batch_size"),
+        (
+            "train.steps_per_domain=100000000000000000000",
+            "train.steps_per_domain: found 100000000000000000000, allowed:",
+        ),
+        ("data.cache_dir=$NOT_SET_HERE", "data.cache_dir: found '$NOT_SET_HERE', but the variable NOT_SET_HERE is not"),
+    ],
+)
+def test_check_config_refuses_what_training_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str
+) -> None:
+    path = write_config(tmp_path, small_run(tmp_path))
+    assert main(["check-config", "--config", str(path), override]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"das_ds: {expected}") and captured.err.count("\n") == 1
+    assert not captured.out
+
+
+@pytest.mark.parametrize("module", ["das_ds", "das_ds.cli"])
+def test_module_does_what_the_command_does(tmp_path: Path, module: str) -> None:
+    path = write_config(tmp_path, small_run(tmp_path))
+    # The DeepSpeed launcher puts the rank before the command's own words.
+    done = command(sys.executable, "-m", module, "--local_rank=0", "check-config", "--config", path, "seed=5")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["seed"] == 5
+    assert command(sys.executable, "-m", module, "check-config", "--config", path, "seed=x").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("WORLD_SIZE", "abc", "WORLD_SIZE: found 'abc'"), ("RANK", "3", "RANK: found 3, allowed: 0 to 0")],
+)
+def test_environment_that_makes_no_sense_is_one_line(tmp_path: Path, name: str, value: str, expected: str) -> None:
+    path = write_config(tmp_path, small_run(tmp_path))
+    environment = {"WORLD_SIZE": "1", name: value}
+    done = program("launch/train.py", "--config", path, **environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"das_ds: {expected}") and done.stderr.count("\n") == 1

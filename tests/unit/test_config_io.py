@@ -1,5 +1,6 @@
 """YAML, overrides and back: what is read equals what was written, and every mistake names its key."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 
 from das_ds.config import RunConfig
 from das_ds.config_io import config_differences, describe_config, dump_config, load_config, resolved_dict
+from das_ds.config_schema import config_keys
 from das_ds.errors import ConfigError, RunFolderError
 
 RUN = """
@@ -277,3 +279,128 @@ def test_help_shows_choices_default_and_meaning() -> None:
     assert "number > 0; default 0.0001" in text
     assert "text; required" in text
     assert "Peak learning rate." in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("!!timestamp x", "not valid YAML: a value that cannot be converted (AttributeError"),
+        ("!!bool x", "not valid YAML: a value that cannot be converted (KeyError"),
+        ("!!int ''", "not valid YAML"),
+        ("[" * 100_000, "not valid YAML: a value that cannot be converted (RecursionError"),
+        ("&a {model_type: roberta, inner: *a}", "found more than 50 values within each other"),
+        ("&a [*a]", "found more than 50 values within each other"),
+    ],
+)
+def test_yaml_that_makes_its_library_fail_is_one_line(run_file: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(run_file, [f"model.config={text}"])
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_aliases_that_repeat_without_end_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ConfigError, match="found more than 1000000 values, which aliases repeat"):
+        load_config(path)
+
+
+def test_byte_order_mark_and_line_ends_of_a_config_do_not_matter(run_file: Path) -> None:
+    expected = load_config(run_file)
+    text = run_file.read_text(encoding="utf-8")
+    for end in ("\r\n", "\r"):
+        run_file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+        assert load_config(run_file) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.steps_per_domain", "100000000000000000000"),
+        ("train.steps_per_domain", "0x1" + "0" * 5000),
+        ("train.global_batch_size", "4294967296"),
+        ("data.sequence_length", "0x10000000000"),
+        ("method.importance.samples", "1" + "0" * 30),
+        ("checkpoint.every_steps", "9223372036854775808"),
+    ],
+)
+def test_numbers_beyond_reason_are_refused(run_file: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(run_file, [f"{key}={value}"])
+    assert str(caught.value).startswith(f"{key}: found ")
+    assert str(caught.value).endswith(", allowed: at most 4294967295")
+
+
+def test_time_out_beyond_reason_is_refused(run_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run.hang_timeout: found 1e\+300, allowed: number >= 1 and <= 100000000"):
+        load_config(run_file, ["run.hang_timeout=1e300"])
+
+
+PATH_KEYS = (
+    "output_dir",
+    "model.name_or_path",
+    "model.lora.initial",
+    "domains.0.train.0",
+    "domains.0.valid.0",
+    "data.tokenizer",
+    "data.cache_dir",
+    "data.add_tokens.acl",
+    "method.importance.initial",
+    "tasks.0.train",
+    "tasks.0.dev",
+    "tasks.0.test",
+    "deepspeed",
+)
+
+
+def path_run(path: str) -> list[str]:
+    """Overrides that set every path of a run config."""
+    return [
+        "model.config=null",
+        "domains=[{name: acl, train: [x.txt], valid: [x.txt]}]",
+        "tasks=[{name: t, train: x, dev: x, test: x}]",
+        *(f"{key}={path}" for key in PATH_KEYS if key != "data.add_tokens.acl" and not key.startswith("model.lora")),
+    ]
+
+
+def value_at(config: RunConfig, key: str) -> str:
+    node: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return str(node)
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_home_and_variables_are_expanded_in_every_path_key(
+    run_file: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/reader")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    base = path_run("plain")
+    for given, expected in (("~/x", "/home/reader/x"), ("$SCRATCH/x", "/scratch/x"), ("${SCRATCH}/x", "/scratch/x")):
+        config = load_config(run_file, [*base, f"{key}={given}"])
+        assert value_at(config, key) == expected
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_variable_that_is_not_set_is_refused_in_every_path_key(
+    run_file: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOT_SET_HERE", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        load_config(run_file, [*path_run("plain"), f"{key}=$NOT_SET_HERE/x"])
+    section = key.removesuffix(".acl")
+    assert str(caught.value).startswith(f"{section}: found '$NOT_SET_HERE/x', but the variable NOT_SET_HERE is not set")
+
+
+def test_every_key_that_names_files_is_expanded() -> None:
+    """A new key that names a file or folder has to stand above, and to be of a type that is expanded."""
+    known = {re.sub(r"\.0$", "", key) for key in PATH_KEYS}
+    named = [
+        row for row in config_keys().values() if "text" in row.allowed and row.section != "wandb" and row.leaf != "name"
+    ]
+    found = {row.key for row in named if re.search(r"\b(folder|files?)\b", row.meaning.lower())}
+    # General text is read as that of domains is.
+    assert {key.replace("general.", "domains.0.") for key in found} <= known

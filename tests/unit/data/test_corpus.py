@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from das_ds.data import corpus
-from das_ds.data.corpus import read_documents
+from das_ds.data.corpus import read_documents, read_lines
 from das_ds.data.sources import HubDataset
 from das_ds.errors import DataError
 
@@ -176,3 +176,21 @@ def test_hub_dataset_without_the_split(local_hub: HubDataset) -> None:
     missing = HubDataset(local_hub.repo, split="test")
     with pytest.raises(DataError, match="@test: hub data set cannot be streamed"):
         list(read_documents(missing, "text"))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 5, 1 << 18])
+def test_lines_may_end_in_carriage_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / "documents.txt"
+    content = b"\xef\xbb\xbfone\rtwo\r\n\rthree\n\r\nfour"
+    path.write_bytes(content)
+    with path.open(encoding="utf-8-sig") as file:
+        expected = [line.removesuffix("\n") for line in file]
+    assert [line for lines, _ in read_lines(path) for line in lines] == expected
+    assert sum(num_bytes for _, num_bytes in read_lines(path)) == len(content)
+
+
+def test_blank_json_lines_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "a"}\n   \n\t\n{"text": "b"}\n \n', encoding="utf-8")
+    assert read(path) == ["a", "b"]

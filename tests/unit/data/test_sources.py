@@ -1,10 +1,11 @@
 """Names of text: which are files and which are hub data sets, and what is wrong with the others."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from das_ds.data.sources import HubDataset, fingerprint, parse_hub_name, resolve_source
+from das_ds.data.sources import HubDataset, fingerprint, parse_hub_name, resolve_source, shared_sources
 from das_ds.errors import DataError
 
 
@@ -95,3 +96,32 @@ def test_fingerprint_follows_content_and_type_not_name(tmp_path: Path) -> None:
 def test_fingerprint_of_a_vanished_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         fingerprint(tmp_path / "gone.txt")
+
+
+def test_folder_with_brackets_in_its_name_holds_a_glob(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus [2024]" / "part[1]"
+    folder.mkdir(parents=True)
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("x")
+    assert resolve_source(str(folder / "*.txt")) == [folder / "a.txt", folder / "b.txt"]
+    assert resolve_source(str(folder.parent / "*" / "a.txt")) == [folder / "a.txt"]
+    # A pattern, where no folder of that very name exists.
+    assert resolve_source(str(tmp_path / "corpus [[]202[0-9]]" / "**" / "b.txt")) == [folder / "b.txt"]
+
+
+@pytest.mark.timeout(60)
+def test_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "text.txt")
+    for name in ("text.txt", "*.txt"):
+        with pytest.raises(DataError, match=r"text.txt: found a pipe, socket or device; expected a regular file"):
+            resolve_source(str(tmp_path / name))
+
+
+def test_shared_sources_are_found_by_content_of_the_name_not_its_spelling(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").write_text("x")
+    (tmp_path / "c.txt").symlink_to("a.txt")
+    assert shared_sources([str(tmp_path / "a.txt")], [str(tmp_path / "b.txt")]) == []
+    assert shared_sources([f"{tmp_path}/../{tmp_path.name}/c.txt"], [f"{tmp_path}/a*"])
+    assert shared_sources(["owner/name@train"], ["owner/name"]) == [HubDataset("owner/name")]
+    assert shared_sources(["owner/name@test"], ["owner/name"]) == []

@@ -85,3 +85,12 @@ def test_tokens_under_lora(tmp_path: Path) -> None:
     values = small_run(tmp_path, data={"add_tokens": {"papers": ["treebanks"]}}, model={"lora": {}})
     with pytest.raises(ValidationError, match="embeddings are frozen and new tokens would never be learned"):
         RunConfig(**values)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_file_of_tokens_with_a_byte_order_mark(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(b"\xef\xbb\xbf" + end.join(["treebanks", "", "noodles", ""]).encode())
+    tokenizers = tokenizers_by_corpus(config(tmp_path, papers=str(path)), tiny_tokenizer())
+    added = tokenizers["papers"].get_added_vocab()
+    assert {"treebanks", "noodles"} <= set(added) and not any("\ufeff" in token for token in added)

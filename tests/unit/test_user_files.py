@@ -1,0 +1,94 @@
+"""Paths and files that users name: expansion, and every kind of file that is not what it has to be."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from das_ds.user_files import LFS_HEADER, UnusableFileError, decoded_lines, expand_path, read_text, require_file
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("~/runs", "/home/reader/runs"),
+        ("~", "/home/reader"),
+        ("$SCRATCH/a b/*.txt", "/scratch/a b/*.txt"),
+        ("${SCRATCH}_2/x", "/scratch_2/x"),
+        ("$UNDER_HOME/x", "/home/reader/under/x"),
+        ("roberta-base", "roberta-base"),
+        ("owner/name:config@split", "owner/name:config@split"),
+        ("a~b/$/c$", "a~b/$/c$"),
+        ("$5", "$5"),
+    ],
+)
+def test_path_is_expanded_as_by_a_shell(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/reader")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("UNDER_HOME", "~/under")
+    assert expand_path(text) == expected
+    assert expand_path(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("$NOT_SET_HERE/x", "found '$NOT_SET_HERE/x', but the variable NOT_SET_HERE is not set"),
+        ("${NOT_SET_HERE}/x", "but the variable NOT_SET_HERE is not set"),
+        ("${}", "but the variable of no name is not set"),
+        ("$ODD/x", "which gives '$NOT_SET_HERE/x' with a variable again"),
+        ("a\0b", "with a NUL character, expected a path"),
+        ("~nobody-of-that-name/x", "but ~nobody-of-that-name has no home folder here"),
+    ],
+)
+def test_path_that_cannot_be_expanded_is_refused(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOT_SET_HERE", raising=False)
+    monkeypatch.setenv("ODD", "$NOT_SET_HERE")
+    with pytest.raises(ValueError) as caught:
+        expand_path(text)
+    assert expected in str(caught.value)
+
+
+def test_user_without_home_and_passwd_entry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def unknown(user: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(ValueError, match="~ has no home folder here"):
+        expand_path("~/runs")
+
+
+def test_pipes_sockets_devices_and_folders_are_refused_unopened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        found = {"pipe": "a named pipe", "socket": "a socket", "/dev/null": "a device", ".": "a folder"}
+        for name, kind in found.items():
+            with pytest.raises(UnusableFileError, match=f"^is {kind}, expected a regular file$"):
+                require_file(Path(name))
+
+
+def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.txt"
+    path.write_bytes(LFS_HEADER + b"\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UnusableFileError, match="is a Git LFS pointer and not the file itself"):
+        read_text(path)
+    path.write_bytes(b"version https://git-lfs is what this line is about\n")
+    assert read_text(path).startswith("version")
+
+
+def test_lines_end_in_every_way_and_begin_without_a_mark() -> None:
+    assert decoded_lines(b"\xef\xbb\xbfa\r\nb\rc\n\nd") == ["a", "b", "c", "", "d"]
+    assert decoded_lines("a\u2028b\x0bc\n".encode()) == ["a\u2028b\x0bc"]
+    assert decoded_lines("\ufeffa".encode(), num_lines=3) == ["\ufeffa"]
+    with pytest.raises(UnusableFileError, match="line 6: found byte 0xe9, expected UTF-8"):
+        decoded_lines(b"a\r\nb\rc\xe9", num_lines=3)
