@@ -292,3 +292,24 @@ def test_rough_activations_are_within_a_factor_of_two(model: dict[str, Any], att
         size, num_rows=4, num_tokens=64, weight_bytes=4, is_eager=attention == "eager", is_recomputed=False
     )
     assert 0.5 < estimate / measured < 2.0
+
+
+def test_auto_of_a_deepspeed_file_is_the_default_of_training_in_preflight_too(tmp_path: Path) -> None:
+    left_open = {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_max_live_parameters": "auto",
+        "stage3_max_reuse_distance": "auto",
+        "offload_optimizer": "auto",
+        "offload_param": {"device": "none", "pin_memory": "auto"},
+    }
+    run = config(tmp_path, deepspeed={"zero_optimization": left_open, "train_batch_size": "auto", "bf16": "auto"})
+    plain = run.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 3}}})
+    sizes = [check_model(silent_checks(Alone()), chosen) for chosen in (run, plain)]
+    found = []
+    for chosen, size in zip((run, plain), sizes, strict=True):
+        engine = check_settings(silent_checks(Alone()), chosen, 1)
+        assert engine is not None and size is not None
+        found.append(only(check_memory, chosen, CPU, size, engine))
+    assert found[0].status == found[1].status == "ok"
+    assert found[0].expected == found[1].expected
