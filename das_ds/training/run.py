@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 from das_ds.checkpointing.manifest import Manifest
 from das_ds.checkpointing.resume import newest_whole
 from das_ds.checkpointing.store import CheckpointStore
 from das_ds.config import RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.launch import Ranks
+from das_ds.distributed.launch import Ranks, leave
 from das_ds.distributed.stopping import StopRequests
 from das_ds.distributed.watch import Watch
-from das_ds.errors import CheckpointError, StoppedError
+from das_ds.errors import EXIT_USER_ERROR, CheckpointError, StoppedError
 from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.models.loading import check_files, find_adapter
 from das_ds.tracking.names import METRICS_FILE
@@ -18,6 +20,7 @@ from das_ds.tracking.tracker import build_tracker
 from das_ds.tracking.wandb_sink import store_run_id, stored_run_id
 from das_ds.training.outcome import results_of
 from das_ds.training.run_folder import RunFolder, open_run_folder
+from das_ds.training.run_lock import RunLock
 from das_ds.training.sequence import DomainSequence
 from das_ds.training.text import prepare_text
 
@@ -31,8 +34,10 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
     """
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     watch = Watch(ranks, config.run.hang_timeout, config.output_dir)
-    with watch, StopRequests(config.output_dir, config.run.stop_signals) as requests:
+    lock = RunLock(config.output_dir, on_loss=_end_at_once)
+    with watch, lock, StopRequests(config.output_dir, config.run.stop_signals) as requests:
         with watch.patient("opening the run folder"):
+            ranks.on_main(lock.acquire)
             folder = ranks.first_main_then_others(lambda: open_run_folder(config))
             store = CheckpointStore(folder.root, config.checkpoint.keep)
             manifest = newest_whole(store, ranks)
@@ -53,6 +58,12 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
                 return sequence.run(manifest)
             finally:
                 sequence.engine.close()
+
+
+def _end_at_once(message: str) -> None:
+    """Nothing more may be written to a folder in which another start trains."""
+    print(f"das_ds: {message}", file=sys.stderr)
+    leave(EXIT_USER_ERROR)
 
 
 def _check_folder(folder: RunFolder, manifest: Manifest | None) -> None:

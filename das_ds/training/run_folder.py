@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from das_ds.checkpointing.store import FOLDER as CHECKPOINTS
+from das_ds.checkpointing.store import PARTIAL
 from das_ds.config import RunConfig
 from das_ds.config.stage import stage_folder
 from das_ds.config_io import config_differences, dump_config, load_config
 from das_ds.distributed.stopping import SAVE_FILE, STOP_FILE
-from das_ds.errors import RunFolderError
+from das_ds.errors import ConfigError, RunFolderError
 from das_ds.evaluation.end_task_scores import BASE_FOLDER
+from das_ds.tracking.names import METRICS_FILE, WANDB_RUN_ID_FILE
+from das_ds.training.run_lock import LOCK_FILE
+
+logger = logging.getLogger(__name__)
 
 PROBE = ".preflight-"
 """Beginning of the names of what a preflight writes for a moment."""
 CONFIG_FILE = "config.yaml"
+REPLACED_CONFIG_FILE = "config.replaced.yaml"
+"""The config of a start that failed before anything was computed, after which another took the folder."""
+REVISIONS_FILE = "revisions.json"
+"""Commits of the hub's models and data sets that the run began with."""
+WANDB_FOLDER, HANG_REPORT = "wandb", "hang-rank"
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class RunFolder:
 def open_run_folder(config: RunConfig) -> RunFolder:
     """Create the run folder, or enter that of the same run.
 
+    A folder whose starts all failed before anything was computed takes the config of this start.
+
     Raises:
         RunFolderError: it holds something else, another run, or cannot be written.
     """
@@ -46,28 +60,61 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     recorded = root / CONFIG_FILE
     try:
         root.mkdir(parents=True, exist_ok=True)
-        if recorded.exists():
-            _check_same_run(config, recorded)
-        elif not all(_may_come_first(path) for path in root.iterdir()):
-            raise RunFolderError(
-                f"output_dir: {root} is not empty and holds no run (no {CONFIG_FILE}); use another folder"
-            )
-        else:
+        if not holds_same_run(config):
+            if recorded.exists():
+                logger.warning("%s: nothing was trained there yet; its config is replaced by that of this start", root)
+                recorded.replace(root / REPLACED_CONFIG_FILE)
+            for name in (WANDB_RUN_ID_FILE, REVISIONS_FILE):
+                (root / name).unlink(missing_ok=True)
             dump_config(config, recorded)
     except OSError as error:
         raise RunFolderError(f"output_dir: cannot write to {root}: {error.strerror or error}") from error
     return RunFolder(root)
 
 
-def _may_come_first(path: Path) -> bool:
-    """What users ask for or score before the run begins, and what a preflight that was killed leaves behind."""
-    return path.name in (STOP_FILE, SAVE_FILE, BASE_FOLDER) or path.name.startswith(PROBE)
+def holds_same_run(config: RunConfig) -> bool:
+    """Whether the folder holds this run; False: the run may begin there.
+
+    Raises:
+        RunFolderError: the folder holds something else or another run.
+        OSError: it cannot be read.
+    """
+    root = config.output_dir
+    recorded = root / CONFIG_FILE
+    if recorded.exists():
+        return _is_same_run(config, recorded)
+    if not all(_may_come_first(path) for path in root.iterdir()):
+        raise RunFolderError(f"output_dir: {root} is not empty and holds no run (no {CONFIG_FILE}); use another folder")
+    return False
 
 
-def _check_same_run(config: RunConfig, recorded: Path) -> None:
-    differences = config_differences(load_config(recorded), config)
-    if differences:
+def _is_same_run(config: RunConfig, recorded: Path) -> bool:
+    root = recorded.parent
+    try:
+        differences = config_differences(load_config(recorded), config)
+        reason = f"its config differs in {'; '.join(differences)}"
+    except ConfigError as error:
+        # Of another version of das_ds, or written by hand.
+        differences = [CONFIG_FILE]
+        reason = f"its {CONFIG_FILE} cannot be used: {error}"
+    if differences and not all(_may_come_first(path) or _is_of_a_failed_start(path) for path in root.iterdir()):
         raise RunFolderError(
-            f"output_dir: {recorded.parent} belongs to another run; its config differs in {'; '.join(differences)}; "
-            "use another folder or the same config"
+            f"output_dir: {root} belongs to another run; {reason}; use another folder or the same config"
         )
+    return not differences
+
+
+def _may_come_first(path: Path) -> bool:
+    """What users ask for or score before the run begins, and what a start or preflight that was killed leaves."""
+    names = (STOP_FILE, SAVE_FILE, BASE_FOLDER, LOCK_FILE)
+    return path.name in names or path.name.startswith((PROBE, f".{CONFIG_FILE}."))
+
+
+def _is_of_a_failed_start(path: Path) -> bool:
+    """Whether it is there before the first results: no metrics, no checkpoint, nothing that was computed."""
+    if path.name == METRICS_FILE:
+        return not path.stat().st_size
+    if path.name == CHECKPOINTS:
+        return all(entry.name.startswith(PARTIAL) for entry in path.iterdir())
+    names = (CONFIG_FILE, REPLACED_CONFIG_FILE, REVISIONS_FILE, WANDB_RUN_ID_FILE, WANDB_FOLDER)
+    return path.name in names or path.name.startswith(HANG_REPORT)

@@ -15,8 +15,9 @@ from das_ds.durable import sync
 from das_ds.errors import PreflightError
 from das_ds.functional.sizes import Granularity, ModelSize, checkpoint_bytes, domain_bytes, importance_bytes
 from das_ds.training.preflight.kept import kept_in_checkpoint
-from das_ds.training.preflight.report import Checks, readable
-from das_ds.training.run_folder import PROBE, open_run_folder
+from das_ds.training.preflight.report import Checks, Doubt, readable
+from das_ds.training.run_folder import PROBE, holds_same_run
+from das_ds.training.run_lock import current_holder
 
 VISIBLE_WITHIN_S = 10.0
 """Network file systems may show other nodes' files a little later."""
@@ -92,7 +93,7 @@ def check_disk(checks: Checks, config: RunConfig, size: ModelSize, granularity: 
     checks.run("disk", expected, lambda: (shutil.disk_usage(root).free, _written(root)), judge)
 
 
-def _look_whose(config: RunConfig, rank: int) -> str:
+def _look_whose(config: RunConfig, rank: int) -> str | Doubt:
     root = config.output_dir
     # Only one rank: the others' probes would make the folder seem to be somebody else's.
     if rank != 0 or not root.is_dir():
@@ -101,8 +102,13 @@ def _look_whose(config: RunConfig, rank: int) -> str:
         _remove(left_over)
     if not any(root.iterdir()):
         return f"{root} is empty"
-    open_run_folder(config)
-    return f"{root} holds this run, which is continued"
+    is_continued = holds_same_run(config)
+    # No failure: an earlier run may still train while the next one is prepared.
+    if (holder := current_holder(root)) is not None:
+        return Doubt(f"{root} is held by another start, {holder}; train is refused until it ends")
+    if is_continued:
+        return f"{root} holds this run, which is continued"
+    return f"{root} holds no training yet, which begins there"
 
 
 def _try_writing(root: Path, rank: int) -> None:

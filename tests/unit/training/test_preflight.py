@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.config_io import dump_config
+from das_ds.config_io import dump_config, load_config
 from das_ds.distributed.launch import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.functional.sizes import Memory, activation_bytes
@@ -23,6 +23,7 @@ from das_ds.training.preflight.folder import check_disk, check_folder
 from das_ds.training.preflight.free_memory import free_memory
 from das_ds.training.preflight.model import Room, check_memory, check_model, judge_memory, measured_size
 from das_ds.training.preflight.report import Doubt, Finding, readable, reasons_by_rank
+from helpers.locking import holding_process
 from helpers.preflight import Alone, silent_checks
 from helpers.runs import small_run
 from helpers.tiny_models import CONFIGS, NO_DROPOUT
@@ -70,6 +71,7 @@ def test_folder_of_another_run_and_folder_of_something_else(tmp_path: Path) -> N
     run = config(tmp_path)
     run.output_dir.mkdir()
     dump_config(run.model_copy(update={"seed": 7}), run.output_dir / "config.yaml")
+    (run.output_dir / "results.json").touch()
     checks = silent_checks(Alone())
     assert not check_folder(checks, run, Alone())
     assert checks.findings[0].status == "failed" and "seed: was 7, now 0" in checks.findings[0].found
@@ -89,6 +91,32 @@ def test_folder_of_the_same_run_is_continued_and_left_as_it_is(tmp_path: Path) -
     assert check_folder(checks, run, Alone())
     assert "holds this run" in checks.findings[0].found
     assert [path.name for path in run.output_dir.iterdir()] == ["config.yaml"]
+
+
+def test_folder_of_starts_that_failed_is_left_as_it_is(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    run.output_dir.mkdir()
+    failed = run.model_copy(update={"seed": 7})
+    dump_config(failed, run.output_dir / "config.yaml")
+    checks = silent_checks(Alone())
+    assert check_folder(checks, run, Alone())
+    assert checks.findings[0].found == f"{run.output_dir} holds no training yet, which begins there"
+    assert load_config(run.output_dir / "config.yaml") == failed
+
+
+def test_folder_in_which_another_start_trains_is_a_warning(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    run.output_dir.mkdir()
+    dump_config(run, run.output_dir / "config.yaml")
+    with holding_process(run.output_dir) as pid:
+        checks = silent_checks(Alone())
+        assert check_folder(checks, run, Alone())
+        assert (
+            checks.findings[0].status == "warning"
+            and f"held by another start, pid {pid} on " in checks.findings[0].found
+        )
+    checks = silent_checks(Alone())
+    assert check_folder(checks, run, Alone()) and checks.findings[0].status == "ok"
 
 
 def test_disk_counts_what_is_to_be_written_and_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
