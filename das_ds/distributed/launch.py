@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from das_ds.distributed.environment import check_device, check_environment
+from das_ds.distributed.rendezvous import meeting
 from das_ds.errors import DasError
 
 T = TypeVar("T")
@@ -67,7 +68,10 @@ class Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         if not dist.is_initialized():
-            deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **options)
+            with meeting(timeout):
+                deepspeed.init_distributed(
+                    "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **options
+                )
         self.info = RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
         # Ranks that start together meet soon; only what they wait for later may take any time.
         self._patient_group = dist.new_group(backend="gloo", **options)
