@@ -14,7 +14,8 @@ class CorpusConfig(Section):
     name: str = Field(pattern=NAME_PATTERN)
     """Name in folders, tables and metric names (letters, digits, - and _)."""
     train: list[PathText] = Field(default=[])
-    """Training text: .txt, .jsonl (also .gz, .xz) or .parquet files, globs, hub names `owner/name[:config][@split]`."""
+    """Training text: .txt, .jsonl (also .gz, .xz) or .parquet files, globs, hub names
+    `owner/name[:config][@split][#revision]`; without a revision the commit of the first start is recorded and kept."""
     valid: list[PathText] = Field(default=[])
     """Held-out text in the same forms, no file of `train`; empty: `valid_fraction` of the blocks of `train` is cut off
     its end."""
@@ -47,6 +48,8 @@ class DataConfig(Section):
     """Tokens per block."""
     tokenizer: PathText | None = None
     """Folder or hub name of the tokeniser; null: that of `model.name_or_path`."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of a tokeniser of the hub, recorded like `model.revision`; null: its default branch."""
     add_tokens: dict[str, list[str] | str] = Field(default={})
     """Domain -> tokens, or a file with one a line, that tokeniser and model gain before the domain is learned."""
     mlm_probability: float = Field(default=0.15, gt=0.0, lt=1.0)
@@ -62,3 +65,12 @@ class DataConfig(Section):
     @classmethod
     def _files_are_expanded(cls, value: dict[str, list[str] | str]) -> dict[str, list[str] | str]:
         return {name: expand_path(tokens) if isinstance(tokens, str) else tokens for name, tokens in value.items()}
+
+    @model_validator(mode="after")
+    def _revision_is_of_a_tokenizer(self) -> DataConfig:
+        if self.tokenizer_revision is not None and self.tokenizer is None:
+            raise ValueError(
+                f"tokenizer_revision: found {self.tokenizer_revision} without a tokenizer; the model's own follows "
+                "model.revision"
+            )
+        return self

@@ -30,6 +30,9 @@ class ModelConfig(Section):
 
     name_or_path: PathText | None = None
     """Folder or hub name of pre-trained weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a model of the hub; null: its default branch. The commit is recorded at the first start
+    and used again when the run continues."""
     config: dict[str, Any] | None = None
     """Hugging Face model config (with `model_type`) for a network with random weights."""
     objective: Literal["auto", "mlm", "clm"] = "auto"
@@ -47,6 +50,8 @@ class ModelConfig(Section):
     def _one_source(self) -> ModelConfig:
         if (self.name_or_path is None) == (self.config is None):
             raise ValueError("give exactly one of name_or_path (pre-trained weights) and config (random weights)")
+        if self.config is not None and self.revision is not None:
+            raise ValueError("revision is of a model of the hub (name_or_path), found it with config")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs model_type, for example model_type: roberta")
         return self

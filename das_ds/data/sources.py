@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape, glob
 from pathlib import Path
 
 import xxhash
 
 from das_ds.errors import DataError
+from das_ds.hub import HubError, commit_of
 
 FILE_SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
-HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.+-]+))?(@(?P<split>[\w.-]+))?")
-HUB_FORM = "owner/name[:config][@split]"
+HUB_NAME = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.+-]+))?(@(?P<split>[\w.-]+))?(#(?P<revision>[\w./-]+))?"
+)
+HUB_FORM = "owner/name[:config][@split][#revision]"
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,10 @@ def file_suffix(path: Path) -> str:
 
 
 def resolve_source(name: str) -> list[Source]:
-    """Files that a name stands for (a glob gives them sorted), or the hub data set with its current revision.
+    """Files that a name stands for (a glob gives them sorted), or a hub data set at the commit of its revision.
 
-    `owner/name` without a file suffix is a hub data set unless such a path exists; with `:config` or `@split` it
-    always is one.
+    `owner/name` without a file suffix is a hub data set unless such a path exists; with `:config`, `@split` or
+    `#revision` it always is one.
 
     Raises:
         DataError: missing file, glob without match, folder, unknown file type, or a hub that does not answer.
@@ -116,26 +119,21 @@ def parse_hub_name(name: str) -> HubDataset | None:
     match = HUB_NAME.fullmatch(name)
     if match is None or Path(name).exists():
         return None
-    repo, config, split = match["repo"], match["config"], match["split"]
+    repo, config, split, revision = match["repo"], match["config"], match["split"], match["revision"]
     # `corpora/train.txt` has the form of a hub name; versions such as `owner/web-1.0` end in digits.
     ends_like_file = re.search(r"\.[A-Za-z]\w*$", repo) is not None
-    if ends_like_file and config is None and split is None:
+    if ends_like_file and config is None and split is None and revision is None:
         return None
-    return HubDataset(repo, config, split or "train")
+    return HubDataset(repo, config, split or "train", revision)
 
 
 def _pin_revision(source: HubDataset) -> HubDataset:
-    from huggingface_hub import HfApi
-
     try:
-        info = HfApi().dataset_info(source.repo)
-    # The hub client passes on the errors of whatever HTTP library it is built on.
-    except Exception as error:
+        return replace(source, revision=commit_of("dataset", source.repo, source.revision))
+    except HubError as error:
         raise DataError(
-            f"{source.repo}: found no such file, and the hub has no data set of that name or does not answer "
-            f"({type(error).__name__}); expected a file, a glob with a match, or a hub name {HUB_FORM}"
+            f"{source.repo}: {error}; expected a file, a glob with a match, or a hub name {HUB_FORM}"
         ) from error
-    return HubDataset(source.repo, source.config, source.split, info.sha)
 
 
 def fingerprint(source: Source) -> str:

@@ -20,6 +20,7 @@ from transformers import (
 from das_ds.config import ModelConfig, ObjectiveName, RunConfig
 from das_ds.durable import CHECKSUM_FILE, altered_files
 from das_ds.errors import ConfigError, DasError, ModelError, first_line
+from das_ds.hub import HubError, local_folder
 from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.custom import adapter_from
 from das_ds.models.registry import adapter_for
@@ -35,23 +36,27 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         ConfigError: a model with random weights and no tokeniser named.
         ModelError: it cannot be loaded.
     """
-    source = config.data.tokenizer or config.model.name_or_path
+    source, revision = config.data.tokenizer, config.data.tokenizer_revision
+    if source is None:
+        source, revision = config.model.name_or_path, config.model.revision
     if source is None:
         raise ConfigError(
             "data.tokenizer: a model with random weights needs a tokeniser folder or hub name, found null"
         )
-    return open_tokenizer(source)
+    return open_tokenizer(source, revision)
 
 
-def open_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokeniser of a folder or hub name.
+def open_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokeniser of a folder or hub name, there at a revision.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     _refuse_pointers(source, *_tokenizer_files(source))
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(local_folder(source, revision))
+    except DasError:
+        raise
     # A damaged file makes libraries raise anything: tokenizers, for one, a bare Exception.
     except Exception as error:
         raise ModelError(f"cannot load the tokeniser {source!r} (a folder or hub name): {first_line(error)}") from error
@@ -85,7 +90,6 @@ def load_model(
     Raises:
         ModelError: not loadable, no adapter, or fewer embeddings than tokens.
     """
-    source = config.name_or_path
     own_config = model_config(config, vocab_size=vocab_size)
     adapter = find_adapter(config)
     auto_class = AUTO_CLASSES[adapter.objective]
@@ -93,6 +97,7 @@ def load_model(
         _refuse_pointers(source, *_weight_files(source))
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
+        source = weights_folder(config)
         model = _construct(source, lambda: _random_model(auto_class, own_config, seed, options), construction)
         if model is None:
             model = auto_class.from_pretrained(str(source), **options)
@@ -100,7 +105,7 @@ def load_model(
         raise
     except Exception as error:
         raise ModelError(
-            f"cannot load the model {source or config.config!r} (model.attention: {config.attention}): "
+            f"cannot load the model {config.name_or_path or config.config!r} (model.attention: {config.attention}): "
             f"{first_line(error)}"
         ) from error
     check_embeddings(model, vocab_size)
@@ -108,6 +113,20 @@ def load_model(
         # Reentrant checkpointing breaks torch.autograd.grad, which the importance passes use.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, adapter
+
+
+def weights_folder(config: ModelConfig) -> str | None:
+    """The folder of pre-trained weights, fetched from the hub where it has to be; None: random weights.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be fetched.
+    """
+    if config.name_or_path is None:
+        return None
+    try:
+        return local_folder(config.name_or_path, config.revision, weights=True)
+    except HubError as error:
+        raise ModelError(f"cannot load the model {config.name_or_path!r} (a folder or hub name): {error}") from error
 
 
 def check_files(config: ModelConfig) -> None:
@@ -165,7 +184,7 @@ def model_config(config: ModelConfig, **defaults: int) -> Any:
         _refuse_pointers(config.name_or_path, "config.json")
     try:
         if config.name_or_path is not None:
-            return AutoConfig.from_pretrained(config.name_or_path)
+            return AutoConfig.from_pretrained(local_folder(config.name_or_path, config.revision))
         assert config.config is not None
         values = {**defaults, **config.config}
         model_type = values.pop("model_type")

@@ -12,6 +12,7 @@ from das_ds.evaluation.perplexity import held_out_loss
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import check_files, check_sequence_length, find_adapter, load_model, open_tokenizer
 from das_ds.models.vocabulary import reserve_rows
+from das_ds.training.revisions import with_recorded_revisions
 from das_ds.training.text import RunText, prepare_text
 
 
@@ -35,6 +36,7 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     Raises:
         DasError: a model or corpus that cannot be used.
     """
+    config = with_recorded_revisions(config)
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
     ranks.on_main(lambda: check_files(source))
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))

@@ -14,11 +14,12 @@ from das_ds.distributed.stopping import StopRequests
 from das_ds.distributed.watch import Watch
 from das_ds.errors import EXIT_USER_ERROR, CheckpointError, StoppedError
 from das_ds.evaluation.results import RESULTS_FILE, Results
-from das_ds.models.loading import check_files, find_adapter
+from das_ds.models.loading import check_files, find_adapter, weights_folder
 from das_ds.tracking.names import METRICS_FILE
 from das_ds.tracking.tracker import build_tracker
 from das_ds.tracking.wandb_sink import store_run_id, stored_run_id
 from das_ds.training.outcome import results_of
+from das_ds.training.revisions import pin_revisions
 from das_ds.training.run_folder import RunFolder, open_run_folder
 from das_ds.training.run_lock import RunLock
 from das_ds.training.sequence import DomainSequence
@@ -44,6 +45,9 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
         ranks.on_main(lambda: _check_folder(folder, manifest))
         if manifest is not None and manifest.run.phase == "finished":
             return _finished(config, ranks, folder, manifest)
+        with watch.patient("fetching the model"):
+            config = pin_revisions(config, ranks)
+            ranks.first_main_then_others(lambda: (weights_folder(config.model),))
         with watch.patient("preparing text"):
             ranks.on_main(lambda: check_files(config.model))
             objective = find_adapter(config.model).objective

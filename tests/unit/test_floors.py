@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("durable", "user_files"),
+    ("hub",),
     ("config",),
     ("config_schema",),
     ("deepspeed_keys",),

@@ -13,6 +13,7 @@ from das_ds.training.preflight.corpora import check_corpora
 from das_ds.training.preflight.folder import check_disk, check_folder
 from das_ds.training.preflight.model import check_memory, check_model, granularity
 from das_ds.training.preflight.report import Checks, Finding
+from das_ds.training.revisions import with_recorded_revisions
 
 
 def run_preflight(config: RunConfig, peers: Peers, *, as_json: bool) -> list[Finding]:
@@ -33,8 +34,9 @@ def run_preflight(config: RunConfig, peers: Peers, *, as_json: bool) -> list[Fin
     check_versions(checks, config)
     engine = check_settings(checks, config, info.world_size)
     is_usable = check_folder(checks, config, peers)
-    size = check_model(checks, config)
-    check_corpora(checks, config)
+    pinned = with_recorded_revisions(config) if is_usable else config
+    size = check_model(checks, pinned)
+    check_corpora(checks, pinned)
     if size is not None and is_usable:
         check_disk(checks, config, size, granularity(config))
     else:

@@ -16,6 +16,8 @@ from das_ds.errors import DataError
         ("owner/name:part-1", HubDataset("owner/name", "part-1")),
         ("owner/name@validation", HubDataset("owner/name", split="validation")),
         ("owner/name:part@test", HubDataset("owner/name", "part", "test")),
+        ("owner/name#v1.0", HubDataset("owner/name", revision="v1.0")),
+        ("owner/name:part@test#refs/pr/1", HubDataset("owner/name", "part", "test", "refs/pr/1")),
         ("owner/web-1.0", HubDataset("owner/web-1.0")),
         ("owner/name.en@train", HubDataset("owner/name.en")),
         ("corpora/train.txt", None),
@@ -75,10 +77,7 @@ def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_name_gets_the_current_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import DatasetInfo
-
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, repo: DatasetInfo(id=repo, sha="abc", tags=[]))
+    monkeypatch.setattr("das_ds.data.sources.commit_of", lambda kind, name, revision: "abc")
     (source,) = resolve_source("owner/name:part@test")
     assert source == HubDataset("owner/name", "part", "test", "abc")
     assert fingerprint(source) == "owner/name:part@test#abc"

@@ -1,0 +1,111 @@
+"""The commits of a run's hub models and data sets: looked up at its first start, recorded, and used ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from das_ds.config import CorpusConfig, RunConfig
+from das_ds.data.sources import HUB_FORM, parse_hub_name
+from das_ds.distributed.launch import Ranks
+from das_ds.durable import read_checked_json, write_checked_json
+from das_ds.errors import DataError, ModelError, RunFolderError
+from das_ds.hub import HubError, Kind, commit_of
+from das_ds.training.run_folder import REVISIONS_FILE
+
+Commits = dict[str, str]
+"""`model owner/name@revision` or `dataset owner/name@revision` -> commit."""
+Find = Callable[[Kind, str, str | None], str | None]
+
+
+def pin_revisions(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """The config with the commit of everything that comes from the hub, the same on every rank and at every start.
+
+    Raises:
+        DasError: the hub has no such thing, or does not answer and it was not fetched before; or the record is damaged.
+    """
+    found = ranks.on_main(lambda: _find_and_record(config))
+    # A hub that rank 0 did not reach is asked nothing by the others.
+    commits, constants.HF_HUB_OFFLINE = ranks.gather((found, constants.HF_HUB_OFFLINE))[0]
+    assert commits is not None, "rank 0 has them, or all have raised"
+    return _with_commits(config, lambda *name: commits[_key(*name)])
+
+
+def with_recorded_revisions(config: RunConfig) -> RunConfig:
+    """The config with the commits that its run folder records; unchanged where there is no record.
+
+    Raises:
+        RunFolderError: the record is damaged.
+    """
+    commits = _recorded(config.output_dir / REVISIONS_FILE)
+    return _with_commits(config, lambda *name: commits.get(_key(*name), name[2]))
+
+
+def _find_and_record(config: RunConfig) -> Commits:
+    path = config.output_dir / REVISIONS_FILE
+    recorded, found = _recorded(path), Commits()
+
+    def find(kind: Kind, name: str, revision: str | None) -> str:
+        key = _key(kind, name, revision)
+        found[key] = recorded.get(key) or _looked_up(kind, name, revision)
+        return found[key]
+
+    _with_commits(config, find)
+    if found and found != recorded:
+        try:
+            write_checked_json(path, found)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return found
+
+
+def _looked_up(kind: Kind, name: str, revision: str | None) -> str:
+    try:
+        return commit_of(kind, name, revision)
+    except HubError as error:
+        if kind == "model":
+            raise ModelError(f"{name}: {error}; expected a folder or the name of a model on the hub") from error
+        raise DataError(f"{name}: {error}; expected a file, a glob with a match, or a hub name {HUB_FORM}") from error
+
+
+def _recorded(path: Path) -> Commits:
+    try:
+        return read_checked_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{path}: {error}; put back a sound copy, or remove it to look the revisions up anew"
+        ) from error
+
+
+def _key(kind: Kind, name: str, revision: str | None) -> str:
+    return f"{kind} {name}@{revision or constants.DEFAULT_REVISION}"
+
+
+def _with_commits(config: RunConfig, find: Find) -> RunConfig:
+    """The config with every revision of the hub replaced by what `find` gives for it."""
+
+    def corpus(one: CorpusConfig) -> CorpusConfig:
+        return one.model_copy(update={part: [text(name) for name in getattr(one, part)] for part in ("train", "valid")})
+
+    def text(name: str) -> str:
+        source = parse_hub_name(name)
+        if source is None or (commit := find("dataset", source.repo, source.revision)) is None:
+            return name
+        return f"{source}#{commit}"
+
+    model, data = config.model, config.data
+    changes: dict[str, Any] = {"domains": [corpus(domain) for domain in config.domains]}
+    if model.name_or_path is not None and not Path(model.name_or_path).exists():
+        commit = find("model", model.name_or_path, model.revision)
+        changes["model"] = model.model_copy(update={"revision": commit})
+    if data.tokenizer is not None and not Path(data.tokenizer).exists():
+        commit = find("model", data.tokenizer, data.tokenizer_revision)
+        changes["data"] = data.model_copy(update={"tokenizer_revision": commit})
+    if config.general is not None:
+        changes["general"] = corpus(config.general)
+    return config.model_copy(update=changes)
