@@ -93,11 +93,11 @@ def load_model(
     own_config = model_config(config, vocab_size=vocab_size)
     adapter = find_adapter(config)
     auto_class = AUTO_CLASSES[adapter.objective]
-    if source is not None:
-        _refuse_pointers(source, *_weight_files(source))
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
         source = weights_folder(config)
+        if source is not None:
+            _refuse_pointers(source, *_weight_files(source))
         model = _construct(source, lambda: _random_model(auto_class, own_config, seed, options), construction)
         if model is None:
             model = auto_class.from_pretrained(str(source), **options)

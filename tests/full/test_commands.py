@@ -35,3 +35,15 @@ def test_srun_and_torchrun_environments_are_understood(tmp_path: Path) -> None:
     )
     assert again.returncode == 0, again.stderr
     assert "train food" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("WORLD_SIZE", "abc", "WORLD_SIZE: found 'abc'"), ("RANK", "3", "RANK: found 3, allowed: 0 to 0")],
+)
+def test_environment_that_makes_no_sense_is_one_line(tmp_path: Path, name: str, value: str, expected: str) -> None:
+    path = write_config(tmp_path, small_run(tmp_path))
+    environment = {"WORLD_SIZE": "1", name: value}
+    done = program("launch/train.py", "--config", path, **environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"das_ds: {expected}") and done.stderr.count("\n") == 1

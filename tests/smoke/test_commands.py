@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from das_ds.evaluation.results import RESULTS_FILE, Results
@@ -38,3 +39,13 @@ def test_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
     done = program("launch/train.py", "--config", path, "train.learning_rate=1e38", "train.grad_clip=0")
     assert done.returncode == 2, done.stderr
     assert "das_ds: food, step 2: loss is nan, expected a finite number" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["das_ds", "das_ds.cli"])
+def test_module_does_what_the_command_does(tmp_path: Path, module: str) -> None:
+    path = write_config(tmp_path, small_run(tmp_path))
+    # The DeepSpeed launcher puts the rank before the command's own words.
+    done = command(sys.executable, "-m", module, "--local_rank=0", "check-config", "--config", path, "seed=5")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["seed"] == 5
+    assert command(sys.executable, "-m", module, "check-config", "--config", path, "seed=x").returncode == 2

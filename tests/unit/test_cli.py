@@ -59,25 +59,3 @@ def test_check_config_refuses_what_training_would(
     captured = capsys.readouterr()
     assert captured.err.startswith(f"das_ds: {expected}") and captured.err.count("\n") == 1
     assert not captured.out
-
-
-@pytest.mark.parametrize("module", ["das_ds", "das_ds.cli"])
-def test_module_does_what_the_command_does(tmp_path: Path, module: str) -> None:
-    path = write_config(tmp_path, small_run(tmp_path))
-    # The DeepSpeed launcher puts the rank before the command's own words.
-    done = command(sys.executable, "-m", module, "--local_rank=0", "check-config", "--config", path, "seed=5")
-    assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["seed"] == 5
-    assert command(sys.executable, "-m", module, "check-config", "--config", path, "seed=x").returncode == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [("WORLD_SIZE", "abc", "WORLD_SIZE: found 'abc'"), ("RANK", "3", "RANK: found 3, allowed: 0 to 0")],
-)
-def test_environment_that_makes_no_sense_is_one_line(tmp_path: Path, name: str, value: str, expected: str) -> None:
-    path = write_config(tmp_path, small_run(tmp_path))
-    environment = {"WORLD_SIZE": "1", name: value}
-    done = program("launch/train.py", "--config", path, **environment)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"das_ds: {expected}") and done.stderr.count("\n") == 1
