@@ -10,7 +10,7 @@ BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction 
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-domains bench-domains-masks bench-domains-gpu evidence chaos lint format
+.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-masks bench-domains-gpu evidence chaos lint format
 
 setup: $(STAMP)
 
@@ -56,6 +56,13 @@ matrix: setup
 
 bench: setup
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+bench-peers: setup
+	$(BIN)/python -m benchmarks.peers
+
+# The script for a bare machine with a GPU, here in tiny sizes: whether each of its parts runs.
+bench-device-dry: setup
+	PYTHON=$(BIN)/python benchmarks/device/run.sh --dry --minutes 28 --out runs/device-dry
 
 # No dependencies: of this package only the weights are used.
 bench-domains bench-domains-masks bench-domains-gpu: setup

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("DAS_DS_BENCHMARK_RESULTS", Path(__file__).parent / "results"))
+"""Where result files are written: those of the repository, unless the environment names another folder."""
 PACKAGES = ("torch", "transformers", "deepspeed")
 
 
@@ -45,7 +46,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def write_result(name: str, device: torch.device, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
     """Writes `results/<name>_<device type>.json` and returns its path."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}_{device.type}.json"
     content = {"environment": describe(device), "settings": settings, "rows": rows}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

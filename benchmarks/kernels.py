@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from tempfile import TemporaryDirectory
@@ -45,6 +45,8 @@ ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 COPY = "copy"
 BYTES_PER_ELEMENT = 42
 """Peak memory: tensors and moments, DeepSpeed's moments, the mask written out, an old copy, uint8 importance."""
+SLOW_TO_START = ("deepspeed", "compile")
+"""Forms that are compiled on first use, for minutes: DeepSpeed's own optimizers, and torch.compile."""
 POSITIONS = 128
 """Tokens of a sequence that passes the gates."""
 
@@ -85,8 +87,12 @@ class Problem:
         self.unprotected = Protection(numel)
         self.written_out = self.units.written_out()
 
-    def forms(self) -> dict[str, tuple[int, Form]]:
-        """Name -> (bytes per element that have to move, work)."""
+    def forms(self, without: Collection[str] = ()) -> dict[str, tuple[int, Form]]:
+        """Name -> (bytes per element that have to move, work).
+
+        Args:
+            without: forms to leave out, of `SLOW_TO_START`.
+        """
         old, grads = self.grad, list(self.grad.split(-(-self.numel // 64)))
         scale = MaskedScale([_part(self.units, start, len(g)) for start, g in _starts(grads)])
         return {
@@ -96,9 +102,9 @@ class Problem:
             "AdamW: das_ds, unit mask": (28, lambda: self._masked(self.units)),
             "AdamW: das_ds, parameter mask (uint8)": (29, lambda: self._masked(self.weights)),
             "AdamW: torch fused, then a mask pass over the flat tensor": (28, self._then_pass(self._fused)),
-            **self._deepspeed_forms(),
+            **({} if "deepspeed" in without else self._deepspeed_forms()),
             "AdamW: torch fused, then broadcasting per parameter": (28, self._fused_and_broadcast),
-            "AdamW: torch.compile, mask written out": (32, self._compiled()),
+            **({} if "compile" in without else {"AdamW: torch.compile, mask written out": (32, self._compiled())}),
             "soft_update: unit mask": (12, lambda: soft_update_(self.param, old, self.units)),
             "soft_update: parameter mask (uint8)": (13, lambda: soft_update_(self.param, old, self.weights)),
             "masked_scale: unit mask, 64 tensors": (8, lambda: scale(grads)),
@@ -226,9 +232,9 @@ def available_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def measure(numel: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """One row per form."""
-    forms = Problem(numel, device).forms()
+def measure(numel: int, device: torch.device, repeats: int, without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """One row per form but those of `without`."""
+    forms = Problem(numel, device).forms(without)
     seconds = fastest_in_turns({name: work for name, (_, work) in forms.items()}, device, repeats=repeats)
     copy, unmasked = (seconds[name] for name in (COPY, "AdamW: torch fused, unmasked"))
     return [
@@ -258,6 +264,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 1e7, 1e8, 1e9], help="elements")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls per form; the fastest counts")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU; as many as there are cores")
+    parser.add_argument("--without", nargs="+", choices=SLOW_TO_START, default=[], help="forms to leave out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     device, rows = default_device(), []
@@ -267,7 +274,7 @@ def main() -> None:
             if needed > available_bytes(device):
                 print(f"{numel:.0e} elements left out: they need {needed / 1e9:.0f} GB")
                 continue
-            rows += measure(numel, device, options.repeats)
+            rows += measure(numel, device, options.repeats, options.without)
             print_table([row for row in rows if row["elements"] == numel])
             print()
     settings = {"repeats": options.repeats, "layer": "RoBERTa-base", "shift": SHIFT}

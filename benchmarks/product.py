@@ -25,10 +25,10 @@ from das_ds.models.registry import adapter_for
 def run_config(
     model: dict[str, Any], train: dict[str, Any], method: dict[str, Any], *, sequence_length: int, zero_stage: int
 ) -> RunConfig:
-    """A run over a RoBERTa with random weights, whose text is never read and which writes nothing.
+    """A run over a network with random weights, whose text is never read and which writes nothing.
 
     Args:
-        model: Hugging Face config values, `vocab_size` among them.
+        model: Hugging Face config values, `vocab_size` among them; a RoBERTa where they name no `model_type`.
         train, method: values of these sections; no gradient is clipped and the learning rate is constant.
     """
     values: dict[str, Any] = {
@@ -50,14 +50,22 @@ def build_model(config: RunConfig) -> Any:
     return model
 
 
-def build_method(config: RunConfig, ranks: Ranks) -> Method:
-    """The run's method over an engine, ready for the first step of a domain."""
+def build_method(config: RunConfig, ranks: Ranks, domain: DomainContext | None = None) -> Method:
+    """The run's method over an engine, ready for the first step of a domain.
+
+    Args:
+        config: of the run.
+        ranks: the process group.
+        domain: with a sample to measure general knowledge on; None: a method that measures it reads it from a file.
+    """
     model = build_model(config)
     adapter = adapter_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     method = methods.build_method(build_context(config, model, adapter, deepspeed_config, ranks))
     with TemporaryDirectory() as folder:
-        domain = DomainContext(0, "random", lambda label: Pass([]), lambda label: Pass([]), Path(folder), Path(folder))
+        if domain is None:
+            nothing: Pass[Any] = Pass([])
+            domain = DomainContext(0, "random", lambda _: nothing, lambda _: nothing, Path(folder), Path(folder))
         method.before_domain(domain)
     method.run.engine.start_domain(config.train.steps_per_domain)
     method.start_training(domain)

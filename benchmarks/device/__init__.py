@@ -1,0 +1,1 @@
+"""One script for a bare machine with a GPU: `run.sh`."""

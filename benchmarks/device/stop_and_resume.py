@@ -1,0 +1,110 @@
+"""A run of two domains that is stopped in the middle and continued, beside one that nothing disturbs.
+
+Losses have to agree: to the last digit on a CPU, to rounding on a GPU, whose attention sums its gradients in no fixed
+order.
+
+Run: `python -m benchmarks.device.stop_and_resume [--dry]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.environment import default_device, print_table, write_result
+from benchmarks.peers import ROOT, SIZES, Workload, model_values, write_text
+from das_ds.errors import EXIT_STOPPED
+
+TOLERANCE = {"cpu": 0.0, "cuda": 0.02}
+"""Nats by which a held-out loss may differ."""
+TIMEOUT_S = 100.0
+
+
+def write_config(work: Workload, folder: Path, name: str) -> Path:
+    """A das run over two domains of the same kind of text."""
+    text = {"train": [str(folder / "train.txt")], "valid": [str(folder / "valid.txt")]}
+    config = {
+        "output_dir": str(folder / name),
+        "model": {"config": model_values(work)},
+        "domains": [{"name": "first", **text}, {"name": "second", **text}],
+        "data": {
+            "tokenizer": str(folder / "tokenizer"),
+            "sequence_length": work.sequence_length,
+            "cache_dir": str(folder / "cache"),
+        },
+        "train": {
+            "steps_per_domain": work.steps,
+            "global_batch_size": work.batch_size,
+            "micro_batch_size": work.batch_size,
+            "precision": work.precision,
+            "log_every": 1,
+        },
+        "evaluation": {"max_sequences": work.batch_size},
+        "method": {"name": "das", "importance": {"samples": work.batch_size}},
+        "deepspeed": {"zero_optimization": {"stage": work.zero_stage}},
+        "wandb": {"mode": "disabled"},
+    }
+    path = folder / f"{name}.yaml"
+    # JSON is YAML.
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def train(config: Path) -> subprocess.Popen[bytes]:
+    """Starts the product's own command."""
+    return subprocess.Popen([sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config)], cwd=ROOT)
+
+
+def num_lines(path: Path) -> int:
+    """Logged steps so far."""
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def stop_after(process: subprocess.Popen[bytes], folder: Path, step: int) -> int:
+    """Ask a run to stop once it has logged so many steps; its exit code."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while num_lines(folder / "metrics.jsonl") < step and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (folder / "STOP").touch()
+    return process.wait(TIMEOUT_S)
+
+
+def main() -> int:
+    """Runs both, prints what differs and writes the result file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    device = default_device()
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    sizes = ("tiny", 4, 32) if parser.parse_args().dry else ("encoder", 32, 128)
+    work = Workload(*sizes, precision=precision, zero_stage=2, steps=60)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder, SIZES[work.size]["vocab_size"], (work.steps + 2) * work.batch_size * work.sequence_length)
+        codes = [train(write_config(work, folder, "whole")).wait(TIMEOUT_S)]
+        config = write_config(work, folder, "pieces")
+        codes.append(stop_after(train(config), folder / "pieces", step=5))
+        stopped_at = num_lines(folder / "pieces" / "metrics.jsonl")
+        codes.append(train(config).wait(TIMEOUT_S))
+        rows: list[dict[str, Any]] = []
+        if codes == [0, EXIT_STOPPED, 0]:
+            found = [json.loads((folder / run / "results.json").read_text()) for run in ("whole", "pieces")]
+            whole, pieces = (torch.tensor(results["loss_matrix"]) for results in found)
+            rows.append({"stopped at step": stopped_at, "largest difference": (whole - pieces).abs().max().item()})
+    if not rows:
+        print(f"exit codes: found {codes}, expected {[0, EXIT_STOPPED, 0]}")
+        return 1
+    print_table(rows)
+    print(f"written to {write_result('stop_and_resume', device, vars(work), rows).name}")
+    return 0 if rows[0]["largest difference"] <= TOLERANCE[device.type] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""What devices can compute at most: dense matrix products on tensor cores, by the vendors' data sheets.
+
+Numbers with sparsity, which data sheets print first, are twice as large and are not meant here.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+TERA = 1e12
+
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    # NVIDIA H200 Tensor Core GPU data sheet (2024): 1979 TFLOP/s of bf16 with sparsity, 989 of TF32 with sparsity.
+    "H200": {"bf16": 989.5, "fp16": 989.5, "tf32": 494.7, "fp32": 66.9},
+    # NVIDIA H100 Tensor Core GPU Architecture white paper (2022), table 2: SXM5, then PCIe.
+    "H100 PCIe": {"bf16": 756.0, "fp16": 756.0, "tf32": 378.0, "fp32": 51.2},
+    "H100": {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp32": 66.9},
+    # NVIDIA Blackwell architecture data sheet (2024), HGX B200 per GPU.
+    "B200": {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1100.0},
+    # NVIDIA A100 Tensor Core GPU Architecture white paper (2020), table 1.
+    "A100": {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5},
+    # NVIDIA L40S data sheet (2023): 362 TFLOP/s of bf16, 183 of TF32, both dense.
+    "L40S": {"bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6},
+    # NVIDIA A10 data sheet (2021).
+    "A10": {"bf16": 125.0, "fp16": 125.0, "tf32": 62.5, "fp32": 31.2},
+    # NVIDIA L4 data sheet (2023): 242 TFLOP/s of bf16 with sparsity.
+    "L4": {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3},
+    # NVIDIA Tesla V100 white paper (2017), SXM2; it has no bf16 and no TF32.
+    "V100": {"fp16": 125.0, "fp32": 15.7},
+    # AMD Instinct MI300X data sheet (2023).
+    "MI300X": {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4},
+}
+"""Part of the device's name -> precision -> TFLOP/s; of names that begin alike the longer one stands first."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SECONDS = 1.0
+"""How long the fastest matrix product is looked for."""
+
+
+def vendor_peak(name: str, precision: str) -> float | None:
+    """FLOP/s that the vendor states for a device; None for one that is not in the table, or has no such format.
+
+    Args:
+        name: as torch gives it, such as `NVIDIA H100 80GB HBM3`.
+        precision: `bf16`, `fp16`, `tf32` or `fp32`.
+    """
+    words = name.replace("-", " ").split()
+    for part, peaks in PEAK_TFLOPS.items():
+        if all(word in words for word in part.split()):
+            return peaks[precision] * TERA if precision in peaks else None
+    return None
+
+
+def measured_peak(device: torch.device, precision: str, size: int) -> float:
+    """FLOP/s of the fastest square matrix product that was seen here, for devices without a data sheet.
+
+    Args:
+        device: to measure.
+        precision: `bf16`, `fp16` or `fp32`.
+        size: rows and columns of the factors.
+    """
+    factors = [torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2)]
+    fastest, deadline = float("inf"), time.perf_counter() + SECONDS
+    while True:
+        begin = _now(device)
+        torch.mm(*factors)
+        fastest = min(fastest, _now(device) - begin)
+        if time.perf_counter() > deadline:
+            return 2 * size**3 / fastest
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
