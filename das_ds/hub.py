@@ -33,6 +33,14 @@ class HubError(OSError):
     """A name that stands for nothing, or a hub that does not answer; callers say which key it is of."""
 
 
+def is_here(name: str) -> bool:
+    """Whether a name is a path of this machine; one that no path can have, such as a long one, is not."""
+    try:
+        return Path(name).exists()
+    except OSError:
+        return False
+
+
 def commit_of(kind: Kind, name: str, revision: str | None = None) -> str:
     """The commit, 40 hexadecimal digits, that a revision of a model or data set is now.
 
@@ -74,7 +82,7 @@ def local_folder(name: str, revision: str | None = None, *, weights: bool = Fals
     Raises:
         HubError: there is neither such a folder nor such a model, or it cannot be fetched.
     """
-    if Path(name).exists():
+    if is_here(name):
         if revision is not None:
             raise HubError(f"found revision {revision!r} with a folder of this machine, which has none; expected null")
         return name

@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from das_ds.errors import DataError
-from das_ds.hub import HubError, commit_of
+from das_ds.hub import HubError, commit_of, is_here
 
 FILE_SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 HUB_NAME = re.compile(
@@ -117,7 +117,7 @@ def _literal_folders(path: Path) -> str:
 def parse_hub_name(name: str) -> HubDataset | None:
     """The hub data set that a name denotes, or None where it denotes files."""
     match = HUB_NAME.fullmatch(name)
-    if match is None or Path(name).exists():
+    if match is None or is_here(name):
         return None
     repo, config, split, revision = match["repo"], match["config"], match["split"], match["revision"]
     # `corpora/train.txt` has the form of a hub name; versions such as `owner/web-1.0` end in digits.

@@ -13,7 +13,7 @@ from das_ds.data.sources import HUB_FORM, parse_hub_name
 from das_ds.distributed.launch import Ranks
 from das_ds.durable import read_checked_json, write_checked_json
 from das_ds.errors import DataError, ModelError, RunFolderError
-from das_ds.hub import HubError, Kind, commit_of
+from das_ds.hub import HubError, Kind, commit_of, is_here
 from das_ds.training.run_folder import REVISIONS_FILE
 
 Commits = dict[str, str]
@@ -100,10 +100,10 @@ def _with_commits(config: RunConfig, find: Find) -> RunConfig:
 
     model, data = config.model, config.data
     changes: dict[str, Any] = {"domains": [corpus(domain) for domain in config.domains]}
-    if model.name_or_path is not None and not Path(model.name_or_path).exists():
+    if model.name_or_path is not None and not is_here(model.name_or_path):
         commit = find("model", model.name_or_path, model.revision)
         changes["model"] = model.model_copy(update={"revision": commit})
-    if data.tokenizer is not None and not Path(data.tokenizer).exists():
+    if data.tokenizer is not None and not is_here(data.tokenizer):
         commit = find("model", data.tokenizer, data.tokenizer_revision)
         changes["data"] = data.model_copy(update={"tokenizer_revision": commit})
     if config.general is not None:

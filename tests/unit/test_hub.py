@@ -129,7 +129,7 @@ def test_what_the_hub_does_not_have_is_one_line(served: FakeHub) -> None:
     with pytest.raises(HubError, match="the model of the hub has no revision 'gone'"):
         local_folder(MODEL, "gone")
     asked = len(served.requests)
-    for path in ("no/such/folder", "/no/such/folder", "./x", "~/model"):
+    for path in ("x" * 300, "no/such/folder", "/no/such/folder", "./x", "~/model"):
         with pytest.raises(HubError, match="found no such folder, and no model of the hub can have that name"):
             local_folder(path)
     assert len(served.requests) == asked
