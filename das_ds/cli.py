@@ -51,15 +51,15 @@ def _speaks() -> bool:
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
     # Importing the engine takes seconds, which --help and check-config must not cost.
     from das_ds.distributed.launch import Ranks, leave
-    from das_ds.distributed.watch import EXIT_HANG, LostPeerError
+    from das_ds.distributed.watchdog import EXIT_HANG, PeerLostError
     from das_ds.training.run import run_sequence
 
     hang_timeout = timedelta(seconds=config.run.hang_timeout)
-    # Collectives wait far longer: the watch, which can name the rank that is stuck, is to be the first to end the run.
+    # Collectives wait far longer: the watchdog, which can name the rank that is stuck, is to end the run first.
     ranks = Ranks(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
     try:
         results = run_sequence(config, ranks)
-    except LostPeerError as error:
+    except PeerLostError as error:
         # Every rank says it: the one that usually speaks may be the one that is gone.
         print(f"das_ds: {error}", file=sys.stderr)
         leave(EXIT_HANG)

@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 import torch
 import torch.distributed as dist
 
+from das_ds.distributed.collectives import in_collective
 from das_ds.distributed.launch import PREPARATION_TIMEOUT, Ranks
 
 
@@ -52,13 +53,15 @@ class Agreement:
         values, work = self._pending
         self._pending = None
         if work is not None:
-            work.wait()
+            with in_collective():
+                work.wait()
         return Flags(*(bool(value) for value in values.tolist()))
 
     def reasons(self, local: str | None) -> str:
         """Why the run stops, with the ranks that were asked: "SIGUSR1 (rank 0)"; all ranks call it together."""
         reasons: list[str | None] = [None] * self._world_size
-        dist.all_gather_object(reasons, local, group=self._group)
+        with in_collective():
+            dist.all_gather_object(reasons, local, group=self._group)
         ranks_of: dict[str, list[int]] = {}
         for rank, reason in enumerate(reasons):
             if reason is not None:

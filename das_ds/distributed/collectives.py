@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass
+class CollectiveCount:
+    """Collectives of das_ds itself that this process has entered and left; those within DeepSpeed are not counted."""
+
+    entered: int = 0
+    left: int = 0
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this process is inside one of them."""
+        return self.entered > self.left
+
+
+COLLECTIVE_COUNT = CollectiveCount()
+"""Read by the heartbeat."""
+
+
+@contextmanager
+def in_collective() -> Iterator[None]:
+    """Around a call that waits for other ranks."""
+    COLLECTIVE_COUNT.entered += 1
+    try:
+        yield
+    finally:
+        COLLECTIVE_COUNT.left += 1
 
 
 def world_size() -> int:
@@ -21,14 +51,16 @@ def rank() -> int:
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of `tensor` over ranks, in place; returned for convenience."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        with in_collective():
+            dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_maximum(tensor: torch.Tensor) -> torch.Tensor:
     """Element-wise maximum of `tensor` over ranks, in place; returned for convenience."""
     if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        with in_collective():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
@@ -53,7 +85,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(parts, tensor.contiguous())
+        with in_collective():
+            dist.all_gather(parts, tensor.contiguous())
         ctx.num_rows = len(tensor)
         return torch.cat(parts)
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from das_ds.distributed.collectives import in_collective
 from das_ds.distributed.environment import check_device, check_environment
 from das_ds.distributed.rendezvous import meeting
 from das_ds.errors import DasError
@@ -109,7 +110,8 @@ class Ranks:
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on every rank, however long one of them takes."""
         values: list[Any] = [None] * self.info.world_size
-        dist.all_gather_object(values, value, group=self._patient_group)
+        with in_collective():
+            dist.all_gather_object(values, value, group=self._patient_group)
         return values
 
     def on_main(self, do: Callable[[], T]) -> T | None:
@@ -135,12 +137,14 @@ class Ranks:
         """
         padded = nn.functional.pad(part, (0, size - part.numel())) if part.numel() < size else part
         parts = torch.empty(self.info.world_size * size, dtype=part.dtype)
-        dist.all_gather_into_tensor(parts, padded, group=self._patient_group)
+        with in_collective():
+            dist.all_gather_into_tensor(parts, padded, group=self._patient_group)
         return parts
 
     def barrier(self) -> None:
         """Wait for all ranks, however long one of them writes or prepares."""
-        dist.barrier(group=self._patient_group)
+        with in_collective():
+            dist.barrier(group=self._patient_group)
 
     def close(self) -> None:
         """End the process group."""

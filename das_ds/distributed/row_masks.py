@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from das_ds.distributed.collectives import all_reduce_sum, world_size
+from das_ds.distributed.collectives import all_reduce_sum, in_collective, world_size
 from das_ds.distributed.zero import Shard
 
 
@@ -131,7 +131,8 @@ def _cut_rows(own: list[tuple[str, int, int]], masks: dict[str, torch.Tensor]) -
     of_ranks: list[list[tuple[str, int, int]]] = [own]
     if world_size() > 1:
         of_ranks = [[] for _ in range(world_size())]
-        dist.all_gather_object(of_ranks, own)
+        with in_collective():
+            dist.all_gather_object(of_ranks, own)
     cut: dict[str, set[int]] = {name: set() for name in masks}
     for shards in of_ranks:
         for name, offset, numel in shards:

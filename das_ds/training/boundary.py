@@ -12,7 +12,7 @@ from das_ds.distributed.agreement import Agreement, Flags
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.state import RankState
 from das_ds.distributed.stopping import StopRequests
-from das_ds.distributed.watch import Watch
+from das_ds.distributed.watchdog import Watchdog
 from das_ds.errors import StoppedError
 from das_ds.tracking.names import CHECKPOINT_MIB, CHECKPOINT_STALL_S, CHECKPOINT_WRITE_S, CHECKPOINTS
 
@@ -30,7 +30,7 @@ class Boundary:
         ranks: the process group.
         saver: writes checkpoints.
         requests: what this rank was asked for.
-        watch: is told that writing may take any time.
+        watchdog: is told that writing may take any time.
         save_arguments: gives what `Saver.start` needs besides state.
     """
 
@@ -39,10 +39,10 @@ class Boundary:
         ranks: Ranks,
         saver: Saver,
         requests: StopRequests,
-        watch: Watch,
+        watchdog: Watchdog,
         save_arguments: Callable[[RunState], dict[str, Any]],
     ) -> None:
-        self._ranks, self._saver, self._requests, self._watch = ranks, saver, requests, watch
+        self._ranks, self._saver, self._requests, self._watchdog = ranks, saver, requests, watchdog
         self._save_arguments = save_arguments
         self._agreement = Agreement(ranks)
         self._is_fresh = False
@@ -103,14 +103,14 @@ class Boundary:
     def _begin(self, run: RunState, parts: Parts) -> None:
         if self._saver.is_open:
             self._publish()
-        with self._watch.patient("saving"):
+        with self._watchdog.suspend_timeout("saving"):
             self._saver.start(run, parts, **self._save_arguments(run))
         self._is_fresh = True
         if not self._saver.asynchronous:
             self._publish()
 
     def _publish(self) -> None:
-        with self._watch.patient("saving"):
+        with self._watchdog.suspend_timeout("saving"):
             report = self._saver.publish()
         self._reports.append(report)
         logger.info("saved %s: %.1f MiB, training waited %.2f s", report.name, report.mebibytes, report.stall_seconds)

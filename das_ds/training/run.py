@@ -11,7 +11,7 @@ from das_ds.config import RunConfig
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.distributed.launch import Ranks, leave
 from das_ds.distributed.stopping import StopRequests
-from das_ds.distributed.watch import Watch
+from das_ds.distributed.watchdog import Watchdog
 from das_ds.errors import EXIT_USER_ERROR, CheckpointError, StoppedError
 from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.models.loading import check_files, find_adapter, weights_folder
@@ -34,10 +34,10 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
         StoppedError: the run was asked to stop and is saved.
     """
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    watch = Watch(ranks, config.run.hang_timeout, config.output_dir)
+    watchdog = Watchdog(ranks, config.run.hang_timeout, config.output_dir)
     lock = RunLock(config.output_dir, on_loss=_end_at_once)
-    with watch, lock, StopRequests(config.output_dir, config.run.stop_signals) as requests:
-        with watch.patient("opening the run folder"):
+    with watchdog, lock, StopRequests(config.output_dir, config.run.stop_signals) as requests:
+        with watchdog.suspend_timeout("opening the run folder"):
             ranks.on_main(lock.acquire)
             folder = ranks.first_main_then_others(lambda: open_run_folder(config))
             store = CheckpointStore(folder.root, config.checkpoint.keep)
@@ -45,18 +45,18 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
         ranks.on_main(lambda: _check_folder(folder, manifest))
         if manifest is not None and manifest.run.phase == "finished":
             return _finished(config, ranks, folder, manifest)
-        with watch.patient("fetching the model"):
+        with watchdog.suspend_timeout("fetching the model"):
             config = pin_revisions(config, ranks)
             ranks.first_main_then_others(lambda: (weights_folder(config.model),))
-        with watch.patient("preparing text"):
+        with watchdog.suspend_timeout("preparing text"):
             ranks.on_main(lambda: check_files(config.model))
             objective = find_adapter(config.model).objective
             text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, objective))
         _leave_if_asked(ranks, requests)
         with build_tracker(config, enabled=ranks.info.is_main) as tracker:
-            with watch.patient("building the engine"):
+            with watchdog.suspend_timeout("building the engine"):
                 sequence = DomainSequence(
-                    config, ranks, folder, text, tracker, deepspeed_config, store, requests, watch
+                    config, ranks, folder, text, tracker, deepspeed_config, store, requests, watchdog
                 )
             try:
                 return sequence.run(manifest)

@@ -20,7 +20,7 @@ from das_ds.distributed.random_state import random_state, set_random_state
 from das_ds.distributed.sharded_construction import sharded_construction
 from das_ds.distributed.state import RankState
 from das_ds.distributed.stopping import StopRequests
-from das_ds.distributed.watch import Watch
+from das_ds.distributed.watchdog import Watchdog
 from das_ds.evaluation.results import Results, library_versions
 from das_ds.functional.vocabulary import with_mean_rows
 from das_ds.methods import build_method, method_class
@@ -52,7 +52,7 @@ class DomainSequence:
         config, ranks, folder, text, tracker, deepspeed_config: of the run.
         store: its checkpoints.
         requests: what this rank is asked for.
-        watch: is told where this rank stands.
+        watchdog: is told where this rank stands.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class DomainSequence:
         deepspeed_config: dict[str, Any],
         store: CheckpointStore,
         requests: StopRequests,
-        watch: Watch,
+        watchdog: Watchdog,
     ) -> None:
         self._config, self._ranks, self._folder, self._text, self._tracker = config, ranks, folder, text, tracker
-        self._store, self._watch, self._state, self._stages = store, watch, RunState(), config.stages
+        self._store, self._watchdog, self._state, self._stages = store, watchdog, RunState(), config.stages
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         # Parameters that are born as shards cannot be given more rows.
         construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
@@ -100,7 +100,7 @@ class DomainSequence:
             beside=[folder.root / METRICS_FILE],
         )
         self.engine.before_change = saver.wait_for_copy
-        self._boundary = Boundary(ranks, saver, requests, watch, self._save_arguments)
+        self._boundary = Boundary(ranks, saver, requests, watchdog, self._save_arguments)
         self._opened: OpenCheckpoint | None = None
 
     def run(self, manifest: Manifest | None) -> Results:
@@ -112,11 +112,11 @@ class DomainSequence:
         phases = {"evaluate": self._evaluate, "before": self._before, "train": self._train, "after": self._after}
         if manifest is not None:
             self._earlier_seconds = manifest.run.wall_seconds
-            with self._watch.patient("reading a checkpoint"):
+            with self._watchdog.suspend_timeout("reading a checkpoint"):
                 self._load(manifest)
         self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes if manifest else 0)
         while self._state.phase != "finished":
-            self._watch.phase(f"{self._domain_name(self._state)}, {self._state.phase}")
+            self._watchdog.set_phase(f"{self._domain_name(self._state)}, {self._state.phase}")
             try:
                 phases[self._state.phase]()
             except RewindError:
@@ -134,7 +134,7 @@ class DomainSequence:
             }
         )
         self._state = self._timed(state)
-        with self._watch.patient("writing results"):
+        with self._watchdog.suspend_timeout("writing results"):
             self._ranks.on_main(lambda: self._publish(row))
         self._enter(self._state)
 
@@ -187,7 +187,7 @@ class DomainSequence:
             train,
             guard=self._guard,
             after_step=after_step,
-            at=self._watch.at,
+            at=self._watchdog.beat,
             costs=self._boundary.take_reports,
         )
         is_alone = self._base is not None
@@ -210,7 +210,7 @@ class DomainSequence:
         self._network.num_rows = self._text.num_rows(self._stage.last_domain)
         self._seed(2)
         self._method.after_domain(self._domain)
-        with self._watch.patient("exporting"):
+        with self._watchdog.suspend_timeout("exporting"):
             self._prepare_new_tokens(self._stage.last_domain)
             self._export(self._stage)
         done = self._state.domains_done + 1
@@ -229,7 +229,7 @@ class DomainSequence:
             self._pass_boundary(save=save)
 
     def _between_batches(self) -> None:
-        self._watch.at(f"a batch of phase {self._state.phase}", self._passes.num_batches)
+        self._watchdog.beat(f"a batch of phase {self._state.phase}", self._passes.num_batches)
         self._pass_boundary(save=self._passes.num_batches % self._config.checkpoint.every_steps == 0)
 
     def _pass_boundary(self, *, save: bool) -> None:

@@ -1,4 +1,4 @@
-"""Ranks in a loop of collectives under a watch, one of which does something bad."""
+"""Ranks in a loop of collectives under a watchdog, one of which does something bad."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from das_ds.distributed.agreement import Agreement, Flags
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.launch import Ranks, leave
-from das_ds.distributed.watch import LostPeerError, Watch
+from das_ds.distributed.watchdog import PeerLostError, Watchdog
 from helpers.run_ranks import start_ranks
 from helpers.waiting import until
 
 HANG_TIMEOUT = 5.0
 BAD_STEP = 7
 EXIT_LOST = 3
+HEALTHY = ("silent", "broken", "blind")
+"""A rank trains on beyond the hang timeout though its heartbeat or its watchdog does not work."""
 
 
 def exit_codes(folder: Path, what: str, bad_rank: int, world_size: int = 2) -> list[int | None]:
@@ -65,28 +68,34 @@ def steps(folder: Path, what: str, bad_rank: int) -> None:
     ranks = Ranks()
     agreement = Agreement(ranks)
     try:
-        with Watch(ranks, HANG_TIMEOUT, folder) as watch:
-            watch.phase("food")
+        with Watchdog(ranks, HANG_TIMEOUT, folder) as watchdog:
+            watchdog.set_phase("food")
             (folder / f"started-{rank}").touch()
             for step in range(1, 21):
-                watch.at("reading a batch", step)
-                watch.at("forward and backward", step)
+                watchdog.beat("reading a batch", step)
+                watchdog.beat("forward and backward", step)
                 if step == BAD_STEP and rank == bad_rank:
-                    misbehave(what, watch)
-                all_reduce_sum(torch.ones(1))
+                    misbehave(what, watchdog)
+                if what == "direct":
+                    # As DeepSpeed does, without telling the watchdog.
+                    dist.all_reduce(torch.ones(1))
+                else:
+                    all_reduce_sum(torch.ones(1))
                 agreement.exchange(Flags())
+                if what in HEALTHY and step > BAD_STEP:
+                    time.sleep(HANG_TIMEOUT / 8)
             agreement.settle()
-    except LostPeerError as error:
+    except PeerLostError as error:
         os.write(2, f"lost: {error}\n".encode())
         leave(EXIT_LOST)
     ranks.close()
 
 
-def misbehave(what: str, watch: Watch) -> None:
-    """Sleep for ever, be stopped or killed, keep Python's lock, fail, or be slow where that is allowed."""
+def misbehave(what: str, watchdog: Watchdog) -> None:
+    """Sleep for ever, be stopped or killed, keep Python's lock, fail, be slow where that is due, or lose a thread."""
     # The others know where this rank stands from what it says once in a while.
     time.sleep(1.5)
-    if what == "sleep":
+    if what in ("sleep", "direct"):
         sleep_for_ever()
     elif what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -97,10 +106,22 @@ def misbehave(what: str, watch: Watch) -> None:
         ctypes.PyDLL(None).sleep(600)
     elif what == "fail":
         raise ValueError("no such thing")
+    elif what == "silent":
+        watchdog._store._publish = lambda: None  # type: ignore[method-assign]
+    elif what == "broken":
+        watchdog._store._publish = break_down  # type: ignore[method-assign]
+        watchdog._store._read = break_down  # type: ignore[method-assign]
+    elif what == "blind":
+        watchdog._check = break_down  # type: ignore[method-assign]
     else:
         assert what == "patience"
-        with watch.patient("exporting"):
+        with watchdog.suspend_timeout("exporting"):
             time.sleep(1.5 * HANG_TIMEOUT)
+
+
+def break_down() -> None:
+    """An error that nobody foresaw, as that of Python 3.11 once was."""
+    raise AttributeError("'tuple' object has no attribute 'f_code'")
 
 
 def sleep_for_ever() -> None:

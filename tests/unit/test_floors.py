@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Lowest first. Files of one floor stand in the order in which they may import each other; folders may not.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "thread_guard"),
     ("durable", "user_files"),
     ("hub",),
     ("config",),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.distributed.watch import EXIT_HANG
+from das_ds.distributed.watchdog import EXIT_HANG
 from helpers.watching import EXIT_LOST, exit_codes, suspended_exit_codes
 
 pytestmark = pytest.mark.multirank
@@ -16,7 +16,9 @@ pytestmark = pytest.mark.multirank
 KILLED = -9
 STANDING = "step 7 of food, forward and backward"
 FROZEN_OR_KILLED = [("stop", 0, 2), ("stop", 1, 2), ("kill", 0, 2), ("kill", 1, 3)]
-OTHERS = [("sleep", 1, 3), ("lock", 1, 2), ("fail", 0, 2), ("patience", 0, 2)]
+OTHERS = [("sleep", 1, 3), ("direct", 1, 2), ("lock", 1, 2), ("fail", 0, 2), ("patience", 0, 2)]
+HEALTHY = [("silent", 0, 2), ("silent", 1, 2), ("broken", 0, 2), ("broken", 1, 2), ("blind", 1, 2)]
+ALL = [*FROZEN_OR_KILLED, *OTHERS, *HEALTHY]
 Case = tuple[str, int, int]
 """What a rank does, which one, of how many."""
 
@@ -25,7 +27,7 @@ class Cases:
     """All cases at once, for their ranks do nothing but wait for time-outs."""
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
-        self._folders = {case: folder / "-".join(map(str, case)) for case in [*FROZEN_OR_KILLED, *OTHERS]}
+        self._folders = {case: folder / "-".join(map(str, case)) for case in ALL}
         self._codes: dict[Case, Future[list[int | None]]] = {}
         for case, own in self._folders.items():
             own.mkdir()
@@ -40,8 +42,8 @@ class Cases:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
-    with ThreadPoolExecutor(len(FROZEN_OR_KILLED) + len(OTHERS) + 1) as pool:
-        yield Cases(tmp_path_factory.mktemp("watch"), pool)
+    with ThreadPoolExecutor(len(ALL) + 1) as pool:
+        yield Cases(tmp_path_factory.mktemp("watchdog"), pool)
 
 
 @pytest.mark.parametrize(("what", "bad_rank", "world_size"), FROZEN_OR_KILLED)
@@ -52,7 +54,7 @@ def test_a_rank_that_is_frozen_or_killed_is_named(what: str, bad_rank: int, worl
     others = set(range(world_size)) - {bad_rank}
     for rank in others:
         text = (folder / f"errors-{rank}").read_text()
-        # A peer that dies makes a collective fail; whether the main thread or the watch knows first does not matter.
+        # A peer that dies makes a collective fail; whether the main thread or the watchdog knows first does not matter.
         assert codes[rank] in (EXIT_HANG, EXIT_LOST)
         assert f"rank {bad_rank} (pid " in text and sign in text and STANDING in text
         assert not any(f"rank {other} (pid " in text for other in others)
@@ -69,6 +71,31 @@ def test_a_rank_that_hangs_ends_with_all_others_and_says_where(cases: Cases) -> 
         assert "watching.py" in stacks.split("\n", 1)[1]
 
 
+def test_a_rank_that_waits_in_a_collective_of_deepspeed_is_not_blamed(cases: Cases) -> None:
+    codes, folder = cases.result("direct", 1, 2)
+    assert codes == [EXIT_HANG] * 2
+    for rank in range(2):
+        text = (folder / f"errors-{rank}").read_text()
+        assert "rank 1 (pid " in text and "sleep_for_ever" in text and "rank 0 (pid " not in text
+
+
+@pytest.mark.parametrize(("what", "bad_rank", "world_size"), HEALTHY)
+def test_training_goes_on_where_a_heartbeat_or_a_watchdog_fails(
+    what: str, bad_rank: int, world_size: int, cases: Cases
+) -> None:
+    codes, folder = cases.result(what, bad_rank, world_size)
+    said = [(folder / f"errors-{rank}").read_text() for rank in range(world_size)]
+    assert codes == [0] * world_size, said
+    assert not list(folder.glob("hang*"))
+    assert said[1 - bad_rank] == ""
+    if what == "silent":
+        assert said[bad_rank] == ""
+    else:
+        assert "unwatched" in said[bad_rank] and "has no attribute 'f_code'" in said[bad_rank]
+        # Once for each thing that fails, however often it does.
+        assert said[bad_rank].count("Traceback") == (2 if what == "broken" else 1)
+
+
 def test_a_rank_that_keeps_the_lock_of_python_is_named(cases: Cases) -> None:
     codes, folder = cases.result("lock", 1, 2)
     assert codes == [EXIT_HANG, None]
@@ -83,7 +110,7 @@ def test_a_rank_that_fails_is_named_with_its_error(cases: Cases) -> None:
     assert "has left with ValueError: no such thing" in (folder / "errors-1").read_text()
 
 
-def test_patience_is_no_fault_and_a_watch_ends_without_a_word(cases: Cases) -> None:
+def test_patience_is_no_fault_and_a_watchdog_ends_without_a_word(cases: Cases) -> None:
     codes, folder = cases.result("patience", 0, 2)
     assert codes == [0, 0]
     assert [(folder / f"errors-{rank}").read_text() for rank in range(2)] == ["", ""]
