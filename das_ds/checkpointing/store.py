@@ -13,6 +13,7 @@ from pathlib import Path
 from das_ds.checkpointing.manifest import FileRecord, Manifest, read_manifest
 from das_ds.durable import checksum, sync, sync_all
 from das_ds.errors import CheckpointError
+from das_ds.thread_guard import ThreadGuard
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ class CheckpointStore:
         self._ends: dict[str, bool] = {}
         # Removing gigabytes takes a while, which training need not wait for.
         self._remover = ThreadPoolExecutor(1)
+        self._removing = ThreadGuard(
+            f"{self.folder}: an old checkpoint cannot be removed, so that the disk may fill; training goes on"
+        )
 
     def names(self) -> list[str]:
         """Checkpoints from the oldest to the newest, whole or not."""
@@ -101,7 +105,14 @@ class CheckpointStore:
                 # Renamed first: a removal that is interrupted must not leave half a checkpoint under its name.
                 gone = self.partial(name)
                 os.replace(self.folder / name, gone)
-                self._remover.submit(shutil.rmtree, gone, ignore_errors=True)
+                self._remover.submit(self._remove, gone)
+
+    def _remove(self, folder: Path) -> None:
+        with self._removing:
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                # Again, for the reason.
+                shutil.rmtree(folder)
 
     def _is_end(self, name: str) -> bool:
         if name not in self._ends:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from das_ds.checkpointing.manifest import FileRecord
 from das_ds.durable import checksum, sync
 from das_ds.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 Copy = Callable[[], dict[str, torch.Tensor]]
 """Gives the copies in host memory when they are complete."""
@@ -136,7 +139,10 @@ class BackgroundWriter:
             self._record = FileRecord(size=path.stat().st_size, sha256=checksum(path))
         except CheckpointError as error:
             self.failure = error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if not isinstance(error, OSError | SafetensorError):
+                # Neither disk nor permissions: whoever mends it needs to know where it came from.
+                logger.error("%s: unexpected error while a checkpoint was written", path, exc_info=error)
             self.failure = CheckpointError(
                 f"{path.parent}: the checkpoint cannot be written ({error}); the run folder must be writable and have "
                 "free space; the checkpoint before it is as it was"

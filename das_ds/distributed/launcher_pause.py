@@ -26,6 +26,9 @@ def pause_launcher(launcher: psutil.Process, num_ranks: int, limit_s: float) -> 
     """Stop a launcher until all its ranks have ended, or until `limit_s` seconds have passed; returns at once.
 
     Nothing is done unless all of its `num_ranks` ranks run: a launcher also ends those that have lost one of them.
+
+    Raises:
+        subprocess.CalledProcessError: the process that pauses it does not start.
     """
     identity = [str(launcher.pid), repr(launcher.create_time())]
     command = [sys.executable, "-m", __spec__.name, *identity, str(num_ranks), str(limit_s)]
@@ -38,7 +41,7 @@ def pause_launcher(launcher: psutil.Process, num_ranks: int, limit_s: float) -> 
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        check=False,
+        check=True,
     )
 
 

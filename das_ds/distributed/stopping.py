@@ -15,6 +15,7 @@ from typing import Any
 
 from das_ds.distributed.launcher_pause import pause_launcher
 from das_ds.distributed.launchers import DEEPSPEED_LAUNCH, is_alive, launchers, program
+from das_ds.thread_guard import ThreadGuard
 
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
@@ -151,7 +152,8 @@ class _LauncherGuard:
         # Inherited by the process that pauses: launchers and SLURM signal all that a rank has started, and if it ended
         # early the launcher would remain stopped.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        with self._reader:
+        guard = ThreadGuard("the launcher cannot be paused: it may kill ranks before they have saved")
+        with guard, self._reader:
             while numbers := self._reader.recv(64):
                 if ENDING_SIGNALS & set(numbers):
                     pause_launcher(self._launcher, self._num_ranks, self._limit_s)

@@ -182,15 +182,20 @@ class WandbSink(Sink):
     def _guarded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
         try:
             return call(*args)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            # SystemExit would end the thread, and with it all that is still to be logged.
             self._warn_once(what, error)
             return None
 
-    def _warn_once(self, what: str, error: Exception) -> None:
+    def _warn_once(self, what: str, error: BaseException) -> None:
         if not self._warned:
             self._warned = True
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            logger.warning("W&B %s failed (%s); training goes on, further failures are not shown", what, reason)
+            # A full queue is the one failure that is no surprise.
+            trace = None if isinstance(error, queue.Full) else error
+            logger.warning(
+                "W&B %s failed (%s); training goes on, further failures are not shown", what, reason, exc_info=trace
+            )
 
     def _start(self) -> Any:
         if self._wants_online():

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
+from das_ds.distributed import watchdog as watchdog_module
 from das_ds.distributed.agreement import Agreement, Flags
-from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
 from das_ds.distributed.launch import Ranks, leave
+from das_ds.distributed.stack_dump import StackReport, inspect_stacks
 from das_ds.distributed.watchdog import PeerLostError, Watchdog
 from helpers.run_ranks import start_ranks
 from helpers.waiting import until
@@ -128,6 +134,52 @@ def sleep_for_ever() -> None:
     """Hang outside any collective."""
     while True:
         time.sleep(1.0)
+
+
+def stressed_steps(folder: Path, seconds: float, suspects: bool) -> tuple[int, int, int]:
+    """Short steps with deep stacks and much garbage under a watchdog that is a hundred times as eager as usual.
+
+    Args:
+        folder: run folder.
+        seconds: about how long.
+        suspects: whether a thread reads all stacks without a pause, as where a stall is suspected.
+
+    Returns:
+        (steps, heartbeats, times that stacks were read).
+    """
+    gc.set_threshold(20)
+    sys.setswitchinterval(1e-4)
+    inspections = 0
+
+    def inspect(thread: int) -> StackReport:
+        nonlocal inspections
+        inspections += 1
+        return inspect_stacks(thread)
+
+    watchdog_module.inspect_stacks = inspect
+    ranks, main, ended, step = Ranks(), threading.get_ident(), threading.Event(), 0
+    with patch.object(watchdog_module, "PERIOD_S", 0.01), Watchdog(ranks, 60.0, folder) as watchdog:
+        suspecting = threading.Thread(target=lambda: [inspect(main) for _ in iter(ended.is_set, True)])
+        if suspects:
+            suspecting.start()
+        deadline = time.monotonic() + seconds
+        while all_reduce_maximum(torch.tensor(float(time.monotonic() < deadline))):
+            step += 1
+            watchdog.beat("forward and backward", step)
+            descend(1 + 97 * step % 400)
+        ended.set()
+        if suspects:
+            suspecting.join()
+        heartbeats = watchdog._seq
+    ranks.close()
+    return step, heartbeats, inspections
+
+
+def descend(depth: int) -> list[Any]:
+    """A stack of so many frames, each of which leaves a circle of garbage behind."""
+    circle: list[Any] = []
+    circle.append(circle)
+    return sorted(descend(depth - 1), key=id) if depth else [value for value in (1, 2, 3) if value]
 
 
 def agreed_flags() -> dict[str, Any]:

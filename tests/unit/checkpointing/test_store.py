@@ -128,3 +128,19 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     with pytest.raises(CheckpointError, match=r"000001_food_train_2: cannot be written \(No space left on device\)"):
         save(store, "000001_food_train_2", phase="train")
     assert store.names() == ["000000_food_train_1"] and problems(store, "000000_food_train_1") == []
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(f"not allowed: {path}")
+
+    monkeypatch.setattr("das_ds.checkpointing.store.shutil.rmtree", fail)
+    store = CheckpointStore(tmp_path, keep=1)
+    for number in range(4):
+        save(store, f"{number:06d}_food_train_{number}", phase="train")
+    store.wait_for_removals()
+    assert store.names() == ["000003_food_train_3"]
+    assert caplog.text.count("an old checkpoint cannot be removed") == 1 and "not allowed" in caplog.text

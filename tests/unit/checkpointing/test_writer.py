@@ -60,3 +60,19 @@ def test_a_disk_that_gives_back_other_values(tmp_path: Path, monkeypatch: pytest
     writer.start(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
     with pytest.raises(CheckpointError, match="read back other values of a than were written"):
         writer.finish()
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_an_unexpected_error_beside_training_is_logged_and_raised_by_finish(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        raise error("no such thing")
+
+    monkeypatch.setattr(module, "save_file", fail)
+    writer = BackgroundWriter(CPU, asynchronous=True)
+    writer.start(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    writer.wait_for_copy()
+    with pytest.raises(CheckpointError, match="no such thing"):
+        writer.finish()
+    assert "unexpected error" in caplog.text and "Traceback" in caplog.text

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -182,3 +183,20 @@ def test_a_launcher_that_has_lost_a_rank_is_not_paused(
     assert not suspended
     launcher_pause._hold(launcher, 2, 0.0)
     assert suspended == [launcher.pid]
+
+
+def test_a_launcher_that_cannot_be_paused_is_said_and_the_request_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise psutil.NoSuchProcess(1)
+
+    launcher = SimpleNamespace(cmdline=lambda: ["python", "-m", "deepspeed.launcher.launch"])
+    monkeypatch.setattr(stopping, "launchers", lambda: [launcher])
+    monkeypatch.setattr(stopping, "is_alive", lambda process: True)
+    monkeypatch.setattr(stopping, "pause_launcher", fail)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with StopRequests(tmp_path, ["SIGTERM"]) as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: "the launcher cannot be paused" in caplog.text)
+        assert "NoSuchProcess" in caplog.text and requests.poll(files=False).stop == "SIGTERM"

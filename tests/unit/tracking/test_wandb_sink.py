@@ -181,6 +181,26 @@ def test_failures_warn_once_and_never_reach_training(
     sink.close()
     messages = warnings_of(caplog)
     assert len(messages) == 1 and "training goes on" in messages[0]
+    assert "Traceback" in caplog.text
+
+
+def test_a_library_that_exits_does_not_end_the_thread_that_logs(
+    make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = FakeWandb()
+    log = library.run.log
+
+    def leave_at_the_first(row: dict[str, object]) -> None:
+        monkeypatch.setattr(library.run, "log", log)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(library.run, "log", leave_at_the_first)
+    sink = WandbSink(make_config(tmp_path, "auto"), library)
+    for step in range(3):
+        sink.log(STEP, global_step=step)
+    sink.close()
+    assert [row["global_step"] for row in library.run.rows] == [1, 2]
+    assert len(warnings_of(caplog)) == 1 and "SystemExit" in warnings_of(caplog)[0]
 
 
 @pytest.mark.parametrize("hanging", ["login", "init online", "finish"])
