@@ -42,7 +42,8 @@ class JobConfig(Section):
     """How the processes of a run live and end."""
 
     hang_timeout: float = Field(default=600.0, ge=1.0, le=1e8)
-    """Seconds without progress after which all ranks end with a message that names the rank that is stuck."""
+    """Seconds without progress after which all ranks end with a message that names the rank that is stuck; a rank that
+    makes progress itself ends no run because another is silent."""
     stop_signals: list[SignalName] = Field(default=["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
     """Signals that make the run save a checkpoint at the next step and end with exit code 75."""
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from torch._C._distributed_c10d import Store, TCPStore
 
 from das_ds.errors import PreflightError
+from das_ds.thread_guard import ThreadGuard
 
 SAY_AFTER_S = 10.0
 REGISTER_AFTER_S = 1.0
@@ -67,6 +68,11 @@ class _Count:
         self._met.set()
 
     def _run(self) -> None:
+        # What cannot be said here is said by the meeting itself when it fails.
+        with ThreadGuard("the ranks that have come cannot be counted"):
+            self._count()
+
+    def _count(self) -> None:
         if self._met.wait(REGISTER_AFTER_S):
             return
         store = self._registered()
