@@ -17,6 +17,7 @@ from torch import nn
 from das_ds.config import ImportanceKind, TrainConfig
 from das_ds.deepspeed_config import is_offloaded
 from das_ds.distributed.earlier_weights import EarlierWeights
+from das_ds.distributed.gradient_norm import GradientNorm, without_clipping
 from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.optimizer import MaskedAdamW
@@ -29,14 +30,11 @@ from das_ds.distributed.soft_masks import SoftMasks
 from das_ds.distributed.state import Flats, RankState, SavedState
 from das_ds.distributed.zero import (
     Shard,
-    defer_unscaling,
     forget_gradients,
     full_fp32_weight,
-    gradient_norm,
     refresh_weights,
     release_gathered_weights,
     shards,
-    without_clipping,
 )
 from das_ds.errors import TrainingError
 
@@ -107,8 +105,8 @@ class Engine:
             exact.clear()
         self.soft_masks = SoftMasks(self._engine, self._optimizer, self._list_shards, parameters, ranks.info.device)
         """What protects earlier knowledge in all further steps."""
-        if isinstance(self._optimizer, MaskedAdamW):
-            defer_unscaling(self._engine, self._optimizer.set_grad_scale)
+        receive = self._optimizer.set_grad_scale if isinstance(self._optimizer, MaskedAdamW) else None
+        self._norm = GradientNorm(self._engine, parameters.values(), receive)
 
     @property
     def module(self) -> nn.Module:
@@ -172,7 +170,7 @@ class Engine:
         if not self._is_measuring:
             self.before_change()
             self.soft_masks.mask_gradients()
-        norm = self._unsharded_norm()
+        norm = self._norm.measure_unwrapped()
         refuse = refuse or (norm is not None and not bool(norm.isfinite()))
         with self._optimizer.muted() if refuse else nullcontext():
             self._engine.step()
@@ -187,7 +185,7 @@ class Engine:
         elif not self._is_measuring:
             assert self._scheduler is not None, "start_domain comes before step"
             self._scheduler.step()
-        return gradient_norm(self._engine) if measure_norm and norm is None else norm
+        return self._norm.last() if measure_norm else None
 
     @property
     def was_step_applied(self) -> bool:
@@ -398,10 +396,3 @@ class Engine:
     @staticmethod
     def _stretch(shard: Shard) -> torch.Tensor:
         return shard.flat.data.view(-1)[shard.start : shard.start + shard.numel]
-
-    def _unsharded_norm(self) -> torch.Tensor | None:
-        # fp32 at stage 0 clips without keeping the norm; everywhere else DeepSpeed keeps it.
-        if self._engine.optimizer is not self._optimizer:
-            return None
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        return nn.utils.get_total_norm(gradients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from deepspeed import DeepSpeedEngine
 
-from das_ds.distributed.zero import Shard, gradients_of, refresh_gradient_norms
+from das_ds.distributed.zero import Shard, gradients_of
 from das_ds.kernels.masked_scale import MaskedScale
 from das_ds.kernels.protection import Protection
 
@@ -29,13 +29,9 @@ class GradientMask:
         parameters: dict[str, torch.nn.Parameter],
         protections: list[Protection],
     ) -> None:
-        self._engine = engine
-        self._owners = [parameters[shard.name] for shard in shards]
         self._gradients = gradients_of(engine, shards, parameters)
         self._scale = MaskedScale(protections)
 
     def apply(self) -> None:
-        """gradient <- (1 - I) * gradient, and the norms by which they are clipped accordingly."""
-        gradients = self._gradients()
-        self._scale(gradients)
-        refresh_gradient_norms(self._engine, dict(zip(self._owners, gradients, strict=True)))
+        """gradient <- (1 - I) * gradient; they are clipped by the norm of what is left."""
+        self._scale(self._gradients())

@@ -13,7 +13,7 @@ from deepspeed import DeepSpeedEngine
 from das_ds.distributed.collectives import world_size
 from das_ds.distributed.precision import LossScale
 from das_ds.distributed.state import Flats
-from das_ds.distributed.zero import Shard, gradients_of, refresh_gradient_norms
+from das_ds.distributed.zero import Shard, gradients_of
 
 CHUNK_ELEMENTS = 1 << 24
 """Elements whose pull exists at a time, unless one shard has more."""
@@ -48,13 +48,12 @@ class QuadraticPenalty:
         self._curvature, self._anchor = curvature, anchor
         self._chunks = list(_chunks(shards))
         ordered = [shard for chunk in self._chunks for shard in chunk]
-        self._owners = [parameters[shard.name] for shard in ordered]
         self._gradients = gradients_of(engine, ordered, parameters)
         # At stage 0 every rank has all weights, at others the mean over ranks is to be the sum of their parts.
         self._parts = world_size() if engine.zero_optimization_stage() > 0 else 1
 
     def add_gradient(self) -> torch.Tensor:
-        """gradient <- gradient + strength * c * (theta - a), and the norms by which it is clipped accordingly.
+        """gradient <- gradient + strength * c * (theta - a), which is clipped as a whole.
 
         Returns:
             Scalar float32 on the engine's device, whose mean over ranks is the penalty; nobody waits for it.
@@ -71,7 +70,6 @@ class QuadraticPenalty:
             pulls = [pull[s.start - start : s.start - start + s.numel] for s in chunk]
             torch._foreach_add_(targets, [p.to(g.device) for p, g in zip(pulls, targets, strict=True)])
             first += len(chunk)
-        refresh_gradient_norms(self._engine, dict(zip(self._owners, gradients, strict=True)))
         return total * (0.5 * self._strength * self._parts)
 
 

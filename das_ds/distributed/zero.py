@@ -1,13 +1,12 @@
 """ZeRO's internals (DeepSpeed 0.19.8) at stages 0 to 3, in fp32, bf16 and fp16, with or without offload.
 
-No other file knows them, but for how a parameter becomes a ZeRO-3 shard (`sharded_construction.py`) and how another is
-put in its place (`earlier_weights.py`).
+No other file knows them, but for how a parameter becomes a ZeRO-3 shard (`sharded_construction.py`), how another is put
+in its place (`earlier_weights.py`) and how gradients are clipped (`gradient_norm.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ def shards(engine: DeepSpeedEngine, names: dict[torch.nn.Parameter, str]) -> Ite
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         yield from _stage12_shards(optimizer, names)
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for low, high in _low_high_pairs(optimizer):
+        for low, high in low_high_pairs(optimizer):
             yield Shard(names[low], high, 0, 0, high.numel())
     elif isinstance(optimizer, torch.optim.Optimizer):
         for parameter, name in names.items():
@@ -84,8 +83,7 @@ def gradients_of(
 ) -> Callable[[], list[torch.Tensor]]:
     """How to get at the averaged gradient of each shard's elements (1-d), between backward pass and step.
 
-    They are views of what DeepSpeed takes norm and update from: writing to them changes both, but for the norms of
-    offloaded gradients, see `refresh_gradient_norms`.
+    They are views of what norm and update are taken from: writing to them changes both.
     """
     optimizer: Any = engine.optimizer
     owners = [parameters[shard.name] for shard in shards]
@@ -99,58 +97,6 @@ def gradients_of(
         mapped: list[Any] = owners
         return lambda: [p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1) for p in mapped]
     return lambda: [owner.grad.view(-1) for owner in owners]  # type: ignore[union-attr]
-
-
-def refresh_gradient_norms(engine: DeepSpeedEngine, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-    """Make the norms that clip offloaded gradients equal to these gradients; others are taken in the step itself."""
-    optimizer: Any = engine.optimizer
-    norms = getattr(optimizer, "norm_for_param_grads", None)
-    if norms is not None:
-        for parameter, gradient in gradients.items():
-            norms[optimizer.get_param_id(parameter)] = gradient.norm(2)
-
-
-def defer_unscaling(engine: DeepSpeedEngine, receive: Callable[[torch.Tensor | None], None]) -> None:
-    """Hand the divisor of the gradients (loss scale times clipping factor) to an optimizer that can apply it itself.
-
-    DeepSpeed otherwise spends a pass over all gradients on it. Nothing changes at stage 0 and under offload, where
-    norm and gradients may be on different devices.
-    """
-    optimizer: Any = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        if optimizer.offload_optimizer:
-            return
-    elif not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
-        return
-
-    def unscale_later(_: Any, scaled_norm: torch.Tensor | float | None) -> None:
-        divisor = torch.as_tensor(optimizer.loss_scale, dtype=torch.float32)
-        if optimizer.clip_grad > 0.0:
-            assert scaled_norm is not None, "clipping needs the norm"
-            norm = torch.as_tensor(scaled_norm).float() / divisor
-            # DeepSpeed reports a norm that is not finite as -1.
-            norm = torch.where(norm < 0.0, torch.inf, norm)
-            divisor = divisor * torch.clamp((norm + 1e-6) / optimizer.clip_grad, min=1.0)
-        elif optimizer.loss_scale == 1.0:
-            receive(None)
-            return
-        receive(divisor.to(engine.device, non_blocking=True))
-
-    optimizer.unscale_and_clip_grads = unscale_later
-
-
-@contextmanager
-def without_clipping(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Inside, steps see gradients as they are; for measuring, never for training."""
-    holders = [(engine._config, "gradient_clipping"), (engine.optimizer, "clip_grad")]
-    saved = [(holder, name, getattr(holder, name)) for holder, name in holders if hasattr(holder, name)]
-    for holder, name, _ in saved:
-        setattr(holder, name, 0.0)
-    try:
-        yield
-    finally:
-        for holder, name, value in saved:
-            setattr(holder, name, value)
 
 
 def forget_gradients(engine: DeepSpeedEngine) -> None:
@@ -174,7 +120,7 @@ def refresh_weights(engine: DeepSpeedEngine) -> None:
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.update_lp_params()
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for low, high in _low_high_pairs(optimizer):
+        for low, high in low_high_pairs(optimizer):
             low.data.copy_(high.data)
 
 
@@ -182,7 +128,7 @@ def full_fp32_weight(engine: DeepSpeedEngine, parameter: torch.nn.Parameter) -> 
     """The whole fp32 master weight of one parameter, on every rank; a collective."""
     optimizer = engine.optimizer
     if isinstance(optimizer, FP16_UnfusedOptimizer):
-        return next(high for low, high in _low_high_pairs(optimizer) if low is parameter).detach()
+        return next(high for low, high in low_high_pairs(optimizer) if low is parameter).detach()
     if isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3 | BF16_Optimizer):
         weight: torch.Tensor = safe_get_full_fp32_param(parameter)
         return weight.detach().view(getattr(parameter, "ds_shape", parameter.shape))
@@ -194,12 +140,6 @@ def release_gathered_weights(engine: DeepSpeedEngine) -> None:
     `torch.autograd.grad` never walks to its end leaves its weights whole."""
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         engine.optimizer.parameter_offload.release_backward_leftovers()
-
-
-def gradient_norm(engine: DeepSpeedEngine) -> torch.Tensor | float | None:
-    """Norm of the last step's averaged gradient before clipping, where DeepSpeed keeps it (not at fp32 stage 0)."""
-    norm: torch.Tensor | float | None = engine.get_global_grad_norm()
-    return norm
 
 
 def _stage3_shards(optimizer: Any, names: dict[Any, str]) -> Iterator[Shard]:
@@ -222,6 +162,7 @@ def _stage12_shards(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> Ite
                 yield Shard(names[parameter], flat, high.start, low.start, low.numel)
 
 
-def _low_high_pairs(optimizer: FP16_UnfusedOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+def low_high_pairs(optimizer: FP16_UnfusedOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """(what runs forward, the fp32 tensor that is stepped) of every parameter, at stage 0 in 16 bits."""
     for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         yield from zip(low_group, high_group, strict=True)
