@@ -40,6 +40,7 @@ FREE_KEYS = (
     "evaluation.batch_size",
     "tasks",
     "checkpoint",
+    "export",
     "run",
     "deepspeed",
     "train.micro_batch_size",

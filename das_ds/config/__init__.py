@@ -18,7 +18,7 @@ from das_ds.config.method import (
     SoftmaskConfig,
 )
 from das_ds.config.model import LoraConfig, ModelConfig
-from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
+from das_ds.config.operation import CheckpointConfig, ExportConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.run import RunConfig
 from das_ds.config.section import Section
 from das_ds.config.task import TaskConfig
@@ -34,6 +34,7 @@ __all__ = [
     "DomainConfig",
     "EvaluationConfig",
     "EwcConfig",
+    "ExportConfig",
     "FaultsConfig",
     "GroupName",
     "ImportanceConfig",

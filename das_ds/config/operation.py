@@ -22,6 +22,14 @@ class CheckpointConfig(Section):
     """Write while training goes on, from a copy in host memory (one checkpoint's size); false: wait for the disk."""
 
 
+class ExportConfig(Section):
+    """The model that is written after every domain."""
+
+    dtype: Literal["fp32", "bf16", "base"] = "fp32"
+    """Type of the exported weights, which config.json names too; `base` is that of the model the run starts from (fp32
+    where its config names none)."""
+
+
 class FaultsConfig(Section):
     """What to do when training goes wrong."""
 

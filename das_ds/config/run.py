@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import MethodConfig
 from das_ds.config.model import ModelConfig
-from das_ds.config.operation import CheckpointConfig, FaultsConfig, JobConfig, WandbConfig
+from das_ds.config.operation import CheckpointConfig, ExportConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.section import FolderPath, Section
 from das_ds.config.stage import Stage
 from das_ds.config.task import TaskConfig
@@ -41,6 +41,7 @@ class RunConfig(Section):
     deepspeed: str | dict[str, Any] = "ds_configs/zero2.json"
     """DeepSpeed file (engine knobs only) or its content."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     faults: FaultsConfig = FaultsConfig()
     run: JobConfig = JobConfig()
     wandb: WandbConfig = WandbConfig()

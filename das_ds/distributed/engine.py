@@ -17,6 +17,7 @@ from torch import nn
 from das_ds.config import ImportanceKind, TrainConfig
 from das_ds.deepspeed_config import is_offloaded
 from das_ds.distributed.earlier_weights import EarlierWeights
+from das_ds.distributed.frozen_weights import FrozenWeights
 from das_ds.distributed.gradient_norm import GradientNorm, without_clipping
 from das_ds.distributed.inner_optimizer import build_optimizer
 from das_ds.distributed.launch import Ranks
@@ -57,6 +58,7 @@ class Engine:
         deepspeed_config: merged DeepSpeed settings, see `deepspeed_config.py`.
         ranks: the process group.
         exact: parameter name -> this rank's values, where the model was born in shards; used up.
+        frozen: name -> parameter of what is not trained.
 
     Raises:
         ConfigError: a precision or an optimizer that does not run here.
@@ -70,6 +72,7 @@ class Engine:
         deepspeed_config: dict[str, Any],
         ranks: Ranks,
         exact: dict[str, Slice] | None = None,
+        frozen: dict[str, nn.Parameter] | None = None,
     ) -> None:
         check_precision(train.precision)
         if ranks.info.is_main and (slow := slow_here(train.precision)):
@@ -82,6 +85,7 @@ class Engine:
         on_host = ranks.info.device.type == "cpu" or is_offloaded(deepspeed_config)
         self._optimizer = build_optimizer(parameters, train, on_host=on_host)
         exact = {} if exact is None else exact
+        self._frozen = FrozenWeights(frozen or {}, exact, train.precision, ranks)
         for name, parameter in parameters.items() if train.precision != "fp32" else ():
             if name not in exact:
                 exact[name] = Slice(0, parameter.detach().flatten().clone())
@@ -272,6 +276,10 @@ class Engine:
         """(name, whole fp32 weight) of every parameter in turn, on every rank; a collective per parameter."""
         for name, parameter in self.parameters.items():
             yield name, full_fp32_weight(self._engine, parameter)
+
+    def frozen_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(name, whole fp32 weight as it was loaded) of all that is not trained; None but on rank 0; collective."""
+        return self._frozen.gathered()
 
     def rewrite(self, names: Iterable[str], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put `change` of the whole fp32 weight, on the host, in place of each named one; a collective per parameter.

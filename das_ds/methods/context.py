@@ -69,16 +69,20 @@ def build_context(
         initial = config.model.lora.initial
         lora.attach(model, seed=config.seed, weights=Path(initial) if initial else None)
         layout = lora.layout(layout)
+        if exact is not None:
+            exact = {name: exact.pop(plain) for name, plain in lora.plain_names(model).items() if plain in exact}
     # Not earlier: LoRA wraps the modules that have gates.
     gates = UnitGates(model, adapter)
     network = LanguageModel(model, adapter, logits_mib=config.train.logits_mib)
+    parameters = dict(model.named_parameters())
     engine = Engine(
         network,
-        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+        {name: parameter for name, parameter in parameters.items() if parameter.requires_grad},
         config.train,
         without_leaf_modules(deepspeed_config) if adapter.has_experts else deepspeed_config,
         ranks,
         exact,
+        {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad},
     )
     if config.data.isolate_documents:
         _check_isolation(engine, model, adapter, ranks)

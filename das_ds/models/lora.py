@@ -26,6 +26,8 @@ from das_ds.user_files import read_text, require_file
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+BASE_LAYER = "base_layer"
+"""Where peft puts the module that it adapts."""
 
 Weights = dict[str, torch.Tensor]
 """Name of an adapter's parameter in the network -> values."""
@@ -80,14 +82,26 @@ class Lora:
         """What units own of the adapters."""
         return adapted_layout(layout, self.maps)
 
-    def merge_into(self, model: PreTrainedModel, trained: Weights) -> None:
-        """Add trained adapters to the weights of the network they belong to, in place and in float32."""
-        parameters = dict(model.named_parameters())
+    def plain_names(self, model: PreTrainedModel) -> dict[str, str]:
+        """Name of every weight in the network with adapters -> its name without; adapters themselves are left out."""
+        return {name: _plain(name) for name, _ in model.named_parameters() if name not in self._keys()}
+
+    def split(self, weights: Weights) -> tuple[Weights, Weights]:
+        """Weights of the network with adapters -> those of the network, by its names without, and the adapters."""
+        adapters = {name: weights[name] for name in self._keys()}
+        return {_plain(name): weight for name, weight in weights.items() if name not in adapters}, adapters
+
+    def merge(self, weights: Weights, trained: Weights) -> None:
+        """Put W0 + (alpha / rank) B A, in float32, in place of each W0 that has an adapter.
+
+        Args:
+            weights: of the network without adapters; entries are exchanged, tensors left alone.
+            trained: the adapters.
+        """
         scale = self.config.alpha / self.config.rank
         for item in self.maps:
-            weight = parameters[item.weight]
-            weight.data = merged(
-                weight.data, trained[item.a], trained[item.b], scale, transposed=item.transposed
+            weights[item.weight] = merged(
+                weights[item.weight], trained[item.a], trained[item.b], scale, transposed=item.transposed
             ).contiguous()
 
     def save(self, folder: Path, trained: Weights, base: str | None) -> None:
@@ -164,6 +178,11 @@ def _chosen(model: PreTrainedModel, layout: UnitLayout, targets: list[str]) -> l
             ", ".join(dict.fromkeys(_kind(name) for name in experts)),
         )
     return [name for name in modules if not targets or any(_ends_in(name, target) for target in targets)]
+
+
+def _plain(name: str) -> str:
+    """The name that a weight of an adapted module has without peft."""
+    return name.replace(f".{BASE_LAYER}.", ".")
 
 
 def _kind(name: str) -> str:

@@ -1,7 +1,12 @@
-"""Writing the model as Hugging Face files: weights in float32, tokeniser, model card."""
+"""Writing the model that the engine holds as Hugging Face files: weights, tokeniser, model card.
+
+Nothing is read again from where it came from: the source may have changed since, and holds nothing of what was drawn at
+random.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from das_ds.config import ObjectiveName, RunConfig
 from das_ds.distributed.engine import Engine
 from das_ds.durable import replaced_folder
-from das_ds.errors import RunFolderError
-from das_ds.models.loading import find_adapter, load_model
+from das_ds.errors import ConfigError, RunFolderError
+from das_ds.models.loading import model_config
 from das_ds.models.lora import Lora
 from das_ds.models.vocabulary import said_to_have, vocabulary_parameters
 
 PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Weights = dict[str, torch.Tensor]
 
 
 def export_model(
@@ -27,59 +35,66 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     card: str,
     *,
+    dtype: torch.dtype = torch.float32,
     num_rows: int | None = None,
+    lora: Lora | None = None,
+    adapter_folder: Path | None = None,
+    base: str | None = None,
 ) -> None:
     """Gather the fp32 weights one parameter at a time and write them on rank 0; called on every rank.
 
     Args:
-        folder: where to write.
+        folder: where to write; with LoRA the network with its adapters merged.
         engine: holds the weights.
         model: the network that the engine runs.
         tokenizer: written beside the weights.
         card: README of the model.
+        dtype: of the weights in the file, and named in config.json.
         num_rows: rows of the vocabulary to write; None: all.
-
-    Raises:
-        RunFolderError: the disk is full or the folder cannot be written.
-    """
-    state = _trained_weights(engine)
-    if num_rows is None:
-        engine.ranks.on_main(lambda: _write(folder, model, tokenizer, state, card))
-        return
-    rows = {name: state[name][:num_rows].clone() for name in vocabulary_parameters(model) if name in state}
-    with said_to_have(model, num_rows):
-        engine.ranks.on_main(lambda: _write(folder, model, tokenizer, {**state, **rows}, card))
-
-
-def export_lora(
-    model_folder: Path,
-    adapter_folder: Path,
-    engine: Engine,
-    lora: Lora,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    card: str,
-) -> None:
-    """Write the network with its adapters merged, and the adapters alone; called on every rank.
+        lora: the adapters.
+        adapter_folder: where to write the adapters alone, in float32.
+        base: what the adapters' file names as their network.
 
     Raises:
         RunFolderError: the disk is full or a folder cannot be written.
-        ModelError: the network that was adapted can no longer be loaded.
     """
-    trained = _trained_weights(engine)
+    weights, adapters = _gathered(engine, model), Weights()
+    if lora is not None and engine.ranks.info.is_main:
+        weights, adapters = lora.split(weights)
 
     def write() -> None:
-        # Loaded anew: the engine holds frozen weights in the precision of training, the source holds them whole.
-        base, _ = load_model(config.model, seed=config.seed, vocab_size=len(tokenizer))
-        lora.merge_into(base, trained)
-        _write(model_folder, base, tokenizer, base.state_dict(), card)
-        with _replaced(adapter_folder) as partial:
-            lora.save(partial, trained, config.model.name_or_path)
+        if lora is not None:
+            lora.merge(weights, adapters)
+        for name in vocabulary_parameters(model) if num_rows is not None else ():
+            weights[name] = weights[name][:num_rows].clone()
+        _write(folder, model, tokenizer, weights, card, dtype)
+        if lora is not None and adapter_folder is not None:
+            with _replaced(adapter_folder) as partial:
+                lora.save(partial, adapters, base)
 
-    engine.ranks.on_main(write)
+    if num_rows is None:
+        engine.ranks.on_main(write)
+        return
+    with said_to_have(model, num_rows):
+        engine.ranks.on_main(write)
 
 
-def model_card(config: RunConfig, stages_done: int) -> str:
+def export_dtype(config: RunConfig) -> torch.dtype:
+    """The type of exported weights that `export.dtype` asks for.
+
+    Raises:
+        ModelError: the config of the model cannot be loaded.
+        ConfigError: the base model is in a type that weights are not exported in.
+    """
+    if config.export.dtype != "base":
+        return DTYPES[config.export.dtype]
+    found = model_config(config.model).dtype or torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ConfigError(f"export.dtype: found base, but the base model is in {found}; allowed here: fp32, bf16")
+    return found
+
+
+def model_card(config: RunConfig, stages_done: int, objective: ObjectiveName) -> str:
     """README of an exported model: what it was trained on and how."""
     base = config.model.name_or_path or "random weights"
     stages = config.stages[:stages_done]
@@ -87,9 +102,9 @@ def model_card(config: RunConfig, stages_done: int) -> str:
     how = "in order" if len(newest.domains) == 1 else "all at once"
     replayed = config.replayed(newest.last_domain)
     replay = f" In the last domain {config.num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
-    pipeline = PIPELINES[find_adapter(config.model).objective]
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags: [das_ds, continual-pre-training]\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {PIPELINES[objective]}\n"
+        "tags: [das_ds, continual-pre-training]\n---\n\n"
         f"# {config.output_dir.name}: after {newest.name}\n\n"
         f"Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.\n\n"
         f"Domains {how}: {', '.join(domains)}; {newest.num_steps} steps of "
@@ -97,24 +112,42 @@ def model_card(config: RunConfig, stages_done: int) -> str:
     )
 
 
-def _trained_weights(engine: Engine) -> dict[str, torch.Tensor]:
+def _gathered(engine: Engine, model: PreTrainedModel) -> Weights:
+    """All that a file of the network holds, on rank 0: what is trained, what is not, and buffers."""
     # Under ZeRO-3 only the fp32 shards are whole; on rank 0 the copy lives in host memory.
-    state: dict[str, torch.Tensor] = {}
+    state: Weights = {}
     for name, weight in engine.fp32_weights():
         if engine.ranks.info.is_main:
             state[name] = weight.cpu().clone()
+    for name, frozen in engine.frozen_weights():
+        if frozen is not None:
+            state[name] = frozen
+    if engine.ranks.info.is_main:
+        state |= _stored_buffers(model)
     return state
+
+
+def _stored_buffers(model: PreTrainedModel) -> Weights:
+    stored = model.state_dict().keys()
+    return {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers() if name in stored}
 
 
 def _write(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    state: dict[str, torch.Tensor],
+    weights: Weights,
     card: str,
+    dtype: torch.dtype,
 ) -> None:
+    for name, weight in weights.items():
+        weights[name] = weight.to(dtype) if weight.is_floating_point() else weight
     with _replaced(folder) as partial:
-        model.save_pretrained(partial, state_dict=state)
+        model.save_pretrained(partial, state_dict=weights)
+        # Written once more: save_pretrained names the type that the engine computes in, not that of the file.
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 

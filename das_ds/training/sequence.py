@@ -34,7 +34,7 @@ from das_ds.tracking.wandb_sink import stored_run_id
 from das_ds.training.boundary import Boundary, Parts
 from das_ds.training.domain import DomainTrainer, Progress, RewindError
 from das_ds.training.evaluate import evaluate_corpora
-from das_ds.training.export import export_lora, export_model, model_card
+from das_ds.training.export import export_dtype, export_model, model_card
 from das_ds.training.guard import Guard, GuardState
 from das_ds.training.outcome import publish_results, results_of
 from das_ds.training.run_folder import RunFolder
@@ -70,6 +70,7 @@ class DomainSequence:
         self._config, self._ranks, self._folder, self._text, self._tracker = config, ranks, folder, text, tracker
         self._store, self._watchdog, self._state, self._stages = store, watchdog, RunState(), config.stages
         self._began, self._earlier_seconds = time.monotonic(), 0.0
+        self._export_dtype = export_dtype(config)
         # Parameters that are born as shards cannot be given more rows.
         construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
         self._model, adapter = load_model(
@@ -81,6 +82,7 @@ class DomainSequence:
         exact = construction.slices if construction else None
         context = build_context(config, self._model, adapter, deepspeed_config, ranks, exact=exact)
         self.engine, self._lora, self._network = context.engine, context.lora, context.network
+        self._objective = context.objective
         self._base = self.engine.snapshot() if method_class(config.method).starts_from_base else None
         self._method: Method = build_method(context)
         self._guard = Guard(config.faults)
@@ -317,13 +319,19 @@ class DomainSequence:
             self.engine.rewrite(names, lambda weight: with_mean_rows(weight, known, total))
 
     def _export(self, stage: Stage) -> None:
-        card, corpus = model_card(self._config, stage.index + 1), stage.last_domain
-        model, tokenizer = self._folder.model(stage.index, stage.name), self._text.tokenizers[corpus]
-        if self._lora is None:
-            export_model(model, self.engine, self._model, tokenizer, card, num_rows=self._text.num_rows(corpus))
-        else:
-            adapter = self._folder.adapter(stage.index, stage.name)
-            export_lora(model, adapter, self.engine, self._lora, self._config, tokenizer, card)
+        corpus = stage.last_domain
+        export_model(
+            self._folder.model(stage.index, stage.name),
+            self.engine,
+            self._model,
+            self._text.tokenizers[corpus],
+            model_card(self._config, stage.index + 1, self._objective),
+            dtype=self._export_dtype,
+            num_rows=self._text.num_rows(corpus),
+            lora=self._lora,
+            adapter_folder=self._folder.adapter(stage.index, stage.name),
+            base=self._config.model.name_or_path,
+        )
 
     def _timed(self, state: RunState) -> RunState:
         seconds = self._earlier_seconds + time.monotonic() - self._began

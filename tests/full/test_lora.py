@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
 
 from das_ds.methods import METHODS
 from helpers.lora_checks import (
@@ -15,7 +16,16 @@ from helpers.lora_checks import (
     check_bf16_keeps_what_full_units_own_still,
 )
 from helpers.run_ranks import run_ranks
-from helpers.runs import evaluate_export, exported_weights, metrics_lines, run_all, run_stopped_and_continued, small_run
+from helpers.runs import (
+    evaluate_export,
+    exported_weights,
+    metrics_lines,
+    run_all,
+    run_stopped_and_continued,
+    run_whose_source_vanishes,
+    small_run,
+)
+from helpers.tiny_models import NO_DROPOUT, tiny_model
 
 pytestmark = pytest.mark.multirank
 
@@ -54,6 +64,25 @@ def test_every_method_exports_merged_weights_and_adapters(tmp_path: Path) -> Non
         assert result.loss_matrix[1][0] < result.loss_matrix[0][0]
         found = run_ranks(evaluate_export, 1, runs[name], tmp_path / name / "domains" / "01_papers" / "model")[0]
         assert list(found.values()) == pytest.approx(result.loss_matrix[2], rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_export_is_what_the_run_held_though_its_source_is_gone(stage: int, precision: str, tmp_path: Path) -> None:
+    base, source = tiny_model(vocab_size=300, **NO_DROPOUT), tmp_path / "base"
+    base.save_pretrained(source)
+    engine = {"zero_optimization": {"stage": stage}}
+    values = lora_run(tmp_path, "run", method={"name": "ncl"}, deepspeed=engine, train={"precision": precision})
+    values["model"] = {"name_or_path": str(source), "lora": {"rank": 4, "target_modules": ["query"]}}
+    result = run_ranks(run_whose_source_vanishes, 2, values, source, 2)[0]
+    assert not source.exists()
+    model = tmp_path / "run" / "domains" / "01_papers" / "model"
+    found = run_ranks(evaluate_export, 2, values, model)[0]
+    assert list(found.values()) == pytest.approx(result.loss_matrix[2], rel=1e-5 if precision == "fp32" else 0.02)
+    # What is not adapted keeps every bit, though the engine ran on rounded weights.
+    weights = exported_weights(tmp_path / "run", "01_papers")
+    for name, weight in base.named_parameters():
+        assert torch.equal(weights[name], weight) != name.endswith("query.weight"), name
+    assert AutoModelForMaskedLM.from_pretrained(model).dtype == torch.float32
 
 
 def test_run_continued_from_its_adapters_equals_an_uninterrupted_one(tmp_path: Path) -> None:

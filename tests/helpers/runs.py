@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,25 @@ def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Re
     finally:
         kind.before_domain = before_domain  # type: ignore[method-assign]
     return run_sequence(config, ranks)
+
+
+def run_whose_source_vanishes(values: dict[str, Any], source: Path, world_size: int) -> Results:
+    """The folder that the model was read from is removed as soon as the first domain begins, by the last rank."""
+    allow_fp16_on_cpu()
+    ranks, before_domain = Ranks(), Method.before_domain
+
+    def remove_first(self: Method, domain: DomainContext) -> None:
+        ranks.barrier()
+        if ranks.info.rank == world_size - 1:
+            shutil.rmtree(source, ignore_errors=True)
+        ranks.barrier()
+        before_domain(self, domain)
+
+    Method.before_domain = remove_first  # type: ignore[method-assign]
+    try:
+        return run_sequence(RunConfig(**values), ranks)
+    finally:
+        Method.before_domain = before_domain  # type: ignore[method-assign]
 
 
 def evaluate_export(values: dict[str, Any], folder: Path) -> dict[str, float]:

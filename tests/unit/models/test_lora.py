@@ -117,11 +117,14 @@ def test_shared_owners_are_carried_over() -> None:
 @pytest.mark.parametrize("model_type", ["roberta", "gpt2"])
 def test_merged_weights_and_peft_give_the_adapted_network(model_type: str, tmp_path: Path) -> None:
     model, adapter = network(model_type)
-    lora, weights = adapted(model, adapter, LoraConfig(rank=RANK, alpha=6.0), tmp_path / "adapter")
+    lora, _ = adapted(model, adapter, LoraConfig(rank=RANK, alpha=6.0), tmp_path / "adapter")
     expected = model(tokens()).logits
     assert not torch.allclose(expected, network(model_type)[0](tokens()).logits, atol=0.01)
     base, _ = network(model_type)
-    lora.merge_into(base, weights)
+    weights, trained = lora.split({name: parameter.detach() for name, parameter in model.named_parameters()})
+    lora.merge(weights, trained)
+    assert set(weights) == dict(base.named_parameters()).keys()
+    base.load_state_dict(weights, strict=False)
     torch.testing.assert_close(base(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
     loaded = PeftModel.from_pretrained(network(model_type)[0], str(tmp_path / "adapter"))
     assert torch.equal(loaded(tokens()).logits, expected)

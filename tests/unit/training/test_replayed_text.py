@@ -68,6 +68,6 @@ def test_earlier_text_keeps_its_tokeniser(tmp_path: Path) -> None:
 
 def test_the_model_card_names_what_was_replayed(tmp_path: Path) -> None:
     config = run_text(tmp_path, general=True).config
-    assert "In the last domain 1 of these are from general." in model_card(config, 1)
-    assert "In the last domain 1 of these are from food, general." in model_card(config, 2)
-    assert "In the last domain" not in model_card(RunConfig(**small_run(tmp_path)), 2)
+    assert "In the last domain 1 of these are from general." in model_card(config, 1, "mlm")
+    assert "In the last domain 1 of these are from food, general." in model_card(config, 2, "mlm")
+    assert "In the last domain" not in model_card(RunConfig(**small_run(tmp_path)), 2, "mlm")
