@@ -25,7 +25,12 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        # Some libraries write a file of their own, which only its owner may read, and put it in place of this one.
+        partial.chmod(mode)
         sync(partial)
         os.replace(partial, path)
     except BaseException:
@@ -47,6 +52,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         write_checksums(partial)
+        _give_modes(partial)
         sync_all(partial)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -57,6 +63,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _give_modes(folder: Path) -> None:
+    """Give every file of a folder the mode that the umask (or the folder's ACL) gave the file of checksums."""
+    mode = (folder / CHECKSUM_FILE).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def write_checked_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from das_ds.checkpointing.manifest import FileRecord
-from das_ds.durable import checksum, sync
+from das_ds.durable import checksum, replaced_file, sync
 from das_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,11 @@ class BackgroundWriter:
         try:
             tensors = {**copy(), **fixed}
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path)
-            for written in (path, *(other for other in self._beside if other.exists())):
-                sync(written)
+            with replaced_file(path) as partial:
+                save_file(tensors, partial)
+            for other in self._beside:
+                if other.exists():
+                    sync(other)
             _check(path, tensors)
             self._record = FileRecord(size=path.stat().st_size, sha256=checksum(path))
         except CheckpointError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -75,8 +75,9 @@ class AdapterConfig(Section):
     """Number of key/value heads, written like heads; null: as many as heads."""
     logit_cap_attribute: str | None = None
     """Attribute of the model config with the cap c of logits c * tanh(logits / c); null: no cap."""
-    position_offset: int = Field(default=0, ge=0)
-    """Rows of the position embedding that no token of a block can use."""
+    position_offset: Annotated[int, Field(ge=0)] | Literal["pad_token_id"] = 0
+    """Rows of the position embedding that no token of a block can use; `pad_token_id` where positions begin behind that
+    id, as in RoBERTa: pad_token_id + 1 of the model's config."""
     dropouts: list[str] | None = None
     """Attributes of the model config that are dropout probabilities of the network; null: the usual names."""
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from das_ds.data.batches import Batch
 from das_ds.errors import ModelError
 from das_ds.functional.sampling import mlm_corrupt, sample_generator
+from das_ds.functional.vocabulary import num_tokens
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class MlmMasker:
     special_ids: tuple[int, ...]
     vocab_size: int
     probability: float
+    holes: tuple[int, ...] = ()
+    """Ids below `vocab_size` that no token has."""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, probability: float) -> Self:
@@ -38,8 +41,10 @@ class MlmMasker:
                 f"tokeniser of {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; masked language "
                 "modelling needs one (special tokens found: " + ", ".join(tokenizer.all_special_tokens) + ")"
             )
-        vocab_size = max(tokenizer.get_vocab().values()) + 1
-        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), vocab_size, probability)
+        vocabulary = tokenizer.get_vocab()
+        vocab_size = num_tokens(vocabulary)
+        holes = tuple(sorted(set(range(vocab_size)) - set(vocabulary.values())))
+        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), vocab_size, probability, holes)
 
     @cached_property
     def _is_special(self) -> Tensor:
@@ -49,7 +54,9 @@ class MlmMasker:
 
     @cached_property
     def _ordinary_ids(self) -> Tensor:
-        return (~self._is_special).nonzero().squeeze(1)
+        is_ordinary = ~self._is_special
+        is_ordinary[list(self.holes)] = False
+        return is_ordinary.nonzero().squeeze(1)
 
     def batch(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
         """Corrupt one row per sample number; rows beyond those only fill the batch and get weight 0.

@@ -8,6 +8,7 @@ complete, so an entry that exists is whole.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,10 +28,62 @@ from das_ds.data.corpus import read_documents
 from das_ds.data.sources import Source, fingerprint, resolve_source
 from das_ds.errors import DataError, ModelError
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 3
+NOTABLY_UNKNOWN, MOST_UNKNOWN = 0.01, 0.5
+"""Shares of unknown tokens above which a text is warned of, and refused."""
 STARTS_DTYPE = np.dtype("<u8")
 # Small enough that the tokeniser's results stay in the processor's cache, large enough to occupy every core.
 DOCUMENTS_PER_CALL = 1000
+
+
+@dataclass(frozen=True)
+class UnknownTokens:
+    """How much of a text its tokeniser does not know; tokens that a tokeniser puts around every document do not count.
+
+    A document that gives no token at all, as one of letters that a tokeniser drops, counts as one unknown token.
+    """
+
+    num_unknown: int = 0
+    num_tokens: int = 0
+
+    @property
+    def share(self) -> float:
+        """Unknown tokens in all tokens of the text."""
+        return self.num_unknown / max(self.num_tokens, 1)
+
+
+class UnknownCounter:
+    """Counts in the tokens of documents.
+
+    Args:
+        backend: the tokeniser.
+    """
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend, self._id = backend, _unknown_id(backend)
+        around = backend.encode("").ids
+        self._num_around = len(around)
+        # GPT-2's kind names the end of a text as the unknown token, and some tokenisers put it around documents.
+        self._unknown_around = around.count(self._id)
+        self._num_unknown = self._num_tokens = 0
+
+    def add(self, ids: list[int]) -> None:
+        """Count one document, as the tokeniser gives it."""
+        num_tokens = len(ids) - self._num_around
+        self._num_tokens += max(num_tokens, 1)
+        self._num_unknown += ids.count(self._id) - self._unknown_around if num_tokens > 0 else 1
+
+    def add_texts(self, texts: list[str]) -> None:
+        """Tokenise and count documents."""
+        for encoding in self._backend.encode_batch_fast(texts):
+            self.add(encoding.ids)
+
+    @property
+    def total(self) -> UnknownTokens:
+        """Of all documents so far."""
+        return UnknownTokens(self._num_unknown, self._num_tokens)
 
 
 @dataclass(frozen=True)
@@ -41,6 +94,7 @@ class TokenFile:
     dtype: str
     num_tokens: int
     num_documents: int
+    unknown: UnknownTokens = UnknownTokens()
 
     @property
     def starts_path(self) -> Path:
@@ -79,14 +133,28 @@ def prepare_tokens(
         DataError: text that cannot be read or is empty, or a cache folder that cannot be written; names the corpus.
         ModelError: the tokeniser is not a fast one.
     """
-    backend = _plain_backend(tokenizer)
+    backend = plain_backend(tokenizer)
     with _named(corpus):
         resolved = [source for name in sources for source in resolve_source(name)]
         folder = cache_dir / f"{corpus}-{_cache_key(resolved, text_column, backend, end_of_text)}"
         token_file = _read_entry(folder)
         if token_file is None:
             token_file = _write_entry(folder, resolved, corpus, text_column, backend, end_of_text, progress)
+        if progress:
+            level = logging.WARNING if token_file.unknown.share > NOTABLY_UNKNOWN else logging.INFO
+            share = f"{token_file.unknown.share:.2%}"
+            logger.log(level, "corpus '%s': %d tokens, %s of the text's unknown", corpus, token_file.num_tokens, share)
+        check_unknown(token_file.unknown)
     return token_file
+
+
+def check_unknown(unknown: UnknownTokens) -> None:
+    """Raises DataError where a tokeniser does not know most of a text."""
+    if unknown.share > MOST_UNKNOWN:
+        raise DataError(
+            f"found {unknown.share:.1%} unknown tokens, allowed: at most {MOST_UNKNOWN:.0%}; the tokeniser is not made "
+            "for this text (data.tokenizer)"
+        )
 
 
 @contextmanager
@@ -97,7 +165,12 @@ def _named(corpus: str) -> Iterator[None]:
         raise DataError(f"corpus '{corpus}': {error}") from error
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokeniser without cutting and padding.
+
+    Raises:
+        ModelError: it is not a fast one.
+    """
     if not tokenizer.is_fast:
         found = type(tokenizer).__name__
         raise ModelError(f"tokeniser {found} is written in Python; expected a fast tokeniser (with a tokenizer.json)")
@@ -114,11 +187,12 @@ def _cache_key(sources: Sequence[Source], text_column: str, backend: Tokenizer, 
 
 
 def _read_entry(folder: Path) -> TokenFile | None:
-    """The entry, or None where there is none or its size is not the recorded one."""
+    """The entry, or None where there is none, its size is not the recorded one, or unknown tokens were not counted."""
     path = folder / "tokens.bin"
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        token_file = TokenFile(path, meta["dtype"], meta["num_tokens"], meta["num_documents"])
+        unknown = UnknownTokens(**meta["unknown"])
+        token_file = TokenFile(path, meta["dtype"], meta["num_tokens"], meta["num_documents"], unknown)
         whole = (
             path.stat().st_size == token_file.num_tokens * np.dtype(token_file.dtype).itemsize
             and token_file.starts_path.stat().st_size == token_file.num_documents * STARTS_DTYPE.itemsize
@@ -176,11 +250,12 @@ def _tokenise(
     dtype = np.dtype("<u2" if max(backend.get_vocab().values()) < 2**16 else "<u4")
     result = TokenFile(folder / "tokens.bin", dtype.str, 0, 0)
     total = sum(source.stat().st_size for source in sources if isinstance(source, Path))
+    counter = UnknownCounter(backend)
     bar = tqdm(total=total or None, desc=f"tokenise {corpus}", unit="B", unit_scale=True, disable=not progress)
     with result.path.open("wb") as tokens, result.starts_path.open("wb") as starts, bar:
         for source in sources:
             for batch in read_documents(source, text_column):
-                for ids, lengths in _encoded(batch.texts, backend, end_of_text):
+                for ids, lengths in _encoded(batch.texts, backend, end_of_text, counter):
                     tokens.write(np.array(ids, dtype=dtype).data)
                     ends = np.cumsum(lengths)
                     starts.write((result.num_tokens + ends - lengths).astype(STARTS_DTYPE).data)
@@ -195,7 +270,7 @@ def _tokenise(
             os.fsync(file.fileno())
     if result.num_documents == 0:
         raise DataError(f"no text in {', '.join(map(str, sources))}; expected at least one line that is not blank")
-    return result
+    return replace(result, unknown=counter.total)
 
 
 def count_tokens(
@@ -212,7 +287,7 @@ def count_tokens(
         DataError: text that cannot be read.
         ModelError: the tokeniser is not a fast one.
     """
-    backend, num_tokens = _plain_backend(tokenizer), 0
+    backend, num_tokens = plain_backend(tokenizer), 0
     for source in sources:
         for batch in read_documents(source, text_column):
             # One by one: the first document may be enough.
@@ -224,17 +299,28 @@ def count_tokens(
 
 
 def _encoded(
-    texts: Iterable[str], backend: Tokenizer, end_of_text: int | None
+    texts: Iterable[str], backend: Tokenizer, end_of_text: int | None, counter: UnknownCounter | None = None
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Joined tokens of a few documents and the number of tokens of each."""
+    """Joined tokens of a few documents and the number of tokens of each; `counter` counts them before they end."""
     remaining = iter(texts)
     while documents := list(islice(remaining, DOCUMENTS_PER_CALL)):
         ids: list[int] = []
         lengths: list[int] = []
         for encoding in backend.encode_batch_fast(documents):
             document = encoding.ids
+            if counter is not None:
+                counter.add(document)
             if end_of_text is not None and document[-1:] != [end_of_text]:
                 document.append(end_of_text)
             ids += document
             lengths.append(len(document))
         yield ids, lengths
+
+
+def _unknown_id(backend: Tokenizer) -> int:
+    """The id that stands for what the tokeniser does not know; -1, which is none, where it knows every byte."""
+    model = json.loads(backend.to_str())["model"]
+    token, number = model.get("unk_token"), model.get("unk_id")
+    if number is None and token is not None:
+        number = backend.token_to_id(token)
+    return -1 if number is None else int(number)

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import RunConfig
 from das_ds.data.corpus import read_lines
-from das_ds.errors import DataError
+from das_ds.errors import DataError, ModelError
+from das_ds.functional.vocabulary import tokens_in_holes
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,6 @@ def tokenizers_by_corpus(config: RunConfig, base: PreTrainedTokenizerBase) -> di
     if config.general is not None:
         found[config.general.name] = base
     return found
-
-
-def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that an embedding needs: the largest id plus one."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _tokens(domain: str, source: list[str] | str) -> list[str]:
@@ -63,4 +59,9 @@ def _grown(tokenizer: PreTrainedTokenizerBase, domain: str, tokens: list[str]) -
         logger.warning("data.add_tokens.%s: already tokens and left out: %s", domain, ", ".join(known))
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens([AddedToken(token, single_word=True) for token in tokens if token not in known])
+    if reused := tokens_in_holes(tokenizer.get_vocab(), grown.get_vocab()):
+        raise ModelError(
+            f"data.add_tokens.{domain}: the tokeniser's ids have holes, and {reused[0]!r} would get one that is taken "
+            f"or has an old embedding; expected a tokeniser with ids from 0 to {len(tokenizer) - 1} without a gap"
+        )
     return grown

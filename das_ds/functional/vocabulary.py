@@ -5,7 +5,27 @@ Shape legend: E rows of a parameter with one row per token, C columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+
+
+def num_tokens(vocabulary: Mapping[str, int]) -> int:
+    """Rows that an embedding needs: the largest id plus one, which is more than there are tokens where ids have holes.
+
+    Args:
+        vocabulary: token -> id, as from a tokeniser's `get_vocab`.
+    """
+    return max(vocabulary.values(), default=-1) + 1
+
+
+def tokens_in_holes(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    """New tokens whose id is below `num_tokens(before)`.
+
+    Tokenisers number new tokens from their count, which is an old token's id where ids have holes.
+    """
+    known = num_tokens(before)
+    return [token for token, number in after.items() if token not in before and number < known]
 
 
 def with_mean_rows(weight: torch.Tensor, known: int, total: int) -> torch.Tensor:

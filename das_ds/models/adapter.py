@@ -59,8 +59,9 @@ class ArchitectureAdapter:
     """Attribute of the model config with the number of key/value heads; None: as many as heads."""
     logit_cap_attribute: str | None = None
     """Attribute of the model config with the cap c of logits, c * tanh(logits / c), where there is one."""
-    position_offset: int = 0
-    """Rows of the position embedding that no token of a block can use."""
+    position_offset: int | Literal["pad_token_id"] = 0
+    """Rows of the position embedding that no token of a block can use; `pad_token_id`: as many as are needed so that
+    positions begin behind that id."""
     dropouts: tuple[str, ...] = PROBABILITIES
     """Attributes of the model config that are dropout probabilities of the network."""
     unsupported: Callable[[Any], str | None] = lambda config: None
@@ -72,8 +73,21 @@ class ArchitectureAdapter:
         return any(site.position == "experts" for site in self.sites)
 
     def max_sequence_length(self, model: PreTrainedModel) -> int:
-        """Longest block that the model's position embedding allows; models without positions have no limit."""
-        return int(getattr(model.config, "max_position_embeddings", sys.maxsize)) - self.position_offset
+        """Longest block that the model's position embedding allows; models without positions have no limit.
+
+        Raises:
+            ModelError: positions begin behind a padding index that the model's config lacks, or leave none.
+        """
+        num_positions = int(getattr(model.config, "max_position_embeddings", sys.maxsize))
+        if self.position_offset != "pad_token_id":
+            return num_positions - self.position_offset
+        padding = model.config.pad_token_id
+        if padding is None or not 0 <= padding < num_positions - 1:
+            raise ModelError(
+                f"pad_token_id of the model's config: found {padding}, allowed: 0 to {num_positions - 2}, because "
+                f"positions of {self.model_type} begin behind it (max_position_embeddings: {num_positions})"
+            )
+        return num_positions - int(padding) - 1
 
     def logit_cap(self, model: PreTrainedModel) -> float | None:
         """c of `logit_cap_attribute`, or None."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError, first_line
+from das_ds.functional.vocabulary import num_tokens, tokens_in_holes
 from das_ds.models.loading import check_embeddings, find_adapter, open_tokenizer
 
 
@@ -37,7 +38,7 @@ def load_classifier(source: ModelConfig, labels: Sequence[str], markers: Sequenc
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = _load(source, labels)
-    check_embeddings(model, len(tokenizer))
+    check_embeddings(model, num_tokens(tokenizer.get_vocab()))
     model.config.pad_token_id = tokenizer.pad_token_id
     _add_markers(model, tokenizer, markers)
     return Classifier(model, tokenizer)
@@ -101,10 +102,16 @@ def _load(source: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
 
 def _add_markers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
     pieces = {marker: tokenizer(marker, add_special_tokens=False)["input_ids"] for marker in markers}
+    known = tokenizer.get_vocab()
     tokenizer.add_tokens(list(markers))
+    if reused := tokens_in_holes(known, tokenizer.get_vocab()):
+        raise ModelError(
+            f"tokeniser of {tokenizer.name_or_path}: its ids have holes, and the marker {reused[0]!r} would get one "
+            f"that is taken or has an old embedding; expected ids from 0 to {len(known) - 1} without a gap"
+        )
     embedding: Any = model.get_input_embeddings()
-    if len(tokenizer) > embedding.num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if (needed := num_tokens(tokenizer.get_vocab())) > embedding.num_embeddings:
+        model.resize_token_embeddings(needed, mean_resizing=False)
         embedding = model.get_input_embeddings()
     with torch.no_grad():
         for marker, ids in pieces.items():

@@ -54,12 +54,19 @@ def open_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     """
     _refuse_pointers(source, *_tokenizer_files(source))
     try:
-        return AutoTokenizer.from_pretrained(local_folder(source, revision))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(local_folder(source, revision))
     except DasError:
         raise
     # A damaged file makes libraries raise anything: tokenizers, for one, a bare Exception.
     except Exception as error:
         raise ModelError(f"cannot load the tokeniser {source!r} (a folder or hub name): {first_line(error)}") from error
+    # Without the files of a tokeniser transformers makes one of the model's type that knows special tokens alone.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"tokeniser {source!r}: found no token but special ones, expected the files of a tokeniser there "
+            "(tokenizer.json, vocab.txt, vocab.json and merges.txt ...); data.tokenizer can name another folder"
+        )
+    return tokenizer
 
 
 class Construction(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import torch
 from torch import nn
@@ -116,8 +117,18 @@ def find_lm_head(model: PreTrainedModel, objective: ObjectiveName) -> tuple[tupl
     )
 
 
-def find_position_offset(model: PreTrainedModel) -> int:
-    """Positions that the longest block cannot use, found by running blocks until one fits."""
+def find_position_offset(model: PreTrainedModel) -> int | Literal["pad_token_id"]:
+    """Positions that the longest block cannot use, found by running blocks until one fits.
+
+    Models that number positions behind the padding index give that index to their position embedding too.
+    """
+    padding, num_positions = model.config.pad_token_id, getattr(model.config, "max_position_embeddings", None)
+    if padding is not None and any(
+        isinstance(module, nn.Embedding) and module.num_embeddings == num_positions and module.padding_idx == padding
+        for name, module in model.named_modules()
+        if "position" in name
+    ):
+        return "pad_token_id"
     longest = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(longest, int):
         return 0

@@ -9,6 +9,6 @@ ROBERTA = replace(
     model_type="roberta",
     unmasked=(*EMBEDDINGS, *LAYER_UNMASKED, "lm_head.*"),
     lm_head=("lm_head",),
-    position_offset=2,
+    position_offset="pad_token_id",
 )
 XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")

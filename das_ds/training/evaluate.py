@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from das_ds.config import ModelConfig, RunConfig
-from das_ds.data.vocabulary import num_tokens
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Passes
 from das_ds.evaluation.perplexity import held_out_loss
+from das_ds.functional.vocabulary import num_tokens
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import check_files, check_sequence_length, find_adapter, load_model, open_tokenizer
 from das_ds.models.vocabulary import reserve_rows
@@ -40,9 +40,9 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
     ranks.on_main(lambda: check_files(source))
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
-    model, adapter = load_model(source, seed=config.seed, vocab_size=len(text.base_tokenizer))
+    model, adapter = load_model(source, seed=config.seed, vocab_size=num_tokens(text.base_tokenizer.get_vocab()))
     if text.vocabulary is not None:
-        reserve_rows(model, num_tokens(open_tokenizer(str(folder))), text.vocabulary.total)
+        reserve_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), text.vocabulary.total)
     check_sequence_length(model, adapter, config.data.sequence_length)
     return evaluate_corpora(
         LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(ranks.info.device),

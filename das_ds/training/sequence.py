@@ -22,7 +22,7 @@ from das_ds.distributed.state import RankState
 from das_ds.distributed.stopping import StopRequests
 from das_ds.distributed.watchdog import Watchdog
 from das_ds.evaluation.results import Results, library_versions
-from das_ds.functional.vocabulary import with_mean_rows
+from das_ds.functional.vocabulary import num_tokens, with_mean_rows
 from das_ds.methods import build_method, method_class
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
@@ -73,8 +73,9 @@ class DomainSequence:
         self._export_dtype = export_dtype(config)
         # Parameters that are born as shards cannot be given more rows.
         construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
+        vocab_size = num_tokens(text.base_tokenizer.get_vocab())
         self._model, adapter = load_model(
-            config.model, seed=config.seed, vocab_size=len(text.base_tokenizer), construction=construction
+            config.model, seed=config.seed, vocab_size=vocab_size, construction=construction
         )
         check_sequence_length(self._model, adapter, config.data.sequence_length)
         if text.vocabulary is not None:

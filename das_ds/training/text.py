@@ -24,10 +24,11 @@ from das_ds.data.loader import (
 from das_ds.data.objectives import Objective, make_objective
 from das_ds.data.reading import OneDomain, Pool
 from das_ds.data.replay import NO_REPLAY, Replay
-from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
+from das_ds.data.vocabulary import tokenizers_by_corpus
 from das_ds.distributed.launch import RankInfo
 from das_ds.errors import RunFolderError
 from das_ds.functional.sampling import subset_indices
+from das_ds.functional.vocabulary import num_tokens
 from das_ds.models.loading import embedding_rows, load_tokenizer
 from das_ds.models.vocabulary import Vocabulary
 
@@ -184,8 +185,9 @@ def prepare_text(config: RunConfig, info: RankInfo, objective: ObjectiveName) ->
 def _vocabulary(
     config: RunConfig, base: PreTrainedTokenizerBase, tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> Vocabulary:
-    sizes = {name: num_tokens(tokenizer) for name, tokenizer in tokenizers.items()}
-    return Vocabulary(embedding_rows(config.model, len(base)), num_tokens(base), sizes)
+    sizes = {name: num_tokens(tokenizer.get_vocab()) for name, tokenizer in tokenizers.items()}
+    known = num_tokens(base.get_vocab())
+    return Vocabulary(embedding_rows(config.model, known), known, sizes)
 
 
 def evaluated(config: RunConfig) -> list[CorpusConfig]:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from das_ds.evaluation.results import Results
 from helpers.resume import break_off
 from helpers.run_ranks import run_ranks
-from helpers.runs import evaluate_export, exported_weights, run_all, run_stopped_and_continued
+from helpers.runs import WORDS, evaluate_export, exported_weights, run_all, run_stopped_and_continued, small_run
+from helpers.tiny_tokenizer import word_tokenizer
 from helpers.tokens import BIAS, EMBEDDING, check_as_if_added_between_two_runs, grown_and_in_two_runs, without_tokens
 from helpers.tokens import run_with_tokens as run
 
@@ -79,3 +80,23 @@ def test_das_grows_and_continues_bitwise(tmp_path: Path) -> None:
     ):
         importance = load_file(tmp_path / "whole" / f"{place}.safetensors")
         assert len(importance[EMBEDDING]) == 24 * num_tokens and len(importance[BIAS]) == num_tokens
+
+
+def test_run_with_a_tokeniser_whose_ids_have_holes(tmp_path: Path) -> None:
+    values = small_run(tmp_path, method={"name": "ncl"}, data={"tokenizer": str(tmp_path / "words")})
+    word_tokenizer(WORDS, skipped=40).save_pretrained(tmp_path / "words")
+    result = run_ranks(run_all, 1, [values])[0][0]
+    folder = tmp_path / "run" / "domains" / "01_papers" / "model"
+    found = run_ranks(evaluate_export, 1, values, folder)[0]
+    assert list(found.values()) == pytest.approx(result.loss_matrix[2], rel=1e-5)
+    assert len(exported_weights(tmp_path / "run", "01_papers")[EMBEDDING]) == 45 + len(set(WORDS))
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_exports_say_what_type_they_hold(chosen: str, expected: torch.dtype, tmp_path: Path) -> None:
+    changes = {"method": {"name": "ncl"}, "train": {"precision": "bf16"}, "export": {"dtype": chosen}}
+    run_ranks(run_all, 1, [small_run(tmp_path, **changes)])
+    folder = tmp_path / "run" / "domains" / "01_papers" / "model"
+    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {expected}
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    assert model.dtype == model.config.dtype == expected

@@ -51,3 +51,23 @@ def tiny_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
         sep_token="</s>",
         model_max_length=512,
     )
+
+
+def word_tokenizer(words: list[str], *, skipped: int = 0, **special: str) -> PreTrainedTokenizerFast:
+    """Tokeniser that knows these words and the special tokens, and nothing else.
+
+    Args:
+        words: the words.
+        skipped: ids between the special tokens and the words that no token has.
+        special: changes of what the special tokens are for.
+    """
+    first = len(SPECIAL_TOKENS) + skipped
+    ids = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
+    ids |= {word: first + number for number, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", ids["<s>"]), ("</s>", ids["</s>"])]
+    )
+    names = {f"{use}_token": f"<{use}>" for use in ("pad", "unk", "mask")} | {"bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**names, **special})

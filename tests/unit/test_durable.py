@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from das_ds.durable import (
     CHECKSUM_FILE,
@@ -65,3 +68,21 @@ def test_json_that_was_altered(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("null", "0"))
     with pytest.raises(ValueError, match="was altered"):
         read_checked_json(path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_of_libraries_have_the_mode_that_the_umask_gives(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_file({"a": torch.zeros(1)}, tmp_path / "by_library")
+        with replaced_file(tmp_path / "file") as partial:
+            save_file({"a": torch.zeros(1)}, partial)
+        with replaced_folder(tmp_path / "folder") as partial:
+            (partial / "part").mkdir()
+            save_file({"a": torch.zeros(1)}, partial / "part" / "weights")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    # The library alone leaves a file that nobody else may read.
+    assert modes.pop("by_library") == 0o600
+    assert modes == {"file": mode, "weights": mode, CHECKSUM_FILE: mode}

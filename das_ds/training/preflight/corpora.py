@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -13,27 +14,50 @@ from das_ds.data.blocks import check_own_text
 from das_ds.data.causal import end_of_text
 from das_ds.data.corpus import read_documents
 from das_ds.data.sources import Source, resolve_source, shared_sources
-from das_ds.data.tokenise import count_tokens
+from das_ds.data.tokenise import UnknownCounter, UnknownTokens, check_unknown, count_tokens, plain_backend
 from das_ds.data.vocabulary import tokenizers_by_corpus
 from das_ds.errors import DasError, DataError, PreflightError
 from das_ds.models.loading import find_adapter, load_tokenizer
 from das_ds.training.preflight.report import Checks, Doubt, readable
 from das_ds.training.text import evaluated
 
+FIRST_DOCUMENTS = 200
+"""Documents of each source that are tokenised."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What one rank found."""
+
+    sources: list[Source]
+    unknown: dict[str, UnknownTokens]
+    """Corpus -> unknown tokens among the first documents of its sources; {} without a tokeniser."""
+
 
 def check_corpora(checks: Checks, config: RunConfig) -> None:
     """Every rank reads: each of them opens all text later."""
     corpora = evaluated(config)
 
-    def look() -> list[Source]:
+    def look() -> Opened:
         reading = _reading(config)
-        return [source for corpus in corpora for source in _opened(corpus, config, reading)]
+        sources: list[Source] = []
+        unknown: dict[str, UnknownTokens] = {}
+        for corpus in corpora:
+            counter = None if reading is None else UnknownCounter(plain_backend(reading[0][corpus.name]))
+            sources += _opened(corpus, config, reading, counter)
+            if counter is not None:
+                unknown[corpus.name] = counter.total
+        return Opened(sources, unknown)
 
-    def judge(found: list[list[Source]]) -> str | Doubt:
-        if any([str(source) for source in other] != [str(source) for source in found[0]] for other in found):
+    def judge(found: list[Opened]) -> str | Doubt:
+        first = found[0]
+        if any(list(map(str, other.sources)) != list(map(str, first.sources)) for other in found):
             raise PreflightError("globs and names stand for different files on different ranks")
-        num_bytes = sum(source.stat().st_size for source in found[0] if isinstance(source, Path))
-        summary = f"{len(corpora)} corpora, {len(found[0])} sources, {readable(num_bytes)} of files"
+        num_bytes = sum(source.stat().st_size for source in first.sources if isinstance(source, Path))
+        summary = f"{len(corpora)} corpora, {len(first.sources)} sources, {readable(num_bytes)} of files"
+        if first.unknown:
+            shares = ", ".join(f"{name} {unknown.share:.1%}" for name, unknown in first.unknown.items())
+            summary += f", unknown tokens in the first documents: {shares}"
         trained_on = _trained_on(config, corpora)
         return Doubt(f"{summary}; {trained_on}") if trained_on else summary
 
@@ -54,14 +78,18 @@ def _reading(config: RunConfig) -> Reading | None:
         return None
 
 
-def _opened(corpus: CorpusConfig, config: RunConfig, reading: Reading | None) -> list[Source]:
+def _opened(
+    corpus: CorpusConfig, config: RunConfig, reading: Reading | None, counter: UnknownCounter | None
+) -> list[Source]:
     check_own_text(corpus)
     try:
         train, valid = (
             [source for name in names for source in resolve_source(name)] for names in (corpus.train, corpus.valid)
         )
         for source in (*train, *valid):
-            _read_first(source, corpus.text_column)
+            _read_first(source, corpus.text_column, counter)
+        if counter is not None:
+            check_unknown(counter.total)
         if reading is not None:
             # Without valid, a second block is held out.
             _check_length(corpus, config, reading, train, num_blocks=1 if valid else 2)
@@ -102,7 +130,10 @@ def _trained_on(config: RunConfig, corpora: list[CorpusConfig]) -> str:
     return ""
 
 
-def _read_first(source: Source, text_column: str) -> None:
+def _read_first(source: Source, text_column: str, counter: UnknownCounter | None) -> None:
     """Raises DataError where no document can be read."""
-    if not any(batch.texts for batch in read_documents(source, text_column)):
+    documents = next((batch.texts for batch in read_documents(source, text_column) if batch.texts), None)
+    if documents is None:
         raise DataError(f"no text in {source}; expected at least one line that is not blank")
+    if counter is not None:
+        counter.add_texts(documents[:FIRST_DOCUMENTS])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from das_ds.config import RunConfig
 from das_ds.data.objectives import make_objective
-from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
+from das_ds.data.vocabulary import tokenizers_by_corpus
 from das_ds.deepspeed_config import is_offloaded
 from das_ds.distributed.launch import RankInfo
 from das_ds.errors import PreflightError
@@ -30,6 +30,7 @@ from das_ds.functional.sizes import (
     memory,
 )
 from das_ds.functional.units import HEAD, INTERMEDIATE
+from das_ds.functional.vocabulary import num_tokens
 from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.loading import check_embeddings, check_sequence_length, find_adapter, load_tokenizer, model_config
 from das_ds.models.lora import Lora
@@ -68,10 +69,10 @@ def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
         tokenizers = tokenizers_by_corpus(config, base)
         for tokenizer in tokenizers.values():
             make_objective(adapter.objective, tokenizer, config.data)
-        model = skeleton(model_config(config.model, vocab_size=len(base)), adapter.objective)
-        check_embeddings(model, len(base))
+        model = skeleton(model_config(config.model, vocab_size=num_tokens(base.get_vocab())), adapter.objective)
+        check_embeddings(model, num_tokens(base.get_vocab()))
         check_sequence_length(model, adapter, config.data.sequence_length)
-        most_tokens = max(num_tokens(tokenizer) for tokenizer in tokenizers.values())
+        most_tokens = max(num_tokens(tokenizer.get_vocab()) for tokenizer in tokenizers.values())
         return measured_size(config, model, adapter, most_tokens)
 
     def judge(sizes: list[ModelSize]) -> str:

@@ -8,7 +8,7 @@ import torch
 from das_ds.data.batches import Batch
 from das_ds.data.masking import MlmMasker
 from das_ds.errors import ModelError
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.tiny_tokenizer import tiny_tokenizer, word_tokenizer
 
 MASKER = MlmMasker.from_tokenizer(tiny_tokenizer(), 0.15)
 
@@ -82,3 +82,11 @@ def test_tokeniser_without_mask_token() -> None:
     tokenizer.mask_token = None
     with pytest.raises(ModelError, match=r"has no mask token; .*\(special tokens found: <s>"):
         MlmMasker.from_tokenizer(tokenizer, 0.15)
+
+
+def test_ids_that_no_token_has_never_replace_one() -> None:
+    masker = MlmMasker.from_tokenizer(word_tokenizer([f"word{n}" for n in range(30)], skipped=7), 0.5)
+    assert masker.vocab_size == 42 and masker.holes == tuple(range(5, 12))
+    input_ids = torch.randint(12, 42, (200, 100), generator=torch.Generator().manual_seed(0))
+    corrupted = masker.batch(input_ids, range(200), seed=0, stream="s").corrupted_ids
+    assert set(corrupted.unique().tolist()) == {masker.mask_id, *range(12, 42)}

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from das_ds.data import tokenise
-from das_ds.data.tokenise import TokenFile, prepare_tokens
+from das_ds.data.tokenise import TokenFile, UnknownTokens, prepare_tokens
 from das_ds.errors import DataError, ModelError
-from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer, word_tokenizer
 
 LINES = TEXT.splitlines()
 
@@ -264,3 +264,63 @@ def test_slow_tokeniser(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
     with pytest.raises(ModelError, match="is written in Python; expected a fast tokeniser"):
         prepare(corpus_file)
+
+
+def test_share_of_unknown_tokens_is_counted_and_kept_with_the_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("a b c\na x\nb\n")
+    tokenizer = word_tokenizer(["a", "b", "c"])
+    expected = UnknownTokens(num_unknown=1, num_tokens=6)
+    assert prepare(path, tokenizer).unknown == expected
+    assert prepare(path, tokenizer).unknown == expected
+    assert prepare(path, tokenizer, end_of_text=2).unknown == expected
+
+
+def test_tokens_around_documents_are_not_unknown_though_they_have_that_name(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("a\nb\n")
+    tokenizer = word_tokenizer(["a", "b"], unk_token="</s>")
+    tokenizer.backend_tokenizer.model = models.WordLevel(tokenizer.get_vocab(), unk_token="</s>")
+    assert prepare(path, tokenizer).unknown == UnknownTokens(0, 2)
+    path.write_text("a\nx\nb\n")
+    assert prepare(path, tokenizer).unknown == UnknownTokens(1, 3)
+
+
+def test_bytes_are_never_unknown(corpus_file: Path) -> None:
+    assert prepare(corpus_file).unknown.num_unknown == 0
+
+
+def test_text_that_is_mostly_unknown_is_refused_also_from_the_cache(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("a x y\nz a z z z\n")
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            prepare(path, word_tokenizer(["a"]))
+        assert str(caught.value) == (
+            "corpus 'soup': found 75.0% unknown tokens, allowed: at most 50%; the tokeniser is not made for this text "
+            "(data.tokenizer)"
+        )
+
+
+def test_text_that_gives_no_token_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("a\nx\ny\n")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(DataError, match=r"found 66\.7% unknown tokens"):
+        prepare(path, tokenizer)
+
+
+def test_unknown_tokens_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("a a a x\n")
+    prepare(path, word_tokenizer(["a"]), progress=True)
+    assert caplog.messages == ["corpus 'soup': 6 tokens, 25.00% of the text's unknown"]
+
+
+def test_entry_of_before_unknown_tokens_were_counted_is_made_again(corpus_file: Path) -> None:
+    first = prepare(corpus_file, word_tokenizer(TEXT.split()))
+    meta = json.loads((first.path.parent / "meta.json").read_text())
+    del meta["unknown"]
+    (first.path.parent / "meta.json").write_text(json.dumps(meta))
+    again = prepare(corpus_file, word_tokenizer(TEXT.split()))
+    assert again == first and again.unknown.num_tokens == len(TEXT.split())

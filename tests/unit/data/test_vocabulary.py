@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from das_ds.config import RunConfig
 from das_ds.data.blocks import prepare_corpus
-from das_ds.data.vocabulary import num_tokens, tokenizers_by_corpus
-from das_ds.errors import DataError
+from das_ds.data.vocabulary import tokenizers_by_corpus
+from das_ds.errors import DataError, ModelError
+from das_ds.functional.vocabulary import num_tokens
 from helpers.runs import small_run
-from helpers.tiny_tokenizer import tiny_tokenizer
+from helpers.tiny_tokenizer import tiny_tokenizer, word_tokenizer
 
 
 def config(folder: Path, **add_tokens: Any) -> RunConfig:
@@ -26,7 +27,7 @@ def test_tokens_stay_for_later_domains_and_leave_earlier_text_alone(tmp_path: Pa
     run = config(tmp_path, food=["noodles"], papers=str(tmp_path / "papers.tokens"))
     base = tiny_tokenizer()
     found = tokenizers_by_corpus(run, base)
-    assert {name: num_tokens(tokenizer) for name, tokenizer in found.items()} == {
+    assert {name: num_tokens(tokenizer.get_vocab()) for name, tokenizer in found.items()} == {
         "food": 301,
         "papers": 303,
         "general": 300,
@@ -34,7 +35,7 @@ def test_tokens_stay_for_later_domains_and_leave_earlier_text_alone(tmp_path: Pa
     assert found["papers"].convert_tokens_to_ids(["noodles", "treebanks", "baseline"]) == [300, 301, 302]
     assert found["food"].tokenize("treebanks") == base.tokenize("treebanks")
     assert found["papers"].tokenize("treebanks") == ["treebanks"]
-    assert num_tokens(base) == 300
+    assert num_tokens(base.get_vocab()) == 300
 
 
 def test_only_whole_words_are_tokens(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_tokens_of_two_tokenisers_do_not_share_a_cache_entry(tmp_path: Path) -> 
 
 def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = config(tmp_path, food=["noodles"], papers=["noodles", "treebanks"])
-    assert num_tokens(tokenizers_by_corpus(run, tiny_tokenizer())["papers"]) == 302
+    assert num_tokens(tokenizers_by_corpus(run, tiny_tokenizer())["papers"].get_vocab()) == 302
     assert "data.add_tokens.papers: already tokens and left out: noodles" in caplog.text
 
 
@@ -94,3 +95,19 @@ def test_file_of_tokens_with_a_byte_order_mark(tmp_path: Path, end: str) -> None
     tokenizers = tokenizers_by_corpus(config(tmp_path, papers=str(path)), tiny_tokenizer())
     added = tokenizers["papers"].get_added_vocab()
     assert {"treebanks", "noodles"} <= set(added) and not any("\ufeff" in token for token in added)
+
+
+def test_tokeniser_with_holes_needs_rows_up_to_its_largest_id() -> None:
+    tokenizer = word_tokenizer(["soup", "bread"], skipped=3)
+    assert len(tokenizer) == 7 and num_tokens(tokenizer.get_vocab()) == 10
+
+
+def test_added_token_that_would_share_an_id_is_refused(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(["soup", "bread"], skipped=1)
+    # The tokeniser numbers new tokens from its count, 7, which is the id of bread.
+    with pytest.raises(ModelError) as caught:
+        tokenizers_by_corpus(config(tmp_path, papers=["treebanks"]), tokenizer)
+    assert str(caught.value) == (
+        "data.add_tokens.papers: the tokeniser's ids have holes, and 'treebanks' would get one that is taken or has an "
+        "old embedding; expected a tokeniser with ids from 0 to 6 without a gap"
+    )

@@ -12,7 +12,7 @@ from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError
 from das_ds.models.classifier import check_model_folder, check_task_length, load_classifier
 from helpers.end_tasks import save_model
-from helpers.tiny_tokenizer import tiny_tokenizer
+from helpers.tiny_tokenizer import TEXT, tiny_tokenizer, word_tokenizer
 
 MARKERS = ["[[", "]]", "<<", ">>"]
 WEIGHTS = "model.safetensors"
@@ -87,3 +87,10 @@ def test_rows_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
     check_task_length(source, model, 38, "toy")
     with pytest.raises(ConfigError, match=r"tasks.sequence_length of toy: found 39, .* at most 38 tokens"):
         check_task_length(source, model, 39, "toy")
+
+
+def test_markers_that_would_share_ids_are_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    word_tokenizer(TEXT.split(), skipped=2).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"its ids have holes, and the marker '\[\[' would get one that is taken"):
+        load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b"], MARKERS)

@@ -210,4 +210,10 @@ def test_registered_table_is_for_its_objective() -> None:
         unit_table(tiny_model().config, "clm")
     table = unit_table(tiny_model().config)
     assert "roberta, mlm, 2 layers: registered table" in table.describe() and not table.problems
-    assert table.adapter.position_offset == 2
+    assert table.adapter.position_offset == "pad_token_id"
+
+
+@pytest.mark.parametrize(("model_type", "offset"), [("camembert", "pad_token_id"), ("bert", 0)])
+def test_positions_behind_the_padding_index_are_seen(model_type: str, offset: int | str) -> None:
+    table = unit_table(AutoConfig.for_model(model_type, **SIZES, pad_token_id=3))
+    assert table.adapter.position_offset == offset

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, T5Config
+from transformers import AutoConfig, BertConfig, T5Config
 
 from das_ds.config import ModelConfig
 from das_ds.durable import replaced_folder
 from das_ds.errors import ConfigError, ModelError
-from das_ds.models.loading import check_files, check_sequence_length, load_model, load_tokenizer
+from das_ds.models.loading import check_files, check_sequence_length, load_model, load_tokenizer, open_tokenizer
+from das_ds.models.registry import adapter_for
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 from helpers.training import run_config
@@ -130,3 +131,44 @@ def test_random_model_without_tokeniser(tmp_path: Path) -> None:
 def test_missing_tokeniser_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no_such_folder"):
         load_tokenizer(run_config(tmp_path, data={"tokenizer": "./no_such_folder"}))
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "bert", "xlm-roberta", "gpt2", "gemma2"])
+def test_folder_without_the_files_of_a_tokeniser(model_type: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        open_tokenizer(str(tmp_path))
+    assert str(caught.value).startswith(f"tokeniser {str(tmp_path)!r}: found no token but special ones, expected the")
+
+
+def longest_block_that_runs(model: Any) -> int:
+    """Found without the table: the embedding of positions has no row for a token more."""
+    longest = 0
+    for length in range(1, 45):
+        ids = torch.full((1, length), 9)
+        try:
+            model(ids)
+        except (IndexError, RuntimeError):
+            break
+        longest = length
+    return longest
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta"])
+@pytest.mark.parametrize("padding", [0, 1, 5])
+def test_positions_begin_behind_the_padding_index(model_type: str, padding: int) -> None:
+    model = tiny_model(model_type, pad_token_id=padding)
+    longest = longest_block_that_runs(model)
+    assert longest == 40 - padding - 1
+    adapter = adapter_for(model_type)
+    check_sequence_length(model, adapter, longest)
+    with pytest.raises(ConfigError, match=rf"found {longest + 1}, but this {model_type} has positions for at most"):
+        check_sequence_length(model, adapter, longest + 1)
+
+
+@pytest.mark.parametrize("padding", [None, 39, -1])
+def test_padding_index_that_leaves_no_positions(padding: int | None) -> None:
+    model = tiny_model()
+    model.config.pad_token_id = padding
+    with pytest.raises(ModelError, match=rf"pad_token_id of the model's config: found {padding}, allowed: 0 to 38"):
+        check_sequence_length(model, adapter_for("roberta"), 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,9 @@ from das_ds.training.preflight.model import Room, check_memory, check_model, jud
 from das_ds.training.preflight.report import Doubt, Finding, readable, reasons_by_rank
 from helpers.locking import holding_process
 from helpers.preflight import Alone, silent_checks
-from helpers.runs import small_run
-from helpers.tiny_models import CONFIGS, NO_DROPOUT
+from helpers.runs import WORDS, small_run
+from helpers.tiny_models import CONFIGS, NO_DROPOUT, tiny_model
+from helpers.tiny_tokenizer import word_tokenizer
 
 GIB = 2**30
 CPU = RankInfo(0, 0, 1, torch.device("cpu"))
@@ -217,6 +219,35 @@ def test_corpus_that_cannot_be_read(name: str, content: bytes | None, found: str
 def test_corpora_are_counted(tmp_path: Path) -> None:
     finding = only(check_corpora, config(tmp_path))
     assert finding.status == "ok" and finding.found.startswith("3 corpora, 3 sources, ")
+
+
+def test_text_of_unknown_tokens_and_model_folder_without_tokeniser(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    word_tokenizer(WORDS[:4]).save_pretrained(str(run.data.tokenizer))
+    finding = only(check_corpora, run)
+    assert finding.status == "failed"
+    assert re.fullmatch(
+        r"corpus 'food': found \d\d\.\d% unknown tokens, allowed: at most 50%; the tokeniser is not made for this text "
+        r"\(data\.tokenizer\)",
+        finding.found,
+    )
+    word_tokenizer(WORDS[4:]).save_pretrained(str(run.data.tokenizer))
+    finding = only(check_corpora, run)
+    assert finding.status == "ok"
+    assert re.search(r"unknown tokens in the first documents: food \d\.\d%, papers \d\.\d%, gen", finding.found)
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    bare = RunConfig(**{**small_run(tmp_path, data={"tokenizer": None}), "model": {"name_or_path": str(folder)}})
+    assert "found no token but special ones" in only(check_model, bare).found
+    # The text itself can still be looked at.
+    assert only(check_corpora, bare).status == "ok"
+
+
+def test_model_has_room_for_the_largest_id(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    word_tokenizer(WORDS, skipped=400).save_pretrained(str(run.data.tokenizer))
+    size = check_model(silent_checks(Alone()), run)
+    assert size is not None and size.vocabulary == 405 + len(set(WORDS))
 
 
 def room(node: str, host: int, device: int | None = None) -> Room:

@@ -1,0 +1,47 @@
+"""The type of exported weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from das_ds.config import RunConfig
+from das_ds.config_io import config_differences
+from das_ds.errors import ConfigError
+from das_ds.training.export import export_dtype
+from helpers.runs import small_run
+from helpers.tiny_models import tiny_model
+
+
+def run(folder: Path, dtype: str, base: str | None = None) -> RunConfig:
+    values = small_run(folder, export={"dtype": dtype})
+    return RunConfig(**(values if base is None else {**values, "model": {"name_or_path": base}}))
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+def test_base_is_the_type_of_the_model_that_is_trained_on(saved: torch.dtype, tmp_path: Path) -> None:
+    tiny_model().to(saved).save_pretrained(tmp_path / "base")
+    assert export_dtype(run(tmp_path, "base", str(tmp_path / "base"))) == saved
+    assert export_dtype(run(tmp_path, "bf16", str(tmp_path / "base"))) == torch.bfloat16
+    assert export_dtype(run(tmp_path, "fp32", str(tmp_path / "base"))) == torch.float32
+
+
+def test_base_without_a_type_is_exported_in_fp32(tmp_path: Path) -> None:
+    assert export_dtype(run(tmp_path, "base")) == torch.float32
+
+
+def test_type_that_weights_are_not_exported_in(tmp_path: Path) -> None:
+    config = run(tmp_path, "base")
+    assert config.model.config is not None
+    config.model.config["dtype"] = "float8_e4m3fn"
+    with pytest.raises(ConfigError) as caught:
+        export_dtype(config)
+    assert str(caught.value) == (
+        "export.dtype: found base, but the base model is in torch.float8_e4m3fn; allowed here: fp32, bf16"
+    )
+
+
+def test_type_of_exports_may_change_when_a_run_is_continued(tmp_path: Path) -> None:
+    assert config_differences(run(tmp_path, "fp32"), run(tmp_path, "bf16")) == []
