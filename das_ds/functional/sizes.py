@@ -144,11 +144,13 @@ def memory(
     | gradients    | w P, 16 bits: + 4 P    | w P + 4 P / R | (g + 4) P / R   | (g + 4) P / R       |
     | buckets      | w P, at most 5e8       | 2 w bucket    | 2 w bucket      | 2 w bucket          |
     | importance   | 6 P (parameter level)  | 6 P / R       | 6 P / R         | 6 P / R             |
+    | frozen       |                        |               |                 | 4 (A - P) / R       |
 
     In a step gradients exist once as they were summed and once as the optimizer takes them. Importance is there twice,
     what protects and what is new, with its float32 sums; a mask of its own adds 1 P. Offload puts weights, or fp32
-    weights, moments, gradients of the shard and importance, into host memory. Rank 0 collects the whole model, 4 A, to
-    export it. Libraries and what an allocator cannot give back come on top.
+    weights, moments, gradients of the shard and importance, into host memory. Frozen weights of before they were
+    rounded to 16 bits are always there; at other stages than 3 rank 0 has them, as part of what it collects to export
+    the whole model, 4 A. Libraries and what an allocator cannot give back come on top.
 
     Args:
         size: of the network.
@@ -175,6 +177,8 @@ def memory(
         "buckets": w * min(STAGE_0_BUCKET, size.trained) if is_whole else 2 * w * min(sharding.bucket, size.trained),
     }
     host: dict[str, int] = {"copy of a checkpoint": copied_bytes // shards}
+    if sharding.stage == 3 and w != FP32 and size.has_adapters:
+        host["frozen weights"] = FP32 * (size.total - size.trained) // weight_shards
     host |= optimizer if sharding.offloads_optimizer else {}
     host |= weights if sharding.offloads_weights else {}
     device = {name: part for name, part in {**weights, **passing, **optimizer}.items() if name not in host}

@@ -7,6 +7,7 @@ from pathlib import Path
 from das_ds.config import ModelConfig, RunConfig
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Passes
+from das_ds.errors import ModelError
 from das_ds.evaluation.perplexity import held_out_loss
 from das_ds.functional.vocabulary import num_tokens
 from das_ds.models.language_model import LanguageModel
@@ -40,6 +41,7 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
     ranks.on_main(lambda: check_files(source))
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
+    ranks.on_main(lambda: _check_same_tokens(text.base_tokenizer.get_vocab(), folder))
     model, adapter = load_model(source, seed=config.seed, vocab_size=num_tokens(text.base_tokenizer.get_vocab()))
     if text.vocabulary is not None:
         reserve_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), text.vocabulary.total)
@@ -49,3 +51,18 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
         text,
         Passes(show=ranks.info.is_main),
     )
+
+
+def _check_same_tokens(vocabulary: dict[str, int], folder: Path) -> None:
+    """Raises ModelError where a model's own tokeniser gives the config's tokens other ids, or lacks them."""
+    try:
+        own = open_tokenizer(str(folder)).get_vocab()
+    except ModelError:
+        # A model may come without a tokeniser; the config's is then all there is.
+        return
+    other = next((token for token, number in vocabulary.items() if own.get(token) != number), None)
+    if other is not None:
+        raise ModelError(
+            f"{folder}: the model's tokeniser gives other ids than that of the config (data.tokenizer or "
+            f"model.name_or_path): found {own.get(other)} for {other!r}, expected {vocabulary[other]}"
+        )

@@ -92,10 +92,12 @@ def test_run_with_a_tokeniser_whose_ids_have_holes(tmp_path: Path) -> None:
     assert len(exported_weights(tmp_path / "run", "01_papers")[EMBEDDING]) == 45 + len(set(WORDS))
 
 
-@pytest.mark.parametrize(("chosen", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_exports_say_what_type_they_hold(chosen: str, expected: torch.dtype, tmp_path: Path) -> None:
-    changes = {"method": {"name": "ncl"}, "train": {"precision": "bf16"}, "export": {"dtype": chosen}}
-    run_ranks(run_all, 1, [small_run(tmp_path, **changes)])
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, torch.float32), ({"export": {"dtype": "bf16"}}, torch.bfloat16)]
+)
+def test_exports_say_what_type_they_hold(changes: dict[str, Any], expected: torch.dtype, tmp_path: Path) -> None:
+    values = small_run(tmp_path, method={"name": "ncl"}, train={"precision": "bf16"}, **changes)
+    run_ranks(run_all, 1, [values])
     folder = tmp_path / "run" / "domains" / "01_papers" / "model"
     assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {expected}
     model = AutoModelForMaskedLM.from_pretrained(folder)

@@ -136,3 +136,12 @@ def test_recomputed_layers_keep_their_inputs_only() -> None:
         return activation_bytes(size, num_rows=3, num_tokens=5, weight_bytes=2, is_eager=False, is_recomputed=True)
 
     assert needed(8) - needed(7) == 3 * 5 * 2 * SIZE.hidden
+
+
+def test_frozen_weights_that_lose_bits_are_kept_in_shards() -> None:
+    def kept(**changes: int) -> int:
+        found = memory(replace(SIZE, trained=100), replace(SHARDING, **changes), granularity=None, copied_bytes=0)
+        return found.host.get("frozen weights", 0)
+
+    assert kept(stage=3) == 4 * 900 // 4
+    assert kept(stage=3, weight_bytes=4) == kept(stage=2) == 0

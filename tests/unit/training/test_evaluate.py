@@ -1,0 +1,32 @@
+"""What `evaluate` refuses to compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from das_ds.errors import ModelError
+from das_ds.training.evaluate import _check_same_tokens
+from helpers.tiny_models import tiny_model
+from helpers.tiny_tokenizer import word_tokenizer
+
+
+def test_model_with_the_ids_of_another_tokeniser_is_refused(tmp_path: Path) -> None:
+    word_tokenizer(["soup", "bread"]).save_pretrained(tmp_path)
+    _check_same_tokens(word_tokenizer(["soup", "bread"]).get_vocab(), tmp_path)
+    # As after a run that added tokens.
+    _check_same_tokens(word_tokenizer(["soup"]).get_vocab(), tmp_path)
+    with pytest.raises(ModelError) as caught:
+        _check_same_tokens(word_tokenizer(["bread", "soup"]).get_vocab(), tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: the model's tokeniser gives other ids than that of the config (data.tokenizer or "
+        "model.name_or_path): found 6 for 'bread', expected 5"
+    )
+    with pytest.raises(ModelError, match="found None for 'menu', expected 7"):
+        _check_same_tokens(word_tokenizer(["soup", "bread", "menu"]).get_vocab(), tmp_path)
+
+
+def test_model_without_a_tokeniser_is_read_with_that_of_the_config(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    _check_same_tokens(word_tokenizer(["soup"]).get_vocab(), tmp_path)
