@@ -60,8 +60,9 @@ def _check_same_tokens(vocabulary: dict[str, int], folder: Path) -> None:
     except ModelError:
         # A model may come without a tokeniser; the config's is then all there is.
         return
-    other = next((token for token, number in vocabulary.items() if own.get(token) != number), None)
-    if other is not None:
+    others = [token for token, number in vocabulary.items() if own.get(token) != number]
+    if others:
+        other = min(others, key=lambda token: vocabulary[token])
         raise ModelError(
             f"{folder}: the model's tokeniser gives other ids than that of the config (data.tokenizer or "
             f"model.name_or_path): found {own.get(other)} for {other!r}, expected {vocabulary[other]}"
