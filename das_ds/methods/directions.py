@@ -61,7 +61,7 @@ class DirectionMasked(Method):
     def after_domain(self, domain: DomainContext) -> None:
         """Add what the domain's text brings into every layer."""
         batches = domain.sample_batches(f"inputs of {domain.name}")
-        latest = {name: moment.cpu() for name, moment in relative_moments(self.run, batches).items()}
+        latest = relative_moments(self.run, batches)
         # New tensors: a checkpoint that is being written may still read the old ones.
         self._moments = {name: moment + self._moments.get(name, 0.0) for name, moment in latest.items()}
         if self.run.engine.ranks.info.is_main:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from das_ds.durable import CHECKSUM, replaced_file
 from das_ds.errors import ImportanceError, RunFolderError
+from das_ds.functional.directions import moment_fault
 from das_ds.functional.units import Importance, UnitLayout
 from das_ds.user_files import require_file
 
@@ -103,11 +104,16 @@ def load_directions(path: Path, widths: dict[str, int], layout: UnitLayout) -> d
         layout: of the network.
 
     Raises:
-        ImportanceError: missing or damaged file, another format, granularity, model type, or other layers.
+        ImportanceError: missing or damaged file, another format, granularity, model type, or other layers; a matrix
+            that is no second moment.
     """
     expected: Shapes = {name: (width, width) for name, width in widths.items()}
     with _opened(path, layout, DIRECTION, expected) as file:
-        return {name: file.get_tensor(name) for name in expected}
+        moments: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in expected}
+    for name, moment in moments.items():
+        if fault := moment_fault(moment):
+            raise ImportanceError(f"{path}: {name}: found {fault}, expected a second moment (symmetric, not negative)")
+    return moments
 
 
 @contextmanager

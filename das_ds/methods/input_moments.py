@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from das_ds.data.batches import Batch
-from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.collectives import all_reduce_sum, rank
 from das_ds.distributed.passes import Pass
-from das_ds.errors import ModelError
+from das_ds.errors import ModelError, TrainingError
 from das_ds.functional.directions import relative_moment
 from das_ds.methods.context import RunContext
 from das_ds.methods.importance_pass import PRETRAINING
@@ -54,14 +54,18 @@ def relative_moments(run: RunContext, batches: Pass[Batch]) -> dict[str, torch.T
     """M = A / (tr(A) / d), A = E[x x^T], of the inputs x of every trained linear layer.
 
     The expectation is over all positions of the sample that reach the layer, on all ranks, without dropout, of the text
-    as training corrupts it; the LM head sees predicted positions alone.
+    as training corrupts it; the LM head sees predicted positions alone. A table that a layer reads in every forward
+    pass, such as that of relative positions, counts once, however many passes the sample takes.
 
     Args:
         run: the engine and its network.
         batches: this rank's batches; every rank has the same number of them.
 
     Returns:
-        Name of the weight -> (d, d) float32, equal on every rank.
+        Name of the weight -> (d, d) float32 in host memory, equal on every rank.
+
+    Raises:
+        TrainingError: an input that is not finite, on any rank.
     """
     layers, sums, device = linear_layers(run), batches.sums, run.engine.ranks.info.device
     for name, layer in layers.items():
@@ -71,9 +75,11 @@ def relative_moments(run: RunContext, batches: Pass[Batch]) -> dict[str, torch.T
     with PRETRAINING.mode(run), torch.no_grad():
         for batch in batches:
             batch = batch.to(device)
-            with _listening(layers, partial(_add, sums, batch)):
+            inputs = _Inputs(sums, batch, with_tables=batches.done == 0 and rank() == 0)
+            with _listening(layers, inputs.add):
                 run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
-    return {name: _relative(sums[name], sums[COUNT + name]) for name in layers}
+    # One at a time: on the device there is room for the sums, not for as much again.
+    return {name: _relative(name, sums[name], sums[COUNT + name]).cpu() for name in layers}
 
 
 @contextmanager
@@ -89,18 +95,47 @@ def _listening(layers: dict[str, nn.Linear], receive: Callable[[str, torch.Tenso
             handle.remove()
 
 
-def _add(sums: dict[str, torch.Tensor], batch: Batch, name: str, inputs: torch.Tensor) -> None:
-    """Add inputs (R, S, d), (R * S, d) or (P, d); rows that only fill the batch do not count, and predict nothing."""
-    flat, (num_rows, num_positions) = inputs.detach().flatten(0, -2).float(), batch.input_ids.shape
-    count: torch.Tensor | int = len(flat)
-    if len(flat) == num_rows * num_positions:
-        weights = batch.row_weights.repeat_interleave(num_positions)
-        flat, count = flat * weights[:, None], weights.sum()
-    sums[name] += flat.T @ flat
-    sums[COUNT + name] += count
+class _Inputs:
+    """Adds what layers are given in one forward pass to the sums of all.
+
+    Args:
+        sums: see `relative_moments`.
+        batch: of this forward pass.
+        with_tables: whether what is no row per token counts here; it is the same in every forward pass.
+    """
+
+    def __init__(self, sums: dict[str, torch.Tensor], batch: Batch, *, with_tables: bool) -> None:
+        self._sums, self._batch, self._with_tables = sums, batch, with_tables
+        self._called: set[str] = set()
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Add inputs (R, S, d) or (R * S, d) of tokens, (P, d) of predicted positions, or a table (1, rows, d).
+
+        Rows that only fill the batch do not count; they predict nothing.
+        """
+        shape, (num_rows, num_positions) = inputs.shape[:-1], self._batch.input_ids.shape
+        # A table may happen to have as many rows as the batch has positions, but it comes second.
+        is_first = name not in self._called
+        self._called.add(name)
+        is_of_tokens = is_first and shape in ((num_rows, num_positions), (num_rows * num_positions,))
+        is_table = inputs.dim() == 3 and not is_of_tokens
+        if is_table and not self._with_tables:
+            return
+        flat = inputs.detach().flatten(0, -2).float()
+        count: torch.Tensor | int = len(flat)
+        if is_of_tokens:
+            weights = self._batch.row_weights.repeat_interleave(num_positions)
+            flat, count = flat * weights[:, None], weights.sum()
+        self._sums[name] += flat.T @ flat
+        self._sums[COUNT + name] += count
 
 
-def _relative(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def _relative(name: str, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     # Clones: a pass that is done again still needs what this rank had.
     total, count = all_reduce_sum(total.clone()), all_reduce_sum(count.clone())
+    if not total.isfinite().all():
+        raise TrainingError(
+            f"importance: found an input of {name} that is not finite, expected finite numbers; the model diverged, "
+            "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
+        )
     return relative_moment(total / count.clamp_min(1).float())

@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from das_ds.config import RunConfig
+from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import rank
 from das_ds.distributed.launch import Ranks
+from das_ds.distributed.passes import Pass
 from das_ds.distributed.row_masks import RowMasks
 from das_ds.distributed.zero import Shard
+from das_ds.methods.input_moments import relative_moments
+from helpers.architectures import config_of, steps_of
 from helpers.parity import OFFLOAD, configs_of, relative_difference
 from helpers.run_ranks import run_ranks
+from helpers.tiny_models import without_dropout
+from helpers.training import build, rank_part
 from helpers.two_domains import Expected, learn_all, learn_plainly, make_domains
 
 pytestmark = pytest.mark.multirank
@@ -86,3 +93,20 @@ def test_two_domains_equal_plain_torch(
             for first, second in (rounded.weights, expected().weights)
         )
         assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.97
+
+
+def moments_of(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
+    """Of this rank's rows of one batch of DeBERTa."""
+    ranks = Ranks()
+    run = build(config, ranks, **without_dropout("deberta-v2"))
+    found = relative_moments(run, Pass([rank_part(batch, ranks.info.rank, ranks.info.world_size)]))
+    run.engine.close()
+    return found
+
+
+def test_tables_that_every_rank_reads_count_once(tmp_path: Path) -> None:
+    batch = steps_of("deberta-v2")[0][0]
+    alone = run_ranks(moments_of, 1, config_of(tmp_path, "deberta-v2", 1, 2), batch)[0]
+    for found in run_ranks(moments_of, 2, config_of(tmp_path, "deberta-v2", 2, 2), batch):
+        for name, moment in found.items():
+            torch.testing.assert_close(moment, alone[name], rtol=1e-4, atol=1e-5)

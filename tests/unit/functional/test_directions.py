@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.directions import direction_mask, relative_moment
+from das_ds.functional.directions import direction_mask, moment_fault, relative_moment
 
 
 def moment(*, rank: int, width: int = 6) -> torch.Tensor:
@@ -43,3 +43,44 @@ def test_what_never_came_in_learns_freely_and_the_rest_hardly() -> None:
 
 def test_nothing_is_masked_where_nothing_is_known() -> None:
     torch.testing.assert_close(direction_mask(torch.zeros(4, 4), 0.5), torch.eye(4))
+
+
+@pytest.mark.parametrize("saturation", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_no_direction_learns_more_than_freely_at_any_saturation(saturation: float, rank: int) -> None:
+    """Moments summed in float32 have eigenvalues below 0, which a small saturation blows up."""
+    relative = relative_moment(moment(rank=rank, width=64))
+    shares, vectors = torch.linalg.eigh(relative.double())
+    assert shares[0] < -1e-8
+    mask = direction_mask(relative, saturation).double()
+    factors = torch.linalg.eigvalsh(mask)
+    assert factors[-1] <= 1.0 + 1e-5 and factors[0] >= -1e-6
+    torch.testing.assert_close(mask, mask.T, rtol=0, atol=0)
+    old = vectors[:, -rank:]
+    expected = saturation / (saturation + shares[-rank:])
+    torch.testing.assert_close((old * (mask @ old)).sum(dim=0), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_not_taken_for_none(value: float) -> None:
+    broken = moment(rank=6)
+    broken[2, :] = broken[:, 2] = value
+    assert not relative_moment(broken).isfinite().all()
+
+
+def test_what_is_no_second_moment_is_told_apart() -> None:
+    sound = relative_moment(moment(rank=6))
+    assert moment_fault(sound) is None and moment_fault(torch.zeros(6, 6)) is None
+    assert moment_fault(relative_moment(moment(rank=2, width=64))) is None
+    faults = {
+        "not finite": (2, 3, float("nan")),
+        "negative": (2, 2, -1.0),
+        "not symmetric": (2, 3, float(sound[2, 3]) + 1.0),
+    }
+    for words, (row, column, value) in faults.items():
+        broken = sound.clone()
+        broken[row, column] = value
+        assert words in str(moment_fault(broken))
+    broken = sound.clone()
+    broken[2, 3] = broken[3, 2] = 100.0
+    assert "larger than those on the diagonal allow" in str(moment_fault(broken))

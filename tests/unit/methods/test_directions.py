@@ -12,24 +12,27 @@ import torch
 from das_ds.config import MethodConfig
 from das_ds.distributed.launch import RankInfo
 from das_ds.distributed.passes import Pass
-from das_ds.errors import ImportanceError, ModelError
+from das_ds.errors import ImportanceError, ModelError, TrainingError
 from das_ds.methods import METHODS, build_method
 from das_ds.methods.directions import DirectionMasked
 from das_ds.methods.importance_file import DIRECTIONS_FILE, load_directions, save_directions
 from das_ds.methods.input_moments import linear_layers, relative_moments
 from das_ds.methods.merge import Merging
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.registry import adapter_for
-from helpers.tiny_models import NO_DROPOUT, tiny_model
-from helpers.training import random_batch, run_config
+from das_ds.models.registry import ADAPTERS, adapter_for
+from helpers.architectures import causal_batch
+from helpers.tiny_models import tiny_model, without_dropout
+from helpers.training import LENGTH, random_batch, rank_part, run_config
 
 IMPORTANCE = {"granularity": "direction", "normalisation": "saturating", "saturation": 2.0}
+WITHOUT_LINEAR_LAYERS = ("gpt2", "mixtral", "qwen3_moe")
 METHOD: dict[str, Any] = {"name": "das", "importance": IMPORTANCE, "contrast": {"weight": 0.0}}
 
 
-def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta") -> Any:
-    """As much of a run as directions need before training, without an engine."""
-    model, adapter = tiny_model(model_type, **NO_DROPOUT), adapter_for(model_type)
+def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
+    """As much of a run as directions need before training, without an engine; `changes` are keys of the model's."""
+    model = tiny_model(model_type, **without_dropout(model_type), **changes)
+    adapter = adapter_for(model_type)
     network = LanguageModel(model, adapter)
     engine = SimpleNamespace(
         parameters=dict(model.named_parameters()),
@@ -58,10 +61,70 @@ def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
     assert any(not torch.allclose(filled[n], m, rtol=1e-3) for n, m in relative_moments(run, Pass([whole])).items())
 
 
+@pytest.mark.parametrize("model_type", [name for name in ADAPTERS if name not in WITHOUT_LINEAR_LAYERS])
+def test_the_same_sample_in_other_batches_has_the_same_moments(model_type: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, model_type=model_type)
+    batch = (causal_batch if adapter_for(model_type).objective == "clm" else random_batch)(8, 1)
+    expected = relative_moments(run, Pass([batch]))
+    for num_batches in (2, 8):
+        found = relative_moments(run, Pass([rank_part(batch, number, num_batches) for number in range(num_batches)]))
+        for name, moment in found.items():
+            torch.testing.assert_close(moment, expected[name], rtol=1e-4, atol=1e-5, msg=f"{num_batches}: {name}")
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_a_table_of_relative_positions_counts_once(num_rows: int, tmp_path: Path) -> None:
+    """Also where it has as many rows as the batch has positions; by hand, from what the layers are given."""
+    run = run_of(tmp_path, model_type="deberta-v2", position_buckets=LENGTH // 2)
+    model, batch = run.network.model, random_batch(num_rows, 1)
+    table = model.base_model.encoder.get_rel_embedding()
+    assert len(table) == LENGTH
+    states = model.base_model(batch.corrupted_ids, output_hidden_states=True).hidden_states
+    found = relative_moments(run, Pass([rank_part(batch, row, num_rows) for row in range(num_rows)]))
+    for layer, hidden in enumerate(states[:-1]):
+        inputs = torch.cat((hidden.flatten(0, 1), table)).detach().double()
+        moment = inputs.T @ inputs
+        expected = (moment / moment.diagonal().mean()).float()
+        for kind in ("query", "key"):
+            name = f"deberta.encoder.layer.{layer}.attention.self.{kind}_proj.weight"
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_end_the_run(value: float, tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.network.model.roberta.encoder.layer[0].output.LayerNorm.bias.data[3] = value
+    message = (
+        r"importance: found an input of roberta\.\S+ that is not finite, expected finite numbers; the model diverged"
+    )
+    with pytest.raises(TrainingError, match=message):
+        relative_moments(run, Pass([random_batch(2, 1)]))
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"), [(float("nan"), "not finite"), (-1.0, "negative"), (float("inf"), "not finite")]
+)
+def test_a_file_that_holds_no_second_moments_is_refused(value: float, fault: str, tmp_path: Path) -> None:
+    run, path = run_of(tmp_path), tmp_path / DIRECTIONS_FILE
+    widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
+    moments = {name: torch.eye(width) for name, width in widths.items()}
+    name = "roberta.encoder.layer.1.output.dense.weight"
+    moments[name][3, 3] = value
+    save_directions(path, moments, run.layout)
+    with pytest.raises(ImportanceError, match=rf"{path}: {name}: found .*{fault}.*, expected a second moment"):
+        load_directions(path, widths, run.layout)
+    moments[name] = torch.eye(widths[name])
+    moments[name][3, 4] = 0.5
+    save_directions(path, moments, run.layout)
+    with pytest.raises(ImportanceError, match=r"found a matrix that is not symmetric, expected"):
+        load_directions(path, widths, run.layout)
+
+
 def test_files_come_back_and_others_are_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
-    moments = {name: torch.rand(width, width) for name, width in widths.items()}
+    inputs = {name: torch.randn(width, width) for name, width in widths.items()}
+    moments = {name: values.T @ values for name, values in inputs.items()}
     path = tmp_path / DIRECTIONS_FILE
     save_directions(path, moments, run.layout)
     for name, moment in load_directions(path, widths, run.layout).items():
