@@ -20,12 +20,12 @@ def num_tokens(vocabulary: Mapping[str, int]) -> int:
 
 
 def tokens_in_holes(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
-    """New tokens whose id is below `num_tokens(before)`.
+    """New tokens whose id is below `num_tokens(before)`, by id.
 
     Tokenisers number new tokens from their count, which is an old token's id where ids have holes.
     """
     known = num_tokens(before)
-    return [token for token, number in after.items() if token not in before and number < known]
+    return sorted((token for token in after if token not in before and after[token] < known), key=after.__getitem__)
 
 
 def with_mean_rows(weight: torch.Tensor, known: int, total: int) -> torch.Tensor:
