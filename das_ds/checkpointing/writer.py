@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class BackgroundWriter:
     """Writes one file at a time on a thread of its own.
 
     Values that training changes are copied first, beside the forward and backward passes that only read them; whoever
-    is about to change them calls `wait_for_copy`. The copies lie in the same memory each time: one file's size.
+    is about to change them calls `wait_for_copy`. The copies lie in the same memory each time: one file's size. Beside
+    a GPU it is page-locked, so that the GPU copies by itself; taking it lasts seconds, and is the thread's work too.
 
     Args:
         device: where the values are.
@@ -36,8 +38,9 @@ class BackgroundWriter:
 
     def __init__(self, device: torch.device, *, asynchronous: bool, beside: Sequence[Path] = ()) -> None:
         self._device, self._asynchronous, self._beside = device, asynchronous, beside
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._copied: threading.Event | torch.cuda.Event | None = None
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+        self._is_copied: threading.Event | None = None
+        self._copied_on_gpu: torch.cuda.Event | None = None
         self._thread: threading.Thread | None = None
         self._record: FileRecord | None = None
         self.failure: CheckpointError | None = None
@@ -61,7 +64,7 @@ class BackgroundWriter:
         assert not self.is_busy, "one file at a time"
         self.failure = self._record = None
         if self._asynchronous:
-            copy = self._copy_on_gpu(live) if self._device.type == "cuda" else self._copy_on_host(live)
+            copy = self._copy_of(dict(live))
             self._thread = threading.Thread(
                 target=self._write, args=(path, copy, fixed), name="checkpoint", daemon=True
             )
@@ -71,11 +74,12 @@ class BackgroundWriter:
 
     def wait_for_copy(self) -> None:
         """Return when the values may change."""
-        if isinstance(self._copied, threading.Event):
-            self._copied.wait()
-        elif self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
-        self._copied = None
+        if self._is_copied is not None:
+            self._is_copied.wait()
+            self._is_copied = None
+        if self._copied_on_gpu is not None:
+            torch.cuda.current_stream().wait_event(self._copied_on_gpu)
+            self._copied_on_gpu = None
 
     def finish(self) -> FileRecord:
         """Wait for the file.
@@ -91,41 +95,67 @@ class BackgroundWriter:
         assert self._record is not None, "a file was started"
         return self._record
 
-    def _buffer(self, key: str, like: torch.Tensor) -> torch.Tensor:
-        found = self._buffers.get(key)
-        if found is None or found.shape != like.shape or found.dtype != like.dtype:
-            pinned = self._device.type == "cuda"
-            found = self._buffers[key] = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
-        return found
-
-    def _copy_on_host(self, live: dict[str, torch.Tensor]) -> Copy:
-        copied = self._copied = threading.Event()
+    def _copy_of(self, live: dict[str, torch.Tensor]) -> Copy:
+        """The copy as the thread makes it, of the values as they are now."""
+        is_copied = self._is_copied = threading.Event()
+        on_gpu = self._device.type == "cuda"
+        # Recorded here, where the values' last changes were asked for; waited for on the thread's own stream.
+        computed = torch.cuda.current_stream(self._device).record_event() if on_gpu else None
 
         def copy() -> dict[str, torch.Tensor]:
+            copied = None
             try:
-                return {key: self._buffer(key, value).copy_(value) for key, value in live.items()}
+                if computed is None:
+                    stored = self._stored(live)
+                else:
+                    stored, copied = self._stored_beside_the_gpu(live, computed)
+                    self._copied_on_gpu = copied
             finally:
-                copied.set()
+                live.clear()
+                is_copied.set()
+            if copied is not None:
+                copied.synchronize()
+            return stored
 
         return copy
 
-    def _copy_on_gpu(self, live: dict[str, torch.Tensor]) -> Copy:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            stored = {key: self._buffer(key, value).copy_(value, non_blocking=True) for key, value in live.items()}
-            self._copied = copied = torch.cuda.Event()
-            copied.record()
+    def _stored_beside_the_gpu(
+        self, live: dict[str, torch.Tensor], computed: torch.cuda.Event
+    ) -> tuple[dict[str, torch.Tensor], torch.cuda.Event]:
+        """(the copies, when they are complete); offloaded values are copied when this returns."""
+        stream = torch.cuda.Stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            stream.wait_event(computed)
+            stored = self._stored(live)
+            copied = stream.record_event()
         for value in live.values():
             if value.is_cuda:
                 # What was made for this checkpoint alone must not give its memory to others before it is copied.
                 value.record_stream(stream)
+        return stored, copied
 
-        def copy() -> dict[str, torch.Tensor]:
-            copied.synchronize()
-            return stored
+    def _stored(self, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        places = self._places(live)
+        for key, value in live.items():
+            places[key].copy_(value, non_blocking=True)
+        return places
 
-        return copy
+    def _places(self, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Where the copies lie: one after the other in one stretch of memory per dtype."""
+        sizes: Counter[torch.dtype] = Counter()
+        for value in live.values():
+            sizes[value.dtype] += value.numel()
+        for dtype, size in sizes.items():
+            if dtype not in self._buffers or self._buffers[dtype].numel() < size:
+                # Before a larger one is made: there may be no room for both.
+                self._buffers.pop(dtype, None)
+                self._buffers[dtype] = torch.empty(size, dtype=dtype, pin_memory=self._device.type == "cuda")
+        places, filled = {}, Counter[torch.dtype]()
+        for key, value in live.items():
+            first = filled[value.dtype]
+            places[key] = self._buffers[value.dtype][first : first + value.numel()].view(value.shape)
+            filled[value.dtype] += value.numel()
+        return places
 
     def _write(self, path: Path, copy: Copy, fixed: dict[str, torch.Tensor]) -> None:
         began = time.perf_counter()

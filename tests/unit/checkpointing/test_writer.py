@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,93 @@ def test_an_unexpected_error_beside_training_is_logged_and_raised_by_finish(
     with pytest.raises(CheckpointError, match="no such thing"):
         writer.finish()
     assert "unexpected error" in caplog.text and "Traceback" in caplog.text
+
+
+def test_memory_of_the_copies_is_taken_by_the_thread_once_per_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[torch.dtype, int, str]] = []
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        taken.append((dtype, size, threading.current_thread().name))
+        return real_empty(size, dtype=dtype, pin_memory=pin_memory)
+
+    real_empty = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+    writer = BackgroundWriter(CPU, asynchronous=True)
+    generator = torch.Generator().manual_seed(0)
+    live = {
+        "matrix": torch.randn(5, 3, generator=generator),
+        "transposed": torch.randn(4, 2, generator=generator).T,
+        "none": torch.zeros(0),
+        "number": torch.tensor(3.0),
+        "halves": torch.randn(7, generator=generator).bfloat16(),
+    }
+    for number in range(2):
+        path = tmp_path / f"{number}.safetensors"
+        writer.start(path, live, {})
+        writer.wait_for_copy()
+        writer.finish()
+        found = load_file(path)
+        assert found.keys() == live.keys() and all(found[key].equal(value) for key, value in live.items())
+    assert taken == [(torch.float32, 24, "checkpoint"), (torch.bfloat16, 7, "checkpoint")]
+
+
+def test_wait_for_copy_returns_when_the_copy_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("no memory can be locked")
+
+    monkeypatch.setattr(torch, "empty", no_room)
+    writer = BackgroundWriter(CPU, asynchronous=True)
+    writer.start(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    writer.wait_for_copy()
+    with pytest.raises(CheckpointError, match="no memory can be locked"):
+        writer.finish()
+
+
+class RecordedStream:
+    """A stream without a GPU: what was asked of it, in order."""
+
+    def __init__(self, asked: list[str], name: str) -> None:
+        self.asked, self.name = asked, name
+
+    def record_event(self) -> RecordedStream:
+        self.asked.append(f"{self.name} records")
+        return self
+
+    def wait_event(self, event: RecordedStream) -> None:
+        self.asked.append(f"{self.name} waits for {event.name}")
+
+    def synchronize(self) -> None:
+        self.asked.append(f"host waits for {self.name}")
+
+
+def test_offloaded_values_beside_a_gpu_are_copied_by_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    gate = threading.Event()
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory and threading.current_thread() is not threading.main_thread()
+        assert gate.wait(60)
+        return real_empty(size, dtype=dtype)
+
+    real_empty = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: RecordedStream(asked, "training"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: RecordedStream(asked, "copy"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    writer = BackgroundWriter(torch.device("cuda", 0), asynchronous=True)
+    live = {"weights": torch.randn(100)}
+    expected = live["weights"].clone()
+    # Comes back though there is no memory for the copy yet.
+    writer.start(tmp_path / "a.safetensors", live, {})
+    gate.set()
+    writer.wait_for_copy()
+    live["weights"].zero_()
+    writer.finish()
+    assert load_file(tmp_path / "a.safetensors")["weights"].equal(expected)
+    assert asked[:3] == ["training records", "copy waits for training", "copy records"]
+    assert set(asked[3:]) == {"training waits for copy", "host waits for copy"}
