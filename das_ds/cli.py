@@ -8,6 +8,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -15,6 +16,9 @@ from das_ds.config import RunConfig
 from das_ds.config_io import describe_config, load_config, read_mapping, resolved_dict
 from das_ds.deepspeed_config import build_deepspeed_config
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
+
+if TYPE_CHECKING:
+    from das_ds.distributed.launch import Ranks
 
 LEAST_START_TIMEOUT = timedelta(minutes=2)
 """Ranks import the same libraries, but not at the same speed."""
@@ -48,15 +52,21 @@ def _speaks() -> bool:
     return world_size.isdecimal() and int(rank) >= int(world_size)
 
 
-def _train(config: RunConfig, _: argparse.Namespace) -> None:
-    # Importing the engine takes seconds, which --help and check-config must not cost.
-    from das_ds.distributed.launch import Ranks, leave
-    from das_ds.distributed.watchdog import EXIT_HANG, PeerLostError
-    from das_ds.training.run import run_sequence
+def _start_ranks(config: RunConfig) -> Ranks:
+    from das_ds.distributed.launch import Ranks
 
     hang_timeout = timedelta(seconds=config.run.hang_timeout)
     # Collectives wait far longer: the watchdog, which can name the rank that is stuck, is to end the run first.
-    ranks = Ranks(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
+    return Ranks(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
+
+
+def _train(config: RunConfig, _: argparse.Namespace) -> None:
+    # Importing the engine takes seconds, which --help and check-config must not cost.
+    from das_ds.distributed.launch import leave
+    from das_ds.distributed.watchdog import EXIT_HANG, PeerLostError
+    from das_ds.training.run import run_sequence
+
+    ranks = _start_ranks(config)
     try:
         results = run_sequence(config, ranks)
     except PeerLostError as error:
@@ -72,10 +82,9 @@ def _train(config: RunConfig, _: argparse.Namespace) -> None:
 
 
 def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
-    from das_ds.distributed.launch import Ranks
     from das_ds.training.evaluate import evaluate_model
 
-    ranks = Ranks()
+    ranks = _start_ranks(config)
     losses = evaluate_model(config, ranks, options.model)
     ranks.close()
     if ranks.info.is_main:
@@ -86,7 +95,6 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from das_ds.data.end_tasks import choose_tasks
-    from das_ds.distributed.launch import Ranks
     from das_ds.evaluation.end_task_scores import summary_of
     from das_ds.training.finetune import finetune_model, scores_path
 
@@ -94,7 +102,7 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     # The head of a classifier is new by nature; transformers would report it for every job.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    ranks = Ranks()
+    ranks = _start_ranks(config)
     scores = finetune_model(config, ranks, options.model, tasks, path)
     ranks.close()
     if ranks.info.is_main:

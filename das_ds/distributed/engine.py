@@ -92,6 +92,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module.to(ranks.info.device), optimizer=self._optimizer, config=deepspeed_config
         )
+        ranks.limit_collectives()
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self._loss_scale = LossScale(self._engine)
         self._is_measuring = False

@@ -77,8 +77,20 @@ class Ranks:
         # Ranks that start together meet soon; only what they wait for later may take any time.
         self._patient_group = dist.new_group(backend="gloo", **options)
         dist.distributed_c10d._set_pg_timeout(PREPARATION_TIMEOUT, self._patient_group)
-        if collective_timeout is not None:
-            dist.distributed_c10d._set_pg_timeout(collective_timeout)
+        self._collective_timeout = timeout if collective_timeout is None else collective_timeout
+        self.limit_collectives()
+
+    def limit_collectives(self) -> None:
+        """Give every process group but the patient ones this run's time for a collective.
+
+        To be called again when a library has made groups: torch gives each of them its backend's own time, which is
+        shorter or longer, and DeepSpeed reduces and gathers in nothing but its own groups.
+        """
+        if self._collective_timeout is None:
+            return
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if timeout_of(group) != PREPARATION_TIMEOUT:
+                dist.distributed_c10d._set_pg_timeout(self._collective_timeout, group)
 
     def first_main_then_others(self, prepare: Callable[[], T]) -> T:
         """Run `prepare` on rank 0, then on the first rank of each node, then everywhere; all wait for each other.
@@ -149,6 +161,12 @@ class Ranks:
     def close(self) -> None:
         """End the process group."""
         dist.destroy_process_group()
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long a collective of this group may take."""
+    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return timeout
 
 
 def seed_everything(seed: int) -> None:

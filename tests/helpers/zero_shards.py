@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from das_ds.config import RunConfig
 from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
+from das_ds.distributed.agreement import Agreement
+from das_ds.distributed.launch import Ranks, timeout_of
 from das_ds.errors import DataError
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part
@@ -100,3 +101,13 @@ def identity(value: int) -> int:
     ranks = Ranks()
     assert ranks.info.local_rank == int(os.environ["LOCAL_RANK"])
     return value + ranks.info.rank
+
+
+def timeouts(config: RunConfig, timeout: timedelta, collective_timeout: timedelta) -> list[timedelta]:
+    """Of every process group of a rank whose engine is built."""
+    ranks = Ranks(timeout, collective_timeout)
+    Agreement(ranks)
+    engine = build(config, ranks, **NO_DROPOUT).engine
+    found = [timeout_of(group) for group in dist.distributed_c10d._world.pg_map]
+    engine.close()
+    return found

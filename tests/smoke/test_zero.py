@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
+from das_ds.distributed.launch import PREPARATION_TIMEOUT
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.training import random_batch, run_config
-from helpers.zero_shards import fail_on_one, identity, prepare_in_turn, shards_and_restore
+from helpers.zero_shards import fail_on_one, identity, prepare_in_turn, shards_and_restore, timeouts
 
 pytestmark = pytest.mark.multirank
 
@@ -52,6 +54,17 @@ def test_others_wait_for_slow_preparation_without_a_time_out(tmp_path: Path) -> 
     results = run_ranks(prepare_in_turn, 2, tmp_path)
     assert [found for found, _ in results] == [1, 1]
     assert all(seconds >= 4 for _, seconds in results)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_every_group_that_is_not_patient_has_the_time_of_the_run(stage: int, tmp_path: Path) -> None:
+    config = run_config(tmp_path, deepspeed={"zero_optimization": {"stage": stage}})
+    for found in run_ranks(timeouts, 2, config, timedelta(seconds=777), timedelta(seconds=999)):
+        patient = [timeout for timeout in found if timeout == PREPARATION_TIMEOUT]
+        others = [timeout for timeout in found if timeout != PREPARATION_TIMEOUT]
+        # torch's and DeepSpeed's, at the least.
+        assert len(patient) == 2 and len(others) >= 2
+        assert set(others) == {timedelta(seconds=999)}
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])

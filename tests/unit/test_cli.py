@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 
 from das_ds.cli import main
+from das_ds.errors import ConfigError
 from helpers.commands import write_config
 from helpers.runs import small_run
 
@@ -59,3 +61,22 @@ def test_check_config_refuses_what_training_would(
     captured = capsys.readouterr()
     assert captured.err.startswith(f"das_ds: {expected}") and captured.err.count("\n") == 1
     assert not captured.out
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "finetune"])
+def test_every_command_with_ranks_takes_its_time_outs_from_the_config(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[timedelta, timedelta]] = []
+
+    def start(timeout: timedelta, collective_timeout: timedelta) -> None:
+        started.append((timeout, collective_timeout))
+        raise ConfigError("seen enough")
+
+    monkeypatch.setattr("das_ds.distributed.launch.Ranks", start)
+    task = dict.fromkeys(("name", "train", "dev", "test"), "task")
+    path = write_config(tmp_path, small_run(tmp_path, tasks=[task], run={"hang_timeout": 1000.0}))
+    model = [] if command == "train" else ["--model", str(tmp_path)]
+    output = ["--output", str(tmp_path / "scores.json")] if command == "finetune" else []
+    assert main([command, "--config", str(path), *model, *output]) == 2
+    assert started == [(timedelta(seconds=1000), timedelta(seconds=2120))]
