@@ -77,6 +77,7 @@ class Engine:
         check_precision(train.precision)
         if ranks.info.is_main and (slow := slow_here(train.precision)):
             logger.warning("train.precision: %s", slow)
+        torch.set_float32_matmul_precision(train.matmul_precision)
         self.parameters = parameters
         """Name -> parameter of everything that is trained."""
         self._names = {parameter: name for name, parameter in parameters.items()}

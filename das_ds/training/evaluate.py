@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from das_ds.config import ModelConfig, RunConfig
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Passes
@@ -39,6 +41,7 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     """
     config = with_recorded_revisions(config)
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     ranks.on_main(lambda: check_files(source))
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
     ranks.on_main(lambda: _check_same_tokens(text.base_tokenizer.get_vocab(), folder))

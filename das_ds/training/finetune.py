@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from das_ds.config import ModelConfig, RunConfig, TaskConfig
 from das_ds.data.end_tasks import EndTask, read_task
 from das_ds.distributed.launch import Ranks
@@ -48,6 +50,7 @@ def finetune_model(
         DasError: a task, model or file that cannot be used.
     """
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     ranks.on_main(lambda: _check(source, folder))
     tasks = ranks.first_main_then_others(lambda: [read_task(task) for task in chosen])
     if path.parent == config.output_dir / BASE_FOLDER:

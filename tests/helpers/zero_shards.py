@@ -111,3 +111,9 @@ def timeouts(config: RunConfig, timeout: timedelta, collective_timeout: timedelt
     found = [timeout_of(group) for group in dist.distributed_c10d._world.pg_map]
     engine.close()
     return found
+
+
+def matmul_precision(config: RunConfig) -> str:
+    """Of float32 matrix products once an engine is built."""
+    build(config, Ranks(), **NO_DROPOUT)
+    return torch.get_float32_matmul_precision()

@@ -12,7 +12,7 @@ from das_ds.distributed.launch import PREPARATION_TIMEOUT
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.training import random_batch, run_config
-from helpers.zero_shards import fail_on_one, identity, prepare_in_turn, shards_and_restore, timeouts
+from helpers.zero_shards import fail_on_one, identity, matmul_precision, prepare_in_turn, shards_and_restore, timeouts
 
 pytestmark = pytest.mark.multirank
 
@@ -65,6 +65,11 @@ def test_every_group_that_is_not_patient_has_the_time_of_the_run(stage: int, tmp
         # torch's and DeepSpeed's, at the least.
         assert len(patient) == 2 and len(others) >= 2
         assert set(others) == {timedelta(seconds=999)}
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_matmul_precision_of_the_config_holds_in_training(precision: str, tmp_path: Path) -> None:
+    assert run_ranks(matmul_precision, 1, run_config(tmp_path, train={"matmul_precision": precision})) == [precision]
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])

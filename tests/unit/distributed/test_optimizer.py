@@ -11,6 +11,7 @@ import torch
 
 from das_ds.distributed import optimizer as optimizers
 from das_ds.distributed.optimizer import MaskedAdamW, ProtectedOptimizer, SoftUpdated
+from das_ds.distributed.precision import tf32
 from das_ds.kernels.protection import Protection
 from helpers.optimizers import NUMEL, Make, check_pulled_back_in_chunks
 from helpers.optimizers import run_steps as run
@@ -93,3 +94,21 @@ def test_state_starts_anew(make: Callable[..., ProtectedOptimizer]) -> None:
         ends.append(param.detach().clone())
         optimizer.reset_state()
     assert torch.equal(*ends)
+
+
+def test_products_with_masks_of_rows_are_in_tf32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorded:
+        def remember(self, param: torch.Tensor) -> torch.Tensor:
+            return param.clone()
+
+        def mask(self, param: torch.Tensor, old: torch.Tensor) -> None:
+            seen.append(torch.get_float32_matmul_precision())
+
+    seen: list[str] = []
+    monkeypatch.setattr(optimizers, "tf32", lambda device: tf32(torch.device("cuda")))
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    masked = MaskedAdamW([{"params": [param]}], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    masked.protect_rows(Recorded())  # type: ignore[arg-type]
+    masked.step()
+    assert seen == ["high"] and torch.get_float32_matmul_precision() == "highest"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from das_ds.distributed.precision import check_precision, slow_here
+from das_ds.distributed.precision import check_precision, slow_here, tf32
 from das_ds.errors import ConfigError
+from das_ds.training.evaluate import evaluate_model
+from das_ds.training.finetune import finetune_model
+from helpers.training import run_config
 
 
 def test_unsupported_precision_lists_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +39,27 @@ def test_a_format_that_the_cpu_lacks_is_slow_and_a_gpu_is_not(monkeypatch: pytes
     assert slow_here("bf16").startswith("this CPU has no instructions for bf16")
     monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cuda")
     assert slow_here("bf16") == slow_here("fp16") == ""
+
+
+def test_tf32_is_on_inside_on_a_gpu_alone_and_ends_with_an_error_too() -> None:
+    before = torch.get_float32_matmul_precision()
+    assert before == "highest"
+    with tf32(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(ValueError, match="inside"), tf32(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise ValueError("inside")
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("command", [evaluate_model, finetune_model])
+def test_matmul_precision_of_the_config_holds_in_commands_without_an_engine(
+    command: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    config = run_config(tmp_path, train={"matmul_precision": "high"})
+    # There are no ranks: the first use of them ends the command.
+    with pytest.raises(AttributeError):
+        command(config, None, tmp_path, *([[], tmp_path] if command is finetune_model else []))
+    assert asked == ["high"]
