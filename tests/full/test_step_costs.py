@@ -11,7 +11,7 @@ import pytest
 from das_ds.config import RunConfig
 from helpers.parity import OFFLOAD
 from helpers.run_ranks import run_ranks
-from helpers.step_costs import costs_of, norms_of
+from helpers.step_costs import costs_of, norms_of, shares_beyond_bf16
 from helpers.training import random_batch, run_config
 
 pytestmark = pytest.mark.multirank
@@ -59,3 +59,11 @@ def test_the_norm_is_that_of_all_gradients(
         assert norm == other_norm
         expected = math.sqrt(square + other_square if stage > 0 else square)
         assert norm == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_are_reduced_in_the_type_that_the_deepspeed_file_names(stage: int, tmp_path: Path) -> None:
+    plain = runs(tmp_path, stage, {}, ("bf16",))[0]
+    in_fp32 = plain.model_copy(update={"deepspeed": {**plain.deepspeed, "communication_data_type": "fp32"}})  # type: ignore[dict-item]
+    for rounded, kept in run_ranks(shares_beyond_bf16, 2, [plain, in_fp32], random_batch(4, 0)):
+        assert rounded == 0.0 and kept > 0.1

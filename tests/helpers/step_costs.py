@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from das_ds.config import RunConfig
@@ -92,6 +93,22 @@ def _norms(config: RunConfig, batch: Batch) -> tuple[float, float]:
     engine.close()
     assert norm is not None
     return float(norm), float(square)
+
+
+def shares_beyond_bf16(configs: list[RunConfig], batch: Batch) -> list[float]:
+    """Per config, the share of this rank's averaged gradient that bf16 cannot hold."""
+    return [_share_beyond_bf16(config, batch) for config in configs]
+
+
+def _share_beyond_bf16(config: RunConfig, batch: Batch) -> float:
+    ranks = Ranks()
+    engine = build(config, ranks, **NO_DROPOUT).engine
+    engine.start_domain(3)
+    _backward(engine, rank_part(batch, ranks.info.rank, ranks.info.world_size))
+    averaged = torch.cat(gradients_of(engine._engine, engine.shards(), engine.parameters)())
+    engine.step()
+    engine.close()
+    return (averaged != averaged.bfloat16().to(averaged.dtype)).float().mean().item()
 
 
 def _backward(engine: Engine, part: Batch) -> None:
