@@ -35,6 +35,13 @@ class ModelConfig(Section):
     and used again when the run continues."""
     config: dict[str, Any] | None = None
     """Hugging Face model config (with `model_type`) for a network with random weights."""
+    allow_missing: list[Literal["lm_head"]] = Field(default=[])
+    """Weights that may be absent from the files, drawn by `seed` then: lm_head, all behind the base model."""
+    head_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps that train an LM head drawn under `allow_missing` alone, before the first evaluation, on batches
+    of the first domain (which begins with the same ones again); all other weights stay as they are."""
+    head_warmup_learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Peak of these steps, whose schedule, batch size and optimizer are those of `train`."""
     objective: Literal["auto", "mlm", "clm"] = "auto"
     """Pre-training loss: masked or causal language modelling; `auto` is what the architecture is pre-trained with."""
     attention: str = "sdpa"
@@ -54,4 +61,16 @@ class ModelConfig(Section):
             raise ValueError("revision is of a model of the hub (name_or_path), found it with config")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs model_type, for example model_type: roberta")
+        if self.allow_missing and self.name_or_path is None:
+            raise ValueError("allow_missing: found lm_head with random weights, of which none is missing; allowed: []")
+        if self.head_warmup_steps and not self.allow_missing:
+            raise ValueError(
+                f"head_warmup_steps: found {self.head_warmup_steps} without allow_missing: [lm_head], expected both: a "
+                "head that the files hold is trained already"
+            )
+        if self.head_warmup_steps and self.lora is not None:
+            raise ValueError(
+                f"head_warmup_steps: found {self.head_warmup_steps} with lora, under which the head is frozen; "
+                "train the head in a run without lora and start from the model that it exports"
+            )
         return self

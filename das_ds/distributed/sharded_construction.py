@@ -8,29 +8,37 @@ weights are read slice by slice.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from das_ds.deepspeed_config import zero_stage
 from das_ds.distributed.launch import Ranks
-from das_ds.distributed.sharded_files import NotInPartsError, StoredWeights
-
-logger = logging.getLogger(__name__)
 
 Construct = Callable[[], PreTrainedModel]
+
+
+class Stored(Protocol):
+    """Pre-trained weights in files, such as `models.weights.StoredWeights`."""
+
+    missing: list[str]
+    """Parameters that no file has."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there are values of a parameter or buffer."""
+
+    def read(self, name: str, shape: torch.Size, offset: int, numel: int) -> torch.Tensor:
+        """Elements [offset, offset + numel) of a flattened one, (numel,) float32 with memory of its own."""
 
 
 @dataclass(frozen=True)
@@ -69,45 +77,26 @@ class ShardedConstruction:
         placeholders = _Placeholders(self._ranks)
         return self._finish(placeholders.build(construct), placeholders)
 
-    def pretrained(self, construct: Construct, source: str) -> PreTrainedModel | None:
-        """The model of `construct()` with the weights of a folder or hub name; those that are missing stay random.
-
-        Returns:
-            None where the files cannot be read in parts, after a warning.
+    def pretrained(self, construct: Construct, weights: Stored) -> PreTrainedModel:
+        """The model of `construct()` with stored weights; those that are missing stay as it drew them.
 
         Raises:
-            ModelError: a weight of another shape.
             SafetensorError, OSError: damaged files.
         """
-        empty = _Placeholders(self._ranks)
-        with no_init_weights():
-            model = empty.build(construct, keep_values=False)
+        placeholders = _Placeholders(self._ranks)
+        if weights.missing:
+            model = placeholders.build(construct)
+        else:
+            with no_init_weights():
+                model = placeholders.build(construct, keep_values=False)
         model.tie_weights()
-        try:
-            with contextlib.closing(StoredWeights(source, model)) as stored:
-                missing = [name for name, names in _names(model).items() if not any(n in stored for n in names)]
-                if missing:
-                    logger.warning("%s has no weights of %s; they start at random", source, ", ".join(missing))
-                    empty = _Placeholders(self._ranks)
-                    model = empty.build(construct)
-                self._read(model, stored, empty)
-        except NotInPartsError as reason:
-            logger.warning("%s is read whole by every rank, because %s", source, reason)
-            return None
-        if model.can_generate():
-            with contextlib.suppress(OSError):
-                model.generation_config = GenerationConfig.from_pretrained(source)
-        return self._finish(model, empty)
-
-    def _read(self, model: PreTrainedModel, stored: StoredWeights, placeholders: _Placeholders) -> None:
-        parameters = dict(model.named_parameters())
-        for name, names in _names(model).items():
-            found = next((n for n in names if n in stored), None)
-            if found is not None:
-                placeholders.fill(parameters[name], partial(stored.read, found))
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                placeholders.fill(parameter, partial(weights.read, name))
         for name, buffer in model.named_buffers():
-            if name in stored:
-                buffer.copy_(stored.read(name, buffer.shape, 0, buffer.numel()).view(buffer.shape))
+            if name in weights:
+                buffer.copy_(weights.read(name, buffer.shape, 0, buffer.numel()).view(buffer.shape))
+        return self._finish(model, placeholders)
 
     def _finish(self, model: PreTrainedModel, placeholders: _Placeholders) -> PreTrainedModel:
         """Exchange all placeholders for ZeRO-3 parameters that hold this rank's slice."""
@@ -230,11 +219,3 @@ class _Placeholders:
         parts = self._ranks.gather_host(self._slices[placeholder].values, part)
         values = parts[: placeholder.numel()].view(placeholder.shape)
         return nn.Parameter(values, requires_grad=placeholder.requires_grad)
-
-
-def _names(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Name of every parameter -> all its names, of which tied ones have several."""
-    first: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first.setdefault(parameter, []).append(name)
-    return {names[0]: names for names in first.values()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,8 +27,15 @@ from das_ds.hub import HubError, local_folder
 from das_ds.models.adapter import ArchitectureAdapter
 from das_ds.models.custom import adapter_from
 from das_ds.models.registry import adapter_for
+from das_ds.models.stored_tensors import found_file, shown
+from das_ds.models.weights import HEAD, StoredWeights
 from das_ds.user_files import lfs_pointers
 
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS_RECORD = "das_ds_weights"
+"""Attribute of a network's config that says what was done with the files it was read from."""
 AUTO_CLASSES: dict[ObjectiveName, Any] = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
 
@@ -75,8 +85,8 @@ class Construction(Protocol):
     def random(self, construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         """The network of `construct()`."""
 
-    def pretrained(self, construct: Callable[[], PreTrainedModel], source: str) -> PreTrainedModel | None:
-        """The network of `construct()` with the weights of a folder or hub name; None: not that way."""
+    def pretrained(self, construct: Callable[[], PreTrainedModel], weights: StoredWeights) -> PreTrainedModel:
+        """The network of `construct()` with stored weights; those that are missing stay as it drew them."""
 
 
 def load_model(
@@ -95,19 +105,26 @@ def load_model(
         construction: builds the network in parts; its weights are the same.
 
     Raises:
-        ModelError: not loadable, no adapter, or fewer embeddings than tokens.
+        ModelError: not loadable, no adapter, weights of another network, or fewer embeddings than tokens.
     """
     own_config = model_config(config, vocab_size=vocab_size)
     adapter = find_adapter(config)
     auto_class = AUTO_CLASSES[adapter.objective]
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
+
+    def construct() -> PreTrainedModel:
+        torch.manual_seed(seed)
+        network: PreTrainedModel = auto_class.from_config(own_config, **options)
+        return network
+
     try:
         source = weights_folder(config)
-        if source is not None:
-            _refuse_pointers(source, *_weight_files(source))
-        model = _construct(source, lambda: _random_model(auto_class, own_config, seed, options), construction)
-        if model is None:
-            model = auto_class.from_pretrained(str(source), **options)
+        with torch.random.fork_rng():
+            if source is not None:
+                _refuse_pointers(source, *_weight_files(source))
+                model = _pretrained(config, source, construct, construction)
+            else:
+                model = construction.random(construct) if construction else construct()
     except DasError:
         raise
     except Exception as error:
@@ -191,7 +208,7 @@ def model_config(config: ModelConfig, **defaults: int) -> Any:
         _refuse_pointers(config.name_or_path, "config.json")
     try:
         if config.name_or_path is not None:
-            return AutoConfig.from_pretrained(local_folder(config.name_or_path, config.revision))
+            return _stored_config(config)
         assert config.config is not None
         values = {**defaults, **config.config}
         model_type = values.pop("model_type")
@@ -206,25 +223,72 @@ def model_config(config: ModelConfig, **defaults: int) -> Any:
         raise ModelError(f"cannot load the model config of {source!r}: {first_line(error)}") from error
 
 
+def _stored_config(config: ModelConfig) -> Any:
+    """The config of a folder or hub name whose weights are those of one whole network.
+
+    Raises:
+        ModelError: they are quantized, or belong to an adapter.
+    """
+    source = config.name_or_path
+    folder = local_folder(str(source), config.revision)
+    if found_file(folder, ADAPTER_CONFIG) is not None:
+        raise ModelError(
+            f"model.name_or_path: found {ADAPTER_CONFIG} in {source}, expected a whole model; merge the adapter into "
+            "its base model first, or move it away if the weights beside it are meant without it (model.lora.initial "
+            "continues an adapter)"
+        )
+    stored = AutoConfig.from_pretrained(folder)
+    quantization = getattr(stored, "quantization_config", None)
+    if quantization is not None:
+        values = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
+        raise ModelError(
+            f"model.name_or_path: found weights quantized by {method or 'an unknown method'} (quantization_config in "
+            f"config.json) in {source}, expected weights of 16 or 32 bits, which training moves"
+        )
+    return stored
+
+
 def _adapter(config: ModelConfig) -> ArchitectureAdapter:
     model_type = model_config(config).model_type if config.config is None else config.config["model_type"]
     return adapter_for(model_type) if config.adapter is None else adapter_from(config.adapter, model_type)
 
 
-def _random_model(auto_class: Any, config: Any, seed: int, options: dict[str, Any]) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    model: PreTrainedModel = auto_class.from_config(config, **options)
+def _pretrained(
+    config: ModelConfig, source: str, construct: Callable[[], PreTrainedModel], construction: Construction | None
+) -> PreTrainedModel:
+    with torch.device("meta"):
+        outline = construct()
+    with closing(StoredWeights(source, outline)) as weights:
+        weights.check(config.allow_missing)
+        record = {**weights.record(), "source": config.name_or_path}
+        logger.info(weights_line(record))
+        model = construction.pretrained(construct, weights) if construction else weights.fill(construct)
+    setattr(model.config, WEIGHTS_RECORD, record)
+    if model.can_generate():
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    model.eval()
     return model
 
 
-def _construct(
-    source: str | None, construct: Callable[[], PreTrainedModel], construction: Construction | None
-) -> PreTrainedModel | None:
-    """A random network, or one built in parts; None where pre-trained weights are to be read whole."""
-    with torch.random.fork_rng():
-        if source is None:
-            return construction.random(construct) if construction else construct()
-        return construction.pretrained(construct, source) if construction else None
+def weights_record(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What was done with the files that a network was read from; None: its weights were drawn."""
+    record: dict[str, Any] | None = getattr(model.config, WEIGHTS_RECORD, None)
+    return record
+
+
+def weights_line(record: dict[str, Any]) -> str:
+    """The same for people."""
+    changed = [f"{record[what]} {what}" for what in ("renamed", "converted") if record[what]]
+    beside = [f"{len(record[key])} {what}: {shown(record[key])}" for key, what in WHAT_ELSE.items() if record[key]]
+    return (
+        f"weights of {record['source']}: {record['num_tensors']} tensors ({', '.join(record['dtypes'])}) of "
+        f"{shown(record['files'])} as float32" + "".join(f"; {part}" for part in (*changed, *beside))
+    )
+
+
+WHAT_ELSE = {"surplus": "left out", "drawn": f"of the LM head drawn by seed (model.allow_missing: [{HEAD}])"}
 
 
 def check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:

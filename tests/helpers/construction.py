@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +89,6 @@ def random_equal_to_plain(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
         buffers = dict(found.named_buffers())
         different += [f"{model_type} {n}" for n, b in plain.named_buffers() if not torch.equal(b, buffers[n])]
     return different
-
-
-def warnings_of_loading(folder: Path, source: Path) -> tuple[bool, list[str]]:
-    """Whether a folder was read in parts, and the warnings about it."""
-    ranks = Ranks()
-    construction = sharded_construction(engine_settings(folder, "bf16", ranks.info.world_size)[1], ranks)
-    assert construction is not None
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("das_ds").addHandler(handler)
-    load_model(ModelConfig(name_or_path=str(source)), seed=0, vocab_size=100, construction=construction)
-    return bool(construction.slices), messages
 
 
 MASKED = ("roberta", "bert", "xlm-roberta", "distilbert", "electra", "deberta-v2", "modernbert")

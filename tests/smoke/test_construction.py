@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from das_ds.config import ModelConfig
 from das_ds.distributed.sharded_construction import sharded_construction
 from das_ds.models.loading import load_model
-from helpers.construction import random_equal_to_plain, warnings_of_loading, weights_of_loaded
+from helpers.construction import random_equal_to_plain, weights_of_loaded
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, SIZES, tiny_model
 
@@ -75,46 +75,14 @@ def test_pretrained_weights_are_read_in_parts(tmp_path: Path) -> None:
         check(found, plain)
 
 
-def test_old_names_are_understood_and_missing_weights_drawn(tmp_path: Path) -> None:
-    model = tiny_model("bert", **NO_DROPOUT)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    # As in the hub's oldest files: gamma and beta, no prefix, and no LM head.
-    stored = {
-        name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta"): v
-        for name, v in load_file(file).items()
-        if not name.startswith("cls.")
-    }
-    save_file(stored, file, metadata={"format": "pt"})
+def test_weights_of_experts_are_read_in_parts_and_never_whole_by_a_rank(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
     config = ModelConfig(name_or_path=str(tmp_path))
     plain, _ = load_model(config, seed=0, vocab_size=100)
-    random, _ = load_model(ModelConfig(config=model.config.to_dict()), seed=0, vocab_size=100)
-    expected = dict(plain.named_parameters())
-    for found in run_ranks(weights_of_loaded, 2, tmp_path, config, 0, ("fp32",)):
-        for name, value in found[0]["weights"].items():
-            start = dict(random.named_parameters()) if name.startswith("cls.") else expected
-            assert torch.equal(value, start[name]), name
-    missing = ", ".join(name for name in expected if name.startswith("cls."))
-    in_parts, messages = run_ranks(warnings_of_loading, 1, tmp_path, tmp_path)[0]
-    assert in_parts and messages == [f"{tmp_path} has no weights of {missing}; they start at random"]
-
-
-def test_files_that_cannot_be_read_in_parts_are_read_whole(tmp_path: Path) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    in_parts, messages = run_ranks(warnings_of_loading, 1, tmp_path, tmp_path)[0]
-    assert not in_parts and "is read whole by every rank, because" in messages[0]
-
-
-def test_weights_of_another_shape_are_an_error(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    save_file({**load_file(file), "lm_head.dense.weight": torch.zeros(24, 25)}, file, metadata={"format": "pt"})
-    message = r"ModelError: weights of lm_head.dense.weight: found shape \(24, 25\), expected \(24, 24\)"
-    with pytest.raises(RuntimeError, match=message):
-        run_ranks(warnings_of_loading, 1, tmp_path, tmp_path)
+    for found in run_ranks(weights_of_loaded, 2, tmp_path, config, 0, ("bf16",)):
+        weights = dict(plain.named_parameters())
+        assert all(torch.equal(value, weights[name]) for name, value in found[0]["weights"].items())
+        assert all(found[0]["held"][name] == -(-weight.numel() // 2) for name, weight in weights.items())
 
 
 def test_other_stages_build_whole_models() -> None:
