@@ -13,8 +13,9 @@ from das_ds.errors import CheckpointError
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
 
-Phase = Literal["evaluate", "before", "train", "after", "finished"]
-"""Evaluation of all corpora; preparing a domain; its optimizer steps; its importance and export; nothing left."""
+Phase = Literal["head_warmup", "evaluate", "before", "train", "after", "finished"]
+"""Training a fresh LM head alone; evaluation of all corpora; preparing a domain; its optimizer steps; its importance
+and export; nothing left."""
 
 
 class Section(BaseModel):
@@ -39,6 +40,8 @@ class RunState(Section):
     """Time spent, all parts of the run together."""
     loss_matrix: list[list[float]] = []
     """Rows of the loss matrix so far; row 0 is before training."""
+    weights: dict[str, Any] | None = None
+    """What was done with the files that the network was read from, see `evaluation.results.LoadedWeights`."""
 
     @property
     def ends_domain(self) -> bool:

@@ -105,6 +105,11 @@ class StoredTensors:
         """Whether there are values by weight of this name."""
         return (part, name) in self._pieces
 
+    def sizes(self, part: str, name: str) -> dict[str, int]:
+        """Parameter -> number of its values of this name, those of all ranks together."""
+        pieces = self._pieces.get((part, name), {})
+        return {parameter: sum(piece.numel for piece in parts) for parameter, parts in pieces.items()}
+
     def flats(self, part: str, name: str) -> Flats:
         """See `SavedState.sharded`."""
         result: Flats = {}
@@ -134,6 +139,10 @@ class PartState:
     def has_sharded(self, name: str) -> bool:
         """See `SavedState`."""
         return self.stored.has(self.name, name)
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """See `SavedState`."""
+        return self.stored.sizes(self.name, name)
 
     def sharded(self, name: str) -> Flats:
         """See `SavedState`."""

@@ -126,6 +126,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _head_can_be_trained_first(self) -> RunConfig:
+        if self.model.head_warmup_steps and self.method.name == "one":
+            raise ValueError(
+                f"model.head_warmup_steps: found {self.model.head_warmup_steps} with method one, whose domains "
+                "all start from the stored weights; train it in a run of its own and start from what it exports"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _replay_is_possible(self) -> RunConfig:
         replay, size = self.method.replay, self.train.global_batch_size
         if replay.share is not None:

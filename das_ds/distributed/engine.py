@@ -37,7 +37,7 @@ from das_ds.distributed.zero import (
     release_gathered_weights,
     shards,
 )
-from das_ds.errors import TrainingError
+from das_ds.errors import CheckpointError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -148,20 +148,24 @@ class Engine:
         """ZeRO stage in force."""
         return int(self._engine.zero_optimization_stage())
 
-    def start_domain(self, num_steps: int, *, is_first: bool = True, is_last: bool = True) -> None:
+    def start_domain(
+        self, num_steps: int, *, is_first: bool = True, is_last: bool = True, learning_rate: float | None = None
+    ) -> None:
         """Forget optimizer moments, start learning-rate schedule, loss scale and count of skipped steps anew.
 
         Args:
             num_steps: steps of the domain.
             is_first: whether the model comes from no domain of this run.
             is_last: whether it goes on to none.
+            learning_rate: peak of the schedule; None: that of the run.
         """
+        peak = self._train.learning_rate if learning_rate is None else learning_rate
         self.before_change()
         self._optimizer.reset_state()
         self._loss_scale.reset()
         self.skipped_steps = 0
         for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = self._train.learning_rate
+            group["lr"] = group["initial_lr"] = peak
         self._scheduler = build_schedule(self._optimizer, self._train, num_steps, is_first=is_first, is_last=is_last)
 
     def __call__(self, *inputs: torch.Tensor | None) -> Any:
@@ -250,6 +254,16 @@ class Engine:
         """A penalty on the distance of the weights from an anchor; its gradient is added where its owner says."""
         shards, parameters, scale = self._list_shards, self.parameters, self._loss_scale
         return QuadraticPenalty(self._engine, shards, parameters, scale, strength, curvature, anchor)
+
+    @contextmanager
+    def training_only(self, names: set[str]) -> Iterator[None]:
+        """Inside, steps leave all other parameters as they are, to the bit; keeps a copy of this rank's part."""
+        kept: dict[torch.Tensor, list[tuple[int, torch.Tensor]]] = {}
+        for shard in self._list_shards:
+            if shard.name not in names:
+                kept.setdefault(shard.flat, []).append((shard.start, self._stretch(shard).clone()))
+        with self._optimizer.freezing(kept):
+            yield
 
     @contextmanager
     def accumulating(self, num_micro_steps: int) -> Iterator[None]:
@@ -393,7 +407,12 @@ class Engine:
         )
 
     def load_weights(self, saved: SavedState) -> None:
-        """Continue with saved weights, however they were divided, and the loss scale, which importance depends on."""
+        """Continue with saved weights, however they were divided, and the loss scale, which importance depends on.
+
+        Raises:
+            CheckpointError: they are those of another network.
+        """
+        self._check_complete(saved.sizes(WEIGHTS))
         self.before_change()
         self._loss_scale.load(saved.numbers["loss_scale"])
         for flat, values in saved.sharded(WEIGHTS).items():
@@ -412,6 +431,17 @@ class Engine:
         rates = zip(self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True)
         for group, (peak, factor) in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = peak * factor(steps)
+
+    def _check_complete(self, stored: dict[str, int]) -> None:
+        own = {name: getattr(p, "ds_numel", p.numel()) for name, p in self.parameters.items()}
+        different = [name for name in {**own, **stored} if own.get(name) != stored.get(name)]
+        if different:
+            first = different[0]
+            raise CheckpointError(
+                f"weights of a checkpoint: found {stored.get(first, 'no')} values of {first}, expected "
+                f"{own.get(first, 'none')}, and {len(different) - 1} more that are not those of this network; was the "
+                "model replaced, or transformers changed, since the run was saved?"
+            )
 
     def close(self) -> None:
         """Free hooks and buffers."""

@@ -35,6 +35,7 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
         super().__init__(params, defaults)
         self._protections: dict[int, Protection] = {}
         self._row_masks: RowMasks | None = None
+        self._frozen: dict[int, list[tuple[int, torch.Tensor]]] = {}
         self._sums: Flats | None = None
         self._kind: ImportanceKind = "magnitude"
         self._is_muted = False
@@ -47,6 +48,15 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
     def protect_rows(self, masks: RowMasks) -> None:
         """Mask the rows of all updates from now on, by whole matrices."""
         self._row_masks = masks
+
+    @contextmanager
+    def freezing(self, stretches: dict[torch.Tensor, list[tuple[int, torch.Tensor]]]) -> Iterator[None]:
+        """Inside, a step leaves stretches (start, values) of flat tensors at these values, whatever optimizer steps."""
+        self._frozen = {id(flat): parts for flat, parts in stretches.items()}
+        try:
+            yield
+        finally:
+            self._frozen = {}
 
     @contextmanager
     def summing(self, sums: Flats, kind: ImportanceKind) -> Iterator[None]:
@@ -126,6 +136,8 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
             # TF32 errs by 5e-4 of the update, where the mask leaves a hundredth at the least.
             with tf32(param.device):
                 self._row_masks.mask(param, old)
+        for start, values in self._frozen.get(id(param), ()):
+            param.data.view(-1)[start : start + values.numel()] = values
 
     def _protection(self, param: torch.Tensor) -> Protection:
         if id(param) not in self._protections:

@@ -35,6 +35,9 @@ class SavedState(Protocol):
     def has_sharded(self, name: str) -> bool:
         """Whether values by weight were saved under this name."""
 
+    def sizes(self, name: str) -> dict[str, int]:
+        """Parameter -> number of its values that were saved under this name, by all ranks together."""
+
     def sharded(self, name: str) -> Flats:
         """Values by weight for this rank's flat tensors, on their devices; 0 where a weight had none.
 

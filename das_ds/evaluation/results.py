@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -32,6 +32,27 @@ class Forgetting(Section):
     """Mean over the domains that a later stage could make the model forget; null where there is none."""
     per_domain: dict[str, float]
     """One number per such domain."""
+
+
+class LoadedWeights(Section):
+    """What was done with the files that the network was read from; the same at every ZeRO stage."""
+
+    source: str
+    """Folder or hub name."""
+    files: list[str]
+    """Files that were read."""
+    dtypes: list[str]
+    """Types of what was read; it became float32."""
+    num_tensors: int
+    """Tensors that were read."""
+    renamed: int
+    """Weights with another name in the files."""
+    converted: int
+    """Weights that were made of several tensors, or of a part of one."""
+    surplus: list[str]
+    """Tensors that the network has no place for."""
+    drawn: list[str]
+    """Weights of the LM head that no file has, drawn by the seed (`model.allow_missing`)."""
 
 
 class Results(StoredFile):
@@ -69,6 +90,8 @@ class Results(StoredFile):
     """ZeRO stage of the engine."""
     versions: dict[str, str]
     """Versions of Python and of the libraries that decide the numbers."""
+    weights: LoadedWeights | None = None
+    """What the network was read from; null for random weights, and in results of versions that did not say it."""
 
     @model_validator(mode="after")
     def _matrix_fits_names(self) -> Results:
@@ -136,11 +159,13 @@ def build_results(
     world_size: int,
     zero_stage: int,
     learned: Sequence[Sequence[str]] | None = None,
+    weights: dict[str, Any] | None = None,
 ) -> Results:
     """Results of a run from the rows of its loss matrix so far.
 
     Args:
         learned: domains of each stage; None: one after another.
+        weights: see `LoadedWeights`; None: random ones.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -176,6 +201,7 @@ def build_results(
         world_size=world_size,
         zero_stage=zero_stage,
         versions=library_versions(),
+        weights=None if weights is None else LoadedWeights.model_validate(weights),
     )
 
 

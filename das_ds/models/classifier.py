@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError, first_line
 from das_ds.functional.vocabulary import num_tokens, tokens_in_holes
-from das_ds.models.loading import check_embeddings, find_adapter, open_tokenizer
+from das_ds.models.loading import check_embeddings, find_adapter, model_config, open_tokenizer
 
 
 class Classifier(NamedTuple):
@@ -31,9 +31,11 @@ def load_classifier(source: ModelConfig, labels: Sequence[str], markers: Sequenc
         markers: become one token each, whose embedding is the mean of the tokens it was before.
 
     Raises:
-        ModelError: no weights, weights of another network, or a model type that cannot classify.
+        ModelError: no weights, quantized ones, an adapter beside them, weights of another network,
+            or a model type that cannot classify.
     """
     folder = str(source.name_or_path)
+    model_config(source)
     tokenizer = open_tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self._trains_head_only = False
         self._head = adapter.head(model)
         self._losses = TokenLosses(
             self._logits,
@@ -48,6 +51,15 @@ class LanguageModel(nn.Module):
     @num_rows.setter
     def num_rows(self, num_rows: int | None) -> None:
         self._losses.num_rows = num_rows
+
+    @contextmanager
+    def training_head_only(self) -> Iterator[None]:
+        """Inside, losses have gradients for the LM head alone, without a backward pass through the layers."""
+        self._trains_head_only = True
+        try:
+            yield
+        finally:
+            self._trains_head_only = False
 
     def forward(
         self,
@@ -71,7 +83,8 @@ class LanguageModel(nn.Module):
         if self._is_causal:
             # With a cache transformers does not look at the positions, and documents would not be isolated.
             options["use_cache"] = False
-        hidden = self.model.base_model(input_ids=input_ids, **options).last_hidden_state
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trains_head_only):
+            hidden = self.model.base_model(input_ids=input_ids, **options).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, predicted)
         return hidden, self._losses(chosen, targets, most_positions=input_ids.numel())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -30,8 +30,6 @@ from das_ds.models.registry import adapter_for
 from das_ds.models.stored_tensors import found_file, shown
 from das_ds.models.weights import HEAD, StoredWeights
 from das_ds.user_files import lfs_pointers
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS_RECORD = "das_ds_weights"
@@ -262,7 +260,6 @@ def _pretrained(
     with closing(StoredWeights(source, outline)) as weights:
         weights.check(config.allow_missing)
         record = {**weights.record(), "source": config.name_or_path}
-        logger.info(weights_line(record))
         model = construction.pretrained(construct, weights) if construction else weights.fill(construct)
     setattr(model.config, WEIGHTS_RECORD, record)
     if model.can_generate():
@@ -272,10 +269,40 @@ def _pretrained(
     return model
 
 
+def weights_found(config: ModelConfig, outline: PreTrainedModel) -> str:
+    """What `load_model` would do with stored weights, in a line; none of them is read.
+
+    Args:
+        config: of a model with pre-trained weights.
+        outline: the network, without values.
+
+    Raises:
+        ModelError: it would refuse them.
+    """
+    name = str(config.name_or_path)
+    try:
+        with closing(StoredWeights(local_folder(name, config.revision), outline, local_only=True)) as weights:
+            weights.check(config.allow_missing)
+            return weights_line({**weights.record(), "source": name})
+    except DasError:
+        raise
+    # As in `load_model`: a damaged file makes libraries raise anything.
+    except Exception as error:
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            return f"weights of {name} are not on this machine yet and were not looked at"
+        raise ModelError(f"cannot read the weights of {name!r}: {first_line(error)}") from error
+
+
 def weights_record(model: PreTrainedModel) -> dict[str, Any] | None:
     """What was done with the files that a network was read from; None: its weights were drawn."""
     record: dict[str, Any] | None = getattr(model.config, WEIGHTS_RECORD, None)
     return record
+
+
+def say_weights(model: PreTrainedModel) -> None:
+    """A line on the screen, on the error stream: that of answers belongs to whoever called the program."""
+    if (record := weights_record(model)) is not None:
+        print(f"das_ds: {weights_line(record)}", file=sys.stderr, flush=True)
 
 
 def weights_line(record: dict[str, Any]) -> str:

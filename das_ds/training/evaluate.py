@@ -13,7 +13,14 @@ from das_ds.errors import ModelError
 from das_ds.evaluation.perplexity import held_out_loss
 from das_ds.functional.vocabulary import num_tokens
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.loading import check_files, check_sequence_length, find_adapter, load_model, open_tokenizer
+from das_ds.models.loading import (
+    check_files,
+    check_sequence_length,
+    find_adapter,
+    load_model,
+    open_tokenizer,
+    say_weights,
+)
 from das_ds.models.vocabulary import reserve_rows
 from das_ds.training.revisions import with_recorded_revisions
 from das_ds.training.text import RunText, prepare_text
@@ -46,6 +53,8 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
     ranks.on_main(lambda: _check_same_tokens(text.base_tokenizer.get_vocab(), folder))
     model, adapter = load_model(source, seed=config.seed, vocab_size=num_tokens(text.base_tokenizer.get_vocab()))
+    if ranks.info.is_main:
+        say_weights(model)
     if text.vocabulary is not None:
         reserve_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), text.vocabulary.total)
     check_sequence_length(model, adapter, config.data.sequence_length)

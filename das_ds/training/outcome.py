@@ -30,6 +30,7 @@ def results_of(config: RunConfig, state: RunState, world_size: int, zero_stage: 
         world_size=world_size,
         zero_stage=zero_stage,
         learned=[stage.domains for stage in config.stages],
+        weights=state.weights,
     )
 
 

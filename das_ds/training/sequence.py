@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy
 
-from das_ds.checkpointing.manifest import Manifest, RunState
+from das_ds.checkpointing.manifest import Manifest, Phase, RunState
 from das_ds.checkpointing.opened import OpenCheckpoint
 from das_ds.checkpointing.resume import newest_whole
 from das_ds.checkpointing.saver import Saver
@@ -26,7 +28,7 @@ from das_ds.functional.vocabulary import num_tokens, with_mean_rows
 from das_ds.methods import build_method, method_class
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import build_context
-from das_ds.models.loading import check_sequence_length, load_model
+from das_ds.models.loading import check_sequence_length, load_model, say_weights, weights_record
 from das_ds.models.vocabulary import reserve_rows, vocabulary_parameters
 from das_ds.tracking.names import METRICS_FILE
 from das_ds.tracking.tracker import Tracker
@@ -40,9 +42,15 @@ from das_ds.training.outcome import publish_results, results_of
 from das_ds.training.run_folder import RunFolder
 from das_ds.training.text import RunText
 
+logger = logging.getLogger(__name__)
+
 ENGINE, METHOD, GENERATORS, PASSES, TRAINER, GUARD = "engine", "method", "generators", "passes", "trainer", "guard"
 TEXT = "text"
 """Parts of a checkpoint."""
+HEAD_WARMUP: Phase = "head_warmup"
+"""Name in metrics of the steps that train a fresh LM head alone."""
+SEEDED = {"train": 1, HEAD_WARMUP: 3}
+"""Phase of optimizer steps -> what its generators are seeded with, beside 0 and 2 before and after a domain."""
 
 
 class DomainSequence:
@@ -77,6 +85,8 @@ class DomainSequence:
         self._model, adapter = load_model(
             config.model, seed=config.seed, vocab_size=vocab_size, construction=construction
         )
+        if ranks.info.is_main:
+            say_weights(self._model)
         check_sequence_length(self._model, adapter, config.data.sequence_length)
         if text.vocabulary is not None:
             reserve_rows(self._model, text.vocabulary.base_tokens, text.vocabulary.total)
@@ -84,6 +94,8 @@ class DomainSequence:
         context = build_context(config, self._model, adapter, deepspeed_config, ranks, exact=exact)
         self.engine, self._lora, self._network = context.engine, context.lora, context.network
         self._objective = context.objective
+        self._context = context
+        self._state = self._first_state()
         self._base = self.engine.snapshot() if method_class(config.method).starts_from_base else None
         self._method: Method = build_method(context)
         self._guard = Guard(config.faults)
@@ -112,11 +124,20 @@ class DomainSequence:
         Args:
             manifest: of the checkpoint to continue from; None: from the beginning.
         """
-        phases = {"evaluate": self._evaluate, "before": self._before, "train": self._train, "after": self._after}
+        phases = {
+            HEAD_WARMUP: self._warm_up_head,
+            "evaluate": self._evaluate,
+            "before": self._before,
+            "train": self._train,
+            "after": self._after,
+        }
         if manifest is not None:
             self._earlier_seconds = manifest.run.wall_seconds
             with self._watchdog.suspend_timeout("reading a checkpoint"):
                 self._load(manifest)
+        elif self._state.phase == HEAD_WARMUP:
+            # Steps come after a checkpoint.
+            self._boundary.save(self._state, self._parts())
         self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes if manifest else 0)
         while self._state.phase != "finished":
             self._watchdog.set_phase(f"{self._domain_name(self._state)}, {self._state.phase}")
@@ -157,20 +178,60 @@ class DomainSequence:
         # Without a pass nothing was done that could not be done again at once.
         self._enter(self._state.model_copy(update={"phase": "train"}), save=self._passes.num_batches > 0)
 
+    def _first_state(self) -> RunState:
+        record = weights_record(self._model)
+        drawn = [] if record is None else record["drawn"]
+        is_warmed = bool(drawn) and self._config.model.head_warmup_steps > 0
+        if self._config.model.head_warmup_steps and not is_warmed and self._ranks.info.is_main:
+            logger.warning("model.head_warmup_steps: the files hold the LM head, which is used as it is")
+        return RunState(phase=HEAD_WARMUP if is_warmed else "evaluate", weights=record)
+
+    def _warm_up_head(self) -> None:
+        """Train the LM head alone on text of the first stage, which then begins with the same text."""
+        model = self._config.model
+        stage = replace(self._stage, num_steps=model.head_warmup_steps)
+        body = f"{self._model.base_model_prefix}."
+        head = {name for name in self.engine.parameters if not name.startswith(body)}
+        with self._network.training_head_only(), self.engine.training_only(head):
+            rate = model.head_warmup_learning_rate
+            end = self._take_steps(HEAD_WARMUP, stage, HEAD_WARMUP, Method(self._context), learning_rate=rate)
+        self._enter(end.model_copy(update={"phase": "evaluate", "domain_step": 0}))
+
     def _train(self) -> None:
-        train, stage = self._config.train, self._stage
+        stage, is_alone = self._stage, self._base is not None
+        end = self._take_steps(
+            "train",
+            stage,
+            stage.name,
+            self._method,
+            is_first=is_alone or stage.index == 0,
+            is_last=is_alone or stage.index == len(self._stages) - 1,
+        )
+        self._enter(end.model_copy(update={"phase": "after"}))
+
+    def _take_steps(self, phase: Phase, stage: Stage, name: str, method: Method, **schedule: Any) -> RunState:
+        """All optimizer steps of a phase, or those still to be done; the state after the last.
+
+        Args:
+            phase: the present one.
+            stage: its text and number of steps.
+            name: for metrics.
+            method: whose losses are trained on.
+            schedule: for `Engine.start_domain`.
+        """
+        train = self._config.train
         begin, first_step = self._state, self._state.domain_step
         self._network.num_rows = self._text.num_rows(stage.last_domain)
         tokens_per_step = train.global_batch_size * self._config.data.sequence_length
         progress = Progress(
-            stage.name,
+            name,
             begin.global_step - first_step,
             begin.tokens_seen - first_step * tokens_per_step,
             tokens_per_step,
             stage.num_steps,
         )
 
-        def at(step: int, phase: str = "train") -> RunState:
+        def at(step: int) -> RunState:
             update = {
                 "phase": phase,
                 "domain_step": step,
@@ -185,7 +246,7 @@ class DomainSequence:
 
         trainer = self._trainer = DomainTrainer(
             self.engine,
-            self._method,
+            method,
             self._tracker,
             train,
             guard=self._guard,
@@ -193,21 +254,16 @@ class DomainSequence:
             at=self._watchdog.beat,
             costs=self._boundary.take_reports,
         )
-        is_alone = self._base is not None
-        self.engine.start_domain(
-            stage.num_steps,
-            is_first=is_alone or stage.index == 0,
-            is_last=is_alone or stage.index == len(self._stages) - 1,
-        )
-        self._method.start_training(self._domain)
-        self._seed(1)
+        self.engine.start_domain(stage.num_steps, **schedule)
+        method.start_training(self._domain)
+        self._seed(SEEDED[phase])
         if first_step == 0:
-            self._guard.start_domain(stage.name)
+            self._guard.start_domain(name)
         else:
             self._continue_steps(trainer)
         trainer.run(self._text.training_steps(stage, first_step), progress, first_step=first_step)
         self._trainer = None
-        self._enter(at(stage.num_steps, "after"))
+        return at(stage.num_steps)
 
     def _after(self) -> None:
         self._network.num_rows = self._text.num_rows(self._stage.last_domain)
@@ -239,7 +295,7 @@ class DomainSequence:
         self._boundary.pass_by(self._timed(self._state), self._parts, save=save)
 
     def _parts(self) -> Parts:
-        in_domain = self._state.phase == "train" and self._state.domain_step > 0
+        in_domain = self._state.phase in SEEDED and self._state.domain_step > 0
         return {
             ENGINE: self.engine.state(in_domain=in_domain),
             METHOD: self._method.state(),

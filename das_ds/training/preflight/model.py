@@ -1,4 +1,4 @@
-"""The tokeniser, the network by its config, and whether it fits into memory; no weight is read."""
+"""The tokeniser, the network by its config and the names of its weights, and whether it fits into memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ from das_ds.functional.sizes import (
 from das_ds.functional.units import HEAD, INTERMEDIATE
 from das_ds.functional.vocabulary import num_tokens
 from das_ds.models.adapter import ArchitectureAdapter
-from das_ds.models.loading import check_embeddings, check_sequence_length, find_adapter, load_tokenizer, model_config
+from das_ds.models.loading import (
+    check_embeddings,
+    check_sequence_length,
+    find_adapter,
+    load_tokenizer,
+    model_config,
+    weights_found,
+)
 from das_ds.models.lora import Lora
 from das_ds.models.probe import skeleton
 from das_ds.training.preflight.free_memory import free_memory
@@ -63,7 +70,7 @@ def granularity(config: RunConfig) -> Granularity | None:
 def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
     """Tokenisers load, the model has an adapter that knows all its parameters, and blocks fit its positions."""
 
-    def look() -> ModelSize:
+    def look() -> tuple[ModelSize, str]:
         adapter = find_adapter(config.model)
         base = load_tokenizer(config)
         tokenizers = tokenizers_by_corpus(config, base)
@@ -73,17 +80,19 @@ def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
         check_embeddings(model, num_tokens(base.get_vocab()))
         check_sequence_length(model, adapter, config.data.sequence_length)
         most_tokens = max(num_tokens(tokenizer.get_vocab()) for tokenizer in tokenizers.values())
-        return measured_size(config, model, adapter, most_tokens)
+        weights = "" if config.model.name_or_path is None else f"; {weights_found(config.model, model)}"
+        return measured_size(config, model, adapter, most_tokens), weights
 
-    def judge(sizes: list[ModelSize]) -> str:
+    def judge(seen: list[tuple[ModelSize, str]]) -> str:
+        sizes = [size for size, _ in seen]
         if len(set(sizes)) > 1:
             raise PreflightError(f"ranks find models of different sizes: {', '.join(str(s.total) for s in sizes[:8])}")
         size = sizes[0]
         trained = f", of which {size.trained:,} are trained" if size.has_adapters else ""
-        return f"{size.total:,} parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens"
+        return f"{size.total:,} parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens{seen[0][1]}"
 
     found = checks.run("model", "a tokeniser, and a model with an adapter that fits it", look, judge)
-    return None if found is None else found[0]
+    return None if found is None else found[0][0]
 
 
 def measured_size(config: RunConfig, model: PreTrainedModel, adapter: ArchitectureAdapter, num_rows: int) -> ModelSize:
