@@ -115,6 +115,7 @@ def load_model(
         network: PreTrainedModel = auto_class.from_config(own_config, **options)
         return network
 
+    own_config.__dict__.pop(WEIGHTS_RECORD, None)
     try:
         source = weights_folder(config)
         with torch.random.fork_rng():

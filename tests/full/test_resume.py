@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from das_ds.evaluation.results import Results
-from helpers.resume import Place, assert_same_run, break_off, check_a_run_in_pieces_is_the_whole_run, run_in_pieces
+from helpers.head_warmup import headless_run
+from helpers.resume import (
+    Place,
+    assert_same_run,
+    break_off,
+    check_a_run_in_pieces_is_the_whole_run,
+    continue_over_another_network,
+    run_in_pieces,
+)
 from helpers.resume import resumable_run as run
 from helpers.run_ranks import run_ranks
 from helpers.runs import metrics_lines, run_all, save_random_importance, small_run
@@ -273,3 +281,11 @@ def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
 def checkpoints(folder: Path) -> list[str]:
     names = (path.name for path in (folder / "checkpoints").glob("*"))
     return sorted(name for name in names if "." not in name)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_weights_of_another_network_are_not_read_in_part(num_layers: int, tmp_path: Path) -> None:
+    values = headless_run(tmp_path, stage=2, steps=0, checkpoint={"every_steps": 1}, method={"name": "ncl"})
+    message = run_ranks(continue_over_another_network, 1, values, num_layers)[0]
+    assert message.startswith("CheckpointError: weights of a checkpoint: found"), message
+    assert "roberta.encoder.layer" in message and "more that are not those of this network" in message

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from das_ds.checkpointing.manifest import RunState
 from das_ds.config import RunConfig
@@ -121,6 +122,22 @@ def break_off(values: dict[str, Any], limit: int) -> Place | None:
     with suppress(BrokenOffError):
         _limited_run(RunConfig(**values), Ranks(), limit, breaks)
     return breaks[0] if breaks else None
+
+
+def continue_over_another_network(values: dict[str, Any], num_layers: int) -> str:
+    """A run that broke off is started again when the folder of its model holds one of other layers: what it says."""
+    allow_fp16_on_cpu()
+    ranks, source, config = Ranks(), Path(values["model"]["name_or_path"]), RunConfig(**values)
+    with suppress(BrokenOffError):
+        _limited_run(config, ranks, 4, [])
+    network = AutoConfig.from_pretrained(source)
+    network.num_hidden_layers = num_layers
+    AutoModelForMaskedLM.from_config(network).save_pretrained(source)
+    try:
+        run_sequence(config, ranks)
+    except DasError as error:
+        return f"{type(error).__name__}: {error}"
+    return "went on"
 
 
 def assert_same_run(mine: Path, theirs: Path) -> None:

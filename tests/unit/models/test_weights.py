@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ModelError
-from das_ds.models.loading import AUTO_CLASSES, load_model
+from das_ds.evaluation.results import LoadedWeights
+from das_ds.models.loading import AUTO_CLASSES, load_model, say_weights, weights_record
 from das_ds.models.registry import adapter_for
-from helpers.odd_weights import ACCEPTED, REFUSED
+from helpers.odd_weights import ACCEPTED, REFUSED, rewritten, saved
 
 
 def load(folder: Path, *, seed: int = 7, **options: Any) -> torch.nn.Module:
@@ -42,3 +45,73 @@ def test_weights_of_another_network_are_refused(case: str, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=message) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def headless(folder: Path) -> Path:
+    REFUSED["no head"][0](folder)
+    return folder
+
+
+def test_a_head_that_may_be_missing_is_that_of_a_random_model(tmp_path: Path) -> None:
+    model = load(headless(tmp_path), allow_missing=["lm_head"])
+    config = ModelConfig(config=model.config.to_dict(), attention="eager")
+    drawn, _ = load_model(config, seed=7, vocab_size=100)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, stored[name] if name in stored else dict(drawn.named_parameters())[name]), name
+    other = load(tmp_path, seed=8, allow_missing=["lm_head"])
+    assert not torch.equal(other.cls.predictions.transform.dense.weight, model.cls.predictions.transform.dense.weight)
+
+
+def test_the_body_may_never_be_missing(tmp_path: Path) -> None:
+    REFUSED["compiled"][0](tmp_path)
+    with pytest.raises(ModelError, match=r"found no weights of bert\.embeddings"):
+        load(tmp_path, allow_missing=["lm_head"])
+
+
+def test_one_line_says_what_is_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    tensors = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): v for name, v in saved(tmp_path).items()}
+    body = {name: value for name, value in tensors.items() if not name.startswith("cls.")}
+    rewritten(tmp_path, {**body, "bert.pooler.dense.bias": torch.ones(24).half()})
+    capfd.readouterr()
+    model, _ = load_model(ModelConfig(name_or_path=str(tmp_path), allow_missing=["lm_head"]), seed=0, vocab_size=100)
+    # The report of transformers, and its bar, are not shown beside it.
+    assert capfd.readouterr() == ("", "")
+    say_weights(model)
+    expected = (
+        f"das_ds: weights of {tmp_path}: {len(body)} tensors (float32) of model.safetensors as float32; 5 renamed; "
+        "1 left out: bert.pooler.dense.bias; 5 of the LM head drawn by seed (model.allow_missing: [lm_head]): cls."
+        "predictions.bias, cls.predictions.transform.dense.weight, cls.predictions.transform.dense.bias and 2 more\n"
+    )
+    assert capfd.readouterr() == ("", expected)
+
+
+def test_the_record_is_kept_in_exports_and_made_anew_from_them(tmp_path: Path) -> None:
+    first = load(headless(tmp_path), allow_missing=["lm_head"])
+    first.save_pretrained(tmp_path / "export")
+    said = json.loads((tmp_path / "export" / "config.json").read_text())["das_ds_weights"]
+    assert said == weights_record(first) and len(said["drawn"]) == 5
+    again = load(tmp_path / "export")
+    record = weights_record(again)
+    assert record is not None and record["drawn"] == [] and record["source"] == str(tmp_path / "export")
+    assert LoadedWeights.model_validate(record).num_tensors == len(load_file(tmp_path / "export" / "model.safetensors"))
+    random, _ = load_model(ModelConfig(config=again.config.to_dict(), attention="eager"), seed=0, vocab_size=100)
+    assert weights_record(random) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"config": {"model_type": "bert"}, "allow_missing": ["lm_head"]}, "allow_missing: found lm_head with random"),
+        ({"name_or_path": "x", "head_warmup_steps": 3}, r"found 3 without allow_missing: \[lm_head\]"),
+        (
+            {"name_or_path": "x", "head_warmup_steps": 3, "allow_missing": ["lm_head"], "lora": {}},
+            "head_warmup_steps: found 3 with lora",
+        ),
+        ({"name_or_path": "x", "allow_missing": ["pooler"]}, "allow_missing.0"),
+    ],
+)
+def test_keys_that_contradict_each_other(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.model_validate(values)

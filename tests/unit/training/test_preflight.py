@@ -24,6 +24,7 @@ from das_ds.training.preflight.folder import check_disk, check_folder
 from das_ds.training.preflight.free_memory import free_memory
 from das_ds.training.preflight.model import Room, check_memory, check_model, judge_memory, measured_size
 from das_ds.training.preflight.report import Doubt, Finding, readable, reasons_by_rank
+from helpers.head_warmup import headless_run
 from helpers.locking import holding_process
 from helpers.preflight import Alone, silent_checks
 from helpers.runs import WORDS, small_run
@@ -188,6 +189,18 @@ def test_lora_and_added_tokens_are_counted(tmp_path: Path) -> None:
 def test_model_that_cannot_be_trained(changes: dict[str, Any], found: str, tmp_path: Path) -> None:
     finding = only(check_model, config(tmp_path, **changes))
     assert finding.status == "failed" and found in finding.found
+
+
+def test_stored_weights_are_looked_at_and_not_read(tmp_path: Path) -> None:
+    values = headless_run(tmp_path, stage=2, steps=0)
+    found = only(check_model, RunConfig(**values))
+    assert found.status == "ok" and "tensors (float32) of model.safetensors as float32" in found.found
+    assert "5 of the LM head drawn by seed" in found.found
+    refused = only(check_model, RunConfig(**{**values, "model": {"name_or_path": str(tmp_path / "headless")}}))
+    assert refused.status == "failed" and "found no weights of the LM head (lm_head.bias, " in refused.found
+    (tmp_path / "headless" / "model.safetensors").write_bytes(b"nonsense")
+    damaged = only(check_model, RunConfig(**values))
+    assert damaged.status == "failed" and "cannot read the weights of" in damaged.found
 
 
 def test_settings_that_do_not_fit_the_ranks(tmp_path: Path) -> None:
