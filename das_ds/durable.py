@@ -39,6 +39,22 @@ def replaced_file(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def link_file(source: Path, path: Path) -> None:
+    """Give a file another name, in place of what was there; a copy where the file system has no hard links.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; `path` is as it was.
+    """
+    with replaced_file(path) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+    # Nothing is moved where both names were the same file's already.
+    path.with_name(path.name + ".partial").unlink(missing_ok=True)
+
+
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, which takes the place of `folder` at the end of the block, with checksums of its files.

@@ -23,6 +23,8 @@ class Flags:
     """A checkpoint is still being written."""
     failed: bool = False
     """A checkpoint could not be written."""
+    ends: bool = False
+    """A rank has an error that is to end the run on all of them."""
 
 
 class Agreement:

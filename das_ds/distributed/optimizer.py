@@ -45,8 +45,8 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
         """Mask these flat tensors from now on, and no others."""
         self._protections = {id(flat): protection for flat, protection in protections.items()}
 
-    def protect_rows(self, masks: RowMasks) -> None:
-        """Mask the rows of all updates from now on, by whole matrices."""
+    def protect_rows(self, masks: RowMasks | None) -> None:
+        """Mask the rows of all updates from now on, by whole matrices; None: no longer."""
         self._row_masks = masks
 
     @contextmanager

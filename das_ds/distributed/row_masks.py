@@ -5,7 +5,7 @@ Shape legend: d columns of a parameter, n whole rows of it in a shard, C rows th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +53,11 @@ class RowMasks:
     the rows of P that belong to it, and add up: a small collective per flat tensor and step, none where no row is cut.
 
     Args:
-        shards: this rank's.
+        shards: this rank's, without rows that are not masked.
         flat_of: parameter -> flat tensor that it lies in, also where this rank has no part of it.
-        masks: parameter -> P, float32, the same on every rank.
+        widths: parameter -> d, of all that are masked, in the same order on every rank.
+        mask_of: parameter -> P, float32, the same on every rank; asked for parameters alone that this rank steps some
+            of, since all together are as large as the model.
         device: where collectives run.
     """
 
@@ -63,25 +65,29 @@ class RowMasks:
         self,
         shards: Iterable[Shard],
         flat_of: dict[str, torch.Tensor],
-        masks: dict[str, torch.Tensor],
+        widths: dict[str, int],
+        mask_of: Callable[[str], torch.Tensor],
         device: torch.device,
     ) -> None:
         self._device = device
-        own = [shard for shard in shards if shard.name in masks]
-        cut = _cut_rows([(shard.name, shard.offset, shard.numel) for shard in own], masks)
+        own = [shard for shard in shards if shard.name in widths]
+        cut = _cut_rows([(shard.name, shard.offset, shard.numel) for shard in own], widths)
         self._flats: dict[int, _Flat] = {}
-        for name in masks:
+        for name, width in widths.items():
             flat = self._flats.setdefault(id(flat_of[name]), _Flat([], [], 0, 0))
             if cut[name]:
-                flat.width = max(flat.width, len(masks[name]))
+                flat.width = max(flat.width, width)
         places: dict[tuple[str, int], int] = {}
-        for name in masks:
+        for name in widths:
             flat = self._flats[id(flat_of[name])]
             for row in cut[name]:
                 places[name, row] = flat.num_cut
                 flat.num_cut += 1
+        masks: dict[str, torch.Tensor] = {}
         for shard in own:
-            self._add(shard, masks[shard.name].to(shard.flat.device), places)
+            if shard.name not in masks:
+                masks[shard.name] = mask_of(shard.name).to(shard.flat.device)
+            self._add(shard, masks[shard.name], places)
 
     def remember(self, param: torch.Tensor) -> torch.Tensor | None:
         """The weights of a flat tensor as they are before a step; None where nothing in it is masked."""
@@ -126,16 +132,16 @@ class RowMasks:
                 flat.pieces.append(_Piece(places[shard.name, row], stretch, columns, mask))
 
 
-def _cut_rows(own: list[tuple[str, int, int]], masks: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+def _cut_rows(own: list[tuple[str, int, int]], widths: dict[str, int]) -> dict[str, list[int]]:
     """Parameter -> rows that shards of any rank end within, in the same order on every rank; a collective."""
     of_ranks: list[list[tuple[str, int, int]]] = [own]
     if world_size() > 1:
         of_ranks = [[] for _ in range(world_size())]
         with in_collective():
             dist.all_gather_object(of_ranks, own)
-    cut: dict[str, set[int]] = {name: set() for name in masks}
+    cut: dict[str, set[int]] = {name: set() for name in widths}
     for shards in of_ranks:
         for name, offset, numel in shards:
-            width = len(masks[name])
+            width = widths[name]
             cut[name] |= {place // width for place in (offset, offset + numel) if place % width}
     return {name: sorted(rows) for name, rows in cut.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 
@@ -67,14 +68,28 @@ class SoftMasks:
             parts = [flats[s.flat][s.start : s.start + s.numel] for s in self._shards]
             self._mask_gradients([Protection(part.numel(), importance=part) for part in parts])
 
-    def protect_directions(self, masks: dict[str, torch.Tensor]) -> None:
+    def protect_directions(
+        self, widths: dict[str, int], mask_of: Callable[[str], torch.Tensor], sizes: dict[str, int]
+    ) -> None:
         """Multiply the rows of updates of these parameters (o, d) by a matrix each, (d, d) float32.
 
         Takes another fp32 number per weight of the largest flat tensor while it is stepped.
+
+        Args:
+            widths: parameter -> d.
+            mask_of: parameter -> its matrix; asked only where this rank steps some of the parameter.
+            sizes: parameter -> number of its weights that are masked, whole rows from the first on.
         """
         names = {parameter: name for name, parameter in self._parameters.items()}
         flats = flats_by_parameter(self._engine, names)
-        self._optimizer.protect_rows(RowMasks(self._shards, flats, masks, self._device))
+        masked = [
+            replace(shard, numel=min(shard.numel, sizes[shard.name] - shard.offset))
+            for shard in self._shards
+            if shard.name in widths and shard.offset < sizes[shard.name]
+        ]
+        # Those before are as large; both at once need not find room.
+        self._optimizer.protect_rows(None)
+        self._optimizer.protect_rows(RowMasks(masked, flats, widths, mask_of, self._device))
 
     def mask_gradients(self) -> None:
         """To be called between the last backward pass and the step; nothing where updates are masked."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from das_ds.distributed.launcher_pause import pause_launcher
 from das_ds.distributed.launchers import DEEPSPEED_LAUNCH, is_alive, launchers, program
+from das_ds.errors import RunFolderError
 from das_ds.thread_guard import ThreadGuard
 
 STOP_FILE = "STOP"
@@ -83,12 +84,12 @@ class StopRequests:
 
     def remove_stop_file(self) -> None:
         """The run stops: the same command is to go on."""
-        (self._folder / STOP_FILE).unlink(missing_ok=True)
+        _remove(self._folder / STOP_FILE)
 
     def remove_save_file(self) -> None:
         """A checkpoint is saved; a file that was written anew in the meantime asks for another one."""
         if self._seen_save is not None and self._save_file_time() == self._seen_save:
-            (self._folder / SAVE_FILE).unlink(missing_ok=True)
+            _remove(self._folder / SAVE_FILE)
 
     def _finds_save(self) -> bool:
         # One file is one request, however many boundaries pass until it is removed.
@@ -123,6 +124,13 @@ class StopRequests:
                 raise KeyboardInterrupt
         if self._reason is None:
             self._reason = signal.Signals(number).name
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be removed ({error.strerror}); remove it by hand") from error
 
 
 class _LauncherGuard:

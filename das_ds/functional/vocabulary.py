@@ -19,6 +19,14 @@ def num_tokens(vocabulary: Mapping[str, int]) -> int:
     return max(vocabulary.values(), default=-1) + 1
 
 
+def tokens_by_id(vocabulary: Mapping[str, int]) -> tuple[str, ...]:
+    """Every token at the place of its id; "" where there is none."""
+    tokens = [""] * num_tokens(vocabulary)
+    for token, number in vocabulary.items():
+        tokens[number] = token
+    return tuple(tokens)
+
+
 def tokens_in_holes(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
     """New tokens whose id is below `num_tokens(before)`, by id.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,10 @@ from das_ds.methods.context import RunContext
 
 Losses = dict[str, torch.Tensor]
 """Name -> scalar whose mean over ranks and micro-steps is the global loss."""
+
+
+def _watched(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class DomainContext:
     """Where what belongs to the whole run is written."""
     folder: Path
     """Where what belongs to the domain is written."""
+    suspend_timeout: Callable[[str], AbstractContextManager[None]] = _watched
+    """What is done, in words -> a context in which it may take any time; for writing, where other ranks wait."""
+    num_tokens: int | None = None
+    """Tokens that the domain is read with; None: the vocabulary does not grow."""
 
 
 class Method:

@@ -39,6 +39,8 @@ class RunContext:
     """Dropout at the units where views are made; 0 for networks that have dropout of their own."""
     lora: Lora | None = None
     """What is trained in place of the weights."""
+    tokens: tuple[str, ...] = ()
+    """The vocabulary by id, with the tokens that domains are to add at its end."""
 
 
 def build_context(
@@ -49,6 +51,7 @@ def build_context(
     ranks: Ranks,
     *,
     exact: dict[str, Slice] | None = None,
+    tokens: tuple[str, ...] = (),
 ) -> RunContext:
     """Put a network under an engine, with LoRA where the config asks for it.
 
@@ -57,6 +60,7 @@ def build_context(
         deepspeed_config: merged DeepSpeed settings.
         ranks: the process group.
         exact: see `Engine`.
+        tokens: see `RunContext`.
 
     Raises:
         ConfigError: LoRA that does not fit the network, or without peft; documents are to be isolated, and the network
@@ -87,7 +91,7 @@ def build_context(
     if config.data.isolate_documents:
         _check_isolation(engine, model, adapter, ranks)
     view_dropout = 0.0 if has_dropout(model.config, adapter.dropouts) else config.method.view_dropout
-    return RunContext(config, engine, layout, gates, adapter.objective, network, view_dropout, lora)
+    return RunContext(config, engine, layout, gates, adapter.objective, network, view_dropout, lora, tokens)
 
 
 def _check_isolation(engine: Engine, model: PreTrainedModel, adapter: ArchitectureAdapter, ranks: Ranks) -> None:

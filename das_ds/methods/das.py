@@ -20,5 +20,4 @@ class SoftMaskedContrast(SoftMasked):
         """Importance of the domain just learned, and EMax with all before."""
         latest = self.level.measure(domain, f"importance of {domain.name}", PRETRAINING)
         accumulated = self.accumulate(latest)
-        self.level.write(domain.folder / IMPORTANCE_FILE, latest)
-        self.level.write(domain.run_folder / IMPORTANCE_FILE, accumulated)
+        self.write(domain, {domain.folder / IMPORTANCE_FILE: latest, domain.run_folder / IMPORTANCE_FILE: accumulated})

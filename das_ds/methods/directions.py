@@ -10,7 +10,7 @@ from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.directions import direction_mask
 from das_ds.methods.base import DomainContext, Method
 from das_ds.methods.context import RunContext
-from das_ds.methods.importance_file import DIRECTIONS_FILE, load_directions, save_directions
+from das_ds.methods.importance_file import DIRECTIONS_FILE, link_importance, load_directions, save_directions
 from das_ds.methods.input_moments import linear_layers, relative_moments
 
 
@@ -29,11 +29,11 @@ class DirectionMasked(Method):
     memory (Saha et al., ICLR 2021) is its form with a threshold. Both modify the gradient.
 
     What is not the weight of a linear layer (biases, normalisation, embeddings that are not tied to the LM head) is not
-    masked. Knowledge from before the first domain is known only from `importance.initial`; there is no contrast, which
-    needs units.
+    masked, nor are rows of tokens that no earlier domain had. Knowledge from before the first domain is known only from
+    `importance.initial`; there is no contrast, which needs units.
 
-    Keeps two fp32 matrices (d, d) per linear layer on every rank, P where the optimizer is and M in host memory, and,
-    while a flat tensor is stepped, a copy of it.
+    Keeps an fp32 matrix M (d, d) per linear layer in every rank's host memory, P for the layers that the rank steps
+    where the optimizer is, and, while a flat tensor is stepped, a copy of it.
     Extra compute: d / (3 * tokens of the global batch) of a step's, and a forward pass over the sample per domain.
 
     Raises:
@@ -43,35 +43,65 @@ class DirectionMasked(Method):
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
         self._moments: dict[str, torch.Tensor] = {}
+        self._num_tokens: int | None = None
         self._widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
 
     def before_domain(self, domain: DomainContext) -> None:
         """What earlier runs protect, before the first domain."""
         initial = self.run.config.method.importance.initial
         if initial is not None and not self._moments:
-            self._moments = load_directions(Path(initial), self._widths, self.run.layout)
+            self._moments, num_tokens = load_directions(Path(initial), self._widths, self.run.layout, self.run.tokens)
+            self._num_tokens = None if domain.num_tokens is None else num_tokens
 
     def start_training(self, domain: DomainContext) -> None:
-        """Protect what was learned so far."""
+        """Protect what was learned so far; not the rows of tokens that came since, which have nothing to answer yet."""
         if self._moments:
             saturation, device = self.run.config.method.importance.saturation, self.run.engine.ranks.info.device
-            masks = {name: direction_mask(moment.to(device), saturation) for name, moment in self._moments.items()}
-            self.run.engine.soft_masks.protect_directions(masks)
+            masks = _Masks(self._moments, saturation, device)
+            sizes = self.run.layout.sizes_with(self._num_tokens)
+            self.run.engine.soft_masks.protect_directions(self._widths, masks.of, sizes)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add what the domain's text brings into every layer."""
         batches = domain.sample_batches(f"inputs of {domain.name}")
-        latest = relative_moments(self.run, batches)
+        latest, is_first = relative_moments(self.run, batches), not self._moments
         # New tensors: a checkpoint that is being written may still read the old ones.
         self._moments = {name: moment + self._moments.get(name, 0.0) for name, moment in latest.items()}
-        if self.run.engine.ranks.info.is_main:
-            save_directions(domain.folder / DIRECTIONS_FILE, latest, self.run.layout)
-            save_directions(domain.run_folder / DIRECTIONS_FILE, self._moments, self.run.layout)
+        self._num_tokens = domain.num_tokens
+        with domain.suspend_timeout("writing directions"):
+            self.run.engine.ranks.on_main(lambda: self._write(domain, latest, is_first=is_first))
 
     def state(self) -> RankState:
         """Sum of the moments, equal on every rank."""
-        return RankState(shared=self._moments)
+        return RankState(shared=self._moments, numbers={"num_tokens": self._num_tokens})
 
     def load_state(self, saved: SavedState) -> None:
         """In host memory, where nothing but the next domain's mask needs it."""
-        self._moments = saved.shared()
+        self._moments, self._num_tokens = saved.shared(), saved.numbers["num_tokens"]
+
+    def _write(self, domain: DomainContext, latest: dict[str, torch.Tensor], *, is_first: bool) -> None:
+        of_domain, of_run = domain.folder / DIRECTIONS_FILE, domain.run_folder / DIRECTIONS_FILE
+        layout, tokens = self.run.layout, self.run.tokens[: domain.num_tokens]
+        save_directions(of_domain, latest, layout, tokens)
+        if is_first:
+            link_importance(of_domain, of_run)
+        else:
+            save_directions(of_run, self._moments, layout, tokens)
+
+
+class _Masks:
+    """Masks from moments, one at a time.
+
+    Layers that follow each other and read the same input (queries, keys, values; gate, up) share one mask.
+    """
+
+    def __init__(self, moments: dict[str, torch.Tensor], saturation: float, device: torch.device) -> None:
+        self._moments, self._saturation, self._device = moments, saturation, device
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(self, name: str) -> torch.Tensor:
+        """P of a layer, (d, d) float32."""
+        moment = self._moments[name]
+        if self._last is None or not torch.equal(moment, self._last[0]):
+            self._last = moment, direction_mask(moment.to(self._device), self._saturation)
+        return self._last[1]

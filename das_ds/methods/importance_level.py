@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -47,13 +48,22 @@ class ImportanceLevel(ABC, Generic[T]):
         """From a checkpoint of any number of ranks."""
 
     @abstractmethod
-    def write(self, path: Path, importance: T) -> None:
-        """Save to one file, atomically."""
+    def write(self, path: Path, importance: T, tokens: Sequence[str]) -> None:
+        """Save to one file, atomically, from rank 0 while the others wait.
+
+        Args:
+            path: of the file.
+            importance: what is saved.
+            tokens: the vocabulary that it was measured with, by id.
+
+        Raises:
+            RunFolderError: on every rank, when the file cannot be written.
+        """
 
     @abstractmethod
     def read(self, path: Path) -> T:
         """Load from a file of any number of ranks.
 
         Raises:
-            ImportanceError: missing or damaged file, or importance of another model or granularity.
+            ImportanceError: missing or damaged file, or importance of another model, vocabulary or granularity.
         """

@@ -5,6 +5,7 @@ Shape legend: B sequences of a micro-batch, G of a batch that gives one gradient
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,18 +64,17 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
             importance.flats[flat].copy_(values)
         return importance
 
-    def write(self, path: Path, importance: ShardedImportance) -> None:
+    def write(self, path: Path, importance: ShardedImportance, tokens: Sequence[str]) -> None:
         """Gather parameter by parameter in rank 0's host memory (1 byte per weight) and save there."""
-        is_main = self.run.engine.ranks.info.is_main
-        tensors = {name: values.cpu() for name, values in importance.whole() if is_main}
-        if is_main:
-            save_parameter_importance(path, tensors, self.run.layout)
+        ranks, layout = self.run.engine.ranks, self.run.layout
+        tensors = {name: values.cpu() for name, values in importance.whole() if ranks.info.is_main}
+        ranks.on_main(lambda: save_parameter_importance(path, tensors, layout, tokens))
 
     def read(self, path: Path) -> ShardedImportance:
         """Read this rank's stretches, however many ranks wrote; tokens that came later have importance 0."""
         engine, sizes = self.run.engine, self.run.layout.sizes
         importance = ShardedImportance(engine.named_shards, sizes, engine.ranks.info.device)
-        with load_parameter_importance(path, self.run.layout) as stretch:
+        with load_parameter_importance(path, self.run.layout, self.run.tokens) as stretch:
             importance.fill(stretch)
         return importance
 

@@ -52,7 +52,7 @@ class SoftMasked(Method):
         """Before the first domain: importance of general knowledge."""
         if self._accumulated is None:
             general = self._initial_importance(domain)
-            self.level.write(domain.run_folder / GENERAL_IMPORTANCE_FILE, general)
+            self.write(domain, {domain.run_folder / GENERAL_IMPORTANCE_FILE: general})
             self.accumulate(general)
 
     def start_training(self, domain: DomainContext) -> None:
@@ -78,6 +78,17 @@ class SoftMasked(Method):
             step = self._contrast.micro_step(batch, token_scale, self._gates)
         with step as losses:
             yield losses
+
+    def write(self, domain: DomainContext, importance_of: dict[Path, Any]) -> None:
+        """Save importance to files, which may take any time.
+
+        Raises:
+            RunFolderError: on every rank, when a file cannot be written.
+        """
+        tokens = self.run.tokens[: domain.num_tokens]
+        with domain.suspend_timeout("writing importance"):
+            for path, importance in importance_of.items():
+                self.level.write(path, importance, tokens)
 
     def accumulate(self, new: Any) -> Any:
         """EMax of importance of `level` with all before (paper eq. 3), which is returned."""

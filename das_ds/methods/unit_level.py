@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from das_ds.config import SoftmaskConfig
@@ -45,12 +46,13 @@ class UnitLevel(ImportanceLevel[Importance]):
         device = self.run.engine.ranks.info.device
         return {group: values.to(device) for group, values in saved.shared().items()}
 
-    def write(self, path: Path, importance: Importance) -> None:
-        """Save on rank 0; every rank has the same."""
-        if self.run.engine.ranks.info.is_main:
-            save_unit_importance(path, importance, self.run.layout)
+    def write(self, path: Path, importance: Importance, tokens: Sequence[str]) -> None:
+        """Every rank has the same."""
+        layout = self.run.layout
+        self.run.engine.ranks.on_main(lambda: save_unit_importance(path, importance, layout, tokens))
 
     def read(self, path: Path) -> Importance:
         """Load on the run's device."""
         device = self.run.engine.ranks.info.device
-        return {group: values.to(device) for group, values in load_unit_importance(path, self.run.layout).items()}
+        importance = load_unit_importance(path, self.run.layout, self.run.tokens)
+        return {group: values.to(device) for group, values in importance.items()}

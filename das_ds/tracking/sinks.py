@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -85,20 +84,24 @@ class JsonlSink(Sink):
 
     def num_bytes(self) -> int:
         """Length of the file."""
-        return self._file.seek(0, os.SEEK_END)
+        # Not of the open file, which a failure closes.
+        return self._path.stat().st_size
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
         """Cut the file at the first line that lies beyond `global_step` or was only half written.
 
         Lines that were there when the step was saved and no longer are cannot be had again: a warning says so.
         """
-        self._file.seek(0)
         end = 0
-        for line in self._file:
-            if not line.endswith(b"\n") or _step_of(line) > global_step:
-                break
-            end += len(line)
-        self._file.truncate(end)
+        try:
+            self._file.seek(0)
+            for line in self._file:
+                if not line.endswith(b"\n") or _step_of(line) > global_step:
+                    break
+                end += len(line)
+            self._file.truncate(end)
+        except OSError as error:
+            raise self._cannot_write(error) from error
         if end < num_bytes:
             logger.warning(
                 "%s: %d bytes of lines up to step %d are missing; the run goes on, they cannot be had again",

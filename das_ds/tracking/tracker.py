@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from das_ds.config import RunConfig
-from das_ds.errors import EXIT_STOPPED, StoppedError
+from das_ds.errors import EXIT_STOPPED, DasError, StoppedError
 from das_ds.tracking.names import METRICS_FILE
 from das_ds.tracking.sinks import JsonlSink, Metrics, Scalar, Sink
 from das_ds.tracking.wandb_sink import WandbJob, build_wandb_sink
@@ -21,11 +21,18 @@ class Tracker(Sink):
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = tuple(sinks)
+        self.failure: DasError | None = None
+        """Why steps can no longer be logged; raised where all ranks can be told, since one rank logs for all."""
 
     def log(self, metrics: Metrics, *, global_step: int) -> None:
-        """One logged training step, to every sink."""
-        for sink in self._sinks:
-            sink.log(metrics, global_step=global_step)
+        """One logged training step, to every sink; nothing after a `failure`."""
+        if self.failure is not None:
+            return
+        try:
+            for sink in self._sinks:
+                sink.log(metrics, global_step=global_step)
+        except DasError as error:
+            self.failure = error
 
     def log_evaluation(self, losses: Mapping[str, float], *, domains_learned: int, global_step: int) -> None:
         """Held-out losses, to every sink."""

@@ -22,7 +22,7 @@ import psutil
 
 from das_ds.config import RunConfig
 from das_ds.durable import replaced_file
-from das_ds.errors import ConfigError
+from das_ds.errors import ConfigError, RunFolderError
 from das_ds.tracking.names import (
     DOMAIN,
     DOMAIN_STEP,
@@ -275,9 +275,17 @@ def stored_run_id(folder: Path) -> str | None:
 
 
 def store_run_id(folder: Path, run_id: str) -> None:
-    """Report to this W&B run from now on."""
-    with replaced_file(folder / WANDB_RUN_ID_FILE) as partial:
-        partial.write_text(run_id + "\n")
+    """Report to this W&B run from now on.
+
+    Raises:
+        RunFolderError: the disk is full, or the folder cannot be written.
+    """
+    path = folder / WANDB_RUN_ID_FILE
+    try:
+        with replaced_file(path) as partial:
+            partial.write_text(run_id + "\n")
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); expected free space") from error
 
 
 def _run_id(folder: Path) -> str:

@@ -13,7 +13,7 @@ from das_ds.distributed.launch import Ranks
 from das_ds.distributed.state import RankState
 from das_ds.distributed.stopping import StopRequests
 from das_ds.distributed.watchdog import Watchdog
-from das_ds.errors import StoppedError
+from das_ds.errors import DasError, StoppedError
 from das_ds.tracking.names import CHECKPOINT_MIB, CHECKPOINT_STALL_S, CHECKPOINT_WRITE_S, CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Boundary:
         requests: what this rank was asked for.
         watchdog: is told that writing may take any time.
         save_arguments: gives what `Saver.start` needs besides state.
+        failure: gives what this rank alone has found to end the run, as a disk that is full where metrics go.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Boundary:
         requests: StopRequests,
         watchdog: Watchdog,
         save_arguments: Callable[[RunState], dict[str, Any]],
+        failure: Callable[[], DasError | None] = lambda: None,
     ) -> None:
         self._ranks, self._saver, self._requests, self._watchdog = ranks, saver, requests, watchdog
-        self._save_arguments = save_arguments
+        self._save_arguments, self._failure = save_arguments, failure
         self._agreement = Agreement(ranks)
         self._is_fresh = False
         self._reports: list[SaveReport] = []
@@ -59,11 +61,15 @@ class Boundary:
         Raises:
             StoppedError: the run was asked to stop; everything is saved.
             CheckpointError: a checkpoint could not be written.
+            DasError: on every rank, the `failure` of any.
         """
-        wanted = self._requests.poll(files=self._ranks.info.is_main)
+        wanted, failure = self._requests.poll(files=self._ranks.info.is_main), self._failure()
+        saver = self._saver
         agreed = self._agreement.exchange(
-            Flags(wanted.stop is not None, wanted.save, self._saver.is_writing, self._saver.has_failed)
+            Flags(wanted.stop is not None, wanted.save, saver.is_writing, saver.has_failed, failure is not None)
         )
+        if agreed.ends:
+            self._ranks.agree(failure)
         if self._saver.is_open and not self._is_fresh and (agreed.failed or not agreed.writing):
             self._publish()
         # What was reported at the boundary where a checkpoint began says nothing about it.
@@ -72,8 +78,8 @@ class Boundary:
             self._stop(run, parts(), wanted.stop)
         if save or agreed.save:
             self._begin(run, parts())
-        if agreed.save and self._ranks.info.is_main:
-            self._requests.remove_save_file()
+        if agreed.save:
+            self._ranks.on_main(self._requests.remove_save_file)
 
     def save(self, run: RunState, parts: Parts) -> None:
         """Save and wait until the checkpoint is visible."""
@@ -82,11 +88,16 @@ class Boundary:
             self._publish()
 
     def settle(self) -> None:
-        """Wait for a checkpoint that is being written."""
+        """Wait for a checkpoint that is being written.
+
+        Raises:
+            DasError: as `pass_by` does.
+        """
         if self._saver.is_open:
             self._publish()
         self._saver.close()
         self._agreement.settle()
+        self._ranks.agree(self._failure())
 
     def take_reports(self) -> dict[str, float]:
         """What checkpoints that became visible since the last call cost, as metrics; {} where none did."""
@@ -118,9 +129,7 @@ class Boundary:
     def _stop(self, run: RunState, parts: Parts, local_reason: str | None) -> None:
         self.save(run, parts)
         reasons = self._agreement.reasons(local_reason)
-        if self._ranks.info.is_main:
-            self._requests.remove_stop_file()
-        self._ranks.barrier()
+        self._ranks.on_main(self._requests.remove_stop_file)
         raise StoppedError(
             f"stopped on {reasons}: {run.phase} {run.domains_done}, step {run.domain_step}, is saved; the same command "
             "continues here"

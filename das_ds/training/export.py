@@ -157,5 +157,9 @@ def _replaced(folder: Path) -> Iterator[Path]:
     try:
         with replaced_folder(folder) as partial:
             yield partial
-    except OSError as error:
-        raise RunFolderError(f"cannot write the model to {folder}: {error.strerror or error}") from error
+    except Exception as error:
+        # What the system refuses to safetensors and tokenizers, both in Rust, comes as errors of their own.
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise RunFolderError(f"cannot write the model to {folder}: {reason}") from error

@@ -25,7 +25,7 @@ from das_ds.evaluation.end_task_scores import (
 from das_ds.evaluation.fine_tuning import fine_tune
 from das_ds.models.classifier import check_model_folder, weight_files
 from das_ds.models.loading import check_files
-from das_ds.tracking.tracker import build_job_tracker
+from das_ds.tracking.tracker import Tracker, build_job_tracker
 from das_ds.tracking.wandb_sink import WandbJob
 
 JOB_TYPE = "finetune"
@@ -58,7 +58,8 @@ def finetune_model(
     scores = _from_main(ranks, path, folder, tasks)
     jobs = [(task, seed) for task in tasks for seed in task.config.seeds if not scores.has(task.config.name, seed)]
     wandb_job = WandbJob(path.parent, JOB_TYPE, f"{path.resolve().parent.name} {JOB_TYPE}")
-    with build_job_tracker(config, wandb_job, enabled=ranks.info.is_main and bool(jobs)) as tracker:
+    tracker = ranks.on_main(lambda: build_job_tracker(config, wandb_job, enabled=bool(jobs))) or Tracker()
+    with tracker:
         for first in range(0, len(jobs), ranks.info.world_size):
             together = jobs[first : first + ranks.info.world_size]
             scores = _round(ranks, together, scores, source, path)

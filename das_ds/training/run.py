@@ -16,7 +16,7 @@ from das_ds.errors import EXIT_USER_ERROR, CheckpointError, StoppedError
 from das_ds.evaluation.results import RESULTS_FILE, Results
 from das_ds.models.loading import check_files, find_adapter, weights_folder
 from das_ds.tracking.names import METRICS_FILE
-from das_ds.tracking.tracker import build_tracker
+from das_ds.tracking.tracker import Tracker, build_tracker
 from das_ds.tracking.wandb_sink import store_run_id, stored_run_id
 from das_ds.training.outcome import results_of
 from das_ds.training.revisions import pin_revisions
@@ -53,7 +53,8 @@ def run_sequence(config: RunConfig, ranks: Ranks) -> Results:
             objective = find_adapter(config.model).objective
             text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, objective))
         _leave_if_asked(ranks, requests)
-        with build_tracker(config, enabled=ranks.info.is_main) as tracker:
+        tracker = ranks.on_main(lambda: build_tracker(config, enabled=True)) or Tracker()
+        with tracker:
             with watchdog.suspend_timeout("building the engine"):
                 sequence = DomainSequence(
                     config, ranks, folder, text, tracker, deepspeed_config, store, requests, watchdog
@@ -92,9 +93,7 @@ def _leave_if_asked(ranks: Ranks, requests: StopRequests) -> None:
     """What was asked for while text was prepared is obeyed before the engine is built: nothing is lost."""
     reasons = ranks.gather(requests.poll(files=ranks.info.is_main).stop)
     if any(reasons):
-        if ranks.info.is_main:
-            requests.remove_stop_file()
-        ranks.barrier()
+        ranks.on_main(requests.remove_stop_file)
         raise StoppedError(
             f"stopped on {next(filter(None, reasons))} before training began; the same command starts it"
         )

@@ -91,7 +91,9 @@ class DomainSequence:
         if text.vocabulary is not None:
             reserve_rows(self._model, text.vocabulary.base_tokens, text.vocabulary.total)
         exact = construction.slices if construction else None
-        context = build_context(config, self._model, adapter, deepspeed_config, ranks, exact=exact)
+        context = build_context(
+            config, self._model, adapter, deepspeed_config, ranks, exact=exact, tokens=text.all_tokens
+        )
         self.engine, self._lora, self._network = context.engine, context.lora, context.network
         self._objective = context.objective
         self._context = context
@@ -115,7 +117,7 @@ class DomainSequence:
             beside=[folder.root / METRICS_FILE],
         )
         self.engine.before_change = saver.wait_for_copy
-        self._boundary = Boundary(ranks, saver, requests, watchdog, self._save_arguments)
+        self._boundary = Boundary(ranks, saver, requests, watchdog, self._save_arguments, lambda: tracker.failure)
         self._opened: OpenCheckpoint | None = None
 
     def run(self, manifest: Manifest | None) -> Results:
@@ -138,7 +140,7 @@ class DomainSequence:
         elif self._state.phase == HEAD_WARMUP:
             # Steps come after a checkpoint.
             self._boundary.save(self._state, self._parts())
-        self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes if manifest else 0)
+        self._truncate_metrics(manifest)
         while self._state.phase != "finished":
             self._watchdog.set_phase(f"{self._domain_name(self._state)}, {self._state.phase}")
             try:
@@ -349,7 +351,11 @@ class DomainSequence:
         self._trainer = None
         self._passes.forget()
         self._load(manifest)
-        self._tracker.truncate_after(self._state.global_step, manifest.metrics_bytes)
+        self._truncate_metrics(manifest)
+
+    def _truncate_metrics(self, manifest: Manifest | None) -> None:
+        num_bytes = manifest.metrics_bytes if manifest else 0
+        self._ranks.on_main(lambda: self._tracker.truncate_after(self._state.global_step, num_bytes))
 
     @property
     def _stage(self) -> Stage:
@@ -366,7 +372,16 @@ class DomainSequence:
             return self._passes.over(self._text.importance_steps(stage.only_domain), label)
 
         folder = self._folder.domain(stage.index, stage.name)
-        return DomainContext(stage.index, stage.name, batches, steps, self._folder.root, folder)
+        return DomainContext(
+            stage.index,
+            stage.name,
+            batches,
+            steps,
+            self._folder.root,
+            folder,
+            suspend_timeout=self._watchdog.suspend_timeout,
+            num_tokens=self._text.num_tokens(stage.last_domain),
+        )
 
     def _prepare_new_tokens(self, learned: str) -> None:
         """Tokens of later domains begin as the mean of all tokens up to now, and nothing that befell them counts."""

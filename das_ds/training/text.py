@@ -28,7 +28,7 @@ from das_ds.data.vocabulary import tokenizers_by_corpus
 from das_ds.distributed.launch import RankInfo
 from das_ds.errors import RunFolderError
 from das_ds.functional.sampling import subset_indices
-from das_ds.functional.vocabulary import num_tokens
+from das_ds.functional.vocabulary import num_tokens, tokens_by_id
 from das_ds.models.loading import embedding_rows, load_tokenizer
 from das_ds.models.vocabulary import Vocabulary
 
@@ -53,6 +53,15 @@ class RunText:
     def num_rows(self, corpus: str) -> int | None:
         """Rows of the vocabulary that this corpus is read with; None: all that there are."""
         return None if self.vocabulary is None else self.vocabulary.rows(corpus)
+
+    def num_tokens(self, corpus: str) -> int | None:
+        """Tokens that this corpus is read with; None: the vocabulary does not grow."""
+        return None if self.vocabulary is None else self.vocabulary.num_tokens[corpus]
+
+    @property
+    def all_tokens(self) -> tuple[str, ...]:
+        """The vocabulary by id, with what all domains add to it."""
+        return tokens_by_id(max((tokenizer.get_vocab() for tokenizer in self.tokenizers.values()), key=num_tokens))
 
     @cached_property
     def fingerprints(self) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
@@ -104,3 +105,25 @@ def test_exports_say_what_type_they_hold(changes: dict[str, Any], expected: torc
     assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {expected}
     model = AutoModelForMaskedLM.from_pretrained(folder)
     assert model.dtype == model.config.dtype == expected
+
+
+def test_masks_of_directions_leave_new_tokens_alone(tmp_path: Path) -> None:
+    """Where nothing known may change, logits of new tokens move over the first domain's inputs, and no others do."""
+    importance = {"granularity": "direction", "normalisation": "saturating", "saturation": 1e-6}
+    method = {"name": "das", "importance": {**importance, "samples": 10}, "contrast": {"weight": 0.0}}
+    values = run(tmp_path, "run", 2, method=method)
+    values["train"] = {**values["train"], "weight_decay": 0.0}
+    run_ranks(run_all, 2, [values])
+    before, after = (exported_weights(tmp_path / "run", name)[EMBEDDING] for name in ("00_food", "01_papers"))
+    moment = load_file(tmp_path / "run" / "domains" / "00_food" / "directions.safetensors")[EMBEDDING]
+    steps = torch.cat((after[:300] - before, after[300:] - before.mean(dim=0)))
+    moved = ((steps @ moment) * steps).sum(dim=1).clamp_min(0.0).sqrt()
+    assert len(moved) == 303 and moved[:300].max() < 1e-2 * moved[300:].min()
+    files = [
+        tmp_path / "run" / place / "directions.safetensors" for place in ("domains/00_food", "domains/01_papers", "")
+    ]
+    num_tokens = []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            num_tokens.append(file.metadata()["num_tokens"])
+    assert num_tokens == ["300", "303", "303"]

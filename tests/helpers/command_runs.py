@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from das_ds.checkpointing.manifest import RunState
 from das_ds.cli import main
@@ -21,9 +22,14 @@ from das_ds.config import RunConfig
 from das_ds.config_io import resolved_dict
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import rank
+from das_ds.methods import importance_file
 from das_ds.methods.base import Losses, Method
+from das_ds.tracking.sinks import JsonlSink
+from das_ds.training import export
 from das_ds.training.boundary import Boundary, Parts
 from helpers.run_ranks import start_ranks
+
+T = TypeVar("T")
 
 PATIENCE_S = 120.0
 
@@ -90,6 +96,42 @@ def fill_disk_in_step_three() -> None:
         pass_by(self, run, parts, save=save)
 
     Boundary.pass_by = filled  # type: ignore[method-assign]
+
+
+def fill_disk_of_importance() -> None:
+    """For `disturb`: the system refuses to write importance on rank 0."""
+    importance_file.save_file = _on_full_disk(importance_file.save_file)
+
+
+def fill_disk_of_exports() -> None:
+    """For `disturb`: the system refuses to write models on rank 0."""
+    export._write = _on_full_disk(export._write, 4096)
+
+
+def fill_disk_of_tokenizers() -> None:
+    """For `disturb`: the system refuses to write tokenizers on rank 0."""
+    save = PreTrainedTokenizerBase.save_pretrained
+    PreTrainedTokenizerBase.save_pretrained = _on_full_disk(save, 4096)  # type: ignore[method-assign]
+
+
+def fill_disk_of_metrics() -> None:
+    """For `disturb`: the system refuses to write metrics on rank 0."""
+    JsonlSink.log = _on_full_disk(JsonlSink.log)  # type: ignore[method-assign]
+
+
+def _on_full_disk(write: Callable[..., T], num_bytes: int = 64) -> Callable[..., T]:
+    """On rank 0 no file may become longer than so many bytes meanwhile; 4096 let configs pass, not weights."""
+
+    def limited(*args: Any, **options: Any) -> T:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank() == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        try:
+            return write(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def _before_micro_steps(act: Callable[[int], None]) -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from das_ds.config import RunConfig
+from das_ds.config import MethodConfig, RunConfig
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import rank
 from das_ds.distributed.launch import Ranks
 from das_ds.distributed.passes import Pass
 from das_ds.distributed.row_masks import RowMasks
 from das_ds.distributed.zero import Shard
+from das_ds.functional.directions import direction_mask
+from das_ds.methods import build_method, directions
 from das_ds.methods.input_moments import relative_moments
 from helpers.architectures import config_of, steps_of
 from helpers.parity import OFFLOAD, configs_of, relative_difference
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import without_dropout
-from helpers.training import build, rank_part
+from helpers.training import build, no_text_domain, rank_part
 from helpers.two_domains import Expected, learn_all, learn_plainly, make_domains
 
 pytestmark = pytest.mark.multirank
@@ -51,7 +54,7 @@ def masked_stretch(cuts: list[int], before: torch.Tensor, step: torch.Tensor, ma
     own = slice(cuts[rank()], cuts[rank() + 1])
     flat = torch.nn.Parameter(before.flatten()[own].clone())
     shards = [Shard("w", flat, 0, own.start, flat.numel())] if flat.numel() else []
-    rows = RowMasks(shards, {"w": flat}, {"w": mask}, ranks.info.device)
+    rows = RowMasks(shards, {"w": flat}, {"w": len(mask)}, lambda _: mask, ranks.info.device)
     old = rows.remember(flat)
     assert old is not None
     flat.data += step.flatten()[own]
@@ -110,3 +113,43 @@ def test_tables_that_every_rank_reads_count_once(tmp_path: Path) -> None:
     for found in run_ranks(moments_of, 2, config_of(tmp_path, "deberta-v2", 2, 2), batch):
         for name, moment in found.items():
             torch.testing.assert_close(moment, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
+    """Widths of the masks that this rank makes, those of the layers it steps, and masks at the most that exist."""
+    ranks = Ranks()
+    run = build(config, ranks, **without_dropout("roberta"))
+    method = build_method(run)
+    assert isinstance(method, directions.DirectionMasked)
+    made: list[torch.Tensor] = []
+
+    def counted(moment: torch.Tensor, saturation: float) -> torch.Tensor:
+        made.append(direction_mask(moment, saturation))
+        return made[-1]
+
+    with patch.object(directions, "direction_mask", counted):
+        domain = no_text_domain(config.output_dir)
+        moments = relative_moments(run, Pass([steps_of("roberta")[0][0]]))
+        method._moments = moments
+        method.start_training(domain)
+    distinct = {moment.numpy().tobytes() for moment in moments.values()}
+    own = {
+        moments[shard.name].numpy().tobytes(): len(moments[shard.name])
+        for shard in run.engine.shards()
+        if shard.name in moments
+    }
+    run.engine.close()
+    return sorted(len(mask) for mask in made), sorted(own.values()), len(distinct)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_rank_makes_the_masks_of_what_it_steps_alone(stage: int, tmp_path: Path) -> None:
+    config = config_of(tmp_path, "roberta", 2, stage)
+    config = config.model_copy(update={"method": MethodConfig.model_validate(METHOD)})
+    found = run_ranks(masks_made, 2, config)
+    for made, own, distinct in found:
+        # Queries, keys and values share one; four a layer, the LM head's dense layer, and the embeddings.
+        assert distinct == 10
+        assert made == own and len(made) < distinct
+    # Where the ranks meet within a layer both need its mask.
+    assert sum(len(made) for made, *_ in found) <= 11

@@ -23,6 +23,24 @@ def test_cuts_may_lie_anywhere(cuts: list[int]) -> None:
     check(cuts)
 
 
+def row_masks(shards: list[Shard], flat_of: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> RowMasks:
+    widths = {name: len(mask) for name, mask in masks.items()}
+    return RowMasks(shards, flat_of, widths, masks.__getitem__, torch.device("cpu"))
+
+
+def test_a_mask_is_made_once_and_only_where_it_is_needed() -> None:
+    flat, elsewhere = (torch.nn.Parameter(torch.zeros(12)) for _ in range(2))
+    shards = [Shard("w", flat, 0, 0, 4), Shard("w", flat, 6, 6, 2)]
+    asked: list[str] = []
+
+    def mask_of(name: str) -> torch.Tensor:
+        asked.append(name)
+        return torch.eye(2)
+
+    RowMasks(shards, {"w": flat, "v": elsewhere}, {"w": 2, "v": 3}, mask_of, torch.device("cpu"))
+    assert asked == ["w"]
+
+
 def check(cuts: list[int]) -> None:
     generator = torch.Generator().manual_seed(5)
     before, step = (torch.randn(ROWS, WIDTH, generator=generator) for _ in range(2))
@@ -44,7 +62,7 @@ def check(cuts: list[int]) -> None:
     pieces.append(torch.zeros(flat.numel() - places - 4 * NARROW))
     flat.data.copy_(torch.cat(pieces))
 
-    rows = RowMasks(shards, {"cut": flat, "whole": flat}, masks, torch.device("cpu"))
+    rows = row_masks(shards, {"cut": flat, "whole": flat}, masks)
     old = rows.remember(flat)
     assert old is not None
     for shard in shards:
@@ -62,5 +80,5 @@ def check(cuts: list[int]) -> None:
 
 def test_flat_tensors_without_masked_parameters_are_left_alone() -> None:
     flat, other = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
-    rows = RowMasks([Shard("w", flat, 0, 0, 4)], {"w": flat}, {"w": torch.eye(2)}, torch.device("cpu"))
+    rows = row_masks([Shard("w", flat, 0, 0, 4)], {"w": flat}, {"w": torch.eye(2)})
     assert rows.remember(other) is None and rows.remember(flat) is not None
