@@ -16,3 +16,9 @@ pytest.register_assert_rewrite("helpers")
 from helpers.compiled_ops import keep_compiled_ops  # noqa: E402
 
 keep_compiled_ops()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws at random does not depend on the tests that its process ran before."""
+    torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -77,8 +78,13 @@ def test_comparison_shows_learning_beside_forgetting(tmp_path: Path) -> None:
     rows = [line.split("  ")[0] for line in shown]
     assert rows.count("after pubmed") == 3
     summary = next(number for number, line in enumerate(shown) if "loss when learned" in line)
-    assert [line.split()[-5] for line in shown[summary + 2 : summary + 5]] == ["3.5000", "3.0000", "3.7500"]
-    assert rows[summary + 2 : summary + 5] == ["das", "ncl", "ncl 4e-4"]
+    columns, *groups = [re.split(r" {2,}", line) for line in (shown[summary], *shown[summary + 2 : summary + 5])]
+    learned = columns.index("loss when learned")
+    assert [(group[0], group[learned]) for group in groups] == [
+        ("das", "3.5000"),
+        ("ncl", "3.0000"),
+        ("ncl 4e-4", "3.7500"),
+    ]
     assert (tmp_path / "comparison" / "report.md").exists()
 
 
