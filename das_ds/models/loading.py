@@ -120,7 +120,6 @@ def load_model(
         source = weights_folder(config)
         with torch.random.fork_rng():
             if source is not None:
-                _refuse_pointers(source, *_weight_files(source))
                 model = _pretrained(config, source, construct, construction)
             else:
                 model = construction.random(construct) if construction else construct()
@@ -258,6 +257,7 @@ def _pretrained(
 ) -> PreTrainedModel:
     with torch.device("meta"):
         outline = construct()
+    _refuse_pointers(source, *_weight_files(source))
     with closing(StoredWeights(source, outline)) as weights:
         weights.check(config.allow_missing)
         record = {**weights.record(), "source": config.name_or_path}
@@ -282,7 +282,9 @@ def weights_found(config: ModelConfig, outline: PreTrainedModel) -> str:
     """
     name = str(config.name_or_path)
     try:
-        with closing(StoredWeights(local_folder(name, config.revision), outline, local_only=True)) as weights:
+        source = local_folder(name, config.revision)
+        _refuse_pointers(source, *_weight_files(source))
+        with closing(StoredWeights(source, outline, local_only=True)) as weights:
             weights.check(config.allow_missing)
             return weights_line({**weights.record(), "source": name})
     except DasError:

@@ -198,6 +198,10 @@ def test_stored_weights_are_looked_at_and_not_read(tmp_path: Path) -> None:
     assert "5 of the LM head drawn by seed" in found.found
     refused = only(check_model, RunConfig(**{**values, "model": {"name_or_path": str(tmp_path / "headless")}}))
     assert refused.status == "failed" and "found no weights of the LM head (lm_head.bias, " in refused.found
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4000\n"
+    (tmp_path / "headless" / "model.safetensors").write_bytes(pointer)
+    fetched = only(check_model, RunConfig(**values))
+    assert fetched.status == "failed" and "found Git LFS pointers in place of model.safetensors" in fetched.found
     (tmp_path / "headless" / "model.safetensors").write_bytes(b"nonsense")
     damaged = only(check_model, RunConfig(**values))
     assert damaged.status == "failed" and "cannot read the weights of" in damaged.found
