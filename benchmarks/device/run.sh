@@ -65,7 +65,7 @@ part() {
   else
     ((limit < left)) || limit=$left
     echo "=== $name (at most $limit s): $*" | tee -a "$log"
-    timeout --kill-after=10 "$limit" "$@" >> "$log" 2>&1
+    timeout --kill-after=10 "$limit" "$@" >> "$log" 2>&1 < /dev/null
     code=$?
     case $code in
       0) outcome="passed" ;;

@@ -53,6 +53,7 @@ def adapted_layout(layout: UnitLayout, maps: Iterable[LowRankMap]) -> UnitLayout
         ),
         shapes={name: shape for item in by_weight.values() for name, shape in item.shapes.items()},
         vocabulary=frozenset(),
+        adapted=layout.ownerships,
     )
 
 

@@ -64,6 +64,8 @@ class UnitLayout:
     """Every trained parameter -> (E, R, C)."""
     vocabulary: frozenset[str] = frozenset()
     """Parameters with one row per token."""
+    adapted: tuple[Ownership, ...] | None = None
+    """Where adapters are trained in place of the weights: the ownerships of those weights, of the same units."""
 
     def sizes_with(self, num_rows: int | None) -> dict[str, int]:
         """`sizes` when a vocabulary has so many rows; None: all."""

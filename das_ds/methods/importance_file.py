@@ -67,13 +67,13 @@ def save_unit_importance(path: Path, importance: Importance, layout: UnitLayout,
     _save(path, tensors, layout, UNIT, tokens)
 
 
-def load_unit_importance(path: Path, layout: UnitLayout, tokens: Sequence[str] = ()) -> Importance:
+def load_unit_importance(path: Path, layout: UnitLayout, tokens: Sequence[str] | None = None) -> Importance:
     """Read importance by unit and check that it belongs to this architecture and vocabulary.
 
     Args:
         path: of the file.
         layout: of the network.
-        tokens: the run's vocabulary, by id; it may have gained tokens at its end since.
+        tokens: the run's vocabulary, by id; it may have gained tokens at its end since. None: it is not compared.
 
     Raises:
         ImportanceError: missing or damaged file, another format, granularity, model type, number of layers or units,
@@ -93,7 +93,7 @@ def save_parameter_importance(
 
 @contextmanager
 def load_parameter_importance(
-    path: Path, layout: UnitLayout, tokens: Sequence[str] = ()
+    path: Path, layout: UnitLayout, tokens: Sequence[str] | None = None
 ) -> Iterator[Callable[[str, int, int], torch.Tensor]]:
     """Give (name, offset, numel) -> (numel,) uint8, which reads no more of the file than that.
 
@@ -122,7 +122,7 @@ def save_directions(
 
 
 def load_directions(
-    path: Path, widths: dict[str, int], layout: UnitLayout, tokens: Sequence[str] = ()
+    path: Path, widths: dict[str, int], layout: UnitLayout, tokens: Sequence[str] | None = None
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Read weight name -> (d, d) and check that they belong to this network.
 
@@ -130,7 +130,7 @@ def load_directions(
         path: of the file.
         widths: weight name -> d.
         layout: of the network.
-        tokens: the run's vocabulary, by id; it may have gained tokens at its end since.
+        tokens: the run's vocabulary, by id; it may have gained tokens at its end since. None: it is not compared.
 
     Returns:
         The moments, and the number of tokens that there were when they were measured.
@@ -196,7 +196,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(
-    path: Path, layout: UnitLayout, granularity: str, expected: Shapes, tokens: Sequence[str]
+    path: Path, layout: UnitLayout, granularity: str, expected: Shapes, tokens: Sequence[str] | None
 ) -> Iterator[tuple[Any, dict[str, str]]]:
     with _checked(path) as (file, header, found):
         _check(path, header, found, layout, granularity, expected)
@@ -243,13 +243,15 @@ def _check(
         )
 
 
-def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens: Sequence[str]) -> None:
+def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens: Sequence[str] | None) -> None:
     """Equal shapes may mean other things: units that another table numbered, rows of other tokens."""
     if header[STRUCTURE] != _structure(layout):
         raise ImportanceError(
             f"{path}: importance of another table of units: found layers or units of {header['model_type']} that own "
             "other weights, expected those of this run (model.adapter)"
         )
+    if tokens is None:
+        return
     num_tokens = int(header[NUM_TOKENS])
     if header[TOKENS] != _token_digest(tokens[:num_tokens]) or num_tokens > len(tokens):
         raise ImportanceError(
@@ -259,10 +261,14 @@ def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens
 
 
 def _structure(layout: UnitLayout) -> str:
-    """Checksum of which unit of which layer owns or reads which weights; not of sizes, which shapes tell."""
+    """Checksum of which unit of which layer owns or reads which weights; not of sizes, which shapes tell.
+
+    With LoRA the weights are those of the network without adapters, so that importance of its units serves both.
+    """
     digest = hashlib.sha256()
+    ownerships = layout.ownerships if layout.adapted is None else layout.adapted
     of_table: dict[int, str] = {}
-    for item in sorted(layout.ownerships, key=lambda item: (item.parameter, item.group, item.axis, item.reader)):
+    for item in sorted(ownerships, key=lambda item: (item.parameter, item.group, item.axis, item.reader)):
         if id(item.units) not in of_table:
             of_table[id(item.units)] = hashlib.sha256(item.units.cpu().numpy().tobytes()).hexdigest()
         place = (item.parameter, item.group, item.layer, item.axis, item.reader, of_table[id(item.units)])

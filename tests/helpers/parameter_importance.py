@@ -96,7 +96,7 @@ def read_and_write(config: RunConfig, source: Path, target: Path) -> Importance:
     level = ParameterLevel(run)
     importance = level.read(source)
     # A second reading, accumulated: EMax with itself changes nothing.
-    level.write(target, level.maximum(level.read(source), importance))
+    level.write(target, level.maximum(level.read(source), importance), run.tokens)
     found = level.by_unit(importance)
     run.engine.close()
     return found

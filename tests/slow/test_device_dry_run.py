@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -32,7 +34,8 @@ def test_device_run_dry_every_part_passes_and_leaves_its_result(tmp_path: Path) 
         "--out",
         str(tmp_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1750)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1750)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert done.returncode == 0 and summary["failed"] == 0, (summary, (tmp_path / "log.txt").read_text()[-3000:])
     assert {part["outcome"] for part in summary["parts"]} == {"passed"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ SCRIPT = ROOT / "benchmarks" / "device" / "run.sh"
 
 def run(out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(SCRIPT), "--dry", "--out", str(out), *options]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHON": sys.executable, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def summary(out: Path) -> dict[str, Any]:

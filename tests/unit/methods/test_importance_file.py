@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from das_ds.config import LoraConfig
 from das_ds.errors import ImportanceError, RunFolderError
 from das_ds.methods import importance_file
 from das_ds.methods.importance_file import (
@@ -25,6 +26,7 @@ from das_ds.methods.importance_file import (
     save_parameter_importance,
     save_unit_importance,
 )
+from das_ds.models.lora import Lora
 from das_ds.models.registry import adapter_for
 from das_ds.models.vocabulary import reserve_rows
 from helpers.tiny_models import random_importance, tiny_model
@@ -217,3 +219,16 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RunFolderError, match=rf"{path}: cannot be written \(.*No space left .*must have free space"):
         save_any("unit", path)
     assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_unit_importance_of_a_whole_network_serves_its_adapters_and_the_other_way_round(tmp_path: Path) -> None:
+    """With LoRA the same heads and neurons are protected, by masks on other weights."""
+    model = tiny_model()
+    layout = adapter_for("roberta").layout(model)
+    adapted = Lora.plan(model, layout, LoraConfig(rank=2)).layout(layout)
+    importance = random_importance(model)
+    for written, read in ((layout, adapted), (adapted, layout)):
+        path = tmp_path / "importance.safetensors"
+        save_unit_importance(path, importance, written)
+        found = load_unit_importance(path, read)
+        assert all(found[group].equal(values) for group, values in importance.items())
