@@ -198,6 +198,12 @@ def _checked_section(section: dict[str, Any], prefix: str) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name, value in section.items():
         key = f"{prefix}{name}"
+        if "." in name:
+            # DeepSpeed ignores it, though the dotted name of a key is in the list.
+            raise ConfigError(
+                f"deepspeed {key}: found a dotted key, expected sections within each other, such as "
+                '{"zero_optimization": {"stage": 2}}'
+            )
         if key in SECTIONS:
             inner = _section_value(key, value)
             checked |= {} if inner is None else {name: inner}

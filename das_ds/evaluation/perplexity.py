@@ -8,6 +8,7 @@ from torch import nn
 from das_ds.data.batches import Batch
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.passes import Pass
+from das_ds.errors import DataError
 
 TOTAL = "total"
 
@@ -20,6 +21,9 @@ def held_out_loss(model: nn.Module, batches: Pass[Batch], device: torch.device) 
         model: `LanguageModel`; left in the mode it was in.
         batches: this rank's batches; every rank has the same number of them.
         device: where the model is.
+
+    Raises:
+        DataError: nothing is predicted on any rank.
     """
     was_training = model.training
     model.eval()
@@ -31,4 +35,9 @@ def held_out_loss(model: nn.Module, batches: Pass[Batch], device: torch.device) 
         total[1] += batch.num_predicted
     model.train(was_training)
     loss_sum, count = all_reduce_sum(total.clone()).tolist()
-    return float(loss_sum / max(count, 1.0))
+    if count == 0:
+        raise DataError(
+            "found no predicted token in the held-out text, expected some: a loss of nothing says nothing "
+            "(data.mlm_probability, evaluation.max_sequences)"
+        )
+    return float(loss_sum / count)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -12,6 +15,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -212,6 +216,7 @@ def model_config(config: ModelConfig, **defaults: int) -> Any:
         model_type = values.pop("model_type")
         if model_type not in CONFIG_MAPPING:
             raise ModelError(f"model type: found {model_type!r}, which transformers does not know")
+        _check_config_keys(model_type, values)
         return AutoConfig.for_model(model_type, **values)
     except DasError:
         raise
@@ -219,6 +224,34 @@ def model_config(config: ModelConfig, **defaults: int) -> Any:
     except Exception as error:
         source = config.name_or_path or config.config
         raise ModelError(f"cannot load the model config of {source!r}: {first_line(error)}") from error
+
+
+def _check_config_keys(model_type: str, values: dict[str, Any]) -> None:
+    """Raises ModelError for a key that transformers would keep without using it, and another network be trained."""
+    if "quantization_config" in values:
+        raise ModelError(
+            "model.config.quantization_config: found with weights that are drawn at random, which are 32 bits wide; "
+            "expected no such key"
+        )
+    known = AutoConfig.for_model(model_type)
+    # Read, though no attribute: rotary settings of before transformers 5 become `rope_parameters`.
+    rotary = ("rope_theta", "partial_rotary_factor") if hasattr(known, "rope_parameters") else ()
+    for key in values:
+        if not hasattr(known, key) and key not in (*rotary, WEIGHTS_RECORD) and not _reads(known, key):
+            near = difflib.get_close_matches(key, vars(known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ModelError(f"model.config.{key}: unknown key of a {model_type} config{hint}")
+    layers = values.get("num_hidden_layers", 1)
+    if not isinstance(layers, int) or layers < 1:
+        raise ModelError(f"model.config.num_hidden_layers: found {layers!r}, allowed: at least 1")
+
+
+def _reads(config: Any, key: str) -> bool:
+    """Whether the code of a config's network names a key, which it may read without declaring it."""
+    network: Any = AutoModel._model_mapping.get(type(config), None)
+    module = inspect.getmodule(network[0] if isinstance(network, tuple) else network)
+    # Without its code nothing can be said against a key.
+    return module is None or re.search(rf"\b{re.escape(key)}\b", inspect.getsource(module)) is not None
 
 
 def _stored_config(config: ModelConfig) -> Any:

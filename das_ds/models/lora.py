@@ -26,6 +26,16 @@ from das_ds.user_files import read_text, require_file
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+PLAIN_SETTINGS: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "use_rslora": (False, None),
+    "use_dora": (False, None),
+    "alpha_pattern": ({}, None),
+    "rank_pattern": ({}, None),
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+}
+"""Of peft's adapter_config.json -> values that mean plain LoRA; the first is peft's default."""
 BASE_LAYER = "base_layer"
 """Where peft puts the module that it adapts."""
 
@@ -131,6 +141,12 @@ class Lora:
             raise ModelError(f"{folder}: cannot read the adapters: {error}") from error
         if not isinstance(settings, dict):
             raise ModelError(f"{folder / CONFIG_FILE}: found {type(settings).__name__}, expected peft's JSON object")
+        for key, allowed in PLAIN_SETTINGS.items():
+            if settings.get(key, allowed[0]) not in allowed:
+                raise ModelError(
+                    f"{folder / CONFIG_FILE}: {key}: found {settings[key]!r}, expected {allowed[0]!r}, as adapters of "
+                    "das_ds have it; another scale or form would be trained as if it were plain LoRA"
+                )
         found = {key: tuple(values.shape) for key, values in tensors.items()}
         shapes = {name: shape[1:] for item in self.maps for name, shape in item.shapes.items()}
         expected = {key: shapes[name] for name, key in self._keys().items()}

@@ -202,7 +202,8 @@ class StoredWeights:
         starts = {start[1].removeprefix(base) for start in map(IN_LAYER.match, self._expected) if start}
         for key in self.surplus:
             place = IN_LAYER.match(key)
-            if place and place[1].removeprefix(base) in starts and not any(re.search(i, key) for i in ignored):
+            is_of_layers = place and (place[1].removeprefix(base) in starts or key.startswith(base))
+            if is_of_layers and not any(re.search(i, key) for i in ignored):
                 raise ModelError(
                     f"model.name_or_path: found {key} in {self.source}, expected no such weights in a "
                     f"{type(self._model).__name__} by its config.json: the two contradict each other"

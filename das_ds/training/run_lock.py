@@ -28,8 +28,10 @@ from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
+from typing import Annotated
 
 import psutil
+from pydantic import Field, TypeAdapter
 
 from das_ds.errors import RunFolderError
 
@@ -53,7 +55,7 @@ class Holder:
 
     token: str
     host: str
-    pid: int
+    pid: Annotated[int, Field(gt=0)]
     since: str
     kernel: str
     """Differs between nodes, and after a node has started anew."""
@@ -327,8 +329,9 @@ def _holder_at(path: Path, descriptor: int) -> Holder | None:
 def _read(descriptor: int) -> Holder | None:
     """Who is named in a lock file; None: nobody, or half a line of one who is being written."""
     try:
-        return Holder(**json.loads(os.pread(descriptor, RECORD_BYTES, 0)))
-    except (ValueError, TypeError):
+        # Values of other types than a lock has are nobody's.
+        return TypeAdapter(Holder).validate_json(os.pread(descriptor, RECORD_BYTES, 0), strict=True)
+    except ValueError:
         return None
 
 

@@ -364,3 +364,10 @@ def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:
 def test_stage_defaults_to_zero() -> None:
     assert zero_stage({}) == 0
     assert zero_stage({"zero_optimization": {"stage": 3}}) == 3
+
+
+@pytest.mark.parametrize(
+    "engine", [{"zero_optimization.stage": 3}, {"zero_optimization": {"offload_optimizer.device": "cpu"}}]
+)
+def test_dotted_key_which_deepspeed_would_ignore_is_refused(engine: dict[str, Any]) -> None:
+    assert "found a dotted key, expected sections within each other" in message_of(engine)

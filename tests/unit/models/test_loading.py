@@ -12,7 +12,14 @@ from transformers import AutoConfig, BertConfig, T5Config
 from das_ds.config import ModelConfig
 from das_ds.durable import replaced_folder
 from das_ds.errors import ConfigError, ModelError
-from das_ds.models.loading import check_files, check_sequence_length, load_model, load_tokenizer, open_tokenizer
+from das_ds.models.loading import (
+    check_files,
+    check_sequence_length,
+    load_model,
+    load_tokenizer,
+    model_config,
+    open_tokenizer,
+)
 from das_ds.models.registry import adapter_for
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
@@ -172,3 +179,22 @@ def test_padding_index_that_leaves_no_positions(padding: int | None) -> None:
     model.config.pad_token_id = padding
     with pytest.raises(ModelError, match=rf"pad_token_id of the model's config: found {padding}, allowed: 0 to 38"):
         check_sequence_length(model, adapter_for("roberta"), 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hiden_size": 24}, r"model\.config\.hiden_size: unknown key of a roberta config; did you mean hidden_size\?"),
+        ({"num_layers": 2}, r"model\.config\.num_layers: unknown key of a roberta config"),
+        ({"num_hidden_layers": 0}, r"model\.config\.num_hidden_layers: found 0, allowed: at least 1"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"model\.config\.quantization_config: found with weights"),
+    ],
+)
+def test_model_config_that_means_another_network_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ModelError, match=expected):
+        model_config(ModelConfig(config={"model_type": "roberta", **changes}))
+
+
+def test_model_config_rotary_settings_of_old_files_are_known() -> None:
+    found = model_config(ModelConfig(config={"model_type": "llama", "rope_theta": 500000.0}))
+    assert found.rope_parameters["rope_theta"] == 500000.0

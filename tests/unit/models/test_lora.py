@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -196,6 +197,12 @@ def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
         planned(rank=5).attach(tiny_model(), seed=0, weights=tmp_path)
     with pytest.raises(ModelError, match=r"alpha 16.0, expected 1.0; tensors that differ: none"):
         planned(rank=RANK, alpha=1.0).attach(tiny_model(), seed=0, weights=tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change in ({"use_rslora": True}, {"alpha_pattern": {"query": 64}}, {"peft_type": "IA3"}, {"bias": "all"}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(ModelError, match=f"{next(iter(change))}: found .*as adapters of das_ds have it"):
+            planned(rank=RANK).attach(tiny_model(), seed=0, weights=tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match="cannot read the adapters"):
         planned(rank=RANK).attach(tiny_model(), seed=0, weights=tmp_path)

@@ -234,3 +234,13 @@ def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with lock(tmp_path / "run") as one, pytest.raises(RunFolderError, match="output_dir: cannot write to"):
         one.acquire()
+
+
+@pytest.mark.parametrize("changes", [{"pid": "abc"}, {"pid": -5}, {"pid": 1.5}, {"create_time": "now"}])
+def test_lock_with_values_of_other_types_is_nobodys(changes: dict[str, Any], tmp_path: Path) -> None:
+    content = {**asdict(Holder.own()), "kernel": "another", "locked": False, **changes}
+    (tmp_path / LOCK_FILE).write_text(json.dumps(content).ljust(RECORD_BYTES))
+    assert current_holder(tmp_path) is None
+    with lock(tmp_path) as one:
+        one.acquire()
+        assert holder_in(tmp_path).pid == os.getpid()
