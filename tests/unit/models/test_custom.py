@@ -28,7 +28,9 @@ from helpers.tiny_models import SIZES
 
 MODELS: dict[str, dict[str, Any]] = {
     "stablelm": {**SIZES, "vocab_size": 300, "num_attention_heads": 6, "num_key_value_heads": 2},
-    "falcon": {**SIZES, "vocab_size": 300, "ffn_hidden_size": 40},
+    # Its FFN has a key of its own.
+    "falcon": {key: size for key, size in SIZES.items() if key != "intermediate_size"}
+    | {"vocab_size": 300, "ffn_hidden_size": 40},
 }
 
 

@@ -105,13 +105,18 @@ def test_damaged_weights_are_one_line(tmp_path: Path, content: bytes, expected: 
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"num_attention_heads": 0}, {"hidden_size": 10**20}, {"hidden_size": "wide"}, {"num_hidden_layers": -1.5}],
+    ("changes", "expected"),
+    [
+        ({"num_attention_heads": 0}, "cannot "),
+        ({"hidden_size": 10**20}, "cannot "),
+        ({"hidden_size": "wide"}, "cannot "),
+        ({"num_hidden_layers": -1.5}, "model.config.num_hidden_layers: found -1.5, allowed: at least 1"),
+    ],
 )
-def test_odd_numbers_of_a_model_config_are_one_line(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_odd_numbers_of_a_model_config_are_one_line(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     values = small_run(tmp_path)
     values["model"]["config"] |= changes
-    check_one_line(values, "cannot ", in_preflight=False)
+    check_one_line(values, expected, in_preflight=False)
 
 
 def as_fifo(path: Path) -> None:
