@@ -122,12 +122,21 @@ def model_values(work: Workload) -> dict[str, Any]:
     return {**SIZES[work.size], **tokens}
 
 
-def run_das_ds(work: Workload, folder: Path, zero_stage: int) -> list[float]:
-    """Tokens per second of each logged step, from the run's own metrics."""
+def write_run_config(work: Workload, folder: Path, name: str, domains: list[str], **sections: Any) -> Path:
+    """The config of a das_ds run over the text of `write_text`.
+
+    Args:
+        work: sizes.
+        folder: with text and tokenizer.
+        name: of the run folder and of the config file.
+        domains: all of the same text.
+        sections: of the config, besides those that follow from `work`.
+    """
+    text = {"train": [str(folder / "train.txt")], "valid": [str(folder / "valid.txt")]}
     config = {
-        "output_dir": str(folder / f"run_{zero_stage}"),
+        "output_dir": str(folder / name),
         "model": {"config": model_values(work)},
-        "domains": [{"name": "words", "train": [str(folder / "train.txt")], "valid": [str(folder / "valid.txt")]}],
+        "domains": [{"name": domain, **text} for domain in domains],
         "data": {
             "tokenizer": str(folder / "tokenizer"),
             "sequence_length": work.sequence_length,
@@ -142,14 +151,26 @@ def run_das_ds(work: Workload, folder: Path, zero_stage: int) -> list[float]:
             "log_every": 1,
         },
         "evaluation": {"max_sequences": work.batch_size},
-        "checkpoint": {"every_steps": 10 * work.steps},
-        "method": {"name": "ncl"},
-        "deepspeed": {"zero_optimization": {"stage": zero_stage}},
         "wandb": {"mode": "disabled"},
+        **sections,
     }
-    path = folder / "run.yaml"
+    path = folder / f"{name}.yaml"
     # JSON is YAML.
     path.write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def run_das_ds(work: Workload, folder: Path, zero_stage: int) -> list[float]:
+    """Tokens per second of each logged step, from the run's own metrics."""
+    path = write_run_config(
+        work,
+        folder,
+        f"run_{zero_stage}",
+        ["words"],
+        checkpoint={"every_steps": 10 * work.steps},
+        method={"name": "ncl"},
+        deepspeed={"zero_optimization": {"stage": zero_stage}},
+    )
     _call([sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(path)])
     lines = (folder / f"run_{zero_stage}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["tokens_per_s"] for line in lines]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import default_device, print_table, write_result
-from benchmarks.peers import ROOT, SIZES, Workload, model_values, write_text
+from benchmarks.peers import ROOT, SIZES, Workload, write_run_config, write_text
 from das_ds.errors import EXIT_STOPPED
 
 TOLERANCE = {"cpu": 0.0, "cuda": 0.02}
@@ -30,32 +30,14 @@ TIMEOUT_S = 100.0
 
 def write_config(work: Workload, folder: Path, name: str) -> Path:
     """A das run over two domains of the same kind of text."""
-    text = {"train": [str(folder / "train.txt")], "valid": [str(folder / "valid.txt")]}
-    config = {
-        "output_dir": str(folder / name),
-        "model": {"config": model_values(work)},
-        "domains": [{"name": "first", **text}, {"name": "second", **text}],
-        "data": {
-            "tokenizer": str(folder / "tokenizer"),
-            "sequence_length": work.sequence_length,
-            "cache_dir": str(folder / "cache"),
-        },
-        "train": {
-            "steps_per_domain": work.steps,
-            "global_batch_size": work.batch_size,
-            "micro_batch_size": work.batch_size,
-            "precision": work.precision,
-            "log_every": 1,
-        },
-        "evaluation": {"max_sequences": work.batch_size},
-        "method": {"name": "das", "importance": {"samples": work.batch_size}},
-        "deepspeed": {"zero_optimization": {"stage": work.zero_stage}},
-        "wandb": {"mode": "disabled"},
-    }
-    path = folder / f"{name}.yaml"
-    # JSON is YAML.
-    path.write_text(json.dumps(config), encoding="utf-8")
-    return path
+    return write_run_config(
+        work,
+        folder,
+        name,
+        ["first", "second"],
+        method={"name": "das", "importance": {"samples": work.batch_size}},
+        deepspeed={"zero_optimization": {"stage": work.zero_stage}},
+    )
 
 
 def train(config: Path) -> subprocess.Popen[bytes]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -30,24 +30,20 @@ ORDER = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX
 """Where weights are looked for, as in transformers: the first that there is counts."""
 
 
-class TensorFile:
+class TensorFile(Protocol):
     """One file, open."""
 
     def names(self) -> list[str]:
         """Names of its tensors."""
-        raise NotImplementedError
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a tensor."""
-        raise NotImplementedError
 
     def dtype(self, key: str) -> str:
         """Of a tensor, as torch names it where it knows it."""
-        raise NotImplementedError
 
     def read(self, key: str, offset: int, numel: int) -> torch.Tensor:
         """Elements [offset, offset + numel) of a flattened tensor, (numel,) float32 with memory of its own."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Close it."""
@@ -123,6 +119,10 @@ class TorchFile(TensorFile):
     def read(self, key: str, offset: int, numel: int) -> torch.Tensor:
         """See `TensorFile`."""
         return self._tensors[key].reshape(-1)[offset : offset + numel].to(torch.float32, copy=True)
+
+    def close(self) -> None:
+        """See `TensorFile`; a mapped file is let go with its tensors."""
+        self._tensors = {}
 
 
 class TensorFiles:
