@@ -23,16 +23,15 @@ import torch
 from benchmarks.environment import print_table, write_result
 from benchmarks.product import build_method, build_model, optimizer_step, write_importance
 from benchmarks.step import Workload, build_batch, build_config, draw_importance
-from das_ds.checkpointing.manifest import RunState
-from das_ds.checkpointing.opened import OpenCheckpoint
-from das_ds.checkpointing.rank_file import live_tensors
-from das_ds.checkpointing.resume import newest_whole
-from das_ds.checkpointing.saver import Saver, SaveReport
-from das_ds.checkpointing.store import CheckpointStore
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.random_state import random_state
+from das_ds.checkpoint.format import live_tensors
+from das_ds.checkpoint.manifest import RunState
+from das_ds.checkpoint.reader import OpenCheckpoint
+from das_ds.checkpoint.saver import Saver, SaveReport
+from das_ds.checkpoint.store import CheckpointStore, newest_whole
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.rng import random_state
 from das_ds.distributed.state import RankState
-from das_ds.evaluation.results import library_versions
+from das_ds.versions import library_versions
 from tests.helpers.run_ranks import run_ranks
 
 ASYNCHRONOUS, SYNCHRONOUS = "asynchronous", "synchronous"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import print_table, write_result
-from das_ds.deepspeed_config import build_deepspeed_config
+from das_ds.config.deepspeed import build_deepspeed_config
 
 NUM_RANKS = 2
 MODEL = {
@@ -93,11 +93,11 @@ def _load(source: str, folder: str, construction: Any) -> Any:
 def _rank(way: str, source: str, folder: str) -> None:
     """One rank of one measurement."""
     from benchmarks.product import run_config
-    from das_ds.distributed.engine import Engine
-    from das_ds.distributed.launch import Ranks
-    from das_ds.distributed.sharded_construction import sharded_construction
+    from das_ds.distributed.process_group import Ranks
+    from das_ds.engine.engine import Engine
+    from das_ds.engine.sharded_init import sharded_construction
+    from das_ds.models.architectures.registry import adapter_for
     from das_ds.models.language_model import LanguageModel
-    from das_ds.models.registry import adapter_for
 
     ranks = Ranks()
     train = {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": NUM_RANKS}

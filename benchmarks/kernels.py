@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 
 from benchmarks.environment import default_device, print_table, write_result
 from benchmarks.timing import fastest_in_turns
-from das_ds.functional.segments import Segment, SegmentTable, cover
+from das_ds.functional.masks import Segment, SegmentTable, cover
 from das_ds.kernels.masked_adamw import masked_adamw_
 from das_ds.kernels.masked_scale import MaskedScale
 from das_ds.kernels.protection import Protection

@@ -19,10 +19,10 @@ import torch
 from benchmarks.environment import default_device, print_table, write_result
 from benchmarks.product import build_model
 from benchmarks.step import ProductForm, Workload, build_batch, build_config, draw_importance, time_step
-from das_ds.distributed.launch import Ranks
+from das_ds.distributed.process_group import Ranks
 from das_ds.methods.das import SoftMaskedContrast
-from das_ds.methods.importance_file import save_parameter_importance, save_unit_importance
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.softmask.importance_file import save_parameter_importance, save_unit_importance
 from das_ds.tracking.throughput import peak_memory_gib
 from tests.helpers.run_ranks import run_ranks
 

@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.product import build_method, build_model, optimizer_step, run_config
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
-from das_ds.methods.importance_file import load_unit_importance
-from das_ds.models.registry import adapter_for
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.softmask.importance_file import load_unit_importance
 from tests.helpers.reference import full_masks
 
 MASK_TOKEN = 4

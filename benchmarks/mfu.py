@@ -29,12 +29,13 @@ from benchmarks.peaks import TERA, measured_peak, vendor_peak
 from benchmarks.product import build_method, build_model, optimizer_step, run_config
 from benchmarks.timing import now
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.data.causal import NextTokens
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Pass
-from das_ds.methods.base import DomainContext, Method
-from das_ds.models.registry import adapter_for
+from das_ds.context import DomainContext
+from das_ds.data.batch import Batch
+from das_ds.data.objectives import NextTokens
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
+from das_ds.methods.base import Method
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.tracking.throughput import peak_memory_gib
 
 NAIVE = "ncl"

@@ -11,15 +11,15 @@ import torch
 
 from das_ds import methods
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Pass
-from das_ds.methods.base import DomainContext, Method
-from das_ds.methods.context import build_context
-from das_ds.methods.importance_file import save_unit_importance
+from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.context import DomainContext, build_context
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
+from das_ds.methods.base import Method
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.models.loading import load_model
-from das_ds.models.registry import adapter_for
+from das_ds.softmask.importance_file import save_unit_importance
 
 
 def run_config(
@@ -74,7 +74,7 @@ def build_method(config: RunConfig, ranks: Ranks, domain: DomainContext | None =
 
 
 def optimizer_step(method: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[None]:
-    """One step without accumulation, as `training.domain` does it; pauses after forward, backward and update."""
+    """One step without accumulation, as `training.domain_trainer` does it; pauses after forward, backward and update."""
     with method.micro_step(batch, token_scale) as losses:
         yield
         method.run.engine.backward(torch.stack(list(losses.values())).sum())

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, dropout
 from transformers import AttentionInterface, RobertaForMaskedLM
 
-from das_ds.data.batches import Batch
+from das_ds.data.batch import Batch
 from das_ds.functional.units import Importance
 
 TEMPERATURE = 0.05

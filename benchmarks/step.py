@@ -28,8 +28,8 @@ from benchmarks.product import build_method, build_model, optimizer_step, run_co
 from benchmarks.released_form import ATTENTION, ReleasedForm
 from benchmarks.timing import now
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
 
 PLAIN, DAS, RELEASED = "plain MLM", "DAS as built", "DAS, released form"
 BUDGET = {"cpu": {PLAIN: 3.7, RELEASED: 0.6}, "cuda": {RELEASED: 0.5}}

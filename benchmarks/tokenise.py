@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.environment import print_table, write_result
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.tokenise import prepare_tokens
+from das_ds.data.tokenize import prepare_tokens
 
 SEQUENCE_LENGTH = 128
 TEXT_BYTES = 8_000_000

@@ -30,7 +30,7 @@ from benchmarks.environment import default_device, print_table, write_result
 from benchmarks.timing import fastest_in_turns
 from das_ds.config import TrainConfig
 from das_ds.kernels.dispatch import use_liger
-from das_ds.models.token_losses import TokenLosses, positions_per_chunk
+from das_ds.models.lm_loss import TokenLosses, positions_per_chunk
 
 AT_ONCE, IN_CHUNKS, WRAPPED = FORMS = "at once", "in chunks", "in chunks, wrapped"
 MIB = 2**20

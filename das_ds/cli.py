@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import yaml
 
 from das_ds.config import RunConfig
-from das_ds.config_io import describe_config, load_config, read_mapping, resolved_dict
-from das_ds.deepspeed_config import build_deepspeed_config
+from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.io import describe_config, load_config, read_mapping, resolved_dict
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 if TYPE_CHECKING:
-    from das_ds.distributed.launch import Ranks
+    from das_ds.distributed.process_group import Ranks
 
 LEAST_START_TIMEOUT = timedelta(minutes=2)
 """Ranks import the same libraries, but not at the same speed."""
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         if _speaks():
             print(f"das_ds: {error}", file=sys.stderr)
         exit_code = EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_USER_ERROR
-        if "das_ds.distributed.launch" in sys.modules:
-            from das_ds.distributed.launch import leave
+        if "das_ds.distributed.process_group" in sys.modules:
+            from das_ds.distributed.process_group import leave
 
             leave(exit_code)
         return exit_code
@@ -53,7 +53,7 @@ def _speaks() -> bool:
 
 
 def _start_ranks(config: RunConfig) -> Ranks:
-    from das_ds.distributed.launch import Ranks
+    from das_ds.distributed.process_group import Ranks
 
     hang_timeout = timedelta(seconds=config.run.hang_timeout)
     # Collectives wait far longer: the watchdog, which can name the rank that is stuck, is to end the run first.
@@ -62,9 +62,9 @@ def _start_ranks(config: RunConfig) -> Ranks:
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
     # Importing the engine takes seconds, which --help and check-config must not cost.
-    from das_ds.distributed.launch import leave
-    from das_ds.distributed.watchdog import EXIT_HANG, PeerLostError
-    from das_ds.training.run import run_sequence
+    from das_ds.distributed.process_group import leave
+    from das_ds.fault_tolerance.watchdog import EXIT_HANG, PeerLostError
+    from das_ds.training.train import run_sequence
 
     ranks = _start_ranks(config)
     try:
@@ -94,9 +94,9 @@ def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from das_ds.data.end_tasks import choose_tasks
-    from das_ds.evaluation.end_task_scores import summary_of
-    from das_ds.training.finetune import finetune_model, scores_path
+    from das_ds.downstream.run import finetune_model, scores_path
+    from das_ds.downstream.scores import summary_of
+    from das_ds.downstream.tasks import choose_tasks
 
     tasks, path = choose_tasks(config.tasks, options.task), scores_path(config, options.model, options.output)
     # The head of a classifier is new by nature; transformers would report it for every job.
@@ -112,8 +112,8 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
 def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     from datetime import timedelta
 
-    from das_ds.distributed.preflight import Peers
-    from das_ds.training.preflight.run import run_preflight
+    from das_ds.preflight.peers import Peers
+    from das_ds.preflight.run import run_preflight
 
     peers = Peers(timedelta(seconds=config.run.hang_timeout))
     run_preflight(config, peers, as_json=options.json)
@@ -121,7 +121,7 @@ def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from das_ds.training.report.run import report_runs
+    from das_ds.reporting.run import report_runs
 
     report_runs(options.runs, options.output, options.against, wandb=options.wandb)
 
@@ -137,8 +137,8 @@ def _units(options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from das_ds.config import ModelConfig
+    from das_ds.models.inspect.describe import unit_table
     from das_ds.models.loading import model_config
-    from das_ds.models.unit_table import unit_table
 
     logging.set_verbosity_error()
     if Path(options.model).suffix in (".yaml", ".yml", ".json"):

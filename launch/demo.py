@@ -23,15 +23,16 @@ import torch
 from transformers import AutoTokenizer
 
 from das_ds.config import RunConfig
-from das_ds.config_io import load_config
+from das_ds.config.io import load_config
 from das_ds.errors import EXIT_USER_ERROR, DasError, TrainingError
-from das_ds.evaluation import comparison_tables as tables
-from das_ds.evaluation.comparison_report import write_comparison_report
-from das_ds.evaluation.results import RESULTS_FILE, Results
-from das_ds.evaluation.tables import aligned
-from das_ds.models.registry import adapter_for
-from das_ds.training.report.compare import compare_runs
-from das_ds.training.report.folder import read_run
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.reporting import comparison_tables as tables
+from das_ds.reporting.comparison_report import write_comparison_report
+from das_ds.reporting.group_runs import compare_runs
+from das_ds.reporting.load_runs import read_run
+from das_ds.reporting.results import Results
+from das_ds.reporting.tables import aligned
+from das_ds.run_dir import RESULTS_FILE
 from launch.demo_bounds import corpus_bounds
 from launch.demo_corpora import CORPORA, TOKENIZER_FOLDER, build_corpora
 

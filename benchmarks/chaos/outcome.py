@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from das_ds.durable import checksum
-from das_ds.tracking.names import MEASURED, METRICS_FILE
+from das_ds.run_dir import METRICS_FILE
+from das_ds.storage import checksum
+from das_ds.tracking.names import MEASURED
 
 TIMED = ("wall_seconds", "sha256")
 """Fields of results.json that differ from run to run: the time, and the checksum of all fields."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import das_ds.training.sequence as sequence
-from das_ds.distributed.passes import Pass
-from das_ds.training.text import RunText
+from das_ds.distributed.resumable import Pass
+from das_ds.training import trainer
+from das_ds.training.data_module import RunText
 
 Spot = tuple[str, str, int]
 """Place, part and number of a batch or optimizer step: the same in every run of a job."""
@@ -78,24 +78,24 @@ def follow(trail: Trail) -> None:
     _follow_evaluation(trail)
     _follow_passes(trail)
     _follow_training(trail)
-    export = sequence.export_model
+    export = trainer.export_model
 
     def followed(folder: Path, *args: Any, **kwargs: Any) -> None:
         trail.add(EXPORT, f"export {folder.parent.name}")
         export(folder, *args, **kwargs)
         trail.add(BETWEEN, f"after export {folder.parent.name}")
 
-    sequence.export_model = followed
+    trainer.export_model = followed
 
 
 def _follow_evaluation(trail: Trail) -> None:
-    evaluate = sequence.DomainSequence._evaluate
+    evaluate = trainer.DomainSequence._evaluate
 
-    def followed(self: sequence.DomainSequence) -> None:
+    def followed(self: trainer.DomainSequence) -> None:
         trail.num_learned = self._state.domains_done
         evaluate(self)
 
-    sequence.DomainSequence._evaluate = followed  # type: ignore[method-assign]
+    trainer.DomainSequence._evaluate = followed  # type: ignore[method-assign]
 
 
 def _follow_passes(trail: Trail) -> None:

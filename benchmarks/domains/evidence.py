@@ -22,13 +22,13 @@ from benchmarks.domains.tiers import TIERS
 from benchmarks.domains.verdicts import against_line, between, compared_groups, goal
 from benchmarks.environment import RESULTS
 from das_ds.errors import EXIT_USER_ERROR, DasError, RunFolderError
-from das_ds.evaluation import comparison_tables as tables
-from das_ds.evaluation.comparison import Comparison, Group, RunNumbers
-from das_ds.evaluation.comparison_report import interval_sentences
-from das_ds.evaluation.measures import line_groups
-from das_ds.evaluation.pareto_picture import pareto_png
-from das_ds.evaluation.tables import Row, markdown
-from das_ds.functional.pareto import Point, line_at
+from das_ds.reporting import comparison_tables as tables
+from das_ds.reporting.comparison import Comparison, Group, RunNumbers
+from das_ds.reporting.comparison_plots import pareto_png
+from das_ds.reporting.comparison_report import interval_sentences
+from das_ds.reporting.metrics import line_groups
+from das_ds.reporting.statistics import Point, line_at
+from das_ds.reporting.tables import Row, markdown
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = "images"

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.domains import data
 from benchmarks.domains.jobs import FineTuning, TrainingRun
 from benchmarks.domains.plan import CHOICE_DOMAINS, NAIVE, Tier, Track, Values, Variant, merged
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
 
 
 @dataclass(frozen=True)

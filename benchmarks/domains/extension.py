@@ -8,7 +8,7 @@ from itertools import chain
 from benchmarks.domains.plan import Tier, Track
 from benchmarks.domains.record import Record, TrackRecord
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import Comparison, Group, RunNumbers
+from das_ds.reporting.comparison import Comparison, Group, RunNumbers
 
 Values = dict[str, str]
 

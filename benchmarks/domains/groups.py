@@ -15,15 +15,15 @@ import torch
 
 from benchmarks.domains.jobs import TrainingRun
 from das_ds.config import ModelConfig
-from das_ds.config_io import load_config
-from das_ds.distributed.launch import RankInfo
-from das_ds.distributed.passes import Passes
+from das_ds.config.io import load_config
+from das_ds.distributed.process_group import RankInfo
+from das_ds.distributed.resumable import Passes
 from das_ds.errors import ModelError
-from das_ds.functional.vocabulary import num_tokens
+from das_ds.functional.token_ids import num_tokens
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import find_adapter, load_model
+from das_ds.training.data_module import prepare_text
 from das_ds.training.evaluate import evaluate_corpora
-from das_ds.training.text import prepare_text
 
 PATTERNS = {
     "layer norms": r"(?<!transform\.)LayerNorm\.|layernorm\.|(^|\.)norm\.",

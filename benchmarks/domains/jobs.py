@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 import yaml
 
-from das_ds.durable import read_checked_json
+from das_ds.downstream.scores import EndTaskScores
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores
-from das_ds.evaluation.results import RESULTS_FILE, Results
+from das_ds.reporting.results import Results
+from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE
+from das_ds.storage import read_checked_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,12 +15,11 @@ from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.matching import Match
 from benchmarks.domains.plan import NAIVE
 from benchmarks.environment import RESULTS
-from das_ds.durable import read_checked_json, write_checked_json
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import Comparison
-from das_ds.evaluation.stored import Section
-from das_ds.training.report.compare import compare_runs
-from das_ds.training.report.folder import read_run
+from das_ds.reporting.comparison import Comparison
+from das_ds.reporting.group_runs import compare_runs
+from das_ds.reporting.load_runs import read_run
+from das_ds.storage import Section, read_checked_json, write_checked_json
 
 FORMAT_VERSION: Literal[1] = 1
 

@@ -16,7 +16,7 @@ from benchmarks.domains.matching import Match, Probe, match
 from benchmarks.domains.plan import NAIVE, Variant
 from benchmarks.domains.record import TrackRecord, compared
 from benchmarks.domains.runner import Runner
-from das_ds.evaluation.comparison import Comparison, RunNumbers
+from das_ds.reporting.comparison import Comparison, RunNumbers
 
 
 class TrackRuns:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from das_ds.evaluation.comparison import Comparison, Group
-from das_ds.evaluation.measures import (
+from das_ds.reporting.comparison import Comparison, Group
+from das_ds.reporting.metrics import (
     FINAL,
     FORGETTING,
     LEARNED_LATER,
@@ -17,7 +17,7 @@ from das_ds.evaluation.measures import (
     line_groups,
     off_line,
 )
-from das_ds.functional.intervals import Difference, holm
+from das_ds.reporting.statistics import Difference, holm
 
 SIGNIFICANT = 0.05
 GOAL = 0.5

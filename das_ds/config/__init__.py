@@ -1,9 +1,9 @@
 """The run config; the docstrings of its fields are the text that `--help` prints.
 
-Reading, overriding and writing configs is `config_io.py`, the table of all keys `config_schema.py`.
+Reading, overriding and writing configs is `config/io.py`, the table of all keys `config/schema.py`.
 """
 
-from das_ds.config.adapter import AdapterConfig, GroupName, ObjectiveName, RuleConfig, SiteConfig, UnitCountsConfig
+from das_ds.config.architecture import AdapterConfig, GroupName, ObjectiveName, RuleConfig, SiteConfig, UnitCountsConfig
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import (
     ContrastConfig,
@@ -18,11 +18,11 @@ from das_ds.config.method import (
     SoftmaskConfig,
 )
 from das_ds.config.model import LoraConfig, ModelConfig
-from das_ds.config.operation import CheckpointConfig, ExportConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.run import RunConfig
+from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.section import Section
-from das_ds.config.task import TaskConfig
-from das_ds.config.training import EvaluationConfig, TrainConfig
+from das_ds.config.tasks import TaskConfig
+from das_ds.config.train import EvaluationConfig, TrainConfig
 
 __all__ = [
     "AdapterConfig",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from das_ds.config.adapter import AdapterConfig
+from das_ds.config.architecture import AdapterConfig
 from das_ds.config.section import PathText, Section
 
 

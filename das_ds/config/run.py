@@ -10,11 +10,11 @@ from pydantic import Field, field_validator, model_validator
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import MethodConfig
 from das_ds.config.model import ModelConfig
-from das_ds.config.operation import CheckpointConfig, ExportConfig, FaultsConfig, JobConfig, WandbConfig
+from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, JobConfig, WandbConfig
 from das_ds.config.section import FolderPath, Section
 from das_ds.config.stage import Stage
-from das_ds.config.task import TaskConfig
-from das_ds.config.training import EvaluationConfig, TrainConfig
+from das_ds.config.tasks import TaskConfig
+from das_ds.config.train import EvaluationConfig, TrainConfig
 from das_ds.user_files import expand_path
 
 DEFAULT_REPLAY_SHARE = 1 / 16

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import CorpusConfig, DataConfig, ObjectiveName
-from das_ds.data.causal import end_of_text
+from das_ds.data.objectives import end_of_text
 from das_ds.data.sources import shared_sources
-from das_ds.data.tokenise import STARTS_DTYPE, TokenFile, prepare_tokens
+from das_ds.data.tokenize import STARTS_DTYPE, TokenFile, prepare_tokens
 from das_ds.errors import DataError
 from das_ds.user_files import expand_path
 

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from das_ds.data.batches import Batch
+from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.causal import isolated
-from das_ds.data.objectives import Objective
+from das_ds.data.objectives import Objective, isolated
 from das_ds.data.replay import MixedRows, SampleRef
 from das_ds.errors import ConfigError
 

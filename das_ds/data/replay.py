@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from das_ds.data.batches import Batch
+from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
 from das_ds.data.objectives import Objective
 from das_ds.functional.sampling import sample_generator

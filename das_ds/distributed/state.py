@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,6 +10,25 @@ import torch
 
 Flats = dict[torch.Tensor, torch.Tensor]
 """Flat tensor of the optimizer -> a value for each of its F elements."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The stretch of one parameter that this rank's optimizer steps."""
+
+    name: str
+    flat: torch.Tensor
+    """The float32 tensor that DeepSpeed hands to the base optimizer."""
+    start: int
+    """First element inside `flat` (flattened)."""
+    offset: int
+    """First element inside the flattened parameter."""
+    numel: int
+
+
+def zeros_by_flat(shards: Iterable[Shard], dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
+    """One tensor of zeros (F,) per flat tensor that the shards lie in, on its device."""
+    return {shard.flat: torch.zeros(shard.flat.numel(), dtype=dtype, device=shard.flat.device) for shard in shards}
 
 
 @dataclass(frozen=True)

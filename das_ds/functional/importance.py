@@ -1,10 +1,46 @@
-"""Importance of units accumulated over domains."""
+"""What the gradient of one batch says about the importance of what it was taken by: a weight, or a unit's gate.
+
+Importance of units accumulated over domains.
+
+From raw importance to [0, 1]: how far an entry stands out among those that it is compared with.
+
+No form changes when all raw importances are multiplied by a constant.
+
+Shape legend: L layers, U units, C comparisons (entries of a row are compared with each other), E entries of one.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from das_ds.config import ImportanceConfig, ImportanceKind
 from das_ds.functional.units import Importance
+
+
+def contribution(gradient: torch.Tensor, weight: torch.Tensor | float, kind: ImportanceKind) -> torch.Tensor:
+    """The summand of one batch; importance before normalisation is its sum over batches.
+
+        magnitude     |g|          DAS: Ke et al., ICLR 2023, eq. 2; SPG: Konishi et al., ICML 2023
+        square        g^2          diagonal of the empirical Fisher matrix (Kirkpatrick et al., PNAS 2017)
+        sensitivity   |g * theta|  |dL/dc| of a gate c = 1 on the weight (SNIP: Lee et al., ICLR 2019, eq. 4)
+
+    A unit's gate is such a c, with theta = 1: there `sensitivity` is `magnitude`.
+
+    Args:
+        gradient: dL/dtheta of the mean loss of a batch, any shape and floating dtype.
+        weight: theta, in full precision, shaped like the gradient.
+        kind: what is summed.
+
+    Returns:
+        Values >= 0, shaped like the gradient.
+    """
+    match kind:
+        case "magnitude":
+            return gradient.abs()
+        case "square":
+            return gradient.square()
+        case "sensitivity":
+            return (gradient * weight).abs_()
 
 
 def elementwise_maximum(new: Importance, accumulated: Importance | None) -> Importance:
@@ -12,3 +48,130 @@ def elementwise_maximum(new: Importance, accumulated: Importance | None) -> Impo
     if accumulated is None:
         return {group: values.clone() for group, values in new.items()}
     return {group: torch.maximum(values, accumulated[group]) for group, values in new.items()}
+
+
+RANK_FORMS = ("rank_hard", "rank_soft")
+"""Forms that need the order of the entries; the others need statistics alone."""
+
+
+def normalise_units(raw: Importance, settings: ImportanceConfig) -> Importance:
+    """Normalise the importance of units within `settings.scope`: layer and group, group, or everything.
+
+    Args:
+        raw: group -> (L, U) mean absolute gate gradients.
+        settings: form, its parameters, and scope.
+
+    Returns:
+        Group -> (L, U) float32 in [0, 1].
+    """
+    if settings.scope == "tensor":
+        return {group: normalise(values, settings) for group, values in raw.items()}
+    if settings.scope == "group":
+        return {group: normalise(values.reshape(1, -1), settings).view_as(values) for group, values in raw.items()}
+    everything = normalise(torch.cat([values.flatten() for values in raw.values()])[None], settings)[0]
+    parts = everything.split([values.numel() for values in raw.values()])
+    return {group: part.view_as(raw[group]) for group, part in zip(raw, parts, strict=True)}
+
+
+def normalise(raw: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
+    """Normalise each row by itself.
+
+    Args:
+        raw: (C, E), not negative.
+        settings: form and its parameters.
+
+    Returns:
+        (C, E) float32 in [0, 1].
+    """
+    values = raw.double()
+    if settings.normalisation in RANK_FORMS:
+        return by_rank(values, settings).float()
+    mean, std = values.mean(dim=1, keepdim=True), values.std(dim=1, correction=0, keepdim=True)
+    return by_value(values, mean, std, values.abs().amax(dim=1, keepdim=True), settings).float()
+
+
+def by_value(
+    values: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, largest: torch.Tensor, settings: ImportanceConfig
+) -> torch.Tensor:
+    """The forms that need statistics alone, with z = (a - mean) / std of raw importance a:
+
+        abs_tanh: |tanh z|      tanh_positive: tanh(max(z, 0))      saturating: a / (a + c * mean)
+
+    `abs_tanh` is the paper's (Ke et al. 2023, section 3.1); `tanh_positive` protects only what is above the average.
+    Where all entries are equal (std = 0) both give 0, since nothing stands out.
+
+    `saturating`, c = `saturation`, falls off more slowly than an exponential on both sides, and is 0 at a = 0. With a
+    the diagonal Fisher information F of a weight (that of EWC, Kirkpatrick et al., PNAS 2017), 1 - I is the variance
+    that a Laplace approximation with prior precision c * mean F leaves the weight, 1 / (F + c * mean F), as a share of
+    the prior's.
+
+    Args:
+        values: float64, any shape, not negative.
+        mean, std, largest: float64 mean, population standard deviation and largest magnitude of the values that are
+            compared; broadcast to `values`.
+        settings: `abs_tanh`, `tanh_positive` or `saturating`.
+
+    Returns:
+        float64 in [0, 1], shaped like `values`.
+    """
+    if settings.normalisation == "saturating":
+        # Where the mean is 0, all values are.
+        return values / (values + settings.saturation * torch.where(mean > 0, mean, 1.0))
+    # Rounding leaves a std of a few ulp when all values are equal; it must not be blown up to z = 1.
+    flat = std <= 1e-12 * largest
+    z = torch.where(flat, 0.0, (values - mean) / torch.where(flat, 1.0, std))
+    return z.tanh().abs() if settings.normalisation == "abs_tanh" else z.clamp_min(0.0).tanh()
+
+
+def by_rank(values: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
+    """The forms that need order alone: with r the share of entries that are *less* important than the entry,
+
+        rank_hard: 1 where r >= 1 - s, else 0        rank_soft: r^((1 - s) / s)        s = `protected_share`
+
+    Without ties r is spread evenly over [0, 1): the hard form gives 1 to round(s * E) entries, and the soft one has
+    mean s. Equal entries get equal importance: of ties that lie across the edge of the hard form none is protected,
+    and where all entries are equal nothing is.
+
+    Args:
+        values: (C, E).
+        settings: `rank_hard` or `rank_soft`.
+
+    Returns:
+        (C, E) float64 in [0, 1].
+    """
+    num_entries = values.shape[1]
+    num_less = torch.searchsorted(values.sort(dim=1).values, values.contiguous())
+    if settings.normalisation == "rank_hard":
+        return (num_less >= _least_protected(num_entries, settings.protected_share)).double()
+    return (num_less.double() / num_entries).pow(_exponent(settings.protected_share))
+
+
+def counts_of_levels(num_entries: int, settings: ImportanceConfig, num_levels: int) -> torch.Tensor:
+    """How many of E entries must be less important than an entry for it to reach each level of importance.
+
+    This is `by_rank` read backwards, for entries that are too many to be sorted: where exactly l of these counts are
+    reached, importance rounded to multiples of 1 / `num_levels` is l / `num_levels`; for `rank_hard`, which has one
+    count, it is 1 where that is reached.
+
+    Args:
+        num_entries: E.
+        settings: `rank_hard` or `rank_soft`.
+        num_levels: steps between 0 and 1.
+
+    Returns:
+        (1,) int64 for `rank_hard`, else (num_levels,), not falling; E stands for a level that nothing reaches.
+    """
+    if settings.normalisation == "rank_hard":
+        return torch.tensor([_least_protected(num_entries, settings.protected_share)])
+    edges = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
+    shares = edges.pow(1.0 / _exponent(settings.protected_share))
+    return (num_entries * shares).ceil().clamp_max(num_entries).long()
+
+
+def _least_protected(num_entries: int, share: float) -> int:
+    return num_entries - round(share * num_entries)
+
+
+def _exponent(share: float) -> float:
+    """p for which the mean of r^p over [0, 1) is share: 1 / (p + 1) = share."""
+    return (1.0 - share) / share

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from das_ds.kernels.checks import FLOATS, check_flat
-from das_ds.kernels.dispatch import use_triton
+from das_ds.kernels.dispatch import FLOATS, check_flat, use_triton
 from das_ds.kernels.protection import Protection
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from das_ds.functional.segments import Segment, SegmentTable, importance_of
+from das_ds.functional.masks import Segment, SegmentTable, importance_of
 from das_ds.kernels.tiles import Tiles, segment_fields, tiles_of
 from das_ds.kernels.windows import Window, windows_of
 

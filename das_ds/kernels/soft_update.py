@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from das_ds.kernels.checks import check_flat
-from das_ds.kernels.dispatch import use_triton
+from das_ds.kernels.dispatch import check_flat, use_triton
 from das_ds.kernels.native import protection_arguments, run, use_native
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.windows import Window

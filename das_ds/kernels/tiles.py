@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from das_ds.functional.segments import Segment
+from das_ds.functional.masks import Segment
 
 TILE_ELEMENTS = 2048
 """Elements per program; tiles begin at multiples of it, so that loads are aligned."""

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from das_ds.kernels.checks import FLOATS
-from das_ds.kernels.dispatch import use_triton
+from das_ds.kernels.dispatch import FLOATS, use_triton
 
 
 def unit_gate(x: torch.Tensor, gate: torch.Tensor, first_row: int) -> torch.Tensor:

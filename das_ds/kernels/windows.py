@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from das_ds.functional.segments import ABSENT, Segment
+from das_ds.functional.masks import ABSENT, Segment
 
 WINDOW_ELEMENTS = 1 << 18
 """Most elements of a window: calling torch costs little beside the work, and what a step wrote is still in cache."""

@@ -1,8 +1,9 @@
 """Continual-learning methods: what to do when; the loops belong to `training`."""
 
 from das_ds.config import MethodConfig
+from das_ds.context import RunContext
 from das_ds.methods.base import Method
-from das_ds.methods.context import RunContext
+from das_ds.methods.baselines import FromBase, Naive, NaiveReplay, Pool
 from das_ds.methods.das import SoftMaskedContrast
 from das_ds.methods.derpp import DarkExperienceReplay
 from das_ds.methods.dga import GeneralKnowledgeContrast
@@ -10,10 +11,6 @@ from das_ds.methods.directions import DirectionMasked
 from das_ds.methods.ewc import ElasticConsolidation
 from das_ds.methods.kd import Distillation
 from das_ds.methods.merge import Merging, NaiveMerge
-from das_ds.methods.ncl import Naive
-from das_ds.methods.one import FromBase
-from das_ds.methods.pool import Pool
-from das_ds.methods.replay import NaiveReplay
 
 METHODS: dict[str, type[Method]] = {
     "das": SoftMaskedContrast,

@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from das_ds.data.batches import Batch
-from das_ds.distributed.passes import Pass
+from das_ds.context import DomainContext, RunContext
+from das_ds.data.batch import Batch
 from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.units import Importance
-from das_ds.methods.context import RunContext
 
 Losses = dict[str, torch.Tensor]
 """Name -> scalar whose mean over ranks and micro-steps is the global loss."""
-
-
-def _watched(_: str) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-@dataclass(frozen=True)
-class DomainContext:
-    """What a method may use while it is at one domain."""
-
-    index: int
-    name: str
-    sample_batches: Callable[[str], Pass[Batch]]
-    """Label -> a pass over this rank's batches of `importance.samples` training sequences, always the same."""
-    sample_steps: Callable[[str], Pass[list[Batch]]]
-    """The same sequences as this rank's micro-batches of `gradient_batch_size` sequences of all ranks together."""
-    run_folder: Path
-    """Where what belongs to the whole run is written."""
-    folder: Path
-    """Where what belongs to the domain is written."""
-    suspend_timeout: Callable[[str], AbstractContextManager[None]] = _watched
-    """What is done, in words -> a context in which it may take any time; for writing, where other ranks wait."""
-    num_tokens: int | None = None
-    """Tokens that the domain is read with; None: the vocabulary does not grow."""
 
 
 class Method:

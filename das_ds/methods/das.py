@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from das_ds.methods.base import DomainContext
-from das_ds.methods.importance_file import IMPORTANCE_FILE
-from das_ds.methods.importance_pass import PRETRAINING
+from das_ds.context import DomainContext
 from das_ds.methods.soft_masked import SoftMasked
+from das_ds.run_dir import IMPORTANCE_FILE
+from das_ds.softmask.measure import PRETRAINING
 
 
 class SoftMaskedContrast(SoftMasked):

@@ -12,15 +12,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from das_ds.data.batches import Batch
+from das_ds.context import DomainContext, RunContext
+from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank, world_size
-from das_ds.distributed.divided_table import DividedTable, without_waiting
+from das_ds.distributed.sharded_buffer import DividedTable, without_waiting
 from das_ds.distributed.state import RankState, SavedState
-from das_ds.functional.reservoir import last_of_each_slot, padded, reservoir_slots, spread_positions
-from das_ds.functional.sampling import sample_generator
-from das_ds.methods.answered_rows import NO_TARGET, AnsweredRows, RowLayout, row_layout
-from das_ds.methods.base import DomainContext, Losses, Method
-from das_ds.methods.context import RunContext
+from das_ds.functional.sampling import last_of_each_slot, padded, reservoir_slots, sample_generator, spread_positions
+from das_ds.methods.base import Losses, Method
+from das_ds.methods.replay_records import NO_TARGET, AnsweredRows, RowLayout, row_layout
 
 ANSWER_LOSS, REHEARSAL_LOSS = "answers", "rehearsal"
 STREAM, RECORDS = "derpp", "records"

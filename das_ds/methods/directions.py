@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+from das_ds.context import DomainContext, RunContext
 from das_ds.distributed.state import RankState, SavedState
 from das_ds.functional.directions import direction_mask
-from das_ds.methods.base import DomainContext, Method
-from das_ds.methods.context import RunContext
-from das_ds.methods.importance_file import DIRECTIONS_FILE, link_importance, load_directions, save_directions
-from das_ds.methods.input_moments import linear_layers, relative_moments
+from das_ds.methods.base import Method
+from das_ds.run_dir import DIRECTIONS_FILE
+from das_ds.softmask.apply import SoftMasks
+from das_ds.softmask.importance_file import link_importance, load_directions, save_directions
+from das_ds.softmask.input_covariance import linear_layers, relative_moments
 
 
 class DirectionMasked(Method):
@@ -44,6 +46,7 @@ class DirectionMasked(Method):
         super().__init__(run)
         self._moments: dict[str, torch.Tensor] = {}
         self._num_tokens: int | None = None
+        self._soft_masks = SoftMasks(run.engine)
         self._widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
 
     def before_domain(self, domain: DomainContext) -> None:
@@ -59,7 +62,7 @@ class DirectionMasked(Method):
             saturation, device = self.run.config.method.importance.saturation, self.run.engine.ranks.info.device
             masks = _Masks(self._moments, saturation, device)
             sizes = self.run.layout.sizes_with(self._num_tokens)
-            self.run.engine.soft_masks.protect_directions(self._widths, masks.of, sizes)
+            self._soft_masks.protect_directions(self._widths, masks.of, sizes)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add what the domain's text brings into every layer."""

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 import torch
 
-from das_ds.data.batches import Batch
+from das_ds.context import DomainContext, RunContext
+from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_sum
-from das_ds.distributed.quadratic_penalty import QuadraticPenalty
 from das_ds.distributed.state import Flats, RankState, SavedState
-from das_ds.methods.base import DomainContext, Losses, Method
-from das_ds.methods.context import RunContext
-from das_ds.methods.importance_pass import PRETRAINING, TOTALS
-from das_ds.methods.parameter_level import sum_over_gradients
+from das_ds.engine.quadratic_penalty import QuadraticPenalty
+from das_ds.methods.base import Losses, Method
+from das_ds.softmask.measure import PRETRAINING, TOTALS
+from das_ds.softmask.parameter import sum_over_gradients
 
 EWC_LOSS = "ewc"
 FISHER, ANCHOR = "fisher", "anchor"

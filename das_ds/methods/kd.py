@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import torch
 
-from das_ds.data.batches import Batch
-from das_ds.distributed.earlier_weights import EarlierWeights
+from das_ds.context import DomainContext, RunContext
+from das_ds.data.batch import Batch
 from das_ds.distributed.state import RankState, SavedState
+from das_ds.engine.weight_snapshot import EarlierWeights
 from das_ds.functional.losses import distillation_loss
-from das_ds.methods.base import DomainContext, Losses, Method
-from das_ds.methods.context import RunContext
+from das_ds.methods.base import Losses, Method
 
 DISTILLATION_LOSS = "distillation"
 TEACHER = "teacher"

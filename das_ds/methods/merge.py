@@ -1,4 +1,7 @@
-"""Weights averaged with those from before the domain (CoMA: Marouf et al., ECCV 2024, arXiv 2312.08977)."""
+"""Weights averaged with those from before the domain (CoMA: Marouf et al., ECCV 2024, arXiv 2312.08977).
+
+How much of the earlier model an average of weights keeps.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import Literal
 
 import torch
 
-from das_ds.data.batches import Batch
+from das_ds.context import DomainContext
+from das_ds.data.batch import Batch
 from das_ds.distributed.state import Flats, RankState, SavedState
-from das_ds.functional.merging import share_of_earlier
 from das_ds.functional.units import Importance
-from das_ds.methods.base import DomainContext, Losses, Method
+from das_ds.methods.base import Losses, Method
 
 BEFORE = "before"
 
@@ -88,3 +91,16 @@ class Merging(Method):
     def accumulated_importance(self) -> Importance | None:
         """The method's."""
         return self._method.accumulated_importance()
+
+
+def share_of_earlier(coefficient: float | Literal["average"], num_learned: int) -> float:
+    """c of theta <- (1 - c) * theta + c * theta_before.
+
+    `average` gives c = t / (t + 1), so that by induction theta_t is the mean of t + 1 models: the base and those at the
+    end of domains 1 to t (the running average of Izmailov et al., UAI 2018, algorithm 1).
+
+    Args:
+        coefficient: c, or `average`.
+        num_learned: t, domains learned so far, the present one included.
+    """
+    return num_learned / (num_learned + 1) if coefficient == "average" else coefficient

@@ -12,18 +12,18 @@ from typing import Any, ClassVar
 import torch
 
 from das_ds.config import SoftmaskConfig
-from das_ds.data.batches import Batch
+from das_ds.context import DomainContext, RunContext
+from das_ds.data.batch import Batch
 from das_ds.distributed.state import RankState, SavedState
 from das_ds.errors import ConfigError
 from das_ds.functional.units import UNOWNED, Importance
-from das_ds.methods.base import DomainContext, Losses, Method
-from das_ds.methods.context import RunContext
-from das_ds.methods.contrast import Contrast
-from das_ds.methods.importance_file import GENERAL_IMPORTANCE_FILE
-from das_ds.methods.importance_level import ImportanceLevel
-from das_ds.methods.importance_pass import GENERAL_KNOWLEDGE
-from das_ds.methods.parameter_level import ParameterLevel
-from das_ds.methods.unit_level import UnitLevel
+from das_ds.methods.base import Losses, Method
+from das_ds.methods.contrastive import Contrast
+from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
+from das_ds.softmask.importance import ImportanceLevel
+from das_ds.softmask.measure import GENERAL_KNOWLEDGE
+from das_ds.softmask.parameter import ParameterLevel
+from das_ds.softmask.unit import UnitLevel
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from das_ds.functional.units import Importance
 from das_ds.kernels.unit_gate import measure_gate, unit_gate
-from das_ds.models.adapter import ArchitectureAdapter, GateSite
-from das_ds.models.experts import gated_experts_forward, measure_routed
+from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.moe import gated_experts_forward, measure_routed
 
 
 class Gate(Protocol):

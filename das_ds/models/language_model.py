@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from das_ds.config import TrainConfig
-from das_ds.models.adapter import ArchitectureAdapter
-from das_ds.models.token_losses import TokenLosses, positions_per_chunk
+from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.lm_loss import TokenLosses, positions_per_chunk
 
 DEFAULT_LOGITS_MIB = TrainConfig().logits_mib
 

@@ -25,14 +25,14 @@ from transformers import (
 )
 
 from das_ds.config import ModelConfig, ObjectiveName, RunConfig
-from das_ds.durable import CHECKSUM_FILE, altered_files
 from das_ds.errors import ConfigError, DasError, ModelError, first_line
 from das_ds.hub import HubError, local_folder
-from das_ds.models.adapter import ArchitectureAdapter
-from das_ds.models.custom import adapter_from
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.from_config import adapter_from
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.spec import ArchitectureAdapter
 from das_ds.models.stored_tensors import found_file, shown
 from das_ds.models.weights import HEAD, StoredWeights
+from das_ds.storage import CHECKSUM_FILE, altered_files
 from das_ds.user_files import lfs_pointers
 
 ADAPTER_CONFIG = "adapter_config.json"

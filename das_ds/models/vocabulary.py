@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from das_ds.functional.vocabulary import with_mean_rows
+from das_ds.functional.token_ids import with_mean_rows
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,5 @@
 """Names of metrics and tracking files, written once so that producers and readers agree."""
 
-METRICS_FILE = "metrics.jsonl"
-WANDB_RUN_ID_FILE = "wandb_run_id"
-
 GLOBAL_STEP = "global_step"
 DOMAIN = "domain"
 DOMAIN_STEP = "domain_step"

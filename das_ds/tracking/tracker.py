@@ -8,7 +8,7 @@ from types import TracebackType
 
 from das_ds.config import RunConfig
 from das_ds.errors import EXIT_STOPPED, DasError, StoppedError
-from das_ds.tracking.names import METRICS_FILE
+from das_ds.run_dir import METRICS_FILE
 from das_ds.tracking.sinks import JsonlSink, Metrics, Scalar, Sink
 from das_ds.tracking.wandb_sink import WandbJob, build_wandb_sink
 

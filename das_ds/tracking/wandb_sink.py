@@ -21,17 +21,10 @@ from typing import Any, Literal
 import psutil
 
 from das_ds.config import RunConfig
-from das_ds.durable import replaced_file
 from das_ds.errors import ConfigError, RunFolderError
-from das_ds.tracking.names import (
-    DOMAIN,
-    DOMAIN_STEP,
-    DOMAINS_LEARNED,
-    GLOBAL_STEP,
-    TOKENS_SEEN,
-    WANDB_RUN_ID_FILE,
-    eval_loss,
-)
+from das_ds.run_dir import WANDB_RUN_ID_FILE
+from das_ds.storage import replaced_file
+from das_ds.tracking.names import DOMAIN, DOMAIN_STEP, DOMAINS_LEARNED, GLOBAL_STEP, TOKENS_SEEN, eval_loss
 from das_ds.tracking.sinks import Metrics, Scalar, Sink
 
 MAX_WAITING_JOBS = 10_000

@@ -1,17 +1,22 @@
-"""Held-out losses on every corpus of a run."""
+"""Held-out loss per predicted token with fixed corruption: repeated evaluation gives the same number.
+
+Held-out losses on every corpus of a run.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from das_ds.config import ModelConfig, RunConfig
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Passes
-from das_ds.errors import ModelError
-from das_ds.evaluation.perplexity import held_out_loss
-from das_ds.functional.vocabulary import num_tokens
+from das_ds.data.batch import Batch
+from das_ds.distributed.collectives import all_reduce_sum
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass, Passes
+from das_ds.errors import DataError, ModelError
+from das_ds.functional.token_ids import num_tokens
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import (
     check_files,
@@ -22,8 +27,40 @@ from das_ds.models.loading import (
     say_weights,
 )
 from das_ds.models.vocabulary import reserve_rows
+from das_ds.training.data_module import RunText, prepare_text
 from das_ds.training.revisions import with_recorded_revisions
-from das_ds.training.text import RunText, prepare_text
+
+TOTAL = "total"
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Pass[Batch], device: torch.device) -> float:
+    """Mean cross-entropy over the predicted tokens of all ranks, in nats; perplexity is its exponential.
+
+    Args:
+        model: `LanguageModel`; left in the mode it was in.
+        batches: this rank's batches; every rank has the same number of them.
+        device: where the model is.
+
+    Raises:
+        DataError: nothing is predicted on any rank.
+    """
+    was_training = model.training
+    model.eval()
+    total = batches.sums.setdefault(TOTAL, torch.zeros(2, dtype=torch.float64, device=device))
+    for batch in batches:
+        batch = batch.to(device)
+        _, losses = model(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+        total[0] += losses.sum()
+        total[1] += batch.num_predicted
+    model.train(was_training)
+    loss_sum, count = all_reduce_sum(total.clone()).tolist()
+    if count == 0:
+        raise DataError(
+            "found no predicted token in the held-out text, expected some: a loss of nothing says nothing "
+            "(data.mlm_probability, evaluation.max_sequences)"
+        )
+    return float(loss_sum / count)
 
 
 def evaluate_corpora(network: LanguageModel, text: RunText, passes: Passes) -> dict[str, float]:

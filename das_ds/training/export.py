@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from das_ds.config import ObjectiveName, RunConfig
-from das_ds.distributed.engine import Engine
-from das_ds.durable import replaced_folder
+from das_ds.engine.engine import Engine
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.models.loading import model_config
 from das_ds.models.lora import Lora
 from das_ds.models.vocabulary import said_to_have, vocabulary_parameters
+from das_ds.storage import replaced_folder
 
 PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,11 +10,11 @@ from huggingface_hub import constants
 
 from das_ds.config import CorpusConfig, RunConfig
 from das_ds.data.sources import HUB_FORM, parse_hub_name
-from das_ds.distributed.launch import Ranks
-from das_ds.durable import read_checked_json, write_checked_json
+from das_ds.distributed.process_group import Ranks
 from das_ds.errors import DataError, ModelError, RunFolderError
 from das_ds.hub import HubError, Kind, commit_of, is_here
-from das_ds.training.run_folder import REVISIONS_FILE
+from das_ds.run_dir import REVISIONS_FILE
+from das_ds.storage import read_checked_json, write_checked_json
 
 Commits = dict[str, str]
 """`model owner/name@revision` or `dataset owner/name@revision` -> commit."""

@@ -34,10 +34,10 @@ import psutil
 from pydantic import Field, TypeAdapter
 
 from das_ds.errors import RunFolderError
+from das_ds.run_dir import LOCK_FILE
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "run.lock"
 BEAT_S = 5.0
 STALE_S = 60.0
 """Longer than a shared file system stalls, shorter than anybody wants to wait for a run that was killed."""

@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from das_ds.config_io import load_config
+from das_ds.config.io import load_config
 from das_ds.errors import EXIT_USER_ERROR, DasError
 
 PACKAGES = ("torch", "deepspeed", "transformers")

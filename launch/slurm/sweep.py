@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from das_ds.config import RunConfig
-from das_ds.config_io import load_config, resolved_dict
+from das_ds.config.io import load_config, resolved_dict
 from das_ds.errors import EXIT_USER_ERROR, ConfigError, DasError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from das_ds.models.architectures.registry import ADAPTERS, adapter_for
 from das_ds.models.gates import UnitGates
-from das_ds.models.registry import ADAPTERS, adapter_for
 from helpers.architectures import (
     IMPORTANCE,
     PLAIN,

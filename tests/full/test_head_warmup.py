@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForMaskedLM, get_scheduler
 
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import RankInfo
-from das_ds.evaluation.results import Results
+from das_ds.distributed.process_group import RankInfo
 from das_ds.models.loading import load_model
-from das_ds.training.text import prepare_text
+from das_ds.reporting.results import Results
+from das_ds.training.data_module import prepare_text
 from helpers.head_warmup import RATE, STEPS, headless_run, weights_after_warmup
 from helpers.resume import assert_same_run, run_in_pieces
 from helpers.run_ranks import run_ranks

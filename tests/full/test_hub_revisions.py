@@ -12,7 +12,8 @@ import pytest
 
 from das_ds.config import RunConfig
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.results import RESULTS_FILE, Results
+from das_ds.reporting.results import Results
+from das_ds.run_dir import RESULTS_FILE
 from das_ds.training.revisions import with_recorded_revisions
 from helpers.commands import command, write_config
 from helpers.fake_hub import FakeHub, fake_hub, pin_on_rank

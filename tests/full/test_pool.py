@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
 from helpers.resume import assert_same_run, run_in_pieces
 from helpers.run_ranks import run_ranks
 from helpers.runs import exported_weights, metrics_lines, run_all, small_run

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
 from helpers.head_warmup import headless_run
 from helpers.resume import (
     Place,

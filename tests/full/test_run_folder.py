@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.evaluation.results import RESULTS_FILE, Results
-from das_ds.training.run_lock import LOCK_FILE
+from das_ds.reporting.results import Results
+from das_ds.run_dir import LOCK_FILE, RESULTS_FILE
 from helpers.command_runs import exit_codes, start_training, take_half_a_second_per_step, wait_until
 from helpers.commands import program, write_config
 from helpers.runs import last_step, metrics_lines, small_run

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
 from helpers.resume import break_off
 from helpers.run_ranks import run_ranks
 from helpers.runs import WORDS, evaluate_export, exported_weights, run_all, run_stopped_and_continued, small_run

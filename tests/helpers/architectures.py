@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
 from das_ds.functional.units import Importance
-from das_ds.methods.importance_file import save_unit_importance
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.softmask.importance_file import save_unit_importance
 from helpers.importance import measured
 from helpers.parity import relative_difference
 from helpers.run_ranks import run_ranks

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from das_ds.functional.units import UnitLayout
-from das_ds.models.adapter import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureAdapter
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
 

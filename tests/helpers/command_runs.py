@@ -16,17 +16,17 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from das_ds.checkpointing.manifest import RunState
+from das_ds.checkpoint.manifest import RunState
 from das_ds.cli import main
 from das_ds.config import RunConfig
-from das_ds.config_io import resolved_dict
-from das_ds.data.batches import Batch
+from das_ds.config.io import resolved_dict
+from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank
-from das_ds.methods import importance_file
 from das_ds.methods.base import Losses, Method
+from das_ds.softmask import importance_file
 from das_ds.tracking.sinks import JsonlSink
 from das_ds.training import export
-from das_ds.training.boundary import Boundary, Parts
+from das_ds.training.save_point import Boundary, Parts
 from helpers.run_ranks import start_ranks
 
 T = TypeVar("T")

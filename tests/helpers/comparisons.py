@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from das_ds.evaluation.comparison import Comparison, Cost, Group, GroupOverlap, ImportanceNumbers, RunNumbers
+from das_ds.reporting.comparison import Comparison, Cost, Group, GroupOverlap, ImportanceNumbers, RunNumbers
 
 T_OF_TWO = 12.706204736
 """The 97.5 % quantile of Student's t with one degree of freedom, from a table."""

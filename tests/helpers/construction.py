@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from das_ds.config import ModelConfig, TrainConfig
-from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.engine import Engine
-from das_ds.distributed.inner_optimizer import build_optimizer
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.sharded_construction import ShardedConstruction, sharded_construction
+from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.distributed.process_group import Ranks
+from das_ds.engine.engine import Engine
+from das_ds.engine.optimizer import build_optimizer
+from das_ds.engine.sharded_init import ShardedConstruction, sharded_construction
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import load_model
 from helpers.half import allow_fp16_on_cpu

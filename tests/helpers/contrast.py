@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from das_ds.distributed.collectives import gather_rows, rank, world_size
-from das_ds.distributed.launch import Ranks
+from das_ds.distributed.process_group import Ranks
 from das_ds.functional.losses import contrastive_loss
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.earlier_weights import EarlierWeights
-from das_ds.distributed.engine import Engine
-from das_ds.distributed.launch import Ranks
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.engine.engine import Engine
+from das_ds.engine.weight_snapshot import EarlierWeights
 from helpers.training import build, rank_part, train_all
 
 

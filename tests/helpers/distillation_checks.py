@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from das_ds.data.batches import Batch
+from das_ds.data.batch import Batch
 from helpers.distillation import TeacherFacts, teach_and_train
 from helpers.parity import EPS, NUM_STEPS, OFFLOAD, configs_of, relative_difference, steps
 from helpers.rehearsal import DERPP, PlainBuffer

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from das_ds.config import RunConfig
-from das_ds.data.end_tasks import EndTask
-from das_ds.distributed.launch import Ranks
-from das_ds.evaluation.end_task_scores import EndTaskScores, SeedScores
-from das_ds.training import finetune
+from das_ds.distributed.process_group import Ranks
+from das_ds.downstream import run as finetune
+from das_ds.downstream.scores import EndTaskScores, SeedScores
+from das_ds.downstream.tasks import EndTask
 from helpers.tiny_models import tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 

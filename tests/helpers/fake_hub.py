@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import Ranks
+from das_ds.distributed.process_group import Ranks
 from das_ds.models.loading import weights_folder
 from das_ds.training.revisions import pin_revisions
 

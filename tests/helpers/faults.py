@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
-from das_ds.evaluation.results import Results
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
 from das_ds.methods import METHODS
 from das_ds.methods.base import Losses, Method
-from das_ds.training.run import run_sequence
+from das_ds.reporting.results import Results
+from das_ds.training.train import run_sequence
 from helpers.half import allow_fp16_on_cpu
 from helpers.run_ranks import run_ranks
 from helpers.runs import exported_weights, metrics_lines, run_all, small_run

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import Ranks
-from das_ds.training.run import run_sequence
-from das_ds.training.sequence import DomainSequence
+from das_ds.distributed.process_group import Ranks
+from das_ds.training.train import run_sequence
+from das_ds.training.trainer import DomainSequence
 from helpers.half import allow_fp16_on_cpu
 from helpers.runs import small_run
 from helpers.tiny_tokenizer import tiny_tokenizer

@@ -10,16 +10,11 @@ import torch
 from torch import nn
 
 from das_ds.config import ImportanceKind, RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Pass
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
 from das_ds.functional.units import Importance
-from das_ds.methods.importance_pass import (
-    GENERAL_KNOWLEDGE,
-    PRETRAINING,
-    mean_over_sequences,
-    pretraining_loss,
-)
+from das_ds.softmask.measure import GENERAL_KNOWLEDGE, PRETRAINING, mean_over_sequences, pretraining_loss
 from helpers.reference import FixedNoise, fix_noise
 from helpers.training import LENGTH, build, random_batch, rank_part
 

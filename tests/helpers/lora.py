@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from das_ds.config import LoraConfig
-from das_ds.models.adapter import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureAdapter
 from das_ds.models.lora import Lora
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from das_ds.config import LoraConfig, RunConfig
-from das_ds.methods.importance_file import save_unit_importance
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.models.lora import Lora
-from das_ds.models.registry import adapter_for
+from das_ds.softmask.importance_file import save_unit_importance
 from helpers.lora import adapted, random_weights, to_double, written_out, written_out_scales
 from helpers.parity import ACCUMULATION, EPS, NUM_STEPS, ROWS, SETTINGS, relative_difference, steps
 from helpers.reference import reference_train

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from das_ds.config import ImportanceConfig, RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.sharded_importance import ShardedImportance, zeros_by_flat
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.softmask.sharded_importance import ShardedImportance, zeros_by_flat
 from helpers.parameter_importance import Stretches, stretches_of
 from helpers.reference import full_masks, unit_ones
 from helpers.tiny_models import tiny_model

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from das_ds.config import ModelConfig
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.sharded_construction import sharded_construction
+from das_ds.distributed.process_group import Ranks
+from das_ds.engine.sharded_init import sharded_construction
 from das_ds.errors import ModelError
 from das_ds.models.loading import load_model
 from helpers.construction import engine_settings

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from das_ds.distributed import optimizer as optimizers
-from das_ds.distributed.optimizer import SoftUpdated
+from das_ds.engine import optimizer as optimizers
+from das_ds.engine.optimizer import SoftUpdated
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.windows import WINDOW_ELEMENTS
 

@@ -8,18 +8,13 @@ from typing import Any
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.engine import Engine
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Pass
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
+from das_ds.engine.engine import Engine
 from das_ds.errors import TrainingError
-from das_ds.methods.importance_pass import (
-    PRETRAINING,
-    ImportanceLoss,
-    mean_over_sequences,
-    pretraining_loss,
-)
-from das_ds.methods.parameter_level import sum_over_gradients
+from das_ds.softmask.measure import PRETRAINING, ImportanceLoss, mean_over_sequences, pretraining_loss
+from das_ds.softmask.parameter import sum_over_gradients
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part
 

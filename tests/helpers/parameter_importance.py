@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Pass
+from das_ds.context import DomainContext
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
 from das_ds.functional.units import Importance
-from das_ds.methods.base import DomainContext
-from das_ds.methods.importance_file import save_parameter_importance
-from das_ds.methods.parameter_level import ParameterLevel, sum_over_gradients
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.softmask.importance_file import save_parameter_importance
+from das_ds.softmask.parameter import ParameterLevel, sum_over_gradients
 from helpers.importance import LOSSES, NoisePerBatch
 from helpers.reference import fix_noise
 from helpers.tiny_models import tiny_model

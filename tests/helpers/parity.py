@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.methods.importance_file import save_unit_importance
-from das_ds.models.registry import adapter_for
+from das_ds.data.batch import Batch
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.softmask.importance_file import save_unit_importance
 from helpers.reference import reference_train
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
 from helpers.training import random_batch, run_config

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from das_ds.methods.importance_file import save_parameter_importance, save_unit_importance
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.softmask.importance_file import save_parameter_importance, save_unit_importance
 from helpers.parity import (
     EPS,
     ROWS,

@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import RankInfo
-from das_ds.distributed.preflight import Peers
+from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
-from das_ds.evaluation.results import library_versions
-from das_ds.training.preflight import folder
-from das_ds.training.preflight.agreement import check_clocks, check_network, check_settings, check_versions
-from das_ds.training.preflight.corpora import check_corpora
-from das_ds.training.preflight.folder import check_folder, check_sharing
-from das_ds.training.preflight.report import Checks, Finding
-from das_ds.training.preflight.run import run_preflight
+from das_ds.preflight import output_dir as folder
+from das_ds.preflight.checks import Checks, Finding
+from das_ds.preflight.corpora import check_corpora
+from das_ds.preflight.environment import check_clocks, check_network, check_settings, check_versions
+from das_ds.preflight.output_dir import check_folder, check_sharing
+from das_ds.preflight.peers import Peers
+from das_ds.preflight.run import run_preflight
+from das_ds.versions import library_versions
 
 TIMEOUT = timedelta(seconds=60)
 

@@ -8,8 +8,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 from PIL import Image
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import das_ds.training.run  # noqa: F401
-from das_ds.evaluation import report
+import das_ds.training.train  # noqa: F401
+from das_ds.reporting import run_report
 from helpers.compiled_ops import keep_compiled_ops
 
 keep_compiled_ops()
@@ -24,7 +24,7 @@ def _one_pixel(_: object, path: Path) -> None:
 
 # Both pictures of a report take longer than all else in a tiny run. They have tests of their own, and runs that are
 # started as commands draw them.
-report.loss_matrix_png = report.importance_png = _one_pixel
+run_report.loss_matrix_png = run_report.importance_png = _one_pixel
 
 # ZeRO-3 collects garbage when it begins; what is loaded by now is none, and takes a second to look through.
 gc.collect()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from das_ds.functional.segments import ABSENT, Segment, SegmentTable, cover
+from das_ds.functional.masks import ABSENT, Segment, SegmentTable, cover
 from das_ds.kernels.protection import Protection
 
 KINDS = ("none", "units", "rows", "columns", "both", "gaps", "float32", "bfloat16", "uint8", "all 0", "all 1")

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from das_ds.data.batches import Batch
+from das_ds.data.batch import Batch
 from das_ds.functional.sampling import sample_generator
 from helpers.training import LENGTH
 

@@ -11,14 +11,14 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from das_ds.checkpointing.manifest import RunState
+from das_ds.checkpoint.manifest import RunState
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import Ranks
+from das_ds.distributed.process_group import Ranks
 from das_ds.errors import DasError
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
 from das_ds.tracking.names import MEASURED
-from das_ds.training.boundary import Boundary, Parts
-from das_ds.training.run import run_sequence
+from das_ds.training.save_point import Boundary, Parts
+from das_ds.training.train import run_sequence
 from helpers.half import allow_fp16_on_cpu
 from helpers.run_ranks import run_ranks
 from helpers.runs import metrics_lines, run_all, small_run

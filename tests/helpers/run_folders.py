@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from das_ds.config_io import dump_config
-from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores, Scores, SeedScores, Spread, TaskScores
-from das_ds.evaluation.results import RESULTS_FILE, build_results
-from das_ds.methods.importance_file import save_parameter_importance, save_unit_importance
-from das_ds.models.registry import adapter_for
+from das_ds.config.io import dump_config
+from das_ds.downstream.scores import EndTaskScores, Scores, SeedScores, Spread, TaskScores
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.reporting.results import build_results
+from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE
+from das_ds.softmask.importance_file import save_parameter_importance, save_unit_importance
 from helpers.tiny_models import tiny_model
 from helpers.training import run_config
 

@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import Ranks
-from das_ds.evaluation.results import Results
+from das_ds.context import DomainContext
+from das_ds.distributed.process_group import Ranks
 from das_ds.methods import METHODS
-from das_ds.methods.base import DomainContext, Method
-from das_ds.methods.importance_file import save_parameter_importance
+from das_ds.methods.base import Method
 from das_ds.models.loading import load_model
+from das_ds.reporting.results import Results
+from das_ds.softmask.importance_file import save_parameter_importance
 from das_ds.training.evaluate import evaluate_model
-from das_ds.training.run import run_sequence
+from das_ds.training.train import run_sequence
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import NO_DROPOUT
 from helpers.tiny_tokenizer import TEXT, tiny_tokenizer

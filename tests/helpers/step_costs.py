@@ -12,10 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.engine import Engine
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.zero import gradients_of
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.engine.engine import Engine
+from das_ds.engine.zero import gradients_of
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part
 

@@ -7,11 +7,11 @@ import os
 import time
 from pathlib import Path
 
-from das_ds.distributed.agreement import Agreement, Flags
 from das_ds.distributed.collectives import all_reduce_sum
-from das_ds.distributed.launch import Ranks, leave
-from das_ds.distributed.stopping import StopRequests
+from das_ds.distributed.flag_sync import Agreement, Flags
+from das_ds.distributed.process_group import Ranks, leave
 from das_ds.errors import EXIT_STOPPED
+from das_ds.fault_tolerance.shutdown import StopRequests
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 STEP_S = 0.05

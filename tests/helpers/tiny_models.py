@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.models.loading import AUTO_CLASSES
-from das_ds.models.registry import adapter_for
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,

@@ -7,11 +7,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from das_ds.config import RunConfig
-from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.engine import Engine
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.zero import gradients_of
-from das_ds.models.token_losses import TokenLosses
+from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.distributed.process_group import Ranks
+from das_ds.engine.engine import Engine
+from das_ds.engine.zero import gradients_of
+from das_ds.models.lm_loss import TokenLosses
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 
 ROWS, LENGTH, VOCABULARY, CHUNK = 3, 12, 100, 5

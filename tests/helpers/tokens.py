@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
 from helpers.runs import small_run
 
 TOKENS = ["treebanks", "baseline", "weeks"]

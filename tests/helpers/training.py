@@ -8,17 +8,16 @@ from typing import Any
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Pass
+from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.context import DomainContext, RunContext, build_context
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
 from das_ds.methods import build_method
-from das_ds.methods.base import DomainContext
-from das_ds.methods.context import RunContext, build_context
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.tracking.sinks import Metrics, Sink
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.domain import DomainTrainer, Progress
+from das_ds.training.domain_trainer import DomainTrainer, Progress
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import tiny_model
 

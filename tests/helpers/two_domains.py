@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Pass
+from das_ds.context import DomainContext
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
 from das_ds.methods import build_method
-from das_ds.methods.base import DomainContext
 from das_ds.tracking.sinks import Metrics
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.domain import DomainTrainer, Progress
+from das_ds.training.domain_trainer import DomainTrainer, Progress
 from helpers.parity import ACCUMULATION, EPS, ROWS
 from helpers.reference import adamw_step, reference_batch_gradients, step_losses, unit_ones
 from helpers.tiny_models import NO_DROPOUT, tiny_model

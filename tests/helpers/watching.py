@@ -16,12 +16,12 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from das_ds.distributed import watchdog as watchdog_module
-from das_ds.distributed.agreement import Agreement, Flags
 from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
-from das_ds.distributed.launch import Ranks, leave
-from das_ds.distributed.stack_dump import StackReport, inspect_stacks
-from das_ds.distributed.watchdog import PeerLostError, Watchdog
+from das_ds.distributed.flag_sync import Agreement, Flags
+from das_ds.distributed.process_group import Ranks, leave
+from das_ds.fault_tolerance import watchdog as watchdog_module
+from das_ds.fault_tolerance.stack_dump import StackReport, inspect_stacks
+from das_ds.fault_tolerance.watchdog import PeerLostError, Watchdog
 from helpers.run_ranks import start_ranks
 from helpers.waiting import until
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from das_ds.config import RunConfig
-from das_ds.data.batches import Batch
-from das_ds.distributed.agreement import Agreement
-from das_ds.distributed.launch import Ranks, timeout_of
+from das_ds.data.batch import Batch
+from das_ds.distributed.flag_sync import Agreement
+from das_ds.distributed.process_group import Ranks, timeout_of
 from das_ds.errors import DataError
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from das_ds.distributed.launchers import is_alive
 from das_ds.errors import EXIT_STOPPED
+from das_ds.fault_tolerance.launcher_guard import is_alive
 from helpers.commands import QUICK_START
 from helpers.ports import reserve_port
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.distributed.watchdog import EXIT_HANG
+from das_ds.fault_tolerance.watchdog import EXIT_HANG
 from helpers.watching import EXIT_LOST, exit_codes, suspended_exit_codes
 
 pytestmark = pytest.mark.multirank

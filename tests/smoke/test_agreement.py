@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from das_ds.distributed.agreement import Flags
+from das_ds.distributed.flag_sync import Flags
 from helpers.run_ranks import run_ranks
 from helpers.watching import agreed_flags
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from das_ds.evaluation.results import RESULTS_FILE, Results
+from das_ds.reporting.results import Results
+from das_ds.run_dir import RESULTS_FILE
 from helpers.commands import command, on_two_ranks, program, write_config
 from helpers.runs import small_run
 

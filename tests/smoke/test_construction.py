@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from das_ds.config import ModelConfig
-from das_ds.distributed.sharded_construction import sharded_construction
+from das_ds.engine.sharded_init import sharded_construction
 from das_ds.models.loading import load_model
 from helpers.construction import random_equal_to_plain, weights_of_loaded
 from helpers.run_ranks import run_ranks

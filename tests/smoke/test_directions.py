@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from das_ds.config import MethodConfig, RunConfig
-from das_ds.data.batches import Batch
+from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank
-from das_ds.distributed.launch import Ranks
-from das_ds.distributed.passes import Pass
-from das_ds.distributed.row_masks import RowMasks
-from das_ds.distributed.zero import Shard
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
+from das_ds.distributed.state import Shard
 from das_ds.functional.directions import direction_mask
 from das_ds.methods import build_method, directions
-from das_ds.methods.input_moments import relative_moments
+from das_ds.softmask.direction_mask import RowMasks
+from das_ds.softmask.input_covariance import relative_moments
 from helpers.architectures import config_of, steps_of
 from helpers.parity import OFFLOAD, configs_of, relative_difference
 from helpers.run_ranks import run_ranks

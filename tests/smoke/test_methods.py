@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from das_ds.config_io import load_config
-from das_ds.evaluation.results import RESULTS_FILE, Results
+from das_ds.config.io import load_config
 from das_ds.functional.importance import elementwise_maximum
 from das_ds.methods import METHODS
-from das_ds.methods.importance_file import load_unit_importance
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.reporting.results import Results
+from das_ds.run_dir import RESULTS_FILE
+from das_ds.softmask.importance_file import load_unit_importance
 from das_ds.tracking.names import STEP_METRICS
 from helpers.resume import Place, assert_same_run, resumable_run, run_whole_and_broken
 from helpers.run_ranks import run_ranks

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import RankInfo
-from das_ds.training.text import prepare_text
+from das_ds.distributed.process_group import RankInfo
+from das_ds.training.data_module import prepare_text
 from helpers.run_ranks import run_ranks
 from helpers.runs import (
     evaluate_export,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.distributed.watchdog import EXIT_HANG
+from das_ds.fault_tolerance.watchdog import EXIT_HANG
 from helpers.watching import exit_codes
 
 pytestmark = pytest.mark.multirank

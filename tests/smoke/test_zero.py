@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from das_ds.distributed.launch import PREPARATION_TIMEOUT
+from das_ds.distributed.process_group import PREPARATION_TIMEOUT
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.training import random_batch, run_config

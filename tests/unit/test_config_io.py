@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from das_ds.config import RunConfig
-from das_ds.config_io import config_differences, describe_config, dump_config, load_config, resolved_dict
-from das_ds.config_schema import config_keys
+from das_ds.config.io import config_differences, describe_config, dump_config, load_config, resolved_dict
+from das_ds.config.schema import config_keys
 from das_ds.errors import ConfigError, RunFolderError
 
 RUN = """

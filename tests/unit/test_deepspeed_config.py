@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from das_ds.config import RunConfig
-from das_ds.deepspeed_config import REPOSITORY, build_deepspeed_config, zero_stage
-from das_ds.deepspeed_keys import KEYS
+from das_ds.config.deepspeed import REPOSITORY, build_deepspeed_config, zero_stage
+from das_ds.config.deepspeed_keys import KEYS
 from das_ds.errors import ConfigError
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from das_ds.config_io import load_config
+from das_ds.config.io import load_config
 from das_ds.errors import TrainingError
 from helpers.run_folders import write_run
 from launch import demo

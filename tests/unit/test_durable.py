@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from das_ds.durable import (
+from das_ds.storage import (
     CHECKSUM_FILE,
     altered_files,
     read_checked_json,

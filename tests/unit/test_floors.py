@@ -129,7 +129,7 @@ def test_ranks_are_the_business_of_distributed_alone() -> None:
         ("functional", "from das_ds.models.gates import gates", {"models"}),
         ("functional", "def f():\n    import das_ds.training", {"training"}),
         ("data", "from das_ds import tracking", {"tracking"}),
-        ("config", "from das_ds.config_io import load_config", {"config_io"}),
+        ("config", "from das_ds.config.io import load_config", {"config_io"}),
         ("data", "from das_ds.data.blocks import blocks\nfrom das_ds.errors import DataError\nimport torch", set()),
     ],
 )

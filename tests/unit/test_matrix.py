@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.models.registry import ADAPTERS
+from das_ds.models.architectures.registry import ADAPTERS
 from helpers.matrix import BEGIN, END, VARIABLE, record, set_into
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from das_ds.config import RunConfig
-from das_ds.config_io import load_config
+from das_ds.config.io import load_config
 from helpers.commands import command, write_config
 from helpers.runs import small_run
 from launch.slurm.sweep import sweep_overrides

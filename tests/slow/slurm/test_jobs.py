@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from das_ds.evaluation.results import RESULTS_FILE, Results
+from das_ds.reporting.results import Results
+from das_ds.run_dir import RESULTS_FILE
 from helpers.commands import write_config
 from helpers.resume import assert_same_run
 from helpers.runs import last_step, small_run

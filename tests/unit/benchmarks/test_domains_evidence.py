@@ -11,8 +11,8 @@ from benchmarks.domains.matching import Match, Probe
 from benchmarks.domains.record import Extended, Record, Repeated, TrackRecord, read_record, write_record
 from benchmarks.domains.verdicts import against_line, between, goal, judged, line_p_values
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import Comparison, Group
-from das_ds.functional.intervals import paired_difference
+from das_ds.reporting.comparison import Comparison, Group
+from das_ds.reporting.statistics import paired_difference
 from helpers.comparisons import comparison, group, pooled
 
 

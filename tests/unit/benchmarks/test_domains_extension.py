@@ -19,8 +19,8 @@ from benchmarks.domains.runner import Runner
 from benchmarks.domains.tiers import CPU, GPU
 from benchmarks.domains.track import TrackRuns
 from das_ds.errors import RunFolderError, StoppedError
-from das_ds.evaluation.comparison import Comparison, Group
-from das_ds.evaluation.measures import line_groups
+from das_ds.reporting.comparison import Comparison, Group
+from das_ds.reporting.metrics import line_groups
 from helpers.comparisons import comparison, group, run_numbers
 
 RATE = "train__learning_rate"

@@ -8,15 +8,16 @@ import torch
 from benchmarks.domains.groups import NOTHING, PATTERNS, TOGETHER, groups_of, restored_losses
 from benchmarks.domains.jobs import TrainingRun
 from das_ds.config import ModelConfig
-from das_ds.config_io import load_config
-from das_ds.distributed.launch import RankInfo
-from das_ds.distributed.passes import Passes
+from das_ds.config.io import load_config
+from das_ds.distributed.process_group import RankInfo
+from das_ds.distributed.resumable import Passes
 from das_ds.errors import ModelError
-from das_ds.evaluation.results import RESULTS_FILE, build_results
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import load_model
+from das_ds.reporting.results import build_results
+from das_ds.run_dir import RESULTS_FILE
+from das_ds.training.data_module import prepare_text
 from das_ds.training.evaluate import evaluate_corpora
-from das_ds.training.text import prepare_text
 from helpers.runs import small_run
 from helpers.tiny_models import tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer

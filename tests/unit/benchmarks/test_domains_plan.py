@@ -14,7 +14,7 @@ from benchmarks.domains.pretraining import pretraining_run
 from benchmarks.domains.tiers import TIERS
 from das_ds.config import RunConfig
 from das_ds.errors import ConfigError, DataError
-from das_ds.evaluation.results import build_results
+from das_ds.reporting.results import build_results
 
 TIERS_BY_NAME = pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
 

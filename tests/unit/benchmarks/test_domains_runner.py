@@ -11,7 +11,8 @@ import pytest
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.runner import MANIFEST, WORTH_STARTING, Runner
 from das_ds.errors import RunFolderError, StoppedError, TrainingError
-from das_ds.evaluation.results import RESULTS_FILE, build_results
+from das_ds.reporting.results import build_results
+from das_ds.run_dir import RESULTS_FILE
 
 STOPPED = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)"
 

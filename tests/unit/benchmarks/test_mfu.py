@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.mfu import METHODS, MODELS, Workload, build_batch, build_config, model_flops
 from benchmarks.peaks import PEAK_TFLOPS, TERA, measured_peak, vendor_peak
 from benchmarks.product import build_model
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.registry import adapter_for
 
 
 @pytest.mark.parametrize("name", ["tiny-encoder", "tiny-decoder"])

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.checkpointing.manifest import MANIFEST_FILE, FileRecord, Manifest, RunState, read_manifest
-from das_ds.checkpointing.store import CheckpointStore
-from das_ds.durable import checksum
+from das_ds.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, RunState, read_manifest
+from das_ds.checkpoint.store import CheckpointStore
 from das_ds.errors import CheckpointError
+from das_ds.storage import checksum
 
 FILE = "rank_00000_of_00001.safetensors"
 
@@ -137,7 +137,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_once(
         if not ignore_errors:
             raise PermissionError(f"not allowed: {path}")
 
-    monkeypatch.setattr("das_ds.checkpointing.store.shutil.rmtree", fail)
+    monkeypatch.setattr("das_ds.checkpoint.store.shutil.rmtree", fail)
     store = CheckpointStore(tmp_path, keep=1)
     for number in range(4):
         save(store, f"{number:06d}_food_train_{number}", phase="train")

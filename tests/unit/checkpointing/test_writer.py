@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from das_ds.checkpointing import writer as module
-from das_ds.checkpointing.writer import BackgroundWriter
+from das_ds.checkpoint import async_writer
+from das_ds.checkpoint.async_writer import BackgroundWriter
 from das_ds.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -56,8 +56,8 @@ def test_a_disk_that_gives_back_other_values(tmp_path: Path, monkeypatch: pytest
     def save_wrongly(tensors: dict[str, torch.Tensor], path: Path) -> None:
         real_save({key: value + 1 for key, value in tensors.items()}, path)
 
-    real_save = module.save_file
-    monkeypatch.setattr(module, "save_file", save_wrongly)
+    real_save = async_writer.save_file
+    monkeypatch.setattr(async_writer, "save_file", save_wrongly)
     writer = BackgroundWriter(CPU, asynchronous=True)
     writer.start(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
     with pytest.raises(CheckpointError, match="read back other values of a than were written"):
@@ -71,7 +71,7 @@ def test_an_unexpected_error_beside_training_is_logged_and_raised_by_finish(
     def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise error("no such thing")
 
-    monkeypatch.setattr(module, "save_file", fail)
+    monkeypatch.setattr(async_writer, "save_file", fail)
     writer = BackgroundWriter(CPU, asynchronous=True)
     writer.start(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
     writer.wait_for_copy()

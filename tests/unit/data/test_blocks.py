@@ -9,7 +9,7 @@ import torch
 
 from das_ds.config import CorpusConfig, DataConfig
 from das_ds.data.blocks import TokenBlocks, cache_folder, prepare_corpus
-from das_ds.data.tokenise import TokenFile
+from das_ds.data.tokenize import TokenFile
 from das_ds.errors import DataError, ModelError
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
 

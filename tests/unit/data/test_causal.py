@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from das_ds.data.batches import Batch
-from das_ds.data.causal import NextTokens, end_of_text, isolated
+from das_ds.data.batch import Batch
+from das_ds.data.objectives import NextTokens, end_of_text, isolated
 from das_ds.errors import ModelError
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from das_ds.config import TaskConfig
-from das_ds.data.end_tasks import EndTask, choose_tasks, read_task
-from das_ds.data.task_batches import encode, shuffled_batches, sorted_batches
+from das_ds.downstream.batches import encode, shuffled_batches, sorted_batches
+from das_ds.downstream.tasks import EndTask, choose_tasks, read_task
 from das_ds.errors import ConfigError, DataError
 from helpers.end_tasks import small_task, write_rows
 from helpers.tiny_tokenizer import tiny_tokenizer

@@ -7,20 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from das_ds.data.batches import Batch
+from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.causal import NextTokens
-from das_ds.data.loader import (
-    AccumulatedBatches,
-    EvaluationBatches,
-    Samples,
-    evaluation_batches,
-    training_steps,
-)
-from das_ds.data.masking import MlmMasker
-from das_ds.data.objectives import Objective
-from das_ds.data.reading import OneDomain
-from das_ds.data.tokenise import TokenFile
+from das_ds.data.loader import AccumulatedBatches, EvaluationBatches, Samples, evaluation_batches, training_steps
+from das_ds.data.mixture import OneDomain
+from das_ds.data.objectives import MlmMasker, NextTokens, Objective
+from das_ds.data.tokenize import TokenFile
 from das_ds.errors import ConfigError
 
 LENGTH, NUM_BLOCKS, GLOBAL_BATCH = 32, 21, 8

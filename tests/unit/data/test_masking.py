@@ -5,8 +5,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from das_ds.data.batches import Batch
-from das_ds.data.masking import MlmMasker
+from das_ds.data.batch import Batch
+from das_ds.data.objectives import MlmMasker
 from das_ds.errors import ModelError
 from tests.helpers.tiny_tokenizer import tiny_tokenizer, word_tokenizer
 

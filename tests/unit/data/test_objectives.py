@@ -3,9 +3,7 @@
 import pytest
 
 from das_ds.config import DataConfig
-from das_ds.data.causal import NextTokens
-from das_ds.data.masking import MlmMasker
-from das_ds.data.objectives import make_objective
+from das_ds.data.objectives import MlmMasker, NextTokens, make_objective
 from das_ds.errors import ConfigError
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

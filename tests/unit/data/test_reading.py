@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from das_ds.data.batches import Batch
+from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
 from das_ds.data.loader import Samples, training_steps
-from das_ds.data.masking import MlmMasker
-from das_ds.data.reading import OneDomain, Pool
-from das_ds.data.tokenise import TokenFile
+from das_ds.data.mixture import OneDomain, Pool
+from das_ds.data.objectives import MlmMasker
+from das_ds.data.tokenize import TokenFile
 from das_ds.functional import sampling
 
 LENGTH, GLOBAL_BATCH, STEPS_PER_DOMAIN = 16, 8, 5

@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from das_ds.data import tokenise
-from das_ds.data.tokenise import TokenFile, UnknownTokens, prepare_tokens
+from das_ds.data import tokenize as tokenise
+from das_ds.data.tokenize import TokenFile, UnknownTokens, prepare_tokens
 from das_ds.errors import DataError, ModelError
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer, word_tokenizer
 

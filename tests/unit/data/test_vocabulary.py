@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from das_ds.config import RunConfig
 from das_ds.data.blocks import prepare_corpus
-from das_ds.data.vocabulary import tokenizers_by_corpus
+from das_ds.data.tokenizers import tokenizers_by_corpus
 from das_ds.errors import DataError, ModelError
-from das_ds.functional.vocabulary import num_tokens
+from das_ds.functional.token_ids import num_tokens
 from helpers.runs import small_run
 from helpers.tiny_tokenizer import tiny_tokenizer, word_tokenizer
 

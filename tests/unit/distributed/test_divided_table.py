@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.distributed import divided_table
-from das_ds.distributed.divided_table import DividedTable
+from das_ds.distributed import sharded_buffer as divided_table
+from das_ds.distributed.sharded_buffer import DividedTable
 
 NUM_ROWS, WIDTH = 7, 3
 WHOLE = torch.arange(1, 1 + NUM_ROWS * WIDTH, dtype=torch.int32).view(NUM_ROWS, WIDTH)

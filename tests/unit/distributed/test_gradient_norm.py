@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from das_ds.distributed.gradient_norm import ROW, total_norm
+from das_ds.engine.gradient_norm import ROW, total_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

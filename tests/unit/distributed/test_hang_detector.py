@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from das_ds.distributed.hang_detector import HangDetector
-from das_ds.distributed.heartbeat import Heartbeat, PeerStatus, find_stalled_ranks
-from das_ds.distributed.heartbeat_store import HeartbeatSnapshot
+from das_ds.fault_tolerance.hang_detector import HangDetector
+from das_ds.fault_tolerance.heartbeat import Heartbeat, PeerStatus, find_stalled_ranks
+from das_ds.fault_tolerance.heartbeat_store import HeartbeatSnapshot
 
 TIMEOUT = 20.0
 GRACE = 10.0
@@ -28,7 +28,7 @@ def beat(rank: int, **changes: Any) -> Heartbeat:
         "idle_s": TIMEOUT + 1,
         "timeout_suspended": False,
         "in_collective": True,
-        "stack_location": "das_ds/training/domain.py:90 run",
+        "stack_location": "das_ds/training/domain_trainer.py:90 run",
     }
     return Heartbeat(**{**values, **changes})
 
@@ -124,7 +124,7 @@ def test_diagnose_standing_still_is_a_fault_unless_the_timeout_is_suspended() ->
     found = seen_by_rank_1(snapshot, 1.0).diagnose(beat(1, in_collective=False), GRACE)
     assert found == (
         "rank 1 (pid 101 on node1) has made no progress for 21 s; it stands at: step 7 of food, forward and backward; "
-        "das_ds/training/domain.py:90 run"
+        "das_ds/training/domain_trainer.py:90 run"
     )
     assert seen_by_rank_1(snapshot, 1.0).diagnose(beat(1, in_collective=False, timeout_suspended=True), GRACE) is None
     assert seen_by_rank_1(snapshot, 1.0).diagnose(beat(1, in_collective=False, idle_s=TIMEOUT - 1), GRACE) is None

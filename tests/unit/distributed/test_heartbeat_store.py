@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from das_ds.distributed.heartbeat import Heartbeat
-from das_ds.distributed.heartbeat_store import HeartbeatStore
+from das_ds.fault_tolerance.heartbeat import Heartbeat
+from das_ds.fault_tolerance.heartbeat_store import HeartbeatStore
 from helpers.waiting import until
 
 

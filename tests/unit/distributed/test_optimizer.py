@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from das_ds.distributed import optimizer as optimizers
-from das_ds.distributed.optimizer import MaskedAdamW, ProtectedOptimizer, SoftUpdated
-from das_ds.distributed.precision import tf32
+from das_ds.engine import optimizer as optimizers
+from das_ds.engine.loss_scaler import tf32
+from das_ds.engine.optimizer import MaskedAdamW, ProtectedOptimizer, SoftUpdated
 from das_ds.kernels.protection import Protection
 from helpers.optimizers import NUMEL, Make, check_pulled_back_in_chunks
 from helpers.optimizers import run_steps as run

@@ -9,10 +9,10 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from das_ds.distributed.precision import check_precision, slow_here, tf32
+from das_ds.downstream.run import finetune_model
+from das_ds.engine.loss_scaler import check_precision, slow_here, tf32
 from das_ds.errors import ConfigError
 from das_ds.training.evaluate import evaluate_model
-from das_ds.training.finetune import finetune_model
 from helpers.training import run_config
 
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from das_ds.distributed.row_masks import RowMasks
-from das_ds.distributed.zero import Shard
+from das_ds.distributed.state import Shard
+from das_ds.softmask.direction_mask import RowMasks
 
 ROWS, WIDTH, NARROW = 5, 7, 3
 

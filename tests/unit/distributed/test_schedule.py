@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from das_ds.config import TrainConfig
-from das_ds.distributed.schedule import build_schedule
+from das_ds.engine.lr_scheduler import build_schedule
 
 PEAK, NUM_STEPS = 0.5, 20
 WARMUP, DECAY = 4, 10

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.distributed import sharded_normalisation
-from das_ds.distributed.sharded_normalisation import Comparison, smallest_with
+from das_ds.softmask import sharded_normalize as sharded_normalisation
+from das_ds.softmask.sharded_normalize import Comparison, smallest_with
 
 CPU = torch.device("cpu")
 SIZES = {"a": 4000, "b": 57, "c": 1, "d": 300}

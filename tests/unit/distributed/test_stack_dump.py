@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.distributed.stack_dump import Frame, StackReport, inspect_stacks, parse_stacks
+from das_ds.fault_tolerance.stack_dump import Frame, StackReport, inspect_stacks, parse_stacks
 from helpers.waiting import until
 
 # As Python 3.11 and 3.14 write them: the latter with the names of threads.
@@ -63,5 +63,5 @@ def test_inspect_stacks_knows_a_thread_that_waits_for_other_ranks(
 def test_inspect_stacks_names_the_innermost_line_of_the_package() -> None:
     report = inspect_stacks(threading.get_ident())
     assert report.in_collective is False
-    assert report.location.startswith("das_ds/distributed/stack_dump.py:")
+    assert report.location.startswith("das_ds/fault_tolerance/stack_dump.py:")
     assert report.location.endswith(" inspect_stacks")

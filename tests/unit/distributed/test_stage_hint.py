@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from das_ds.config import TrainConfig
-from das_ds.distributed.engine import stage_hint
+from das_ds.engine.engine import stage_hint
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 

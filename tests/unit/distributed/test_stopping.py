@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from das_ds.distributed import launcher_pause, stopping
-from das_ds.distributed.launcher_pause import pause_launcher
-from das_ds.distributed.launchers import is_alive, program
-from das_ds.distributed.stopping import Request, StopRequests
+from das_ds.fault_tolerance import launcher_guard as launcher_pause
+from das_ds.fault_tolerance import shutdown as stopping
+from das_ds.fault_tolerance.launcher_guard import is_alive, pause_launcher, program
+from das_ds.fault_tolerance.shutdown import Request, StopRequests
 from helpers.waiting import until
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from das_ds.evaluation.results import Results, build_results
+from das_ds.reporting.results import Results, build_results
 
 LOSS_MATRIX = [[6.0, 5.0, 4.0, 3.0], [4.0, 4.5, 4.1, 3.1], [4.6, 2.0, 4.3, 3.2], [4.7, 2.2, 1.0, 3.4]]
 DOMAINS = ["acl", "pubmed", "restaurant"]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from das_ds.durable import write_checked_json
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import COMPARISON_FILE, Comparison
+from das_ds.reporting.comparison import Comparison
+from das_ds.run_dir import COMPARISON_FILE
+from das_ds.storage import write_checked_json
 from helpers.comparisons import comparison, group, importance_numbers, pooled, run_numbers
 
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import COMPARISON_FILE, Comparison
-from das_ds.evaluation.comparison_pictures import fullness_png, loss_matrices_png, overlap_png
-from das_ds.evaluation.comparison_report import REPORT_FILE, report_text, write_comparison_report
-from das_ds.evaluation.pareto_picture import pareto_png
+from das_ds.reporting.comparison import Comparison
+from das_ds.reporting.comparison_plots import fullness_png, loss_matrices_png, overlap_png, pareto_png
+from das_ds.reporting.comparison_report import report_text, write_comparison_report
+from das_ds.run_dir import COMPARISON_FILE, REPORT_FILE
 from helpers.comparisons import comparison, group, importance_numbers, pooled
 
 NCL = group("ncl", [(3.0, 0.9), (3.2, 0.7)], train__learning_rate="1e-3")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from das_ds.evaluation import comparison_tables as tables
-from das_ds.evaluation.comparison import Comparison, Group
-from das_ds.evaluation.score_matrix import RunScores, ScoredTask, ScoreMatrix, TaskForgetting
-from das_ds.evaluation.tables import Row
+from das_ds.reporting import comparison_tables as tables
+from das_ds.reporting.comparison import Comparison, Group
+from das_ds.reporting.score_matrix import RunScores, ScoredTask, ScoreMatrix, TaskForgetting
+from das_ds.reporting.tables import Row
 from helpers.comparisons import comparison, group, importance_numbers, interval_of_two, pooled, run_numbers
 
 

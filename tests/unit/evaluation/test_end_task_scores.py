@@ -8,19 +8,11 @@ from pathlib import Path
 import pytest
 
 from das_ds.config import TaskConfig
-from das_ds.data.end_tasks import EndTask, read_task
-from das_ds.durable import write_checked_json
+from das_ds.downstream.scores import EndTaskScores, Scores, SeedScores, means_of, open_scores, summary_of, table_of
+from das_ds.downstream.tasks import EndTask, read_task
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.end_task_scores import (
-    END_TASKS_FILE,
-    EndTaskScores,
-    Scores,
-    SeedScores,
-    means_of,
-    open_scores,
-    summary_of,
-    table_of,
-)
+from das_ds.run_dir import END_TASKS_FILE
+from das_ds.storage import write_checked_json
 from helpers.end_tasks import small_task
 
 

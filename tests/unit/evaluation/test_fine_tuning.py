@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from das_ds.config import ModelConfig, TaskConfig
-from das_ds.data.end_tasks import read_task
+from das_ds.downstream import finetune as fine_tuning
+from das_ds.downstream.finetune import fine_tune
+from das_ds.downstream.scores import Scores, SeedScores
+from das_ds.downstream.tasks import read_task
 from das_ds.errors import TrainingError
-from das_ds.evaluation import fine_tuning
-from das_ds.evaluation.end_task_scores import Scores, SeedScores
-from das_ds.evaluation.fine_tuning import fine_tune
 from helpers.end_tasks import save_model, small_task
 
 CPU = torch.device("cpu")

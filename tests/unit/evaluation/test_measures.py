@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from das_ds.evaluation.measures import (
+from das_ds.reporting.metrics import (
     DRIFT,
     FORGETTING,
     LEARNED,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.data.batches import Batch
-from das_ds.distributed.passes import Pass
+from das_ds.data.batch import Batch
+from das_ds.distributed.resumable import Pass
 from das_ds.errors import DataError
-from das_ds.evaluation.perplexity import held_out_loss
+from das_ds.training.evaluate import held_out_loss
 
 
 class Silent(torch.nn.Module):

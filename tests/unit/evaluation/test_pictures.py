@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from das_ds.evaluation.pictures import changes, importance_png, loss_matrix_png
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
+from das_ds.reporting.run_plots import changes, importance_png, loss_matrix_png
 
 ResultsMaker = Callable[..., Results]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.report import report_text, write_report
-from das_ds.evaluation.results import Results
+from das_ds.reporting.results import Results
+from das_ds.reporting.run_report import report_text, write_report
 
 ResultsMaker = Callable[..., Results]
 IMPORTANCE = {"head": torch.tensor([[0.0, 0.95], [0.9, 0.95]]), "output": torch.full((2, 5), 0.25)}

@@ -12,9 +12,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from das_ds.durable import write_checked_json
 from das_ds.errors import RunFolderError, TrainingError
-from das_ds.evaluation.results import RESULTS_FILE, Results, build_results
+from das_ds.reporting.results import Results, build_results
+from das_ds.run_dir import RESULTS_FILE
+from das_ds.storage import write_checked_json
 
 ResultsMaker = Callable[..., Results]
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from das_ds.downstream.scores import EndTaskScores, Scores, SeedScores, Spread, TaskScores
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores, Scores, SeedScores, Spread, TaskScores
-from das_ds.evaluation.results import RESULTS_FILE, Results
-from das_ds.evaluation.score_matrix import RunScores, read_run_scores
+from das_ds.reporting.results import Results
+from das_ds.reporting.score_matrix import RunScores, read_run_scores
+from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE
 
 ResultsMaker = Callable[..., Results]
 FOLDERS = ["base", "domains/00_acl", "domains/01_pubmed", "domains/02_restaurant"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from das_ds.evaluation.tables import aligned, duration, markdown
+from das_ds.reporting.tables import aligned, duration, markdown
 
 ROWS = [["group", "seeds", "b"], ["das lr=1e-3", "2", "+0.5"]]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from das_ds.config import ImportanceKind
-from das_ds.functional.contribution import contribution
+from das_ds.functional.importance import contribution
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,7 @@ import numpy
 import pytest
 from scipy import stats
 
-from das_ds.functional.intervals import (
-    estimate,
-    holm,
-    paired_difference,
-    sign_flip_p_value,
-    t_interval,
-    t_quantile,
-)
+from das_ds.reporting.statistics import estimate, holm, paired_difference, sign_flip_p_value, t_interval, t_quantile
 
 VALUES = [0.31, 0.42, 0.27, 0.55, 0.36, 0.71, 0.18, 0.44, 0.39]
 

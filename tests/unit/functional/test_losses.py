@@ -8,12 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from das_ds.functional.losses import (
-    contrastive_loss,
-    distillation_loss,
-    representation_kl,
-    sequence_token_loss,
-)
+from das_ds.functional.losses import contrastive_loss, distillation_loss, representation_kl, sequence_token_loss
 
 
 def test_contrast_two_by_two_by_hand() -> None:

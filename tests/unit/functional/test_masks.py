@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.masks import MaskTable, mask_levels, strengthened
-from das_ds.functional.segments import Segment, SegmentTable, cover, importance_of
+from das_ds.functional.masks import MaskTable, Segment, SegmentTable, cover, importance_of, mask_levels, strengthened
 from das_ds.functional.units import Importance
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
 from helpers.reference import full_masks
 from helpers.tiny_models import CONFIGS, random_importance, tiny_model
 

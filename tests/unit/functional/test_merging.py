@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.merging import share_of_earlier
+from das_ds.methods.merge import share_of_earlier
 
 
 def test_average_is_the_mean_of_the_base_and_all_models() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from das_ds.config import ImportanceConfig
-from das_ds.functional.normalisation import counts_of_levels, normalise, normalise_units
+from das_ds.functional.importance import counts_of_levels, normalise, normalise_units
 from helpers import reference
 
 FORMS = ("abs_tanh", "tanh_positive", "rank_hard", "rank_soft", "saturating")

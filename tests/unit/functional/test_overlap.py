@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.overlap import Overlap, jaccard_by_chance
+from das_ds.reporting.overlap import Overlap, jaccard_by_chance
 
 
 def test_overlap_equals_that_of_sets_whatever_the_stretches() -> None:

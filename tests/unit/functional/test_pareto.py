@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 
-from das_ds.functional.pareto import line_at, pareto_front
+from das_ds.reporting.statistics import line_at, pareto_front
 
 
 def test_front_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.pooling import Pooling, pool, pooling_weights
+from das_ds.functional.losses import Pooling, pool, pooling_weights
 
 POSITIONS = torch.tensor(
     [

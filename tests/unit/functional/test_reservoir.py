@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from das_ds.functional.reservoir import NOT_KEPT, last_of_each_slot, padded, reservoir_slots, spread_positions
+from das_ds.functional.sampling import NOT_KEPT, last_of_each_slot, padded, reservoir_slots, spread_positions
 
 
 def stored(num_samples: int, capacity: int, chunk: int, seed: int) -> list[int]:

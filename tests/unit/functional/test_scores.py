@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.early_stopping import EarlyStopping
-from das_ds.functional.scores import accuracy, confusion, macro_f1, micro_f1
+from das_ds.downstream.finetune import EarlyStopping
+from das_ds.downstream.metrics import accuracy, confusion, macro_f1, micro_f1
 
 # Ten rows of three classes: six are right.
 ACTUAL = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])

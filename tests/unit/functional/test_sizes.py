@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from das_ds.functional.sizes import (
+from das_ds.preflight.memory_estimate import (
     Granularity,
     Memory,
     ModelSize,

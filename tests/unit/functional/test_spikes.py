@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from das_ds.functional.spikes import RESOLUTION, SpikeDetector
+from das_ds.training.loss_guard import RESOLUTION, SpikeDetector
 
 
 def filled(losses: list[float], *, window: int, deviations: float = 6.0) -> SpikeDetector:

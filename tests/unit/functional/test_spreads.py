@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from das_ds.functional.spreads import NOBODY, SPREADS, Axis
+from das_ds.functional.axis_layouts import NOBODY, SPREADS, Axis
 
 HEADS, KEY_VALUE_HEADS, WIDTH, EXPERTS, OWN = 6, 2, 3, 4, 5
 

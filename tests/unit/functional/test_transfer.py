@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from das_ds.functional import transfer
+from das_ds.reporting import transfer
 
 # Three domains and a general corpus: forgetting 0.7 and 0.2, drift 0.4, forward transfer (0.5 - 0.3) / 2.
 BY_HAND = torch.tensor(

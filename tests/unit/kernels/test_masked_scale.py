@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from das_ds.functional.segments import SegmentTable
+from das_ds.functional.masks import SegmentTable
 from das_ds.kernels.masked_scale import MaskedScale, masked_scale_torch_
 from das_ds.kernels.protection import Protection
 from helpers.protections import KINDS, inside_poison, is_poison_untouched, new_seed, random_protection

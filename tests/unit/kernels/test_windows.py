@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.segments import Segment
+from das_ds.functional.masks import Segment
 from das_ds.kernels import tiles, windows
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.tiles import SEGMENT_FIELDS

@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from das_ds.methods.answered_rows import NO_TARGET, AnsweredRows, RowLayout
 from das_ds.methods.derpp import answered
+from das_ds.methods.replay_records import NO_TARGET, AnsweredRows, RowLayout
 from helpers.training import LENGTH, random_batch
 
 HIDDEN = 5

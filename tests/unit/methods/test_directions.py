@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from das_ds.config import MethodConfig
-from das_ds.distributed.launch import RankInfo
-from das_ds.distributed.passes import Pass
+from das_ds.distributed.process_group import RankInfo
+from das_ds.distributed.resumable import Pass
 from das_ds.errors import ImportanceError, ModelError, TrainingError
 from das_ds.methods import METHODS, build_method
 from das_ds.methods.directions import DirectionMasked
-from das_ds.methods.importance_file import DIRECTIONS_FILE, load_directions, save_directions
-from das_ds.methods.input_moments import linear_layers, relative_moments
 from das_ds.methods.merge import Merging
+from das_ds.models.architectures.registry import ADAPTERS, adapter_for
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.registry import ADAPTERS, adapter_for
+from das_ds.run_dir import DIRECTIONS_FILE
+from das_ds.softmask.importance_file import load_directions, save_directions
+from das_ds.softmask.input_covariance import linear_layers, relative_moments
 from helpers.architectures import causal_batch
 from helpers.tiny_models import tiny_model, without_dropout
 from helpers.training import LENGTH, no_text_domain, random_batch, rank_part, run_config

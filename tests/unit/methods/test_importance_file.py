@@ -16,8 +16,11 @@ from safetensors.torch import save_file
 
 from das_ds.config import LoraConfig
 from das_ds.errors import ImportanceError, RunFolderError
-from das_ds.methods import importance_file
-from das_ds.methods.importance_file import (
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.lora import Lora
+from das_ds.models.vocabulary import reserve_rows
+from das_ds.softmask import importance_file
+from das_ds.softmask.importance_file import (
     link_importance,
     load_directions,
     load_parameter_importance,
@@ -26,9 +29,6 @@ from das_ds.methods.importance_file import (
     save_parameter_importance,
     save_unit_importance,
 )
-from das_ds.models.lora import Lora
-from das_ds.models.registry import adapter_for
-from das_ds.models.vocabulary import reserve_rows
 from helpers.tiny_models import random_importance, tiny_model
 
 

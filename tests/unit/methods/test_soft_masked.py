@@ -11,7 +11,7 @@ import pytest
 
 from das_ds.errors import ConfigError
 from das_ds.methods import METHODS
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
 from helpers.tiny_models import tiny_model
 from helpers.training import run_config
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from das_ds.functional.normalisation import normalise
-from das_ds.methods import unit_level
-from das_ds.methods.unit_level import UnitLevel
+from das_ds.functional.importance import normalise
+from das_ds.softmask import unit as unit_level
+from das_ds.softmask.unit import UnitLevel
 from helpers.training import run_config
 
 

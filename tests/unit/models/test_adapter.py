@@ -8,8 +8,8 @@ import pytest
 
 from das_ds.errors import ModelError
 from das_ds.functional.units import HEAD, INTERMEDIATE, UnitRule
-from das_ds.models.adapter import ArchitectureAdapter
-from das_ds.models.registry import adapter_for
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.spec import ArchitectureAdapter
 from helpers.tiny_models import tiny_model
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from das_ds.errors import ModelError
 from das_ds.functional.units import GROUPS, HEAD
 from das_ds.models import language_model
-from das_ds.models.dropout import has_dropout
+from das_ds.models.architectures.registry import ADAPTERS, adapter_for
+from das_ds.models.architectures.spec import has_dropout
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.registry import ADAPTERS, adapter_for
 from helpers.closed_units import (
     NEGLIGIBLE,
     Units,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from das_ds.config import ModelConfig
+from das_ds.downstream.classifier import check_model_folder, check_task_length, load_classifier
 from das_ds.errors import ConfigError, ModelError
-from das_ds.models.classifier import check_model_folder, check_task_length, load_classifier
 from helpers.end_tasks import save_model
 from helpers.tiny_tokenizer import TEXT, tiny_tokenizer, word_tokenizer
 

@@ -14,14 +14,15 @@ from pydantic import ValidationError
 
 from das_ds.cli import main
 from das_ds.config import AdapterConfig, GroupName, ModelConfig, RuleConfig
-from das_ds.config_io import describe_config, dump_config, load_config
+from das_ds.config.io import describe_config, dump_config, load_config
 from das_ds.errors import ConfigError, ModelError
-from das_ds.evaluation.results import RESULTS_FILE, Results
-from das_ds.functional.spreads import SPREADS
+from das_ds.functional.axis_layouts import SPREADS
 from das_ds.functional.units import GROUPS
-from das_ds.models.custom import adapter_from, section_of
+from das_ds.models.architectures.from_config import adapter_from, section_of
+from das_ds.models.architectures.registry import ADAPTERS, adapter_for
 from das_ds.models.loading import find_adapter, load_model
-from das_ds.models.registry import ADAPTERS, adapter_for
+from das_ds.reporting.results import Results
+from das_ds.run_dir import RESULTS_FILE
 from helpers.commands import program, write_config
 from helpers.runs import exported_weights, small_run
 from helpers.tiny_models import SIZES

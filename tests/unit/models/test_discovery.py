@@ -10,13 +10,13 @@ from transformers import AutoConfig, PreTrainedModel, T5Config
 
 from das_ds.errors import ModelError
 from das_ds.functional.units import UnitRule
-from das_ds.models.adapter import ArchitectureAdapter, GateSite
-from das_ds.models.discovery import discover
-from das_ds.models.outline import guess_objective
-from das_ds.models.probe import probe_models, skeleton
-from das_ds.models.registry import ADAPTERS, adapter_for
-from das_ds.models.unit_table import unit_table
-from das_ds.models.verification import verify_table
+from das_ds.models.architectures.registry import ADAPTERS, adapter_for
+from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.inspect.describe import unit_table
+from das_ds.models.inspect.probe import probe_models, skeleton
+from das_ds.models.inspect.propose import discover
+from das_ds.models.inspect.structure import guess_objective
+from das_ds.models.inspect.verify import verify_table
 from helpers.tiny_models import SIZES, tiny_model
 
 # Left out: experts are no linear maps, and a norm over all heads' queries leaves no query to one head alone.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.registry import adapter_for
 from helpers.reference import encode, lm_logits
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
 

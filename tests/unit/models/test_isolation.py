@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from das_ds.errors import ConfigError
-from das_ds.models.isolation import check_isolation
+from das_ds.models.document_mask import check_isolation
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,

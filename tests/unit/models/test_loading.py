@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, BertConfig, T5Config
 
 from das_ds.config import ModelConfig
-from das_ds.durable import replaced_folder
 from das_ds.errors import ConfigError, ModelError
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.models.loading import (
     check_files,
     check_sequence_length,
@@ -20,7 +20,7 @@ from das_ds.models.loading import (
     model_config,
     open_tokenizer,
 )
-from das_ds.models.registry import adapter_for
+from das_ds.storage import replaced_folder
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 from helpers.training import run_config

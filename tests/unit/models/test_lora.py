@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from das_ds.config import LoraConfig
 from das_ds.errors import ConfigError, ModelError
-from das_ds.functional.lora import LowRankMap, adapted_layout
 from das_ds.functional.units import GROUPS, HEAD, INTERMEDIATE, OUTPUT, Ownership, UnitLayout, UnitRule
-from das_ds.models.adapter import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.lora import Lora
-from das_ds.models.registry import adapter_for
+from das_ds.models.lora import Lora, LowRankMap, adapted_layout
 from helpers.lora import adapted
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from das_ds.models.token_losses import TokenLosses, positions_per_chunk
+from das_ds.models.lm_loss import TokenLosses, positions_per_chunk
 from helpers.token_losses import Wrapped
 
 # H below the chunk: the transposed gradient of the (V, H) weight would pass for logits of H positions.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.vocabulary import with_mean_rows
+from das_ds.functional.token_ids import with_mean_rows
+from das_ds.models.architectures.registry import ADAPTERS, adapter_for
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.registry import ADAPTERS, adapter_for
 from das_ds.models.vocabulary import Vocabulary, reserve_rows, said_to_have, vocabulary_parameters
 from helpers.tiny_models import tiny_model, without_dropout
 

@@ -13,9 +13,9 @@ from transformers import AutoConfig
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ModelError
-from das_ds.evaluation.results import LoadedWeights
+from das_ds.models.architectures.registry import adapter_for
 from das_ds.models.loading import AUTO_CLASSES, load_model, say_weights, weights_record
-from das_ds.models.registry import adapter_for
+from das_ds.reporting.results import LoadedWeights
 from helpers.odd_weights import ACCEPTED, REFUSED, rewritten, saved
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from das_ds.config import RunConfig
 from das_ds.errors import RunFolderError
-from das_ds.tracking.names import METRICS_FILE, STEP_METRICS, loss_part
+from das_ds.run_dir import METRICS_FILE
+from das_ds.tracking.names import STEP_METRICS, loss_part
 from das_ds.tracking.sinks import JsonlSink, Sink
 from das_ds.tracking.tracker import Tracker, build_tracker
 

@@ -13,8 +13,8 @@ import pytest
 
 from das_ds.config import MethodConfig, RunConfig
 from das_ds.errors import ConfigError
+from das_ds.run_dir import WANDB_RUN_ID_FILE
 from das_ds.tracking import wandb_sink
-from das_ds.tracking.names import WANDB_RUN_ID_FILE
 from das_ds.tracking.wandb_sink import MAX_WAITING_JOBS, WandbJob, WandbSink, build_wandb_sink
 
 ConfigMaker = Callable[[Path, str], RunConfig]

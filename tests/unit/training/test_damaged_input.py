@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import RankInfo
+from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import DasError
-from das_ds.methods.importance_file import stored_importance
 from das_ds.models.loading import find_adapter, load_model
-from das_ds.training.preflight.corpora import check_corpora
-from das_ds.training.preflight.model import check_model
-from das_ds.training.text import prepare_text
+from das_ds.preflight.corpora import check_corpora
+from das_ds.preflight.memory import check_model
+from das_ds.softmask.importance_file import stored_importance
+from das_ds.training.data_module import prepare_text
 from das_ds.user_files import LFS_HEADER
 from helpers.preflight import Alone, silent_checks
 from helpers.runs import small_run

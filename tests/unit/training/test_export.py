@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.config_io import config_differences
+from das_ds.config.io import config_differences
 from das_ds.errors import ConfigError
 from das_ds.training.export import export_dtype
 from helpers.runs import small_run

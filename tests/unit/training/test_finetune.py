@@ -11,12 +11,12 @@ import yaml
 
 from das_ds.cli import main
 from das_ds.config import ModelConfig
-from das_ds.config_io import dump_config, load_config
-from das_ds.durable import write_checksums
+from das_ds.config.io import dump_config, load_config
+from das_ds.downstream.run import scores_path
+from das_ds.downstream.scores import EndTaskScores
 from das_ds.errors import ConfigError
-from das_ds.evaluation.end_task_scores import END_TASKS_FILE, EndTaskScores
-from das_ds.training.finetune import scores_path
-from das_ds.training.run_folder import open_run_folder
+from das_ds.run_dir import END_TASKS_FILE, open_run_folder
+from das_ds.storage import write_checksums
 from helpers.commands import program
 from helpers.end_tasks import jobs_of_a_start, save_model, scores_on_ranks, small_task, task_run
 from helpers.run_ranks import run_ranks

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from das_ds.config import FaultsConfig
-from das_ds.training.guard import MOST_IN_A_ROW, Guard, GuardState, Verdict
+from das_ds.training.loss_guard import MOST_IN_A_ROW, Guard, GuardState, Verdict
 
 WINDOW = 8
 LOSSES = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.0]

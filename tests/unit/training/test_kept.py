@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from das_ds.config import MethodConfig, RunConfig
-from das_ds.deepspeed_config import build_deepspeed_config
-from das_ds.functional.sizes import ModelSize
-from das_ds.training.preflight.kept import kept_in_checkpoint
-from das_ds.training.preflight.model import estimated_memory
+from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.preflight.memory import estimated_memory
+from das_ds.preflight.memory_estimate import ModelSize
+from das_ds.preflight.method_memory import kept_in_checkpoint
 
 SIZE = ModelSize(
     trained=1000,

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.checkpointing.manifest import RunState
-from das_ds.evaluation.results import RESULTS_FILE, Results
+from das_ds.checkpoint.manifest import RunState
+from das_ds.reporting.results import Results
+from das_ds.run_dir import RESULTS_FILE
 from das_ds.tracking.sinks import Sink
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.outcome import publish_results, results_of
+from das_ds.training.publish import publish_results, results_of
 from helpers.training import run_config
 
 DOMAINS = [{"name": name, "train": ["unused.txt"]} for name in ("acl", "pubmed")]

@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.config_io import dump_config, load_config
-from das_ds.distributed.launch import RankInfo
+from das_ds.config.io import dump_config, load_config
+from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
-from das_ds.functional.sizes import Memory, activation_bytes
 from das_ds.models.loading import load_model
 from das_ds.models.lora import Lora
-from das_ds.training.preflight.agreement import check_settings
-from das_ds.training.preflight.corpora import check_corpora
-from das_ds.training.preflight.folder import check_disk, check_folder
-from das_ds.training.preflight.free_memory import free_memory
-from das_ds.training.preflight.model import Room, check_memory, check_model, judge_memory, measured_size
-from das_ds.training.preflight.report import Doubt, Finding, readable, reasons_by_rank
+from das_ds.preflight.checks import Doubt, Finding, readable, reasons_by_rank
+from das_ds.preflight.corpora import check_corpora
+from das_ds.preflight.environment import check_settings
+from das_ds.preflight.host_memory import free_memory
+from das_ds.preflight.memory import Room, check_memory, check_model, judge_memory, measured_size
+from das_ds.preflight.memory_estimate import Memory, activation_bytes
+from das_ds.preflight.output_dir import check_disk, check_folder
 from helpers.head_warmup import headless_run
 from helpers.locking import holding_process
 from helpers.preflight import Alone, silent_checks
@@ -306,7 +306,7 @@ def test_memory_of_a_run_that_fits_and_of_one_that_cannot(tmp_path: Path, monkey
     run = config(tmp_path)
     size, engine = check_model(silent_checks(Alone()), run), check_settings(silent_checks(Alone()), run, 1)
     assert only(check_memory, run, CPU, size, engine).status == "ok"
-    monkeypatch.setattr("das_ds.training.preflight.model.free_memory", lambda: 1000)
+    monkeypatch.setattr("das_ds.preflight.memory.free_memory", lambda: 1000)
     finding = only(check_memory, run, CPU, size, engine)
     assert finding.status == "failed" and "of 1000 bytes free" in finding.found and "moments" in finding.expected
 

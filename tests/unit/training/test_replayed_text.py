@@ -8,9 +8,9 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.blocks import TokenBlocks
-from das_ds.distributed.launch import RankInfo
+from das_ds.distributed.process_group import RankInfo
+from das_ds.training.data_module import RunText, prepare_text
 from das_ds.training.export import model_card
-from das_ds.training.text import RunText, prepare_text
 from helpers.runs import small_run
 
 INFO = RankInfo(0, 0, 1, torch.device("cpu"))

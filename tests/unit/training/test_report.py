@@ -9,12 +9,12 @@ import pytest
 
 from das_ds.cli import main
 from das_ds.errors import RunFolderError
-from das_ds.evaluation.comparison import Comparison
+from das_ds.reporting import run as command
+from das_ds.reporting.comparison import Comparison
+from das_ds.reporting.group_runs import compare_runs
+from das_ds.reporting.load_runs import read_run
 from das_ds.tracking.sinks import Sink
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.report import run as command
-from das_ds.training.report.compare import compare_runs
-from das_ds.training.report.folder import read_run
 from helpers.run_folders import write_run, write_task, write_unit_importance
 
 DAS = {"method": {"name": "das"}}

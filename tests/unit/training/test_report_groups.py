@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from das_ds.errors import RunFolderError
-from das_ds.training.report.folder import read_run
-from das_ds.training.report.groups import RunGroup, group_runs
+from das_ds.reporting.group_runs import RunGroup, group_runs
+from das_ds.reporting.load_runs import read_run
 from helpers.run_folders import write_run
 
 UNIT, PARAMETER = ({"name": "das", "importance": {"granularity": level}} for level in ("unit", "parameter"))

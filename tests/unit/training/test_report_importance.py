@@ -8,10 +8,10 @@ import pytest
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ImportanceError
-from das_ds.methods.importance_file import save_parameter_importance, stored_importance
-from das_ds.models.custom import section_of
-from das_ds.models.registry import adapter_for
-from das_ds.training.report.importance import importance_numbers
+from das_ds.models.architectures.from_config import section_of
+from das_ds.models.architectures.registry import adapter_for
+from das_ds.reporting.importance_stats import importance_numbers
+from das_ds.softmask.importance_file import save_parameter_importance, stored_importance
 from helpers.run_folders import write_unit_importance, write_weight_importance
 from helpers.tiny_models import tiny_model
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.config_io import load_config
+from das_ds.config.io import load_config
 from das_ds.errors import RunFolderError
-from das_ds.training.run_folder import open_run_folder
+from das_ds.run_dir import open_run_folder
 from helpers.training import run_config
 
 

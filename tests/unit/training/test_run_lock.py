@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from das_ds.errors import RunFolderError
-from das_ds.training.run_lock import LOCK_FILE, RECORD_BYTES, Holder, RunLock, current_holder
+from das_ds.run_dir import LOCK_FILE
+from das_ds.training.run_lock import RECORD_BYTES, Holder, RunLock, current_holder
 from helpers.locking import holding_process
 from helpers.waiting import until
 

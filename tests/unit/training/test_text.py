@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.distributed.launch import RankInfo
+from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import ConfigError, ModelError
-from das_ds.training.text import prepare_text
+from das_ds.training.data_module import prepare_text
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
 
 LENGTH = 16

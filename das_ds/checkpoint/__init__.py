@@ -1,0 +1,1 @@
+"""Checkpoints: format, asynchronous writing, and finding the latest valid one."""

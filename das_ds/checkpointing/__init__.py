@@ -1,1 +1,0 @@
-"""Checkpoints: what is in one, writing it while training goes on, and finding the newest that is whole."""

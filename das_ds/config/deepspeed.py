@@ -1,0 +1,216 @@
+"""The DeepSpeed config of a run: engine knobs from a JSON file, everything else from the run config.
+
+DeepSpeed lets one file set batch sizes, precision, clipping and the optimizer. Here the run config owns them; a file
+that contradicts it is an error and never a silent choice between the two.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from das_ds.config import RunConfig
+from das_ds.config.deepspeed_keys import AUTO, checked_engine
+from das_ds.errors import ConfigError
+from das_ds.user_files import read_text
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ZERO_STAGES = (0, 1, 2, 3)
+ENGINE_DEFAULTS = {
+    # Masked AdamW is a torch optimizer that DeepSpeed does not know, also under offload.
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "wall_clock_breakdown": False,
+    "steps_per_print": 10**9,
+}
+
+
+def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The config for `deepspeed.initialize`: engine knobs of `config.deepspeed` plus what the run config owns.
+
+    Raises:
+        ConfigError: file missing or not a JSON object, a key or value that is not on the list of `config/deepspeed_keys.py`,
+            a value that contradicts the run config, an own optimizer or scheduler, fp16 at stage 0, weights twice in
+            shards with method kd, offload or shards that do not fit the stage or the ranks, batch sizes that do not
+            divide.
+    """
+    engine = checked_engine(_read_engine(config.deepspeed))
+    _refuse_unsupported(engine, config.train.precision)
+    _refuse_misfits(engine, world_size)
+    if config.method.name == "kd":
+        _refuse_hidden_parts(engine)
+    for key, (owner, value) in _owned_values(config, engine, world_size).items():
+        _set_owned(engine, key, owner, value)
+    if config.gradient_batch_size % world_size:
+        raise ConfigError(
+            f"method.importance.gradient_batch_size: found {config.gradient_batch_size}, expected a multiple of the "
+            f"number of ranks, {world_size}"
+        )
+    return ENGINE_DEFAULTS | engine
+
+
+def zero_stage(engine: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config; 0 where none is given.
+
+    Raises:
+        ConfigError: the stage is not 0, 1, 2 or 3.
+    """
+    stage = _section(engine, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in ZERO_STAGES:
+        raise ConfigError(f"deepspeed zero_optimization.stage: found {stage!r}, allowed: 0, 1, 2 or 3")
+    return int(stage)
+
+
+def is_offloaded(engine: dict[str, Any]) -> bool:
+    """Whether the optimizer's weights and moments are in host memory."""
+    offload = _section(engine, "zero_optimization").get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def without_leaf_modules(engine: dict[str, Any]) -> dict[str, Any]:
+    """The config for a network with experts, which ZeRO-3 is to treat like any other.
+
+    DeepSpeed makes leaf modules of the expert layers it knows: their gradients are filled up with zeros and reduced by
+    a hook of the whole layer, which fires in importance passes as well. transformers keeps a layer's experts in
+    parameters that are used all together, so that nothing needs to be filled up.
+    """
+    return {**engine, "zero_optimization": {**_section(engine, "zero_optimization"), "leaf_module": {"classes": []}}}
+
+
+def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(source, dict):
+        return copy.deepcopy(source)
+    path = _locate(source)
+    try:
+        engine = json.loads(read_text(path), object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ConfigError(f"deepspeed: {path} is not a readable JSON file: too many values within each other") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed: {path} is not a readable JSON file: {error}") from None
+    if not isinstance(engine, dict):
+        raise ConfigError(f"deepspeed: {path} holds a {type(engine).__name__}, expected a JSON object of engine knobs")
+    return engine
+
+
+def _locate(source: str) -> Path:
+    """A relative path counts from the working directory first, then from the root of the repository."""
+    for path in (Path(source), REPOSITORY / source):
+        if path.exists() and not path.is_dir():
+            return path
+    known = ", ".join(f"ds_configs/{path.name}" for path in sorted((REPOSITORY / "ds_configs").glob("*.json")))
+    raise ConfigError(f"deepspeed: found no file {source} in {Path.cwd()} or {REPOSITORY}; expected a path or {known}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"found key {next(name for name in names if names.count(name) > 1)} twice")
+    return unique
+
+
+def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
+    if zero_stage(engine) == 0 and precision == "fp16":
+        raise ConfigError(
+            "train.precision: found fp16 at zero_optimization.stage 0, where DeepSpeed divides gradients by a loss "
+            "scale that it never multiplied the loss by; allowed: fp16 at stage 1, 2 or 3, bf16 or fp32 at stage 0"
+        )
+    for key in ("optimizer", "scheduler"):
+        if engine.get(key, AUTO) != AUTO:
+            raise ConfigError(
+                f"deepspeed {key}: found {engine[key]!r}, expected none: das_ds brings its own (train.learning_rate, "
+                "train.schedule and the keys beside them)"
+            )
+
+
+def _refuse_misfits(engine: dict[str, Any], world_size: int) -> None:
+    """What DeepSpeed would leave out without a word, or fail over on some ranks."""
+    zero, stage = _section(engine, "zero_optimization"), zero_stage(engine)
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if zero.get(key, {}).get("device", "none") != "none" and stage < least:
+            raise ConfigError(
+                f"deepspeed zero_optimization.{key}.device: found {zero[key]['device']!r} at stage {stage}, where "
+                f"nothing is offloaded by it; allowed: stage {least} or higher, or none"
+            )
+    own_shards = min(int(zero.get("zero_hpz_partition_size", 1)), world_size)
+    if world_size % own_shards:
+        raise ConfigError(
+            f"deepspeed zero_optimization.zero_hpz_partition_size: found {own_shards}, expected a divisor of the "
+            f"number of ranks, {world_size}"
+        )
+
+
+def _refuse_hidden_parts(engine: dict[str, Any]) -> None:
+    """A teacher takes the place of the weights where ZeRO-3 reads them; a second copy would be read in its place."""
+    zero = _section(engine, "zero_optimization")
+    if zero.get("zero_hpz_partition_size", AUTO) not in (AUTO, 1):
+        raise ConfigError(
+            f"deepspeed zero_optimization.zero_hpz_partition_size: found {zero['zero_hpz_partition_size']!r} with "
+            "method.name kd, allowed: 1; DeepSpeed would gather the teacher from a second copy of the present weights"
+        )
+
+
+def _owned_values(config: RunConfig, engine: dict[str, Any], world_size: int) -> dict[str, tuple[str, Any]]:
+    """DeepSpeed key -> (run config key that owns it, value)."""
+    train = config.train
+    return {
+        "train_batch_size": ("train.global_batch_size", train.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+        "gradient_accumulation_steps": (
+            f"train.global_batch_size / (train.micro_batch_size x {world_size} ranks)",
+            _accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size),
+        ),
+        "gradient_clipping": ("train.grad_clip", train.grad_clip),
+        "fp16.enabled": ("train.precision", train.precision == "fp16"),
+        "fp16.fp16_master_weights_and_grads": ("train.precision (the optimizer keeps fp32)", False),
+        "bf16.enabled": ("train.precision", train.precision == "bf16"),
+        "bf16.bf16_master_weights_and_grads": ("train.precision (the optimizer keeps fp32)", False),
+        "data_types.grad_accum_dtype": ("train.precision at this stage", _accumulation_dtype(engine, train.precision)),
+    }
+
+
+def _accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    per_pass = micro_batch_size * world_size
+    if global_batch_size % per_pass:
+        below, above = (rounding(global_batch_size / per_pass) * per_pass for rounding in (math.floor, math.ceil))
+        raise ConfigError(
+            f"train.global_batch_size: found {global_batch_size}, expected a multiple of train.micro_batch_size "
+            f"{micro_batch_size} x {world_size} ranks; nearest allowed: "
+            + (f"{below} or {above}" if below else f"{above}")
+        )
+    return global_batch_size // per_pass
+
+
+def _accumulation_dtype(engine: dict[str, Any], precision: str) -> str:
+    """The dtype in which gradients of one step are summed: fp32 wherever DeepSpeed shards the optimizer with it.
+
+    With bf16 weights, fp32 sums do not exist at stage 0, and at stage 1 they select an optimizer that keeps the whole
+    gradient on every rank.
+    """
+    return "bf16" if precision == "bf16" and zero_stage(engine) < 2 else "fp32"
+
+
+def _set_owned(engine: dict[str, Any], key: str, owner: str, value: Any) -> None:
+    name, _, leaf = key.rpartition(".")
+    section = _section(engine, name) if name else engine
+    found = section.get(leaf, AUTO)
+    if found != AUTO and (isinstance(found, bool) != isinstance(value, bool) or found != value):
+        raise ConfigError(
+            f"deepspeed {key}: found {found!r} in the DeepSpeed file, but {owner} in the run config gives {value!r}; "
+            'leave it out of the file, or set "auto"'
+        )
+    section[leaf] = value
+    if name:
+        engine[name] = section
+
+
+def _section(engine: dict[str, Any], name: str) -> dict[str, Any]:
+    section = engine.get(name, {})
+    if section == AUTO:
+        return {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"deepspeed {name}: found {section!r}, expected a JSON object")
+    return section

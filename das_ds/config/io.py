@@ -1,0 +1,315 @@
+"""Run configs in and out: YAML with `dotted.key=value` overrides to `RunConfig`, and back.
+
+Every mistake in a file or an override is a `ConfigError` of one line that names the dotted key, what was found and
+what is allowed; several mistakes are reported together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from das_ds.config import RunConfig
+from das_ds.config.schema import ConfigKey, config_keys, nearest_keys, table_key
+from das_ds.errors import ConfigError, RunFolderError
+from das_ds.user_files import read_text
+
+HELP_WIDTH = 120
+MAX_FOUND_LENGTH = 80
+MAX_DEPTH = 50
+MAX_NODES = 1_000_000
+
+# Keys, or sections of them, that may change when a run is continued: they say where the run is, how fast text is read
+# and what is shown, how it is saved and stopped, or, as do stage and micro-batch, how the work is divided; none of them
+# touches the order of the data, nor a weight beyond the order of its sums. Training does not read `tasks`.
+FREE_KEYS = (
+    "output_dir",
+    "wandb",
+    "train.log_every",
+    "data.num_workers",
+    "data.cache_dir",
+    "evaluation.batch_size",
+    "tasks",
+    "checkpoint",
+    "export",
+    "run",
+    "deepspeed",
+    "train.micro_batch_size",
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key may stand once only and 1e-4 is a number, as in YAML 1.2."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} found twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run config and apply overrides such as `train.learning_rate=1e-4` or `domains.0.name=acl`.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value`, applied in order; the value is read as YAML, a number in the key is the
+            position in a list, one past its end appends.
+
+    Raises:
+        ConfigError: file missing or not a YAML mapping, key unknown or given twice, value of a wrong type or out of
+            range, override that is not `dotted.key=value`.
+    """
+    raw = read_mapping(Path(path))
+    for override in overrides or []:
+        _apply_override(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        messages = dict.fromkeys(_message(detail) for detail in error.errors())
+        raise ConfigError("; ".join(messages)) from None
+
+
+def read_mapping(
+    path: Path,
+    kind: str = "a run config in YAML",
+    content: str = "a mapping with keys such as output_dir, model and domains",
+) -> dict[str, Any]:
+    """What a YAML (or JSON) file holds at its top.
+
+    Args:
+        path: the file.
+        kind: what is expected, for messages.
+        content: the mapping that is expected, for messages.
+
+    Raises:
+        ConfigError: missing, unreadable, no YAML or no mapping.
+    """
+    try:
+        raw = _parse_yaml(read_text(path), source=str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected {kind}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); expected {kind}") from None
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else _found(raw)
+        raise ConfigError(f"{path}: found {found}, expected {content}")
+    return raw
+
+
+def resolved_dict(config: RunConfig) -> dict[str, Any]:
+    """The whole config, defaults included, as plain values that YAML and JSON can hold."""
+    return config.model_dump(mode="json")
+
+
+def dump_config(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved config as YAML; the file is replaced at once, so that no reader sees half of it.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); expected a writable folder") from None
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One text for each dotted key in which two configs differ, with both values; `FREE_KEYS` are left out."""
+    before, after = dict(_flatten(resolved_dict(old))), dict(_flatten(resolved_dict(new)))
+    return [
+        f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
+        for key in dict.fromkeys([*before, *after])
+        if not _is_free(key) and _shown(before, key) != _shown(after, key)
+    ]
+
+
+def config_values(config: RunConfig) -> dict[str, str]:
+    """Dotted key -> value as text, for every key."""
+    values = dict(_flatten(resolved_dict(config)))
+    return {key: _shown(values, key) for key in values}
+
+
+def deciding_values(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> plain value, for every key that decides the numbers of a run: all but `FREE_KEYS`."""
+    return {key: value for key, value in _flatten(resolved_dict(config)) if not _is_free(key)}
+
+
+def describe_config() -> str:
+    """Every key with what it may hold, its default and its meaning, as the text of `--help`."""
+    rows = list(config_keys().values())
+    width = max(len(row.key) for row in rows) + 2
+    intro = "Keys of the run config; in a list of domains, 0 stands for the position."
+    return "\n".join([intro, *(_described(row, width) for row in rows)])
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        node = yaml.load(text, Loader=_Loader)
+        _check_nesting(node)
+        return node
+    # Values with explicit tags, such as `!!timestamp x`, make PyYAML raise whatever its conversion does.
+    except Exception as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        if not isinstance(error, yaml.YAMLError | ValueError):
+            problem = f"a value that cannot be converted ({type(error).__name__}: {problem})"
+        raise ConfigError(f"{source}: not valid YAML{place}: {problem}") from None
+
+
+def _check_nesting(node: Any) -> None:
+    """Raises ValueError where aliases make a node contain itself, or text of a few lines a tree without end."""
+    level, num_nodes = [node], 0
+    for _ in range(MAX_DEPTH):
+        level = [child for parent in level for child in _children(parent)]
+        num_nodes += len(level)
+        if num_nodes > MAX_NODES:
+            raise ValueError(f"found more than {MAX_NODES} values, which aliases repeat")
+        if not level:
+            return
+    raise ValueError(f"found more than {MAX_DEPTH} values within each other; does an alias contain itself?")
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return list(node) if isinstance(node, list | tuple | set) else []
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: expected dotted.key=value, for example train.learning_rate=1e-4")
+    value = _parse_yaml(text, source=f"override {override!r}")
+    node: Any = raw
+    for depth, part in enumerate(parts[:-1], start=1):
+        node = _descend(node, part, ".".join(parts[:depth]), next_part=parts[depth])
+    _put(node, parts[-1], value, key.strip())
+
+
+def _descend(node: Any, part: str, key: str, next_part: str) -> Any:
+    """The mapping or list under `part`, put there first where it is not given or a default."""
+    child = _get(node, part)
+    if child is None:
+        row = config_keys().get(table_key(key))
+        child = row.default if row is not None else None
+    if child is None:
+        child = [] if next_part.isdecimal() else {}
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override {key}.{next_part}: {key} is {_found(child)}, a value without keys below it")
+    child = child.copy()
+    _put(node, part, child, key)
+    return child
+
+
+def _get(node: Any, part: str) -> Any:
+    if isinstance(node, dict):
+        return node.get(part)
+    return node[int(part)] if part.isdecimal() and int(part) < len(node) else None
+
+
+def _put(node: Any, part: str, value: Any, key: str) -> None:
+    if isinstance(node, dict):
+        node[part] = value
+    elif part.isdecimal() and int(part) <= len(node):
+        node[int(part) : int(part) + 1] = [value]
+    else:
+        raise ConfigError(f"override {key}: found position {part!r}, allowed: 0 to {len(node)} ({len(node)} appends)")
+
+
+def _message(detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{key}: unknown key; {_hint(key)}"
+    if detail["type"] == "value_error":
+        return f"{key}: {detail['ctx']['error']}".removeprefix(": ")
+    key, row = _split_key(key)
+    if detail["type"] == "missing":
+        return f"{key}: not given, expected: {row.allowed}"
+    return f"{key}: found {_found(detail['input'])}, allowed: {row.allowed}"
+
+
+def _split_key(key: str) -> tuple[str, ConfigKey]:
+    """The key that a user wrote and its row in the table.
+
+    Below the row pydantic adds the position in a list of plain values, which is kept, or the type it tried for a value
+    of several types, which is not.
+    """
+    known = key
+    while table_key(known) not in config_keys():
+        known = known.rpartition(".")[0]
+    position = key[len(known) + 1 :]
+    return (key if position.isdecimal() else known), config_keys()[table_key(known)]
+
+
+def _hint(key: str) -> str:
+    nearest = nearest_keys(key)
+    if nearest:
+        return f"did you mean {' or '.join(nearest)}?"
+    section = key.rpartition(".")[0]
+    allowed = [row.leaf for row in config_keys().values() if row.section == table_key(section)]
+    return f"allowed {f'in {section}' if section else 'at the top'}: {', '.join(allowed)}"
+
+
+def _found(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not write whole numbers of thousands of digits.
+        return "a whole number of thousands of digits"
+    return text if len(text) <= MAX_FOUND_LENGTH else text[:MAX_FOUND_LENGTH] + "..."
+
+
+def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf; a list of plain values is one leaf."""
+    if isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        node = {str(position): item for position, item in enumerate(node)}
+    if not isinstance(node, dict) or not node:
+        yield prefix, node
+        return
+    for name, child in node.items():
+        yield from _flatten(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "not given"
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _described(row: ConfigKey, width: int) -> str:
+    lines = textwrap.wrap(row.meaning, HELP_WIDTH - width)
+    if not row.is_section:
+        value = f"{row.allowed}; {'required' if row.required else f'default {_plain(row.default)}'}"
+        lines = textwrap.wrap(value, HELP_WIDTH - width) + lines
+    gap = "\n" if row.is_section or not row.section else ""
+    return f"{gap}{row.key:<{width}}" + f"\n{' ' * width}".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,134 @@
+"""What a method works with during a whole run: the engine over a network, its units and its gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from das_ds.config import ObjectiveName, RunConfig
+from das_ds.config.deepspeed import without_leaf_modules
+from das_ds.data.batch import Batch
+from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.resumable import Pass
+from das_ds.engine.engine import Engine
+from das_ds.engine.sharded_init import Slice
+from das_ds.functional.units import UnitLayout
+from das_ds.models.architectures.spec import ArchitectureAdapter, has_dropout
+from das_ds.models.document_mask import check_isolation
+from das_ds.models.gates import UnitGates
+from das_ds.models.language_model import LanguageModel
+from das_ds.models.lora import Lora
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a method may use during the whole run."""
+
+    config: RunConfig
+    engine: Engine
+    layout: UnitLayout
+    gates: UnitGates
+    objective: ObjectiveName
+    """Pre-training loss, and its name in metrics."""
+    network: LanguageModel
+    """What the engine runs."""
+    view_dropout: float
+    """Dropout at the units where views are made; 0 for networks that have dropout of their own."""
+    lora: Lora | None = None
+    """What is trained in place of the weights."""
+    tokens: tuple[str, ...] = ()
+    """The vocabulary by id, with the tokens that domains are to add at its end."""
+
+
+def _watched(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class DomainContext:
+    """What a method may use while it is at one domain."""
+
+    index: int
+    name: str
+    sample_batches: Callable[[str], Pass[Batch]]
+    """Label -> a pass over this rank's batches of `importance.samples` training sequences, always the same."""
+    sample_steps: Callable[[str], Pass[list[Batch]]]
+    """The same sequences as this rank's micro-batches of `gradient_batch_size` sequences of all ranks together."""
+    run_folder: Path
+    """Where what belongs to the whole run is written."""
+    folder: Path
+    """Where what belongs to the domain is written."""
+    suspend_timeout: Callable[[str], AbstractContextManager[None]] = _watched
+    """What is done, in words -> a context in which it may take any time; for writing, where other ranks wait."""
+    num_tokens: int | None = None
+    """Tokens that the domain is read with; None: the vocabulary does not grow."""
+
+
+def build_context(
+    config: RunConfig,
+    model: PreTrainedModel,
+    adapter: ArchitectureAdapter,
+    deepspeed_config: dict[str, Any],
+    ranks: Ranks,
+    *,
+    exact: dict[str, Slice] | None = None,
+    tokens: tuple[str, ...] = (),
+) -> RunContext:
+    """Put a network under an engine, with LoRA where the config asks for it.
+
+    Args:
+        config, model, adapter: of the run; LoRA changes the network.
+        deepspeed_config: merged DeepSpeed settings.
+        ranks: the process group.
+        exact: see `Engine`.
+        tokens: see `RunContext`.
+
+    Raises:
+        ConfigError: LoRA that does not fit the network, or without peft; documents are to be isolated, and the network
+            does not.
+        ModelError: an adapter, or LoRA weights, that do not fit the network.
+    """
+    layout, lora = adapter.layout(model), None
+    if config.model.lora is not None:
+        lora = Lora.plan(model, layout, config.model.lora)
+        initial = config.model.lora.initial
+        lora.attach(model, seed=config.seed, weights=Path(initial) if initial else None)
+        layout = lora.layout(layout)
+        if exact is not None:
+            exact = {name: exact.pop(plain) for name, plain in lora.plain_names(model).items() if plain in exact}
+    # Not earlier: LoRA wraps the modules that have gates.
+    gates = UnitGates(model, adapter)
+    network = LanguageModel(model, adapter, logits_mib=config.train.logits_mib)
+    parameters = dict(model.named_parameters())
+    engine = Engine(
+        network,
+        {name: parameter for name, parameter in parameters.items() if parameter.requires_grad},
+        config.train,
+        without_leaf_modules(deepspeed_config) if adapter.has_experts else deepspeed_config,
+        ranks,
+        exact,
+        {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad},
+    )
+    if config.data.isolate_documents:
+        _check_isolation(engine, model, adapter, ranks)
+    view_dropout = 0.0 if has_dropout(model.config, adapter.dropouts) else config.method.view_dropout
+    return RunContext(config, engine, layout, gates, adapter.objective, network, view_dropout, lora, tokens)
+
+
+def _check_isolation(engine: Engine, model: PreTrainedModel, adapter: ArchitectureAdapter, ranks: Ranks) -> None:
+    nothing = torch.zeros(0, dtype=torch.int64, device=ranks.info.device)
+    engine.module.eval()
+    check_isolation(
+        lambda input_ids, position_ids: engine.module(input_ids, nothing, nothing, position_ids)[0],
+        model_type=adapter.model_type,
+        attention=model.config._attn_implementation,
+        device=ranks.info.device,
+    )
+    engine.module.train()
+    engine.release_gathered_weights()

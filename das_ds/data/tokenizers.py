@@ -1,0 +1,67 @@
+"""The tokeniser of each corpus: it gains tokens from domain to domain."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from das_ds.config import RunConfig
+from das_ds.data.corpus import read_lines
+from das_ds.errors import DataError, ModelError
+from das_ds.functional.token_ids import tokens_in_holes
+
+logger = logging.getLogger(__name__)
+
+
+def tokenizers_by_corpus(config: RunConfig, base: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+    """Corpus -> its tokeniser: a domain's has the tokens of all domains up to it, the general corpus has the base's.
+
+    A token matches whole words only. One that the tokeniser has already is left out with a warning.
+
+    Raises:
+        DataError: a file of tokens that cannot be read, or tokens that are empty or given twice.
+    """
+    found, current = {}, base
+    for domain in config.domains:
+        if domain.name in config.data.add_tokens:
+            current = _grown(current, domain.name, _tokens(domain.name, config.data.add_tokens[domain.name]))
+        found[domain.name] = current
+    if config.general is not None:
+        found[config.general.name] = base
+    return found
+
+
+def _tokens(domain: str, source: list[str] | str) -> list[str]:
+    tokens = _read(domain, source) if isinstance(source, str) else source
+    if not tokens or not all(token.strip() for token in tokens):
+        raise DataError(f"data.add_tokens.{domain}: found no token or an empty one; expected text in each")
+    repeated = sorted({token for token in tokens if tokens.count(token) > 1})
+    if repeated:
+        raise DataError(f"data.add_tokens.{domain}: found more than once: {', '.join(repeated[:3])}")
+    return tokens
+
+
+def _read(domain: str, path: str) -> list[str]:
+    try:
+        words = [line.strip() for lines, _ in read_lines(Path(path)) for line in lines]
+    except DataError as error:
+        raise DataError(f"data.add_tokens.{domain}: {error}; expected one token a line") from error
+    return [word for word in words if word]
+
+
+def _grown(tokenizer: PreTrainedTokenizerBase, domain: str, tokens: list[str]) -> PreTrainedTokenizerBase:
+    known = [token for token in tokens if token in tokenizer.get_vocab()]
+    if known:
+        logger.warning("data.add_tokens.%s: already tokens and left out: %s", domain, ", ".join(known))
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens([AddedToken(token, single_word=True) for token in tokens if token not in known])
+    if reused := tokens_in_holes(tokenizer.get_vocab(), grown.get_vocab()):
+        raise ModelError(
+            f"data.add_tokens.{domain}: the tokeniser's ids have holes, and {reused[0]!r} would get one that is taken "
+            f"or has an old embedding; expected a tokeniser with ids from 0 to {len(tokenizer) - 1} without a gap"
+        )
+    return grown

@@ -1,0 +1,120 @@
+"""A classifier over an exported model: its encoder, a fresh head, and a token for each marker of entities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from das_ds.config import ModelConfig
+from das_ds.errors import ConfigError, ModelError, first_line
+from das_ds.functional.token_ids import num_tokens, tokens_in_holes
+from das_ds.models.loading import check_embeddings, find_adapter, model_config, open_tokenizer
+
+
+class Classifier(NamedTuple):
+    """A network that gives one number per class, and its tokeniser."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_classifier(source: ModelConfig, labels: Sequence[str], markers: Sequence[str] = ()) -> Classifier:
+    """The network in float32; the generator of torch decides the weights of the head.
+
+    Args:
+        source: folder of the model, with its attention.
+        labels: names of the classes.
+        markers: become one token each, whose embedding is the mean of the tokens it was before.
+
+    Raises:
+        ModelError: no weights, quantized ones, an adapter beside them, weights of another network,
+            or a model type that cannot classify.
+    """
+    folder = str(source.name_or_path)
+    model_config(source)
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = _load(source, labels)
+    check_embeddings(model, num_tokens(tokenizer.get_vocab()))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    _add_markers(model, tokenizer, markers)
+    return Classifier(model, tokenizer)
+
+
+def check_task_length(source: ModelConfig, model: PreTrainedModel, sequence_length: int, task: str) -> None:
+    """Raises ConfigError when rows may be longer than the model's positions, where its adapter knows them."""
+    try:
+        longest = find_adapter(source).max_sequence_length(model)
+    except ModelError:
+        return
+    if sequence_length > longest:
+        raise ConfigError(
+            f"tasks.sequence_length of {task}: found {sequence_length}, but this {model.config.model_type} has "
+            f"positions for at most {longest} tokens"
+        )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises ModelError where there is no model folder: a name that is none would be looked up on the hub."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: found no config.json, expected the folder of a model as from save_pretrained")
+    if not weight_files(folder):
+        raise ModelError(f"{folder}: found no weights, expected model.safetensors or its shards")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a model's weights, sorted."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _load(source: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
+    names = dict(enumerate(labels))
+    options: dict[str, Any] = {
+        "num_labels": len(labels),
+        "id2label": names,
+        "label2id": {label: number for number, label in names.items()},
+        "attn_implementation": source.attention,
+        "dtype": torch.float32,
+    }
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            str(source.name_or_path), output_loading_info=True, **options
+        )
+    # A damaged file or an odd config makes libraries raise anything.
+    except Exception as error:
+        raise ModelError(
+            f"cannot load a classifier from {source.name_or_path} (model.attention: {source.attention}): "
+            f"{first_line(error)}"
+        ) from error
+    # A head is fresh by nature, and masked language models are exported without the pooler that some heads begin with.
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and "pooler" not in key)
+    if missing:
+        raise ModelError(
+            f"{source.name_or_path}: found no weights for {missing[0]} and {len(missing) - 1} more, expected those of "
+            f"a whole {model.config.model_type}"
+        )
+    return model
+
+
+def _add_markers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
+    pieces = {marker: tokenizer(marker, add_special_tokens=False)["input_ids"] for marker in markers}
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens(list(markers))
+    if reused := tokens_in_holes(known, tokenizer.get_vocab()):
+        raise ModelError(
+            f"tokeniser of {tokenizer.name_or_path}: its ids have holes, and the marker {reused[0]!r} would get one "
+            f"that is taken or has an old embedding; expected ids from 0 to {len(known) - 1} without a gap"
+        )
+    embedding: Any = model.get_input_embeddings()
+    if (needed := num_tokens(tokenizer.get_vocab())) > embedding.num_embeddings:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+        embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        for marker, ids in pieces.items():
+            embedding.weight[tokenizer.convert_tokens_to_ids(marker)] = embedding.weight[ids].mean(dim=0)

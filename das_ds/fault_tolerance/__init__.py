@@ -1,0 +1,1 @@
+"""Hang watchdog, heartbeats, and orderly shutdown."""

@@ -1,0 +1,1 @@
+"""One table per model type: where its units, gates and LM head are."""

@@ -1,0 +1,43 @@
+"""DeBERTa v2 and v3: BERT's layers, attention to relative positions, and two forms of LM head.
+
+Where queries and keys of relative positions have maps of their own, a head owns its rows of them too.
+"""
+
+from dataclasses import replace
+
+from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
+from das_ds.models.architectures.bert import BERT, EMBEDDINGS, LAYER, LAYER_UNMASKED
+
+DEBERTA_V2 = replace(
+    BERT,
+    model_type="deberta-v2",
+    rules=(
+        UnitRule(HEAD, f"{LAYER}.attention.self.query_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.query_proj.bias", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.key_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.key_proj.bias", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.value_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.value_proj.bias", axis=0),
+        UnitRule(HEAD, f"{LAYER}.attention.self.pos_key_proj.weight", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.attention.self.pos_key_proj.bias", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.attention.self.pos_query_proj.weight", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.attention.self.pos_query_proj.bias", axis=0, optional=True),
+        *(
+            rule
+            for rule in BERT.rules
+            if rule.group in (INTERMEDIATE, OUTPUT) or rule.parameter.endswith("attention.output.dense.weight")
+        ),
+    ),
+    unmasked=(
+        *EMBEDDINGS,
+        "{base}.embeddings.embed_proj.weight",
+        "{base}.encoder.rel_embeddings.weight",
+        "{base}.encoder.LayerNorm.*",
+        "{base}.encoder.conv.conv.*",
+        "{base}.encoder.conv.LayerNorm.*",
+        *LAYER_UNMASKED,
+        "cls.predictions.*",
+        "lm_predictions.lm_head.*",
+    ),
+    embedding_head="lm_predictions",
+)

@@ -1,0 +1,40 @@
+"""Your own table: `model.adapter` of a run config as an adapter, and an adapter as that section."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from das_ds.config import AdapterConfig
+from das_ds.functional.units import UnitRule
+from das_ds.models.architectures.spec import PROBABILITIES, ArchitectureAdapter, GateSite
+
+
+def adapter_from(section: AdapterConfig, model_type: str) -> ArchitectureAdapter:
+    """The table that a run config holds, for models of `model_type`."""
+    return ArchitectureAdapter(
+        model_type=model_type,
+        objective=section.objective,
+        units=section.units.model_dump(exclude_none=True),
+        rules=tuple(UnitRule(**rule.model_dump()) for rule in section.rules),
+        sites=tuple(GateSite(**site.model_dump()) for site in section.sites),
+        unmasked=tuple(section.unmasked),
+        lm_head=tuple(section.lm_head),
+        embedding_head=section.embedding_head,
+        key_value_heads=section.key_value_heads,
+        logit_cap_attribute=section.logit_cap_attribute,
+        position_offset=section.position_offset,
+        dropouts=PROBABILITIES if section.dropouts is None else tuple(section.dropouts),
+    )
+
+
+def section_of(adapter: ArchitectureAdapter) -> dict[str, Any]:
+    """The table as plain values of `model.adapter`, without the defaults."""
+    values = asdict(adapter)
+    # What a registered table cannot describe is code, and the model that the section is printed for is none of it.
+    del values["model_type"], values["unsupported"]
+    if adapter.dropouts == PROBABILITIES:
+        del values["dropouts"]
+    return AdapterConfig.model_validate(
+        {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    ).model_dump(exclude_defaults=True)

@@ -1,0 +1,55 @@
+"""OPT: a decoder with BERT's plain layers.
+
+Its position embedding has two rows more than `max_position_embeddings` says, so that no position is lost.
+"""
+
+from typing import Any
+
+from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
+from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+
+LAYER = "{base}.decoder.layers.{layer}"
+
+
+def skips_layers(config: Any) -> str | None:
+    """Layer dropout: skipped layers would differ between ranks, which then wait for each other in vain."""
+    return f"layerdrop: found {config.layerdrop}, allowed: 0" if config.layerdrop else None
+
+
+OPT = ArchitectureAdapter(
+    model_type="opt",
+    objective="clm",
+    units={HEAD: "num_attention_heads", INTERMEDIATE: "ffn_dim", OUTPUT: "hidden_size"},
+    rules=(
+        UnitRule(HEAD, f"{LAYER}.self_attn.q_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.self_attn.q_proj.bias", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.self_attn.k_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.self_attn.k_proj.bias", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.self_attn.v_proj.weight", axis=0),
+        UnitRule(HEAD, f"{LAYER}.self_attn.v_proj.bias", axis=0, optional=True),
+        UnitRule(HEAD, f"{LAYER}.self_attn.out_proj.weight", axis=1),
+        UnitRule(INTERMEDIATE, f"{LAYER}.fc1.weight", axis=0),
+        UnitRule(INTERMEDIATE, f"{LAYER}.fc1.bias", axis=0, optional=True),
+        UnitRule(INTERMEDIATE, f"{LAYER}.fc2.weight", axis=1, reader=True),
+        UnitRule(OUTPUT, f"{LAYER}.fc2.weight", axis=0),
+        UnitRule(OUTPUT, f"{LAYER}.fc2.bias", axis=0, optional=True),
+    ),
+    sites=(
+        GateSite(HEAD, f"{LAYER}.self_attn.out_proj", "input"),
+        GateSite(INTERMEDIATE, f"{LAYER}.fc1", "output"),
+        GateSite(OUTPUT, f"{LAYER}.fc2", "output"),
+    ),
+    unmasked=(
+        "{base}.decoder.embed_tokens.weight",
+        "{base}.decoder.embed_positions.weight",
+        "{base}.decoder.project_in.weight",
+        "{base}.decoder.project_out.weight",
+        f"{LAYER}.self_attn.out_proj.bias",
+        f"{LAYER}.self_attn_layer_norm.*",
+        f"{LAYER}.final_layer_norm.*",
+        "{base}.decoder.final_layer_norm.*",
+        "lm_head.weight",
+    ),
+    lm_head=("lm_head",),
+    unsupported=skips_layers,
+)

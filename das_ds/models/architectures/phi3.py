@@ -1,0 +1,20 @@
+"""Phi-3: Llama with queries, keys and values in one matrix, and gate and up projection in another."""
+
+from dataclasses import replace
+
+from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
+from das_ds.models.architectures.llama import LAYER, LLAMA
+
+PHI3 = replace(
+    LLAMA,
+    model_type="phi3",
+    rules=(
+        UnitRule(HEAD, f"{LAYER}.self_attn.qkv_proj.weight", axis=0, spread="query_key_value"),
+        UnitRule(HEAD, f"{LAYER}.self_attn.o_proj.weight", axis=1),
+        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.gate_up_proj.weight", axis=0, spread="halves"),
+        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.down_proj.weight", axis=1, reader=True),
+        UnitRule(OUTPUT, f"{LAYER}.mlp.down_proj.weight", axis=0),
+    ),
+    # The config has a dropout of embeddings, which the network does not use.
+    dropouts=("attention_dropout", "resid_pdrop"),
+)

@@ -1,0 +1,33 @@
+"""Model type -> adapter."""
+
+from das_ds.errors import ModelError
+from das_ds.models.architectures.bert import BERT, ELECTRA
+from das_ds.models.architectures.deberta import DEBERTA_V2
+from das_ds.models.architectures.distilbert import DISTILBERT
+from das_ds.models.architectures.gpt2 import GPT2
+from das_ds.models.architectures.gpt_neox import GPT_NEOX
+from das_ds.models.architectures.llama import GEMMA2, GEMMA3_TEXT, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
+from das_ds.models.architectures.mixtral import MIXTRAL, QWEN3_MOE
+from das_ds.models.architectures.modernbert import MODERNBERT
+from das_ds.models.architectures.opt import OPT
+from das_ds.models.architectures.phi3 import PHI3
+from das_ds.models.architectures.roberta import ROBERTA, XLM_ROBERTA
+from das_ds.models.architectures.spec import ArchitectureAdapter
+
+ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, ELECTRA, DEBERTA_V2, MODERNBERT)
+DECODERS = (GPT2, GPT_NEOX, OPT, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3_TEXT, PHI3, MIXTRAL, QWEN3_MOE)
+ADAPTERS: dict[str, ArchitectureAdapter] = {adapter.model_type: adapter for adapter in (*ENCODERS, *DECODERS)}
+
+
+def adapter_for(model_type: str) -> ArchitectureAdapter:
+    """The adapter of a Hugging Face `model_type`.
+
+    Raises:
+        ModelError: no adapter; the message lists the known types.
+    """
+    if model_type not in ADAPTERS:
+        raise ModelError(
+            f"no adapter for model type {model_type!r}; known: {', '.join(sorted(ADAPTERS))}; `das-ds units MODEL` "
+            "proposes a table for model.adapter"
+        )
+    return ADAPTERS[model_type]

@@ -1,0 +1,1 @@
+"""`das-ds inspect`: propose and verify the unit table of an unknown architecture."""

@@ -1,0 +1,120 @@
+"""The table of a model's units as text: what `das-ds units` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from transformers import PretrainedConfig
+
+from das_ds.config import ObjectiveName
+from das_ds.errors import ModelError
+from das_ds.functional.units import UnitRule
+from das_ds.models.architectures.from_config import section_of
+from das_ds.models.architectures.registry import ADAPTERS
+from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.inspect.probe import probe_models, skeleton
+from das_ds.models.inspect.propose import discover
+from das_ds.models.inspect.verify import verify_table
+
+Rows = list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class UnitTable:
+    """A registered or proposed table with what was seen of it."""
+
+    config: PretrainedConfig
+    adapter: ArchitectureAdapter
+    is_registered: bool
+    reasons: dict[str, str]
+    """Map or group -> why no unit owns it."""
+    problems: dict[str, tuple[str, ...]]
+    """Group -> contradictions; see `verification.verify_table`."""
+
+    def check(self) -> None:
+        """Raises ModelError for a proposal that was contradicted; a registered table was chosen by people."""
+        if self.problems and not self.is_registered:
+            group, found = next(iter(self.problems.items()))
+            raise ModelError(
+                f"the proposed table of {self.adapter.model_type} is not verified for {', '.join(self.problems)} "
+                f"units, so it is not to be used as it is; {group}: {found[0]}"
+            )
+
+    def section(self) -> str:
+        """YAML of `model: {adapter: ...}`, to be merged into a run config."""
+        return yaml.safe_dump({"model": {"adapter": section_of(self.adapter)}}, sort_keys=False, width=120)
+
+    def describe(self) -> str:
+        """Units, owners of every parameter of a layer with its shape, what stays unmasked, gates, LM head."""
+        adapter, model = self.adapter, skeleton(self.config, self.adapter.objective)
+        layout = adapter.layout(model)
+        origin = "registered" if self.is_registered else "proposed"
+        base = model.base_model_prefix
+        name = lambda pattern: pattern.format(base=base, layer="{layer}")  # noqa: E731
+        shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+        owned: Rows = [("parameter", "shape", "units", "axis", "spread", "role")]
+        for rule in adapter.rules:
+            shape = _shape(rule, shapes, base, layout.num_layers)
+            owned.append((name(rule.parameter), shape, rule.group, str(rule.axis), rule.spread, _role(rule)))
+        gates: Rows = [(site.group, f"{site.position} of {name(site.module)}") for site in adapter.sites]
+        units: Rows = [
+            (group, str(count), f"= {adapter.units[group]}", self._verdict(group))
+            for group, count in layout.num_units.items()
+        ]
+        masked = {item.parameter for item in layout.ownerships if not item.reader}
+        num_masked = sum(layout.sizes[key] for key in masked)
+        parts = [
+            f"{adapter.model_type}, {adapter.objective}, {layout.num_layers} layers: {origin} table",
+            _block("units of a layer", units),
+            _block(f"key/value heads: {adapter.key_value_heads or 'as many as heads'}", []),
+            _block(f"parameters with units ({num_masked} of {sum(layout.sizes.values())} weights)", owned),
+            _block("gates", gates),
+            _block("stays unmasked", [(name(pattern),) for pattern in adapter.unmasked]),
+            _block("not classified", list(self.reasons.items())) if self.reasons else "",
+            _block("LM head", [(module,) for module in adapter.lm_head]),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    def _verdict(self, group: str) -> str:
+        found = self.problems.get(group)
+        return "verified" if not found else f"NOT verified: {found[0]} ({len(found)} in all)"
+
+
+def unit_table(config: PretrainedConfig, objective: ObjectiveName | None = None) -> UnitTable:
+    """The registered table of a model, else a proposed one; both tried on a small network.
+
+    Args:
+        config: of the real model.
+        objective: of a proposal; None: what the architecture is pre-trained with.
+
+    Raises:
+        ModelError: no table, or a registered one for another objective.
+    """
+    adapter = ADAPTERS.get(config.model_type)
+    if adapter is None:
+        proposal = discover(config, objective)
+        return UnitTable(config, proposal.adapter, False, proposal.reasons, proposal.problems)
+    if objective not in (None, adapter.objective):
+        raise ModelError(
+            f"objective: found {objective}, but the registered table of {adapter.model_type} is for {adapter.objective}"
+        )
+    probe = next(probe_models(config, adapter.objective))
+    return UnitTable(config, adapter, True, {}, verify_table(probe, adapter))
+
+
+def _shape(rule: UnitRule, shapes: dict[str, tuple[int, ...]], base: str, num_layers: int) -> str:
+    """Of the first layer that has the parameter."""
+    names = (rule.parameter.format(base=base, layer=layer) for layer in range(num_layers))
+    return next(("x".join(map(str, shapes[name])) for name in names if name in shapes), "absent")
+
+
+def _role(rule: UnitRule) -> str:
+    return ("reads" if rule.reader else "owned") + (", optional" if rule.optional else "")
+
+
+def _block(title: str, rows: Any) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([title, *(f"  {line}" for line in lines)])

@@ -1,0 +1,1 @@
+"""Checks before a run: ranks, corpora, output directory, memory."""

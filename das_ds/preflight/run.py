@@ -1,0 +1,52 @@
+"""All checks in order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from das_ds.config import RunConfig
+from das_ds.errors import PreflightError
+from das_ds.preflight.checks import Checks, Finding
+from das_ds.preflight.corpora import check_corpora
+from das_ds.preflight.environment import check_clocks, check_network, check_settings, check_versions
+from das_ds.preflight.memory import check_memory, check_model, granularity
+from das_ds.preflight.output_dir import check_disk, check_folder
+from das_ds.preflight.peers import Peers
+from das_ds.training.revisions import with_recorded_revisions
+
+
+def run_preflight(config: RunConfig, peers: Peers, *, as_json: bool) -> list[Finding]:
+    """Make all checks, print one line each on rank 0 (or one JSON object at the end), build no engine.
+
+    Raises:
+        PreflightError: at least one failed, after all were made.
+    """
+    info = peers.ranks.info
+
+    def show(finding: Finding) -> None:
+        if info.is_main and not as_json:
+            print(finding.line(), flush=True)
+
+    checks = Checks(peers, show)
+    check_network(checks, peers)
+    check_clocks(checks, peers)
+    check_versions(checks, config)
+    engine = check_settings(checks, config, info.world_size)
+    is_usable = check_folder(checks, config, peers)
+    pinned = with_recorded_revisions(config) if is_usable else config
+    size = check_model(checks, pinned)
+    check_corpora(checks, pinned)
+    if size is not None and is_usable:
+        check_disk(checks, config, size, granularity(config))
+    else:
+        checks.skip("disk", "room for all checkpoints and models", needs=("folder", "writing", "model"))
+    if size is not None and engine is not None:
+        check_memory(checks, config, info, size, engine)
+    else:
+        checks.skip("memory", "a model that fits", needs=("settings", "model"))
+    if info.is_main and as_json:
+        print(json.dumps({"ok": not checks.failed, "checks": [asdict(finding) for finding in checks.findings]}))
+    if checks.failed:
+        raise PreflightError(f"preflight: {len(checks.failed)} checks failed: {', '.join(checks.failed)}")
+    return checks.findings

@@ -1,0 +1,1 @@
+"""Results of a run, statistics over runs, and reports."""

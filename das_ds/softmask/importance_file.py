@@ -1,0 +1,298 @@
+"""Importance on disk: safetensors with the structure it belongs to in the header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from das_ds.errors import ImportanceError, RunFolderError
+from das_ds.functional.directions import moment_fault
+from das_ds.functional.units import Importance, UnitLayout
+from das_ds.storage import CHECKSUM, link_file, replaced_file
+from das_ds.user_files import require_file
+
+FORMAT_VERSION = "4"
+UNIT, PARAMETER, DIRECTION = "unit", "parameter", "direction"
+
+STRUCTURE, NUM_TOKENS, TOKENS = "structure", "num_tokens", "tokens"
+"""Of the header: checksum of the table of units, tokens of the vocabulary, and their checksum."""
+CHUNK_BYTES = 1 << 24
+"""Of a tensor, read at a time for its checksum."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class StoredImportance:
+    """A file of importance, open for reading, of whatever model."""
+
+    granularity: str
+    """`UNIT` or `PARAMETER`."""
+    model_type: str
+    shapes: Shapes
+    """Unit group -> (L, U), or parameter name -> (N,)."""
+    _file: Any
+
+    def values(self, name: str) -> torch.Tensor:
+        """Importance as it is stored: float32 in [0, 1], or uint8 (255ths)."""
+        found: torch.Tensor = self._file.get_tensor(name)
+        return found
+
+
+def save_unit_importance(path: Path, importance: Importance, layout: UnitLayout, tokens: Sequence[str] = ()) -> None:
+    """Write group -> (L, U) atomically.
+
+    Args:
+        path: of the file.
+        importance: group -> (L, U).
+        layout: of the network.
+        tokens: the vocabulary that importance was measured with, by id.
+    """
+    tensors = {group: values.detach().cpu().contiguous() for group, values in importance.items()}
+    _save(path, tensors, layout, UNIT, tokens)
+
+
+def load_unit_importance(path: Path, layout: UnitLayout, tokens: Sequence[str] | None = None) -> Importance:
+    """Read importance by unit and check that it belongs to this architecture and vocabulary.
+
+    Args:
+        path: of the file.
+        layout: of the network.
+        tokens: the run's vocabulary, by id; it may have gained tokens at its end since. None: it is not compared.
+
+    Raises:
+        ImportanceError: missing or damaged file, another format, granularity, model type, number of layers or units,
+            table of units, or vocabulary.
+    """
+    expected: Shapes = {group: (layout.num_layers, units) for group, units in layout.num_units.items()}
+    with _opened(path, layout, UNIT, expected, tokens) as (file, _):
+        return {group: file.get_tensor(group) for group in expected}
+
+
+def save_parameter_importance(
+    path: Path, importance: dict[str, torch.Tensor], layout: UnitLayout, tokens: Sequence[str] = ()
+) -> None:
+    """Write parameter name -> (N,) uint8 (255ths) atomically; `tokens` as in `save_unit_importance`."""
+    _save(path, importance, layout, PARAMETER, tokens)
+
+
+@contextmanager
+def load_parameter_importance(
+    path: Path, layout: UnitLayout, tokens: Sequence[str] | None = None
+) -> Iterator[Callable[[str, int, int], torch.Tensor]]:
+    """Give (name, offset, numel) -> (numel,) uint8, which reads no more of the file than that.
+
+    A file of the same model with fewer tokens is read too: rows of tokens that came later have importance 0.
+
+    Raises:
+        ImportanceError: missing or damaged file, another format, granularity, model type, table of units or vocabulary,
+            or other parameters.
+    """
+    expected: Shapes = {name: (size,) for name, size in layout.sizes.items()}
+    with _opened(path, layout, PARAMETER, expected, tokens) as (file, _):
+
+        def read(name: str, offset: int, numel: int) -> torch.Tensor:
+            values = file.get_slice(name)[offset : offset + numel]
+            return functional.pad(values, (0, numel - len(values)))
+
+        yield read
+
+
+def save_directions(
+    path: Path, moments: dict[str, torch.Tensor], layout: UnitLayout, tokens: Sequence[str] = ()
+) -> None:
+    """Write weight name -> (d, d) float32 atomically; `tokens` as in `save_unit_importance`."""
+    tensors = {name: moment.detach().cpu().contiguous() for name, moment in moments.items()}
+    _save(path, tensors, layout, DIRECTION, tokens)
+
+
+def load_directions(
+    path: Path, widths: dict[str, int], layout: UnitLayout, tokens: Sequence[str] | None = None
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Read weight name -> (d, d) and check that they belong to this network.
+
+    Args:
+        path: of the file.
+        widths: weight name -> d.
+        layout: of the network.
+        tokens: the run's vocabulary, by id; it may have gained tokens at its end since. None: it is not compared.
+
+    Returns:
+        The moments, and the number of tokens that there were when they were measured.
+
+    Raises:
+        ImportanceError: missing or damaged file, another format, granularity, model type, table of units or vocabulary,
+            or other layers; a matrix that is no second moment.
+    """
+    expected: Shapes = {name: (width, width) for name, width in widths.items()}
+    with _opened(path, layout, DIRECTION, expected, tokens) as (file, header):
+        moments: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in expected}
+    for name, moment in moments.items():
+        if fault := moment_fault(moment):
+            raise ImportanceError(f"{path}: {name}: found {fault}, expected a second moment (symmetric, not negative)")
+    return moments, int(header[NUM_TOKENS])
+
+
+@contextmanager
+def stored_importance(path: Path) -> Iterator[StoredImportance]:
+    """Importance without the model it belongs to, for those who only look at it.
+
+    Raises:
+        ImportanceError: missing or damaged file, or another format.
+    """
+    with _checked(path) as (file, header, shapes):
+        yield StoredImportance(header["granularity"], header["model_type"], shapes, file)
+
+
+def link_importance(source: Path, path: Path) -> None:
+    """Give a file that was just written a second name, atomically.
+
+    Raises:
+        RunFolderError: the disk is full, or the folder cannot be written.
+    """
+    with _writing(path):
+        link_file(source, path)
+
+
+def _save(
+    path: Path, tensors: dict[str, torch.Tensor], layout: UnitLayout, granularity: str, tokens: Sequence[str]
+) -> None:
+    header = {
+        "format_version": FORMAT_VERSION,
+        "granularity": granularity,
+        "model_type": layout.model_type,
+        STRUCTURE: _structure(layout),
+        NUM_TOKENS: str(len(tokens)),
+        TOKENS: _token_digest(tokens),
+        CHECKSUM: _digest(tensors, tensors.__getitem__),
+    }
+    with _writing(path), replaced_file(path) as partial:
+        save_file(tensors, partial, metadata=header)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(f"{path}: cannot be written ({error}); the run folder must have free space") from error
+
+
+@contextmanager
+def _opened(
+    path: Path, layout: UnitLayout, granularity: str, expected: Shapes, tokens: Sequence[str] | None
+) -> Iterator[tuple[Any, dict[str, str]]]:
+    with _checked(path) as (file, header, found):
+        _check(path, header, found, layout, granularity, expected)
+        _check_origin(path, header, layout, tokens)
+        yield file, header
+
+
+@contextmanager
+def _checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
+    """The open file, its header and its shapes, once format and checksum are right."""
+    try:
+        require_file(path)
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format_version") != FORMAT_VERSION:
+                raise ImportanceError(
+                    f"{path}: importance format {header.get('format_version')!r}, this version reads {FORMAT_VERSION!r}"
+                )
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            if _digest(found, file.get_tensor) != header.get(CHECKSUM):
+                raise ImportanceError(f"{path}: was altered: the checksum of its tensors differs")
+            yield file, header, found
+    except (OSError, SafetensorError) as error:
+        raise ImportanceError(f"{path}: cannot read importance: {error}") from error
+
+
+def _check(
+    path: Path,
+    header: dict[str, str],
+    found: Shapes,
+    layout: UnitLayout,
+    granularity: str,
+    expected: Shapes,
+) -> None:
+    if header["granularity"] != granularity:
+        raise ImportanceError(
+            f"{path}: importance by {header['granularity']}, expected by {granularity} (method.importance.granularity)"
+        )
+    of_fewer_tokens = {name for name in layout.vocabulary & set(found) if _is_shorter(found[name], layout.shapes[name])}
+    if header["model_type"] != layout.model_type or {**found, **{n: expected[n] for n in of_fewer_tokens}} != expected:
+        raise ImportanceError(
+            f"{path}: importance of another model: found {header['model_type']} with {_differing(found, expected)}, "
+            f"expected {layout.model_type} with {_differing(expected, found)} (name: shape)"
+        )
+
+
+def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens: Sequence[str] | None) -> None:
+    """Equal shapes may mean other things: units that another table numbered, rows of other tokens."""
+    if header[STRUCTURE] != _structure(layout):
+        raise ImportanceError(
+            f"{path}: importance of another table of units: found layers or units of {header['model_type']} that own "
+            "other weights, expected those of this run (model.adapter)"
+        )
+    if tokens is None:
+        return
+    num_tokens = int(header[NUM_TOKENS])
+    if header[TOKENS] != _token_digest(tokens[:num_tokens]) or num_tokens > len(tokens):
+        raise ImportanceError(
+            f"{path}: importance of another tokenizer: found {num_tokens} tokens, expected the first of this run's "
+            f"{len(tokens)} in the same order (data.tokenizer, data.add_tokens)"
+        )
+
+
+def _structure(layout: UnitLayout) -> str:
+    """Checksum of which unit of which layer owns or reads which weights; not of sizes, which shapes tell.
+
+    With LoRA the weights are those of the network without adapters, so that importance of its units serves both.
+    """
+    digest = hashlib.sha256()
+    ownerships = layout.ownerships if layout.adapted is None else layout.adapted
+    of_table: dict[int, str] = {}
+    for item in sorted(ownerships, key=lambda item: (item.parameter, item.group, item.axis, item.reader)):
+        if id(item.units) not in of_table:
+            of_table[id(item.units)] = hashlib.sha256(item.units.cpu().numpy().tobytes()).hexdigest()
+        place = (item.parameter, item.group, item.layer, item.axis, item.reader, of_table[id(item.units)])
+        digest.update(json.dumps(place).encode())
+    return digest.hexdigest()
+
+
+def _token_digest(tokens: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
+
+
+def _digest(names: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> str:
+    """Checksum of names and tensors, of which one exists at a time and none is copied whole."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode())
+        for chunk in tensor_of(name).flatten().view(torch.uint8).split(CHUNK_BYTES):
+            digest.update(chunk.numpy())
+    return digest.hexdigest()
+
+
+def _is_shorter(found: tuple[int, ...], shape: tuple[int, int, int]) -> bool:
+    """Whether a flat tensor is whole rows of a parameter with one row per token, and not all of them."""
+    _, num_rows, num_columns = shape
+    return len(found) == 1 and found[0] % num_columns == 0 and found[0] < num_rows * num_columns
+
+
+def _differing(these: Shapes, others: Shapes) -> str:
+    """The entries that the other side lacks or has in another shape, at most three."""
+    names = [name for name in these if others.get(name) != these[name]]
+    shown = ", ".join(f"{name}: {these[name]}" for name in names[:3])
+    return f"{shown or 'the same shapes'}{' ...' if len(names) > 3 else ''}"

@@ -1,0 +1,141 @@
+"""What flows into the linear layers of a network, over a sample of text: second moments of their inputs.
+
+Shape legend: R rows of a batch, S positions, P predicted positions, d width of an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from das_ds.context import RunContext
+from das_ds.data.batch import Batch
+from das_ds.distributed.collectives import all_reduce_sum, rank
+from das_ds.distributed.resumable import Pass
+from das_ds.errors import ModelError, TrainingError
+from das_ds.functional.directions import relative_moment
+from das_ds.softmask.measure import PRETRAINING
+
+COUNT = "#count "
+"""Begins the names under which a pass sums how many inputs there were; no parameter has a space in its name."""
+
+
+def linear_layers(run: RunContext) -> dict[str, nn.Linear]:
+    """Name of a trained weight (o, d) -> the linear layer that multiplies by it.
+
+    Embeddings are among them where the LM head shares them.
+
+    Raises:
+        ModelError: a matrix of the network's layers is no weight of a linear layer, and would stay unprotected.
+    """
+    trained = {id(parameter): name for name, parameter in run.engine.parameters.items()}
+    found = {
+        trained[id(module.weight)]: module
+        for module in run.network.model.modules()
+        if isinstance(module, nn.Linear) and id(module.weight) in trained
+    }
+    for item in run.layout.ownerships:
+        _, num_rows, num_columns = run.layout.shapes[item.parameter]
+        is_vector = min(num_rows, num_columns) == 1
+        if item.parameter in run.engine.parameters and item.parameter not in found and not is_vector:
+            raise ModelError(
+                f"method.importance.granularity: found direction, but {item.parameter} is no weight of a "
+                "torch.nn.Linear (a convolution, or stacked experts); allowed for this network: unit, parameter"
+            )
+    return found
+
+
+def relative_moments(run: RunContext, batches: Pass[Batch]) -> dict[str, torch.Tensor]:
+    """M = A / (tr(A) / d), A = E[x x^T], of the inputs x of every trained linear layer.
+
+    The expectation is over all positions of the sample that reach the layer, on all ranks, without dropout, of the text
+    as training corrupts it; the LM head sees predicted positions alone. A table that a layer reads in every forward
+    pass, such as that of relative positions, counts once, however many passes the sample takes.
+
+    Args:
+        run: the engine and its network.
+        batches: this rank's batches; every rank has the same number of them.
+
+    Returns:
+        Name of the weight -> (d, d) float32 in host memory, equal on every rank.
+
+    Raises:
+        TrainingError: an input that is not finite, on any rank.
+    """
+    layers, sums, device = linear_layers(run), batches.sums, run.engine.ranks.info.device
+    for name, layer in layers.items():
+        width = layer.in_features
+        sums.setdefault(name, torch.zeros(width, width, device=device))
+        sums.setdefault(COUNT + name, torch.zeros((), dtype=torch.float64, device=device))
+    with PRETRAINING.mode(run), torch.no_grad():
+        for batch in batches:
+            batch = batch.to(device)
+            inputs = _Inputs(sums, batch, with_tables=batches.done == 0 and rank() == 0)
+            with _listening(layers, inputs.add):
+                run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+    # One at a time: on the device there is room for the sums, not for as much again.
+    return {name: _relative(name, sums[name], sums[COUNT + name]).cpu() for name in layers}
+
+
+@contextmanager
+def _listening(layers: dict[str, nn.Linear], receive: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    def hook(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        receive(name, inputs[0])
+
+    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Inputs:
+    """Adds what layers are given in one forward pass to the sums of all.
+
+    Args:
+        sums: see `relative_moments`.
+        batch: of this forward pass.
+        with_tables: whether what is no row per token counts here; it is the same in every forward pass.
+    """
+
+    def __init__(self, sums: dict[str, torch.Tensor], batch: Batch, *, with_tables: bool) -> None:
+        self._sums, self._batch, self._with_tables = sums, batch, with_tables
+        self._called: set[str] = set()
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Add inputs (R, S, d) or (R * S, d) of tokens, (P, d) of predicted positions, or a table (1, rows, d).
+
+        Rows that only fill the batch do not count; they predict nothing.
+        """
+        shape, (num_rows, num_positions) = inputs.shape[:-1], self._batch.input_ids.shape
+        # A table may happen to have as many rows as the batch has positions, but it comes second.
+        is_first = name not in self._called
+        self._called.add(name)
+        is_of_tokens = is_first and shape in ((num_rows, num_positions), (num_rows * num_positions,))
+        is_table = inputs.dim() == 3 and not is_of_tokens
+        if is_table and not self._with_tables:
+            return
+        flat = inputs.detach().flatten(0, -2).float()
+        count: torch.Tensor | int = len(flat)
+        if is_of_tokens:
+            weights = self._batch.row_weights.repeat_interleave(num_positions)
+            flat, count = flat * weights[:, None], weights.sum()
+        self._sums[name] += flat.T @ flat
+        self._sums[COUNT + name] += count
+
+
+def _relative(name: str, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    # Clones: a pass that is done again still needs what this rank had.
+    total, count = all_reduce_sum(total.clone()), all_reduce_sum(count.clone())
+    if not total.isfinite().all():
+        raise TrainingError(
+            f"importance: found an input of {name} that is not finite, expected finite numbers; the model diverged, "
+            "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
+        )
+    return relative_moment(total / count.clamp_min(1).float())

@@ -1,0 +1,171 @@
+"""Measuring importance: what is differentiated, and the pass over a sample that gives the importance of units.
+
+Shape legend: B sequences of a batch, S positions, L layers, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from das_ds.config import ImportanceKind
+from das_ds.context import RunContext
+from das_ds.data.batch import Batch
+from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
+from das_ds.distributed.resumable import Pass
+from das_ds.errors import TrainingError
+from das_ds.functional.importance import contribution
+from das_ds.functional.losses import representation_kl, sequence_token_loss
+from das_ds.functional.units import Importance
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""(input ids, predicted positions, targets, position ids) -> (hidden states, losses): an engine or its module."""
+
+
+@dataclass(frozen=True)
+class ImportanceLoss:
+    """A loss whose gradient tells importance."""
+
+    of_sequences: Callable[[Forward, Batch], torch.Tensor]
+    """(forward, batch) -> (B,) loss of each sequence."""
+    dropout: bool
+    """Whether the network runs with dropout."""
+    num_views: int
+    """Rows that pass the network for each sequence."""
+
+    @contextmanager
+    def mode(self, run: RunContext) -> Iterator[None]:
+        """The network with or without dropout; afterwards with it, as in training."""
+        run.engine.module.train(self.dropout)
+        try:
+            yield
+        finally:
+            run.engine.module.train()
+
+    @contextmanager
+    def views(self, run: RunContext, batch: Batch) -> Iterator[None]:
+        """Noise at the units of a network that has no dropout of its own; the backward pass runs inside."""
+        probability = run.view_dropout if self.dropout else 0.0
+        with run.gates.noise(probability, num_rows=self.num_views * len(batch.input_ids)):
+            yield
+
+
+def pretraining_loss(forward: Forward, batch: Batch) -> torch.Tensor:
+    """Importance of a domain (paper eq. 2): each sequence's own pre-training loss."""
+    _, losses = forward(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+    rows = batch.predicted // batch.input_ids.shape[1]
+    return sequence_token_loss(losses, rows, len(batch.input_ids))
+
+
+def general_knowledge_loss(forward: Forward, batch: Batch) -> torch.Tensor:
+    """Importance of general knowledge (paper section 3.1): KL between two dropout views of the same input.
+
+    Both views pass through the same gates, so a gate's gradient is that of both.
+    """
+    positions = repeated(batch.position_ids, 2)
+    hidden, no_losses = forward(batch.input_ids.repeat(2, 1), batch.predicted[:0], batch.targets[:0], positions)
+    # Nothing is predicted, but every weight takes part: ZeRO waits for the gradients of all.
+    return representation_kl(*hidden.chunk(2)) + no_losses.sum()
+
+
+def repeated(position_ids: torch.Tensor | None, times: int) -> torch.Tensor | None:
+    """(times * B, S) position ids of a packed batch."""
+    return None if position_ids is None else position_ids.repeat(times, 1)
+
+
+TOTALS, SCALE = "totals", "loss_scale"
+NEGLIGIBLE_LOSS = 1e-10
+"""Nats; far below any loss that differs from 0 by more than rounding."""
+
+PRETRAINING = ImportanceLoss(pretraining_loss, dropout=False, num_views=1)
+GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_views=2)
+
+
+def mean_over_sequences(
+    run: RunContext, batches: Pass[Batch], loss: ImportanceLoss, kind: ImportanceKind
+) -> Importance:
+    """I_l = (1/N) sum_n s(dL(x_n) / dg_l) over the sequences of all ranks, before normalisation; s is `contribution`.
+
+    For `magnitude` that is paper eq. 2, the mean absolute gradient of the gates.
+
+    In fp16 the loss of a batch is scaled, and a batch whose gradients are not finite is measured again at half the
+    scale, down to 1.
+
+    Args:
+        run: the engine, its gates and unit counts.
+        batches: this rank's batches, of equally many rows; every rank has the same number of them.
+        loss: what is differentiated.
+        kind: what is averaged.
+
+    Returns:
+        Group -> (L, U) float32, equal on every rank.
+
+    Raises:
+        TrainingError: a gradient that is not finite.
+    """
+    device = run.engine.ranks.info.device
+    sums = batches.sums
+    # Number of sequences and the sum of their losses.
+    sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=device))
+    sums.setdefault(SCALE, torch.tensor(run.engine.loss_scale, dtype=torch.float64))
+    with loss.mode(run):
+        for batch in batches:
+            batch, scale = batch.to(device), float(sums[SCALE])
+            part, losses = _scaled_sums(run, batch, loss, scale)
+            # In fp16 a batch that leaves the range of the type is measured again before it enters the sums.
+            while scale > 1.0 and not _all_finite(part):
+                scale = max(scale / 2.0, 1.0)
+                part, losses = _scaled_sums(run, batch, loss, scale)
+            for group, values in part.items():
+                sums[group] = contribution(values / scale, 1.0, kind) + sums.get(group, 0.0)
+            sums[TOTALS] = sums[TOTALS] + count_and_loss(batch, losses)
+            sums[SCALE] = torch.tensor(scale, dtype=torch.float64)
+    by_group = {group: sums[group] for group in run.layout.num_units}
+    if not _all_finite(by_group):
+        raise TrainingError(
+            "importance: found a gradient of a gate that is not finite, expected finite numbers; the model diverged, "
+            "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
+        )
+    totals = sums[TOTALS].clone()
+    per_sequence = share_of_signal(totals) / totals[0].float()
+    return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in by_group.items()}
+
+
+def count_and_loss(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
+    """(2,): number of real sequences of a batch and the sum of their losses (B,)."""
+    return torch.stack((batch.row_weights, batch.row_weights * losses.detach())).sum(dim=1)
+
+
+def share_of_signal(totals: torch.Tensor) -> torch.Tensor:
+    """1, or 0 where the mean loss of all ranks is so small that its gradient is rounding alone; a collective.
+
+    Two views of a network without noise are equal: their KL is 0, and what is left of its gradient would be blown up
+    by the normalisation, which knows no scale.
+
+    Args:
+        totals: (2,) float64, number of sequences and sum of their losses; summed over ranks in place.
+    """
+    count, loss = all_reduce_sum(totals)
+    return (loss / count > NEGLIGIBLE_LOSS).float()
+
+
+def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: float) -> tuple[Importance, torch.Tensor]:
+    """scale * |dL(x_n) / dg| of one batch, group -> (L, B, U) float32, and the losses (B,)."""
+    shape = (run.layout.num_layers, len(batch.input_ids))
+    units = run.layout.num_units.items()
+    sums = {group: torch.zeros(*shape, size, device=batch.input_ids.device) for group, size in units}
+    measuring = run.gates.measuring(sums, batch.row_weights, loss.num_views)
+    with loss.views(run, batch), measuring as anchor:
+        losses = loss.of_sequences(run.engine.module, batch)
+        torch.autograd.grad(losses.sum() * scale, anchor)
+    run.engine.release_gathered_weights()
+    return sums, losses.detach()
+
+
+def _all_finite(sums: Importance) -> bool:
+    """Whether all entries on all ranks are finite; a collective that waits for the device."""
+    is_bad = torch.stack([values.isfinite().all().logical_not() for values in sums.values()]).any()
+    return not all_reduce_maximum(is_bad.float()).item()

@@ -1,0 +1,57 @@
+"""Importance of units: heads, neurons and outputs (Ke et al., ICLR 2023). Equal on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from das_ds.config import SoftmaskConfig
+from das_ds.context import DomainContext
+from das_ds.distributed.state import RankState, SavedState
+from das_ds.functional.importance import elementwise_maximum, normalise_units
+from das_ds.functional.units import Importance
+from das_ds.softmask.importance import ImportanceLevel
+from das_ds.softmask.importance_file import load_unit_importance, save_unit_importance
+from das_ds.softmask.measure import ImportanceLoss, mean_over_sequences
+
+
+class UnitLevel(ImportanceLevel[Importance]):
+    """Group -> (L, U); keeps (heads + intermediate + hidden) numbers per layer."""
+
+    def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance:
+        """One forward and backward pass over the sample, gradients of the gates only."""
+        settings = self.run.config.method.importance
+        raw = mean_over_sequences(self.run, domain.sample_batches(label), loss, settings.kind)
+        return normalise_units(raw, settings)
+
+    def maximum(self, new: Importance, accumulated: Importance | None) -> Importance:
+        """EMax per unit."""
+        return elementwise_maximum(new, accumulated)
+
+    def by_unit(self, importance: Importance) -> Importance:
+        """Itself."""
+        return importance
+
+    def protect(self, importance: Importance, softmask: SoftmaskConfig) -> None:
+        """Mask by rows and columns."""
+        self.soft_masks.protect_units(self.run.layout, importance, softmask)
+
+    def state(self, importance: Importance) -> RankState:
+        """Equal on every rank."""
+        return RankState(shared=importance)
+
+    def load_state(self, saved: SavedState) -> Importance:
+        """On the run's device."""
+        device = self.run.engine.ranks.info.device
+        return {group: values.to(device) for group, values in saved.shared().items()}
+
+    def write(self, path: Path, importance: Importance, tokens: Sequence[str]) -> None:
+        """Every rank has the same."""
+        layout = self.run.layout
+        self.run.engine.ranks.on_main(lambda: save_unit_importance(path, importance, layout, tokens))
+
+    def read(self, path: Path) -> Importance:
+        """Load on the run's device."""
+        device = self.run.engine.ranks.info.device
+        importance = load_unit_importance(path, self.run.layout, self.run.tokens)
+        return {group: values.to(device) for group, values in importance.items()}

@@ -1,0 +1,219 @@
+"""Files and folders that appear whole or not at all, survive a loss of power, and can be checked later.
+
+Typed, versioned JSON files that carry a checksum of themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from das_ds.errors import RunFolderError
+
+CHECKSUM = "sha256"
+CHECKSUM_FILE = "SHA256SUMS"
+"""Checksums of a folder's files in the format of `sha256sum --check`."""
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` at the end of the block, flushed to disk before.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; `path` is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        # Some libraries write a file of their own, which only its owner may read, and put it in place of this one.
+        partial.chmod(mode)
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def link_file(source: Path, path: Path) -> None:
+    """Give a file another name, in place of what was there; a copy where the file system has no hard links.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; `path` is as it was.
+    """
+    with replaced_file(path) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+    # Nothing is moved where both names were the same file's already.
+    path.with_name(path.name + ".partial").unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `folder` at the end of the block, with checksums of its files.
+
+    Raises:
+        OSError: the disk is full, or the parent cannot be written; `folder` is as it was.
+    """
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        write_checksums(partial)
+        _give_modes(partial)
+        sync_all(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _give_modes(folder: Path) -> None:
+    """Give every file of a folder the mode that the umask (or the folder's ACL) gave the file of checksums."""
+    mode = (folder / CHECKSUM_FILE).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as JSON with a checksum of itself, in place of what was there.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    with replaced_file(path) as partial:
+        partial.write_text(json.dumps({CHECKSUM: _digest(content), **content}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """The object that `write_checked_json` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file, or was altered; says which.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        digest = content.pop(CHECKSUM)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"is no JSON object with a {CHECKSUM}: {error}") from error
+    if digest != _digest(content):
+        raise ValueError(f"was altered: its {CHECKSUM} differs")
+    return dict(content)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until everything in a folder is on disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Record every file of a folder in its `CHECKSUM_FILE`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE)
+    lines = [f"{checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def altered_files(folder: Path) -> list[str]:
+    """Files of a folder that are missing or differ from what its `CHECKSUM_FILE` records; [] where it has none."""
+    record = folder / CHECKSUM_FILE
+    if not record.exists():
+        return []
+    expected = [line.split("  ", 1) for line in record.read_text(encoding="utf-8").splitlines()]
+    return [name for digest, name in expected if not (folder / name).is_file() or checksum(folder / name) != digest]
+
+
+T = TypeVar("T", bound="StoredFile")
+
+
+class Section(BaseModel):
+    """A group of values: frozen, without unknown keys, every number finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class StoredFile(Section):
+    """The whole content of a file; it has a field `format_version` with one allowed value, its default."""
+
+    what: ClassVar[str]
+    """What the file holds, for messages."""
+
+    def write(self, path: Path) -> None:
+        """Write as JSON; a reader finds the old file or the new one, never a part.
+
+        Raises:
+            RunFolderError: the folder cannot be written or is full.
+        """
+        try:
+            write_checked_json(path, self.model_dump(mode="json"))
+        except OSError as error:
+            raise RunFolderError(
+                f"{path}: cannot be written ({error.strerror}); its folder must exist, be writable and have free space"
+            ) from error
+
+    @classmethod
+    def read(cls: type[T], path: Path) -> T:
+        """Read what `write` wrote.
+
+        Raises:
+            RunFolderError: the file cannot be read, is no such file, was altered, or has another format version.
+        """
+        try:
+            content = read_checked_json(path)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected {cls.what}") from error
+        except ValueError as error:
+            raise RunFolderError(f"{path}: {error}; expected {cls.what}") from error
+        found, expected = content.get("format_version"), cls.model_fields["format_version"].default
+        if found != expected:
+            raise RunFolderError(f"{path}: found format_version {found}, expected {cls.what}, {expected}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise RunFolderError(f"{path}: {_problems(error)}; expected {cls.what}") from error
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, found['loc'])) or 'file'}: {found['msg']}" for found in error.errors())

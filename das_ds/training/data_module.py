@@ -1,0 +1,204 @@
+"""The text of a run on one rank: tokeniser, blocks of every corpus, and the batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from das_ds.config import CorpusConfig, ObjectiveName, RunConfig
+from das_ds.config.stage import Stage
+from das_ds.data.batch import Batch
+from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
+from das_ds.data.loader import (
+    AccumulatedBatches,
+    EvaluationBatches,
+    Reading,
+    Samples,
+    evaluation_batches,
+    training_steps,
+)
+from das_ds.data.mixture import OneDomain, Pool
+from das_ds.data.objectives import Objective, make_objective
+from das_ds.data.replay import NO_REPLAY, Replay
+from das_ds.data.tokenizers import tokenizers_by_corpus
+from das_ds.distributed.process_group import RankInfo
+from das_ds.errors import RunFolderError
+from das_ds.functional.sampling import subset_indices
+from das_ds.functional.token_ids import num_tokens, tokens_by_id
+from das_ds.models.loading import embedding_rows, load_tokenizer
+from das_ds.models.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class RunText:
+    """Everything a run reads; the same batches for any number of ranks, split between them."""
+
+    config: RunConfig
+    info: RankInfo
+    base_tokenizer: PreTrainedTokenizerBase
+    """The tokeniser before the first domain."""
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    """Corpus name -> tokeniser, which domains may have added tokens to."""
+    objectives: dict[str, Objective]
+    """Corpus name -> what its batches predict."""
+    blocks: dict[str, CorpusBlocks]
+    """Corpus name -> blocks: the domains in order, then the general corpus."""
+    vocabulary: Vocabulary | None
+    """Sizes of the vocabulary from corpus to corpus; None where no tokens are added."""
+
+    def num_rows(self, corpus: str) -> int | None:
+        """Rows of the vocabulary that this corpus is read with; None: all that there are."""
+        return None if self.vocabulary is None else self.vocabulary.rows(corpus)
+
+    def num_tokens(self, corpus: str) -> int | None:
+        """Tokens that this corpus is read with; None: the vocabulary does not grow."""
+        return None if self.vocabulary is None else self.vocabulary.num_tokens[corpus]
+
+    @property
+    def all_tokens(self) -> tuple[str, ...]:
+        """The vocabulary by id, with what all domains add to it."""
+        return tokens_by_id(max((tokenizer.get_vocab() for tokenizer in self.tokenizers.values()), key=num_tokens))
+
+    @cached_property
+    def fingerprints(self) -> dict[str, list[str]]:
+        """Corpus -> what its tokens were made of (text and tokeniser), training and held-out part."""
+        parts = {name: [blocks.train, blocks.valid] for name, blocks in self.blocks.items()}
+        return {
+            name: [part.token_file.path.parent.name for part in both if part is not None]
+            for name, both in parts.items()
+        }
+
+    def check_unchanged(self, saved: dict[str, list[str]]) -> None:
+        """Compare with the text that a run was saved with.
+
+        Raises:
+            RunFolderError: a corpus, or the tokens it is read with, changed since.
+        """
+        changed = [name for name, parts in saved.items() if self.fingerprints.get(name) != parts]
+        if changed:
+            raise RunFolderError(
+                f"{self.config.output_dir}: the text or the tokens of {', '.join(changed)} changed since the run was "
+                "saved; put files and data.add_tokens back as they were or use another folder"
+            )
+
+    def training_steps(self, stage: Stage, first_step: int = 0) -> Iterator[list[Batch]]:
+        """One list of micro-batches per optimizer step."""
+        train = self.config.train
+        return training_steps(
+            self._reading(stage),
+            first_step=first_step,
+            num_steps=stage.num_steps,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            rank=self.info.rank,
+            world_size=self.info.world_size,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.info.device.type == "cuda",
+        )
+
+    def importance_batches(self, corpus: str) -> EvaluationBatches:
+        """A fixed random subset of `importance.samples` training sequences."""
+        blocks, batch_size = self._training_blocks(corpus), self.config.method.importance.batch_size
+        stream, indices = f"importance/{corpus}", self._importance_subset(blocks)
+        return self._batches(corpus, blocks, stream, batch_size, indices=indices)
+
+    def importance_steps(self, corpus: str) -> AccumulatedBatches:
+        """The same subset as micro-batches of `gradient_batch_size` sequences together, as large as in training."""
+        size, blocks = self.config.gradient_batch_size, self._training_blocks(corpus)
+        num_rows, most = size // self.info.world_size, self.config.train.micro_batch_size
+        return AccumulatedBatches(
+            Samples(blocks, self.objectives[corpus], self.config.seed, f"importance/{corpus}"),
+            self._importance_subset(blocks),
+            size,
+            max(rows for rows in range(1, min(num_rows, most) + 1) if num_rows % rows == 0),
+            self.info.rank,
+            self.info.world_size,
+        )
+
+    def evaluation_batches(self, corpus: str) -> EvaluationBatches:
+        """Held-out sequences."""
+        evaluation, blocks = self.config.evaluation, self.blocks[corpus].valid
+        stream, most = f"evaluation/{corpus}", evaluation.max_sequences
+        return self._batches(corpus, blocks, stream, evaluation.batch_size, max_sequences=most)
+
+    def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
+        return subset_indices(len(blocks), self.config.method.importance.samples, self.config.seed)
+
+    def _reading(self, stage: Stage) -> Reading:
+        samples = tuple(
+            Samples(self._training_blocks(name), self.objectives[name], self.config.seed, f"train/{name}")
+            for name in stage.domains
+        )
+        if len(samples) > 1:
+            return Pool(samples)
+        return OneDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain))
+
+    def _replay(self, corpus: str) -> Replay:
+        # Earlier text keeps its own tokeniser, as in evaluation; its tokens are among those of every later one.
+        names = self.config.replayed(corpus)
+        if not names:
+            return NO_REPLAY
+        sources = tuple((self._training_blocks(name), self.objectives[name]) for name in names)
+        return Replay(self.config.num_replayed, sources)
+
+    def _training_blocks(self, corpus: str) -> TokenBlocks:
+        blocks = self.blocks[corpus].train
+        assert blocks is not None, f"{corpus} is only evaluated"
+        return blocks
+
+    def _batches(
+        self, corpus: str, blocks: TokenBlocks, stream: str, batch_size: int | None, **choice: Any
+    ) -> EvaluationBatches:
+        return evaluation_batches(
+            blocks,
+            self.objectives[corpus],
+            seed=self.config.seed,
+            stream=stream,
+            batch_size=batch_size or self.config.train.micro_batch_size,
+            rank=self.info.rank,
+            world_size=self.info.world_size,
+            **choice,
+        )
+
+
+def prepare_text(config: RunConfig, info: RankInfo, objective: ObjectiveName) -> RunText:
+    """Load the tokeniser and tokenise every corpus, or find it in the cache.
+
+    Raises:
+        DasError: a tokeniser or corpus that cannot be used, or not for this objective.
+    """
+    base = load_tokenizer(config)
+    tokenizers = tokenizers_by_corpus(config, base)
+    # Before the corpora, so that a tokeniser without the needed token fails in seconds.
+    objectives = {name: make_objective(objective, tokenizer, config.data) for name, tokenizer in tokenizers.items()}
+
+    def blocks(corpus: CorpusConfig) -> CorpusBlocks:
+        tokenizer = tokenizers[corpus.name]
+        return prepare_corpus(corpus, config.data, tokenizer, objective=objective, progress=info.is_main)
+
+    return RunText(
+        config=config,
+        info=info,
+        base_tokenizer=base,
+        tokenizers=tokenizers,
+        objectives=objectives,
+        blocks={corpus.name: blocks(corpus) for corpus in evaluated(config)},
+        vocabulary=_vocabulary(config, base, tokenizers) if config.data.add_tokens else None,
+    )
+
+
+def _vocabulary(
+    config: RunConfig, base: PreTrainedTokenizerBase, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> Vocabulary:
+    sizes = {name: num_tokens(tokenizer.get_vocab()) for name, tokenizer in tokenizers.items()}
+    known = num_tokens(base.get_vocab())
+    return Vocabulary(embedding_rows(config.model, known), known, sizes)
+
+
+def evaluated(config: RunConfig) -> list[CorpusConfig]:
+    """Corpora in the order of the loss matrix's columns: the domains, then the general corpus."""
+    return [*config.domains, *([config.general] if config.general else [])]

@@ -1,1 +1,0 @@
-"""Checks before an expensive run: what would stop it later is found in seconds, on all ranks, without an engine."""

@@ -1,0 +1,66 @@
+"""Results of a run from the state it is in, and everybody who is told of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from das_ds.checkpoint.manifest import RunState
+from das_ds.config import RunConfig
+from das_ds.functional.units import Importance
+from das_ds.reporting.results import Results, build_results
+from das_ds.reporting.run_report import write_report
+from das_ds.run_dir import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, RESULTS_FILE
+from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
+from das_ds.tracking.tracker import Tracker
+from das_ds.training.data_module import evaluated
+
+
+def results_of(config: RunConfig, state: RunState, world_size: int, zero_stage: int) -> Results:
+    """What is known after the evaluations that the state counts.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    return build_results(
+        method=config.method.name,
+        domains=[domain.name for domain in config.domains],
+        eval_domains=[corpus.name for corpus in evaluated(config)],
+        loss_matrix=state.loss_matrix,
+        tokens_seen=state.tokens_seen,
+        wall_seconds=state.wall_seconds,
+        world_size=world_size,
+        zero_stage=zero_stage,
+        learned=[stage.domains for stage in config.stages],
+        weights=state.weights,
+    )
+
+
+def publish_results(
+    results: Results,
+    root: Path,
+    tracker: Tracker,
+    row: dict[str, float],
+    state: RunState,
+    importance: Importance | None,
+) -> None:
+    """Write results and report to the run folder, and tell the tracker.
+
+    Args:
+        results: after the newest evaluation.
+        root: the run folder.
+        tracker: of the run.
+        row: corpus -> loss of the newest evaluation.
+        state: where the run stands.
+        importance: by unit; None where the method has none.
+
+    Raises:
+        RunFolderError: the folder cannot be written or is full.
+    """
+    results.write(root / RESULTS_FILE)
+    report = write_report(root, results, importance)
+    tracker.log_evaluation(row, domains_learned=len(results.losses_learned), global_step=state.global_step)
+    tracker.log_table(LOSS_MATRIX, *results.table)
+    tracker.log_picture(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
+    if importance is not None:
+        tracker.log_picture(IMPORTANCE, report / IMPORTANCE_PICTURE)
+    tracker.log_summary(results.summary)

@@ -1,1 +1,0 @@
-"""`das-ds report`: from run folders to a comparison and what is drawn of it."""

@@ -1,0 +1,19 @@
+"""Versions of Python and of the libraries that decide the numbers of a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+PACKAGES = ("das_ds", "torch", "deepspeed", "transformers", "datasets", "tokenizers")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that decide the numbers."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
