@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.environment import print_table, write_result
 from benchmarks.mask_training import Sizes, Training, build_config, train_on_ranks, train_with_torch
 from benchmarks.product import build_model, write_importance
-from tests.helpers.reference import Units, normalise, unit_ones
+from tests.helpers.reference import Units, normalize, unit_ones
 from tests.helpers.run_ranks import run_ranks
 
 # After the first step the masked and the free training see different gradients, so their ratio is only near 1 - I.
@@ -82,7 +82,7 @@ def one_step(training: Training) -> Training:
 def draw_importance(model: Any) -> Units:
     """|tanh z| of standard normal importance, for all unit groups."""
     generator = torch.Generator().manual_seed(2)
-    return {group: normalise(torch.randn(ones.shape, generator=generator)) for group, ones in unit_ones(model).items()}
+    return {group: normalize(torch.randn(ones.shape, generator=generator)) for group, ones in unit_ones(model).items()}
 
 
 def measure(

@@ -23,14 +23,14 @@ import torch
 from benchmarks.environment import print_table, write_result
 from benchmarks.product import build_method, build_model, optimizer_step, write_importance
 from benchmarks.step import Workload, build_batch, build_config, draw_importance
-from das_ds.checkpoint.format import live_tensors
+from das_ds.checkpoint.format import mutable_tensors
 from das_ds.checkpoint.manifest import RunState
-from das_ds.checkpoint.reader import OpenCheckpoint
-from das_ds.checkpoint.saver import Saver, SaveReport
-from das_ds.checkpoint.store import CheckpointStore, newest_whole
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.rng import random_state
-from das_ds.distributed.state import RankState
+from das_ds.checkpoint.reader import CheckpointReader
+from das_ds.checkpoint.saver import AsyncCheckpointer, SaveReport
+from das_ds.checkpoint.store import CheckpointStore, find_latest_valid
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.rng import get_rng_state
+from das_ds.distributed.state import ComponentState
 from das_ds.versions import library_versions
 from tests.helpers.run_ranks import run_ranks
 
@@ -53,7 +53,7 @@ class Checkpointed:
     """
 
     def __init__(self, work: Workload, folder: Path) -> None:
-        self.ranks = Ranks()
+        self.ranks = ProcessGroup()
         torch.set_num_threads(max((os.cpu_count() or 1) // self.ranks.info.world_size, 1))
         rank_work = Workload(**{**vars(work), "batch_size": work.batch_size // self.ranks.info.world_size})
         importance = {"initial": str(folder / "importance.safetensors")}
@@ -71,15 +71,15 @@ class Checkpointed:
         for _ in optimizer_step(self.method, self._batch, self._token_scale):
             pass
 
-    def parts(self) -> dict[str, RankState]:
+    def parts(self) -> dict[str, ComponentState]:
         """What a run saves while it trains, but for a few numbers."""
         return {
             ENGINE: self.engine.state(in_domain=True),
             METHOD: self.method.state(),
-            GENERATORS: RankState(local=random_state()),
+            GENERATORS: ComponentState(local=get_rng_state()),
         }
 
-    def save(self, saver: Saver) -> SaveReport:
+    def save(self, saver: AsyncCheckpointer) -> SaveReport:
         """One checkpoint, beside as many steps as its writing takes."""
         saver.start(RunState(phase="train"), self.parts(), domain="random", metrics_bytes=0, wandb_run_id=None)
         if saver.asynchronous:
@@ -91,11 +91,11 @@ class Checkpointed:
     def load(self) -> dict[str, float]:
         """Seconds to find the newest checkpoint whole, and to continue from it."""
         began = time.perf_counter()
-        manifest = newest_whole(self.store, self.ranks)
+        manifest = find_latest_valid(self.store, self.ranks)
         checked = time.perf_counter()
         assert manifest is not None, "a checkpoint was saved"
         engine = self.engine
-        opened = OpenCheckpoint(self.store.folder, manifest, self.ranks.info, engine.zero_stage, engine.shards())
+        opened = CheckpointReader(self.store.folder, manifest, self.ranks.info, engine.zero_stage, engine.shards())
         engine.load_weights(opened.part(ENGINE))
         engine.load_domain(opened.part(ENGINE))
         self.method.load_state(opened.part(METHOD))
@@ -131,8 +131,10 @@ def product_row(run: Checkpointed, way: str, repeats: int) -> dict[str, Any]:
         "zero_stage": run.engine.zero_stage,
         "versions": library_versions(),
     }
-    saver = Saver(run.ranks, run.store, run.engine.stored_shards(), about, asynchronous=way == ASYNCHRONOUS)
-    run.engine.before_change = saver.wait_for_copy
+    saver = AsyncCheckpointer(
+        run.ranks, run.store, run.engine.checkpoint_shards(), about, asynchronous=way == ASYNCHRONOUS
+    )
+    run.engine.on_weights_will_change = saver.wait_for_copy
     reports = [run.save(saver) for _ in range(1 + repeats)][1:]
     return {
         "way": way,
@@ -155,7 +157,7 @@ def torch_row(run: Checkpointed, folder: Path) -> dict[str, Any]:
     """The same tensors in one pickle per rank."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{run.ranks.info.rank}.pt"
-    tensors = live_tensors(run.parts(), run.engine.stored_shards())
+    tensors = mutable_tensors(run.parts(), run.engine.checkpoint_shards())
     seconds = run.timed(lambda: torch.save({key: value.clone() for key, value in tensors.items()}, path))
     return _foreign_row(TORCH, seconds, run.timed(lambda: torch.load(path, weights_only=True)), folder)
 

@@ -93,25 +93,25 @@ def _load(source: str, folder: str, construction: Any) -> Any:
 def _rank(way: str, source: str, folder: str) -> None:
     """One rank of one measurement."""
     from benchmarks.product import run_config
-    from das_ds.distributed.process_group import Ranks
+    from das_ds.distributed.process_group import ProcessGroup
     from das_ds.engine.engine import Engine
-    from das_ds.engine.sharded_init import sharded_construction
-    from das_ds.models.architectures.registry import adapter_for
+    from das_ds.engine.sharded_init import sharded_init
+    from das_ds.models.architectures.registry import spec_for
     from das_ds.models.language_model import LanguageModel
 
-    ranks = Ranks()
+    ranks = ProcessGroup()
     train = {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": NUM_RANKS}
     config = run_config(MODEL, train, {"name": "ncl"}, sequence_length=128, zero_stage=3)
     deepspeed_config = build_deepspeed_config(config, NUM_RANKS)
     _tiny_model_to_import_everything()
     if way != "nothing":
-        construction = sharded_construction(deepspeed_config, ranks) if way.startswith("shards") else None
+        construction = sharded_init(deepspeed_config, ranks) if way.startswith("shards") else None
         model = _load(source, folder, construction)
         if way.endswith("engine"):
             exact = construction.slices if construction else None
-            module = LanguageModel(model, adapter_for("roberta"))
+            module = LanguageModel(model, spec_for("roberta"))
             Engine(module, dict(model.named_parameters()), config.train, deepspeed_config, ranks, exact)
-    peaks = ranks.gather_host(torch.tensor([_peak_mib()]), 1).tolist()
+    peaks = ranks.all_gather_cpu(torch.tensor([_peak_mib()]), 1).tolist()
     if ranks.info.is_main:
         (Path(folder) / "peaks.json").write_text(json.dumps(peaks))
     ranks.barrier()

@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 
 from benchmarks.environment import default_device, print_table, write_result
 from benchmarks.timing import fastest_in_turns
-from das_ds.functional.masks import Segment, SegmentTable, cover
+from das_ds.functional.masks import Segment, SegmentTable, fill_gaps
 from das_ds.kernels.masked_adamw import masked_adamw_
 from das_ds.kernels.masked_scale import MaskedScale
 from das_ds.kernels.protection import Protection
@@ -62,7 +62,7 @@ def layer_segments(numel: int) -> tuple[Segment, ...]:
         position += length
         value += {"rows": rows, "columns": columns, "": 0}[axis]
         if position == numel:
-            return cover(segments, numel)
+            return fill_gaps(segments, numel)
     raise AssertionError("a cycle has no end")
 
 
@@ -85,7 +85,7 @@ class Problem:
         levels = torch.randint(0, 256, (numel,), dtype=torch.uint8, device=device)
         self.weights = Protection(numel, importance=levels)
         self.unprotected = Protection(numel)
-        self.written_out = self.units.written_out()
+        self.to_dense = self.units.to_dense()
 
     def forms(self, without: Collection[str] = ()) -> dict[str, tuple[int, Form]]:
         """Name -> (bytes per element that have to move, work).
@@ -138,7 +138,7 @@ class Problem:
         def work() -> None:
             old = self.param.clone()
             step()
-            self.param.lerp_(old, self.written_out)
+            self.param.lerp_(old, self.to_dense)
 
         return work
 
@@ -205,7 +205,7 @@ class Problem:
             direction = m / (1 - beta1**4) / ((v / (1 - beta2**4)).sqrt() + ADAMW["eps"])
             param.sub_(ADAMW["lr"] * (1 - importance) * (ADAMW["weight_decay"] * param + direction))
 
-        return lambda: step(self.param, self.grad, *self.moments, self.written_out)
+        return lambda: step(self.param, self.grad, *self.moments, self.to_dense)
 
 
 def _starts(tensors: list[Tensor]) -> list[tuple[int, Tensor]]:
@@ -224,7 +224,7 @@ def _part(whole: Protection, start: int, numel: int) -> Protection:
         if first < stop:
             offset = s.offset + first - s.start
             parts.append(Segment(first - start, stop - first, offset, s.num_columns, s.rows, s.columns))
-    return Protection(numel, table=SegmentTable(numel, cover(parts, numel), whole.table.values))
+    return Protection(numel, table=SegmentTable(numel, fill_gaps(parts, numel), whole.table.values))
 
 
 def available_bytes(device: torch.device) -> int:

@@ -19,9 +19,9 @@ import torch
 from benchmarks.environment import default_device, print_table, write_result
 from benchmarks.product import build_model
 from benchmarks.step import ProductForm, Workload, build_batch, build_config, draw_importance, time_step
-from das_ds.distributed.process_group import Ranks
-from das_ds.methods.das import SoftMaskedContrast
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.methods.das import DAS
+from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_parameter_importance, save_unit_importance
 from das_ds.tracking.throughput import peak_memory_gib
 from tests.helpers.run_ranks import run_ranks
@@ -42,7 +42,7 @@ def write_importance_files(work: Workload, folder: Path) -> None:
     # Sizes are all that is wanted of this model.
     with torch.device("meta"):
         model = build_model(build_config(work, {"name": "ncl"}))
-    layout = adapter_for(model.config.model_type).layout(model)
+    layout = spec_for(model.config.model_type).layout(model)
     generator = torch.Generator().manual_seed(3)
     units = draw_importance(model.config)
     save_unit_importance(folder / f"{UNIT}.safetensors", units, layout)
@@ -56,9 +56,9 @@ def write_importance_files(work: Workload, folder: Path) -> None:
 
 def train(work: Workload, mask: str, folder: Path, repeats: int) -> dict[str, float]:
     """Fastest step by phase and peak memory of this rank; to be called on every rank of a group of its own."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     if mask == UNMASKED:
-        SoftMaskedContrast.protect = lambda self: None  # type: ignore[method-assign]
+        DAS.protect = lambda self: None  # type: ignore[method-assign]
     rank_work = Workload(**{**vars(work), "batch_size": work.batch_size // ranks.info.world_size})
     config = build_config(work, method_of(mask, folder))
     micro = {"micro_batch_size": rank_work.batch_size}

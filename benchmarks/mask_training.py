@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks.product import build_method, build_model, optimizer_step, run_config
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import load_unit_importance
 from tests.helpers.reference import full_masks
 
@@ -122,7 +122,7 @@ def train_with_torch(sizes: Sizes, training: Training, importance: Path) -> Tens
     """Movement of FFN rows (see `ffn_movement`) in one process, with torch's optimizers and full tensors."""
     model = build_model(build_config(sizes, training, importance, zero_stage=0, world_size=1))
     parameters = dict(model.named_parameters())
-    scales = full_masks(model, load_unit_importance(importance, adapter_for("roberta").layout(model)))
+    scales = full_masks(model, load_unit_importance(importance, spec_for("roberta").layout(model)))
     start = copies(parameters.items())
     if training.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters.values(), lr=training.learning_rate)
@@ -145,7 +145,7 @@ def train_with_torch(sizes: Sizes, training: Training, importance: Path) -> Tens
 
 def train_on_ranks(sizes: Sizes, trainings: list[Training], importance: Path, zero_stage: int) -> list[Tensor]:
     """Movement of FFN rows in each training by the package's engine; to be called on every rank of a group."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     rank, world_size = ranks.info.rank, ranks.info.world_size
     movements = []
     for training in trainings:

@@ -31,11 +31,11 @@ from benchmarks.timing import now
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
-from das_ds.data.objectives import NextTokens
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.data.objectives import CausalLMCollator
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods.base import Method
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.tracking.throughput import peak_memory_gib
 
 NAIVE = "ncl"
@@ -131,7 +131,7 @@ def build_batch(work: Workload, objective: str) -> Batch:
     shape = (work.batch_size, work.sequence_length)
     input_ids = torch.randint(FIRST_WORD, LAST_WORD, shape, generator=generator)
     if objective == "clm":
-        return NextTokens().batch(input_ids, range(work.batch_size), seed=0, stream="")
+        return CausalLMCollator().batch(input_ids, range(work.batch_size), seed=0, stream="")
     flat = input_ids.flatten()
     predicted = torch.randperm(len(flat), generator=generator)[: round(MLM_PROBABILITY * len(flat))]
     return Batch(
@@ -169,11 +169,11 @@ def model_flops(model: Any, batch: Batch) -> int:
 
 def measured(work: Workload, method_name: str) -> dict[str, Any]:
     """One method: steps before and after what it protects is measured; to be called in a process of its own."""
-    ranks, device = Ranks(), default_device()
+    ranks, device = ProcessGroup(), default_device()
     config = build_config(work, method_name)
     with torch.device("meta"):
         skeleton = build_model(config)
-    batch = build_batch(work, adapter_for(skeleton.config.model_type).objective)
+    batch = build_batch(work, spec_for(skeleton.config.model_type).objective)
     flops = model_flops(skeleton, batch)
     batch = batch.to(device)
     with TemporaryDirectory() as folder:
@@ -184,7 +184,7 @@ def measured(work: Workload, method_name: str) -> dict[str, Any]:
         begin = now(device)
         method.after_domain(domain)
         end_of_domain = now(device) - begin
-        method.start_training(domain)
+        method.on_train_start(domain)
         if device.type == "cuda":
             end_peak = peak_memory_gib()
             torch.cuda.reset_peak_memory_stats(device)
@@ -210,7 +210,9 @@ def measured(work: Workload, method_name: str) -> dict[str, Any]:
 
 def _domain(batch: Batch, folder: Path) -> DomainContext:
     """A domain whose sample is the benchmark's batch."""
-    return DomainContext(0, "random", lambda label: Pass([batch]), lambda label: Pass([[batch]]), folder, folder)
+    return DomainContext(
+        0, "random", lambda label: ResumableLoop([batch]), lambda label: ResumableLoop([[batch]]), folder, folder
+    )
 
 
 def _step_seconds(method: Method, batch: Batch, token_scale: torch.Tensor, device: torch.device) -> float:

@@ -14,10 +14,10 @@ from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_deepspeed_config
 from das_ds.context import DomainContext, build_context
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods.base import Method
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.models.loading import load_model
 from das_ds.softmask.importance_file import save_unit_importance
 
@@ -50,7 +50,7 @@ def build_model(config: RunConfig) -> Any:
     return model
 
 
-def build_method(config: RunConfig, ranks: Ranks, domain: DomainContext | None = None) -> Method:
+def build_method(config: RunConfig, ranks: ProcessGroup, domain: DomainContext | None = None) -> Method:
     """The run's method over an engine, ready for the first step of a domain.
 
     Args:
@@ -59,23 +59,23 @@ def build_method(config: RunConfig, ranks: Ranks, domain: DomainContext | None =
         domain: with a sample to measure general knowledge on; None: a method that measures it reads it from a file.
     """
     model = build_model(config)
-    adapter = adapter_for(model.config.model_type)
+    adapter = spec_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     method = methods.build_method(build_context(config, model, adapter, deepspeed_config, ranks))
     with TemporaryDirectory() as folder:
         if domain is None:
-            nothing: Pass[Any] = Pass([])
+            nothing: ResumableLoop[Any] = ResumableLoop([])
             domain = DomainContext(0, "random", lambda _: nothing, lambda _: nothing, Path(folder), Path(folder))
         method.before_domain(domain)
     method.run.engine.start_domain(config.train.steps_per_domain)
-    method.start_training(domain)
+    method.on_train_start(domain)
     method.run.engine.module.train()
     return method
 
 
 def optimizer_step(method: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[None]:
-    """One step without accumulation, as `training.domain_trainer` does it; pauses after forward, backward and update."""
-    with method.micro_step(batch, token_scale) as losses:
+    """One step without accumulation, as `training.domain_trainer` does it; pauses after forward, backward, update."""
+    with method.losses(batch, token_scale) as losses:
         yield
         method.run.engine.backward(torch.stack(list(losses.values())).sum())
         yield
@@ -85,4 +85,4 @@ def optimizer_step(method: Method, batch: Batch, token_scale: torch.Tensor) -> I
 
 def write_importance(path: Path, model: Any, importance: dict[str, torch.Tensor]) -> None:
     """Writes group -> (L, U) where `method.importance.initial` can read it."""
-    save_unit_importance(path, importance, adapter_for(model.config.model_type).layout(model))
+    save_unit_importance(path, importance, spec_for(model.config.model_type).layout(model))

@@ -29,7 +29,7 @@ from benchmarks.released_form import ATTENTION, ReleasedForm
 from benchmarks.timing import now
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 
 PLAIN, DAS, RELEASED = "plain MLM", "DAS as built", "DAS, released form"
 BUDGET = {"cpu": {PLAIN: 3.7, RELEASED: 0.6}, "cuda": {RELEASED: 0.5}}
@@ -62,7 +62,7 @@ class Form(Protocol):
 class ProductForm:
     """A method of the package over its engine."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, batch: Batch) -> None:
+    def __init__(self, config: RunConfig, ranks: ProcessGroup, batch: Batch) -> None:
         self._method, self._batch = build_method(config, ranks), batch
         self._token_scale = torch.tensor(1 / batch.num_predicted, device=ranks.info.device)
 
@@ -126,7 +126,7 @@ def build_released(config: RunConfig, importance: dict[str, torch.Tensor], batch
     return ReleasedForm(model, optimizer, batch, on_device, train.precision)
 
 
-def builders(work: Workload, ranks: Ranks, folder: Path) -> dict[str, Callable[[], Form]]:
+def builders(work: Workload, ranks: ProcessGroup, folder: Path) -> dict[str, Callable[[], Form]]:
     """Name of each form -> what builds it."""
     device, path = ranks.info.device, folder / "importance.safetensors"
     plain = build_config(work, {"name": "ncl"})
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=Workload.precision)
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2), default=Workload.zero_stage)
     options = vars(parser.parse_args())
-    repeats, work, ranks = options.pop("repeats"), Workload(**options), Ranks()
+    repeats, work, ranks = options.pop("repeats"), Workload(**options), ProcessGroup()
     with TemporaryDirectory() as folder:
         rows = measure(builders(work, ranks, Path(folder)), ranks.info.device, repeats)
     print_table(rows)

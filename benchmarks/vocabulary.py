@@ -30,7 +30,7 @@ from benchmarks.environment import default_device, print_table, write_result
 from benchmarks.timing import fastest_in_turns
 from das_ds.config import TrainConfig
 from das_ds.kernels.dispatch import use_liger
-from das_ds.models.lm_loss import TokenLosses, positions_per_chunk
+from das_ds.models.lm_loss import ChunkedLMLoss, positions_per_chunk
 
 AT_ONCE, IN_CHUNKS, WRAPPED = FORMS = "at once", "in chunks", "in chunks, wrapped"
 MIB = 2**20
@@ -79,7 +79,7 @@ def build_model(work: Workload) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=DTYPES[work.precision])
 
 
-def step(model: PreTrainedModel, losses_of: TokenLosses, input_ids: torch.Tensor) -> float:
+def step(model: PreTrainedModel, losses_of: ChunkedLMLoss, input_ids: torch.Tensor) -> float:
     """Forward and backward pass over all positions; the mean loss."""
     hidden = model.base_model(input_ids=input_ids).last_hidden_state.flatten(0, 1)
     loss = losses_of(hidden, input_ids.roll(-1, dims=1).flatten(), most_positions=input_ids.numel()).mean()
@@ -104,7 +104,7 @@ def build_step(form: str, work: Workload, model: PreTrainedModel) -> Callable[[]
     """One form's step; it has been run once on a few positions, so that gradients and libraries are there."""
     device = next(model.parameters()).device
     head = Wrapped(model.lm_head) if form == WRAPPED else model.lm_head
-    losses_of = TokenLosses(head, head, chunk=chunk_of(form, work))
+    losses_of = ChunkedLMLoss(head, head, chunk=chunk_of(form, work))
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(work.vocab_size, (work.batch_size, work.sequence_length), generator=generator).to(device)
     step(model, losses_of, input_ids[:1, :8])

@@ -18,7 +18,7 @@ from das_ds.config.io import describe_config, load_config, read_mapping, resolve
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 if TYPE_CHECKING:
-    from das_ds.distributed.process_group import Ranks
+    from das_ds.distributed.process_group import ProcessGroup
 
 LEAST_START_TIMEOUT = timedelta(minutes=2)
 """Ranks import the same libraries, but not at the same speed."""
@@ -52,23 +52,23 @@ def _speaks() -> bool:
     return world_size.isdecimal() and int(rank) >= int(world_size)
 
 
-def _start_ranks(config: RunConfig) -> Ranks:
-    from das_ds.distributed.process_group import Ranks
+def _start_ranks(config: RunConfig) -> ProcessGroup:
+    from das_ds.distributed.process_group import ProcessGroup
 
     hang_timeout = timedelta(seconds=config.run.hang_timeout)
     # Collectives wait far longer: the watchdog, which can name the rank that is stuck, is to end the run first.
-    return Ranks(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
+    return ProcessGroup(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
 
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
     # Importing the engine takes seconds, which --help and check-config must not cost.
     from das_ds.distributed.process_group import leave
     from das_ds.fault_tolerance.watchdog import EXIT_HANG, PeerLostError
-    from das_ds.training.train import run_sequence
+    from das_ds.training.train import train
 
     ranks = _start_ranks(config)
     try:
-        results = run_sequence(config, ranks)
+        results = train(config, ranks)
     except PeerLostError as error:
         # Every rank says it: the one that usually speaks may be the one that is gone.
         print(f"das_ds: {error}", file=sys.stderr)
@@ -95,10 +95,10 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from das_ds.downstream.run import finetune_model, scores_path
-    from das_ds.downstream.scores import summary_of
-    from das_ds.downstream.tasks import choose_tasks
+    from das_ds.downstream.scores import summarize_scores
+    from das_ds.downstream.tasks import select_tasks
 
-    tasks, path = choose_tasks(config.tasks, options.task), scores_path(config, options.model, options.output)
+    tasks, path = select_tasks(config.tasks, options.task), scores_path(config, options.model, options.output)
     # The head of a classifier is new by nature; transformers would report it for every job.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -106,16 +106,16 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     scores = finetune_model(config, ranks, options.model, tasks, path)
     ranks.close()
     if ranks.info.is_main:
-        print(json.dumps(summary_of(scores, tasks)))
+        print(json.dumps(summarize_scores(scores, tasks)))
 
 
 def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     from datetime import timedelta
 
-    from das_ds.preflight.peers import Peers
+    from das_ds.preflight.peers import PeerCheck
     from das_ds.preflight.run import run_preflight
 
-    peers = Peers(timedelta(seconds=config.run.hang_timeout))
+    peers = PeerCheck(timedelta(seconds=config.run.hang_timeout))
     run_preflight(config, peers, as_json=options.json)
     peers.ranks.close()
 

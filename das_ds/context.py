@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from das_ds.config import ObjectiveName, RunConfig
 from das_ds.config.deepspeed import without_leaf_modules
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.engine.engine import Engine
 from das_ds.engine.sharded_init import Slice
 from das_ds.functional.units import UnitLayout
-from das_ds.models.architectures.spec import ArchitectureAdapter, has_dropout
-from das_ds.models.document_mask import check_isolation
+from das_ds.models.architectures.spec import ArchitectureSpec, has_dropout
+from das_ds.models.document_mask import check_document_mask
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import Lora
@@ -56,9 +56,9 @@ class DomainContext:
 
     index: int
     name: str
-    sample_batches: Callable[[str], Pass[Batch]]
+    sample_batches: Callable[[str], ResumableLoop[Batch]]
     """Label -> a pass over this rank's batches of `importance.samples` training sequences, always the same."""
-    sample_steps: Callable[[str], Pass[list[Batch]]]
+    sample_steps: Callable[[str], ResumableLoop[list[Batch]]]
     """The same sequences as this rank's micro-batches of `gradient_batch_size` sequences of all ranks together."""
     run_folder: Path
     """Where what belongs to the whole run is written."""
@@ -73,9 +73,9 @@ class DomainContext:
 def build_context(
     config: RunConfig,
     model: PreTrainedModel,
-    adapter: ArchitectureAdapter,
+    adapter: ArchitectureSpec,
     deepspeed_config: dict[str, Any],
-    ranks: Ranks,
+    ranks: ProcessGroup,
     *,
     exact: dict[str, Slice] | None = None,
     tokens: tuple[str, ...] = (),
@@ -121,10 +121,10 @@ def build_context(
     return RunContext(config, engine, layout, gates, adapter.objective, network, view_dropout, lora, tokens)
 
 
-def _check_isolation(engine: Engine, model: PreTrainedModel, adapter: ArchitectureAdapter, ranks: Ranks) -> None:
+def _check_isolation(engine: Engine, model: PreTrainedModel, adapter: ArchitectureSpec, ranks: ProcessGroup) -> None:
     nothing = torch.zeros(0, dtype=torch.int64, device=ranks.info.device)
     engine.module.eval()
-    check_isolation(
+    check_document_mask(
         lambda input_ids, position_ids: engine.module(input_ids, nothing, nothing, position_ids)[0],
         model_type=adapter.model_type,
         attention=model.config._attn_implementation,

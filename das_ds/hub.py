@@ -41,7 +41,7 @@ def is_here(name: str) -> bool:
         return False
 
 
-def commit_of(kind: Kind, name: str, revision: str | None = None) -> str:
+def find_commit(kind: Kind, name: str, revision: str | None = None) -> str:
     """The commit, 40 hexadecimal digits, that a revision of a model or data set is now.
 
     Args:
@@ -86,7 +86,7 @@ def local_folder(name: str, revision: str | None = None, *, weights: bool = Fals
         if revision is not None:
             raise HubError(f"found revision {revision!r} with a folder of this machine, which has none; expected null")
         return name
-    return _fetched(name, commit_of("model", name, revision), weights)
+    return _fetched(name, find_commit("model", name, revision), weights)
 
 
 @cache

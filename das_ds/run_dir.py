@@ -46,7 +46,7 @@ WANDB_FOLDER, HANG_REPORT = "wandb", "hang-rank"
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """Paths of a run."""
 
     root: Path
@@ -64,7 +64,7 @@ class RunFolder:
         return self.domain(index, name) / "adapter"
 
 
-def open_run_folder(config: RunConfig) -> RunFolder:
+def open_run_dir(config: RunConfig) -> RunDir:
     """Create the run folder, or enter that of the same run.
 
     A folder whose starts all failed before anything was computed takes the config of this start.
@@ -85,7 +85,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
             dump_config(config, recorded)
     except OSError as error:
         raise RunFolderError(f"output_dir: cannot write to {root}: {error.strerror or error}") from error
-    return RunFolder(root)
+    return RunDir(root)
 
 
 def holds_same_run(config: RunConfig) -> bool:

@@ -24,7 +24,7 @@ CHECKSUM_FILE = "SHA256SUMS"
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` at the end of the block, flushed to disk before.
 
     Raises:
@@ -52,7 +52,7 @@ def link_file(source: Path, path: Path) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written; `path` is as it was.
     """
-    with replaced_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.unlink(missing_ok=True)
         try:
             os.link(source, partial)
@@ -63,7 +63,7 @@ def link_file(source: Path, path: Path) -> None:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, which takes the place of `folder` at the end of the block, with checksums of its files.
 
     Raises:
@@ -96,18 +96,18 @@ def _give_modes(folder: Path) -> None:
             path.chmod(mode)
 
 
-def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+def write_json_with_checksum(path: Path, content: dict[str, Any]) -> None:
     """Write an object as JSON with a checksum of itself, in place of what was there.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    with replaced_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps({CHECKSUM: _digest(content), **content}, indent=1) + "\n", encoding="utf-8")
 
 
-def read_checked_json(path: Path) -> dict[str, Any]:
-    """The object that `write_checked_json` wrote.
+def read_json_with_checksum(path: Path) -> dict[str, Any]:
+    """The object that `write_json_with_checksum` wrote.
 
     Raises:
         OSError: the file cannot be read.
@@ -156,7 +156,7 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def altered_files(folder: Path) -> list[str]:
+def find_corrupted(folder: Path) -> list[str]:
     """Files of a folder that are missing or differ from what its `CHECKSUM_FILE` records; [] where it has none."""
     record = folder / CHECKSUM_FILE
     if not record.exists():
@@ -165,7 +165,7 @@ def altered_files(folder: Path) -> list[str]:
     return [name for digest, name in expected if not (folder / name).is_file() or checksum(folder / name) != digest]
 
 
-T = TypeVar("T", bound="StoredFile")
+T = TypeVar("T", bound="VersionedJson")
 
 
 class Section(BaseModel):
@@ -174,7 +174,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class StoredFile(Section):
+class VersionedJson(Section):
     """The whole content of a file; it has a field `format_version` with one allowed value, its default."""
 
     what: ClassVar[str]
@@ -187,7 +187,7 @@ class StoredFile(Section):
             RunFolderError: the folder cannot be written or is full.
         """
         try:
-            write_checked_json(path, self.model_dump(mode="json"))
+            write_json_with_checksum(path, self.model_dump(mode="json"))
         except OSError as error:
             raise RunFolderError(
                 f"{path}: cannot be written ({error.strerror}); its folder must exist, be writable and have free space"
@@ -201,7 +201,7 @@ class StoredFile(Section):
             RunFolderError: the file cannot be read, is no such file, was altered, or has another format version.
         """
         try:
-            content = read_checked_json(path)
+            content = read_json_with_checksum(path)
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected {cls.what}") from error
         except ValueError as error:

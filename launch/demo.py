@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from das_ds.config import RunConfig
 from das_ds.config.io import load_config
 from das_ds.errors import EXIT_USER_ERROR, DasError, TrainingError
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.reporting import comparison_tables as tables
 from das_ds.reporting.comparison_report import write_comparison_report
 from das_ds.reporting.group_runs import compare_runs
@@ -142,7 +142,7 @@ def plateau_line(results: Results, config: RunConfig) -> str:
 def is_causal(config: RunConfig) -> bool:
     """Whether the demo's base model is a causal one."""
     assert config.model.config is not None, "the base model has random weights"
-    return adapter_for(config.model.config["model_type"]).objective == "clm"
+    return spec_for(config.model.config["model_type"]).objective == "clm"
 
 
 def compare(demo: Demo) -> str:

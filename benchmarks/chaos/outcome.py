@@ -9,7 +9,7 @@ from pathlib import Path
 
 from das_ds.run_dir import METRICS_FILE
 from das_ds.storage import checksum
-from das_ds.tracking.names import MEASURED
+from das_ds.tracking.names import HARDWARE_METRICS
 
 TIMED = ("wall_seconds", "sha256")
 """Fields of results.json that differ from run to run: the time, and the checksum of all fields."""
@@ -54,7 +54,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, str]]:
 
 def _metrics(path: Path) -> Iterator[str]:
     for line in _text(path).splitlines():
-        yield json.dumps({name: value for name, value in json.loads(line).items() if name not in MEASURED})
+        yield json.dumps({name: value for name, value in json.loads(line).items() if name not in HARDWARE_METRICS})
 
 
 def _text(path: Path) -> str:

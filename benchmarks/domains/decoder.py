@@ -6,7 +6,7 @@ import lzma
 from pathlib import Path
 
 from benchmarks.domains.data import GENERAL, corpus
-from das_ds.storage import replaced_folder
+from das_ds.storage import atomic_dir
 from launch.demo_corpora import train_tokenizer
 
 VOCAB_SIZE = 16_384
@@ -17,6 +17,6 @@ def decoder_tokenizer(folder: Path, data: Path) -> Path:
     tokenizer = folder / "decoder_tokenizer"
     if not tokenizer.exists():
         text = lzma.decompress(Path(corpus(data, GENERAL)["train"][0]).read_bytes()).decode()
-        with replaced_folder(tokenizer) as partial:
+        with atomic_dir(tokenizer) as partial:
             train_tokenizer(text.splitlines(), VOCAB_SIZE).save_pretrained(partial)
     return tokenizer

@@ -26,8 +26,8 @@ from das_ds.reporting import comparison_tables as tables
 from das_ds.reporting.comparison import Comparison, Group, RunNumbers
 from das_ds.reporting.comparison_plots import pareto_png
 from das_ds.reporting.comparison_report import interval_sentences
-from das_ds.reporting.metrics import line_groups
-from das_ds.reporting.statistics import Point, line_at
+from das_ds.reporting.metrics import baseline_sweep
+from das_ds.reporting.statistics import Point, interpolate_front
 from das_ds.reporting.tables import Row, markdown
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -195,7 +195,7 @@ def _matches(matches: Sequence[Match], comparison: Comparison) -> str:
         seeds = {run.seed for run in runs}
         learned = {
             group.label: statistics.fmean(run.learned_later for run in group.runs if run.seed in seeds)
-            for group in line_groups(comparison)
+            for group in baseline_sweep(comparison)
             if seeds <= {run.seed for run in group.runs}
         }
         if not learned:
@@ -251,7 +251,7 @@ def _choices(choices: Sequence[Choice]) -> str:
 def _forgets(candidate: Candidate, line: Sequence[Point]) -> str:
     if candidate.forgetting is None:
         return ""
-    on_line = line_at(line, candidate.place)
+    on_line = interpolate_front(line, candidate.place)
     share = f"; {candidate.forgetting / on_line:.0%}" if on_line is not None and on_line > 0 else ""
     return f" ({candidate.forgetting:+.4f}{share})"
 

@@ -14,7 +14,7 @@ from das_ds.downstream.scores import EndTaskScores
 from das_ds.errors import RunFolderError
 from das_ds.reporting.results import Results
 from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE
-from das_ds.storage import read_checked_json
+from das_ds.storage import read_json_with_checksum
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,7 +136,7 @@ class FineTuning:
         path = self.run.model(self.domain).parent / END_TASKS_FILE
         if not path.exists():
             return False
-        scores = EndTaskScores.model_validate(read_checked_json(path))
+        scores = EndTaskScores.model_validate(read_json_with_checksum(path))
         return all(scores.has(task, seed) for task in self.tasks for seed in range(self.num_seeds))
 
     def command(self) -> list[str]:

@@ -19,7 +19,7 @@ from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.group_runs import compare_runs
 from das_ds.reporting.load_runs import read_run
-from das_ds.storage import Section, read_checked_json, write_checked_json
+from das_ds.storage import Section, read_json_with_checksum, write_json_with_checksum
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -86,7 +86,7 @@ def result_path(tier: str, device: torch.device) -> Path:
 def write_record(path: Path, record: Record) -> None:
     """Write a result file in place of the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_checked_json(path, record.model_dump(mode="json"))
+    write_json_with_checksum(path, record.model_dump(mode="json"))
 
 
 def read_record(path: Path) -> Record:
@@ -96,7 +96,7 @@ def read_record(path: Path) -> Record:
         RunFolderError: it cannot be read, was altered, or is no result file of this version.
     """
     try:
-        return Record.model_validate(read_checked_json(path))
+        return Record.model_validate(read_json_with_checksum(path))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "record"

@@ -10,12 +10,12 @@ from das_ds.reporting.metrics import (
     FINAL,
     FORGETTING,
     LEARNED_LATER,
-    Measure,
-    difference_of,
-    estimate_of,
-    line_forgetting,
-    line_groups,
-    off_line,
+    Metric,
+    baseline_sweep,
+    estimate_metric,
+    forgetting_vs_matched_baseline,
+    matched_baseline_forgetting,
+    metric_difference,
 )
 from das_ds.reporting.statistics import Difference, holm
 
@@ -28,7 +28,7 @@ GOAL = 0.5
 class Aspect:
     """What two groups are held beside each other in."""
 
-    measure: Measure
+    measure: Metric
     verb: str
     less: str
     more: str
@@ -69,7 +69,7 @@ def against_line(comparison: Comparison, group: Group, family: Sequence[str] = (
         group: to speak of.
         family: labels of the groups that were to be tested against the line.
     """
-    forgets = estimate_of(group, FORGETTING)
+    forgets = estimate_metric(group, FORGETTING)
     if forgets is None:
         return f"`{group.label}`: forgetting is not defined for it."
     own, found, line = f"`{group.label}` forgets {forgets.mean:+.3f}", *_line(comparison, group)
@@ -86,7 +86,7 @@ def line_p_values(comparison: Comparison, family: Sequence[str]) -> dict[str, fl
         group.label: difference
         for group in comparison.groups
         if group.label in family
-        and (difference := off_line(comparison, group)) is not None
+        and (difference := forgetting_vs_matched_baseline(comparison, group)) is not None
         and difference.low is not None
     }
     p_values = holm([difference.p_value for difference in found.values()], len(family))
@@ -116,7 +116,7 @@ def between(comparison: Comparison, pairs: Sequence[tuple[str, str]], family: Se
         (pair, aspect): difference
         for pair in pairs
         for aspect in ASPECTS
-        if (difference := difference_of(comparison.group(pair[0]), comparison.group(pair[1]), aspect.measure))
+        if (difference := metric_difference(comparison.group(pair[0]), comparison.group(pair[1]), aspect.measure))
         is not None
     }
     tested = [key for key, difference in found.items() if set(key[0]) <= set(family) and difference.low is not None]
@@ -131,12 +131,12 @@ def between(comparison: Comparison, pairs: Sequence[tuple[str, str]], family: Se
 
 def compared_groups(comparison: Comparison) -> list[Group]:
     """All groups but the reference and its line."""
-    line = {group.label for group in line_groups(comparison)}
+    line = {group.label for group in baseline_sweep(comparison)}
     return [group for group in comparison.groups if group.label not in line]
 
 
 def _line(comparison: Comparison, group: Group) -> tuple[Difference | None, float | None]:
-    return off_line(comparison, group), line_forgetting(comparison, group)
+    return forgetting_vs_matched_baseline(comparison, group), matched_baseline_forgetting(comparison, group)
 
 
 def _part(aspect: Aspect, found: Difference | None, corrected_p: float | None) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from das_ds.checkpoint.manifest import FileRecord
 from das_ds.errors import CheckpointError
-from das_ds.storage import checksum, replaced_file, sync
+from das_ds.storage import atomic_write, checksum, sync
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class BackgroundWriter:
         try:
             tensors = {**copy(), **fixed}
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced_file(path) as partial:
+            with atomic_write(path) as partial:
                 save_file(tensors, partial)
             for other in self._beside:
                 if other.exists():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from das_ds.distributed.state import Flats, RankState, Shard
+from das_ds.distributed.state import ComponentState, Flats, Shard
 
 SHARDED, SHARED, LOCAL = "sharded", "shared", "local"
 SEPARATOR = "|"
@@ -22,7 +22,7 @@ def file_name(rank: int, world_size: int) -> str:
     return f"rank_{rank:05d}_of_{world_size:05d}.safetensors"
 
 
-def live_tensors(parts: dict[str, RankState], shards: Iterable[Shard]) -> dict[str, torch.Tensor]:
+def mutable_tensors(parts: dict[str, ComponentState], shards: Iterable[Shard]) -> dict[str, torch.Tensor]:
     """Key -> (n,) view of the values by weight that this rank stores, which training may change.
 
     Args:
@@ -40,7 +40,7 @@ def live_tensors(parts: dict[str, RankState], shards: Iterable[Shard]) -> dict[s
     }
 
 
-def fixed_tensors(parts: dict[str, RankState], *, is_main: bool) -> dict[str, torch.Tensor]:
+def immutable_tensors(parts: dict[str, ComponentState], *, is_main: bool) -> dict[str, torch.Tensor]:
     """Key -> copy in host memory of everything else; only rank 0 stores what is equal on all."""
     return {
         SEPARATOR.join((kind, part, name)): value.detach().cpu().clone().contiguous()
@@ -58,7 +58,7 @@ class _Piece:
     numel: int
 
 
-class StoredTensors:
+class RankFileReader:
     """The tensors of a checkpoint, read by the stretches that this rank needs.
 
     Args:
@@ -110,7 +110,7 @@ class StoredTensors:
         return {parameter: sum(piece.numel for piece in parts) for parameter, parts in pieces.items()}
 
     def flats(self, part: str, name: str) -> Flats:
-        """See `SavedState.sharded`."""
+        """See `SavedComponentState.sharded`."""
         result: Flats = {}
         by_parameter = self._pieces.get((part, name), {})
         for shard in self._shards:
@@ -128,33 +128,33 @@ class StoredTensors:
 
 
 @dataclass(frozen=True)
-class PartState:
-    """`SavedState` of one part of the program."""
+class StoredComponentState:
+    """`SavedComponentState` of one part of the program."""
 
-    stored: StoredTensors
+    stored: RankFileReader
     name: str
     numbers: dict[str, Any]
 
     def has_sharded(self, name: str) -> bool:
-        """See `SavedState`."""
+        """See `SavedComponentState`."""
         return self.stored.has(self.name, name)
 
     def sizes(self, name: str) -> dict[str, int]:
-        """See `SavedState`."""
+        """See `SavedComponentState`."""
         return self.stored.sizes(self.name, name)
 
     def sharded(self, name: str) -> Flats:
-        """See `SavedState`."""
+        """See `SavedComponentState`."""
         return self.stored.flats(self.name, name)
 
     def shared(self) -> dict[str, torch.Tensor]:
-        """See `SavedState`."""
+        """See `SavedComponentState`."""
         return self.stored.small(SHARED, self.name)
 
     def local(self) -> dict[str, torch.Tensor]:
-        """See `SavedState`."""
+        """See `SavedComponentState`."""
         return self.stored.small(LOCAL, self.name)
 
     def every_local(self, name: str) -> list[torch.Tensor]:
-        """See `SavedState`."""
+        """See `SavedComponentState`."""
         return self.stored.every_local(self.name, name)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from das_ds.errors import CheckpointError
-from das_ds.storage import read_checked_json, write_checked_json
+from das_ds.storage import read_json_with_checksum, write_json_with_checksum
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
@@ -83,7 +83,7 @@ class Manifest(Section):
         Raises:
             OSError: the disk is full.
         """
-        write_checked_json(folder / MANIFEST_FILE, self.model_dump(mode="json"))
+        write_json_with_checksum(folder / MANIFEST_FILE, self.model_dump(mode="json"))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        content = read_checked_json(path)
+        content = read_json_with_checksum(path)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read ({error.strerror})") from error
     except ValueError as error:

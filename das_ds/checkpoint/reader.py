@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from das_ds.checkpoint.format import PartState, StoredTensors
+from das_ds.checkpoint.format import RankFileReader, StoredComponentState
 from das_ds.checkpoint.manifest import Manifest
 from das_ds.distributed.process_group import RankInfo
 from das_ds.distributed.state import Shard
 
 
-class OpenCheckpoint:
+class CheckpointReader:
     """Reads what this rank needs; its own tensors only where ranks and stage are those that wrote.
 
     Args:
@@ -25,11 +25,11 @@ class OpenCheckpoint:
         self._numbers = manifest.numbers
         is_same_division = (manifest.world_size, manifest.zero_stage) == (info.world_size, zero_stage)
         own_rank = info.rank if is_same_division else None
-        self._stored = StoredTensors(folder / manifest.name, manifest.world_size, own_rank, shards)
+        self._stored = RankFileReader(folder / manifest.name, manifest.world_size, own_rank, shards)
 
-    def part(self, name: str) -> PartState:
+    def part(self, name: str) -> StoredComponentState:
         """The state of one part of the program."""
-        return PartState(self._stored, name, self._numbers[name])
+        return StoredComponentState(self._stored, name, self._numbers[name])
 
     def close(self) -> None:
         """Close the files."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from das_ds.checkpoint.async_writer import BackgroundWriter
-from das_ds.checkpoint.format import file_name, fixed_tensors, live_tensors
+from das_ds.checkpoint.format import file_name, immutable_tensors, mutable_tensors
 from das_ds.checkpoint.manifest import FileRecord, Manifest, RunState
 from das_ds.checkpoint.store import CheckpointStore
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.state import RankState, Shard
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.state import ComponentState, Shard
 from das_ds.errors import CheckpointError
 
 MIB = 2**20
@@ -34,7 +34,7 @@ class SaveReport:
     """Size of all ranks' files."""
 
 
-class Saver:
+class AsyncCheckpointer:
     """Saves one checkpoint at a time; everything but `wait_for_copy` is called on all ranks.
 
     Args:
@@ -48,7 +48,7 @@ class Saver:
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: ProcessGroup,
         store: CheckpointStore,
         shards: list[Shard],
         about: dict[str, Any],
@@ -63,7 +63,7 @@ class Saver:
         self._number = ranks.gather(store.next_number)[0]
         self._manifest: Manifest | None = None
         self._stall = 0.0
-        ranks.on_main(store.clear_partial)
+        ranks.run_on_main(store.clear_partial)
 
     @property
     def is_open(self) -> bool:
@@ -83,7 +83,7 @@ class Saver:
     def start(
         self,
         run: RunState,
-        parts: dict[str, RankState],
+        parts: dict[str, ComponentState],
         *,
         domain: str,
         metrics_bytes: int,
@@ -117,8 +117,8 @@ class Saver:
             )
             info = self._ranks.info
             path = self._store.partial(name) / file_name(info.rank, info.world_size)
-            fixed = fixed_tensors(parts, is_main=info.is_main)
-            self._writer.start(path, live_tensors(parts, self._shards), fixed)
+            fixed = immutable_tensors(parts, is_main=info.is_main)
+            self._writer.start(path, mutable_tensors(parts, self._shards), fixed)
 
     def wait_for_copy(self) -> None:
         """Return when what is being saved may change."""
@@ -146,12 +146,12 @@ class Saver:
             parts = self._ranks.gather((record, failure, self._writer.write_seconds))
             failures = [failure for _, failure, _ in parts if failure is not None]
             if failures:
-                self._ranks.on_main(self._store.clear_partial)
+                self._ranks.run_on_main(self._store.clear_partial)
                 raise failures[0]
             size = self._ranks.info.world_size
             files = {file_name(rank, size): record for rank, (record, _, _) in enumerate(parts)}
             whole = manifest.model_copy(update={"files": files})
-            self._ranks.on_main(lambda: self._store.publish(whole))
+            self._ranks.run_on_main(lambda: self._store.publish(whole))
         return SaveReport(
             manifest.name,
             self._stall,

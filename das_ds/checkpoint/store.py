@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from das_ds.checkpoint.manifest import FileRecord, Manifest, read_manifest
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import CheckpointError
 from das_ds.run_dir import CHECKPOINTS_DIR, PARTIAL
 from das_ds.storage import checksum, sync, sync_all
@@ -50,7 +50,7 @@ class CheckpointStore:
         return sorted((p.name for p in found if NAME.match(p.name)), key=lambda name: int(name.split("_")[0]))
 
     @property
-    def has_broken(self) -> bool:
+    def has_corrupted(self) -> bool:
         """Whether a checkpoint was once found damaged."""
         return any(self.folder.glob(f"*{BROKEN}"))
 
@@ -89,7 +89,7 @@ class CheckpointStore:
         self._ends[manifest.name] = manifest.run.ends_domain
         self._prune()
 
-    def set_aside(self, name: str, reasons: list[str]) -> None:
+    def quarantine(self, name: str, reasons: list[str]) -> None:
         """Warn about a checkpoint that is not whole and rename it, so that it is never looked at again."""
         logger.warning("checkpoint %s is not whole and is left out: %s", name, "; ".join(reasons))
         os.replace(self.folder / name, self.folder / f"{name}{BROKEN}")
@@ -137,7 +137,7 @@ def _problem(path: Path, record: FileRecord) -> str | None:
         return f"{path.name} cannot be read ({error.strerror})"
 
 
-def newest_whole(store: CheckpointStore, ranks: Ranks) -> Manifest | None:
+def find_latest_valid(store: CheckpointStore, ranks: ProcessGroup) -> Manifest | None:
     """The newest checkpoint whose files are what its manifest says; None where there has never been one.
 
     The ranks share the work of reading. One that is not whole is named in a warning and set aside.
@@ -150,8 +150,8 @@ def newest_whole(store: CheckpointStore, ranks: Ranks) -> Manifest | None:
         manifest, problems = _examined(store, name, ranks)
         if not problems:
             return manifest
-        ranks.on_main(lambda name=name, problems=problems: store.set_aside(name, problems))  # type: ignore[misc]
-    if names or ranks.gather(store.has_broken)[0]:
+        ranks.run_on_main(lambda name=name, problems=problems: store.quarantine(name, problems))  # type: ignore[misc]
+    if names or ranks.gather(store.has_corrupted)[0]:
         raise CheckpointError(
             f"{store.folder}: found no whole checkpoint, {len(names)} were damaged (see the warnings above); put back "
             "a sound copy of one, or start anew with another output_dir"
@@ -159,7 +159,7 @@ def newest_whole(store: CheckpointStore, ranks: Ranks) -> Manifest | None:
     return None
 
 
-def _examined(store: CheckpointStore, name: str, ranks: Ranks) -> tuple[Manifest | None, list[str]]:
+def _examined(store: CheckpointStore, name: str, ranks: ProcessGroup) -> tuple[Manifest | None, list[str]]:
     rank, size = ranks.info.rank, ranks.info.world_size
     manifest, problems = None, []
     try:

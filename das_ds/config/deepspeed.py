@@ -32,7 +32,7 @@ def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]
     """The config for `deepspeed.initialize`: engine knobs of `config.deepspeed` plus what the run config owns.
 
     Raises:
-        ConfigError: file missing or not a JSON object, a key or value that is not on the list of `config/deepspeed_keys.py`,
+        ConfigError: file missing or not a JSON object, a key or value that is not listed in `config/deepspeed_keys.py`,
             a value that contradicts the run config, an own optimizer or scheduler, fp16 at stage 0, weights twice in
             shards with method kd, offload or shards that do not fit the stage or the ranks, batch sizes that do not
             divide.

@@ -31,7 +31,7 @@ MAX_NODES = 1_000_000
 # Keys, or sections of them, that may change when a run is continued: they say where the run is, how fast text is read
 # and what is shown, how it is saved and stopped, or, as do stage and micro-batch, how the work is divided; none of them
 # touches the order of the data, nor a weight beyond the order of its sums. Training does not read `tasks`.
-FREE_KEYS = (
+MUTABLE_KEYS = (
     "output_dir",
     "wandb",
     "train.log_every",
@@ -136,7 +136,7 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """One text for each dotted key in which two configs differ, with both values; `FREE_KEYS` are left out."""
+    """One text for each dotted key in which two configs differ, with both values; `MUTABLE_KEYS` are left out."""
     before, after = dict(_flatten(resolved_dict(old))), dict(_flatten(resolved_dict(new)))
     return [
         f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
@@ -151,8 +151,8 @@ def config_values(config: RunConfig) -> dict[str, str]:
     return {key: _shown(values, key) for key in values}
 
 
-def deciding_values(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> plain value, for every key that decides the numbers of a run: all but `FREE_KEYS`."""
+def identity_values(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> plain value, for every key that decides the numbers of a run: all but `MUTABLE_KEYS`."""
     return {key: value for key, value in _flatten(resolved_dict(config)) if not _is_free(key)}
 
 
@@ -299,7 +299,7 @@ def _shown(values: dict[str, Any], key: str) -> str:
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    return any(key == free or key.startswith(f"{free}.") for free in MUTABLE_KEYS)
 
 
 def _described(row: ConfigKey, width: int) -> str:

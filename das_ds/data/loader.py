@@ -18,11 +18,11 @@ from das_ds.data.replay import MixedRows, SampleRef
 from das_ds.errors import ConfigError
 
 
-class Reading(Protocol):
+class SampleStream(Protocol):
     """What a training reads."""
 
     @property
-    def parts(self) -> tuple[Samples, ...]:
+    def parts(self) -> tuple[SampleDataset, ...]:
         """The corpora, by source."""
 
     def ref(self, number: int) -> SampleRef:
@@ -36,7 +36,7 @@ class StepPlan:
     Rows of one micro-step are consecutive over the ranks, so their union does not depend on W while W * B stays.
     """
 
-    reading: Reading
+    reading: SampleStream
     first_step: int
     num_steps: int
     global_batch_size: int
@@ -70,7 +70,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Samples(Dataset[Batch]):
+class SampleDataset(Dataset[Batch]):
     """Turns the sample references of a micro-batch into the batch; runs in the loader's processes."""
 
     blocks: TokenBlocks
@@ -103,7 +103,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def training_steps(
-    reading: Reading,
+    reading: SampleStream,
     *,
     first_step: int,
     num_steps: int,
@@ -160,7 +160,7 @@ class EvaluationBatches:
     All ranks get equally many batches of equally many rows (at most `batch_size`), filled with rows of weight 0.
     """
 
-    samples: Samples
+    samples: SampleDataset
     indices: Sequence[int]
     batch_size: int
     rank: int
@@ -190,7 +190,7 @@ class AccumulatedBatches:
     weight 0.
     """
 
-    samples: Samples
+    samples: SampleDataset
     indices: Sequence[int]
     global_batch_size: int
     micro_batch_size: int
@@ -234,4 +234,4 @@ def evaluation_batches(
         indices: block indices to use, at least one.
     """
     chosen = range(len(blocks))[:max_sequences] if indices is None else indices
-    return EvaluationBatches(Samples(blocks, objective, seed, stream), chosen, batch_size, rank, world_size)
+    return EvaluationBatches(SampleDataset(blocks, objective, seed, stream), chosen, batch_size, rank, world_size)

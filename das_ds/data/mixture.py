@@ -5,24 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from das_ds.data.loader import Samples
+from das_ds.data.loader import SampleDataset
 from das_ds.data.replay import NO_REPLAY, REPLAY_STREAM, Replay, SampleRef
 from das_ds.functional.sampling import SampleOrder, replay_number
 
 
 @dataclass(frozen=True)
-class OneDomain:
+class SingleDomain:
     """A domain's samples in their order; those that are replayed take the place of some in every global batch."""
 
-    samples: Samples
+    samples: SampleDataset
     global_batch_size: int
     replay: Replay = NO_REPLAY
 
     @cached_property
-    def parts(self) -> tuple[Samples, ...]:
+    def parts(self) -> tuple[SampleDataset, ...]:
         """The domain, then the corpora that are replayed."""
         seed, stream = self.samples.seed, self.samples.stream + REPLAY_STREAM
-        return self.samples, *(Samples(*source, seed, stream) for source in self.replay.sources)
+        return self.samples, *(SampleDataset(*source, seed, stream) for source in self.replay.sources)
 
     def ref(self, number: int) -> SampleRef:
         """Global sample `number`."""
@@ -37,7 +37,7 @@ class OneDomain:
 
 
 @dataclass(frozen=True)
-class Pool:
+class MixedDomains:
     """Several domains in turn: global sample k is sample k div n of domain k mod n, of n.
 
     Of any B rows in a row each domain has floor(B / n) or ceil(B / n), whichever batch, micro-batch or rank they are.
@@ -45,7 +45,7 @@ class Pool:
     the corruption included.
     """
 
-    parts: tuple[Samples, ...]
+    parts: tuple[SampleDataset, ...]
 
     def ref(self, number: int) -> SampleRef:
         """Global sample `number`."""
@@ -57,5 +57,5 @@ class Pool:
         return [_order(samples) for samples in self.parts]
 
 
-def _order(samples: Samples) -> SampleOrder:
+def _order(samples: SampleDataset) -> SampleOrder:
     return SampleOrder(len(samples.blocks), samples.seed, samples.stream)

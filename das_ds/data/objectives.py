@@ -24,7 +24,7 @@ from das_ds.functional.sampling import mlm_corrupt, sample_generator
 from das_ds.functional.token_ids import num_tokens
 
 
-class NextTokens:
+class CausalLMCollator:
     """Every token of a row predicts the next one; the last of the row predicts nothing. Nothing is random."""
 
     def batch(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
@@ -75,7 +75,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @dataclass(frozen=True)
-class MlmMasker:
+class MLMCollator:
     """The facts about a tokeniser that corruption needs."""
 
     mask_id: int
@@ -161,10 +161,10 @@ def make_objective(name: ObjectiveName, tokenizer: PreTrainedTokenizerBase, data
         ModelError: masked language modelling with a tokeniser without mask token.
     """
     if name == "clm":
-        return NextTokens()
+        return CausalLMCollator()
     if data.isolate_documents:
         raise ConfigError(
             "data.isolate_documents: found true with objective mlm; expected objective clm, because the attention of "
             "masked language models is not split by document (allowed with mlm: false)"
         )
-    return MlmMasker.from_tokenizer(tokenizer, data.mlm_probability)
+    return MLMCollator.from_tokenizer(tokenizer, data.mlm_probability)

@@ -30,7 +30,7 @@ class SampleRef(NamedTuple):
     """Position of its corpus among those that are read; of a domain with replay: 0, then i + 1 for corpus i of that."""
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """Makes batches of one corpus; never looks at the source."""
 
     def __getitems__(self, refs: Sequence[SampleRef]) -> Batch:
@@ -64,7 +64,7 @@ NO_REPLAY = Replay()
 class MixedRows(Dataset[Batch]):
     """Batches with rows of several corpora, each made by its own; runs in the loader's processes."""
 
-    parts: tuple[Rows, ...]
+    parts: tuple[RowSource, ...]
     """By source."""
 
     def __getitems__(self, refs: Sequence[SampleRef]) -> Batch:
@@ -76,10 +76,10 @@ class MixedRows(Dataset[Batch]):
         found = [(part.__getitems__([refs[row] for row in mine]), mine) for part, mine in rows if mine]
         if len(found) == 1:
             return found[0][0]
-        return interleaved([batch for batch, _ in found], [row for _, mine in found for row in mine])
+        return interleave([batch for batch, _ in found], [row for _, mine in found for row in mine])
 
 
-def interleaved(batches: Sequence[Batch], rows: Sequence[int]) -> Batch:
+def interleave(batches: Sequence[Batch], rows: Sequence[int]) -> Batch:
     """One batch of all rows of several.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from das_ds.errors import DataError
-from das_ds.hub import HubError, commit_of, is_here
+from das_ds.hub import HubError, find_commit, is_here
 
 FILE_SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 HUB_NAME = re.compile(
@@ -129,7 +129,7 @@ def parse_hub_name(name: str) -> HubDataset | None:
 
 def _pin_revision(source: HubDataset) -> HubDataset:
     try:
-        return replace(source, revision=commit_of("dataset", source.repo, source.revision))
+        return replace(source, revision=find_commit("dataset", source.repo, source.revision))
     except HubError as error:
         raise DataError(
             f"{source.repo}: {error}; expected a file, a glob with a match, or a hub name {HUB_FORM}"

@@ -56,7 +56,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_reduce_maximum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     """Element-wise maximum of `tensor` over ranks, in place; returned for convenience."""
     if world_size() > 1:
         with in_collective():
@@ -64,7 +64,7 @@ def all_reduce_maximum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     """Rows of all ranks in rank order, gradients flowing back to the rank each row came from.
 
     Args:
@@ -75,11 +75,11 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """
     if world_size() == 1:
         return tensor
-    gathered: torch.Tensor = _GatherRows.apply(tensor)
+    gathered: torch.Tensor = _AllGatherWithGrad.apply(tensor)
     return gathered
 
 
-class _GatherRows(torch.autograd.Function):
+class _AllGatherWithGrad(torch.autograd.Function):
     """Backward: every rank's loss reads every row, so a row's gradient is the sum of what all ranks hold for it."""
 
     @staticmethod

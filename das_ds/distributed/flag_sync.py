@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from das_ds.distributed.collectives import in_collective
-from das_ds.distributed.process_group import PREPARATION_TIMEOUT, Ranks
+from das_ds.distributed.process_group import LONG_TIMEOUT, ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Flags:
     """A rank has an error that is to end the run on all of them."""
 
 
-class Agreement:
+class FlagSync:
     """Flags reduced over ranks while training goes on: a boundary reads what was reported at the one before.
 
     All ranks have to pass the same boundaries. Built by all of them together, as it makes a process group.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: ProcessGroup) -> None:
         self._world_size = ranks.info.world_size
         # Its own group: collectives of other groups may be under way at the same time. On the host, so that no boundary
         # waits for a GPU; and with time enough for whatever lies between two boundaries.
-        self._group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
 
     def exchange(self, local: Flags) -> Flags:

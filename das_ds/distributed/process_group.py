@@ -21,13 +21,13 @@ from torch import nn
 
 from das_ds.distributed.collectives import in_collective
 from das_ds.distributed.environment import check_device, check_environment
-from das_ds.distributed.rendezvous import meeting
+from das_ds.distributed.rendezvous import report_missing_ranks
 from das_ds.errors import DasError
 
 T = TypeVar("T")
 
 # Slow preparation (tokenising a large corpus) happens on one rank while the others wait for it.
-PREPARATION_TIMEOUT = timedelta(days=7)
+LONG_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RankInfo:
         return self.rank == 0
 
 
-class Ranks:
+class ProcessGroup:
     """The process group of a run: who this rank is, and waiting for each other without a collective time-out.
 
     Args:
@@ -69,14 +69,14 @@ class Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         if not dist.is_initialized():
-            with meeting(timeout):
+            with report_missing_ranks(timeout):
                 deepspeed.init_distributed(
                     "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **options
                 )
         self.info = RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
         # Ranks that start together meet soon; only what they wait for later may take any time.
         self._patient_group = dist.new_group(backend="gloo", **options)
-        dist.distributed_c10d._set_pg_timeout(PREPARATION_TIMEOUT, self._patient_group)
+        dist.distributed_c10d._set_pg_timeout(LONG_TIMEOUT, self._patient_group)
         self._collective_timeout = timeout if collective_timeout is None else collective_timeout
         self.limit_collectives()
 
@@ -89,10 +89,10 @@ class Ranks:
         if self._collective_timeout is None:
             return
         for group in list(dist.distributed_c10d._world.pg_map):
-            if timeout_of(group) != PREPARATION_TIMEOUT:
+            if group_timeout(group) != LONG_TIMEOUT:
                 dist.distributed_c10d._set_pg_timeout(self._collective_timeout, group)
 
-    def first_main_then_others(self, prepare: Callable[[], T]) -> T:
+    def main_process_first(self, prepare: Callable[[], T]) -> T:
         """Run `prepare` on rank 0, then on the first rank of each node, then everywhere; all wait for each other.
 
         What rank 0 leaves in a shared cache the others find there; where nodes share no folder, one rank per node
@@ -126,7 +126,7 @@ class Ranks:
             dist.all_gather_object(values, value, group=self._patient_group)
         return values
 
-    def on_main(self, do: Callable[[], T]) -> T | None:
+    def run_on_main(self, do: Callable[[], T]) -> T | None:
         """Run on rank 0 while the others wait; its result there, None elsewhere.
 
         Raises:
@@ -141,7 +141,7 @@ class Ranks:
         self.agree(failure)
         return result
 
-    def gather_host(self, part: torch.Tensor, size: int) -> torch.Tensor:
+    def all_gather_cpu(self, part: torch.Tensor, size: int) -> torch.Tensor:
         """The parts of all ranks one after the other, every part padded to `size` elements; in host memory.
 
         Args:
@@ -163,7 +163,7 @@ class Ranks:
         dist.destroy_process_group()
 
 
-def timeout_of(group: dist.ProcessGroup) -> timedelta:
+def group_timeout(group: dist.ProcessGroup) -> timedelta:
     """How long a collective of this group may take."""
     timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
     return timeout

@@ -22,7 +22,7 @@ REGISTER_AFTER_S = 1.0
 
 
 @contextmanager
-def meeting(timeout: timedelta | None) -> Iterator[None]:
+def report_missing_ranks(timeout: timedelta | None) -> Iterator[None]:
     """Say who is here once the ranks have not met for `SAY_AFTER_S` seconds within this block.
 
     Args:

@@ -8,8 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from das_ds.distributed.rng import set_random_state
-from das_ds.distributed.state import RankState, SavedState
+from das_ds.distributed.rng import set_rng_state
+from das_ds.distributed.state import ComponentState, SavedComponentState
 
 T = TypeVar("T", covariant=True)
 
@@ -26,7 +26,7 @@ def _nothing() -> None:
     pass
 
 
-class Pass(Generic[T]):
+class ResumableLoop(Generic[T]):
     """One loop over batches; what its body keeps from batch to batch lies in `sums`.
 
     Between two batches, and only there, the run may be saved or stopped. A pass that continues starts at the next batch
@@ -54,7 +54,7 @@ class Pass(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         if self._generators is not None and self.done < len(self):
-            set_random_state(self._generators)
+            set_rng_state(self._generators)
         numbers = range(self.done, len(self))
         for number in tqdm(
             numbers, self._label, len(self), False, initial=self.done, disable=not self._label, dynamic_ncols=True
@@ -65,7 +65,7 @@ class Pass(Generic[T]):
                 self._boundary()
 
 
-class Passes:
+class ResumableLoops:
     """All passes of one phase of a run, by label; a phase that is done again finds those it had already made.
 
     Args:
@@ -75,13 +75,13 @@ class Passes:
 
     def __init__(self, boundary: Callable[[], None] = _nothing, *, show: bool) -> None:
         self._boundary, self._show = boundary, show
-        self._open: dict[str, Pass[Any]] = {}
+        self._open: dict[str, ResumableLoop[Any]] = {}
         self._saved: dict[str, tuple[int, dict[str, torch.Tensor]]] = {}
         self._generators: dict[str, torch.Tensor] = {}
 
-    def over(self, batches: Batches[T], label: str) -> Pass[T]:
+    def over(self, batches: Batches[T], label: str) -> ResumableLoop[T]:
         """The pass of this label, which continues where a checkpoint left it."""
-        started: Pass[T] = Pass(batches, label if self._show else "", self._boundary)
+        started: ResumableLoop[T] = ResumableLoop(batches, label if self._show else "", self._boundary)
         if label in self._saved:
             started.resume(*self._saved.pop(label), self._generators)
         self._open[label] = started
@@ -96,13 +96,13 @@ class Passes:
         """Batches done in this phase."""
         return sum(part.done for part in self._open.values())
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """Sums of all passes, this rank's own."""
         parts = [(label, part) for label, part in self._open.items() if part.done]
         sums = {f"{i}/{name}": value for i, (_, part) in enumerate(parts) for name, value in part.sums.items()}
-        return RankState(local=sums, numbers={"done": [[label, part.done] for label, part in parts]})
+        return ComponentState(local=sums, numbers={"done": [[label, part.done] for label, part in parts]})
 
-    def load(self, saved: SavedState, generators: dict[str, torch.Tensor], device: torch.device) -> None:
+    def load(self, saved: SavedComponentState, generators: dict[str, torch.Tensor], device: torch.device) -> None:
         """Continue the passes of a checkpoint; on other ranks or at another stage they start from their beginning.
 
         Which batch a rank reads depends on the number of ranks, and every sample must count once.

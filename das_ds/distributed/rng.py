@@ -9,7 +9,7 @@ import numpy
 import torch
 
 
-def random_state() -> dict[str, torch.Tensor]:
+def get_rng_state() -> dict[str, torch.Tensor]:
     """States of Python's, NumPy's and torch's generators, those of the current GPU among them."""
     version, words, gauss = random.getstate()
     generator: dict[str, Any] = numpy.random.get_state(legacy=False)
@@ -25,8 +25,8 @@ def random_state() -> dict[str, torch.Tensor]:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Put all generators back to where `random_state` found them."""
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Put all generators back to where `get_rng_state` found them."""
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = state["numpy_position"].tolist()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from das_ds.distributed.collectives import all_reduce_sum, rank, world_size
 
 
-class DividedTable:
+class ShardedBuffer:
     """(C, D) int32 zeros, of which each rank keeps ceil(C / W) rows at most.
 
     Args:
@@ -58,9 +58,9 @@ class DividedTable:
         """Which of the given rows are this rank's, and their places here."""
         given = np.flatnonzero(numbers % world_size() == rank())
         device = self.rows.device
-        return without_waiting(given, device), without_waiting(numbers[given] // world_size(), device)
+        return to_device_non_blocking(given, device), to_device_non_blocking(numbers[given] // world_size(), device)
 
 
-def without_waiting(values: NDArray[np.int64] | NDArray[np.float64], device: torch.device) -> torch.Tensor:
+def to_device_non_blocking(values: NDArray[np.int64] | NDArray[np.float64], device: torch.device) -> torch.Tensor:
     """Few numbers on the device, on whose queue they are put; a plain copy would wait for all that is queued."""
     return torch.from_numpy(values).to(device, non_blocking=True)

@@ -32,7 +32,7 @@ def zeros_by_flat(shards: Iterable[Shard], dtype: torch.dtype) -> dict[torch.Ten
 
 
 @dataclass(frozen=True)
-class RankState:
+class ComponentState:
     """Everything of one part of the program (engine, method ...) that a checkpoint has to hold."""
 
     sharded: dict[str, Flats] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class RankState:
     """What JSON can hold, equal on every rank."""
 
 
-class SavedState(Protocol):
+class SavedComponentState(Protocol):
     """One part's state as a checkpoint gives it back."""
 
     @property

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from das_ds.config import ModelConfig, RunConfig, TaskConfig
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.downstream.classifier import check_model_folder, weight_files
 from das_ds.downstream.finetune import fine_tune
-from das_ds.downstream.scores import EndTaskScores, SeedScores, means_of, open_scores, table_of
+from das_ds.downstream.scores import EndTaskScores, SeedScores, mean_scores, open_scores, score_table
 from das_ds.downstream.tasks import EndTask, read_task
 from das_ds.errors import ConfigError, DasError, RunFolderError
 from das_ds.models.loading import check_files
@@ -25,7 +25,7 @@ JOB_TYPE = "finetune"
 
 
 def finetune_model(
-    config: RunConfig, ranks: Ranks, folder: Path, chosen: Sequence[TaskConfig], path: Path
+    config: RunConfig, ranks: ProcessGroup, folder: Path, chosen: Sequence[TaskConfig], path: Path
 ) -> EndTaskScores:
     """Do every job, a task with a seed, that the file of scores lacks; returns all scores on every rank.
 
@@ -44,25 +44,25 @@ def finetune_model(
     """
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
     torch.set_float32_matmul_precision(config.train.matmul_precision)
-    ranks.on_main(lambda: _check(source, folder))
-    tasks = ranks.first_main_then_others(lambda: [read_task(task) for task in chosen])
+    ranks.run_on_main(lambda: _check(source, folder))
+    tasks = ranks.main_process_first(lambda: [read_task(task) for task in chosen])
     if path.parent == config.output_dir / BASE_FOLDER:
-        ranks.on_main(lambda: _make(path.parent))
+        ranks.run_on_main(lambda: _make(path.parent))
     scores = _from_main(ranks, path, folder, tasks)
     jobs = [(task, seed) for task in tasks for seed in task.config.seeds if not scores.has(task.config.name, seed)]
     wandb_job = WandbJob(path.parent, JOB_TYPE, f"{path.resolve().parent.name} {JOB_TYPE}")
-    tracker = ranks.on_main(lambda: build_job_tracker(config, wandb_job, enabled=bool(jobs))) or Tracker()
+    tracker = ranks.run_on_main(lambda: build_job_tracker(config, wandb_job, enabled=bool(jobs))) or Tracker()
     with tracker:
         for first in range(0, len(jobs), ranks.info.world_size):
             together = jobs[first : first + ranks.info.world_size]
             scores = _round(ranks, together, scores, source, path)
-            tracker.log_summary(means_of(scores))
-        tracker.log_table("end_tasks", *table_of(scores))
+            tracker.log_summary(mean_scores(scores))
+        tracker.log_table("end_tasks", *score_table(scores))
     return scores
 
 
 def _round(
-    ranks: Ranks, jobs: Sequence[tuple[EndTask, int]], scores: EndTaskScores, source: ModelConfig, path: Path
+    ranks: ProcessGroup, jobs: Sequence[tuple[EndTask, int]], scores: EndTaskScores, source: ModelConfig, path: Path
 ) -> EndTaskScores:
     """One job for each rank, at most; what is done is written even where a job of another rank failed."""
     done: SeedScores | None = None
@@ -77,7 +77,7 @@ def _round(
         if found is not None:
             scores = scores.with_seed(task, found)
     if scores.tasks:
-        ranks.on_main(lambda: scores.write(path))
+        ranks.run_on_main(lambda: scores.write(path))
     ranks.agree(failure)
     return scores
 
@@ -117,7 +117,7 @@ def scores_path(config: RunConfig, folder: Path, output: Path | None) -> Path:
     return domain / END_TASKS_FILE
 
 
-def _from_main(ranks: Ranks, path: Path, folder: Path, tasks: list[EndTask]) -> EndTaskScores:
+def _from_main(ranks: ProcessGroup, path: Path, folder: Path, tasks: list[EndTask]) -> EndTaskScores:
     """What the file of scores holds; rank 0 alone reads it, as only its folder need be the run's."""
 
     def opened() -> EndTaskScores:
@@ -128,7 +128,7 @@ def _from_main(ranks: Ranks, path: Path, folder: Path, tasks: list[EndTask]) -> 
             named.write(path)
         return named
 
-    scores = ranks.gather(ranks.on_main(opened))[0]
+    scores = ranks.gather(ranks.run_on_main(opened))[0]
     assert scores is not None
     return scores
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from das_ds.config import TaskConfig
 from das_ds.downstream.tasks import EndTask
 from das_ds.errors import RunFolderError
-from das_ds.storage import Section, StoredFile
+from das_ds.storage import Section, VersionedJson
 from das_ds.versions import library_versions
 
 FORMAT_VERSION: Literal[2] = 2
@@ -70,7 +70,7 @@ class TaskScores(Section):
     test: Spread
 
 
-class EndTaskScores(StoredFile):
+class EndTaskScores(VersionedJson):
     """Scores of one model."""
 
     what: ClassVar[str] = "scores of end tasks"
@@ -95,7 +95,7 @@ class EndTaskScores(StoredFile):
             domain=task.config.domain,
             metric=metric,
             labels=task.labels,
-            settings=settings_of(task),
+            settings=task_settings(task),
             seeds=seeds,
             dev=_spread([done.dev.of(metric) for done in seeds]),
             test=_spread([done.test.of(metric) for done in seeds]),
@@ -109,7 +109,7 @@ class EndTaskScores(StoredFile):
         return self.model_copy(update={"tasks": {**self.tasks, **entries}})
 
 
-def settings_of(task: EndTask) -> dict[str, Any]:
+def task_settings(task: EndTask) -> dict[str, Any]:
     """What decides a task's scores besides model and seed."""
     return {**task.config.model_dump(mode="json", exclude=NOT_SETTINGS), "files": task.fingerprints}
 
@@ -128,7 +128,7 @@ def open_scores(path: Path, model: str, tasks: list[EndTask]) -> EndTaskScores:
     if scores.model != model:
         raise RunFolderError(f"{path}: holds scores of other weights than the model has; move the file away")
     for task in tasks:
-        name, settings = task.config.name, settings_of(task)
+        name, settings = task.config.name, task_settings(task)
         known = scores.tasks[name].settings if name in scores.tasks else settings
         if known != settings:
             changes = [
@@ -143,7 +143,7 @@ def open_scores(path: Path, model: str, tasks: list[EndTask]) -> EndTaskScores:
     return scores
 
 
-def summary_of(scores: EndTaskScores, tasks: list[TaskConfig]) -> dict[str, dict[str, Any]]:
+def summarize_scores(scores: EndTaskScores, tasks: list[TaskConfig]) -> dict[str, dict[str, Any]]:
     """Task -> reported metric, number of seeds, and its spread on dev and test."""
     found = {task.name: scores.tasks[task.name] for task in tasks}
     return {
@@ -157,7 +157,7 @@ def summary_of(scores: EndTaskScores, tasks: list[TaskConfig]) -> dict[str, dict
     }
 
 
-def means_of(scores: EndTaskScores) -> dict[str, float]:
+def mean_scores(scores: EndTaskScores) -> dict[str, float]:
     """`end_task/<task>/<part>` -> mean of the reported metric, for a tracker's `log_summary`."""
     return {
         f"end_task/{name}/{part}": spread.mean
@@ -166,7 +166,7 @@ def means_of(scores: EndTaskScores) -> dict[str, float]:
     }
 
 
-def table_of(scores: EndTaskScores) -> tuple[list[str], list[list[float | int | str]]]:
+def score_table(scores: EndTaskScores) -> tuple[list[str], list[list[float | int | str]]]:
     """Column names and a row per seed, for a tracker's `log_table`."""
     rows: list[list[float | int | str]] = [
         [name, done.seed, entry.metric, done.dev.of(entry.metric), done.test.of(entry.metric), done.best_epoch]

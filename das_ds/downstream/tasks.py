@@ -47,7 +47,7 @@ class _Row:
     label: str
 
 
-def choose_tasks(tasks: Sequence[TaskConfig], names: Sequence[str]) -> list[TaskConfig]:
+def select_tasks(tasks: Sequence[TaskConfig], names: Sequence[str]) -> list[TaskConfig]:
     """The tasks of these names in the order of the config; all where no name is given.
 
     Raises:

@@ -16,18 +16,18 @@ from torch import nn
 
 from das_ds.config import ImportanceKind, TrainConfig
 from das_ds.config.deepspeed import is_offloaded, zero_stage
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.state import Flats, RankState, SavedState, Shard, zeros_by_flat
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.state import ComponentState, Flats, SavedComponentState, Shard, zeros_by_flat
 from das_ds.engine.frozen_weights import FrozenWeights
 from das_ds.engine.gradient_mask import GradientMask
 from das_ds.engine.gradient_norm import GradientNorm, without_clipping
-from das_ds.engine.loss_scaler import LossScale, check_precision, slow_here
-from das_ds.engine.lr_scheduler import build_schedule
+from das_ds.engine.loss_scaler import LossScaler, check_precision, emulated_precision_warning
+from das_ds.engine.lr_scheduler import build_lr_scheduler
 from das_ds.engine.mask import RowUpdateMask
 from das_ds.engine.optimizer import MaskedAdamW, build_optimizer
 from das_ds.engine.quadratic_penalty import QuadraticPenalty
 from das_ds.engine.sharded_init import Slice
-from das_ds.engine.weight_snapshot import EarlierWeights
+from das_ds.engine.weight_snapshot import WeightSnapshot
 from das_ds.engine.zero import (
     flats_by_parameter,
     forget_gradients,
@@ -82,12 +82,12 @@ class Engine:
         parameters: dict[str, nn.Parameter],
         train: TrainConfig,
         deepspeed_config: dict[str, Any],
-        ranks: Ranks,
+        ranks: ProcessGroup,
         exact: dict[str, Slice] | None = None,
         frozen: dict[str, nn.Parameter] | None = None,
     ) -> None:
         check_precision(train.precision)
-        if ranks.info.is_main and (slow := slow_here(train.precision)):
+        if ranks.info.is_main and (slow := emulated_precision_warning(train.precision)):
             logger.warning("train.precision: %s", slow)
         if ranks.info.is_main and (hint := stage_hint(deepspeed_config, train, ranks.info.world_size)):
             logger.warning("deepspeed: %s", hint)
@@ -109,12 +109,12 @@ class Engine:
         )
         ranks.limit_collectives()
         self._scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
-        self._loss_scale = LossScale(self._engine)
+        self._loss_scale = LossScaler(self._engine)
         self._is_measuring = False
         self._was_applied = True
         self.skipped_steps = 0
         """Optimizer steps of this domain that moved nothing: their gradient was not finite, or they were refused."""
-        self.before_change: Callable[[], None] = _nothing
+        self.on_weights_will_change: Callable[[], None] = _nothing
         """Called before weights or moments change, for whoever still reads them."""
         self._list_shards = list(shards(self._engine, self._names))
         # In 16 bits DeepSpeed makes its fp32 weights from rounded ones; what was trained must not lose bits.
@@ -159,13 +159,15 @@ class Engine:
             learning_rate: peak of the schedule; None: that of the run.
         """
         peak = self._train.learning_rate if learning_rate is None else learning_rate
-        self.before_change()
+        self.on_weights_will_change()
         self._optimizer.reset_state()
         self._loss_scale.reset()
         self.skipped_steps = 0
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] = peak
-        self._scheduler = build_schedule(self._optimizer, self._train, num_steps, is_first=is_first, is_last=is_last)
+        self._scheduler = build_lr_scheduler(
+            self._optimizer, self._train, num_steps, is_first=is_first, is_last=is_last
+        )
 
     def __call__(self, *inputs: torch.Tensor | None) -> Any:
         """Forward pass for training."""
@@ -191,11 +193,11 @@ class Engine:
             self._engine.step()
             return None
         if not self._is_measuring:
-            self.before_change()
+            self.on_weights_will_change()
             self._gradient_mask()
         norm = self._norm.measure_unwrapped()
         refuse = refuse or (norm is not None and not bool(norm.isfinite()))
-        with self._optimizer.muted() if refuse else nullcontext():
+        with self._optimizer.skip_update() if refuse else nullcontext():
             self._engine.step()
         # DeepSpeed has read this from the device already, to know whether to step.
         overflowed = not self._engine.was_step_applied()
@@ -265,7 +267,7 @@ class Engine:
         """Parameter -> the flat tensor that it is stepped in, also where this rank has no part of it."""
         return flats_by_parameter(self._engine, self._names)
 
-    def penalise(self, strength: float, curvature: Flats, anchor: Flats) -> QuadraticPenalty:
+    def add_quadratic_penalty(self, strength: float, curvature: Flats, anchor: Flats) -> QuadraticPenalty:
         """A penalty on the distance of the weights from an anchor; its gradient is added where its owner says."""
         shards, parameters, scale = self._list_shards, self.parameters, self._loss_scale
         return QuadraticPenalty(self._engine, shards, parameters, scale, strength, curvature, anchor)
@@ -292,7 +294,7 @@ class Engine:
             config.gradient_accumulation_steps, engine.micro_steps = saved
 
     @contextmanager
-    def summing_gradients(self, kind: ImportanceKind) -> Iterator[Flats]:
+    def accumulate_importance(self, kind: ImportanceKind) -> Iterator[Flats]:
         """Inside, a step adds what its averaged gradient contributes to sums, (F,) float32 each, and trains nothing.
 
         Gradients pass through all of DeepSpeed (accumulation, averaging over ranks, unscaling) but clipping, and arrive
@@ -333,7 +335,7 @@ class Engine:
             names: the same on every rank.
             change: weight -> weight of the same shape, with the same result on every rank; leaves its input alone.
         """
-        self.before_change()
+        self.on_weights_will_change()
         for name in names:
             changed = change(full_fp32_weight(self._engine, self.parameters[name]).cpu()).view(-1)
             if (shard := self.named_shards.get(name)) is not None:
@@ -347,9 +349,9 @@ class Engine:
         return {shard.flat: shard.flat.data.view(-1) for shard in self._list_shards}
 
     @contextmanager
-    def changing_weights(self) -> Iterator[Flats]:
+    def writable_weights(self) -> Iterator[Flats]:
         """The same for writing; afterwards the forward pass reads what was written."""
-        self.before_change()
+        self.on_weights_will_change()
         yield self.weights()
         refresh_weights(self._engine)
 
@@ -363,28 +365,28 @@ class Engine:
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
         """Put all weights back to a snapshot."""
-        self.before_change()
+        self.on_weights_will_change()
         for shard, saved in zip(self._list_shards, snapshot, strict=True):
             self._stretch(shard).copy_(saved)
         refresh_weights(self._engine)
 
-    def earlier_weights(self, saved: Flats | None = None) -> EarlierWeights:
+    def weight_snapshot(self, saved: Flats | None = None) -> WeightSnapshot:
         """A copy of the weights as they are, or as they were saved, that can be run later in place of the present ones.
 
         Args:
-            saved: what `EarlierWeights.flats` gave, however it was divided.
+            saved: what `WeightSnapshot.flats` gave, however it was divided.
         """
         if saved is None:
-            return EarlierWeights(self._engine, self.parameters, self._list_shards)
+            return WeightSnapshot(self._engine, self.parameters, self._list_shards)
         present = self.snapshot()
-        self.before_change()
+        self.on_weights_will_change()
         for flat, values in saved.items():
             flat.data.view(-1).copy_(values)
-        earlier = EarlierWeights(self._engine, self.parameters, self._list_shards)
+        earlier = WeightSnapshot(self._engine, self.parameters, self._list_shards)
         self.restore(present)
         return earlier
 
-    def stored_shards(self) -> list[Shard]:
+    def checkpoint_shards(self) -> list[Shard]:
         """This rank's part of what all ranks store together, every weight once.
 
         At stage 0, where every rank has everything, each stores one stretch of every parameter.
@@ -399,7 +401,7 @@ class Engine:
             if last > first
         ]
 
-    def state(self, *, in_domain: bool) -> RankState:
+    def state(self, *, in_domain: bool) -> ComponentState:
         """Weights and, within a domain, moments and schedule; views of what training goes on to change.
 
         Args:
@@ -408,7 +410,7 @@ class Engine:
         weights = self.weights()
         loss_scale = {"loss_scale": self._loss_scale.state()}
         if not in_domain:
-            return RankState(sharded={WEIGHTS: weights}, numbers=loss_scale)
+            return ComponentState(sharded={WEIGHTS: weights}, numbers=loss_scale)
         assert self._scheduler is not None, "start_domain comes before state"
         moments, steps = self._optimizer.moments()
         numbers = {
@@ -417,24 +419,24 @@ class Engine:
             "skipped_steps": self.skipped_steps,
             **loss_scale,
         }
-        return RankState(
+        return ComponentState(
             {WEIGHTS: weights, **{f"{MOMENT}{key}": flats for key, flats in moments.items()}}, {}, {}, numbers
         )
 
-    def load_weights(self, saved: SavedState) -> None:
+    def load_weights(self, saved: SavedComponentState) -> None:
         """Continue with saved weights, however they were divided, and the loss scale, which importance depends on.
 
         Raises:
             CheckpointError: they are those of another network.
         """
         self._check_complete(saved.sizes(WEIGHTS))
-        self.before_change()
+        self.on_weights_will_change()
         self._loss_scale.load(saved.numbers["loss_scale"])
         for flat, values in saved.sharded(WEIGHTS).items():
             flat.data.view(-1).copy_(values)
         refresh_weights(self._engine)
 
-    def load_domain(self, saved: SavedState) -> None:
+    def load_domain(self, saved: SavedComponentState) -> None:
         """Continue within a domain; comes after `start_domain`."""
         assert self._scheduler is not None, "start_domain comes before load_domain"
         numbers = saved.numbers

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.engine.sharded_init import Slice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +32,7 @@ class FrozenWeights:
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], exact: dict[str, Slice], precision: str, ranks: Ranks
+        self, parameters: dict[str, nn.Parameter], exact: dict[str, Slice], precision: str, ranks: ProcessGroup
     ) -> None:
         self._parameters, self._ranks = parameters, ranks
         self._slices: dict[str, Slice] = {}
@@ -64,7 +64,7 @@ class FrozenWeights:
         if name in self._slices:
             shape = parameter.ds_shape
             part = -(-shape.numel() // self._ranks.info.world_size)
-            parts = self._ranks.gather_host(self._slices[name].values, part)
+            parts = self._ranks.all_gather_cpu(self._slices[name].values, part)
             return parts[: shape.numel()].view(shape) if is_main else None
         if name in self._kept_by_main:
             return self._whole.get(name)

@@ -6,7 +6,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from das_ds.distributed.state import Shard
-from das_ds.engine.zero import gradients_of
+from das_ds.engine.zero import get_gradients
 from das_ds.kernels.masked_scale import MaskedScale
 from das_ds.kernels.protection import Protection
 
@@ -30,7 +30,7 @@ class GradientMask:
         parameters: dict[str, torch.nn.Parameter],
         protections: list[Protection],
     ) -> None:
-        self._gradients = gradients_of(engine, shards, parameters)
+        self._gradients = get_gradients(engine, shards, parameters)
         self._scale = MaskedScale(protections)
 
     def apply(self) -> None:

@@ -30,7 +30,7 @@ def check_precision(precision: str) -> None:
         )
 
 
-def slow_here(precision: str) -> str:
+def emulated_precision_warning(precision: str) -> str:
     """Why this format is far slower than fp32 on this device; "" where it is not.
 
     Without oneDNN's kernels PyTorch multiplies 16-bit matrices on a CPU number by number.
@@ -63,7 +63,7 @@ def tf32(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(saved)
 
 
-class LossScale:
+class LossScaler:
     """DeepSpeed's loss scaler, moved on after a step instead of within it.
 
     DeepSpeed changes the scale in the middle of a step, between measuring the gradients and dividing them, so that

@@ -11,7 +11,7 @@ DECAY = "1-sqrt"
 """How wsd and infinite fall: 1 - sqrt(x) over the share x of the decay (Haegele et al., NeurIPS 2024)."""
 
 
-def build_schedule(
+def build_lr_scheduler(
     optimizer: torch.optim.Optimizer,
     train: TrainConfig,
     num_steps: int,

@@ -18,7 +18,7 @@ from das_ds.distributed.state import Flats
 from das_ds.engine.loss_scaler import tf32
 from das_ds.engine.mask import RowUpdateMask
 from das_ds.errors import ConfigError
-from das_ds.functional.importance import contribution
+from das_ds.functional.importance import importance_score
 from das_ds.kernels.masked_adamw import masked_adamw_
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.soft_update import soft_update_
@@ -27,7 +27,7 @@ CHUNK_WINDOWS = 16
 """Windows per step of a foreign optimizer: its old values are a copy of so many and never of a whole shard."""
 
 
-class ProtectedOptimizer(torch.optim.Optimizer, ABC):
+class MaskedOptimizer(torch.optim.Optimizer, ABC):
     """What both optimizers share: which flat tensor is protected how, and measuring gradients in place of stepping.
 
     Tensors are known by identity: DeepSpeed swaps its flat tensors in and out of `param_groups` but keeps the objects.
@@ -65,7 +65,7 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
 
     @contextmanager
     def summing(self, sums: Flats, kind: ImportanceKind) -> Iterator[None]:
-        """Inside, a step adds the gradient's `contribution` to the tensor's sum (F,); weights and moments stay."""
+        """Inside, a step adds the gradient's `importance_score` to the tensor's sum (F,); weights and moments stay."""
         self._sums, self._kind = sums, kind
         try:
             yield
@@ -73,7 +73,7 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
             self._sums = None
 
     @contextmanager
-    def muted(self) -> Iterator[None]:
+    def skip_update(self) -> Iterator[None]:
         """Inside, a step changes nothing: DeepSpeed drops the gradients as after any other."""
         self._is_muted = True
         try:
@@ -110,9 +110,9 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
                 self.state[param][key] = values.view_as(param)
         for param, state in self.state.items():
             if param in next(iter(by_key.values()), {}):
-                state.update({key: self._own_number(value) for key, value in numbers.items()})
+                state.update({key: self._as_state_value(value) for key, value in numbers.items()})
 
-    def _own_number(self, value: float) -> Any:
+    def _as_state_value(self, value: float) -> Any:
         return int(value)
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
                     gradient = param.grad.view(-1)
                     # Before it is squared: a scaled gradient's square would have to be divided twice.
                     gradient = gradient if self.grad_scale is None else gradient / self.grad_scale
-                    self._sums[param].add_(contribution(gradient, param.data.view(-1), self._kind))
+                    self._sums[param].add_(importance_score(gradient, param.data.view(-1), self._kind))
                 else:
                     self._step_masked(param, group)
         return loss
@@ -154,7 +154,7 @@ class ProtectedOptimizer(torch.optim.Optimizer, ABC):
         """Step a flat tensor, its important weights less."""
 
 
-class MaskedAdamW(ProtectedOptimizer):
+class MaskedAdamW(MaskedOptimizer):
     """AdamW with decoupled weight decay, stepped and masked in one pass (see `kernels.masked_adamw`).
 
     State keys are those of `torch.optim.AdamW` (`step`, `exp_avg`, `exp_avg_sq`), which DeepSpeed's checkpoints know.
@@ -171,14 +171,14 @@ class MaskedAdamW(ProtectedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _own_number(self, value: float) -> Any:
+    def _as_state_value(self, value: float) -> Any:
         # On the host, as in torch's own AdamW: reading it makes no step wait for the device.
         return torch.tensor(float(value), dtype=torch.float32)
 
     def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if "step" not in state:
-            state["step"] = self._own_number(0)
+            state["step"] = self._as_state_value(0)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         state["step"] += 1
@@ -197,7 +197,7 @@ class MaskedAdamW(ProtectedOptimizer):
         )
 
 
-class SoftUpdated(ProtectedOptimizer):
+class MaskedUpdateWrapper(MaskedOptimizer):
     """Any element-wise optimizer (DeepSpeedCPUAdam, Lion, SGD ...), its step pulled back by I: p <- p + (p_old - p) I.
 
     The inner optimizer steps one chunk of a flat tensor after the other, each with its part of the state, so that the
@@ -256,7 +256,7 @@ def _part(value: Any, chunk: slice, numel: int) -> Any:
     return value.clone() if torch.is_tensor(value) else value
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, on_host: bool) -> ProtectedOptimizer:
+def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, on_host: bool) -> MaskedOptimizer:
     """The optimizer that `train.optimizer` names, with learning rate 0: the schedule of a domain sets it.
 
     Stage 0 in bf16 takes a step with zero gradients while the engine is built; without a learning rate it moves
@@ -282,8 +282,8 @@ def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, 
                 "offload_optimizer; allowed here: adamw, lion"
             )
         adam = DeepSpeedCPUAdam(groups, lr=0.0, betas=train.betas, eps=train.eps, weight_decay=0.0, adamw_mode=True)
-        return SoftUpdated(adam, lambda: _forget_powers(adam))
-    return SoftUpdated(_lion(groups, train, on_host=on_host))
+        return MaskedUpdateWrapper(adam, lambda: _forget_powers(adam))
+    return MaskedUpdateWrapper(_lion(groups, train, on_host=on_host))
 
 
 def _forget_powers(adam: Any) -> None:

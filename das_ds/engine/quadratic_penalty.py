@@ -12,8 +12,8 @@ from deepspeed import DeepSpeedEngine
 
 from das_ds.distributed.collectives import world_size
 from das_ds.distributed.state import Flats, Shard
-from das_ds.engine.loss_scaler import LossScale
-from das_ds.engine.zero import gradients_of
+from das_ds.engine.loss_scaler import LossScaler
+from das_ds.engine.zero import get_gradients
 
 CHUNK_ELEMENTS = 1 << 24
 """Elements whose pull exists at a time, unless one shard has more."""
@@ -39,7 +39,7 @@ class QuadraticPenalty:
         engine: DeepSpeedEngine,
         shards: list[Shard],
         parameters: dict[str, torch.nn.Parameter],
-        loss_scale: LossScale,
+        loss_scale: LossScaler,
         strength: float,
         curvature: Flats,
         anchor: Flats,
@@ -48,7 +48,7 @@ class QuadraticPenalty:
         self._curvature, self._anchor = curvature, anchor
         self._chunks = list(_chunks(shards))
         ordered = [shard for chunk in self._chunks for shard in chunk]
-        self._gradients = gradients_of(engine, ordered, parameters)
+        self._gradients = get_gradients(engine, ordered, parameters)
         # At stage 0 every rank has all weights, at others the mean over ranks is to be the sum of their parts.
         self._parts = world_size() if engine.zero_optimization_stage() > 0 else 1
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from das_ds.config.deepspeed import zero_stage
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 
 Construct = Callable[[], PreTrainedModel]
 
@@ -50,15 +50,15 @@ class Slice:
     """(n,) float32 in host memory."""
 
 
-def sharded_construction(deepspeed_config: dict[str, Any], ranks: Ranks) -> ShardedConstruction | None:
+def sharded_init(deepspeed_config: dict[str, Any], ranks: ProcessGroup) -> ShardedInit | None:
     """How models are built at ZeRO-3; None at other stages, and where a rank needs more than its own slice."""
     zero = deepspeed_config.get("zero_optimization", {})
     if zero_stage(deepspeed_config) < 3 or zero.get("zero_hpz_partition_size", 1) > 1:
         return None
-    return ShardedConstruction(deepspeed_config, ranks)
+    return ShardedInit(deepspeed_config, ranks)
 
 
-class ShardedConstruction:
+class ShardedInit:
     """Builds models for one engine; every method is called on all ranks.
 
     Args:
@@ -66,7 +66,7 @@ class ShardedConstruction:
         ranks: the process group.
     """
 
-    def __init__(self, deepspeed_config: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(self, deepspeed_config: dict[str, Any], ranks: ProcessGroup) -> None:
         self._deepspeed_config = deepspeed_config
         self._ranks = ranks
         self.slices: dict[str, Slice] = {}
@@ -74,7 +74,7 @@ class ShardedConstruction:
 
     def random(self, construct: Construct) -> PreTrainedModel:
         """The model of `construct()`, its random weights included."""
-        placeholders = _Placeholders(self._ranks)
+        placeholders = _MetaParameters(self._ranks)
         return self._finish(placeholders.build(construct), placeholders)
 
     def pretrained(self, construct: Construct, weights: Stored) -> PreTrainedModel:
@@ -83,7 +83,7 @@ class ShardedConstruction:
         Raises:
             SafetensorError, OSError: damaged files.
         """
-        placeholders = _Placeholders(self._ranks)
+        placeholders = _MetaParameters(self._ranks)
         if weights.missing:
             model = placeholders.build(construct)
         else:
@@ -98,7 +98,7 @@ class ShardedConstruction:
                 buffer.copy_(weights.read(name, buffer.shape, 0, buffer.numel()).view(buffer.shape))
         return self._finish(model, placeholders)
 
-    def _finish(self, model: PreTrainedModel, placeholders: _Placeholders) -> PreTrainedModel:
+    def _finish(self, model: PreTrainedModel, placeholders: _MetaParameters) -> PreTrainedModel:
         """Exchange all placeholders for ZeRO-3 parameters that hold this rank's slice."""
         # Given a module, even one without parameters, DeepSpeed installs its linear map, as it otherwise does later.
         zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self._deepspeed_config)
@@ -120,10 +120,10 @@ class ShardedConstruction:
         return model
 
 
-class _Placeholders:
+class _MetaParameters:
     """Parameters of a model under construction, on the meta device, with this rank's slices beside them."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: ProcessGroup) -> None:
         self._ranks = ranks
         # Weak: a placeholder that gives way to one it is tied to takes its slice with it.
         self._slices: Any = WeakIdKeyDictionary()
@@ -216,6 +216,6 @@ class _Placeholders:
 
     def _gathered(self, placeholder: nn.Parameter) -> nn.Parameter:
         part = -(-placeholder.numel() // self._ranks.info.world_size)
-        parts = self._ranks.gather_host(self._slices[placeholder].values, part)
+        parts = self._ranks.all_gather_cpu(self._slices[placeholder].values, part)
         values = parts[: placeholder.numel()].view(placeholder.shape)
         return nn.Parameter(values, requires_grad=placeholder.requires_grad)

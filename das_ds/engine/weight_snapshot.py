@@ -31,7 +31,7 @@ class _Stored:
     """First element of the flattened parameter that is among the values."""
 
 
-class EarlierWeights:
+class WeightSnapshot:
     """A copy of the weights as they are now.
 
     Args:
@@ -48,7 +48,7 @@ class EarlierWeights:
         refresh_weights(engine)
         optimizer, owners = engine.optimizer, list(parameters.values())
         self._gathering = (
-            _Gathering(optimizer, owners) if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) else None
+            _Zero3Swap(optimizer, owners) if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) else None
         )
         readable, offsets = (owners, [0] * len(owners)) if self._gathering is None else self._gathering.parts()
         copies = [tensor.detach().clone() for tensor in readable]
@@ -60,7 +60,7 @@ class EarlierWeights:
         self._copies = [*copies, *(parameter.detach().clone() for parameter in whole)]
 
     @contextmanager
-    def in_force(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Inside, the module computes with these weights; for whole passes without gradients.
 
         Pointers change hands, nothing is copied. The present weights must be what the module holds on entry, and no
@@ -91,7 +91,7 @@ class EarlierWeights:
         return result
 
 
-class _Gathering:
+class _Zero3Swap:
     """How ZeRO-3 gathers weights other than the present ones.
 
     DeepSpeed records the order in which a pass uses modules, and gathers ahead in later passes of that order. A pass

@@ -1,7 +1,7 @@
 """ZeRO's internals (DeepSpeed 0.19.8) at stages 0 to 3, in fp32, bf16 and fp16, with or without offload.
 
-No other file knows them, but for how a parameter becomes a ZeRO-3 shard (`sharded_construction.py`), how another is put
-in its place (`earlier_weights.py`) and how gradients are clipped (`gradient_norm.py`).
+No other file knows them, but for how a parameter becomes a ZeRO-3 shard (`sharded_init.py`), how another is put
+in its place (`weight_snapshot.py`) and how gradients are clipped (`gradient_norm.py`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def flats_by_parameter(engine: DeepSpeedEngine, names: dict[torch.nn.Parameter, 
     return {shard.name: shard.flat for shard in shards(engine, names)}
 
 
-def gradients_of(
+def get_gradients(
     engine: DeepSpeedEngine, shards: list[Shard], parameters: dict[str, torch.nn.Parameter]
 ) -> Callable[[], list[torch.Tensor]]:
     """How to get at the averaged gradient of each shard's elements (1-d), between backward pass and step.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from das_ds.distributed.process_group import PREPARATION_TIMEOUT, Ranks
+from das_ds.distributed.process_group import LONG_TIMEOUT, ProcessGroup
 from das_ds.fault_tolerance.heartbeat import Heartbeat
 from das_ds.thread_guard import ThreadGuard
 
@@ -49,7 +49,7 @@ class HeartbeatStore:
         period_s: seconds between two heartbeats.
     """
 
-    def __init__(self, ranks: Ranks, own_heartbeat: Callable[[], Heartbeat], period_s: float) -> None:
+    def __init__(self, ranks: ProcessGroup, own_heartbeat: Callable[[], Heartbeat], period_s: float) -> None:
         global _num_stores
         _num_stores += 1
         self._own_heartbeat, self._period_s = own_heartbeat, period_s
@@ -152,7 +152,7 @@ def _connect() -> Any:
     store = default.clone()
     # An answer that comes after its time would be taken for that to the next question; and where the process that holds
     # the store is suspended together with this one, it comes late.
-    store.set_timeout(PREPARATION_TIMEOUT)
+    store.set_timeout(LONG_TIMEOUT)
     return store
 
 

@@ -72,7 +72,7 @@ STRAGGLERS_S = 30.0
 """Ranks that have saved end together; those left behind by one that has ended are the launcher's again after this."""
 
 
-def pause_launcher(launcher: psutil.Process, num_ranks: int, limit_s: float) -> None:
+def suspend_launcher(launcher: psutil.Process, num_ranks: int, limit_s: float) -> None:
     """Stop a launcher until all its ranks have ended, or until `limit_s` seconds have passed; returns at once.
 
     Nothing is done unless all of its `num_ranks` ranks run: a launcher also ends those that have lost one of them.

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from das_ds.errors import RunFolderError
-from das_ds.fault_tolerance.launcher_guard import DEEPSPEED_LAUNCH, is_alive, launchers, pause_launcher, program
+from das_ds.fault_tolerance.launcher_guard import DEEPSPEED_LAUNCH, is_alive, launchers, program, suspend_launcher
 from das_ds.run_dir import SAVE_FILE, STOP_FILE
 from das_ds.thread_guard import ThreadGuard
 
@@ -37,7 +37,7 @@ class Request:
     """A checkpoint is wanted, after which the run goes on."""
 
 
-class StopRequests:
+class ShutdownHandler:
     """Collects requests between `with` and its end; nothing is done about them here.
 
     Args:
@@ -57,10 +57,10 @@ class StopRequests:
         self._seen_save: int | None = None
         self._former: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequests:
+    def __enter__(self) -> ShutdownHandler:
         # Also where a parent has made the signal ignored: launchers that must outlive it are started in that way.
         self._former = {number: signal.signal(number, self._handle) for number in self._signals}
-        self._guard = _LauncherGuard(self._launchers, self._launcher_pause_s)
+        self._guard = LauncherGuard(self._launchers, self._launcher_pause_s)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,7 +131,7 @@ def _remove(path: Path) -> None:
         raise RunFolderError(f"{path}: cannot be removed ({error.strerror}); remove it by hand") from error
 
 
-class _LauncherGuard:
+class LauncherGuard:
     """Pauses the DeepSpeed launcher as soon as SIGTERM or SIGINT arrives, even while Python waits for the step.
 
     Python's handlers run between two of its instructions, and a step may take longer than the launcher waits. But the
@@ -162,5 +162,5 @@ class _LauncherGuard:
         with guard, self._reader:
             while numbers := self._reader.recv(64):
                 if ENDING_SIGNALS & set(numbers):
-                    pause_launcher(self._launcher, self._num_ranks, self._limit_s)
+                    suspend_launcher(self._launcher, self._num_ranks, self._limit_s)
                     return

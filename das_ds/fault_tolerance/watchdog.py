@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from das_ds.distributed.collectives import COLLECTIVE_COUNT
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import DasError, StoppedError
 from das_ds.fault_tolerance.hang_detector import HangDetector
 from das_ds.fault_tolerance.heartbeat import Heartbeat
@@ -55,7 +55,7 @@ class Watchdog:
         folder: run folder, in which each rank writes its stacks when it ends for lack of progress.
     """
 
-    def __init__(self, ranks: Ranks, hang_timeout: float, folder: Path) -> None:
+    def __init__(self, ranks: ProcessGroup, hang_timeout: float, folder: Path) -> None:
         self._ranks, self._hang_timeout, self._folder = ranks, hang_timeout, folder
         self._main, self._host, self._pid = threading.get_ident(), socket.gethostname(), os.getpid()
         self._phase, self._location, self._step = "", "starting", 0

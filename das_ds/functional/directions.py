@@ -11,7 +11,7 @@ NEGLIGIBLE_EIGENVALUE = 1e-5
 """Of M / c, below 0: by so much a mask may exceed 1 where a moment in float32 is not quite positive."""
 
 
-def relative_moment(moment: torch.Tensor) -> torch.Tensor:
+def normalized_second_moment(moment: torch.Tensor) -> torch.Tensor:
     """M = A / (tr(A) / d): the second moment of an input, relative to its mean over directions.
 
     Args:
@@ -24,7 +24,7 @@ def relative_moment(moment: torch.Tensor) -> torch.Tensor:
     return torch.where(mean == 0, 0.0, moment.double() / mean).float()
 
 
-def moment_fault(moment: torch.Tensor) -> str | None:
+def describe_invalid_moment(moment: torch.Tensor) -> str | None:
     """What keeps a matrix from being a second moment, in words; None: it may be one.
 
     Every principal minor of order 1 and 2 is checked, up to rounding: m_ii >= 0 and |m_ij|^2 <= m_ii m_jj.
@@ -46,7 +46,7 @@ def moment_fault(moment: torch.Tensor) -> str | None:
     return None
 
 
-def direction_mask(relative: torch.Tensor, saturation: float) -> torch.Tensor:
+def direction_projector(relative: torch.Tensor, saturation: float) -> torch.Tensor:
     """P = (I + M / c)^-1, by which every row of an update dW (o, d) is multiplied: dW <- dW P.
 
     In the eigenvectors of M, which belong to shares a of the input's energy, that is the mask 1 - I with the saturating

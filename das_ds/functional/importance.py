@@ -17,7 +17,7 @@ from das_ds.config import ImportanceConfig, ImportanceKind
 from das_ds.functional.units import Importance
 
 
-def contribution(gradient: torch.Tensor, weight: torch.Tensor | float, kind: ImportanceKind) -> torch.Tensor:
+def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind: ImportanceKind) -> torch.Tensor:
     """The summand of one batch; importance before normalisation is its sum over batches.
 
         magnitude     |g|          DAS: Ke et al., ICLR 2023, eq. 2; SPG: Konishi et al., ICML 2023
@@ -54,7 +54,7 @@ RANK_FORMS = ("rank_hard", "rank_soft")
 """Forms that need the order of the entries; the others need statistics alone."""
 
 
-def normalise_units(raw: Importance, settings: ImportanceConfig) -> Importance:
+def normalize_units(raw: Importance, settings: ImportanceConfig) -> Importance:
     """Normalise the importance of units within `settings.scope`: layer and group, group, or everything.
 
     Args:
@@ -65,15 +65,15 @@ def normalise_units(raw: Importance, settings: ImportanceConfig) -> Importance:
         Group -> (L, U) float32 in [0, 1].
     """
     if settings.scope == "tensor":
-        return {group: normalise(values, settings) for group, values in raw.items()}
+        return {group: normalize(values, settings) for group, values in raw.items()}
     if settings.scope == "group":
-        return {group: normalise(values.reshape(1, -1), settings).view_as(values) for group, values in raw.items()}
-    everything = normalise(torch.cat([values.flatten() for values in raw.values()])[None], settings)[0]
+        return {group: normalize(values.reshape(1, -1), settings).view_as(values) for group, values in raw.items()}
+    everything = normalize(torch.cat([values.flatten() for values in raw.values()])[None], settings)[0]
     parts = everything.split([values.numel() for values in raw.values()])
     return {group: part.view_as(raw[group]) for group, part in zip(raw, parts, strict=True)}
 
 
-def normalise(raw: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
+def normalize(raw: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
     """Normalise each row by itself.
 
     Args:
@@ -146,7 +146,7 @@ def by_rank(values: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
     return (num_less.double() / num_entries).pow(_exponent(settings.protected_share))
 
 
-def counts_of_levels(num_entries: int, settings: ImportanceConfig, num_levels: int) -> torch.Tensor:
+def histogram(num_entries: int, settings: ImportanceConfig, num_levels: int) -> torch.Tensor:
     """How many of E entries must be less important than an entry for it to reach each level of importance.
 
     This is `by_rank` read backwards, for entries that are too many to be sorted: where exactly l of these counts are

@@ -57,12 +57,12 @@ class SegmentTable:
 
     numel: int
     segments: tuple[Segment, ...]
-    """In order, without overlap, covering all F elements (see `cover`)."""
+    """In order, without overlap, covering all F elements (see `fill_gaps`)."""
     values: torch.Tensor
     """(V,) float32 in [0, 1], one entry per row or column of a group's parameters; may change in place."""
 
 
-def cover(segments: Iterable[Segment], numel: int) -> tuple[Segment, ...]:
+def fill_gaps(segments: Iterable[Segment], numel: int) -> tuple[Segment, ...]:
     """The segments in order, with unprotected ones wherever a flat tensor of `numel` elements has none."""
     covered: list[Segment] = []
     position = 0
@@ -77,7 +77,7 @@ def cover(segments: Iterable[Segment], numel: int) -> tuple[Segment, ...]:
     return tuple(covered)
 
 
-def importance_of(table: SegmentTable) -> torch.Tensor:
+def dense_importance(table: SegmentTable) -> torch.Tensor:
     """(F,) float32: the importance of every element written out, for reference and small tensors."""
     full = torch.zeros(table.numel, dtype=torch.float32, device=table.values.device)
     for segment in table.segments:
@@ -164,7 +164,7 @@ class MaskTable:
     def load(self, importance: Importance) -> None:
         """Fill the vector, and with it every segment made from this table, from group -> (L, U)."""
         units = (importance[group].flatten().to(self.values) for group in self._groups)
-        parts = [strengthened(values, self._strength) for values in units]
+        parts = [apply_exponent(values, self._strength) for values in units]
         self.values.copy_(torch.cat((self._shared, *parts))[self._sources].amax(dim=1))
 
     def segments(self, name: str, *, start: int, offset: int, numel: int) -> list[Segment]:
@@ -184,12 +184,12 @@ class MaskTable:
         return segments
 
 
-def strengthened(importance: torch.Tensor, strength: float) -> torch.Tensor:
+def apply_exponent(importance: torch.Tensor, strength: float) -> torch.Tensor:
     """I' with 1 - I' = (1 - I)^strength; 0 and 1 stay as they are."""
     return importance if strength == 1.0 else 1.0 - (1.0 - importance).pow(strength)
 
 
-def mask_levels(
+def build_lookup_tables(
     owners: dict[str, str], *, groups: Collection[str] | None, shared_scale: float, strength: float, num_levels: int
 ) -> dict[str, torch.Tensor] | None:
     """What masks the weights of each parameter, as a table over their stored importance I:
@@ -206,7 +206,7 @@ def mask_levels(
         Parameter -> (num_levels + 1,) uint8, I' of every I; None where I' is I for all.
     """
     importance = torch.arange(num_levels + 1, dtype=torch.float64) / num_levels
-    masked, free = strengthened(importance, strength), torch.zeros_like(importance)
+    masked, free = apply_exponent(importance, strength), torch.zeros_like(importance)
     tables = {}
     for group in set(owners.values()):
         scale = 1.0 - (masked if groups is None or group in groups else free)

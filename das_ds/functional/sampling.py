@@ -148,14 +148,14 @@ def reservoir_slots(first: int, uniforms: NDArray[np.float64], capacity: int) ->
     return np.where(slots < capacity, slots, NOT_KEPT)
 
 
-def last_of_each_slot(slots: NDArray[np.int64]) -> NDArray[np.int64]:
+def final_writes(slots: NDArray[np.int64]) -> NDArray[np.int64]:
     """Indices of the samples that stay when all N are stored in turn; every slot once."""
     kept = np.flatnonzero(slots != NOT_KEPT)[::-1]
     _, last = np.unique(slots[kept], return_index=True)
     return kept[last]
 
 
-def spread_positions(
+def evenly_spaced(
     predicted: torch.Tensor, num_rows: int, length: int, count: int, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """At most K predicted positions of each sequence, from all of it: of n > K those at floor((i + u) n / K), i < K.
@@ -181,6 +181,6 @@ def spread_positions(
     return indices.clamp_max(len(predicted)), order < counts[:, None]
 
 
-def padded(values: torch.Tensor) -> torch.Tensor:
+def append_zero_row(values: torch.Tensor) -> torch.Tensor:
     """(P,) or (P, H) with one more entry of 0, so that index P exists."""
     return functional.pad(values, (0, 0) * (values.dim() - 1) + (0, 1))

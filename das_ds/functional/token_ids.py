@@ -36,7 +36,7 @@ def tokens_in_holes(before: Mapping[str, int], after: Mapping[str, int]) -> list
     return sorted((token for token in after if token not in before and after[token] < known), key=after.__getitem__)
 
 
-def with_mean_rows(weight: torch.Tensor, known: int, total: int) -> torch.Tensor:
+def mean_init_rows(weight: torch.Tensor, known: int, total: int) -> torch.Tensor:
     """A copy in which rows [known, total) are the mean of rows [0, known), taken in float64.
 
     Args:

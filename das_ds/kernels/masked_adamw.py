@@ -90,4 +90,4 @@ def masked_adamw_torch_(step: AdamWStep, protection: Protection) -> None:
             found_inf=None,
         )
         if is_protected:
-            protection.pull_back_(values, old[: len(window)], window, scratch)
+            protection.lerp_toward_(values, old[: len(window)], window, scratch)

@@ -62,4 +62,4 @@ def masked_scale_torch_(tensors: Sequence[torch.Tensor], protections: Sequence[P
     for tensor, protection in zip(tensors, protections, strict=True):
         scratch = protection.scratch()
         for window in protection.windows:
-            protection.scale_(tensor[window.start : window.stop], window, scratch)
+            protection.scale_grad_(tensor[window.start : window.stop], window, scratch)

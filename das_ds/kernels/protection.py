@@ -10,9 +10,9 @@ from functools import cached_property
 
 import torch
 
-from das_ds.functional.masks import Segment, SegmentTable, importance_of
-from das_ds.kernels.tiles import Tiles, segment_fields, tiles_of
-from das_ds.kernels.windows import Window, windows_of
+from das_ds.functional.masks import Segment, SegmentTable, dense_importance
+from das_ds.kernels.tiles import Tiles, segment_fields, split_into_tiles
+from das_ds.kernels.windows import Window, split_into_windows
 
 LEVELS = 255
 """Importance stored as uint8 counts 255ths: rounding errs by at most 1/510, and 0 and 1 are exact."""
@@ -51,7 +51,7 @@ class Protection:
     @cached_property
     def windows(self) -> tuple[Window, ...]:
         """Cache-sized windows for the torch kernels."""
-        return windows_of(self.segments, None if self.table is None else self.table.values)
+        return split_into_windows(self.segments, None if self.table is None else self.table.values)
 
     def windows_in(self, start: int, stop: int) -> tuple[Window, ...]:
         """The windows that make up elements [start, stop).
@@ -73,7 +73,7 @@ class Protection:
     def tiles_on(self, device: torch.device) -> Tiles:
         """Tiles for the Triton kernels, made once."""
         if self._tiles is None:
-            self._tiles = tiles_of(self.segments, self.numel, device)
+            self._tiles = split_into_tiles(self.segments, self.numel, device)
         return self._tiles
 
     def protects(self, window: Window) -> bool:
@@ -86,14 +86,14 @@ class Protection:
         device = "cpu" if owner is None else owner.device
         return torch.empty(max(map(len, self.windows), default=0), device=device)
 
-    def pull_back_(self, new: torch.Tensor, old: torch.Tensor, window: Window, scratch: torch.Tensor) -> None:
+    def lerp_toward_(self, new: torch.Tensor, old: torch.Tensor, window: Window, scratch: torch.Tensor) -> None:
         """new <- new + (old - new) * I, both float32 elements of one window; exact at I = 0 and I = 1."""
         if self.importance is not None:
             new.lerp_(old, self._importance_in(window, scratch))
         for rectangle in window.rectangles:
             rectangle.of(new).lerp_(rectangle.of(old), rectangle.current())
 
-    def scale_(self, values: torch.Tensor, window: Window, scratch: torch.Tensor) -> None:
+    def scale_grad_(self, values: torch.Tensor, window: Window, scratch: torch.Tensor) -> None:
         """values <- values * (1 - I), the elements of one window in any floating type; computed in float32."""
         if self.importance is not None:
             values.copy_(values * self._importance_in(window, scratch).neg_().add_(1.0))
@@ -106,10 +106,10 @@ class Protection:
         stored = self.importance[window.start : window.stop]
         return torch.div(stored, LEVELS if stored.dtype == torch.uint8 else 1, out=scratch[: len(window)])
 
-    def written_out(self) -> torch.Tensor:
+    def to_dense(self) -> torch.Tensor:
         """(F,) float32: the importance of every element."""
         if self.table is not None:
-            return importance_of(self.table)
+            return dense_importance(self.table)
         if self.importance is None:
             return torch.zeros(self.numel)
         return as_float(self.importance)

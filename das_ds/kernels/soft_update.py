@@ -50,4 +50,4 @@ def soft_update_torch_(
     scratch = protection.scratch()
     for window in windows:
         part = slice(window.start - start, window.stop - start)
-        protection.pull_back_(param[part], old[part], window, scratch)
+        protection.lerp_toward_(param[part], old[part], window, scratch)

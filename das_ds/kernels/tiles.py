@@ -46,7 +46,7 @@ def segment_fields(segments: tuple[Segment, ...]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(-1, len(SEGMENT_FIELDS))
 
 
-def tiles_of(segments: tuple[Segment, ...], numel: int, device: torch.device | str) -> Tiles:
+def split_into_tiles(segments: tuple[Segment, ...], numel: int, device: torch.device | str) -> Tiles:
     """Tiles of segments that cover a flat tensor of `numel` elements; entries are in order of their elements."""
     fields = segment_fields(segments)
     starts, counts = fields[:, 0], fields[:, 1]

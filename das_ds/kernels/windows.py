@@ -52,7 +52,7 @@ class Window:
         return self.stop - self.start
 
 
-def windows_of(segments: tuple[Segment, ...], values: torch.Tensor | None) -> tuple[Window, ...]:
+def split_into_windows(segments: tuple[Segment, ...], values: torch.Tensor | None) -> tuple[Window, ...]:
     """Windows over segments that cover a flat tensor; rectangles are views of `values`.
 
     Windows end at the ends of rows where rows are shorter than a window: every further rectangle is a further call.

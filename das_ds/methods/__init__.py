@@ -3,32 +3,32 @@
 from das_ds.config import MethodConfig
 from das_ds.context import RunContext
 from das_ds.methods.base import Method
-from das_ds.methods.baselines import FromBase, Naive, NaiveReplay, Pool
-from das_ds.methods.das import SoftMaskedContrast
-from das_ds.methods.derpp import DarkExperienceReplay
-from das_ds.methods.dga import GeneralKnowledgeContrast
-from das_ds.methods.directions import DirectionMasked
-from das_ds.methods.ewc import ElasticConsolidation
-from das_ds.methods.kd import Distillation
-from das_ds.methods.merge import Merging, NaiveMerge
+from das_ds.methods.baselines import NCL, ExperienceReplay, PerDomain, Pool
+from das_ds.methods.das import DAS
+from das_ds.methods.derpp import DERpp
+from das_ds.methods.dga import DGA
+from das_ds.methods.directions import Directions
+from das_ds.methods.ewc import EWC
+from das_ds.methods.kd import KD
+from das_ds.methods.merge import MergingWrapper, ModelMerging
 
 METHODS: dict[str, type[Method]] = {
-    "das": SoftMaskedContrast,
-    "derpp": DarkExperienceReplay,
-    "dga": GeneralKnowledgeContrast,
-    "ewc": ElasticConsolidation,
-    "kd": Distillation,
-    "merge": NaiveMerge,
-    "ncl": Naive,
-    "one": FromBase,
+    "das": DAS,
+    "derpp": DERpp,
+    "dga": DGA,
+    "ewc": EWC,
+    "kd": KD,
+    "merge": ModelMerging,
+    "ncl": NCL,
+    "one": PerDomain,
     "pool": Pool,
-    "replay": NaiveReplay,
+    "replay": ExperienceReplay,
 }
 
 
 def method_class(settings: MethodConfig) -> type[Method]:
     """What does the work of a method with these settings."""
-    return DirectionMasked if settings.masks_directions else METHODS[settings.name]
+    return Directions if settings.masks_directions else METHODS[settings.name]
 
 
 def build_method(run: RunContext) -> Method:
@@ -39,4 +39,4 @@ def build_method(run: RunContext) -> Method:
     """
     settings = run.config.method
     method = method_class(settings)(run)
-    return method if settings.merging is None else Merging(method, settings.merging)
+    return method if settings.merging is None else MergingWrapper(method, settings.merging)

@@ -9,7 +9,7 @@ import torch
 
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.state import RankState, SavedState
+from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.functional.units import Importance
 
 Losses = dict[str, torch.Tensor]
@@ -32,14 +32,14 @@ class Method:
     def before_domain(self, domain: DomainContext) -> None:
         """Called before the first step on a domain, not when a run continues within its steps."""
 
-    def start_training(self, domain: DomainContext) -> None:
+    def on_train_start(self, domain: DomainContext) -> None:
         """Called whenever steps on a domain begin or continue, after `before_domain` or `load_state`."""
 
-    def start_step(self, step: int) -> None:
+    def on_step_start(self, step: int) -> None:
         """Called before the micro-steps of optimizer step `step` of the domain, and again when it is tried again."""
 
     @contextmanager
-    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+    def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """Named losses of one micro-batch; the backward pass runs inside the context.
 
         In fp16 a step whose gradient overflowed is done again: the same micro-batches come once more.
@@ -55,11 +55,11 @@ class Method:
     def after_domain(self, domain: DomainContext) -> None:
         """Called after the last step on a domain; also writes the files that the method is to leave."""
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """What a run that continues needs of the method; views and references, copied by the caller."""
-        return RankState()
+        return ComponentState()
 
-    def load_state(self, saved: SavedState) -> None:
+    def load_state(self, saved: SavedComponentState) -> None:
         """Continue from a state, on any number of ranks."""
 
     def accumulated_importance(self) -> Importance | None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 from das_ds.methods.base import Method
 
 
-class Naive(Method):
+class NCL(Method):
     """The baseline every other method is compared with. Keeps nothing in memory, no extra compute."""
 
 
-class FromBase(Method):
+class PerDomain(Method):
     """Every domain starts from the base weights. Keeps one host copy of each rank's fp32 shard, no extra compute."""
 
     starts_from_base = True
@@ -31,7 +31,7 @@ class Pool(Method):
     """
 
 
-class NaiveReplay(Method):
+class ExperienceReplay(Method):
     """Experience replay (Rolnick et al., NeurIPS 2019), from the corpora themselves instead of a buffer.
 
     Keeps nothing in memory, but needs the text of earlier domains to the end. No extra compute: what is replayed takes

@@ -13,11 +13,11 @@ import torch
 from das_ds.config import ObjectiveName
 from das_ds.context import RunContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.collectives import gather_rows, rank
+from das_ds.distributed.collectives import all_gather_with_grad, rank
 from das_ds.functional.losses import Pooling, contrastive_loss, pool, pooling_weights
 from das_ds.functional.units import Importance
 from das_ds.methods.base import Losses
-from das_ds.softmask.measure import repeated
+from das_ds.softmask.measure import duplicate_rows
 
 CONTRAST_LOSS = "contrast"
 
@@ -25,7 +25,7 @@ POOLING: dict[ObjectiveName, Pooling] = {"mlm": "mean", "clm": "last"}
 """Under causal attention only the last token has read the whole text."""
 
 
-class Contrast:
+class ContrastiveLoss:
     """Ke et al. 2023, section 3.2. Keeps nothing; three more rows per sequence in the forward pass."""
 
     def __init__(self, run: RunContext) -> None:
@@ -33,7 +33,7 @@ class Contrast:
         self._settings = run.config.method.contrast
 
     @contextmanager
-    def micro_step(self, batch: Batch, token_scale: torch.Tensor, gates: Importance) -> Iterator[Losses]:
+    def losses(self, batch: Batch, token_scale: torch.Tensor, gates: Importance) -> Iterator[Losses]:
         """The pre-training loss plus the contrast of three clean views, in one packed forward of 4B rows.
 
         Rows: [corrupted | o^full | o^full+ | o^prev]; dropout makes the clean views differ (noise at the units where
@@ -41,7 +41,7 @@ class Contrast:
         as clean as the others but for the noise. The backward pass runs inside the context.
 
         Args:
-            batch, token_scale: as for `Method.micro_step`.
+            batch, token_scale: as for `Method.losses`.
             gates: group -> (L, U), what o^prev keeps of every unit.
         """
         run, size = self._run, len(batch.input_ids)
@@ -49,12 +49,12 @@ class Contrast:
         noise = run.gates.noise(run.view_dropout, num_rows=4 * size, first_row=size)
         by_layer = {group: values[:, None, :] for group, values in gates.items()}
         with noise, run.gates.active(by_layer, num_rows=4 * size, first_row=3 * size):
-            hidden, losses = run.engine(rows, batch.predicted, batch.targets, repeated(batch.position_ids, 4))
+            hidden, losses = run.engine(rows, batch.predicted, batch.targets, duplicate_rows(batch.position_ids, 4))
             full, positive, previous = self._pooled(hidden[size:], batch.position_ids).chunk(3)
             loss = contrastive_loss(
                 full,
-                gather_rows(positive),
-                gather_rows(previous),
+                all_gather_with_grad(positive),
+                all_gather_with_grad(previous),
                 first_positive=rank() * size,
                 temperature=self._settings.temperature,
             )
@@ -67,7 +67,7 @@ class Contrast:
             POOLING[self._run.objective] if kind == "auto" else kind,
             num_rows=len(hidden),
             num_positions=hidden.shape[1],
-            position_ids=repeated(position_ids, 3),
+            position_ids=duplicate_rows(position_ids, 3),
             device=hidden.device,
         )
         return pool(hidden, weights)

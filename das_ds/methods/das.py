@@ -8,7 +8,7 @@ from das_ds.run_dir import IMPORTANCE_FILE
 from das_ds.softmask.measure import PRETRAINING
 
 
-class SoftMaskedContrast(SoftMasked):
+class DAS(SoftMasked):
     """Protects what is important to general knowledge and earlier domains, and contrasts full with previous knowledge.
 
     Keeps (heads + intermediate + hidden) numbers per layer, or, at parameter level, one byte per weight divided over

@@ -15,17 +15,17 @@ import torch
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank, world_size
-from das_ds.distributed.sharded_buffer import DividedTable, without_waiting
-from das_ds.distributed.state import RankState, SavedState
-from das_ds.functional.sampling import last_of_each_slot, padded, reservoir_slots, sample_generator, spread_positions
+from das_ds.distributed.sharded_buffer import ShardedBuffer, to_device_non_blocking
+from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.functional.sampling import append_zero_row, evenly_spaced, final_writes, reservoir_slots, sample_generator
 from das_ds.methods.base import Losses, Method
-from das_ds.methods.replay_records import NO_TARGET, AnsweredRows, RowLayout, row_layout
+from das_ds.methods.replay_records import NO_TARGET, RecordLayout, ReplayRecords, record_layout
 
 ANSWER_LOSS, REHEARSAL_LOSS = "answers", "rehearsal"
 STREAM, RECORDS = "derpp", "records"
 
 
-class DarkExperienceReplay(Method):
+class DERpp(Method):
     """Dark Experience Replay++ (Buzzega et al., NeurIPS 2020, eq. 6), with hidden states in place of logits.
 
         L = L_pretrain + alpha E |h(x') - h'|^2 / H + beta E L_pretrain(x', y')
@@ -48,14 +48,14 @@ class DarkExperienceReplay(Method):
         self._seen = 0
         """Sequences of all ranks so far."""
         self._step: int | None = None
-        self._table: DividedTable | None = None
-        self._layout: RowLayout | None = None
+        self._table: ShardedBuffer | None = None
+        self._layout: RecordLayout | None = None
 
-    def start_training(self, domain: DomainContext) -> None:
+    def on_train_start(self, domain: DomainContext) -> None:
         """Steps are counted anew."""
         self._step = None
 
-    def start_step(self, step: int) -> None:
+    def on_step_start(self, step: int) -> None:
         """Draw what this step replays and where it stores; the same where it is tried again."""
         if step != self._step:
             self._step, self._first = step, self._seen
@@ -67,7 +67,7 @@ class DarkExperienceReplay(Method):
         self._seen = self._first
 
     @contextmanager
-    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+    def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """The pre-training loss of new and of replayed sequences and the distance to old answers, in one forward."""
         number = (self._seen - self._first) // (len(batch.input_ids) * world_size())
         if not self._replayed:
@@ -79,29 +79,29 @@ class DarkExperienceReplay(Method):
         self._store(batch, hidden[: len(batch.input_ids)].detach())
         yield parts
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """This rank's rows of the buffer."""
         if self._table is None or self._layout is None:
-            return RankState(numbers={"seen": 0, "hidden_size": None})
+            return ComponentState(numbers={"seen": 0, "hidden_size": None})
         numbers = {"seen": self._seen, "hidden_size": self._layout.hidden_size}
-        return RankState(local={RECORDS: self._table.rows}, numbers=numbers)
+        return ComponentState(local={RECORDS: self._table.rows}, numbers=numbers)
 
-    def load_state(self, saved: SavedState) -> None:
+    def load_state(self, saved: SavedComponentState) -> None:
         """Continue with the buffer, divided anew where the ranks are others."""
         self._step, self._seen = None, saved.numbers["seen"]
         self._table = self._layout = None
         if (hidden_size := saved.numbers["hidden_size"]) is not None:
             self._build(hidden_size)[1].load(saved.every_local(RECORDS))
 
-    def _build(self, hidden_size: int) -> tuple[RowLayout, DividedTable]:
+    def _build(self, hidden_size: int) -> tuple[RecordLayout, ShardedBuffer]:
         """The buffer, empty; how wide final hidden states are is known when there are some."""
         if self._layout is None or self._table is None:
-            self._layout = row_layout(self.run.config, hidden_size)
+            self._layout = record_layout(self.run.config, hidden_size)
             device = self.run.engine.ranks.info.device
-            self._table = DividedTable(self._config.capacity, self._layout.width, device)
+            self._table = ShardedBuffer(self._config.capacity, self._layout.width, device)
         return self._layout, self._table
 
-    def _drawn(self, generator: np.random.Generator) -> list[tuple[AnsweredRows, torch.Tensor]]:
+    def _drawn(self, generator: np.random.Generator) -> list[tuple[ReplayRecords, torch.Tensor]]:
         """For each micro-step, this rank's replayed sequences and the weights (k, K) of their answers."""
         assert self._table is not None and self._layout is not None, "the first step stores"
         num_replayed, num_units = self.run.config.num_rehearsed, self.run.engine.accumulation_steps * world_size()
@@ -119,7 +119,7 @@ class DarkExperienceReplay(Method):
         return drawn
 
     def _rehearsed(
-        self, batch: Batch, token_scale: torch.Tensor, old: AnsweredRows, weights: torch.Tensor
+        self, batch: Batch, token_scale: torch.Tensor, old: ReplayRecords, weights: torch.Tensor
     ) -> tuple[torch.Tensor, Losses]:
         """Hidden states (B + k, S, H) and the losses."""
         length = batch.input_ids.shape[1]
@@ -149,19 +149,19 @@ class DarkExperienceReplay(Method):
         size, begin = len(batch.input_ids), self._seen - self._first
         self._seen += size * world_size()
         slots = self._slots[begin : begin + size * world_size()]
-        kept = last_of_each_slot(slots)
+        kept = final_writes(slots)
         if not len(kept):
             return
         given = np.flatnonzero(kept // size == rank())
         first = begin + rank() * size
-        offsets = without_waiting(self._offsets[first : first + size], hidden.device)
-        own = answered(batch, hidden, layout, offsets).take(without_waiting(kept[given] % size, hidden.device))
+        offsets = to_device_non_blocking(self._offsets[first : first + size], hidden.device)
+        own = answered(batch, hidden, layout, offsets).take(to_device_non_blocking(kept[given] % size, hidden.device))
         rows = hidden.new_zeros(len(kept), layout.width, dtype=torch.int32)
-        rows.index_copy_(0, without_waiting(given, hidden.device), layout.pack(own))
+        rows.index_copy_(0, to_device_non_blocking(given, hidden.device), layout.pack(own))
         table.write(slots[kept], rows)
 
 
-def answered(batch: Batch, hidden: torch.Tensor, layout: RowLayout, offsets: torch.Tensor) -> AnsweredRows:
+def answered(batch: Batch, hidden: torch.Tensor, layout: RecordLayout, offsets: torch.Tensor) -> ReplayRecords:
     """A batch with the model's answers at K of each sequence's predicted positions.
 
     An answer that is not finite, or not in 16 bits, is none.
@@ -170,17 +170,17 @@ def answered(batch: Batch, hidden: torch.Tensor, layout: RowLayout, offsets: tor
         batch: B sequences.
         hidden: (B, S, H) final hidden states of these.
         layout: K and the type of answers.
-        offsets: (B,) float64, see `spread_positions`.
+        offsets: (B,) float64, see `evenly_spaced`.
     """
     size, length = batch.input_ids.shape
-    chosen, exists = spread_positions(batch.predicted, size, length, layout.num_answers, offsets)
-    places = padded(batch.predicted)[chosen]
+    chosen, exists = evenly_spaced(batch.predicted, size, length, layout.num_answers, offsets)
+    places = append_zero_row(batch.predicted)[chosen]
     answers = hidden.flatten(0, 1)[places].to(layout.dtype)
     exists = exists & answers.isfinite().all(dim=-1)
-    return AnsweredRows(
+    return ReplayRecords(
         input_ids=batch.corrupted_ids,
         places=torch.where(exists, places % length, 0),
-        targets=torch.where(exists, padded(batch.targets)[chosen], NO_TARGET),
+        targets=torch.where(exists, append_zero_row(batch.targets)[chosen], NO_TARGET),
         answers=torch.where(exists[..., None], answers, 0.0),
         position_ids=batch.position_ids,
     )

@@ -8,7 +8,7 @@ from das_ds.functional.units import HEAD, Importance
 from das_ds.methods.soft_masked import SoftMasked
 
 
-class GeneralKnowledgeContrast(SoftMasked):
+class DGA(SoftMasked):
     """Soft masks attention heads by their importance to general knowledge, and contrasts full with general knowledge.
 
     From Ke et al., Adapting a Language Model While Preserving its General Knowledge, EMNLP 2022, which adapts to one

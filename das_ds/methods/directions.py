@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 from das_ds.context import DomainContext, RunContext
-from das_ds.distributed.state import RankState, SavedState
-from das_ds.functional.directions import direction_mask
+from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.functional.directions import direction_projector
 from das_ds.methods.base import Method
 from das_ds.run_dir import DIRECTIONS_FILE
 from das_ds.softmask.apply import SoftMasks
 from das_ds.softmask.importance_file import link_importance, load_directions, save_directions
-from das_ds.softmask.input_covariance import linear_layers, relative_moments
+from das_ds.softmask.input_covariance import input_second_moments, linear_layers
 
 
-class DirectionMasked(Method):
+class Directions(Method):
     """Lets a linear layer W (o, d) learn least along the directions of its input that earlier domains use most:
 
         dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d)
@@ -46,7 +46,6 @@ class DirectionMasked(Method):
         super().__init__(run)
         self._moments: dict[str, torch.Tensor] = {}
         self._num_tokens: int | None = None
-        self._soft_masks = SoftMasks(run.engine)
         self._widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
 
     def before_domain(self, domain: DomainContext) -> None:
@@ -56,29 +55,29 @@ class DirectionMasked(Method):
             self._moments, num_tokens = load_directions(Path(initial), self._widths, self.run.layout, self.run.tokens)
             self._num_tokens = None if domain.num_tokens is None else num_tokens
 
-    def start_training(self, domain: DomainContext) -> None:
+    def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; not the rows of tokens that came since, which have nothing to answer yet."""
         if self._moments:
             saturation, device = self.run.config.method.importance.saturation, self.run.engine.ranks.info.device
             masks = _Masks(self._moments, saturation, device)
             sizes = self.run.layout.sizes_with(self._num_tokens)
-            self._soft_masks.protect_directions(self._widths, masks.of, sizes)
+            SoftMasks(self.run.engine).protect_directions(self._widths, masks.of, sizes)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add what the domain's text brings into every layer."""
         batches = domain.sample_batches(f"inputs of {domain.name}")
-        latest, is_first = relative_moments(self.run, batches), not self._moments
+        latest, is_first = input_second_moments(self.run, batches), not self._moments
         # New tensors: a checkpoint that is being written may still read the old ones.
         self._moments = {name: moment + self._moments.get(name, 0.0) for name, moment in latest.items()}
         self._num_tokens = domain.num_tokens
         with domain.suspend_timeout("writing directions"):
-            self.run.engine.ranks.on_main(lambda: self._write(domain, latest, is_first=is_first))
+            self.run.engine.ranks.run_on_main(lambda: self._write(domain, latest, is_first=is_first))
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """Sum of the moments, equal on every rank."""
-        return RankState(shared=self._moments, numbers={"num_tokens": self._num_tokens})
+        return ComponentState(shared=self._moments, numbers={"num_tokens": self._num_tokens})
 
-    def load_state(self, saved: SavedState) -> None:
+    def load_state(self, saved: SavedComponentState) -> None:
         """In host memory, where nothing but the next domain's mask needs it."""
         self._moments, self._num_tokens = saved.shared(), saved.numbers["num_tokens"]
 
@@ -106,5 +105,5 @@ class _Masks:
         """P of a layer, (d, d) float32."""
         moment = self._moments[name]
         if self._last is None or not torch.equal(moment, self._last[0]):
-            self._last = moment, direction_mask(moment.to(self._device), self._saturation)
+            self._last = moment, direction_projector(moment.to(self._device), self._saturation)
         return self._last[1]

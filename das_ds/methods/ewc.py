@@ -13,7 +13,7 @@ import torch
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_sum
-from das_ds.distributed.state import Flats, RankState, SavedState
+from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
 from das_ds.engine.quadratic_penalty import QuadraticPenalty
 from das_ds.methods.base import Losses, Method
 from das_ds.softmask.measure import PRETRAINING, TOTALS
@@ -23,7 +23,7 @@ EWC_LOSS = "ewc"
 FISHER, ANCHOR = "fisher", "anchor"
 
 
-class ElasticConsolidation(Method):
+class EWC(Method):
     """Pulls every weight back to where it was before the domain, by its Fisher information in earlier domains:
 
         L(theta) = L_pretrain(theta) + lambda / 2 * sum_i F_i (theta_i - theta*_i)^2      (Kirkpatrick et al., eq. 3)
@@ -58,18 +58,18 @@ class ElasticConsolidation(Method):
         if self._fisher is not None:
             self._anchor = {flat: weights.clone() for flat, weights in self.run.engine.weights().items()}
 
-    def start_training(self, domain: DomainContext) -> None:
+    def on_train_start(self, domain: DomainContext) -> None:
         """Penalise all further steps."""
         self._penalty = None
         if self._fisher is not None:
-            assert self._anchor is not None, "before_domain comes before start_training"
+            assert self._anchor is not None, "before_domain comes before on_train_start"
             strength = self.run.config.method.ewc.strength
-            self._penalty = self.run.engine.penalise(strength, self._fisher, self._anchor)
+            self._penalty = self.run.engine.add_quadratic_penalty(strength, self._fisher, self._anchor)
 
     @contextmanager
-    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+    def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """The pre-training loss; the last micro-step of a step adds the penalty, whose gradient is the same in all."""
-        with super().micro_step(batch, token_scale) as losses:
+        with super().losses(batch, token_scale) as losses:
             yield losses
         if self._penalty is not None and self.run.engine.is_last_micro_step:
             # Losses are averaged over micro-steps.
@@ -78,24 +78,24 @@ class ElasticConsolidation(Method):
     def after_domain(self, domain: DomainContext) -> None:
         """Add the domain's Fisher information to that of all before."""
         # A checkpoint that is being written may still read what goes now, and what changes later.
-        self.run.engine.before_change()
+        self.run.engine.on_weights_will_change()
         self._anchor = self._penalty = None
         steps = domain.sample_steps(f"Fisher information of {domain.name}")
         sums = sum_over_gradients(self.run, steps, PRETRAINING, "square")
         count = float(all_reduce_sum(steps.sums[TOTALS].clone())[0])
         scale = self.run.config.gradient_batch_size**2 / count
-        self.run.engine.before_change()
+        self.run.engine.on_weights_will_change()
         if self._fisher is None:
             self._fisher = {flat: torch.zeros_like(total) for flat, total in sums.items()}
         for flat, total in sums.items():
             self._fisher[flat].mul_(self.run.config.method.ewc.decay).add_(total, alpha=scale)
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """Fisher information, and the anchor within a domain."""
         kept = {FISHER: self._fisher, ANCHOR: self._anchor}
-        return RankState(sharded={name: flats for name, flats in kept.items() if flats is not None})
+        return ComponentState(sharded={name: flats for name, flats in kept.items() if flats is not None})
 
-    def load_state(self, saved: SavedState) -> None:
+    def load_state(self, saved: SavedComponentState) -> None:
         """However they were divided."""
         self._fisher = saved.sharded(FISHER) if saved.has_sharded(FISHER) else None
         self._anchor = saved.sharded(ANCHOR) if saved.has_sharded(ANCHOR) else None

@@ -12,8 +12,8 @@ import torch
 
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.state import RankState, SavedState
-from das_ds.engine.weight_snapshot import EarlierWeights
+from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.engine.weight_snapshot import WeightSnapshot
 from das_ds.functional.losses import distillation_loss
 from das_ds.methods.base import Losses, Method
 
@@ -21,7 +21,7 @@ DISTILLATION_LOSS = "distillation"
 TEACHER = "teacher"
 
 
-class Distillation(Method):
+class KD(Method):
     """Knowledge distillation (Hinton et al., 2015), on new text as in Learning without Forgetting (Li & Hoiem, 2018).
 
         L = L_pretrain + w T^2 KL(softmax(h_teacher / T) || softmax(h / T))
@@ -37,14 +37,14 @@ class Distillation(Method):
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        self._teacher: EarlierWeights | None = None
+        self._teacher: WeightSnapshot | None = None
 
     def before_domain(self, domain: DomainContext) -> None:
         """What the model knows now is what the domain is to keep."""
-        self._teacher = self.run.engine.earlier_weights()
+        self._teacher = self.run.engine.weight_snapshot()
 
     @contextmanager
-    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+    def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """The pre-training loss plus the divergence from the teacher, over all positions of the batch."""
         kd = self.run.config.method.kd
         taught = self._taught(batch)
@@ -58,16 +58,16 @@ class Distillation(Method):
         """The next domain has another teacher."""
         self._teacher = None
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """The teacher, while there is one."""
         if self._teacher is None:
-            return RankState(numbers={"has_teacher": False})
-        return RankState(sharded={TEACHER: self._teacher.flats()}, numbers={"has_teacher": True})
+            return ComponentState(numbers={"has_teacher": False})
+        return ComponentState(sharded={TEACHER: self._teacher.flats()}, numbers={"has_teacher": True})
 
-    def load_state(self, saved: SavedState) -> None:
+    def load_state(self, saved: SavedComponentState) -> None:
         """Continue with the same teacher."""
         has_teacher = saved.numbers["has_teacher"]
-        self._teacher = self.run.engine.earlier_weights(saved.sharded(TEACHER)) if has_teacher else None
+        self._teacher = self.run.engine.weight_snapshot(saved.sharded(TEACHER)) if has_teacher else None
 
     @torch.no_grad()
     def _taught(self, batch: Batch) -> torch.Tensor:
@@ -75,7 +75,7 @@ class Distillation(Method):
         assert self._teacher is not None, "a domain begins with a teacher"
         module = self.run.engine.module
         module.eval()
-        with self._teacher.in_force():
+        with self._teacher.swapped_in():
             hidden, _ = module(batch.corrupted_ids, batch.predicted[:0], batch.targets[:0], batch.position_ids)
         module.train()
         taught: torch.Tensor = hidden

@@ -14,18 +14,18 @@ import torch
 
 from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.state import Flats, RankState, SavedState
+from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
 from das_ds.functional.units import Importance
 from das_ds.methods.base import Losses, Method
 
 BEFORE = "before"
 
 
-class NaiveMerge(Method):
-    """Naive training with `Merging` after each domain, which any method can have; this one has a default."""
+class ModelMerging(Method):
+    """Naive training with `MergingWrapper` after each domain, which any method can have; this one has a default."""
 
 
-class Merging(Method):
+class MergingWrapper(Method):
     """Any method, and after each domain theta <- (1 - c) * theta + c * theta_before, c = `merge.coefficient`.
 
     The weight-space ensemble of Wortsman et al. (WiSE-FT, CVPR 2022), applied after each domain to the model that the
@@ -53,36 +53,36 @@ class Merging(Method):
         self._before = {flat: weights.to("cpu", copy=True) for flat, weights in self.run.engine.weights().items()}
         self._method.before_domain(domain)
 
-    def start_training(self, domain: DomainContext) -> None:
+    def on_train_start(self, domain: DomainContext) -> None:
         """As the method does."""
-        self._method.start_training(domain)
+        self._method.on_train_start(domain)
 
-    def start_step(self, step: int) -> None:
+    def on_step_start(self, step: int) -> None:
         """As the method does."""
-        self._method.start_step(step)
+        self._method.on_step_start(step)
 
     @contextmanager
-    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+    def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """As the method does."""
-        with self._method.micro_step(batch, token_scale) as losses:
+        with self._method.losses(batch, token_scale) as losses:
             yield losses
 
     def after_domain(self, domain: DomainContext) -> None:
         """Merge, once; what was remembered goes, so that a checkpoint holds unmerged weights or nothing to merge."""
         if self._before is not None:
-            share = share_of_earlier(self._coefficient, domain.index + 1)
-            with self.run.engine.changing_weights() as weights:
+            share = merge_weight(self._coefficient, domain.index + 1)
+            with self.run.engine.writable_weights() as weights:
                 for flat, values in weights.items():
                     values.lerp_(self._before[flat].to(values.device), share)
             self._before = None
         self._method.after_domain(domain)
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """The method's, and where the present domain started, within one."""
         state = self._method.state()
         return state if self._before is None else replace(state, sharded={**state.sharded, BEFORE: self._before})
 
-    def load_state(self, saved: SavedState) -> None:
+    def load_state(self, saved: SavedComponentState) -> None:
         """However it was divided."""
         self._method.load_state(saved)
         before = saved.sharded(BEFORE) if saved.has_sharded(BEFORE) else None
@@ -93,7 +93,7 @@ class Merging(Method):
         return self._method.accumulated_importance()
 
 
-def share_of_earlier(coefficient: float | Literal["average"], num_learned: int) -> float:
+def merge_weight(coefficient: float | Literal["average"], num_learned: int) -> float:
     """c of theta <- (1 - c) * theta + c * theta_before.
 
     `average` gives c = t / (t + 1), so that by induction theta_t is the mean of t + 1 models: the base and those at the

@@ -15,7 +15,7 @@ NO_TARGET = -1
 
 
 @dataclass(frozen=True)
-class AnsweredRows:
+class ReplayRecords:
     """Sequences as the model read them, with answers at some positions."""
 
     input_ids: torch.Tensor
@@ -34,9 +34,9 @@ class AnsweredRows:
         """(n, K) float32, 1 where there is an answer."""
         return (self.targets != NO_TARGET).float()
 
-    def take(self, indices: torch.Tensor) -> AnsweredRows:
+    def take(self, indices: torch.Tensor) -> ReplayRecords:
         """The sequences of these indices (m,)."""
-        return AnsweredRows(
+        return ReplayRecords(
             self.input_ids[indices],
             self.places[indices],
             self.targets[indices],
@@ -46,8 +46,8 @@ class AnsweredRows:
 
 
 @dataclass(frozen=True)
-class RowLayout:
-    """How `AnsweredRows` become int32 numbers and back: 4 bytes a token and position id, 8 + 2 H bytes an answer."""
+class RecordLayout:
+    """How `ReplayRecords` become int32 numbers and back: 4 bytes a token and position id, 8 + 2 H bytes an answer."""
 
     num_tokens: int
     """S."""
@@ -68,19 +68,19 @@ class RowLayout:
     def _head(self) -> int:
         return self.num_tokens * (2 if self.has_positions else 1) + 2 * self.num_answers
 
-    def pack(self, rows: AnsweredRows) -> torch.Tensor:
+    def pack(self, rows: ReplayRecords) -> torch.Tensor:
         """(n, width) int32; answers keep their bits."""
         positions = [] if rows.position_ids is None else [rows.position_ids]
         numbers = torch.cat((rows.input_ids, *positions, rows.places, rows.targets), dim=1)
         answers = rows.answers.flatten(1).contiguous().view(torch.int32)
         return torch.cat((numbers.to(torch.int32), answers), dim=1)
 
-    def unpack(self, numbers: torch.Tensor) -> AnsweredRows:
+    def unpack(self, numbers: torch.Tensor) -> ReplayRecords:
         """The inverse."""
         lengths = [self.num_tokens] * (2 if self.has_positions else 1) + [self.num_answers] * 2
         input_ids, *positions, places, targets = numbers[:, : self._head].long().split(lengths, dim=1)
         answers = numbers[:, self._head :].contiguous().view(self.dtype)
-        return AnsweredRows(
+        return ReplayRecords(
             input_ids,
             places,
             targets,
@@ -89,9 +89,9 @@ class RowLayout:
         )
 
 
-def row_layout(config: RunConfig, hidden_size: int) -> RowLayout:
+def record_layout(config: RunConfig, hidden_size: int) -> RecordLayout:
     """That of a run's buffer; answers of 16-bit training keep their type, others become float16."""
-    return RowLayout(
+    return RecordLayout(
         num_tokens=config.data.sequence_length,
         num_answers=config.method.derpp.positions,
         hidden_size=hidden_size,

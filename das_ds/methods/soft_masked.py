@@ -14,11 +14,11 @@ import torch
 from das_ds.config import SoftmaskConfig
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.state import RankState, SavedState
+from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.functional.units import UNOWNED, Importance
 from das_ds.methods.base import Losses, Method
-from das_ds.methods.contrastive import Contrast
+from das_ds.methods.contrastive import ContrastiveLoss
 from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
 from das_ds.softmask.importance import ImportanceLevel
 from das_ds.softmask.measure import GENERAL_KNOWLEDGE
@@ -44,7 +44,7 @@ class SoftMasked(Method):
         super().__init__(run)
         self.level = LEVELS[run.config.method.importance.granularity](run)
         self._softmask = self._resolved_softmask()
-        self._contrast = Contrast(run)
+        self._contrast = ContrastiveLoss(run)
         self._accumulated: Any = None
         self._by_unit: Importance | None = None
 
@@ -55,7 +55,7 @@ class SoftMasked(Method):
             self.write(domain, {domain.run_folder / GENERAL_IMPORTANCE_FILE: general})
             self.accumulate(general)
 
-    def start_training(self, domain: DomainContext) -> None:
+    def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far."""
         self._gates = self.gates()
         self.protect()
@@ -70,16 +70,16 @@ class SoftMasked(Method):
         return self._by_unit
 
     @contextmanager
-    def micro_step(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
+    def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """The pre-training loss, plus the contrast where it has weight."""
         if self.run.config.method.contrast.weight == 0.0:
-            step = super().micro_step(batch, token_scale)
+            step = super().losses(batch, token_scale)
         else:
-            step = self._contrast.micro_step(batch, token_scale, self._gates)
+            step = self._contrast.losses(batch, token_scale, self._gates)
         with step as losses:
             yield losses
 
-    def write(self, domain: DomainContext, importance_of: dict[Path, Any]) -> None:
+    def write(self, domain: DomainContext, dense_importance: dict[Path, Any]) -> None:
         """Save importance to files, which may take any time.
 
         Raises:
@@ -87,7 +87,7 @@ class SoftMasked(Method):
         """
         tokens = self.run.tokens[: domain.num_tokens]
         with domain.suspend_timeout("writing importance"):
-            for path, importance in importance_of.items():
+            for path, importance in dense_importance.items():
                 self.level.write(path, importance, tokens)
 
     def accumulate(self, new: Any) -> Any:
@@ -96,13 +96,13 @@ class SoftMasked(Method):
         self._by_unit = self.level.by_unit(self._accumulated)
         return self._accumulated
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """Accumulated importance, once there is some."""
         has_importance = self._accumulated is not None
-        state = self.level.state(self._accumulated) if has_importance else RankState()
+        state = self.level.state(self._accumulated) if has_importance else ComponentState()
         return replace(state, numbers={"has_importance": has_importance})
 
-    def load_state(self, saved: SavedState) -> None:
+    def load_state(self, saved: SavedComponentState) -> None:
         """Continue with accumulated importance."""
         if saved.numbers["has_importance"]:
             self._accumulated = self.level.load_state(saved)

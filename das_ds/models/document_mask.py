@@ -12,7 +12,7 @@ DOCUMENT_LENGTH = 4
 NUM_PROBED_TOKENS = 3 * DOCUMENT_LENGTH
 
 
-def check_isolation(
+def check_document_mask(
     encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     *,
     model_type: str,

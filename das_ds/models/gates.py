@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from das_ds.functional.units import Importance
 from das_ds.kernels.unit_gate import measure_gate, unit_gate
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 from das_ds.models.moe import gated_experts_forward, measure_routed
 
 
@@ -34,7 +34,7 @@ class Gate(Protocol):
 
 
 @dataclass(frozen=True)
-class Scaling:
+class ScaleGate:
     """Multiplies rows >= first_row by `values`, (1 or R - first_row, U)."""
 
     values: torch.Tensor
@@ -53,7 +53,7 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Measuring:
+class MeasureGate:
     """Changes nothing; adds w_n * |dL(x_n) / dg| of gates of ones to `sums`, (B, U), in the backward pass."""
 
     anchor: torch.Tensor
@@ -73,7 +73,7 @@ class Measuring:
 
 
 @dataclass(frozen=True)
-class Noise:
+class DropoutGate:
     """Dropout on rows >= first_row."""
 
     probability: float
@@ -96,13 +96,13 @@ class UnitGates:
     The backward pass belongs inside the contexts too: activation checkpointing runs the layers again there.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: ArchitectureAdapter) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: ArchitectureSpec) -> None:
         self._sites = list(adapter.gate_modules(model))
 
     @contextmanager
     def active(self, gates: Importance, *, num_rows: int, first_row: int = 0) -> Iterator[None]:
         """Multiply unit outputs of rows [first_row, num_rows) by `gates` (group -> (L, 1 or rows, U))."""
-        with self._hooked(lambda group, layer: Scaling(gates[group][layer], first_row), num_rows):
+        with self._hooked(lambda group, layer: ScaleGate(gates[group][layer], first_row), num_rows):
             yield
 
     @contextmanager
@@ -118,7 +118,7 @@ class UnitGates:
             The scalar to differentiate by: `torch.autograd.grad(loss, anchor)`, inside the context.
         """
         anchor = torch.zeros((), device=row_weights.device, requires_grad=True)
-        measure = lambda group, layer: Measuring(anchor, sums[group][layer], row_weights, num_views)  # noqa: E731
+        measure = lambda group, layer: MeasureGate(anchor, sums[group][layer], row_weights, num_views)  # noqa: E731
         with self._hooked(measure, num_views * len(row_weights)):
             yield anchor
 
@@ -128,7 +128,7 @@ class UnitGates:
         if probability == 0.0:
             yield
             return
-        with self._hooked(lambda group, layer: Noise(probability, first_row), num_rows):
+        with self._hooked(lambda group, layer: DropoutGate(probability, first_row), num_rows):
             yield
 
     @contextmanager

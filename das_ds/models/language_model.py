@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from das_ds.config import TrainConfig
-from das_ds.models.architectures.spec import ArchitectureAdapter
-from das_ds.models.lm_loss import TokenLosses, positions_per_chunk
+from das_ds.models.architectures.spec import ArchitectureSpec
+from das_ds.models.lm_loss import ChunkedLMLoss, positions_per_chunk
 
 DEFAULT_LOGITS_MIB = TrainConfig().logits_mib
 
@@ -29,13 +29,13 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, adapter: ArchitectureAdapter, *, logits_mib: int = DEFAULT_LOGITS_MIB
+        self, model: PreTrainedModel, adapter: ArchitectureSpec, *, logits_mib: int = DEFAULT_LOGITS_MIB
     ) -> None:
         super().__init__()
         self.model = model
         self._trains_head_only = False
         self._head = adapter.head(model)
-        self._losses = TokenLosses(
+        self._losses = ChunkedLMLoss(
             self._logits,
             adapter.projection(model),
             chunk=positions_per_chunk(model.config.vocab_size, logits_mib),

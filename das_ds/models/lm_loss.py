@@ -23,7 +23,7 @@ def positions_per_chunk(vocab_size: int, logits_mib: int) -> int:
     return max(1, logits_mib * MIB // (torch.float32.itemsize * vocab_size))
 
 
-class TokenLosses:
+class ChunkedLMLoss:
     """Loss of every predicted position; the logits of at most `chunk` positions exist at any time.
 
     Weights are reached by calling their modules only, so that ZeRO-3 gathers them. Such a call is a collective there,

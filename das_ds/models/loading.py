@@ -27,12 +27,12 @@ from transformers import (
 from das_ds.config import ModelConfig, ObjectiveName, RunConfig
 from das_ds.errors import ConfigError, DasError, ModelError, first_line
 from das_ds.hub import HubError, local_folder
-from das_ds.models.architectures.from_config import adapter_from
-from das_ds.models.architectures.registry import adapter_for
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.from_config import spec_from_config
+from das_ds.models.architectures.registry import spec_for
+from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.stored_tensors import found_file, shown
 from das_ds.models.weights import HEAD, StoredWeights
-from das_ds.storage import CHECKSUM_FILE, altered_files
+from das_ds.storage import CHECKSUM_FILE, find_corrupted
 from das_ds.user_files import lfs_pointers
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -97,7 +97,7 @@ def load_model(
     seed: int,
     vocab_size: int,
     construction: Construction | None = None,
-) -> tuple[PreTrainedModel, ArchitectureAdapter]:
+) -> tuple[PreTrainedModel, ArchitectureSpec]:
     """The network in float32, with its adapter.
 
     Args:
@@ -162,14 +162,14 @@ def check_files(config: ModelConfig) -> None:
         ModelError: files are missing or were altered.
     """
     folder = Path(config.name_or_path or "")
-    if config.name_or_path and folder.is_dir() and (altered := altered_files(folder)):
+    if config.name_or_path and folder.is_dir() and (altered := find_corrupted(folder)):
         raise ModelError(
             f"{folder}: {', '.join(altered)} missing or not as exported (see {CHECKSUM_FILE}); put back a sound copy, "
             f"or remove {CHECKSUM_FILE} if the change was meant"
         )
 
 
-def find_adapter(config: ModelConfig) -> ArchitectureAdapter:
+def find_adapter(config: ModelConfig) -> ArchitectureSpec:
     """The adapter of a run's model, whose objective is that of the run.
 
     Raises:
@@ -190,7 +190,7 @@ def embedding_rows(config: ModelConfig, vocab_size: int) -> int:
     return int(model_config(config, vocab_size=vocab_size).get_text_config().vocab_size)
 
 
-def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureAdapter, sequence_length: int) -> None:
+def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureSpec, sequence_length: int) -> None:
     """Raises ConfigError when blocks are longer than the model's positions."""
     longest = adapter.max_sequence_length(model)
     if sequence_length > longest:
@@ -280,9 +280,9 @@ def _stored_config(config: ModelConfig) -> Any:
     return stored
 
 
-def _adapter(config: ModelConfig) -> ArchitectureAdapter:
+def _adapter(config: ModelConfig) -> ArchitectureSpec:
     model_type = model_config(config).model_type if config.config is None else config.config["model_type"]
-    return adapter_for(model_type) if config.adapter is None else adapter_from(config.adapter, model_type)
+    return spec_for(model_type) if config.adapter is None else spec_from_config(config.adapter, model_type)
 
 
 def _pretrained(

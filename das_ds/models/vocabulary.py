@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from das_ds.functional.token_ids import with_mean_rows
+from das_ds.functional.token_ids import mean_init_rows
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def vocabulary_parameters(model: PreTrainedModel) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in meant]
 
 
-def reserve_rows(model: PreTrainedModel, known: int, total: int) -> None:
+def reserve_embedding_rows(model: PreTrainedModel, known: int, total: int) -> None:
     """Make room for `total` tokens, of which rows [known, total) become the mean of the known."""
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
@@ -56,12 +56,12 @@ def reserve_rows(model: PreTrainedModel, known: int, total: int) -> None:
         # In place: transformers' own resizing makes new parameters, and some tied ones come out under another name.
         weight = parameters[name].data
         grown = torch.cat((weight, weight.new_empty(num_rows - len(weight), *weight.shape[1:])))
-        parameters[name].data = with_mean_rows(grown, known, total)
+        parameters[name].data = mean_init_rows(grown, known, total)
     embedding.num_embeddings = head.out_features = model.config.get_text_config().vocab_size = num_rows
 
 
 @contextmanager
-def said_to_have(model: PreTrainedModel, num_rows: int) -> Iterator[None]:
+def override_vocab_size(model: PreTrainedModel, num_rows: int) -> Iterator[None]:
     """Inside, the model's config names this size of the vocabulary, for a copy of the model that has it."""
     config = model.config.get_text_config()
     actual = config.vocab_size

@@ -16,7 +16,7 @@ UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """Outcome of one check."""
 
     check: str
@@ -31,20 +31,20 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Doubt:
+class CheckWarning:
     """What was found, where it need not stop a run."""
 
     found: str
 
 
-class Gathering(Protocol):
-    """How ranks exchange what they found; `preflight.peers.Peers` does it."""
+class Gather(Protocol):
+    """How ranks exchange what they found; `preflight.peers.PeerCheck` does it."""
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank."""
 
 
-class Checks:
+class Checklist:
     """Runs checks and keeps their findings, the same on every rank.
 
     Args:
@@ -52,9 +52,9 @@ class Checks:
         show: called with every finding as it is made.
     """
 
-    def __init__(self, peers: Gathering, show: Callable[[Finding], None]) -> None:
+    def __init__(self, peers: Gather, show: Callable[[CheckResult], None]) -> None:
         self._peers, self._show = peers, show
-        self.findings: list[Finding] = []
+        self.findings: list[CheckResult] = []
 
     @property
     def failed(self) -> list[str]:
@@ -62,7 +62,7 @@ class Checks:
         return [finding.check for finding in self.findings if finding.status == "failed"]
 
     def run(
-        self, name: str, expected: str, look: Callable[[], T], judge: Callable[[list[T]], str | Doubt]
+        self, name: str, expected: str, look: Callable[[], T], check_loss: Callable[[list[T]], str | CheckWarning]
     ) -> list[T] | None:
         """One check: every rank looks, then all judge what they saw.
 
@@ -78,22 +78,24 @@ class Checks:
         seen = self._peers.gather(_attempt(look))
         failures = {rank: value.reason for rank, value in enumerate(seen) if isinstance(value, _Failure)}
         values = [value for value in seen if not isinstance(value, _Failure)]
-        judged = _attempt(lambda: judge(values)) if not failures else _Failure(reasons_by_rank(failures, len(seen)))
+        judged = (
+            _attempt(lambda: check_loss(values)) if not failures else _Failure(reasons_by_rank(failures, len(seen)))
+        )
         if isinstance(judged, _Failure):
-            self._add(Finding(name, "failed", judged.reason, expected))
+            self._add(CheckResult(name, "failed", judged.reason, expected))
             return None
-        if isinstance(judged, Doubt):
-            self._add(Finding(name, "warning", judged.found, expected))
+        if isinstance(judged, CheckWarning):
+            self._add(CheckResult(name, "warning", judged.found, expected))
         else:
-            self._add(Finding(name, "ok", judged, expected))
+            self._add(CheckResult(name, "ok", judged, expected))
         return values
 
     def skip(self, name: str, expected: str, *, needs: tuple[str, ...]) -> None:
         """Note a check that cannot be made because others, those of `needs`, failed."""
         failed = " and ".join(check for check in needs if check in self.failed)
-        self._add(Finding(name, "skipped", f"not checked, because {failed} failed", expected))
+        self._add(CheckResult(name, "skipped", f"not checked, because {failed} failed", expected))
 
-    def _add(self, finding: Finding) -> None:
+    def _add(self, finding: CheckResult) -> None:
         self.findings.append(finding)
         self._show(finding)
 

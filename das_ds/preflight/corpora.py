@@ -18,8 +18,8 @@ from das_ds.data.tokenize import UnknownCounter, UnknownTokens, check_unknown, c
 from das_ds.data.tokenizers import tokenizers_by_corpus
 from das_ds.errors import DasError, DataError, PreflightError
 from das_ds.models.loading import find_adapter, load_tokenizer
-from das_ds.preflight.checks import Checks, Doubt, readable
-from das_ds.training.data_module import evaluated
+from das_ds.preflight.checks import Checklist, CheckWarning, readable
+from das_ds.training.data_module import eval_corpora
 
 FIRST_DOCUMENTS = 200
 """Documents of each source that are tokenised."""
@@ -34,9 +34,9 @@ class Opened:
     """Corpus -> unknown tokens among the first documents of its sources; {} without a tokeniser."""
 
 
-def check_corpora(checks: Checks, config: RunConfig) -> None:
+def check_corpora(checks: Checklist, config: RunConfig) -> None:
     """Every rank reads: each of them opens all text later."""
-    corpora = evaluated(config)
+    corpora = eval_corpora(config)
 
     def look() -> Opened:
         reading = _reading(config)
@@ -49,7 +49,7 @@ def check_corpora(checks: Checks, config: RunConfig) -> None:
                 unknown[corpus.name] = counter.total
         return Opened(sources, unknown)
 
-    def judge(found: list[Opened]) -> str | Doubt:
+    def check_loss(found: list[Opened]) -> str | CheckWarning:
         first = found[0]
         if any(list(map(str, other.sources)) != list(map(str, first.sources)) for other in found):
             raise PreflightError("globs and names stand for different files on different ranks")
@@ -59,10 +59,10 @@ def check_corpora(checks: Checks, config: RunConfig) -> None:
             shares = ", ".join(f"{name} {unknown.share:.1%}" for name, unknown in first.unknown.items())
             summary += f", unknown tokens in the first documents: {shares}"
         trained_on = _trained_on(config, corpora)
-        return Doubt(f"{summary}; {trained_on}") if trained_on else summary
+        return CheckWarning(f"{summary}; {trained_on}") if trained_on else summary
 
     checks.run(
-        "corpora", "text in every source, a block of tokens in every part, none of it held out twice", look, judge
+        "corpora", "text in every source, a block of tokens in every part, none of it held out twice", look, check_loss
     )
 
 

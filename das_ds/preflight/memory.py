@@ -20,7 +20,7 @@ from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import HEAD, INTERMEDIATE
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import (
     check_embeddings,
@@ -31,12 +31,12 @@ from das_ds.models.loading import (
     weights_found,
 )
 from das_ds.models.lora import Lora
-from das_ds.preflight.checks import UNITS, Checks, Doubt, readable
+from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, readable
 from das_ds.preflight.host_memory import free_memory
 from das_ds.preflight.memory_estimate import (
     NUM_MOMENTS,
     Granularity,
-    Memory,
+    MemoryEstimate,
     ModelSize,
     Sharding,
     activation_bytes,
@@ -51,7 +51,7 @@ VIEWS_OF_CONTRAST = 4
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """Bytes that are free for one rank."""
 
     node: str
@@ -67,7 +67,7 @@ def granularity(config: RunConfig) -> Granularity | None:
     return found if config.method.is_soft_masked and found != "direction" else None
 
 
-def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
+def check_model(checks: Checklist, config: RunConfig) -> ModelSize | None:
     """Tokenisers load, the model has an adapter that knows all its parameters, and blocks fit its positions."""
 
     def look() -> tuple[ModelSize, str]:
@@ -83,7 +83,7 @@ def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
         weights = "" if config.model.name_or_path is None else f"; {weights_found(config.model, model)}"
         return measured_size(config, model, adapter, most_tokens), weights
 
-    def judge(seen: list[tuple[ModelSize, str]]) -> str:
+    def check_loss(seen: list[tuple[ModelSize, str]]) -> str:
         sizes = [size for size, _ in seen]
         if len(set(sizes)) > 1:
             raise PreflightError(f"ranks find models of different sizes: {', '.join(str(s.total) for s in sizes[:8])}")
@@ -91,11 +91,11 @@ def check_model(checks: Checks, config: RunConfig) -> ModelSize | None:
         trained = f", of which {size.trained:,} are trained" if size.has_adapters else ""
         return f"{size.total:,} parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens{seen[0][1]}"
 
-    found = checks.run("model", "a tokeniser, and a model with an adapter that fits it", look, judge)
+    found = checks.run("model", "a tokeniser, and a model with an adapter that fits it", look, check_loss)
     return None if found is None else found[0][0]
 
 
-def measured_size(config: RunConfig, model: PreTrainedModel, adapter: ArchitectureAdapter, num_rows: int) -> ModelSize:
+def measured_size(config: RunConfig, model: PreTrainedModel, adapter: ArchitectureSpec, num_rows: int) -> ModelSize:
     """Counts of a network that has room for at least `num_rows` tokens, LoRA included.
 
     Raises:
@@ -128,12 +128,12 @@ def measured_size(config: RunConfig, model: PreTrainedModel, adapter: Architectu
     )
 
 
-def check_memory(checks: Checks, config: RunConfig, info: RankInfo, size: ModelSize, engine: dict[str, Any]) -> None:
+def check_memory(checks: Checklist, config: RunConfig, info: RankInfo, size: ModelSize, engine: dict[str, Any]) -> None:
     """What a rank needs against what is free for it; a rough part alone that is too much is only a doubt."""
     fixed = estimated_memory(config, size, engine, info.world_size)
     if info.device.type == "cpu":
         fixed = fixed.on_cpu()
-    rough = rough_bytes(config, size)
+    rough = activation_estimate(config, size)
     shown = ", ".join(f"{name} {readable(part)}" for name, part in {**fixed.device, **fixed.host}.items() if part)
     beside = f", {readable(fixed.host_bytes)} beside it in host memory" if fixed.host_bytes else ""
     expected = (
@@ -141,14 +141,14 @@ def check_memory(checks: Checks, config: RunConfig, info: RankInfo, size: ModelS
         f"{shown}"
     )
 
-    def look() -> Room:
+    def look() -> MemoryBudget:
         device = torch.cuda.mem_get_info(info.device)[0] if info.device.type == "cuda" else None
-        return Room(socket.gethostname(), device, free_memory())
+        return MemoryBudget(socket.gethostname(), device, free_memory())
 
     checks.run("memory", expected, look, lambda rooms: judge_memory(rooms, fixed, rough))
 
 
-def judge_memory(rooms: list[Room], fixed: Memory, rough: int) -> str | Doubt:
+def judge_memory(rooms: list[MemoryBudget], fixed: MemoryEstimate, rough: int) -> str | CheckWarning:
     """Compare with the node, and the GPU, that have least to spare.
 
     Args:
@@ -176,14 +176,14 @@ def judge_memory(rooms: list[Room], fixed: Memory, rough: int) -> str | Doubt:
     left = min(gpus) - fixed.device_bytes if gpus else (free[tightest] - needed[tightest]) // num_ranks
     found = f"{found}, and roughly {readable(rough)} a rank for activations"
     if rough > left:
-        return Doubt(
+        return CheckWarning(
             f"{found}, for which {readable(left)} are left; lower train.micro_batch_size or set "
             "model.gradient_checkpointing"
         )
     return found
 
 
-def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any], num_ranks: int) -> Memory:
+def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any], num_ranks: int) -> MemoryEstimate:
     """Memory of one rank without activations, by the merged DeepSpeed config."""
     zero = engine.get("zero_optimization", {})
     live = min(zero.get("stage3_max_live_parameters", 10**9), zero.get("stage3_max_reuse_distance", 10**9))
@@ -215,7 +215,7 @@ def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any],
     return replace(found, device=found.device | on_device, host=found.host | on_host)
 
 
-def rough_bytes(config: RunConfig, size: ModelSize) -> int:
+def activation_estimate(config: RunConfig, size: ModelSize) -> int:
     """Activations and logits of one micro-step."""
     is_contrasted = config.method.is_soft_masked and config.method.contrast.weight > 0.0
     num_rows = config.train.micro_batch_size * (VIEWS_OF_CONTRAST if is_contrasted else 1)

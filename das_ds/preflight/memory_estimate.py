@@ -98,7 +98,7 @@ class Sharding:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one rank that do not depend on the batch: part -> bytes, where it computes and in host memory."""
 
     device: dict[str, int]
@@ -119,10 +119,10 @@ class Memory:
         """The most that is needed at any time in host memory, where that is not the device."""
         return max(sum(self.host.values()), self.host_start)
 
-    def on_cpu(self) -> Memory:
+    def on_cpu(self) -> MemoryEstimate:
         """The same for ranks that compute in host memory."""
         parts = {name: self.device.get(name, 0) + self.host.get(name, 0) for name in {**self.device, **self.host}}
-        return Memory(parts, {}, max(self.device_start, self.host_start), 0, self.host_export)
+        return MemoryEstimate(parts, {}, max(self.device_start, self.host_start), 0, self.host_export)
 
 
 def memory(
@@ -132,7 +132,7 @@ def memory(
     granularity: Granularity | None,
     copied_bytes: int,
     has_own_mask: bool = False,
-) -> Memory:
+) -> MemoryEstimate:
     """Memory of one rank, R = 1 for what its stage does not divide.
 
     | part         | stage 0                | stage 1       | stage 2         | stage 3             |
@@ -185,7 +185,7 @@ def memory(
     # The network is read in fp32; in 16 bits the engine gets a copy of what it would round.
     start = FP32 * size.total // weight_shards
     exact = FP32 * size.trained // weight_shards if w != FP32 else 0
-    return Memory(
+    return MemoryEstimate(
         device,
         host,
         device_start=0 if sharding.stage == 3 else start,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from das_ds.config import RunConfig
-from das_ds.methods.replay_records import row_layout
+from das_ds.methods.replay_records import record_layout
 from das_ds.preflight.memory_estimate import ModelSize, Sharding
 
 EWC_BYTES, MERGE_BYTES, OLD_BYTES = 8, 4, 4
@@ -56,4 +56,4 @@ def _teacher_bytes(config: RunConfig, size: ModelSize) -> int:
 
 
 def _row_bytes(config: RunConfig, size: ModelSize) -> int:
-    return 4 * row_layout(config, size.hidden).width
+    return 4 * record_layout(config, size.hidden).width

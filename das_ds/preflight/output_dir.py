@@ -11,10 +11,10 @@ from pathlib import Path
 
 from das_ds.config import RunConfig
 from das_ds.errors import PreflightError
-from das_ds.preflight.checks import Checks, Doubt, readable
+from das_ds.preflight.checks import Checklist, CheckWarning, readable
 from das_ds.preflight.memory_estimate import Granularity, ModelSize, checkpoint_bytes, domain_bytes, importance_bytes
 from das_ds.preflight.method_memory import kept_in_checkpoint
-from das_ds.preflight.peers import Peers
+from das_ds.preflight.peers import PeerCheck
 from das_ds.run_dir import PROBE, holds_same_run
 from das_ds.storage import sync
 from das_ds.training.run_lock import current_holder
@@ -23,7 +23,7 @@ VISIBLE_WITHIN_S = 10.0
 """Network file systems may show other nodes' files a little later."""
 
 
-def check_folder(checks: Checks, config: RunConfig, peers: Peers) -> bool:
+def check_folder(checks: Checklist, config: RunConfig, peers: PeerCheck) -> bool:
     """Three checks; gives whether the folder can be used."""
     root, rank = config.output_dir, peers.ranks.info.rank
     expected = f"{root} to be new, empty or that of the same run"
@@ -39,7 +39,7 @@ def check_folder(checks: Checks, config: RunConfig, peers: Peers) -> bool:
     return is_own is not None
 
 
-def check_sharing(checks: Checks, root: Path, peers: Peers) -> None:
+def check_sharing(checks: Checklist, root: Path, peers: PeerCheck) -> None:
     """A file of every rank, looked for by all."""
     token = peers.gather(secrets.token_hex(8))[0]
     files = [root / f"{PROBE}{token}-{rank}" for rank in range(peers.ranks.info.world_size)]
@@ -57,7 +57,7 @@ def check_sharing(checks: Checks, root: Path, peers: Peers) -> None:
         finally:
             own.unlink(missing_ok=True)
 
-    def judge(missing: list[list[int]]) -> str:
+    def check_loss(missing: list[list[int]]) -> str:
         blind = next((rank for rank, others in enumerate(missing) if others), None)
         if blind is not None:
             raise PreflightError(
@@ -66,10 +66,10 @@ def check_sharing(checks: Checks, root: Path, peers: Peers) -> None:
             )
         return "all ranks see each other's files"
 
-    checks.run("sharing", "one folder, seen by all ranks", look, judge)
+    checks.run("sharing", "one folder, seen by all ranks", look, check_loss)
 
 
-def check_disk(checks: Checks, config: RunConfig, size: ModelSize, granularity: Granularity | None) -> None:
+def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, granularity: Granularity | None) -> None:
     """Free space against all that the run is going to write there, less what it has written already."""
     root, keep, num_domains = config.output_dir, config.checkpoint.keep, len(config.stages)
     one = checkpoint_bytes(
@@ -83,17 +83,17 @@ def check_disk(checks: Checks, config: RunConfig, size: ModelSize, granularity: 
         f"making) + {num_domains} domains of {readable(domain)} + importance {readable(run_importance)}"
     )
 
-    def judge(found: list[tuple[int, int]]) -> str:
+    def check_loss(found: list[tuple[int, int]]) -> str:
         free, present = min(free for free, _ in found), min(found[0][1], needed)
         what = f"{readable(free)} free, {readable(present)} written already"
         if free < needed - present:
             raise PreflightError(f"{what}; make room for {readable(needed - present - free)} or lower checkpoint.keep")
         return f"{what}, of {expected}"
 
-    checks.run("disk", expected, lambda: (shutil.disk_usage(root).free, _written(root)), judge)
+    checks.run("disk", expected, lambda: (shutil.disk_usage(root).free, _written(root)), check_loss)
 
 
-def _look_whose(config: RunConfig, rank: int) -> str | Doubt:
+def _look_whose(config: RunConfig, rank: int) -> str | CheckWarning:
     root = config.output_dir
     # Only one rank: the others' probes would make the folder seem to be somebody else's.
     if rank != 0 or not root.is_dir():
@@ -105,7 +105,7 @@ def _look_whose(config: RunConfig, rank: int) -> str | Doubt:
     is_continued = holds_same_run(config)
     # No failure: an earlier run may still train while the next one is prepared.
     if (holder := current_holder(root)) is not None:
-        return Doubt(f"{root} is held by another start, {holder}; train is refused until it ends")
+        return CheckWarning(f"{root} is held by another start, {holder}; train is refused until it ends")
     if is_continued:
         return f"{root} holds this run, which is continued"
     return f"{root} holds no training yet, which begins there"

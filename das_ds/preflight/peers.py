@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import PreflightError
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ LARGE_NUMEL = 2**24
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkSpeed:
     """How fast all-reduces are, as one rank saw it."""
 
     backend: str
@@ -32,7 +32,7 @@ class Link:
     """Size of a large tensor by the time that it took (algorithm bandwidth)."""
 
 
-class Peers:
+class PeerCheck:
     """The ranks of a run that is checked; nothing waits for longer than a time-out.
 
     Args:
@@ -45,7 +45,7 @@ class Peers:
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
         try:
-            self.ranks = Ranks(timeout)
+            self.ranks = ProcessGroup(timeout)
             # Findings are plain objects, which travel over TCP whatever the backend of the run is.
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:
@@ -65,7 +65,7 @@ class Peers:
         """Wait for all ranks."""
         dist.barrier(group=self._group)
 
-    def measure_link(self) -> Link:
+    def measure_bandwidth(self) -> LinkSpeed:
         """All-reduce on the run's backend and device, a small tensor and a large one.
 
         Raises:
@@ -89,7 +89,7 @@ class Peers:
         # The first of each makes connections and buffers.
         latency = median(seconds for seconds, _ in small[1:])
         fastest = min(seconds for seconds, _ in large[1:])
-        return Link(dist.get_backend(), latency, LARGE_NUMEL * torch.float32.itemsize / fastest)
+        return LinkSpeed(dist.get_backend(), latency, LARGE_NUMEL * torch.float32.itemsize / fastest)
 
     def _all_reduce(self, numel: int) -> tuple[float, torch.Tensor]:
         """Seconds that a sum took, and the sum."""

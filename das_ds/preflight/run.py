@@ -7,16 +7,16 @@ from dataclasses import asdict
 
 from das_ds.config import RunConfig
 from das_ds.errors import PreflightError
-from das_ds.preflight.checks import Checks, Finding
+from das_ds.preflight.checks import Checklist, CheckResult
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.environment import check_clocks, check_network, check_settings, check_versions
 from das_ds.preflight.memory import check_memory, check_model, granularity
 from das_ds.preflight.output_dir import check_disk, check_folder
-from das_ds.preflight.peers import Peers
+from das_ds.preflight.peers import PeerCheck
 from das_ds.training.revisions import with_recorded_revisions
 
 
-def run_preflight(config: RunConfig, peers: Peers, *, as_json: bool) -> list[Finding]:
+def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list[CheckResult]:
     """Make all checks, print one line each on rank 0 (or one JSON object at the end), build no engine.
 
     Raises:
@@ -24,11 +24,11 @@ def run_preflight(config: RunConfig, peers: Peers, *, as_json: bool) -> list[Fin
     """
     info = peers.ranks.info
 
-    def show(finding: Finding) -> None:
+    def show(finding: CheckResult) -> None:
         if info.is_main and not as_json:
             print(finding.line(), flush=True)
 
-    checks = Checks(peers, show)
+    checks = Checklist(peers, show)
     check_network(checks, peers)
     check_clocks(checks, peers)
     check_versions(checks, config)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from das_ds.reporting.score_matrix import RunScores, ScoreMatrix
-from das_ds.storage import Section, StoredFile
+from das_ds.storage import Section, VersionedJson
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -142,7 +142,7 @@ class Group(Section):
         return self
 
 
-class Comparison(StoredFile):
+class Comparison(VersionedJson):
     """Groups of runs over the same domains."""
 
     what: ClassVar[str] = "a comparison of runs"

@@ -14,14 +14,14 @@ import torch
 
 from das_ds.reporting.comparison import Comparison, Group, ImportanceNumbers, Matrix
 from das_ds.reporting.comparison_tables import mean_losses, with_importance
-from das_ds.reporting.metrics import FORGETTING, LEARNED_LATER, estimate_of, line_groups
+from das_ds.reporting.metrics import FORGETTING, LEARNED_LATER, baseline_sweep, estimate_metric
 from das_ds.reporting.run_plots import (
     DPI,
     NOT_LEARNED_COLOUR,
     SMALLEST_COLOUR_RANGE,
-    changes_since,
-    figure_of,
-    whole_numbers,
+    delta_since,
+    integer_ticks,
+    new_figure,
 )
 from das_ds.reporting.statistics import Estimate, pareto_front
 
@@ -45,14 +45,14 @@ def loss_matrices_png(comparison: Comparison, path: Path) -> None:
     """
     means = [torch.tensor(mean_losses(group), dtype=torch.float64) for group in comparison.groups]
     changes = [
-        changes_since(losses, _reference_rows(comparison, group))
+        delta_since(losses, _reference_rows(comparison, group))
         for losses, group in zip(means, comparison.groups, strict=True)
     ]
     limit = max(SMALLEST_COLOUR_RANGE, *(change.nan_to_num().abs().max().item() for change in changes))
     num_columns = min(MOST_COLUMNS, len(changes))
     num_rows = math.ceil(len(changes) / num_columns)
     most_stages = max(len(group.stages) for group in comparison.groups)
-    figure, axes = figure_of(
+    figure, axes = new_figure(
         num_rows,
         num_columns,
         width=max(1.6 + num_columns * (1.2 + 0.62 * len(comparison.eval_domains)), 6.0),
@@ -83,7 +83,7 @@ def overlap_png(comparison: Comparison, path: Path) -> None:
     names = _unit_groups(found)
     num_sources = max(len(runs[0].sources) for runs in found.values())
     side = 1.1 + 0.55 * num_sources
-    figure, axes = figure_of(
+    figure, axes = new_figure(
         len(found),
         len(names),
         width=1.2 + side * len(names),
@@ -101,11 +101,11 @@ def overlap_png(comparison: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def fullness_png(comparison: Comparison, path: Path) -> None:
+def mask_saturation_png(comparison: Comparison, path: Path) -> None:
     """Draw mean accumulated importance by layer, a line per group of runs, side by side for the unit groups."""
     found = with_importance(comparison)
     names = _unit_groups(found)
-    figure, axes = figure_of(
+    figure, axes = new_figure(
         1, len(names), width=0.8 + 2.6 * len(names), height=3.0 + 0.1 * len(found), ratios=(1.0,) * len(names)
     )
     for plot, name in zip(axes[0], names, strict=True):
@@ -119,7 +119,7 @@ def fullness_png(comparison: Comparison, path: Path) -> None:
         )
         plot.set_title(name, fontsize=9)
         plot.set_xlabel("layer")
-        plot.xaxis.set_major_locator(whole_numbers())
+        plot.xaxis.set_major_locator(integer_ticks())
         plot.grid(alpha=0.25)
     axes[0][0].set_ylabel("mean importance (1: nothing left)")
     handles = {text: line for plot in axes[0] for line, text in zip(*plot.get_legend_handles_labels(), strict=True)}
@@ -191,7 +191,7 @@ def pareto_png(comparison: Comparison, path: Path) -> None:
     front joins the groups that no other beats in both. A dashed line joins the groups of the reference that differ in
     how much they learn alone. A method without forgetting is an upright dotted line at its loss.
     """
-    figure, axes = figure_of(1, 1, width=8.0, height=5.2 + 0.1 * len(comparison.groups))
+    figure, axes = new_figure(1, 1, width=8.0, height=5.2 + 0.1 * len(comparison.groups))
     plot = axes[0][0]
     places = {group.label: place for group in comparison.groups if (place := _place(group)) is not None}
     colours = _colours(comparison)
@@ -200,11 +200,11 @@ def pareto_png(comparison: Comparison, path: Path) -> None:
         number = numbers[group.method] = numbers.get(group.method, -1) + 1
         if group.label in places:
             _draw_group(plot, group, places[group.label], colours[group.method], MARKERS[number % len(MARKERS)])
-        elif (learned := estimate_of(group, LEARNED_LATER)) is not None:
+        elif (learned := estimate_metric(group, LEARNED_LATER)) is not None:
             plot.axvline(learned.mean, linestyle=":", color=colours[group.method], label=group.label)
     means = {label: (learned.mean, forgotten.mean) for label, (learned, forgotten) in places.items()}
     _draw_front(plot, list(means.values()))
-    line = sorted(means[group.label] for group in line_groups(comparison) if group.label in means)
+    line = sorted(means[group.label] for group in baseline_sweep(comparison) if group.label in means)
     if len(line) > 1:
         plot.plot(*zip(*line, strict=True), "--", color=LINE_COLOUR, linewidth=1, zorder=1, label="learning less")
     plot.set_xlabel("mean loss right after learning domains 2..T (nats per token)")
@@ -215,7 +215,7 @@ def pareto_png(comparison: Comparison, path: Path) -> None:
 
 
 def _place(group: Group) -> Place | None:
-    learned, forgotten = estimate_of(group, LEARNED_LATER), estimate_of(group, FORGETTING)
+    learned, forgotten = estimate_metric(group, LEARNED_LATER), estimate_metric(group, FORGETTING)
     return None if learned is None or forgotten is None else (learned, forgotten)
 
 

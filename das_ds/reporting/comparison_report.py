@@ -8,12 +8,12 @@ from pathlib import Path
 from das_ds.errors import RunFolderError
 from das_ds.reporting import comparison_tables as tables
 from das_ds.reporting.comparison import Comparison
-from das_ds.reporting.comparison_plots import fullness_png, loss_matrices_png, overlap_png, pareto_png
-from das_ds.reporting.metrics import line_groups
+from das_ds.reporting.comparison_plots import loss_matrices_png, mask_saturation_png, overlap_png, pareto_png
+from das_ds.reporting.metrics import baseline_sweep
 from das_ds.reporting.tables import Row, markdown
 from das_ds.run_dir import COMPARISON_FILE, REPORT_FILE
 
-PARETO, LOSS_MATRICES, OVERLAP, FULLNESS = "pareto", "loss_matrices", "overlap", "fullness"
+PARETO, LOSS_MATRICES, OVERLAP, MASK_SATURATION = "pareto", "loss_matrices", "overlap", "fullness"
 """Names of the pictures, each in a PNG file of its name."""
 FEW = 6
 """Pairs from which a single sign-flip test can have a p-value below 0.05."""
@@ -120,7 +120,7 @@ def _line(comparison: Comparison) -> str:
     rows = tables.line_rows(comparison)
     if len(rows) == 1:
         return ""
-    labels = ", ".join(f"`{group.label}`" for group in line_groups(comparison))
+    labels = ", ".join(f"`{group.label}`" for group in baseline_sweep(comparison))
     return (
         "## At equal learning\n\n"
         f"The line through {labels}\n"
@@ -167,8 +167,8 @@ def _importance(comparison: Comparison) -> str:
         f"{left_out}"
         "How full the mask is: mean of the accumulated importance; what is missing to 1 is left for later domains. A\n"
         f"source claims what has importance of at least {threshold:g}.\n\n"
-        f"{_table(tables.fullness_rows(comparison), text_columns=(0, 1, 2, 6))}\n"
-        f"{_image(FULLNESS)}\n"
+        f"{_table(tables.mask_saturation_rows(comparison), text_columns=(0, 1, 2, 6))}\n"
+        f"{_image(MASK_SATURATION)}\n"
         "Who claims the same: Jaccard (both claim / one of them claims), what independent choices would give, and the\n"
         "cosine of all importance.\n\n"
         f"{_table(tables.overlap_rows(comparison), text_columns=(0, 1, 2))}\n"
@@ -191,7 +191,9 @@ def _notes(comparison: Comparison) -> str:
 
 def _pictures(comparison: Comparison) -> dict[str, Callable[[Comparison, Path], None]]:
     of_all = {PARETO: pareto_png, LOSS_MATRICES: loss_matrices_png}
-    of_importance = {FULLNESS: fullness_png, OVERLAP: overlap_png} if tables.with_importance(comparison) else {}
+    of_importance = (
+        {MASK_SATURATION: mask_saturation_png, OVERLAP: overlap_png} if tables.with_importance(comparison) else {}
+    )
     return {**of_all, **of_importance}
 
 

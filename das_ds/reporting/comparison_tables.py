@@ -11,15 +11,15 @@ from das_ds.reporting.metrics import (
     FORGETTING,
     LEARNED,
     LEARNED_LATER,
-    Measure,
-    difference_of,
-    estimate_of,
-    line_forgetting,
-    line_groups,
-    measures_of,
-    off_line,
+    Metric,
+    available_metrics,
+    baseline_sweep,
+    estimate_metric,
+    forgetting_vs_matched_baseline,
+    matched_baseline_forgetting,
+    metric_difference,
 )
-from das_ds.reporting.overlap import jaccard_by_chance
+from das_ds.reporting.overlap import expected_jaccard
 from das_ds.reporting.statistics import Difference, Estimate, holm
 from das_ds.reporting.tables import Row, duration
 
@@ -43,9 +43,13 @@ def settings_rows(comparison: Comparison) -> list[Row]:
 
 def summary_rows(comparison: Comparison) -> list[Row]:
     """Every measure as mean [interval] over seeds, a row per group."""
-    measures = measures_of(comparison)
+    measures = available_metrics(comparison)
     rows = [
-        [group.label, str(len(group.runs)), *(_estimate(estimate_of(group, measure), measure) for measure in measures)]
+        [
+            group.label,
+            str(len(group.runs)),
+            *(_estimate(estimate_metric(group, measure), measure) for measure in measures),
+        ]
         for group in comparison.groups
     ]
     return [["group", "seeds", *(measure.title for measure in measures)], *rows]
@@ -60,9 +64,9 @@ def difference_rows(comparison: Comparison, family: Collection[str] | None = Non
             measure, and other groups have none. None: all groups of which there is a difference.
     """
     reference = comparison.group(comparison.reference)
-    measures = measures_of(comparison)
+    measures = available_metrics(comparison)
     groups = [group for group in comparison.groups if group.label != reference.label]
-    columns = [[difference_of(group, reference, measure) for group in groups] for measure in measures]
+    columns = [[metric_difference(group, reference, measure) for group in groups] for measure in measures]
     labels = [group.label for group in groups]
     cells = [_differences(labels, column, family) for column in columns]
     rows = []
@@ -79,19 +83,19 @@ def line_rows(comparison: Comparison, family: Collection[str] | None = None) -> 
         comparison: to take them from.
         family: as for `difference_rows`.
     """
-    on_line = {group.label for group in line_groups(comparison)}
+    on_line = {group.label for group in baseline_sweep(comparison)}
     header = ["group", "pairs", LEARNED_LATER.title, "forgetting", "of the line there", "difference", "share"]
     groups = [
         group
         for group in comparison.groups
-        if len(on_line) > 1 and group.label not in on_line and estimate_of(group, FORGETTING) is not None
+        if len(on_line) > 1 and group.label not in on_line and estimate_metric(group, FORGETTING) is not None
     ]
-    found = [off_line(comparison, group) for group in groups]
+    found = [forgetting_vs_matched_baseline(comparison, group) for group in groups]
     cells = _differences([group.label for group in groups], found, family)
     rows: list[Row] = []
     for group, difference, cell in zip(groups, found, cells, strict=True):
-        expected = line_forgetting(comparison, group)
-        own = [_estimate(estimate_of(group, measure), measure) for measure in (LEARNED_LATER, FORGETTING)]
+        expected = matched_baseline_forgetting(comparison, group)
+        own = [_estimate(estimate_metric(group, measure), measure) for measure in (LEARNED_LATER, FORGETTING)]
         if difference is None or expected is None:
             rows.append([group.label, "0", *own, NONE, NONE, NONE])
             continue
@@ -119,9 +123,9 @@ def forgetting_rows(comparison: Comparison) -> list[Row]:
         for domain in comparison.domains
         if any(domain in run.forgetting_per_domain for group in comparison.groups for run in group.runs)
     ]
-    measures = [Measure(domain, partial(_forgetting_of, domain)) for domain in domains]
+    measures = [Metric(domain, partial(_forgetting_of, domain)) for domain in domains]
     rows = [
-        [group.label, *(_estimate(estimate_of(group, measure), measure) for measure in measures)]
+        [group.label, *(_estimate(estimate_metric(group, measure), measure) for measure in measures)]
         for group in comparison.groups
     ]
     return [["group", *domains], *rows]
@@ -134,17 +138,17 @@ def task_rows(comparison: Comparison) -> list[Row]:
         tasks = {task.name: task for run in group.runs if run.end_tasks is not None for task in run.end_tasks.tasks}
         for name, task in tasks.items():
             scores = [
-                _estimate(estimate_of(group, Measure(name, partial(_score, name, row), is_signed=False)), LEARNED)
+                _estimate(estimate_metric(group, Metric(name, partial(_score, name, row), is_signed=False)), LEARNED)
                 for row in (0, task.row_learned or None, -1)
             ]
-            forgotten = estimate_of(group, Measure(name, partial(_score_forgetting, name)))
+            forgotten = estimate_metric(group, Metric(name, partial(_score_forgetting, name)))
             rows.append(
                 [group.label, name, task.domain or NONE, task.metric, *scores, _estimate(forgotten, FORGETTING)]
             )
     return [["group", "task", "domain", "metric", "before", "when learned", "at the end", "forgetting"], *rows]
 
 
-def fullness_rows(comparison: Comparison) -> list[Row]:
+def mask_saturation_rows(comparison: Comparison) -> list[Row]:
     """Mean accumulated importance per unit group, the fullest layer, and the share each source claims."""
     header = ["group", "granularity", "units", "mean importance", "capacity left", "fullest layer", "claimed by"]
     rows = []
@@ -182,7 +186,7 @@ def overlap_rows(comparison: Comparison) -> list[Row]:
             groups = [run.groups[name] for run in runs]
             for i, source in enumerate(sources):
                 for j in range(i + 1, len(sources)):
-                    chance = [jaccard_by_chance(group.claimed[i], group.claimed[j]) for group in groups]
+                    chance = [expected_jaccard(group.claimed[i], group.claimed[j]) for group in groups]
                     jaccard = statistics.fmean(group.jaccard[i][j] for group in groups)
                     cosine = statistics.fmean(group.cosine[i][j] for group in groups)
                     numbers = [f"{value:.3f}" for value in (jaccard, statistics.fmean(chance), cosine)]
@@ -227,7 +231,7 @@ def mean_losses(group: Group) -> list[list[float]]:
     ]
 
 
-def _estimate(found: Estimate | None, measure: Measure) -> str:
+def _estimate(found: Estimate | None, measure: Metric) -> str:
     if found is None:
         return NONE
     sign = "+" if measure.is_signed else ""

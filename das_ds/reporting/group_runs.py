@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from das_ds.config.io import deciding_values
+from das_ds.config.io import identity_values
 from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison, Group
-from das_ds.reporting.load_runs import ReadRun, numbers_of
+from das_ds.reporting.load_runs import LoadedRun, run_summary
 
 METHOD_NAME, METHOD_KEYS, SEED = "method.name", "method.", "seed"
 SHORT = {"train.learning_rate": "lr"}
@@ -31,22 +31,22 @@ class RunGroup:
     label: str
     settings: dict[str, str]
     """Keys in which the groups differ, with this one's values."""
-    runs: list[ReadRun]
+    runs: list[LoadedRun]
     """Sorted by seed."""
     mixed: list[str]
     """Keys besides the seed in which its own runs differ, where a label was given to different runs."""
 
 
-def group_runs(runs: Sequence[ReadRun]) -> list[RunGroup]:
+def group_runs(runs: Sequence[LoadedRun]) -> list[RunGroup]:
     """Groups in the order of their first runs.
 
     Raises:
         RunFolderError: two runs of one group have the same seed, or two groups would have one label.
     """
     values = {
-        id(run): {key: value for key, value in deciding_values(run.config).items() if key != SEED} for run in runs
+        id(run): {key: value for key, value in identity_values(run.config).items() if key != SEED} for run in runs
     }
-    members: dict[str, list[ReadRun]] = {}
+    members: dict[str, list[LoadedRun]] = {}
     for run in runs:
         identity = repr(sorted(values[id(run)].items())) if run.label is None else f"={run.label}"
         members.setdefault(identity, []).append(run)
@@ -120,7 +120,7 @@ def _shown(value: Any) -> str:
     return str(value).replace("|", "/")
 
 
-def notes_of(runs: Sequence[ReadRun], groups: Sequence[RunGroup], numbers: Sequence[Group]) -> list[str]:
+def collect_warnings(runs: Sequence[LoadedRun], groups: Sequence[RunGroup], numbers: Sequence[Group]) -> list[str]:
     """All notes.
 
     Args:
@@ -138,7 +138,7 @@ def notes_of(runs: Sequence[ReadRun], groups: Sequence[RunGroup], numbers: Seque
     ]
 
 
-def _unfinished(runs: Sequence[ReadRun]) -> list[str]:
+def _unfinished(runs: Sequence[LoadedRun]) -> list[str]:
     return [f"{run.name} is not complete and is left out." for run in runs if not run.results.complete]
 
 
@@ -150,7 +150,7 @@ def _mixed(groups: Sequence[RunGroup]) -> list[str]:
     ]
 
 
-def _versions(runs: Sequence[ReadRun]) -> list[str]:
+def _versions(runs: Sequence[LoadedRun]) -> list[str]:
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         for package, version in run.results.versions.items():
@@ -182,7 +182,7 @@ def _missing_scores(groups: Sequence[Group]) -> list[str]:
     return [f"{folder}: {sentence}." for folder, found in scores for sentence in found.missing]
 
 
-def compare_runs(runs: Sequence[ReadRun], against: str | None = None) -> Comparison:
+def compare_runs(runs: Sequence[LoadedRun], against: str | None = None) -> Comparison:
     """Runs side by side; those that are not complete are left out, which a note says.
 
     Args:
@@ -207,11 +207,11 @@ def compare_runs(runs: Sequence[ReadRun], against: str | None = None) -> Compari
         eval_domains=complete[0].results.eval_domains,
         groups=numbers,
         reference=against or labels[0],
-        notes=notes_of(runs, groups, numbers),
+        notes=collect_warnings(runs, groups, numbers),
     )
 
 
-def _check_corpora(runs: Sequence[ReadRun]) -> None:
+def _check_corpora(runs: Sequence[LoadedRun]) -> None:
     first, expected = runs[0], runs[0].results.eval_domains
     for run in runs[1:]:
         found = run.results.eval_domains
@@ -225,7 +225,7 @@ def _check_corpora(runs: Sequence[ReadRun]) -> None:
 
 
 def _group(group: RunGroup) -> Group:
-    first, numbers = group.runs[0], [numbers_of(run) for run in group.runs]
+    first, numbers = group.runs[0], [run_summary(run) for run in group.runs]
     _check_alike(group, "stages", [run.results.stages for run in group.runs])
     _check_alike(group, "importance", [found.importance and found.importance.outline for found in numbers])
     return Group(

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from das_ds.config import ModelConfig
-from das_ds.models.architectures.from_config import adapter_from
-from das_ds.models.architectures.registry import adapter_for
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.from_config import spec_from_config
+from das_ds.models.architectures.registry import spec_for
+from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.reporting.comparison import GroupOverlap, ImportanceNumbers, Matrix
 from das_ds.reporting.overlap import Overlap
 from das_ds.reporting.run_report import PROTECTED
@@ -106,7 +106,7 @@ def _of_units(files: list[StoredImportance], accumulated: StoredImportance) -> I
 
 
 def _of_weights(
-    files: list[StoredImportance], accumulated: StoredImportance, adapter: ArchitectureAdapter
+    files: list[StoredImportance], accumulated: StoredImportance, adapter: ArchitectureSpec
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     owners = [(re.compile(_pattern(rule.parameter)), rule.group) for rule in adapter.rules if not rule.reader]
     for name, (size,) in accumulated.shapes.items():
@@ -132,8 +132,8 @@ def _pattern(parameter: str) -> str:
     return re.escape(parameter).replace(r"\{base\}", ".+").replace(r"\{layer\}", r"(\d+)", 1)
 
 
-def _adapter(model: ModelConfig, model_type: str) -> ArchitectureAdapter:
-    return adapter_for(model_type) if model.adapter is None else adapter_from(model.adapter, model_type)
+def _adapter(model: ModelConfig, model_type: str) -> ArchitectureSpec:
+    return spec_for(model_type) if model.adapter is None else spec_from_config(model.adapter, model_type)
 
 
 def _rounded(values: torch.Tensor) -> Matrix:

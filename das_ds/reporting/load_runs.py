@@ -19,7 +19,7 @@ from das_ds.tracking.names import PEAK_MEMORY_GIB, TOKENS_PER_S
 
 
 @dataclass(frozen=True)
-class ReadRun:
+class LoadedRun:
     """A run folder with its config and results."""
 
     path: Path
@@ -34,7 +34,7 @@ class ReadRun:
         return "/".join(self.path.resolve().parts[-2:])
 
 
-def read_run(argument: str) -> ReadRun:
+def read_run(argument: str) -> LoadedRun:
     """Open what a user names: a run folder, or LABEL=RUN.
 
     Raises:
@@ -49,10 +49,10 @@ def read_run(argument: str) -> ReadRun:
         config = load_config(path / CONFIG_FILE)
     except ConfigError as error:
         raise RunFolderError(f"{path}: its {CONFIG_FILE} cannot be used: {error}") from error
-    return ReadRun(path, label, config, results)
+    return LoadedRun(path, label, config, results)
 
 
-def numbers_of(run: ReadRun) -> RunNumbers:
+def run_summary(run: LoadedRun) -> RunNumbers:
     """Everything a comparison holds of one run, which has to be complete.
 
     Raises:
@@ -85,7 +85,7 @@ def _split(argument: str) -> tuple[str | None, Path]:
     return label.strip(), Path(path)
 
 
-def _cost(run: ReadRun) -> Cost:
+def _cost(run: LoadedRun) -> Cost:
     path = run.path / METRICS_FILE
     lines = _lines(path) if path.exists() else []
     rates = [float(line[TOKENS_PER_S]) for line in lines if TOKENS_PER_S in line]

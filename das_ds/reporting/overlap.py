@@ -52,7 +52,7 @@ class Overlap:
         return self._products / (norms[:, None] * norms[None, :]).clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def jaccard_by_chance(share: float, other: float) -> float:
+def expected_jaccard(share: float, other: float) -> float:
     """What two sources that choose independently would come to: pq / (p + q - pq)."""
     both = share * other
     return both / (share + other - both) if both else 0.0

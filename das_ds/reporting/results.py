@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from das_ds.config.stage import stage_name
 from das_ds.errors import TrainingError
 from das_ds.reporting import transfer
-from das_ds.storage import Section, StoredFile
+from das_ds.storage import Section, VersionedJson
 from das_ds.versions import library_versions
 
 FORMAT_VERSION: Literal[3] = 3
@@ -52,7 +52,7 @@ class LoadedWeights(Section):
     """Weights of the LM head that no file has, drawn by the seed (`model.allow_missing`)."""
 
 
-class Results(StoredFile):
+class Results(VersionedJson):
     """Everything a run has to say about its evaluation; losses in nats per predicted token."""
 
     what: ClassVar[str] = "the results of a run"
@@ -171,9 +171,11 @@ def build_results(
     stages = [list(stage) for stage in learned] if learned is not None else [[domain] for domain in domains]
     losses = torch.tensor(loss_matrix, dtype=torch.float64)
     rows = learned_rows(eval_domains, stages)
-    forgotten, can_be_forgotten = transfer.forgetting(losses, rows), transfer.can_be_forgotten(losses, rows)
-    average = transfer.average(forgotten, rows, can_be_forgotten)
-    helped = transfer.average(transfer.forward_transfer(losses, rows), rows, transfer.can_be_helped(losses, rows))
+    forgotten, has_forgetting = transfer.forgetting(losses, rows), transfer.has_forgetting(losses, rows)
+    average = transfer.average(forgotten, rows, has_forgetting)
+    helped = transfer.average(
+        transfer.forward_transfer(losses, rows), rows, transfer.has_forward_transfer(losses, rows)
+    )
     return Results(
         complete=len(loss_matrix) == len(stages) + 1,
         method=method,
@@ -185,7 +187,7 @@ def build_results(
             average=average,
             per_domain={
                 domain: value
-                for domain, value, counts in zip(eval_domains, forgotten.tolist(), can_be_forgotten, strict=True)
+                for domain, value, counts in zip(eval_domains, forgotten.tolist(), has_forgetting, strict=True)
                 if counts
             },
         ),

@@ -13,7 +13,7 @@ from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.comparison_report import write_comparison_report
 from das_ds.reporting.group_runs import compare_runs
 from das_ds.reporting.load_runs import read_run
-from das_ds.reporting.metrics import estimate_of, measures_of
+from das_ds.reporting.metrics import available_metrics, estimate_metric
 from das_ds.reporting.tables import aligned
 from das_ds.run_dir import COMPARISON_FILE, REPORT_FILE
 from das_ds.tracking.sinks import Scalar
@@ -65,13 +65,13 @@ def _log(comparison: Comparison, pictures: dict[str, Path], config: RunConfig, o
             tracker.log_table(name, header, body)
         tracker.log_table("runs", *_numbers(comparison))
         for name, path in pictures.items():
-            tracker.log_picture(name, path)
+            tracker.log_image(name, path)
         tracker.log_summary(_means(comparison))
 
 
 def _numbers(comparison: Comparison) -> tuple[list[str], list[list[Scalar]]]:
     """Column names and a row per run."""
-    measures = measures_of(comparison)
+    measures = available_metrics(comparison)
     rows: list[list[Scalar]] = []
     for group in comparison.groups:
         for run in group.runs:
@@ -86,6 +86,6 @@ def _means(comparison: Comparison) -> dict[str, float]:
     return {
         f"{group.label}/{measure.title}": found.mean
         for group in comparison.groups
-        for measure in measures_of(comparison)
-        if (found := estimate_of(group, measure)) is not None
+        for measure in available_metrics(comparison)
+        if (found := estimate_metric(group, measure)) is not None
     }

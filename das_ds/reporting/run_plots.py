@@ -34,7 +34,7 @@ def loss_matrix_png(results: Results, path: Path) -> None:
     num_rows, num_columns = change.shape
     column_width = max(1.35, 0.1 * max(map(len, results.eval_domains)))
     label_width = 1.6 + 0.1 * max(map(len, results.stages))
-    figure, axes = figure_of(
+    figure, axes = new_figure(
         1, 1, width=max(label_width + column_width * num_columns, 8.0), height=1.9 + 0.62 * num_rows
     )
     plot = axes[0][0]
@@ -58,10 +58,10 @@ def loss_matrix_png(results: Results, path: Path) -> None:
 
 def changes(results: Results) -> torch.Tensor:
     """Loss minus the reference of its column, (rows, columns) float64; NaN where a domain is not learned yet."""
-    return changes_since(torch.tensor(results.loss_matrix, dtype=torch.float64), _reference_rows(results))
+    return delta_since(torch.tensor(results.loss_matrix, dtype=torch.float64), _reference_rows(results))
 
 
-def changes_since(losses: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+def delta_since(losses: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """Loss minus the reference of its column, NaN above it.
 
     Args:
@@ -81,7 +81,7 @@ def importance_png(importance: Importance, path: Path) -> None:
         importance: unit group -> (L, U) in [0, 1]. A row that is dark over three quarters of its width has a quarter
             of its units left to learn freely.
     """
-    figure, axes = figure_of(len(importance), 2, width=8.5, height=0.9 + 2.0 * len(importance), ratios=(4, 1))
+    figure, axes = new_figure(len(importance), 2, width=8.5, height=0.9 + 2.0 * len(importance), ratios=(4, 1))
     for (sorted_units, means), (group, values) in zip(axes, importance.items(), strict=True):
         picture = _draw_sorted_units(sorted_units, group, values.double())
         _draw_means(means, values.double().mean(dim=1))
@@ -97,7 +97,7 @@ def _draw_sorted_units(plot: Axes, group: str, values: torch.Tensor) -> AxesImag
     extent = (0.0, 100.0, num_layers + 0.5, 0.5)
     plot.set_title(f"{group}: {num_units} units per layer, most important first", fontsize=9)
     plot.set_ylabel("layer")
-    plot.yaxis.set_major_locator(whole_numbers())
+    plot.yaxis.set_major_locator(integer_ticks())
     return plot.imshow(
         sorted_values.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=extent, interpolation="nearest"
     )
@@ -109,17 +109,17 @@ def _draw_means(plot: Axes, means: torch.Tensor) -> None:
     plot.set_ylim(num_layers + 0.5, 0.5)
     plot.set_xlim(0, 1)
     plot.set_title(f"mean {means.mean().item():.2f}", fontsize=9)
-    plot.yaxis.set_major_locator(whole_numbers())
+    plot.yaxis.set_major_locator(integer_ticks())
 
 
-def whole_numbers() -> Locator:
+def integer_ticks() -> Locator:
     """Ticks at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
-def figure_of(
+def new_figure(
     num_rows: int, num_columns: int, *, width: float, height: float, ratios: tuple[float, ...] = (1.0,)
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure and its axes, row by row.

@@ -154,7 +154,7 @@ def _matrix(kind: ScoreName, columns: Sequence[_Column], learned: torch.Tensor) 
     scores = torch.tensor([column.scores(kind) for column in columns], dtype=torch.float64).T
     forgotten = transfer.forgetting(scores, learned, higher_is_better=True)
     helped = transfer.forward_transfer(scores, learned, higher_is_better=True)
-    average = transfer.average(forgotten, learned, transfer.can_be_forgotten(scores, learned))
+    average = transfer.average(forgotten, learned, transfer.has_forgetting(scores, learned))
     per_task = zip((column.name for column in columns), forgotten.tolist(), strict=True)
     return ScoreMatrix(
         scores=[[None if math.isnan(score) else score for score in row] for row in scores.tolist()],
@@ -163,7 +163,7 @@ def _matrix(kind: ScoreName, columns: Sequence[_Column], learned: torch.Tensor) 
         ),
         # Subtracting from 0 keeps nothing forgotten from being written as -0.0.
         backward_transfer=None if average is None else 0.0 - average,
-        forward_transfer=transfer.average(helped, learned, transfer.can_be_helped(scores, learned)),
+        forward_transfer=transfer.average(helped, learned, transfer.has_forward_transfer(scores, learned)),
     )
 
 

@@ -192,7 +192,7 @@ def pareto_front(points: Sequence[Point]) -> list[int]:
     return sorted(numpy.flatnonzero(~is_beaten_G).tolist(), key=lambda position: points[position])
 
 
-def line_at(points: Sequence[Point], place: float) -> float | None:
+def interpolate_front(points: Sequence[Point], place: float) -> float | None:
     """Height at `place` of the broken line through points; None beyond its ends, where it would be a guess.
 
     Args:

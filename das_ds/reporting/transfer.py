@@ -17,7 +17,7 @@ import math
 import torch
 
 
-def can_be_forgotten(matrix: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+def has_forgetting(matrix: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
     """Columns whose domain was learned before the last stage, 0 < l_i < t; (C,) bool.
 
     What the last stage learned has had no chance to be forgotten.
@@ -42,10 +42,10 @@ def forgetting(matrix: torch.Tensor, learned: torch.Tensor, *, higher_is_better:
         (C,); positive means forgotten.
     """
     rise = matrix[-1] - _at(matrix, learned)
-    return _signed(rise, higher_is_better).where(can_be_forgotten(matrix, learned), math.nan)
+    return _signed(rise, higher_is_better).where(has_forgetting(matrix, learned), math.nan)
 
 
-def can_be_helped(matrix: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+def has_forward_transfer(matrix: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
     """Columns whose domain has a stage before it, with the row right before learning it there, 1 < l_i <= t + 1."""
     return (learned > 1) & (learned <= _last_row(matrix, learned) + 1)
 
@@ -64,7 +64,7 @@ def forward_transfer(matrix: torch.Tensor, learned: torch.Tensor, *, higher_is_b
         (C,); positive means helped.
     """
     fall = matrix[0] - _at(matrix, learned - 1)
-    return _signed(fall, higher_is_better).where(can_be_helped(matrix, learned), math.nan)
+    return _signed(fall, higher_is_better).where(has_forward_transfer(matrix, learned), math.nan)
 
 
 def drift(matrix: torch.Tensor, learned: torch.Tensor, *, higher_is_better: bool = False) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch
 from das_ds.config import SoftmaskConfig
 from das_ds.distributed.state import Shard
 from das_ds.engine.engine import Engine
-from das_ds.functional.masks import MaskTable, SegmentTable, cover, mask_levels
+from das_ds.functional.masks import MaskTable, SegmentTable, build_lookup_tables, fill_gaps
 from das_ds.functional.units import Importance, UnitLayout
 from das_ds.kernels.protection import LEVELS, Protection
-from das_ds.softmask.direction_mask import RowMasks
-from das_ds.softmask.sharded_importance import ShardedImportance, looked_up
+from das_ds.softmask.direction_mask import DirectionMask
+from das_ds.softmask.sharded_importance import ShardedImportance, apply_lookup
 
 
 class SoftMasks:
@@ -43,10 +43,10 @@ class SoftMasks:
         Where the mask is not 1 - I itself it takes another byte per weight of the shards.
         """
         groups, shared_scale, strength = softmask.groups, softmask.shared_scale, softmask.strength
-        tables = mask_levels(
+        tables = build_lookup_tables(
             layout.owners, groups=groups, shared_scale=shared_scale, strength=strength, num_levels=LEVELS
         )
-        flats = importance.flats if tables is None else looked_up(self._shards, importance.flats, tables)
+        flats = importance.flats if tables is None else apply_lookup(self._shards, importance.flats, tables)
         if softmask.apply_to == "update":
             self._engine.protect({f: Protection(v.numel(), importance=v) for f, v in flats.items()})
         else:
@@ -73,7 +73,7 @@ class SoftMasks:
         ]
         # Those before are as large; both at once need not find room.
         self._engine.protect_rows(None)
-        self._engine.protect_rows(RowMasks(masked, flats, widths, mask_of, self._device))
+        self._engine.protect_rows(DirectionMask(masked, flats, widths, mask_of, self._device))
 
     def _install_table(self, layout: UnitLayout, softmask: SoftmaskConfig) -> MaskTable:
         table = MaskTable(
@@ -100,4 +100,4 @@ class SoftMasks:
 def _unit_protection(table: MaskTable, numel: int, parts: list[Shard]) -> Protection:
     """Protection of a flat tensor of `numel` elements that shards lie in."""
     segments = chain.from_iterable(table.segments(s.name, start=s.start, offset=s.offset, numel=s.numel) for s in parts)
-    return Protection(numel, table=SegmentTable(numel, cover(segments, numel), table.values))
+    return Protection(numel, table=SegmentTable(numel, fill_gaps(segments, numel), table.values))

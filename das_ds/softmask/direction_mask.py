@@ -46,7 +46,7 @@ class _Flat:
     """The largest d of these."""
 
 
-class RowMasks:
+class DirectionMask:
     """dW <- dW P for every masked parameter W (o, d), with its own P (d, d).
 
     A row of the result needs the whole row of the update. Ranks that have parts of one row each multiply their part by

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from das_ds.config import SoftmaskConfig
 from das_ds.context import DomainContext, RunContext
-from das_ds.distributed.state import RankState, SavedState
+from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.functional.units import Importance
 from das_ds.softmask.apply import SoftMasks
 from das_ds.softmask.measure import ImportanceLoss
@@ -22,7 +23,11 @@ class ImportanceLevel(ABC, Generic[T]):
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
-        self.soft_masks = SoftMasks(run.engine)
+
+    @cached_property
+    def soft_masks(self) -> SoftMasks:
+        """What masks the steps of the run's engine."""
+        return SoftMasks(self.run.engine)
 
     @abstractmethod
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> T:
@@ -41,11 +46,11 @@ class ImportanceLevel(ABC, Generic[T]):
         """Soft-mask all further steps; `softmask` is the same at every call."""
 
     @abstractmethod
-    def state(self, importance: T) -> RankState:
+    def state(self, importance: T) -> ComponentState:
         """For a checkpoint."""
 
     @abstractmethod
-    def load_state(self, saved: SavedState) -> T:
+    def load_state(self, saved: SavedComponentState) -> T:
         """From a checkpoint of any number of ranks."""
 
     @abstractmethod

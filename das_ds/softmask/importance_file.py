@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from das_ds.errors import ImportanceError, RunFolderError
-from das_ds.functional.directions import moment_fault
+from das_ds.functional.directions import describe_invalid_moment
 from das_ds.functional.units import Importance, UnitLayout
-from das_ds.storage import CHECKSUM, link_file, replaced_file
+from das_ds.storage import CHECKSUM, atomic_write, link_file
 from das_ds.user_files import require_file
 
 FORMAT_VERSION = "4"
@@ -138,7 +138,7 @@ def load_directions(
     with _opened(path, layout, DIRECTION, expected, tokens) as (file, header):
         moments: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in expected}
     for name, moment in moments.items():
-        if fault := moment_fault(moment):
+        if fault := describe_invalid_moment(moment):
             raise ImportanceError(f"{path}: {name}: found {fault}, expected a second moment (symmetric, not negative)")
     return moments, int(header[NUM_TOKENS])
 
@@ -176,7 +176,7 @@ def _save(
         TOKENS: _token_digest(tokens),
         CHECKSUM: _digest(tensors, tensors.__getitem__),
     }
-    with _writing(path), replaced_file(path) as partial:
+    with _writing(path), atomic_write(path) as partial:
         save_file(tensors, partial, metadata=header)
 
 

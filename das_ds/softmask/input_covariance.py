@@ -16,9 +16,9 @@ from torch import nn
 from das_ds.context import RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_sum, rank
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import ModelError, TrainingError
-from das_ds.functional.directions import relative_moment
+from das_ds.functional.directions import normalized_second_moment
 from das_ds.softmask.measure import PRETRAINING
 
 COUNT = "#count "
@@ -50,7 +50,7 @@ def linear_layers(run: RunContext) -> dict[str, nn.Linear]:
     return found
 
 
-def relative_moments(run: RunContext, batches: Pass[Batch]) -> dict[str, torch.Tensor]:
+def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict[str, torch.Tensor]:
     """M = A / (tr(A) / d), A = E[x x^T], of the inputs x of every trained linear layer.
 
     The expectation is over all positions of the sample that reach the layer, on all ranks, without dropout, of the text
@@ -99,7 +99,7 @@ class _Inputs:
     """Adds what layers are given in one forward pass to the sums of all.
 
     Args:
-        sums: see `relative_moments`.
+        sums: see `input_second_moments`.
         batch: of this forward pass.
         with_tables: whether what is no row per token counts here; it is the same in every forward pass.
     """
@@ -138,4 +138,4 @@ def _relative(name: str, total: torch.Tensor, count: torch.Tensor) -> torch.Tens
             f"importance: found an input of {name} that is not finite, expected finite numbers; the model diverged, "
             "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
         )
-    return relative_moment(total / count.clamp_min(1).float())
+    return normalized_second_moment(total / count.clamp_min(1).float())

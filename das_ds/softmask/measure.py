@@ -14,10 +14,10 @@ import torch
 from das_ds.config import ImportanceKind
 from das_ds.context import RunContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import TrainingError
-from das_ds.functional.importance import contribution
+from das_ds.functional.importance import importance_score
 from das_ds.functional.losses import representation_kl, sequence_token_loss
 from das_ds.functional.units import Importance
 
@@ -65,13 +65,13 @@ def general_knowledge_loss(forward: Forward, batch: Batch) -> torch.Tensor:
 
     Both views pass through the same gates, so a gate's gradient is that of both.
     """
-    positions = repeated(batch.position_ids, 2)
+    positions = duplicate_rows(batch.position_ids, 2)
     hidden, no_losses = forward(batch.input_ids.repeat(2, 1), batch.predicted[:0], batch.targets[:0], positions)
     # Nothing is predicted, but every weight takes part: ZeRO waits for the gradients of all.
     return representation_kl(*hidden.chunk(2)) + no_losses.sum()
 
 
-def repeated(position_ids: torch.Tensor | None, times: int) -> torch.Tensor | None:
+def duplicate_rows(position_ids: torch.Tensor | None, times: int) -> torch.Tensor | None:
     """(times * B, S) position ids of a packed batch."""
     return None if position_ids is None else position_ids.repeat(times, 1)
 
@@ -84,10 +84,12 @@ PRETRAINING = ImportanceLoss(pretraining_loss, dropout=False, num_views=1)
 GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_views=2)
 
 
-def mean_over_sequences(
-    run: RunContext, batches: Pass[Batch], loss: ImportanceLoss, kind: ImportanceKind
+def measure_unit_importance(
+    run: RunContext, batches: ResumableLoop[Batch], loss: ImportanceLoss, kind: ImportanceKind
 ) -> Importance:
-    """I_l = (1/N) sum_n s(dL(x_n) / dg_l) over the sequences of all ranks, before normalisation; s is `contribution`.
+    """I_l = (1/N) sum_n s(dL(x_n) / dg_l) over the sequences of all ranks, before normalization.
+
+    s is `importance_score`.
 
     For `magnitude` that is paper eq. 2, the mean absolute gradient of the gates.
 
@@ -120,8 +122,8 @@ def mean_over_sequences(
                 scale = max(scale / 2.0, 1.0)
                 part, losses = _scaled_sums(run, batch, loss, scale)
             for group, values in part.items():
-                sums[group] = contribution(values / scale, 1.0, kind) + sums.get(group, 0.0)
-            sums[TOTALS] = sums[TOTALS] + count_and_loss(batch, losses)
+                sums[group] = importance_score(values / scale, 1.0, kind) + sums.get(group, 0.0)
+            sums[TOTALS] = sums[TOTALS] + count_and_sum(batch, losses)
             sums[SCALE] = torch.tensor(scale, dtype=torch.float64)
     by_group = {group: sums[group] for group in run.layout.num_units}
     if not _all_finite(by_group):
@@ -130,16 +132,16 @@ def mean_over_sequences(
             "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
         )
     totals = sums[TOTALS].clone()
-    per_sequence = share_of_signal(totals) / totals[0].float()
+    per_sequence = is_above_noise_floor(totals) / totals[0].float()
     return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in by_group.items()}
 
 
-def count_and_loss(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
+def count_and_sum(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
     """(2,): number of real sequences of a batch and the sum of their losses (B,)."""
     return torch.stack((batch.row_weights, batch.row_weights * losses.detach())).sum(dim=1)
 
 
-def share_of_signal(totals: torch.Tensor) -> torch.Tensor:
+def is_above_noise_floor(totals: torch.Tensor) -> torch.Tensor:
     """1, or 0 where the mean loss of all ranks is so small that its gradient is rounding alone; a collective.
 
     Two views of a network without noise are equal: their KL is 0, and what is left of its gradient would be blown up
@@ -168,4 +170,4 @@ def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: flo
 def _all_finite(sums: Importance) -> bool:
     """Whether all entries on all ranks are finite; a collective that waits for the device."""
     is_bad = torch.stack([values.isfinite().all().logical_not() for values in sums.values()]).any()
-    return not all_reduce_maximum(is_bad.float()).item()
+    return not all_reduce_max(is_bad.float()).item()

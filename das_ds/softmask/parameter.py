@@ -13,12 +13,12 @@ import torch
 from das_ds.config import ImportanceKind, SoftmaskConfig
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.resumable import Pass
-from das_ds.distributed.state import Flats, RankState, SavedState
+from das_ds.distributed.resumable import ResumableLoop
+from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
 from das_ds.functional.units import Importance
 from das_ds.softmask.importance import ImportanceLevel
 from das_ds.softmask.importance_file import load_parameter_importance, save_parameter_importance
-from das_ds.softmask.measure import TOTALS, ImportanceLoss, count_and_loss, share_of_signal
+from das_ds.softmask.measure import TOTALS, ImportanceLoss, count_and_sum, is_above_noise_floor
 from das_ds.softmask.sharded_importance import ShardedImportance
 
 IMPORTANCE = "importance"
@@ -51,11 +51,11 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
         """Mask element by element."""
         self.soft_masks.protect_parameters(self.run.layout, importance, softmask)
 
-    def state(self, importance: ShardedImportance) -> RankState:
+    def state(self, importance: ShardedImportance) -> ComponentState:
         """Each rank its shards' part."""
-        return RankState(sharded={IMPORTANCE: importance.flats})
+        return ComponentState(sharded={IMPORTANCE: importance.flats})
 
-    def load_state(self, saved: SavedState) -> ShardedImportance:
+    def load_state(self, saved: SavedComponentState) -> ShardedImportance:
         """However it was divided."""
         engine = self.run.engine
         importance = ShardedImportance(engine.named_shards, self.run.layout.sizes, engine.ranks.info.device)
@@ -67,7 +67,7 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
         """Gather parameter by parameter in rank 0's host memory (1 byte per weight) and save there."""
         ranks, layout = self.run.engine.ranks, self.run.layout
         tensors = {name: values.cpu() for name, values in importance.whole() if ranks.info.is_main}
-        ranks.on_main(lambda: save_parameter_importance(path, tensors, layout, tokens))
+        ranks.run_on_main(lambda: save_parameter_importance(path, tensors, layout, tokens))
 
     def read(self, path: Path) -> ShardedImportance:
         """Read this rank's stretches, however many ranks wrote; tokens that came later have importance 0."""
@@ -78,8 +78,12 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
         return importance
 
 
-def sum_over_gradients(run: RunContext, steps: Pass[list[Batch]], loss: ImportanceLoss, kind: ImportanceKind) -> Flats:
-    """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over batches b of all ranks; s is `contribution`.
+def sum_over_gradients(
+    run: RunContext, steps: ResumableLoop[list[Batch]], loss: ImportanceLoss, kind: ImportanceKind
+) -> Flats:
+    """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over batches b of all ranks.
+
+    s is `importance_score`.
 
     For `magnitude` that is N/G times the mean absolute gradient.
 
@@ -100,7 +104,7 @@ def sum_over_gradients(run: RunContext, steps: Pass[list[Batch]], loss: Importan
     """
     engine, device = run.engine, run.engine.ranks.info.device
     steps.sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=device))
-    with loss.mode(run), engine.summing_gradients(kind) as sums:
+    with loss.mode(run), engine.accumulate_importance(kind) as sums:
         for number, (flat, total) in enumerate(sums.items()):
             if (earlier := steps.sums.get(f"{number}")) is not None:
                 total.copy_(earlier)
@@ -111,7 +115,7 @@ def sum_over_gradients(run: RunContext, steps: Pass[list[Batch]], loss: Importan
                 for _ in engine.attempts():
                     totals = _measure_step(run, step, loss)
             steps.sums[TOTALS] = steps.sums[TOTALS] + totals
-    signal = share_of_signal(steps.sums[TOTALS].clone())
+    signal = is_above_noise_floor(steps.sums[TOTALS].clone())
     # In place, also where the pass was complete and this is done again: the factor is 0 or 1.
     return {flat: total.mul_(signal.to(total.device)) for flat, total in sums.items()}
 
@@ -126,5 +130,5 @@ def _measure_step(run: RunContext, step: list[Batch], loss: ImportanceLoss) -> t
             per_sequence = loss.of_sequences(engine, batch)
             engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
         engine.step()
-        totals += count_and_loss(batch, per_sequence)
+        totals += count_and_sum(batch, per_sequence)
     return totals

@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 
 from das_ds.config import ImportanceConfig
-from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
+from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
 from das_ds.distributed.state import Shard, zeros_by_flat
 from das_ds.functional.units import Importance, UnitLayout
 from das_ds.kernels.protection import LEVELS
-from das_ds.softmask.sharded_normalize import CHUNK_ELEMENTS, Comparison, levels_of
+from das_ds.softmask.sharded_normalize import CHUNK_ELEMENTS, Comparison, quantize
 
 
 class ShardedImportance:
@@ -70,7 +70,7 @@ class ShardedImportance:
         result = cls(shards, sizes, device)
         parts = {name: _stretch(sums, shard) for name, shard in result._shards.items()}
         comparison = Comparison.within(settings.scope, owners, sizes)
-        for name, levels in levels_of(parts, comparison, settings, device):
+        for name, levels in quantize(parts, comparison, settings, device):
             _stretch(result.flats, result._shards[name]).copy_(levels)
         return result
 
@@ -114,7 +114,7 @@ class ShardedImportance:
             full = torch.zeros(numel, dtype=torch.uint8, device=self._device)
             if (shard := self._shards.get(name)) is not None:
                 full[shard.offset : shard.offset + shard.numel] = _stretch(self.flats, shard)
-            yield name, all_reduce_maximum(full)
+            yield name, all_reduce_max(full)
 
     def fill(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
         """Set every shard from `read(name, offset, numel) -> (numel,) uint8`, on any number of ranks."""
@@ -122,7 +122,7 @@ class ShardedImportance:
             _stretch(self.flats, shard).copy_(read(name, shard.offset, shard.numel))
 
 
-def looked_up(
+def apply_lookup(
     shards: Iterable[Shard], flats: dict[torch.Tensor, torch.Tensor], tables: dict[str, torch.Tensor]
 ) -> dict[torch.Tensor, torch.Tensor]:
     """Flat tensor -> (F,) uint8, every level l of `flats` replaced by `tables[parameter][l]`.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from das_ds.config import ImportanceConfig
-from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
-from das_ds.functional.importance import RANK_FORMS, by_value, counts_of_levels
+from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
+from das_ds.functional.importance import RANK_FORMS, by_value, histogram
 from das_ds.kernels.protection import LEVELS
 
 CHUNK_ELEMENTS = 1 << 24
@@ -55,7 +55,7 @@ class Comparison:
         return cls({name: numbers[key_of(name)] for name in sizes}, tuple(totals.values()))
 
 
-def levels_of(
+def quantize(
     parts: Parts, comparison: Comparison, settings: ImportanceConfig, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(parameter, (n,) uint8 importance in 255ths) of this rank's stretches in turn; a collective.
@@ -90,8 +90,8 @@ def _make_level_by_value(
 def _make_level_by_rank(
     parts: Parts, comparison: Comparison, settings: ImportanceConfig, device: torch.device
 ) -> Level:
-    counts = torch.stack([counts_of_levels(size, settings, LEVELS) for size in comparison.num_entries]).to(device)
-    thresholds = smallest_with(parts, comparison, counts, device).int()
+    counts = torch.stack([histogram(size, settings, LEVELS) for size in comparison.num_entries]).to(device)
+    thresholds = find_quantile_thresholds(parts, comparison, counts, device).int()
     # One threshold for each level, or a single one between nothing and all.
     step = LEVELS // counts.shape[1]
 
@@ -119,10 +119,12 @@ def _statistics(parts: Parts, comparison: Comparison, device: torch.device) -> t
         for chunk in part.split(CHUNK_ELEMENTS):
             squares[number] += (chunk.double() - center).square_().sum().to(device)
     std = (all_reduce_sum(squares) / count).sqrt()
-    return torch.stack((mean, std, all_reduce_maximum(largest)), dim=1)
+    return torch.stack((mean, std, all_reduce_max(largest)), dim=1)
 
 
-def smallest_with(parts: Parts, comparison: Comparison, counts: torch.Tensor, device: torch.device) -> torch.Tensor:
+def find_quantile_thresholds(
+    parts: Parts, comparison: Comparison, counts: torch.Tensor, device: torch.device
+) -> torch.Tensor:
     """Bits of the smallest float32 that at least `counts` entries of its comparison are less than; a collective.
 
     Exact, without sorting or gathering. What is looked for is kept between two integers. In every round the stretch
@@ -130,7 +132,7 @@ def smallest_with(parts: Parts, comparison: Comparison, counts: torch.Tensor, de
     8 rounds for 255 thresholds of each comparison, 3 for one.
 
     Args:
-        parts, comparison: as for `levels_of`.
+        parts, comparison: as for `quantize`.
         counts: (C, Q) int64, not falling along Q, between 0 and the comparison's number of entries.
         device: where collectives run.
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from das_ds.config import SoftmaskConfig
 from das_ds.context import DomainContext
-from das_ds.distributed.state import RankState, SavedState
-from das_ds.functional.importance import elementwise_maximum, normalise_units
+from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.functional.importance import elementwise_maximum, normalize_units
 from das_ds.functional.units import Importance
 from das_ds.softmask.importance import ImportanceLevel
 from das_ds.softmask.importance_file import load_unit_importance, save_unit_importance
-from das_ds.softmask.measure import ImportanceLoss, mean_over_sequences
+from das_ds.softmask.measure import ImportanceLoss, measure_unit_importance
 
 
 class UnitLevel(ImportanceLevel[Importance]):
@@ -21,8 +21,8 @@ class UnitLevel(ImportanceLevel[Importance]):
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance:
         """One forward and backward pass over the sample, gradients of the gates only."""
         settings = self.run.config.method.importance
-        raw = mean_over_sequences(self.run, domain.sample_batches(label), loss, settings.kind)
-        return normalise_units(raw, settings)
+        raw = measure_unit_importance(self.run, domain.sample_batches(label), loss, settings.kind)
+        return normalize_units(raw, settings)
 
     def maximum(self, new: Importance, accumulated: Importance | None) -> Importance:
         """EMax per unit."""
@@ -36,11 +36,11 @@ class UnitLevel(ImportanceLevel[Importance]):
         """Mask by rows and columns."""
         self.soft_masks.protect_units(self.run.layout, importance, softmask)
 
-    def state(self, importance: Importance) -> RankState:
+    def state(self, importance: Importance) -> ComponentState:
         """Equal on every rank."""
-        return RankState(shared=importance)
+        return ComponentState(shared=importance)
 
-    def load_state(self, saved: SavedState) -> Importance:
+    def load_state(self, saved: SavedComponentState) -> Importance:
         """On the run's device."""
         device = self.run.engine.ranks.info.device
         return {group: values.to(device) for group, values in saved.shared().items()}
@@ -48,7 +48,7 @@ class UnitLevel(ImportanceLevel[Importance]):
     def write(self, path: Path, importance: Importance, tokens: Sequence[str]) -> None:
         """Every rank has the same."""
         layout = self.run.layout
-        self.run.engine.ranks.on_main(lambda: save_unit_importance(path, importance, layout, tokens))
+        self.run.engine.ranks.run_on_main(lambda: save_unit_importance(path, importance, layout, tokens))
 
     def read(self, path: Path) -> Importance:
         """Load on the run's device."""

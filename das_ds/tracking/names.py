@@ -28,7 +28,7 @@ STEP_METRICS = (
 )
 """Fields of every line of metrics.jsonl; `loss_part` names and others may follow."""
 
-MEASURED = (
+HARDWARE_METRICS = (
     TOKENS_PER_S,
     PEAK_MEMORY_GIB,
     CHECKPOINTS,

@@ -33,7 +33,7 @@ class Sink:
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Scalar]]) -> None:
         """A table with one name per column."""
 
-    def log_picture(self, name: str, path: Path) -> None:
+    def log_image(self, name: str, path: Path) -> None:
         """A PNG file."""
 
     def num_bytes(self) -> int:

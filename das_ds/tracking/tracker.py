@@ -49,10 +49,10 @@ class Tracker(Sink):
         for sink in self._sinks:
             sink.log_table(name, columns, rows)
 
-    def log_picture(self, name: str, path: Path) -> None:
+    def log_image(self, name: str, path: Path) -> None:
         """A PNG file, to every sink."""
         for sink in self._sinks:
-            sink.log_picture(name, path)
+            sink.log_image(name, path)
 
     def num_bytes(self) -> int:
         """Length of metrics.jsonl, 0 on ranks without it."""

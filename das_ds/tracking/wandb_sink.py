@@ -23,7 +23,7 @@ import psutil
 from das_ds.config import RunConfig
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.run_dir import WANDB_RUN_ID_FILE
-from das_ds.storage import replaced_file
+from das_ds.storage import atomic_write
 from das_ds.tracking.names import DOMAIN, DOMAIN_STEP, DOMAINS_LEARNED, GLOBAL_STEP, TOKENS_SEEN, eval_loss
 from das_ds.tracking.sinks import Metrics, Scalar, Sink
 
@@ -133,7 +133,7 @@ class WandbSink(Sink):
         names, data = list(columns), [list(row) for row in rows]
         self._put(lambda run: run.log({f"tables/{name}": self._wandb.Table(columns=names, data=data)}))
 
-    def log_picture(self, name: str, path: Path) -> None:
+    def log_image(self, name: str, path: Path) -> None:
         """Log a PNG file as `pictures/<name>`."""
         self._put(lambda run: run.log({f"pictures/{name}": self._wandb.Image(str(path))}))
 
@@ -275,7 +275,7 @@ def store_run_id(folder: Path, run_id: str) -> None:
     """
     path = folder / WANDB_RUN_ID_FILE
     try:
-        with replaced_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(run_id + "\n")
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written ({error.strerror}); expected free space") from error

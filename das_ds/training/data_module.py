@@ -16,12 +16,12 @@ from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
 from das_ds.data.loader import (
     AccumulatedBatches,
     EvaluationBatches,
-    Reading,
-    Samples,
+    SampleDataset,
+    SampleStream,
     evaluation_batches,
     training_steps,
 )
-from das_ds.data.mixture import OneDomain, Pool
+from das_ds.data.mixture import MixedDomains, SingleDomain
 from das_ds.data.objectives import Objective, make_objective
 from das_ds.data.replay import NO_REPLAY, Replay
 from das_ds.data.tokenizers import tokenizers_by_corpus
@@ -34,7 +34,7 @@ from das_ds.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class RunText:
+class DataModule:
     """Everything a run reads; the same batches for any number of ranks, split between them."""
 
     config: RunConfig
@@ -111,7 +111,7 @@ class RunText:
         size, blocks = self.config.gradient_batch_size, self._training_blocks(corpus)
         num_rows, most = size // self.info.world_size, self.config.train.micro_batch_size
         return AccumulatedBatches(
-            Samples(blocks, self.objectives[corpus], self.config.seed, f"importance/{corpus}"),
+            SampleDataset(blocks, self.objectives[corpus], self.config.seed, f"importance/{corpus}"),
             self._importance_subset(blocks),
             size,
             max(rows for rows in range(1, min(num_rows, most) + 1) if num_rows % rows == 0),
@@ -128,14 +128,14 @@ class RunText:
     def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
         return subset_indices(len(blocks), self.config.method.importance.samples, self.config.seed)
 
-    def _reading(self, stage: Stage) -> Reading:
+    def _reading(self, stage: Stage) -> SampleStream:
         samples = tuple(
-            Samples(self._training_blocks(name), self.objectives[name], self.config.seed, f"train/{name}")
+            SampleDataset(self._training_blocks(name), self.objectives[name], self.config.seed, f"train/{name}")
             for name in stage.domains
         )
         if len(samples) > 1:
-            return Pool(samples)
-        return OneDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain))
+            return MixedDomains(samples)
+        return SingleDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain))
 
     def _replay(self, corpus: str) -> Replay:
         # Earlier text keeps its own tokeniser, as in evaluation; its tokens are among those of every later one.
@@ -165,7 +165,7 @@ class RunText:
         )
 
 
-def prepare_text(config: RunConfig, info: RankInfo, objective: ObjectiveName) -> RunText:
+def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName) -> DataModule:
     """Load the tokeniser and tokenise every corpus, or find it in the cache.
 
     Raises:
@@ -180,13 +180,13 @@ def prepare_text(config: RunConfig, info: RankInfo, objective: ObjectiveName) ->
         tokenizer = tokenizers[corpus.name]
         return prepare_corpus(corpus, config.data, tokenizer, objective=objective, progress=info.is_main)
 
-    return RunText(
+    return DataModule(
         config=config,
         info=info,
         base_tokenizer=base,
         tokenizers=tokenizers,
         objectives=objectives,
-        blocks={corpus.name: blocks(corpus) for corpus in evaluated(config)},
+        blocks={corpus.name: blocks(corpus) for corpus in eval_corpora(config)},
         vocabulary=_vocabulary(config, base, tokenizers) if config.data.add_tokens else None,
     )
 
@@ -199,6 +199,6 @@ def _vocabulary(
     return Vocabulary(embedding_rows(config.model, known), known, sizes)
 
 
-def evaluated(config: RunConfig) -> list[CorpusConfig]:
+def eval_corpora(config: RunConfig) -> list[CorpusConfig]:
     """Corpora in the order of the loss matrix's columns: the domains, then the general corpus."""
     return [*config.domains, *([config.general] if config.general else [])]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from das_ds.config import FaultsConfig, TrainConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_sum
-from das_ds.distributed.state import RankState, SavedState
+from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.engine.engine import Engine
 from das_ds.errors import TrainingError
 from das_ds.methods.base import Method
@@ -32,7 +32,7 @@ from das_ds.tracking.names import (
 )
 from das_ds.tracking.throughput import Throughput, peak_memory_gib
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.loss_guard import Guard, Verdict
+from das_ds.training.loss_guard import LossGuard, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Progress:
     num_steps: int
 
 
-class RewindError(Exception):
+class RollbackError(Exception):
     """The run has to go back to the newest checkpoint; the guard knows which step it leaves out then."""
 
 
@@ -98,22 +98,22 @@ class DomainTrainer:
         tracker: Tracker,
         train: TrainConfig,
         *,
-        guard: Guard | None = None,
+        guard: LossGuard | None = None,
         after_step: Callable[[int], None] = lambda step: None,
         at: Callable[[str, int], None] = lambda place, step: None,
         costs: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._engine, self._method, self._tracker, self._train = engine, method, tracker, train
         self._device = engine.ranks.info.device
-        self._guard = guard or Guard(FaultsConfig())
+        self._guard = guard or LossGuard(FaultsConfig())
         self._meter = LossMeter()
         self._after_step, self._at, self._costs = after_step, at, costs
 
-    def state(self) -> RankState:
+    def state(self) -> ComponentState:
         """What a run that continues within the domain needs."""
-        return RankState(numbers=self._meter.state())
+        return ComponentState(numbers=self._meter.state())
 
-    def load_state(self, saved: SavedState) -> None:
+    def load_state(self, saved: SavedComponentState) -> None:
         """Continue within the domain."""
         self._meter.load(saved.numbers)
 
@@ -145,7 +145,7 @@ class DomainTrainer:
             self._at("forward and backward", step)
             is_logged = step % self._train.log_every == 0 or step == num_steps
             learning_rate, norm = self._engine.learning_rate(), None
-            if self._guard.is_left_out(step):
+            if self._guard.is_skipped(step):
                 self._engine.skipped_steps += 1
             else:
                 norm = self._optimizer_step(step, micro_batches, measure_norm=is_logged)
@@ -167,16 +167,16 @@ class DomainTrainer:
         verdict, norm = Verdict("take"), None
         for attempt in self._engine.attempts():
             totals: dict[str, torch.Tensor] = {}
-            self._method.start_step(step)
+            self._method.on_step_start(step)
             for number, batch in enumerate(micro_batches, start=1):
-                with self._method.micro_step(batch.to(self._device, non_blocking=True), token_scale) as losses:
+                with self._method.losses(batch.to(self._device, non_blocking=True), token_scale) as losses:
                     self._engine.backward(torch.stack(list(losses.values())).sum())
                 for name, loss in losses.items():
                     totals[name] = totals.get(name, 0.0) + loss.detach()
                 # A step that is tried again is judged and counts once.
                 if number == len(micro_batches) and attempt == 0:
                     means = self._means(totals, len(micro_batches))
-                    verdict = self._guard.judge(sum(means.values()), step)
+                    verdict = self._guard.check_loss(sum(means.values()), step)
                     if verdict.action == "take":
                         self._meter.add(means)
                 self._at("optimizer step", step)
@@ -184,17 +184,17 @@ class DomainTrainer:
             if verdict.action != "take":
                 break
         if verdict.action == "take" and not self._engine.was_step_applied:
-            verdict = self._guard.judge_gradient(step)
-        self._obey(verdict)
+            verdict = self._guard.check_gradient(step)
+        self._apply_decision(verdict)
         return norm
 
-    def _obey(self, verdict: Verdict) -> None:
+    def _apply_decision(self, verdict: Verdict) -> None:
         if verdict.action == "stop":
             raise TrainingError(verdict.message)
         if verdict.message is not None and self._engine.ranks.info.is_main:
             logger.warning(verdict.message)
         if verdict.action == "rewind":
-            raise RewindError(verdict.message)
+            raise RollbackError(verdict.message)
 
     def _means(self, totals: dict[str, torch.Tensor], num_micro_steps: int) -> dict[str, float]:
         """Means of named losses over micro-steps and ranks; the optimizer step, which follows, would wait as well."""

@@ -13,8 +13,8 @@ from torch import nn
 from das_ds.config import ModelConfig, RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_sum
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass, Passes
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
 from das_ds.errors import DataError, ModelError
 from das_ds.functional.token_ids import num_tokens
 from das_ds.models.language_model import LanguageModel
@@ -26,15 +26,15 @@ from das_ds.models.loading import (
     open_tokenizer,
     say_weights,
 )
-from das_ds.models.vocabulary import reserve_rows
-from das_ds.training.data_module import RunText, prepare_text
+from das_ds.models.vocabulary import reserve_embedding_rows
+from das_ds.training.data_module import DataModule, prepare_data
 from das_ds.training.revisions import with_recorded_revisions
 
 TOTAL = "total"
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Pass[Batch], device: torch.device) -> float:
+def compute_eval_loss(model: nn.Module, batches: ResumableLoop[Batch], device: torch.device) -> float:
     """Mean cross-entropy over the predicted tokens of all ranks, in nats; perplexity is its exponential.
 
     Args:
@@ -63,7 +63,7 @@ def held_out_loss(model: nn.Module, batches: Pass[Batch], device: torch.device) 
     return float(loss_sum / count)
 
 
-def evaluate_corpora(network: LanguageModel, text: RunText, passes: Passes) -> dict[str, float]:
+def evaluate_corpora(network: LanguageModel, text: DataModule, passes: ResumableLoops) -> dict[str, float]:
     """Corpus -> loss in nats per predicted token, equal on every rank.
 
     Each corpus is read and predicted with its own vocabulary, whatever tokens the network has gained since, so that
@@ -73,11 +73,11 @@ def evaluate_corpora(network: LanguageModel, text: RunText, passes: Passes) -> d
     for corpus in text.blocks:
         network.num_rows = text.num_rows(corpus)
         batches = passes.over(text.evaluation_batches(corpus), f"evaluate {corpus}")
-        losses[corpus] = held_out_loss(network, batches, text.info.device)
+        losses[corpus] = compute_eval_loss(network, batches, text.info.device)
     return losses
 
 
-def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, float]:
+def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict[str, float]:
     """Losses of an exported model in float32, its copies on all ranks sharing the work.
 
     Raises:
@@ -86,19 +86,19 @@ def evaluate_model(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, f
     config = with_recorded_revisions(config)
     source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
     torch.set_float32_matmul_precision(config.train.matmul_precision)
-    ranks.on_main(lambda: check_files(source))
-    text = ranks.first_main_then_others(lambda: prepare_text(config, ranks.info, find_adapter(source).objective))
-    ranks.on_main(lambda: _check_same_tokens(text.base_tokenizer.get_vocab(), folder))
+    ranks.run_on_main(lambda: check_files(source))
+    text = ranks.main_process_first(lambda: prepare_data(config, ranks.info, find_adapter(source).objective))
+    ranks.run_on_main(lambda: _check_same_tokens(text.base_tokenizer.get_vocab(), folder))
     model, adapter = load_model(source, seed=config.seed, vocab_size=num_tokens(text.base_tokenizer.get_vocab()))
     if ranks.info.is_main:
         say_weights(model)
     if text.vocabulary is not None:
-        reserve_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), text.vocabulary.total)
+        reserve_embedding_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), text.vocabulary.total)
     check_sequence_length(model, adapter, config.data.sequence_length)
     return evaluate_corpora(
         LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(ranks.info.device),
         text,
-        Passes(show=ranks.info.is_main),
+        ResumableLoops(show=ranks.info.is_main),
     )
 
 

@@ -19,8 +19,8 @@ from das_ds.engine.engine import Engine
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.models.loading import model_config
 from das_ds.models.lora import Lora
-from das_ds.models.vocabulary import said_to_have, vocabulary_parameters
-from das_ds.storage import replaced_folder
+from das_ds.models.vocabulary import override_vocab_size, vocabulary_parameters
+from das_ds.storage import atomic_dir
 
 PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -73,10 +73,10 @@ def export_model(
                 lora.save(partial, adapters, base)
 
     if num_rows is None:
-        engine.ranks.on_main(write)
+        engine.ranks.run_on_main(write)
         return
-    with said_to_have(model, num_rows):
-        engine.ranks.on_main(write)
+    with override_vocab_size(model, num_rows):
+        engine.ranks.run_on_main(write)
 
 
 def export_dtype(config: RunConfig) -> torch.dtype:
@@ -155,7 +155,7 @@ def _write(
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     try:
-        with replaced_folder(folder) as partial:
+        with atomic_dir(folder) as partial:
             yield partial
     except Exception as error:
         # What the system refuses to safetensors and tokenizers, both in Rust, comes as errors of their own.

@@ -98,7 +98,7 @@ class Verdict:
     """What was found and what helps, for the log and, with `stop`, for the error; None where all is well."""
 
 
-class GuardState(BaseModel):
+class LossGuardState(BaseModel):
     """What a checkpoint has to hold of a guard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -116,11 +116,11 @@ class GuardState(BaseModel):
     """Domain and number of every step that a rewind leaves out."""
 
 
-class Guard:
+class LossGuard:
     """Judges every step of a run, the same on every rank if the losses are.
 
-    Per step: `is_left_out` before anything is computed, `judge` before the optimizer steps, and `judge_gradient` where
-    the gradient turned out not to be finite after that.
+    Per step: `is_skipped` before anything is computed, `check_loss` before the optimizer steps, and `check_gradient`
+    where the gradient turned out not to be finite after that.
 
     Args:
         faults: what to do.
@@ -138,11 +138,11 @@ class Guard:
         self._domain, self._last_bad_step, self._num_in_a_row = name, -1, 0
         self._detector.clear()
 
-    def is_left_out(self, step: int) -> bool:
+    def is_skipped(self, step: int) -> bool:
         """Whether a rewind was to get rid of this step of the domain."""
         return (self._domain, step) in self._left_out
 
-    def judge(self, loss: float, step: int, *, norm_is_finite: bool | None = None) -> Verdict:
+    def check_loss(self, loss: float, step: int, *, norm_is_finite: bool | None = None) -> Verdict:
         """Judge a step before it is taken; a good loss enters the window.
 
         Args:
@@ -153,7 +153,7 @@ class Guard:
         if not math.isfinite(loss):
             return self._bad(self._faults.nonfinite, "loss", f"loss is {loss}, expected a finite number", step)
         if norm_is_finite is False:
-            return self.judge_gradient(step)
+            return self.check_gradient(step)
         if not self._detector.is_spike(loss):
             self._detector.accept(loss)
             return Verdict("take")
@@ -164,13 +164,13 @@ class Guard:
         )
         return self._bad(self._faults.spike, "spike", found, step)
 
-    def judge_gradient(self, step: int) -> Verdict:
+    def check_gradient(self, step: int) -> Verdict:
         """Judge a step whose gradient norm is not finite, so that the engine did not or shall not take it."""
         return self._bad(self._faults.nonfinite, "gradient norm", "gradient norm is not finite", step)
 
-    def state(self) -> GuardState:
+    def state(self) -> LossGuardState:
         """For a checkpoint."""
-        return GuardState(
+        return LossGuardState(
             domain=self._domain,
             losses=self._detector.state(),
             last_bad_step=self._last_bad_step,
@@ -179,7 +179,7 @@ class Guard:
             left_out=sorted(self._left_out),
         )
 
-    def load(self, state: GuardState) -> None:
+    def load(self, state: LossGuardState) -> None:
         """Continue from a checkpoint; what this guard knows of rewinds since it was saved stays known."""
         self._domain = state.domain
         self._detector.load(state.losses)

@@ -12,10 +12,10 @@ from das_ds.reporting.run_report import write_report
 from das_ds.run_dir import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, RESULTS_FILE
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.data_module import evaluated
+from das_ds.training.data_module import eval_corpora
 
 
-def results_of(config: RunConfig, state: RunState, world_size: int, zero_stage: int) -> Results:
+def collect_results(config: RunConfig, state: RunState, world_size: int, zero_stage: int) -> Results:
     """What is known after the evaluations that the state counts.
 
     Raises:
@@ -24,7 +24,7 @@ def results_of(config: RunConfig, state: RunState, world_size: int, zero_stage: 
     return build_results(
         method=config.method.name,
         domains=[domain.name for domain in config.domains],
-        eval_domains=[corpus.name for corpus in evaluated(config)],
+        eval_domains=[corpus.name for corpus in eval_corpora(config)],
         loss_matrix=state.loss_matrix,
         tokens_seen=state.tokens_seen,
         wall_seconds=state.wall_seconds,
@@ -60,7 +60,7 @@ def publish_results(
     report = write_report(root, results, importance)
     tracker.log_evaluation(row, domains_learned=len(results.losses_learned), global_step=state.global_step)
     tracker.log_table(LOSS_MATRIX, *results.table)
-    tracker.log_picture(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
+    tracker.log_image(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
     if importance is not None:
-        tracker.log_picture(IMPORTANCE, report / IMPORTANCE_PICTURE)
+        tracker.log_image(IMPORTANCE, report / IMPORTANCE_PICTURE)
     tracker.log_summary(results.summary)

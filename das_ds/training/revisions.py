@@ -10,24 +10,24 @@ from huggingface_hub import constants
 
 from das_ds.config import CorpusConfig, RunConfig
 from das_ds.data.sources import HUB_FORM, parse_hub_name
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import DataError, ModelError, RunFolderError
-from das_ds.hub import HubError, Kind, commit_of, is_here
+from das_ds.hub import HubError, Kind, find_commit, is_here
 from das_ds.run_dir import REVISIONS_FILE
-from das_ds.storage import read_checked_json, write_checked_json
+from das_ds.storage import read_json_with_checksum, write_json_with_checksum
 
 Commits = dict[str, str]
 """`model owner/name@revision` or `dataset owner/name@revision` -> commit."""
 Find = Callable[[Kind, str, str | None], str | None]
 
 
-def pin_revisions(config: RunConfig, ranks: Ranks) -> RunConfig:
+def pin_revisions(config: RunConfig, ranks: ProcessGroup) -> RunConfig:
     """The config with the commit of everything that comes from the hub, the same on every rank and at every start.
 
     Raises:
         DasError: the hub has no such thing, or does not answer and it was not fetched before; or the record is damaged.
     """
-    found = ranks.on_main(lambda: _find_and_record(config))
+    found = ranks.run_on_main(lambda: _find_and_record(config))
     # A hub that rank 0 did not reach is asked nothing by the others.
     commits, constants.HF_HUB_OFFLINE = ranks.gather((found, constants.HF_HUB_OFFLINE))[0]
     assert commits is not None, "rank 0 has them, or all have raised"
@@ -56,7 +56,7 @@ def _find_and_record(config: RunConfig) -> Commits:
     _with_commits(config, find)
     if found and found != recorded:
         try:
-            write_checked_json(path, found)
+            write_json_with_checksum(path, found)
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written ({error.strerror or error})") from error
     return found
@@ -64,7 +64,7 @@ def _find_and_record(config: RunConfig) -> Commits:
 
 def _looked_up(kind: Kind, name: str, revision: str | None) -> str:
     try:
-        return commit_of(kind, name, revision)
+        return find_commit(kind, name, revision)
     except HubError as error:
         if kind == "model":
             raise ModelError(f"{name}: {error}; expected a folder or the name of a model on the hub") from error
@@ -73,7 +73,7 @@ def _looked_up(kind: Kind, name: str, revision: str | None) -> str:
 
 def _recorded(path: Path) -> Commits:
     try:
-        return read_checked_json(path)
+        return read_json_with_checksum(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -7,21 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 from das_ds.checkpoint.manifest import RunState
-from das_ds.checkpoint.saver import Saver, SaveReport
-from das_ds.distributed.flag_sync import Agreement, Flags
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.state import RankState
+from das_ds.checkpoint.saver import AsyncCheckpointer, SaveReport
+from das_ds.distributed.flag_sync import Flags, FlagSync
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.state import ComponentState
 from das_ds.errors import DasError, StoppedError
-from das_ds.fault_tolerance.shutdown import StopRequests
+from das_ds.fault_tolerance.shutdown import ShutdownHandler
 from das_ds.fault_tolerance.watchdog import Watchdog
 from das_ds.tracking.names import CHECKPOINT_MIB, CHECKPOINT_STALL_S, CHECKPOINT_WRITE_S, CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
-Parts = dict[str, RankState]
+Parts = dict[str, ComponentState]
 
 
-class Boundary:
+class SavePoint:
     """Passed by all ranks together; begins checkpoints, makes them visible, ends the run when it is asked to stop.
 
     What ranks report reaches all of them one boundary later, so that none waits for the others.
@@ -31,22 +31,22 @@ class Boundary:
         saver: writes checkpoints.
         requests: what this rank was asked for.
         watchdog: is told that writing may take any time.
-        save_arguments: gives what `Saver.start` needs besides state.
+        save_arguments: gives what `AsyncCheckpointer.start` needs besides state.
         failure: gives what this rank alone has found to end the run, as a disk that is full where metrics go.
     """
 
     def __init__(
         self,
-        ranks: Ranks,
-        saver: Saver,
-        requests: StopRequests,
+        ranks: ProcessGroup,
+        saver: AsyncCheckpointer,
+        requests: ShutdownHandler,
         watchdog: Watchdog,
         save_arguments: Callable[[RunState], dict[str, Any]],
         failure: Callable[[], DasError | None] = lambda: None,
     ) -> None:
         self._ranks, self._saver, self._requests, self._watchdog = ranks, saver, requests, watchdog
         self._save_arguments, self._failure = save_arguments, failure
-        self._agreement = Agreement(ranks)
+        self._agreement = FlagSync(ranks)
         self._is_fresh = False
         self._reports: list[SaveReport] = []
 
@@ -79,7 +79,7 @@ class Boundary:
         if save or agreed.save:
             self._begin(run, parts())
         if agreed.save:
-            self._ranks.on_main(self._requests.remove_save_file)
+            self._ranks.run_on_main(self._requests.remove_save_file)
 
     def save(self, run: RunState, parts: Parts) -> None:
         """Save and wait until the checkpoint is visible."""
@@ -129,7 +129,7 @@ class Boundary:
     def _stop(self, run: RunState, parts: Parts, local_reason: str | None) -> None:
         self.save(run, parts)
         reasons = self._agreement.reasons(local_reason)
-        self._ranks.on_main(self._requests.remove_stop_file)
+        self._ranks.run_on_main(self._requests.remove_stop_file)
         raise StoppedError(
             f"stopped on {reasons}: {run.phase} {run.domains_done}, step {run.domain_step}, is saved; the same command "
             "continues here"

@@ -10,35 +10,35 @@ from typing import Any
 import numpy
 
 from das_ds.checkpoint.manifest import Manifest, Phase, RunState
-from das_ds.checkpoint.reader import OpenCheckpoint
-from das_ds.checkpoint.saver import Saver
-from das_ds.checkpoint.store import CheckpointStore, newest_whole
+from das_ds.checkpoint.reader import CheckpointReader
+from das_ds.checkpoint.saver import AsyncCheckpointer
+from das_ds.checkpoint.store import CheckpointStore, find_latest_valid
 from das_ds.config import RunConfig
 from das_ds.config.stage import Stage
 from das_ds.context import DomainContext, build_context
-from das_ds.distributed.process_group import Ranks, seed_everything
-from das_ds.distributed.resumable import Pass, Passes
-from das_ds.distributed.rng import random_state, set_random_state
-from das_ds.distributed.state import RankState
-from das_ds.engine.sharded_init import sharded_construction
-from das_ds.fault_tolerance.shutdown import StopRequests
+from das_ds.distributed.process_group import ProcessGroup, seed_everything
+from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
+from das_ds.distributed.rng import get_rng_state, set_rng_state
+from das_ds.distributed.state import ComponentState
+from das_ds.engine.sharded_init import sharded_init
+from das_ds.fault_tolerance.shutdown import ShutdownHandler
 from das_ds.fault_tolerance.watchdog import Watchdog
-from das_ds.functional.token_ids import num_tokens, with_mean_rows
+from das_ds.functional.token_ids import mean_init_rows, num_tokens
 from das_ds.methods import build_method, method_class
 from das_ds.methods.base import Method
 from das_ds.models.loading import check_sequence_length, load_model, say_weights, weights_record
-from das_ds.models.vocabulary import reserve_rows, vocabulary_parameters
+from das_ds.models.vocabulary import reserve_embedding_rows, vocabulary_parameters
 from das_ds.reporting.results import Results
-from das_ds.run_dir import METRICS_FILE, RunFolder
+from das_ds.run_dir import METRICS_FILE, RunDir
 from das_ds.tracking.tracker import Tracker
 from das_ds.tracking.wandb_sink import stored_run_id
-from das_ds.training.data_module import RunText
-from das_ds.training.domain_trainer import DomainTrainer, Progress, RewindError
+from das_ds.training.data_module import DataModule
+from das_ds.training.domain_trainer import DomainTrainer, Progress, RollbackError
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype, export_model, model_card
-from das_ds.training.loss_guard import Guard, GuardState
-from das_ds.training.publish import publish_results, results_of
-from das_ds.training.save_point import Boundary, Parts
+from das_ds.training.loss_guard import LossGuard, LossGuardState
+from das_ds.training.publish import collect_results, publish_results
+from das_ds.training.save_point import Parts, SavePoint
 from das_ds.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ SEEDED = {"train": 1, HEAD_WARMUP: 3}
 """Phase of optimizer steps -> what its generators are seeded with, beside 0 and 2 before and after a domain."""
 
 
-class DomainSequence:
+class ContinualTrainer:
     """The phases of a run over one engine, each of which can be entered from a checkpoint.
 
     Args:
@@ -65,13 +65,13 @@ class DomainSequence:
     def __init__(
         self,
         config: RunConfig,
-        ranks: Ranks,
-        folder: RunFolder,
-        text: RunText,
+        ranks: ProcessGroup,
+        folder: RunDir,
+        text: DataModule,
         tracker: Tracker,
         deepspeed_config: dict[str, Any],
         store: CheckpointStore,
-        requests: StopRequests,
+        requests: ShutdownHandler,
         watchdog: Watchdog,
     ) -> None:
         self._config, self._ranks, self._folder, self._text, self._tracker = config, ranks, folder, text, tracker
@@ -79,7 +79,7 @@ class DomainSequence:
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         self._export_dtype = export_dtype(config)
         # Parameters that are born as shards cannot be given more rows.
-        construction = sharded_construction(deepspeed_config, ranks) if text.vocabulary is None else None
+        construction = sharded_init(deepspeed_config, ranks) if text.vocabulary is None else None
         vocab_size = num_tokens(text.base_tokenizer.get_vocab())
         self._model, adapter = load_model(
             config.model, seed=config.seed, vocab_size=vocab_size, construction=construction
@@ -88,7 +88,7 @@ class DomainSequence:
             say_weights(self._model)
         check_sequence_length(self._model, adapter, config.data.sequence_length)
         if text.vocabulary is not None:
-            reserve_rows(self._model, text.vocabulary.base_tokens, text.vocabulary.total)
+            reserve_embedding_rows(self._model, text.vocabulary.base_tokens, text.vocabulary.total)
         exact = construction.slices if construction else None
         context = build_context(
             config, self._model, adapter, deepspeed_config, ranks, exact=exact, tokens=text.all_tokens
@@ -99,25 +99,25 @@ class DomainSequence:
         self._state = self._first_state()
         self._base = self.engine.snapshot() if method_class(config.method).starts_from_base else None
         self._method: Method = build_method(context)
-        self._guard = Guard(config.faults)
+        self._guard = LossGuard(config.faults)
         self._trainer: DomainTrainer | None = None
-        self._passes = Passes(self._between_batches, show=ranks.info.is_main)
+        self._passes = ResumableLoops(self._between_batches, show=ranks.info.is_main)
         about = {
             "world_size": ranks.info.world_size,
             "zero_stage": self.engine.zero_stage,
             "versions": library_versions(),
         }
-        saver = Saver(
+        saver = AsyncCheckpointer(
             ranks,
             store,
-            self.engine.stored_shards(),
+            self.engine.checkpoint_shards(),
             about,
             asynchronous=config.checkpoint.asynchronous,
             beside=[folder.root / METRICS_FILE],
         )
-        self.engine.before_change = saver.wait_for_copy
-        self._boundary = Boundary(ranks, saver, requests, watchdog, self._save_arguments, lambda: tracker.failure)
-        self._opened: OpenCheckpoint | None = None
+        self.engine.on_weights_will_change = saver.wait_for_copy
+        self._boundary = SavePoint(ranks, saver, requests, watchdog, self._save_arguments, lambda: tracker.failure)
+        self._opened: CheckpointReader | None = None
 
     def run(self, manifest: Manifest | None) -> Results:
         """Everything that is still to be done.
@@ -144,8 +144,8 @@ class DomainSequence:
             self._watchdog.set_phase(f"{self._domain_name(self._state)}, {self._state.phase}")
             try:
                 phases[self._state.phase]()
-            except RewindError:
-                self._rewind()
+            except RollbackError:
+                self._rollback()
         self._boundary.settle()
         return self._results()
 
@@ -160,7 +160,7 @@ class DomainSequence:
         )
         self._state = self._timed(state)
         with self._watchdog.suspend_timeout("writing results"):
-            self._ranks.on_main(lambda: self._publish(row))
+            self._ranks.run_on_main(lambda: self._publish(row))
         self._enter(self._state)
 
     def _publish(self, row: dict[str, float]) -> None:
@@ -168,7 +168,7 @@ class DomainSequence:
         publish_results(self._results(), self._folder.root, self._tracker, row, self._state, importance)
 
     def _results(self) -> Results:
-        return results_of(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)
+        return collect_results(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)
 
     def _before(self) -> None:
         if self._base is not None:
@@ -256,7 +256,7 @@ class DomainSequence:
             costs=self._boundary.take_reports,
         )
         self.engine.start_domain(stage.num_steps, **schedule)
-        method.start_training(self._domain)
+        method.on_train_start(self._domain)
         self._seed(SEEDED[phase])
         if first_step == 0:
             self._guard.start_domain(name)
@@ -300,11 +300,11 @@ class DomainSequence:
         return {
             ENGINE: self.engine.state(in_domain=in_domain),
             METHOD: self._method.state(),
-            GENERATORS: RankState(local=random_state()),
+            GENERATORS: ComponentState(local=get_rng_state()),
             PASSES: self._passes.state(),
-            TRAINER: RankState() if self._trainer is None else self._trainer.state(),
-            TEXT: RankState(numbers=self._text.fingerprints),
-            GUARD: RankState(numbers=self._guard.state().model_dump(mode="json")),
+            TRAINER: ComponentState() if self._trainer is None else self._trainer.state(),
+            TEXT: ComponentState(numbers=self._text.fingerprints),
+            GUARD: ComponentState(numbers=self._guard.state().model_dump(mode="json")),
         }
 
     def _domain_name(self, state: RunState) -> str:
@@ -321,20 +321,20 @@ class DomainSequence:
     def _load(self, manifest: Manifest) -> None:
         """Enter the phase of a checkpoint; what only its steps need is read when they begin."""
         info = self._ranks.info
-        opened = OpenCheckpoint(self._store.folder, manifest, info, self.engine.zero_stage, self.engine.shards())
+        opened = CheckpointReader(self._store.folder, manifest, info, self.engine.zero_stage, self.engine.shards())
         self._opened, self._state = opened, manifest.run
         self._text.check_unchanged(opened.part(TEXT).numbers)
         self.engine.load_weights(opened.part(ENGINE))
         self._method.load_state(opened.part(METHOD))
         self._passes.load(opened.part(PASSES), opened.part(GENERATORS).local(), info.device)
-        self._guard.load(GuardState.model_validate(opened.part(GUARD).numbers))
+        self._guard.load(LossGuardState.model_validate(opened.part(GUARD).numbers))
 
     def _continue_steps(self, trainer: DomainTrainer) -> None:
         assert self._opened is not None, "steps continue from a checkpoint"
         self.engine.load_domain(self._opened.part(ENGINE))
         trainer.load_state(self._opened.part(TRAINER))
         if generators := self._opened.part(GENERATORS).local():
-            set_random_state(generators)
+            set_rng_state(generators)
         self._close_opened()
 
     def _close_opened(self) -> None:
@@ -342,10 +342,10 @@ class DomainSequence:
             self._opened.close()
             self._opened = None
 
-    def _rewind(self) -> None:
+    def _rollback(self) -> None:
         self._boundary.settle()
         self._close_opened()
-        manifest = newest_whole(self._store, self._ranks)
+        manifest = find_latest_valid(self._store, self._ranks)
         assert manifest is not None, "steps come after a checkpoint"
         self._trainer = None
         self._passes.forget()
@@ -354,7 +354,7 @@ class DomainSequence:
 
     def _truncate_metrics(self, manifest: Manifest | None) -> None:
         num_bytes = manifest.metrics_bytes if manifest else 0
-        self._ranks.on_main(lambda: self._tracker.truncate_after(self._state.global_step, num_bytes))
+        self._ranks.run_on_main(lambda: self._tracker.truncate_after(self._state.global_step, num_bytes))
 
     @property
     def _stage(self) -> Stage:
@@ -364,10 +364,10 @@ class DomainSequence:
     def _domain(self) -> DomainContext:
         stage = self._stage
 
-        def batches(label: str) -> Pass[Any]:
+        def batches(label: str) -> ResumableLoop[Any]:
             return self._passes.over(self._text.importance_batches(stage.only_domain), label)
 
-        def steps(label: str) -> Pass[Any]:
+        def steps(label: str) -> ResumableLoop[Any]:
             return self._passes.over(self._text.importance_steps(stage.only_domain), label)
 
         folder = self._folder.domain(stage.index, stage.name)
@@ -387,7 +387,7 @@ class DomainSequence:
         if (vocabulary := self._text.vocabulary) is not None:
             known, total = vocabulary.num_tokens[learned], vocabulary.total
             names = vocabulary_parameters(self._model)
-            self.engine.rewrite(names, lambda weight: with_mean_rows(weight, known, total))
+            self.engine.rewrite(names, lambda weight: mean_init_rows(weight, known, total))
 
     def _export(self, stage: Stage) -> None:
         corpus = stage.last_domain

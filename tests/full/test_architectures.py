@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from das_ds.models.architectures.registry import ADAPTERS, adapter_for
+from das_ds.models.architectures.registry import ADAPTERS, spec_for
 from das_ds.models.gates import UnitGates
 from helpers.architectures import (
     IMPORTANCE,
@@ -68,7 +68,7 @@ def test_two_ranks_train_what_one_rank_trains(
 ) -> None:
     check_same_training(request.getfixturevalue(f"stage_{stage}"), one_rank, model_type)
     record(model_type, f"zero {stage}")
-    record(model_type, "objective", adapter_for(model_type).objective.upper())
+    record(model_type, "objective", spec_for(model_type).objective.upper())
 
 
 @pytest.mark.parametrize("model_type", ADAPTERS)
@@ -76,7 +76,7 @@ def test_bf16_moves_with_fp32(model_type: str, stage_3: Results, one_rank: Resul
     weights, lines = result_of(stage_3, model_type, "bf16")
     expected, expected_lines = result_of(one_rank, model_type)
     check_that_full_units_rest(model_type, weights)
-    name = f"loss/{adapter_for(model_type).objective}"
+    name = f"loss/{spec_for(model_type).objective}"
     assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected_lines], rel=0.03)
     start = {n: p.detach() for n, p in tiny_model(model_type, **without_dropout(model_type)).named_parameters()}
     found, true = (torch.cat([(w[n] - start[n]).flatten() for n in start]) for w in (weights, expected))
@@ -122,7 +122,7 @@ def test_experts_that_run_gated_are_gathered_and_given_back(tmp_path: Path) -> N
     model = tiny_model("mixtral", **without_dropout("mixtral"))
     importance = {group: values[:, None] for group, values in random_importance(model).items()}
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
-    with UnitGates(model, adapter_for("mixtral")).active(importance, num_rows=4), torch.no_grad():
+    with UnitGates(model, spec_for("mixtral")).active(importance, num_rows=4), torch.no_grad():
         expected = model.base_model(input_ids=ids).last_hidden_state
     for before, hidden, after in run_ranks(gated_experts, 2, config_of(tmp_path, "mixtral", 2, 3), importance, ids):
         assert before == after == [0, 0]

@@ -13,7 +13,7 @@ from das_ds.config import RunConfig
 from das_ds.distributed.process_group import RankInfo
 from das_ds.models.loading import load_model
 from das_ds.reporting.results import Results
-from das_ds.training.data_module import prepare_text
+from das_ds.training.data_module import prepare_data
 from helpers.head_warmup import RATE, STEPS, headless_run, weights_after_warmup
 from helpers.resume import assert_same_run, run_in_pieces
 from helpers.run_ranks import run_ranks
@@ -26,7 +26,7 @@ def by_plain_torch(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The same with transformers' own loss and torch's own optimizer, which gets the head alone."""
     config = RunConfig(**values)
     model, _ = load_model(config.model, seed=config.seed, vocab_size=config_size(values))
-    text = prepare_text(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
+    text = prepare_data(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
     train, head = config.train, dict(model.lm_head.named_parameters())
     head = {name: p for name, p in head.items() if p is not model.get_input_embeddings().weight}
     groups = [

@@ -8,7 +8,7 @@ import pytest
 
 from das_ds.reporting.results import Results
 from das_ds.run_dir import LOCK_FILE, RESULTS_FILE
-from helpers.command_runs import exit_codes, start_training, take_half_a_second_per_step, wait_until
+from helpers.command_runs import exit_codes, on_train_start, take_half_a_second_per_step, wait_until
 from helpers.commands import program, write_config
 from helpers.runs import last_step, metrics_lines, small_run
 
@@ -32,10 +32,10 @@ def test_second_start_over_one_folder_ends_with_2_and_the_first_is_undisturbed(t
     values = small_run(tmp_path, method={"name": "ncl"}, train={"log_every": 1})
     run, second_folder = values["output_dir"], tmp_path / "second"
     second_folder.mkdir()
-    first = start_training(values, tmp_path, 2, take_half_a_second_per_step)
+    first = on_train_start(values, tmp_path, 2, take_half_a_second_per_step)
     try:
         wait_until(lambda: last_step(run) > 0, "the first step")
-        second = exit_codes(start_training(values, second_folder, 2))
+        second = exit_codes(on_train_start(values, second_folder, 2))
         assert second == [2, 2]
         (line,) = (second_folder / "stderr_0").read_text().splitlines()[-1:]
         assert line.startswith(f"das_ds: output_dir: {run} is held by another start, pid {first[0].pid} on ")
@@ -49,7 +49,7 @@ def test_second_start_over_one_folder_ends_with_2_and_the_first_is_undisturbed(t
 def test_start_after_a_kill_is_not_locked_out(tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, train={"log_every": 1})
     run = values["output_dir"]
-    first = start_training(values, tmp_path, 2, take_half_a_second_per_step)
+    first = on_train_start(values, tmp_path, 2, take_half_a_second_per_step)
     try:
         wait_until(lambda: last_step(run) > 0, "the first step")
     finally:
@@ -57,5 +57,5 @@ def test_start_after_a_kill_is_not_locked_out(tmp_path: Path) -> None:
             process.kill()
             process.join()
     assert (run / LOCK_FILE).exists()
-    assert exit_codes(start_training(values, tmp_path, 2)) == [0, 0]
+    assert exit_codes(on_train_start(values, tmp_path, 2)) == [0, 0]
     assert not (run / LOCK_FILE).exists()

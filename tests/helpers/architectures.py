@@ -12,9 +12,9 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.functional.units import Importance
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_unit_importance
 from helpers.importance import measured
 from helpers.parity import relative_difference
@@ -41,7 +41,7 @@ def causal_batch(num_rows: int, seed: int) -> Batch:
 
 def steps_of(model_type: str) -> list[list[Batch]]:
     """Joined batches of every optimizer step, of the objective that the architecture is pre-trained with."""
-    batch = causal_batch if adapter_for(model_type).objective == "clm" else random_batch
+    batch = causal_batch if spec_for(model_type).objective == "clm" else random_batch
     return [[batch(ROWS, step)] for step in range(NUM_STEPS)]
 
 
@@ -58,7 +58,7 @@ def config_of(
     path = folder / f"{model_type}.safetensors"
     if not path.exists():
         network = tiny_model(model_type)
-        save_unit_importance(path, random_importance(network), adapter_for(model_type).layout(network))
+        save_unit_importance(path, random_importance(network), spec_for(model_type).layout(network))
     train_changes = {
         "micro_batch_size": ROWS // world_size,
         "global_batch_size": ROWS,
@@ -128,7 +128,7 @@ def check_same_training(found: Results, expected: Results, model_type: str) -> N
     for trained in (weights, true_weights):
         check_that_full_units_rest(model_type, trained)
     assert relative_difference(weights, true_weights) <= 1e-4
-    for name in (f"loss/{adapter_for(model_type).objective}", "loss/contrast", "grad_norm"):
+    for name in (f"loss/{spec_for(model_type).objective}", "loss/contrast", "grad_norm"):
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in true_lines], rel=1e-4)
 
 
@@ -143,7 +143,7 @@ def check_same_importance(found: Results, expected: Results, model_type: str) ->
 def check_that_full_units_rest(model_type: str, weights: dict[str, torch.Tensor]) -> None:
     """The last unit of each group has importance 1 in the last layer: nothing it owns, alone or not, may move."""
     start = tiny_model(model_type, **without_dropout(model_type))
-    layout = adapter_for(model_type).layout(start)
+    layout = spec_for(model_type).layout(start)
     parameters = dict(start.named_parameters())
     for item in layout.ownerships:
         if item.reader or item.layer < layout.num_layers - 1:
@@ -165,7 +165,7 @@ def train_head(config: RunConfig) -> Any:
 
 def gated_experts(config: RunConfig, gates: Importance, ids: torch.Tensor) -> tuple[list[int], torch.Tensor, list[int]]:
     """Hidden states of a gated mixture of experts, and how many weights of its experts lie here before and after."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **without_dropout("mixtral"))
     model: Any = run.engine.module
     experts = model.model.get_submodule("model.layers.1.mlp.experts")

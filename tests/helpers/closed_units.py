@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from das_ds.functional.units import UnitLayout
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
 
@@ -35,7 +35,7 @@ def token_ids(rows: int = 4, length: int = 36) -> torch.Tensor:
 
 
 def gradient_sizes(
-    model: PreTrainedModel, adapter: ArchitectureAdapter, layout: UnitLayout, closed: Units
+    model: PreTrainedModel, adapter: ArchitectureSpec, layout: UnitLayout, closed: Units
 ) -> dict[Slice, float]:
     """Largest gradient of every slice, relative to the largest of all, for a loss that reads hidden states and logits.
 
@@ -89,7 +89,7 @@ def hold_statistics(model: PreTrainedModel) -> None:
             module.forward = norm.__get__(module)
 
 
-def gradients_of_gates(model: PreTrainedModel, adapter: ArchitectureAdapter, loss: Any) -> dict[str, torch.Tensor]:
+def gradients_of_gates(model: PreTrainedModel, adapter: ArchitectureSpec, loss: Any) -> dict[str, torch.Tensor]:
     """|dL / dg| of gates of ones by plain autograd, group -> (L, U).
 
     Inner units of experts are gated by scaling columns of the down projection, all others by hooks of a line each.

@@ -26,7 +26,7 @@ from das_ds.methods.base import Losses, Method
 from das_ds.softmask import importance_file
 from das_ds.tracking.sinks import JsonlSink
 from das_ds.training import export
-from das_ds.training.save_point import Boundary, Parts
+from das_ds.training.save_point import Parts, SavePoint
 from helpers.run_ranks import start_ranks
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ T = TypeVar("T")
 PATIENCE_S = 120.0
 
 
-def start_training(
+def on_train_start(
     values: dict[str, Any], folder: Path, world_size: int, disturb: Callable[[], None] | None = None
 ) -> list[Any]:
     """Processes of `das-ds train` over this config, which say to `folder/stderr_<rank>` what users would read.
@@ -87,15 +87,15 @@ def take_half_a_second_per_step() -> None:
 
 def fill_disk_in_step_three() -> None:
     """For `disturb`: from then on the system refuses to write more than a little to any file of rank 1."""
-    pass_by = Boundary.pass_by
+    pass_by = SavePoint.pass_by
 
-    def filled(self: Boundary, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
+    def filled(self: SavePoint, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
         if run.phase == "train" and run.domain_step == 3 and rank() == 1:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         pass_by(self, run, parts, save=save)
 
-    Boundary.pass_by = filled  # type: ignore[method-assign]
+    SavePoint.pass_by = filled  # type: ignore[method-assign]
 
 
 def fill_disk_of_importance() -> None:
@@ -136,15 +136,15 @@ def _on_full_disk(write: Callable[..., T], num_bytes: int = 64) -> Callable[...,
 
 def _before_micro_steps(act: Callable[[int], None]) -> None:
     """Have this process do something with the number, counted from 1, of each micro-step of its before it is made."""
-    micro_step, numbers = Method.micro_step, itertools.count(1)
+    original, numbers = Method.losses, itertools.count(1)
 
     @contextmanager
     def disturbed(self: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         act(next(numbers))
-        with micro_step(self, batch, token_scale) as losses:
+        with original(self, batch, token_scale) as losses:
             yield losses
 
-    Method.micro_step = disturbed  # type: ignore[assignment,method-assign]
+    Method.losses = disturbed  # type: ignore[assignment,method-assign]
 
 
 def _train(config: str, folder: str, disturb: Callable[[], None] | None) -> None:

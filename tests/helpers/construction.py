@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from das_ds.config import ModelConfig, TrainConfig
 from das_ds.config.deepspeed import build_deepspeed_config
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.engine.engine import Engine
 from das_ds.engine.optimizer import build_optimizer
-from das_ds.engine.sharded_init import ShardedConstruction, sharded_construction
+from das_ds.engine.sharded_init import ShardedInit, sharded_init
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import load_model
 from helpers.half import allow_fp16_on_cpu
@@ -37,9 +37,9 @@ def weights_of_loaded(folder: Path, model: ModelConfig, seed: int, precisions: t
 
 def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dict[str, Any]:
     allow_fp16_on_cpu()
-    ranks = Ranks()
+    ranks = ProcessGroup()
     train, deepspeed_config = engine_settings(folder, precision, ranks.info.world_size)
-    construction = sharded_construction(deepspeed_config, ranks)
+    construction = sharded_init(deepspeed_config, ranks)
     assert construction is not None
     model, adapter = load_model(config, seed=seed, vocab_size=100, construction=construction)
     parameters = dict(model.named_parameters())
@@ -67,7 +67,7 @@ def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dic
 
 def random_equal_to_plain(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
     """Names of weights and buffers that differ from the plain construction's, over all architectures."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     different = []
     for model_type, sizes in cases:
         config = AutoConfig.for_model(model_type, **{**sizes, "pad_token_id": 0})
@@ -78,7 +78,7 @@ def random_equal_to_plain(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
             return auto.from_config(config, dtype=torch.float32)
 
         plain = construct()
-        construction = ShardedConstruction(engine_settings(Path(), "bf16", ranks.info.world_size)[1], ranks)
+        construction = ShardedInit(engine_settings(Path(), "bf16", ranks.info.world_size)[1], ranks)
         found = construction.random(construct)
         assert dict(found.named_parameters()).keys() == construction.slices.keys()
         for name, weight in plain.named_parameters():

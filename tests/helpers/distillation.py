@@ -10,9 +10,9 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.engine.engine import Engine
-from das_ds.engine.weight_snapshot import EarlierWeights
+from das_ds.engine.weight_snapshot import WeightSnapshot
 from helpers.training import build, rank_part, train_all
 
 
@@ -40,17 +40,17 @@ def teach_and_train(
 
 
 def _facts(config: RunConfig, steps: list[list[Batch]]) -> TeacherFacts:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     info = ranks.info
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     engine = build(config, ranks).engine
     expected = _output(engine, parts[0][0])
-    earlier = engine.earlier_weights()
+    earlier = engine.weight_snapshot()
     outputs = _train(engine, parts, earlier)
     knows_both = _knows_both_orders(engine, earlier)
     moved = _output(engine, parts[0][0])
     trained = engine.snapshot()
-    loaded = engine.earlier_weights(earlier.flats())
+    loaded = engine.weight_snapshot(earlier.flats())
     exact_after_loading = torch.equal(_output(engine, parts[0][0], loaded), expected)
     unmoved = torch.equal(_output(engine, parts[0][0]), moved)
     unmoved = unmoved and all(map(torch.equal, engine.snapshot(), trained))
@@ -69,7 +69,7 @@ def _facts(config: RunConfig, steps: list[list[Batch]]) -> TeacherFacts:
     )
 
 
-def _train(engine: Engine, parts: list[list[Batch]], earlier: EarlierWeights | None) -> list[torch.Tensor]:
+def _train(engine: Engine, parts: list[list[Batch]], earlier: WeightSnapshot | None) -> list[torch.Tensor]:
     """Outputs of earlier weights, one for every micro-step."""
     torch.manual_seed(0)
     engine.start_domain(len(parts))
@@ -86,15 +86,15 @@ def _train(engine: Engine, parts: list[list[Batch]], earlier: EarlierWeights | N
 
 
 @torch.no_grad()
-def _output(engine: Engine, batch: Batch, earlier: EarlierWeights | None = None) -> torch.Tensor:
+def _output(engine: Engine, batch: Batch, earlier: WeightSnapshot | None = None) -> torch.Tensor:
     engine.module.eval()
-    with nullcontext() if earlier is None else earlier.in_force():
+    with nullcontext() if earlier is None else earlier.swapped_in():
         hidden, losses = engine.module(batch.corrupted_ids, batch.predicted, batch.targets)
     engine.module.train()
     return torch.cat((hidden.float().flatten(), losses))
 
 
-def _knows_both_orders(engine: Engine, earlier: EarlierWeights) -> bool:
+def _knows_both_orders(engine: Engine, earlier: WeightSnapshot) -> bool:
     if earlier._gathering is None:
         return True
     present = engine._engine.optimizer.parameter_offload.param_coordinator

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from das_ds.config import RunConfig
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.models.loading import weights_folder
 from das_ds.training.revisions import pin_revisions
 
@@ -105,12 +105,12 @@ def pin_on_rank(values: dict[str, Any], endpoint: str, cache: str, only_rank_0: 
         cache: folder of its client's cache.
         only_rank_0: others find nothing at that address.
     """
-    ranks = Ranks()
+    ranks = ProcessGroup()
     point_to(endpoint if ranks.info.is_main or not only_rank_0 else "http://127.0.0.1:1")
     constants.HF_HUB_CACHE = cache
     constants.HF_HUB_OFFLINE = False
     config = pin_revisions(RunConfig(**values), ranks)
-    (folder,) = ranks.first_main_then_others(lambda: (weights_folder(config.model),))
+    (folder,) = ranks.main_process_first(lambda: (weights_folder(config.model),))
     return config, str(folder), constants.HF_HUB_OFFLINE
 
 

@@ -13,11 +13,11 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.methods import METHODS
 from das_ds.methods.base import Losses, Method
 from das_ds.reporting.results import Results
-from das_ds.training.train import run_sequence
+from das_ds.training.train import train
 from helpers.half import allow_fp16_on_cpu
 from helpers.run_ranks import run_ranks
 from helpers.runs import exported_weights, metrics_lines, run_all, small_run
@@ -45,24 +45,24 @@ def faulty_run(folder: Path, name: str, stage: int, **faults: Any) -> dict[str, 
 def run_with_fault(values: dict[str, Any], kind: str, at: int) -> Results:
     """A run whose optimizer step number `at` (from 0, as it is first reached) has a bad loss or gradient on rank 1."""
     allow_fp16_on_cpu()
-    ranks, config = Ranks(), RunConfig(**values)
+    ranks, config = ProcessGroup(), RunConfig(**values)
     method = METHODS[config.method.name]
-    micro_step, calls = method.micro_step, 0
+    original, calls = method.losses, 0
     per_step = config.train.global_batch_size // config.train.micro_batch_size // ranks.info.world_size
 
     @contextmanager
     def faulty(self: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         nonlocal calls
-        with micro_step(self, batch, token_scale) as losses:
+        with original(self, batch, token_scale) as losses:
             is_bad = calls // per_step == at and ranks.info.rank == ranks.info.world_size - 1
             calls += 1
             yield _spoiled(losses, kind) if is_bad else losses
 
-    method.micro_step = faulty  # type: ignore[assignment,method-assign]
+    method.losses = faulty  # type: ignore[assignment,method-assign]
     try:
-        return run_sequence(config, ranks)
+        return train(config, ranks)
     finally:
-        method.micro_step = micro_step  # type: ignore[method-assign]
+        method.losses = original  # type: ignore[method-assign]
 
 
 def _spoiled(losses: Losses, kind: str) -> Losses:

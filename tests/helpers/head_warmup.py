@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from das_ds.config import RunConfig
-from das_ds.distributed.process_group import Ranks
-from das_ds.training.train import run_sequence
-from das_ds.training.trainer import DomainSequence
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.training.train import train
+from das_ds.training.trainer import ContinualTrainer
 from helpers.half import allow_fp16_on_cpu
 from helpers.runs import small_run
 from helpers.tiny_tokenizer import tiny_tokenizer
@@ -51,17 +51,17 @@ def headless_run(folder: Path, *, stage: int, steps: int = STEPS, **changes: Any
 def weights_after_warmup(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The fp32 weights when the base model is about to be evaluated."""
     allow_fp16_on_cpu()
-    ranks, evaluate, found = Ranks(), DomainSequence._evaluate, dict[str, torch.Tensor]()
+    ranks, evaluate, found = ProcessGroup(), ContinualTrainer._evaluate, dict[str, torch.Tensor]()
 
-    def leave(self: DomainSequence) -> None:
+    def leave(self: ContinualTrainer) -> None:
         found.update({name: weight.clone() for name, weight in self.engine.fp32_weights()})
         raise WarmedUpError
 
-    DomainSequence._evaluate = leave  # type: ignore[method-assign]
+    ContinualTrainer._evaluate = leave  # type: ignore[method-assign]
     try:
-        run_sequence(RunConfig(**values), ranks)
+        train(RunConfig(**values), ranks)
     except WarmedUpError:
         pass
     finally:
-        DomainSequence._evaluate = evaluate  # type: ignore[method-assign]
+        ContinualTrainer._evaluate = evaluate  # type: ignore[method-assign]
     return found

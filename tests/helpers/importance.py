@@ -11,10 +11,10 @@ from torch import nn
 
 from das_ds.config import ImportanceKind, RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.functional.units import Importance
-from das_ds.softmask.measure import GENERAL_KNOWLEDGE, PRETRAINING, mean_over_sequences, pretraining_loss
+from das_ds.softmask.measure import GENERAL_KNOWLEDGE, PRETRAINING, measure_unit_importance, pretraining_loss
 from helpers.reference import FixedNoise, fix_noise
 from helpers.training import LENGTH, build, random_batch, rank_part
 
@@ -31,7 +31,7 @@ def measured(
     config: RunConfig, kind: str, batches: list[Batch], model_changes: dict[str, Any]
 ) -> dict[str, Importance]:
     """Importance of each kind over joined batches, of which this rank runs its part; training is not disturbed."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **model_changes)
     info = ranks.info
     before = {name: weight.clone() for name, weight in run.engine.fp32_weights()}
@@ -42,7 +42,7 @@ def measured(
         NoisePerBatch(run.engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [rank_part(batch, info.rank, info.world_size) for batch in batches]
     kinds: tuple[ImportanceKind, ...] = ("magnitude", "square")
-    importance = {summed: mean_over_sequences(run, Pass(parts), LOSSES[kind], summed) for summed in kinds}
+    importance = {summed: measure_unit_importance(run, ResumableLoop(parts), LOSSES[kind], summed) for summed in kinds}
     assert all(parameter.grad is None for parameter in run.engine.module.parameters())
     assert all(torch.equal(before[name], weight) for name, weight in run.engine.fp32_weights())
     assert run.engine.module.training

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from das_ds.config import LoraConfig
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.lora import Lora
 
 
@@ -22,7 +22,7 @@ def random_weights(lora: Lora, seed: int = 0) -> dict[str, Tensor]:
 
 
 def adapted(
-    model: PreTrainedModel, adapter: ArchitectureAdapter, config: LoraConfig, folder: Path
+    model: PreTrainedModel, adapter: ArchitectureSpec, config: LoraConfig, folder: Path
 ) -> tuple[Lora, dict[str, Tensor]]:
     """The model with random adapters attached, which are also saved to `folder`."""
     lora = Lora.plan(model, adapter.layout(model), config)
@@ -56,7 +56,7 @@ class _Matrix(nn.Module):
         self.weight = nn.Parameter(values.clone())
 
 
-def written_out(model: PreTrainedModel, lora: Lora, weights: dict[str, Tensor]) -> PreTrainedModel:
+def to_dense(model: PreTrainedModel, lora: Lora, weights: dict[str, Tensor]) -> PreTrainedModel:
     """The model, whose only parameters are now A and B of its written-out adapters."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from das_ds.config import LoraConfig, RunConfig
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.models.lora import Lora
 from das_ds.softmask.importance_file import save_unit_importance
-from helpers.lora import adapted, random_weights, to_double, written_out, written_out_scales
+from helpers.lora import adapted, random_weights, to_dense, to_double, written_out_scales
 from helpers.parity import ACCUMULATION, EPS, NUM_STEPS, ROWS, SETTINGS, relative_difference, steps
 from helpers.reference import reference_train
 from helpers.run_ranks import run_ranks
@@ -27,11 +27,11 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 def reference(setting: int) -> Any:
     """Five steps on A and B of a network without peft, in float64."""
     model = tiny_model(**NO_DROPOUT)
-    lora = Lora.plan(model, adapter_for("roberta").layout(model), LORA)
+    lora = Lora.plan(model, spec_for("roberta").layout(model), LORA)
     weights, importance = random_weights(lora), random_importance(model)
     softmask = {key: value for key, value in SETTINGS[setting].items() if key != "apply_to"}
     return reference_train(
-        written_out(model, lora, weights),
+        to_dense(model, lora, weights),
         [[vars(batch) for batch in step] for step in steps()],
         importance,
         learning_rates=[1e-2 * (NUM_STEPS - step) / NUM_STEPS for step in range(NUM_STEPS)],
@@ -45,7 +45,7 @@ def reference(setting: int) -> Any:
 
 def configs(folder: Path, world_size: int, stage: int, precision: str = "fp32") -> list[RunConfig]:
     """One run per soft mask, from saved adapters whose B is not zero."""
-    model, adapter = tiny_model(), adapter_for("roberta")
+    model, adapter = tiny_model(), spec_for("roberta")
     save_unit_importance(folder / "importance.safetensors", random_importance(model), adapter.layout(model))
     adapted(model, adapter, LORA, folder / "adapter")
     small = run_config(folder)
@@ -80,7 +80,7 @@ def check_bf16_keeps_what_full_units_own_still(stage: int, folder: Path) -> None
     weights, lines = update
     assert [line["loss/mlm"] for line in lines] == pytest.approx(reference(0).mlm_losses, rel=0.03)
     model = tiny_model()
-    start = random_weights(Lora.plan(model, adapter_for("roberta").layout(model), LORA))
+    start = random_weights(Lora.plan(model, spec_for("roberta").layout(model), LORA))
     moved = {name: (weights[name] - start[name]).abs() for name in start}
     layer = "roberta.encoder.layer.1"
     # The last head and the last intermediate unit of layer 1 have importance 1.

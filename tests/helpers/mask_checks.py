@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from das_ds.config import ImportanceConfig
-from helpers.masks import Weights, magnitudes, normalised_and_trained, owners, written_out
+from helpers.masks import Weights, magnitudes, normalised_and_trained, owners, to_dense
 from helpers.parameter_importance import joined, random_weights_importance, save_random_weights_importance
 from helpers.parity import EPS, NUM_STEPS, configs_of, relative_difference, save_random_importance, steps
 from helpers.reference import full_masks, reference_train, unit_ones
@@ -90,7 +90,7 @@ def expected(granularity: str, number: int) -> Any:
         method, levels = PARAMETERS[number], random_weights_importance()
         gates = unit_means(levels)
         softmask = method["softmask"]
-        scales = written_out(levels, softmask["groups"], softmask.get("strength", 1.0), softmask["shared_scale"])
+        scales = to_dense(levels, softmask["groups"], softmask.get("strength", 1.0), softmask["shared_scale"])
     if method["name"] == "dga":
         gates = {**unit_ones(model), "head": gates["head"]}
     return reference_train(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from das_ds.config import ImportanceConfig, RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.softmask.sharded_importance import ShardedImportance, zeros_by_flat
 from helpers.parameter_importance import Stretches, stretches_of
 from helpers.reference import full_masks, unit_ones
@@ -29,7 +29,7 @@ def owners() -> dict[str, str]:
     return found
 
 
-def written_out(importance: Weights, groups: list[str], strength: float, shared_scale: float) -> Weights:
+def to_dense(importance: Weights, groups: list[str], strength: float, shared_scale: float) -> Weights:
     """1 - I' of every weight, (1 - I)^strength where its owner is masked, in 255ths as I is."""
     scales = {}
     for name, owner in owners().items():
@@ -59,7 +59,7 @@ def normalised_and_trained(
     model_changes: dict[str, Any],
 ) -> tuple[list[Stretches], list[Any]]:
     """Per form, this rank's stretches of `magnitudes` normalised; and what `train_all` gives."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(normalising, ranks)
     shards = run.engine.named_shards
     sums = zeros_by_flat(shards.values(), torch.float32)

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from das_ds.config import ModelConfig
-from das_ds.distributed.process_group import Ranks
-from das_ds.engine.sharded_init import sharded_construction
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.engine.sharded_init import sharded_init
 from das_ds.errors import ModelError
 from das_ds.models.loading import load_model
 from helpers.construction import engine_settings
@@ -312,10 +312,10 @@ def _other_type(folder: Path) -> None:
 
 def loaded_in_parts(folders: dict[str, Path], allow_missing: list[Any] | None = None) -> dict[str, Tensors | str]:
     """Of every folder the weights and buffers that ZeRO-3 makes on these ranks, or the refusal."""
-    ranks, settings = Ranks(), engine_settings(Path(), "bf16", 2)[1]
+    ranks, settings = ProcessGroup(), engine_settings(Path(), "bf16", 2)[1]
     found: dict[str, Tensors | str] = {}
     for name, folder in folders.items():
-        construction = sharded_construction(settings, ranks)
+        construction = sharded_init(settings, ranks)
         assert construction is not None
         config = ModelConfig(name_or_path=str(folder), attention="eager", allow_missing=allow_missing or [])
         try:
@@ -327,6 +327,6 @@ def loaded_in_parts(folders: dict[str, Path], allow_missing: list[Any] | None = 
         whole = {}
         for key, piece in construction.slices.items():
             part = -(-shapes[key].numel() // ranks.info.world_size)
-            whole[key] = ranks.gather_host(piece.values, part)[: shapes[key].numel()].view(shapes[key])
+            whole[key] = ranks.all_gather_cpu(piece.values, part)[: shapes[key].numel()].view(shapes[key])
         found[name] = {**whole, **{key: buffer.clone() for key, buffer in model.named_buffers()}}
     return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from das_ds.engine import optimizer as optimizers
-from das_ds.engine.optimizer import SoftUpdated
+from das_ds.engine.optimizer import MaskedUpdateWrapper
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.windows import WINDOW_ELEMENTS
 
@@ -36,7 +36,7 @@ def check_pulled_back_in_chunks(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     start, importance = torch.randn(NUMEL), torch.rand(NUMEL)
     importance[::7], importance[1::7] = 0.0, 1.0
     param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    found, expected = SoftUpdated(make([{"params": [param]}])), make([{"params": [twin]}])
+    found, expected = MaskedUpdateWrapper(make([{"params": [param]}])), make([{"params": [twin]}])
     largest = []
     inner = optimizers.soft_update_
 

@@ -9,11 +9,11 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.engine.engine import Engine
 from das_ds.errors import TrainingError
-from das_ds.softmask.measure import PRETRAINING, ImportanceLoss, mean_over_sequences, pretraining_loss
+from das_ds.softmask.measure import PRETRAINING, ImportanceLoss, measure_unit_importance, pretraining_loss
 from das_ds.softmask.parameter import sum_over_gradients
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part
@@ -38,7 +38,7 @@ def attempts_of(configs: list[RunConfig], batch: Batch) -> list[list[Attempt]]:
 
 
 def _attempts(config: RunConfig, batch: Batch) -> list[Attempt]:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(NUM_STEPS)
@@ -76,7 +76,7 @@ def left_out(configs: list[RunConfig], batch: Batch) -> list[tuple[int, bool, st
 
 
 def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(NUM_STEPS)
@@ -87,7 +87,7 @@ def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
     moved = rate != engine.learning_rate() or any(not torch.equal(before[name], after[name]) for name in before)
     skipped, error = engine.skipped_steps, "none"
     try:
-        with engine.summing_gradients("magnitude"):
+        with engine.accumulate_importance("magnitude"):
             for _ in engine.attempts():
                 _step(engine, part, torch.inf)
     except TrainingError as failure:
@@ -102,14 +102,14 @@ def infinite_importance(configs: list[RunConfig], batch: Batch) -> list[list[str
 
 
 def _infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **NO_DROPOUT)
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     loss = _scaled_loss(torch.inf if ranks.info.is_main else 1.0)
     errors = []
     for measure in (
-        lambda: mean_over_sequences(run, Pass([part]), loss, "magnitude"),
-        lambda: sum_over_gradients(run, Pass([[part] * run.engine.accumulation_steps]), loss, "square"),
+        lambda: measure_unit_importance(run, ResumableLoop([part]), loss, "magnitude"),
+        lambda: sum_over_gradients(run, ResumableLoop([[part] * run.engine.accumulation_steps]), loss, "square"),
     ):
         try:
             measure()

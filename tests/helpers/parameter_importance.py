@@ -11,10 +11,10 @@ from torch import Tensor
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.functional.units import Importance
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_parameter_importance
 from das_ds.softmask.parameter import ParameterLevel, sum_over_gradients
 from helpers.importance import LOSSES, NoisePerBatch
@@ -35,7 +35,7 @@ def measured_all(
 def _measured(
     config: RunConfig, kind: str, steps: list[list[Batch]], changes: dict[str, Any]
 ) -> tuple[Stretches, Stretches, Importance]:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **changes)
     info, engine = ranks.info, run.engine
     before = {name: weight.clone() for name, weight in engine.fp32_weights()}
@@ -45,8 +45,8 @@ def _measured(
         fix_noise(engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
-    steps, folder = Pass(parts), config.output_dir
-    domain = DomainContext(0, "domain", lambda label: Pass([]), lambda label: steps, folder, folder)
+    steps, folder = ResumableLoop(parts), config.output_dir
+    domain = DomainContext(0, "domain", lambda label: ResumableLoop([]), lambda label: steps, folder, folder)
     importance = ParameterLevel(run).measure(domain, "", LOSSES[kind])
     assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
     assert engine.module.training
@@ -83,7 +83,7 @@ def random_weights_importance(seed: int = 0) -> dict[str, Tensor]:
 
 def save_random_weights_importance(folder: Path) -> Path:
     """A file of `random_weights_importance`, as a run would have written it."""
-    layout = adapter_for("roberta").layout(tiny_model())
+    layout = spec_for("roberta").layout(tiny_model())
     path = folder / "importance.safetensors"
     save_parameter_importance(path, {n: v.flatten() for n, v in random_weights_importance().items()}, layout)
     return path
@@ -91,7 +91,7 @@ def save_random_weights_importance(folder: Path) -> Path:
 
 def read_and_write(config: RunConfig, source: Path, target: Path) -> Importance:
     """Reads importance on these ranks and writes it again."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks)
     level = ParameterLevel(run)
     importance = level.read(source)

@@ -10,7 +10,7 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_unit_importance
 from helpers.reference import reference_train
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
@@ -66,7 +66,7 @@ def configs_of(
 def save_random_importance(folder: Path) -> None:
     """The importance file that `configs` names."""
     model = tiny_model()
-    layout = adapter_for("roberta").layout(model)
+    layout = spec_for("roberta").layout(model)
     save_unit_importance(folder / "importance.safetensors", random_importance(model), layout)
 
 

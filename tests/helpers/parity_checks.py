@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_parameter_importance, save_unit_importance
 from helpers.parity import (
     EPS,
@@ -49,9 +49,9 @@ def plain_adamw() -> dict[str, torch.Tensor]:
 
 def check_importance_zero_is_torchs_adamw_over_100_steps(stage: int, folder: Path) -> None:
     nothing = {group: torch.zeros_like(values) for group, values in random_importance(tiny_model()).items()}
-    save_unit_importance(folder / "units.safetensors", nothing, adapter_for("roberta").layout(tiny_model()))
+    save_unit_importance(folder / "units.safetensors", nothing, spec_for("roberta").layout(tiny_model()))
     weights = {n: torch.zeros(p.numel(), dtype=torch.uint8) for n, p in tiny_model().named_parameters()}
-    save_parameter_importance(folder / "weights.safetensors", weights, adapter_for("roberta").layout(tiny_model()))
+    save_parameter_importance(folder / "weights.safetensors", weights, spec_for("roberta").layout(tiny_model()))
     runs = [
         run_config(
             folder,

@@ -17,11 +17,11 @@ from das_ds.config import RunConfig
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.preflight import output_dir as folder
-from das_ds.preflight.checks import Checks, Finding
+from das_ds.preflight.checks import Checklist, CheckResult
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.environment import check_clocks, check_network, check_settings, check_versions
 from das_ds.preflight.output_dir import check_folder, check_sharing
-from das_ds.preflight.peers import Peers
+from das_ds.preflight.peers import PeerCheck
 from das_ds.preflight.run import run_preflight
 from das_ds.versions import library_versions
 
@@ -56,19 +56,19 @@ CHECKS = [
 ]
 
 
-def silent_checks(peers: Any) -> Checks:
+def silent_checks(peers: Any) -> Checklist:
     """Checks that print nothing."""
-    return Checks(peers, lambda finding: None)
+    return Checklist(peers, lambda finding: None)
 
 
-def preflight(values: dict[str, Any]) -> list[Finding]:
+def preflight(values: dict[str, Any]) -> list[CheckResult]:
     """All checks of a config on these ranks, none of which fails."""
-    return run_preflight(RunConfig(**values), Peers(TIMEOUT), as_json=False)
+    return run_preflight(RunConfig(**values), PeerCheck(TIMEOUT), as_json=False)
 
 
-def different_ranks(values: dict[str, Any]) -> list[Finding]:
+def different_ranks(values: dict[str, Any]) -> list[CheckResult]:
     """Rank 1 has another clock, library, config, DeepSpeed file, corpus and folder than rank 0."""
-    peers = Peers(TIMEOUT)
+    peers = PeerCheck(TIMEOUT)
     checks, rank, config = silent_checks(peers), peers.ranks.info.rank, RunConfig(**values)
     check_clocks(checks, peers, lambda: time.time() + 60.0 * rank)
     check_versions(checks, config, lambda: library_versions() | ({"torch": "9.9"} if rank else {}))
@@ -85,9 +85,9 @@ def different_ranks(values: dict[str, Any]) -> list[Finding]:
     return checks.findings
 
 
-def failing_rank(values: dict[str, Any]) -> list[Finding]:
+def failing_rank(values: dict[str, Any]) -> list[CheckResult]:
     """Rank 1 cannot rename, and its sums are wrong; then no rank can talk over the run's backend at all."""
-    peers = Peers(TIMEOUT)
+    peers = PeerCheck(TIMEOUT)
     checks, rank, config = silent_checks(peers), peers.ranks.info.rank, RunConfig(**values)
     rename, all_reduce = os.replace, dist.all_reduce
 
@@ -115,9 +115,9 @@ def failing_rank(values: dict[str, Any]) -> list[Finding]:
     return checks.findings
 
 
-def rank_without_backend(timeout: float) -> list[Finding]:
+def rank_without_backend(timeout: float) -> list[CheckResult]:
     """Rank 1 cannot talk over the run's backend, so rank 0 waits for it there in vain."""
-    peers = Peers(timedelta(seconds=timeout))
+    peers = PeerCheck(timedelta(seconds=timeout))
     checks, all_reduce = silent_checks(peers), dist.all_reduce
 
     def broken(tensor: torch.Tensor, **options: Any) -> Any:
@@ -141,7 +141,7 @@ def preflight_and_error(values: dict[str, Any]) -> str:
     return ""
 
 
-def equal_on_all(findings: list[list[Finding]]) -> list[Finding]:
+def equal_on_all(findings: list[list[CheckResult]]) -> list[CheckResult]:
     """What all ranks found, which is the same."""
     assert findings[0] == findings[1]
     return findings[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from das_ds.functional.masks import ABSENT, Segment, SegmentTable, cover
+from das_ds.functional.masks import ABSENT, Segment, SegmentTable, fill_gaps
 from das_ds.kernels.protection import Protection
 
 KINDS = ("none", "units", "rows", "columns", "both", "gaps", "float32", "bfloat16", "uint8", "all 0", "all 1")
@@ -30,7 +30,7 @@ def random_protection(kind: str, numel: int, generator: torch.Generator, device:
     values = _values(num_values, generator)
     if kind in ("all 0", "all 1"):
         values.fill_(float(kind[-1]))
-    return Protection(numel, table=SegmentTable(numel, cover(segments, numel), values.to(device)))
+    return Protection(numel, table=SegmentTable(numel, fill_gaps(segments, numel), values.to(device)))
 
 
 def _segments(kind: str, numel: int, generator: torch.Generator) -> tuple[list[Segment], int]:

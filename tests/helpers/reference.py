@@ -201,7 +201,7 @@ def hidden_kl(first: Tensor, second: Tensor) -> Tensor:
     return (p * (p.log() - q.log())).sum(-1).mean()
 
 
-def normalise(values: Tensor, form: Literal["abs_tanh", "tanh_positive"] = "abs_tanh") -> Tensor:
+def normalize(values: Tensor, form: Literal["abs_tanh", "tanh_positive"] = "abs_tanh") -> Tensor:
     """|tanh z| or tanh(max(z, 0)) with z = (x - mean) / std (population) in each row of (L, U); 0 where std is 0."""
     normalised = torch.zeros_like(values)
     for row, x in enumerate(values):

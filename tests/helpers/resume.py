@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from das_ds.checkpoint.manifest import RunState
 from das_ds.config import RunConfig
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import DasError
 from das_ds.reporting.results import Results
-from das_ds.tracking.names import MEASURED
-from das_ds.training.save_point import Boundary, Parts
-from das_ds.training.train import run_sequence
+from das_ds.tracking.names import HARDWARE_METRICS
+from das_ds.training.save_point import Parts, SavePoint
+from das_ds.training.train import train
 from helpers.half import allow_fp16_on_cpu
 from helpers.run_ranks import run_ranks
 from helpers.runs import metrics_lines, run_all, small_run
@@ -53,14 +53,14 @@ def resumable_run(
 def run_in_pieces(values: dict[str, Any], limit: int) -> tuple[Results, list[Place]]:
     """Every start breaks off at its boundary number `limit` until one comes to the end; where each of them stood."""
     allow_fp16_on_cpu()
-    ranks, config, breaks = Ranks(), RunConfig(**values), list[Place]()
+    ranks, config, breaks = ProcessGroup(), RunConfig(**values), list[Place]()
     while len(breaks) < MOST_BREAKS:
         with suppress(BrokenOffError):
             return _limited_run(config, ranks, limit, breaks), breaks
     raise AssertionError(f"no progress: {breaks[-5:]}")
 
 
-def _limited_run(config: RunConfig, ranks: Ranks, limit: int, breaks: list[Place]) -> Results:
+def _limited_run(config: RunConfig, ranks: ProcessGroup, limit: int, breaks: list[Place]) -> Results:
     passed = 0
 
     def is_last(run: RunState) -> bool:
@@ -71,21 +71,23 @@ def _limited_run(config: RunConfig, ranks: Ranks, limit: int, breaks: list[Place
     return _breaking_run(config, ranks, is_last, breaks)
 
 
-def _breaking_run(config: RunConfig, ranks: Ranks, is_last: Callable[[RunState], bool], breaks: list[Place]) -> Results:
+def _breaking_run(
+    config: RunConfig, ranks: ProcessGroup, is_last: Callable[[RunState], bool], breaks: list[Place]
+) -> Results:
     """A start that breaks off at the first boundary for which `is_last` is true; asked once at each."""
-    pass_by = Boundary.pass_by
+    pass_by = SavePoint.pass_by
 
-    def breaking(self: Boundary, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
+    def breaking(self: SavePoint, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
         pass_by(self, run, parts, save=save)
         if is_last(run):
             breaks.append((run.phase, run.domains_done, run.domain_step))
             raise BrokenOffError
 
-    Boundary.pass_by = breaking  # type: ignore[method-assign]
+    SavePoint.pass_by = breaking  # type: ignore[method-assign]
     try:
-        return run_sequence(config, ranks)
+        return train(config, ranks)
     finally:
-        Boundary.pass_by = pass_by  # type: ignore[method-assign]
+        SavePoint.pass_by = pass_by  # type: ignore[method-assign]
 
 
 def run_whole_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], global_step: int) -> list[Place | str]:
@@ -94,11 +96,11 @@ def run_whole_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], glo
     Returns:
         Where each second run broke off, or the traceback of a pair that failed.
     """
-    ranks = Ranks()
+    ranks = ProcessGroup()
     return [_whole_and_broken(RunConfig(**whole), RunConfig(**broken), global_step, ranks) for whole, broken in pairs]
 
 
-def _whole_and_broken(whole: RunConfig, broken: RunConfig, global_step: int, ranks: Ranks) -> Place | str:
+def _whole_and_broken(whole: RunConfig, broken: RunConfig, global_step: int, ranks: ProcessGroup) -> Place | str:
     breaks: list[Place] = []
     steps_per_domain = whole.train.steps_per_domain
 
@@ -106,10 +108,10 @@ def _whole_and_broken(whole: RunConfig, broken: RunConfig, global_step: int, ran
         return run.phase == "train" and run.domains_done * steps_per_domain + run.domain_step == global_step
 
     try:
-        run_sequence(whole, ranks)
+        train(whole, ranks)
         with suppress(BrokenOffError):
             _breaking_run(broken, ranks, is_there, breaks)
-        run_sequence(broken, ranks)
+        train(broken, ranks)
     except Exception:
         return traceback.format_exc()
     return breaks[0]
@@ -120,21 +122,21 @@ def break_off(values: dict[str, Any], limit: int) -> Place | None:
     allow_fp16_on_cpu()
     breaks: list[Place] = []
     with suppress(BrokenOffError):
-        _limited_run(RunConfig(**values), Ranks(), limit, breaks)
+        _limited_run(RunConfig(**values), ProcessGroup(), limit, breaks)
     return breaks[0] if breaks else None
 
 
 def continue_over_another_network(values: dict[str, Any], num_layers: int) -> str:
     """A run that broke off is started again when the folder of its model holds one of other layers: what it says."""
     allow_fp16_on_cpu()
-    ranks, source, config = Ranks(), Path(values["model"]["name_or_path"]), RunConfig(**values)
+    ranks, source, config = ProcessGroup(), Path(values["model"]["name_or_path"]), RunConfig(**values)
     with suppress(BrokenOffError):
         _limited_run(config, ranks, 4, [])
     network = AutoConfig.from_pretrained(source)
     network.num_hidden_layers = num_layers
     AutoModelForMaskedLM.from_config(network).save_pretrained(source)
     try:
-        run_sequence(config, ranks)
+        train(config, ranks)
     except DasError as error:
         return f"{type(error).__name__}: {error}"
     return "went on"
@@ -153,7 +155,8 @@ def assert_same_run(mine: Path, theirs: Path) -> None:
     results = [Results.read(run / "results.json").model_copy(update={"wall_seconds": 0.0}) for run in (mine, theirs)]
     assert results[0] == results[1]
     lines = [
-        [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_lines(run)] for run in (mine, theirs)
+        [{k: v for k, v in line.items() if k not in HARDWARE_METRICS} for line in metrics_lines(run)]
+        for run in (mine, theirs)
     ]
     assert lines[0] == lines[1]
 

@@ -11,7 +11,7 @@ import torch
 
 from das_ds.config.io import dump_config
 from das_ds.downstream.scores import EndTaskScores, Scores, SeedScores, Spread, TaskScores
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.reporting.results import build_results
 from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE
 from das_ds.softmask.importance_file import save_parameter_importance, save_unit_importance
@@ -84,7 +84,7 @@ def write_task(folder: Path, place: str, score: float) -> None:
 
 def write_unit_importance(folder: Path, values: dict[str, float]) -> None:
     """Importance by unit: file within the folder -> what every second unit has; the others have half of it."""
-    layout = adapter_for("roberta").layout(tiny_model())
+    layout = spec_for("roberta").layout(tiny_model())
     for name, value in values.items():
         importance = layout.zeros()
         for units in importance.values():
@@ -100,7 +100,7 @@ def write_weight_importance(folder: Path, values: dict[str, dict[str, int]], oth
     Returns:
         Parameter -> number of weights.
     """
-    layout = adapter_for("roberta").layout(tiny_model())
+    layout = spec_for("roberta").layout(tiny_model())
     for name, by_parameter in values.items():
         tensors = {
             parameter: torch.full((size,), _value(parameter, by_parameter, others), dtype=torch.uint8)

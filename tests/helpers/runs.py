@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.methods import METHODS
 from das_ds.methods.base import Method
 from das_ds.models.loading import load_model
 from das_ds.reporting.results import Results
 from das_ds.softmask.importance_file import save_parameter_importance
 from das_ds.training.evaluate import evaluate_model
-from das_ds.training.train import run_sequence
+from das_ds.training.train import train
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import NO_DROPOUT
 from helpers.tiny_tokenizer import TEXT, tiny_tokenizer
@@ -86,14 +86,14 @@ def save_random_importance(values: dict[str, Any], path: Path) -> Path:
 def run_all(runs: list[dict[str, Any]]) -> list[Results]:
     """Each config run in turn on these ranks, which have to be of one ZeRO stage."""
     allow_fp16_on_cpu()
-    ranks = Ranks()
-    return [run_sequence(RunConfig(**values), ranks) for values in runs]
+    ranks = ProcessGroup()
+    return [train(RunConfig(**values), ranks) for values in runs]
 
 
 def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Results:
     """The first start breaks off at the second domain, after which the same command continues."""
     allow_fp16_on_cpu()
-    ranks, config, kind = Ranks(), RunConfig(**values), METHODS[method]
+    ranks, config, kind = ProcessGroup(), RunConfig(**values), METHODS[method]
     before_domain = kind.before_domain
 
     def fail_at_second(self: Method, domain: DomainContext) -> None:
@@ -103,18 +103,18 @@ def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Re
 
     kind.before_domain = fail_at_second  # type: ignore[method-assign]
     try:
-        run_sequence(config, ranks)
+        train(config, ranks)
     except KeyboardInterrupt:
         pass
     finally:
         kind.before_domain = before_domain  # type: ignore[method-assign]
-    return run_sequence(config, ranks)
+    return train(config, ranks)
 
 
 def run_whose_source_vanishes(values: dict[str, Any], source: Path, world_size: int) -> Results:
     """The folder that the model was read from is removed as soon as the first domain begins, by the last rank."""
     allow_fp16_on_cpu()
-    ranks, before_domain = Ranks(), Method.before_domain
+    ranks, before_domain = ProcessGroup(), Method.before_domain
 
     def remove_first(self: Method, domain: DomainContext) -> None:
         ranks.barrier()
@@ -125,14 +125,14 @@ def run_whose_source_vanishes(values: dict[str, Any], source: Path, world_size: 
 
     Method.before_domain = remove_first  # type: ignore[method-assign]
     try:
-        return run_sequence(RunConfig(**values), ranks)
+        return train(RunConfig(**values), ranks)
     finally:
         Method.before_domain = before_domain  # type: ignore[method-assign]
 
 
 def evaluate_export(values: dict[str, Any], folder: Path) -> dict[str, float]:
     """Losses of an exported model on these ranks."""
-    return evaluate_model(RunConfig(**values), Ranks(), folder)
+    return evaluate_model(RunConfig(**values), ProcessGroup(), folder)
 
 
 def exported_weights(run_folder: Path, domain: str) -> dict[str, torch.Tensor]:

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.engine.engine import Engine
-from das_ds.engine.zero import gradients_of
+from das_ds.engine.zero import get_gradients
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part
 
@@ -51,7 +51,7 @@ def costs_of(configs: list[RunConfig], batch: Batch) -> list[StepCosts]:
 
 
 def _costs(config: RunConfig, batch: Batch) -> StepCosts:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(3)
@@ -81,13 +81,13 @@ def norms_of(configs: list[RunConfig], batch: Batch) -> list[tuple[float, float]
 
 
 def _norms(config: RunConfig, batch: Batch) -> tuple[float, float]:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **NO_DROPOUT)
     engine = run.engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(3)
     _backward(engine, part)
-    averaged = gradients_of(engine._engine, engine.shards(), engine.parameters)()
+    averaged = get_gradients(engine._engine, engine.shards(), engine.parameters)()
     square = sum(gradient.double().square().sum() for gradient in averaged) / engine.loss_scale**2
     norm = engine.step(measure_norm=True)
     engine.close()
@@ -101,11 +101,11 @@ def shares_beyond_bf16(configs: list[RunConfig], batch: Batch) -> list[float]:
 
 
 def _share_beyond_bf16(config: RunConfig, batch: Batch) -> float:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     engine = build(config, ranks, **NO_DROPOUT).engine
     engine.start_domain(3)
     _backward(engine, rank_part(batch, ranks.info.rank, ranks.info.world_size))
-    averaged = torch.cat(gradients_of(engine._engine, engine.shards(), engine.parameters)())
+    averaged = torch.cat(get_gradients(engine._engine, engine.shards(), engine.parameters)())
     engine.step()
     engine.close()
     return (averaged != averaged.bfloat16().to(averaged.dtype)).float().mean().item()

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 from das_ds.distributed.collectives import all_reduce_sum
-from das_ds.distributed.flag_sync import Agreement, Flags
-from das_ds.distributed.process_group import Ranks, leave
+from das_ds.distributed.flag_sync import Flags, FlagSync
+from das_ds.distributed.process_group import ProcessGroup, leave
 from das_ds.errors import EXIT_STOPPED
-from das_ds.fault_tolerance.shutdown import StopRequests
+from das_ds.fault_tolerance.shutdown import ShutdownHandler
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 STEP_S = 0.05
@@ -21,9 +21,9 @@ def main(folder: Path, save_s: float) -> int:
     """Steps until all ranks agree to stop; leaves `pid-<rank>`, then `stopped-<rank>`: the step and the reasons."""
     import torch
 
-    ranks = Ranks()
-    agreement = Agreement(ranks)
-    with StopRequests(folder, SIGNALS) as requests:
+    ranks = ProcessGroup()
+    agreement = FlagSync(ranks)
+    with ShutdownHandler(folder, SIGNALS) as requests:
         step = 0
         while True:
             step += 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.models.loading import AUTO_CLASSES
 
 SIZES: dict[str, Any] = {
@@ -96,7 +96,7 @@ def tiny_model(model_type: str = "roberta", *, seed: int = 0, **changes: Any) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], "initializer_range": 0.2, **changes})
-        auto_class = AUTO_CLASSES[adapter_for(model_type).objective]
+        auto_class = AUTO_CLASSES[spec_for(model_type).objective]
         attention = "eager" if model_type in WITHOUT_SDPA else "sdpa"
         model: PreTrainedModel = auto_class.from_config(config, attn_implementation=attention)
         # Fresh biases and norms are constants, which would hide a mask on the wrong entry.
@@ -109,13 +109,13 @@ def tiny_model(model_type: str = "roberta", *, seed: int = 0, **changes: Any) ->
 def without_dropout(model_type: str) -> dict[str, float]:
     """Changes of a config that switch dropout off."""
     config = AutoConfig.for_model(model_type)
-    return {name: 0.0 for name in adapter_for(model_type).dropouts if hasattr(config, name)}
+    return {name: 0.0 for name in spec_for(model_type).dropouts if hasattr(config, name)}
 
 
 def random_importance(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
     """Group -> (L, U) in [0, 1], with units at exactly 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
-    layout = adapter_for(model.config.model_type).layout(model)
+    layout = spec_for(model.config.model_type).layout(model)
     sizes = {group: layout.num_units[group] for group in ("head", "intermediate", "output")}
     importance = {g: torch.rand(layout.num_layers, size, generator=generator) for g, size in sizes.items()}
     for values in importance.values():

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_deepspeed_config
-from das_ds.distributed.process_group import Ranks
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.engine.engine import Engine
-from das_ds.engine.zero import gradients_of
-from das_ds.models.lm_loss import TokenLosses
+from das_ds.engine.zero import get_gradients
+from das_ds.models.lm_loss import ChunkedLMLoss
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 
 ROWS, LENGTH, VOCABULARY, CHUNK = 3, 12, 100, 5
@@ -42,7 +42,7 @@ class Predictor(nn.Module):
         if wrapped:
             model.lm_head.decoder = Wrapped(model.lm_head.decoder)
         head = model.lm_head
-        self._losses = TokenLosses(head, getattr(head, "decoder", head), chunk=chunk)
+        self._losses = ChunkedLMLoss(head, getattr(head, "decoder", head), chunk=chunk)
 
     def forward(
         self, input_ids: torch.Tensor, predicted: torch.Tensor, targets: torch.Tensor, gate: torch.Tensor | None = None
@@ -68,12 +68,12 @@ def language_model(model_type: str) -> PreTrainedModel:
     return model
 
 
-def inputs(micro_step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(losses: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Input ids, predicted positions and targets of one rank's micro-step."""
-    generator = torch.Generator().manual_seed(10 * micro_step + rank)
+    generator = torch.Generator().manual_seed(10 * losses + rank)
     input_ids = torch.randint(5, VOCABULARY, (ROWS, LENGTH), generator=generator)
     order = torch.randperm(ROWS * LENGTH, generator=generator)
-    predicted = order[: POSITIONS[micro_step][rank]].sort().values
+    predicted = order[: POSITIONS[losses][rank]].sort().values
     return input_ids, predicted, torch.randint(5, VOCABULARY, (len(predicted),), generator=generator)
 
 
@@ -95,7 +95,7 @@ def gradients_in_engine(
 def _gradients(
     config: RunConfig, model_type: str, chunk: int, wrapped: bool, num_rows: int | None
 ) -> tuple[Gradients, torch.Tensor]:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     model = language_model(model_type)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -116,7 +116,7 @@ def _gradients(
     shards = engine.shards()
     found = [
         (shard.name, shard.offset, gradient.detach().float().clone())
-        for shard, gradient in zip(shards, gradients_of(engine._engine, shards, parameters)(), strict=True)
+        for shard, gradient in zip(shards, get_gradients(engine._engine, shards, parameters)(), strict=True)
     ]
     left = [n for n, p in parameters.items() if getattr(getattr(p, "ds_status", None), "name", "") == "AVAILABLE"]
     assert not left, f"ZeRO-3 left weights gathered: {left}"

@@ -11,10 +11,10 @@ from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_deepspeed_config
 from das_ds.context import DomainContext, RunContext, build_context
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods import build_method
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.tracking.sinks import Metrics, Sink
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.domain_trainer import DomainTrainer, Progress
@@ -90,35 +90,37 @@ def run_config(output_dir: Path, **changes: Any) -> RunConfig:
     return RunConfig(**values)
 
 
-def build(config: RunConfig, ranks: Ranks, **model_changes: Any) -> RunContext:
+def build(config: RunConfig, ranks: ProcessGroup, **model_changes: Any) -> RunContext:
     """Engine, layout and gates over a tiny model."""
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
     model = tiny_model(config.model.config["model_type"], **model_changes)  # type: ignore[index]
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapter = adapter_for(model.config.model_type)
+    adapter = spec_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
     return build_context(config, model, adapter, deepspeed_config, ranks)
 
 
 def no_text_domain(folder: Path) -> DomainContext:
     """A first domain whose sample is empty."""
-    return DomainContext(0, "domain", lambda label: Pass([]), lambda label: Pass([]), folder, folder / "domain")
+    return DomainContext(
+        0, "domain", lambda label: ResumableLoop([]), lambda label: ResumableLoop([]), folder, folder / "domain"
+    )
 
 
 def train(
     config: RunConfig, steps: list[list[Batch]], **model_changes: Any
 ) -> tuple[dict[str, torch.Tensor], list[Metrics]]:
     """Final fp32 weights and the logged lines of one domain on joined batches, trained by this rank's part of them."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **model_changes)
     recorder = Recorder()
     method = build_method(run)
     domain = no_text_domain(config.output_dir)
     method.before_domain(domain)
     run.engine.start_domain(config.train.steps_per_domain)
-    method.start_training(domain)
+    method.on_train_start(domain)
     info = ranks.info
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     progress = Progress("domain", 0, 0, config.train.global_batch_size * LENGTH, config.train.steps_per_domain)

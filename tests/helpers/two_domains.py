@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods import build_method
 from das_ds.tracking.sinks import Metrics
 from das_ds.tracking.tracker import Tracker
@@ -56,7 +56,7 @@ def learn_all(configs: list[RunConfig], domains: list[Steps]) -> list[Learned]:
 
 
 def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **NO_DROPOUT)
     engine, method, recorder = run.engine, build_method(run), Recorder()
     weights = []
@@ -66,11 +66,16 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
         batches = [batch for step in parts for batch in step]
         measured = [[batch] for batch in batches]
         domain = DomainContext(
-            index, "domain", lambda _, b=batches: Pass(b), lambda _, m=measured: Pass(m), folder, folder
+            index,
+            "domain",
+            lambda _, b=batches: ResumableLoop(b),
+            lambda _, m=measured: ResumableLoop(m),
+            folder,
+            folder,
         )
         method.before_domain(domain)
         engine.start_domain(len(steps))
-        method.start_training(domain)
+        method.on_train_start(domain)
         trainer = DomainTrainer(engine, method, Tracker([recorder]), config.train)
         tokens_per_step = config.train.global_batch_size * LENGTH
         trainer.run(iter(parts), Progress("domain", 0, 0, tokens_per_step, len(parts)))

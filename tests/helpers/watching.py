@@ -16,9 +16,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from das_ds.distributed.collectives import all_reduce_maximum, all_reduce_sum
-from das_ds.distributed.flag_sync import Agreement, Flags
-from das_ds.distributed.process_group import Ranks, leave
+from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
+from das_ds.distributed.flag_sync import Flags, FlagSync
+from das_ds.distributed.process_group import ProcessGroup, leave
 from das_ds.fault_tolerance import watchdog as watchdog_module
 from das_ds.fault_tolerance.stack_dump import StackReport, inspect_stacks
 from das_ds.fault_tolerance.watchdog import PeerLostError, Watchdog
@@ -71,8 +71,8 @@ def steps(folder: Path, what: str, bad_rank: int) -> None:
     """Twenty steps, in the seventh of which `bad_rank` misbehaves."""
     rank = int(os.environ["RANK"])
     os.dup2(os.open(folder / f"errors-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-    ranks = Ranks()
-    agreement = Agreement(ranks)
+    ranks = ProcessGroup()
+    agreement = FlagSync(ranks)
     try:
         with Watchdog(ranks, HANG_TIMEOUT, folder) as watchdog:
             watchdog.set_phase("food")
@@ -159,13 +159,13 @@ def stressed_steps(folder: Path, seconds: float, suspects: bool) -> tuple[int, i
     watchdog_module.inspect_stacks = inspect
     # Nobody walks the frames of another thread in Python.
     sys._current_frames = break_down  # type: ignore[assignment]
-    ranks, main, ended, step = Ranks(), threading.get_ident(), threading.Event(), 0
+    ranks, main, ended, step = ProcessGroup(), threading.get_ident(), threading.Event(), 0
     with patch.object(watchdog_module, "PERIOD_S", 0.01), Watchdog(ranks, 60.0, folder) as watchdog:
         suspecting = threading.Thread(target=lambda: [inspect(main) for _ in iter(ended.is_set, True)])
         if suspects:
             suspecting.start()
         deadline = time.monotonic() + seconds
-        while all_reduce_maximum(torch.tensor(float(time.monotonic() < deadline))):
+        while all_reduce_max(torch.tensor(float(time.monotonic() < deadline))):
             step += 1
             watchdog.beat("forward and backward", step)
             descend(1 + 97 * step % 400)
@@ -186,8 +186,8 @@ def descend(depth: int) -> list[Any]:
 
 def agreed_flags() -> dict[str, Any]:
     """What a rank reads at each boundary: rank 1 asks for a save at the second, rank 0 for a stop at the third."""
-    ranks = Ranks()
-    rank, agreement = ranks.info.rank, Agreement(ranks)
+    ranks = ProcessGroup()
+    rank, agreement = ranks.info.rank, FlagSync(ranks)
     last = ranks.info.world_size - 1
     reported = [Flags(), Flags(save=rank == last, writing=rank == 0), Flags(stop=rank == 0), Flags(failed=rank == last)]
     read = [agreement.exchange(flags) for flags in reported]

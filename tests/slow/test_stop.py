@@ -14,7 +14,7 @@ from helpers.command_runs import (
     exit_codes,
     fill_disk_in_step_three,
     hang_in_step_three_of_rank_one,
-    start_training,
+    on_train_start,
     take_half_a_second_per_step,
     wait_until,
 )
@@ -49,38 +49,38 @@ def checkpoints(folder: Path) -> list[str]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `ncl` from beginning to end."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert exit_codes(start_training(run(folder, "whole"), folder, 2)) == [0, 0]
+    assert exit_codes(on_train_start(run(folder, "whole"), folder, 2)) == [0, 0]
     return folder / "whole"
 
 
 def test_a_stopped_run_ends_with_75_and_continues_to_the_same_end(tmp_path: Path) -> None:
     whole, stopped = (run(tmp_path, name, "das") for name in ("whole", "stopped"))
-    assert exit_codes(start_training(whole, tmp_path, 2)) == [0, 0]
+    assert exit_codes(on_train_start(whole, tmp_path, 2)) == [0, 0]
     folder = tmp_path / "stopped"
 
-    processes = start_training(stopped, tmp_path, 2, take_half_a_second_per_step)
+    processes = on_train_start(stopped, tmp_path, 2, take_half_a_second_per_step)
     wait_until(lambda: num_lines(folder) >= 3, "the third step")
     os.kill(processes[1].pid, signal.SIGUSR2)
     assert exit_codes(processes) == [75, 75]
     assert "_food_train_" in checkpoints(folder)[-1]
 
     seen = num_lines(folder)
-    processes = start_training(stopped, tmp_path, 2, take_half_a_second_per_step)
+    processes = on_train_start(stopped, tmp_path, 2, take_half_a_second_per_step)
     wait_until(lambda: num_lines(folder) > seen, "a step after the stop")
     (folder / "STOP").touch()
     assert exit_codes(processes) == [75, 75]
     assert not (folder / "STOP").exists()
 
-    assert exit_codes(start_training(stopped, tmp_path, 2)) == [0, 0]
+    assert exit_codes(on_train_start(stopped, tmp_path, 2)) == [0, 0]
     assert_same_run(folder, tmp_path / "whole")
     # Once more: there is nothing left to do, and nothing changes.
-    assert exit_codes(start_training(stopped, tmp_path, 2)) == [0, 0]
+    assert exit_codes(on_train_start(stopped, tmp_path, 2)) == [0, 0]
     assert_same_run(folder, tmp_path / "whole")
 
 
 def test_the_file_save_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
     values, folder = run(tmp_path, "run", keep=100), tmp_path / "run"
-    processes = start_training(values, tmp_path, 2)
+    processes = on_train_start(values, tmp_path, 2)
     wait_until(lambda: num_lines(folder) >= 2, "the second step")
     (folder / "SAVE").touch()
     assert exit_codes(processes) == [0, 0]
@@ -91,29 +91,29 @@ def test_the_file_save_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_a_stop_before_training_loses_nothing(tmp_path: Path) -> None:
     values, folder = run(tmp_path, "run"), tmp_path / "run"
-    processes = start_training(values, tmp_path, 2)
+    processes = on_train_start(values, tmp_path, 2)
     wait_until((folder / "config.yaml").exists, "the run folder")
     (folder / "STOP").touch()
     assert exit_codes(processes) == [75, 75]
-    assert exit_codes(start_training(values, tmp_path, 2)) == [0, 0]
+    assert exit_codes(on_train_start(values, tmp_path, 2)) == [0, 0]
 
 
 def test_a_killed_rank_is_named_and_the_run_continues(undisturbed: Path, tmp_path: Path) -> None:
     killed = run(tmp_path, "killed", every_steps=5)
-    processes = start_training(killed, tmp_path, 2, take_half_a_second_per_step)
+    processes = on_train_start(killed, tmp_path, 2, take_half_a_second_per_step)
     # Signs of life come once a second, and are read as often.
     wait_until(lambda: num_lines(tmp_path / "killed") >= 12, "step 12")
     os.kill(processes[1].pid, signal.SIGKILL)
     assert exit_codes(processes) == [1, -signal.SIGKILL]
     said = (tmp_path / "stderr_0").read_text()
     assert re.search(r"das_ds: rank 1 \(pid .*\) is gone; its last sign of life: step \d+ of food, \w+", said)
-    assert exit_codes(start_training(killed, tmp_path, 2)) == [0, 0]
+    assert exit_codes(on_train_start(killed, tmp_path, 2)) == [0, 0]
     assert_same_run(tmp_path / "killed", undisturbed)
 
 
 def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
     values = {**run(tmp_path, "run"), "run": {"hang_timeout": 4.0}}
-    assert exit_codes(start_training(values, tmp_path, 2, hang_in_step_three_of_rank_one)) == [1, 1]
+    assert exit_codes(on_train_start(values, tmp_path, 2, hang_in_step_three_of_rank_one)) == [1, 1]
     for rank in (0, 1):
         said = (tmp_path / f"stderr_{rank}").read_text()
         assert re.search(
@@ -124,10 +124,10 @@ def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_the_run_with_the_checkpoint_before(undisturbed: Path, tmp_path: Path) -> None:
     full = run(tmp_path, "full", every_steps=4)
-    assert exit_codes(start_training(full, tmp_path, 2, fill_disk_in_step_three)) == [2, 2]
+    assert exit_codes(on_train_start(full, tmp_path, 2, fill_disk_in_step_three)) == [2, 2]
     assert re.search(
         r"das_ds: .*000\d+_food_train_4: the checkpoint cannot be written", (tmp_path / "stderr_0").read_text()
     )
     assert checkpoints(tmp_path / "full")[-1].endswith("_food_train_0")
-    assert exit_codes(start_training(full, tmp_path, 2)) == [0, 0]
+    assert exit_codes(on_train_start(full, tmp_path, 2)) == [0, 0]
     assert_same_run(tmp_path / "full", undisturbed)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from das_ds.config import ModelConfig
-from das_ds.engine.sharded_init import sharded_construction
+from das_ds.engine.sharded_init import sharded_init
 from das_ds.models.loading import load_model
 from helpers.construction import random_equal_to_plain, weights_of_loaded
 from helpers.run_ranks import run_ranks
@@ -87,4 +87,4 @@ def test_weights_of_experts_are_read_in_parts_and_never_whole_by_a_rank(tmp_path
 
 def test_other_stages_build_whole_models() -> None:
     for zero in ({"stage": 2}, {"stage": 3, "zero_hpz_partition_size": 2}):
-        assert sharded_construction({"zero_optimization": zero}, None) is None  # type: ignore[arg-type]
+        assert sharded_init({"zero_optimization": zero}, None) is None  # type: ignore[arg-type]

@@ -13,13 +13,13 @@ import torch
 from das_ds.config import MethodConfig, RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank
-from das_ds.distributed.process_group import Ranks
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.distributed.state import Shard
-from das_ds.functional.directions import direction_mask
+from das_ds.functional.directions import direction_projector
 from das_ds.methods import build_method, directions
-from das_ds.softmask.direction_mask import RowMasks
-from das_ds.softmask.input_covariance import relative_moments
+from das_ds.softmask.direction_mask import DirectionMask
+from das_ds.softmask.input_covariance import input_second_moments
 from helpers.architectures import config_of, steps_of
 from helpers.parity import OFFLOAD, configs_of, relative_difference
 from helpers.run_ranks import run_ranks
@@ -50,11 +50,11 @@ def test_the_mask_matters() -> None:
 
 def masked_stretch(cuts: list[int], before: torch.Tensor, step: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What this rank makes of its stretch of one parameter."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     own = slice(cuts[rank()], cuts[rank() + 1])
     flat = torch.nn.Parameter(before.flatten()[own].clone())
     shards = [Shard("w", flat, 0, own.start, flat.numel())] if flat.numel() else []
-    rows = RowMasks(shards, {"w": flat}, {"w": len(mask)}, lambda _: mask, ranks.info.device)
+    rows = DirectionMask(shards, {"w": flat}, {"w": len(mask)}, lambda _: mask, ranks.info.device)
     old = rows.remember(flat)
     assert old is not None
     flat.data += step.flatten()[own]
@@ -100,9 +100,9 @@ def test_two_domains_equal_plain_torch(
 
 def moments_of(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
     """Of this rank's rows of one batch of DeBERTa."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **without_dropout("deberta-v2"))
-    found = relative_moments(run, Pass([rank_part(batch, ranks.info.rank, ranks.info.world_size)]))
+    found = input_second_moments(run, ResumableLoop([rank_part(batch, ranks.info.rank, ranks.info.world_size)]))
     run.engine.close()
     return found
 
@@ -117,21 +117,21 @@ def test_tables_that_every_rank_reads_count_once(tmp_path: Path) -> None:
 
 def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
     """Widths of the masks that this rank makes, those of the layers it steps, and masks at the most that exist."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     run = build(config, ranks, **without_dropout("roberta"))
     method = build_method(run)
-    assert isinstance(method, directions.DirectionMasked)
+    assert isinstance(method, directions.Directions)
     made: list[torch.Tensor] = []
 
     def counted(moment: torch.Tensor, saturation: float) -> torch.Tensor:
-        made.append(direction_mask(moment, saturation))
+        made.append(direction_projector(moment, saturation))
         return made[-1]
 
-    with patch.object(directions, "direction_mask", counted):
+    with patch.object(directions, "direction_projector", counted):
         domain = no_text_domain(config.output_dir)
-        moments = relative_moments(run, Pass([steps_of("roberta")[0][0]]))
+        moments = input_second_moments(run, ResumableLoop([steps_of("roberta")[0][0]]))
         method._moments = moments
-        method.start_training(domain)
+        method.on_train_start(domain)
     distinct = {moment.numpy().tobytes() for moment in moments.values()}
     own = {
         moments[shard.name].numpy().tobytes(): len(moments[shard.name])

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 from das_ds.config.io import load_config
 from das_ds.functional.importance import elementwise_maximum
 from das_ds.methods import METHODS
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.reporting.results import Results
 from das_ds.run_dir import RESULTS_FILE
 from das_ds.softmask.importance_file import load_unit_importance
@@ -104,7 +104,7 @@ def _check_metrics(folder: Path, *, has_contrast: bool, is_pool: bool) -> None:
 def test_importance_of_a_run_is_the_maximum_of_its_parts(finished: tuple[Path, dict[str, Place | str]]) -> None:
     folder = finished[0] / "das"
     model = AutoModelForMaskedLM.from_pretrained(folder / "domains" / "01_papers" / "model")
-    layout = adapter_for("roberta").layout(model)
+    layout = spec_for("roberta").layout(model)
     parts = ["importance_general", "domains/00_food/importance", "domains/01_papers/importance"]
     total = None
     for part in parts:

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from das_ds.config import RunConfig
 from das_ds.distributed.process_group import RankInfo
-from das_ds.training.data_module import prepare_text
+from das_ds.training.data_module import prepare_data
 from helpers.run_ranks import run_ranks
 from helpers.runs import (
     evaluate_export,
@@ -37,7 +37,7 @@ def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
     config = RunConfig(**values)
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
-    text = prepare_text(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
+    text = prepare_data(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
     losses = []
     for corpus in text.blocks:
         total, count = 0.0, 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from das_ds.distributed.process_group import PREPARATION_TIMEOUT
+from das_ds.distributed.process_group import LONG_TIMEOUT
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.training import random_batch, run_config
@@ -60,8 +60,8 @@ def test_others_wait_for_slow_preparation_without_a_time_out(tmp_path: Path) -> 
 def test_every_group_that_is_not_patient_has_the_time_of_the_run(stage: int, tmp_path: Path) -> None:
     config = run_config(tmp_path, deepspeed={"zero_optimization": {"stage": stage}})
     for found in run_ranks(timeouts, 2, config, timedelta(seconds=777), timedelta(seconds=999)):
-        patient = [timeout for timeout in found if timeout == PREPARATION_TIMEOUT]
-        others = [timeout for timeout in found if timeout != PREPARATION_TIMEOUT]
+        patient = [timeout for timeout in found if timeout == LONG_TIMEOUT]
+        others = [timeout for timeout in found if timeout != LONG_TIMEOUT]
         # torch's and DeepSpeed's, at the least.
         assert len(patient) == 2 and len(others) >= 2
         assert set(others) == {timedelta(seconds=999)}

@@ -13,7 +13,7 @@ from das_ds import hub
 from das_ds.config import DataConfig, ModelConfig
 from das_ds.data.sources import HubDataset, fingerprint, resolve_source
 from das_ds.errors import DataError, ModelError
-from das_ds.hub import HubError, commit_of, local_folder
+from das_ds.hub import HubError, find_commit, local_folder
 from das_ds.models.loading import load_model, model_config, open_tokenizer
 from helpers.fake_hub import FakeHub, fake_hub
 from helpers.tiny_models import tiny_model
@@ -166,9 +166,9 @@ def test_data_set_keeps_its_commit_without_the_hub(
 
 
 def test_commit_is_asked_for_by_revision(served: FakeHub) -> None:
-    assert commit_of("model", MODEL, "v1") == FIRST
+    assert find_commit("model", MODEL, "v1") == FIRST
     assert served.requests == [f"/api/models/{MODEL}/revision/v1"]
-    assert commit_of("model", MODEL, SECOND) == SECOND
+    assert find_commit("model", MODEL, SECOND) == SECOND
 
 
 def test_revisions_belong_to_names() -> None:

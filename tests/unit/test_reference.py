@@ -157,9 +157,9 @@ def test_normalise_by_hand() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0], [0.3, 0.3, 0.3]], dtype=torch.float64)
     extreme = math.tanh(math.sqrt(1.5))
     expected = torch.tensor([[extreme, 0.0, extreme], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(ref.normalise(values), expected)
+    torch.testing.assert_close(ref.normalize(values), expected)
     expected[0, 0] = 0.0
-    torch.testing.assert_close(ref.normalise(values, "tanh_positive"), expected)
+    torch.testing.assert_close(ref.normalize(values, "tanh_positive"), expected)
 
 
 def test_masks_of_owned_and_shared_parameters() -> None:

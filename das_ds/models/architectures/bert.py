@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 
 LAYER = "{base}.encoder.layer.{layer}"
 EMBEDDINGS = (
@@ -18,7 +18,7 @@ LAYER_UNMASKED = (
     f"{LAYER}.output.LayerNorm.*",
 )
 
-BERT = ArchitectureAdapter(
+BERT = ArchitectureSpec(
     model_type="bert",
     objective="mlm",
     units={HEAD: "num_attention_heads", INTERMEDIATE: "intermediate_size", OUTPUT: "hidden_size"},

@@ -1,11 +1,11 @@
 """DistilBERT: BERT's layers under other names, and an LM head whose parts lie in the model itself."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 
 LAYER = "{base}.transformer.layer.{layer}"
 
-DISTILBERT = ArchitectureAdapter(
+DISTILBERT = ArchitectureSpec(
     model_type="distilbert",
     objective="mlm",
     units={HEAD: "n_heads", INTERMEDIATE: "hidden_dim", OUTPUT: "dim"},

@@ -7,12 +7,12 @@ from typing import Any
 
 from das_ds.config import AdapterConfig
 from das_ds.functional.units import UnitRule
-from das_ds.models.architectures.spec import PROBABILITIES, ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import PROBABILITIES, ArchitectureSpec, GateSite
 
 
-def adapter_from(section: AdapterConfig, model_type: str) -> ArchitectureAdapter:
+def spec_from_config(section: AdapterConfig, model_type: str) -> ArchitectureSpec:
     """The table that a run config holds, for models of `model_type`."""
-    return ArchitectureAdapter(
+    return ArchitectureSpec(
         model_type=model_type,
         objective=section.objective,
         units=section.units.model_dump(exclude_none=True),
@@ -28,7 +28,7 @@ def adapter_from(section: AdapterConfig, model_type: str) -> ArchitectureAdapter
     )
 
 
-def section_of(adapter: ArchitectureAdapter) -> dict[str, Any]:
+def spec_section(adapter: ArchitectureSpec) -> dict[str, Any]:
     """The table as plain values of `model.adapter`, without the defaults."""
     values = asdict(adapter)
     # What a registered table cannot describe is code, and the model that the section is printed for is none of it.

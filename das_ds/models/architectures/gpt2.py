@@ -1,11 +1,11 @@
 """GPT-2: fused queries, keys and values, and matrices stored as (inputs, outputs), so that outputs are columns."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 
 LAYER = "{base}.h.{layer}"
 
-GPT2 = ArchitectureAdapter(
+GPT2 = ArchitectureSpec(
     model_type="gpt2",
     objective="clm",
     units={HEAD: "n_head", INTERMEDIATE: "n_inner|4*n_embd", OUTPUT: "n_embd"},

@@ -1,11 +1,11 @@
 """GPT-NeoX and Pythia: each head's query, key and value rows lie one after the other in one matrix."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 
 LAYER = "{base}.layers.{layer}"
 
-GPT_NEOX = ArchitectureAdapter(
+GPT_NEOX = ArchitectureSpec(
     model_type="gpt_neox",
     objective="clm",
     units={HEAD: "num_attention_heads", INTERMEDIATE: "intermediate_size", OUTPUT: "hidden_size"},

@@ -10,7 +10,7 @@ They differ in biases, which the rules take where they are, and in normalisation
 from dataclasses import replace
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 
 LAYER = "{base}.layers.{layer}"
 ATTENTION_RULES = (
@@ -35,7 +35,7 @@ POST_NORM = f"{LAYER}.post_feedforward_layernorm.weight"
 SHARED_HEAD_NORMS = (f"{LAYER}.self_attn.q_norm.weight", f"{LAYER}.self_attn.k_norm.weight")
 POST_NORM_RULE = UnitRule(OUTPUT, POST_NORM, axis=0, reader=True)
 
-LLAMA = ArchitectureAdapter(
+LLAMA = ArchitectureSpec(
     model_type="llama",
     objective="clm",
     units={HEAD: "num_attention_heads", INTERMEDIATE: "intermediate_size", OUTPUT: "hidden_size"},

@@ -1,11 +1,11 @@
 """ModernBERT: fused queries, keys and values, and a gated MLP with both its maps in one matrix."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 
 LAYER = "{base}.layers.{layer}"
 
-MODERNBERT = ArchitectureAdapter(
+MODERNBERT = ArchitectureSpec(
     model_type="modernbert",
     objective="mlm",
     units={HEAD: "num_attention_heads", INTERMEDIATE: "intermediate_size", OUTPUT: "hidden_size"},

@@ -6,7 +6,7 @@ Its position embedding has two rows more than `max_position_embeddings` says, so
 from typing import Any
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 
 LAYER = "{base}.decoder.layers.{layer}"
 
@@ -16,7 +16,7 @@ def skips_layers(config: Any) -> str | None:
     return f"layerdrop: found {config.layerdrop}, allowed: 0" if config.layerdrop else None
 
 
-OPT = ArchitectureAdapter(
+OPT = ArchitectureSpec(
     model_type="opt",
     objective="clm",
     units={HEAD: "num_attention_heads", INTERMEDIATE: "ffn_dim", OUTPUT: "hidden_size"},

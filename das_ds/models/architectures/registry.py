@@ -12,14 +12,14 @@ from das_ds.models.architectures.modernbert import MODERNBERT
 from das_ds.models.architectures.opt import OPT
 from das_ds.models.architectures.phi3 import PHI3
 from das_ds.models.architectures.roberta import ROBERTA, XLM_ROBERTA
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureSpec
 
 ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, ELECTRA, DEBERTA_V2, MODERNBERT)
 DECODERS = (GPT2, GPT_NEOX, OPT, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3_TEXT, PHI3, MIXTRAL, QWEN3_MOE)
-ADAPTERS: dict[str, ArchitectureAdapter] = {adapter.model_type: adapter for adapter in (*ENCODERS, *DECODERS)}
+ADAPTERS: dict[str, ArchitectureSpec] = {adapter.model_type: adapter for adapter in (*ENCODERS, *DECODERS)}
 
 
-def adapter_for(model_type: str) -> ArchitectureAdapter:
+def spec_for(model_type: str) -> ArchitectureSpec:
     """The adapter of a Hugging Face `model_type`.
 
     Raises:

@@ -53,7 +53,7 @@ class GateSite:
 
 
 @dataclass(frozen=True)
-class ArchitectureAdapter:
+class ArchitectureSpec:
     """The table of one architecture."""
 
     model_type: str

@@ -11,14 +11,14 @@ from transformers import PretrainedConfig
 from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError
 from das_ds.functional.units import UnitRule
-from das_ds.models.architectures.from_config import section_of
+from das_ds.models.architectures.from_config import spec_section
 from das_ds.models.architectures.registry import ADAPTERS
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.inspect.probe import probe_models, skeleton
 from das_ds.models.inspect.propose import discover
 from das_ds.models.inspect.verify import verify_table
 
-Rows = list[tuple[str, ...]]
+RowSource = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class UnitTable:
     """A registered or proposed table with what was seen of it."""
 
     config: PretrainedConfig
-    adapter: ArchitectureAdapter
+    adapter: ArchitectureSpec
     is_registered: bool
     reasons: dict[str, str]
     """Map or group -> why no unit owns it."""
@@ -44,7 +44,7 @@ class UnitTable:
 
     def section(self) -> str:
         """YAML of `model: {adapter: ...}`, to be merged into a run config."""
-        return yaml.safe_dump({"model": {"adapter": section_of(self.adapter)}}, sort_keys=False, width=120)
+        return yaml.safe_dump({"model": {"adapter": spec_section(self.adapter)}}, sort_keys=False, width=120)
 
     def describe(self) -> str:
         """Units, owners of every parameter of a layer with its shape, what stays unmasked, gates, LM head."""
@@ -54,12 +54,12 @@ class UnitTable:
         base = model.base_model_prefix
         name = lambda pattern: pattern.format(base=base, layer="{layer}")  # noqa: E731
         shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-        owned: Rows = [("parameter", "shape", "units", "axis", "spread", "role")]
+        owned: RowSource = [("parameter", "shape", "units", "axis", "spread", "role")]
         for rule in adapter.rules:
             shape = _shape(rule, shapes, base, layout.num_layers)
             owned.append((name(rule.parameter), shape, rule.group, str(rule.axis), rule.spread, _role(rule)))
-        gates: Rows = [(site.group, f"{site.position} of {name(site.module)}") for site in adapter.sites]
-        units: Rows = [
+        gates: RowSource = [(site.group, f"{site.position} of {name(site.module)}") for site in adapter.sites]
+        units: RowSource = [
             (group, str(count), f"= {adapter.units[group]}", self._verdict(group))
             for group, count in layout.num_units.items()
         ]

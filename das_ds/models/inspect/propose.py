@@ -17,7 +17,7 @@ from das_ds.config import ObjectiveName
 from das_ds.errors import DasError, ModelError, first_line
 from das_ds.functional.axis_layouts import SPREADS, Axis
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 from das_ds.models.inspect.probe import INNER_NAMES, probe_models, skeleton
 from das_ds.models.inspect.structure import (
     find_layers,
@@ -27,20 +27,20 @@ from das_ds.models.inspect.structure import (
     layer_patterns,
     unmasked_patterns,
 )
-from das_ds.models.inspect.trace import LayerFlow, LinearMap, trace_layer
-from das_ds.models.inspect.verify import lost_vectors, verify_table
+from das_ds.models.inspect.trace import LayerFlow, TracedLinear, trace_layer
+from das_ds.models.inspect.verify import broken_vectors, verify_table
 
 SAMPLED_UNITS = 16
 """Units of a group whose features are looked at one by one."""
 
-_Feeders = tuple[tuple[LinearMap, str], ...]
+_Feeders = tuple[tuple[TracedLinear, str], ...]
 
 
 @dataclass(frozen=True)
 class Proposal:
     """A table that holds on the probe and fits the shapes of the real model."""
 
-    adapter: ArchitectureAdapter
+    adapter: ArchitectureSpec
     reasons: dict[str, str]
     """Map (relative to a layer) or group -> why no unit owns it."""
     problems: dict[str, tuple[str, ...]]
@@ -51,7 +51,7 @@ class Proposal:
 class _Group:
     """The units that one map takes, and the maps that make them."""
 
-    consumer: LinearMap
+    consumer: TracedLinear
     num_units: int
     feeders: _Feeders
     """The maps that make them, each with the spread of its features."""
@@ -115,7 +115,7 @@ def _propose(model: PreTrainedModel, objective: ObjectiveName) -> Proposal:
     if not rules:
         raise ModelError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     lm_head, cap = find_lm_head(model, objective)
-    adapter = ArchitectureAdapter(
+    adapter = ArchitectureSpec(
         model_type=config.model_type,
         objective=objective,
         units=units,
@@ -134,7 +134,7 @@ def _propose(model: PreTrainedModel, objective: ObjectiveName) -> Proposal:
     return Proposal(adapter, reasons, problems)
 
 
-def _with_vectors(model: PreTrainedModel, adapter: ArchitectureAdapter, prefix: str) -> ArchitectureAdapter:
+def _with_vectors(model: PreTrainedModel, adapter: ArchitectureSpec, prefix: str) -> ArchitectureSpec:
     """The table with rules for vectors, such as those of norms, whose entries serve single units.
 
     What lies behind the gate of an output only reads that unit.
@@ -147,7 +147,7 @@ def _with_vectors(model: PreTrainedModel, adapter: ArchitectureAdapter, prefix: 
     for group, num_units in layout.num_units.items():
         key_value_heads = adapter.count(model.config, adapter.key_value_heads) if adapter.key_value_heads else num_units
         units = _sample(num_units)
-        for name, lost in lost_vectors(model, adapter, group, units).items():
+        for name, lost in broken_vectors(model, adapter, group, units).items():
             spread = _spread(lost, Axis(1, lost.shape[1], num_units, key_value_heads), units)
             if name in names and spread and not any(rule.parameter == names[name] for rule in adapter.rules):
                 rules.append(UnitRule(group, names[name], 0, spread, reader=group == OUTPUT))
@@ -194,13 +194,13 @@ def _mlp(flow: LayerFlow, config: Any, attention: set[str], reasons: dict[str, s
 
 
 def _fitting(
-    flow: LayerFlow, consumer: LinearMap, num_units: int, num_key_value_heads: int
+    flow: LayerFlow, consumer: TracedLinear, num_units: int, num_key_value_heads: int
 ) -> tuple[_Feeders, dict[str, str]]:
     """Feeding maps with the spread that describes them, and those that none describes with the reason."""
     units = _sample(num_units)
     maps = {item.name: item for item in flow.maps}
     fits, misfits = [], {}
-    for name, reached in flow.influence(consumer, num_units, units).items():
+    for name, reached in flow.reachable_units(consumer, num_units, units).items():
         spread = _spread(reached, Axis(1, maps[name].sizes[1], num_units, num_key_value_heads), units)
         if reached.all() and maps[name].sizes[1] > consumer.sizes[0] // num_units:
             # One key/value head for all, unless it is wider than a head: then something mixed all heads.
@@ -243,14 +243,14 @@ def _made(group: _Group, kind: str, prefix: str) -> list[UnitRule]:
     return [rule for item, spread in group.feeders for rule in _given(item, kind, prefix, spread)]
 
 
-def _given(item: LinearMap, kind: str, prefix: str, spread: str) -> list[UnitRule]:
+def _given(item: TracedLinear, kind: str, prefix: str, spread: str) -> list[UnitRule]:
     """Weight and bias of a map whose features belong to units."""
     name = f"{prefix}.{item.name}"
     rules = [UnitRule(kind, f"{name}.weight", 1 if item.is_transposed else 0, spread)]
     return rules if item.module.bias is None else [*rules, UnitRule(kind, f"{name}.bias", 0, spread)]
 
 
-def _taken(item: LinearMap, kind: str, prefix: str, *, reader: bool) -> UnitRule:
+def _taken(item: TracedLinear, kind: str, prefix: str, *, reader: bool) -> UnitRule:
     """The weight of a map that takes units."""
     return UnitRule(kind, f"{prefix}.{item.name}.weight", 0 if item.is_transposed else 1, reader=reader)
 

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError
 from das_ds.functional.units import UnitRule
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.inspect.probe import LENGTH, probe_ids
 
 MOST_OFFSET = 4
@@ -101,7 +101,7 @@ def find_lm_head(model: PreTrainedModel, objective: ObjectiveName) -> tuple[tupl
             handle.remove()
     caps = [name for name in model.config.to_dict() if "softcap" in name]
     for cap in (None, *caps):
-        bare = ArchitectureAdapter(
+        bare = ArchitectureSpec(
             model.config.model_type, objective, {}, (), (), (), tuple(called), logit_cap_attribute=cap
         )
         limit = bare.logit_cap(model)

@@ -23,7 +23,7 @@ from das_ds.models.inspect.probe import LENGTH, NUM_ROWS, VOCABULARY_SIZE, probe
 
 
 @dataclass(frozen=True, eq=False)
-class LinearMap:
+class TracedLinear:
     """One linear map of the layer in one forward pass."""
 
     name: str
@@ -49,7 +49,7 @@ class LinearMap:
 class LayerFlow:
     """The linear maps of a layer in the order in which they ran."""
 
-    maps: tuple[LinearMap, ...]
+    maps: tuple[TracedLinear, ...]
     repeated: tuple[str, ...]
     """Maps that ran several times in one pass; they are not among `maps`."""
     idle: tuple[str, ...]
@@ -57,7 +57,7 @@ class LayerFlow:
     mixing: tuple[str, ...]
     """Maps whose input at one position depends on the token at another."""
 
-    def influence(self, consumer: LinearMap, num_units: int, units: list[int]) -> dict[str, torch.Tensor]:
+    def reachable_units(self, consumer: TracedLinear, num_units: int, units: list[int]) -> dict[str, torch.Tensor]:
         """Which features of every feeding map reach each of the units that the consumer's input divides into.
 
         Returns:
@@ -85,11 +85,11 @@ def trace_layer(model: PreTrainedModel, layer: nn.Module) -> LayerFlow:
         module: name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
     ids = probe_ids(model)
-    runs: list[LinearMap] = []
+    runs: list[TracedLinear] = []
     with _recorded(names, runs, cut=True):
         model(ids)
-    plain: list[LinearMap] = []
-    changed: list[LinearMap] = []
+    plain: list[TracedLinear] = []
+    changed: list[TracedLinear] = []
     other = ids.clone()
     # The neighbour of the last position: sliding windows may hide all that is further away.
     other[:, -2] = 5 + (ids[:, -2] - 4) % (VOCABULARY_SIZE - 5)
@@ -110,7 +110,7 @@ def trace_layer(model: PreTrainedModel, layer: nn.Module) -> LayerFlow:
     )
 
 
-def _differ_at_the_end(before: LinearMap, after: LinearMap) -> bool:
+def _differ_at_the_end(before: TracedLinear, after: TracedLinear) -> bool:
     if before.name != after.name or before.taken.shape != after.taken.shape:
         return True
     if before.taken.numel() != NUM_ROWS * LENGTH * before.taken.shape[-1]:
@@ -120,10 +120,10 @@ def _differ_at_the_end(before: LinearMap, after: LinearMap) -> bool:
 
 
 @contextmanager
-def _recorded(names: dict[nn.Module, str], runs: list[LinearMap], *, cut: bool) -> Iterator[None]:
+def _recorded(names: dict[nn.Module, str], runs: list[TracedLinear], *, cut: bool) -> Iterator[None]:
     def record(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         given = output.detach().requires_grad_(cut)
-        runs.append(LinearMap(names[module], module, inputs[0], given))
+        runs.append(TracedLinear(names[module], module, inputs[0], given))
         # A copy, as some layers add to an output in place.
         return given.clone()
 

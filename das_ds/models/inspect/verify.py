@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from das_ds.functional.units import UnitLayout
-from das_ds.models.architectures.spec import ArchitectureAdapter
+from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.gates import UnitGates
 from das_ds.models.inspect.probe import probe_ids
 from das_ds.models.language_model import LanguageModel
@@ -26,7 +26,7 @@ Gradients = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Parameter -> largest absolute gradient of every row (E * R,) and of every column (E * C,)."""
 
 
-def verify_table(model: PreTrainedModel, adapter: ArchitectureAdapter) -> dict[str, tuple[str, ...]]:
+def verify_table(model: PreTrainedModel, adapter: ArchitectureSpec) -> dict[str, tuple[str, ...]]:
     """Close gates of a small network and look at the gradients.
 
     What has no gradient in the first place, such as the bias of a key projection, which a softmax ignores, tells
@@ -43,7 +43,7 @@ def verify_table(model: PreTrainedModel, adapter: ArchitectureAdapter) -> dict[s
         ModelError: the table does not even fit the model's names and shapes.
     """
     layout = adapter.layout(model)
-    trial = _Trial(model, adapter, layout)
+    trial = _GateExperiment(model, adapter, layout)
     problems: dict[str, list[str]] = {}
     for group in layout.num_units:
         for layer in range(layout.num_layers):
@@ -53,15 +53,15 @@ def verify_table(model: PreTrainedModel, adapter: ArchitectureAdapter) -> dict[s
     return {group: tuple(dict.fromkeys(found)) for group, found in problems.items() if found}
 
 
-def lost_vectors(
-    model: PreTrainedModel, adapter: ArchitectureAdapter, group: str, units: list[int]
+def broken_vectors(
+    model: PreTrainedModel, adapter: ArchitectureSpec, group: str, units: list[int]
 ) -> dict[str, torch.Tensor]:
     """Which entries of vectors lose their gradient when single units of the first layer are closed.
 
     Returns:
         Parameter -> (len(units), A) bool; parameters that lose none are left out.
     """
-    trial = _Trial(model, adapter, adapter.layout(model))
+    trial = _GateExperiment(model, adapter, adapter.layout(model))
     lost = [trial.lost(trial.gradients((group, 0, (unit,)))) for unit in units]
     vectors = [name for name, parameter in model.named_parameters() if parameter.dim() == 1]
     found = {name: torch.stack([rows[name][0] for rows in lost]) for name in vectors}
@@ -80,9 +80,9 @@ def _unit_sets(layout: UnitLayout, group: str, layer: int) -> list[tuple[int, ..
 
 
 @dataclass
-class _Trial:
+class _GateExperiment:
     model: PreTrainedModel
-    adapter: ArchitectureAdapter
+    adapter: ArchitectureSpec
     layout: UnitLayout
 
     def __post_init__(self) -> None:

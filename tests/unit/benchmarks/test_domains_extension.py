@@ -20,7 +20,7 @@ from benchmarks.domains.tiers import CPU, GPU
 from benchmarks.domains.track import TrackRuns
 from das_ds.errors import RunFolderError, StoppedError
 from das_ds.reporting.comparison import Comparison, Group
-from das_ds.reporting.metrics import line_groups
+from das_ds.reporting.metrics import baseline_sweep
 from helpers.comparisons import comparison, group, run_numbers
 
 RATE = "train__learning_rate"
@@ -96,7 +96,7 @@ def test_settings_of_one_alone_have_the_value_of_the_reference_in_the_other() ->
         "method.contrast.weight": "1",
     }
     assert both.group("das").settings["method.replay.share"] == "null"
-    assert [one.label for one in line_groups(both)] == [NAIVE, "ncl x 0.5", "ncl at 0.000186"]
+    assert [one.label for one in baseline_sweep(both)] == [NAIVE, "ncl x 0.5", "ncl at 0.000186"]
 
 
 def test_runs_of_one_label_with_other_settings_are_refused() -> None:

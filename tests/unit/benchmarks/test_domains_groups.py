@@ -10,13 +10,13 @@ from benchmarks.domains.jobs import TrainingRun
 from das_ds.config import ModelConfig
 from das_ds.config.io import load_config
 from das_ds.distributed.process_group import RankInfo
-from das_ds.distributed.resumable import Passes
+from das_ds.distributed.resumable import ResumableLoops
 from das_ds.errors import ModelError
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import load_model
 from das_ds.reporting.results import build_results
 from das_ds.run_dir import RESULTS_FILE
-from das_ds.training.data_module import prepare_text
+from das_ds.training.data_module import prepare_data
 from das_ds.training.evaluate import evaluate_corpora
 from helpers.runs import small_run
 from helpers.tiny_models import tiny_model
@@ -69,10 +69,10 @@ def finished_run(folder: Path) -> TrainingRun:
 def losses_of(run: TrainingRun, index: int) -> dict[str, float]:
     """Held-out losses of an exported model as it is."""
     config = load_config(run.config)
-    text = prepare_text(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
+    text = prepare_data(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
     source = ModelConfig(name_or_path=str(run.model(index)))
     model, adapter = load_model(source, seed=0, vocab_size=len(text.base_tokenizer))
-    return evaluate_corpora(LanguageModel(model, adapter), text, Passes(show=False))
+    return evaluate_corpora(LanguageModel(model, adapter), text, ResumableLoops(show=False))
 
 
 def test_restoring_what_changed_gives_the_earlier_model_and_leaves_no_trace(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.mfu import METHODS, MODELS, Workload, build_batch, build_config, model_flops
 from benchmarks.peaks import PEAK_TFLOPS, TERA, measured_peak, vendor_peak
 from benchmarks.product import build_model
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.models.language_model import LanguageModel
 
 
@@ -17,7 +17,7 @@ from das_ds.models.language_model import LanguageModel
 def test_model_flops_of_a_step_are_those_that_torch_counts(name: str) -> None:
     work = Workload(name, batch_size=3, sequence_length=24, precision="fp32", zero_stage=1, steps=1)
     model = build_model(build_config(work, "ncl"))
-    adapter = adapter_for(model.config.model_type)
+    adapter = spec_for(model.config.model_type)
     batch = build_batch(work, adapter.objective)
     # Of several implementations of attention, torch counts the one that is written out in matrix products.
     model.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""Reading documents: every format gives the same documents, every fault its own message."""
+"""SampleStream documents: every format gives the same documents, every fault its own message."""
 
 import gzip
 import json

@@ -9,14 +9,14 @@ import torch
 
 from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.loader import AccumulatedBatches, EvaluationBatches, Samples, evaluation_batches, training_steps
-from das_ds.data.mixture import OneDomain
-from das_ds.data.objectives import MlmMasker, NextTokens, Objective
+from das_ds.data.loader import AccumulatedBatches, EvaluationBatches, SampleDataset, evaluation_batches, training_steps
+from das_ds.data.mixture import SingleDomain
+from das_ds.data.objectives import CausalLMCollator, MLMCollator, Objective
 from das_ds.data.tokenize import TokenFile
 from das_ds.errors import ConfigError
 
 LENGTH, NUM_BLOCKS, GLOBAL_BATCH = 32, 21, 8
-MASKER = MlmMasker(mask_id=4, special_ids=(0, 1, 2, 3, 4), vocab_size=300, probability=0.3)
+MASKER = MLMCollator(mask_id=4, special_ids=(0, 1, 2, 3, 4), vocab_size=300, probability=0.3)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def steps(
 ) -> list[list[Batch]]:
     return list(
         training_steps(
-            OneDomain(Samples(blocks, objective, seed, "train/soup"), GLOBAL_BATCH),
+            SingleDomain(SampleDataset(blocks, objective, seed, "train/soup"), GLOBAL_BATCH),
             first_step=first_step,
             num_steps=7,
             global_batch_size=GLOBAL_BATCH,
@@ -119,8 +119,8 @@ def test_joined_micro_steps_do_not_depend_on_the_number_of_ranks(blocks: TokenBl
     one = steps(blocks, micro_batch_size=4)
     ranks = [steps(blocks, rank=r, world_size=world_size, micro_batch_size=4 // world_size) for r in range(world_size)]
     for number, step in enumerate(one):
-        for micro_step, whole in enumerate(step):
-            parts = joined([rank[number][micro_step] for rank in ranks])
+        for losses, whole in enumerate(step):
+            parts = joined([rank[number][losses] for rank in ranks])
             for found, expected in zip(parts, joined([whole]), strict=True):
                 assert torch.equal(found, expected)
 
@@ -238,13 +238,13 @@ def test_global_batches_of_given_blocks_do_not_depend_on_the_number_of_ranks(
     blocks: TokenBlocks, world_size: int, num_chosen: int
 ) -> None:
     chosen = list(range(NUM_BLOCKS))[::-1][:num_chosen]
-    samples = Samples(blocks, MASKER, 0, "importance/soup")
+    samples = SampleDataset(blocks, MASKER, 0, "importance/soup")
     ranks = [AccumulatedBatches(samples, chosen, GLOBAL_BATCH, 2, rank, world_size) for rank in range(world_size)]
     found: list[list[int]] = []
     for step in zip(*ranks, strict=True):
         assert all(len(batches) == GLOBAL_BATCH // (2 * world_size) for batches in step)
         assert all(len(batch.input_ids) == 2 for batches in step for batch in batches)
-        joined = [batch for micro_step in zip(*step, strict=True) for batch in micro_step]
+        joined = [batch for losses in zip(*step, strict=True) for batch in losses]
         found.append([n for b in joined for n, w in zip(block_numbers(b), b.row_weights, strict=True) if w])
     assert found == [chosen[i : i + GLOBAL_BATCH] for i in range(0, num_chosen, GLOBAL_BATCH)]
     assert len(ranks[0]) == len(found)
@@ -267,21 +267,25 @@ def causal_predictions(batches: list[Batch]) -> list[tuple[tuple[int, ...], tupl
 def test_causal_micro_steps_do_not_depend_on_the_number_of_ranks(documents: TokenBlocks, world_size: int) -> None:
     def of(rank: int, ranks: int) -> list[list[Batch]]:
         return steps(
-            documents, objective=NextTokens(), rank=rank, world_size=ranks, micro_batch_size=GLOBAL_BATCH // 2 // ranks
+            documents,
+            objective=CausalLMCollator(),
+            rank=rank,
+            world_size=ranks,
+            micro_batch_size=GLOBAL_BATCH // 2 // ranks,
         )
 
     ranks = [of(rank, world_size) for rank in range(world_size)]
     for number, step in enumerate(of(0, 1)):
-        for micro_step, whole in enumerate(step):
-            parts = [rank[number][micro_step] for rank in ranks]
+        for losses, whole in enumerate(step):
+            parts = [rank[number][losses] for rank in ranks]
             assert causal_predictions(parts) == causal_predictions([whole])
 
 
 @pytest.mark.parametrize("first_step", [1, 4])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_causal_steps_resume_and_load_in_processes(documents: TokenBlocks, first_step: int, num_workers: int) -> None:
-    tail = steps(documents, objective=NextTokens())[first_step:]
-    resumed = steps(documents, objective=NextTokens(), first_step=first_step, num_workers=num_workers)
+    tail = steps(documents, objective=CausalLMCollator())[first_step:]
+    resumed = steps(documents, objective=CausalLMCollator(), first_step=first_step, num_workers=num_workers)
     for left, right in zip(resumed, tail, strict=True):
         for one, other in zip(left, right, strict=True):
             assert_same(one, other)
@@ -293,7 +297,7 @@ def test_causal_evaluation_is_every_next_token_inside_a_document(documents: Toke
         row
         for rank in range(world_size)
         for row in causal_predictions(
-            list(evaluation(documents, objective=NextTokens(), rank=rank, world_size=world_size))
+            list(evaluation(documents, objective=CausalLMCollator(), rank=rank, world_size=world_size))
         )
     ]
     positions = documents.positions(range(len(documents)))
@@ -310,7 +314,7 @@ def test_causal_evaluation_is_every_next_token_inside_a_document(documents: Toke
 
 
 def test_rows_that_fill_a_causal_batch_have_positions_and_no_predictions(documents: TokenBlocks) -> None:
-    samples = Samples(documents, NextTokens(), 0, "evaluation/soup")
+    samples = SampleDataset(documents, CausalLMCollator(), 0, "evaluation/soup")
     batch = samples.fixed_batch([], 3, 0)
     assert batch.num_predicted == 0
     assert batch.position_ids is not None and batch.position_ids.shape == (3, LENGTH)

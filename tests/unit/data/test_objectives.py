@@ -3,22 +3,22 @@
 import pytest
 
 from das_ds.config import DataConfig
-from das_ds.data.objectives import MlmMasker, NextTokens, make_objective
+from das_ds.data.objectives import CausalLMCollator, MLMCollator, make_objective
 from das_ds.errors import ConfigError
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
 def test_objectives_by_name() -> None:
     tokenizer = tiny_tokenizer()
-    assert isinstance(make_objective("clm", tokenizer, DataConfig(isolate_documents=True)), NextTokens)
+    assert isinstance(make_objective("clm", tokenizer, DataConfig(isolate_documents=True)), CausalLMCollator)
     masker = make_objective("mlm", tokenizer, DataConfig(mlm_probability=0.3))
-    assert masker == MlmMasker.from_tokenizer(tokenizer, 0.3)
+    assert masker == MLMCollator.from_tokenizer(tokenizer, 0.3)
 
 
 def test_causal_needs_no_mask_token() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = None
-    assert isinstance(make_objective("clm", tokenizer, DataConfig()), NextTokens)
+    assert isinstance(make_objective("clm", tokenizer, DataConfig()), CausalLMCollator)
 
 
 def test_isolation_is_for_causal_models() -> None:

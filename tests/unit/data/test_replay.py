@@ -11,10 +11,10 @@ import torch
 
 from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.loader import Samples, training_steps
-from das_ds.data.mixture import OneDomain
-from das_ds.data.objectives import MlmMasker, NextTokens, Objective
-from das_ds.data.replay import Replay, interleaved
+from das_ds.data.loader import SampleDataset, training_steps
+from das_ds.data.mixture import SingleDomain
+from das_ds.data.objectives import CausalLMCollator, MLMCollator, Objective
+from das_ds.data.replay import Replay, interleave
 from das_ds.data.tokenize import TokenFile
 from das_ds.functional.sampling import replay_number
 
@@ -24,7 +24,7 @@ NUM_BLOCKS = {"papers": 30, "food": 3, "news": 50}
 """The domain, then what is replayed."""
 TOKEN = {"papers": 5, "food": 100, "news": 200}
 """Block i of a corpus holds nothing but its token + i."""
-MASKERS = {name: MlmMasker(4, SPECIAL, vocab, 0.3) for name, vocab in (("papers", 400), ("food", 300), ("news", 350))}
+MASKERS = {name: MLMCollator(4, SPECIAL, vocab, 0.3) for name, vocab in (("papers", 400), ("food", 300), ("news", 350))}
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def load(
 ) -> list[list[Batch]]:
     made = objectives or MASKERS
     sources = tuple((corpora[name], made[name]) for name in ("food", "news"))
-    samples = Samples(corpora["papers"], made["papers"], 0, "train/papers")
+    samples = SampleDataset(corpora["papers"], made["papers"], 0, "train/papers")
     return list(
         training_steps(
-            OneDomain(samples, size, Replay(num_replayed, sources)),
+            SingleDomain(samples, size, Replay(num_replayed, sources)),
             global_batch_size=size,
             micro_batch_size=micro_batch_size,
             rank=rank,
@@ -119,7 +119,7 @@ def test_share_and_rows_of_a_step_do_not_depend_on_the_split(
         for rank in range(world_size)
     ]
     for step, expected in zip(zip(*ranks, strict=True), whole, strict=True):
-        found = [rows_of(batch) for micro_step in zip(*step, strict=True) for batch in micro_step]
+        found = [rows_of(batch) for losses in zip(*step, strict=True) for batch in losses]
         # In the order of the global batch, not only as a set.
         assert [row for rows in found for row in rows] == expected
         assert sum(row.corpus != "papers" for row in expected) == num_replayed
@@ -167,7 +167,7 @@ def test_resuming_and_loader_processes_give_the_same(
 
 
 def test_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
-    objectives: dict[str, Objective] = dict.fromkeys(NUM_BLOCKS, NextTokens())
+    objectives: dict[str, Objective] = dict.fromkeys(NUM_BLOCKS, CausalLMCollator())
     for step in load(corpora, num_replayed=3, objectives=objectives):
         for batch in step:
             assert batch.corrupted_ids.equal(batch.input_ids)
@@ -181,7 +181,7 @@ def test_rows_of_batches_with_positions_are_put_where_they_belong() -> None:
         weights = torch.ones(len(rows))
         return Batch(ids, ids + 100, torch.tensor(predicted), ids.flatten()[predicted], weights, ids * 2)
 
-    joined = interleaved([made([[1, 2], [3, 4]], [1, 2]), made([[5, 6]], [0])], [2, 0, 1])
+    joined = interleave([made([[1, 2], [3, 4]], [1, 2]), made([[5, 6]], [0])], [2, 0, 1])
     expected = made([[3, 4], [5, 6], [1, 2]], [0, 2, 5])
     for field in fields(Batch):
         assert getattr(joined, field.name).equal(getattr(expected, field.name)), field.name

@@ -77,7 +77,7 @@ def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_name_gets_the_current_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("das_ds.data.sources.commit_of", lambda kind, name, revision: "abc")
+    monkeypatch.setattr("das_ds.data.sources.find_commit", lambda kind, name, revision: "abc")
     (source,) = resolve_source("owner/name:part@test")
     assert source == HubDataset("owner/name", "part", "test", "abc")
     assert fingerprint(source) == "owner/name:part@test#abc"

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from das_ds.distributed import rendezvous
-from das_ds.distributed.rendezvous import meeting
+from das_ds.distributed.rendezvous import report_missing_ranks
 from das_ds.errors import PreflightError
 from helpers.waiting import until
 
@@ -34,7 +34,11 @@ def test_rank_0_says_how_many_are_here_and_that_the_others_did_not_come(
     monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 1.5)
     expected = r"do not find each other within 4 s \(run.hang_timeout\): .*; check that"
     # The inner one counts as a second rank, which is in another process otherwise.
-    with pytest.raises(PreflightError, match=expected), meeting(None), meeting(timedelta(seconds=4)):
+    with (
+        pytest.raises(PreflightError, match=expected),
+        report_missing_ranks(None),
+        report_missing_ranks(timedelta(seconds=4)),
+    ):
         dist.TCPStore("127.0.0.1", port, 4, True, timedelta(seconds=4), multi_tenant=True)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("das_ds: ")]
     expected = f"das_ds: 2 of 4 ranks here, waiting at 127.0.0.1:{port} (WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT "
@@ -46,7 +50,7 @@ def test_rank_whom_nobody_answers_speaks_for_itself(
 ) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 1.0)
-    with pytest.raises(PreflightError), meeting(timedelta(seconds=5)):
+    with pytest.raises(PreflightError), report_missing_ranks(timedelta(seconds=5)):
         dist.TCPStore("127.0.0.1", port, 4, False, timedelta(seconds=5))
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("das_ds: ")]
     assert lines[0].startswith(f"das_ds: rank 2 of 4 is here, but nobody answers at 127.0.0.1:{port} ")
@@ -58,11 +62,11 @@ def test_ranks_that_meet_say_nothing(
 ) -> None:
     monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 0.3)
     threads = threading.active_count()
-    with meeting(None):
+    with report_missing_ranks(None):
         pass
     until(lambda: threading.active_count() == threads)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with meeting(None):
+    with report_missing_ranks(None):
         assert threading.active_count() == threads
         time.sleep(0.4)
     assert "das_ds: " not in capfd.readouterr().err

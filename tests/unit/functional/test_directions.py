@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.directions import direction_mask, moment_fault, relative_moment
+from das_ds.functional.directions import describe_invalid_moment, direction_projector, normalized_second_moment
 
 
 def moment(*, rank: int, width: int = 6) -> torch.Tensor:
@@ -16,43 +16,43 @@ def moment(*, rank: int, width: int = 6) -> torch.Tensor:
 
 
 def test_the_relative_moment_knows_no_scale() -> None:
-    relative = relative_moment(moment(rank=6))
+    relative = normalized_second_moment(moment(rank=6))
     assert relative.trace().item() == pytest.approx(6.0, rel=1e-6)
-    torch.testing.assert_close(relative_moment(1e-9 * moment(rank=6)), relative)
-    assert not relative_moment(torch.zeros(6, 6)).any()
+    torch.testing.assert_close(normalized_second_moment(1e-9 * moment(rank=6)), relative)
+    assert not normalized_second_moment(torch.zeros(6, 6)).any()
 
 
 @pytest.mark.parametrize("saturation", [0.1, 1.0, 30.0])
 def test_a_direction_keeps_what_the_saturating_mask_leaves_it(saturation: float) -> None:
-    relative = relative_moment(moment(rank=6))
+    relative = normalized_second_moment(moment(rank=6))
     shares, vectors = torch.linalg.eigh(relative.double())
     # 1 - I of I = a / (a + c).
     factors = 1.0 - shares / (shares + saturation)
     expected = vectors @ torch.diag(factors) @ vectors.T
-    torch.testing.assert_close(direction_mask(relative, saturation).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(direction_projector(relative, saturation).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_what_never_came_in_learns_freely_and_the_rest_hardly() -> None:
     of_three = moment(rank=3)
     _, vectors = torch.linalg.eigh(of_three.double())
     new, old = vectors[:, :3].float(), vectors[:, 3:].float()
-    mask = direction_mask(relative_moment(of_three), 1e-3)
+    mask = direction_projector(normalized_second_moment(of_three), 1e-3)
     torch.testing.assert_close(new.T @ mask, new.T, rtol=0, atol=1e-3)
     assert (old.T @ mask).abs().max() < 1e-2
 
 
 def test_nothing_is_masked_where_nothing_is_known() -> None:
-    torch.testing.assert_close(direction_mask(torch.zeros(4, 4), 0.5), torch.eye(4))
+    torch.testing.assert_close(direction_projector(torch.zeros(4, 4), 0.5), torch.eye(4))
 
 
 @pytest.mark.parametrize("saturation", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 @pytest.mark.parametrize("rank", [1, 5])
 def test_no_direction_learns_more_than_freely_at_any_saturation(saturation: float, rank: int) -> None:
     """Moments summed in float32 have eigenvalues below 0, which a small saturation blows up."""
-    relative = relative_moment(moment(rank=rank, width=64))
+    relative = normalized_second_moment(moment(rank=rank, width=64))
     shares, vectors = torch.linalg.eigh(relative.double())
     assert shares[0] < -1e-8
-    mask = direction_mask(relative, saturation).double()
+    mask = direction_projector(relative, saturation).double()
     factors = torch.linalg.eigvalsh(mask)
     assert factors[-1] <= 1.0 + 1e-5 and factors[0] >= -1e-6
     torch.testing.assert_close(mask, mask.T, rtol=0, atol=0)
@@ -65,13 +65,13 @@ def test_no_direction_learns_more_than_freely_at_any_saturation(saturation: floa
 def test_inputs_that_are_not_finite_are_not_taken_for_none(value: float) -> None:
     broken = moment(rank=6)
     broken[2, :] = broken[:, 2] = value
-    assert not relative_moment(broken).isfinite().all()
+    assert not normalized_second_moment(broken).isfinite().all()
 
 
 def test_what_is_no_second_moment_is_told_apart() -> None:
-    sound = relative_moment(moment(rank=6))
-    assert moment_fault(sound) is None and moment_fault(torch.zeros(6, 6)) is None
-    assert moment_fault(relative_moment(moment(rank=2, width=64))) is None
+    sound = normalized_second_moment(moment(rank=6))
+    assert describe_invalid_moment(sound) is None and describe_invalid_moment(torch.zeros(6, 6)) is None
+    assert describe_invalid_moment(normalized_second_moment(moment(rank=2, width=64))) is None
     faults = {
         "not finite": (2, 3, float("nan")),
         "negative": (2, 2, -1.0),
@@ -80,7 +80,7 @@ def test_what_is_no_second_moment_is_told_apart() -> None:
     for words, (row, column, value) in faults.items():
         broken = sound.clone()
         broken[row, column] = value
-        assert words in str(moment_fault(broken))
+        assert words in str(describe_invalid_moment(broken))
     broken = sound.clone()
     broken[2, 3] = broken[3, 2] = 100.0
-    assert "larger than those on the diagonal allow" in str(moment_fault(broken))
+    assert "larger than those on the diagonal allow" in str(describe_invalid_moment(broken))

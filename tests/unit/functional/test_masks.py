@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.masks import MaskTable, Segment, SegmentTable, cover, importance_of, mask_levels, strengthened
+from das_ds.functional.masks import (
+    MaskTable,
+    Segment,
+    SegmentTable,
+    apply_exponent,
+    build_lookup_tables,
+    dense_importance,
+    fill_gaps,
+)
 from das_ds.functional.units import Importance
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from helpers.reference import full_masks
 from helpers.tiny_models import CONFIGS, random_importance, tiny_model
 
@@ -25,24 +33,24 @@ def test_every_stretch_equals_a_slice_of_the_full_mask(axes: str) -> None:
     for offset in range(ROWS * COLUMNS):
         for numel in range(1, ROWS * COLUMNS - offset + 1):
             segment = Segment(2, numel, offset, COLUMNS, **chosen)
-            found = importance_of(SegmentTable(numel + 5, cover([segment], numel + 5), values))
+            found = dense_importance(SegmentTable(numel + 5, fill_gaps([segment], numel + 5), values))
             assert torch.equal(found[2 : 2 + numel], whole[offset : offset + numel])
             assert not found[:2].any() and not found[2 + numel :].any()
 
 
 def test_gaps_are_covered_once_and_empty_segments_vanish() -> None:
     given = [Segment(9, 6, 1, 2, rows=0), Segment(3, 0, 0, 4, rows=0), Segment(20, 4, 0, 4, columns=0)]
-    covered = cover(given, 30)
+    covered = fill_gaps(given, 30)
     assert [i for segment in covered for i in range(segment.start, segment.stop)] == list(range(30))
     assert [segment for segment in covered if segment.is_protected] == [given[0], given[2]]
-    assert cover([], 0) == ()
+    assert fill_gaps([], 0) == ()
 
 
 def test_overlapping_segments_are_a_mistake() -> None:
     with pytest.raises(AssertionError, match="overlaps"):
-        cover([Segment(0, 6), Segment(5, 2)], 10)
+        fill_gaps([Segment(0, 6), Segment(5, 2)], 10)
     with pytest.raises(AssertionError, match="leaves 10"):
-        cover([Segment(5, 6)], 10)
+        fill_gaps([Segment(5, 6)], 10)
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "bert"])
@@ -50,14 +58,14 @@ def test_overlapping_segments_are_a_mistake() -> None:
 @pytest.mark.parametrize("shared_scale", [1.0, 0.25])
 def test_table_equals_masks_spelled_out_unit_by_unit(model_type: str, readers: bool, shared_scale: float) -> None:
     model = tiny_model(model_type)
-    table = MaskTable(adapter_for(model_type).layout(model), readers=readers, shared_scale=shared_scale)
+    table = MaskTable(spec_for(model_type).layout(model), readers=readers, shared_scale=shared_scale)
     for seed in (1, 2):
         importance = random_importance(model, seed)
         table.load(importance)
         for name, scale in full_masks(model, importance, readers=readers, shared_scale=shared_scale).items():
             numel = scale.numel()
             segments = table.segments(name, start=0, offset=0, numel=numel)
-            found = 1.0 - importance_of(SegmentTable(numel, tuple(segments), table.values))
+            found = 1.0 - dense_importance(SegmentTable(numel, tuple(segments), table.values))
             torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-7, msg=name)
 
 
@@ -105,7 +113,7 @@ def importance_by_hand(
 @pytest.mark.parametrize("readers", [False, True])
 def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) -> None:
     model = tiny_model(model_type)
-    layout = adapter_for(model_type).layout(model)
+    layout = spec_for(model_type).layout(model)
     table = MaskTable(layout, readers=readers, shared_scale=0.75)
     importance = random_importance(model)
     table.load(importance)
@@ -119,7 +127,7 @@ def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) ->
         numel = len(whole)
         for offset, length in [(0, numel), (1, numel - 2), (numel // 3, numel // 2), (numel // 2 + 1, 5)]:
             segments = table.segments(name, start=3, offset=offset, numel=length)
-            found = importance_of(SegmentTable(length + 4, cover(segments, length + 4), table.values))
+            found = dense_importance(SegmentTable(length + 4, fill_gaps(segments, length + 4), table.values))
             assert torch.equal(found[3 : 3 + length], whole[offset : offset + length]), name
             assert not found[:3].any() and not found[3 + length :].any()
 
@@ -128,7 +136,7 @@ def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) ->
 @pytest.mark.parametrize("readers", [False, True])
 def test_units_outside_the_groups_move_freely(groups: list[str], readers: bool) -> None:
     model = tiny_model()
-    layout = adapter_for("roberta").layout(model)
+    layout = spec_for("roberta").layout(model)
     table = MaskTable(layout, readers=readers, shared_scale=0.25, groups=groups, strength=3.0)
     importance = random_importance(model)
     table.load(importance)
@@ -137,21 +145,21 @@ def test_units_outside_the_groups_move_freely(groups: list[str], readers: bool) 
         for group, values in importance.items()
     }
     for name, scale in full_masks(model, masked, readers=readers, shared_scale=0.25).items():
-        segments = cover(table.segments(name, start=0, offset=0, numel=scale.numel()), scale.numel())
-        found = 1.0 - importance_of(SegmentTable(scale.numel(), segments, table.values))
+        segments = fill_gaps(table.segments(name, start=0, offset=0, numel=scale.numel()), scale.numel())
+        found = 1.0 - dense_importance(SegmentTable(scale.numel(), segments, table.values))
         torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-6, msg=name)
 
 
 def test_strength_keeps_both_ends_and_leaves_1_alone() -> None:
     importance = torch.tensor([0.0, 0.3, 1.0])
-    assert strengthened(importance, 1.0) is importance
-    assert strengthened(importance, 2.0).tolist() == [0.0, pytest.approx(0.51), 1.0]
-    assert strengthened(importance, 0.5).tolist() == [0.0, pytest.approx(1 - 0.7**0.5), 1.0]
+    assert apply_exponent(importance, 1.0) is importance
+    assert apply_exponent(importance, 2.0).tolist() == [0.0, pytest.approx(0.51), 1.0]
+    assert apply_exponent(importance, 0.5).tolist() == [0.0, pytest.approx(1 - 0.7**0.5), 1.0]
 
 
 def test_levels_of_a_mask_by_weight() -> None:
     owners = {"query": "head", "inner": "intermediate", "embedding": "shared"}
-    tables = mask_levels(owners, groups=["head", "shared"], shared_scale=0.5, strength=2.0, num_levels=10)
+    tables = build_lookup_tables(owners, groups=["head", "shared"], shared_scale=0.5, strength=2.0, num_levels=10)
     assert tables is not None
     # (1 - I)^2 leaves 0.81, 0.64, ... of the update, and half of that where no unit owns the weight.
     assert tables["query"].tolist() == [0, 2, 4, 5, 6, 8, 8, 9, 10, 10, 10]
@@ -161,16 +169,18 @@ def test_levels_of_a_mask_by_weight() -> None:
 
 def test_a_plain_mask_by_weight_needs_no_table() -> None:
     owners = {"query": "head", "embedding": "shared"}
-    assert mask_levels(owners, groups=None, shared_scale=1.0, strength=1.0, num_levels=255) is None
-    assert mask_levels(owners, groups=["head", "shared"], shared_scale=1.0, strength=1.0, num_levels=255) is None
+    assert build_lookup_tables(owners, groups=None, shared_scale=1.0, strength=1.0, num_levels=255) is None
+    assert (
+        build_lookup_tables(owners, groups=["head", "shared"], shared_scale=1.0, strength=1.0, num_levels=255) is None
+    )
     for group, free in (("head", "embedding"), ("shared", "query")):
-        tables = mask_levels(owners, groups=[group], shared_scale=1.0, strength=1.0, num_levels=255)
+        tables = build_lookup_tables(owners, groups=[group], shared_scale=1.0, strength=1.0, num_levels=255)
         assert tables is not None and not tables[free].any()
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_a_parameter_has_one_group_of_owners(model_type: str) -> None:
-    layout = adapter_for(model_type).layout(tiny_model(model_type))
+    layout = spec_for(model_type).layout(tiny_model(model_type))
     pairs = {(item.parameter, item.group) for item in layout.ownerships if not item.reader}
     assert len(pairs) == len({name for name, _ in pairs})
     shared = {name: "shared" for name in layout.shapes if name not in dict(pairs)}

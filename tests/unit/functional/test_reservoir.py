@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from das_ds.functional.sampling import NOT_KEPT, last_of_each_slot, padded, reservoir_slots, spread_positions
+from das_ds.functional.sampling import NOT_KEPT, append_zero_row, evenly_spaced, final_writes, reservoir_slots
 
 
 def stored(num_samples: int, capacity: int, chunk: int, seed: int) -> list[int]:
@@ -14,7 +14,7 @@ def stored(num_samples: int, capacity: int, chunk: int, seed: int) -> list[int]:
     uniforms, slots = np.random.default_rng(seed).random(num_samples), np.full(capacity, NOT_KEPT)
     for first in range(0, num_samples, chunk):
         found = reservoir_slots(first, uniforms[first : first + chunk], capacity)
-        last = last_of_each_slot(found)
+        last = final_writes(found)
         assert len(set(found[last])) == len(last)
         slots[found[last]] = first + last
     return list(slots)
@@ -48,22 +48,22 @@ def test_positions_are_all_there_are_or_spread_over_the_sequence() -> None:
     # Rows of 10 tokens that predict 2, none, 6 and 3.
     predicted = torch.tensor([1, 7, 20, 21, 22, 25, 26, 29, 30, 34, 38])
     offsets = torch.tensor([0.9, 0.9, 0.9, 0.0], dtype=torch.float64)
-    indices, exists = spread_positions(predicted, 4, 10, 3, offsets)
-    found = [padded(predicted)[row][mask].tolist() for row, mask in zip(indices, exists, strict=True)]
+    indices, exists = evenly_spaced(predicted, 4, 10, 3, offsets)
+    found = [append_zero_row(predicted)[row][mask].tolist() for row, mask in zip(indices, exists, strict=True)]
     # Of six, those at floor(0.9 * 2), floor(1.9 * 2), floor(2.9 * 2).
     assert found == [[1, 7], [], [21, 25, 29], [30, 34, 38]]
 
 
 def test_no_position_at_all() -> None:
-    indices, exists = spread_positions(torch.zeros(0, dtype=torch.int64), 2, 10, 4, torch.rand(2).double())
-    assert not exists.any() and not padded(torch.zeros(0, 3))[indices].any()
+    indices, exists = evenly_spaced(torch.zeros(0, dtype=torch.int64), 2, 10, 4, torch.rand(2).double())
+    assert not exists.any() and not append_zero_row(torch.zeros(0, 3))[indices].any()
 
 
 def test_every_position_is_as_likely_as_any_other() -> None:
     num_rows, count = 7000, 3
     predicted = torch.arange(num_rows)[:, None] * 10 + torch.arange(7)
     offsets = torch.rand(num_rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    indices, exists = spread_positions(predicted.flatten(), num_rows, 10, count, offsets)
+    indices, exists = evenly_spaced(predicted.flatten(), num_rows, 10, count, offsets)
     assert exists.all()
     chosen = predicted.flatten()[indices] % 10
     assert (chosen.diff(dim=1) > 0).all()

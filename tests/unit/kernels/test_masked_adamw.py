@@ -52,7 +52,7 @@ def test_equals_the_formula_in_float64(form: str, kind: str, scaled: bool, devic
         grad_scale = torch.tensor(2.5, device=device) if scaled else None
         step_in(form, *views, protection, num_steps=7, grad_scale=grad_scale)
         expected = [values.double() for values in start]
-        importance = protection.written_out().double().cpu()
+        importance = protection.to_dense().double().cpu()
         reference_(*expected, importance, num_steps=7, grad_scale=2.5 if scaled else 1.0, **SETTINGS)
         message = f"{kind}, {numel} elements, seed {seed}"
         for index in (0, 2, 3):
@@ -93,7 +93,7 @@ def test_importance_may_change_in_place(form: str, kind: str, device: str) -> No
         param, grad = (torch.ones(1003, device=device) for _ in range(2))
         moments = [torch.zeros(1003, device=device) for _ in range(2)]
         step_in(form, param, grad, *moments, protection, num_steps=1)
-        protected = protection.written_out().to(device) == 1
+        protected = protection.to_dense().to(device) == 1
         assert not (param[protected] != 1).any() and bool((param[~protected] != 1).all())
         assert bool((~protected).all()) == moves
 

@@ -49,7 +49,7 @@ def test_equals_the_formula_in_float64(form: str, kind: str, dtype: torch.dtype,
     poisoned = [inside_poison(values.to(device)) for values in start]
     FORMS[form]([view for _, view in poisoned], protections)
     for before, (whole, view), protection in zip(start, poisoned, protections, strict=True):
-        share = 1 - protection.written_out().double().cpu()
+        share = 1 - protection.to_dense().double().cpu()
         message = f"{kind}, {dtype}, {protection.numel} elements, seed {seed}"
         found, expected = view.double().cpu(), before.double() * share
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=1e-6, msg=message)

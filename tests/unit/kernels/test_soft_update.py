@@ -38,7 +38,7 @@ def test_equals_the_formula_in_float64(form: str, kind: str, device: str, monkey
     seed = new_seed()
     generator = torch.Generator().manual_seed(seed)
     protection = random_protection(kind, NUMEL, generator, device)
-    importance = protection.written_out().double().cpu()
+    importance = protection.to_dense().double().cpu()
     starts = [window.start for window in protection.windows]
     for start, stop in ((0, NUMEL), (0, starts[1]), (starts[2], starts[4]), (starts[-1], NUMEL)):
         new, old = (torch.randn(stop - start, generator=generator) for _ in range(2))

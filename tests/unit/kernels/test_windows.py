@@ -27,10 +27,10 @@ def test_windows_cover_a_tensor_and_know_its_importance(
         assert window.start == position and 0 < len(window) <= window_elements, seed
         position = window.stop
         new, old = torch.zeros(len(window)), torch.ones(len(window))
-        protection.pull_back_(new, old, window, protection.scratch())
+        protection.lerp_toward_(new, old, window, protection.scratch())
         found[window.start : window.stop] = new
     assert position == NUMEL
-    torch.testing.assert_close(found, protection.written_out(), rtol=0, atol=1e-7, msg=f"seed {seed}")
+    torch.testing.assert_close(found, protection.to_dense(), rtol=0, atol=1e-7, msg=f"seed {seed}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

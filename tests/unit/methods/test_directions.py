@@ -11,16 +11,16 @@ import torch
 
 from das_ds.config import MethodConfig
 from das_ds.distributed.process_group import RankInfo
-from das_ds.distributed.resumable import Pass
+from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import ImportanceError, ModelError, TrainingError
 from das_ds.methods import METHODS, build_method
-from das_ds.methods.directions import DirectionMasked
-from das_ds.methods.merge import Merging
-from das_ds.models.architectures.registry import ADAPTERS, adapter_for
+from das_ds.methods.directions import Directions
+from das_ds.methods.merge import MergingWrapper
+from das_ds.models.architectures.registry import ADAPTERS, spec_for
 from das_ds.models.language_model import LanguageModel
 from das_ds.run_dir import DIRECTIONS_FILE
 from das_ds.softmask.importance_file import load_directions, save_directions
-from das_ds.softmask.input_covariance import linear_layers, relative_moments
+from das_ds.softmask.input_covariance import input_second_moments, linear_layers
 from helpers.architectures import causal_batch
 from helpers.tiny_models import tiny_model, without_dropout
 from helpers.training import LENGTH, no_text_domain, random_batch, rank_part, run_config
@@ -33,7 +33,7 @@ METHOD: dict[str, Any] = {"name": "das", "importance": IMPORTANCE, "contrast": {
 def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
     """As much of a run as directions need before training, without an engine; `changes` are keys of the model's."""
     model = tiny_model(model_type, **without_dropout(model_type), **changes)
-    adapter = adapter_for(model_type)
+    adapter = spec_for(model_type)
     network = LanguageModel(model, adapter)
     engine = SimpleNamespace(
         parameters=dict(model.named_parameters()),
@@ -55,20 +55,28 @@ def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
     alone = type(whole)(
         *(v[:2] for v in (first.input_ids, first.corrupted_ids)), first.predicted, first.targets, torch.ones(2)
     )
-    filled, expected = relative_moments(run, Pass([first])), relative_moments(run, Pass([alone]))
+    filled, expected = (
+        input_second_moments(run, ResumableLoop([first])),
+        input_second_moments(run, ResumableLoop([alone])),
+    )
     assert filled.keys() == linear_layers(run).keys()
     for name, moment in filled.items():
         torch.testing.assert_close(moment, expected[name])
-    assert any(not torch.allclose(filled[n], m, rtol=1e-3) for n, m in relative_moments(run, Pass([whole])).items())
+    assert any(
+        not torch.allclose(filled[n], m, rtol=1e-3)
+        for n, m in input_second_moments(run, ResumableLoop([whole])).items()
+    )
 
 
 @pytest.mark.parametrize("model_type", [name for name in ADAPTERS if name not in WITHOUT_LINEAR_LAYERS])
 def test_the_same_sample_in_other_batches_has_the_same_moments(model_type: str, tmp_path: Path) -> None:
     run = run_of(tmp_path, model_type=model_type)
-    batch = (causal_batch if adapter_for(model_type).objective == "clm" else random_batch)(8, 1)
-    expected = relative_moments(run, Pass([batch]))
+    batch = (causal_batch if spec_for(model_type).objective == "clm" else random_batch)(8, 1)
+    expected = input_second_moments(run, ResumableLoop([batch]))
     for num_batches in (2, 8):
-        found = relative_moments(run, Pass([rank_part(batch, number, num_batches) for number in range(num_batches)]))
+        found = input_second_moments(
+            run, ResumableLoop([rank_part(batch, number, num_batches) for number in range(num_batches)])
+        )
         for name, moment in found.items():
             torch.testing.assert_close(moment, expected[name], rtol=1e-4, atol=1e-5, msg=f"{num_batches}: {name}")
 
@@ -81,7 +89,7 @@ def test_a_table_of_relative_positions_counts_once(num_rows: int, tmp_path: Path
     table = model.base_model.encoder.get_rel_embedding()
     assert len(table) == LENGTH
     states = model.base_model(batch.corrupted_ids, output_hidden_states=True).hidden_states
-    found = relative_moments(run, Pass([rank_part(batch, row, num_rows) for row in range(num_rows)]))
+    found = input_second_moments(run, ResumableLoop([rank_part(batch, row, num_rows) for row in range(num_rows)]))
     for layer, hidden in enumerate(states[:-1]):
         inputs = torch.cat((hidden.flatten(0, 1), table)).detach().double()
         moment = inputs.T @ inputs
@@ -99,7 +107,7 @@ def test_inputs_that_are_not_finite_end_the_run(value: float, tmp_path: Path) ->
         r"importance: found an input of roberta\.\S+ that is not finite, expected finite numbers; the model diverged"
     )
     with pytest.raises(TrainingError, match=message):
-        relative_moments(run, Pass([random_batch(2, 1)]))
+        input_second_moments(run, ResumableLoop([random_batch(2, 1)]))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +151,7 @@ def test_earlier_runs_protect_from_the_first_domain_on(tmp_path: Path) -> None:
     initial = {**METHOD, "importance": {**IMPORTANCE, "initial": str(tmp_path / DIRECTIONS_FILE)}}
     method = build_method(run_of(tmp_path, initial))
     method.before_domain(no_text_domain(tmp_path))
-    assert isinstance(method, DirectionMasked) and method.state().shared.keys() == widths.keys()
+    assert isinstance(method, Directions) and method.state().shared.keys() == widths.keys()
 
 
 def test_networks_whose_layers_are_no_linear_layers_are_refused(tmp_path: Path) -> None:
@@ -160,7 +168,7 @@ def test_any_method_merges_where_it_is_told_to(name: str) -> None:
 
 def test_merge_has_a_default(tmp_path: Path) -> None:
     assert MethodConfig.model_validate({"name": "merge"}).merging == 0.5
-    assert isinstance(build_method(run_of(tmp_path, {"name": "merge"})), Merging)
+    assert isinstance(build_method(run_of(tmp_path, {"name": "merge"})), MergingWrapper)
 
 
 @pytest.mark.parametrize(

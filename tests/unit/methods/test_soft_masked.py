@@ -11,14 +11,14 @@ import pytest
 
 from das_ds.errors import ConfigError
 from das_ds.methods import METHODS
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from helpers.tiny_models import tiny_model
 from helpers.training import run_config
 
 
 def run_of(method: dict[str, Any], folder: Path) -> Any:
     """As much of a run as is read before training, over a model whose table has no heads."""
-    layout = adapter_for("roberta").layout(tiny_model())
+    layout = spec_for("roberta").layout(tiny_model())
     units = {group: size for group, size in layout.num_units.items() if group != "head"}
     return SimpleNamespace(config=run_config(folder, method=method), layout=replace(layout, num_units=units))
 

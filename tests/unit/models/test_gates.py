@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
 from helpers.reference import encode, lm_logits
@@ -15,7 +15,7 @@ from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_gated_rows_equal_the_written_out_network(model_type: str) -> None:
     model = tiny_model(model_type, **NO_DROPOUT)
-    adapter = adapter_for(model_type)
+    adapter = spec_for(model_type)
     importance = random_importance(model)
     ids = torch.randint(5, 100, (5, 9), generator=torch.Generator().manual_seed(0))
     predicted = torch.tensor([0, 7, 11])
@@ -33,7 +33,7 @@ def test_gated_rows_equal_the_written_out_network(model_type: str) -> None:
 
 def test_gates_of_one_change_nothing_and_leave_no_hooks() -> None:
     model = tiny_model(**NO_DROPOUT)
-    adapter = adapter_for("roberta")
+    adapter = spec_for("roberta")
     gates = {g: torch.ones_like(v)[:, None] for g, v in random_importance(model).items()}
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     before = model(ids).logits
@@ -49,7 +49,7 @@ def test_measuring_adds_up_once_and_leaves_outputs_alone(checkpointing: bool) ->
     model = tiny_model(**NO_DROPOUT).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapter = adapter_for("roberta")
+    adapter = spec_for("roberta")
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     plain = model(ids).logits
     sums = {group: torch.zeros(2, 2, len(values[0])) for group, values in random_importance(model).items()}

@@ -11,7 +11,7 @@ from transformers import AutoConfig, BertConfig, T5Config
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.models.loading import (
     check_files,
     check_sequence_length,
@@ -20,7 +20,7 @@ from das_ds.models.loading import (
     model_config,
     open_tokenizer,
 )
-from das_ds.storage import replaced_folder
+from das_ds.storage import atomic_dir
 from helpers.tiny_models import CONFIGS, SIZES, tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 from helpers.training import run_config
@@ -58,7 +58,7 @@ def test_pretrained_weights_are_loaded_in_float32(model_type: str, tmp_path: Pat
 
 def test_altered_files_of_an_exported_model_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    with replaced_folder(folder) as partial:
+    with atomic_dir(folder) as partial:
         tiny_model().save_pretrained(partial)
     check_files(ModelConfig(name_or_path=str(folder)))
     check_files(ModelConfig(name_or_path="roberta-base"))
@@ -167,7 +167,7 @@ def test_positions_begin_behind_the_padding_index(model_type: str, padding: int)
     model = tiny_model(model_type, pad_token_id=padding)
     longest = longest_block_that_runs(model)
     assert longest == 40 - padding - 1
-    adapter = adapter_for(model_type)
+    adapter = spec_for(model_type)
     check_sequence_length(model, adapter, longest)
     with pytest.raises(ConfigError, match=rf"found {longest + 1}, but this {model_type} has positions for at most"):
         check_sequence_length(model, adapter, longest + 1)
@@ -178,7 +178,7 @@ def test_padding_index_that_leaves_no_positions(padding: int | None) -> None:
     model = tiny_model()
     model.config.pad_token_id = padding
     with pytest.raises(ModelError, match=rf"pad_token_id of the model's config: found {padding}, allowed: 0 to 38"):
-        check_sequence_length(model, adapter_for("roberta"), 8)
+        check_sequence_length(model, spec_for("roberta"), 8)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from das_ds.config import LoraConfig
 from das_ds.errors import ConfigError, ModelError
 from das_ds.functional.units import GROUPS, HEAD, INTERMEDIATE, OUTPUT, Ownership, UnitLayout, UnitRule
-from das_ds.models.architectures.registry import adapter_for
-from das_ds.models.architectures.spec import ArchitectureAdapter, GateSite
+from das_ds.models.architectures.registry import spec_for
+from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import Lora, LowRankMap, adapted_layout
@@ -24,7 +24,7 @@ from helpers.tiny_models import NO_DROPOUT, tiny_model
 
 RANK = 4
 BLOCK = "{base}.h.{layer}"
-TRANSPOSED = ArchitectureAdapter(
+TRANSPOSED = ArchitectureSpec(
     model_type="gpt2",
     objective="clm",
     units={HEAD: "n_head", INTERMEDIATE: "n_inner", OUTPUT: "n_embd"},
@@ -49,9 +49,9 @@ TRANSPOSED = ArchitectureAdapter(
 """GPT-2's layers: weights stored (inputs, outputs), query, key and value in one."""
 
 
-def network(model_type: str) -> tuple[PreTrainedModel, ArchitectureAdapter]:
+def network(model_type: str) -> tuple[PreTrainedModel, ArchitectureSpec]:
     if model_type != "gpt2":
-        return tiny_model(model_type, **NO_DROPOUT), adapter_for(model_type)
+        return tiny_model(model_type, **NO_DROPOUT), spec_for(model_type)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     sizes = {"vocab_size": 100, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 40}
     with torch.random.fork_rng():
@@ -209,7 +209,7 @@ def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
 
 def stacked(model: PreTrainedModel) -> UnitLayout:
     """A layout in which the intermediate maps are stacked by expert."""
-    layout = adapter_for("roberta").layout(model)
+    layout = spec_for("roberta").layout(model)
     name = "roberta.encoder.layer.0.intermediate.dense"
     model.get_submodule(name).weight = torch.nn.Parameter(torch.zeros(2, 20, 24))
     model.set_submodule(name, Stacked(model.get_submodule(name)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.token_ids import with_mean_rows
-from das_ds.models.architectures.registry import ADAPTERS, adapter_for
+from das_ds.functional.token_ids import mean_init_rows
+from das_ds.models.architectures.registry import ADAPTERS, spec_for
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.vocabulary import Vocabulary, reserve_rows, said_to_have, vocabulary_parameters
+from das_ds.models.vocabulary import Vocabulary, override_vocab_size, reserve_embedding_rows, vocabulary_parameters
 from helpers.tiny_models import tiny_model, without_dropout
 
 BIAS = {"roberta": "lm_head.bias", "bert": "cls.predictions.bias"}
@@ -22,7 +22,7 @@ def test_reserved_rows_are_means_and_all_else_stays(model_type: str, tied: bool)
     names = vocabulary_parameters(model)
     assert len(names) == (2 if tied else 3) and f"{model_type}.embeddings.word_embeddings.weight" in names
     assert BIAS[model_type] in names or BIAS[model_type].replace("bias", "decoder.bias") in names
-    reserve_rows(model, known=90, total=107)
+    reserve_embedding_rows(model, known=90, total=107)
     assert vocabulary_parameters(model) == names
     for name, weight in model.named_parameters():
         if name not in names:
@@ -31,25 +31,25 @@ def test_reserved_rows_are_means_and_all_else_stays(model_type: str, tied: bool)
         assert len(weight) == 107 and torch.equal(weight[:90], before[name][:90])
         mean = sum(row.double() for row in before[name][:90]) / 90
         torch.testing.assert_close(weight[90:].double(), mean.expand(weight[90:].shape), rtol=1e-6, atol=1e-7)
-    assert adapter_for(model_type).layout(model).vocabulary == set(names)
+    assert spec_for(model_type).layout(model).vocabulary == set(names)
     assert model.get_output_embeddings()(torch.zeros(1, 24)).shape == (1, 107)
 
 
 def test_rows_inside_a_padded_embedding_need_no_room() -> None:
     model = tiny_model()
     weight = model.get_input_embeddings().weight.detach().clone()
-    reserve_rows(model, known=80, total=85)
+    reserve_embedding_rows(model, known=80, total=85)
     found = model.get_input_embeddings().weight
     assert torch.equal(found[:80], weight[:80]) and torch.equal(found[85:], weight[85:])
-    assert torch.equal(found[80:85], with_mean_rows(weight, 80, 85)[80:85])
+    assert torch.equal(found[80:85], mean_init_rows(weight, 80, 85)[80:85])
 
 
 @pytest.mark.parametrize("logits_mib", [0, 64])
 @pytest.mark.parametrize("model_type", sorted(ADAPTERS))
 def test_reserved_rows_take_no_part_in_the_loss(model_type: str, logits_mib: int) -> None:
-    adapter = adapter_for(model_type)
+    adapter = spec_for(model_type)
     small, large = (tiny_model(model_type, **without_dropout(model_type)) for _ in range(2))
-    reserve_rows(large, known=100, total=120)
+    reserve_embedding_rows(large, known=100, total=120)
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     losses = []
     for model, num_rows in ((small, None), (large, 100)):
@@ -70,6 +70,6 @@ def test_rows_of_a_corpus_and_the_size_its_export_names() -> None:
     sizes = Vocabulary(base_rows=104, base_tokens=100, num_tokens={"a": 102, "b": 110, "general": 100})
     assert [sizes.rows(name) for name in ("a", "b", "general")] == [104, 110, 104] and sizes.total == 110
     model = tiny_model()
-    with said_to_have(model, 77):
+    with override_vocab_size(model, 77):
         assert model.config.vocab_size == 77
     assert model.config.vocab_size == 100

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ModelError
-from das_ds.models.architectures.registry import adapter_for
+from das_ds.models.architectures.registry import spec_for
 from das_ds.models.loading import AUTO_CLASSES, load_model, say_weights, weights_record
 from das_ds.reporting.results import LoadedWeights
 from helpers.odd_weights import ACCEPTED, REFUSED, rewritten, saved
@@ -27,7 +27,7 @@ def load(folder: Path, *, seed: int = 7, **options: Any) -> torch.nn.Module:
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_weights_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     ACCEPTED[case](tmp_path)
-    auto = AUTO_CLASSES[adapter_for(AutoConfig.from_pretrained(tmp_path).model_type).objective]
+    auto = AUTO_CLASSES[spec_for(AutoConfig.from_pretrained(tmp_path).model_type).objective]
     expected = auto.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     model = load(tmp_path)
     assert not model.training and not expected.training

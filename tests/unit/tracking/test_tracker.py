@@ -50,7 +50,7 @@ class Recorder(Sink):
     def log_table(self, name: str, columns: Any, rows: Any) -> None:
         self.calls.append(("table", name, columns, rows))
 
-    def log_picture(self, name: str, path: Path) -> None:
+    def log_image(self, name: str, path: Path) -> None:
         self.calls.append(("picture", name, path))
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
@@ -66,7 +66,7 @@ def report_everything(tracker: Tracker) -> None:
     tracker.log_evaluation({"acl": 1.0}, domains_learned=1, global_step=3)
     tracker.log_summary({"forgetting": 0.5})
     tracker.log_table("losses", ["stage", "acl"], [["before", 1.0]])
-    tracker.log_picture("losses", Path("losses.png"))
+    tracker.log_image("losses", Path("losses.png"))
 
 
 def test_every_sink_receives_every_call() -> None:

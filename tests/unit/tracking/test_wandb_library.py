@@ -42,7 +42,7 @@ with build_tracker(config, enabled=True) as tracker:
     tracker.log(step(1, "pub-med"), global_step=3)
     tracker.log_summary({"forgetting/average": 0.75})
     tracker.log_table("loss_matrix", ["stage", "acl"], [["before", 3.5], ["after acl", 1.25]])
-    tracker.log_picture("loss_matrix", folder / "picture.png")
+    tracker.log_image("loss_matrix", folder / "picture.png")
 """
 
 UNREACHABLE = """

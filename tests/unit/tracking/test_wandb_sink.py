@@ -176,7 +176,7 @@ def test_failures_warn_once_and_never_reach_training(
     sink.log({"loss": 1.0}, global_step=3)
     sink.log_summary({"forgetting": 1.0})
     sink.log_table("losses", ["stage"], [["before"]])
-    sink.log_picture("losses", tmp_path / "missing.png")
+    sink.log_image("losses", tmp_path / "missing.png")
     sink.close()
     sink.close()
     messages = warnings_of(caplog)

@@ -19,7 +19,7 @@ from das_ds.models.loading import find_adapter, load_model
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.memory import check_model
 from das_ds.softmask.importance_file import stored_importance
-from das_ds.training.data_module import prepare_text
+from das_ds.training.data_module import prepare_data
 from das_ds.user_files import LFS_HEADER
 from helpers.preflight import Alone, silent_checks
 from helpers.runs import small_run
@@ -46,7 +46,7 @@ def said(values: dict[str, Any]) -> tuple[list[str], str]:
     check_corpora(checks, config)
     failed = [finding.found for finding in checks.findings if finding.status == "failed"]
     with pytest.raises(DasError) as caught:
-        text = prepare_text(config, CPU, find_adapter(config.model).objective)
+        text = prepare_data(config, CPU, find_adapter(config.model).objective)
         load_model(config.model, seed=0, vocab_size=len(text.base_tokenizer))
     return failed, str(caught.value)
 
@@ -198,5 +198,5 @@ def test_pointer_of_a_file_that_is_not_read_is_no_fault(tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "tf_model.h5", "vocab.txt"):
         (model / name).write_bytes(POINTER)
     config = RunConfig(**run_over(tmp_path, model))
-    text = prepare_text(config, CPU, "mlm")
+    text = prepare_data(config, CPU, "mlm")
     load_model(config.model, seed=0, vocab_size=len(text.base_tokenizer))

@@ -9,7 +9,7 @@ import torch
 from das_ds.config import RunConfig
 from das_ds.data.blocks import TokenBlocks
 from das_ds.distributed.process_group import RankInfo
-from das_ds.training.data_module import RunText, prepare_text
+from das_ds.training.data_module import DataModule, prepare_data
 from das_ds.training.export import model_card
 from helpers.runs import small_run
 
@@ -17,16 +17,16 @@ INFO = RankInfo(0, 0, 1, torch.device("cpu"))
 TOKENS = ["treebanks", "baseline", "weeks"]
 
 
-def run_text(folder: Path, *, add_tokens: dict[str, Any] | None = None, **replay: Any) -> RunText:
+def run_text(folder: Path, *, add_tokens: dict[str, Any] | None = None, **replay: Any) -> DataModule:
     values = small_run(folder, method={"name": "replay", "replay": replay}, data={"add_tokens": add_tokens or {}})
     for name in ("food", "papers", "general"):
         # Its name is in every block of a corpus, so that no two have the same.
         (folder / f"{name}.txt").write_text("".join(f"{name} {i} weeks\n" for i in range(99)))
     values["general"] = {"name": "general", "train": values["general"]["valid"]}
-    return prepare_text(RunConfig(**values), INFO, "mlm")
+    return prepare_data(RunConfig(**values), INFO, "mlm")
 
 
-def block_rows(text: RunText, corpus: str) -> set[tuple[int, ...]]:
+def block_rows(text: DataModule, corpus: str) -> set[tuple[int, ...]]:
     blocks = text.blocks[corpus].train
     assert isinstance(blocks, TokenBlocks)
     return set(map(tuple, blocks.take(range(len(blocks))).tolist()))

@@ -1,0 +1,43 @@
+"""Rows of a table on any number of ranks, which are played in turn here; collectives are in `multirank`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from das_ds.distributed import sharded_buffer as divided_table
+from das_ds.distributed.sharded_buffer import ShardedBuffer
+
+NUM_ROWS, WIDTH = 7, 3
+WHOLE = torch.arange(1, 1 + NUM_ROWS * WIDTH, dtype=torch.int32).view(NUM_ROWS, WIDTH)
+
+
+def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> ShardedBuffer:
+    monkeypatch.setattr(divided_table, "rank", lambda: rank)
+    monkeypatch.setattr(divided_table, "world_size", lambda: world_size)
+    monkeypatch.setattr(divided_table, "all_reduce_sum", lambda tensor: tensor)
+    return ShardedBuffer(NUM_ROWS, WIDTH, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("before", [1, 2, 3, 9])
+@pytest.mark.parametrize("after", [1, 2, 4, 9])
+def test_rows_divided_anew_are_the_same_table(before: int, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [WHOLE[rank::before] for rank in range(before)]
+    found = torch.zeros_like(WHOLE)
+    for rank in range(after):
+        table = on_rank(monkeypatch, rank, after)
+        table.load(parts)
+        assert len(table.rows) <= -(-NUM_ROWS // after)
+        found += table.read(torch.arange(NUM_ROWS).numpy())
+    assert found.equal(WHOLE)
+
+
+def test_rows_are_written_where_they_belong_and_read_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, found = torch.tensor([4, 1, 6]).numpy(), []
+    for rank in range(2):
+        table = on_rank(monkeypatch, rank, 2)
+        table.write(numbers, WHOLE[numbers].clone())
+        found.append(table.read(torch.tensor([6, 0, 4, 1]).numpy()))
+    # Rows 4 and 6 are on rank 0 and row 1 on rank 1; nothing was written to row 0.
+    assert found[0].equal(torch.stack((WHOLE[6], 0 * WHOLE[0], WHOLE[4], 0 * WHOLE[1])))
+    assert found[1].equal(torch.stack((0 * WHOLE[6], 0 * WHOLE[0], 0 * WHOLE[4], WHOLE[1])))

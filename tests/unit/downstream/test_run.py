@@ -1,0 +1,161 @@
+"""Tasks x seeds of a run's model: one command, what is done is not done again, mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from das_ds.cli import main
+from das_ds.config import ModelConfig
+from das_ds.config.io import dump_config, load_config
+from das_ds.downstream.run import scores_path
+from das_ds.downstream.scores import EndTaskScores
+from das_ds.errors import ConfigError
+from das_ds.run_dir import END_TASKS_FILE, open_run_dir
+from das_ds.storage import write_checksums
+from helpers.commands import program
+from helpers.end_tasks import jobs_of_a_start, save_model, scores_on_ranks, small_task, task_run
+from helpers.run_ranks import run_ranks
+
+QUICK = {"epochs": 1, "learning_rate": 1e-3}
+
+
+def two_tasks(folder: Path) -> list[dict[str, Any]]:
+    return [small_task(folder, seeds=[0, 1], **QUICK), small_task(folder, "pair", seeds=[3], **QUICK)]
+
+
+@pytest.mark.multirank
+def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    config, path = task_run(tmp_path, two_tasks(tmp_path)), model.parent / END_TASKS_FILE
+    (alone,) = run_ranks(scores_on_ranks, 1, config, model)
+    assert EndTaskScores.read(path) == alone
+    assert {name: [done.seed for done in entry.seeds] for name, entry in alone.tasks.items()} == {
+        "toy_text": [0, 1],
+        "toy_pair": [3],
+    }
+    path.unlink()
+    for scores in run_ranks(scores_on_ranks, 2, config, model):
+        assert scores == alone
+    assert EndTaskScores.read(path) == alone
+
+
+@pytest.mark.multirank
+def test_finished_jobs_are_kept_and_not_done_again(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    path = model.parent / END_TASKS_FILE
+    done = run_ranks(scores_on_ranks, 1, task_run(tmp_path, two_tasks(tmp_path)[:1]), model)[0]
+    assert list(done.tasks) == ["toy_text"]
+    more = [small_task(tmp_path, seeds=[1, 2, 0], **QUICK), small_task(tmp_path, "pair", seeds=[3], **QUICK)]
+    continued = run_ranks(jobs_of_a_start, 1, task_run(tmp_path, more), model)[0]
+    assert continued == [("toy_text", 2), ("toy_pair", 3)]
+    assert EndTaskScores.read(path).tasks["toy_text"].seeds[:2] == done.tasks["toy_text"].seeds
+
+
+@pytest.mark.multirank
+def test_what_other_ranks_did_is_written_before_a_failure_ends_the_start(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    tasks = [small_task(tmp_path, seeds=[0], **QUICK), small_task(tmp_path, "pair", **QUICK) | {"learning_rate": 1e30}]
+    with pytest.raises(RuntimeError, match="TrainingError: task toy_pair, seed 0: the loss of epoch 1"):
+        run_ranks(scores_on_ranks, 2, task_run(tmp_path, tasks), model)
+    scores = EndTaskScores.read(model.parent / END_TASKS_FILE)
+    assert scores.has("toy_text", 0) and not scores.has("toy_pair", 0)
+
+
+def test_model_that_was_altered_after_its_export_is_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
+    write_checksums(model)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    with pytest.raises(RuntimeError, match=r"ModelError: .*config\.json missing or not as exported"):
+        run_ranks(scores_on_ranks, 1, task_run(tmp_path, two_tasks(tmp_path)), model)
+
+
+def test_command_prints_and_records_the_scores(tmp_path: Path) -> None:
+    model, config = save_model(tmp_path), tmp_path / "run.yaml"
+    dump_config(task_run(tmp_path, two_tasks(tmp_path)), config)
+    words = ("launch/finetune.py", "--config", config, "--model", model, "--task", "toy_pair")
+    done = program(*words, "tasks.1.metric=accuracy", "wandb.mode=offline")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout.splitlines()[-1])
+    entry = EndTaskScores.read(model.parent / END_TASKS_FILE).tasks["toy_pair"]
+    assert list(shown) == ["toy_pair"] and shown["toy_pair"]["metric"] == "accuracy"
+    assert shown["toy_pair"]["test"] == {"mean": entry.seeds[0].test.accuracy, "deviation": None}
+    assert list((model.parent / "wandb").glob("offline-run-*")) and not (tmp_path / "run" / "wandb").exists()
+    assert "toy_pair, seed 3, epoch 1" in done.stderr and "LOAD REPORT" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--task", "rte"], "--task rte: no such task, allowed: toy_text, toy_pair"),
+        ([], "elsewhere: found no model of a run (domains/<ii>_<name>/model), beside which scores are written, nor"),
+        (["tasks=[]"], "tasks: found none, expected at least one with name, train, dev and test"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    dump_config(task_run(tmp_path, two_tasks(tmp_path)), path)
+    assert main(["finetune", "--config", str(path), "--model", str(tmp_path / "elsewhere"), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("das_ds: ") and error.count("\n") == 1 and expected in error
+
+
+def test_scores_lie_where_the_run_is_or_where_they_are_wanted(tmp_path: Path) -> None:
+    config, model = task_run(tmp_path, []), tmp_path / "domains" / "01_acl" / "model"
+    assert scores_path(config, model, None) == tmp_path / "domains" / "01_acl" / END_TASKS_FILE
+    assert scores_path(config, tmp_path, tmp_path / "base.json") == tmp_path / "base.json"
+    # Also where the base is a domain's model of another run.
+    config = config.model_copy(update={"model": ModelConfig(name_or_path=str(model))})
+    assert scores_path(config, model, None) == tmp_path / "run" / "base" / END_TASKS_FILE
+
+
+@pytest.mark.multirank
+def test_the_model_that_a_run_starts_from_is_scored_before_the_run_begins(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "elsewhere")
+    config = task_run(tmp_path, [small_task(tmp_path, **QUICK)])
+    config = config.model_copy(update={"model": ModelConfig(name_or_path=str(base))})
+    done = run_ranks(scores_on_ranks, 1, config, base)[0]
+    assert EndTaskScores.read(tmp_path / "run" / "base" / END_TASKS_FILE) == done
+    assert open_run_dir(config).root == tmp_path / "run"
+    # Nothing is to be done but to say where the task belongs.
+    task = config.tasks[0].model_copy(update={"domain": "food"})
+    moved = run_ranks(scores_on_ranks, 1, config.model_copy(update={"tasks": [task]}), base)[0]
+    assert EndTaskScores.read(tmp_path / "run" / "base" / END_TASKS_FILE) == moved != done
+    assert moved.tasks["toy_text"] == done.tasks["toy_text"].model_copy(update={"domain": "food"})
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    base = save_model(tmp_path / "elsewhere")
+    config = task_run(tmp_path, [small_task(tmp_path, **QUICK)])
+    config = config.model_copy(update={"model": ModelConfig(name_or_path=str(base))})
+    with pytest.raises(RuntimeError, match=r"RunFolderError: output_dir: cannot make .*run/base: Not a directory"):
+        run_ranks(scores_on_ranks, 1, config, base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seeds": [1, 1]}, "tasks.0: seeds: found [1, 1], allowed: each once"),
+        ({"seeds": [-1]}, "tasks.0.seeds.0: found -1, allowed: list of integer >= 0 and < 4294967296, at least 1"),
+        ({"labels": ["a"]}, "tasks.0: found labels ['a'] and markers"),
+        ({"metric": "f1"}, "tasks.0.metric: found 'f1', allowed: accuracy | macro_f1 | micro_f1"),
+        ({"patients": 1}, "tasks.0.patients: unknown key; did you mean tasks.0.patience?"),
+        ({"domain": "papers"}, "tasks.0.domain: found papers, allowed: null or food"),
+        ({"name": "toy_pair"}, "tasks: names must differ, found more than once: toy_pair"),
+    ],
+)
+def test_wrong_keys_of_tasks_are_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    values = task_run(tmp_path, two_tasks(tmp_path)).model_dump(mode="json")
+    values["tasks"][0] |= changes
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)

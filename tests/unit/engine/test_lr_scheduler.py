@@ -1,0 +1,75 @@
+"""Learning rates of every schedule against their closed forms."""
+
+from collections.abc import Callable
+from math import cos, pi, sqrt
+from typing import Any
+
+import pytest
+import torch
+
+from das_ds.config import TrainConfig
+from das_ds.engine.lr_scheduler import build_lr_scheduler
+
+PEAK, NUM_STEPS = 0.5, 20
+WARMUP, DECAY = 4, 10
+"""Steps of the two at the ratios below."""
+
+
+def rates(
+    schedule: str, *, is_first: bool = True, is_last: bool = True, num_steps: int = NUM_STEPS, **train: Any
+) -> list[float]:
+    """The rate of each step, as an optimizer that is stepped sees it."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], PEAK)
+    config = TrainConfig.model_validate({"schedule": schedule, "warmup_ratio": 0.2, "decay_ratio": 0.5, **train})
+    scheduler = build_lr_scheduler(optimizer, config, num_steps, is_first=is_first, is_last=is_last)
+    found = []
+    for _ in range(num_steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def rising(step: int) -> float:
+    return min(step / WARMUP, 1.0)
+
+
+def falling(step: int) -> float:
+    return 1.0 - sqrt(max(0, step - (NUM_STEPS - DECAY)) / DECAY)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("linear", lambda step: min(rising(step), (NUM_STEPS - step) / (NUM_STEPS - WARMUP))),
+        (
+            "cosine",
+            lambda step: rising(step) if step < WARMUP else (1 + cos(pi * (step - WARMUP) / (NUM_STEPS - WARMUP))) / 2,
+        ),
+        ("constant_with_warmup", rising),
+        ("wsd", lambda step: rising(step) * falling(step)),
+    ],
+)
+@pytest.mark.parametrize(("is_first", "is_last"), [(True, False), (False, False), (False, True)])
+def test_every_domain_has_a_whole_schedule(
+    schedule: str, factor: Callable[[int], float], is_first: bool, is_last: bool
+) -> None:
+    expected = [PEAK * factor(step) for step in range(NUM_STEPS)]
+    assert rates(schedule, is_first=is_first, is_last=is_last) == pytest.approx(expected)
+
+
+def test_infinite_is_one_schedule_over_all_domains() -> None:
+    first, second, third = (
+        rates("infinite", is_first=is_first, is_last=is_last)
+        for is_first, is_last in ((True, False), (False, False), (False, True))
+    )
+    assert first == pytest.approx([PEAK * rising(step) for step in range(NUM_STEPS)])
+    assert second == [PEAK] * NUM_STEPS
+    assert third == pytest.approx([PEAK * falling(step) for step in range(NUM_STEPS)])
+    assert rates("infinite") == rates("wsd")
+
+
+def test_rounded_shares_fill_the_domain_and_no_more() -> None:
+    # Half of three steps is rounded to two, twice.
+    assert rates("wsd", num_steps=3, warmup_ratio=0.5) == pytest.approx([0.0, PEAK / 2, PEAK])
+    assert rates("wsd", num_steps=3, warmup_ratio=0.0, decay_ratio=0.0) == [PEAK] * 3

@@ -1,0 +1,202 @@
+"""Requests to stop or save that one process sees."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from das_ds.fault_tolerance import launcher_guard as launcher_pause
+from das_ds.fault_tolerance import shutdown as stopping
+from das_ds.fault_tolerance.launcher_guard import is_alive, program, suspend_launcher
+from das_ds.fault_tolerance.shutdown import Request, ShutdownHandler
+from helpers.waiting import until
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+FAKE_LAUNCHER = """
+import subprocess, sys
+ranks = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+print(*(rank.pid for rank in ranks), flush=True)
+for rank in ranks: rank.wait()
+"""
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_is_noted_and_the_former_handler_comes_back(name: str, tmp_path: Path) -> None:
+    number = signal.Signals[name]
+    former = signal.getsignal(number)
+    with ShutdownHandler(tmp_path, SIGNALS) as requests:
+        assert requests.poll(files=True) == Request(stop=None, save=False)
+        os.kill(os.getpid(), number)
+        assert requests.poll(files=False) == Request(stop=name, save=False)
+        assert requests.poll(files=False).stop == name
+    assert signal.getsignal(number) is former
+
+
+def test_only_configured_signals_are_taken_and_those_even_where_they_are_ignored(tmp_path: Path) -> None:
+    former = signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        with ShutdownHandler(tmp_path, ["SIGUSR1"]) as requests:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert requests.poll(files=False).stop is None
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert requests.poll(files=False).stop == "SIGUSR1"
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, former[0])
+        signal.signal(signal.SIGUSR2, former[1])
+
+
+def test_a_user_who_insists_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    with ShutdownHandler(tmp_path, ["SIGINT"]) as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += stopping.INSIST_AFTER_S - 0.1
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.poll(files=False).stop == "SIGINT"
+        now[0] += 0.1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_stop_file_is_a_request_until_it_is_removed(tmp_path: Path) -> None:
+    requests = ShutdownHandler(tmp_path, [])
+    (tmp_path / "STOP").touch()
+    assert requests.poll(files=False).stop is None
+    assert requests.poll(files=True) == Request(stop="the file STOP", save=False)
+    requests.remove_stop_file()
+    requests.remove_stop_file()
+    assert not (tmp_path / "STOP").exists()
+    assert ShutdownHandler(tmp_path, []).poll(files=True).stop is None
+
+
+def test_one_save_file_is_one_request_and_a_newer_one_another(tmp_path: Path) -> None:
+    requests, file = ShutdownHandler(tmp_path, []), tmp_path / "SAVE"
+    requests.remove_save_file()
+    file.touch()
+    assert [requests.poll(files=False).save, requests.poll(files=True).save] == [False, True]
+    assert not requests.poll(files=True).save
+    requests.remove_save_file()
+    assert not file.exists() and not requests.poll(files=True).save
+    for second in (1, 2):
+        file.touch()
+        os.utime(file, (second, second))
+        assert requests.poll(files=True).save
+        # Written anew while the checkpoint was saved.
+        os.utime(file, (second + 10, second + 10))
+        requests.remove_save_file()
+        assert file.exists() and requests.poll(files=True).save
+        requests.remove_save_file()
+        assert not file.exists()
+
+
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_a_launcher_that_is_gone_is_a_request(
+    is_waited_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(stopping, "launchers", lambda: [psutil.Process(launcher.pid)])
+    monkeypatch.setattr(stopping, "LAUNCHER_CHECK_S", 0.0)
+    requests = ShutdownHandler(tmp_path, [])
+    assert requests.poll(files=False).stop is None
+    launcher.kill()
+    if is_waited_for:
+        launcher.wait()
+    else:
+        until(lambda: psutil.Process(launcher.pid).status() == psutil.STATUS_ZOMBIE)
+    assert requests.poll(files=False).stop == f"the launcher (pid {launcher.pid}) is gone"
+    launcher.wait()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python -u -m deepspeed.launcher.launch --world_info=x train.py", "deepspeed.launcher.launch"),
+        ("/opt/python3.11 /opt/bin/deepspeed --num_gpus 2 train.py", "deepspeed"),
+        ("/usr/bin/python3 -P /opt/bin/torchrun train.py", "torchrun"),
+        ("python launch/train.py deepspeed", "train.py"),
+        ("bash -c deepspeed", None),
+        ("nohup deepspeed train.py", None),
+        ("python -m", None),
+        ("python -u", None),
+        ("", None),
+    ],
+)
+def test_program_of_a_command_line(command: str, expected: str | None) -> None:
+    assert program(command.split()) == expected
+
+
+@pytest.fixture
+def fake_launcher() -> Iterator[tuple[psutil.Process, list[psutil.Process]]]:
+    """A process that waits for two children, as the launcher waits for its ranks."""
+    started = subprocess.Popen([sys.executable, "-c", FAKE_LAUNCHER], stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    ranks = [psutil.Process(int(pid)) for pid in started.stdout.readline().split()]
+    yield psutil.Process(started.pid), ranks
+    for process in ranks:
+        if process.is_running():
+            process.kill()
+    started.kill()
+    started.wait()
+    started.stdout.close()
+
+
+def test_a_launcher_is_paused_until_its_ranks_have_ended(
+    fake_launcher: tuple[psutil.Process, list[psutil.Process]],
+) -> None:
+    launcher, ranks = fake_launcher
+    suspend_launcher(launcher, 2, 60.0)
+    until(lambda: launcher.status() == psutil.STATUS_STOPPED)
+    assert not [child for child in launcher.children() if child not in ranks]
+    ranks[0].kill()
+    until(lambda: not is_alive(ranks[0]))
+    assert launcher.status() == psutil.STATUS_STOPPED
+    ranks[1].kill()
+    until(lambda: not is_alive(launcher))
+
+
+def test_a_launcher_is_paused_no_longer_than_the_limit(
+    fake_launcher: tuple[psutil.Process, list[psutil.Process]],
+) -> None:
+    launcher, ranks = fake_launcher
+    suspend_launcher(launcher, 2, 2.0)
+    until(lambda: launcher.status() == psutil.STATUS_STOPPED)
+    until(lambda: launcher.status() != psutil.STATUS_STOPPED)
+    assert all(is_alive(rank) for rank in ranks)
+
+
+def test_a_launcher_that_has_lost_a_rank_is_not_paused(
+    fake_launcher: tuple[psutil.Process, list[psutil.Process]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, _ = fake_launcher
+    suspended: list[int] = []
+    monkeypatch.setattr(psutil.Process, "suspend", lambda process: suspended.append(process.pid))
+    launcher_pause._hold(launcher, 3, 0.0)
+    assert not suspended
+    launcher_pause._hold(launcher, 2, 0.0)
+    assert suspended == [launcher.pid]
+
+
+def test_a_launcher_that_cannot_be_paused_is_said_and_the_request_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise psutil.NoSuchProcess(1)
+
+    launcher = SimpleNamespace(cmdline=lambda: ["python", "-m", "deepspeed.launcher.launch"])
+    monkeypatch.setattr(stopping, "launchers", lambda: [launcher])
+    monkeypatch.setattr(stopping, "is_alive", lambda process: True)
+    monkeypatch.setattr(stopping, "suspend_launcher", fail)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with ShutdownHandler(tmp_path, ["SIGTERM"]) as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: "the launcher cannot be paused" in caplog.text)
+        assert "NoSuchProcess" in caplog.text and requests.poll(files=False).stop == "SIGTERM"

@@ -1,0 +1,22 @@
+"""The share of the earlier model, against the mean of all models written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from das_ds.methods.merge import merge_weight
+
+
+def test_average_is_the_mean_of_the_base_and_all_models() -> None:
+    models = torch.randn(6, 5, dtype=torch.float64)
+    merged = models[0]
+    for num_learned, model in enumerate(models[1:], start=1):
+        share = merge_weight("average", num_learned)
+        merged = (1 - share) * model + share * merged
+        torch.testing.assert_close(merged, models[: num_learned + 1].mean(0))
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+def test_a_number_is_itself_after_any_domain(coefficient: float) -> None:
+    assert [merge_weight(coefficient, num_learned) for num_learned in (1, 7)] == [coefficient] * 2

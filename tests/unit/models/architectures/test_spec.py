@@ -1,0 +1,74 @@
+"""Architecture tables are clear when they do not fit; that they are right is shown in `test_architectures.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from das_ds.errors import ModelError
+from das_ds.functional.units import HEAD, INTERMEDIATE, UnitRule
+from das_ds.models.architectures.registry import spec_for
+from das_ds.models.architectures.spec import ArchitectureSpec
+from helpers.tiny_models import tiny_model
+
+
+def test_unknown_model_type_lists_the_known() -> None:
+    with pytest.raises(ModelError, match="'t5'; known: bert, deberta-v2, distilbert"):
+        spec_for("t5")
+
+
+def changed(**changes: object) -> ArchitectureSpec:
+    return replace(spec_for("roberta"), **changes)  # type: ignore[arg-type]
+
+
+def test_rule_without_parameter_is_named() -> None:
+    rules = (*spec_for("roberta").rules, UnitRule("head", "{base}.encoder.layer.{layer}.router.weight", 0))
+    with pytest.raises(ModelError, match=r"lacks: roberta.encoder.layer.0.router.weight"):
+        changed(rules=rules).layout(tiny_model())
+
+
+def test_parameter_without_rule_is_named() -> None:
+    with pytest.raises(ModelError, match=r"does not know \d parameters of this model: lm_head"):
+        changed(unmasked=spec_for("roberta").unmasked[:-1]).layout(tiny_model())
+
+
+def test_axis_that_is_no_multiple_of_units_is_named() -> None:
+    rules = tuple(
+        replace(rule, axis=1) if rule.parameter.endswith("intermediate.dense.weight") else rule
+        for rule in spec_for("roberta").rules
+    )
+    with pytest.raises(
+        ModelError, match=r"axis 1 of intermediate units \(evenly\) has 24 entries, which is no multiple of 40 units"
+    ):
+        changed(rules=rules).layout(tiny_model())
+
+
+def test_spread_that_does_not_divide_is_named() -> None:
+    rules = (UnitRule(HEAD, "{base}.layers.{layer}.mlp.gate_proj.weight", axis=0, spread="key_value"),)
+    llama = replace(spec_for("llama"), rules=rules, key_value_heads="num_attention_heads")
+    with pytest.raises(
+        ModelError,
+        match=r"axis 0 of head units \(key_value\) has 40 entries, which is no multiple of 6 key/value heads",
+    ):
+        llama.layout(tiny_model("llama"))
+    with pytest.raises(ModelError, match=r"\(key_value\) has 6 entries, which is no multiple of 4 key/value heads"):
+        replace(llama, key_value_heads="num_hidden_layers").layout(tiny_model("llama", num_hidden_layers=4))
+
+
+def test_number_of_units_that_the_config_lacks_is_named() -> None:
+    units = {**spec_for("gpt2").units, INTERMEDIATE: "n_inner|4*n_width"}
+    adapter = replace(spec_for("gpt2"), units=units)
+    assert adapter.layout(tiny_model("gpt2")).num_units[INTERMEDIATE] == 40
+    with pytest.raises(ModelError, match=r"gpt2 adapter names an attribute .* no whole number: n_inner\|4\*n_width"):
+        adapter.layout(tiny_model("gpt2", n_inner=None))
+
+
+def test_pattern_of_layers_matches_numbers_alone() -> None:
+    model = tiny_model("gpt2")
+    model.transformer.h[0].ln_1.register_parameter("novel", model.transformer.h[0].ln_1.bias)
+    adapter = replace(
+        spec_for("gpt2"), unmasked=tuple(p.replace("ln_1.*", "ln_1.weight") for p in spec_for("gpt2").unmasked)
+    )
+    with pytest.raises(ModelError, match=r"does not know 2 parameters of this model: transformer.h.0.ln_1.bias"):
+        adapter.layout(model)

@@ -1,0 +1,92 @@
+"""Means, paired differences and the distance from the line, against numbers made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from das_ds.reporting.metrics import (
+    DRIFT,
+    FORGETTING,
+    LEARNED,
+    LEARNED_LATER,
+    available_metrics,
+    baseline_sweep,
+    estimate_metric,
+    forgetting_vs_matched_baseline,
+    matched_baseline_forgetting,
+    metric_difference,
+    metric_values,
+)
+from helpers.comparisons import comparison, group, interval_of_two, pooled
+
+NCL = group("ncl", [(3.0, 0.9), (3.2, 0.7)], train__learning_rate="1e-3")
+SLOW = group("ncl slow", [(4.0, 0.5), (4.2, 0.3)], train__learning_rate="3e-4")
+REPLAY = group("ncl replay", [(3.4, 0.1), (3.6, 0.1)], method__replay__share="0.1")
+DAS = group("das", [(3.5, 0.6), (3.7, 0.3), (3.0, 0.0)], train__learning_rate="1e-3")
+
+
+def test_means_over_the_seeds_that_have_the_number() -> None:
+    found = estimate_metric(NCL, FORGETTING)
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((0.8, *interval_of_two(0.9, 0.7), 2))
+    assert metric_values(DAS, LEARNED) == pytest.approx({0: 3.5, 1: 3.7, 2: 3.0})
+    assert estimate_metric(pooled("pool", [2.5]), FORGETTING) is None
+
+
+def test_differences_pair_the_seeds_of_both() -> None:
+    found = metric_difference(DAS, NCL, FORGETTING)
+    assert found is not None
+    low, high = interval_of_two(-0.3, -0.4)
+    assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((-0.35, low, high, 2))
+    assert found.p_value == 0.5
+    third = DAS.model_copy(update={"runs": DAS.runs[2:]})
+    assert metric_difference(third, NCL, FORGETTING) is None
+    assert metric_difference(pooled("pool", [2.5]), NCL, FORGETTING) is None
+
+
+def test_the_line_is_made_of_what_differs_in_pace_alone() -> None:
+    everything = comparison(NCL, SLOW, REPLAY, DAS)
+    assert [found.label for found in baseline_sweep(everything)] == ["ncl", "ncl slow"]
+    # Seed 0: halfway between 0.9 and 0.5; seed 1: halfway between 0.7 and 0.3; seed 2 has no line.
+    found = forgetting_vs_matched_baseline(everything, DAS)
+    assert found is not None
+    assert (found.mean, found.num_seeds) == pytest.approx((((0.6 - 0.7) + (0.3 - 0.5)) / 2, 2))
+    assert matched_baseline_forgetting(everything, DAS) == pytest.approx(0.6)
+
+
+def test_what_the_first_domain_costs_does_not_move_a_run_along_the_line() -> None:
+    """Forgetting comes of learning domains 2..T: a method that learns the first one at its full rate gains nothing."""
+    everything = comparison(NCL, SLOW, DAS)
+    run = DAS.runs[0]
+    losses = [list(row) for row in run.loss_matrix]
+    losses[1][0] -= 0.4
+    losses[2][0] -= 0.4
+    eager = DAS.model_copy(update={"label": "das eager", "runs": [run.model_copy(update={"loss_matrix": losses})]})
+    assert metric_values(eager, LEARNED)[0] == pytest.approx(3.3)
+    assert metric_values(eager, LEARNED_LATER)[0] == pytest.approx(3.5)
+    found = forgetting_vs_matched_baseline(comparison(NCL, SLOW, DAS, eager), eager)
+    assert found is not None and found.mean == pytest.approx(0.6 - 0.7)
+    assert matched_baseline_forgetting(everything, eager) == pytest.approx(0.7)
+
+
+def test_learned_later_of_one_domain_is_that_of_the_domain() -> None:
+    run = DAS.runs[0].model_copy(update={"loss_matrix": [[6.0], [3.5]], "learned_rows": [1]})
+    assert run.learned_later == run.learned == 3.5
+
+
+def test_beyond_the_ends_of_the_line_nothing_is_said() -> None:
+    fast = group("das fast", [(2.9, 0.6), (3.1, 0.3)])
+    everything = comparison(NCL, SLOW, fast, pooled("pool", [3.5, 3.7]))
+    assert (
+        forgetting_vs_matched_baseline(everything, fast) is None
+        and matched_baseline_forgetting(everything, fast) is None
+    )
+    assert forgetting_vs_matched_baseline(everything, everything.group("pool")) is None
+    assert forgetting_vs_matched_baseline(comparison(NCL, DAS), DAS) is None
+
+
+def test_measures_that_no_run_has_are_left_out() -> None:
+    drift_free = [run.model_copy(update={"general_drift": None}) for run in NCL.runs]
+    assert DRIFT not in available_metrics(comparison(NCL.model_copy(update={"runs": drift_free})))
+    assert available_metrics(comparison(pooled("pool", [2.5]))).count(FORGETTING) == 0
+    assert FORGETTING in available_metrics(comparison(pooled("pool", [2.5]), NCL))

@@ -1,0 +1,197 @@
+"""`das-ds report` over run folders: what it compares, what it refuses, and what it tells W&B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from das_ds.cli import main
+from das_ds.errors import RunFolderError
+from das_ds.reporting import run as command
+from das_ds.reporting.comparison import Comparison
+from das_ds.reporting.group_runs import compare_runs
+from das_ds.reporting.load_runs import read_run
+from das_ds.tracking.sinks import Sink
+from das_ds.tracking.tracker import Tracker
+from helpers.run_folders import write_run, write_task, write_unit_importance
+
+DAS = {"method": {"name": "das"}}
+WHOLE, ACL, PUBMED = (f"{place}importance.safetensors" for place in ("", "domains/00_acl/", "domains/01_pubmed/"))
+
+
+def compare(*arguments: object, against: str | None = None) -> Comparison:
+    return compare_runs([read_run(str(argument)) for argument in arguments], against)
+
+
+def test_everything_a_run_says_is_in_the_comparison(tmp_path: Path) -> None:
+    das = write_run(tmp_path / "das" / "seed0", shift=0.5, **DAS)
+    write_unit_importance(das, {WHOLE: 0.8, ACL: 0.8, PUBMED: 0.8})
+    pool = write_run(tmp_path / "pool", method={"name": "pool"})
+    found = compare(write_run(tmp_path / "ncl"), write_run(tmp_path / "ncl1", seed=1), das, pool, against="das")
+    assert found.domains == ["acl", "pubmed"] and found.reference == "das" and found.notes == []
+    ncl, protected, at_once = found.groups
+    assert [run.seed for run in ncl.runs] == [0, 1]
+    (run,) = protected.runs
+    assert run.folder == "das/seed0" and run.learned == pytest.approx(4.0) and run.final == pytest.approx(4.25)
+    assert run.forgetting == pytest.approx(0.5) and run.general_drift == pytest.approx(0.4)
+    assert run.forward_transfer == pytest.approx(0.5)
+    assert (run.cost.tokens_per_s, run.cost.peak_memory_gib, run.cost.rank_hours) == (200.0, 0.8, 0.05)
+    assert run.importance is not None and run.importance.sources == ["acl", "pubmed"]
+    assert ncl.runs[0].importance is None and run.end_tasks is None
+    (run,) = at_once.runs
+    assert at_once.stages == ["before training", "after pool"]
+    assert run.learned == run.final == pytest.approx(4.25) and run.forgetting is None and run.forward_transfer is None
+
+
+def test_scores_on_end_tasks(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "ncl" / "seed0")
+    write_task(run, "domains/00_acl", 0.8)
+    write_task(run, "domains/01_pubmed", 0.5)
+    found = compare(run)
+    scores = found.groups[0].runs[0].scores
+    assert scores is not None and scores.scores == [[None], [0.8], [0.5]]
+    assert scores.forgetting.average == pytest.approx(0.3)
+    assert found.notes == ["ncl/seed0: acl_arc was not measured before training."]
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    half = write_run(tmp_path / "a" / "half", num_rows=2)
+    silent = write_run(tmp_path / "a" / "silent", metrics=False)
+    found = compare(half, silent)
+    assert [run.folder for run in found.groups[0].runs] == ["a/silent"]
+    assert found.notes == [
+        "a/half is not complete and is left out.",
+        "a/silent has no metrics.jsonl: its speed and memory are left out.",
+    ]
+    with_files, without = (write_run(tmp_path / "das" / str(seed), seed=seed, **DAS) for seed in (0, 1))
+    write_unit_importance(with_files, {WHOLE: 0.8, ACL: 0.8})
+    assert compare(with_files, without).notes == [
+        "das/1 has no importance files, which others of its group have: it counts in no mean of importance."
+    ]
+    other = write_run(tmp_path / "a" / "other", seed=1, train={"learning_rate": 0.5})
+    assert (
+        "Runs of both differ in more than the seed: train.learning_rate."
+        in compare(f"both={silent}", f"both={other}").notes
+    )
+
+
+def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
+    ncl, half = write_run(tmp_path / "ncl"), write_run(tmp_path / "half", num_rows=2)
+    with pytest.raises(RunFolderError, match=r"nowhere: found no such folder, expected the folder of a run"):
+        compare(ncl, tmp_path / "nowhere")
+    with pytest.raises(RunFolderError, match=r"found no results\.json in it"):
+        compare(tmp_path)
+    with pytest.raises(RunFolderError, match=r"found no complete run among .*half, expected at least one"):
+        compare(half)
+    other = write_run(tmp_path / "other", domains=("acl", "phone"))
+    with pytest.raises(
+        RunFolderError, match=r"other: found corpora acl, phone, general, .*only one .* phone, pubmed\)"
+    ):
+        compare(ncl, other)
+    turned = write_run(tmp_path / "turned", domains=("pubmed", "acl"))
+    with pytest.raises(RunFolderError, match=r"turned: .*their order differs"):
+        compare(ncl, turned)
+    pool, das = (
+        write_run(tmp_path / "pool", method={"name": "pool"}, seed=1),
+        write_run(tmp_path / "das", **DAS, seed=1),
+    )
+    with pytest.raises(
+        RunFolderError, match=r"pool: found other stages than in .*ncl, of which no mean over group 'one'"
+    ):
+        compare(f"one={ncl}", f"one={pool}")
+    write_unit_importance(das, {WHOLE: 0.5, ACL: 0.5})
+    again = write_run(tmp_path / "again", **DAS, seed=2)
+    write_unit_importance(again, {WHOLE: 0.5, ACL: 0.5, PUBMED: 0.5})
+    with pytest.raises(
+        RunFolderError, match=r"again: found other importance than in .*das, .* give one of them another"
+    ):
+        compare(das, again)
+    with pytest.raises(RunFolderError, match=r"--against: found 'das', allowed: 'ncl'"):
+        compare(ncl, against="das")
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"tokens_per_s": 1.0}\n{"tok\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: line 2 is no JSON object"):
+        compare(run)
+    (run / "metrics.jsonl").unlink()
+    (run / "config.yaml").write_text("nothing: 1\n")
+    with pytest.raises(RunFolderError, match=r"run: its config\.yaml cannot be used: .*unknown key"):
+        compare(run)
+    results = run / "results.json"
+    results.write_text(results.read_text().replace("90.0", "9.0"))
+    with pytest.raises(RunFolderError, match=r"results\.json: was altered"):
+        compare(run)
+
+
+def test_command_writes_a_folder_and_prints_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "ncl")
+    write_run(tmp_path / "half", num_rows=2)
+    assert main(["report", "ncl", "naive=half", "--output", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nncl        1" in shown and "note: " in shown and "report: out/report.md, out/comparison.json" in shown
+    assert Comparison.read(tmp_path / "out" / "comparison.json").groups[0].label == "ncl"
+    assert not (tmp_path / "out" / "wandb").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [([], "found no run"), (["a"], "a: found no such folder")])
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("das_ds: ") and error.count("\n") == 1 and message in error
+
+
+class Kept(Sink):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, tuple[list[str], list[Any]]] = {}
+        self.pictures: dict[str, Path] = {}
+        self.summary: dict[str, Any] = {}
+
+    def log_table(self, name: str, columns: Any, rows: Any) -> None:
+        self.tables[name] = (list(columns), list(rows))
+
+    def log_image(self, name: str, path: Path) -> None:
+        self.pictures[name] = path
+
+    def log_summary(self, metrics: Any) -> None:
+        self.summary.update(metrics)
+
+
+def test_wandb_gets_tables_pictures_and_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, kept = [], Kept()
+
+    def build(config: Any, job: Any, *, enabled: bool) -> Tracker:
+        jobs.append((config.wandb.mode, job, enabled))
+        return Tracker([kept])
+
+    monkeypatch.setattr(command, "build_job_tracker", build)
+    ncl = write_run(tmp_path / "ncl", wandb={"mode": "disabled"})
+    pool = write_run(tmp_path / "pool", method={"name": "pool"})
+    command.report_runs([str(ncl), str(pool)], tmp_path / "out", None, wandb=True)
+    ((mode, job, enabled),) = jobs
+    assert (mode, job.job_type, job.folder, enabled) == ("auto", "report", tmp_path / "out", True)
+    assert job.config == {"runs": [f"{tmp_path.name}/ncl", f"{tmp_path.name}/pool"]}
+    assert set(kept.tables) == {"summary", "differences", "cost", "runs"}
+    columns, rows = kept.tables["runs"]
+    assert columns[:4] == ["group", "method", "seed", "loss when learned"]
+    assert rows[0][:4] == ["ncl", "ncl", 0, pytest.approx(3.5)] and rows[1][columns.index("forgetting")] != 0.5
+    assert all(isinstance(value, float) for row in rows for value in row[3:])
+    assert sorted(kept.pictures) == ["loss_matrices", "pareto"] and all(
+        path.exists() for path in kept.pictures.values()
+    )
+    assert kept.summary["ncl/forgetting"] == pytest.approx(0.5) and "pool/forgetting" not in kept.summary

@@ -1,0 +1,26 @@
+"""Importance of units: what the config asks for is what is measured and normalised."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from das_ds.functional.importance import normalize
+from das_ds.softmask import unit as unit_level
+from das_ds.softmask.unit import UnitLevel
+from helpers.training import run_config
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "square"])
+def test_the_kind_of_the_config_is_measured(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    raw = torch.tensor([[1.0, 2.0, 6.0]])
+    by_kind = {"magnitude": raw, "square": raw**2}
+    measure = lambda run, batches, loss, found: {"head": by_kind[found]}  # noqa: E731
+    monkeypatch.setattr(unit_level, "measure_unit_importance", measure)
+    run: Any = SimpleNamespace(config=run_config(tmp_path, method={"importance": {"kind": kind}}))
+    domain: Any = SimpleNamespace(sample_batches=lambda label: None)
+    importance = UnitLevel(run).measure(domain, "importance", None)  # type: ignore[arg-type]
+    assert torch.equal(importance["head"], normalize(by_kind[kind], run.config.method.importance))

@@ -1,0 +1,88 @@
+"""The text of a causal run, from config to batches, against the same by hand."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from das_ds.config import RunConfig
+from das_ds.distributed.process_group import RankInfo
+from das_ds.errors import ConfigError, ModelError
+from das_ds.training.data_module import prepare_data
+from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
+
+LENGTH = 16
+INFO = RankInfo(0, 0, 1, torch.device("cpu"))
+
+
+def run_config(tmp_path: Path, *, isolate: bool, without: str | None = None) -> RunConfig:
+    tokenizer = tiny_tokenizer()
+    if without is not None:
+        setattr(tokenizer, without, None)
+    tokenizer.save_pretrained(tmp_path / "tokeniser")
+    (tmp_path / "soup.txt").write_text(TEXT)
+    return RunConfig.model_validate(
+        {
+            "output_dir": tmp_path / "run",
+            "model": {"config": {"model_type": "gpt2"}},
+            "domains": [{"name": "soup", "train": [str(tmp_path / "soup.txt")]}],
+            "data": {
+                "tokenizer": str(tmp_path / "tokeniser"),
+                "sequence_length": LENGTH,
+                "cache_dir": str(tmp_path / "cache"),
+                "isolate_documents": isolate,
+            },
+            "train": {"steps_per_domain": 2, "global_batch_size": 4, "micro_batch_size": 2},
+        }
+    )
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_causal_run_predicts_the_next_tokens_of_its_corpus(tmp_path: Path, isolate: bool) -> None:
+    text = prepare_data(run_config(tmp_path, isolate=isolate), INFO, "clm")
+    tokenizer = tiny_tokenizer()
+    pairs = set[tuple[int, int]]()
+    for line in TEXT.splitlines():
+        ids = tokenizer(line)["input_ids"]
+        pairs |= set(pairwise(ids))
+    crossing = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    batches = [batch for step in text.training_steps(text.config.stages[0]) for batch in step]
+    batches += [*text.evaluation_batches("soup"), *text.importance_batches("soup")]
+    found = set[tuple[int, int]]()
+    for batch in batches:
+        assert (batch.position_ids is not None) == isolate
+        found |= set(zip(batch.input_ids.flatten()[batch.predicted].tolist(), batch.targets.tolist(), strict=True))
+    assert found <= pairs | {crossing}
+    assert (crossing in found) != isolate
+
+
+def test_objectives_name_the_token_they_miss(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no end-of-text token"):
+        prepare_data(run_config(tmp_path, isolate=False, without="eos_token"), INFO, "clm")
+    with pytest.raises(ModelError, match="has no mask token"):
+        prepare_data(run_config(tmp_path, isolate=False, without="mask_token"), INFO, "mlm")
+
+
+def test_isolation_in_a_masked_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.isolate_documents: found true with objective mlm"):
+        prepare_data(run_config(tmp_path, isolate=True), INFO, "mlm")
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "rows"), [(None, 1, [2, 2]), (1, 1, [1]), (3, 1, [1, 1, 1]), (12, 2, [2, 2, 2]), (2, 2, [1])]
+)
+def test_a_gradient_has_its_number_of_sequences(
+    size: int | None, world_size: int, rows: list[int], tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, isolate=False)
+    importance = config.method.importance.model_copy(update={"gradient_batch_size": size, "samples": 5})
+    config = config.model_copy(update={"method": config.method.model_copy(update={"importance": importance})})
+    measured: list[torch.Tensor] = []
+    for rank in range(world_size):
+        steps = prepare_data(config, RankInfo(rank, rank, world_size, INFO.device), "clm").importance_steps("soup")
+        assert all([len(batch.input_ids) for batch in step] == rows for step in steps)
+        measured += [batch.input_ids[batch.row_weights > 0] for step in steps for batch in step]
+    whole = prepare_data(config, INFO, "clm").importance_batches("soup")
+    expected = torch.cat([batch.input_ids[batch.row_weights > 0] for batch in whole])
+    assert sorted(torch.cat(measured).tolist()) == sorted(expected.tolist())

@@ -1,0 +1,33 @@
+"""Held-out loss of nothing is no loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from das_ds.data.batch import Batch
+from das_ds.distributed.resumable import ResumableLoop
+from das_ds.errors import DataError
+from das_ds.training.evaluate import compute_eval_loss
+
+
+class Silent(torch.nn.Module):
+    """Gives a loss for every predicted token."""
+
+    def forward(self, ids: torch.Tensor, predicted: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return ids, torch.full((len(predicted),), 2.0)
+
+
+def batch_of(predicted: list[int]) -> Batch:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    places = torch.tensor(predicted, dtype=torch.int64)
+    return Batch(ids, ids, places, places, torch.ones(1))
+
+
+def test_held_out_loss_is_the_mean_over_predicted_tokens() -> None:
+    assert compute_eval_loss(Silent(), ResumableLoop([batch_of([1, 2]), batch_of([])]), torch.device("cpu")) == 2.0
+
+
+def test_held_out_loss_without_a_predicted_token_is_refused() -> None:
+    with pytest.raises(DataError, match=r"found no predicted token in the held-out text.*data\.mlm_probability"):
+        compute_eval_loss(Silent(), ResumableLoop([batch_of([])]), torch.device("cpu"))

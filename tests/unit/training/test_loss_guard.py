@@ -1,0 +1,143 @@
+"""Every policy on every kind of bad step, and what survives a checkpoint and a rewind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from das_ds.config import FaultsConfig
+from das_ds.training.loss_guard import MOST_IN_A_ROW, LossGuard, LossGuardState, Verdict
+
+WINDOW = 8
+LOSSES = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.0]
+
+
+def guard(*, warm: bool = True, **faults: Any) -> LossGuard:
+    made = LossGuard(FaultsConfig(**{"spike_window": WINDOW, **faults}))
+    made.start_domain("papers")
+    for step, loss in enumerate(LOSSES if warm else [], start=1):
+        assert made.check_loss(loss, step) == Verdict("take")
+    return made
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
+def test_loss_that_is_not_finite_follows_its_policy(loss: float, policy: str) -> None:
+    verdict = guard(warm=False, nonfinite=policy).check_loss(loss, 3)
+    assert verdict.action == policy
+    assert verdict.message is not None and verdict.message.startswith(f"papers, step 3: loss is {loss}, expected")
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
+def test_gradient_norm_that_is_not_finite_follows_the_same_policy(policy: str) -> None:
+    for verdict in (
+        guard(nonfinite=policy).check_loss(2.0, 9, norm_is_finite=False),
+        guard(nonfinite=policy).check_gradient(9),
+    ):
+        assert verdict.action == policy
+        assert verdict.message is not None and verdict.message.startswith("papers, step 9: gradient norm")
+    assert guard(nonfinite=policy).check_loss(2.0, 9, norm_is_finite=True) == Verdict("take")
+
+
+@pytest.mark.parametrize(
+    ("policy", "action"), [("warn", "take"), ("skip", "skip"), ("stop", "stop"), ("rewind", "rewind")]
+)
+def test_spike_follows_its_policy_and_is_explained(policy: str, action: str) -> None:
+    verdict = guard(spike=policy).check_loss(3.0, 9)
+    assert verdict.action == action
+    mean, deviation = np.mean(LOSSES), np.std(LOSSES)
+    assert verdict.message is not None
+    for part in ("papers, step 9", "rose to 3", f"mean {mean:.4g}", f"standard deviation {deviation:.3g})", "8 steps"):
+        assert part in verdict.message
+
+
+def test_stop_says_what_helps() -> None:
+    for verdict, key in (
+        (guard(spike="stop").check_loss(3.0, 9), "faults.spike_deviations"),
+        (guard(nonfinite="stop").check_loss(math.nan, 9), "train.grad_clip"),
+        (guard(nonfinite="stop").check_gradient(9), "train in bf16 or fp32"),
+    ):
+        assert verdict.message is not None and key in verdict.message and "train.learning_rate" in verdict.message
+
+
+def test_bad_losses_stay_out_of_the_window() -> None:
+    made = guard(spike="warn", nonfinite="skip")
+    made.check_loss(3.0, 9)
+    made.check_loss(math.nan, 10)
+    made.check_loss(2.0, 11, norm_is_finite=False)
+    assert made.state().losses == LOSSES
+    made.check_loss(2.2, 12)
+    assert made.state().losses == [*LOSSES[1:], 2.2]
+
+
+def test_skipping_all_steps_ends() -> None:
+    made = guard(nonfinite="skip")
+    actions = [made.check_loss(math.nan, 9 + i).action for i in range(MOST_IN_A_ROW)]
+    assert actions == ["skip"] * (MOST_IN_A_ROW - 1) + ["stop"]
+
+
+def test_good_steps_between_bad_ones_count() -> None:
+    made = guard(nonfinite="skip")
+    actions = [made.check_loss(2.0 if i % 2 else math.nan, 9 + i).action for i in range(4 * MOST_IN_A_ROW)]
+    assert actions == ["skip", "take"] * (2 * MOST_IN_A_ROW)
+
+
+def test_gradients_that_are_never_finite_end_too_though_the_losses_are() -> None:
+    made, actions = guard(nonfinite="skip"), []
+    for step in range(9, 9 + MOST_IN_A_ROW):
+        assert made.check_loss(2.0, step).action == "take"
+        actions.append(made.check_gradient(step).action)
+    assert actions == ["skip"] * (MOST_IN_A_ROW - 1) + ["stop"]
+
+
+def test_warnings_end_when_the_loss_stays_on_its_new_level() -> None:
+    made = guard(spike="warn")
+    verdicts = [made.check_loss(3.0, 9 + i) for i in range(MOST_IN_A_ROW + 2 * WINDOW)]
+    assert all(verdict.action == "take" for verdict in verdicts)
+    assert all(verdict.message for verdict in verdicts[:MOST_IN_A_ROW])
+    assert not any(verdict.message for verdict in verdicts[MOST_IN_A_ROW:])
+    assert "from here on this is the usual loss" in str(verdicts[MOST_IN_A_ROW - 1].message)
+
+
+def test_rewound_step_is_left_out_when_it_comes_again() -> None:
+    made = guard(spike="rewind")
+    saved = made.state()
+    assert not made.is_skipped(9)
+    assert made.check_loss(3.0, 9).action == "rewind"
+    made.load(saved)
+    assert made.is_skipped(9) and not made.is_skipped(10)
+    # The step of the same number of another domain is another step.
+    made.start_domain("food")
+    assert not made.is_skipped(9)
+
+
+def test_rewinds_are_counted_over_the_run_though_the_checkpoint_knows_of_none() -> None:
+    made = guard(nonfinite="rewind", max_rewinds=2)
+    saved = made.state()
+    for step in (9, 30):
+        assert made.check_loss(math.nan, step).action == "rewind"
+        made.load(saved)
+    verdict = made.check_loss(math.nan, 50)
+    assert verdict.action == "stop" and "after 2 rewinds (faults.max_rewinds)" in str(verdict.message)
+
+
+def test_state_survives_json_and_a_new_process() -> None:
+    made = guard(spike="rewind", nonfinite="skip")
+    made.check_loss(math.nan, 9)
+    made.check_loss(3.0, 10)
+    state = LossGuardState.model_validate_json(made.state().model_dump_json())
+    continued = LossGuard(FaultsConfig(spike_window=WINDOW, spike="rewind", nonfinite="skip"))
+    continued.load(state)
+    assert continued.state() == made.state()
+    assert continued.is_skipped(10) and not continued.is_skipped(9)
+    assert continued.check_loss(3.0, 11) == made.check_loss(3.0, 11)
+
+
+def test_new_domain_begins_with_an_empty_window() -> None:
+    made = guard(spike="stop")
+    made.start_domain("food")
+    assert made.check_loss(50.0, 1) == Verdict("take")
+    assert made.state().losses == [50.0]

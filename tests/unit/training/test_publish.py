@@ -1,0 +1,42 @@
+"""What is told of a run after an evaluation, for domains in order and for all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from das_ds.checkpoint.manifest import RunState
+from das_ds.reporting.results import Results
+from das_ds.run_dir import RESULTS_FILE
+from das_ds.tracking.sinks import Sink
+from das_ds.tracking.tracker import Tracker
+from das_ds.training.publish import collect_results, publish_results
+from helpers.training import run_config
+
+DOMAINS = [{"name": name, "train": ["unused.txt"]} for name in ("acl", "pubmed")]
+
+
+class Evaluations(Sink):
+    """Keeps over how many domains losses were logged."""
+
+    def __init__(self) -> None:
+        self.domains_learned: list[int] = []
+
+    def log_evaluation(self, losses: Mapping[str, float], *, domains_learned: int, global_step: int) -> None:
+        self.domains_learned.append(domains_learned)
+
+
+@pytest.mark.parametrize(("method", "learned"), [("ncl", [["acl"], ["pubmed"]]), ("pool", [["acl", "pubmed"]])])
+def test_losses_stand_over_the_domains_learned(method: str, learned: list[list[str]], tmp_path: Path) -> None:
+    config, sink = run_config(tmp_path, domains=DOMAINS, method={"name": method}), Evaluations()
+    matrix: list[list[float]] = []
+    for done in range(len(learned) + 1):
+        matrix.append([3.0 - done, 4.0 - done])
+        state = RunState(domains_done=done, loss_matrix=matrix)
+        results = collect_results(config, state, 1, 2)
+        publish_results(results, tmp_path, Tracker([sink]), {"acl": 1.0}, state, None)
+        assert Results.read(tmp_path / RESULTS_FILE) == results
+        assert results.learned == learned and results.complete == (done == len(learned))
+    assert sink.domains_learned == [sum(map(len, learned[:done])) for done in range(len(learned) + 1)]
