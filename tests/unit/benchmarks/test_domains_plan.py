@@ -125,7 +125,9 @@ def test_a_tier_that_would_take_days_here_is_refused(
         for part in ("train", "valid"):
             (tmp_path / corpus / f"{part}.txt.xz").touch()
     monkeypatch.setenv(data.VARIABLE, str(tmp_path))
-    monkeypatch.setattr("benchmarks.domains.__main__.emulated_precision_warning", lambda precision: f"no {precision} here")
+    monkeypatch.setattr(
+        "benchmarks.domains.__main__.emulated_precision_warning", lambda precision: f"no {precision} here"
+    )
     assert main(["cpu", "--folder", str(tmp_path / "runs")]) == 2
     message = "das_ds: tier cpu trains in bf16: no bf16 here; expected another device, or tier masks\n"
     assert capsys.readouterr().err == message
