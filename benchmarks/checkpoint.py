@@ -56,7 +56,7 @@ class Checkpointed:
         self.ranks = ProcessGroup()
         torch.set_num_threads(max((os.cpu_count() or 1) // self.ranks.info.world_size, 1))
         rank_work = Workload(**{**vars(work), "batch_size": work.batch_size // self.ranks.info.world_size})
-        importance = {"initial": str(folder / "importance.safetensors")}
+        importance = {"init_from": str(folder / "importance.safetensors")}
         config = build_config(rank_work, {"name": "das", "importance": importance})
         global_batch = {"global_batch_size": work.batch_size}
         config = config.model_copy(update={"train": config.train.model_copy(update=global_batch), "output_dir": folder})

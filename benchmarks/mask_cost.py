@@ -33,7 +33,7 @@ WARM_UP = 1
 
 def method_of(mask: str, folder: Path) -> dict[str, Any]:
     """The method section of one form."""
-    importance = {"initial": str(folder / f"{mask}.safetensors")}
+    importance = {"init_from": str(folder / f"{mask}.safetensors")}
     return {"name": "das", "importance": {**importance, "granularity": PARAMETER if mask == PARAMETER else UNIT}}
 
 

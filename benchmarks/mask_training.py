@@ -76,8 +76,8 @@ def build_config(sizes: Sizes, training: Training, importance: Path, zero_stage:
         method = {
             "name": "das",
             "softmask": {"apply_to": training.mask},
-            "importance": {"initial": str(importance)},
-            "contrast": {"weight": 0.0},
+            "importance": {"init_from": str(importance)},
+            "contrastive": {"weight": 0.0},
         }
     return run_config(model, train, method, sequence_length=sizes.sequence_length, zero_stage=zero_stage)
 

@@ -42,11 +42,11 @@ NAIVE = "ncl"
 METHODS: dict[str, dict[str, Any]] = {
     NAIVE: {"name": "ncl"},
     "das unit": {"name": "das"},
-    "das parameter": {"name": "das", "importance": {"granularity": "parameter"}, "contrast": {"weight": 0.0}},
+    "das parameter": {"name": "das", "importance": {"granularity": "parameter"}, "contrastive": {"weight": 0.0}},
     "das directions": {
         "name": "das",
-        "importance": {"granularity": "direction", "normalisation": "saturating", "saturation": 3.0},
-        "contrast": {"weight": 0.0},
+        "importance": {"granularity": "direction", "normalization": "saturating", "half_saturation": 3.0},
+        "contrastive": {"weight": 0.0},
     },
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ def build_config(work: Workload, method: str) -> RunConfig:
         "global_batch_size": work.batch_size,
         "micro_batch_size": work.batch_size,
         "precision": work.precision,
-        "grad_clip": 1.0,
+        "max_grad_norm": 1.0,
     }
     return run_config(
         MODELS[work.model],

@@ -148,7 +148,7 @@ def write_run_config(work: Workload, folder: Path, name: str, domains: list[str]
             "micro_batch_size": work.batch_size,
             "learning_rate": LEARNING_RATE,
             "precision": work.precision,
-            "log_every": 1,
+            "log_interval": 1,
         },
         "evaluation": {"max_sequences": work.batch_size},
         "wandb": {"mode": "disabled"},
@@ -167,7 +167,7 @@ def run_das_ds(work: Workload, folder: Path, zero_stage: int) -> list[float]:
         folder,
         f"run_{zero_stage}",
         ["words"],
-        checkpoint={"every_steps": 10 * work.steps},
+        checkpoint={"interval": 10 * work.steps},
         method={"name": "ncl"},
         deepspeed={"zero_optimization": {"stage": zero_stage}},
     )

@@ -36,7 +36,7 @@ def run_config(
         "model": {"config": {"model_type": "roberta", **model}},
         "domains": [{"name": "random", "train": ["unused.txt"]}],
         "data": {"sequence_length": sequence_length},
-        "train": {"schedule": "constant_with_warmup", "warmup_ratio": 0.0, "grad_clip": 0.0, **train},
+        "train": {"lr_scheduler": "constant_with_warmup", "warmup_ratio": 0.0, "max_grad_norm": 0.0, **train},
         "method": method,
         "deepspeed": {"zero_optimization": {"stage": zero_stage}},
     }
@@ -84,5 +84,5 @@ def optimizer_step(method: Method, batch: Batch, token_scale: torch.Tensor) -> I
 
 
 def write_importance(path: Path, model: Any, importance: dict[str, torch.Tensor]) -> None:
-    """Writes group -> (L, U) where `method.importance.initial` can read it."""
+    """Writes group -> (L, U) where `method.importance.init_from` can read it."""
     save_unit_importance(path, importance, spec_for(model.config.model_type).layout(model))

@@ -130,7 +130,7 @@ def builders(work: Workload, ranks: ProcessGroup, folder: Path) -> dict[str, Cal
     """Name of each form -> what builds it."""
     device, path = ranks.info.device, folder / "importance.safetensors"
     plain = build_config(work, {"name": "ncl"})
-    das = build_config(work, {"name": "das", "importance": {"initial": str(path)}})
+    das = build_config(work, {"name": "das", "importance": {"init_from": str(path)}})
     # Layout and sizes are all that is wanted of this model.
     with torch.device("meta"):
         skeleton = build_model(plain)

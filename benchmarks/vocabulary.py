@@ -47,7 +47,7 @@ class Workload:
     batch_size: int = 8
     sequence_length: int = 512
     precision: str = "fp32"
-    logits_mib: int = TrainConfig().logits_mib
+    logits_mib: int = TrainConfig().max_logits_mib
     repeats: int = 3
 
 

@@ -55,7 +55,7 @@ def _speaks() -> bool:
 def _start_ranks(config: RunConfig) -> ProcessGroup:
     from das_ds.distributed.process_group import ProcessGroup
 
-    hang_timeout = timedelta(seconds=config.run.hang_timeout)
+    hang_timeout = timedelta(seconds=config.runtime.hang_timeout)
     # Collectives wait far longer: the watchdog, which can name the rank that is stuck, is to end the run first.
     return ProcessGroup(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
 
@@ -115,7 +115,7 @@ def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.preflight.peers import PeerCheck
     from das_ds.preflight.run import run_preflight
 
-    peers = PeerCheck(timedelta(seconds=config.run.hang_timeout))
+    peers = PeerCheck(timedelta(seconds=config.runtime.hang_timeout))
     run_preflight(config, peers, as_json=options.json)
     peers.ranks.close()
 
@@ -132,7 +132,7 @@ def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
 
 
-def _units(options: argparse.Namespace) -> None:
+def _inspect(options: argparse.Namespace) -> None:
     # transformers reports what it misses as it builds networks; the answer is the table alone.
     from transformers.utils import logging
 
@@ -213,11 +213,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--against", metavar="LABEL", help=text)
     report.add_argument("--wandb", action="store_true", help="log tables and pictures to W&B as well (job type report)")
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
-    units = commands.add_parser("units", help=text, description=text)
-    units.set_defaults(action=_units)
-    units.add_argument("model", metavar="MODEL", help="model folder, hub name, or model config file (.yaml, .json)")
-    units.add_argument("--objective", choices=("mlm", "clm"), help="of a proposal; default: that of the architecture")
-    units.add_argument("--yaml", action="store_true", help="print the table as model.adapter of a run config")
+    inspect = commands.add_parser("inspect", help=text, description=text)
+    inspect.set_defaults(action=_inspect)
+    inspect.add_argument("model", metavar="MODEL", help="model folder, hub name, or model config file (.yaml, .json)")
+    inspect.add_argument("--objective", choices=("mlm", "clm"), help="of a proposal; default: that of the architecture")
+    inspect.add_argument("--yaml", action="store_true", help="print the table as model.architecture of a run config")
     return parser
 
 

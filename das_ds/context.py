@@ -57,7 +57,7 @@ class DomainContext:
     index: int
     name: str
     sample_batches: Callable[[str], ResumableLoop[Batch]]
-    """Label -> a pass over this rank's batches of `importance.samples` training sequences, always the same."""
+    """Label -> a pass over this rank's batches of `importance.num_samples` training sequences, always the same."""
     sample_steps: Callable[[str], ResumableLoop[list[Batch]]]
     """The same sequences as this rank's micro-batches of `gradient_batch_size` sequences of all ranks together."""
     run_folder: Path
@@ -97,14 +97,14 @@ def build_context(
     layout, lora = adapter.layout(model), None
     if config.model.lora is not None:
         lora = Lora.plan(model, layout, config.model.lora)
-        initial = config.model.lora.initial
+        initial = config.model.lora.init_from
         lora.attach(model, seed=config.seed, weights=Path(initial) if initial else None)
         layout = lora.layout(layout)
         if exact is not None:
             exact = {name: exact.pop(plain) for name, plain in lora.plain_names(model).items() if plain in exact}
     # Not earlier: LoRA wraps the modules that have gates.
     gates = UnitGates(model, adapter)
-    network = LanguageModel(model, adapter, logits_mib=config.train.logits_mib)
+    network = LanguageModel(model, adapter, logits_mib=config.train.max_logits_mib)
     parameters = dict(model.named_parameters())
     engine = Engine(
         network,
@@ -115,7 +115,7 @@ def build_context(
         exact,
         {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad},
     )
-    if config.data.isolate_documents:
+    if config.data.document_mask:
         _check_isolation(engine, model, adapter, ranks)
     view_dropout = 0.0 if has_dropout(model.config, adapter.dropouts) else config.method.view_dropout
     return RunContext(config, engine, layout, gates, adapter.objective, network, view_dropout, lora, tokens)

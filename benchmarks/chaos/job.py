@@ -36,13 +36,13 @@ def job_settings(zero_stage: int, granularity: str) -> dict[str, Any]:
             "micro_batch_size": 4,
             "learning_rate": 1e-3,
             "precision": "fp32",
-            "log_every": 3,
+            "log_interval": 3,
         },
-        "method": {"name": "das", "importance": {"samples": 160, "granularity": granularity}},
+        "method": {"name": "das", "importance": {"num_samples": 160, "granularity": granularity}},
         "evaluation": {"batch_size": 1, "max_sequences": 24},
         "deepspeed": {"zero_optimization": {"stage": zero_stage}},
-        "checkpoint": {"every_steps": EVERY_STEPS, "keep": 3, "asynchronous": True},
-        "run": {"hang_timeout": 20},
+        "checkpoint": {"interval": EVERY_STEPS, "keep_last": 3, "async_save": True},
+        "runtime": {"hang_timeout": 20},
         "wandb": {"mode": "disabled"},
     }
 

@@ -35,7 +35,7 @@ def write_config(work: Workload, folder: Path, name: str) -> Path:
         folder,
         name,
         ["first", "second"],
-        method={"name": "das", "importance": {"samples": work.batch_size}},
+        method={"name": "das", "importance": {"num_samples": work.batch_size}},
         deepspeed={"zero_optimization": {"stage": work.zero_stage}},
     )
 

@@ -76,7 +76,7 @@ def restored_losses(run: TrainingRun, device: torch.device) -> list[Restored]:
     vocab_size = num_tokens(text.base_tokenizer.get_vocab())
     old, _ = load_model(earlier, seed=config.seed, vocab_size=vocab_size)
     model, adapter = load_model(after, seed=config.seed, vocab_size=vocab_size)
-    network = LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(device)
+    network = LanguageModel(model, adapter, logits_mib=config.train.max_logits_mib).to(device)
     old_weights, weights = dict(old.named_parameters()), dict(model.named_parameters())
     rows = [Restored(NOTHING, evaluate_corpora(network, text, ResumableLoops(show=False)))]
     for group, names in groups_of(list(weights)).items():

@@ -9,7 +9,7 @@ from benchmarks.domains.variants import MASKS, METHODS, RIVALS
 
 SHARED: Values = {
     "wandb": {"mode": "disabled"},
-    "checkpoint": {"keep": 1},
+    "checkpoint": {"keep_last": 1},
 }
 
 UP_TO_SIX = (2, 3, 4, 5)
@@ -30,9 +30,9 @@ CPU = Tier(
             "micro_batch_size": 16,
             # On CPUs that multiply bf16 a step takes less than half as long as in fp32.
             "precision": "bf16",
-            "log_every": 20,
+            "log_interval": 20,
         },
-        "method": {"importance": {"samples": 512}},
+        "method": {"importance": {"num_samples": 512}},
         "evaluation": {"batch_size": 32, "max_sequences": 256},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     },
@@ -64,9 +64,9 @@ MASKS_TIER = replace(
                 "global_batch_size": 8,
                 "micro_batch_size": 8,
                 "precision": "fp32",
-                "log_every": 10,
+                "log_interval": 10,
             },
-            "method": {"importance": {"samples": 128}},
+            "method": {"importance": {"num_samples": 128}},
             "evaluation": {"max_sequences": 96},
         },
     ),
@@ -93,9 +93,9 @@ GPU = Tier(
             "global_batch_size": 64,
             "micro_batch_size": 64,
             "precision": "bf16",
-            "log_every": 50,
+            "log_interval": 50,
         },
-        "method": {"importance": {"samples": 4096}},
+        "method": {"importance": {"num_samples": 4096}},
         "evaluation": {"batch_size": 256, "max_sequences": 1024},
         "deepspeed": {"zero_optimization": {"stage": 1}},
     },
@@ -126,7 +126,7 @@ GPU = Tier(
                     "tie_word_embeddings": True,
                 }
             },
-            "train": {"steps_per_domain": 6000, "learning_rate": 1e-3, "schedule": "cosine", "betas": [0.9, 0.95]},
+            "train": {"steps_per_domain": 6000, "learning_rate": 1e-3, "lr_scheduler": "cosine", "betas": [0.9, 0.95]},
             "method": {"name": NAIVE},
         },
     },

@@ -7,18 +7,18 @@ from typing import Any
 
 from benchmarks.domains.plan import NAIVE, Variant, merged
 
-NO_CONTRAST = {"contrast": {"weight": 0.0}}
-ONE_SIDED = {"importance": {"normalisation": "tanh_positive"}}
-PARAMETER = {"importance": {"granularity": "parameter", "normalisation": "tanh_positive"}}
-FISHER = {"importance": {"kind": "square", "normalisation": "saturating", "scope": "model"}}
+NO_CONTRAST = {"contrastive": {"weight": 0.0}}
+ONE_SIDED = {"importance": {"normalization": "tanh_positive"}}
+PARAMETER = {"importance": {"granularity": "parameter", "normalization": "tanh_positive"}}
+FISHER = {"importance": {"score": "squared_grad", "normalization": "saturating", "scope": "model"}}
 DIRECTIONS: dict[str, Any] = {
-    "importance": {"granularity": "direction", "normalisation": "saturating", "saturation": 3.0},
+    "importance": {"granularity": "direction", "normalization": "saturating", "half_saturation": 3.0},
     **NO_CONTRAST,
 }
-MERGING = {"merge": {"coefficient": 0.3}}
-REPLAY: dict[str, Any] = {"replay": {"share": 0.0625}}
+MERGING = {"merge": {"weight": 0.3}}
+REPLAY: dict[str, Any] = {"replay": {"fraction": 0.0625}}
 """1 of 16 sequences, the nearest to 5 % that a batch of 16 can hold."""
-REPLAY_IN_8: dict[str, Any] = {"replay": {"share": 0.125}}
+REPLAY_IN_8: dict[str, Any] = {"replay": {"fraction": 0.125}}
 """1 of 8 sequences, the fewest that a batch of 8 can hold."""
 
 
@@ -34,7 +34,7 @@ def searched(*variants: Variant) -> list[Variant]:
 
 def ewc(strength: float) -> Variant:
     """ewc with a factor of its penalty."""
-    return Variant(f"ewc {strength:g}", {"method": {"name": "ewc", "ewc": {"strength": strength}}})
+    return Variant(f"ewc {strength:g}", {"method": {"name": "ewc", "ewc": {"lambda": strength}}})
 
 
 def kd(weight: float) -> Variant:
@@ -44,7 +44,7 @@ def kd(weight: float) -> Variant:
 
 def directions(saturation: float) -> Variant:
     """das with another c of the mask of directions."""
-    return das(f"das directions {saturation:g}", DIRECTIONS, {"importance": {"saturation": saturation}})
+    return das(f"das directions {saturation:g}", DIRECTIONS, {"importance": {"half_saturation": saturation}})
 
 
 NAIVE_TRAINING = Variant(NAIVE, {"method": {"name": "ncl"}})
@@ -83,12 +83,12 @@ MASKS = (
     *searched(
         das("das units", NO_CONTRAST),
         das("das one-sided", ONE_SIDED, NO_CONTRAST),
-        das("das readers", ONE_SIDED, NO_CONTRAST, {"softmask": {"readers": True}}),
+        das("das readers", ONE_SIDED, NO_CONTRAST, {"softmask": {"include_consumers": True}}),
         das("das FFN", ONE_SIDED, NO_CONTRAST, {"softmask": {"groups": ["intermediate", "output"]}}),
         das("das weights Fisher", PARAMETER, NO_CONTRAST, FISHER),
-        das("das weights ranks", PARAMETER, NO_CONTRAST, {"importance": {"normalisation": "rank_hard"}}),
-        das("das weights sensitivity", PARAMETER, NO_CONTRAST, {"importance": {"kind": "sensitivity"}}),
-        das("das weights shared", PARAMETER, NO_CONTRAST, {"softmask": {"shared_scale": 0.25}}),
+        das("das weights ranks", PARAMETER, NO_CONTRAST, {"importance": {"normalization": "rank_hard"}}),
+        das("das weights sensitivity", PARAMETER, NO_CONTRAST, {"importance": {"score": "grad_x_weight"}}),
+        das("das weights shared", PARAMETER, NO_CONTRAST, {"softmask": {"unowned_update_scale": 0.25}}),
     ),
     das("das directions", DIRECTIONS),
     # Whether a mask that blocks a part of the movement allows a higher rate.

@@ -3,14 +3,21 @@
 Reading, overriding and writing configs is `config/io.py`, the table of all keys `config/schema.py`.
 """
 
-from das_ds.config.architecture import AdapterConfig, GroupName, ObjectiveName, RuleConfig, SiteConfig, UnitCountsConfig
+from das_ds.config.architecture import (
+    ArchitectureConfig,
+    GroupName,
+    ObjectiveName,
+    RuleConfig,
+    SiteConfig,
+    UnitCountsConfig,
+)
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import (
-    ContrastConfig,
+    ContrastiveConfig,
     DerppConfig,
     EwcConfig,
     ImportanceConfig,
-    ImportanceKind,
+    ImportanceScore,
     KdConfig,
     MergeConfig,
     MethodConfig,
@@ -19,15 +26,15 @@ from das_ds.config.method import (
 )
 from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.run import RunConfig
-from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, JobConfig, WandbConfig
+from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
 from das_ds.config.section import Section
 from das_ds.config.tasks import TaskConfig
 from das_ds.config.train import EvaluationConfig, TrainConfig
 
 __all__ = [
-    "AdapterConfig",
+    "ArchitectureConfig",
     "CheckpointConfig",
-    "ContrastConfig",
+    "ContrastiveConfig",
     "CorpusConfig",
     "DataConfig",
     "DerppConfig",
@@ -38,8 +45,7 @@ __all__ = [
     "FaultsConfig",
     "GroupName",
     "ImportanceConfig",
-    "ImportanceKind",
-    "JobConfig",
+    "ImportanceScore",
     "KdConfig",
     "LoraConfig",
     "MergeConfig",
@@ -49,6 +55,7 @@ __all__ = [
     "ReplayConfig",
     "RuleConfig",
     "RunConfig",
+    "RuntimeConfig",
     "Section",
     "SiteConfig",
     "SoftmaskConfig",

@@ -36,10 +36,10 @@ class RuleConfig(Section):
     """Parameter name, `{base}` for the base model's prefix and `{layer}` for the layer number."""
     axis: int = Field(ge=0, le=1)
     """0: units own rows of the stored tensor; 1: they own columns."""
-    spread: Literal["evenly", "halves", "key_value", "query_key_value", "experts", "expert_halves"] = "evenly"
+    layout: Literal["evenly", "halves", "key_value", "query_key_value", "experts", "expert_halves"] = "evenly"
     """How the units lie along the axis: equal runs, gate and up halves, key/value heads, fused q-k-v, or by expert."""
-    reader: bool = False
-    """The parameter only reads the units: protected with them under `method.softmask.readers` alone."""
+    consumer: bool = False
+    """The parameter only reads the units: protected with them under `method.softmask.include_consumers` alone."""
     optional: bool = False
     """Models without this parameter are fine."""
 
@@ -55,7 +55,7 @@ class SiteConfig(Section):
     """The module's input or output, or inside a module that runs all experts."""
 
 
-class AdapterConfig(Section):
+class ArchitectureConfig(Section):
     """A table of units: what they own, where they are gated, what belongs to none (see docs/adapters.md)."""
 
     objective: ObjectiveName
@@ -82,7 +82,7 @@ class AdapterConfig(Section):
     """Attributes of the model config that are dropout probabilities of the network; null: the usual names."""
 
     @model_validator(mode="after")
-    def _names_are_patterns(self) -> AdapterConfig:
+    def _names_are_patterns(self) -> ArchitectureConfig:
         for key, names in (
             ("rules", [rule.parameter for rule in self.rules]),
             ("sites", [site.module for site in self.sites]),
@@ -96,7 +96,7 @@ class AdapterConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _groups_fit_together(self) -> AdapterConfig:
+    def _groups_fit_together(self) -> ArchitectureConfig:
         counted = {group for group, count in self.units if count is not None}
         ruled, gated = {rule.group for rule in self.rules}, [site.group for site in self.sites]
         if not counted == ruled == set(gated) or len(gated) != len(set(gated)):

@@ -54,7 +54,7 @@ class DataConfig(Section):
     """Domain -> tokens, or a file with one a line, that tokeniser and model gain before the domain is learned."""
     mlm_probability: float = Field(default=0.15, gt=0.0, lt=1.0)
     """Share of tokens that is predicted in masked language modelling."""
-    isolate_documents: bool = False
+    document_mask: bool = False
     """Causal only: positions start anew and attention stops at each document of a block, no prediction crosses one."""
     cache_dir: PathText | None = None
     """Folder of tokenised corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""

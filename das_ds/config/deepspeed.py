@@ -122,7 +122,7 @@ def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
         if engine.get(key, AUTO) != AUTO:
             raise ConfigError(
                 f"deepspeed {key}: found {engine[key]!r}, expected none: das_ds brings its own (train.learning_rate, "
-                "train.schedule and the keys beside them)"
+                "train.lr_scheduler and the keys beside them)"
             )
 
 
@@ -163,7 +163,7 @@ def _owned_values(config: RunConfig, engine: dict[str, Any], world_size: int) ->
             f"train.global_batch_size / (train.micro_batch_size x {world_size} ranks)",
             _accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size),
         ),
-        "gradient_clipping": ("train.grad_clip", train.grad_clip),
+        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
         "fp16.enabled": ("train.precision", train.precision == "fp16"),
         "fp16.fp16_master_weights_and_grads": ("train.precision (the optimizer keeps fp32)", False),
         "bf16.enabled": ("train.precision", train.precision == "bf16"),

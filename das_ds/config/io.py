@@ -34,14 +34,14 @@ MAX_NODES = 1_000_000
 MUTABLE_KEYS = (
     "output_dir",
     "wandb",
-    "train.log_every",
+    "train.log_interval",
     "data.num_workers",
     "data.cache_dir",
     "evaluation.batch_size",
     "tasks",
     "checkpoint",
     "export",
-    "run",
+    "runtime",
     "deepspeed",
     "train.micro_batch_size",
 )
@@ -116,7 +116,7 @@ def read_mapping(
 
 def resolved_dict(config: RunConfig) -> dict[str, Any]:
     """The whole config, defaults included, as plain values that YAML and JSON can hold."""
-    return config.model_dump(mode="json")
+    return config.model_dump(mode="json", by_alias=True)
 
 
 def dump_config(config: RunConfig, path: str | Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from das_ds.config.architecture import AdapterConfig
+from das_ds.config.architecture import ArchitectureConfig
 from das_ds.config.section import PathText, Section
 
 
@@ -21,7 +21,7 @@ class LoraConfig(Section):
     """Dropout on what enters the adapters."""
     target_modules: list[str] = Field(default=[])
     """Modules by the end of their name, such as query or attention.output.dense; empty: all that units own."""
-    initial: PathText | None = None
+    init_from: PathText | None = None
     """Adapter folder of an earlier run over the same network to begin with; null: a fresh adapter."""
 
 
@@ -50,8 +50,8 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
     """Train low-rank adapters of linear maps in place of the weights themselves; null: train the weights."""
-    adapter: AdapterConfig | None = None
-    """Your own table of units for this model; null: the registered one. `das-ds units MODEL --yaml` proposes one."""
+    architecture: ArchitectureConfig | None = None
+    """Your own table of units for this model; null: the registered one. `das-ds inspect MODEL --yaml` proposes one."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

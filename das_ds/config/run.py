@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import MethodConfig
 from das_ds.config.model import ModelConfig
-from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, JobConfig, WandbConfig
+from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
 from das_ds.config.section import FolderPath, Section
 from das_ds.config.stage import Stage
 from das_ds.config.tasks import TaskConfig
@@ -43,7 +43,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     faults: FaultsConfig = FaultsConfig()
-    run: JobConfig = JobConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     wandb: WandbConfig = WandbConfig()
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of weights, data order, corruption and dropout."""
@@ -64,7 +64,7 @@ class RunConfig(Section):
     @property
     def num_replayed(self) -> int:
         """Sequences of each global batch that are earlier text, in domains that have some."""
-        share, size = self.method.replay.share, self.train.global_batch_size
+        share, size = self.method.replay.fraction, self.train.global_batch_size
         if share is None:
             return max(1, round(DEFAULT_REPLAY_SHARE * size)) if self.method.name == "replay" else 0
         return round(share * size)
@@ -72,7 +72,7 @@ class RunConfig(Section):
     @property
     def num_rehearsed(self) -> int:
         """Sequences from the buffer of method derpp that are added to each global batch."""
-        chosen = self.method.derpp.replayed
+        chosen = self.method.derpp.batch_size
         return max(1, round(DEFAULT_REPLAY_SHARE * self.train.global_batch_size)) if chosen is None else chosen
 
     def replayed(self, domain: str) -> list[str]:
@@ -137,19 +137,21 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _replay_is_possible(self) -> RunConfig:
         replay, size = self.method.replay, self.train.global_batch_size
-        if replay.share is not None:
-            _check_share(replay.share, size)
+        if replay.fraction is not None:
+            _check_share(replay.fraction, size)
         elif self.num_replayed >= size:
             raise ValueError("method.name: found replay with train.global_batch_size 1, expected at least 2")
         if self.num_replayed and self.method.name in ("one", "pool"):
             raise ValueError(
-                f"method.replay.share: found {replay.share:g} with method {self.method.name}, where no domain comes "
-                "after another; allowed there: 0"
+                f"method.replay.fraction: found {replay.fraction:g} with method {self.method.name}, where no domain "
+                "comes after another; allowed there: 0"
             )
         if replay.general and (self.general is None or not self.general.train):
             raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")
         if replay.general and not self.num_replayed:
-            raise ValueError("method.replay.general: found true with nothing to replay, expected method.replay.share")
+            raise ValueError(
+                "method.replay.general: found true with nothing to replay, expected method.replay.fraction"
+            )
         return self
 
     @model_validator(mode="after")
@@ -158,7 +160,7 @@ class RunConfig(Section):
         most = min(self.method.derpp.capacity, self.train.global_batch_size)
         if self.method.name == "derpp" and self.num_rehearsed > most:
             raise ValueError(
-                f"method.derpp.replayed: found {self.num_rehearsed}, allowed: at most {most}, the smaller of "
+                f"method.derpp.batch_size: found {self.num_rehearsed}, allowed: at most {most}, the smaller of "
                 f"method.derpp.capacity {self.method.derpp.capacity} and train.global_batch_size "
                 f"{self.train.global_batch_size}"
             )
@@ -173,6 +175,6 @@ def _check_share(share: float, global_batch_size: int) -> None:
     nearest = [number for number in (math.floor(count), math.floor(count) + 1) if number < global_batch_size]
     allowed = " or ".join(f"{number / global_batch_size:.6g} ({number} of them)" for number in nearest)
     raise ValueError(
-        f"method.replay.share: found {share}, {count:g} of {global_batch_size} sequences (train.global_batch_size); "
+        f"method.replay.fraction: found {share}, {count:g} of {global_batch_size} sequences (train.global_batch_size); "
         f"nearest allowed: {allowed}"
     )

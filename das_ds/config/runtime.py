@@ -14,11 +14,11 @@ SignalName = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]
 class CheckpointConfig(Section):
     """Saving what is needed to continue."""
 
-    every_steps: int = Field(default=500, ge=1)
+    interval: int = Field(default=500, ge=1)
     """Optimizer steps between two checkpoints; also batches, within importance passes and evaluation."""
-    keep: int = Field(default=2, ge=1)
+    keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept, besides the one at the end of every domain."""
-    asynchronous: bool = True
+    async_save: bool = True
     """Write while training goes on, from a copy in host memory (one checkpoint's size); false: wait for the disk."""
 
 
@@ -38,7 +38,7 @@ class FaultsConfig(Section):
     goes back to the newest checkpoint and leaves the step out when it comes again."""
     spike: Literal["warn", "skip", "stop", "rewind"] = "warn"
     """The same for a loss that rises suddenly; `warn` says so and takes the step."""
-    spike_deviations: float = Field(default=6.0, gt=0.0)
+    spike_sigma: float = Field(default=6.0, gt=0.0)
     """Standard deviations above the mean of the last steps that make a spike."""
     spike_window: int = Field(default=128, ge=8)
     """Steps over which mean and deviation are taken; until so many are seen nothing is a spike."""
@@ -46,7 +46,7 @@ class FaultsConfig(Section):
     """Rewinds of one run before it stops."""
 
 
-class JobConfig(Section):
+class RuntimeConfig(Section):
     """How the processes of a run live and end."""
 
     hang_timeout: float = Field(default=600.0, ge=1.0, le=1e8)

@@ -17,6 +17,38 @@ from typing import Any
 from das_ds.config import RunConfig
 
 MAX_SUGGESTIONS = 3
+RENAMED_KEYS = {
+    "checkpoint.asynchronous": "checkpoint.async_save",
+    "checkpoint.every_steps": "checkpoint.interval",
+    "checkpoint.keep": "checkpoint.keep_last",
+    "data.isolate_documents": "data.document_mask",
+    "faults.spike_deviations": "faults.spike_sigma",
+    "method.contrast": "method.contrastive",
+    "method.derpp.positions": "method.derpp.max_positions",
+    "method.derpp.replayed": "method.derpp.batch_size",
+    "method.ewc.strength": "method.ewc.lambda",
+    "method.importance.initial": "method.importance.init_from",
+    "method.importance.kind": "method.importance.score",
+    "method.importance.normalisation": "method.importance.normalization",
+    "method.importance.protected_share": "method.importance.protected_fraction",
+    "method.importance.samples": "method.importance.num_samples",
+    "method.importance.saturation": "method.importance.half_saturation",
+    "method.merge.coefficient": "method.merge.weight",
+    "method.replay.share": "method.replay.fraction",
+    "method.softmask.readers": "method.softmask.include_consumers",
+    "method.softmask.shared_scale": "method.softmask.unowned_update_scale",
+    "method.softmask.strength": "method.softmask.exponent",
+    "model.adapter": "model.architecture",
+    "model.architecture.rules.0.reader": "model.architecture.rules.0.consumer",
+    "model.architecture.rules.0.spread": "model.architecture.rules.0.layout",
+    "model.lora.initial": "model.lora.init_from",
+    "run": "runtime",
+    "train.grad_clip": "train.max_grad_norm",
+    "train.log_every": "train.log_interval",
+    "train.logits_mib": "train.max_logits_mib",
+    "train.schedule": "train.lr_scheduler",
+}
+"""Former name of a key -> its name, for the error on a config that still has the former one."""
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -60,9 +92,14 @@ def table_key(key: str) -> str:
 def nearest_keys(key: str) -> list[str]:
     """Known keys that a misspelt or misplaced `key` may mean, best first; may be empty.
 
-    A similar name in the same section comes first, then the same name elsewhere, then a similar name elsewhere.
+    The new name of a renamed key is the only suggestion. Else a similar name in the same section comes first, then the
+    same name elsewhere, then a similar name elsewhere.
     """
     section, _, leaf = key.rpartition(".")
+    if renamed := RENAMED_KEYS.get(table_key(key)):
+        new_section, _, new_leaf = renamed.rpartition(".")
+        # The position in a list is the user's.
+        return [f"{section}.{new_leaf}" if new_section and new_section == table_key(section) else renamed]
     rows = list(config_keys().values())
     siblings = {row.leaf: f"{section}.{row.leaf}".lstrip(".") for row in rows if row.section == table_key(section)}
     found = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]

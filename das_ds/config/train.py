@@ -22,7 +22,7 @@ class TrainConfig(Section):
     """`adamw` steps and masks in one pass; `cpu_adam` (DeepSpeed's, for offload) and `lion` are pulled back after."""
     learning_rate: float = Field(default=1e-4, gt=0.0)
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"] = "linear"
+    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"] = "linear"
     """Learning-rate schedule, started anew for each domain; `wsd`: warm-up, stable, decay; `infinite`: the same over
     the whole run, with warm-up in the first domain and decay in the last."""
     warmup_ratio: float = Field(default=0.06, ge=0.0, lt=1.0)
@@ -40,11 +40,11 @@ class TrainConfig(Section):
     matmul_precision: Literal["highest", "high"] = "highest"
     """`torch.set_float32_matmul_precision`: `high` lets float32 matrix products on GPUs use TF32 (10 bits of mantissa),
     5 to 10 times faster; also in `evaluate` and `finetune`."""
-    grad_clip: float = Field(default=1.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, ge=0.0)
     """Largest gradient norm; 0 does not clip."""
-    logits_mib: int = Field(default=256, ge=1)
+    max_logits_mib: int = Field(default=256, ge=1)
     """Largest chunk of float32 logits in MiB; more positions are done in chunks, each again in the backward pass."""
-    log_every: int = Field(default=10, ge=1)
+    log_interval: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
 
     @model_validator(mode="after")
@@ -55,10 +55,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _ratios_fit(self) -> TrainConfig:
-        if self.schedule in ("wsd", "infinite") and self.warmup_ratio + self.decay_ratio > 1.0:
+        if self.lr_scheduler in ("wsd", "infinite") and self.warmup_ratio + self.decay_ratio > 1.0:
             raise ValueError(
-                f"warmup_ratio + decay_ratio: found {self.warmup_ratio:g} + {self.decay_ratio:g} with schedule "
-                f"{self.schedule}, allowed: at most 1 together"
+                f"warmup_ratio + decay_ratio: found {self.warmup_ratio:g} + {self.decay_ratio:g} with lr_scheduler "
+                f"{self.lr_scheduler}, allowed: at most 1 together"
             )
         return self
 

@@ -155,7 +155,7 @@ def prepare_corpus(
             end_of_text=ending,
         )
         try:
-            return TokenBlocks(tokens, data.sequence_length, isolate_documents=data.isolate_documents)
+            return TokenBlocks(tokens, data.sequence_length, isolate_documents=data.document_mask)
         except DataError as error:
             raise DataError(f"corpus '{name}': {error}") from error
 

@@ -162,9 +162,9 @@ def make_objective(name: ObjectiveName, tokenizer: PreTrainedTokenizerBase, data
     """
     if name == "clm":
         return CausalLMCollator()
-    if data.isolate_documents:
+    if data.document_mask:
         raise ConfigError(
-            "data.isolate_documents: found true with objective mlm; expected objective clm, because the attention of "
+            "data.document_mask: found true with objective mlm; expected objective clm, because the attention of "
             "masked language models is not split by document (allowed with mlm: false)"
         )
     return MLMCollator.from_tokenizer(tokenizer, data.mlm_probability)

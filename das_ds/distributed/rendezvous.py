@@ -36,7 +36,7 @@ def report_missing_ranks(timeout: timedelta | None) -> Iterator[None]:
         yield
     # torch's errors of stores and sockets have no class of their own in all its versions.
     except RuntimeError as error:
-        limit = "" if timeout is None else f" within {timeout.total_seconds():g} s (run.hang_timeout)"
+        limit = "" if timeout is None else f" within {timeout.total_seconds():g} s (runtime.hang_timeout)"
         message = (
             f"the ranks do not find each other{limit}: {str(error).splitlines()[0].rstrip('.')}; check that as many "
             "processes start as WORLD_SIZE says, that all have the same MASTER_ADDR and MASTER_PORT, and that this "

@@ -42,7 +42,9 @@ def finetune_model(
     Raises:
         DasError: a task, model or file that cannot be used.
     """
-    source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
+    source = ModelConfig(
+        name_or_path=str(folder), attention=config.model.attention, architecture=config.model.architecture
+    )
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     ranks.run_on_main(lambda: _check(source, folder))
     tasks = ranks.main_process_first(lambda: [read_task(task) for task in chosen])

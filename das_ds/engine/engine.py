@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from das_ds.config import ImportanceKind, TrainConfig
+from das_ds.config import ImportanceScore, TrainConfig
 from das_ds.config.deepspeed import is_offloaded, zero_stage
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState, Shard, zeros_by_flat
@@ -294,7 +294,7 @@ class Engine:
             config.gradient_accumulation_steps, engine.micro_steps = saved
 
     @contextmanager
-    def accumulate_importance(self, kind: ImportanceKind) -> Iterator[Flats]:
+    def accumulate_importance(self, kind: ImportanceScore) -> Iterator[Flats]:
         """Inside, a step adds what its averaged gradient contributes to sums, (F,) float32 each, and trains nothing.
 
         Gradients pass through all of DeepSpeed (accumulation, averaging over ranks, unscaling) but clipping, and arrive

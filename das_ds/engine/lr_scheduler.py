@@ -19,7 +19,7 @@ def build_lr_scheduler(
     is_first: bool,
     is_last: bool,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule that `train.schedule` names, at the first step of a domain.
+    """The schedule that `train.lr_scheduler` names, at the first step of a domain.
 
     What `infinite` differs in from `wsd` is that only the first domain has a warm-up and only the last a decay.
 
@@ -31,11 +31,11 @@ def build_lr_scheduler(
         is_last: whether it goes on to none.
     """
     warmup = round(train.warmup_ratio * num_steps)
-    if train.schedule not in ("wsd", "infinite"):
-        return get_scheduler(train.schedule, optimizer, warmup, num_steps)
+    if train.lr_scheduler not in ("wsd", "infinite"):
+        return get_scheduler(train.lr_scheduler, optimizer, warmup, num_steps)
     # Both shares are rounded, and together they can be a step too long.
     decay = min(round(train.decay_ratio * num_steps), num_steps - warmup)
-    if train.schedule == "infinite":
+    if train.lr_scheduler == "infinite":
         warmup, decay = warmup * is_first, decay * is_last
     specific = {"num_decay_steps": decay, "decay_type": DECAY}
     return get_scheduler("warmup_stable_decay", optimizer, warmup, num_steps, scheduler_specific_kwargs=specific)

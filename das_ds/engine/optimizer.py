@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from das_ds.config import ImportanceKind, TrainConfig
+from das_ds.config import ImportanceScore, TrainConfig
 from das_ds.distributed.state import Flats
 from das_ds.engine.loss_scaler import tf32
 from das_ds.engine.mask import RowUpdateMask
@@ -42,7 +42,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._row_masks: RowUpdateMask | None = None
         self._frozen: dict[int, list[tuple[int, torch.Tensor]]] = {}
         self._sums: Flats | None = None
-        self._kind: ImportanceKind = "magnitude"
+        self._kind: ImportanceScore = "abs_grad"
         self._is_muted = False
         self.grad_scale: torch.Tensor | None = None
 
@@ -64,7 +64,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             self._frozen = {}
 
     @contextmanager
-    def summing(self, sums: Flats, kind: ImportanceKind) -> Iterator[None]:
+    def summing(self, sums: Flats, kind: ImportanceScore) -> Iterator[None]:
         """Inside, a step adds the gradient's `importance_score` to the tensor's sum (F,); weights and moments stay."""
         self._sums, self._kind = sums, kind
         try:

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import torch
 
-from das_ds.config import ImportanceConfig, ImportanceKind
+from das_ds.config import ImportanceConfig, ImportanceScore
 from das_ds.functional.units import Importance
 
 
-def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind: ImportanceKind) -> torch.Tensor:
+def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind: ImportanceScore) -> torch.Tensor:
     """The summand of one batch; importance before normalisation is its sum over batches.
 
         magnitude     |g|          DAS: Ke et al., ICLR 2023, eq. 2; SPG: Konishi et al., ICML 2023
         square        g^2          diagonal of the empirical Fisher matrix (Kirkpatrick et al., PNAS 2017)
         sensitivity   |g * theta|  |dL/dc| of a gate c = 1 on the weight (SNIP: Lee et al., ICLR 2019, eq. 4)
 
-    A unit's gate is such a c, with theta = 1: there `sensitivity` is `magnitude`.
+    A unit's gate is such a c, with theta = 1: there `grad_x_weight` is `abs_grad`.
 
     Args:
         gradient: dL/dtheta of the mean loss of a batch, any shape and floating dtype.
@@ -35,11 +35,11 @@ def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind:
         Values >= 0, shaped like the gradient.
     """
     match kind:
-        case "magnitude":
+        case "abs_grad":
             return gradient.abs()
-        case "square":
+        case "squared_grad":
             return gradient.square()
-        case "sensitivity":
+        case "grad_x_weight":
             return (gradient * weight).abs_()
 
 
@@ -84,7 +84,7 @@ def normalize(raw: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
         (C, E) float32 in [0, 1].
     """
     values = raw.double()
-    if settings.normalisation in RANK_FORMS:
+    if settings.normalization in RANK_FORMS:
         return by_rank(values, settings).float()
     mean, std = values.mean(dim=1, keepdim=True), values.std(dim=1, correction=0, keepdim=True)
     return by_value(values, mean, std, values.abs().amax(dim=1, keepdim=True), settings).float()
@@ -114,19 +114,19 @@ def by_value(
     Returns:
         float64 in [0, 1], shaped like `values`.
     """
-    if settings.normalisation == "saturating":
+    if settings.normalization == "saturating":
         # Where the mean is 0, all values are.
-        return values / (values + settings.saturation * torch.where(mean > 0, mean, 1.0))
+        return values / (values + settings.half_saturation * torch.where(mean > 0, mean, 1.0))
     # Rounding leaves a std of a few ulp when all values are equal; it must not be blown up to z = 1.
     flat = std <= 1e-12 * largest
     z = torch.where(flat, 0.0, (values - mean) / torch.where(flat, 1.0, std))
-    return z.tanh().abs() if settings.normalisation == "abs_tanh" else z.clamp_min(0.0).tanh()
+    return z.tanh().abs() if settings.normalization == "abs_tanh" else z.clamp_min(0.0).tanh()
 
 
 def by_rank(values: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
     """The forms that need order alone: with r the share of entries that are *less* important than the entry,
 
-        rank_hard: 1 where r >= 1 - s, else 0        rank_soft: r^((1 - s) / s)        s = `protected_share`
+        rank_hard: 1 where r >= 1 - s, else 0        rank_soft: r^((1 - s) / s)        s = `protected_fraction`
 
     Without ties r is spread evenly over [0, 1): the hard form gives 1 to round(s * E) entries, and the soft one has
     mean s. Equal entries get equal importance: of ties that lie across the edge of the hard form none is protected,
@@ -141,9 +141,9 @@ def by_rank(values: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
     """
     num_entries = values.shape[1]
     num_less = torch.searchsorted(values.sort(dim=1).values, values.contiguous())
-    if settings.normalisation == "rank_hard":
-        return (num_less >= _least_protected(num_entries, settings.protected_share)).double()
-    return (num_less.double() / num_entries).pow(_exponent(settings.protected_share))
+    if settings.normalization == "rank_hard":
+        return (num_less >= _least_protected(num_entries, settings.protected_fraction)).double()
+    return (num_less.double() / num_entries).pow(_exponent(settings.protected_fraction))
 
 
 def histogram(num_entries: int, settings: ImportanceConfig, num_levels: int) -> torch.Tensor:
@@ -161,10 +161,10 @@ def histogram(num_entries: int, settings: ImportanceConfig, num_levels: int) -> 
     Returns:
         (1,) int64 for `rank_hard`, else (num_levels,), not falling; E stands for a level that nothing reaches.
     """
-    if settings.normalisation == "rank_hard":
-        return torch.tensor([_least_protected(num_entries, settings.protected_share)])
+    if settings.normalization == "rank_hard":
+        return torch.tensor([_least_protected(num_entries, settings.protected_fraction)])
     edges = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
-    shares = edges.pow(1.0 / _exponent(settings.protected_share))
+    shares = edges.pow(1.0 / _exponent(settings.protected_fraction))
     return (num_entries * shares).ceil().clamp_max(num_entries).long()
 
 

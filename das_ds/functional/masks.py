@@ -112,7 +112,7 @@ class MaskTable:
 
     Args:
         layout: the model's units.
-        readers, shared_scale, strength: see `SoftmaskConfig`.
+        readers, shared_scale, strength: `include_consumers`, `unowned_update_scale`, `exponent` of `SoftmaskConfig`.
         groups: whose units are masked, whether they own or read; None: all.
         device: where `values` lie.
     """
@@ -199,7 +199,7 @@ def build_lookup_tables(
     Args:
         owners: parameter -> group that owns it, or `UNOWNED`, which `groups` may hold as well.
         groups: whose weights are masked by their importance; None: all.
-        shared_scale, strength: see `SoftmaskConfig`.
+        shared_scale, strength: `unowned_update_scale`, `exponent` of `SoftmaskConfig`.
         num_levels: I and I' count steps of 1 / `num_levels`.
 
     Returns:

@@ -13,7 +13,7 @@ import torch
 
 HEAD, INTERMEDIATE, OUTPUT = "head", "intermediate", "output"
 GROUPS = (HEAD, INTERMEDIATE, OUTPUT)
-UNOWNED = "shared"
+UNOWNED = "unowned"
 """In place of a group: parameters that no unit owns (embeddings, normalisation, LM head)."""
 
 Importance = dict[str, torch.Tensor]
@@ -32,7 +32,7 @@ class UnitRule:
     spread: str = "evenly"
     """How they lie along the axis, a key of `spreads.SPREADS`."""
     reader: bool = False
-    """The parameter only reads the units: protected with them under `softmask.readers` alone."""
+    """The parameter only reads the units: protected with them under `softmask.include_consumers` alone."""
     optional: bool = False
     """Models without this parameter are fine (biases that a config switches on)."""
 

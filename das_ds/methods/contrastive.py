@@ -30,7 +30,7 @@ class ContrastiveLoss:
 
     def __init__(self, run: RunContext) -> None:
         self._run = run
-        self._settings = run.config.method.contrast
+        self._settings = run.config.method.contrastive
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor, gates: Importance) -> Iterator[Losses]:

@@ -13,7 +13,7 @@ class DAS(SoftMasked):
 
     Keeps (heads + intermediate + hidden) numbers per layer, or, at parameter level, one byte per weight divided over
     the ranks. Extra compute: three more rows per sequence in the packed forward pass, and one forward and backward
-    pass over `importance.samples` sequences per domain.
+    pass over `importance.num_samples` sequences per domain.
     """
 
     def after_domain(self, domain: DomainContext) -> None:

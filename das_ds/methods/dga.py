@@ -18,7 +18,7 @@ class DGA(SoftMasked):
     computed as in DAS. The published mask scales the gradient, which is `softmask.apply_to: gradient`.
 
     Keeps what `das` keeps. Extra compute: three more rows per sequence in the packed forward pass, and one forward and
-    backward pass over `importance.samples` sequences before the first domain.
+    backward pass over `importance.num_samples` sequences before the first domain.
     """
 
     default_groups = (HEAD,)

@@ -21,10 +21,10 @@ class Directions(Method):
 
         dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d)
 
-    A_k = E[x x^T] (d, d) is the second moment of the layer's input over `importance.samples` sequences of domain k, by
-    the model that has just learned it; c is `importance.saturation`. For an input x of earlier text, dW P x is small,
-    whatever dW is: the layer goes on answering as it did. Directions that only new text uses learn freely. dW is the
-    optimizer's whole step, since a mask on the gradient would be undone by Adam.
+    A_k = E[x x^T] (d, d) is the second moment of the layer's input over `importance.num_samples` sequences of domain k,
+    by the model that has just learned it; c is `importance.half_saturation`. For an input x of earlier text, dW P x is
+    small, whatever dW is: the layer goes on answering as it did. Directions that only new text uses learn freely. dW is
+    the optimizer's whole step, since a mask on the gradient would be undone by Adam.
 
     In the eigenvectors of M that is DAS's mask 1 - I of an importance I = a / (a + c). P is the projector of orthogonal
     weight modification (Zeng et al., Nature Machine Intelligence 2019) with a larger constant; gradient projection
@@ -32,7 +32,7 @@ class Directions(Method):
 
     What is not the weight of a linear layer (biases, normalisation, embeddings that are not tied to the LM head) is not
     masked, nor are rows of tokens that no earlier domain had. Knowledge from before the first domain is known only from
-    `importance.initial`; there is no contrast, which needs units.
+    `importance.init_from`; there is no contrast, which needs units.
 
     Keeps an fp32 matrix M (d, d) per linear layer in every rank's host memory, P for the layers that the rank steps
     where the optimizer is, and, while a flat tensor is stepped, a copy of it.
@@ -50,7 +50,7 @@ class Directions(Method):
 
     def before_domain(self, domain: DomainContext) -> None:
         """What earlier runs protect, before the first domain."""
-        initial = self.run.config.method.importance.initial
+        initial = self.run.config.method.importance.init_from
         if initial is not None and not self._moments:
             self._moments, num_tokens = load_directions(Path(initial), self._widths, self.run.layout, self.run.tokens)
             self._num_tokens = None if domain.num_tokens is None else num_tokens
@@ -58,7 +58,7 @@ class Directions(Method):
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; not the rows of tokens that came since, which have nothing to answer yet."""
         if self._moments:
-            saturation, device = self.run.config.method.importance.saturation, self.run.engine.ranks.info.device
+            saturation, device = self.run.config.method.importance.half_saturation, self.run.engine.ranks.info.device
             masks = _Masks(self._moments, saturation, device)
             sizes = self.run.layout.sizes_with(self._num_tokens)
             SoftMasks(self.run.engine).protect_directions(self._widths, masks.of, sizes)

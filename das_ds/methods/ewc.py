@@ -31,7 +31,7 @@ class EWC(Method):
 
     theta* are the weights after the last domain alone, as in the online form; the further `decay` that its penalty has
     is left to lambda. The Fisher information of a domain is the empirical one (targets from the text), of single
-    sequences, on `importance.samples` of them after training:
+    sequences, on `importance.num_samples` of them after training:
 
         F_i = (1/N) sum_b (sum_{n in b} dL(x_n) / dtheta_i)^2       L(x_n): mean loss of the predicted tokens
 
@@ -63,7 +63,7 @@ class EWC(Method):
         self._penalty = None
         if self._fisher is not None:
             assert self._anchor is not None, "before_domain comes before on_train_start"
-            strength = self.run.config.method.ewc.strength
+            strength = self.run.config.method.ewc.lambda_
             self._penalty = self.run.engine.add_quadratic_penalty(strength, self._fisher, self._anchor)
 
     @contextmanager
@@ -81,7 +81,7 @@ class EWC(Method):
         self.run.engine.on_weights_will_change()
         self._anchor = self._penalty = None
         steps = domain.sample_steps(f"Fisher information of {domain.name}")
-        sums = sum_over_gradients(self.run, steps, PRETRAINING, "square")
+        sums = sum_over_gradients(self.run, steps, PRETRAINING, "squared_grad")
         count = float(all_reduce_sum(steps.sums[TOTALS].clone())[0])
         scale = self.run.config.gradient_batch_size**2 / count
         self.run.engine.on_weights_will_change()

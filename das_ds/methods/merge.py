@@ -26,7 +26,7 @@ class ModelMerging(Method):
 
 
 class MergingWrapper(Method):
-    """Any method, and after each domain theta <- (1 - c) * theta + c * theta_before, c = `merge.coefficient`.
+    """Any method, and after each domain theta <- (1 - c) * theta + c * theta_before, c = `merge.weight`.
 
     The weight-space ensemble of Wortsman et al. (WiSE-FT, CVPR 2022), applied after each domain to the model that the
     domain started from (CoMA: Marouf et al., ECCV 2024; MC-WiSE: Stojanovski et al., 2022, arXiv 2211.03186). `average`

@@ -93,8 +93,8 @@ def record_layout(config: RunConfig, hidden_size: int) -> RecordLayout:
     """That of a run's buffer; answers of 16-bit training keep their type, others become float16."""
     return RecordLayout(
         num_tokens=config.data.sequence_length,
-        num_answers=config.method.derpp.positions,
+        num_answers=config.method.derpp.max_positions,
         hidden_size=hidden_size,
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float16,
-        has_positions=config.data.isolate_documents,
+        has_positions=config.data.document_mask,
     )

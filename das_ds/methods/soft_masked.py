@@ -72,7 +72,7 @@ class SoftMasked(Method):
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """The pre-training loss, plus the contrast where it has weight."""
-        if self.run.config.method.contrast.weight == 0.0:
+        if self.run.config.method.contrastive.weight == 0.0:
             step = super().losses(batch, token_scale)
         else:
             step = self._contrast.losses(batch, token_scale, self._gates)
@@ -124,7 +124,7 @@ class SoftMasked(Method):
         return softmask.model_copy(update={"groups": groups})
 
     def _initial_importance(self, domain: DomainContext) -> Any:
-        path = self.run.config.method.importance.initial
+        path = self.run.config.method.importance.init_from
         if path is not None:
             return self.level.read(Path(path))
         general = self.level.measure(domain, "importance of general knowledge", GENERAL_KNOWLEDGE)

@@ -42,6 +42,6 @@ def check_document_mask(
     one, two = hidden.float()
     if (one - two).norm() > tolerance * one.norm():
         raise ConfigError(
-            f"data.isolate_documents: found true, but {model_type} with {attention} attention lets a document see the "
+            f"data.document_mask: found true, but {model_type} with {attention} attention lets a document see the "
             "one before it in its block; expected false, or another model or model.attention (docs/objectives.md)"
         )

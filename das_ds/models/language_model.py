@@ -14,7 +14,7 @@ from das_ds.config import TrainConfig
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.lm_loss import ChunkedLMLoss, positions_per_chunk
 
-DEFAULT_LOGITS_MIB = TrainConfig().logits_mib
+DEFAULT_LOGITS_MIB = TrainConfig().max_logits_mib
 
 
 class LanguageModel(nn.Module):

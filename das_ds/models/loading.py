@@ -265,7 +265,7 @@ def _stored_config(config: ModelConfig) -> Any:
     if found_file(folder, ADAPTER_CONFIG) is not None:
         raise ModelError(
             f"model.name_or_path: found {ADAPTER_CONFIG} in {source}, expected a whole model; merge the adapter into "
-            "its base model first, or move it away if the weights beside it are meant without it (model.lora.initial "
+            "its base model first, or move it away if the weights beside it are meant without it (model.lora.init_from "
             "continues an adapter)"
         )
     stored = AutoConfig.from_pretrained(folder)
@@ -282,7 +282,7 @@ def _stored_config(config: ModelConfig) -> Any:
 
 def _adapter(config: ModelConfig) -> ArchitectureSpec:
     model_type = model_config(config).model_type if config.config is None else config.config["model_type"]
-    return spec_for(model_type) if config.adapter is None else spec_from_config(config.adapter, model_type)
+    return spec_for(model_type) if config.architecture is None else spec_from_config(config.architecture, model_type)
 
 
 def _pretrained(

@@ -209,7 +209,7 @@ def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any],
         sharding,
         granularity=granularity(config),
         has_own_mask=config.method.has_own_mask,
-        copied_bytes=copied if config.checkpoint.asynchronous else 0,
+        copied_bytes=copied if config.checkpoint.async_save else 0,
     )
     on_device, on_host = kept_by_rank(config, size, sharding)
     return replace(found, device=found.device | on_device, host=found.host | on_host)
@@ -217,7 +217,7 @@ def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any],
 
 def activation_estimate(config: RunConfig, size: ModelSize) -> int:
     """Activations and logits of one micro-step."""
-    is_contrasted = config.method.is_soft_masked and config.method.contrast.weight > 0.0
+    is_contrasted = config.method.is_soft_masked and config.method.contrastive.weight > 0.0
     num_rows = config.train.micro_batch_size * (VIEWS_OF_CONTRAST if is_contrasted else 1)
     if config.method.name == "derpp":
         num_rows += -(-config.num_rehearsed * config.train.micro_batch_size // config.train.global_batch_size)
@@ -234,7 +234,7 @@ def activation_estimate(config: RunConfig, size: ModelSize) -> int:
     ) + logits_bytes(
         size,
         num_positions=round(config.train.micro_batch_size * num_tokens * share),
-        largest_chunk=config.train.logits_mib * UNITS["MiB"],
+        largest_chunk=config.train.max_logits_mib * UNITS["MiB"],
     )
 
 

@@ -71,7 +71,7 @@ def check_sharing(checks: Checklist, root: Path, peers: PeerCheck) -> None:
 
 def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, granularity: Granularity | None) -> None:
     """Free space against all that the run is going to write there, less what it has written already."""
-    root, keep, num_domains = config.output_dir, config.checkpoint.keep, len(config.stages)
+    root, keep, num_domains = config.output_dir, config.checkpoint.keep_last, len(config.stages)
     one = checkpoint_bytes(
         trained=size.trained, optimizer=config.train.optimizer, granularity=granularity, num_units=size.num_units
     ) + kept_in_checkpoint(config, size, in_domain=True)
@@ -79,7 +79,7 @@ def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, granularit
     run_importance = 2 * importance_bytes(granularity, trained=size.trained, num_units=size.num_units)
     needed = (keep + 1) * one + num_domains * domain + run_importance
     expected = (
-        f"{readable(needed)} = {keep + 1} checkpoints of {readable(one)} (checkpoint.keep {keep}, and one in the "
+        f"{readable(needed)} = {keep + 1} checkpoints of {readable(one)} (checkpoint.keep_last {keep}, and one in the "
         f"making) + {num_domains} domains of {readable(domain)} + importance {readable(run_importance)}"
     )
 
@@ -87,7 +87,9 @@ def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, granularit
         free, present = min(free for free, _ in found), min(found[0][1], needed)
         what = f"{readable(free)} free, {readable(present)} written already"
         if free < needed - present:
-            raise PreflightError(f"{what}; make room for {readable(needed - present - free)} or lower checkpoint.keep")
+            raise PreflightError(
+                f"{what}; make room for {readable(needed - present - free)} or lower checkpoint.keep_last"
+            )
         return f"{what}, of {expected}"
 
     checks.run("disk", expected, lambda: (shutil.disk_usage(root).free, _written(root)), check_loss)

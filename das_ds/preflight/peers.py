@@ -50,7 +50,7 @@ class PeerCheck:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:
             raise PreflightError(
-                f"the ranks do not find each other within {timeout.total_seconds():g} s (run.hang_timeout): "
+                f"the ranks do not find each other within {timeout.total_seconds():g} s (runtime.hang_timeout): "
                 f"{str(error).splitlines()[0]}; check that as many processes start as WORLD_SIZE says, that all have "
                 "the same MASTER_ADDR and MASTER_PORT, and that this address is reached from every node"
             ) from error

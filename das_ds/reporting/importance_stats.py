@@ -24,7 +24,7 @@ from das_ds.run_dir import GENERAL_IMPORTANCE_FILE, IMPORTANCE_FILE
 from das_ds.softmask.importance_file import PARAMETER, StoredImportance, stored_importance
 
 BEFORE = "before training"
-"""General knowledge, or what `method.importance.initial` brought along; no domain can have a name with a space."""
+"""General knowledge, or what `method.importance.init_from` brought along; no domain can have a name with a space."""
 OTHERS = "others"
 """Weights that no unit owns: embeddings, normalisation, LM head."""
 CHUNK = 1 << 21
@@ -133,7 +133,7 @@ def _pattern(parameter: str) -> str:
 
 
 def _adapter(model: ModelConfig, model_type: str) -> ArchitectureSpec:
-    return spec_for(model_type) if model.adapter is None else spec_from_config(model.adapter, model_type)
+    return spec_for(model_type) if model.architecture is None else spec_from_config(model.architecture, model_type)
 
 
 def _rounded(values: torch.Tensor) -> Matrix:

@@ -42,7 +42,7 @@ class SoftMasks:
 
         Where the mask is not 1 - I itself it takes another byte per weight of the shards.
         """
-        groups, shared_scale, strength = softmask.groups, softmask.shared_scale, softmask.strength
+        groups, shared_scale, strength = softmask.groups, softmask.unowned_update_scale, softmask.exponent
         tables = build_lookup_tables(
             layout.owners, groups=groups, shared_scale=shared_scale, strength=strength, num_levels=LEVELS
         )
@@ -78,10 +78,10 @@ class SoftMasks:
     def _install_table(self, layout: UnitLayout, softmask: SoftmaskConfig) -> MaskTable:
         table = MaskTable(
             layout,
-            readers=softmask.readers,
-            shared_scale=softmask.shared_scale,
+            readers=softmask.include_consumers,
+            shared_scale=softmask.unowned_update_scale,
             groups=softmask.groups,
-            strength=softmask.strength,
+            strength=softmask.exponent,
             device=self._shards[0].flat.device if self._shards else self._device,
         )
         if softmask.apply_to == "update":

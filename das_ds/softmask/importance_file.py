@@ -243,7 +243,7 @@ def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens
     if header[STRUCTURE] != _structure(layout):
         raise ImportanceError(
             f"{path}: importance of another table of units: found layers or units of {header['model_type']} that own "
-            "other weights, expected those of this run (model.adapter)"
+            "other weights, expected those of this run (model.architecture)"
         )
     if tokens is None:
         return

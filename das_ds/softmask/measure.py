@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from das_ds.config import ImportanceKind
+from das_ds.config import ImportanceScore
 from das_ds.context import RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
@@ -85,13 +85,13 @@ GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_vie
 
 
 def measure_unit_importance(
-    run: RunContext, batches: ResumableLoop[Batch], loss: ImportanceLoss, kind: ImportanceKind
+    run: RunContext, batches: ResumableLoop[Batch], loss: ImportanceLoss, kind: ImportanceScore
 ) -> Importance:
     """I_l = (1/N) sum_n s(dL(x_n) / dg_l) over the sequences of all ranks, before normalization.
 
     s is `importance_score`.
 
-    For `magnitude` that is paper eq. 2, the mean absolute gradient of the gates.
+    For `abs_grad` that is paper eq. 2, the mean absolute gradient of the gates.
 
     In fp16 the loss of a batch is scaled, and a batch whose gradients are not finite is measured again at half the
     scale, down to 1.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from das_ds.config import ImportanceKind, SoftmaskConfig
+from das_ds.config import ImportanceScore, SoftmaskConfig
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.resumable import ResumableLoop
@@ -34,7 +34,7 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
             engine.named_shards,
             self.run.layout.sizes_with(self.run.network.num_rows),
             engine.ranks.info.device,
-            sum_over_gradients(self.run, domain.sample_steps(label), loss, self.run.config.method.importance.kind),
+            sum_over_gradients(self.run, domain.sample_steps(label), loss, self.run.config.method.importance.score),
             self.run.layout.owners,
             self.run.config.method.importance,
         )
@@ -79,13 +79,13 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
 
 
 def sum_over_gradients(
-    run: RunContext, steps: ResumableLoop[list[Batch]], loss: ImportanceLoss, kind: ImportanceKind
+    run: RunContext, steps: ResumableLoop[list[Batch]], loss: ImportanceLoss, kind: ImportanceScore
 ) -> Flats:
     """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over batches b of all ranks.
 
     s is `importance_score`.
 
-    For `magnitude` that is N/G times the mean absolute gradient.
+    For `abs_grad` that is N/G times the mean absolute gradient.
 
     DeepSpeed accumulates, averages and shards these gradients as in training, at any stage; weights, moments and
     schedule stay as they are.

@@ -66,7 +66,7 @@ def quantize(
         settings: form and its parameters.
         device: where collectives run.
     """
-    make = _make_level_by_rank if settings.normalisation in RANK_FORMS else _make_level_by_value
+    make = _make_level_by_rank if settings.normalization in RANK_FORMS else _make_level_by_value
     level = make(parts, comparison, settings, device)
     for name, part in parts.items():
         levels = torch.empty(part.numel(), dtype=torch.uint8, device=part.device)

@@ -21,7 +21,7 @@ class UnitLevel(ImportanceLevel[Importance]):
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance:
         """One forward and backward pass over the sample, gradients of the gates only."""
         settings = self.run.config.method.importance
-        raw = measure_unit_importance(self.run, domain.sample_batches(label), loss, settings.kind)
+        raw = measure_unit_importance(self.run, domain.sample_batches(label), loss, settings.score)
         return normalize_units(raw, settings)
 
     def maximum(self, new: Importance, accumulated: Importance | None) -> Importance:

@@ -101,7 +101,7 @@ class DataModule:
         )
 
     def importance_batches(self, corpus: str) -> EvaluationBatches:
-        """A fixed random subset of `importance.samples` training sequences."""
+        """A fixed random subset of `importance.num_samples` training sequences."""
         blocks, batch_size = self._training_blocks(corpus), self.config.method.importance.batch_size
         stream, indices = f"importance/{corpus}", self._importance_subset(blocks)
         return self._batches(corpus, blocks, stream, batch_size, indices=indices)
@@ -126,7 +126,7 @@ class DataModule:
         return self._batches(corpus, blocks, stream, evaluation.batch_size, max_sequences=most)
 
     def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
-        return subset_indices(len(blocks), self.config.method.importance.samples, self.config.seed)
+        return subset_indices(len(blocks), self.config.method.importance.num_samples, self.config.seed)
 
     def _reading(self, stage: Stage) -> SampleStream:
         samples = tuple(

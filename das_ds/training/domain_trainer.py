@@ -143,7 +143,7 @@ class DomainTrainer:
         )
         for step, micro_batches in enumerate(bar, start=first_step + 1):
             self._at("forward and backward", step)
-            is_logged = step % self._train.log_every == 0 or step == num_steps
+            is_logged = step % self._train.log_interval == 0 or step == num_steps
             learning_rate, norm = self._engine.learning_rate(), None
             if self._guard.is_skipped(step):
                 self._engine.skipped_steps += 1

@@ -84,7 +84,9 @@ def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict
         DasError: a model or corpus that cannot be used.
     """
     config = with_recorded_revisions(config)
-    source = ModelConfig(name_or_path=str(folder), attention=config.model.attention, adapter=config.model.adapter)
+    source = ModelConfig(
+        name_or_path=str(folder), attention=config.model.attention, architecture=config.model.architecture
+    )
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     ranks.run_on_main(lambda: check_files(source))
     text = ranks.main_process_first(lambda: prepare_data(config, ranks.info, find_adapter(source).objective))
@@ -96,7 +98,7 @@ def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict
         reserve_embedding_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), text.vocabulary.total)
     check_sequence_length(model, adapter, config.data.sequence_length)
     return evaluate_corpora(
-        LanguageModel(model, adapter, logits_mib=config.train.logits_mib).to(ranks.info.device),
+        LanguageModel(model, adapter, logits_mib=config.train.max_logits_mib).to(ranks.info.device),
         text,
         ResumableLoops(show=ranks.info.is_main),
     )

@@ -81,9 +81,9 @@ MOST_IN_A_ROW = 20
 
 GENTLER = "lower train.learning_rate or raise train.warmup_ratio"
 REMEDIES = {
-    "loss": f"{GENTLER}, clip with train.grad_clip or train in fp32",
+    "loss": f"{GENTLER}, clip with train.max_grad_norm or train in fp32",
     "gradient norm": f"{GENTLER}, or train in bf16 or fp32",
-    "spike": f"look at the text of this step, {GENTLER}, or raise faults.spike_deviations",
+    "spike": f"look at the text of this step, {GENTLER}, or raise faults.spike_sigma",
 }
 """What is wrong -> what helps against it."""
 
@@ -128,7 +128,7 @@ class LossGuard:
 
     def __init__(self, faults: FaultsConfig) -> None:
         self._faults = faults
-        self._detector = SpikeDetector(faults.spike_window, faults.spike_deviations)
+        self._detector = SpikeDetector(faults.spike_window, faults.spike_sigma)
         self._domain = ""
         self._last_bad_step, self._num_in_a_row, self._num_rewinds = -1, 0, 0
         self._left_out: set[tuple[str, int]] = set()
@@ -158,7 +158,7 @@ class LossGuard:
             self._detector.accept(loss)
             return Verdict("take")
         found = (
-            f"loss rose to {loss:.4g}, more than {self._faults.spike_deviations:g} standard deviations above the last "
+            f"loss rose to {loss:.4g}, more than {self._faults.spike_sigma:g} standard deviations above the last "
             f"{self._faults.spike_window} steps (mean {self._detector.mean:.4g}, standard deviation "
             f"{self._detector.deviation:.3g})"
         )

@@ -32,13 +32,13 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         StoppedError: the run was asked to stop and is saved.
     """
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    watchdog = Watchdog(ranks, config.run.hang_timeout, config.output_dir)
+    watchdog = Watchdog(ranks, config.runtime.hang_timeout, config.output_dir)
     lock = RunLock(config.output_dir, on_loss=_end_at_once)
-    with watchdog, lock, ShutdownHandler(config.output_dir, config.run.stop_signals) as requests:
+    with watchdog, lock, ShutdownHandler(config.output_dir, config.runtime.stop_signals) as requests:
         with watchdog.suspend_timeout("opening the run folder"):
             ranks.run_on_main(lock.acquire)
             folder = ranks.main_process_first(lambda: open_run_dir(config))
-            store = CheckpointStore(folder.root, config.checkpoint.keep)
+            store = CheckpointStore(folder.root, config.checkpoint.keep_last)
             manifest = find_latest_valid(store, ranks)
         ranks.run_on_main(lambda: _check_folder(folder, manifest))
         if manifest is not None and manifest.run.phase == "finished":

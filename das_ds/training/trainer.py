@@ -112,7 +112,7 @@ class ContinualTrainer:
             store,
             self.engine.checkpoint_shards(),
             about,
-            asynchronous=config.checkpoint.asynchronous,
+            asynchronous=config.checkpoint.async_save,
             beside=[folder.root / METRICS_FILE],
         )
         self.engine.on_weights_will_change = saver.wait_for_copy
@@ -243,7 +243,7 @@ class ContinualTrainer:
 
         def after_step(step: int) -> None:
             self._state = at(step)
-            self._pass_boundary(save=step % self._config.checkpoint.every_steps == 0)
+            self._pass_boundary(save=step % self._config.checkpoint.interval == 0)
 
         trainer = self._trainer = DomainTrainer(
             self.engine,
@@ -290,7 +290,7 @@ class ContinualTrainer:
 
     def _between_batches(self) -> None:
         self._watchdog.beat(f"a batch of phase {self._state.phase}", self._passes.num_batches)
-        self._pass_boundary(save=self._passes.num_batches % self._config.checkpoint.every_steps == 0)
+        self._pass_boundary(save=self._passes.num_batches % self._config.checkpoint.interval == 0)
 
     def _pass_boundary(self, *, save: bool) -> None:
         self._boundary.pass_by(self._timed(self._state), self._parts, save=save)

@@ -20,7 +20,7 @@ from helpers.runs import small_run
 
 pytestmark = pytest.mark.multirank
 
-DIRECTION = {"granularity": "direction", "normalisation": "saturating"}
+DIRECTION = {"granularity": "direction", "normalization": "saturating"}
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,9 @@ DIRECTION = {"granularity": "direction", "normalisation": "saturating"}
 def test_a_full_disk_of_rank_0_is_one_error_on_all_ranks(
     disturb: Callable[[], None], importance: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    method = {"name": "das", "importance": {**importance, "samples": 4}, "contrast": {"weight": 0.0}}
+    method = {"name": "das", "importance": {**importance, "num_samples": 4}, "contrastive": {"weight": 0.0}}
     values = small_run(tmp_path, method=method, general=None)
-    values["train"] = {**values["train"], "steps_per_domain": 4, "log_every": 1}
+    values["train"] = {**values["train"], "steps_per_domain": 4, "log_interval": 1}
     assert exit_codes(on_train_start(values, tmp_path, 2, disturb)) == [2, 2]
     errors, others = ((tmp_path / f"stderr_{rank}").read_text() for rank in (0, 1))
     (line,) = [line for line in errors.splitlines() if line.startswith("das_ds: ")]

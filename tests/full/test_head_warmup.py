@@ -34,7 +34,7 @@ def by_plain_torch(values: dict[str, Any]) -> dict[str, torch.Tensor]:
         {"params": [p for p in head.values() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=train.betas, eps=train.eps)
-    schedule = get_scheduler(train.schedule, optimizer, round(train.warmup_ratio * STEPS), STEPS)
+    schedule = get_scheduler(train.lr_scheduler, optimizer, round(train.warmup_ratio * STEPS), STEPS)
     for micro_batches in list(text.training_steps(config.stages[0]))[:STEPS]:
         total = sum(batch.num_predicted for batch in micro_batches)
         for batch in micro_batches:
@@ -59,7 +59,7 @@ def config_size(values: dict[str, Any]) -> int:
 def test_the_head_alone_moves_and_as_torch_moves_it(stage: int, optimizer: str, tmp_path: Path) -> None:
     # Clipping would mix in the gradient of the tied embeddings, which stay as they are.
     values = headless_run(
-        tmp_path, stage=stage, train={"grad_clip": 0.0, "micro_batch_size": 2, "optimizer": optimizer}
+        tmp_path, stage=stage, train={"max_grad_norm": 0.0, "micro_batch_size": 2, "optimizer": optimizer}
     )
     expected = by_plain_torch(values)
     begin = load_model(RunConfig(**values).model, seed=values["seed"], vocab_size=config_size(values))[0]
@@ -76,7 +76,7 @@ def test_the_head_alone_moves_and_as_torch_moves_it(stage: int, optimizer: str, 
 def test_a_warmup_in_pieces_is_the_whole_warmup(stage: int, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "train": {"micro_batch_size": 2, "steps_per_domain": 2, "precision": "bf16"},
-        "checkpoint": {"every_steps": 1, "asynchronous": False},
+        "checkpoint": {"interval": 1, "async_save": False},
         "evaluation": {"batch_size": 1, "max_sequences": 4},
         "method": {"name": "ncl"},
     }

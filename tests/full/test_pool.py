@@ -20,7 +20,7 @@ TOKEN = "treebanks"
 
 def test_a_pool_continues_and_is_the_same_on_other_ranks(tmp_path: Path) -> None:
     base = small_run(tmp_path, method={"name": "pool"}, data={"add_tokens": {"papers": [TOKEN]}})
-    train = {"log_every": 1, "schedule": "infinite", "warmup_ratio": 0.25, "decay_ratio": 0.25}
+    train = {"log_interval": 1, "lr_scheduler": "infinite", "warmup_ratio": 0.25, "decay_ratio": 0.25}
 
     def values(name: str, stage: int, micro_batch_size: int) -> dict[str, Any]:
         return {
@@ -28,7 +28,7 @@ def test_a_pool_continues_and_is_the_same_on_other_ranks(tmp_path: Path) -> None
             "output_dir": tmp_path / name,
             "train": {**base["train"], **train, "micro_batch_size": micro_batch_size},
             "deepspeed": {"zero_optimization": {"stage": stage}},
-            "checkpoint": {"every_steps": 2},
+            "checkpoint": {"interval": 2},
         }
 
     run_ranks(run_all, 2, [values("whole", 2, 2)])

@@ -51,14 +51,14 @@ def test_a_run_in_pieces_is_the_whole_run_on_a_gpu(stage: int, tmp_path: Path) -
 @pytest.mark.parametrize(("granularity", "places"), [("unit", {"train", "after"}), ("parameter", {"train"})])
 def test_a_run_continues_on_other_ranks_and_stages(granularity: str, places: set[str], tmp_path: Path) -> None:
     """Within a domain, after one, and in an importance pass; without dropout, whose masks belong to ranks."""
-    importance: dict[str, Any] = {"samples": 24, "granularity": granularity}
+    importance: dict[str, Any] = {"num_samples": 24, "granularity": granularity}
     if granularity == "parameter":
         # Two views without dropout are equal, and the gradient of their difference is rounding alone.
-        importance["initial"] = str(save_random_importance(small_run(tmp_path), tmp_path / "initial.safetensors"))
+        importance["init_from"] = str(save_random_importance(small_run(tmp_path), tmp_path / "initial.safetensors"))
 
     def values(name: str, stage: int, micro_batch_size: int) -> dict[str, Any]:
         method = {"importance": importance, "view_dropout": 0.0}
-        base = run(tmp_path, name, stage=stage, method=method, asynchronous=False, log_every=1)
+        base = run(tmp_path, name, stage=stage, method=method, asynchronous=False, log_interval=1)
         model = small_run(tmp_path)["model"]
         return {**base, "model": model, "train": {**base["train"], "micro_batch_size": micro_batch_size}}
 
@@ -127,7 +127,7 @@ def test_lost_checkpoints_are_no_new_run(broken_off: dict[str, Any]) -> None:
 
 
 def test_each_domain_from_the_base_continues(tmp_path: Path) -> None:
-    changes = {"schedule": "infinite", "decay_ratio": 0.5, "log_every": 1}
+    changes = {"lr_scheduler": "infinite", "decay_ratio": 0.5, "log_interval": 1}
     runs = [run(tmp_path, name, method={"name": "one"}, **changes) for name in ("whole", "parts")]
     run_ranks(run_all, 2, runs[:1])
     run_ranks(run_in_pieces, 2, runs[1], 8)
@@ -139,11 +139,11 @@ def test_each_domain_from_the_base_continues(tmp_path: Path) -> None:
 
 def test_a_run_with_replay_continues(tmp_path: Path) -> None:
     """Beside das, with general text in the first domain and food and general text in the second."""
-    method = {"importance": {"samples": 8}, "replay": {"share": 0.25, "general": True}}
+    method = {"importance": {"num_samples": 8}, "replay": {"fraction": 0.25, "general": True}}
     runs = [run(tmp_path, name, method=method) for name in ("whole", "parts", "without")]
     general = {"name": "general", "train": runs[0]["general"]["valid"]}
     runs = [{**values, "general": general} for values in runs]
-    runs[2]["method"] = {"name": "das", "importance": {"samples": 8}}
+    runs[2]["method"] = {"name": "das", "importance": {"num_samples": 8}}
     run_ranks(run_all, 2, [runs[0], runs[2]])
     _, breaks = run_ranks(run_in_pieces, 2, runs[1], 9)[0]
     assert any(phase == "train" and step > 0 for phase, _, step in breaks)
@@ -155,8 +155,8 @@ def test_a_run_with_replay_continues(tmp_path: Path) -> None:
 
 def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
     """Method dga, with a mask that is not 1 - I itself and is made anew from what a checkpoint holds."""
-    importance = {"samples": 8, "granularity": "parameter", "normalisation": "rank_soft", "scope": "group"}
-    method = {"name": "dga", "importance": importance, "softmask": {"strength": 2.0, "shared_scale": 0.5}}
+    importance = {"num_samples": 8, "granularity": "parameter", "normalization": "rank_soft", "scope": "group"}
+    method = {"name": "dga", "importance": importance, "softmask": {"exponent": 2.0, "unowned_update_scale": 0.5}}
     runs = [run(tmp_path, name, method=method, asynchronous=False) for name in ("whole", "parts")]
     run_ranks(run_all, 1, runs[:1])
     _, breaks = run_ranks(run_in_pieces, 1, runs[1], 5)[0]
@@ -166,24 +166,24 @@ def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
 
 def test_what_ewc_merging_and_directions_keep_continues(tmp_path: Path) -> None:
     """In pieces bit for bit, and from the middle of the second domain on another number of ranks and stage."""
-    direction = {"granularity": "direction", "normalisation": "saturating"}
+    direction = {"granularity": "direction", "normalization": "saturating"}
     methods: dict[str, dict[str, Any]] = {
-        "ewc": {"name": "ewc", "ewc": {"strength": 1e4}},
+        "ewc": {"name": "ewc", "ewc": {"lambda": 1e4}},
         "merge": {"name": "merge"},
         "directions": {
             "name": "das",
             "importance": direction,
-            "contrast": {"weight": 0.0},
-            "merge": {"coefficient": 0.25},
+            "contrastive": {"weight": 0.0},
+            "merge": {"weight": 0.25},
         },
     }
     # So that a start also breaks off where weights are still to be merged, or within a pass over a sample.
     limits = {"ewc": 8, "merge": 7, "directions": 7}
 
     def values(name: str, method: str, **changes: Any) -> dict[str, Any]:
-        measured = {**methods[method], "importance": {**methods[method].get("importance", {}), "samples": 24}}
-        base = run(tmp_path, name, method=measured, asynchronous=False, log_every=1)
-        checkpoint = {**base["checkpoint"], "keep": 100}
+        measured = {**methods[method], "importance": {**methods[method].get("importance", {}), "num_samples": 24}}
+        base = run(tmp_path, name, method=measured, asynchronous=False, log_interval=1)
+        checkpoint = {**base["checkpoint"], "keep_last": 100}
         return {**base, "model": small_run(tmp_path)["model"], "checkpoint": checkpoint, **changes}
 
     run_ranks(run_all, 2, [values(f"{name}_whole", name) for name in methods])
@@ -214,7 +214,7 @@ def test_what_ewc_merging_and_directions_keep_continues(tmp_path: Path) -> None:
 
 def test_a_teacher_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
     def values(name: str, zero: dict[str, Any], micro_batch_size: int, **train: Any) -> dict[str, Any]:
-        changes = {"log_every": 1, "micro_batch_size": micro_batch_size, **train}
+        changes = {"log_interval": 1, "micro_batch_size": micro_batch_size, **train}
         base = run(tmp_path, name, method={"name": "kd", "kd": {"weight": 10.0}}, asynchronous=False, **changes)
         return {**base, "deepspeed": {"zero_optimization": zero}}
 
@@ -240,8 +240,8 @@ def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
     """In fp16 with steps that are tried again; then a causal model on isolated documents, from two ranks to one."""
 
     def values(name: str, stage: int, micro_batch_size: int, **train: Any) -> dict[str, Any]:
-        method = {"name": "derpp", "derpp": {"capacity": 13, "positions": 4, "replayed": 3}}
-        changes = {"log_every": 1, "micro_batch_size": micro_batch_size, **train}
+        method = {"name": "derpp", "derpp": {"capacity": 13, "max_positions": 4, "batch_size": 3}}
+        changes = {"log_interval": 1, "micro_batch_size": micro_batch_size, **train}
         base = run(tmp_path, name, stage=stage, method=method, asynchronous=False, **changes)
         return {**base, "deepspeed": {**base["deepspeed"], "fp16": {"initial_scale_power": 22}}}
 
@@ -255,7 +255,7 @@ def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
         base = values(name, stage, micro_batch_size)
         model = {**small_run(tmp_path)["model"]["config"], "model_type": "llama", "num_key_value_heads": 3}
         model = {name: value for name, value in model.items() if not name.endswith("dropout_prob")}
-        return {**base, "model": {"config": model}, "data": {**base["data"], "isolate_documents": True}}
+        return {**base, "model": {"config": model}, "data": {**base["data"], "document_mask": True}}
 
     assert run_ranks(break_off, 2, causal("moved", 2, 2), 19)[0] == ("train", 1, 4)
     run_ranks(run_all, 1, [causal("moved", 3, 4)])
@@ -267,7 +267,7 @@ def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
 
 
 def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
-    changes = {"schedule": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_every": 1}
+    changes = {"lr_scheduler": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_interval": 1}
     runs = [run(tmp_path, name, method={"name": "ncl"}, **changes) for name in ("whole", "parts")]
     run_ranks(run_all, 1, runs[:1])
     _, breaks = run_ranks(run_in_pieces, 1, runs[1], 5)[0]
@@ -285,7 +285,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_weights_of_another_network_are_not_read_in_part(num_layers: int, tmp_path: Path) -> None:
-    values = headless_run(tmp_path, stage=2, steps=0, checkpoint={"every_steps": 1}, method={"name": "ncl"})
+    values = headless_run(tmp_path, stage=2, steps=0, checkpoint={"interval": 1}, method={"name": "ncl"})
     message = run_ranks(continue_over_another_network, 1, values, num_layers)[0]
     assert message.startswith("CheckpointError: weights of a checkpoint: found"), message
     assert "roberta.encoder.layer" in message and "more that are not those of this network" in message

@@ -29,7 +29,7 @@ def test_command_that_failed_and_was_mended_starts_the_run(tmp_path: Path) -> No
 
 
 def test_second_start_over_one_folder_ends_with_2_and_the_first_is_undisturbed(tmp_path: Path) -> None:
-    values = small_run(tmp_path, method={"name": "ncl"}, train={"log_every": 1})
+    values = small_run(tmp_path, method={"name": "ncl"}, train={"log_interval": 1})
     run, second_folder = values["output_dir"], tmp_path / "second"
     second_folder.mkdir()
     first = on_train_start(values, tmp_path, 2, take_half_a_second_per_step)
@@ -47,7 +47,7 @@ def test_second_start_over_one_folder_ends_with_2_and_the_first_is_undisturbed(t
 
 
 def test_start_after_a_kill_is_not_locked_out(tmp_path: Path) -> None:
-    values = small_run(tmp_path, method={"name": "ncl"}, train={"log_every": 1})
+    values = small_run(tmp_path, method={"name": "ncl"}, train={"log_interval": 1})
     run = values["output_dir"]
     first = on_train_start(values, tmp_path, 2, take_half_a_second_per_step)
     try:

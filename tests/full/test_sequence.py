@@ -42,7 +42,7 @@ def test_ranks_and_accumulation_do_not_change_the_result(stage: int, tmp_path: P
 def test_parameter_level_runs_on_any_number_of_ranks(apply_to: str, tmp_path: Path) -> None:
     # General knowledge is not measured: without dropout its two views are equal and its gradient is rounding alone.
     initial = str(save_random_importance(small_run(tmp_path), tmp_path / "initial.safetensors"))
-    importance = {"samples": 10, "granularity": "parameter", "normalisation": "tanh_positive", "initial": initial}
+    importance = {"num_samples": 10, "granularity": "parameter", "normalization": "tanh_positive", "init_from": initial}
     method = {"name": "das", "importance": importance, "softmask": {"apply_to": apply_to}}
 
     def values(name: str, micro_batch_size: int) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_tokens_that_changed_since_they_were_learned(tmp_path: Path) -> None:
 
 
 def test_das_grows_and_continues_bitwise(tmp_path: Path) -> None:
-    method = {"name": "das", "importance": {"samples": 10, "granularity": "parameter"}}
+    method = {"name": "das", "importance": {"num_samples": 10, "granularity": "parameter"}}
     whole, parts = (run(tmp_path, name, 3, method=method) for name in ("whole", "parts"))
     expected = run_ranks(run_all, 2, [whole])[0][0]
     found = run_ranks(run_stopped_and_continued, 2, parts, "das")[0]
@@ -109,8 +109,8 @@ def test_exports_say_what_type_they_hold(changes: dict[str, Any], expected: torc
 
 def test_masks_of_directions_leave_new_tokens_alone(tmp_path: Path) -> None:
     """Where nothing known may change, logits of new tokens move over the first domain's inputs, and no others do."""
-    importance = {"granularity": "direction", "normalisation": "saturating", "saturation": 1e-6}
-    method = {"name": "das", "importance": {**importance, "samples": 10}, "contrast": {"weight": 0.0}}
+    importance = {"granularity": "direction", "normalization": "saturating", "half_saturation": 1e-6}
+    method = {"name": "das", "importance": {**importance, "num_samples": 10}, "contrastive": {"weight": 0.0}}
     values = run(tmp_path, "run", 2, method=method)
     values["train"] = {**values["train"], "weight_decay": 0.0}
     run_ranks(run_all, 2, [values])

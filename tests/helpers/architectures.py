@@ -72,7 +72,7 @@ def config_of(
         model={"config": {"model_type": model_type}, **model},
         train={**run_config(folder).train.model_dump(), **train_changes},
         deepspeed={"zero_optimization": {"stage": stage, **(EVERYTHING_SHARDED if stage == 3 else {})}},
-        method={"view_dropout": 0.0, "importance": {"initial": str(path)}},
+        method={"view_dropout": 0.0, "importance": {"init_from": str(path)}},
     )
 
 
@@ -92,7 +92,7 @@ def run_each(jobs: list[tuple[str, RunConfig]]) -> list[Any]:
                 results.append(train(config, steps, **changes))
             else:
                 batches = [batch for step in steps for batch in step]
-                results.append(measured(config, "mlm", batches, changes)["magnitude"])
+                results.append(measured(config, "mlm", batches, changes)["abs_grad"])
         except Exception:
             results.append(traceback.format_exc())
     return results

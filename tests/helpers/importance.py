@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from das_ds.config import ImportanceKind, RunConfig
+from das_ds.config import ImportanceScore, RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.resumable import ResumableLoop
@@ -41,7 +41,7 @@ def measured(
         fix_noise(run.engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(run.engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [rank_part(batch, info.rank, info.world_size) for batch in batches]
-    kinds: tuple[ImportanceKind, ...] = ("magnitude", "square")
+    kinds: tuple[ImportanceScore, ...] = ("abs_grad", "squared_grad")
     importance = {summed: measure_unit_importance(run, ResumableLoop(parts), LOSSES[kind], summed) for summed in kinds}
     assert all(parameter.grad is None for parameter in run.engine.module.parameters())
     assert all(torch.equal(before[name], weight) for name, weight in run.engine.fp32_weights())

@@ -37,7 +37,7 @@ def reference(setting: int) -> Any:
         learning_rates=[1e-2 * (NUM_STEPS - step) / NUM_STEPS for step in range(NUM_STEPS)],
         apply_to=SETTINGS[setting]["apply_to"],  # type: ignore[arg-type]
         eps=EPS,
-        grad_clip=0.5,
+        max_grad_norm=0.5,
         scales=to_double(written_out_scales(weights, importance, **softmask)),  # type: ignore[arg-type]
         dtype=torch.float64,
     )
@@ -54,12 +54,12 @@ def configs(folder: Path, world_size: int, stage: int, precision: str = "fp32") 
         run_config(
             folder,
             model={
-                "lora": {**LORA.model_dump(), "initial": str(folder / "adapter")},
+                "lora": {**LORA.model_dump(), "init_from": str(folder / "adapter")},
                 "gradient_checkpointing": stage == 3,
             },
             train={**small.train.model_dump(), **train, "precision": precision},
             deepspeed={"zero_optimization": {"stage": stage}},
-            method={"softmask": softmask, "importance": {"initial": str(folder / "importance.safetensors")}},
+            method={"softmask": softmask, "importance": {"init_from": str(folder / "importance.safetensors")}},
         )
         for softmask in SETTINGS
     ]

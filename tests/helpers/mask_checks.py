@@ -18,36 +18,41 @@ from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
 
 FORMS = [
-    ImportanceConfig(normalisation=form, scope=scope, protected_share=0.3, saturation=2.0)  # type: ignore[arg-type]
+    ImportanceConfig(normalization=form, scope=scope, protected_fraction=0.3, half_saturation=2.0)  # type: ignore[arg-type]
     for form in ("tanh_positive", "rank_hard", "rank_soft", "saturating")
     for scope in ("tensor", "group", "model")
 ]
 UNITS: list[dict[str, Any]] = [
     {
         "name": "das",
-        "softmask": {"groups": ["head", "output"], "readers": True, "strength": 2.0, "shared_scale": 0.5},
+        "softmask": {
+            "groups": ["head", "output"],
+            "include_consumers": True,
+            "exponent": 2.0,
+            "unowned_update_scale": 0.5,
+        },
     },
-    {"name": "das", "softmask": {"groups": ["intermediate"], "strength": 0.5, "apply_to": "gradient"}},
+    {"name": "das", "softmask": {"groups": ["intermediate"], "exponent": 0.5, "apply_to": "gradient"}},
     {"name": "dga", "softmask": {"apply_to": "gradient"}},
     {"name": "dga", "softmask": {"groups": ["intermediate", "output"]}},
 ]
 PARAMETERS: list[dict[str, Any]] = [
-    {"name": "das", "softmask": {"groups": ["intermediate", "shared"], "strength": 2.0, "shared_scale": 0.5}},
-    {"name": "das", "softmask": {"groups": ["head", "output"], "shared_scale": 0.25, "apply_to": "gradient"}},
+    {"name": "das", "softmask": {"groups": ["intermediate", "unowned"], "exponent": 2.0, "unowned_update_scale": 0.5}},
+    {"name": "das", "softmask": {"groups": ["head", "output"], "unowned_update_scale": 0.25, "apply_to": "gradient"}},
 ]
 
 
 def by_form(raw: torch.Tensor, form: ImportanceConfig) -> torch.Tensor:
     """The importance of (E,) values that are compared with each other, after a sort."""
-    if form.normalisation == "saturating":
-        return raw / (raw + form.saturation * raw.mean())
-    if form.normalisation == "tanh_positive":
+    if form.normalization == "saturating":
+        return raw / (raw + form.half_saturation * raw.mean())
+    if form.normalization == "tanh_positive":
         return ((raw - raw.mean()) / raw.std(correction=0)).clamp_min(0).tanh()
     rank = torch.searchsorted(raw.sort().values, raw).double() / len(raw)
-    if form.normalisation == "rank_soft":
-        return rank ** ((1 - form.protected_share) / form.protected_share)
+    if form.normalization == "rank_soft":
+        return rank ** ((1 - form.protected_fraction) / form.protected_fraction)
     # Adding up from the top, whole sets of equal values as long as they fit.
-    protected, room = torch.zeros_like(raw), round(form.protected_share * len(raw))
+    protected, room = torch.zeros_like(raw), round(form.protected_fraction * len(raw))
     for value, size in zip(*(part.flip(0) for part in raw.unique(return_counts=True)), strict=True):
         room -= int(size)
         if room < 0:
@@ -71,12 +76,14 @@ def units_masked(softmask: dict[str, Any]) -> Weights:
     """1 - I' of every weight; the random importance of units that are not masked counts as 0."""
     model, importance = tiny_model(), random_importance(tiny_model())
     masked = {
-        group: 1 - (1 - values) ** softmask.get("strength", 1.0) if group in softmask["groups"] else 0 * values
+        group: 1 - (1 - values) ** softmask.get("exponent", 1.0) if group in softmask["groups"] else 0 * values
         for group, values in importance.items()
     }
-    scales = full_masks(model, masked, readers=softmask.get("readers", False))
+    scales = full_masks(model, masked, readers=softmask.get("include_consumers", False))
     for name, owner in owners().items():
-        scales[name] = scales[name].double() * (softmask.get("shared_scale", 1.0) if owner == "shared" else 1.0)
+        scales[name] = scales[name].double() * (
+            softmask.get("unowned_update_scale", 1.0) if owner == "unowned" else 1.0
+        )
     return scales
 
 
@@ -90,7 +97,7 @@ def expected(granularity: str, number: int) -> Any:
         method, levels = PARAMETERS[number], random_weights_importance()
         gates = unit_means(levels)
         softmask = method["softmask"]
-        scales = to_dense(levels, softmask["groups"], softmask.get("strength", 1.0), softmask["shared_scale"])
+        scales = to_dense(levels, softmask["groups"], softmask.get("exponent", 1.0), softmask["unowned_update_scale"])
     if method["name"] == "dga":
         gates = {**unit_ones(model), "head": gates["head"]}
     return reference_train(
@@ -100,7 +107,7 @@ def expected(granularity: str, number: int) -> Any:
         scales=scales,
         learning_rates=[1e-2 * (NUM_STEPS - step) / NUM_STEPS for step in range(NUM_STEPS)],
         eps=EPS,
-        grad_clip=0.5,
+        max_grad_norm=0.5,
         apply_to=method["softmask"].get("apply_to", "update"),
         dtype=torch.float64,
     )
@@ -122,11 +129,11 @@ def unit_means(levels: Weights) -> Weights:
 def check_forms_and_masks_equal_those_of_whole_tensors(stage: int, folder: Path) -> None:
     """Every form of importance, and a training under every mask, on two ranks."""
     save_random_importance(folder)
-    units = {"granularity": "unit", "initial": str(folder / "importance.safetensors")}
+    units = {"granularity": "unit", "init_from": str(folder / "importance.safetensors")}
     runs = configs_of(folder, 2, {"stage": stage}, [{**method, "importance": units} for method in UNITS])
     weights_folder = folder / "weights"
     weights_folder.mkdir()
-    weights = {"granularity": "parameter", "initial": str(save_random_weights_importance(weights_folder))}
+    weights = {"granularity": "parameter", "init_from": str(save_random_weights_importance(weights_folder))}
     runs += configs_of(folder, 2, {"stage": stage}, [{**method, "importance": weights} for method in PARAMETERS])
     results = run_ranks(normalised_and_trained, 2, runs[0], FORMS, runs, steps(), NO_DROPOUT)
     shapes = {name: values.shape for name, values in magnitudes().items()}

@@ -21,7 +21,7 @@ Weights = dict[str, Tensor]
 
 def owners() -> dict[str, str]:
     """Parameter of the tiny model -> the group whose units own it, found by masking nothing but that group."""
-    model, found = tiny_model(), dict.fromkeys(dict(tiny_model().named_parameters()), "shared")
+    model, found = tiny_model(), dict.fromkeys(dict(tiny_model().named_parameters()), "unowned")
     ones = unit_ones(model)
     for group in ones:
         only = {g: v if g == group else torch.zeros_like(v) for g, v in ones.items()}
@@ -36,7 +36,7 @@ def to_dense(importance: Weights, groups: list[str], strength: float, shared_sca
         kept = (
             (1 - importance[name].double() / 255) ** strength if owner in groups else torch.ones_like(importance[name])
         )
-        scale = kept * (shared_scale if owner == "shared" else 1.0)
+        scale = kept * (shared_scale if owner == "unowned" else 1.0)
         scales[name] = 1 - ((1 - scale) * 255).round() / 255
     return scales
 

@@ -87,7 +87,7 @@ def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
     moved = rate != engine.learning_rate() or any(not torch.equal(before[name], after[name]) for name in before)
     skipped, error = engine.skipped_steps, "none"
     try:
-        with engine.accumulate_importance("magnitude"):
+        with engine.accumulate_importance("abs_grad"):
             for _ in engine.attempts():
                 _step(engine, part, torch.inf)
     except TrainingError as failure:
@@ -108,8 +108,8 @@ def _infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
     loss = _scaled_loss(torch.inf if ranks.info.is_main else 1.0)
     errors = []
     for measure in (
-        lambda: measure_unit_importance(run, ResumableLoop([part]), loss, "magnitude"),
-        lambda: sum_over_gradients(run, ResumableLoop([[part] * run.engine.accumulation_steps]), loss, "square"),
+        lambda: measure_unit_importance(run, ResumableLoop([part]), loss, "abs_grad"),
+        lambda: sum_over_gradients(run, ResumableLoop([[part] * run.engine.accumulation_steps]), loss, "squared_grad"),
     ):
         try:
             measure()

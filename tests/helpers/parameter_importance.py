@@ -51,7 +51,7 @@ def _measured(
     assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
     assert engine.module.training
     # The pass is complete: its sums are given back without any batch.
-    sums = sum_over_gradients(run, steps, LOSSES[kind], config.method.importance.kind)
+    sums = sum_over_gradients(run, steps, LOSSES[kind], config.method.importance.score)
     found = stretches_of(run, sums), stretches_of(run, importance.flats), importance.by_unit(run.layout)
     engine.close()
     return found

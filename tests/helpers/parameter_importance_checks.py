@@ -26,7 +26,7 @@ from helpers.training import LENGTH, run_config, train_all
 
 NUM_GLOBAL_BATCHES, ACCUMULATION, MICRO_ROWS = 2, 2, 4
 # Each form of normalisation over another sum.
-MEASURES = (("magnitude", "abs_tanh"), ("square", "tanh_positive"), ("sensitivity", "abs_tanh"))
+MEASURES = (("abs_grad", "abs_tanh"), ("squared_grad", "tanh_positive"), ("grad_x_weight", "abs_tanh"))
 Weights = dict[str, torch.Tensor]
 
 
@@ -52,9 +52,9 @@ def brute_force(kind: str) -> dict[str, Weights]:
     sums: dict[str, Weights] = {summed: {} for summed, _ in MEASURES}
     for name, weight in model.named_parameters():
         parts = torch.stack([batch[name] for batch in gradients])
-        sums["magnitude"][name] = parts.abs().sum(0)
-        sums["square"][name] = parts.pow(2).sum(0)
-        sums["sensitivity"][name] = (parts * weight.detach()).abs().sum(0)
+        sums["abs_grad"][name] = parts.abs().sum(0)
+        sums["squared_grad"][name] = parts.pow(2).sum(0)
+        sums["grad_x_weight"][name] = (parts * weight.detach()).abs().sum(0)
     return sums
 
 
@@ -83,13 +83,13 @@ def unit_means(weights: Weights) -> dict[str, torch.Tensor]:
 def settings(folder: Path, world_size: int, zero: dict[str, Any], precision: str = "fp32") -> list[Any]:
     train = {"micro_batch_size": MICRO_ROWS // world_size, "global_batch_size": 8, "precision": precision}
     # Clipping this low would show in every sum.
-    train["grad_clip"] = 1e-3
+    train["max_grad_norm"] = 1e-3
     return [
         run_config(
             folder,
             train={**run_config(folder).train.model_dump(), **train},
             deepspeed={"zero_optimization": zero},
-            method={"importance": {"granularity": "parameter", "normalisation": form, "kind": summed}},
+            method={"importance": {"granularity": "parameter", "normalization": form, "score": summed}},
         )
         for summed, form in MEASURES
     ]
@@ -104,7 +104,7 @@ def check(results: list[Any], kind: str, tolerance: float) -> None:
             # The gradient of key biases is rounding alone: softmax ignores a constant added to all keys.
             if "key.bias" in name:
                 continue
-            allowed = tolerance * (2 if summed == "square" else 1)
+            allowed = tolerance * (2 if summed == "squared_grad" else 1)
             assert (sums[name] - value).abs().max() <= allowed * value.abs().max(), (summed, name)
             # What is stored belongs to the sums that were found, to within half of a 255th.
             error = (levels[name] / 255 - normalised(sums[name], form)).abs().max()
@@ -132,14 +132,14 @@ def masked_reference(apply_to: str) -> Any:
         scales={name: 1 - value for name, value in weights.items()},
         learning_rates=[1e-2 * (NUM_STEPS - step) / NUM_STEPS for step in range(NUM_STEPS)],
         eps=EPS,
-        grad_clip=0.5,
+        max_grad_norm=0.5,
         apply_to=apply_to,  # type: ignore[arg-type]
         dtype=torch.float64,
     )
 
 
 def check_training_equals_the_reference(zero: dict[str, Any], world_size: int, folder: Path) -> None:
-    method = {"importance": {"granularity": "parameter", "initial": str(save_random_weights_importance(folder))}}
+    method = {"importance": {"granularity": "parameter", "init_from": str(save_random_weights_importance(folder))}}
     modes = ("update", "gradient")
     runs = configs_of(folder, world_size, zero, [{**method, "softmask": {"apply_to": mode}} for mode in modes])
     assert runs[0].train.global_batch_size == ROWS * 2

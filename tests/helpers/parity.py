@@ -25,7 +25,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SETTINGS = (
     {"apply_to": "update"},
     {"apply_to": "gradient"},
-    {"apply_to": "update", "readers": True, "shared_scale": 0.5},
+    {"apply_to": "update", "include_consumers": True, "unowned_update_scale": 0.5},
 )
 
 
@@ -37,7 +37,7 @@ def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torc
 
 def configs(folder: Path, world_size: int, zero: dict[str, Any], precision: str = "fp32") -> list[RunConfig]:
     """One run per entry of `SETTINGS`."""
-    initial = {"initial": str(folder / "importance.safetensors")}
+    initial = {"init_from": str(folder / "importance.safetensors")}
     methods = [{"softmask": softmask, "importance": initial} for softmask in SETTINGS]
     return configs_of(folder, world_size, zero, methods, precision)
 
@@ -85,7 +85,7 @@ def reference(setting: int) -> Any:
         random_importance(model),
         learning_rates=[1e-2 * (NUM_STEPS - step) / NUM_STEPS for step in range(NUM_STEPS)],
         eps=EPS,
-        grad_clip=0.5,
+        max_grad_norm=0.5,
         dtype=torch.float64,
         **SETTINGS[setting],  # type: ignore[arg-type]
     )

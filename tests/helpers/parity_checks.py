@@ -66,8 +66,8 @@ def check_importance_zero_is_torchs_adamw_over_100_steps(stage: int, folder: Pat
             },
             deepspeed={"zero_optimization": {"stage": stage}},
             method={
-                "contrast": {"weight": 0.0},
-                "importance": {"granularity": granularity, "initial": str(folder / file)},
+                "contrastive": {"weight": 0.0},
+                "importance": {"granularity": granularity, "init_from": str(folder / file)},
             },
         )
         for granularity, file in (("unit", "units.safetensors"), ("parameter", "weights.safetensors"))

@@ -299,7 +299,7 @@ def reference_train(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    grad_clip: float = 1.0,
+    max_grad_norm: float = 1.0,
     temperature: float = 0.05,
     contrast_weight: float = 1.0,
     readers: bool = False,
@@ -311,7 +311,7 @@ def reference_train(
 
     L = L_mlm + contrast_weight * L_con; `update`: theta <- theta + (1 - I) * Delta, where Delta is AdamW's whole step
     with decoupled decay (not for tensors of one dimension); `gradient`: g <- (1 - I) * g before clipping.
-    Clipping as in DeepSpeed: g <- g * min(1, grad_clip / (|g| + 1e-6)); 0 does not clip.
+    Clipping as in DeepSpeed: g <- g * min(1, max_grad_norm / (|g| + 1e-6)); 0 does not clip.
     Importance None masks nothing and gates nothing; `contrast_weight` 0 leaves the contrast out. `scales` is 1 - I of
     every weight in place of the units' masks; the importance of units then only gates.
     """
@@ -330,7 +330,7 @@ def reference_train(
         if apply_to == "gradient":
             named = {name: gradient * scales[name] for name, gradient in named.items()}
         norm = math.sqrt(sum(float((gradient.double() ** 2).sum()) for gradient in named.values()))
-        clip = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip > 0 else 1.0
+        clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
         for name, parameter in parameters.items():
             decay = weight_decay if parameter.ndim > 1 else 0.0
             delta = adamw_step(parameter, named[name] * clip, *moments[name], number, learning_rate, betas, eps, decay)

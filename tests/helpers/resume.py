@@ -42,11 +42,11 @@ def resumable_run(
         **base,
         "output_dir": folder / name,
         "model": {"config": {**base["model"]["config"], **DROPOUT}},
-        "train": {**base["train"], "micro_batch_size": 2, "log_every": 3, **train},
-        "method": {"name": "das", "importance": {"samples": 24}, **(method or {})},
+        "train": {**base["train"], "micro_batch_size": 2, "log_interval": 3, **train},
+        "method": {"name": "das", "importance": {"num_samples": 24}, **(method or {})},
         "evaluation": {"batch_size": 1, "max_sequences": 4},
         "deepspeed": {"zero_optimization": {"stage": stage}},
-        "checkpoint": {"every_steps": 1, "asynchronous": asynchronous},
+        "checkpoint": {"interval": 1, "async_save": asynchronous},
     }
 
 
@@ -166,7 +166,7 @@ def check_a_run_in_pieces_is_the_whole_run(
 ) -> None:
     """On two ranks; each start breaks off at its fifth boundary."""
     changes = {"precision": precision, "optimizer": optimizer, "asynchronous": asynchronous}
-    method = {"importance": {"samples": 24, "granularity": granularity}}
+    method = {"importance": {"num_samples": 24, "granularity": granularity}}
     runs = [resumable_run(folder, name, stage=stage, method=method, **changes) for name in ("whole", "parts")]
     run_ranks(run_all, 2, runs[:1])
     _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]

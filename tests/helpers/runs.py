@@ -57,12 +57,12 @@ def small_run(folder: Path, **changes: Any) -> dict[str, Any]:
             "micro_batch_size": 4,
             "learning_rate": 1e-3,
             "precision": "fp32",
-            "log_every": 2,
+            "log_interval": 2,
             "eps": 1e-4,
         },
         # All of what the domains hold out, a part of the general text.
         "evaluation": {"max_sequences": 24},
-        "method": {"name": "das", "importance": {"samples": 10}, "view_dropout": 0.0},
+        "method": {"name": "das", "importance": {"num_samples": 10}, "view_dropout": 0.0},
         "deepspeed": {"zero_optimization": {"stage": 2}},
         "wandb": {"mode": "disabled"},
     }

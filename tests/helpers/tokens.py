@@ -26,7 +26,7 @@ def run_with_tokens(folder: Path, name: str, stage: int, **changes: Any) -> dict
         deepspeed={"zero_optimization": {"stage": stage}},
         **changes,
     )
-    values["train"] = {**values["train"], "micro_batch_size": 2, "grad_clip": 0.0}
+    values["train"] = {**values["train"], "micro_batch_size": 2, "max_grad_norm": 0.0}
     return values
 
 

@@ -54,9 +54,9 @@ def test_rank_that_waits_in_vain_says_so(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
     lonely = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     lonely["MASTER_PORT"] = str(reserve_port())
-    done = program("launch/preflight.py", "--config", path, "run.hang_timeout=2", **lonely)
+    done = program("launch/preflight.py", "--config", path, "runtime.hang_timeout=2", **lonely)
     assert done.returncode == 2, done.stderr
-    assert "das_ds: the ranks do not find each other within 2 s (run.hang_timeout)" in done.stderr
+    assert "das_ds: the ranks do not find each other within 2 s (runtime.hang_timeout)" in done.stderr
 
 
 def test_environment_of_a_job_that_is_not_there_is_named_after_seconds(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_environment_of_a_job_that_is_not_there_is_named_after_seconds(tmp_path:
     lonely = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733"}
     for rank, said in (("0", "1 of 4 ranks here, waiting"), ("2", "rank 2 of 4 is here, but nobody answers")):
         done = program(
-            "launch/preflight.py", "--config", path, "run.hang_timeout=13", RANK=rank, LOCAL_RANK=rank, **lonely
+            "launch/preflight.py", "--config", path, "runtime.hang_timeout=13", RANK=rank, LOCAL_RANK=rank, **lonely
         )
         assert done.returncode == 2, done.stderr
         variables = "(WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT are set in the environment)"
         assert f"das_ds: {said} at 127.0.0.1:29733 {variables}" in done.stderr
-        assert "das_ds: the ranks do not find each other within 13 s (run.hang_timeout)" in done.stderr
+        assert "das_ds: the ranks do not find each other within 13 s (runtime.hang_timeout)" in done.stderr
         assert "Traceback" not in done.stderr

@@ -26,13 +26,13 @@ pytestmark = pytest.mark.multirank
 
 def run(folder: Path, name: str, method: str = "ncl", **checkpoint: Any) -> dict[str, Any]:
     base = small_run(folder)
-    train = {**base["train"], "micro_batch_size": 2, "steps_per_domain": 40, "log_every": 1}
+    train = {**base["train"], "micro_batch_size": 2, "steps_per_domain": 40, "log_interval": 1}
     return {
         **base,
         "output_dir": folder / name,
         "train": train,
-        "method": {"name": method, "importance": {"samples": 10}},
-        "checkpoint": {"every_steps": 1000, **checkpoint},
+        "method": {"name": method, "importance": {"num_samples": 10}},
+        "checkpoint": {"interval": 1000, **checkpoint},
     }
 
 
@@ -79,7 +79,7 @@ def test_a_stopped_run_ends_with_75_and_continues_to_the_same_end(tmp_path: Path
 
 
 def test_the_file_save_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
-    values, folder = run(tmp_path, "run", keep=100), tmp_path / "run"
+    values, folder = run(tmp_path, "run", keep_last=100), tmp_path / "run"
     processes = on_train_start(values, tmp_path, 2)
     wait_until(lambda: num_lines(folder) >= 2, "the second step")
     (folder / "SAVE").touch()
@@ -99,7 +99,7 @@ def test_a_stop_before_training_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_rank_is_named_and_the_run_continues(undisturbed: Path, tmp_path: Path) -> None:
-    killed = run(tmp_path, "killed", every_steps=5)
+    killed = run(tmp_path, "killed", interval=5)
     processes = on_train_start(killed, tmp_path, 2, take_half_a_second_per_step)
     # Signs of life come once a second, and are read as often.
     wait_until(lambda: num_lines(tmp_path / "killed") >= 12, "step 12")
@@ -112,7 +112,7 @@ def test_a_killed_rank_is_named_and_the_run_continues(undisturbed: Path, tmp_pat
 
 
 def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
-    values = {**run(tmp_path, "run"), "run": {"hang_timeout": 4.0}}
+    values = {**run(tmp_path, "run"), "runtime": {"hang_timeout": 4.0}}
     assert exit_codes(on_train_start(values, tmp_path, 2, hang_in_step_three_of_rank_one)) == [1, 1]
     for rank in (0, 1):
         said = (tmp_path / f"stderr_{rank}").read_text()
@@ -123,7 +123,7 @@ def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_the_run_with_the_checkpoint_before(undisturbed: Path, tmp_path: Path) -> None:
-    full = run(tmp_path, "full", every_steps=4)
+    full = run(tmp_path, "full", interval=4)
     assert exit_codes(on_train_start(full, tmp_path, 2, fill_disk_in_step_three)) == [2, 2]
     assert re.search(
         r"das_ds: .*000\d+_food_train_4: the checkpoint cannot be written", (tmp_path / "stderr_0").read_text()

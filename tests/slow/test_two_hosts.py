@@ -36,7 +36,7 @@ def hosts() -> Iterator[TwoHosts]:
 
 
 def test_a_pulled_cable_ends_both_sides_and_a_restart_is_the_undisturbed_run(hosts: TwoHosts, tmp_path: Path) -> None:
-    values = small_run(tmp_path, train=TRAIN, checkpoint={"every_steps": 20}, run={"hang_timeout": HANG_TIMEOUT_S})
+    values = small_run(tmp_path, train=TRAIN, checkpoint={"interval": 20}, runtime={"hang_timeout": HANG_TIMEOUT_S})
     config = write_config(tmp_path, values)
     with ExitStack() as stack:
         ranks = _start(hosts, stack, config, tmp_path, "cut", port=29500)

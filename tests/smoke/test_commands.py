@@ -37,7 +37,7 @@ def test_deepspeed_launcher_trains_on_two_ranks_and_evaluate_agrees(tmp_path: Pa
 
 def test_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path, method={"name": "ncl"}))
-    done = program("launch/train.py", "--config", path, "train.learning_rate=1e38", "train.grad_clip=0")
+    done = program("launch/train.py", "--config", path, "train.learning_rate=1e38", "train.max_grad_norm=0")
     assert done.returncode == 2, done.stderr
     assert "das_ds: food, step 2: loss is nan, expected a finite number" in done.stderr
 

@@ -32,8 +32,8 @@ pytestmark = pytest.mark.multirank
 SATURATION = 0.5
 METHOD: dict[str, Any] = {
     "name": "das",
-    "importance": {"granularity": "direction", "normalisation": "saturating", "saturation": SATURATION},
-    "contrast": {"weight": 0.0},
+    "importance": {"granularity": "direction", "normalization": "saturating", "half_saturation": SATURATION},
+    "contrastive": {"weight": 0.0},
 }
 
 

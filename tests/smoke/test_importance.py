@@ -17,7 +17,7 @@ from helpers.training import LENGTH, run_config
 NUM_BATCHES, ROWS = 2, 4
 
 
-POWERS = {"magnitude": 1, "square": 2}
+POWERS = {"abs_grad": 1, "squared_grad": 2}
 
 
 def brute_force(kind: str, power: int) -> dict[str, torch.Tensor]:

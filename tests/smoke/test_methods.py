@@ -24,31 +24,31 @@ from helpers.runs import metrics_lines
 pytestmark = pytest.mark.multirank
 
 STEPS_PER_DOMAIN, BREAK_STEP = 6, 9
-IMPORTANCE = {"samples": 10}
+IMPORTANCE = {"num_samples": 10}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "derpp": {"derpp": {"capacity": 13, "positions": 4, "replayed": 3}},
-    "ewc": {"ewc": {"strength": 1e4}},
+    "derpp": {"derpp": {"capacity": 13, "max_positions": 4, "batch_size": 3}},
+    "ewc": {"ewc": {"lambda": 1e4}},
     "kd": {"kd": {"weight": 10.0}},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},
     "das-direction": {
         "name": "das",
-        "importance": {**IMPORTANCE, "granularity": "direction", "normalisation": "saturating"},
-        "contrast": {"weight": 0.0},
-        "merge": {"coefficient": 0.25},
+        "importance": {**IMPORTANCE, "granularity": "direction", "normalization": "saturating"},
+        "contrastive": {"weight": 0.0},
+        "merge": {"weight": 0.25},
     },
-    "das-replay": {"name": "das", "importance": IMPORTANCE, "replay": {"share": 0.25}},
+    "das-replay": {"name": "das", "importance": IMPORTANCE, "replay": {"fraction": 0.25}},
 }
 CASES = {**{name: {"name": name, "importance": IMPORTANCE, **SETTINGS.get(name, {})} for name in METHODS}, **VARIANTS}
 
 
 def values(folder: Path, name: str, case: str) -> dict[str, Any]:
     """Few and large batches: at ZeRO 3 most of the time goes into the number of forward passes."""
-    changes = {"log_every": 1, "micro_batch_size": 4}
+    changes = {"log_interval": 1, "micro_batch_size": 4}
     run = resumable_run(folder, name, stage=3, method=CASES[case], asynchronous=False, **changes)
     evaluation = {"batch_size": 12, "max_sequences": 24}
-    return {**run, "checkpoint": {**run["checkpoint"], "every_steps": 3}, "evaluation": evaluation}
+    return {**run, "checkpoint": {**run["checkpoint"], "interval": 3}, "evaluation": evaluation}
 
 
 @pytest.fixture(scope="module")

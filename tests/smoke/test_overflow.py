@@ -44,7 +44,7 @@ def test_an_overflow_moves_neither_weights_nor_schedule(zero: dict[str, Any], tm
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_with_overflow_is_the_run_without(stage: int, tmp_path: Path) -> None:
     save_random_importance(tmp_path)
-    initial = {"initial": str(tmp_path / "importance.safetensors")}
+    initial = {"init_from": str(tmp_path / "importance.safetensors")}
     plain = configs_of(tmp_path, 2, {"stage": stage}, [{"importance": initial}], precision="fp16")[0]
     zero = plain.deepspeed["zero_optimization"]  # type: ignore[index]
     # The second rises and overflows all the time: a step at which the scale rises must not divide by the new one.

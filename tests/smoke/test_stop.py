@@ -19,8 +19,8 @@ pytestmark = pytest.mark.multirank
 
 
 def test_run_stopped_by_a_signal_continues_to_the_same_end(tmp_path: Path) -> None:
-    base = small_run(tmp_path, method={"name": "ncl"}, checkpoint={"every_steps": 1000})
-    base["train"] = {**base["train"], "micro_batch_size": 2, "steps_per_domain": 10, "log_every": 1}
+    base = small_run(tmp_path, method={"name": "ncl"}, checkpoint={"interval": 1000})
+    base["train"] = {**base["train"], "micro_batch_size": 2, "steps_per_domain": 10, "log_interval": 1}
 
     def values(name: str) -> dict[str, Any]:
         return {**base, "output_dir": tmp_path / name}

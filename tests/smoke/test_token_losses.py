@@ -66,7 +66,12 @@ def test_gradients_in_chunks_equal_those_of_all_logits_at_once(
 ) -> None:
     # Persistent vectors would stay whole and hide what is left gathered.
     zero = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
-    train = {"micro_batch_size": 3, "global_batch_size": 6 * len(POSITIONS), "grad_clip": 0.0, "precision": precision}
+    train = {
+        "micro_batch_size": 3,
+        "global_batch_size": 6 * len(POSITIONS),
+        "max_grad_norm": 0.0,
+        "precision": precision,
+    }
     config = run_config(
         tmp_path, train=train, deepspeed={"zero_optimization": zero}, model={"gradient_checkpointing": stage == 3}
     )

@@ -25,7 +25,7 @@ def test_check_config_prints_every_default(tmp_path: Path, capsys: pytest.Captur
     path = write_config(tmp_path, small_run(tmp_path))
     assert main(["check-config", "--config", str(path), "seed=5"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["seed"] == 5 and shown["method"]["contrast"]["temperature"] == 0.05
+    assert shown["seed"] == 5 and shown["method"]["contrastive"]["temperature"] == 0.05
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_every_command_with_ranks_takes_its_time_outs_from_the_config(
 
     monkeypatch.setattr("das_ds.distributed.process_group.ProcessGroup", start)
     task = dict.fromkeys(("name", "train", "dev", "test"), "task")
-    path = write_config(tmp_path, small_run(tmp_path, tasks=[task], run={"hang_timeout": 1000.0}))
+    path = write_config(tmp_path, small_run(tmp_path, tasks=[task], runtime={"hang_timeout": 1000.0}))
     model = [] if command == "train" else ["--model", str(tmp_path)]
     output = ["--output", str(tmp_path / "scores.json")] if command == "finetune" else []
     assert main([command, "--config", str(path), *model, *output]) == 2

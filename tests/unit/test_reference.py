@@ -210,7 +210,7 @@ def test_unmasked_training_is_adamw_of_torch(kind: str) -> None:
     model = tiny(kind)
     steps, rates = [[batch(seed=seed)] for seed in range(3)], [1e-3, 2e-3, 1e-3]
     run = ref.reference_train(
-        model, steps, None, learning_rates=rates, grad_clip=0.5, contrast_weight=0.0, dtype=torch.float64
+        model, steps, None, learning_rates=rates, max_grad_norm=0.5, contrast_weight=0.0, dtype=torch.float64
     )
     weights = [value for value in model.parameters() if value.ndim > 1]
     vectors = [value for value in model.parameters() if value.ndim == 1]

@@ -1,22 +1,32 @@
-"""Your own table: `model.adapter` of a run config as an adapter, and an adapter as that section."""
+"""Your own table: `model.architecture` of a run config as an adapter, and an adapter as that section."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-from das_ds.config import AdapterConfig
+from das_ds.config import ArchitectureConfig
 from das_ds.functional.units import UnitRule
 from das_ds.models.architectures.spec import PROBABILITIES, ArchitectureSpec, GateSite
 
 
-def spec_from_config(section: AdapterConfig, model_type: str) -> ArchitectureSpec:
+def spec_from_config(section: ArchitectureConfig, model_type: str) -> ArchitectureSpec:
     """The table that a run config holds, for models of `model_type`."""
     return ArchitectureSpec(
         model_type=model_type,
         objective=section.objective,
         units=section.units.model_dump(exclude_none=True),
-        rules=tuple(UnitRule(**rule.model_dump()) for rule in section.rules),
+        rules=tuple(
+            UnitRule(
+                rule.group,
+                rule.parameter,
+                rule.axis,
+                spread=rule.layout,
+                reader=rule.consumer,
+                optional=rule.optional,
+            )
+            for rule in section.rules
+        ),
         sites=tuple(GateSite(**site.model_dump()) for site in section.sites),
         unmasked=tuple(section.unmasked),
         lm_head=tuple(section.lm_head),
@@ -29,12 +39,14 @@ def spec_from_config(section: AdapterConfig, model_type: str) -> ArchitectureSpe
 
 
 def spec_section(adapter: ArchitectureSpec) -> dict[str, Any]:
-    """The table as plain values of `model.adapter`, without the defaults."""
+    """The table as plain values of `model.architecture`, without the defaults."""
     values = asdict(adapter)
+    for rule in values["rules"]:
+        rule["layout"], rule["consumer"] = rule.pop("spread"), rule.pop("reader")
     # What a registered table cannot describe is code, and the model that the section is printed for is none of it.
     del values["model_type"], values["unsupported"]
     if adapter.dropouts == PROBABILITIES:
         del values["dropouts"]
-    return AdapterConfig.model_validate(
+    return ArchitectureConfig.model_validate(
         {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     ).model_dump(exclude_defaults=True)

@@ -27,7 +27,7 @@ def spec_for(model_type: str) -> ArchitectureSpec:
     """
     if model_type not in ADAPTERS:
         raise ModelError(
-            f"no adapter for model type {model_type!r}; known: {', '.join(sorted(ADAPTERS))}; `das-ds units MODEL` "
-            "proposes a table for model.adapter"
+            f"no adapter for model type {model_type!r}; known: {', '.join(sorted(ADAPTERS))}; `das-ds inspect MODEL` "
+            "proposes a table for model.architecture"
         )
     return ADAPTERS[model_type]

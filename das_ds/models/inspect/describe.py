@@ -1,4 +1,4 @@
-"""The table of a model's units as text: what `das-ds units` prints."""
+"""The table of a model's units as text: what `das-ds inspect` prints."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class UnitTable:
 
     def section(self) -> str:
         """YAML of `model: {adapter: ...}`, to be merged into a run config."""
-        return yaml.safe_dump({"model": {"adapter": spec_section(self.adapter)}}, sort_keys=False, width=120)
+        return yaml.safe_dump({"model": {"architecture": spec_section(self.adapter)}}, sort_keys=False, width=120)
 
     def describe(self) -> str:
         """Units, owners of every parameter of a layer with its shape, what stays unmasked, gates, LM head."""

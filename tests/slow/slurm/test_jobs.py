@@ -21,7 +21,7 @@ pytestmark = pytest.mark.multirank
 
 # Long enough to be met in the middle of its domain; what is saved in between is what a kill goes back to.
 TRAIN = {"steps_per_domain": 150, "micro_batch_size": 2}
-CHECKPOINT = {"every_steps": 40}
+CHECKPOINT = {"interval": 40}
 ON_TWO_NODES = ("--nodes", 2, "--ntasks-per-node", 1)
 
 
@@ -103,7 +103,7 @@ def test_node_launcher_outlives_a_signal_to_its_ranks(cluster: SlurmCluster, und
 def test_killed_rank_ends_the_attempt_and_the_next_goes_on(
     cluster: SlurmCluster, undisturbed: Path, tmp_path: Path
 ) -> None:
-    job = Job(cluster, tmp_path, "train.sbatch", run={"hang_timeout": 20.0})
+    job = Job(cluster, tmp_path, "train.sbatch", runtime={"hang_timeout": 20.0})
     job.wait_for_step(60)
     cluster.ranks(job.id)[1].send_signal(signal.SIGKILL)
     job.finish(restarts=1)

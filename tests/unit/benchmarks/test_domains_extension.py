@@ -41,10 +41,10 @@ class Asked(Runner):
 def known() -> Comparison:
     """Two seeds of naive training at two rates and at that of a match, and of another method."""
     return comparison(
-        group(NAIVE, [(3.0, 1.0), (3.1, 1.1)], **{RATE: "4e-4", "method__replay__share": "null"}),
-        group("ncl x 0.5", [(3.5, 0.5), (3.6, 0.6)], **{RATE: "2e-4", "method__replay__share": "null"}),
-        group("ncl at 0.000186", [(3.2, 0.8), (3.3, 0.9)], **{RATE: "1.86e-4", "method__replay__share": "null"}),
-        group("replay", [(3.1, 0.1), (3.1, 0.2)], **{RATE: "4e-4", "method__replay__share": "0.25"}),
+        group(NAIVE, [(3.0, 1.0), (3.1, 1.1)], **{RATE: "4e-4", "method__replay__fraction": "null"}),
+        group("ncl x 0.5", [(3.5, 0.5), (3.6, 0.6)], **{RATE: "2e-4", "method__replay__fraction": "null"}),
+        group("ncl at 0.000186", [(3.2, 0.8), (3.3, 0.9)], **{RATE: "1.86e-4", "method__replay__fraction": "null"}),
+        group("replay", [(3.1, 0.1), (3.1, 0.2)], **{RATE: "4e-4", "method__replay__fraction": "0.25"}),
     )
 
 
@@ -70,9 +70,9 @@ def record(tier: Tier = CPU) -> Record:
 
 def new() -> Comparison:
     """Seed 1 of naive training again and a seed of its own, and a method whose contrast tells it apart."""
-    first = group(NAIVE, [(9.0, 9.0), (9.0, 9.0), (3.2, 1.2)], **{RATE: "4e-4", "method__contrast__weight": "1"})
+    first = group(NAIVE, [(9.0, 9.0), (9.0, 9.0), (3.2, 1.2)], **{RATE: "4e-4", "method__contrastive__weight": "1"})
     first = first.model_copy(update={"runs": first.runs[1:]})
-    return comparison(first, group("das", [(3.4, 0.3)], **{RATE: "4e-4", "method__contrast__weight": "0"}))
+    return comparison(first, group("das", [(3.4, 0.3)], **{RATE: "4e-4", "method__contrastive__weight": "0"}))
 
 
 def test_all_runs_of_both_each_seed_once() -> None:
@@ -92,10 +92,10 @@ def test_settings_of_one_alone_have_the_value_of_the_reference_in_the_other() ->
     both = joined(known(), new())
     assert both.group("replay").settings == {
         "train.learning_rate": "4e-4",
-        "method.replay.share": "0.25",
-        "method.contrast.weight": "1",
+        "method.replay.fraction": "0.25",
+        "method.contrastive.weight": "1",
     }
-    assert both.group("das").settings["method.replay.share"] == "null"
+    assert both.group("das").settings["method.replay.fraction"] == "null"
     assert [one.label for one in baseline_sweep(both)] == [NAIVE, "ncl x 0.5", "ncl at 0.000186"]
 
 

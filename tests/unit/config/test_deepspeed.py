@@ -33,7 +33,7 @@ def message_of(deepspeed: str | dict[str, Any], world_size: int = 4, **train: An
 
 
 def test_run_config_sets_what_it_owns() -> None:
-    engine = build_deepspeed_config(run_config({}, grad_clip=0.5), world_size=4)
+    engine = build_deepspeed_config(run_config({}, max_grad_norm=0.5), world_size=4)
     assert engine["train_batch_size"] == 256
     assert engine["train_micro_batch_size_per_gpu"] == 32
     assert engine["gradient_accumulation_steps"] == 2
@@ -86,8 +86,8 @@ def test_auto_and_equal_values_are_no_contradiction() -> None:
         ({"train_batch_size": 128}, "train_batch_size: found 128 in the DeepSpeed file, but train.global_batch_size"),
         ({"train_micro_batch_size_per_gpu": 8}, "but train.micro_batch_size in the run config gives 32"),
         ({"gradient_accumulation_steps": 1}, "but train.global_batch_size / (train.micro_batch_size x 4 ranks)"),
-        ({"gradient_clipping": 0.1}, "gradient_clipping: found 0.1 in the DeepSpeed file, but train.grad_clip"),
-        ({"gradient_clipping": True}, "gradient_clipping: found True in the DeepSpeed file, but train.grad_clip"),
+        ({"gradient_clipping": 0.1}, "gradient_clipping: found 0.1 in the DeepSpeed file, but train.max_grad_norm"),
+        ({"gradient_clipping": True}, "gradient_clipping: found True in the DeepSpeed file, but train.max_grad_norm"),
         ({"bf16": {"enabled": False}}, "bf16.enabled: found False in the DeepSpeed file, but train.precision"),
         ({"fp16": {"enabled": True}}, "fp16.enabled: found True in the DeepSpeed file, but train.precision"),
         ({"fp16": {"fp16_master_weights_and_grads": True}}, "(the optimizer keeps fp32)"),

@@ -9,7 +9,7 @@ import yaml
 
 from das_ds.config import RunConfig
 from das_ds.config.io import config_differences, describe_config, dump_config, load_config, resolved_dict
-from das_ds.config.schema import config_keys
+from das_ds.config.schema import RENAMED_KEYS, config_keys
 from das_ds.errors import ConfigError, RunFolderError
 
 RUN = """
@@ -18,7 +18,7 @@ model: {config: {model_type: roberta, layer_norm_eps: 1e-12}}
 domains:
   - {name: acl, train: [acl.txt]}
   - {name: pubmed, train: [pubmed.txt]}
-train: {learning_rate: 2e-4, grad_clip: 0.5}
+train: {learning_rate: 2e-4, max_grad_norm: 0.5}
 """
 
 
@@ -79,6 +79,11 @@ def test_override(run_file: Path, override: str, key: tuple[str | int, ...], val
     assert node == value
 
 
+def test_renamed_keys_lead_to_keys_that_exist() -> None:
+    assert set(RENAMED_KEYS.values()) <= set(config_keys())
+    assert not set(RENAMED_KEYS) & set(config_keys())
+
+
 def test_later_override_wins(run_file: Path) -> None:
     assert load_config(run_file, ["seed=1", "seed=2"]).seed == 2
 
@@ -107,11 +112,20 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
         ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate or tasks.0.learning_rate?"),
         (
             "method.temprature=1",
-            "method.temprature: unknown key; did you mean method.contrast.temperature or method.kd.temperature?",
+            "method.temprature: unknown key; did you mean method.contrastive.temperature or method.kd.temperature?",
         ),
         ("domains.1.trian=[a]", "domains.1.trian: unknown key; did you mean domains.1.train?"),
         ("trian.eps=1", "trian: unknown key; did you mean train?"),
-        ("method.contrast.zzz=1", "unknown key; allowed in method.contrast: weight, temperature"),
+        (
+            "method.importance.saturation=3",
+            "method.importance.saturation: unknown key; did you mean method.importance.half_saturation?",
+        ),
+        ("run.hang_timeout=3", "run: unknown key; did you mean runtime?"),
+        (
+            "model={config: {model_type: x}, architecture: {rules: [{}, {spread: halves}]}}",
+            "rules.1.spread: unknown key; did you mean model.architecture.rules.1.layout?",
+        ),
+        ("method.contrastive.zzz=1", "unknown key; allowed in method.contrastive: weight, temperature"),
         ("zzz=1", "zzz: unknown key; allowed at the top: output_dir, model, domains, general, data"),
         ("train={7: 1}", "train.7: unknown key; allowed in train: steps_per_domain"),
         ("train.eps=fast", "train.eps: found 'fast', allowed: number > 0"),
@@ -124,8 +138,8 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
             "method.name=dsa",
             "method.name: found 'dsa', allowed: das | derpp | dga | ewc | kd | merge | ncl | one | pool | replay",
         ),
-        ("method.merge.coefficient=1", "coefficient: found 1, allowed: number >= 0 and < 1 or average"),
-        ("method.softmask.readers=7", "method.softmask.readers: found 7, allowed: true | false"),
+        ("method.merge.weight=1", "method.merge.weight: found 1, allowed: number >= 0 and < 1 or average"),
+        ("method.softmask.include_consumers=7", "method.softmask.include_consumers: found 7, allowed: true | false"),
         ("deepspeed=5", "deepspeed: found 5, allowed: text or mapping"),
         ("deepspeed=[a, b]", "deepspeed: found ['a', 'b'], allowed: text or mapping"),
         ("train=5", "train: found 5, allowed: mapping"),
@@ -209,7 +223,7 @@ def test_written_config_reads_back_equal(run_file: Path, tmp_path: Path) -> None
     assert load_config(tmp_path / "config.yaml") == config
     written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert RunConfig.model_validate(written) == config
-    assert written["method"]["contrast"] == {"weight": 1.0, "temperature": 0.05, "pooling": "auto"}
+    assert written["method"]["contrastive"] == {"weight": 1.0, "temperature": 0.05, "pooling": "auto"}
 
 
 def test_writing_replaces_the_file_and_leaves_nothing_else(run_file: Path, tmp_path: Path) -> None:
@@ -258,7 +272,13 @@ def test_added_domain_is_a_difference(run_file: Path) -> None:
 
 
 def test_keys_that_touch_no_result_are_no_difference(run_file: Path) -> None:
-    changes = ["wandb.mode=offline", "wandb.project=x", "train.log_every=3", "data.num_workers=2", "data.cache_dir=c"]
+    changes = [
+        "wandb.mode=offline",
+        "wandb.project=x",
+        "train.log_interval=3",
+        "data.num_workers=2",
+        "data.cache_dir=c",
+    ]
     changes += ["tasks.0={name: a, train: a.jsonl, dev: b.jsonl, test: c.jsonl}", "evaluation.batch_size=4"]
     new = load_config(run_file, [*changes, "output_dir=elsewhere"])
     assert config_differences(load_config(run_file), new) == []
@@ -322,8 +342,8 @@ def test_byte_order_mark_and_line_ends_of_a_config_do_not_matter(run_file: Path)
         ("train.steps_per_domain", "0x1" + "0" * 5000),
         ("train.global_batch_size", "4294967296"),
         ("data.sequence_length", "0x10000000000"),
-        ("method.importance.samples", "1" + "0" * 30),
-        ("checkpoint.every_steps", "9223372036854775808"),
+        ("method.importance.num_samples", "1" + "0" * 30),
+        ("checkpoint.interval", "9223372036854775808"),
     ],
 )
 def test_numbers_beyond_reason_are_refused(run_file: Path, key: str, value: str) -> None:
@@ -334,20 +354,22 @@ def test_numbers_beyond_reason_are_refused(run_file: Path, key: str, value: str)
 
 
 def test_time_out_beyond_reason_is_refused(run_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run.hang_timeout: found 1e\+300, allowed: number >= 1 and <= 100000000"):
-        load_config(run_file, ["run.hang_timeout=1e300"])
+    with pytest.raises(
+        ConfigError, match=r"runtime.hang_timeout: found 1e\+300, allowed: number >= 1 and <= 100000000"
+    ):
+        load_config(run_file, ["runtime.hang_timeout=1e300"])
 
 
 PATH_KEYS = (
     "output_dir",
     "model.name_or_path",
-    "model.lora.initial",
+    "model.lora.init_from",
     "domains.0.train.0",
     "domains.0.valid.0",
     "data.tokenizer",
     "data.cache_dir",
     "data.add_tokens.acl",
-    "method.importance.initial",
+    "method.importance.init_from",
     "tasks.0.train",
     "tasks.0.dev",
     "tasks.0.test",

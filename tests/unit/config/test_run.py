@@ -38,12 +38,12 @@ def test_values_cannot_change() -> None:
 
 
 def replaying(share: float | None, size: int = 256, name: str = "ncl", **changes: Any) -> dict[str, Any]:
-    method = {"name": name, "replay": {"share": share}}
+    method = {"name": name, "replay": {"fraction": share}}
     return {**SMALL, "train": {"global_batch_size": size, "micro_batch_size": 1}, "method": method, **changes}
 
 
 def rehearsing(replayed: int | None, size: int, **changes: Any) -> dict[str, Any]:
-    return {**replaying(0.0, size), "method": {"name": "derpp", "derpp": {"replayed": replayed, **changes}}}
+    return {**replaying(0.0, size), "method": {"name": "derpp", "derpp": {"batch_size": replayed, **changes}}}
 
 
 @pytest.mark.parametrize(("replayed", "size", "expected"), [(None, 256, 16), (None, 4, 1), (8, 8, 8)])
@@ -74,7 +74,7 @@ def test_earlier_domains_and_general_text_are_replayed() -> None:
     values = replaying(0.5, domains=domains, general=general)
     config = RunConfig.model_validate(values)
     assert [config.replayed(name) for name in ("acl", "phone")] == [[], ["acl", "pubmed"]]
-    with_general = RunConfig.model_validate({**values, "method": {"replay": {"share": 0.5, "general": True}}})
+    with_general = RunConfig.model_validate({**values, "method": {"replay": {"fraction": 0.5, "general": True}}})
     assert [with_general.replayed(name) for name in ("acl", "pubmed")] == [["general"], ["acl", "general"]]
     assert RunConfig.model_validate({**values, "method": {}}).replayed("phone") == []
 
@@ -98,11 +98,11 @@ def test_stages_are_the_domains_one_by_one_or_all_at_once_in_as_many_steps() -> 
     ("method", "expected"),
     [
         ({"name": "das"}, (True, False)),
-        ({"name": "das", "softmask": {"strength": 2.0}}, (True, True)),
-        ({"name": "das", "softmask": {"shared_scale": 0.5}}, (True, True)),
+        ({"name": "das", "softmask": {"exponent": 2.0}}, (True, True)),
+        ({"name": "das", "softmask": {"unowned_update_scale": 0.5}}, (True, True)),
         ({"name": "das", "softmask": {"groups": ["head"]}}, (True, True)),
         ({"name": "dga"}, (True, True)),
-        ({"name": "ncl", "softmask": {"strength": 2.0}}, (False, False)),
+        ({"name": "ncl", "softmask": {"exponent": 2.0}}, (False, False)),
     ],
 )
 def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: tuple[bool, bool]) -> None:
@@ -124,22 +124,22 @@ def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: 
         (TrainConfig, {"learning_rate": float("nan")}, "finite"),
         (
             TrainConfig,
-            {"schedule": "wsd", "warmup_ratio": 0.4, "decay_ratio": 0.7},
-            r"warmup_ratio \+ decay_ratio: found 0.4 \+ 0.7 with schedule wsd, allowed: at most 1 together",
+            {"lr_scheduler": "wsd", "warmup_ratio": 0.4, "decay_ratio": 0.7},
+            r"warmup_ratio \+ decay_ratio: found 0.4 \+ 0.7 with lr_scheduler wsd, allowed: at most 1 together",
         ),
         (RunConfig, {**SMALL, "domains": SMALL["domains"] * 2}, "found more than once: acl"),
         (RunConfig, {**SMALL, "general": {"name": "acl", "valid": ["a.txt"]}}, "found more than once: acl"),
         (
             RunConfig,
             replaying(0.05),
-            r"method.replay.share: found 0.05, 12.8 of 256 sequences \(train.global_batch_size\); "
+            r"method.replay.fraction: found 0.05, 12.8 of 256 sequences \(train.global_batch_size\); "
             r"nearest allowed: 0.046875 \(12 of them\) or 0.0507812 \(13 of them\)",
         ),
         (RunConfig, replaying(0.001, 8), r"nearest allowed: 0 \(0 of them\) or 0.125 \(1 of them\)"),
         (RunConfig, replaying(0.9, 8), r"nearest allowed: 0.875 \(7 of them\) \["),
         (RunConfig, replaying(0.9999999, 8), r"nearest allowed: 0.875 \(7 of them\) \["),
         (RunConfig, replaying(None, 1, "replay"), "found replay with train.global_batch_size 1, expected at least 2"),
-        (RunConfig, replaying(0.25, 8, "one"), "method.replay.share: found 0.25 with method one"),
+        (RunConfig, replaying(0.25, 8, "one"), "method.replay.fraction: found 0.25 with method one"),
         (RunConfig, replaying(0.25, 8, "pool"), "found 0.25 with method pool, where no domain comes after another"),
         (
             RunConfig,
@@ -149,27 +149,27 @@ def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: 
         (
             RunConfig,
             {**SMALL, "method": {"replay": {"general": True}}, "general": {"name": "general", "train": ["b.txt"]}},
-            "method.replay.general: found true with nothing to replay, expected method.replay.share",
+            "method.replay.general: found true with nothing to replay, expected method.replay.fraction",
         ),
         (
             MethodConfig,
-            {"importance": {"granularity": "parameter"}, "softmask": {"readers": True}},
-            "softmask.readers needs importance.granularity: unit, found true with parameter",
+            {"importance": {"granularity": "parameter"}, "softmask": {"include_consumers": True}},
+            "softmask.include_consumers needs importance.granularity: unit, found true with parameter",
         ),
-        (SoftmaskConfig, {"groups": ["heads"]}, "should be 'head', 'intermediate', 'output' or 'shared'"),
+        (SoftmaskConfig, {"groups": ["heads"]}, "should be 'head', 'intermediate', 'output' or 'unowned'"),
         (
             ImportanceConfig,
-            {"kind": "sensitivity"},
-            "kind: found sensitivity with granularity unit, .* allowed there: magnitude, square",
+            {"score": "grad_x_weight"},
+            "score: found grad_x_weight with granularity unit, .* allowed there: abs_grad, squared_grad",
         ),
         (
             RunConfig,
             rehearsing(9, 8),
-            "method.derpp.replayed: found 9, allowed: at most 8, the smaller of method.derpp.capacity 1000 and "
+            "method.derpp.batch_size: found 9, allowed: at most 8, the smaller of method.derpp.capacity 1000 and "
             "train.global_batch_size 8",
         ),
-        (RunConfig, rehearsing(None, 256, capacity=15), "method.derpp.replayed: found 16, allowed: at most 15"),
-        (RunConfig, rehearsing(1, 8, positions=7), "multiple of 2"),
+        (RunConfig, rehearsing(None, 256, capacity=15), "method.derpp.batch_size: found 16, allowed: at most 15"),
+        (RunConfig, rehearsing(1, 8, max_positions=7), "multiple of 2"),
         (RunConfig, {**SMALL, "domains": []}, "at least 1 item"),
         (RunConfig, {**SMALL, "epochs": 3}, "Extra inputs"),
     ],

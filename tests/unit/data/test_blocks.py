@@ -143,7 +143,7 @@ def test_blocks_without_isolation_know_no_positions(tmp_path: Path) -> None:
 
 def test_causal_blocks_end_documents_and_isolate_them(tmp_path: Path, data: DataConfig) -> None:
     tokenizer = tiny_tokenizer()
-    isolating = data.model_copy(update={"isolate_documents": True})
+    isolating = data.model_copy(update={"document_mask": True})
     blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), isolating, tokenizer, objective="clm", progress=False).valid
     # This tokeniser begins every document with <s> and ends it with </s>, which is not doubled.
     assert rows(blocks) == brute_force_blocks()

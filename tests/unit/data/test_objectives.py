@@ -10,7 +10,7 @@ from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 def test_objectives_by_name() -> None:
     tokenizer = tiny_tokenizer()
-    assert isinstance(make_objective("clm", tokenizer, DataConfig(isolate_documents=True)), CausalLMCollator)
+    assert isinstance(make_objective("clm", tokenizer, DataConfig(document_mask=True)), CausalLMCollator)
     masker = make_objective("mlm", tokenizer, DataConfig(mlm_probability=0.3))
     assert masker == MLMCollator.from_tokenizer(tokenizer, 0.3)
 
@@ -22,6 +22,6 @@ def test_causal_needs_no_mask_token() -> None:
 
 
 def test_isolation_is_for_causal_models() -> None:
-    message = r"data.isolate_documents: found true with objective mlm; expected objective clm, .*allowed with mlm"
+    message = r"data.document_mask: found true with objective mlm; expected objective clm, .*allowed with mlm"
     with pytest.raises(ConfigError, match=message):
-        make_objective("mlm", tiny_tokenizer(), DataConfig(isolate_documents=True))
+        make_objective("mlm", tiny_tokenizer(), DataConfig(document_mask=True))

@@ -32,7 +32,7 @@ def test_rank_0_says_how_many_are_here_and_that_the_others_did_not_come(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 1.5)
-    expected = r"do not find each other within 4 s \(run.hang_timeout\): .*; check that"
+    expected = r"do not find each other within 4 s \(runtime.hang_timeout\): .*; check that"
     # The inner one counts as a second rank, which is in another process otherwise.
     with (
         pytest.raises(PreflightError, match=expected),

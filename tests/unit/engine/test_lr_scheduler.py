@@ -20,7 +20,7 @@ def rates(
 ) -> list[float]:
     """The rate of each step, as an optimizer that is stepped sees it."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], PEAK)
-    config = TrainConfig.model_validate({"schedule": schedule, "warmup_ratio": 0.2, "decay_ratio": 0.5, **train})
+    config = TrainConfig.model_validate({"lr_scheduler": schedule, "warmup_ratio": 0.2, "decay_ratio": 0.5, **train})
     scheduler = build_lr_scheduler(optimizer, config, num_steps, is_first=is_first, is_last=is_last)
     found = []
     for _ in range(num_steps):

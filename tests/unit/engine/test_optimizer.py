@@ -55,7 +55,7 @@ def test_masked_adamw_is_adamw_with_a_share_of_its_step() -> None:
 
 
 @pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
-@pytest.mark.parametrize("kind", ["magnitude", "square", "sensitivity"])
+@pytest.mark.parametrize("kind", ["abs_grad", "squared_grad", "grad_x_weight"])
 def test_measuring_adds_up_and_steps_nothing(make: Callable[..., MaskedOptimizer], kind: Any) -> None:
     start = torch.randn(40)
     param = torch.nn.Parameter(start.clone())
@@ -70,9 +70,9 @@ def test_measuring_adds_up_and_steps_nothing(make: Callable[..., MaskedOptimizer
         param.grad = gradients[0].clone()
         optimizer.step()
     summands = [gradients[0], gradients[1], gradients[0] / 4]
-    if kind == "square":
+    if kind == "squared_grad":
         summands = [gradient**2 for gradient in summands]
-    elif kind == "sensitivity":
+    elif kind == "grad_x_weight":
         summands = [gradient * start for gradient in summands]
     expected = torch.stack(summands).abs().sum(0)
     torch.testing.assert_close(sums[param], expected)

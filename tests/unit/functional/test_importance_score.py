@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.config import ImportanceKind
+from das_ds.config import ImportanceScore
 from das_ds.functional.importance import importance_score
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("magnitude", [3.0, 0.5, 0.0]), ("square", [9.0, 0.25, 0.0]), ("sensitivity", [6.0, 2.0, 0.0])],
+    [("abs_grad", [3.0, 0.5, 0.0]), ("squared_grad", [9.0, 0.25, 0.0]), ("grad_x_weight", [6.0, 2.0, 0.0])],
 )
-def test_by_hand(kind: ImportanceKind, expected: list[float]) -> None:
+def test_by_hand(kind: ImportanceScore, expected: list[float]) -> None:
     gradient, weight = torch.tensor([-3.0, 0.5, 0.0]), torch.tensor([2.0, -4.0, 7.0])
     assert importance_score(gradient, weight, kind).tolist() == expected
     assert gradient.tolist() == [-3.0, 0.5, 0.0] and weight.tolist() == [2.0, -4.0, 7.0]
@@ -25,7 +25,7 @@ def test_sensitivity_is_the_magnitude_of_a_gates_gradient() -> None:
     gates = torch.ones_like(weight).requires_grad_()
     of_weight = torch.autograd.grad((gated @ x).tanh().sum(), gated)[0]
     of_gates = torch.autograd.grad(((gates * weight) @ x).tanh().sum(), gates)[0]
-    torch.testing.assert_close(importance_score(of_weight, weight, "sensitivity"), of_gates.abs())
+    torch.testing.assert_close(importance_score(of_weight, weight, "grad_x_weight"), of_gates.abs())
     torch.testing.assert_close(
-        importance_score(of_gates, 1.0, "sensitivity"), importance_score(of_gates, 1.0, "magnitude")
+        importance_score(of_gates, 1.0, "grad_x_weight"), importance_score(of_gates, 1.0, "abs_grad")
     )

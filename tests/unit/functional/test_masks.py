@@ -132,7 +132,7 @@ def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) ->
             assert not found[:3].any() and not found[3 + length :].any()
 
 
-@pytest.mark.parametrize("groups", [["head"], ["intermediate", "shared"], []])
+@pytest.mark.parametrize("groups", [["head"], ["intermediate", "unowned"], []])
 @pytest.mark.parametrize("readers", [False, True])
 def test_units_outside_the_groups_move_freely(groups: list[str], readers: bool) -> None:
     model = tiny_model()
@@ -158,8 +158,8 @@ def test_strength_keeps_both_ends_and_leaves_1_alone() -> None:
 
 
 def test_levels_of_a_mask_by_weight() -> None:
-    owners = {"query": "head", "inner": "intermediate", "embedding": "shared"}
-    tables = build_lookup_tables(owners, groups=["head", "shared"], shared_scale=0.5, strength=2.0, num_levels=10)
+    owners = {"query": "head", "inner": "intermediate", "embedding": "unowned"}
+    tables = build_lookup_tables(owners, groups=["head", "unowned"], shared_scale=0.5, strength=2.0, num_levels=10)
     assert tables is not None
     # (1 - I)^2 leaves 0.81, 0.64, ... of the update, and half of that where no unit owns the weight.
     assert tables["query"].tolist() == [0, 2, 4, 5, 6, 8, 8, 9, 10, 10, 10]
@@ -168,12 +168,12 @@ def test_levels_of_a_mask_by_weight() -> None:
 
 
 def test_a_plain_mask_by_weight_needs_no_table() -> None:
-    owners = {"query": "head", "embedding": "shared"}
+    owners = {"query": "head", "embedding": "unowned"}
     assert build_lookup_tables(owners, groups=None, shared_scale=1.0, strength=1.0, num_levels=255) is None
     assert (
-        build_lookup_tables(owners, groups=["head", "shared"], shared_scale=1.0, strength=1.0, num_levels=255) is None
+        build_lookup_tables(owners, groups=["head", "unowned"], shared_scale=1.0, strength=1.0, num_levels=255) is None
     )
-    for group, free in (("head", "embedding"), ("shared", "query")):
+    for group, free in (("head", "embedding"), ("unowned", "query")):
         tables = build_lookup_tables(owners, groups=[group], shared_scale=1.0, strength=1.0, num_levels=255)
         assert tables is not None and not tables[free].any()
 
@@ -183,5 +183,5 @@ def test_a_parameter_has_one_group_of_owners(model_type: str) -> None:
     layout = spec_for(model_type).layout(tiny_model(model_type))
     pairs = {(item.parameter, item.group) for item in layout.ownerships if not item.reader}
     assert len(pairs) == len({name for name, _ in pairs})
-    shared = {name: "shared" for name in layout.shapes if name not in dict(pairs)}
+    shared = {name: "unowned" for name in layout.shapes if name not in dict(pairs)}
     assert layout.owners == {**dict(pairs), **shared} and shared

@@ -16,7 +16,7 @@ FORMS = ("abs_tanh", "tanh_positive", "rank_hard", "rank_soft", "saturating")
 
 
 def settings(form: str, **changes: Any) -> ImportanceConfig:
-    return ImportanceConfig(normalisation=form, **changes)  # type: ignore[arg-type]
+    return ImportanceConfig(normalization=form, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["abs_tanh", "tanh_positive"])
@@ -36,7 +36,7 @@ def test_standardised_forms_closed_form() -> None:
 
 def test_saturating_closed_form() -> None:
     # Mean 2: 0 / 4, 1 / 5, 5 / 9 at c = 2.
-    found = normalize(torch.tensor([[0.0, 1.0, 5.0]]), settings("saturating", saturation=2.0))
+    found = normalize(torch.tensor([[0.0, 1.0, 5.0]]), settings("saturating", half_saturation=2.0))
     assert found.tolist() == [[0.0, pytest.approx(1 / 5), pytest.approx(5 / 9)]]
     assert not normalize(torch.zeros(2, 3), settings("saturating")).any()
 
@@ -46,14 +46,14 @@ def test_saturating_closed_form() -> None:
 )
 def test_rank_hard_protects_the_stated_share(share: float, num_entries: int, expected: int) -> None:
     raw = torch.randperm(num_entries)[None].float()
-    found = normalize(raw, settings("rank_hard", protected_share=share))
+    found = normalize(raw, settings("rank_hard", protected_fraction=share))
     assert torch.equal(found, (raw >= num_entries - expected).float())
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
 def test_rank_soft_is_a_power_of_the_rank_with_the_stated_mean(share: float) -> None:
     raw = torch.rand(2, 1001) ** 6
-    found = normalize(raw, settings("rank_soft", protected_share=share))
+    found = normalize(raw, settings("rank_soft", protected_fraction=share))
     for row, importance in zip(raw, found, strict=True):
         rank = torch.tensor([(row < value).sum() for value in row]) / len(row)
         torch.testing.assert_close(importance, rank ** ((1 - share) / share), rtol=1e-5, atol=1e-7)
@@ -64,7 +64,7 @@ def test_equal_entries_have_equal_rank() -> None:
     raw = torch.tensor([[2.0, 0.0, 1.0, 1.0, 0.0, 1.0, 3.0, 0.0]])
     # Half of the entries: the edge would lie between the ones, so none of them is protected.
     assert normalize(raw, settings("rank_hard")).tolist() == [[1, 0, 0, 0, 0, 0, 1, 0]]
-    assert normalize(raw, settings("rank_hard", protected_share=0.625)).tolist() == [[1, 0, 1, 1, 0, 1, 1, 0]]
+    assert normalize(raw, settings("rank_hard", protected_fraction=0.625)).tolist() == [[1, 0, 1, 1, 0, 1, 1, 0]]
     expected = [[6 / 8, 0, 3 / 8, 3 / 8, 0, 3 / 8, 7 / 8, 0]]
     assert normalize(raw, settings("rank_soft")).tolist() == expected
 
@@ -102,7 +102,7 @@ def test_scope_says_what_is_compared(form: str) -> None:
 @pytest.mark.parametrize("num_entries", [1, 7, 1000])
 @pytest.mark.parametrize("form", ["rank_hard", "rank_soft"])
 def test_counts_give_the_rounded_importance(form: str, num_entries: int, share: float) -> None:
-    chosen = settings(form, protected_share=share)
+    chosen = settings(form, protected_fraction=share)
     raw = torch.arange(num_entries)[None].float()
     counts = histogram(num_entries, chosen, 255)
     # Entry i has i less important ones.

@@ -25,9 +25,9 @@ from helpers.architectures import causal_batch
 from helpers.tiny_models import tiny_model, without_dropout
 from helpers.training import LENGTH, no_text_domain, random_batch, rank_part, run_config
 
-IMPORTANCE = {"granularity": "direction", "normalisation": "saturating", "saturation": 2.0}
+IMPORTANCE = {"granularity": "direction", "normalization": "saturating", "half_saturation": 2.0}
 WITHOUT_LINEAR_LAYERS = ("gpt2", "mixtral", "qwen3_moe")
-METHOD: dict[str, Any] = {"name": "das", "importance": IMPORTANCE, "contrast": {"weight": 0.0}}
+METHOD: dict[str, Any] = {"name": "das", "importance": IMPORTANCE, "contrastive": {"weight": 0.0}}
 
 
 def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
@@ -148,7 +148,7 @@ def test_earlier_runs_protect_from_the_first_domain_on(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     save_directions(tmp_path / DIRECTIONS_FILE, {name: torch.eye(width) for name, width in widths.items()}, run.layout)
-    initial = {**METHOD, "importance": {**IMPORTANCE, "initial": str(tmp_path / DIRECTIONS_FILE)}}
+    initial = {**METHOD, "importance": {**IMPORTANCE, "init_from": str(tmp_path / DIRECTIONS_FILE)}}
     method = build_method(run_of(tmp_path, initial))
     method.before_domain(no_text_domain(tmp_path))
     assert isinstance(method, Directions) and method.state().shared.keys() == widths.keys()
@@ -163,7 +163,7 @@ def test_networks_whose_layers_are_no_linear_layers_are_refused(tmp_path: Path) 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "merge"])
 def test_any_method_merges_where_it_is_told_to(name: str) -> None:
     assert MethodConfig.model_validate({"name": name}).merging is None
-    assert MethodConfig.model_validate({"name": name, "merge": {"coefficient": 0.25}}).merging == 0.25
+    assert MethodConfig.model_validate({"name": name, "merge": {"weight": 0.25}}).merging == 0.25
 
 
 def test_merge_has_a_default(tmp_path: Path) -> None:
@@ -175,10 +175,10 @@ def test_merge_has_a_default(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"name": "dga"}, "name: found dga with importance.granularity direction, allowed there: das"),
-        ({"contrast": {"weight": 1.0}}, "contrast.weight: found 1.0 with .* allowed there: 0.0"),
+        ({"contrastive": {"weight": 1.0}}, "contrastive.weight: found 1.0 with .* allowed there: 0.0"),
         ({"softmask": {"apply_to": "gradient"}}, "softmask.apply_to: found gradient .* allowed there: update"),
-        ({"softmask": {"strength": 2.0}}, "softmask.strength: found 2.0 .* allowed there: 1.0"),
-        ({"importance": {**IMPORTANCE, "normalisation": "abs_tanh"}}, "normalisation: found abs_tanh .* saturating"),
+        ({"softmask": {"exponent": 2.0}}, "softmask.exponent: found 2.0 .* allowed there: 1.0"),
+        ({"importance": {**IMPORTANCE, "normalization": "abs_tanh"}}, "normalization: found abs_tanh .* saturating"),
         ({"importance": {**IMPORTANCE, "scope": "model"}}, "importance.scope: found model .* allowed there: tensor"),
     ],
 )

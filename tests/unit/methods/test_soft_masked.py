@@ -27,12 +27,12 @@ def run_of(method: dict[str, Any], folder: Path) -> Any:
 def test_groups_that_the_model_lacks_are_refused(method: dict[str, Any], tmp_path: Path) -> None:
     message = (
         "method.softmask.groups: found head, which the roberta adapter has no units of; "
-        "allowed: intermediate, output, shared"
+        "allowed: intermediate, output, unowned"
     )
     with pytest.raises(ConfigError, match=message):
         METHODS[method["name"]](run_of(method, tmp_path))
 
 
-@pytest.mark.parametrize("groups", [None, ["output", "shared"]])
+@pytest.mark.parametrize("groups", [None, ["output", "unowned"]])
 def test_das_masks_what_there_is(groups: list[str] | None, tmp_path: Path) -> None:
     METHODS["das"](run_of({"name": "das", "softmask": {"groups": groups}}, tmp_path))

@@ -112,7 +112,7 @@ def test_without_position_ids_a_document_sees_the_one_before(model_type: str, at
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_architecture_that_ignores_the_request(attention: str) -> None:
     model = tiny_decoder("opt", attention)
-    message = rf"data.isolate_documents: found true, but opt with {attention} attention lets .*; expected false, or"
+    message = rf"data.document_mask: found true, but opt with {attention} attention lets .*; expected false, or"
     with pytest.raises(ConfigError, match=message):
         check_document_mask(
             lambda ids, positions: hidden_states(model, ids, positions), model_type="opt", attention=attention

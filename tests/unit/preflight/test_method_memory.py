@@ -34,7 +34,7 @@ def config(name: str, stage: int = 2, precision: str = "bf16") -> RunConfig:
         "domains": [{"name": "acl", "train": ["acl.txt"]}],
         "data": {"sequence_length": 16},
         "train": {"global_batch_size": 32, "micro_batch_size": 4, "precision": precision},
-        "method": {"name": name, "derpp": {"capacity": 11, "positions": 8}},
+        "method": {"name": name, "derpp": {"capacity": 11, "max_positions": 8}},
         "deepspeed": {"zero_optimization": {"stage": stage}},
     }
     return RunConfig.model_validate(values)
@@ -63,8 +63,8 @@ def test_kept_by_a_rank(name: str, stage: int, precision: str, part: str, expect
 
 
 def test_what_masks_of_directions_take() -> None:
-    direction = {"granularity": "direction", "normalisation": "saturating"}
-    method = MethodConfig.model_validate({"name": "das", "contrast": {"weight": 0.0}, "importance": direction})
+    direction = {"granularity": "direction", "normalization": "saturating"}
+    method = MethodConfig.model_validate({"name": "das", "contrastive": {"weight": 0.0}, "importance": direction})
     run = config("das").model_copy(update={"method": method})
     found = estimated_memory(run, SIZE, build_deepspeed_config(run, 4), 4)
     # Two layers of five matrices that read 24 numbers and one that reads 40, and two of the LM head.

@@ -136,7 +136,7 @@ def test_disk_counts_what_is_to_be_written_and_what_is_there(tmp_path: Path, mon
 
     assert found(needed).status == "ok"
     short = found(needed - 2048)
-    assert short.status == "failed" and "make room for 2.0 KiB or lower checkpoint.keep" in short.found
+    assert short.status == "failed" and "make room for 2.0 KiB or lower checkpoint.keep_last" in short.found
     assert short.expected.startswith(f"{readable(needed)} = 3 checkpoints of {readable(12 * size.trained)}")
     (run.output_dir / "checkpoint").write_bytes(bytes(2048))
     assert found(needed - 2048).status == "ok"

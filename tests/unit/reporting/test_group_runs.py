@@ -22,7 +22,9 @@ def groups_of(folder: Path, *runs: dict[str, Any], labels: tuple[str, ...] = ())
 
 
 def test_seed_and_keys_that_decide_nothing_make_no_group(tmp_path: Path) -> None:
-    (group,) = groups_of(tmp_path, {"seed": 2}, {"seed": 1, "wandb": {"mode": "disabled"}}, {"train": {"log_every": 9}})
+    (group,) = groups_of(
+        tmp_path, {"seed": 2}, {"seed": 1, "wandb": {"mode": "disabled"}}, {"train": {"log_interval": 9}}
+    )
     assert group.label == "ncl" and not group.settings and not group.mixed
     assert [run.config.seed for run in group.runs] == [0, 1, 2]
 

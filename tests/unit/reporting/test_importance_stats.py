@@ -55,7 +55,9 @@ def test_weights_belong_to_the_group_that_owns_them(tmp_path: Path, own_table: b
         others=0,
     )
     section = spec_section(spec_for("roberta")) if own_table else None
-    found = importance_numbers(tmp_path, ModelConfig.model_validate({"name_or_path": "unused", "adapter": section}))
+    found = importance_numbers(
+        tmp_path, ModelConfig.model_validate({"name_or_path": "unused", "architecture": section})
+    )
     assert found is not None
     assert found.granularity == "parameter" and list(found.groups) == ["head", "intermediate", "output", "others"]
     assert found.groups["intermediate"].fullness == [0.2, 1.0]

@@ -10,7 +10,7 @@ from das_ds.softmask.sharded_normalize import Comparison, find_quantile_threshol
 
 CPU = torch.device("cpu")
 SIZES = {"a": 4000, "b": 57, "c": 1, "d": 300}
-OWNERS = {"a": "head", "b": "shared", "c": "shared", "d": "head"}
+OWNERS = {"a": "head", "b": "unowned", "c": "unowned", "d": "head"}
 
 
 def draw(kind: str, size: int) -> torch.Tensor:

@@ -14,13 +14,13 @@ from das_ds.softmask.unit import UnitLevel
 from helpers.training import run_config
 
 
-@pytest.mark.parametrize("kind", ["magnitude", "square"])
+@pytest.mark.parametrize("kind", ["abs_grad", "squared_grad"])
 def test_the_kind_of_the_config_is_measured(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     raw = torch.tensor([[1.0, 2.0, 6.0]])
-    by_kind = {"magnitude": raw, "square": raw**2}
+    by_kind = {"abs_grad": raw, "squared_grad": raw**2}
     measure = lambda run, batches, loss, found: {"head": by_kind[found]}  # noqa: E731
     monkeypatch.setattr(unit_level, "measure_unit_importance", measure)
-    run: Any = SimpleNamespace(config=run_config(tmp_path, method={"importance": {"kind": kind}}))
+    run: Any = SimpleNamespace(config=run_config(tmp_path, method={"importance": {"score": kind}}))
     domain: Any = SimpleNamespace(sample_batches=lambda label: None)
     importance = UnitLevel(run).measure(domain, "importance", None)  # type: ignore[arg-type]
     assert torch.equal(importance["head"], normalize(by_kind[kind], run.config.method.importance))

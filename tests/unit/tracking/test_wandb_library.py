@@ -135,7 +135,7 @@ def test_run_and_its_config_are_recorded(run_folder: Path, records: list[Any]) -
         "das",
     )
     assert [domain["name"] for domain in config["domains"]] == ["acl", "pub-med"]
-    assert config["method"]["contrast"]["temperature"] == 0.05
+    assert config["method"]["contrastive"]["temperature"] == 0.05
 
 
 def test_each_domain_and_the_evaluation_have_their_own_axis(records: list[Any]) -> None:

@@ -31,7 +31,7 @@ def run_config(tmp_path: Path, *, isolate: bool, without: str | None = None) -> 
                 "tokenizer": str(tmp_path / "tokeniser"),
                 "sequence_length": LENGTH,
                 "cache_dir": str(tmp_path / "cache"),
-                "isolate_documents": isolate,
+                "document_mask": isolate,
             },
             "train": {"steps_per_domain": 2, "global_batch_size": 4, "micro_batch_size": 2},
         }
@@ -65,7 +65,7 @@ def test_objectives_name_the_token_they_miss(tmp_path: Path) -> None:
 
 
 def test_isolation_in_a_masked_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.isolate_documents: found true with objective mlm"):
+    with pytest.raises(ConfigError, match=r"data.document_mask: found true with objective mlm"):
         prepare_data(run_config(tmp_path, isolate=True), INFO, "mlm")
 
 
@@ -76,7 +76,7 @@ def test_a_gradient_has_its_number_of_sequences(
     size: int | None, world_size: int, rows: list[int], tmp_path: Path
 ) -> None:
     config = run_config(tmp_path, isolate=False)
-    importance = config.method.importance.model_copy(update={"gradient_batch_size": size, "samples": 5})
+    importance = config.method.importance.model_copy(update={"gradient_batch_size": size, "num_samples": 5})
     config = config.model_copy(update={"method": config.method.model_copy(update={"importance": importance})})
     measured: list[torch.Tensor] = []
     for rank in range(world_size):

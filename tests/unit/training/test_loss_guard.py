@@ -56,8 +56,8 @@ def test_spike_follows_its_policy_and_is_explained(policy: str, action: str) -> 
 
 def test_stop_says_what_helps() -> None:
     for verdict, key in (
-        (guard(spike="stop").check_loss(3.0, 9), "faults.spike_deviations"),
-        (guard(nonfinite="stop").check_loss(math.nan, 9), "train.grad_clip"),
+        (guard(spike="stop").check_loss(3.0, 9), "faults.spike_sigma"),
+        (guard(nonfinite="stop").check_loss(math.nan, 9), "train.max_grad_norm"),
         (guard(nonfinite="stop").check_gradient(9), "train in bf16 or fp32"),
     ):
         assert verdict.message is not None and key in verdict.message and "train.learning_rate" in verdict.message

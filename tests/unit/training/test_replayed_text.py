@@ -45,7 +45,7 @@ def block_rows(text: DataModule, corpus: str) -> set[tuple[int, ...]]:
 def test_each_step_has_its_share_of_what_came_before(
     domain: str, general: bool, expected: list[str], add_tokens: dict[str, Any], tmp_path: Path
 ) -> None:
-    text = run_text(tmp_path, add_tokens=add_tokens, share=0.25, general=general)
+    text = run_text(tmp_path, add_tokens=add_tokens, fraction=0.25, general=general)
     assert text.config.replayed(domain) == expected
     stage = next(stage for stage in text.config.stages if stage.name == domain)
     own, others = block_rows(text, domain), {name: block_rows(text, name) for name in expected}
@@ -58,7 +58,7 @@ def test_each_step_has_its_share_of_what_came_before(
 
 
 def test_earlier_text_keeps_its_tokeniser(tmp_path: Path) -> None:
-    text = run_text(tmp_path, add_tokens={"papers": TOKENS}, share=0.5)
+    text = run_text(tmp_path, add_tokens={"papers": TOKENS}, fraction=0.5)
     own = block_rows(text, "papers")
     batches = [batch for step in text.training_steps(text.config.stages[1]) for batch in step]
     replayed = [tuple(row) not in own for batch in batches for row in batch.input_ids.tolist()]

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from das_ds.cli import main
-from das_ds.config import AdapterConfig, GroupName, ModelConfig, RuleConfig
+from das_ds.config import ArchitectureConfig, GroupName, ModelConfig, RuleConfig
 from das_ds.config.io import describe_config, dump_config, load_config
 from das_ds.errors import ConfigError, ModelError
 from das_ds.functional.axis_layouts import SPREADS
@@ -42,33 +42,33 @@ def llama_section() -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", sorted(ADAPTERS))
 def test_every_registered_table_can_be_written_in_a_config(model_type: str) -> None:
     known = spec_for(model_type)
-    read = spec_from_config(AdapterConfig.model_validate(spec_section(known)), model_type)
+    read = spec_from_config(ArchitectureConfig.model_validate(spec_section(known)), model_type)
     assert replace(read, unsupported=known.unsupported) == known
 
 
 def test_names_in_the_config_are_those_of_the_method() -> None:
     assert get_args(GroupName) == GROUPS
-    assert get_args(RuleConfig.model_fields["spread"].annotation) == tuple(SPREADS)
+    assert get_args(RuleConfig.model_fields["layout"].annotation) == tuple(SPREADS)
 
 
 def test_table_survives_the_run_folder(tmp_path: Path) -> None:
-    path = write_config(tmp_path, small_run(tmp_path, model={"adapter": llama_section()}))
-    config = load_config(path, ["model.adapter.position_offset=1"])
-    assert config.model.adapter is not None and config.model.adapter.position_offset == 1
+    path = write_config(tmp_path, small_run(tmp_path, model={"architecture": llama_section()}))
+    config = load_config(path, ["model.architecture.position_offset=1"])
+    assert config.model.architecture is not None and config.model.architecture.position_offset == 1
     dump_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_help_explains_the_table() -> None:
     text = describe_config()
-    for key in ("model.adapter.objective", "model.adapter.rules.0.spread", "model.adapter.units.head"):
+    for key in ("model.architecture.objective", "model.architecture.rules.0.layout", "model.architecture.units.head"):
         assert f"\n{key} " in text
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("rules.0.spread=even", "rules.0.spread: found 'even', allowed: evenly | halves | key_value | query_key_value"),
+        ("rules.0.layout=even", "rules.0.layout: found 'even', allowed: evenly | halves | key_value | query_key_value"),
         ("rules.0.group=neuron", "rules.0.group: found 'neuron', allowed: head | intermediate | output"),
         ("rules.0.axis=2", "rules.0.axis: found 2, allowed: integer >= 0 and <= 1"),
         ("rules.0.parameter=a.weight", "rules.0: found 'a.weight', expected a name with the placeholder {layer}"),
@@ -80,7 +80,10 @@ def test_help_explains_the_table() -> None:
         ("unmasked.0='{head}.norm'", "unmasked.0: found '{head}.norm', allowed placeholders: {base}, {layer}"),
         ("unmasked.0='{base.norm'", "unmasked.0: found '{base.norm', allowed placeholders: {base}"),
         ("sites.0.position=inside", "sites.0.position: found 'inside', allowed: input | output | experts"),
-        ("units.neuron=x", "units.neuron: unknown key; allowed in model.adapter.units: head, intermediate, output"),
+        (
+            "units.neuron=x",
+            "units.neuron: unknown key; allowed in model.architecture.units: head, intermediate, output",
+        ),
         (
             "units.head=",
             "must name the same groups, each with one site; found units: intermediate, output, rules: head",
@@ -98,22 +101,22 @@ def test_help_explains_the_table() -> None:
     ],
 )
 def test_mistake_in_the_table_names_its_key(tmp_path: Path, override: str, expected: str) -> None:
-    path = write_config(tmp_path, small_run(tmp_path, model={"adapter": llama_section()}))
+    path = write_config(tmp_path, small_run(tmp_path, model={"architecture": llama_section()}))
     with pytest.raises(ConfigError) as caught:
-        load_config(path, [f"model.adapter.{override}"])
-    assert "model.adapter" in str(caught.value) and expected in str(caught.value)
+        load_config(path, [f"model.architecture.{override}"])
+    assert "model.architecture" in str(caught.value) and expected in str(caught.value)
 
 
 def test_own_table_stands_above_the_registered_one() -> None:
     section = llama_section()
     section["units"]["output"] = "hidden_size|x"
-    config = ModelConfig(config={"model_type": "llama", **SIZES}, adapter=AdapterConfig(**section))
+    config = ModelConfig(config={"model_type": "llama", **SIZES}, architecture=ArchitectureConfig(**section))
     assert find_adapter(config).units["output"] == "hidden_size|x"
 
 
 def test_table_of_another_architecture_does_not_fit() -> None:
-    section = AdapterConfig(**llama_section())
-    config = ModelConfig(config={"model_type": "starcoder2", **SIZES, "num_key_value_heads": 3}, adapter=section)
+    section = ArchitectureConfig(**llama_section())
+    config = ModelConfig(config={"model_type": "starcoder2", **SIZES, "num_key_value_heads": 3}, architecture=section)
     model, adapter = load_model(config, seed=0, vocab_size=100)
     with pytest.raises(ModelError, match=r"names a parameter that this model lacks: model.layers.0.mlp.gate_proj"):
         adapter.layout(model)
@@ -121,24 +124,24 @@ def test_table_of_another_architecture_does_not_fit() -> None:
 
 def test_missing_adapter_says_where_to_get_one() -> None:
     with pytest.raises(
-        ModelError, match=r"'stablelm'; known: bert.*`das-ds units MODEL` proposes a table for model.ad"
+        ModelError, match=r"'stablelm'; known: bert.*`das-ds inspect MODEL` proposes a table for model.ar"
     ):
         find_adapter(ModelConfig(config={"model_type": "stablelm"}))
 
 
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        AdapterConfig(**llama_section()).position_offset = 3
+        ArchitectureConfig(**llama_section()).position_offset = 3
 
 
 @pytest.mark.parametrize("model_type", sorted(MODELS))
 def test_unknown_architecture_trains_with_the_proposed_table(
     model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What `das-ds units --yaml` prints is pasted into a run config; das then trains, exports and evaluates."""
+    """What `das-ds inspect --yaml` prints is pasted into a run config; das then trains, exports and evaluates."""
     model = {"model_type": model_type, **MODELS[model_type]}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
-    assert main(["units", str(tmp_path / "model.yaml"), "--yaml"]) == 0
+    assert main(["inspect", str(tmp_path / "model.yaml"), "--yaml"]) == 0
     pasted = yaml.safe_load(capsys.readouterr().out)["model"]
     values = small_run(tmp_path)
     values |= {"domains": values["domains"][:1], "model": {"config": model, **pasted}}
@@ -161,7 +164,7 @@ def test_unknown_architecture_trains_with_the_proposed_table(
 def test_units_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.json"
     path.write_text('{"model_type": "falcon", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2}')
-    assert main(["units", str(path)]) == 0
+    assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     for part in ("falcon, clm, 2 layers: proposed table", "verified", "40x24  head", "stays unmasked", "LM head"):
         assert part in text
@@ -183,6 +186,6 @@ def test_units_of_nothing_is_one_line(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    assert main(["units", str(tmp_path / name)]) == 2
+    assert main(["inspect", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("das_ds: ") and error.count("\n") == 1 and expected in error
