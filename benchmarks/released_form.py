@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, dropout
 from transformers import AttentionInterface, RobertaForMaskedLM
 
 from das_ds.data.batch import Batch
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 
 TEMPERATURE = 0.05
 ATTENTION = "eager_with_head_gate"
@@ -68,7 +68,7 @@ class ReleasedForm:
         model: RobertaForMaskedLM,
         optimizer: torch.optim.Optimizer,
         batch: Batch,
-        importance: Importance,
+        importance: UnitValues,
         precision: str,
     ) -> None:
         self.model, self.optimizer, self.importance, self.precision = model, optimizer, importance, precision

@@ -28,7 +28,7 @@ class UnitCountsConfig(Section):
 
 
 class RuleConfig(Section):
-    """Which stretch of one parameter the units of a group own."""
+    """Which part of one parameter the units of a group own."""
 
     group: GroupName
     """Whose units own it."""
@@ -36,10 +36,10 @@ class RuleConfig(Section):
     """Parameter name, `{base}` for the base model's prefix and `{layer}` for the layer number."""
     axis: int = Field(ge=0, le=1)
     """0: units own rows of the stored tensor; 1: they own columns."""
-    layout: Literal["evenly", "halves", "key_value", "query_key_value", "experts", "expert_halves"] = "evenly"
+    layout: Literal["contiguous", "gate_up", "kv", "qkv", "experts", "experts_gate_up"] = "contiguous"
     """How the units lie along the axis: equal runs, gate and up halves, key/value heads, fused q-k-v, or by expert."""
     consumer: bool = False
-    """The parameter only reads the units: protected with them under `method.softmask.include_consumers` alone."""
+    """The parameter only consumes the units: protected with them under `method.softmask.include_consumers` alone."""
     optional: bool = False
     """Models without this parameter are fine."""
 

@@ -19,8 +19,8 @@ class SoftmaskConfig(Section):
     apply_to: Literal["update", "gradient"] = "update"
     """`update` scales the optimizer's whole step by 1 - I; `gradient` is the published form, which Adam cancels."""
     groups: list[Literal["head", "intermediate", "output", "unowned"]] | None = None
-    """Whose weights are masked by their importance; null: all (only `head` with method dga). `unowned`, what no unit
-    owns, has importance at parameter level alone."""
+    """Whose weights are masked by their importance; null: all (only `head` with method dga). `unowned` stands
+    for what no unit owns, which has importance at parameter level only."""
     include_consumers: bool = False
     """Also protect weights that only read a unit (columns of the second FFN matrix), by the larger importance."""
     unowned_update_scale: float = Field(default=1.0, ge=0.0, le=1.0)

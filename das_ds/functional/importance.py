@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from das_ds.config import ImportanceConfig, ImportanceScore
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 
 
 def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind: ImportanceScore) -> torch.Tensor:
@@ -43,7 +43,7 @@ def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind:
             return (gradient * weight).abs_()
 
 
-def elementwise_maximum(new: Importance, accumulated: Importance | None) -> Importance:
+def elementwise_maximum(new: UnitValues, accumulated: UnitValues | None) -> UnitValues:
     """EMax (paper eq. 3): I^(<=t) = max(I^(t), I^(<=t-1)) per unit; order-free, idempotent; None is the empty start."""
     if accumulated is None:
         return {group: values.clone() for group, values in new.items()}
@@ -54,7 +54,7 @@ RANK_FORMS = ("rank_hard", "rank_soft")
 """Forms that need the order of the entries; the others need statistics alone."""
 
 
-def normalize_units(raw: Importance, settings: ImportanceConfig) -> Importance:
+def normalize_units(raw: UnitValues, settings: ImportanceConfig) -> UnitValues:
     """Normalise the importance of units within `settings.scope`: layer and group, group, or everything.
 
     Args:

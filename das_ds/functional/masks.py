@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from das_ds.functional.units import UNOWNED, Importance, Ownership, UnitLayout
+from das_ds.functional.units import UNOWNED, Ownership, UnitLayout, UnitValues
 
 ABSENT = -1
 
@@ -139,7 +139,7 @@ class MaskTable:
         sources = [torch.tensor([[SHARED]])]
         size = 1
         for item in layout.ownerships:
-            if (item.reader and not readers) or (groups is not None and item.group not in groups):
+            if (item.consumer and not readers) or (groups is not None and item.group not in groups):
                 continue
             key = (item.group, item.layer, id(item.units))
             if key not in starts:
@@ -161,7 +161,7 @@ class MaskTable:
                 # One row of all elements, so that the single shared value serves any shape.
                 self.masks[name] = ParameterMask(1, blocks * num_rows * num_columns, rows=SHARED)
 
-    def load(self, importance: Importance) -> None:
+    def load(self, importance: UnitValues) -> None:
         """Fill the vector, and with it every segment made from this table, from group -> (L, U)."""
         units = (importance[group].flatten().to(self.values) for group in self._groups)
         parts = [apply_exponent(values, self._strength) for values in units]

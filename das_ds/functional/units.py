@@ -16,7 +16,7 @@ GROUPS = (HEAD, INTERMEDIATE, OUTPUT)
 UNOWNED = "unowned"
 """In place of a group: parameters that no unit owns (embeddings, normalisation, LM head)."""
 
-Importance = dict[str, torch.Tensor]
+UnitValues = dict[str, torch.Tensor]
 """Group -> (L, U) float32 in [0, 1]."""
 
 
@@ -29,9 +29,9 @@ class UnitRule:
     """Parameter name; `{base}` stands for the base model's prefix and `{layer}` for the layer number."""
     axis: int
     """0: units own rows; 1: units own columns."""
-    spread: str = "evenly"
-    """How they lie along the axis, a key of `spreads.SPREADS`."""
-    reader: bool = False
+    layout: str = "contiguous"
+    """How they lie along the axis, a key of `axis_layouts.AXIS_LAYOUTS`."""
+    consumer: bool = False
     """The parameter only reads the units: protected with them under `softmask.include_consumers` alone."""
     optional: bool = False
     """Models without this parameter are fine (biases that a config switches on)."""
@@ -48,7 +48,7 @@ class Ownership:
     units: torch.Tensor
     """(A, K) int64, the units that own each entry of the axis, -1 for none; entry a of block e is row e * A / E + a.
     What several units own is as important as the most important of them. Equal tables are one and the same tensor."""
-    reader: bool
+    consumer: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class UnitLayout:
     @property
     def owners(self) -> dict[str, str]:
         """Every trained parameter -> the group whose units own it, or `UNOWNED`."""
-        owned = {item.parameter: item.group for item in self.ownerships if not item.reader}
+        owned = {item.parameter: item.group for item in self.ownerships if not item.consumer}
         return {name: owned.get(name, UNOWNED) for name in self.shapes}
 
     @property
@@ -83,7 +83,7 @@ class UnitLayout:
         """Every trained parameter -> number of its weights."""
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
-    def zeros(self, device: torch.device | str = "cpu") -> Importance:
+    def zeros(self, device: torch.device | str = "cpu") -> UnitValues:
         """Importance 0 for every unit: nothing is protected yet."""
         return {
             group: torch.zeros(self.num_layers, units, dtype=torch.float32, device=device)

@@ -10,7 +10,7 @@ import torch
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.state import ComponentState, SavedComponentState
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 
 Losses = dict[str, torch.Tensor]
 """Name -> scalar whose mean over ranks and micro-steps is the global loss."""
@@ -62,6 +62,6 @@ class Method:
     def load_state(self, saved: SavedComponentState) -> None:
         """Continue from a state, on any number of ranks."""
 
-    def accumulated_importance(self) -> Importance | None:
+    def accumulated_importance(self) -> UnitValues | None:
         """Importance by unit that protects the next domain, for the report; None where the method has none."""
         return None

@@ -15,7 +15,7 @@ from das_ds.context import RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_gather_with_grad, rank
 from das_ds.functional.losses import Pooling, contrastive_loss, pool, pooling_weights
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.methods.base import Losses
 from das_ds.softmask.measure import duplicate_rows
 
@@ -33,7 +33,7 @@ class ContrastiveLoss:
         self._settings = run.config.method.contrastive
 
     @contextmanager
-    def losses(self, batch: Batch, token_scale: torch.Tensor, gates: Importance) -> Iterator[Losses]:
+    def losses(self, batch: Batch, token_scale: torch.Tensor, gates: UnitValues) -> Iterator[Losses]:
         """The pre-training loss plus the contrast of three clean views, in one packed forward of 4B rows.
 
         Rows: [corrupted | o^full | o^full+ | o^prev]; dropout makes the clean views differ (noise at the units where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from das_ds.functional.units import HEAD, Importance
+from das_ds.functional.units import HEAD, UnitValues
 from das_ds.methods.soft_masked import SoftMasked
 
 
@@ -23,11 +23,11 @@ class DGA(SoftMasked):
 
     default_groups = (HEAD,)
 
-    def gates(self) -> Importance:
+    def gates(self) -> UnitValues:
         """Importance of heads; all else passes as it is."""
         return {group: v if group == HEAD else torch.ones_like(v) for group, v in super().gates().items()}
 
-    def accumulated_importance(self) -> Importance | None:
+    def accumulated_importance(self) -> UnitValues | None:
         """That of heads."""
         by_unit = super().accumulated_importance()
         return None if by_unit is None else {HEAD: by_unit[HEAD]}

@@ -15,7 +15,7 @@ import torch
 from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.methods.base import Losses, Method
 
 BEFORE = "before"
@@ -88,7 +88,7 @@ class MergingWrapper(Method):
         before = saved.sharded(BEFORE) if saved.has_sharded(BEFORE) else None
         self._before = before and {flat: values.cpu() for flat, values in before.items()}
 
-    def accumulated_importance(self) -> Importance | None:
+    def accumulated_importance(self) -> UnitValues | None:
         """The method's."""
         return self._method.accumulated_importance()
 

@@ -16,7 +16,7 @@ from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
-from das_ds.functional.units import UNOWNED, Importance
+from das_ds.functional.units import UNOWNED, UnitValues
 from das_ds.methods.base import Losses, Method
 from das_ds.methods.contrastive import ContrastiveLoss
 from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
@@ -46,7 +46,7 @@ class SoftMasked(Method):
         self._softmask = self._resolved_softmask()
         self._contrast = ContrastiveLoss(run)
         self._accumulated: Any = None
-        self._by_unit: Importance | None = None
+        self._by_unit: UnitValues | None = None
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: importance of general knowledge."""
@@ -64,7 +64,7 @@ class SoftMasked(Method):
         """Soft-mask all further steps by the importance accumulated so far."""
         self.level.protect(self._accumulated, self._softmask)
 
-    def gates(self) -> Importance:
+    def gates(self) -> UnitValues:
         """Group -> (L, U): what the earlier knowledge that is contrasted keeps of every unit."""
         assert self._by_unit is not None, "importance was accumulated"
         return self._by_unit
@@ -108,7 +108,7 @@ class SoftMasked(Method):
             self._accumulated = self.level.load_state(saved)
             self._by_unit = self.level.by_unit(self._accumulated)
 
-    def accumulated_importance(self) -> Importance | None:
+    def accumulated_importance(self) -> UnitValues | None:
         """Importance by unit that protects the next domain."""
         return self._by_unit
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.kernels.unit_gate import measure_gate, unit_gate
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 from das_ds.models.moe import gated_experts_forward, measure_routed
@@ -100,13 +100,13 @@ class UnitGates:
         self._sites = list(adapter.gate_modules(model))
 
     @contextmanager
-    def active(self, gates: Importance, *, num_rows: int, first_row: int = 0) -> Iterator[None]:
+    def active(self, gates: UnitValues, *, num_rows: int, first_row: int = 0) -> Iterator[None]:
         """Multiply unit outputs of rows [first_row, num_rows) by `gates` (group -> (L, 1 or rows, U))."""
         with self._hooked(lambda group, layer: ScaleGate(gates[group][layer], first_row), num_rows):
             yield
 
     @contextmanager
-    def measuring(self, sums: Importance, row_weights: torch.Tensor, num_views: int = 1) -> Iterator[torch.Tensor]:
+    def measuring(self, sums: UnitValues, row_weights: torch.Tensor, num_views: int = 1) -> Iterator[torch.Tensor]:
         """Gates of ones, whose gradients the backward pass adds up: see `kernels.unit_gate.measure_gate`.
 
         Args:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def delta_since(losses: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return change
 
 
-def importance_png(importance: Importance, path: Path) -> None:
+def importance_png(importance: UnitValues, path: Path) -> None:
     """Draw, per unit group, the sorted importance of each layer (left) and its mean (right).
 
     Args:

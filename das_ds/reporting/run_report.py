@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_plots import importance_png, loss_matrix_png
 from das_ds.reporting.tables import duration, markdown
@@ -17,7 +17,7 @@ PROTECTED = 0.9
 NONE = "-"
 
 
-def write_report(run_folder: Path, results: Results, importance: Importance | None) -> Path:
+def write_report(run_folder: Path, results: Results, importance: UnitValues | None) -> Path:
     """Write `report/` into the run folder: report.md, loss_matrix.png and, where there is importance, importance.png.
 
     Args:
@@ -43,7 +43,7 @@ def write_report(run_folder: Path, results: Results, importance: Importance | No
     return folder
 
 
-def report_text(results: Results, importance: Importance | None) -> str:
+def report_text(results: Results, importance: UnitValues | None) -> str:
     """The Markdown text of a report."""
     parts = [_heading(results), _losses(results), _transfer(results)]
     if importance:
@@ -91,7 +91,7 @@ def _transfer(results: Results) -> str:
     return f"## Forgetting and transfer\n\n{markdown(rows, text_columns=(0, 2))}\n"
 
 
-def _mask(importance: Importance) -> str:
+def _mask(importance: UnitValues) -> str:
     rows = [["unit group", "layers x units", "mean importance", f"units >= {PROTECTED}", "fullest layer"]]
     for group, values in importance.items():
         layer_means = values.double().mean(dim=1)

@@ -12,7 +12,7 @@ from das_ds.config import SoftmaskConfig
 from das_ds.distributed.state import Shard
 from das_ds.engine.engine import Engine
 from das_ds.functional.masks import MaskTable, SegmentTable, build_lookup_tables, fill_gaps
-from das_ds.functional.units import Importance, UnitLayout
+from das_ds.functional.units import UnitLayout, UnitValues
 from das_ds.kernels.protection import LEVELS, Protection
 from das_ds.softmask.direction_mask import DirectionMask
 from das_ds.softmask.sharded_importance import ShardedImportance, apply_lookup
@@ -31,7 +31,7 @@ class SoftMasks:
         self._device = engine.ranks.info.device
         self._by_unit: MaskTable | None = None
 
-    def protect_units(self, layout: UnitLayout, importance: Importance, softmask: SoftmaskConfig) -> None:
+    def protect_units(self, layout: UnitLayout, importance: UnitValues, softmask: SoftmaskConfig) -> None:
         """By the importance of units, group -> (L, U)."""
         if self._by_unit is None:
             self._by_unit = self._install_table(layout, softmask)

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from das_ds.config import SoftmaskConfig
 from das_ds.context import DomainContext, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.softmask.apply import SoftMasks
 from das_ds.softmask.measure import ImportanceLoss
 
@@ -38,7 +38,7 @@ class ImportanceLevel(ABC, Generic[T]):
         """EMax (paper eq. 3)."""
 
     @abstractmethod
-    def by_unit(self, importance: T) -> Importance:
+    def by_unit(self, importance: T) -> UnitValues:
         """Group -> (L, U) in [0, 1] on the device, the gates of o^prev."""
 
     @abstractmethod

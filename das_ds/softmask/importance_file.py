@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from das_ds.errors import ImportanceError, RunFolderError
 from das_ds.functional.directions import describe_invalid_moment
-from das_ds.functional.units import Importance, UnitLayout
+from das_ds.functional.units import UnitLayout, UnitValues
 from das_ds.storage import CHECKSUM, atomic_write, link_file
 from das_ds.user_files import require_file
 
@@ -49,7 +49,7 @@ class StoredImportance:
         return found
 
 
-def save_unit_importance(path: Path, importance: Importance, layout: UnitLayout, tokens: Sequence[str] = ()) -> None:
+def save_unit_importance(path: Path, importance: UnitValues, layout: UnitLayout, tokens: Sequence[str] = ()) -> None:
     """Write group -> (L, U) atomically.
 
     Args:
@@ -62,7 +62,7 @@ def save_unit_importance(path: Path, importance: Importance, layout: UnitLayout,
     _save(path, tensors, layout, UNIT, tokens)
 
 
-def load_unit_importance(path: Path, layout: UnitLayout, tokens: Sequence[str] | None = None) -> Importance:
+def load_unit_importance(path: Path, layout: UnitLayout, tokens: Sequence[str] | None = None) -> UnitValues:
     """Read importance by unit and check that it belongs to this architecture and vocabulary.
 
     Args:
@@ -263,10 +263,10 @@ def _structure(layout: UnitLayout) -> str:
     digest = hashlib.sha256()
     ownerships = layout.ownerships if layout.adapted is None else layout.adapted
     of_table: dict[int, str] = {}
-    for item in sorted(ownerships, key=lambda item: (item.parameter, item.group, item.axis, item.reader)):
+    for item in sorted(ownerships, key=lambda item: (item.parameter, item.group, item.axis, item.consumer)):
         if id(item.units) not in of_table:
             of_table[id(item.units)] = hashlib.sha256(item.units.cpu().numpy().tobytes()).hexdigest()
-        place = (item.parameter, item.group, item.layer, item.axis, item.reader, of_table[id(item.units)])
+        place = (item.parameter, item.group, item.layer, item.axis, item.consumer, of_table[id(item.units)])
         digest.update(json.dumps(place).encode())
     return digest.hexdigest()
 

@@ -19,7 +19,7 @@ from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import TrainingError
 from das_ds.functional.importance import importance_score
 from das_ds.functional.losses import representation_kl, sequence_token_loss
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 """(input ids, predicted positions, targets, position ids) -> (hidden states, losses): an engine or its module."""
@@ -86,7 +86,7 @@ GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_vie
 
 def measure_unit_importance(
     run: RunContext, batches: ResumableLoop[Batch], loss: ImportanceLoss, kind: ImportanceScore
-) -> Importance:
+) -> UnitValues:
     """I_l = (1/N) sum_n s(dL(x_n) / dg_l) over the sequences of all ranks, before normalization.
 
     s is `importance_score`.
@@ -154,7 +154,7 @@ def is_above_noise_floor(totals: torch.Tensor) -> torch.Tensor:
     return (loss / count > NEGLIGIBLE_LOSS).float()
 
 
-def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: float) -> tuple[Importance, torch.Tensor]:
+def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: float) -> tuple[UnitValues, torch.Tensor]:
     """scale * |dL(x_n) / dg| of one batch, group -> (L, B, U) float32, and the losses (B,)."""
     shape = (run.layout.num_layers, len(batch.input_ids))
     units = run.layout.num_units.items()
@@ -167,7 +167,7 @@ def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: flo
     return sums, losses.detach()
 
 
-def _all_finite(sums: Importance) -> bool:
+def _all_finite(sums: UnitValues) -> bool:
     """Whether all entries on all ranks are finite; a collective that waits for the device."""
     is_bad = torch.stack([values.isfinite().all().logical_not() for values in sums.values()]).any()
     return not all_reduce_max(is_bad.float()).item()

@@ -15,7 +15,7 @@ from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.softmask.importance import ImportanceLevel
 from das_ds.softmask.importance_file import load_parameter_importance, save_parameter_importance
 from das_ds.softmask.measure import TOTALS, ImportanceLoss, count_and_sum, is_above_noise_floor
@@ -43,7 +43,7 @@ class ParameterLevel(ImportanceLevel[ShardedImportance]):
         """EMax in the shard."""
         return new.maximum(accumulated)
 
-    def by_unit(self, importance: ShardedImportance) -> Importance:
+    def by_unit(self, importance: ShardedImportance) -> UnitValues:
         """Mean over the weights that a unit owns."""
         return importance.by_unit(self.run.layout)
 

@@ -13,7 +13,7 @@ import torch
 from das_ds.config import ImportanceConfig
 from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
 from das_ds.distributed.state import Shard, zeros_by_flat
-from das_ds.functional.units import Importance, UnitLayout
+from das_ds.functional.units import UnitLayout, UnitValues
 from das_ds.kernels.protection import LEVELS
 from das_ds.softmask.sharded_normalize import CHUNK_ELEMENTS, Comparison, quantize
 
@@ -81,7 +81,7 @@ class ShardedImportance:
         flats = {flat: torch.maximum(values, other.flats[flat]) for flat, values in self.flats.items()}
         return ShardedImportance(self._shards, self._sizes, self._device, flats)
 
-    def by_unit(self, layout: UnitLayout) -> Importance:
+    def by_unit(self, layout: UnitLayout) -> UnitValues:
         """Mean importance of the weights each unit owns, group -> (L, U) float32, equal on every rank; a collective.
 
         Weights that only read a unit do not count. Where all weights of a unit have one importance, this is it. A unit
@@ -90,7 +90,7 @@ class ShardedImportance:
         total = {g: v.double() for g, v in layout.zeros(self._device).items()}
         count = {g: v.double() for g, v in layout.zeros(self._device).items()}
         for item in layout.ownerships:
-            if item.reader or item.parameter not in self._shards:
+            if item.consumer or item.parameter not in self._shards:
                 continue
             shard = self._shards[item.parameter]
             _, num_rows, num_columns = layout.shapes[item.parameter]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from das_ds.checkpoint.manifest import RunState
 from das_ds.config import RunConfig
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results, build_results
 from das_ds.reporting.run_report import write_report
 from das_ds.run_dir import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, RESULTS_FILE
@@ -41,7 +41,7 @@ def publish_results(
     tracker: Tracker,
     row: dict[str, float],
     state: RunState,
-    importance: Importance | None,
+    importance: UnitValues | None,
 ) -> None:
     """Write results and report to the run folder, and tell the tracker.
 

@@ -13,7 +13,7 @@ import torch
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_unit_importance
 from helpers.importance import measured
@@ -146,7 +146,7 @@ def check_that_full_units_rest(model_type: str, weights: dict[str, torch.Tensor]
     layout = spec_for(model_type).layout(start)
     parameters = dict(start.named_parameters())
     for item in layout.ownerships:
-        if item.reader or item.layer < layout.num_layers - 1:
+        if item.consumer or item.layer < layout.num_layers - 1:
             continue
         mine = (item.units == layout.num_units[item.group] - 1).any(dim=1)
         assert mine.any()
@@ -163,7 +163,7 @@ def train_head(config: RunConfig) -> Any:
     return train(config, steps_of("deberta-v2"), **without_dropout("deberta-v2"), legacy=False)
 
 
-def gated_experts(config: RunConfig, gates: Importance, ids: torch.Tensor) -> tuple[list[int], torch.Tensor, list[int]]:
+def gated_experts(config: RunConfig, gates: UnitValues, ids: torch.Tensor) -> tuple[list[int], torch.Tensor, list[int]]:
     """Hidden states of a gated mixture of experts, and how many weights of its experts lie here before and after."""
     ranks = ProcessGroup()
     run = build(config, ranks, **without_dropout("mixtral"))

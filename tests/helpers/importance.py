@@ -13,7 +13,7 @@ from das_ds.config import ImportanceScore, RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.resumable import ResumableLoop
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.softmask.measure import GENERAL_KNOWLEDGE, PRETRAINING, measure_unit_importance, pretraining_loss
 from helpers.reference import FixedNoise, fix_noise
 from helpers.training import LENGTH, build, random_batch, rank_part
@@ -29,7 +29,7 @@ LOSSES = {
 
 def measured(
     config: RunConfig, kind: str, batches: list[Batch], model_changes: dict[str, Any]
-) -> dict[str, Importance]:
+) -> dict[str, UnitValues]:
     """Importance of each kind over joined batches, of which this rank runs its part; training is not disturbed."""
     ranks = ProcessGroup()
     run = build(config, ranks, **model_changes)

@@ -13,7 +13,7 @@ from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.resumable import ResumableLoop
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_parameter_importance
 from das_ds.softmask.parameter import ParameterLevel, sum_over_gradients
@@ -27,14 +27,14 @@ Stretches = list[tuple[str, int, Tensor]]
 
 def measured_all(
     configs: list[RunConfig], kind: str, steps: list[list[Batch]], changes: dict[str, Any]
-) -> list[tuple[Stretches, Stretches, Importance]]:
+) -> list[tuple[Stretches, Stretches, UnitValues]]:
     """Per config: this rank's stretches of the sums over gradients and of the importance, and its means by unit."""
     return [_measured(config, kind, steps, changes) for config in configs]
 
 
 def _measured(
     config: RunConfig, kind: str, steps: list[list[Batch]], changes: dict[str, Any]
-) -> tuple[Stretches, Stretches, Importance]:
+) -> tuple[Stretches, Stretches, UnitValues]:
     ranks = ProcessGroup()
     run = build(config, ranks, **changes)
     info, engine = ranks.info, run.engine
@@ -89,7 +89,7 @@ def save_random_weights_importance(folder: Path) -> Path:
     return path
 
 
-def read_and_write(config: RunConfig, source: Path, target: Path) -> Importance:
+def read_and_write(config: RunConfig, source: Path, target: Path) -> UnitValues:
     """Reads importance on these ranks and writes it again."""
     ranks = ProcessGroup()
     run = build(config, ranks)

@@ -32,7 +32,7 @@ BERT = ArchitectureSpec(
         UnitRule(HEAD, f"{LAYER}.attention.output.dense.weight", axis=1),
         UnitRule(INTERMEDIATE, f"{LAYER}.intermediate.dense.weight", axis=0),
         UnitRule(INTERMEDIATE, f"{LAYER}.intermediate.dense.bias", axis=0),
-        UnitRule(INTERMEDIATE, f"{LAYER}.output.dense.weight", axis=1, reader=True),
+        UnitRule(INTERMEDIATE, f"{LAYER}.output.dense.weight", axis=1, consumer=True),
         UnitRule(OUTPUT, f"{LAYER}.output.dense.weight", axis=0),
         UnitRule(OUTPUT, f"{LAYER}.output.dense.bias", axis=0),
     ),

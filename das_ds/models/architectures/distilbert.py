@@ -19,7 +19,7 @@ DISTILBERT = ArchitectureSpec(
         UnitRule(HEAD, f"{LAYER}.attention.out_lin.weight", axis=1),
         UnitRule(INTERMEDIATE, f"{LAYER}.ffn.lin1.weight", axis=0),
         UnitRule(INTERMEDIATE, f"{LAYER}.ffn.lin1.bias", axis=0),
-        UnitRule(INTERMEDIATE, f"{LAYER}.ffn.lin2.weight", axis=1, reader=True),
+        UnitRule(INTERMEDIATE, f"{LAYER}.ffn.lin2.weight", axis=1, consumer=True),
         UnitRule(OUTPUT, f"{LAYER}.ffn.lin2.weight", axis=0),
         UnitRule(OUTPUT, f"{LAYER}.ffn.lin2.bias", axis=0),
     ),

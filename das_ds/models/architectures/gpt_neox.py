@@ -15,7 +15,7 @@ GPT_NEOX = ArchitectureSpec(
         UnitRule(HEAD, f"{LAYER}.attention.dense.weight", axis=1),
         UnitRule(INTERMEDIATE, f"{LAYER}.mlp.dense_h_to_4h.weight", axis=0),
         UnitRule(INTERMEDIATE, f"{LAYER}.mlp.dense_h_to_4h.bias", axis=0),
-        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.dense_4h_to_h.weight", axis=1, reader=True),
+        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.dense_4h_to_h.weight", axis=1, consumer=True),
         UnitRule(OUTPUT, f"{LAYER}.mlp.dense_4h_to_h.weight", axis=0),
         UnitRule(OUTPUT, f"{LAYER}.mlp.dense_4h_to_h.bias", axis=0),
     ),

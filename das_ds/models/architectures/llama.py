@@ -16,10 +16,10 @@ LAYER = "{base}.layers.{layer}"
 ATTENTION_RULES = (
     UnitRule(HEAD, f"{LAYER}.self_attn.q_proj.weight", axis=0),
     UnitRule(HEAD, f"{LAYER}.self_attn.q_proj.bias", axis=0, optional=True),
-    UnitRule(HEAD, f"{LAYER}.self_attn.k_proj.weight", axis=0, spread="key_value"),
-    UnitRule(HEAD, f"{LAYER}.self_attn.k_proj.bias", axis=0, spread="key_value", optional=True),
-    UnitRule(HEAD, f"{LAYER}.self_attn.v_proj.weight", axis=0, spread="key_value"),
-    UnitRule(HEAD, f"{LAYER}.self_attn.v_proj.bias", axis=0, spread="key_value", optional=True),
+    UnitRule(HEAD, f"{LAYER}.self_attn.k_proj.weight", axis=0, layout="kv"),
+    UnitRule(HEAD, f"{LAYER}.self_attn.k_proj.bias", axis=0, layout="kv", optional=True),
+    UnitRule(HEAD, f"{LAYER}.self_attn.v_proj.weight", axis=0, layout="kv"),
+    UnitRule(HEAD, f"{LAYER}.self_attn.v_proj.bias", axis=0, layout="kv", optional=True),
     UnitRule(HEAD, f"{LAYER}.self_attn.o_proj.weight", axis=1),
 )
 ATTENTION_SITE = GateSite(HEAD, f"{LAYER}.self_attn.o_proj", "input")
@@ -33,7 +33,7 @@ UNMASKED = (
 PRE_NORM = f"{LAYER}.input_layernorm.weight"
 POST_NORM = f"{LAYER}.post_feedforward_layernorm.weight"
 SHARED_HEAD_NORMS = (f"{LAYER}.self_attn.q_norm.weight", f"{LAYER}.self_attn.k_norm.weight")
-POST_NORM_RULE = UnitRule(OUTPUT, POST_NORM, axis=0, reader=True)
+POST_NORM_RULE = UnitRule(OUTPUT, POST_NORM, axis=0, consumer=True)
 
 LLAMA = ArchitectureSpec(
     model_type="llama",
@@ -45,7 +45,7 @@ LLAMA = ArchitectureSpec(
         UnitRule(INTERMEDIATE, f"{LAYER}.mlp.gate_proj.bias", axis=0, optional=True),
         UnitRule(INTERMEDIATE, f"{LAYER}.mlp.up_proj.weight", axis=0),
         UnitRule(INTERMEDIATE, f"{LAYER}.mlp.up_proj.bias", axis=0, optional=True),
-        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.down_proj.weight", axis=1, reader=True),
+        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.down_proj.weight", axis=1, consumer=True),
         UnitRule(OUTPUT, f"{LAYER}.mlp.down_proj.weight", axis=0),
         UnitRule(OUTPUT, f"{LAYER}.mlp.down_proj.bias", axis=0, optional=True),
     ),
@@ -67,7 +67,7 @@ OLMO2 = replace(
     rules=(
         *LLAMA.rules,
         UnitRule(HEAD, f"{LAYER}.self_attn.q_norm.weight", axis=0),
-        UnitRule(HEAD, f"{LAYER}.self_attn.k_norm.weight", axis=0, spread="key_value"),
+        UnitRule(HEAD, f"{LAYER}.self_attn.k_norm.weight", axis=0, layout="kv"),
         POST_NORM_RULE,
     ),
     unmasked=(*UNMASKED, POST_NORM),

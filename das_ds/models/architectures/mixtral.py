@@ -35,8 +35,8 @@ MIXTRAL = replace(
     },
     rules=(
         *ATTENTION_RULES,
-        UnitRule(INTERMEDIATE, f"{EXPERTS}.gate_up_proj", axis=0, spread="expert_halves"),
-        UnitRule(INTERMEDIATE, f"{EXPERTS}.down_proj", axis=1, spread="experts", reader=True),
+        UnitRule(INTERMEDIATE, f"{EXPERTS}.gate_up_proj", axis=0, layout="experts_gate_up"),
+        UnitRule(INTERMEDIATE, f"{EXPERTS}.down_proj", axis=1, layout="experts", consumer=True),
         UnitRule(OUTPUT, f"{EXPERTS}.down_proj", axis=0),
     ),
     sites=(

@@ -30,7 +30,7 @@ OPT = ArchitectureSpec(
         UnitRule(HEAD, f"{LAYER}.self_attn.out_proj.weight", axis=1),
         UnitRule(INTERMEDIATE, f"{LAYER}.fc1.weight", axis=0),
         UnitRule(INTERMEDIATE, f"{LAYER}.fc1.bias", axis=0, optional=True),
-        UnitRule(INTERMEDIATE, f"{LAYER}.fc2.weight", axis=1, reader=True),
+        UnitRule(INTERMEDIATE, f"{LAYER}.fc2.weight", axis=1, consumer=True),
         UnitRule(OUTPUT, f"{LAYER}.fc2.weight", axis=0),
         UnitRule(OUTPUT, f"{LAYER}.fc2.bias", axis=0, optional=True),
     ),

@@ -9,10 +9,10 @@ PHI3 = replace(
     LLAMA,
     model_type="phi3",
     rules=(
-        UnitRule(HEAD, f"{LAYER}.self_attn.qkv_proj.weight", axis=0, spread="query_key_value"),
+        UnitRule(HEAD, f"{LAYER}.self_attn.qkv_proj.weight", axis=0, layout="qkv"),
         UnitRule(HEAD, f"{LAYER}.self_attn.o_proj.weight", axis=1),
-        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.gate_up_proj.weight", axis=0, spread="halves"),
-        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.down_proj.weight", axis=1, reader=True),
+        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.gate_up_proj.weight", axis=0, layout="gate_up"),
+        UnitRule(INTERMEDIATE, f"{LAYER}.mlp.down_proj.weight", axis=1, consumer=True),
         UnitRule(OUTPUT, f"{LAYER}.mlp.down_proj.weight", axis=0),
     ),
     # The config has a dropout of embeddings, which the network does not use.

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError
-from das_ds.functional.axis_layouts import SPREADS, Axis
+from das_ds.functional.axis_layouts import AXIS_LAYOUTS, Axis
 from das_ds.functional.units import Ownership, UnitLayout, UnitRule, block_shape
 from das_ds.models.vocabulary import vocabulary_parameters
 
@@ -129,7 +129,7 @@ class ArchitectureSpec:
                 name = rule.parameter.format(base=base, layer=layer)
                 if name in shapes or not rule.optional:
                     ownerships.append(self._own(rule, name, layer, shapes, num_units, config))
-        self._check_complete(shapes, {item.parameter for item in ownerships if not item.reader}, base)
+        self._check_complete(shapes, {item.parameter for item in ownerships if not item.consumer}, base)
         vocabulary = frozenset(vocabulary_parameters(model))
         return UnitLayout(self.model_type, config.num_hidden_layers, num_units, tuple(ownerships), shapes, vocabulary)
 
@@ -195,13 +195,13 @@ class ArchitectureSpec:
         blocks, size, units = shapes[name][0], shapes[name][1 + rule.axis], num_units[rule.group]
         key_value_heads = units if self.key_value_heads is None else self.count(config, self.key_value_heads)
         try:
-            owners = _owners(rule.spread, Axis(blocks, size, units, key_value_heads))
+            owners = _owners(rule.layout, Axis(blocks, size, units, key_value_heads))
         except ValueError as error:
             raise ModelError(
                 f"the {self.model_type} adapter does not fit {name}: axis {rule.axis} of {rule.group} units "
-                f"({rule.spread}) has {error}"
+                f"({rule.layout}) has {error}"
             ) from error
-        return Ownership(name, rule.group, layer, rule.axis, owners, rule.reader)
+        return Ownership(name, rule.group, layer, rule.axis, owners, rule.consumer)
 
     def _check_complete(self, shapes: dict[str, tuple[int, int, int]], owned: set[str], base: str) -> None:
         patterns = [_matcher(pattern, base) for pattern in self.unmasked]
@@ -219,9 +219,9 @@ def _matcher(pattern: str, base: str) -> re.Pattern[str]:
 
 
 @cache
-def _owners(spread: str, axis: Axis) -> torch.Tensor:
+def _owners(layout: str, axis: Axis) -> torch.Tensor:
     """One tensor for all equal axes, so that masks made from it are shared."""
-    return SPREADS[spread](axis)
+    return AXIS_LAYOUTS[layout](axis)
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, int, int]:

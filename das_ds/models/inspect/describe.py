@@ -54,16 +54,16 @@ class UnitTable:
         base = model.base_model_prefix
         name = lambda pattern: pattern.format(base=base, layer="{layer}")  # noqa: E731
         shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-        owned: RowSource = [("parameter", "shape", "units", "axis", "spread", "role")]
+        owned: RowSource = [("parameter", "shape", "units", "axis", "layout", "role")]
         for rule in adapter.rules:
             shape = _shape(rule, shapes, base, layout.num_layers)
-            owned.append((name(rule.parameter), shape, rule.group, str(rule.axis), rule.spread, _role(rule)))
+            owned.append((name(rule.parameter), shape, rule.group, str(rule.axis), rule.layout, _role(rule)))
         gates: RowSource = [(site.group, f"{site.position} of {name(site.module)}") for site in adapter.sites]
         units: RowSource = [
             (group, str(count), f"= {adapter.units[group]}", self._verdict(group))
             for group, count in layout.num_units.items()
         ]
-        masked = {item.parameter for item in layout.ownerships if not item.reader}
+        masked = {item.parameter for item in layout.ownerships if not item.consumer}
         num_masked = sum(layout.sizes[key] for key in masked)
         parts = [
             f"{adapter.model_type}, {adapter.objective}, {layout.num_layers} layers: {origin} table",
@@ -111,7 +111,7 @@ def _shape(rule: UnitRule, shapes: dict[str, tuple[int, ...]], base: str, num_la
 
 
 def _role(rule: UnitRule) -> str:
-    return ("reads" if rule.reader else "owned") + (", optional" if rule.optional else "")
+    return ("reads" if rule.consumer else "owned") + (", optional" if rule.optional else "")
 
 
 def _block(title: str, rows: Any) -> str:

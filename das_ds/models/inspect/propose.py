@@ -2,7 +2,7 @@
 
 In a small network of the same class (`probe.py`) the attention's output map is the first map of a layer whose input
 mixes positions; a feature of the maps that feed it belongs to the heads whose context it reaches. The MLP's second map
-is the one that is fed neuron by neuron. What fits no spread is left out, with the reason.
+is the one that is fed neuron by neuron. What fits no layout is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from das_ds.config import ObjectiveName
 from das_ds.errors import DasError, ModelError, first_line
-from das_ds.functional.axis_layouts import SPREADS, Axis
+from das_ds.functional.axis_layouts import AXIS_LAYOUTS, Axis
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 from das_ds.models.inspect.probe import INNER_NAMES, probe_models, skeleton
@@ -54,7 +54,7 @@ class _Group:
     consumer: TracedLinear
     num_units: int
     feeders: _Feeders
-    """The maps that make them, each with the spread of its features."""
+    """The maps that make them, each with the layout of its features."""
 
     @property
     def names(self) -> set[str]:
@@ -105,12 +105,12 @@ def _propose(model: PreTrainedModel, objective: ObjectiveName) -> Proposal:
     sites: list[GateSite] = []
     if heads:
         units[HEAD] = "num_attention_heads"
-        rules += [*_made(heads, HEAD, prefix), _taken(heads.consumer, HEAD, prefix, reader=False)]
+        rules += [*_made(heads, HEAD, prefix), _taken(heads.consumer, HEAD, prefix, consumer=False)]
         sites.append(GateSite(HEAD, f"{prefix}.{heads.consumer.name}", "input"))
     if mlp:
         units |= {INTERMEDIATE: _expression(config, mlp.num_units), OUTPUT: "hidden_size"}
-        rules += [*_made(mlp, INTERMEDIATE, prefix), _taken(mlp.consumer, INTERMEDIATE, prefix, reader=True)]
-        rules += _given(mlp.consumer, OUTPUT, prefix, "evenly")
+        rules += [*_made(mlp, INTERMEDIATE, prefix), _taken(mlp.consumer, INTERMEDIATE, prefix, consumer=True)]
+        rules += _given(mlp.consumer, OUTPUT, prefix, "contiguous")
         sites += [_neuron_site(mlp, prefix), GateSite(OUTPUT, f"{prefix}.{mlp.consumer.name}", "output")]
     if not rules:
         raise ModelError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
@@ -148,9 +148,9 @@ def _with_vectors(model: PreTrainedModel, adapter: ArchitectureSpec, prefix: str
         key_value_heads = adapter.count(model.config, adapter.key_value_heads) if adapter.key_value_heads else num_units
         units = _sample(num_units)
         for name, lost in broken_vectors(model, adapter, group, units).items():
-            spread = _spread(lost, Axis(1, lost.shape[1], num_units, key_value_heads), units)
-            if name in names and spread and not any(rule.parameter == names[name] for rule in adapter.rules):
-                rules.append(UnitRule(group, names[name], 0, spread, reader=group == OUTPUT))
+            axis_layout = _layout(lost, Axis(1, lost.shape[1], num_units, key_value_heads), units)
+            if name in names and axis_layout and not any(rule.parameter == names[name] for rule in adapter.rules):
+                rules.append(UnitRule(group, names[name], 0, axis_layout, consumer=group == OUTPUT))
     return replace(adapter, rules=tuple(rules), unmasked=unmasked_patterns(model, prefix, rules))
 
 
@@ -174,7 +174,7 @@ def _heads(flow: LayerFlow, config: Any, reasons: dict[str, str]) -> tuple[_Grou
     if not fits:
         reasons[HEAD] = f"what feeds {consumer.name} does not divide into heads"
         return None, None
-    is_grouped = any(spread in ("key_value", "query_key_value") for _, spread in fits)
+    is_grouped = any(layout in ("kv", "qkv") for _, layout in fits)
     return _Group(consumer, num_heads, fits), expression if is_grouped else None
 
 
@@ -196,19 +196,19 @@ def _mlp(flow: LayerFlow, config: Any, attention: set[str], reasons: dict[str, s
 def _fitting(
     flow: LayerFlow, consumer: TracedLinear, num_units: int, num_key_value_heads: int
 ) -> tuple[_Feeders, dict[str, str]]:
-    """Feeding maps with the spread that describes them, and those that none describes with the reason."""
+    """Feeding maps with the layout that describes them, and those that none describes with the reason."""
     units = _sample(num_units)
     maps = {item.name: item for item in flow.maps}
     fits, misfits = [], {}
     for name, reached in flow.reachable_units(consumer, num_units, units).items():
-        spread = _spread(reached, Axis(1, maps[name].sizes[1], num_units, num_key_value_heads), units)
+        layout = _layout(reached, Axis(1, maps[name].sizes[1], num_units, num_key_value_heads), units)
         if reached.all() and maps[name].sizes[1] > consumer.sizes[0] // num_units:
             # One key/value head for all, unless it is wider than a head: then something mixed all heads.
-            spread = None
-        if spread is not None:
-            fits.append((maps[name], spread))
+            layout = None
+        if layout is not None:
+            fits.append((maps[name], layout))
             continue
-        found = "every feature of it reaches every unit" if reached.all() else "its features fit no known spread"
+        found = "every feature of it reaches every unit" if reached.all() else "its features fit no known layout"
         misfits[name] = f"{found} at the input of {consumer.name}"
     return tuple(fits), misfits
 
@@ -217,15 +217,15 @@ def _sample(num_units: int) -> list[int]:
     return sorted({int(unit) for unit in torch.linspace(0, num_units - 1, min(num_units, SAMPLED_UNITS))})
 
 
-def _spread(reached: torch.Tensor, axis: Axis, units: list[int]) -> str | None:
-    """The first spread that gives each of the units what reached it."""
-    return next((spread for spread in SPREADS if torch.equal(reached, _owned(spread, axis, units))), None)
+def _layout(reached: torch.Tensor, axis: Axis, units: list[int]) -> str | None:
+    """The first layout that gives each of the units what reached it."""
+    return next((layout for layout in AXIS_LAYOUTS if torch.equal(reached, _owned(layout, axis, units))), None)
 
 
-def _owned(spread: str, axis: Axis, units: list[int]) -> torch.Tensor:
-    """(len(units), A): which features a spread gives to each unit; nothing where its sizes do not divide."""
+def _owned(layout: str, axis: Axis, units: list[int]) -> torch.Tensor:
+    """(len(units), A): which features a layout gives to each unit; nothing where its sizes do not divide."""
     try:
-        owners = SPREADS[spread](axis)
+        owners = AXIS_LAYOUTS[layout](axis)
     except ValueError:
         return torch.zeros(len(units), axis.size, dtype=torch.bool)
     return torch.stack([owners.eq(unit).any(dim=1) for unit in units])
@@ -240,25 +240,25 @@ def _key_value_attributes(config: Any) -> list[str]:
 
 
 def _made(group: _Group, kind: str, prefix: str) -> list[UnitRule]:
-    return [rule for item, spread in group.feeders for rule in _given(item, kind, prefix, spread)]
+    return [rule for item, layout in group.feeders for rule in _given(item, kind, prefix, layout)]
 
 
-def _given(item: TracedLinear, kind: str, prefix: str, spread: str) -> list[UnitRule]:
+def _given(item: TracedLinear, kind: str, prefix: str, layout: str) -> list[UnitRule]:
     """Weight and bias of a map whose features belong to units."""
     name = f"{prefix}.{item.name}"
-    rules = [UnitRule(kind, f"{name}.weight", 1 if item.is_transposed else 0, spread)]
-    return rules if item.module.bias is None else [*rules, UnitRule(kind, f"{name}.bias", 0, spread)]
+    rules = [UnitRule(kind, f"{name}.weight", 1 if item.is_transposed else 0, layout)]
+    return rules if item.module.bias is None else [*rules, UnitRule(kind, f"{name}.bias", 0, layout)]
 
 
-def _taken(item: TracedLinear, kind: str, prefix: str, *, reader: bool) -> UnitRule:
+def _taken(item: TracedLinear, kind: str, prefix: str, *, consumer: bool) -> UnitRule:
     """The weight of a map that takes units."""
-    return UnitRule(kind, f"{prefix}.{item.name}.weight", 0 if item.is_transposed else 1, reader=reader)
+    return UnitRule(kind, f"{prefix}.{item.name}.weight", 0 if item.is_transposed else 1, consumer=consumer)
 
 
 def _neuron_site(mlp: _Group, prefix: str) -> GateSite:
-    first, spread = mlp.feeders[0]
+    first, layout = mlp.feeders[0]
     # A single first map is gated before the activation; gate and up projection only where they have met.
-    if len(mlp.feeders) == 1 and spread == "evenly" and first.sizes[1] == mlp.num_units:
+    if len(mlp.feeders) == 1 and layout == "contiguous" and first.sizes[1] == mlp.num_units:
         return GateSite(INTERMEDIATE, f"{prefix}.{first.name}", "output")
     return GateSite(INTERMEDIATE, f"{prefix}.{mlp.consumer.name}", "input")
 

@@ -60,7 +60,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
 def unmasked_patterns(model: PreTrainedModel, prefix: str, rules: list[UnitRule]) -> tuple[str, ...]:
     """What no unit owns: names outside of the layers, and one pattern for all layers."""
     base = model.base_model_prefix
-    owned = {rule.parameter for rule in rules if not rule.reader}
+    owned = {rule.parameter for rule in rules if not rule.consumer}
     names: list[str] = []
     for name, pattern in _patterns(model, prefix):
         if pattern is None:

@@ -106,7 +106,7 @@ class _GateExperiment:
             alone = theirs.any(dim=1) & (theirs | (item.units < 0)).all(dim=1)
             known[item.parameter, item.axis] = theirs.any(dim=1)
             after, before = closed[item.parameter][item.axis], self._moves[item.parameter][item.axis]
-            if not item.reader and bool((after[alone & before] != 0).any()):
+            if not item.consumer and bool((after[alone & before] != 0).any()):
                 found.append(
                     f"{item.parameter}: axis {item.axis} still has a gradient where {group} {unit} of layer {layer}, "
                     "closed, owns it"

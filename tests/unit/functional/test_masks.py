@@ -14,7 +14,7 @@ from das_ds.functional.masks import (
     dense_importance,
     fill_gaps,
 )
-from das_ds.functional.units import Importance
+from das_ds.functional.units import UnitValues
 from das_ds.models.architectures.registry import spec_for
 from helpers.reference import full_masks
 from helpers.tiny_models import CONFIGS, random_importance, tiny_model
@@ -73,7 +73,7 @@ HEAD_WIDTH, SHARERS, INNER = 8, 3, {"llama": 40, "phi3": 40, "mixtral": 16}
 
 
 def importance_by_hand(
-    model_type: str, name: str, place: tuple[int, ...], importance: Importance, readers: bool
+    model_type: str, name: str, place: tuple[int, ...], importance: UnitValues, readers: bool
 ) -> float | None:
     """Importance of one weight, read off the architecture's description; None: no unit owns it.
 
@@ -181,7 +181,7 @@ def test_a_plain_mask_by_weight_needs_no_table() -> None:
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_a_parameter_has_one_group_of_owners(model_type: str) -> None:
     layout = spec_for(model_type).layout(tiny_model(model_type))
-    pairs = {(item.parameter, item.group) for item in layout.ownerships if not item.reader}
+    pairs = {(item.parameter, item.group) for item in layout.ownerships if not item.consumer}
     assert len(pairs) == len({name for name, _ in pairs})
     shared = {name: "unowned" for name in layout.shapes if name not in dict(pairs)}
     assert layout.owners == {**dict(pairs), **shared} and shared

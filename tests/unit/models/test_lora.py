@@ -29,12 +29,12 @@ TRANSPOSED = ArchitectureSpec(
     objective="clm",
     units={HEAD: "n_head", INTERMEDIATE: "n_inner", OUTPUT: "n_embd"},
     rules=(
-        UnitRule(HEAD, f"{BLOCK}.attn.c_attn.weight", axis=1, spread="query_key_value"),
-        UnitRule(HEAD, f"{BLOCK}.attn.c_attn.bias", axis=0, spread="query_key_value"),
+        UnitRule(HEAD, f"{BLOCK}.attn.c_attn.weight", axis=1, layout="qkv"),
+        UnitRule(HEAD, f"{BLOCK}.attn.c_attn.bias", axis=0, layout="qkv"),
         UnitRule(HEAD, f"{BLOCK}.attn.c_proj.weight", axis=0),
         UnitRule(INTERMEDIATE, f"{BLOCK}.mlp.c_fc.weight", axis=1),
         UnitRule(INTERMEDIATE, f"{BLOCK}.mlp.c_fc.bias", axis=0),
-        UnitRule(INTERMEDIATE, f"{BLOCK}.mlp.c_proj.weight", axis=0, reader=True),
+        UnitRule(INTERMEDIATE, f"{BLOCK}.mlp.c_proj.weight", axis=0, consumer=True),
         UnitRule(OUTPUT, f"{BLOCK}.mlp.c_proj.weight", axis=1),
         UnitRule(OUTPUT, f"{BLOCK}.mlp.c_proj.bias", axis=0),
     ),
@@ -96,7 +96,7 @@ def test_what_belongs_to_all_units_belongs_to_none() -> None:
     model, adapter = network("roberta")
     layout = adapter.layout(model)
     layout = Lora.plan(model, layout, LoraConfig(rank=RANK)).layout(layout)
-    owned = {item.parameter for item in layout.ownerships if not item.reader}
+    owned = {item.parameter for item in layout.ownerships if not item.consumer}
     free = {name.split(".layer.0.")[1] for name in set(layout.shapes) - owned if ".layer.0." in name}
     inputs = [*(f"attention.self.{kind}" for kind in ("query", "key", "value")), "intermediate.dense", "output.dense"]
     assert free == {

@@ -16,7 +16,7 @@ from das_ds.cli import main
 from das_ds.config import ArchitectureConfig, GroupName, ModelConfig, RuleConfig
 from das_ds.config.io import describe_config, dump_config, load_config
 from das_ds.errors import ConfigError, ModelError
-from das_ds.functional.axis_layouts import SPREADS
+from das_ds.functional.axis_layouts import AXIS_LAYOUTS
 from das_ds.functional.units import GROUPS
 from das_ds.models.architectures.from_config import spec_from_config, spec_section
 from das_ds.models.architectures.registry import ADAPTERS, spec_for
@@ -48,7 +48,7 @@ def test_every_registered_table_can_be_written_in_a_config(model_type: str) -> N
 
 def test_names_in_the_config_are_those_of_the_method() -> None:
     assert get_args(GroupName) == GROUPS
-    assert get_args(RuleConfig.model_fields["layout"].annotation) == tuple(SPREADS)
+    assert get_args(RuleConfig.model_fields["layout"].annotation) == tuple(AXIS_LAYOUTS)
 
 
 def test_table_survives_the_run_folder(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_help_explains_the_table() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("rules.0.layout=even", "rules.0.layout: found 'even', allowed: evenly | halves | key_value | query_key_value"),
+        ("rules.0.layout=even", "rules.0.layout: found 'even', allowed: contiguous | gate_up | kv | qkv"),
         ("rules.0.group=neuron", "rules.0.group: found 'neuron', allowed: head | intermediate | output"),
         ("rules.0.axis=2", "rules.0.axis: found 2, allowed: integer >= 0 and <= 1"),
         ("rules.0.parameter=a.weight", "rules.0: found 'a.weight', expected a name with the placeholder {layer}"),

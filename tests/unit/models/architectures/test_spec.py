@@ -39,20 +39,21 @@ def test_axis_that_is_no_multiple_of_units_is_named() -> None:
         for rule in spec_for("roberta").rules
     )
     with pytest.raises(
-        ModelError, match=r"axis 1 of intermediate units \(evenly\) has 24 entries, which is no multiple of 40 units"
+        ModelError,
+        match=r"axis 1 of intermediate units \(contiguous\) has 24 entries, which is no multiple of 40 units",
     ):
         changed(rules=rules).layout(tiny_model())
 
 
-def test_spread_that_does_not_divide_is_named() -> None:
-    rules = (UnitRule(HEAD, "{base}.layers.{layer}.mlp.gate_proj.weight", axis=0, spread="key_value"),)
+def test_layout_that_does_not_divide_is_named() -> None:
+    rules = (UnitRule(HEAD, "{base}.layers.{layer}.mlp.gate_proj.weight", axis=0, layout="kv"),)
     llama = replace(spec_for("llama"), rules=rules, key_value_heads="num_attention_heads")
     with pytest.raises(
         ModelError,
-        match=r"axis 0 of head units \(key_value\) has 40 entries, which is no multiple of 6 key/value heads",
+        match=r"axis 0 of head units \(kv\) has 40 entries, which is no multiple of 6 key/value heads",
     ):
         llama.layout(tiny_model("llama"))
-    with pytest.raises(ModelError, match=r"\(key_value\) has 6 entries, which is no multiple of 4 key/value heads"):
+    with pytest.raises(ModelError, match=r"\(kv\) has 6 entries, which is no multiple of 4 key/value heads"):
         replace(llama, key_value_heads="num_hidden_layers").layout(tiny_model("llama", num_hidden_layers=4))
 
 

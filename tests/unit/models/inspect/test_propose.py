@@ -39,7 +39,7 @@ def other_config(model_type: str) -> Any:
 def owners(adapter: ArchitectureSpec, model: PreTrainedModel) -> dict[tuple[Any, ...], list[set[int]]]:
     """(parameter, layer, axis, group, reader) -> the units that own each entry."""
     return {
-        (item.parameter, item.layer, item.axis, item.group, item.reader): [
+        (item.parameter, item.layer, item.axis, item.group, item.consumer): [
             set(row) - {-1} for row in item.units.tolist()
         ]
         for item in adapter.layout(model).ownerships
@@ -169,10 +169,10 @@ def test_right_table_has_no_problems(llama: PreTrainedModel) -> None:
     assert verify_table(llama, spec_for("llama")) == {}
 
 
-def test_spread_that_is_wrong_is_seen() -> None:
+def test_wrong_layout_is_seen() -> None:
     """Gate and up projection in one map, read as pairs of neighbours."""
     known = spec_for("phi3")
-    rules = tuple(replace(rule, spread="evenly") if rule.spread == "halves" else rule for rule in known.rules)
+    rules = tuple(replace(rule, layout="contiguous") if rule.layout == "gate_up" else rule for rule in known.rules)
     probe = next(iter(probe_models(tiny_model("phi3").config, "clm")))
     problems = verify_table(probe, replace(known, rules=rules))
     assert set(problems) == {"intermediate"}
@@ -180,14 +180,14 @@ def test_spread_that_is_wrong_is_seen() -> None:
 
 
 def test_group_that_is_wrong_is_seen(llama: PreTrainedModel) -> None:
-    problems = verify_table(llama, changed_rule("self_attn.v_proj.weight", group="output", spread="evenly", axis=1))
+    problems = verify_table(llama, changed_rule("self_attn.v_proj.weight", group="output", layout="contiguous", axis=1))
     assert any("v_proj.weight: axis 1 still has a gradient" in text for text in problems["output"])
     assert any("v_proj.weight: 8 entries of axis 0 lose their gradient" in text for text in problems["head"])
 
 
 def test_reader_that_is_missing_is_seen(llama: PreTrainedModel) -> None:
     known = spec_for("llama")
-    rules = tuple(rule for rule in known.rules if not (rule.reader and rule.group == "intermediate"))
+    rules = tuple(rule for rule in known.rules if not (rule.consumer and rule.group == "intermediate"))
     problems = verify_table(llama, replace(known, rules=rules))
     assert "down_proj.weight: 1 entries of axis 1 lose their gradient" in problems["intermediate"][0]
 
