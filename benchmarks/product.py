@@ -59,9 +59,9 @@ def build_method(config: RunConfig, ranks: ProcessGroup, domain: DomainContext |
         domain: with a sample to measure general knowledge on; None: a method that measures it reads it from a file.
     """
     model = build_model(config)
-    adapter = spec_for(model.config.model_type)
+    spec = spec_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    method = methods.build_method(build_context(config, model, adapter, deepspeed_config, ranks))
+    method = methods.build_method(build_context(config, model, spec, deepspeed_config, ranks))
     with TemporaryDirectory() as folder:
         if domain is None:
             nothing: ResumableLoop[Any] = ResumableLoop([])

@@ -82,7 +82,7 @@ def build_model(work: Workload) -> PreTrainedModel:
 def step(model: PreTrainedModel, losses_of: ChunkedLMLoss, input_ids: torch.Tensor) -> float:
     """Forward and backward pass over all positions; the mean loss."""
     hidden = model.base_model(input_ids=input_ids).last_hidden_state.flatten(0, 1)
-    loss = losses_of(hidden, input_ids.roll(-1, dims=1).flatten(), most_positions=input_ids.numel()).mean()
+    loss = losses_of(hidden, input_ids.roll(-1, dims=1).flatten(), max_positions=input_ids.numel()).mean()
     loss.backward()
     return loss.item()
 

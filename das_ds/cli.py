@@ -94,11 +94,11 @@ def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
 def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from das_ds.downstream.run import finetune_model, scores_path
+    from das_ds.downstream.run import finetune_model, resolve_scores_path
     from das_ds.downstream.scores import summarize_scores
     from das_ds.downstream.tasks import select_tasks
 
-    tasks, path = select_tasks(config.tasks, options.task), scores_path(config, options.model, options.output)
+    tasks, path = select_tasks(config.tasks, options.task), resolve_scores_path(config, options.model, options.output)
     # The head of a classifier is new by nature; transformers would report it for every job.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -137,7 +137,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from das_ds.config import ModelConfig
-    from das_ds.models.inspect.describe import unit_table
+    from das_ds.models.inspect.describe import inspect_model
     from das_ds.models.loading import model_config
 
     logging.set_verbosity_error()
@@ -151,7 +151,7 @@ def _inspect(options: argparse.Namespace) -> None:
             ) from None
     else:
         source = ModelConfig(name_or_path=options.model)
-    table = unit_table(model_config(source), options.objective)
+    table = inspect_model(model_config(source), options.objective)
     if not options.yaml:
         print(table.describe())
     table.check()

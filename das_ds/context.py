@@ -73,7 +73,7 @@ class DomainContext:
 def build_context(
     config: RunConfig,
     model: PreTrainedModel,
-    adapter: ArchitectureSpec,
+    spec: ArchitectureSpec,
     deepspeed_config: dict[str, Any],
     ranks: ProcessGroup,
     *,
@@ -83,7 +83,7 @@ def build_context(
     """Put a network under an engine, with LoRA where the config asks for it.
 
     Args:
-        config, model, adapter: of the run; LoRA changes the network.
+        config, model, spec: of the run; LoRA changes the network.
         deepspeed_config: merged DeepSpeed settings.
         ranks: the process group.
         exact: see `Engine`.
@@ -92,41 +92,41 @@ def build_context(
     Raises:
         ConfigError: LoRA that does not fit the network, or without peft; documents are to be isolated, and the network
             does not.
-        ModelError: an adapter, or LoRA weights, that do not fit the network.
+        ModelError: an architecture spec, or LoRA weights, that do not fit the network.
     """
-    layout, lora = adapter.layout(model), None
+    layout, lora = spec.layout(model), None
     if config.model.lora is not None:
         lora = Lora.plan(model, layout, config.model.lora)
         initial = config.model.lora.init_from
         lora.attach(model, seed=config.seed, weights=Path(initial) if initial else None)
         layout = lora.layout(layout)
         if exact is not None:
-            exact = {name: exact.pop(plain) for name, plain in lora.plain_names(model).items() if plain in exact}
+            exact = {name: exact.pop(plain) for name, plain in lora.base_names(model).items() if plain in exact}
     # Not earlier: LoRA wraps the modules that have gates.
-    gates = UnitGates(model, adapter)
-    network = LanguageModel(model, adapter, logits_mib=config.train.max_logits_mib)
+    gates = UnitGates(model, spec)
+    network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib)
     parameters = dict(model.named_parameters())
     engine = Engine(
         network,
         {name: parameter for name, parameter in parameters.items() if parameter.requires_grad},
         config.train,
-        without_leaf_modules(deepspeed_config) if adapter.has_experts else deepspeed_config,
+        without_leaf_modules(deepspeed_config) if spec.has_experts else deepspeed_config,
         ranks,
         exact,
         {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad},
     )
     if config.data.document_mask:
-        _check_isolation(engine, model, adapter, ranks)
-    view_dropout = 0.0 if has_dropout(model.config, adapter.dropouts) else config.method.view_dropout
-    return RunContext(config, engine, layout, gates, adapter.objective, network, view_dropout, lora, tokens)
+        _check_isolation(engine, model, spec, ranks)
+    view_dropout = 0.0 if has_dropout(model.config, spec.dropouts) else config.method.view_dropout
+    return RunContext(config, engine, layout, gates, spec.objective, network, view_dropout, lora, tokens)
 
 
-def _check_isolation(engine: Engine, model: PreTrainedModel, adapter: ArchitectureSpec, ranks: ProcessGroup) -> None:
+def _check_isolation(engine: Engine, model: PreTrainedModel, spec: ArchitectureSpec, ranks: ProcessGroup) -> None:
     nothing = torch.zeros(0, dtype=torch.int64, device=ranks.info.device)
     engine.module.eval()
     check_document_mask(
         lambda input_ids, position_ids: engine.module(input_ids, nothing, nothing, position_ids)[0],
-        model_type=adapter.model_type,
+        model_type=spec.model_type,
         attention=model.config._attn_implementation,
         device=ranks.info.device,
     )

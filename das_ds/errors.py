@@ -22,7 +22,7 @@ class DataError(DasError):
 
 
 class ModelError(DasError):
-    """A model or tokeniser that cannot be loaded or has no adapter."""
+    """A model or tokenizer that cannot be loaded, or a model without an architecture spec."""
 
 
 class ImportanceError(DasError):

@@ -1,6 +1,6 @@
 """Names on the Hugging Face hub: the commit that a name stands for, and a local folder with the files of a model.
 
-The hub is asked once, with a time-out of `HF_HUB_ETAG_TIMEOUT` seconds (10). Where it does not answer, this process
+The hub is asked once, with a timeout of `HF_HUB_ETAG_TIMEOUT` seconds (10). Where it does not answer, this process
 asks it nothing more, as with `HF_HUB_OFFLINE=1`, and what the cache of the hub's client holds is used.
 """
 
@@ -21,7 +21,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 Kind = Literal["model", "dataset"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WORDS: dict[Kind, tuple[str, str]] = {"model": ("folder", "model"), "dataset": ("file", "data set")}
+WORDS: dict[Kind, tuple[str, str]] = {"model": ("folder", "model"), "dataset": ("file", "dataset")}
 """What a name may stand for here, and on the hub."""
 SMALL_FILES = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
 """Config and tokenizer."""
@@ -33,7 +33,7 @@ class HubError(OSError):
     """A name that stands for nothing, or a hub that does not answer; callers say which key it is of."""
 
 
-def is_here(name: str) -> bool:
+def is_local_path(name: str) -> bool:
     """Whether a name is a path of this machine; one that no path can have, such as a long one, is not."""
     try:
         return Path(name).exists()
@@ -42,7 +42,7 @@ def is_here(name: str) -> bool:
 
 
 def find_commit(kind: Kind, name: str, revision: str | None = None) -> str:
-    """The commit, 40 hexadecimal digits, that a revision of a model or data set is now.
+    """The commit, 40 hexadecimal digits, that a revision of a model or dataset is now.
 
     Args:
         kind: what the name stands for.
@@ -71,7 +71,7 @@ def find_commit(kind: Kind, name: str, revision: str | None = None) -> str:
     return str(info.sha)
 
 
-def local_folder(name: str, revision: str | None = None, *, weights: bool = False) -> str:
+def resolve_model_folder(name: str, revision: str | None = None, *, weights: bool = False) -> str:
     """A folder with config and tokenizer of a model, and its weights if wanted: the name itself, or one in the cache.
 
     Args:
@@ -82,7 +82,7 @@ def local_folder(name: str, revision: str | None = None, *, weights: bool = Fals
     Raises:
         HubError: there is neither such a folder nor such a model, or it cannot be fetched.
     """
-    if is_here(name):
+    if is_local_path(name):
         if revision is not None:
             raise HubError(f"found revision {revision!r} with a folder of this machine, which has none; expected null")
         return name

@@ -84,7 +84,7 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(LFS_HEADER)) == LFS_HEADER
 
 
-def lfs_pointers(folder: Path, *patterns: str) -> list[str]:
+def find_lfs_pointers(folder: Path, *patterns: str) -> list[str]:
     """Names of the files of a folder that match one of the patterns and are Git LFS pointers."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.name for path in found if is_lfs_pointer(path))
@@ -98,10 +98,10 @@ def read_text(path: Path) -> str:
         UnusableFileError: it is no regular file, a Git LFS pointer, or not UTF-8; names the line.
     """
     require_file(path)
-    return "\n".join([*decoded_lines(path.read_bytes()), ""])
+    return "\n".join([*decode_lines(path.read_bytes()), ""])
 
 
-def decoded_lines(block: bytes, num_lines: int = 0) -> list[str]:
+def decode_lines(block: bytes, num_lines: int = 0) -> list[str]:
     """Lines of UTF-8, which end in LF, CR LF or CR, without those ends and without the file's byte-order mark.
 
     Args:
@@ -114,7 +114,7 @@ def decoded_lines(block: bytes, num_lines: int = 0) -> list[str]:
     try:
         text = block.decode()
     except UnicodeDecodeError as error:
-        line = num_lines + len(decoded_lines(block[: error.start] + b"."))
+        line = num_lines + len(decode_lines(block[: error.start] + b"."))
         raise NotTextError(f"line {line}: found byte 0x{block[error.start]:02x}, expected UTF-8") from None
     # Some editors begin a file with a byte-order mark, which is no part of the text.
     text = text if num_lines else text.removeprefix(BYTE_ORDER_MARK)

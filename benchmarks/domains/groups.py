@@ -21,7 +21,7 @@ from das_ds.distributed.resumable import ResumableLoops
 from das_ds.errors import ModelError
 from das_ds.functional.token_ids import num_tokens
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.loading import find_adapter, load_model
+from das_ds.models.loading import find_spec, load_model
 from das_ds.training.data_module import prepare_data
 from das_ds.training.evaluate import evaluate_corpora
 
@@ -72,11 +72,11 @@ def restored_losses(run: TrainingRun, device: torch.device) -> list[Restored]:
     """
     config, last = load_config(run.config), len(run.results().domains) - 1
     earlier, after = (ModelConfig(name_or_path=str(run.model(index))) for index in (last - 1, last))
-    text = prepare_data(config, RankInfo(0, 0, 1, device), find_adapter(after).objective)
+    text = prepare_data(config, RankInfo(0, 0, 1, device), find_spec(after).objective)
     vocab_size = num_tokens(text.base_tokenizer.get_vocab())
     old, _ = load_model(earlier, seed=config.seed, vocab_size=vocab_size)
-    model, adapter = load_model(after, seed=config.seed, vocab_size=vocab_size)
-    network = LanguageModel(model, adapter, logits_mib=config.train.max_logits_mib).to(device)
+    model, spec = load_model(after, seed=config.seed, vocab_size=vocab_size)
+    network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib).to(device)
     old_weights, weights = dict(old.named_parameters()), dict(model.named_parameters())
     rows = [Restored(NOTHING, evaluate_corpora(network, text, ResumableLoops(show=False)))]
     for group, names in groups_of(list(weights)).items():

@@ -1,1 +1,1 @@
-"""Text to batches: reading, tokenising, blocks, corruption, order; knows ranks only as numbers."""
+"""Text to batches: reading, tokenizing, blocks, corruption, order; knows ranks only as numbers."""

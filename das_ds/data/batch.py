@@ -1,4 +1,4 @@
-"""Micro-batches of masked and causal language modelling; B = rows, S = tokens per row, P = predicted tokens."""
+"""Micro-batches of masked and causal language modeling; B = rows, S = tokens per row, P = predicted tokens."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import CorpusConfig, DataConfig, ObjectiveName
 from das_ds.data.objectives import end_of_text
-from das_ds.data.sources import shared_sources
+from das_ds.data.sources import find_shared_sources
 from das_ds.data.tokenize import STARTS_DTYPE, TokenFile, prepare_tokens
 from das_ds.errors import DataError
 from das_ds.user_files import expand_path
@@ -112,8 +112,8 @@ class CorpusBlocks:
     valid: TokenBlocks
 
 
-def cache_folder(data: DataConfig) -> Path:
-    """Folder of tokenised corpora: `data.cache_dir`, else `$DAS_DS_CACHE`, else `~/.cache/das_ds`.
+def resolve_cache_folder(data: DataConfig) -> Path:
+    """Folder of tokenized corpora: `data.cache_dir`, else `$DAS_DS_CACHE`, else `~/.cache/das_ds`.
 
     Raises:
         DataError: the user has no home folder, or the variable names another that is not set.
@@ -132,14 +132,14 @@ def prepare_corpus(
     objective: ObjectiveName,
     progress: bool,
 ) -> CorpusBlocks:
-    """Tokenise a corpus, or find it in the cache, and cut it into blocks.
+    """Tokenize a corpus, or find it in the cache, and cut it into blocks.
 
-    For causal language modelling every document ends in the end-of-text token.
+    For causal language modeling every document ends in the end-of-text token.
     Without `corpus.valid` the last `valid_fraction` of the training blocks, at least one, is held out.
 
     Raises:
         DataError: text that cannot be read, is empty or makes too few blocks; names the corpus.
-        ModelError: the tokeniser is not a fast one, or has no end-of-text token (causal).
+        ModelError: the tokenizer is not a fast one, or has no end-of-text token (causal).
     """
     ending = end_of_text(tokenizer) if objective == "clm" else None
 
@@ -150,7 +150,7 @@ def prepare_corpus(
             corpus=name,
             text_column=corpus.text_column,
             tokenizer=tokenizer,
-            cache_dir=cache_folder(data),
+            cache_dir=resolve_cache_folder(data),
             progress=progress,
             end_of_text=ending,
         )
@@ -159,7 +159,7 @@ def prepare_corpus(
         except DataError as error:
             raise DataError(f"corpus '{name}': {error}") from error
 
-    check_own_text(corpus)
+    check_valid_is_held_out(corpus)
     train = blocks(corpus.train, "train") if corpus.train else None
     if corpus.valid:
         return CorpusBlocks(train, blocks(corpus.valid, "valid"))
@@ -167,14 +167,14 @@ def prepare_corpus(
     return CorpusBlocks(*_hold_out(train, corpus))
 
 
-def check_own_text(corpus: CorpusConfig) -> None:
+def check_valid_is_held_out(corpus: CorpusConfig) -> None:
     """Refuse held-out text that is trained on: its losses would say nothing of text that is new to the model.
 
     Raises:
         DataError: a source is in `train` and in `valid`, or cannot be found; names the corpus.
     """
     try:
-        shared = shared_sources(corpus.train, corpus.valid)
+        shared = find_shared_sources(corpus.train, corpus.valid)
     except DataError as error:
         raise DataError(f"corpus '{corpus.name}': {error}") from error
     if shared:

@@ -1,7 +1,7 @@
 """Documents of a text source, in batches and constant memory.
 
 Files are read by a plain line reader, `json` and `pyarrow`: never slower than the streaming readers of `datasets`
-(text over ten times faster), and an error can name its byte or line. Hub data sets are streamed by `datasets`.
+(text over ten times faster), and an error can name its byte or line. Hub datasets are streamed by `datasets`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 from das_ds.data.sources import HubDataset, Source, file_suffix
 from das_ds.errors import DataError, first_line
-from das_ds.user_files import NotTextError, UnusableFileError, decoded_lines, require_file
+from das_ds.user_files import NotTextError, UnusableFileError, decode_lines, require_file
 
 CHUNK_BYTES = 1 << 18
 ROWS_PER_BATCH = 1000
@@ -36,7 +36,7 @@ def read_documents(source: Source, text_column: str) -> Iterator[DocumentBatch]:
 
     Raises:
         DataError: unreadable or damaged file, text that is not UTF-8, malformed row, missing or non-text column,
-            hub data set that cannot be streamed.
+            hub dataset that cannot be streamed.
     """
     if isinstance(source, HubDataset):
         batches = _read_hub(source, text_column)
@@ -70,7 +70,7 @@ def read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
         require_file(path)
         with path.open("rb") as file, _unpacked(path, file) as stream:
             for block in _whole_lines(stream):
-                lines = decoded_lines(block, num_lines)
+                lines = decode_lines(block, num_lines)
                 last, position = position, file.tell()
                 yield lines, position - last
                 num_lines += len(lines)
@@ -108,7 +108,7 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[tuple[list[str], int]]
         num_lines += len(lines)
 
 
-def json_object(line: str, place: str) -> dict[str, Any]:
+def parse_json_object(line: str, place: str) -> dict[str, Any]:
     """The object that one line of JSON holds.
 
     Raises:
@@ -124,7 +124,7 @@ def json_object(line: str, place: str) -> dict[str, Any]:
 
 
 def _json_text(line: str, text_column: str, place: str) -> str:
-    row = json_object(line, place)
+    row = parse_json_object(line, place)
     _check_column(text_column, row, place)
     return _checked_text(row[text_column], text_column, place)
 
@@ -182,6 +182,6 @@ def _read_hub(source: HubDataset, text_column: str) -> Iterator[tuple[list[str],
             yield [_checked_text(value, text_column, str(source)) for value in rows[text_column]], 0
     except DataError:
         raise
-    # A hub data set can fail with the error of any format reader or HTTP library.
+    # A hub dataset can fail with the error of any format reader or HTTP library.
     except Exception as error:
-        raise DataError(f"{source}: hub data set cannot be streamed ({type(error).__name__}: {error})") from error
+        raise DataError(f"{source}: hub dataset cannot be streamed ({type(error).__name__}: {error})") from error

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.objectives import Objective, isolated
+from das_ds.data.objectives import Collator, add_document_positions
 from das_ds.data.replay import MixedRows, SampleRef
 from das_ds.errors import ConfigError
 
@@ -74,7 +74,7 @@ class SampleDataset(Dataset[Batch]):
     """Turns the sample references of a micro-batch into the batch; runs in the loader's processes."""
 
     blocks: TokenBlocks
-    objective: Objective
+    objective: Collator
     seed: int
     stream: str
 
@@ -89,7 +89,7 @@ class SampleDataset(Dataset[Batch]):
     def _batch(self, indices: Sequence[int], numbers: Sequence[int]) -> Batch:
         batch = self.objective.batch(self.blocks.take(indices), numbers, seed=self.seed, stream=self.stream)
         position_ids = self.blocks.positions(indices)
-        return batch if position_ids is None else isolated(batch, position_ids)
+        return batch if position_ids is None else add_document_positions(batch, position_ids)
 
 
 def _ignore_signals(_: int) -> None:
@@ -117,7 +117,7 @@ def training_steps(
     """The micro-batches of optimizer steps first_step .. num_steps - 1, one list per step.
 
     A step depends only on its number, so resuming is starting at a later `first_step`. Every epoch visits all blocks
-    in a new order and, in masked language modelling, with new corruption.
+    in a new order and, in masked language modeling, with new corruption.
 
     Args:
         reading: which sample of which corpus each row is.
@@ -210,7 +210,7 @@ class AccumulatedBatches:
 
 def evaluation_batches(
     blocks: TokenBlocks,
-    objective: Objective,
+    objective: Collator,
     *,
     seed: int,
     stream: str,

@@ -1,6 +1,6 @@
-"""Batches for causal language modelling; B = rows, S = tokens per row, P = predicted tokens.
+"""Batches for causal language modeling; B = rows, S = tokens per row, P = predicted tokens.
 
-Corruption of blocks for masked language modelling; B = rows, S = tokens per row.
+Corruption of blocks for masked language modeling; B = rows, S = tokens per row.
 
 The two pre-training objectives as makers of batches.
 """
@@ -33,7 +33,7 @@ class CausalLMCollator:
         Args:
             input_ids: (B, S) long, B >= len(sample_numbers).
             sample_numbers: only their number counts.
-            seed: without effect; masked language modelling needs it.
+            seed: without effect; masked language modeling needs it.
             stream: without effect, as well.
         """
         num_rows, length = input_ids.shape
@@ -42,11 +42,11 @@ class CausalLMCollator:
         return Batch(input_ids, input_ids, positions, input_ids.flatten()[positions + 1], row_weights)
 
 
-def isolated(batch: Batch, position_ids: Tensor) -> Batch:
+def add_document_positions(batch: Batch, position_ids: Tensor) -> Batch:
     """The batch without predictions from one document to the next, and with the positions that keep them apart.
 
     Args:
-        batch: of causal language modelling.
+        batch: of causal language modeling.
         position_ids: (B, S) long, 0 at the first token of every document and of every row.
     """
     same_document = position_ids.flatten()[batch.predicted + 1] != 0
@@ -62,12 +62,12 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the token that ends each document.
 
     Raises:
-        ModelError: the tokeniser has no end-of-text token.
+        ModelError: the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"tokeniser of {tokenizer.name_or_path or type(tokenizer).__name__} has no end-of-text token (eos_token); "
-            "causal language modelling joins documents with one (special tokens found: "
+            f"tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no end-of-text token (eos_token); "
+            "causal language modeling joins documents with one (special tokens found: "
             + (", ".join(tokenizer.all_special_tokens) or "none")
             + ")"
         )
@@ -76,7 +76,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class MLMCollator:
-    """The facts about a tokeniser that corruption needs."""
+    """The facts about a tokenizer that corruption needs."""
 
     mask_id: int
     special_ids: tuple[int, ...]
@@ -90,12 +90,12 @@ class MLMCollator:
         """Masker that predicts tokens with the given probability.
 
         Raises:
-            ModelError: the tokeniser has no mask token.
+            ModelError: the tokenizer has no mask token.
         """
         if tokenizer.mask_token_id is None:
             raise ModelError(
-                f"tokeniser of {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; masked language "
-                "modelling needs one (special tokens found: " + ", ".join(tokenizer.all_special_tokens) + ")"
+                f"tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; masked language "
+                "modeling needs one (special tokens found: " + ", ".join(tokenizer.all_special_tokens) + ")"
             )
         vocabulary = tokenizer.get_vocab()
         vocab_size = num_tokens(vocabulary)
@@ -146,19 +146,19 @@ class MLMCollator:
         return Batch(input_ids, corrupted, positions, input_ids.flatten()[positions], row_weights)
 
 
-class Objective(Protocol):
+class Collator(Protocol):
     """Decides what a row of text predicts."""
 
     def batch(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
         """Batch of rows (B, S), of which those beyond the sample numbers predict nothing and get weight 0."""
 
 
-def make_objective(name: ObjectiveName, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Objective:
+def build_collator(name: ObjectiveName, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Collator:
     """The objective of that name.
 
     Raises:
-        ConfigError: documents are to be isolated in masked language modelling.
-        ModelError: masked language modelling with a tokeniser without mask token.
+        ConfigError: documents are to be isolated in masked language modeling.
+        ModelError: masked language modeling with a tokenizer without mask token.
     """
     if name == "clm":
         return CausalLMCollator()

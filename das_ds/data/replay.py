@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
-from das_ds.data.objectives import Objective
+from das_ds.data.objectives import Collator
 from das_ds.functional.sampling import sample_generator
 
 REPLAY_STREAM = "/replay"
@@ -43,8 +43,8 @@ class Replay:
 
     num_sequences: int = 0
     """Sequences of each global batch."""
-    sources: tuple[tuple[TokenBlocks, Objective], ...] = ()
-    """Blocks of each corpus, and what its rows predict under its own tokeniser."""
+    sources: tuple[tuple[TokenBlocks, Collator], ...] = ()
+    """Blocks of each corpus, and what its rows predict under its own tokenizer."""
 
     def ref(self, number: int, seed: int, stream: str) -> SampleRef:
         """Replayed sample number i of a stream: the corpora come in turn, so that none is drowned by a larger one.

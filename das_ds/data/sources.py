@@ -1,4 +1,4 @@
-"""Names of text: local files, globs and hub data sets are told apart, resolved and fingerprinted."""
+"""Names of text: local files, globs and hub datasets are told apart, resolved and fingerprinted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from das_ds.errors import DataError
-from das_ds.hub import HubError, find_commit, is_here
+from das_ds.hub import HubError, find_commit, is_local_path
 
 FILE_SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 HUB_NAME = re.compile(
@@ -23,7 +23,7 @@ HUB_FORM = "owner/name[:config][@split][#revision]"
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One split of a data set on the Hugging Face hub, at a fixed revision."""
+    """One split of a dataset on the Hugging Face hub, at a fixed revision."""
 
     repo: str
     config: str | None = None
@@ -51,9 +51,9 @@ def file_suffix(path: Path) -> str:
 
 
 def resolve_source(name: str) -> list[Source]:
-    """Files that a name stands for (a glob gives them sorted), or a hub data set at the commit of its revision.
+    """Files that a name stands for (a glob gives them sorted), or a hub dataset at the commit of its revision.
 
-    `owner/name` without a file suffix is a hub data set unless such a path exists; with `:config`, `@split` or
+    `owner/name` without a file suffix is a hub dataset unless such a path exists; with `:config`, `@split` or
     `#revision` it always is one.
 
     Raises:
@@ -84,8 +84,8 @@ def _found(name: str) -> list[Source]:
     return list(paths)
 
 
-def shared_sources(these: Iterable[str], others: Iterable[str]) -> list[Source]:
-    """What both groups of names stand for: files, also by another name or link, and splits of hub data sets.
+def find_shared_sources(these: Iterable[str], others: Iterable[str]) -> list[Source]:
+    """What both groups of names stand for: files, also by another name or link, and splits of hub datasets.
 
     Raises:
         DataError: a file that cannot be found; the hub is not asked.
@@ -115,9 +115,9 @@ def _literal_folders(path: Path) -> str:
 
 
 def parse_hub_name(name: str) -> HubDataset | None:
-    """The hub data set that a name denotes, or None where it denotes files."""
+    """The hub dataset that a name denotes, or None where it denotes files."""
     match = HUB_NAME.fullmatch(name)
-    if match is None or is_here(name):
+    if match is None or is_local_path(name):
         return None
     repo, config, split, revision = match["repo"], match["config"], match["split"], match["revision"]
     # `corpora/train.txt` has the form of a hub name; versions such as `owner/web-1.0` end in digits.

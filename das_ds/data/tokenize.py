@@ -34,15 +34,15 @@ FORMAT_VERSION = 3
 NOTABLY_UNKNOWN, MOST_UNKNOWN = 0.01, 0.5
 """Shares of unknown tokens above which a text is warned of, and refused."""
 STARTS_DTYPE = np.dtype("<u8")
-# Small enough that the tokeniser's results stay in the processor's cache, large enough to occupy every core.
+# Small enough that the tokenizer's results stay in the processor's cache, large enough to occupy every core.
 DOCUMENTS_PER_CALL = 1000
 
 
 @dataclass(frozen=True)
 class UnknownTokens:
-    """How much of a text its tokeniser does not know; tokens that a tokeniser puts around every document do not count.
+    """How much of a text its tokenizer does not know; tokens that a tokenizer puts around every document do not count.
 
-    A document that gives no token at all, as one of letters that a tokeniser drops, counts as one unknown token.
+    A document that gives no token at all, as one of letters that a tokenizer drops, counts as one unknown token.
     """
 
     num_unknown: int = 0
@@ -58,25 +58,25 @@ class UnknownCounter:
     """Counts in the tokens of documents.
 
     Args:
-        backend: the tokeniser.
+        backend: the tokenizer.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend, self._id = backend, _unknown_id(backend)
         around = backend.encode("").ids
         self._num_around = len(around)
-        # GPT-2's kind names the end of a text as the unknown token, and some tokenisers put it around documents.
+        # GPT-2's kind names the end of a text as the unknown token, and some tokenizers put it around documents.
         self._unknown_around = around.count(self._id)
         self._num_unknown = self._num_tokens = 0
 
     def add(self, ids: list[int]) -> None:
-        """Count one document, as the tokeniser gives it."""
+        """Count one document, as the tokenizer gives it."""
         num_tokens = len(ids) - self._num_around
         self._num_tokens += max(num_tokens, 1)
         self._num_unknown += ids.count(self._id) - self._unknown_around if num_tokens > 0 else 1
 
     def add_texts(self, texts: list[str]) -> None:
-        """Tokenise and count documents."""
+        """Tokenize and count documents."""
         for encoding in self._backend.encode_batch_fast(texts):
             self.add(encoding.ids)
 
@@ -112,28 +112,28 @@ def prepare_tokens(
     progress: bool,
     end_of_text: int | None = None,
 ) -> TokenFile:
-    """Tokens of all documents of the sources in order, each with the tokeniser's special tokens (`<s> document </s>`).
+    """Tokens of all documents of the sources in order, each with the tokenizer's special tokens (`<s> document </s>`).
 
-    With `end_of_text` each document ends in that token; it is appended where the tokeniser does not put it there.
+    With `end_of_text` each document ends in that token; it is appended where the tokenizer does not put it there.
     Where documents start is recorded and not read off the tokens: a document's own text may hold the end-of-text
-    token, and some tokenisers (OPT) begin a document with the token that ends it.
+    token, and some tokenizers (OPT) begin a document with the token that ends it.
 
     An entry of the cache with the same content and settings is used as it is.
 
     Args:
         sources: files, globs and hub names.
         corpus: name of the corpus for messages and the cache entry.
-        text_column: column of .jsonl, .parquet and hub data sets that holds the text.
-        tokenizer: a fast tokeniser.
+        text_column: column of .jsonl, .parquet and hub datasets that holds the text.
+        tokenizer: a fast tokenizer.
         cache_dir: folder of all cache entries.
         progress: show a bar.
-        end_of_text: id of the token that ends each document; None adds nothing to what the tokeniser does.
+        end_of_text: id of the token that ends each document; None adds nothing to what the tokenizer does.
 
     Raises:
         DataError: text that cannot be read or is empty, or a cache folder that cannot be written; names the corpus.
-        ModelError: the tokeniser is not a fast one.
+        ModelError: the tokenizer is not a fast one.
     """
-    backend = plain_backend(tokenizer)
+    backend = build_backend(tokenizer)
     with _named(corpus):
         resolved = [source for name in sources for source in resolve_source(name)]
         folder = cache_dir / f"{corpus}-{_cache_key(resolved, text_column, backend, end_of_text)}"
@@ -144,15 +144,15 @@ def prepare_tokens(
             level = logging.WARNING if token_file.unknown.share > NOTABLY_UNKNOWN else logging.INFO
             share = f"{token_file.unknown.share:.2%}"
             logger.log(level, "corpus '%s': %d tokens, %s of the text's unknown", corpus, token_file.num_tokens, share)
-        check_unknown(token_file.unknown)
+        check_unknown_tokens(token_file.unknown)
     return token_file
 
 
-def check_unknown(unknown: UnknownTokens) -> None:
-    """Raises DataError where a tokeniser does not know most of a text."""
+def check_unknown_tokens(unknown: UnknownTokens) -> None:
+    """Raises DataError where a tokenizer does not know most of a text."""
     if unknown.share > MOST_UNKNOWN:
         raise DataError(
-            f"found {unknown.share:.1%} unknown tokens, allowed: at most {MOST_UNKNOWN:.0%}; the tokeniser is not made "
+            f"found {unknown.share:.1%} unknown tokens, allowed: at most {MOST_UNKNOWN:.0%}; the tokenizer is not made "
             "for this text (data.tokenizer)"
         )
 
@@ -165,16 +165,16 @@ def _named(corpus: str) -> Iterator[None]:
         raise DataError(f"corpus '{corpus}': {error}") from error
 
 
-def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokeniser without cutting and padding.
+def build_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer without cutting and padding.
 
     Raises:
         ModelError: it is not a fast one.
     """
     if not tokenizer.is_fast:
         found = type(tokenizer).__name__
-        raise ModelError(f"tokeniser {found} is written in Python; expected a fast tokeniser (with a tokenizer.json)")
-    # A copy, because documents must not be cut or padded and the caller's tokeniser may be set to do so.
+        raise ModelError(f"tokenizer {found} is written in Python; expected a fast tokenizer (with a tokenizer.json)")
+    # A copy, because documents must not be cut or padded and the caller's tokenizer may be set to do so.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -216,7 +216,7 @@ def _write_entry(
         with TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as scratch:
             partial = Path(scratch) / folder.name
             partial.mkdir()
-            token_file = _tokenise(partial, sources, corpus, text_column, backend, end_of_text, progress)
+            token_file = _tokenize(partial, sources, corpus, text_column, backend, end_of_text, progress)
             meta = {**asdict(token_file), "path": "tokens.bin", "sources": [str(source) for source in sources]}
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
             _publish(partial, folder)
@@ -238,7 +238,7 @@ def _publish(partial: Path, folder: Path) -> None:
             partial.rename(folder)
 
 
-def _tokenise(
+def _tokenize(
     folder: Path,
     sources: Sequence[Source],
     corpus: str,
@@ -251,7 +251,7 @@ def _tokenise(
     result = TokenFile(folder / "tokens.bin", dtype.str, 0, 0)
     total = sum(source.stat().st_size for source in sources if isinstance(source, Path))
     counter = UnknownCounter(backend)
-    bar = tqdm(total=total or None, desc=f"tokenise {corpus}", unit="B", unit_scale=True, disable=not progress)
+    bar = tqdm(total=total or None, desc=f"tokenize {corpus}", unit="B", unit_scale=True, disable=not progress)
     with result.path.open("wb") as tokens, result.starts_path.open("wb") as starts, bar:
         for source in sources:
             for batch in read_documents(source, text_column):
@@ -285,9 +285,9 @@ def count_tokens(
 
     Raises:
         DataError: text that cannot be read.
-        ModelError: the tokeniser is not a fast one.
+        ModelError: the tokenizer is not a fast one.
     """
-    backend, num_tokens = plain_backend(tokenizer), 0
+    backend, num_tokens = build_backend(tokenizer), 0
     for source in sources:
         for batch in read_documents(source, text_column):
             # One by one: the first document may be enough.
@@ -318,7 +318,7 @@ def _encoded(
 
 
 def _unknown_id(backend: Tokenizer) -> int:
-    """The id that stands for what the tokeniser does not know; -1, which is none, where it knows every byte."""
+    """The id that stands for what the tokenizer does not know; -1, which is none, where it knows every byte."""
     model = json.loads(backend.to_str())["model"]
     token, number = model.get("unk_token"), model.get("unk_id")
     if number is None and token is not None:

@@ -1,4 +1,4 @@
-"""The tokeniser of each corpus: it gains tokens from domain to domain."""
+"""The tokenizer of each corpus: it gains tokens from domain to domain."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from das_ds.functional.token_ids import tokens_in_holes
 logger = logging.getLogger(__name__)
 
 
-def tokenizers_by_corpus(config: RunConfig, base: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
-    """Corpus -> its tokeniser: a domain's has the tokens of all domains up to it, the general corpus has the base's.
+def build_tokenizers(config: RunConfig, base: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+    """Corpus -> its tokenizer: a domain's has the tokens of all domains up to it, the general corpus has the base's.
 
-    A token matches whole words only. One that the tokeniser has already is left out with a warning.
+    A token matches whole words only. One that the tokenizer has already is left out with a warning.
 
     Raises:
         DataError: a file of tokens that cannot be read, or tokens that are empty or given twice.
@@ -61,7 +61,7 @@ def _grown(tokenizer: PreTrainedTokenizerBase, domain: str, tokens: list[str]) -
     grown.add_tokens([AddedToken(token, single_word=True) for token in tokens if token not in known])
     if reused := tokens_in_holes(tokenizer.get_vocab(), grown.get_vocab()):
         raise ModelError(
-            f"data.add_tokens.{domain}: the tokeniser's ids have holes, and {reused[0]!r} would get one that is taken "
-            f"or has an old embedding; expected a tokeniser with ids from 0 to {len(tokenizer) - 1} without a gap"
+            f"data.add_tokens.{domain}: the tokenizer's ids have holes, and {reused[0]!r} would get one that is taken "
+            f"or has an old embedding; expected a tokenizer with ids from 0 to {len(tokenizer) - 1} without a gap"
         )
     return grown

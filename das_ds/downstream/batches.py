@@ -31,7 +31,7 @@ class TaskBatch(NamedTuple):
     positions: torch.Tensor
 
 
-def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> EncodedRows:
+def encode_examples(examples: Examples, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> EncodedRows:
     """Token ids of all rows, cut at `sequence_length`; in pairs the longer of the two is cut."""
     texts = (examples.texts,) if examples.pairs is None else (examples.pairs, examples.texts)
     whole = tokenizer(*texts, verbose=False)

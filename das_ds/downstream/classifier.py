@@ -12,11 +12,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError, first_line
 from das_ds.functional.token_ids import num_tokens, tokens_in_holes
-from das_ds.models.loading import check_embeddings, find_adapter, model_config, open_tokenizer
+from das_ds.models.loading import check_embeddings, find_spec, model_config, open_tokenizer
 
 
 class Classifier(NamedTuple):
-    """A network that gives one number per class, and its tokeniser."""
+    """A network that gives one number per class, and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def load_classifier(source: ModelConfig, labels: Sequence[str], markers: Sequenc
 def check_task_length(source: ModelConfig, model: PreTrainedModel, sequence_length: int, task: str) -> None:
     """Raises ConfigError when rows may be longer than the model's positions, where its adapter knows them."""
     try:
-        longest = find_adapter(source).max_sequence_length(model)
+        longest = find_spec(source).max_sequence_length(model)
     except ModelError:
         return
     if sequence_length > longest:
@@ -108,7 +108,7 @@ def _add_markers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mar
     tokenizer.add_tokens(list(markers))
     if reused := tokens_in_holes(known, tokenizer.get_vocab()):
         raise ModelError(
-            f"tokeniser of {tokenizer.name_or_path}: its ids have holes, and the marker {reused[0]!r} would get one "
+            f"tokenizer of {tokenizer.name_or_path}: its ids have holes, and the marker {reused[0]!r} would get one "
             f"that is taken or has an old embedding; expected ids from 0 to {len(known) - 1} without a gap"
         )
     embedding: Any = model.get_input_embeddings()

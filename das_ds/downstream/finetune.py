@@ -17,9 +17,9 @@ from transformers import get_linear_schedule_with_warmup
 
 from das_ds.config import ModelConfig, TaskConfig
 from das_ds.distributed.process_group import seed_everything
-from das_ds.downstream.batches import EncodedRows, TaskBatch, encode, shuffled_batches, sorted_batches
+from das_ds.downstream.batches import EncodedRows, TaskBatch, encode_examples, shuffled_batches, sorted_batches
 from das_ds.downstream.classifier import Classifier, check_task_length, load_classifier
-from das_ds.downstream.metrics import accuracy, confusion, macro_f1, micro_f1
+from das_ds.downstream.metrics import accuracy, confusion_matrix, macro_f1, micro_f1
 from das_ds.downstream.scores import Scores, SeedScores
 from das_ds.downstream.tasks import EndTask
 from das_ds.errors import TrainingError
@@ -89,7 +89,7 @@ class _Job:
         self._model = network.to(device)
         self._tokenizer = classifier.tokenizer
         self._train, self._dev, self._test = (
-            encode(examples, self._tokenizer, self._config.sequence_length)
+            encode_examples(examples, self._tokenizer, self._config.sequence_length)
             for examples in (task.train, task.dev, task.test)
         )
         self._steps_per_epoch = math.ceil(len(self._train.rows) / self._config.batch_size)
@@ -145,7 +145,7 @@ class _Job:
         predicted = torch.empty(len(encoded.rows), dtype=torch.int64)
         for batch in sorted_batches(encoded, self._config.batch_size, self._tokenizer):
             predicted[batch.positions] = self._logits(batch).argmax(dim=-1).cpu()
-        counts = confusion(torch.tensor(encoded.labels), predicted, self._num_classes)
+        counts = confusion_matrix(torch.tensor(encoded.labels), predicted, self._num_classes)
         return Scores(accuracy=accuracy(counts), macro_f1=macro_f1(counts), micro_f1=micro_f1(counts))
 
     def _logits(self, batch: TaskBatch) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 
-def confusion(actual: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
+def confusion_matrix(actual: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Counts (C, C) of actual against predicted classes.
 
     Args:

@@ -12,7 +12,7 @@ from das_ds.config import ModelConfig, RunConfig, TaskConfig
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.downstream.classifier import check_model_folder, weight_files
 from das_ds.downstream.finetune import fine_tune
-from das_ds.downstream.scores import EndTaskScores, SeedScores, mean_scores, open_scores, score_table
+from das_ds.downstream.scores import EndTaskScores, SeedScores, build_score_table, mean_scores, open_scores
 from das_ds.downstream.tasks import EndTask, read_task
 from das_ds.errors import ConfigError, DasError, RunFolderError
 from das_ds.models.loading import check_files
@@ -59,7 +59,7 @@ def finetune_model(
             together = jobs[first : first + ranks.info.world_size]
             scores = _round(ranks, together, scores, source, path)
             tracker.log_summary(mean_scores(scores))
-        tracker.log_table("end_tasks", *score_table(scores))
+        tracker.log_table("end_tasks", *build_score_table(scores))
     return scores
 
 
@@ -96,7 +96,7 @@ def _make(folder: Path) -> None:
         raise RunFolderError(f"output_dir: cannot make {folder}: {error.strerror or error}") from error
 
 
-def scores_path(config: RunConfig, folder: Path, output: Path | None) -> Path:
+def resolve_scores_path(config: RunConfig, folder: Path, output: Path | None) -> Path:
     """Where scores are written: `output`, else in the run folder or beside the model of a run's domain.
 
     Those of the model that the config's run starts from are in `<output_dir>/base/`, the row before training of the

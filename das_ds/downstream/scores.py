@@ -45,7 +45,7 @@ class SeedScores(Section):
     test: Scores
 
 
-class Spread(Section):
+class SeedStatistics(Section):
     """The reported metric over all seeds."""
 
     mean: float
@@ -66,8 +66,8 @@ class TaskScores(Section):
     """What decides the scores besides model and seed: keys of the task, and the identities of its files."""
     seeds: list[SeedScores] = Field(min_length=1)
     """Sorted by seed."""
-    dev: Spread
-    test: Spread
+    dev: SeedStatistics
+    test: SeedStatistics
 
 
 class EndTaskScores(VersionedJson):
@@ -166,7 +166,7 @@ def mean_scores(scores: EndTaskScores) -> dict[str, float]:
     }
 
 
-def score_table(scores: EndTaskScores) -> tuple[list[str], list[list[float | int | str]]]:
+def build_score_table(scores: EndTaskScores) -> tuple[list[str], list[list[float | int | str]]]:
     """Column names and a row per seed, for a tracker's `log_table`."""
     rows: list[list[float | int | str]] = [
         [name, done.seed, entry.metric, done.dev.of(entry.metric), done.test.of(entry.metric), done.best_epoch]
@@ -176,6 +176,6 @@ def score_table(scores: EndTaskScores) -> tuple[list[str], list[list[float | int
     return ["task", "seed", "metric", "dev", "test", "best_epoch"], rows
 
 
-def _spread(values: list[float]) -> Spread:
+def _spread(values: list[float]) -> SeedStatistics:
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(mean=statistics.fmean(values), deviation=deviation)
+    return SeedStatistics(mean=statistics.fmean(values), deviation=deviation)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from das_ds.config import TaskConfig
-from das_ds.data.corpus import json_object, read_lines
+from das_ds.data.corpus import parse_json_object, read_lines
 from das_ds.data.sources import file_suffix, fingerprint
 from das_ds.errors import ConfigError, DataError
 
@@ -95,7 +95,7 @@ def _read_rows(config: TaskConfig, part: str, path: Path) -> list[_Row]:
         raise DataError(
             f"task {config.name}, {part}: {path}: unknown file type; allowed are .jsonl, .jsonl.gz, .jsonl.xz"
         )
-    rows = [_row(config, json_object(line, place), place) for line, place in _placed_lines(path)]
+    rows = [_row(config, parse_json_object(line, place), place) for line, place in _placed_lines(path)]
     if not rows:
         raise DataError(f"task {config.name}, {part}: {path} has no rows; expected one object per line")
     return rows

@@ -14,7 +14,7 @@ def num_tokens(vocabulary: Mapping[str, int]) -> int:
     """Rows that an embedding needs: the largest id plus one, which is more than there are tokens where ids have holes.
 
     Args:
-        vocabulary: token -> id, as from a tokeniser's `get_vocab`.
+        vocabulary: token -> id, as from a tokenizer's `get_vocab`.
     """
     return max(vocabulary.values(), default=-1) + 1
 
@@ -30,7 +30,7 @@ def tokens_by_id(vocabulary: Mapping[str, int]) -> tuple[str, ...]:
 def tokens_in_holes(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
     """New tokens whose id is below `num_tokens(before)`, by id.
 
-    Tokenisers number new tokens from their count, which is an old token's id where ids have holes.
+    Tokenizers number new tokens from their count, which is an old token's id where ids have holes.
     """
     known = num_tokens(before)
     return sorted((token for token in after if token not in before and after[token] < known), key=after.__getitem__)

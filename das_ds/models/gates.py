@@ -96,8 +96,8 @@ class UnitGates:
     The backward pass belongs inside the contexts too: activation checkpointing runs the layers again there.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: ArchitectureSpec) -> None:
-        self._sites = list(adapter.gate_modules(model))
+    def __init__(self, model: PreTrainedModel, spec: ArchitectureSpec) -> None:
+        self._sites = list(spec.gate_modules(model))
 
     @contextmanager
     def active(self, gates: UnitValues, *, num_rows: int, first_row: int = 0) -> Iterator[None]:

@@ -24,24 +24,22 @@ class LanguageModel(nn.Module):
 
     Args:
         model: the network.
-        adapter: its table.
-        logits_mib: largest chunk of logits, see `token_losses.py`.
+        spec: its architecture spec.
+        logits_mib: largest chunk of logits, see `lm_loss.py`.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, adapter: ArchitectureSpec, *, logits_mib: int = DEFAULT_LOGITS_MIB
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, spec: ArchitectureSpec, *, logits_mib: int = DEFAULT_LOGITS_MIB) -> None:
         super().__init__()
         self.model = model
         self._trains_head_only = False
-        self._head = adapter.head(model)
+        self._head = spec.head(model)
         self._losses = ChunkedLMLoss(
             self._logits,
-            adapter.projection(model),
+            spec.projection(model),
             chunk=positions_per_chunk(model.config.vocab_size, logits_mib),
-            soft_cap=adapter.logit_cap(model),
+            soft_cap=spec.logit_cap(model),
         )
-        self._is_causal = adapter.objective == "clm"
+        self._is_causal = spec.objective == "clm"
 
     @property
     def num_rows(self) -> int | None:
@@ -86,7 +84,7 @@ class LanguageModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trains_head_only):
             hidden = self.model.base_model(input_ids=input_ids, **options).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, predicted)
-        return hidden, self._losses(chosen, targets, most_positions=input_ids.numel())
+        return hidden, self._losses(chosen, targets, max_positions=input_ids.numel())
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(P, H) -> (P, V), before a cap."""

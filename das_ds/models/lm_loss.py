@@ -55,7 +55,7 @@ class ChunkedLMLoss:
         self.num_rows: int | None = None
         """The softmax is over this many first rows of the vocabulary; None: all."""
 
-    def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, *, most_positions: int) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, *, max_positions: int) -> torch.Tensor:
         """Cross-entropy of each position.
 
         Args:
@@ -66,10 +66,10 @@ class ChunkedLMLoss:
         Returns:
             (P,) float32.
         """
-        assert len(hidden) <= most_positions, f"{len(hidden)} positions, expected at most {most_positions}"
+        assert len(hidden) <= max_positions, f"{len(hidden)} positions, expected at most {max_positions}"
         # A subclass may do more than multiply by its weight.
         if type(self._projection) is not nn.Linear:
-            return self._by_checkpoints(hidden, targets, most_positions)
+            return self._by_checkpoints(hidden, targets, max_positions)
         if len(hidden) <= self._chunk:
             return self._direct(hidden, targets)
         projection = self._projection
@@ -97,11 +97,11 @@ class ChunkedLMLoss:
             return weight, bias
         return weight[: self.num_rows], None if bias is None else bias[: self.num_rows]
 
-    def _by_checkpoints(self, hidden: torch.Tensor, targets: torch.Tensor, most_positions: int) -> torch.Tensor:
-        if most_positions <= self._chunk:
+    def _by_checkpoints(self, hidden: torch.Tensor, targets: torch.Tensor, max_positions: int) -> torch.Tensor:
+        if max_positions <= self._chunk:
             return self._direct(hidden, targets)
         # Chunks behind the last position are empty and yet computed again in the backward pass, as on other ranks.
-        parts = [slice(first, first + self._chunk) for first in range(0, most_positions, self._chunk)]
+        parts = [slice(first, first + self._chunk) for first in range(0, max_positions, self._chunk)]
         return torch.cat([checkpoint(self._direct, hidden[p], targets[p], use_reentrant=False) for p in parts])
 
 

@@ -1,4 +1,4 @@
-"""Building the network and its tokeniser from the run config."""
+"""Building the network and its tokenizer from the run config."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from transformers import (
 
 from das_ds.config import ModelConfig, ObjectiveName, RunConfig
 from das_ds.errors import ConfigError, DasError, ModelError, first_line
-from das_ds.hub import HubError, local_folder
+from das_ds.hub import HubError, resolve_model_folder
 from das_ds.models.architectures.from_config import spec_from_config
 from das_ds.models.architectures.registry import spec_for
 from das_ds.models.architectures.spec import ArchitectureSpec
-from das_ds.models.stored_tensors import found_file, shown
+from das_ds.models.stored_tensors import abbreviate, find_file
 from das_ds.models.weights import HEAD, StoredWeights
 from das_ds.storage import CHECKSUM_FILE, find_corrupted
-from das_ds.user_files import lfs_pointers
+from das_ds.user_files import find_lfs_pointers
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS_RECORD = "das_ds_weights"
@@ -42,10 +42,10 @@ AUTO_CLASSES: dict[ObjectiveName, Any] = {"mlm": AutoModelForMaskedLM, "clm": Au
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokeniser of `data.tokenizer`, else of the model.
+    """The tokenizer of `data.tokenizer`, else of the model.
 
     Raises:
-        ConfigError: a model with random weights and no tokeniser named.
+        ConfigError: a model with random weights and no tokenizer named.
         ModelError: it cannot be loaded.
     """
     source, revision = config.data.tokenizer, config.data.tokenizer_revision
@@ -53,29 +53,29 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         source, revision = config.model.name_or_path, config.model.revision
     if source is None:
         raise ConfigError(
-            "data.tokenizer: a model with random weights needs a tokeniser folder or hub name, found null"
+            "data.tokenizer: a model with random weights needs a tokenizer folder or hub name, found null"
         )
     return open_tokenizer(source, revision)
 
 
 def open_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokeniser of a folder or hub name, there at a revision.
+    """The tokenizer of a folder or hub name, there at a revision.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     _refuse_pointers(source, *_tokenizer_files(source))
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(local_folder(source, revision))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model_folder(source, revision))
     except DasError:
         raise
     # A damaged file makes libraries raise anything: tokenizers, for one, a bare Exception.
     except Exception as error:
-        raise ModelError(f"cannot load the tokeniser {source!r} (a folder or hub name): {first_line(error)}") from error
-    # Without the files of a tokeniser transformers makes one of the model's type that knows special tokens alone.
+        raise ModelError(f"cannot load the tokenizer {source!r} (a folder or hub name): {first_line(error)}") from error
+    # Without the files of a tokenizer transformers makes one of the model's type that knows special tokens alone.
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
-            f"tokeniser {source!r}: found no token but special ones, expected the files of a tokeniser there "
+            f"tokenizer {source!r}: found no token but special ones, expected the files of a tokenizer there "
             "(tokenizer.json, vocab.txt, vocab.json and merges.txt ...); data.tokenizer can name another folder"
         )
     return tokenizer
@@ -103,15 +103,15 @@ def load_model(
     Args:
         config: what to build.
         seed: seed of random weights.
-        vocab_size: tokens of the tokeniser; sets the embedding of a random model, checked against a pre-trained one.
+        vocab_size: tokens of the tokenizer; sets the embedding of a random model, checked against a pre-trained one.
         construction: builds the network in parts; its weights are the same.
 
     Raises:
         ModelError: not loadable, no adapter, weights of another network, or fewer embeddings than tokens.
     """
     own_config = model_config(config, vocab_size=vocab_size)
-    adapter = find_adapter(config)
-    auto_class = AUTO_CLASSES[adapter.objective]
+    spec = find_spec(config)
+    auto_class = AUTO_CLASSES[spec.objective]
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
 
     def construct() -> PreTrainedModel:
@@ -138,7 +138,7 @@ def load_model(
     if config.gradient_checkpointing:
         # Reentrant checkpointing breaks torch.autograd.grad, which the importance passes use.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, adapter
+    return model, spec
 
 
 def weights_folder(config: ModelConfig) -> str | None:
@@ -150,7 +150,7 @@ def weights_folder(config: ModelConfig) -> str | None:
     if config.name_or_path is None:
         return None
     try:
-        return local_folder(config.name_or_path, config.revision, weights=True)
+        return resolve_model_folder(config.name_or_path, config.revision, weights=True)
     except HubError as error:
         raise ModelError(f"cannot load the model {config.name_or_path!r} (a folder or hub name): {error}") from error
 
@@ -169,33 +169,33 @@ def check_files(config: ModelConfig) -> None:
         )
 
 
-def find_adapter(config: ModelConfig) -> ArchitectureSpec:
+def find_spec(config: ModelConfig) -> ArchitectureSpec:
     """The adapter of a run's model, whose objective is that of the run.
 
     Raises:
         ModelError: no model config, or no adapter for its type, neither registered nor in the run config.
         ConfigError: the run config asks for an objective that the architecture is not made for.
     """
-    adapter = _adapter(config)
-    if config.objective not in ("auto", adapter.objective):
+    spec = _select_spec(config)
+    if config.objective not in ("auto", spec.objective):
         raise ConfigError(
-            f"model.objective: found {config.objective}, but {adapter.model_type} is made for {adapter.objective}; "
-            f"allowed: auto, {adapter.objective}"
+            f"model.objective: found {config.objective}, but {spec.model_type} is made for {spec.objective}; "
+            f"allowed: auto, {spec.objective}"
         )
-    return adapter
+    return spec
 
 
-def embedding_rows(config: ModelConfig, vocab_size: int) -> int:
+def num_embedding_rows(config: ModelConfig, vocab_size: int) -> int:
     """Rows of the embedding that `load_model` gives."""
     return int(model_config(config, vocab_size=vocab_size).get_text_config().vocab_size)
 
 
-def check_sequence_length(model: PreTrainedModel, adapter: ArchitectureSpec, sequence_length: int) -> None:
+def check_sequence_length(model: PreTrainedModel, spec: ArchitectureSpec, sequence_length: int) -> None:
     """Raises ConfigError when blocks are longer than the model's positions."""
-    longest = adapter.max_sequence_length(model)
+    longest = spec.max_sequence_length(model)
     if sequence_length > longest:
         raise ConfigError(
-            f"data.sequence_length: found {sequence_length}, but this {adapter.model_type} has positions for at most "
+            f"data.sequence_length: found {sequence_length}, but this {spec.model_type} has positions for at most "
             f"{longest} tokens"
         )
 
@@ -261,8 +261,8 @@ def _stored_config(config: ModelConfig) -> Any:
         ModelError: they are quantized, or belong to an adapter.
     """
     source = config.name_or_path
-    folder = local_folder(str(source), config.revision)
-    if found_file(folder, ADAPTER_CONFIG) is not None:
+    folder = resolve_model_folder(str(source), config.revision)
+    if find_file(folder, ADAPTER_CONFIG) is not None:
         raise ModelError(
             f"model.name_or_path: found {ADAPTER_CONFIG} in {source}, expected a whole model; merge the adapter into "
             "its base model first, or move it away if the weights beside it are meant without it (model.lora.init_from "
@@ -280,7 +280,7 @@ def _stored_config(config: ModelConfig) -> Any:
     return stored
 
 
-def _adapter(config: ModelConfig) -> ArchitectureSpec:
+def _select_spec(config: ModelConfig) -> ArchitectureSpec:
     model_type = model_config(config).model_type if config.config is None else config.config["model_type"]
     return spec_for(model_type) if config.architecture is None else spec_from_config(config.architecture, model_type)
 
@@ -303,7 +303,7 @@ def _pretrained(
     return model
 
 
-def weights_found(config: ModelConfig, outline: PreTrainedModel) -> str:
+def describe_stored_weights(config: ModelConfig, outline: PreTrainedModel) -> str:
     """What `load_model` would do with stored weights, in a line; none of them is read.
 
     Args:
@@ -315,7 +315,7 @@ def weights_found(config: ModelConfig, outline: PreTrainedModel) -> str:
     """
     name = str(config.name_or_path)
     try:
-        source = local_folder(name, config.revision)
+        source = resolve_model_folder(name, config.revision)
         _refuse_pointers(source, *_weight_files(source))
         with closing(StoredWeights(source, outline, local_only=True)) as weights:
             weights.check(config.allow_missing)
@@ -329,25 +329,25 @@ def weights_found(config: ModelConfig, outline: PreTrainedModel) -> str:
         raise ModelError(f"cannot read the weights of {name!r}: {first_line(error)}") from error
 
 
-def weights_record(model: PreTrainedModel) -> dict[str, Any] | None:
+def get_weights_record(model: PreTrainedModel) -> dict[str, Any] | None:
     """What was done with the files that a network was read from; None: its weights were drawn."""
     record: dict[str, Any] | None = getattr(model.config, WEIGHTS_RECORD, None)
     return record
 
 
-def say_weights(model: PreTrainedModel) -> None:
+def print_weights_summary(model: PreTrainedModel) -> None:
     """A line on the screen, on the error stream: that of answers belongs to whoever called the program."""
-    if (record := weights_record(model)) is not None:
+    if (record := get_weights_record(model)) is not None:
         print(f"das_ds: {weights_line(record)}", file=sys.stderr, flush=True)
 
 
 def weights_line(record: dict[str, Any]) -> str:
     """The same for people."""
     changed = [f"{record[what]} {what}" for what in ("renamed", "converted") if record[what]]
-    beside = [f"{len(record[key])} {what}: {shown(record[key])}" for key, what in WHAT_ELSE.items() if record[key]]
+    beside = [f"{len(record[key])} {what}: {abbreviate(record[key])}" for key, what in WHAT_ELSE.items() if record[key]]
     return (
         f"weights of {record['source']}: {record['num_tensors']} tensors ({', '.join(record['dtypes'])}) of "
-        f"{shown(record['files'])} as float32" + "".join(f"; {part}" for part in (*changed, *beside))
+        f"{abbreviate(record['files'])} as float32" + "".join(f"; {part}" for part in (*changed, *beside))
     )
 
 
@@ -360,12 +360,12 @@ def check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
     num_embeddings = embeddings.num_embeddings
     if vocab_size > num_embeddings:
         raise ModelError(
-            f"the tokeniser has {vocab_size} tokens, but the model has embeddings for only {num_embeddings}"
+            f"the tokenizer has {vocab_size} tokens, but the model has embeddings for only {num_embeddings}"
         )
 
 
 def _tokenizer_files(source: str) -> tuple[str, ...]:
-    """Files of a folder that its tokeniser is made of; others, which tokenizer.json makes needless, are not read."""
+    """Files of a folder that its tokenizer is made of; others, which tokenizer.json makes needless, are not read."""
     settings = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     if (Path(source) / "tokenizer.json").is_file():
         return settings
@@ -381,7 +381,7 @@ def _refuse_pointers(source: str, *patterns: str) -> None:
     """Raises ModelError where a folder's files are Git LFS pointers, which some readers take for a small vocabulary."""
     folder = Path(source)
     try:
-        pointers = lfs_pointers(folder, *patterns) if folder.is_dir() else []
+        pointers = find_lfs_pointers(folder, *patterns) if folder.is_dir() else []
     except OSError as error:
         raise ModelError(f"{folder}: cannot be read ({error.strerror or error})") from error
     if pointers:

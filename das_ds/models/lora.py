@@ -30,7 +30,7 @@ from das_ds.user_files import read_text, require_file
 
 
 @dataclass(frozen=True)
-class LowRankMap:
+class AdaptedLinear:
     """One adapted linear map by the names of its parameters."""
 
     weight: str
@@ -54,7 +54,7 @@ class LowRankMap:
         }
 
 
-def adapted_layout(layout: UnitLayout, maps: Iterable[LowRankMap]) -> UnitLayout:
+def adapt_layout(layout: UnitLayout, maps: Iterable[AdaptedLinear]) -> UnitLayout:
     """The structure of a network of which only the adapters are trained.
 
     An output of W is a row of B and an input of W is a column of A, along an axis of the same length, so what owns or
@@ -73,7 +73,9 @@ def adapted_layout(layout: UnitLayout, maps: Iterable[LowRankMap]) -> UnitLayout
     )
 
 
-def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, *, transposed: bool) -> torch.Tensor:
+def add_low_rank_update(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, *, transposed: bool
+) -> torch.Tensor:
     """W0 + s B A in float32.
 
     Args:
@@ -87,7 +89,7 @@ def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float,
     return weight.float() + (update.T if transposed else update)
 
 
-def _on_adapter(item: Ownership, adapted: LowRankMap) -> Ownership:
+def _on_adapter(item: Ownership, adapted: AdaptedLinear) -> Ownership:
     owns_outputs = (item.axis == 1) if adapted.transposed else (item.axis == 0)
     return replace(item, parameter=adapted.b if owns_outputs else adapted.a, axis=0 if owns_outputs else 1)
 
@@ -117,7 +119,7 @@ class Lora:
     """The adapters of one network."""
 
     config: LoraConfig
-    maps: tuple[LowRankMap, ...]
+    maps: tuple[AdaptedLinear, ...]
 
     @classmethod
     def plan(cls, model: PreTrainedModel, layout: UnitLayout, config: LoraConfig) -> Lora:
@@ -159,9 +161,9 @@ class Lora:
 
     def layout(self, layout: UnitLayout) -> UnitLayout:
         """What units own of the adapters."""
-        return adapted_layout(layout, self.maps)
+        return adapt_layout(layout, self.maps)
 
-    def plain_names(self, model: PreTrainedModel) -> dict[str, str]:
+    def base_names(self, model: PreTrainedModel) -> dict[str, str]:
         """Name of every weight in the network with adapters -> its name without; adapters themselves are left out."""
         return {name: _plain(name) for name, _ in model.named_parameters() if name not in self._keys()}
 
@@ -179,7 +181,7 @@ class Lora:
         """
         scale = self.config.alpha / self.config.rank
         for item in self.maps:
-            weights[item.weight] = merged(
+            weights[item.weight] = add_low_rank_update(
                 weights[item.weight], trained[item.a], trained[item.b], scale, transposed=item.transposed
             ).contiguous()
 
@@ -279,14 +281,14 @@ def _ends_in(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _map(name: str, module: nn.Module, rank: int) -> LowRankMap:
+def _map(name: str, module: nn.Module, rank: int) -> AdaptedLinear:
     # Not the weight's shape: ZeRO-3 leaves an empty placeholder there.
     if isinstance(module, nn.Linear):
         num_inputs, num_outputs = module.in_features, module.out_features
     else:
         assert isinstance(module, Conv1D), "chosen among linear maps"
         num_inputs, num_outputs = module.nx, module.nf
-    return LowRankMap(
+    return AdaptedLinear(
         weight=f"{name}.weight",
         a=f"{name}.lora_A.default.weight",
         b=f"{name}.lora_B.default.weight",

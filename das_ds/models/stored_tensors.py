@@ -169,7 +169,7 @@ class TensorFiles:
             self._open = None
 
 
-def found_file(source: str, name: str, *, local_only: bool = False) -> Path | None:
+def find_file(source: str, name: str, *, local_only: bool = False) -> Path | None:
     """A file of a folder or hub name; None where there is none, or no answer."""
     options = {
         "_raise_exceptions_for_missing_entries": False,
@@ -184,14 +184,16 @@ def found_file(source: str, name: str, *, local_only: bool = False) -> Path | No
 
 def _paths(source: str, names: tuple[str, ...], *, local_only: bool) -> list[Path]:
     for name in names:
-        found = found_file(source, name, local_only=local_only)
+        found = find_file(source, name, local_only=local_only)
         if found is None:
             continue
         if not name.endswith(".index.json"):
             return [found]
         paths = _shards(source, found, local_only=local_only)
         if missing := [path.name for path in paths if not path.is_file()]:
-            raise ModelError(f"{found}: found no {shown(missing)}, which it names, expected all files of the weights")
+            raise ModelError(
+                f"{found}: found no {abbreviate(missing)}, which it names, expected all files of the weights"
+            )
         return paths
     raise OSError(f"found no weights, expected {' or '.join(names)}{_beside(source)}")
 
@@ -211,14 +213,14 @@ def _beside(source: str) -> str:
     others = sorted(
         path.name for path in _files_in(source) if re.search(r"\.(safetensors|bin|pt|pth|gguf)$", path.name)
     )
-    return f"; found {shown(others)}" if others else ""
+    return f"; found {abbreviate(others)}" if others else ""
 
 
 def _files_in(source: str) -> Iterator[Path]:
     return Path(source).iterdir() if Path(source).is_dir() else iter(())
 
 
-def shown(names: Sequence[str], most: int = 3) -> str:
+def abbreviate(names: Sequence[str], most: int = 3) -> str:
     """The first of some names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -27,7 +27,7 @@ class Vocabulary:
     base_tokens: int
     """Tokens before the first domain."""
     num_tokens: dict[str, int]
-    """Corpus -> tokens of its tokeniser."""
+    """Corpus -> tokens of its tokenizer."""
 
     @property
     def total(self) -> int:

@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.initialization import no_init_weights
 
 from das_ds.errors import ModelError
-from das_ds.models.stored_tensors import READABLE, TensorFiles, shown
+from das_ds.models.stored_tensors import READABLE, TensorFiles, abbreviate
 
 COMPARED = 2**24
 """Weights that are compared at once."""
@@ -99,14 +99,14 @@ class StoredWeights:
         lost = [name for name in missing if name.startswith(base)]
         if lost:
             raise ModelError(
-                f"model.name_or_path: found no weights of {shown(lost)} in {self.source}, expected all of a "
+                f"model.name_or_path: found no weights of {abbreviate(lost)} in {self.source}, expected all of a "
                 f"{type(self._model).__name__}; {self._hint(lost)}"
             )
         self._check_layers()
         self._check_shapes()
         if self.missing and HEAD not in allow_missing:
             raise ModelError(
-                f"model.name_or_path: found no weights of the LM head ({shown(self.missing)}) in {self.source}, "
+                f"model.name_or_path: found no weights of the LM head ({abbreviate(self.missing)}) in {self.source}, "
                 f"expected them; model.allow_missing: [{HEAD}] has them drawn at random by seed, and "
                 "model.head_warmup_steps trains them before anything else"
             )
@@ -241,7 +241,7 @@ class StoredWeights:
             made = converter.convert(source.first_target, model=self._model, config=self._model.config)
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
             raise ModelError(
-                f"model.name_or_path: cannot make {source.first_target} of {shown(source.keys)} in {self.source}, "
+                f"model.name_or_path: cannot make {source.first_target} of {abbreviate(source.keys)} in {self.source}, "
                 f"which have other shapes or are not all there: {str(error).splitlines()[0]}"
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -285,7 +285,9 @@ class StoredWeights:
                 return (
                     f"names there hold {what!r}, which a wrapper left and without which they fit: save them without it"
                 )
-        return f"names there that fit nothing: {shown(self.surplus)}" if self.surplus else "it has no other weights"
+        return (
+            f"names there that fit nothing: {abbreviate(self.surplus)}" if self.surplus else "it has no other weights"
+        )
 
 
 _READABLE_NAMES = sorted(str(dtype).removeprefix("torch.") for dtype in READABLE)

@@ -10,14 +10,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import CorpusConfig, RunConfig
-from das_ds.data.blocks import check_own_text
+from das_ds.data.blocks import check_valid_is_held_out
 from das_ds.data.corpus import read_documents
 from das_ds.data.objectives import end_of_text
-from das_ds.data.sources import Source, resolve_source, shared_sources
-from das_ds.data.tokenize import UnknownCounter, UnknownTokens, check_unknown, count_tokens, plain_backend
-from das_ds.data.tokenizers import tokenizers_by_corpus
+from das_ds.data.sources import Source, find_shared_sources, resolve_source
+from das_ds.data.tokenize import UnknownCounter, UnknownTokens, build_backend, check_unknown_tokens, count_tokens
+from das_ds.data.tokenizers import build_tokenizers
 from das_ds.errors import DasError, DataError, PreflightError
-from das_ds.models.loading import find_adapter, load_tokenizer
+from das_ds.models.loading import find_spec, load_tokenizer
 from das_ds.preflight.checks import Checklist, CheckWarning, readable
 from das_ds.training.data_module import eval_corpora
 
@@ -43,7 +43,7 @@ def check_corpora(checks: Checklist, config: RunConfig) -> None:
         sources: list[Source] = []
         unknown: dict[str, UnknownTokens] = {}
         for corpus in corpora:
-            counter = None if reading is None else UnknownCounter(plain_backend(reading[0][corpus.name]))
+            counter = None if reading is None else UnknownCounter(build_backend(reading[0][corpus.name]))
             sources += _opened(corpus, config, reading, counter)
             if counter is not None:
                 unknown[corpus.name] = counter.total
@@ -73,7 +73,7 @@ Reading = tuple[dict[str, PreTrainedTokenizerBase], bool]
 def _reading(config: RunConfig) -> Reading | None:
     """How text becomes tokens; None where the model or tokeniser cannot be used, which another check says."""
     try:
-        return tokenizers_by_corpus(config, load_tokenizer(config)), find_adapter(config.model).objective == "clm"
+        return build_tokenizers(config, load_tokenizer(config)), find_spec(config.model).objective == "clm"
     except DasError:
         return None
 
@@ -81,7 +81,7 @@ def _reading(config: RunConfig) -> Reading | None:
 def _opened(
     corpus: CorpusConfig, config: RunConfig, reading: Reading | None, counter: UnknownCounter | None
 ) -> list[Source]:
-    check_own_text(corpus)
+    check_valid_is_held_out(corpus)
     try:
         train, valid = (
             [source for name in names for source in resolve_source(name)] for names in (corpus.train, corpus.valid)
@@ -89,7 +89,7 @@ def _opened(
         for source in (*train, *valid):
             _read_first(source, corpus.text_column, counter)
         if counter is not None:
-            check_unknown(counter.total)
+            check_unknown_tokens(counter.total)
         if reading is not None:
             # Without valid, a second block is held out.
             _check_length(corpus, config, reading, train, num_blocks=1 if valid else 2)
@@ -125,7 +125,7 @@ def _check_length(
 def _trained_on(config: RunConfig, corpora: list[CorpusConfig]) -> str:
     """Held-out text of one corpus that another one trains on, in words; empty: there is none."""
     for domain, corpus in product(config.domains, corpora):
-        if domain.name != corpus.name and (shared := shared_sources(corpus.valid, domain.train)):
+        if domain.name != corpus.name and (shared := find_shared_sources(corpus.valid, domain.train)):
             return f"{shared[0]} is held out for {corpus.name}, but domain {domain.name} trains on it"
     return ""
 

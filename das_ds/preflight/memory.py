@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import is_offloaded
-from das_ds.data.objectives import make_objective
-from das_ds.data.tokenizers import tokenizers_by_corpus
+from das_ds.data.objectives import build_collator
+from das_ds.data.tokenizers import build_tokenizers
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.functional.token_ids import num_tokens
@@ -25,10 +25,10 @@ from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import (
     check_embeddings,
     check_sequence_length,
-    find_adapter,
+    describe_stored_weights,
+    find_spec,
     load_tokenizer,
     model_config,
-    weights_found,
 )
 from das_ds.models.lora import Lora
 from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, readable
@@ -68,20 +68,20 @@ def granularity(config: RunConfig) -> Granularity | None:
 
 
 def check_model(checks: Checklist, config: RunConfig) -> ModelSize | None:
-    """Tokenisers load, the model has an adapter that knows all its parameters, and blocks fit its positions."""
+    """Tokenisers load, an architecture spec covers all parameters of the model, and blocks fit its positions."""
 
     def look() -> tuple[ModelSize, str]:
-        adapter = find_adapter(config.model)
+        spec = find_spec(config.model)
         base = load_tokenizer(config)
-        tokenizers = tokenizers_by_corpus(config, base)
+        tokenizers = build_tokenizers(config, base)
         for tokenizer in tokenizers.values():
-            make_objective(adapter.objective, tokenizer, config.data)
-        model = skeleton(model_config(config.model, vocab_size=num_tokens(base.get_vocab())), adapter.objective)
+            build_collator(spec.objective, tokenizer, config.data)
+        model = skeleton(model_config(config.model, vocab_size=num_tokens(base.get_vocab())), spec.objective)
         check_embeddings(model, num_tokens(base.get_vocab()))
-        check_sequence_length(model, adapter, config.data.sequence_length)
+        check_sequence_length(model, spec, config.data.sequence_length)
         most_tokens = max(num_tokens(tokenizer.get_vocab()) for tokenizer in tokenizers.values())
-        weights = "" if config.model.name_or_path is None else f"; {weights_found(config.model, model)}"
-        return measured_size(config, model, adapter, most_tokens), weights
+        weights = "" if config.model.name_or_path is None else f"; {describe_stored_weights(config.model, model)}"
+        return measured_size(config, model, spec, most_tokens), weights
 
     def check_loss(seen: list[tuple[ModelSize, str]]) -> str:
         sizes = [size for size, _ in seen]
@@ -91,18 +91,18 @@ def check_model(checks: Checklist, config: RunConfig) -> ModelSize | None:
         trained = f", of which {size.trained:,} are trained" if size.has_adapters else ""
         return f"{size.total:,} parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens{seen[0][1]}"
 
-    found = checks.run("model", "a tokeniser, and a model with an adapter that fits it", look, check_loss)
+    found = checks.run("model", "a tokenizer, and a model with an architecture spec that fits it", look, check_loss)
     return None if found is None else found[0][0]
 
 
-def measured_size(config: RunConfig, model: PreTrainedModel, adapter: ArchitectureSpec, num_rows: int) -> ModelSize:
+def measured_size(config: RunConfig, model: PreTrainedModel, spec: ArchitectureSpec, num_rows: int) -> ModelSize:
     """Counts of a network that has room for at least `num_rows` tokens, LoRA included.
 
     Raises:
-        ModelError: the adapter does not fit the network.
+        ModelError: the architecture spec does not fit the network.
         ConfigError: LoRA does not.
     """
-    layout = adapter.layout(model)
+    layout = spec.layout(model)
     embedding: Any = model.get_input_embeddings()
     num_embeddings, hidden = embedding.weight.shape
     added = max(0, num_rows - num_embeddings) * sum(layout.shapes[name][2] for name in layout.vocabulary)
@@ -112,7 +112,7 @@ def measured_size(config: RunConfig, model: PreTrainedModel, adapter: Architectu
         trained = sum(item.rank * (item.num_inputs + item.num_outputs) for item in maps)
         total += trained
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)
-    if adapter.has_experts:
+    if spec.has_experts:
         num_experts = max(shape[0] for shape in layout.shapes.values())
         inner = inner // num_experts * getattr(model.config, "num_experts_per_tok", num_experts)
     return ModelSize(
@@ -222,7 +222,7 @@ def activation_estimate(config: RunConfig, size: ModelSize) -> int:
     if config.method.name == "derpp":
         num_rows += -(-config.num_rehearsed * config.train.micro_batch_size // config.train.global_batch_size)
     num_tokens = config.data.sequence_length
-    is_masked = find_adapter(config.model).objective == "mlm"
+    is_masked = find_spec(config.model).objective == "mlm"
     share = config.data.mlm_probability if is_masked else 1.0
     return activation_bytes(
         size,

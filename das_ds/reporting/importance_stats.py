@@ -53,7 +53,7 @@ def importance_numbers(folder: Path, model: ModelConfig) -> ImportanceNumbers | 
         files = [stack.enter_context(stored_importance(path)) for path in sources.values()]
         accumulated = stack.enter_context(stored_importance(folder / IMPORTANCE_FILE))
         if accumulated.granularity == PARAMETER:
-            stretches = _of_weights(files, accumulated, _adapter(model, accumulated.model_type))
+            stretches = _of_weights(files, accumulated, _select_spec(model, accumulated.model_type))
         else:
             stretches = _of_units(files, accumulated)
         groups: dict[str, _GroupSums] = {}
@@ -106,9 +106,9 @@ def _of_units(files: list[StoredImportance], accumulated: StoredImportance) -> I
 
 
 def _of_weights(
-    files: list[StoredImportance], accumulated: StoredImportance, adapter: ArchitectureSpec
+    files: list[StoredImportance], accumulated: StoredImportance, spec: ArchitectureSpec
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
-    owners = [(re.compile(_pattern(rule.parameter)), rule.group) for rule in adapter.rules if not rule.reader]
+    owners = [(re.compile(_pattern(rule.parameter)), rule.group) for rule in spec.rules if not rule.reader]
     for name, (size,) in accumulated.shapes.items():
         group, layer = _place(name, owners)
         # Rows of tokens that came with a later domain have importance 0 before it.
@@ -132,7 +132,7 @@ def _pattern(parameter: str) -> str:
     return re.escape(parameter).replace(r"\{base\}", ".+").replace(r"\{layer\}", r"(\d+)", 1)
 
 
-def _adapter(model: ModelConfig, model_type: str) -> ArchitectureSpec:
+def _select_spec(model: ModelConfig, model_type: str) -> ArchitectureSpec:
     return spec_for(model_type) if model.architecture is None else spec_from_config(model.architecture, model_type)
 
 

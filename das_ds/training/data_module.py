@@ -22,14 +22,14 @@ from das_ds.data.loader import (
     training_steps,
 )
 from das_ds.data.mixture import MixedDomains, SingleDomain
-from das_ds.data.objectives import Objective, make_objective
+from das_ds.data.objectives import Collator, build_collator
 from das_ds.data.replay import NO_REPLAY, Replay
-from das_ds.data.tokenizers import tokenizers_by_corpus
+from das_ds.data.tokenizers import build_tokenizers
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import RunFolderError
 from das_ds.functional.sampling import subset_indices
 from das_ds.functional.token_ids import num_tokens, tokens_by_id
-from das_ds.models.loading import embedding_rows, load_tokenizer
+from das_ds.models.loading import load_tokenizer, num_embedding_rows
 from das_ds.models.vocabulary import Vocabulary
 
 
@@ -43,7 +43,7 @@ class DataModule:
     """The tokeniser before the first domain."""
     tokenizers: dict[str, PreTrainedTokenizerBase]
     """Corpus name -> tokeniser, which domains may have added tokens to."""
-    objectives: dict[str, Objective]
+    objectives: dict[str, Collator]
     """Corpus name -> what its batches predict."""
     blocks: dict[str, CorpusBlocks]
     """Corpus name -> blocks: the domains in order, then the general corpus."""
@@ -172,9 +172,9 @@ def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName) ->
         DasError: a tokeniser or corpus that cannot be used, or not for this objective.
     """
     base = load_tokenizer(config)
-    tokenizers = tokenizers_by_corpus(config, base)
+    tokenizers = build_tokenizers(config, base)
     # Before the corpora, so that a tokeniser without the needed token fails in seconds.
-    objectives = {name: make_objective(objective, tokenizer, config.data) for name, tokenizer in tokenizers.items()}
+    objectives = {name: build_collator(objective, tokenizer, config.data) for name, tokenizer in tokenizers.items()}
 
     def blocks(corpus: CorpusConfig) -> CorpusBlocks:
         tokenizer = tokenizers[corpus.name]
@@ -196,7 +196,7 @@ def _vocabulary(
 ) -> Vocabulary:
     sizes = {name: num_tokens(tokenizer.get_vocab()) for name, tokenizer in tokenizers.items()}
     known = num_tokens(base.get_vocab())
-    return Vocabulary(embedding_rows(config.model, known), known, sizes)
+    return Vocabulary(num_embedding_rows(config.model, known), known, sizes)
 
 
 def eval_corpora(config: RunConfig) -> list[CorpusConfig]:

@@ -21,10 +21,10 @@ from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import (
     check_files,
     check_sequence_length,
-    find_adapter,
+    find_spec,
     load_model,
     open_tokenizer,
-    say_weights,
+    print_weights_summary,
 )
 from das_ds.models.vocabulary import reserve_embedding_rows
 from das_ds.training.data_module import DataModule, prepare_data
@@ -89,16 +89,16 @@ def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict
     )
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     ranks.run_on_main(lambda: check_files(source))
-    text = ranks.main_process_first(lambda: prepare_data(config, ranks.info, find_adapter(source).objective))
+    text = ranks.main_process_first(lambda: prepare_data(config, ranks.info, find_spec(source).objective))
     ranks.run_on_main(lambda: _check_same_tokens(text.base_tokenizer.get_vocab(), folder))
-    model, adapter = load_model(source, seed=config.seed, vocab_size=num_tokens(text.base_tokenizer.get_vocab()))
+    model, spec = load_model(source, seed=config.seed, vocab_size=num_tokens(text.base_tokenizer.get_vocab()))
     if ranks.info.is_main:
-        say_weights(model)
+        print_weights_summary(model)
     if text.vocabulary is not None:
         reserve_embedding_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), text.vocabulary.total)
-    check_sequence_length(model, adapter, config.data.sequence_length)
+    check_sequence_length(model, spec, config.data.sequence_length)
     return evaluate_corpora(
-        LanguageModel(model, adapter, logits_mib=config.train.max_logits_mib).to(ranks.info.device),
+        LanguageModel(model, spec, logits_mib=config.train.max_logits_mib).to(ranks.info.device),
         text,
         ResumableLoops(show=ranks.info.is_main),
     )

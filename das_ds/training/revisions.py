@@ -12,7 +12,7 @@ from das_ds.config import CorpusConfig, RunConfig
 from das_ds.data.sources import HUB_FORM, parse_hub_name
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import DataError, ModelError, RunFolderError
-from das_ds.hub import HubError, Kind, find_commit, is_here
+from das_ds.hub import HubError, Kind, find_commit, is_local_path
 from das_ds.run_dir import REVISIONS_FILE
 from das_ds.storage import read_json_with_checksum, write_json_with_checksum
 
@@ -100,10 +100,10 @@ def _with_commits(config: RunConfig, find: Find) -> RunConfig:
 
     model, data = config.model, config.data
     changes: dict[str, Any] = {"domains": [corpus(domain) for domain in config.domains]}
-    if model.name_or_path is not None and not is_here(model.name_or_path):
+    if model.name_or_path is not None and not is_local_path(model.name_or_path):
         commit = find("model", model.name_or_path, model.revision)
         changes["model"] = model.model_copy(update={"revision": commit})
-    if data.tokenizer is not None and not is_here(data.tokenizer):
+    if data.tokenizer is not None and not is_local_path(data.tokenizer):
         commit = find("model", data.tokenizer, data.tokenizer_revision)
         changes["data"] = data.model_copy(update={"tokenizer_revision": commit})
     if config.general is not None:

@@ -12,7 +12,7 @@ from das_ds.distributed.process_group import ProcessGroup, leave
 from das_ds.errors import EXIT_USER_ERROR, CheckpointError, StoppedError
 from das_ds.fault_tolerance.shutdown import ShutdownHandler
 from das_ds.fault_tolerance.watchdog import Watchdog
-from das_ds.models.loading import check_files, find_adapter, weights_folder
+from das_ds.models.loading import check_files, find_spec, weights_folder
 from das_ds.reporting.results import Results
 from das_ds.run_dir import METRICS_FILE, RESULTS_FILE, RunDir, open_run_dir
 from das_ds.tracking.tracker import Tracker, build_tracker
@@ -48,7 +48,7 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
             ranks.main_process_first(lambda: (weights_folder(config.model),))
         with watchdog.suspend_timeout("preparing text"):
             ranks.run_on_main(lambda: check_files(config.model))
-            objective = find_adapter(config.model).objective
+            objective = find_spec(config.model).objective
             text = ranks.main_process_first(lambda: prepare_data(config, ranks.info, objective))
         _leave_if_asked(ranks, requests)
         tracker = ranks.run_on_main(lambda: build_tracker(config, enabled=True)) or Tracker()

@@ -26,7 +26,7 @@ from das_ds.fault_tolerance.watchdog import Watchdog
 from das_ds.functional.token_ids import mean_init_rows, num_tokens
 from das_ds.methods import build_method, method_class
 from das_ds.methods.base import Method
-from das_ds.models.loading import check_sequence_length, load_model, say_weights, weights_record
+from das_ds.models.loading import check_sequence_length, get_weights_record, load_model, print_weights_summary
 from das_ds.models.vocabulary import reserve_embedding_rows, vocabulary_parameters
 from das_ds.reporting.results import Results
 from das_ds.run_dir import METRICS_FILE, RunDir
@@ -81,18 +81,14 @@ class ContinualTrainer:
         # Parameters that are born as shards cannot be given more rows.
         construction = sharded_init(deepspeed_config, ranks) if text.vocabulary is None else None
         vocab_size = num_tokens(text.base_tokenizer.get_vocab())
-        self._model, adapter = load_model(
-            config.model, seed=config.seed, vocab_size=vocab_size, construction=construction
-        )
+        self._model, spec = load_model(config.model, seed=config.seed, vocab_size=vocab_size, construction=construction)
         if ranks.info.is_main:
-            say_weights(self._model)
-        check_sequence_length(self._model, adapter, config.data.sequence_length)
+            print_weights_summary(self._model)
+        check_sequence_length(self._model, spec, config.data.sequence_length)
         if text.vocabulary is not None:
             reserve_embedding_rows(self._model, text.vocabulary.base_tokens, text.vocabulary.total)
         exact = construction.slices if construction else None
-        context = build_context(
-            config, self._model, adapter, deepspeed_config, ranks, exact=exact, tokens=text.all_tokens
-        )
+        context = build_context(config, self._model, spec, deepspeed_config, ranks, exact=exact, tokens=text.all_tokens)
         self.engine, self._lora, self._network = context.engine, context.lora, context.network
         self._objective = context.objective
         self._context = context
@@ -180,7 +176,7 @@ class ContinualTrainer:
         self._enter(self._state.model_copy(update={"phase": "train"}), save=self._passes.num_batches > 0)
 
     def _first_state(self) -> RunState:
-        record = weights_record(self._model)
+        record = get_weights_record(self._model)
         drawn = [] if record is None else record["drawn"]
         is_warmed = bool(drawn) and self._config.model.head_warmup_steps > 0
         if self._config.model.head_warmup_steps and not is_warmed and self._ranks.info.is_main:

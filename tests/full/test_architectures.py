@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from das_ds.models.architectures.registry import ADAPTERS, spec_for
+from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.gates import UnitGates
 from helpers.architectures import (
     IMPORTANCE,
@@ -39,29 +39,29 @@ CHECKPOINTING: tuple[str, dict[str, Any]] = ("train", {"gradient_checkpointing":
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All architectures on one rank at stage 0."""
     runs = {"plain": PLAIN, "importance": IMPORTANCE, "lora": LORA}
-    return run_architectures(tmp_path_factory.mktemp("one_rank"), 1, 0, ADAPTERS, runs)
+    return run_architectures(tmp_path_factory.mktemp("one_rank"), 1, 0, ARCHITECTURES, runs)
 
 
 @pytest.fixture(scope="module")
 def stage_0(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All architectures on two ranks."""
-    return run_architectures(tmp_path_factory.mktemp("stage_0"), 2, 0, ADAPTERS, {"plain": PLAIN})
+    return run_architectures(tmp_path_factory.mktemp("stage_0"), 2, 0, ARCHITECTURES, {"plain": PLAIN})
 
 
 @pytest.fixture(scope="module")
 def stage_2(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All architectures on two ranks."""
-    return run_architectures(tmp_path_factory.mktemp("stage_2"), 2, 2, ADAPTERS, {"plain": PLAIN})
+    return run_architectures(tmp_path_factory.mktemp("stage_2"), 2, 2, ARCHITECTURES, {"plain": PLAIN})
 
 
 @pytest.fixture(scope="module")
 def stage_3(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All architectures on two ranks, in every form."""
     runs = {"plain": PLAIN, "bf16": BF16, "checkpointing": CHECKPOINTING, "importance": IMPORTANCE, "lora": LORA}
-    return run_architectures(tmp_path_factory.mktemp("stage_3"), 2, 3, ADAPTERS, runs)
+    return run_architectures(tmp_path_factory.mktemp("stage_3"), 2, 3, ARCHITECTURES, runs)
 
 
-@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_ranks_train_what_one_rank_trains(
     stage: int, model_type: str, one_rank: Results, request: pytest.FixtureRequest
@@ -71,7 +71,7 @@ def test_two_ranks_train_what_one_rank_trains(
     record(model_type, "objective", spec_for(model_type).objective.upper())
 
 
-@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_bf16_moves_with_fp32(model_type: str, stage_3: Results, one_rank: Results) -> None:
     weights, lines = result_of(stage_3, model_type, "bf16")
     expected, expected_lines = result_of(one_rank, model_type)
@@ -84,7 +84,7 @@ def test_bf16_moves_with_fp32(model_type: str, stage_3: Results, one_rank: Resul
     record(model_type, "bf16", "ZeRO 3")
 
 
-@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_activation_checkpointing_changes_nothing(model_type: str, stage_3: Results, one_rank: Results) -> None:
     weights, _ = result_of(stage_3, model_type, "checkpointing")
     check_that_full_units_rest(model_type, weights)
@@ -92,7 +92,7 @@ def test_activation_checkpointing_changes_nothing(model_type: str, stage_3: Resu
     record(model_type, "checkpointing", "ZeRO 3")
 
 
-@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_low_rank_adapters_train_alone(model_type: str, stage_3: Results, one_rank: Results) -> None:
     weights, _ = result_of(stage_3, model_type, "lora")
     assert weights and all("lora" in name for name in weights)
@@ -102,7 +102,7 @@ def test_low_rank_adapters_train_alone(model_type: str, stage_3: Results, one_ra
     record(model_type, "lora", "ZeRO 3")
 
 
-@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_two_ranks_of_shards_measure_what_one_rank_measures(
     model_type: str, stage_3: Results, one_rank: Results
 ) -> None:

@@ -35,13 +35,13 @@ def token_ids(rows: int = 4, length: int = 36) -> torch.Tensor:
 
 
 def gradient_sizes(
-    model: PreTrainedModel, adapter: ArchitectureSpec, layout: UnitLayout, closed: Units
+    model: PreTrainedModel, spec: ArchitectureSpec, layout: UnitLayout, closed: Units
 ) -> dict[Slice, float]:
     """Largest gradient of every slice, relative to the largest of all, for a loss that reads hidden states and logits.
 
     Args:
         model: without dropout; its gradients are replaced.
-        adapter: its table.
+        spec: its architecture spec.
         layout: the table applied to the model.
         closed: units whose gates are 0; all others are 1.
     """
@@ -51,9 +51,9 @@ def gradient_sizes(
     ids = token_ids()
     generator = torch.Generator().manual_seed(1)
     model.zero_grad()
-    with UnitGates(model, adapter).active(gates, num_rows=len(ids)):
+    with UnitGates(model, spec).active(gates, num_rows=len(ids)):
         targets = ids.flatten()[torch.randperm(ids.numel(), generator=generator)]
-        hidden, losses = LanguageModel(model, adapter)(ids, torch.arange(ids.numel()), targets)
+        hidden, losses = LanguageModel(model, spec)(ids, torch.arange(ids.numel()), targets)
     (losses.sum() + (hidden * torch.randn(hidden.shape, generator=generator)).sum()).backward()
     sizes = {}
     for name, parameter in model.named_parameters():
@@ -89,20 +89,20 @@ def hold_statistics(model: PreTrainedModel) -> None:
             module.forward = norm.__get__(module)
 
 
-def gradients_of_gates(model: PreTrainedModel, adapter: ArchitectureSpec, loss: Any) -> dict[str, torch.Tensor]:
+def gradients_of_gates(model: PreTrainedModel, spec: ArchitectureSpec, loss: Any) -> dict[str, torch.Tensor]:
     """|dL / dg| of gates of ones by plain autograd, group -> (L, U).
 
     Inner units of experts are gated by scaling columns of the down projection, all others by hooks of a line each.
 
     Args:
         model: without dropout.
-        adapter: its gate sites.
+        spec: its gate sites.
         loss: called without arguments, with the gates on.
     """
-    layout = adapter.layout(model)
+    layout = spec.layout(model)
     gates = {g: torch.ones(layout.num_layers, units, requires_grad=True) for g, units in layout.num_units.items()}
     hooks, experts = [], []
-    for site, layer, module in adapter.gate_modules(model):
+    for site, layer, module in spec.gate_modules(model):
         gate = gates[site.group][layer]
         if site.position == "experts":
             experts.append((module, module.down_proj))

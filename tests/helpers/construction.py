@@ -41,7 +41,7 @@ def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dic
     train, deepspeed_config = engine_settings(folder, precision, ranks.info.world_size)
     construction = sharded_init(deepspeed_config, ranks)
     assert construction is not None
-    model, adapter = load_model(config, seed=seed, vocab_size=100, construction=construction)
+    model, spec = load_model(config, seed=seed, vocab_size=100, construction=construction)
     parameters = dict(model.named_parameters())
     assert construction.slices.keys() == (set() if precision == "fp32" else parameters.keys())
     assert all(parameter.numel() == 0 for parameter in parameters.values())
@@ -49,7 +49,7 @@ def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dic
     # Matrices alone decay, though every parameter is an empty vector now.
     groups = build_optimizer(parameters, train, on_host=True).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
-    engine = Engine(LanguageModel(model, adapter), parameters, train, deepspeed_config, ranks, construction.slices)
+    engine = Engine(LanguageModel(model, spec), parameters, train, deepspeed_config, ranks, construction.slices)
     assert not construction.slices
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def save_model(folder: Path, model_type: str = "bert") -> Path:
 def scores_on_ranks(config: RunConfig, folder: Path) -> EndTaskScores:
     """Fine-tuning on these ranks."""
     return finetune.finetune_model(
-        config, ProcessGroup(), folder, config.tasks, finetune.scores_path(config, folder, None)
+        config, ProcessGroup(), folder, config.tasks, finetune.resolve_scores_path(config, folder, None)
     )
 
 

@@ -22,10 +22,10 @@ def random_weights(lora: Lora, seed: int = 0) -> dict[str, Tensor]:
 
 
 def adapted(
-    model: PreTrainedModel, adapter: ArchitectureSpec, config: LoraConfig, folder: Path
+    model: PreTrainedModel, spec: ArchitectureSpec, config: LoraConfig, folder: Path
 ) -> tuple[Lora, dict[str, Tensor]]:
     """The model with random adapters attached, which are also saved to `folder`."""
-    lora = Lora.plan(model, adapter.layout(model), config)
+    lora = Lora.plan(model, spec.layout(model), config)
     weights = random_weights(lora)
     folder.mkdir(exist_ok=True)
     lora.save(folder, weights, None)

@@ -45,9 +45,9 @@ def reference(setting: int) -> Any:
 
 def configs(folder: Path, world_size: int, stage: int, precision: str = "fp32") -> list[RunConfig]:
     """One run per soft mask, from saved adapters whose B is not zero."""
-    model, adapter = tiny_model(), spec_for("roberta")
-    save_unit_importance(folder / "importance.safetensors", random_importance(model), adapter.layout(model))
-    adapted(model, adapter, LORA, folder / "adapter")
+    model, spec = tiny_model(), spec_for("roberta")
+    save_unit_importance(folder / "importance.safetensors", random_importance(model), spec.layout(model))
+    adapted(model, spec, LORA, folder / "adapter")
     small = run_config(folder)
     train = {"global_batch_size": ROWS * ACCUMULATION, "micro_batch_size": ROWS // world_size, "eps": EPS}
     return [

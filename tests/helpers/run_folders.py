@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from das_ds.config.io import dump_config
-from das_ds.downstream.scores import EndTaskScores, Scores, SeedScores, Spread, TaskScores
+from das_ds.downstream.scores import EndTaskScores, Scores, SeedScores, SeedStatistics, TaskScores
 from das_ds.models.architectures.registry import spec_for
 from das_ds.reporting.results import build_results
 from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE
@@ -75,8 +75,8 @@ def write_task(folder: Path, place: str, score: float) -> None:
         labels=["no", "yes"],
         settings={},
         seeds=[SeedScores(seed=0, epochs=1, best_epoch=1, dev=scores, test=scores)],
-        dev=Spread(mean=score, deviation=None),
-        test=Spread(mean=score, deviation=None),
+        dev=SeedStatistics(mean=score, deviation=None),
+        test=SeedStatistics(mean=score, deviation=None),
     )
     (folder / place).mkdir(parents=True, exist_ok=True)
     EndTaskScores(model="0", tasks={"acl_arc": task}).write(folder / place / END_TASKS_FILE)

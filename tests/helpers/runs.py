@@ -73,13 +73,13 @@ def small_run(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def save_random_importance(values: dict[str, Any], path: Path) -> Path:
     """Random importance of every weight of a run's model, written to `path`."""
-    model, adapter = load_model(RunConfig(**values).model, seed=0, vocab_size=len(tiny_tokenizer()))
+    model, spec = load_model(RunConfig(**values).model, seed=0, vocab_size=len(tiny_tokenizer()))
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randint(0, 256, (weight.numel(),), generator=generator, dtype=torch.uint8)
         for name, weight in model.named_parameters()
     }
-    save_parameter_importance(path, weights, adapter.layout(model))
+    save_parameter_importance(path, weights, spec.layout(model))
     return path
 
 

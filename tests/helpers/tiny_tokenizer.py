@@ -1,4 +1,4 @@
-"""A tokeniser that needs no download: byte-level BPE trained on the text below, with RoBERTa's special tokens."""
+"""A tokenizer that needs no download: byte-level BPE trained on the text below, with RoBERTa's special tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _trained_bpe(vocab_size: int) -> str:
 
 
 def tiny_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """Tokeniser with `vocab_size` entries (at least 261: all bytes and the five special tokens)."""
+    """Tokenizer with `vocab_size` entries (at least 261: all bytes and the five special tokens)."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_bpe(vocab_size)),
         bos_token="<s>",
@@ -54,7 +54,7 @@ def tiny_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer(words: list[str], *, skipped: int = 0, **special: str) -> PreTrainedTokenizerFast:
-    """Tokeniser that knows these words and the special tokens, and nothing else.
+    """Tokenizer that knows these words and the special tokens, and nothing else.
 
     Args:
         words: the words.

@@ -51,7 +51,7 @@ class Predictor(nn.Module):
         hidden = self.model.base_model(input_ids=input_ids).last_hidden_state
         hidden = hidden if gate is None else hidden * gate
         chosen = hidden.flatten(0, 1).index_select(0, predicted)
-        return self._losses(chosen, targets, most_positions=input_ids.numel())
+        return self._losses(chosen, targets, max_positions=input_ids.numel())
 
 
 def language_model(model_type: str) -> PreTrainedModel:

@@ -97,9 +97,9 @@ def build(config: RunConfig, ranks: ProcessGroup, **model_changes: Any) -> RunCo
     model = tiny_model(config.model.config["model_type"], **model_changes)  # type: ignore[index]
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapter = spec_for(model.config.model_type)
+    spec = spec_for(model.config.model_type)
     deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    return build_context(config, model, adapter, deepspeed_config, ranks)
+    return build_context(config, model, spec, deepspeed_config, ranks)
 
 
 def no_text_domain(folder: Path) -> DomainContext:

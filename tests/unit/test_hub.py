@@ -13,7 +13,7 @@ from das_ds import hub
 from das_ds.config import DataConfig, ModelConfig
 from das_ds.data.sources import HubDataset, fingerprint, resolve_source
 from das_ds.errors import DataError, ModelError
-from das_ds.hub import HubError, find_commit, local_folder
+from das_ds.hub import HubError, find_commit, resolve_model_folder
 from das_ds.models.loading import load_model, model_config, open_tokenizer
 from helpers.fake_hub import FakeHub, fake_hub
 from helpers.tiny_models import tiny_model
@@ -85,16 +85,16 @@ def test_model_of_the_hub_is_fetched_once_and_what_is_asked_is_said_first(
 def test_without_the_hub_the_cache_is_used(
     served: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    online = local_folder(MODEL, weights=True)
+    online = resolve_model_folder(MODEL, weights=True)
     forget()
     capsys.readouterr()
     refuse(monkeypatch)
-    assert local_folder(MODEL, weights=True) == online
+    assert resolve_model_folder(MODEL, weights=True) == online
     error = capsys.readouterr().err
     assert f"das_ds: {MODEL}: {constants.ENDPOINT} does not answer (ConnectError)\n" in error
     assert f"das_ds: {MODEL}: the hub does not answer; the copy in its cache is used, commit {FIRST}\n" in error
     forget()
-    assert local_folder(MODEL, FIRST, weights=True) == online
+    assert resolve_model_folder(MODEL, FIRST, weights=True) == online
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +127,11 @@ def test_what_the_hub_does_not_have_is_one_line(served: FakeHub) -> None:
     with pytest.raises(ModelError, match=r"found no such folder, and the hub \(.*\) has no model of that name"):
         model_config(ModelConfig(name_or_path="no-such-model"))
     with pytest.raises(HubError, match="the model of the hub has no revision 'gone'"):
-        local_folder(MODEL, "gone")
+        resolve_model_folder(MODEL, "gone")
     asked = len(served.requests)
     for path in ("x" * 300, "no/such/folder", "/no/such/folder", "./x", "~/model"):
         with pytest.raises(HubError, match="found no such folder, and no model of the hub can have that name"):
-            local_folder(path)
+            resolve_model_folder(path)
     assert len(served.requests) == asked
 
 
@@ -141,13 +141,13 @@ def test_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_commit_that_was_fetched_stays_usable_when_the_hub_loses_the_model(served: FakeHub, tmp_path: Path) -> None:
-    online = local_folder(MODEL, weights=True)
+    online = resolve_model_folder(MODEL, weights=True)
     forget()
     served.put("models", MODEL, SECOND, tmp_path / "upload")
-    assert local_folder(MODEL, FIRST, weights=True) == online
+    assert resolve_model_folder(MODEL, FIRST, weights=True) == online
     forget()
     served._repositories.clear()
-    assert local_folder(MODEL, FIRST, weights=True) == online
+    assert resolve_model_folder(MODEL, FIRST, weights=True) == online
 
 
 def test_data_set_keeps_its_commit_without_the_hub(

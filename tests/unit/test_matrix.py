@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.models.architectures.registry import ADAPTERS
+from das_ds.models.architectures.registry import ARCHITECTURES
 from helpers.matrix import BEGIN, END, VARIABLE, record, set_into
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -39,4 +39,4 @@ def test_table_takes_the_place_of_the_one_before() -> None:
 
 def test_the_page_shows_every_architecture() -> None:
     rows = [line for line in PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines() if line.startswith("|")]
-    assert {row.split("|")[1].strip() for row in rows[2:]} == set(ADAPTERS)
+    assert {row.split("|")[1].strip() for row in rows[2:]} == set(ARCHITECTURES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.user_files import LFS_HEADER, UnusableFileError, decoded_lines, expand_path, read_text, require_file
+from das_ds.user_files import LFS_HEADER, UnusableFileError, decode_lines, expand_path, read_text, require_file
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
 
 
 def test_lines_end_in_every_way_and_begin_without_a_mark() -> None:
-    assert decoded_lines(b"\xef\xbb\xbfa\r\nb\rc\n\nd") == ["a", "b", "c", "", "d"]
-    assert decoded_lines("a\u2028b\x0bc\n".encode()) == ["a\u2028b\x0bc"]
-    assert decoded_lines("\ufeffa".encode(), num_lines=3) == ["\ufeffa"]
+    assert decode_lines(b"\xef\xbb\xbfa\r\nb\rc\n\nd") == ["a", "b", "c", "", "d"]
+    assert decode_lines("a\u2028b\x0bc\n".encode()) == ["a\u2028b\x0bc"]
+    assert decode_lines("\ufeffa".encode(), num_lines=3) == ["\ufeffa"]
     with pytest.raises(UnusableFileError, match="line 6: found byte 0xe9, expected UTF-8"):
-        decoded_lines(b"a\r\nb\rc\xe9", num_lines=3)
+        decode_lines(b"a\r\nb\rc\xe9", num_lines=3)

@@ -7,7 +7,7 @@ from typing import Any
 
 from das_ds.config import ArchitectureConfig
 from das_ds.functional.units import UnitRule
-from das_ds.models.architectures.spec import PROBABILITIES, ArchitectureSpec, GateSite
+from das_ds.models.architectures.spec import DROPOUT_ATTRIBUTES, ArchitectureSpec, GateSite
 
 
 def spec_from_config(section: ArchitectureConfig, model_type: str) -> ArchitectureSpec:
@@ -34,18 +34,18 @@ def spec_from_config(section: ArchitectureConfig, model_type: str) -> Architectu
         key_value_heads=section.key_value_heads,
         logit_cap_attribute=section.logit_cap_attribute,
         position_offset=section.position_offset,
-        dropouts=PROBABILITIES if section.dropouts is None else tuple(section.dropouts),
+        dropouts=DROPOUT_ATTRIBUTES if section.dropouts is None else tuple(section.dropouts),
     )
 
 
-def spec_section(adapter: ArchitectureSpec) -> dict[str, Any]:
+def spec_to_config(spec: ArchitectureSpec) -> dict[str, Any]:
     """The table as plain values of `model.architecture`, without the defaults."""
-    values = asdict(adapter)
+    values = asdict(spec)
     for rule in values["rules"]:
         rule["layout"], rule["consumer"] = rule.pop("spread"), rule.pop("reader")
     # What a registered table cannot describe is code, and the model that the section is printed for is none of it.
     del values["model_type"], values["unsupported"]
-    if adapter.dropouts == PROBABILITIES:
+    if spec.dropouts == DROPOUT_ATTRIBUTES:
         del values["dropouts"]
     return ArchitectureConfig.model_validate(
         {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

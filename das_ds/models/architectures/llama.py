@@ -1,6 +1,6 @@
 """Llama and its relatives: separate maps, grouped-query attention, gated MLPs.
 
-They differ in biases, which the rules take where they are, and in normalisation layers:
+They differ in biases, which the rules take where they are, and in normalization layers:
 
 * those of a head's queries and keys (Qwen3, Gemma 3) are shared by all heads and stay unmasked; those of OLMo 2 have an
   entry for each row of W_q and W_k, which scales that row alone and belongs to its head;

@@ -16,7 +16,7 @@ from das_ds.models.architectures.spec import ArchitectureSpec
 
 ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, ELECTRA, DEBERTA_V2, MODERNBERT)
 DECODERS = (GPT2, GPT_NEOX, OPT, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3_TEXT, PHI3, MIXTRAL, QWEN3_MOE)
-ADAPTERS: dict[str, ArchitectureSpec] = {adapter.model_type: adapter for adapter in (*ENCODERS, *DECODERS)}
+ARCHITECTURES: dict[str, ArchitectureSpec] = {adapter.model_type: adapter for adapter in (*ENCODERS, *DECODERS)}
 
 
 def spec_for(model_type: str) -> ArchitectureSpec:
@@ -25,9 +25,9 @@ def spec_for(model_type: str) -> ArchitectureSpec:
     Raises:
         ModelError: no adapter; the message lists the known types.
     """
-    if model_type not in ADAPTERS:
+    if model_type not in ARCHITECTURES:
         raise ModelError(
-            f"no adapter for model type {model_type!r}; known: {', '.join(sorted(ADAPTERS))}; `das-ds inspect MODEL` "
+            f"no architecture spec for model type {model_type!r}; known: {', '.join(sorted(ARCHITECTURES))}; `das-ds inspect MODEL` "
             "proposes a table for model.architecture"
         )
-    return ADAPTERS[model_type]
+    return ARCHITECTURES[model_type]

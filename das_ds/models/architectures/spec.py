@@ -25,7 +25,7 @@ from das_ds.functional.axis_layouts import AXIS_LAYOUTS, Axis
 from das_ds.functional.units import Ownership, UnitLayout, UnitRule, block_shape
 from das_ds.models.vocabulary import vocabulary_parameters
 
-PROBABILITIES = (
+DROPOUT_ATTRIBUTES = (
     "attention_dropout",
     "attention_probs_dropout_prob",
     "attn_pdrop",
@@ -77,7 +77,7 @@ class ArchitectureSpec:
     position_offset: int | Literal["pad_token_id"] = 0
     """Rows of the position embedding that no token of a block can use; `pad_token_id`: as many as are needed so that
     positions begin behind that id."""
-    dropouts: tuple[str, ...] = PROBABILITIES
+    dropouts: tuple[str, ...] = DROPOUT_ATTRIBUTES
     """Attributes of the model config that are dropout probabilities of the network."""
     unsupported: Callable[[Any], str | None] = lambda config: None
     """What in a model config this table cannot describe, in words, or None."""
@@ -119,7 +119,7 @@ class ArchitectureSpec:
         config = model.config
         obstacle = self.unsupported(config)
         if obstacle is not None:
-            raise ModelError(f"the {self.model_type} adapter does not support {obstacle}")
+            raise ModelError(f"the {self.model_type} architecture spec does not support {obstacle}")
         num_units = {group: self.count(config, attribute) for group, attribute in self.units.items()}
         shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
         base = model.base_model_prefix
@@ -163,7 +163,9 @@ class ArchitectureSpec:
         try:
             return model.get_submodule(name)
         except AttributeError as error:
-            raise ModelError(f"the {self.model_type} adapter names a module that this model lacks: {name}") from error
+            raise ModelError(
+                f"the {self.model_type} architecture spec names a module that this model lacks: {name}"
+            ) from error
 
     def count(self, config: Any, counts: str) -> int:
         """The number that an expression such as those of `units` names in a model config.
@@ -177,7 +179,7 @@ class ArchitectureSpec:
             if len(factors) == len(values):
                 return math.prod(factors)
         raise ModelError(
-            f"the {self.model_type} adapter names an attribute that this model's config lacks or that is no whole "
+            f"the {self.model_type} architecture spec names an attribute that this model's config lacks or that is no whole "
             f"number: {counts}"
         )
 
@@ -191,14 +193,14 @@ class ArchitectureSpec:
         config: Any,
     ) -> Ownership:
         if name not in shapes:
-            raise ModelError(f"the {self.model_type} adapter names a parameter that this model lacks: {name}")
+            raise ModelError(f"the {self.model_type} architecture spec names a parameter that this model lacks: {name}")
         blocks, size, units = shapes[name][0], shapes[name][1 + rule.axis], num_units[rule.group]
         key_value_heads = units if self.key_value_heads is None else self.count(config, self.key_value_heads)
         try:
             owners = _owners(rule.layout, Axis(blocks, size, units, key_value_heads))
         except ValueError as error:
             raise ModelError(
-                f"the {self.model_type} adapter does not fit {name}: axis {rule.axis} of {rule.group} units "
+                f"the {self.model_type} architecture spec does not fit {name}: axis {rule.axis} of {rule.group} units "
                 f"({rule.layout}) has {error}"
             ) from error
         return Ownership(name, rule.group, layer, rule.axis, owners, rule.consumer)
@@ -208,7 +210,7 @@ class ArchitectureSpec:
         unknown = [n for n in shapes if n not in owned and not any(p.fullmatch(n) for p in patterns)]
         if unknown:
             raise ModelError(
-                f"the {self.model_type} adapter does not know {len(unknown)} parameters of this model: "
+                f"the {self.model_type} architecture spec does not know {len(unknown)} parameters of this model: "
                 f"{', '.join(unknown[:3])}; each must be owned by a unit or listed as unmasked"
             )
 
@@ -229,6 +231,6 @@ def _full_shape(parameter: nn.Parameter) -> tuple[int, int, int]:
     return block_shape(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def has_dropout(config: PretrainedConfig, probabilities: Sequence[str] = PROBABILITIES) -> bool:
+def has_dropout(config: PretrainedConfig, probabilities: Sequence[str] = DROPOUT_ATTRIBUTES) -> bool:
     """Whether any of these attributes of the network's config, as far as it has them, is above 0."""
     return any((getattr(config, name, None) or 0.0) > 0.0 for name in probabilities)

@@ -11,11 +11,11 @@ from transformers import PretrainedConfig
 from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError
 from das_ds.functional.units import UnitRule
-from das_ds.models.architectures.from_config import spec_section
-from das_ds.models.architectures.registry import ADAPTERS
+from das_ds.models.architectures.from_config import spec_to_config
+from das_ds.models.architectures.registry import ARCHITECTURES
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.inspect.probe import probe_models, skeleton
-from das_ds.models.inspect.propose import discover
+from das_ds.models.inspect.propose import propose_table
 from das_ds.models.inspect.verify import verify_table
 
 RowSource = list[tuple[str, ...]]
@@ -26,54 +26,54 @@ class UnitTable:
     """A registered or proposed table with what was seen of it."""
 
     config: PretrainedConfig
-    adapter: ArchitectureSpec
+    spec: ArchitectureSpec
     is_registered: bool
     reasons: dict[str, str]
     """Map or group -> why no unit owns it."""
     problems: dict[str, tuple[str, ...]]
-    """Group -> contradictions; see `verification.verify_table`."""
+    """Group -> contradictions; see `verify.verify_table`."""
 
     def check(self) -> None:
         """Raises ModelError for a proposal that was contradicted; a registered table was chosen by people."""
         if self.problems and not self.is_registered:
             group, found = next(iter(self.problems.items()))
             raise ModelError(
-                f"the proposed table of {self.adapter.model_type} is not verified for {', '.join(self.problems)} "
+                f"the proposed table of {self.spec.model_type} is not verified for {', '.join(self.problems)} "
                 f"units, so it is not to be used as it is; {group}: {found[0]}"
             )
 
     def section(self) -> str:
         """YAML of `model: {adapter: ...}`, to be merged into a run config."""
-        return yaml.safe_dump({"model": {"architecture": spec_section(self.adapter)}}, sort_keys=False, width=120)
+        return yaml.safe_dump({"model": {"architecture": spec_to_config(self.spec)}}, sort_keys=False, width=120)
 
     def describe(self) -> str:
         """Units, owners of every parameter of a layer with its shape, what stays unmasked, gates, LM head."""
-        adapter, model = self.adapter, skeleton(self.config, self.adapter.objective)
-        layout = adapter.layout(model)
+        spec, model = self.spec, skeleton(self.config, self.spec.objective)
+        layout = spec.layout(model)
         origin = "registered" if self.is_registered else "proposed"
         base = model.base_model_prefix
         name = lambda pattern: pattern.format(base=base, layer="{layer}")  # noqa: E731
         shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
         owned: RowSource = [("parameter", "shape", "units", "axis", "layout", "role")]
-        for rule in adapter.rules:
+        for rule in spec.rules:
             shape = _shape(rule, shapes, base, layout.num_layers)
             owned.append((name(rule.parameter), shape, rule.group, str(rule.axis), rule.layout, _role(rule)))
-        gates: RowSource = [(site.group, f"{site.position} of {name(site.module)}") for site in adapter.sites]
+        gates: RowSource = [(site.group, f"{site.position} of {name(site.module)}") for site in spec.sites]
         units: RowSource = [
-            (group, str(count), f"= {adapter.units[group]}", self._verdict(group))
+            (group, str(count), f"= {spec.units[group]}", self._verdict(group))
             for group, count in layout.num_units.items()
         ]
         masked = {item.parameter for item in layout.ownerships if not item.consumer}
         num_masked = sum(layout.sizes[key] for key in masked)
         parts = [
-            f"{adapter.model_type}, {adapter.objective}, {layout.num_layers} layers: {origin} table",
+            f"{spec.model_type}, {spec.objective}, {layout.num_layers} layers: {origin} table",
             _block("units of a layer", units),
-            _block(f"key/value heads: {adapter.key_value_heads or 'as many as heads'}", []),
+            _block(f"key/value heads: {spec.key_value_heads or 'as many as heads'}", []),
             _block(f"parameters with units ({num_masked} of {sum(layout.sizes.values())} weights)", owned),
             _block("gates", gates),
-            _block("stays unmasked", [(name(pattern),) for pattern in adapter.unmasked]),
+            _block("stays unmasked", [(name(pattern),) for pattern in spec.unmasked]),
             _block("not classified", list(self.reasons.items())) if self.reasons else "",
-            _block("LM head", [(module,) for module in adapter.lm_head]),
+            _block("LM head", [(module,) for module in spec.lm_head]),
         ]
         return "\n\n".join(part for part in parts if part)
 
@@ -82,7 +82,7 @@ class UnitTable:
         return "verified" if not found else f"NOT verified: {found[0]} ({len(found)} in all)"
 
 
-def unit_table(config: PretrainedConfig, objective: ObjectiveName | None = None) -> UnitTable:
+def inspect_model(config: PretrainedConfig, objective: ObjectiveName | None = None) -> UnitTable:
     """The registered table of a model, else a proposed one; both tried on a small network.
 
     Args:
@@ -92,16 +92,16 @@ def unit_table(config: PretrainedConfig, objective: ObjectiveName | None = None)
     Raises:
         ModelError: no table, or a registered one for another objective.
     """
-    adapter = ADAPTERS.get(config.model_type)
-    if adapter is None:
-        proposal = discover(config, objective)
-        return UnitTable(config, proposal.adapter, False, proposal.reasons, proposal.problems)
-    if objective not in (None, adapter.objective):
+    spec = ARCHITECTURES.get(config.model_type)
+    if spec is None:
+        proposal = propose_table(config, objective)
+        return UnitTable(config, proposal.spec, False, proposal.reasons, proposal.problems)
+    if objective not in (None, spec.objective):
         raise ModelError(
-            f"objective: found {objective}, but the registered table of {adapter.model_type} is for {adapter.objective}"
+            f"objective: found {objective}, but the registered table of {spec.model_type} is for {spec.objective}"
         )
-    probe = next(probe_models(config, adapter.objective))
-    return UnitTable(config, adapter, True, {}, verify_table(probe, adapter))
+    probe = next(probe_models(config, spec.objective))
+    return UnitTable(config, spec, True, {}, verify_table(probe, spec))
 
 
 def _shape(rule: UnitRule, shapes: dict[str, tuple[int, ...]], base: str, num_layers: int) -> str:

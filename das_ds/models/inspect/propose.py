@@ -40,7 +40,7 @@ _Feeders = tuple[tuple[TracedLinear, str], ...]
 class Proposal:
     """A table that holds on the probe and fits the shapes of the real model."""
 
-    adapter: ArchitectureSpec
+    spec: ArchitectureSpec
     reasons: dict[str, str]
     """Map (relative to a layer) or group -> why no unit owns it."""
     problems: dict[str, tuple[str, ...]]
@@ -62,12 +62,12 @@ class _Group:
         return {self.consumer.name, *(item.name for item, _ in self.feeders)}
 
 
-def discover(config: PretrainedConfig, objective: ObjectiveName | None = None) -> Proposal:
+def propose_table(config: PretrainedConfig, objective: ObjectiveName | None = None) -> Proposal:
     """Look at small networks of a class until one gives a table that fits the real model's shapes.
 
     Args:
         config: of the real model, whose weights are not needed.
-        objective: None: what `config.architectures` says, else masked language modelling where the class exists.
+        objective: None: what `config.architectures` says, else masked language modeling where the class exists.
 
     Raises:
         ModelError: nothing can be proposed.
@@ -77,7 +77,7 @@ def discover(config: PretrainedConfig, objective: ObjectiveName | None = None) -
     for probe in probe_models(config, objective):
         try:
             proposal = _propose(probe, objective)
-            proposal.adapter.layout(skeleton(config, objective))
+            proposal.spec.layout(skeleton(config, objective))
         except DasError as error:
             reasons.append(str(error))
             continue
@@ -115,7 +115,7 @@ def _propose(model: PreTrainedModel, objective: ObjectiveName) -> Proposal:
     if not rules:
         raise ModelError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     lm_head, cap = find_lm_head(model, objective)
-    adapter = ArchitectureSpec(
+    spec = ArchitectureSpec(
         model_type=config.model_type,
         objective=objective,
         units=units,
@@ -127,31 +127,31 @@ def _propose(model: PreTrainedModel, objective: ObjectiveName) -> Proposal:
         logit_cap_attribute=cap,
         position_offset=find_position_offset(model),
     )
-    problems = verify_table(model, adapter)
+    problems = verify_table(model, spec)
     if problems:
-        adapter = _with_vectors(model, adapter, prefix)
-        problems = verify_table(model, adapter)
-    return Proposal(adapter, reasons, problems)
+        spec = _with_vectors(model, spec, prefix)
+        problems = verify_table(model, spec)
+    return Proposal(spec, reasons, problems)
 
 
-def _with_vectors(model: PreTrainedModel, adapter: ArchitectureSpec, prefix: str) -> ArchitectureSpec:
+def _with_vectors(model: PreTrainedModel, spec: ArchitectureSpec, prefix: str) -> ArchitectureSpec:
     """The table with rules for vectors, such as those of norms, whose entries serve single units.
 
     What lies behind the gate of an output only reads that unit.
     """
-    layout = adapter.layout(model)
+    layout = spec.layout(model)
     names = {
         pattern.format(base=model.base_model_prefix, layer=0): pattern for pattern in layer_patterns(model, prefix)
     }
-    rules = list(adapter.rules)
+    rules = list(spec.rules)
     for group, num_units in layout.num_units.items():
-        key_value_heads = adapter.count(model.config, adapter.key_value_heads) if adapter.key_value_heads else num_units
+        key_value_heads = spec.count(model.config, spec.key_value_heads) if spec.key_value_heads else num_units
         units = _sample(num_units)
-        for name, lost in broken_vectors(model, adapter, group, units).items():
+        for name, lost in broken_vectors(model, spec, group, units).items():
             axis_layout = _layout(lost, Axis(1, lost.shape[1], num_units, key_value_heads), units)
-            if name in names and axis_layout and not any(rule.parameter == names[name] for rule in adapter.rules):
+            if name in names and axis_layout and not any(rule.parameter == names[name] for rule in spec.rules):
                 rules.append(UnitRule(group, names[name], 0, axis_layout, consumer=group == OUTPUT))
-    return replace(adapter, rules=tuple(rules), unmasked=unmasked_patterns(model, prefix, rules))
+    return replace(spec, rules=tuple(rules), unmasked=unmasked_patterns(model, prefix, rules))
 
 
 def _heads(flow: LayerFlow, config: Any, reasons: dict[str, str]) -> tuple[_Group | None, str | None]:

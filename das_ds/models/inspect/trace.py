@@ -91,7 +91,7 @@ def trace_layer(model: PreTrainedModel, layer: nn.Module) -> LayerFlow:
     plain: list[TracedLinear] = []
     changed: list[TracedLinear] = []
     other = ids.clone()
-    # The neighbour of the last position: sliding windows may hide all that is further away.
+    # The neighbor of the last position: sliding windows may hide all that is further away.
     other[:, -2] = 5 + (ids[:, -2] - 4) % (VOCABULARY_SIZE - 5)
     with torch.no_grad():
         for tokens, seen in ((ids, plain), (other, changed)):

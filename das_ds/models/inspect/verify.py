@@ -26,7 +26,7 @@ Gradients = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Parameter -> largest absolute gradient of every row (E * R,) and of every column (E * C,)."""
 
 
-def verify_table(model: PreTrainedModel, adapter: ArchitectureSpec) -> dict[str, tuple[str, ...]]:
+def verify_table(model: PreTrainedModel, spec: ArchitectureSpec) -> dict[str, tuple[str, ...]]:
     """Close gates of a small network and look at the gradients.
 
     What has no gradient in the first place, such as the bias of a key projection, which a softmax ignores, tells
@@ -34,7 +34,7 @@ def verify_table(model: PreTrainedModel, adapter: ArchitectureSpec) -> dict[str,
 
     Args:
         model: in evaluation mode, small enough for some dozen forward and backward passes.
-        adapter: its table.
+        spec: its architecture spec.
 
     Returns:
         Group -> what contradicts the table; empty for a right one.
@@ -42,8 +42,8 @@ def verify_table(model: PreTrainedModel, adapter: ArchitectureSpec) -> dict[str,
     Raises:
         ModelError: the table does not even fit the model's names and shapes.
     """
-    layout = adapter.layout(model)
-    trial = _GateExperiment(model, adapter, layout)
+    layout = spec.layout(model)
+    trial = _GateExperiment(model, spec, layout)
     problems: dict[str, list[str]] = {}
     for group in layout.num_units:
         for layer in range(layout.num_layers):
@@ -54,14 +54,14 @@ def verify_table(model: PreTrainedModel, adapter: ArchitectureSpec) -> dict[str,
 
 
 def broken_vectors(
-    model: PreTrainedModel, adapter: ArchitectureSpec, group: str, units: list[int]
+    model: PreTrainedModel, spec: ArchitectureSpec, group: str, units: list[int]
 ) -> dict[str, torch.Tensor]:
     """Which entries of vectors lose their gradient when single units of the first layer are closed.
 
     Returns:
         Parameter -> (len(units), A) bool; parameters that lose none are left out.
     """
-    trial = _GateExperiment(model, adapter, adapter.layout(model))
+    trial = _GateExperiment(model, spec, spec.layout(model))
     lost = [trial.lost(trial.gradients((group, 0, (unit,)))) for unit in units]
     vectors = [name for name, parameter in model.named_parameters() if parameter.dim() == 1]
     found = {name: torch.stack([rows[name][0] for rows in lost]) for name in vectors}
@@ -82,12 +82,12 @@ def _unit_sets(layout: UnitLayout, group: str, layer: int) -> list[tuple[int, ..
 @dataclass
 class _GateExperiment:
     model: PreTrainedModel
-    adapter: ArchitectureSpec
+    spec: ArchitectureSpec
     layout: UnitLayout
 
     def __post_init__(self) -> None:
-        self._wrapped = LanguageModel(self.model, self.adapter)
-        self._gates = UnitGates(self.model, self.adapter)
+        self._wrapped = LanguageModel(self.model, self.spec)
+        self._gates = UnitGates(self.model, self.spec)
         opened = self.gradients(None)
         nothing = NOTHING * torch.stack([rows.max() for rows, _ in opened.values()]).median()
         # What closed gates cut off is exactly zero; what was never there is only as good as zero.

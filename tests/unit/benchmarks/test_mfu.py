@@ -17,11 +17,11 @@ from das_ds.models.language_model import LanguageModel
 def test_model_flops_of_a_step_are_those_that_torch_counts(name: str) -> None:
     work = Workload(name, batch_size=3, sequence_length=24, precision="fp32", zero_stage=1, steps=1)
     model = build_model(build_config(work, "ncl"))
-    adapter = spec_for(model.config.model_type)
-    batch = build_batch(work, adapter.objective)
+    spec = spec_for(model.config.model_type)
+    batch = build_batch(work, spec.objective)
     # Of several implementations of attention, torch counts the one that is written out in matrix products.
     model.set_attn_implementation("eager")
-    network = LanguageModel(model, adapter)
+    network = LanguageModel(model, spec)
     with FlopCounterMode(display=False) as counter:
         network(batch.corrupted_ids, batch.predicted, batch.targets)[1].sum().backward()
     assert model_flops(model, batch) == pytest.approx(counter.get_total_flops(), rel=0.02)

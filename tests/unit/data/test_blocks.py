@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from das_ds.config import CorpusConfig, DataConfig
-from das_ds.data.blocks import TokenBlocks, cache_folder, prepare_corpus
+from das_ds.data.blocks import TokenBlocks, prepare_corpus, resolve_cache_folder
 from das_ds.data.tokenize import TokenFile
 from das_ds.errors import DataError, ModelError
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
@@ -145,7 +145,7 @@ def test_causal_blocks_end_documents_and_isolate_them(tmp_path: Path, data: Data
     tokenizer = tiny_tokenizer()
     isolating = data.model_copy(update={"document_mask": True})
     blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), isolating, tokenizer, objective="clm", progress=False).valid
-    # This tokeniser begins every document with <s> and ends it with </s>, which is not doubled.
+    # This tokenizer begins every document with <s> and ends it with </s>, which is not doubled.
     assert rows(blocks) == brute_force_blocks()
     positions = blocks.positions(range(len(blocks)))
     assert positions is not None
@@ -179,7 +179,7 @@ def test_too_small_to_hold_out_a_block(tmp_path: Path) -> None:
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/reader")
     monkeypatch.delenv("DAS_DS_CACHE", raising=False)
-    assert cache_folder(DataConfig()) == Path("/home/reader/.cache/das_ds")
+    assert resolve_cache_folder(DataConfig()) == Path("/home/reader/.cache/das_ds")
     monkeypatch.setenv("DAS_DS_CACHE", "/scratch/tokens")
-    assert cache_folder(DataConfig()) == Path("/scratch/tokens")
-    assert cache_folder(DataConfig(cache_dir="~/tokens")) == Path("/home/reader/tokens")
+    assert resolve_cache_folder(DataConfig()) == Path("/scratch/tokens")
+    assert resolve_cache_folder(DataConfig(cache_dir="~/tokens")) == Path("/home/reader/tokens")

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from das_ds.data.batch import Batch
-from das_ds.data.objectives import CausalLMCollator, end_of_text, isolated
+from das_ds.data.objectives import CausalLMCollator, add_document_positions, end_of_text
 from das_ds.errors import ModelError
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -79,7 +79,7 @@ def test_isolated_documents_do_not_predict_each_other(num_real: int) -> None:
             [0, 1, 2, 3, 4, 5, 6, 0],
         ]
     )
-    batch = isolated(next_tokens(input_ids, num_real), position_ids)
+    batch = add_document_positions(next_tokens(input_ids, num_real), position_ids)
     assert predictions(batch) == brute_force(input_ids, num_real, position_ids)
     assert batch.position_ids is position_ids
     assert batch.num_predicted == {0: 0, 1: 7, 4: 7 + 4 + 0 + 6}[num_real]
@@ -87,7 +87,7 @@ def test_isolated_documents_do_not_predict_each_other(num_real: int) -> None:
 
 def test_batch_moves_the_positions_too(monkeypatch: pytest.MonkeyPatch) -> None:
     position_ids = torch.arange(8).expand(2, -1)
-    batch = isolated(next_tokens(random_ids(2, 8)), position_ids)
+    batch = add_document_positions(next_tokens(random_ids(2, 8)), position_ids)
     moved = batch.to("meta")
     assert {getattr(moved, f.name).device.type for f in fields(moved)} == {"meta"}
     # Page-locked memory needs an accelerator; what matters is that every tensor is asked for it.
@@ -99,7 +99,7 @@ def test_batch_moves_the_positions_too(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (pinned.position_ids is None) == (plain is None)
 
 
-def test_tokeniser_without_end_of_text() -> None:
+def test_tokenizer_without_end_of_text() -> None:
     tokenizer = tiny_tokenizer()
     assert end_of_text(tokenizer) == 2
     tokenizer.eos_token = None

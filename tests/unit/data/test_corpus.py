@@ -155,7 +155,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 
 @pytest.fixture
 def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubDataset:
-    """A folder that `datasets` loads as it loads a hub data set."""
+    """A folder that `datasets` loads as it loads a hub dataset."""
     monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(as_jsonl(DOCUMENTS))
@@ -174,7 +174,7 @@ def test_hub_dataset_without_the_column(local_hub: HubDataset) -> None:
 
 def test_hub_dataset_without_the_split(local_hub: HubDataset) -> None:
     missing = HubDataset(local_hub.repo, split="test")
-    with pytest.raises(DataError, match="@test: hub data set cannot be streamed"):
+    with pytest.raises(DataError, match="@test: hub dataset cannot be streamed"):
         list(read_documents(missing, "text"))
 
 

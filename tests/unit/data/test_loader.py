@@ -11,7 +11,7 @@ from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
 from das_ds.data.loader import AccumulatedBatches, EvaluationBatches, SampleDataset, evaluation_batches, training_steps
 from das_ds.data.mixture import SingleDomain
-from das_ds.data.objectives import CausalLMCollator, MLMCollator, Objective
+from das_ds.data.objectives import CausalLMCollator, Collator, MLMCollator
 from das_ds.data.tokenize import TokenFile
 from das_ds.errors import ConfigError
 
@@ -41,7 +41,7 @@ def documents(tmp_path: Path) -> TokenBlocks:
 def steps(
     blocks: TokenBlocks,
     *,
-    objective: Objective = MASKER,
+    objective: Collator = MASKER,
     rank: int = 0,
     world_size: int = 1,
     micro_batch_size: int = 4,
@@ -66,7 +66,7 @@ def steps(
 def evaluation(
     blocks: TokenBlocks,
     *,
-    objective: Objective = MASKER,
+    objective: Collator = MASKER,
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 4,

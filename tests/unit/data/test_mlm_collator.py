@@ -17,7 +17,7 @@ def random_ids(num_rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, 300, (num_rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def test_facts_of_the_tokeniser() -> None:
+def test_facts_of_the_tokenizer() -> None:
     assert (MASKER.mask_id, MASKER.vocab_size, sorted(MASKER.special_ids)) == (4, 300, [0, 1, 2, 3, 4])
 
 
@@ -77,7 +77,7 @@ def test_batch_moves_every_tensor() -> None:
     assert [getattr(batch, name).dtype for name in tensors] == expected
 
 
-def test_tokeniser_without_mask_token() -> None:
+def test_tokenizer_without_mask_token() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = None
     with pytest.raises(ModelError, match=r"has no mask token; .*\(special tokens found: <s>"):

@@ -3,25 +3,25 @@
 import pytest
 
 from das_ds.config import DataConfig
-from das_ds.data.objectives import CausalLMCollator, MLMCollator, make_objective
+from das_ds.data.objectives import CausalLMCollator, MLMCollator, build_collator
 from das_ds.errors import ConfigError
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
 def test_objectives_by_name() -> None:
     tokenizer = tiny_tokenizer()
-    assert isinstance(make_objective("clm", tokenizer, DataConfig(document_mask=True)), CausalLMCollator)
-    masker = make_objective("mlm", tokenizer, DataConfig(mlm_probability=0.3))
+    assert isinstance(build_collator("clm", tokenizer, DataConfig(document_mask=True)), CausalLMCollator)
+    masker = build_collator("mlm", tokenizer, DataConfig(mlm_probability=0.3))
     assert masker == MLMCollator.from_tokenizer(tokenizer, 0.3)
 
 
 def test_causal_needs_no_mask_token() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = None
-    assert isinstance(make_objective("clm", tokenizer, DataConfig()), CausalLMCollator)
+    assert isinstance(build_collator("clm", tokenizer, DataConfig()), CausalLMCollator)
 
 
 def test_isolation_is_for_causal_models() -> None:
     message = r"data.document_mask: found true with objective mlm; expected objective clm, .*allowed with mlm"
     with pytest.raises(ConfigError, match=message):
-        make_objective("mlm", tiny_tokenizer(), DataConfig(document_mask=True))
+        build_collator("mlm", tiny_tokenizer(), DataConfig(document_mask=True))

@@ -13,7 +13,7 @@ from das_ds.data.batch import Batch
 from das_ds.data.blocks import TokenBlocks
 from das_ds.data.loader import SampleDataset, training_steps
 from das_ds.data.mixture import SingleDomain
-from das_ds.data.objectives import CausalLMCollator, MLMCollator, Objective
+from das_ds.data.objectives import CausalLMCollator, Collator, MLMCollator
 from das_ds.data.replay import Replay, interleave
 from das_ds.data.tokenize import TokenFile
 from das_ds.functional.sampling import replay_number
@@ -90,7 +90,7 @@ def load(
     micro_batch_size: int = 4,
     rank: int = 0,
     world_size: int = 1,
-    objectives: dict[str, Objective] | None = None,
+    objectives: dict[str, Collator] | None = None,
     **options: Any,
 ) -> list[list[Batch]]:
     made = objectives or MASKERS
@@ -167,7 +167,7 @@ def test_resuming_and_loader_processes_give_the_same(
 
 
 def test_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
-    objectives: dict[str, Objective] = dict.fromkeys(NUM_BLOCKS, CausalLMCollator())
+    objectives: dict[str, Collator] = dict.fromkeys(NUM_BLOCKS, CausalLMCollator())
     for step in load(corpora, num_replayed=3, objectives=objectives):
         for batch in step:
             assert batch.corrupted_ids.equal(batch.input_ids)

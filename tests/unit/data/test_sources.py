@@ -1,11 +1,11 @@
-"""Names of text: which are files and which are hub data sets, and what is wrong with the others."""
+"""Names of text: which are files and which are hub datasets, and what is wrong with the others."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from das_ds.data.sources import HubDataset, fingerprint, parse_hub_name, resolve_source, shared_sources
+from das_ds.data.sources import HubDataset, find_shared_sources, fingerprint, parse_hub_name, resolve_source
 from das_ds.errors import DataError
 
 
@@ -120,7 +120,7 @@ def test_shared_sources_are_found_by_content_of_the_name_not_its_spelling(tmp_pa
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.txt").write_text("x")
     (tmp_path / "c.txt").symlink_to("a.txt")
-    assert shared_sources([str(tmp_path / "a.txt")], [str(tmp_path / "b.txt")]) == []
-    assert shared_sources([f"{tmp_path}/../{tmp_path.name}/c.txt"], [f"{tmp_path}/a*"])
-    assert shared_sources(["owner/name@train"], ["owner/name"]) == [HubDataset("owner/name")]
-    assert shared_sources(["owner/name@test"], ["owner/name"]) == []
+    assert find_shared_sources([str(tmp_path / "a.txt")], [str(tmp_path / "b.txt")]) == []
+    assert find_shared_sources([f"{tmp_path}/../{tmp_path.name}/c.txt"], [f"{tmp_path}/a*"])
+    assert find_shared_sources(["owner/name@train"], ["owner/name"]) == [HubDataset("owner/name")]
+    assert find_shared_sources(["owner/name@test"], ["owner/name"]) == []

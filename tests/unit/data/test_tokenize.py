@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from das_ds.data import tokenize as tokenise
+from das_ds.data import tokenize
 from das_ds.data.tokenize import TokenFile, UnknownTokens, prepare_tokens
 from das_ds.errors import DataError, ModelError
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer, word_tokenizer
@@ -70,7 +70,7 @@ def joined_by_hand(
 
 
 def with_template(template: str) -> PreTrainedTokenizerFast:
-    """The tiny tokeniser with another way of adding special tokens: `A` is a document."""
+    """The tiny tokenizer with another way of adding special tokens: `A` is a document."""
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=template.replace("A", "$A"), pair="$A $B", special_tokens=[("<s>", 0), ("</s>", 2)]
@@ -79,10 +79,10 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("documents_per_call", [1, 3, 1000])
-def test_tokens_equal_the_tokeniser_document_by_document(
+def test_tokens_equal_the_tokenizer_document_by_document(
     corpus_file: Path, monkeypatch: pytest.MonkeyPatch, documents_per_call: int
 ) -> None:
-    monkeypatch.setattr(tokenise, "DOCUMENTS_PER_CALL", documents_per_call)
+    monkeypatch.setattr(tokenize, "DOCUMENTS_PER_CALL", documents_per_call)
     tokens = prepare(corpus_file)
     tokenizer = tiny_tokenizer()
     expected = [token for line in LINES for token in tokenizer(line)["input_ids"]]
@@ -99,7 +99,7 @@ def test_tokens_equal_the_tokeniser_document_by_document(
 def test_each_document_ends_in_one_end_of_text(
     corpus_file: Path, monkeypatch: pytest.MonkeyPatch, template: str, front: list[int], documents_per_call: int
 ) -> None:
-    monkeypatch.setattr(tokenise, "DOCUMENTS_PER_CALL", documents_per_call)
+    monkeypatch.setattr(tokenize, "DOCUMENTS_PER_CALL", documents_per_call)
     tokenizer = with_template(template)
     tokens = prepare(corpus_file, tokenizer, end_of_text=2)
     documents = [[*front, *tokenizer(line, add_special_tokens=False)["input_ids"], 2] for line in LINES]
@@ -145,7 +145,7 @@ def test_wide_ids_for_a_large_vocabulary(corpus_file: Path) -> None:
     assert 2**16 in stored_ids(tokens)
 
 
-def test_truncation_and_padding_of_the_tokeniser_are_left_out(corpus_file: Path) -> None:
+def test_truncation_and_padding_of_the_tokenizer_are_left_out(corpus_file: Path) -> None:
     plain = prepare(corpus_file)
     tokenizer = tiny_tokenizer()
     tokenizer(LINES, truncation=True, max_length=4, padding="max_length")
@@ -155,7 +155,7 @@ def test_truncation_and_padding_of_the_tokeniser_are_left_out(corpus_file: Path)
 
 def test_second_call_reads_the_cache(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(corpus_file)
-    monkeypatch.delattr(tokenise, "read_documents")
+    monkeypatch.delattr(tokenize, "read_documents")
     assert prepare(corpus_file) == first
     moved = corpus_file.with_name("moved.txt")
     corpus_file.rename(moved)
@@ -193,7 +193,7 @@ def test_damaged_entry_is_made_anew(corpus_file: Path, damage: str) -> None:
 
 
 def test_entry_published_by_another_job_meanwhile_is_kept(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish, order = tokenise._publish, list[str]()
+    publish, order = tokenize._publish, list[str]()
 
     def publish_after_another(partial: Path, folder: Path) -> None:
         if not order:
@@ -202,7 +202,7 @@ def test_entry_published_by_another_job_meanwhile_is_kept(corpus_file: Path, mon
             (folder / "mark").touch()
         publish(partial, folder)
 
-    monkeypatch.setattr(tokenise, "_publish", publish_after_another)
+    monkeypatch.setattr(tokenize, "_publish", publish_after_another)
     tokens = prepare(corpus_file)
     assert tokens.path.with_name("mark").exists()
     assert [entry.name for entry in tokens.path.parents[1].iterdir()] == [tokens.path.parent.name]
@@ -210,7 +210,7 @@ def test_entry_published_by_another_job_meanwhile_is_kept(corpus_file: Path, mon
 
 def test_progress_bar(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(corpus_file, progress=True)
-    assert "tokenise soup: 100%" in capsys.readouterr().err
+    assert "tokenize soup: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "\n \n\t\n"])
@@ -260,9 +260,9 @@ def test_cache_folder_that_is_a_file(corpus_file: Path) -> None:
         prepare(corpus_file)
 
 
-def test_slow_tokeniser(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_tokenizer(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
-    with pytest.raises(ModelError, match="is written in Python; expected a fast tokeniser"):
+    with pytest.raises(ModelError, match="is written in Python; expected a fast tokenizer"):
         prepare(corpus_file)
 
 
@@ -297,7 +297,7 @@ def test_text_that_is_mostly_unknown_is_refused_also_from_the_cache(tmp_path: Pa
         with pytest.raises(DataError) as caught:
             prepare(path, word_tokenizer(["a"]))
         assert str(caught.value) == (
-            "corpus 'soup': found 75.0% unknown tokens, allowed: at most 50%; the tokeniser is not made for this text "
+            "corpus 'soup': found 75.0% unknown tokens, allowed: at most 50%; the tokenizer is not made for this text "
             "(data.tokenizer)"
         )
 

@@ -1,4 +1,4 @@
-"""Tokens that domains add: which tokeniser reads which corpus, and what a user sees when a list is wrong."""
+"""Tokens that domains add: which tokenizer reads which corpus, and what a user sees when a list is wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from das_ds.config import RunConfig
 from das_ds.data.blocks import prepare_corpus
-from das_ds.data.tokenizers import tokenizers_by_corpus
+from das_ds.data.tokenizers import build_tokenizers
 from das_ds.errors import DataError, ModelError
 from das_ds.functional.token_ids import num_tokens
 from helpers.runs import small_run
@@ -26,7 +26,7 @@ def test_tokens_stay_for_later_domains_and_leave_earlier_text_alone(tmp_path: Pa
     (tmp_path / "papers.tokens").write_text("treebanks\n\n baseline \n", encoding="utf-8")
     run = config(tmp_path, food=["noodles"], papers=str(tmp_path / "papers.tokens"))
     base = tiny_tokenizer()
-    found = tokenizers_by_corpus(run, base)
+    found = build_tokenizers(run, base)
     assert {name: num_tokens(tokenizer.get_vocab()) for name, tokenizer in found.items()} == {
         "food": 301,
         "papers": 303,
@@ -39,13 +39,13 @@ def test_tokens_stay_for_later_domains_and_leave_earlier_text_alone(tmp_path: Pa
 
 
 def test_only_whole_words_are_tokens(tmp_path: Path) -> None:
-    tokenizer = tokenizers_by_corpus(config(tmp_path, food=["stroke"]), tiny_tokenizer())["food"]
+    tokenizer = build_tokenizers(config(tmp_path, food=["stroke"]), tiny_tokenizer())["food"]
     assert "stroke" in tokenizer.tokenize("a stroke.") and "stroke" not in tokenizer.tokenize("strokes")
 
 
-def test_tokens_of_two_tokenisers_do_not_share_a_cache_entry(tmp_path: Path) -> None:
+def test_tokens_of_two_tokenizers_do_not_share_a_cache_entry(tmp_path: Path) -> None:
     run = config(tmp_path, papers=["treebanks"])
-    for name, tokenizer in tokenizers_by_corpus(run, tiny_tokenizer()).items():
+    for name, tokenizer in build_tokenizers(run, tiny_tokenizer()).items():
         if name != "general":
             prepare_corpus(run.domains[0], run.data, tokenizer, objective="mlm", progress=False)
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -53,7 +53,7 @@ def test_tokens_of_two_tokenisers_do_not_share_a_cache_entry(tmp_path: Path) -> 
 
 def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = config(tmp_path, food=["noodles"], papers=["noodles", "treebanks"])
-    assert num_tokens(tokenizers_by_corpus(run, tiny_tokenizer())["papers"].get_vocab()) == 302
+    assert num_tokens(build_tokenizers(run, tiny_tokenizer())["papers"].get_vocab()) == 302
     assert "data.add_tokens.papers: already tokens and left out: noodles" in caplog.text
 
 
@@ -68,13 +68,13 @@ def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogC
 )
 def test_lists_that_cannot_be_used(tokens: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        tokenizers_by_corpus(config(tmp_path, papers=tokens), tiny_tokenizer())
+        build_tokenizers(config(tmp_path, papers=tokens), tiny_tokenizer())
 
 
 def test_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="tokens, line 1: found byte 0xff, expected UTF-8"):
-        tokenizers_by_corpus(config(tmp_path, papers=str(tmp_path / "tokens")), tiny_tokenizer())
+        build_tokenizers(config(tmp_path, papers=str(tmp_path / "tokens")), tiny_tokenizer())
 
 
 def test_tokens_of_an_unknown_domain(tmp_path: Path) -> None:
@@ -92,22 +92,22 @@ def test_tokens_under_lora(tmp_path: Path) -> None:
 def test_file_of_tokens_with_a_byte_order_mark(tmp_path: Path, end: str) -> None:
     path = tmp_path / "tokens"
     path.write_bytes(b"\xef\xbb\xbf" + end.join(["treebanks", "", "noodles", ""]).encode())
-    tokenizers = tokenizers_by_corpus(config(tmp_path, papers=str(path)), tiny_tokenizer())
+    tokenizers = build_tokenizers(config(tmp_path, papers=str(path)), tiny_tokenizer())
     added = tokenizers["papers"].get_added_vocab()
     assert {"treebanks", "noodles"} <= set(added) and not any("\ufeff" in token for token in added)
 
 
-def test_tokeniser_with_holes_needs_rows_up_to_its_largest_id() -> None:
+def test_tokenizer_with_holes_needs_rows_up_to_its_largest_id() -> None:
     tokenizer = word_tokenizer(["soup", "bread"], skipped=3)
     assert len(tokenizer) == 7 and num_tokens(tokenizer.get_vocab()) == 10
 
 
 def test_added_token_that_would_share_an_id_is_refused(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(["soup", "bread"], skipped=1)
-    # The tokeniser numbers new tokens from its count, 7, which is the id of bread.
+    # The tokenizer numbers new tokens from its count, 7, which is the id of bread.
     with pytest.raises(ModelError) as caught:
-        tokenizers_by_corpus(config(tmp_path, papers=["treebanks"]), tokenizer)
+        build_tokenizers(config(tmp_path, papers=["treebanks"]), tokenizer)
     assert str(caught.value) == (
-        "data.add_tokens.papers: the tokeniser's ids have holes, and 'treebanks' would get one that is taken or has an "
-        "old embedding; expected a tokeniser with ids from 0 to 6 without a gap"
+        "data.add_tokens.papers: the tokenizer's ids have holes, and 'treebanks' would get one that is taken or has an "
+        "old embedding; expected a tokenizer with ids from 0 to 6 without a gap"
     )

@@ -52,7 +52,7 @@ def test_markers_are_one_token_each_and_begin_as_what_they_were(tmp_path: Path) 
     assert "".join(tokenizer.tokenize("a [[ tree ]]")).count("[[") == 1
 
 
-def test_tokeniser_without_padding_pads_with_its_last_token(tmp_path: Path) -> None:
+def test_tokenizer_without_padding_pads_with_its_last_token(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "gpt2")
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from das_ds.downstream.finetune import EarlyStopping
-from das_ds.downstream.metrics import accuracy, confusion, macro_f1, micro_f1
+from das_ds.downstream.metrics import accuracy, confusion_matrix, macro_f1, micro_f1
 
 # Ten rows of three classes: six are right.
 ACTUAL = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -14,11 +14,11 @@ PREDICTED = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 0, 0])
 
 
 def test_confusion_counts_actual_in_rows() -> None:
-    assert confusion(ACTUAL, PREDICTED, 3).tolist() == [[3, 1, 0], [0, 2, 1], [2, 0, 1]]
+    assert confusion_matrix(ACTUAL, PREDICTED, 3).tolist() == [[3, 1, 0], [0, 2, 1], [2, 0, 1]]
 
 
 def test_scores_by_hand() -> None:
-    counts = confusion(ACTUAL, PREDICTED, 3)
+    counts = confusion_matrix(ACTUAL, PREDICTED, 3)
     assert accuracy(counts) == pytest.approx(0.6)
     # Precision and recall: 3/5 and 3/4, 2/3 and 2/3, 1/2 and 1/3.
     assert macro_f1(counts) == pytest.approx((2 / 3 + 2 / 3 + 2 / 5) / 3)
@@ -26,15 +26,15 @@ def test_scores_by_hand() -> None:
 
 
 def test_macro_f1_counts_a_rare_class_as_much_as_a_frequent_one() -> None:
-    counts = confusion(torch.tensor([0] * 9 + [1]), torch.zeros(10, dtype=torch.int64), 2)
+    counts = confusion_matrix(torch.tensor([0] * 9 + [1]), torch.zeros(10, dtype=torch.int64), 2)
     assert accuracy(counts) == pytest.approx(0.9)
     assert macro_f1(counts) == pytest.approx((18 / 19 + 0.0) / 2)
 
 
 def test_class_that_is_nowhere_is_left_out_and_one_predicted_wrongly_counts() -> None:
-    assert macro_f1(confusion(torch.tensor([0, 1]), torch.tensor([0, 1]), 4)) == 1.0
+    assert macro_f1(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 1]), 4)) == 1.0
     # Class 0 is right; 1 is missed and 2 only predicted, both F1 0; 3 is nowhere.
-    assert macro_f1(confusion(torch.tensor([0, 1]), torch.tensor([0, 2]), 4)) == pytest.approx(1 / 3)
+    assert macro_f1(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 2]), 4)) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import yaml
 from das_ds.cli import main
 from das_ds.config import ModelConfig
 from das_ds.config.io import dump_config, load_config
-from das_ds.downstream.run import scores_path
+from das_ds.downstream.run import resolve_scores_path
 from das_ds.downstream.scores import EndTaskScores
 from das_ds.errors import ConfigError
 from das_ds.run_dir import END_TASKS_FILE, open_run_dir
@@ -108,11 +108,11 @@ def test_mistakes_are_one_line(
 
 def test_scores_lie_where_the_run_is_or_where_they_are_wanted(tmp_path: Path) -> None:
     config, model = task_run(tmp_path, []), tmp_path / "domains" / "01_acl" / "model"
-    assert scores_path(config, model, None) == tmp_path / "domains" / "01_acl" / END_TASKS_FILE
-    assert scores_path(config, tmp_path, tmp_path / "base.json") == tmp_path / "base.json"
+    assert resolve_scores_path(config, model, None) == tmp_path / "domains" / "01_acl" / END_TASKS_FILE
+    assert resolve_scores_path(config, tmp_path, tmp_path / "base.json") == tmp_path / "base.json"
     # Also where the base is a domain's model of another run.
     config = config.model_copy(update={"model": ModelConfig(name_or_path=str(model))})
-    assert scores_path(config, model, None) == tmp_path / "run" / "base" / END_TASKS_FILE
+    assert resolve_scores_path(config, model, None) == tmp_path / "run" / "base" / END_TASKS_FILE
 
 
 @pytest.mark.multirank

@@ -12,9 +12,9 @@ from das_ds.downstream.scores import (
     EndTaskScores,
     Scores,
     SeedScores,
+    build_score_table,
     mean_scores,
     open_scores,
-    score_table,
     summarize_scores,
 )
 from das_ds.downstream.tasks import EndTask, read_task
@@ -61,7 +61,7 @@ def test_seeds_are_sorted_and_spread_is_that_of_the_reported_metric(tmp_path: Pa
 def test_means_and_table_suit_a_tracker(tmp_path: Path) -> None:
     scores = two_seeds(tmp_path)
     assert mean_scores(scores) == {"end_task/toy_text/dev": 0.75, "end_task/toy_text/test": 0.5}
-    columns, rows = score_table(scores)
+    columns, rows = build_score_table(scores)
     assert columns == ["task", "seed", "metric", "dev", "test", "best_epoch"]
     assert rows == [["toy_text", 1, "accuracy", 1.0, 0.75, 2], ["toy_text", 4, "accuracy", 0.5, 0.25, 2]]
 

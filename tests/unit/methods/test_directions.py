@@ -16,7 +16,7 @@ from das_ds.errors import ImportanceError, ModelError, TrainingError
 from das_ds.methods import METHODS, build_method
 from das_ds.methods.directions import Directions
 from das_ds.methods.merge import MergingWrapper
-from das_ds.models.architectures.registry import ADAPTERS, spec_for
+from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.language_model import LanguageModel
 from das_ds.run_dir import DIRECTIONS_FILE
 from das_ds.softmask.importance_file import load_directions, save_directions
@@ -33,15 +33,15 @@ METHOD: dict[str, Any] = {"name": "das", "importance": IMPORTANCE, "contrastive"
 def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
     """As much of a run as directions need before training, without an engine; `changes` are keys of the model's."""
     model = tiny_model(model_type, **without_dropout(model_type), **changes)
-    adapter = spec_for(model_type)
-    network = LanguageModel(model, adapter)
+    spec = spec_for(model_type)
+    network = LanguageModel(model, spec)
     engine = SimpleNamespace(
         parameters=dict(model.named_parameters()),
         module=network,
         ranks=SimpleNamespace(info=RankInfo(0, 0, 1, torch.device("cpu"))),
     )
     config = run_config(folder, method=method)
-    return SimpleNamespace(config=config, engine=engine, network=network, layout=adapter.layout(model), tokens=())
+    return SimpleNamespace(config=config, engine=engine, network=network, layout=spec.layout(model), tokens=())
 
 
 def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("model_type", [name for name in ADAPTERS if name not in WITHOUT_LINEAR_LAYERS])
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in WITHOUT_LINEAR_LAYERS])
 def test_the_same_sample_in_other_batches_has_the_same_moments(model_type: str, tmp_path: Path) -> None:
     run = run_of(tmp_path, model_type=model_type)
     batch = (causal_batch if spec_for(model_type).objective == "clm" else random_batch)(8, 1)

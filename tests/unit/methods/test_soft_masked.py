@@ -26,7 +26,7 @@ def run_of(method: dict[str, Any], folder: Path) -> Any:
 @pytest.mark.parametrize("method", [{"name": "dga"}, {"name": "das", "softmask": {"groups": ["output", "head"]}}])
 def test_groups_that_the_model_lacks_are_refused(method: dict[str, Any], tmp_path: Path) -> None:
     message = (
-        "method.softmask.groups: found head, which the roberta adapter has no units of; "
+        "method.softmask.groups: found head, which the roberta architecture spec has no units of; "
         "allowed: intermediate, output, unowned"
     )
     with pytest.raises(ConfigError, match=message):

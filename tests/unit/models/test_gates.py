@@ -15,12 +15,12 @@ from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_gated_rows_equal_the_written_out_network(model_type: str) -> None:
     model = tiny_model(model_type, **NO_DROPOUT)
-    adapter = spec_for(model_type)
+    spec = spec_for(model_type)
     importance = random_importance(model)
     ids = torch.randint(5, 100, (5, 9), generator=torch.Generator().manual_seed(0))
     predicted = torch.tensor([0, 7, 11])
-    wrapped = LanguageModel(model, adapter)
-    with UnitGates(model, adapter).active({g: v[:, None] for g, v in importance.items()}, num_rows=5, first_row=3):
+    wrapped = LanguageModel(model, spec)
+    with UnitGates(model, spec).active({g: v[:, None] for g, v in importance.items()}, num_rows=5, first_row=3):
         hidden, losses = wrapped(ids, predicted, ids.flatten()[predicted])
     ones = {group: torch.ones_like(values) for group, values in importance.items()}
     plain = encode(model, ids[:3], ones)
@@ -33,11 +33,11 @@ def test_gated_rows_equal_the_written_out_network(model_type: str) -> None:
 
 def test_gates_of_one_change_nothing_and_leave_no_hooks() -> None:
     model = tiny_model(**NO_DROPOUT)
-    adapter = spec_for("roberta")
+    spec = spec_for("roberta")
     gates = {g: torch.ones_like(v)[:, None] for g, v in random_importance(model).items()}
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     before = model(ids).logits
-    with pytest.raises(RuntimeError, match="on purpose"), UnitGates(model, adapter).active(gates, num_rows=2):
+    with pytest.raises(RuntimeError, match="on purpose"), UnitGates(model, spec).active(gates, num_rows=2):
         assert torch.equal(model(ids).logits, before)
         raise RuntimeError("on purpose")
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -49,11 +49,11 @@ def test_measuring_adds_up_once_and_leaves_outputs_alone(checkpointing: bool) ->
     model = tiny_model(**NO_DROPOUT).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapter = spec_for("roberta")
+    spec = spec_for("roberta")
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     plain = model(ids).logits
     sums = {group: torch.zeros(2, 2, len(values[0])) for group, values in random_importance(model).items()}
-    with UnitGates(model, adapter).measuring(sums, torch.ones(2)) as anchor:
+    with UnitGates(model, spec).measuring(sums, torch.ones(2)) as anchor:
         logits = model(ids).logits
         assert torch.equal(logits, plain)
         torch.autograd.grad(logits.square().sum(), anchor)

@@ -88,7 +88,7 @@ def test_losses_and_gradients_equal_those_of_all_logits_at_once(
 ) -> None:
     head = Head(bias=bias, wrapped=wrapped)
     losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap)
-    found = losses_and_gradients(lambda h, t: losses_of(h, t, most_positions=MOST), head, num_positions)
+    found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=MOST), head, num_positions)
     assert found[0].dtype == torch.float32 and found[0].shape == (num_positions,)
     for value, expected in zip(found, reference(head, soft_cap, num_positions), strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=2e-6)
@@ -98,7 +98,7 @@ def test_losses_and_gradients_equal_those_of_all_logits_at_once(
 def test_chunks_are_exact_in_float64(soft_cap: float | None) -> None:
     head = Head(bias=True, wrapped=False, dtype=torch.float64)
     losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap)
-    found = losses_and_gradients(lambda h, t: losses_of(h, t, most_positions=MOST), head, 2 * CHUNK + 1)
+    found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=MOST), head, 2 * CHUNK + 1)
     for value, expected in zip(found, reference(head, soft_cap, 2 * CHUNK + 1), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
 
@@ -107,7 +107,7 @@ def test_chunks_are_exact_in_float64(soft_cap: float | None) -> None:
 def test_bf16_differs_from_float64_by_its_own_rounding(wrapped: bool) -> None:
     head = Head(bias=True, wrapped=wrapped, dtype=torch.bfloat16)
     losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK)
-    found = losses_and_gradients(lambda h, t: losses_of(h, t, most_positions=MOST), head, MOST)
+    found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=MOST), head, MOST)
     assert found[0].dtype == torch.float32
     assert all(value.dtype == torch.bfloat16 for value in found[1:])
     for value, expected in zip(found, reference(head, None, MOST), strict=True):
@@ -121,7 +121,7 @@ def test_bf16_gradients_do_not_lose_digits_with_the_number_of_chunks() -> None:
 
     def error(chunk: int) -> list[float]:
         losses_of = ChunkedLMLoss(head, head.decoder, chunk=chunk)
-        found = losses_and_gradients(lambda h, t: losses_of(h, t, most_positions=512), head, 512)
+        found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=512), head, 512)
         return [float((value.double() - e).norm() / e.norm()) for value, e in zip(found[2:], expected[2:], strict=True)]
 
     for one_by_one, at_once in zip(error(1), error(512), strict=True):
@@ -135,7 +135,7 @@ def test_logits_of_one_chunk_are_the_most_that_exists(wrapped: bool) -> None:
         losses_of = ChunkedLMLoss(head, head.decoder, chunk=chunk, soft_cap=2.0)
         hidden, targets, upstream = case(MOST)
         with LargestLogits() as seen:
-            losses_of(hidden, targets, most_positions=MOST).backward(upstream)
+            losses_of(hidden, targets, max_positions=MOST).backward(upstream)
         assert seen.positions == largest
 
 
@@ -145,7 +145,7 @@ def test_one_chunk_keeps_its_logits_and_computes_nothing_twice(wrapped: bool) ->
     calls = []
     head.transform.register_forward_hook(lambda *_: calls.append(1))
     hidden, targets, upstream = case(CHUNK)
-    ChunkedLMLoss(head, head.decoder, chunk=CHUNK)(hidden, targets, most_positions=CHUNK).backward(upstream)
+    ChunkedLMLoss(head, head.decoder, chunk=CHUNK)(hidden, targets, max_positions=CHUNK).backward(upstream)
     assert len(calls) == 1
 
 
@@ -157,7 +157,7 @@ def test_number_of_head_calls_does_not_depend_on_the_positions_of_a_rank() -> No
             handle = head.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             hidden, targets, upstream = case(num_positions)
             losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK)
-            losses_of(hidden, targets, most_positions=MOST).backward(upstream)
+            losses_of(hidden, targets, max_positions=MOST).backward(upstream)
             handle.remove()
             assert len(calls) == expected, (wrapped, num_positions)
 
@@ -166,7 +166,7 @@ def test_the_projection_is_itself_again_after_an_error() -> None:
     head = Head(bias=True, wrapped=False)
     hidden, targets, _ = case(MOST)
     with pytest.raises(RuntimeError):
-        ChunkedLMLoss(head, head.decoder, chunk=CHUNK)(hidden[:, 1:], targets, most_positions=MOST)
+        ChunkedLMLoss(head, head.decoder, chunk=CHUNK)(hidden[:, 1:], targets, max_positions=MOST)
     assert "forward" not in vars(head.decoder)
     assert head(hidden).shape == (MOST, V)
 
@@ -177,7 +177,7 @@ def test_gradient_with_respect_to_something_before_the_head() -> None:
     anchor = torch.ones(H, requires_grad=True)
     chunked, at_once = (ChunkedLMLoss(head, head.decoder, chunk=chunk) for chunk in (CHUNK, MOST))
     found, expected = (
-        torch.autograd.grad(of(hidden.detach() * anchor, targets, most_positions=MOST), anchor, upstream)[0]
+        torch.autograd.grad(of(hidden.detach() * anchor, targets, max_positions=MOST), anchor, upstream)[0]
         for of in (chunked, at_once)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Loading models and tokenisers, and what a user sees when that fails."""
+"""Loading models and tokenizers, and what a user sees when that fails."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
 
 
-def test_random_model_takes_the_tokenisers_size() -> None:
+def test_random_model_takes_the_tokenizers_size() -> None:
     config = {key: value for key, value in SIZES.items() if key != "vocab_size"}
     model, _ = load_model(ModelConfig(config={"model_type": "roberta", **config}), seed=0, vocab_size=77)
     assert model.get_input_embeddings().num_embeddings == 77
@@ -49,8 +49,8 @@ def test_random_model_takes_the_tokenisers_size() -> None:
 def test_pretrained_weights_are_loaded_in_float32(model_type: str, tmp_path: Path) -> None:
     saved = tiny_model(model_type)
     saved.to(torch.bfloat16).save_pretrained(tmp_path)
-    model, adapter = load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
-    assert adapter.model_type == model_type
+    model, spec = load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
+    assert spec.model_type == model_type
     for mine, theirs in zip(model.parameters(), saved.parameters(), strict=True):
         assert mine.dtype == torch.float32
         assert torch.equal(mine, theirs.float())
@@ -110,42 +110,42 @@ def test_attention_that_the_architecture_lacks_is_named(model_type: str) -> None
         load_model(ModelConfig(config=config), seed=0, vocab_size=100)
 
 
-def test_tokeniser_larger_than_the_embedding() -> None:
-    with pytest.raises(ModelError, match="tokeniser has 101 tokens, but the model has embeddings for only 100"):
+def test_tokenizer_larger_than_the_embedding() -> None:
+    with pytest.raises(ModelError, match="tokenizer has 101 tokens, but the model has embeddings for only 100"):
         load_model(random_model(), seed=0, vocab_size=101)
 
 
 def test_blocks_longer_than_the_positions() -> None:
-    model, adapter = load_model(random_model(), seed=0, vocab_size=100)
-    check_sequence_length(model, adapter, 38)
+    model, spec = load_model(random_model(), seed=0, vocab_size=100)
+    check_sequence_length(model, spec, 38)
     model(torch.full((1, 38), 7))
     with pytest.raises(ConfigError, match=r"data.sequence_length: found 39.*at most 38 tokens"):
-        check_sequence_length(model, adapter, 39)
+        check_sequence_length(model, spec, 39)
 
 
-def test_tokeniser_from_its_own_folder_or_the_models(tmp_path: Path) -> None:
+def test_tokenizer_from_its_own_folder_or_the_models(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     own = run_config(tmp_path, data={"tokenizer": str(tmp_path)})
     models = run_config(tmp_path, model={"config": None, "name_or_path": str(tmp_path)})
     assert load_tokenizer(own).get_vocab() == load_tokenizer(models).get_vocab() == tiny_tokenizer().get_vocab()
 
 
-def test_random_model_without_tokeniser(tmp_path: Path) -> None:
+def test_random_model_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.tokenizer"):
         load_tokenizer(run_config(tmp_path))
 
 
-def test_missing_tokeniser_is_named(tmp_path: Path) -> None:
+def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no_such_folder"):
         load_tokenizer(run_config(tmp_path, data={"tokenizer": "./no_such_folder"}))
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "bert", "xlm-roberta", "gpt2", "gemma2"])
-def test_folder_without_the_files_of_a_tokeniser(model_type: str, tmp_path: Path) -> None:
+def test_folder_without_the_files_of_a_tokenizer(model_type: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(ModelError) as caught:
         open_tokenizer(str(tmp_path))
-    assert str(caught.value).startswith(f"tokeniser {str(tmp_path)!r}: found no token but special ones, expected the")
+    assert str(caught.value).startswith(f"tokenizer {str(tmp_path)!r}: found no token but special ones, expected the")
 
 
 def longest_block_that_runs(model: Any) -> int:
@@ -167,10 +167,10 @@ def test_positions_begin_behind_the_padding_index(model_type: str, padding: int)
     model = tiny_model(model_type, pad_token_id=padding)
     longest = longest_block_that_runs(model)
     assert longest == 40 - padding - 1
-    adapter = spec_for(model_type)
-    check_sequence_length(model, adapter, longest)
+    spec = spec_for(model_type)
+    check_sequence_length(model, spec, longest)
     with pytest.raises(ConfigError, match=rf"found {longest + 1}, but this {model_type} has positions for at most"):
-        check_sequence_length(model, adapter, longest + 1)
+        check_sequence_length(model, spec, longest + 1)
 
 
 @pytest.mark.parametrize("padding", [None, 39, -1])

@@ -18,7 +18,7 @@ from das_ds.models.architectures.registry import spec_for
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.lora import Lora, LowRankMap, adapted_layout
+from das_ds.models.lora import AdaptedLinear, Lora, adapt_layout
 from helpers.lora import adapted
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 
@@ -68,10 +68,10 @@ def tokens() -> torch.Tensor:
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2"])
 def test_adapters_of_a_closed_unit_get_no_gradient(model_type: str, group: str, tmp_path: Path) -> None:
     """As for whole weights: with one unit's gate at zero, exactly what it owns or is read by cannot matter."""
-    model, adapter = network(model_type)
-    whole = adapter.layout(model)
-    lora, _ = adapted(model, adapter, LoraConfig(rank=RANK), tmp_path)
-    layout, gates = lora.layout(whole), UnitGates(model, adapter)
+    model, spec = network(model_type)
+    whole = spec.layout(model)
+    lora, _ = adapted(model, spec, LoraConfig(rank=RANK), tmp_path)
+    layout, gates = lora.layout(whole), UnitGates(model, spec)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert layout.sizes == {name: p.numel() for name, p in parameters.items()}
     assert len(layout.ownerships) == sum(item.parameter.endswith("weight") for item in whole.ownerships)
@@ -79,7 +79,7 @@ def test_adapters_of_a_closed_unit_get_no_gradient(model_type: str, group: str, 
     values = {name: torch.ones(layout.num_layers, 1, units) for name, units in layout.num_units.items()}
     values[group][layer, :, unit] = 0.0
     with gates.active(values, num_rows=3):
-        hidden, losses = LanguageModel(model, adapter)(ids, torch.arange(27), ids.flatten())
+        hidden, losses = LanguageModel(model, spec)(ids, torch.arange(27), ids.flatten())
     (losses.sum() + hidden.square().sum()).backward()
     for item in layout.ownerships:
         gradient = parameters[item.parameter].grad
@@ -93,8 +93,8 @@ def test_adapters_of_a_closed_unit_get_no_gradient(model_type: str, group: str, 
 
 
 def test_what_belongs_to_all_units_belongs_to_none() -> None:
-    model, adapter = network("roberta")
-    layout = adapter.layout(model)
+    model, spec = network("roberta")
+    layout = spec.layout(model)
     layout = Lora.plan(model, layout, LoraConfig(rank=RANK)).layout(layout)
     owned = {item.parameter for item in layout.ownerships if not item.consumer}
     free = {name.split(".layer.0.")[1] for name in set(layout.shapes) - owned if ".layer.0." in name}
@@ -109,15 +109,15 @@ def test_shared_owners_are_carried_over() -> None:
     sharers = torch.tensor([[0, 1], [0, 1], [2, 3], [2, 3]])
     owned = Ownership("k.weight", HEAD, 0, 0, sharers, False)
     layout = UnitLayout("any", 1, {HEAD: 4}, (owned, Ownership("k.bias", HEAD, 0, 0, sharers, False)), {})
-    k = LowRankMap("k.weight", "k.a", "k.b", rank=2, num_inputs=8, num_outputs=4, transposed=False)
-    (found,) = adapted_layout(layout, [k]).ownerships
+    k = AdaptedLinear("k.weight", "k.a", "k.b", rank=2, num_inputs=8, num_outputs=4, transposed=False)
+    (found,) = adapt_layout(layout, [k]).ownerships
     assert found.parameter == "k.b" and found.axis == 0 and found.units is sharers
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "gpt2"])
 def test_merged_weights_and_peft_give_the_adapted_network(model_type: str, tmp_path: Path) -> None:
-    model, adapter = network(model_type)
-    lora, _ = adapted(model, adapter, LoraConfig(rank=RANK, alpha=6.0), tmp_path / "adapter")
+    model, spec = network(model_type)
+    lora, _ = adapted(model, spec, LoraConfig(rank=RANK, alpha=6.0), tmp_path / "adapter")
     expected = model(tokens()).logits
     assert not torch.allclose(expected, network(model_type)[0](tokens()).logits, atol=0.01)
     base, _ = network(model_type)
@@ -133,10 +133,10 @@ def test_merged_weights_and_peft_give_the_adapted_network(model_type: str, tmp_p
 def test_fresh_adapters_change_nothing_and_depend_on_the_seed_alone() -> None:
     found = []
     for seed in (1, 1, 2):
-        model, adapter = network("roberta")
+        model, spec = network("roberta")
         expected = model(tokens()).logits
         torch.rand(3)
-        Lora.plan(model, adapter.layout(model), LoraConfig()).attach(model, seed=seed)
+        Lora.plan(model, spec.layout(model), LoraConfig()).attach(model, seed=seed)
         assert torch.equal(model(tokens()).logits, expected)
         found.append([p for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
@@ -146,10 +146,10 @@ def test_fresh_adapters_change_nothing_and_depend_on_the_seed_alone() -> None:
 def test_activation_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model, adapter = network("roberta")
+        model, spec = network("roberta")
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        adapted(model.train(), adapter, LoraConfig(rank=RANK), tmp_path)
+        adapted(model.train(), spec, LoraConfig(rank=RANK), tmp_path)
         model(tokens(), labels=tokens()).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
@@ -157,8 +157,8 @@ def test_activation_checkpointing_gives_the_same_gradients(tmp_path: Path) -> No
 
 
 def planned(**config: object) -> Lora:
-    model, adapter = network("roberta")
-    return Lora.plan(model, adapter.layout(model), LoraConfig(**config))
+    model, spec = network("roberta")
+    return Lora.plan(model, spec.layout(model), LoraConfig(**config))
 
 
 def test_targets_are_ends_of_names() -> None:
@@ -190,8 +190,8 @@ def test_peft_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
-    model, adapter = network("roberta")
-    adapted(model, adapter, LoraConfig(rank=RANK), tmp_path)
+    model, spec = network("roberta")
+    adapted(model, spec, LoraConfig(rank=RANK), tmp_path)
     with pytest.raises(ModelError, match=r"adapters of another network or config: alpha 16.0, expected 16.0.*lora_A"):
         planned(rank=5).attach(tiny_model(), seed=0, weights=tmp_path)
     with pytest.raises(ModelError, match=r"alpha 16.0, expected 1.0; tensors that differ: none"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from das_ds.functional.token_ids import mean_init_rows
-from das_ds.models.architectures.registry import ADAPTERS, spec_for
+from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.vocabulary import Vocabulary, override_vocab_size, reserve_embedding_rows, vocabulary_parameters
 from helpers.tiny_models import tiny_model, without_dropout
@@ -45,15 +45,15 @@ def test_rows_inside_a_padded_embedding_need_no_room() -> None:
 
 
 @pytest.mark.parametrize("logits_mib", [0, 64])
-@pytest.mark.parametrize("model_type", sorted(ADAPTERS))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_reserved_rows_take_no_part_in_the_loss(model_type: str, logits_mib: int) -> None:
-    adapter = spec_for(model_type)
+    spec = spec_for(model_type)
     small, large = (tiny_model(model_type, **without_dropout(model_type)) for _ in range(2))
     reserve_embedding_rows(large, known=100, total=120)
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     losses = []
     for model, num_rows in ((small, None), (large, 100)):
-        network = LanguageModel(model, adapter, logits_mib=logits_mib)
+        network = LanguageModel(model, spec, logits_mib=logits_mib)
         network.num_rows = num_rows
         losses.append(network(ids, torch.arange(18), ids.flatten())[1])
         losses[-1].sum().backward()

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from das_ds.config import ModelConfig
 from das_ds.errors import ModelError
 from das_ds.models.architectures.registry import spec_for
-from das_ds.models.loading import AUTO_CLASSES, load_model, say_weights, weights_record
+from das_ds.models.loading import AUTO_CLASSES, get_weights_record, load_model, print_weights_summary
 from das_ds.reporting.results import LoadedWeights
 from helpers.odd_weights import ACCEPTED, REFUSED, rewritten, saved
 
@@ -78,7 +78,7 @@ def test_one_line_says_what_is_read(tmp_path: Path, capfd: pytest.CaptureFixture
     model, _ = load_model(ModelConfig(name_or_path=str(tmp_path), allow_missing=["lm_head"]), seed=0, vocab_size=100)
     # The report of transformers, and its bar, are not shown beside it.
     assert capfd.readouterr() == ("", "")
-    say_weights(model)
+    print_weights_summary(model)
     expected = (
         f"das_ds: weights of {tmp_path}: {len(body)} tensors (float32) of model.safetensors as float32; 5 renamed; "
         "1 left out: bert.pooler.dense.bias; 5 of the LM head drawn by seed (model.allow_missing: [lm_head]): cls."
@@ -91,13 +91,13 @@ def test_the_record_is_kept_in_exports_and_made_anew_from_them(tmp_path: Path) -
     first = load(headless(tmp_path), allow_missing=["lm_head"])
     first.save_pretrained(tmp_path / "export")
     said = json.loads((tmp_path / "export" / "config.json").read_text())["das_ds_weights"]
-    assert said == weights_record(first) and len(said["drawn"]) == 5
+    assert said == get_weights_record(first) and len(said["drawn"]) == 5
     again = load(tmp_path / "export")
-    record = weights_record(again)
+    record = get_weights_record(again)
     assert record is not None and record["drawn"] == [] and record["source"] == str(tmp_path / "export")
     assert LoadedWeights.model_validate(record).num_tensors == len(load_file(tmp_path / "export" / "model.safetensors"))
     random, _ = load_model(ModelConfig(config=again.config.to_dict(), attention="eager"), seed=0, vocab_size=100)
-    assert weights_record(random) is None
+    assert get_weights_record(random) is None
 
 
 @pytest.mark.parametrize(

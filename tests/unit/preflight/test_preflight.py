@@ -156,16 +156,16 @@ def test_model_is_counted_without_being_built(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
 def test_counts_of_other_architectures(name: str, tmp_path: Path) -> None:
     run = config(tmp_path, model={"config": {"model_type": name, **CONFIGS[name]}})
-    model, adapter = load_model(run.model, seed=0, vocab_size=100)
-    assert measured_size(run, model, adapter, 100).total == sum(p.numel() for p in model.parameters())
+    model, spec = load_model(run.model, seed=0, vocab_size=100)
+    assert measured_size(run, model, spec, 100).total == sum(p.numel() for p in model.parameters())
 
 
 def test_lora_and_added_tokens_are_counted(tmp_path: Path) -> None:
     lora = config(tmp_path, model={"lora": {"rank": 2}})
-    model, adapter = load_model(lora.model, seed=0, vocab_size=300)
-    size = measured_size(lora, model, adapter, 300)
+    model, spec = load_model(lora.model, seed=0, vocab_size=300)
+    size = measured_size(lora, model, spec, 300)
     assert lora.model.lora is not None
-    Lora.plan(model, adapter.layout(model), lora.model.lora).attach(model, seed=0)
+    Lora.plan(model, spec.layout(model), lora.model.lora).attach(model, seed=0)
     assert size.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert size.total == sum(p.numel() for p in model.parameters())
 
@@ -179,8 +179,8 @@ def test_lora_and_added_tokens_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"data": {"tokenizer": "/no/such/tokenizer"}}, "cannot load the tokeniser"),
-        ({"model": {"config": {"model_type": "t5"}}}, "no adapter for model type 't5'"),
+        ({"data": {"tokenizer": "/no/such/tokenizer"}}, "cannot load the tokenizer"),
+        ({"model": {"config": {"model_type": "t5"}}}, "no architecture spec for model type 't5'"),
         ({"data": {"sequence_length": 512}}, "data.sequence_length: found 512"),
         ({"model": {"lora": {"rank": 1000}}}, "model.lora.rank: found 1000"),
         ({"model": {"config": {"model_type": "roberta", "vocab_size": 100}}}, "embeddings for only 100"),
@@ -244,7 +244,7 @@ def test_text_of_unknown_tokens_and_model_folder_without_tokeniser(tmp_path: Pat
     finding = only(check_corpora, run)
     assert finding.status == "failed"
     assert re.fullmatch(
-        r"corpus 'food': found \d\d\.\d% unknown tokens, allowed: at most 50%; the tokeniser is not made for this text "
+        r"corpus 'food': found \d\d\.\d% unknown tokens, allowed: at most 50%; the tokenizer is not made for this text "
         r"\(data\.tokenizer\)",
         finding.found,
     )
@@ -351,7 +351,7 @@ def test_rough_activations_are_within_a_factor_of_two(model: dict[str, Any], att
     sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 72}
     special = {"bos_token_id": 1, "eos_token_id": 2}
     run = config(tmp_path, model={"config": {**sizes, "vocab_size": 100, **special, **model}, "attention": attention})
-    network, adapter = load_model(run.model, seed=0, vocab_size=100)
+    network, spec = load_model(run.model, seed=0, vocab_size=100)
     network.train()
     own = {weight.untyped_storage().data_ptr() for weight in (*network.parameters(), *network.buffers())}
     saved: dict[int, torch.Tensor] = {}
@@ -363,7 +363,7 @@ def test_rough_activations_are_within_a_factor_of_two(model: dict[str, Any], att
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network.base_model(torch.randint(5, 90, (4, 64)))
     measured = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own)
-    size = measured_size(run, network, adapter, 100)
+    size = measured_size(run, network, spec, 100)
     estimate = activation_bytes(
         size, num_rows=4, num_tokens=64, weight_bytes=4, is_eager=attention == "eager", is_recomputed=False
     )

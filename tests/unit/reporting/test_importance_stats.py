@@ -8,7 +8,7 @@ import pytest
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ImportanceError
-from das_ds.models.architectures.from_config import spec_section
+from das_ds.models.architectures.from_config import spec_to_config
 from das_ds.models.architectures.registry import spec_for
 from das_ds.reporting.importance_stats import importance_numbers
 from das_ds.softmask.importance_file import save_parameter_importance, stored_importance
@@ -54,7 +54,7 @@ def test_weights_belong_to_the_group_that_owns_them(tmp_path: Path, own_table: b
         },
         others=0,
     )
-    section = spec_section(spec_for("roberta")) if own_table else None
+    section = spec_to_config(spec_for("roberta")) if own_table else None
     found = importance_numbers(
         tmp_path, ModelConfig.model_validate({"name_or_path": "unused", "architecture": section})
     )

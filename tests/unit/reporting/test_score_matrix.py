@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.downstream.scores import EndTaskScores, Scores, SeedScores, Spread, TaskScores
+from das_ds.downstream.scores import EndTaskScores, Scores, SeedScores, SeedStatistics, TaskScores
 from das_ds.errors import RunFolderError
 from das_ds.reporting.results import Results
 from das_ds.reporting.score_matrix import RunScores, read_run_scores
@@ -44,8 +44,8 @@ def entry(test: dict[int, float], *, domain: str | None = None, **changes: Any) 
             )
             for seed, score in test.items()
         ],
-        "dev": Spread(mean=0.0, deviation=None),
-        "test": Spread(mean=0.0, deviation=None),
+        "dev": SeedStatistics(mean=0.0, deviation=None),
+        "test": SeedStatistics(mean=0.0, deviation=None),
     }
     return TaskScores(**{**values, **changes})
 

@@ -15,7 +15,7 @@ import torch
 from das_ds.config import RunConfig
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import DasError
-from das_ds.models.loading import find_adapter, load_model
+from das_ds.models.loading import find_spec, load_model
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.memory import check_model
 from das_ds.softmask.importance_file import stored_importance
@@ -46,7 +46,7 @@ def said(values: dict[str, Any]) -> tuple[list[str], str]:
     check_corpora(checks, config)
     failed = [finding.found for finding in checks.findings if finding.status == "failed"]
     with pytest.raises(DasError) as caught:
-        text = prepare_data(config, CPU, find_adapter(config.model).objective)
+        text = prepare_data(config, CPU, find_spec(config.model).objective)
         load_model(config.model, seed=0, vocab_size=len(text.base_tokenizer))
     return failed, str(caught.value)
 
@@ -69,12 +69,12 @@ def run_over(folder: Path, model: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Unheard"}}', "cannot load the tokeniser"),
-        ("tokenizer.json", b"[1, 2]", "cannot load the tokeniser"),
-        ("tokenizer.json", b"[" * 100_000, "cannot load the tokeniser"),
-        ("tokenizer.json", b"\xff\xfe\x00", "cannot load the tokeniser"),
+        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Unheard"}}', "cannot load the tokenizer"),
+        ("tokenizer.json", b"[1, 2]", "cannot load the tokenizer"),
+        ("tokenizer.json", b"[" * 100_000, "cannot load the tokenizer"),
+        ("tokenizer.json", b"\xff\xfe\x00", "cannot load the tokenizer"),
         ("tokenizer.json", POINTER, "found Git LFS pointers in place of tokenizer.json"),
-        ("tokenizer_config.json", b"[]", "cannot load the tokeniser"),
+        ("tokenizer_config.json", b"[]", "cannot load the tokenizer"),
         ("tokenizer_config.json", POINTER, "found Git LFS pointers in place of tokenizer_config.json"),
         ("config.json", b"{", "cannot load the model config"),
         ("config.json", b"[" * 100_000, "cannot load the model config"),

@@ -18,9 +18,9 @@ from das_ds.config.io import describe_config, dump_config, load_config
 from das_ds.errors import ConfigError, ModelError
 from das_ds.functional.axis_layouts import AXIS_LAYOUTS
 from das_ds.functional.units import GROUPS
-from das_ds.models.architectures.from_config import spec_from_config, spec_section
-from das_ds.models.architectures.registry import ADAPTERS, spec_for
-from das_ds.models.loading import find_adapter, load_model
+from das_ds.models.architectures.from_config import spec_from_config, spec_to_config
+from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
+from das_ds.models.loading import find_spec, load_model
 from das_ds.reporting.results import Results
 from das_ds.run_dir import RESULTS_FILE
 from helpers.commands import program, write_config
@@ -36,13 +36,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def llama_section() -> dict[str, Any]:
-    return copy.deepcopy(spec_section(spec_for("llama")))
+    return copy.deepcopy(spec_to_config(spec_for("llama")))
 
 
-@pytest.mark.parametrize("model_type", sorted(ADAPTERS))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_every_registered_table_can_be_written_in_a_config(model_type: str) -> None:
     known = spec_for(model_type)
-    read = spec_from_config(ArchitectureConfig.model_validate(spec_section(known)), model_type)
+    read = spec_from_config(ArchitectureConfig.model_validate(spec_to_config(known)), model_type)
     assert replace(read, unsupported=known.unsupported) == known
 
 
@@ -111,22 +111,22 @@ def test_own_table_stands_above_the_registered_one() -> None:
     section = llama_section()
     section["units"]["output"] = "hidden_size|x"
     config = ModelConfig(config={"model_type": "llama", **SIZES}, architecture=ArchitectureConfig(**section))
-    assert find_adapter(config).units["output"] == "hidden_size|x"
+    assert find_spec(config).units["output"] == "hidden_size|x"
 
 
 def test_table_of_another_architecture_does_not_fit() -> None:
     section = ArchitectureConfig(**llama_section())
     config = ModelConfig(config={"model_type": "starcoder2", **SIZES, "num_key_value_heads": 3}, architecture=section)
-    model, adapter = load_model(config, seed=0, vocab_size=100)
+    model, spec = load_model(config, seed=0, vocab_size=100)
     with pytest.raises(ModelError, match=r"names a parameter that this model lacks: model.layers.0.mlp.gate_proj"):
-        adapter.layout(model)
+        spec.layout(model)
 
 
 def test_missing_adapter_says_where_to_get_one() -> None:
     with pytest.raises(
         ModelError, match=r"'stablelm'; known: bert.*`das-ds inspect MODEL` proposes a table for model.ar"
     ):
-        find_adapter(ModelConfig(config={"model_type": "stablelm"}))
+        find_spec(ModelConfig(config={"model_type": "stablelm"}))
 
 
 def test_sections_are_frozen() -> None:

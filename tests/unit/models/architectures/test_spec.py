@@ -59,17 +59,19 @@ def test_layout_that_does_not_divide_is_named() -> None:
 
 def test_number_of_units_that_the_config_lacks_is_named() -> None:
     units = {**spec_for("gpt2").units, INTERMEDIATE: "n_inner|4*n_width"}
-    adapter = replace(spec_for("gpt2"), units=units)
-    assert adapter.layout(tiny_model("gpt2")).num_units[INTERMEDIATE] == 40
-    with pytest.raises(ModelError, match=r"gpt2 adapter names an attribute .* no whole number: n_inner\|4\*n_width"):
-        adapter.layout(tiny_model("gpt2", n_inner=None))
+    spec = replace(spec_for("gpt2"), units=units)
+    assert spec.layout(tiny_model("gpt2")).num_units[INTERMEDIATE] == 40
+    with pytest.raises(
+        ModelError, match=r"gpt2 architecture spec names an attribute .* no whole number: n_inner\|4\*n_width"
+    ):
+        spec.layout(tiny_model("gpt2", n_inner=None))
 
 
 def test_pattern_of_layers_matches_numbers_alone() -> None:
     model = tiny_model("gpt2")
     model.transformer.h[0].ln_1.register_parameter("novel", model.transformer.h[0].ln_1.bias)
-    adapter = replace(
+    spec = replace(
         spec_for("gpt2"), unmasked=tuple(p.replace("ln_1.*", "ln_1.weight") for p in spec_for("gpt2").unmasked)
     )
     with pytest.raises(ModelError, match=r"does not know 2 parameters of this model: transformer.h.0.ln_1.bias"):
-        adapter.layout(model)
+        spec.layout(model)

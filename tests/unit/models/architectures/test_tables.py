@@ -12,7 +12,7 @@ from torch import nn
 from das_ds.errors import ModelError
 from das_ds.functional.units import GROUPS, HEAD
 from das_ds.models import language_model
-from das_ds.models.architectures.registry import ADAPTERS, spec_for
+from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.architectures.spec import has_dropout
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.matrix
 
 # (label, model type, changes of its tiny config): what a switch of the config changes in the table is proved too.
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
-    *((model_type, model_type, {}) for model_type in ADAPTERS),
+    *((model_type, model_type, {}) for model_type in ARCHITECTURES),
     ("deberta-v2 own position maps", "deberta-v2", {"share_att_key": False}),
     (
         "deberta-v2 new head",
@@ -76,11 +76,11 @@ def built(label: str) -> tuple[str, nn.Module, Any]:
 
 @pytest.mark.parametrize("label", LABELS)
 def test_only_what_a_closed_unit_owns_or_reads_gets_no_gradient(label: str) -> None:
-    model_type, model, adapter = built(label)
+    model_type, model, spec = built(label)
     if model_type == "olmo2":
         hold_statistics(model)
-    layout = adapter.layout(model)
-    never = {where for where, size in gradient_sizes(model, adapter, layout, set()).items() if size < NEGLIGIBLE}
+    layout = spec.layout(model)
+    never = {where for where, size in gradient_sizes(model, spec, layout, set()).items() if size < NEGLIGIBLE}
     silent = {where.parameter for where in never}
     assert not {name for name in silent if not name.endswith(KEY_BIASES) and not any(e in name for e in EMBEDDINGS)}
     last = layout.num_layers - 1
@@ -93,7 +93,7 @@ def test_only_what_a_closed_unit_owns_or_reads_gets_no_gradient(label: str) -> N
     # All query heads of one key/value head, and all of them but one.
     closings += [{(HEAD, 0, sharers + head) for head in range(count)} for count in (sharers, sharers - 1)]
     for closed in closings:
-        sizes = gradient_sizes(model, adapter, layout, closed)
+        sizes = gradient_sizes(model, spec, layout, closed)
         expected = slices_of(layout, closed)
         assert {where for where in expected if sizes[where] != 0.0} == set()
         assert {where for where, size in sizes.items() if size == 0.0} - never <= expected, closed
@@ -113,36 +113,36 @@ def test_a_shared_key_value_head_waits_for_all_its_query_heads() -> None:
 
 def test_query_and_key_norms_of_olmo2_mix_heads_by_their_statistics_alone() -> None:
     """A closed head's rows of W_q still scale the queries of the others; nothing else of the head matters to them."""
-    _, model, adapter = built("olmo2")
-    layout = adapter.layout(model)
+    _, model, spec = built("olmo2")
+    layout = spec.layout(model)
     closed: Units = {(HEAD, 1, head) for head in (3, 4, 5)}
-    sizes = gradient_sizes(model, adapter, layout, closed)
+    sizes = gradient_sizes(model, spec, layout, closed)
     moving = {where.parameter.split("self_attn.")[1] for where in slices_of(layout, closed) if sizes[where] != 0.0}
     assert moving == {"q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias"}
 
 
 @pytest.mark.parametrize("label", LABELS)
 def test_every_parameter_is_owned_or_listed_and_a_new_one_is_refused(label: str) -> None:
-    model_type, model, adapter = built(label)
-    layout = adapter.layout(model)
+    model_type, model, spec = built(label)
+    layout = spec.layout(model)
     assert set(layout.shapes) == {name for name, _ in model.named_parameters()}
     layers = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layout.num_layers]
     places = {name: module for name, module in model.named_modules() if module in (layers[0][1], model.base_model)}
     for name, module in places.items():
         module.register_parameter("novel", nn.Parameter(torch.ones(3)))
         with pytest.raises(ModelError, match=rf"{model_type} adapter does not know 1 parameters.*: {name}\.novel;"):
-            adapter.layout(model)
+            spec.layout(model)
         del module.novel
-    adapter.layout(model)
+    spec.layout(model)
 
 
 @pytest.mark.parametrize("label", LABELS)
 def test_gates_act_on_their_rows_alone_and_ones_change_nothing(label: str) -> None:
-    model_type, model, adapter = built(label)
+    model_type, model, spec = built(label)
     importance = random_importance(model)
     ids = token_ids(rows=5, length=30)
-    gates = UnitGates(model, adapter)
-    wrapped = LanguageModel(model, adapter)
+    gates = UnitGates(model, spec)
+    wrapped = LanguageModel(model, spec)
     nothing = torch.zeros(0, dtype=torch.int64)
     with torch.no_grad():
         plain, _ = wrapped(ids, nothing, nothing)
@@ -160,16 +160,16 @@ def test_gates_act_on_their_rows_alone_and_ones_change_nothing(label: str) -> No
         record(model_type, "gates")
 
 
-@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_noise_makes_its_rows_differ_and_no_other(model_type: str) -> None:
-    _, model, adapter = built(model_type)
+    _, model, spec = built(model_type)
     ids = token_ids()[:1].repeat(4, 1)
     nothing = torch.zeros(0, dtype=torch.int64)
-    wrapped = LanguageModel(model, adapter)
+    wrapped = LanguageModel(model, spec)
     torch.manual_seed(0)
     with torch.no_grad():
         plain, _ = wrapped(ids, nothing, nothing)
-        with UnitGates(model, adapter).noise(0.1, num_rows=4, first_row=2):
+        with UnitGates(model, spec).noise(0.1, num_rows=4, first_row=2):
             hidden, _ = wrapped(ids, nothing, nothing)
     torch.testing.assert_close(hidden[:2], plain[:2], rtol=1e-5, atol=1e-5)
     for first, second in ((2, 0), (3, 0), (3, 2)):
@@ -178,20 +178,20 @@ def test_noise_makes_its_rows_differ_and_no_other(model_type: str) -> None:
 
 @pytest.mark.parametrize("label", LABELS)
 def test_measured_gate_gradients_equal_plain_autograd_of_one_sequence_at_a_time(label: str) -> None:
-    _, model, adapter = built(label)
-    layout = adapter.layout(model)
+    _, model, spec = built(label)
+    layout = spec.layout(model)
     ids = token_ids(rows=5, length=30)
     targets = ids.roll(1, dims=1)
     weights = torch.tensor([1.0, 1.0, 0.0, 1.0, 2.0])
     sums = {group: torch.zeros(layout.num_layers, 5, units) for group, units in layout.num_units.items()}
-    wrapped = LanguageModel(model, adapter)
-    with UnitGates(model, adapter).measuring(sums, weights) as anchor:
+    wrapped = LanguageModel(model, spec)
+    with UnitGates(model, spec).measuring(sums, weights) as anchor:
         _, losses = wrapped(ids, torch.arange(ids.numel()), targets.flatten())
         torch.autograd.grad(losses.view(5, -1).mean(dim=1).sum(), anchor)
     for row in range(5):
         one = slice(row, row + 1)
         alone = gradients_of_gates(
-            model, adapter, lambda one=one: sequence_losses(model(ids[one]).logits, targets[one]).sum()
+            model, spec, lambda one=one: sequence_losses(model(ids[one]).logits, targets[one]).sum()
         )
         for group, gradient in alone.items():
             torch.testing.assert_close(sums[group][:, row], weights[row] * gradient, rtol=1e-3, atol=1e-5)
@@ -202,10 +202,10 @@ def test_measured_gate_gradients_equal_plain_autograd_of_one_sequence_at_a_time(
 @pytest.mark.parametrize("label", LABELS)
 def test_losses_are_those_of_the_hugging_face_model(label: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model, "positions_per_chunk", lambda vocab_size, logits_mib: chunk)
-    model_type, model, adapter = built(label)
+    model_type, model, spec = built(label)
     ids = token_ids(rows=5, length=30)
     targets = ids.flatten().roll(1)
-    wrapped = LanguageModel(model, adapter)
+    wrapped = LanguageModel(model, spec)
     with torch.no_grad():
         expected = model(input_ids=ids).logits.flatten(0, 1)
         _, losses = wrapped(ids, torch.arange(ids.numel()), targets)
@@ -214,17 +214,17 @@ def test_losses_are_those_of_the_hugging_face_model(label: str, chunk: int, monk
         record(model_type, "logits")
 
 
-@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_blocks_may_be_as_long_as_the_positions(model_type: str) -> None:
-    model, adapter = tiny_model(model_type), spec_for(model_type)
-    longest = adapter.max_sequence_length(model)
+    model, spec = tiny_model(model_type), spec_for(model_type)
+    longest = spec.max_sequence_length(model)
     assert longest == 38 if "roberta" in model_type else 40
     assert model(torch.full((1, longest), 7)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("model_type", ADAPTERS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_dropout_is_what_makes_two_passes_of_one_text_differ(model_type: str) -> None:
-    adapter = spec_for(model_type)
+    spec = spec_for(model_type)
     off = without_dropout(model_type)
     ids = token_ids()
     # Every attribute of the config that could be meant, whether the table knows it or not.
@@ -234,13 +234,15 @@ def test_dropout_is_what_makes_two_passes_of_one_text_differ(model_type: str) ->
     for name in {*off, *candidates} - {"layerdrop"}:
         model = tiny_model(model_type, **{**off, name: 0.5}).train()
         first, second = (model.base_model(input_ids=ids).last_hidden_state for _ in range(2))
-        assert has_dropout(model.config, adapter.dropouts) == (not torch.equal(first, second)), name
-    assert not has_dropout(tiny_model(model_type, **off).config, adapter.dropouts)
+        assert has_dropout(model.config, spec.dropouts) == (not torch.equal(first, second)), name
+    assert not has_dropout(tiny_model(model_type, **off).config, spec.dropouts)
 
 
 def test_configs_that_a_table_cannot_describe_are_refused() -> None:
     for changes in ({"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}):
-        with pytest.raises(ModelError, match=r"qwen3_moe adapter does not support models of which only some layers"):
+        with pytest.raises(
+            ModelError, match=r"qwen3_moe architecture spec does not support models of which only some layers"
+        ):
             spec_for("qwen3_moe").layout(tiny_model("qwen3_moe", **changes))
-    with pytest.raises(ModelError, match=r"opt adapter does not support layerdrop: found 0.1, allowed: 0"):
+    with pytest.raises(ModelError, match=r"opt architecture spec does not support layerdrop: found 0.1, allowed: 0"):
         spec_for("opt").layout(tiny_model("opt", layerdrop=0.1))

@@ -10,17 +10,17 @@ from transformers import AutoConfig, PreTrainedModel, T5Config
 
 from das_ds.errors import ModelError
 from das_ds.functional.units import UnitRule
-from das_ds.models.architectures.registry import ADAPTERS, spec_for
+from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
-from das_ds.models.inspect.describe import unit_table
+from das_ds.models.inspect.describe import inspect_model
 from das_ds.models.inspect.probe import probe_models, skeleton
-from das_ds.models.inspect.propose import discover
+from das_ds.models.inspect.propose import propose_table
 from das_ds.models.inspect.structure import guess_objective
 from das_ds.models.inspect.verify import verify_table
 from helpers.tiny_models import SIZES, tiny_model
 
 # Left out: experts are no linear maps, and a norm over all heads' queries leaves no query to one head alone.
-DISCOVERED = sorted(set(ADAPTERS) - {"mixtral", "qwen3_moe", "olmo2"})
+PROPOSED = sorted(set(ARCHITECTURES) - {"mixtral", "qwen3_moe", "olmo2"})
 # Maps that serve words and relative positions at once are not discovered.
 VARIANTS: dict[str, dict[str, Any]] = {"deberta-v2": {"share_att_key": False}}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -36,22 +36,22 @@ def other_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **{**SIZES, **OTHERS[model_type]})
 
 
-def owners(adapter: ArchitectureSpec, model: PreTrainedModel) -> dict[tuple[Any, ...], list[set[int]]]:
+def owners(spec: ArchitectureSpec, model: PreTrainedModel) -> dict[tuple[Any, ...], list[set[int]]]:
     """(parameter, layer, axis, group, reader) -> the units that own each entry."""
     return {
         (item.parameter, item.layer, item.axis, item.group, item.consumer): [
             set(row) - {-1} for row in item.units.tolist()
         ]
-        for item in adapter.layout(model).ownerships
+        for item in spec.layout(model).ownerships
     }
 
 
-@pytest.mark.parametrize("model_type", DISCOVERED)
+@pytest.mark.parametrize("model_type", PROPOSED)
 def test_proposal_equals_the_table_written_by_hand(model_type: str) -> None:
     model, known = tiny_model(model_type, **VARIANTS.get(model_type, {})), spec_for(model_type)
-    proposal = discover(model.config, known.objective)
+    proposal = propose_table(model.config, known.objective)
     assert not proposal.problems
-    found = proposal.adapter
+    found = proposal.spec
     assert owners(found, model) == owners(known, model)
     assert found.layout(model).num_units == known.layout(model).num_units
     assert found.max_sequence_length(model) == known.max_sequence_length(model)
@@ -64,9 +64,9 @@ def test_proposal_equals_the_table_written_by_hand(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", sorted(OTHERS))
 def test_architecture_without_a_table_is_found_whole(model_type: str) -> None:
     config = other_config(model_type)
-    proposal = discover(config)
+    proposal = propose_table(config)
     assert not proposal.problems and not proposal.reasons
-    layout = proposal.adapter.layout(skeleton(config, "clm"))
+    layout = proposal.spec.layout(skeleton(config, "clm"))
     assert layout.num_units == {
         "head": config.num_attention_heads,
         "intermediate": 96 if model_type in ("gptj", "bloom") else 40,
@@ -77,14 +77,14 @@ def test_architecture_without_a_table_is_found_whole(model_type: str) -> None:
 def test_queries_before_a_shared_key_and_value_head() -> None:
     """Falcon's fused map: the queries of three heads, then one key and one value head that all of them use."""
     config = other_config("falcon")
-    found = owners(discover(config).adapter, skeleton(config, "clm"))
+    found = owners(propose_table(config).spec, skeleton(config, "clm"))
     rows = found["transformer.h.1.self_attention.query_key_value.weight", 1, 0, "head", False]
     assert rows == [{head} for head in range(3) for _ in range(8)] + [{0, 1, 2}] * 16
 
 
 def test_query_key_and_value_of_a_head_lie_together() -> None:
     config = other_config("bloom")
-    found = owners(discover(config).adapter, skeleton(config, "clm"))
+    found = owners(propose_table(config).spec, skeleton(config, "clm"))
     rows = found["transformer.h.0.self_attention.query_key_value.bias", 0, 0, "head", False]
     assert rows == [{head} for head in range(3) for _ in range(24)]
 
@@ -93,27 +93,27 @@ def test_models_without_positions_take_any_length() -> None:
     config = other_config("bloom")
     config.max_position_embeddings = None
     del config.max_position_embeddings
-    assert discover(config).adapter.max_sequence_length(skeleton(config, "clm")) > 10**6
+    assert propose_table(config).spec.max_sequence_length(skeleton(config, "clm")) > 10**6
 
 
 def test_grouped_heads_share_keys() -> None:
     config = other_config("stablelm")
-    found = owners(discover(config).adapter, skeleton(config, "clm"))
+    found = owners(propose_table(config).spec, skeleton(config, "clm"))
     assert found["model.layers.0.self_attn.k_proj.bias", 0, 0, "head", False] == [{0, 1, 2}] * 4 + [{3, 4, 5}] * 4
     assert found["model.layers.0.self_attn.q_proj.bias", 0, 0, "head", False] == [{h} for h in range(6) for _ in "1234"]
 
 
 def test_experts_stay_out_with_the_reason() -> None:
-    proposal = discover(tiny_model("mixtral").config)
+    proposal = propose_table(tiny_model("mixtral").config)
     assert not proposal.problems
-    assert set(proposal.adapter.units) == {"head"}
+    assert set(proposal.spec.units) == {"head"}
     assert proposal.reasons == {"MLP": "no linear map is fed neuron by neuron"}
-    assert "{base}.layers.{layer}.mlp.experts.down_proj" in proposal.adapter.unmasked
+    assert "{base}.layers.{layer}.mlp.experts.down_proj" in proposal.spec.unmasked
 
 
 def test_a_proposal_that_fails_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ADAPTERS, "olmo2")
-    table = unit_table(AutoConfig.for_model("olmo2", **SIZES))
+    monkeypatch.delitem(ARCHITECTURES, "olmo2")
+    table = inspect_model(AutoConfig.for_model("olmo2", **SIZES))
     assert "every feature of it reaches every unit" in table.reasons["self_attn.q_proj"]
     assert "NOT verified" in table.describe()
     with pytest.raises(ModelError, match="proposed table of olmo2 is not verified for head units"):
@@ -122,7 +122,7 @@ def test_a_proposal_that_fails_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch
 
 def test_the_real_models_weights_are_never_made() -> None:
     config = AutoConfig.for_model("stablelm", hidden_size=8192, num_hidden_layers=80, num_attention_heads=64)
-    table = unit_table(config)
+    table = inspect_model(config)
     table.check()
     assert "80 layers: proposed table" in table.describe()
     assert "8192x8192" in table.describe()
@@ -130,16 +130,16 @@ def test_the_real_models_weights_are_never_made() -> None:
 
 def test_hidden_logits_are_refused() -> None:
     with pytest.raises(ModelError, match="the logits are not those of lm_head behind the base model"):
-        discover(AutoConfig.for_model("cohere", **SIZES, logit_scale=0.5))
+        propose_table(AutoConfig.for_model("cohere", **SIZES, logit_scale=0.5))
 
 
 def test_networks_of_another_kind_are_refused() -> None:
     with pytest.raises(ModelError, match="no masked and no causal language model of type 't5'"):
-        discover(T5Config())
+        propose_table(T5Config())
     with pytest.raises(ModelError, match="one list of 2 layers in albert, found none"):
-        discover(AutoConfig.for_model("albert"))
+        propose_table(AutoConfig.for_model("albert"))
     with pytest.raises(ModelError, match="no small network of type 'stablelm' can be tried; narrow: Unrecognized"):
-        discover(other_config("stablelm"), "mlm")
+        propose_table(other_config("stablelm"), "mlm")
 
 
 def test_skeleton_that_cannot_be_built_is_an_error() -> None:
@@ -170,7 +170,7 @@ def test_right_table_has_no_problems(llama: PreTrainedModel) -> None:
 
 
 def test_wrong_layout_is_seen() -> None:
-    """Gate and up projection in one map, read as pairs of neighbours."""
+    """Gate and up projection in one map, read as pairs of neighbors."""
     known = spec_for("phi3")
     rules = tuple(replace(rule, layout="contiguous") if rule.layout == "gate_up" else rule for rule in known.rules)
     probe = next(iter(probe_models(tiny_model("phi3").config, "clm")))
@@ -207,13 +207,13 @@ def test_table_that_does_not_fit_is_refused(llama: PreTrainedModel) -> None:
 
 def test_registered_table_is_for_its_objective() -> None:
     with pytest.raises(ModelError, match="objective: found clm, but the registered table of roberta is for mlm"):
-        unit_table(tiny_model().config, "clm")
-    table = unit_table(tiny_model().config)
+        inspect_model(tiny_model().config, "clm")
+    table = inspect_model(tiny_model().config)
     assert "roberta, mlm, 2 layers: registered table" in table.describe() and not table.problems
-    assert table.adapter.position_offset == "pad_token_id"
+    assert table.spec.position_offset == "pad_token_id"
 
 
 @pytest.mark.parametrize(("model_type", "offset"), [("camembert", "pad_token_id"), ("bert", 0)])
 def test_positions_behind_the_padding_index_are_seen(model_type: str, offset: int | str) -> None:
-    table = unit_table(AutoConfig.for_model(model_type, **SIZES, pad_token_id=3))
-    assert table.adapter.position_offset == offset
+    table = inspect_model(AutoConfig.for_model(model_type, **SIZES, pad_token_id=3))
+    assert table.spec.position_offset == offset
