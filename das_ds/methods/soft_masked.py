@@ -118,8 +118,8 @@ class SoftMasked(Method):
         allowed = [*self.run.layout.num_units, UNOWNED]
         if unknown := [group for group in groups or () if group not in allowed]:
             raise ConfigError(
-                f"method.softmask.groups: found {unknown[0]}, which the {self.run.layout.model_type} architecture spec has no "
-                f"units of; allowed: {', '.join(allowed)}"
+                f"method.softmask.groups: found {unknown[0]}, which the {self.run.layout.model_type} architecture spec "
+                f"has no units of; allowed: {', '.join(allowed)}"
             )
         return softmask.model_copy(update={"groups": groups})
 

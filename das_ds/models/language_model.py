@@ -1,4 +1,7 @@
-"""A language model whose LM head runs at predicted positions only."""
+"""Language model wrapper: a Hugging Face model whose LM head runs at the predicted positions only.
+
+Shape legend: R rows, S positions, P predicted positions, H hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ DEFAULT_LOGITS_MIB = TrainConfig().max_logits_mib
 
 
 class LanguageModel(nn.Module):
-    """Wraps a Hugging Face model so that one call gives hidden states of all rows and losses of few positions.
+    """Wraps a Hugging Face model so that one call returns the hidden states of all rows and the losses of P positions.
 
-    The whole computation stays inside one module call, so ZeRO-3 gathers every layer once per packed batch.
+    The computation stays inside one module call, so that ZeRO-3 gathers every layer once per packed batch.
 
     Args:
-        model: the network.
+        model: the model.
         spec: its architecture spec.
-        logits_mib: largest chunk of logits, see `lm_loss.py`.
+        logits_mib: largest chunk of logits in MiB, see `lm_loss.py`.
     """
 
     def __init__(self, model: PreTrainedModel, spec: ArchitectureSpec, *, logits_mib: int = DEFAULT_LOGITS_MIB) -> None:
@@ -43,7 +46,7 @@ class LanguageModel(nn.Module):
 
     @property
     def num_rows(self) -> int | None:
-        """Rows of the vocabulary that can be predicted; None: all. The others wait for tokens of later domains."""
+        """Rows of the vocabulary that can be predicted; None: all. The others are reserved for later domains."""
         return self._losses.num_rows
 
     @num_rows.setter
@@ -52,7 +55,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def training_head_only(self) -> Iterator[None]:
-        """Inside, losses have gradients for the LM head alone, without a backward pass through the layers."""
+        """Inside, losses have gradients for the LM head only, without a backward pass through the layers."""
         self._trains_head_only = True
         try:
             yield
@@ -72,14 +75,15 @@ class LanguageModel(nn.Module):
             input_ids: (R, S) int64.
             predicted: (P,) int64, indices into the flattened (R, S) positions.
             targets: (P,) int64, the tokens to predict there.
-            position_ids: (R, S) int64, positions inside documents that attention does not leave; None: one document.
+            position_ids: (R, S) int64, positions within documents that attention must not cross; None: one document
+                per row.
 
         Returns:
-            Hidden states (R, S, H) and the cross-entropy of each predicted position (P,) float32.
+            Hidden states (R, S, H), and the cross-entropy of each predicted position (P,) float32.
         """
         options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         if self._is_causal:
-            # With a cache transformers does not look at the positions, and documents would not be isolated.
+            # With a KV cache, transformers ignores position_ids, and documents would see each other.
             options["use_cache"] = False
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trains_head_only):
             hidden = self.model.base_model(input_ids=input_ids, **options).last_hidden_state
@@ -88,6 +92,6 @@ class LanguageModel(nn.Module):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(P, H) -> (P, V), before a cap."""
-        for part in self._head:
-            hidden = part(hidden)
+        for module in self._head:
+            hidden = module(hidden)
         return hidden

@@ -1,9 +1,9 @@
-"""Mixture-of-experts layers whose experts' intermediate units can be gated.
+"""Mixture-of-experts forward pass with gates on the experts' intermediate units.
 
-transformers keeps all experts of a layer in two 3-D parameters and runs them in one function, so that there is no
-module whose output a hook could multiply; while gates are on, the function below takes its place.
+transformers keeps all experts of a layer in two 3-D parameters and runs them in one function, so that no module exists
+whose output a hook could multiply; while gates are on, `gated_experts_forward` replaces that function.
 
-Shape legend: T tokens, H hidden size, X experts of each token, E experts, I units of an expert; n tokens of one.
+Shape legend: T tokens, H hidden size, X experts per token, E experts, I units of an expert; n tokens of one expert.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gated_experts_forward(
     Args:
         experts: a module with `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`.
         gates: applied one after the other to the input of the down projection.
-        num_rows: rows that the T tokens are, row by row.
+        num_rows: rows of the batch; the T tokens are stored row by row.
         hidden_states: (T, H).
         top_k_index: (T, X) int64.
         top_k_weights: (T, X).
@@ -41,15 +41,16 @@ def gated_experts_forward(
     """
     num_experts, width, _ = experts.gate_up_proj.shape
     output = torch.zeros_like(hidden_states)
-    row_of = torch.arange(len(hidden_states), device=hidden_states.device) // (len(hidden_states) // num_rows)
+    # (T,): the row of each token.
+    token_rows = torch.arange(len(hidden_states), device=hidden_states.device) // (len(hidden_states) // num_rows)
     for expert in range(num_experts):
-        # An expert without tokens runs on none: its weights still take part in the graph.
-        tokens, place = torch.where(top_k_index == expert)
-        first, second = functional.linear(hidden_states[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        inner = experts.act_fn(first) * second
+        # An expert without tokens runs on zero rows, so that its weights stay part of the graph.
+        tokens, slots = torch.where(top_k_index == expert)  # both (n,)
+        gated, up = functional.linear(hidden_states[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        inner = experts.act_fn(gated) * up
         for gate in gates:
-            inner = gate(inner, row_of[tokens], expert * width // 2)
-        outer = functional.linear(inner, experts.down_proj[expert]) * top_k_weights[tokens, place, None]
+            inner = gate(inner, token_rows[tokens], expert * width // 2)
+        outer = functional.linear(inner, experts.down_proj[expert]) * top_k_weights[tokens, slots, None]
         output = output.index_add(0, tokens, outer.to(output.dtype))
     return output
 
@@ -57,17 +58,17 @@ def gated_experts_forward(
 def measure_routed(
     x: torch.Tensor, anchor: torch.Tensor, sums: torch.Tensor, row_weights: torch.Tensor, sequences: torch.Tensor
 ) -> torch.Tensor:
-    """x itself; its backward pass adds w_b * |sum over tokens of sequence b of dy * x| to sums[b].
+    """Identity; the backward pass adds w_b |sum over tokens t of sequence b of dy_t x_t| to sums[b].
 
     Args:
         x: (n, I).
         anchor: scalar to differentiate by.
-        sums: (B, I) float32, a view.
+        sums: (B, I) float32, a view; added to.
         row_weights: (B,) float32.
-        sequences: (n,) int64, the sequence of each token, whatever view of it.
+        sequences: (n,) int64, the sequence of each token; all views of a sequence count together.
     """
-    same: torch.Tensor = _Measure.apply(x, anchor, sums, row_weights, sequences)
-    return same
+    y: torch.Tensor = _Measure.apply(x, anchor, sums, row_weights, sequences)
+    return y
 
 
 class _Measure(torch.autograd.Function):
@@ -81,13 +82,16 @@ class _Measure(torch.autograd.Function):
         sequences: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, anchor)
-        ctx.sums, ctx.row_weights, ctx.sequences = sums, row_weights, sequences
+        ctx.sums = sums
+        ctx.row_weights = row_weights
+        ctx.sequences = sequences
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         (dy,) = grad_outputs
         x, anchor = ctx.saved_tensors
+        # dL/dg of a gate is the sum of dy * x over the tokens that it multiplies, in float32.
         gradient = torch.zeros_like(ctx.sums).index_add_(0, ctx.sequences, dy.float() * x.float())
         ctx.sums.addcmul_(gradient.abs(), ctx.row_weights[:, None])
         return dy, torch.zeros_like(anchor), None, None, None

@@ -23,11 +23,11 @@ from das_ds.distributed.state import ComponentState
 from das_ds.engine.sharded_init import sharded_init
 from das_ds.fault_tolerance.shutdown import ShutdownHandler
 from das_ds.fault_tolerance.watchdog import Watchdog
-from das_ds.functional.token_ids import mean_init_rows, num_tokens
+from das_ds.functional.token_ids import num_tokens
 from das_ds.methods import build_method, method_class
 from das_ds.methods.base import Method
 from das_ds.models.loading import check_sequence_length, get_weights_record, load_model, print_weights_summary
-from das_ds.models.vocabulary import reserve_embedding_rows, vocabulary_parameters
+from das_ds.models.vocabulary import mean_init_rows, reserve_embedding_rows, vocabulary_parameters
 from das_ds.reporting.results import Results
 from das_ds.run_dir import METRICS_FILE, RunDir
 from das_ds.tracking.tracker import Tracker

@@ -1,1 +1,1 @@
-"""One table per model type: where its units, gates and LM head are."""
+"""Architecture specs: one table per model type, which names its units, gates and LM head."""

@@ -1,4 +1,4 @@
-"""Your own table: `model.architecture` of a run config as an adapter, and an adapter as that section."""
+"""Custom architecture specs: `model.architecture` of a run config -> `ArchitectureSpec`, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from das_ds.models.architectures.spec import DROPOUT_ATTRIBUTES, ArchitectureSpe
 
 
 def spec_from_config(section: ArchitectureConfig, model_type: str) -> ArchitectureSpec:
-    """The table that a run config holds, for models of `model_type`."""
+    """The spec in a run config, for models of `model_type`."""
     return ArchitectureSpec(
         model_type=model_type,
         objective=section.objective,
@@ -39,11 +39,11 @@ def spec_from_config(section: ArchitectureConfig, model_type: str) -> Architectu
 
 
 def spec_to_config(spec: ArchitectureSpec) -> dict[str, Any]:
-    """The table as plain values of `model.architecture`, without the defaults."""
+    """The spec as plain values of `model.architecture`, without the defaults."""
     values = asdict(spec)
     for rule in values["rules"]:
         rule["layout"], rule["consumer"] = rule.pop("spread"), rule.pop("reader")
-    # What a registered table cannot describe is code, and the model that the section is printed for is none of it.
+    # `unsupported` is code; the model that the section is printed for has passed it.
     del values["model_type"], values["unsupported"]
     if spec.dropouts == DROPOUT_ATTRIBUTES:
         del values["dropouts"]

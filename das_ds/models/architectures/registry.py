@@ -1,4 +1,4 @@
-"""Model type -> adapter."""
+"""Registry of architecture specs: Hugging Face `model_type` -> `ArchitectureSpec`."""
 
 from das_ds.errors import ModelError
 from das_ds.models.architectures.bert import BERT, ELECTRA
@@ -16,18 +16,18 @@ from das_ds.models.architectures.spec import ArchitectureSpec
 
 ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, ELECTRA, DEBERTA_V2, MODERNBERT)
 DECODERS = (GPT2, GPT_NEOX, OPT, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3_TEXT, PHI3, MIXTRAL, QWEN3_MOE)
-ARCHITECTURES: dict[str, ArchitectureSpec] = {adapter.model_type: adapter for adapter in (*ENCODERS, *DECODERS)}
+ARCHITECTURES: dict[str, ArchitectureSpec] = {spec.model_type: spec for spec in (*ENCODERS, *DECODERS)}
 
 
 def spec_for(model_type: str) -> ArchitectureSpec:
-    """The adapter of a Hugging Face `model_type`.
+    """The registered spec of a Hugging Face `model_type`.
 
     Raises:
-        ModelError: no adapter; the message lists the known types.
+        ModelError: no registered spec; the message lists the known types.
     """
     if model_type not in ARCHITECTURES:
         raise ModelError(
-            f"no architecture spec for model type {model_type!r}; known: {', '.join(sorted(ARCHITECTURES))}; `das-ds inspect MODEL` "
-            "proposes a table for model.architecture"
+            f"no architecture spec for model type {model_type!r}; known: {', '.join(sorted(ARCHITECTURES))}; "
+            "`das-ds inspect MODEL` proposes a table for model.architecture"
         )
     return ARCHITECTURES[model_type]

@@ -1,8 +1,8 @@
-"""An architecture as a table: which parameters its units own, where their gates sit, what stays unmasked on purpose.
+"""Architecture spec: a table of which parameters the units own, where their gates are, and what stays unmasked.
 
 Patterns use `{base}` for the base model's prefix (`roberta`, `bert`) and `{layer}` for a layer number.
 
-Whether a network has dropout of its own.
+Shape legend: E blocks of R rows and C columns of a parameter, see `functional.units`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ DROPOUT_ATTRIBUTES = (
     "mlp_dropout",
     "resid_pdrop",
 )
-"""Config attributes that make two passes of one text differ; dropout of classification heads does not."""
+"""Attributes of model configs that make two passes over one text differ; dropout of classification heads does not."""
 
 
 @dataclass(frozen=True)
 class GateSite:
-    """Where the units of a group can be multiplied: the input or the output of one module per layer.
+    """Where the units of a group are gated: the input or the output of one module per layer.
 
-    `experts` is the input of the down projections inside a module that runs all experts (see `experts.py`).
+    `experts` is the input of the down projections inside a module that runs all experts (see `models/moe.py`).
     """
 
     group: str
@@ -58,37 +58,36 @@ class ArchitectureSpec:
 
     model_type: str
     objective: ObjectiveName
-    """What these networks are pre-trained with."""
+    """The objective that these models are pre-trained with."""
     units: dict[str, str]
     """Group -> number of units per layer: an attribute of the model config, a product such as `a*b` or `4*a`, or
-    several of these with `|` between them, of which the first counts whose attributes are set."""
+    alternatives separated by `|`, of which the first counts whose attributes are all set."""
     rules: tuple[UnitRule, ...]
     sites: tuple[GateSite, ...]
     unmasked: tuple[str, ...]
-    """Parameters that belong to no unit on purpose; `*` matches anything."""
+    """Parameters that no unit owns, on purpose; `*` matches anything."""
     lm_head: tuple[str, ...]
-    """Modules that turn hidden states into logits, one after the other."""
+    """Modules that turn hidden states into logits, applied one after the other."""
     embedding_head: str | None = None
-    """Module that does so in place of `lm_head` in models that have it, given the input embeddings as well."""
+    """Module that replaces `lm_head` in models that have it; it takes the input embeddings too."""
     key_value_heads: str | None = None
     """Attribute of the model config with the number of key/value heads; None: as many as heads."""
     logit_cap_attribute: str | None = None
-    """Attribute of the model config with the cap c of logits, c * tanh(logits / c), where there is one."""
+    """Attribute of the model config with the soft cap c of logits, c * tanh(logits / c); None: no such attribute."""
     position_offset: int | Literal["pad_token_id"] = 0
-    """Rows of the position embedding that no token of a block can use; `pad_token_id`: as many as are needed so that
-    positions begin behind that id."""
+    """Rows of the position embedding that no token can use; `pad_token_id`: positions begin behind that id."""
     dropouts: tuple[str, ...] = DROPOUT_ATTRIBUTES
-    """Attributes of the model config that are dropout probabilities of the network."""
+    """Attributes of the model config that are dropout probabilities of the model."""
     unsupported: Callable[[Any], str | None] = lambda config: None
-    """What in a model config this table cannot describe, in words, or None."""
+    """Returns a description of what in a model config this spec cannot describe, or None."""
 
     @property
     def has_experts(self) -> bool:
-        """Whether layers have experts, of which a token uses some."""
+        """Whether layers are mixtures of experts."""
         return any(site.position == "experts" for site in self.sites)
 
     def max_sequence_length(self, model: PreTrainedModel) -> int:
-        """Longest block that the model's position embedding allows; models without positions have no limit.
+        """Largest number of tokens that the model's position embedding allows; no limit without one.
 
         Raises:
             ModelError: positions begin behind a padding index that the model's config lacks, or leave none.
@@ -105,21 +104,21 @@ class ArchitectureSpec:
         return num_positions - int(padding) - 1
 
     def logit_cap(self, model: PreTrainedModel) -> float | None:
-        """c of `logit_cap_attribute`, or None."""
+        """The value of `logit_cap_attribute`, or None."""
         cap = None if self.logit_cap_attribute is None else getattr(model.config, self.logit_cap_attribute)
         return None if cap is None else float(cap)
 
     def layout(self, model: PreTrainedModel) -> UnitLayout:
-        """Apply the table to a real model.
+        """Apply the spec to a model.
 
         Raises:
-            ModelError: a parameter the table neither masks nor lists as unmasked, a rule without a parameter, an axis
-                whose size does not divide into the units, or a config the table cannot describe.
+            ModelError: a parameter that the spec neither assigns to units nor lists as unmasked, a rule without a
+                parameter, an axis whose size does not divide into the units, or a config that the spec cannot describe.
         """
         config = model.config
-        obstacle = self.unsupported(config)
-        if obstacle is not None:
-            raise ModelError(f"the {self.model_type} architecture spec does not support {obstacle}")
+        unsupported = self.unsupported(config)
+        if unsupported is not None:
+            raise ModelError(f"the {self.model_type} architecture spec does not support {unsupported}")
         num_units = {group: self.count(config, attribute) for group, attribute in self.units.items()}
         shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
         base = model.base_model_prefix
@@ -128,20 +127,20 @@ class ArchitectureSpec:
             for layer in range(config.num_hidden_layers):
                 name = rule.parameter.format(base=base, layer=layer)
                 if name in shapes or not rule.optional:
-                    ownerships.append(self._own(rule, name, layer, shapes, num_units, config))
+                    ownerships.append(self._assign_owners(rule, name, layer, shapes, num_units, config))
         self._check_complete(shapes, {item.parameter for item in ownerships if not item.consumer}, base)
         vocabulary = frozenset(vocabulary_parameters(model))
         return UnitLayout(self.model_type, config.num_hidden_layers, num_units, tuple(ownerships), shapes, vocabulary)
 
     def gate_modules(self, model: PreTrainedModel) -> Iterator[tuple[GateSite, int, nn.Module]]:
-        """(site, layer, module) of every gate of a real model."""
+        """(site, layer, module) of every gate of a model."""
         for site in self.sites:
             for layer in range(model.config.num_hidden_layers):
                 name = site.module.format(base=model.base_model_prefix, layer=layer)
-                yield site, layer, self._module(model, name)
+                yield site, layer, self._get_module(model, name)
 
     def head(self, model: PreTrainedModel) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """What turns hidden states into logits, one after the other.
+        """Functions that turn hidden states (..., H) into logits (..., V), to be applied one after the other.
 
         Raises:
             ModelError: a module is missing.
@@ -150,16 +149,16 @@ class ArchitectureSpec:
         if name is not None and hasattr(model, name):
             embeddings = model.get_input_embeddings()
             return [lambda hidden: model.get_submodule(name)(hidden, embeddings)]
-        return [self._module(model, name) for name in self.lm_head]
+        return [self._get_module(model, name) for name in self.lm_head]
 
     def projection(self, model: PreTrainedModel) -> nn.Module:
-        """The module whose output `head` returns as it is, or that contains it."""
+        """The module whose output `head` returns unchanged, or that contains it."""
         if self.embedding_head is not None and hasattr(model, self.embedding_head):
             return model.get_submodule(self.embedding_head)
-        found: nn.Module = model.get_output_embeddings()
-        return found
+        output_embeddings: nn.Module = model.get_output_embeddings()
+        return output_embeddings
 
-    def _module(self, model: PreTrainedModel, name: str) -> nn.Module:
+    def _get_module(self, model: PreTrainedModel, name: str) -> nn.Module:
         try:
             return model.get_submodule(name)
         except AttributeError as error:
@@ -167,23 +166,23 @@ class ArchitectureSpec:
                 f"the {self.model_type} architecture spec names a module that this model lacks: {name}"
             ) from error
 
-    def count(self, config: Any, counts: str) -> int:
-        """The number that an expression such as those of `units` names in a model config.
+    def count(self, config: Any, expression: str) -> int:
+        """Evaluate an expression such as those of `units` on a model config.
 
         Raises:
-            ModelError: the config lacks it.
+            ModelError: the config lacks an attribute of every alternative.
         """
-        for product in counts.split("|"):
+        for product in expression.split("|"):
             values = [int(name) if name.isdigit() else getattr(config, name, None) for name in product.split("*")]
             factors = [value for value in values if isinstance(value, int)]
             if len(factors) == len(values):
                 return math.prod(factors)
         raise ModelError(
-            f"the {self.model_type} architecture spec names an attribute that this model's config lacks or that is no whole "
-            f"number: {counts}"
+            f"the {self.model_type} architecture spec names an attribute that this model's config lacks or that is not "
+            f"an integer: {expression}"
         )
 
-    def _own(
+    def _assign_owners(
         self,
         rule: UnitRule,
         name: str,
@@ -194,7 +193,9 @@ class ArchitectureSpec:
     ) -> Ownership:
         if name not in shapes:
             raise ModelError(f"the {self.model_type} architecture spec names a parameter that this model lacks: {name}")
-        blocks, size, units = shapes[name][0], shapes[name][1 + rule.axis], num_units[rule.group]
+        blocks = shapes[name][0]
+        size = shapes[name][1 + rule.axis]
+        units = num_units[rule.group]
         key_value_heads = units if self.key_value_heads is None else self.count(config, self.key_value_heads)
         try:
             owners = _owners(rule.layout, Axis(blocks, size, units, key_value_heads))
@@ -206,8 +207,10 @@ class ArchitectureSpec:
         return Ownership(name, rule.group, layer, rule.axis, owners, rule.consumer)
 
     def _check_complete(self, shapes: dict[str, tuple[int, int, int]], owned: set[str], base: str) -> None:
-        patterns = [_matcher(pattern, base) for pattern in self.unmasked]
-        unknown = [n for n in shapes if n not in owned and not any(p.fullmatch(n) for p in patterns)]
+        patterns = [_compile_pattern(pattern, base) for pattern in self.unmasked]
+        unknown = [
+            name for name in shapes if name not in owned and not any(pattern.fullmatch(name) for pattern in patterns)
+        ]
         if unknown:
             raise ModelError(
                 f"the {self.model_type} architecture spec does not know {len(unknown)} parameters of this model: "
@@ -215,14 +218,14 @@ class ArchitectureSpec:
             )
 
 
-def _matcher(pattern: str, base: str) -> re.Pattern[str]:
+def _compile_pattern(pattern: str, base: str) -> re.Pattern[str]:
     parts = [re.escape(part.replace("{base}", base)).replace(r"\*", ".*") for part in pattern.split("{layer}")]
     return re.compile(r"\d+".join(parts))
 
 
 @cache
 def _owners(layout: str, axis: Axis) -> torch.Tensor:
-    """One tensor for all equal axes, so that masks made from it are shared."""
+    """(size, N) owners; cached, so that equal axes share one tensor and the masks made from it."""
     return AXIS_LAYOUTS[layout](axis)
 
 
@@ -232,5 +235,5 @@ def _full_shape(parameter: nn.Parameter) -> tuple[int, int, int]:
 
 
 def has_dropout(config: PretrainedConfig, probabilities: Sequence[str] = DROPOUT_ATTRIBUTES) -> bool:
-    """Whether any of these attributes of the network's config, as far as it has them, is above 0."""
+    """Whether the model has dropout: any of these attributes of its config, if present, is above 0."""
     return any((getattr(config, name, None) or 0.0) > 0.0 for name in probabilities)

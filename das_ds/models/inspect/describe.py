@@ -1,4 +1,4 @@
-"""The table of a model's units as text: what `das-ds inspect` prints."""
+"""Step 3, describe: the spec of a model as text, which `das-ds inspect` prints."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from das_ds.models.inspect.probe import probe_models, skeleton
 from das_ds.models.inspect.propose import propose_table
 from das_ds.models.inspect.verify import verify_table
 
-RowSource = list[tuple[str, ...]]
+_Rows = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class UnitTable:
-    """A registered or proposed table with what was seen of it."""
+    """A registered or proposed spec with the verdict of its verification."""
 
     config: PretrainedConfig
     spec: ArchitectureSpec
     is_registered: bool
     reasons: dict[str, str]
-    """Map or group -> why no unit owns it."""
+    """Linear layer or group -> why no unit owns it."""
     problems: dict[str, tuple[str, ...]]
     """Group -> contradictions; see `verify.verify_table`."""
 
     def check(self) -> None:
-        """Raises ModelError for a proposal that was contradicted; a registered table was chosen by people."""
+        """Raises ModelError for a contradicted proposal; a registered spec was reviewed, which counts for more."""
         if self.problems and not self.is_registered:
-            group, found = next(iter(self.problems.items()))
+            group, contradictions = next(iter(self.problems.items()))
             raise ModelError(
-                f"the proposed table of {self.spec.model_type} is not verified for {', '.join(self.problems)} "
-                f"units, so it is not to be used as it is; {group}: {found[0]}"
+                f"the proposed table of {self.spec.model_type} is not verified for {', '.join(self.problems)} units; "
+                f"do not use it unchanged; {group}: {contradictions[0]}"
             )
 
     def section(self) -> str:
@@ -47,19 +47,20 @@ class UnitTable:
         return yaml.safe_dump({"model": {"architecture": spec_to_config(self.spec)}}, sort_keys=False, width=120)
 
     def describe(self) -> str:
-        """Units, owners of every parameter of a layer with its shape, what stays unmasked, gates, LM head."""
-        spec, model = self.spec, skeleton(self.config, self.spec.objective)
+        """Units, the owners and shape of every parameter of a layer, gates, unmasked parameters, LM head."""
+        spec = self.spec
+        model = skeleton(self.config, spec.objective)
         layout = spec.layout(model)
         origin = "registered" if self.is_registered else "proposed"
         base = model.base_model_prefix
         name = lambda pattern: pattern.format(base=base, layer="{layer}")  # noqa: E731
         shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-        owned: RowSource = [("parameter", "shape", "units", "axis", "layout", "role")]
+        owned: _Rows = [("parameter", "shape", "units", "axis", "layout", "role")]
         for rule in spec.rules:
-            shape = _shape(rule, shapes, base, layout.num_layers)
+            shape = _format_shape(rule, shapes, base, layout.num_layers)
             owned.append((name(rule.parameter), shape, rule.group, str(rule.axis), rule.layout, _role(rule)))
-        gates: RowSource = [(site.group, f"{site.position} of {name(site.module)}") for site in spec.sites]
-        units: RowSource = [
+        gates: _Rows = [(site.group, f"{site.position} of {name(site.module)}") for site in spec.sites]
+        units: _Rows = [
             (group, str(count), f"= {spec.units[group]}", self._verdict(group))
             for group, count in layout.num_units.items()
         ]
@@ -67,30 +68,32 @@ class UnitTable:
         num_masked = sum(layout.sizes[key] for key in masked)
         parts = [
             f"{spec.model_type}, {spec.objective}, {layout.num_layers} layers: {origin} table",
-            _block("units of a layer", units),
-            _block(f"key/value heads: {spec.key_value_heads or 'as many as heads'}", []),
-            _block(f"parameters with units ({num_masked} of {sum(layout.sizes.values())} weights)", owned),
-            _block("gates", gates),
-            _block("stays unmasked", [(name(pattern),) for pattern in spec.unmasked]),
-            _block("not classified", list(self.reasons.items())) if self.reasons else "",
-            _block("LM head", [(module,) for module in spec.lm_head]),
+            _format_block("units of a layer", units),
+            _format_block(f"key/value heads: {spec.key_value_heads or 'as many as heads'}", []),
+            _format_block(f"parameters with units ({num_masked} of {sum(layout.sizes.values())} weights)", owned),
+            _format_block("gates", gates),
+            _format_block("stays unmasked", [(name(pattern),) for pattern in spec.unmasked]),
+            _format_block("not classified", list(self.reasons.items())) if self.reasons else "",
+            _format_block("LM head", [(module,) for module in spec.lm_head]),
         ]
         return "\n\n".join(part for part in parts if part)
 
     def _verdict(self, group: str) -> str:
-        found = self.problems.get(group)
-        return "verified" if not found else f"NOT verified: {found[0]} ({len(found)} in all)"
+        contradictions = self.problems.get(group)
+        if not contradictions:
+            return "verified"
+        return f"NOT verified: {contradictions[0]} ({len(contradictions)} in all)"
 
 
 def inspect_model(config: PretrainedConfig, objective: ObjectiveName | None = None) -> UnitTable:
-    """The registered table of a model, else a proposed one; both tried on a small network.
+    """The registered spec of a model, else a proposed one; both are verified on a small network.
 
     Args:
         config: of the real model.
-        objective: of a proposal; None: what the architecture is pre-trained with.
+        objective: of a proposal; None: see `structure.guess_objective`.
 
     Raises:
-        ModelError: no table, or a registered one for another objective.
+        ModelError: no spec can be proposed, or the registered one is for another objective.
     """
     spec = ARCHITECTURES.get(config.model_type)
     if spec is None:
@@ -104,8 +107,8 @@ def inspect_model(config: PretrainedConfig, objective: ObjectiveName | None = No
     return UnitTable(config, spec, True, {}, verify_table(probe, spec))
 
 
-def _shape(rule: UnitRule, shapes: dict[str, tuple[int, ...]], base: str, num_layers: int) -> str:
-    """Of the first layer that has the parameter."""
+def _format_shape(rule: UnitRule, shapes: dict[str, tuple[int, ...]], base: str, num_layers: int) -> str:
+    """The shape in the first layer that has the parameter."""
     names = (rule.parameter.format(base=base, layer=layer) for layer in range(num_layers))
     return next(("x".join(map(str, shapes[name])) for name in names if name in shapes), "absent")
 
@@ -114,7 +117,8 @@ def _role(rule: UnitRule) -> str:
     return ("reads" if rule.consumer else "owned") + (", optional" if rule.optional else "")
 
 
-def _block(title: str, rows: Any) -> str:
+def _format_block(title: str, rows: Any) -> str:
+    """A title and indented rows of aligned cells."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([title, *(f"  {line}" for line in lines)])

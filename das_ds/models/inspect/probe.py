@@ -1,7 +1,7 @@
-"""A small network of a given class with random weights, on which tables can be tried.
+"""Probe: a small network of a given class with random weights, on which architecture specs are derived and tested.
 
-Whatever the size of the model that a user names, its weights are never loaded: the probe has the same classes and the
-same switches (biases, norms, grouped heads), but few layers and small sizes that differ from each other.
+The weights of the real model are never loaded, whatever its size: the probe has the same classes and switches (biases,
+norms, grouped heads), but few layers, and small sizes that all differ, so that an axis is known by its size.
 
 Shape legend: R rows, S positions.
 """
@@ -18,38 +18,45 @@ from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError, first_line
 from das_ds.models.loading import AUTO_CLASSES
 
-NUM_LAYERS, NUM_HEADS, NUM_KEY_VALUE_HEADS, HEAD_WIDTH, INNER_SIZE = 2, 6, 2, 8, 80
-VOCABULARY_SIZE, NUM_POSITIONS = 100, 40
-NUM_ROWS, LENGTH = 6, 16
-NUM_EXPERTS, EXPERTS_OF_A_TOKEN = 4, 2
+NUM_LAYERS = 2
+NUM_HEADS = 6
+NUM_KEY_VALUE_HEADS = 2
+HEAD_WIDTH = 8
+INNER_SIZE = 80
+VOCABULARY_SIZE = 100
+NUM_POSITIONS = 40
+NUM_EXPERTS = 4
+EXPERTS_PER_TOKEN = 2
+NUM_ROWS = 6
+LENGTH = 16
 INNER_NAMES = ("intermediate", "inner", "ffn", "hidden_dim")
-LARGEST_PROBE = 200_000_000
-"""Weights (0.8 GB in float32) up to which a network that cannot be narrowed is probed at its own width."""
+MAX_PROBE_WEIGHTS = 200_000_000
+"""Weights (0.8 GB in float32) up to which a network that cannot be narrowed is probed at full width."""
 
 
 def probe_models(config: PretrainedConfig, objective: ObjectiveName) -> Iterator[PreTrainedModel]:
-    """Networks to try: a narrow one, then one of the model's own width where that is affordable.
+    """Probes to try: a narrow one, then one of full width if that is affordable.
 
     Raises:
-        ModelError: none can be built or run.
+        ModelError: neither can be built and run.
     """
     reasons = []
-    for name, changes in (("narrow", _narrow(config)), ("full-width", _short(config))):
+    for name, changes in (("narrow", _narrow_changes(config)), ("full-width", _short_changes(config))):
         try:
             small = type(config).from_dict({**config.to_dict(), **changes})
             with torch.device("meta"):
                 size = sum(weight.numel() for weight in _build(small, objective).parameters())
-            if size > LARGEST_PROBE:
-                raise ValueError(f"{size} weights, more than the {LARGEST_PROBE} that are tried")
+            if size > MAX_PROBE_WEIGHTS:
+                raise ValueError(f"{size} weights, more than the {MAX_PROBE_WEIGHTS} that are tried")
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 model = _build(small, objective).eval()
-                # Fresh biases and norms are constants, which would hide units that lie elsewhere.
+                # Biases and norms are initialized as constants, which would make different units look alike.
                 for parameter in model.parameters():
                     if parameter.dim() == 1:
                         parameter.data += 0.1 * torch.randn_like(parameter)
             model(probe_ids(model))
-        # Any code may run in a network of an unknown class; what it raises is the reason that the user reads.
+        # An unknown class may run any code; the message of its error is the reason that the user reads.
         except Exception as error:
             reasons.append(f"{name}: {first_line(error)}")
         else:
@@ -65,7 +72,7 @@ def probe_ids(model: PreTrainedModel) -> torch.Tensor:
 
 
 def skeleton(config: PretrainedConfig, objective: ObjectiveName) -> PreTrainedModel:
-    """The whole model without memory for its weights, for names and shapes.
+    """The full-size model on the meta device, for names and shapes.
 
     Raises:
         ModelError: it cannot be built.
@@ -73,47 +80,47 @@ def skeleton(config: PretrainedConfig, objective: ObjectiveName) -> PreTrainedMo
     try:
         with torch.device("meta"):
             return _build(config, objective)
-    # The numbers of a config may be anything, and so may what a class raises over them.
+    # A config may hold any values, and a class may raise anything over them.
     except Exception as error:
         raise ModelError(f"cannot build a model of type {config.model_type!r}: {first_line(error)}") from error
 
 
 def _build(config: PretrainedConfig, objective: ObjectiveName) -> PreTrainedModel:
-    # Eager attention is the one that every class has.
+    # Every class has eager attention.
     model: PreTrainedModel = AUTO_CLASSES[objective].from_config(
         config, attn_implementation="eager", dtype=torch.float32
     )
     return model
 
 
-def _short(config: PretrainedConfig) -> dict[str, Any]:
-    """Changes that leave every layer as it is: few layers, few tokens, few positions."""
+def _short_changes(config: PretrainedConfig) -> dict[str, Any]:
+    """Changes of a config that leave every layer intact: few layers, few tokens, few positions."""
     values = config.to_dict()
     num_layers = getattr(config, "num_hidden_layers", None)
-    changes: dict[str, Any] = {_own_name(config, "num_hidden_layers"): NUM_LAYERS}
+    changes: dict[str, Any] = {_attribute_name(config, "num_hidden_layers"): NUM_LAYERS}
     for name, value in values.items():
         if isinstance(value, list) and len(value) == num_layers:
             changes[name] = value[:NUM_LAYERS]
         elif name.endswith("token_id") and isinstance(value, int) and value >= VOCABULARY_SIZE:
             changes[name] = 0
         elif value in ("relu", "relu2"):
-            # A neuron that is dead for all tokens of a probe has no gradient and tells nothing.
+            # A neuron that is dead for all tokens of the probe would have no gradient.
             changes[name] = "gelu"
-    changes[_own_name(config, "vocab_size")] = VOCABULARY_SIZE
+    changes[_attribute_name(config, "vocab_size")] = VOCABULARY_SIZE
     for name in ("max_position_embeddings", "original_max_position_embeddings"):
-        if _own_name(config, name) in values:
-            changes[_own_name(config, name)] = NUM_POSITIONS
+        if _attribute_name(config, name) in values:
+            changes[_attribute_name(config, name)] = NUM_POSITIONS
     if "initializer_range" in values:
-        # Wide enough that no gradient drowns in rounding.
+        # Large enough that no gradient is lost in rounding.
         changes["initializer_range"] = 0.2
     return changes
 
 
-def _narrow(config: PretrainedConfig) -> dict[str, Any]:
-    """`_short`, and small sizes in place of all that are known by name."""
+def _narrow_changes(config: PretrainedConfig) -> dict[str, Any]:
+    """`_short_changes`, and small values for all sizes that are known by name."""
     values = config.to_dict()
     hidden = getattr(config, "hidden_size", None)
-    changes = _short(config)
+    changes = _short_changes(config)
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
             continue
@@ -126,12 +133,13 @@ def _narrow(config: PretrainedConfig) -> dict[str, Any]:
         elif name == "rotary_dim":
             changes[name] = HEAD_WIDTH // 2
         elif "experts" in name:
-            changes[name] = min(value, EXPERTS_OF_A_TOKEN if "per_tok" in name else NUM_EXPERTS)
-        elif any(part in name for part in INNER_NAMES):
+            changes[name] = min(value, EXPERTS_PER_TOKEN if "per_tok" in name else NUM_EXPERTS)
+        elif any(word in name for word in INNER_NAMES):
             changes[name] = INNER_SIZE
-    changes[_own_name(config, "num_attention_heads")] = NUM_HEADS
+    changes[_attribute_name(config, "num_attention_heads")] = NUM_HEADS
     return changes
 
 
-def _own_name(config: PretrainedConfig, name: str) -> str:
+def _attribute_name(config: PretrainedConfig, name: str) -> str:
+    """The name under which a config class stores a standard attribute."""
     return str(config.attribute_map.get(name, name))

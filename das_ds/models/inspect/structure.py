@@ -1,4 +1,4 @@
-"""What stands around the layers of a language model: where they are, the LM head, positions, parameters of no unit."""
+"""The surroundings of the layers of a language model: their names, the LM head, positions, unmasked parameters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from das_ds.functional.units import UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.inspect.probe import LENGTH, probe_ids
 
-MOST_OFFSET = 4
-"""Positions beside those of tokens that a position embedding may have."""
+MAX_POSITION_OFFSET = 4
+"""Largest number of rows of a position embedding that are searched for as unusable by tokens."""
 
 
 def guess_objective(config: PretrainedConfig) -> ObjectiveName:
-    """What a network of this type is pre-trained with.
+    """The objective of the class in `config.architectures`, else MLM if transformers has such a class, else CLM.
 
     Raises:
-        ModelError: transformers has no language model of it.
+        ModelError: transformers has no language model of this type.
     """
     for name in getattr(config, "architectures", None) or ():
         if name.endswith("ForMaskedLM"):
@@ -38,31 +38,35 @@ def guess_objective(config: PretrainedConfig) -> ObjectiveName:
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
-    """Pattern of a layer's name, and the first layer."""
+    """Pattern of a layer's name, and the first layer.
+
+    Raises:
+        ModelError: the model is not one stack of layers behind a head.
+    """
     base = model.base_model_prefix
     num_layers = getattr(model.config, "num_hidden_layers", None)
     if model.base_model is model or getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError("it is no language model with one stack of layers behind a head")
-    found = [
+        raise ModelError("it is not a language model with one stack of layers and a head")
+    candidates = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and name.startswith(f"{base}.")
     ]
     # Lists inside a layer can be as long as the list of layers.
-    found = [(name, module) for name, module in found if not re.search(r"\.\d+\.", f"{name}.")]
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
+    candidates = [(name, module) for name, module in candidates if not re.search(r"\.\d+\.", f"{name}.")]
+    if len(candidates) != 1:
+        names = ", ".join(name for name, _ in candidates) or "none"
         raise ModelError(f"expected one list of {num_layers} layers in {base}, found {names}")
-    name, module = found[0]
+    name, module = candidates[0]
     return f"{{base}}{name.removeprefix(base)}.{{layer}}", module[0]
 
 
-def unmasked_patterns(model: PreTrainedModel, prefix: str, rules: list[UnitRule]) -> tuple[str, ...]:
-    """What no unit owns: names outside of the layers, and one pattern for all layers."""
+def find_unmasked_patterns(model: PreTrainedModel, prefix: str, rules: list[UnitRule]) -> tuple[str, ...]:
+    """Parameters that no unit owns: names outside the layers, and one pattern for all layers."""
     base = model.base_model_prefix
     owned = {rule.parameter for rule in rules if not rule.consumer}
     names: list[str] = []
-    for name, pattern in _patterns(model, prefix):
+    for name, pattern in _match_parameters(model, prefix):
         if pattern is None:
             names.append(re.sub(f"^{base}\\.", "{base}.", name))
         elif pattern not in owned:
@@ -70,23 +74,29 @@ def unmasked_patterns(model: PreTrainedModel, prefix: str, rules: list[UnitRule]
     return tuple(dict.fromkeys(names))
 
 
-def layer_patterns(model: PreTrainedModel, prefix: str) -> list[str]:
+def list_layer_patterns(model: PreTrainedModel, prefix: str) -> list[str]:
     """Patterns of the parameters of a layer."""
-    return list(dict.fromkeys(pattern for _, pattern in _patterns(model, prefix) if pattern is not None))
+    return list(dict.fromkeys(pattern for _, pattern in _match_parameters(model, prefix) if pattern is not None))
 
 
-def _patterns(model: PreTrainedModel, prefix: str) -> list[tuple[str, str | None]]:
-    """Every parameter with its pattern, None outside of the layers."""
+def _match_parameters(model: PreTrainedModel, prefix: str) -> list[tuple[str, str | None]]:
+    """(name, pattern) of every parameter; the pattern is None outside the layers."""
     start = re.escape(prefix.format(base=model.base_model_prefix, layer="#")).replace(r"\#", r"\d+")
-    found = []
+    patterns = []
     for name, _ in model.named_parameters():
         match = re.fullmatch(start + r"\.(.*)", name)
-        found.append((name, f"{prefix}.{match[1]}" if match else None))
-    return found
+        patterns.append((name, f"{prefix}.{match[1]}" if match else None))
+    return patterns
 
 
 def find_lm_head(model: PreTrainedModel, objective: ObjectiveName) -> tuple[tuple[str, ...], str | None]:
-    """Modules behind the base model in the order of their calls, and the attribute of a cap, proved on the logits."""
+    """The modules that turn hidden states into logits, in call order, and the config attribute of a soft cap or None.
+
+    The result is checked: it has to reproduce the logits of the model.
+
+    Raises:
+        ModelError: no combination reproduces the logits.
+    """
     called: list[str] = []
     heads = {name: module for name, module in model.named_children() if module is not model.base_model}
     handles = [
@@ -101,43 +111,49 @@ def find_lm_head(model: PreTrainedModel, objective: ObjectiveName) -> tuple[tupl
             handle.remove()
     caps = [name for name in model.config.to_dict() if "softcap" in name]
     for cap in (None, *caps):
-        bare = ArchitectureSpec(
+        head_only = ArchitectureSpec(
             model.config.model_type, objective, {}, (), (), (), tuple(called), logit_cap_attribute=cap
         )
-        limit = bare.logit_cap(model)
+        soft_cap = head_only.logit_cap(model)
         with torch.no_grad():
             logits = model.base_model(ids).last_hidden_state
-            for part in bare.head(model):
-                logits = part(logits)
-            logits = logits if limit is None else limit * torch.tanh(logits / limit)
+            for module in head_only.head(model):
+                logits = module(logits)
+            logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
         if called and logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-4):
             return tuple(called), cap
     raise ModelError(
-        f"the logits are not those of {', '.join(called) or 'no module'} behind the base model, alone or with a cap"
+        f"the logits differ from those of {', '.join(called) or 'no module'} behind the base model, with and without a "
+        "soft cap"
     )
 
 
 def find_position_offset(model: PreTrainedModel) -> int | Literal["pad_token_id"]:
-    """Positions that the longest block cannot use, found by running blocks until one fits.
+    """Rows of the position embedding that no token can use, found by running ever shorter blocks until one fits.
 
-    Models that number positions behind the padding index give that index to their position embedding too.
+    Models that number positions from behind the padding index (RoBERTa) also set it in their position embedding.
+
+    Raises:
+        ModelError: no block runs.
     """
-    padding, num_positions = model.config.pad_token_id, getattr(model.config, "max_position_embeddings", None)
+    padding = model.config.pad_token_id
+    num_positions = getattr(model.config, "max_position_embeddings", None)
     if padding is not None and any(
         isinstance(module, nn.Embedding) and module.num_embeddings == num_positions and module.padding_idx == padding
         for name, module in model.named_modules()
         if "position" in name
     ):
         return "pad_token_id"
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(longest, int):
+    if not isinstance(num_positions, int):
         return 0
-    ids = probe_ids(model)[:1].repeat(1, 1 + longest // LENGTH)
-    for offset in range(MOST_OFFSET + 1):
+    ids = probe_ids(model)[:1].repeat(1, 1 + num_positions // LENGTH)
+    for offset in range(MAX_POSITION_OFFSET + 1):
         try:
             with torch.no_grad():
-                model(ids[:, : longest - offset])
+                model(ids[:, : num_positions - offset])
         except (IndexError, RuntimeError):
             continue
         return offset
-    raise ModelError(f"blocks of {longest - MOST_OFFSET} tokens do not run, in a model with {longest} positions")
+    raise ModelError(
+        f"blocks of {num_positions - MAX_POSITION_OFFSET} tokens do not run in a model with {num_positions} positions"
+    )

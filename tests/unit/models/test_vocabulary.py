@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.token_ids import mean_init_rows
 from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.vocabulary import Vocabulary, override_vocab_size, reserve_embedding_rows, vocabulary_parameters
+from das_ds.models.vocabulary import (
+    Vocabulary,
+    mean_init_rows,
+    override_vocab_size,
+    reserve_embedding_rows,
+    vocabulary_parameters,
+)
 from helpers.tiny_models import tiny_model, without_dropout
 
 BIAS = {"roberta": "lm_head.bias", "bert": "cls.predictions.bias"}

@@ -62,7 +62,7 @@ def test_number_of_units_that_the_config_lacks_is_named() -> None:
     spec = replace(spec_for("gpt2"), units=units)
     assert spec.layout(tiny_model("gpt2")).num_units[INTERMEDIATE] == 40
     with pytest.raises(
-        ModelError, match=r"gpt2 architecture spec names an attribute .* no whole number: n_inner\|4\*n_width"
+        ModelError, match=r"gpt2 architecture spec names an attribute .* not an integer: n_inner\|4\*n_width"
     ):
         spec.layout(tiny_model("gpt2", n_inner=None))
 

@@ -130,7 +130,9 @@ def test_every_parameter_is_owned_or_listed_and_a_new_one_is_refused(label: str)
     places = {name: module for name, module in model.named_modules() if module in (layers[0][1], model.base_model)}
     for name, module in places.items():
         module.register_parameter("novel", nn.Parameter(torch.ones(3)))
-        with pytest.raises(ModelError, match=rf"{model_type} adapter does not know 1 parameters.*: {name}\.novel;"):
+        with pytest.raises(
+            ModelError, match=rf"{model_type} architecture spec does not know 1 parameters.*: {name}\.novel;"
+        ):
             spec.layout(model)
         del module.novel
     spec.layout(model)

@@ -107,7 +107,7 @@ def test_experts_stay_out_with_the_reason() -> None:
     proposal = propose_table(tiny_model("mixtral").config)
     assert not proposal.problems
     assert set(proposal.spec.units) == {"head"}
-    assert proposal.reasons == {"MLP": "no linear map is fed neuron by neuron"}
+    assert proposal.reasons == {"MLP": "no linear layer is fed neuron by neuron"}
     assert "{base}.layers.{layer}.mlp.experts.down_proj" in proposal.spec.unmasked
 
 
@@ -129,7 +129,7 @@ def test_the_real_models_weights_are_never_made() -> None:
 
 
 def test_hidden_logits_are_refused() -> None:
-    with pytest.raises(ModelError, match="the logits are not those of lm_head behind the base model"):
+    with pytest.raises(ModelError, match="the logits differ from those of lm_head behind the base model"):
         propose_table(AutoConfig.for_model("cohere", **SIZES, logit_scale=0.5))
 
 
