@@ -108,7 +108,7 @@ def _of_units(files: list[StoredImportance], accumulated: StoredImportance) -> I
 def _of_weights(
     files: list[StoredImportance], accumulated: StoredImportance, spec: ArchitectureSpec
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
-    owners = [(re.compile(_pattern(rule.parameter)), rule.group) for rule in spec.rules if not rule.reader]
+    owners = [(re.compile(_pattern(rule.parameter)), rule.group) for rule in spec.rules if not rule.consumer]
     for name, (size,) in accumulated.shapes.items():
         group, layer = _place(name, owners)
         # Rows of tokens that came with a later domain have importance 0 before it.

@@ -16,17 +16,7 @@ def spec_from_config(section: ArchitectureConfig, model_type: str) -> Architectu
         model_type=model_type,
         objective=section.objective,
         units=section.units.model_dump(exclude_none=True),
-        rules=tuple(
-            UnitRule(
-                rule.group,
-                rule.parameter,
-                rule.axis,
-                spread=rule.layout,
-                reader=rule.consumer,
-                optional=rule.optional,
-            )
-            for rule in section.rules
-        ),
+        rules=tuple(UnitRule(**rule.model_dump()) for rule in section.rules),
         sites=tuple(GateSite(**site.model_dump()) for site in section.sites),
         unmasked=tuple(section.unmasked),
         lm_head=tuple(section.lm_head),

@@ -155,9 +155,9 @@ def _add_vector_rules(model: PreTrainedModel, spec: ArchitectureSpec, prefix: st
         key_value_heads = spec.count(model.config, spec.key_value_heads) if spec.key_value_heads else num_units
         units = _sample_units(num_units)
         for name, lost in broken_vectors(model, spec, group, units).items():
-            layout = _match_layout(lost, Axis(1, lost.shape[1], num_units, key_value_heads), units)
-            if name in names and layout and not any(rule.parameter == names[name] for rule in spec.rules):
-                rules.append(UnitRule(group, names[name], 0, layout, consumer=group == OUTPUT))
+            axis_layout = _match_layout(lost, Axis(1, lost.shape[1], num_units, key_value_heads), units)
+            if name in names and axis_layout and not any(rule.parameter == names[name] for rule in spec.rules):
+                rules.append(UnitRule(group, names[name], 0, axis_layout, consumer=group == OUTPUT))
     return replace(spec, rules=tuple(rules), unmasked=find_unmasked_patterns(model, prefix, rules))
 
 
