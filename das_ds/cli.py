@@ -123,7 +123,7 @@ def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from das_ds.reporting.run import report_runs
 
-    report_runs(options.runs, options.output, options.against, wandb=options.wandb)
+    report_runs(options.runs, options.output, options.baseline, wandb=options.wandb)
 
 
 def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
@@ -209,9 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="*", metavar="[LABEL=]RUN", help=text)
     text = "folder to write to; default: comparison"
     report.add_argument("--output", type=Path, default=Path("comparison"), metavar="DIR", help=text)
-    text = "group that the others are held against; default: that of the first run"
-    report.add_argument("--against", metavar="LABEL", help=text)
-    report.add_argument("--wandb", action="store_true", help="log tables and pictures to W&B as well (job type report)")
+    text = "group that all others are compared with; default: the group of the first run"
+    report.add_argument("--baseline", metavar="LABEL", help=text)
+    report.add_argument("--wandb", action="store_true", help="also log tables and plots to W&B (job type report)")
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
     inspect = commands.add_parser("inspect", help=text, description=text)
     inspect.set_defaults(action=_inspect)

@@ -29,9 +29,9 @@ from das_ds.models.architectures.registry import spec_for
 from das_ds.reporting import comparison_tables as tables
 from das_ds.reporting.comparison_report import write_comparison_report
 from das_ds.reporting.group_runs import compare_runs
-from das_ds.reporting.load_runs import read_run
+from das_ds.reporting.load_runs import load_run
 from das_ds.reporting.results import Results
-from das_ds.reporting.tables import aligned
+from das_ds.reporting.tables import format_plain
 from das_ds.run_dir import RESULTS_FILE
 from launch.demo_bounds import corpus_bounds
 from launch.demo_corpora import CORPORA, TOKENIZER_FOLDER, build_corpora
@@ -148,14 +148,14 @@ def is_causal(config: RunConfig) -> bool:
 def compare(demo: Demo) -> str:
     """The main tables of the demo's runs; all of the comparison is written to the demo's folder."""
     labels = {"das": "das", "ncl": "ncl", f"ncl {demo.lower_rate}": "ncl_lower_rate"}
-    runs = [read_run(f"{label}={demo.folder / name}") for label, name in labels.items()]
-    comparison = compare_runs(runs, against="ncl")
+    runs = [load_run(f"{label}={demo.folder / name}") for label, name in labels.items()]
+    comparison = compare_runs(runs, baseline="ncl")
     write_comparison_report(comparison, demo.folder / COMPARISON_FOLDER)
     return (
-        f"{aligned(tables.stage_rows(comparison), text_columns=(0, 1))}\n\n"
-        f"{aligned(tables.summary_rows(comparison))}\n\n"
+        f"{format_plain(tables.stage_rows(comparison), text_columns=(0, 1))}\n\n"
+        f"{format_plain(tables.summary_rows(comparison))}\n\n"
         "forgetting by domain (a run that learns less also forgets less)\n\n"
-        f"{aligned(tables.forgetting_rows(comparison))}"
+        f"{format_plain(tables.forgetting_rows(comparison))}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The tables of a comparison as rows of text, the header first, for `tables.markdown` and `tables.aligned`."""
+"""Tables of a comparison as rows of text, header first, for `tables.format_markdown` and `tables.format_plain`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
-from das_ds.reporting.comparison import Comparison, Group, ImportanceNumbers, RunNumbers
+from das_ds.reporting.comparison import Comparison, Group, ImportanceSummary, RunSummary
 from das_ds.reporting.metrics import (
     FORGETTING,
-    LEARNED,
-    LEARNED_LATER,
+    LOSS_AFTER_LEARNING,
+    LOSS_AFTER_LEARNING_LATER,
     Metric,
     available_metrics,
     baseline_sweep,
@@ -21,13 +21,13 @@ from das_ds.reporting.metrics import (
 )
 from das_ds.reporting.overlap import expected_jaccard
 from das_ds.reporting.statistics import Difference, Estimate, holm
-from das_ds.reporting.tables import Row, duration
+from das_ds.reporting.tables import Row, format_duration
 
 NONE = "-"
 
 
 def settings_rows(comparison: Comparison) -> list[Row]:
-    """What the groups are: method, seeds, and the keys in which they differ."""
+    """Method, seeds, and the config keys in which the groups differ."""
     keys = list(dict.fromkeys(key for group in comparison.groups for key in group.settings))
     rows = [
         [
@@ -42,70 +42,83 @@ def settings_rows(comparison: Comparison) -> list[Row]:
 
 
 def summary_rows(comparison: Comparison) -> list[Row]:
-    """Every measure as mean [interval] over seeds, a row per group."""
-    measures = available_metrics(comparison)
+    """Every metric as mean [interval] over seeds, one row per group."""
+    metrics = available_metrics(comparison)
     rows = [
         [
             group.label,
             str(len(group.runs)),
-            *(_estimate(estimate_metric(group, measure), measure) for measure in measures),
+            *(_format_estimate(estimate_metric(group, metric), metric) for metric in metrics),
         ]
         for group in comparison.groups
     ]
-    return [["group", "seeds", *(measure.title for measure in measures)], *rows]
+    return [["group", "seeds", *(metric.title for metric in metrics)], *rows]
 
 
 def difference_rows(comparison: Comparison, family: Collection[str] | None = None) -> list[Row]:
-    """Each group minus the reference, paired by seed: mean [interval] and p-value per measure.
+    """Each group minus the baseline, paired by seed: mean [interval] and p-value per metric.
 
     Args:
-        comparison: to take them from.
-        family: labels of the groups that were to be tested; p-values are corrected for their number, by Holm, in each
-            measure, and other groups have none. None: all groups of which there is a difference.
+        comparison: the groups.
+        family: labels of the groups chosen for testing in advance. In each metric, p-values are corrected for their
+            number (Holm); other groups get none. None: all groups that have a difference.
     """
     reference = comparison.group(comparison.reference)
-    measures = available_metrics(comparison)
+    metrics = available_metrics(comparison)
     groups = [group for group in comparison.groups if group.label != reference.label]
-    columns = [[metric_difference(group, reference, measure) for group in groups] for measure in measures]
     labels = [group.label for group in groups]
-    cells = [_differences(labels, column, family) for column in columns]
+    columns = [[metric_difference(group, reference, metric) for group in groups] for metric in metrics]
+    # Correction runs down a column, so cells are formatted by column and then read by row.
+    cells = [_format_differences(labels, column, family) for column in columns]
     rows = []
-    for place, label in enumerate(labels):
-        pairs = max((found.num_seeds for column in columns if (found := column[place]) is not None), default=0)
-        rows.append([label, str(pairs), *(column[place] for column in cells)])
-    return [["group", "pairs", *(measure.title for measure in measures)], *rows]
+    for index, label in enumerate(labels):
+        differences = [column[index] for column in columns]
+        num_pairs = max((difference.num_seeds for difference in differences if difference is not None), default=0)
+        rows.append([label, str(num_pairs), *(column[index] for column in cells)])
+    return [["group", "pairs", *(metric.title for metric in metrics)], *rows]
 
 
-def line_rows(comparison: Comparison, family: Collection[str] | None = None) -> list[Row]:
-    """Forgetting beside what the reference's method forgets where it learns domains 2..T as well; none without a line.
+def matched_baseline_rows(comparison: Comparison, family: Collection[str] | None = None) -> list[Row]:
+    """Forgetting of each group and of the baseline at equal loss after learning (2..T); no rows without a sweep.
 
     Args:
-        comparison: to take them from.
+        comparison: the groups.
         family: as for `difference_rows`.
     """
-    on_line = {group.label for group in baseline_sweep(comparison)}
-    header = ["group", "pairs", LEARNED_LATER.title, "forgetting", "of the line there", "difference", "share"]
+    sweep = {group.label for group in baseline_sweep(comparison)}
+    header = [
+        "group",
+        "pairs",
+        LOSS_AFTER_LEARNING_LATER.title,
+        "forgetting",
+        "baseline at equal learning",
+        "difference",
+        "relative",
+    ]
+    if len(sweep) < 2:
+        return [header]
     groups = [
         group
         for group in comparison.groups
-        if len(on_line) > 1 and group.label not in on_line and estimate_metric(group, FORGETTING) is not None
+        if group.label not in sweep and estimate_metric(group, FORGETTING) is not None
     ]
-    found = [forgetting_vs_matched_baseline(comparison, group) for group in groups]
-    cells = _differences([group.label for group in groups], found, family)
+    differences = [forgetting_vs_matched_baseline(comparison, group) for group in groups]
+    cells = _format_differences([group.label for group in groups], differences, family)
     rows: list[Row] = []
-    for group, difference, cell in zip(groups, found, cells, strict=True):
-        expected = matched_baseline_forgetting(comparison, group)
-        own = [_estimate(estimate_metric(group, measure), measure) for measure in (LEARNED_LATER, FORGETTING)]
-        if difference is None or expected is None:
-            rows.append([group.label, "0", *own, NONE, NONE, NONE])
+    for group, difference, cell in zip(groups, differences, cells, strict=True):
+        baseline = matched_baseline_forgetting(comparison, group)
+        loss = _format_estimate(estimate_metric(group, LOSS_AFTER_LEARNING_LATER), LOSS_AFTER_LEARNING_LATER)
+        forgetting = _format_estimate(estimate_metric(group, FORGETTING), FORGETTING)
+        if difference is None or baseline is None:
+            rows.append([group.label, "0", loss, forgetting, NONE, NONE, NONE])
             continue
-        share = f"{difference.mean / expected:+.0%}" if expected > 0 else NONE
-        rows.append([group.label, str(difference.num_seeds), *own, f"{expected:+.4f}", cell, share])
+        relative = f"{difference.mean / baseline:+.0%}" if baseline > 0 else NONE
+        rows.append([group.label, str(difference.num_seeds), loss, forgetting, f"{baseline:+.4f}", cell, relative])
     return [header, *rows]
 
 
 def stage_rows(comparison: Comparison) -> list[Row]:
-    """Mean held-out loss after each stage, the groups below one another."""
+    """Mean held-out loss after each stage, all groups of a stage together."""
     stages = list(dict.fromkeys(stage for group in comparison.groups for stage in group.stages))
     rows = [
         [stage, group.label, *(f"{loss:.4f}" for loss in mean_losses(group)[group.stages.index(stage)])]
@@ -117,168 +130,185 @@ def stage_rows(comparison: Comparison) -> list[Row]:
 
 
 def forgetting_rows(comparison: Comparison) -> list[Row]:
-    """Forgetting of each domain as mean [interval], a row per group."""
+    """Forgetting of each domain as mean [interval], one row per group."""
     domains = [
         domain
         for domain in comparison.domains
         if any(domain in run.forgetting_per_domain for group in comparison.groups for run in group.runs)
     ]
-    measures = [Metric(domain, partial(_forgetting_of, domain)) for domain in domains]
+    metrics = [Metric(domain, partial(_domain_forgetting, domain)) for domain in domains]
     rows = [
-        [group.label, *(_estimate(estimate_metric(group, measure), measure) for measure in measures)]
+        [group.label, *(_format_estimate(estimate_metric(group, metric), metric) for metric in metrics)]
         for group in comparison.groups
     ]
     return [["group", *domains], *rows]
 
 
 def task_rows(comparison: Comparison) -> list[Row]:
-    """Every end task before training, right after learning its domain and at the end, and what of it is forgotten."""
+    """Score of each end task before training, right after learning its domain and at the end, and its forgetting."""
     rows = []
     for group in comparison.groups:
         tasks = {task.name: task for run in group.runs if run.end_tasks is not None for task in run.end_tasks.tasks}
         for name, task in tasks.items():
-            scores = [
-                _estimate(estimate_metric(group, Metric(name, partial(_score, name, row), is_signed=False)), LEARNED)
-                for row in (0, task.row_learned or None, -1)
-            ]
-            forgotten = estimate_metric(group, Metric(name, partial(_score_forgetting, name)))
+            # A task of no domain has row_learned 0: nothing was learned for it.
+            matrix_rows = (0, task.row_learned or None, -1)
+            metrics = [Metric(name, partial(_task_score, name, row), is_signed=False) for row in matrix_rows]
+            scores = [_format_estimate(estimate_metric(group, metric), LOSS_AFTER_LEARNING) for metric in metrics]
+            forgetting = estimate_metric(group, Metric(name, partial(_task_forgetting, name)))
             rows.append(
-                [group.label, name, task.domain or NONE, task.metric, *scores, _estimate(forgotten, FORGETTING)]
+                [
+                    group.label,
+                    name,
+                    task.domain or NONE,
+                    task.metric,
+                    *scores,
+                    _format_estimate(forgetting, FORGETTING),
+                ]
             )
-    return [["group", "task", "domain", "metric", "before", "when learned", "at the end", "forgetting"], *rows]
+    return [["group", "task", "domain", "metric", "before", "after learning", "final", "forgetting"], *rows]
 
 
 def mask_saturation_rows(comparison: Comparison) -> list[Row]:
-    """Mean accumulated importance per unit group, the fullest layer, and the share each source claims."""
-    header = ["group", "granularity", "units", "mean importance", "capacity left", "fullest layer", "claimed by"]
+    """Mean accumulated importance per unit group, the most saturated layer, and the fraction each source claims."""
+    header = ["group", "granularity", "units", "mean importance", "capacity left", "most saturated layer", "claimed by"]
     rows = []
-    for label, runs in with_importance(comparison).items():
+    for label, runs in importance_by_group(comparison).items():
         for name in runs[0].groups:
-            layers = [
-                statistics.fmean(layer) for layer in zip(*(run.groups[name].fullness for run in runs), strict=True)
-            ]
-            full = statistics.fmean(layers)
-            fullest = max(range(len(layers)), key=layers.__getitem__)
+            layers = _mean_saturation(runs, name)
+            mean = statistics.fmean(layers)
+            top = max(range(len(layers)), key=layers.__getitem__)
             claims = [
                 statistics.fmean(run.groups[name].claimed[i] for run in runs) for i in range(len(runs[0].sources))
             ]
-            claimed = ", ".join(f"{source} {share:.1%}" for source, share in zip(runs[0].sources, claims, strict=True))
             rows.append(
                 [
                     label,
                     runs[0].granularity,
                     name,
-                    f"{full:.3f}",
-                    f"{1 - full:.3f}",
-                    f"{fullest + 1} ({layers[fullest]:.3f})" if len(layers) > 1 else NONE,
-                    claimed,
+                    f"{mean:.3f}",
+                    f"{1 - mean:.3f}",
+                    f"{top + 1} ({layers[top]:.3f})" if len(layers) > 1 else NONE,
+                    ", ".join(f"{source} {claim:.1%}" for source, claim in zip(runs[0].sources, claims, strict=True)),
                 ]
             )
     return [header, *rows]
 
 
 def overlap_rows(comparison: Comparison) -> list[Row]:
-    """Jaccard (and what chance would give) and cosine of each pair of sources, per unit group; means over seeds."""
+    """Jaccard index, its value by chance, and cosine of each pair of sources, per unit group; means over seeds."""
     rows = []
-    for label, runs in with_importance(comparison).items():
+    for label, runs in importance_by_group(comparison).items():
         sources = runs[0].sources
         for name in runs[0].groups:
-            groups = [run.groups[name] for run in runs]
+            overlaps = [run.groups[name] for run in runs]
             for i, source in enumerate(sources):
                 for j in range(i + 1, len(sources)):
-                    chance = [expected_jaccard(group.claimed[i], group.claimed[j]) for group in groups]
-                    jaccard = statistics.fmean(group.jaccard[i][j] for group in groups)
-                    cosine = statistics.fmean(group.cosine[i][j] for group in groups)
-                    numbers = [f"{value:.3f}" for value in (jaccard, statistics.fmean(chance), cosine)]
-                    rows.append([label, name, f"{source}, {sources[j]}", *numbers])
+                    jaccard = statistics.fmean(overlap.jaccard[i][j] for overlap in overlaps)
+                    by_chance = statistics.fmean(
+                        expected_jaccard(overlap.claimed[i], overlap.claimed[j]) for overlap in overlaps
+                    )
+                    cosine = statistics.fmean(overlap.cosine[i][j] for overlap in overlaps)
+                    pair = f"{source}, {sources[j]}"
+                    rows.append([label, name, pair, f"{jaccard:.3f}", f"{by_chance:.3f}", f"{cosine:.3f}"])
     return [["group", "units", "sources", "Jaccard", "by chance", "cosine"], *rows]
 
 
 def cost_rows(comparison: Comparison) -> list[Row]:
-    """Means over seeds of what a run takes, and tokens per second as a share of the reference's."""
-    base = _mean(run.cost.tokens_per_s for run in comparison.group(comparison.reference).runs)
+    """Means over seeds of speed, time and memory, and speed relative to the baseline."""
+    baseline_rate = _mean_of_known(run.cost.tokens_per_s for run in comparison.group(comparison.reference).runs)
     rows = []
     for group in comparison.groups:
         costs = [run.cost for run in group.runs]
-        rate, memory = _mean(cost.tokens_per_s for cost in costs), _mean(cost.peak_memory_gib for cost in costs)
+        rate = _mean_of_known(cost.tokens_per_s for cost in costs)
+        memory = _mean_of_known(cost.peak_memory_gib for cost in costs)
         rows.append(
             [
                 group.label,
                 NONE if rate is None else f"{rate:,.0f}",
-                NONE if rate is None or not base else f"{rate / base:.2f}",
-                duration(statistics.fmean(cost.wall_seconds for cost in costs)),
+                NONE if rate is None or not baseline_rate else f"{rate / baseline_rate:.2f}",
+                format_duration(statistics.fmean(cost.wall_seconds for cost in costs)),
                 ", ".join(dict.fromkeys(str(cost.num_ranks) for cost in costs)),
                 f"{statistics.fmean(cost.rank_hours for cost in costs):.3f}",
                 NONE if memory is None else f"{memory:.2f}",
             ]
         )
-    return [["group", "tokens/s", "of reference", "wall time", "ranks", "rank hours", "peak memory (GiB)"], *rows]
+    header = ["group", "tokens/s", "relative speed", "wall time", "ranks", "rank hours", "peak memory (GiB)"]
+    return [header, *rows]
 
 
-def with_importance(comparison: Comparison) -> dict[str, list[ImportanceNumbers]]:
-    """Label -> importance of the runs that have it; groups without any are left out."""
-    found = {
+def importance_by_group(comparison: Comparison) -> dict[str, list[ImportanceSummary]]:
+    """Label -> importance of the runs that have it; groups without any are omitted."""
+    summaries = {
         group.label: [run.importance for run in group.runs if run.importance is not None] for group in comparison.groups
     }
-    return {label: runs for label, runs in found.items() if runs}
+    return {label: runs for label, runs in summaries.items() if runs}
 
 
 def mean_losses(group: Group) -> list[list[float]]:
-    """The loss matrix, mean over seeds."""
+    """The loss matrix, averaged over seeds."""
     return [
         [statistics.fmean(losses) for losses in zip(*rows, strict=True)]
         for rows in zip(*(run.loss_matrix for run in group.runs), strict=True)
     ]
 
 
-def _estimate(found: Estimate | None, measure: Metric) -> str:
-    if found is None:
+def _mean_saturation(runs: Sequence[ImportanceSummary], unit_group: str) -> list[float]:
+    """Of each layer, averaged over runs."""
+    by_run = [run.groups[unit_group].mask_saturation for run in runs]
+    return [statistics.fmean(layer) for layer in zip(*by_run, strict=True)]
+
+
+def _format_estimate(estimate: Estimate | None, metric: Metric) -> str:
+    if estimate is None:
         return NONE
-    sign = "+" if measure.is_signed else ""
-    mean = f"{found.mean:{sign}.4f}"
-    return mean if found.low is None else f"{mean} [{found.low:{sign}.4f}, {found.high:{sign}.4f}]"
+    sign = "+" if metric.is_signed else ""
+    mean = f"{estimate.mean:{sign}.4f}"
+    if estimate.low is None:
+        return mean
+    return f"{mean} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}]"
 
 
-def _differences(
+def _format_differences(
     labels: Sequence[str], differences: Sequence[Difference | None], family: Collection[str] | None
 ) -> list[str]:
-    """One measure of every group as text, p-values corrected for the tests there are."""
-    tested = [
-        index
-        for index, found in enumerate(differences)
-        if found is not None and found.low is not None and (family is None or labels[index] in family)
-    ]
+    """One column: the differences of all groups in one metric, p-values corrected for the number of tests."""
+    tested = {
+        index: difference
+        for index, difference in enumerate(differences)
+        if difference is not None and difference.low is not None and (family is None or labels[index] in family)
+    }
+    # Members of the family without a difference still count as tests.
     num_tests = None if family is None else len(set(family) & set(labels))
-    p_values = holm([found.p_value for index in tested if (found := differences[index]) is not None], num_tests)
+    p_values = holm([difference.p_value for difference in tested.values()], num_tests)
     corrected = dict(zip(tested, p_values, strict=True))
-    return [_difference(found, corrected.get(index)) for index, found in enumerate(differences)]
+    return [_format_difference(difference, corrected.get(index)) for index, difference in enumerate(differences)]
 
 
-def _difference(found: Difference | None, corrected_p: float | None) -> str:
-    if found is None:
+def _format_difference(difference: Difference | None, corrected_p: float | None) -> str:
+    if difference is None:
         return NONE
-    if found.low is None:
-        return f"{found.mean:+.4f}"
+    if difference.low is None:
+        return f"{difference.mean:+.4f}"
     p_value = "" if corrected_p is None else f", p {corrected_p:.2g}"
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]{p_value}"
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]{p_value}"
 
 
-def _forgetting_of(domain: str, run: RunNumbers) -> float | None:
+def _domain_forgetting(domain: str, run: RunSummary) -> float | None:
     return run.forgetting_per_domain.get(domain)
 
 
-def _score(task: str, row: int | None, run: RunNumbers) -> float | None:
-    """The reported score of a task in a row of the matrix."""
+def _task_score(task: str, row: int | None, run: RunSummary) -> float | None:
+    """The reported score of a task in one row of the score matrix."""
     if run.end_tasks is None or run.scores is None or row is None:
         return None
-    names = [found.name for found in run.end_tasks.tasks]
+    names = [scored.name for scored in run.end_tasks.tasks]
     return run.scores.scores[row][names.index(task)] if task in names else None
 
 
-def _score_forgetting(task: str, run: RunNumbers) -> float | None:
+def _task_forgetting(task: str, run: RunSummary) -> float | None:
     return None if run.scores is None else run.scores.forgetting.per_task.get(task)
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _mean_of_known(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

@@ -1,4 +1,4 @@
-"""One run folder as the numbers of a comparison."""
+"""Load a run folder: its config, results, metrics, importance and end-task scores, summarized for a comparison."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from das_ds.config import RunConfig
 from das_ds.config.io import load_config
 from das_ds.errors import ConfigError, RunFolderError
-from das_ds.reporting.comparison import Cost, RunNumbers
-from das_ds.reporting.importance_stats import importance_numbers
+from das_ds.reporting.comparison import Cost, RunSummary
+from das_ds.reporting.importance_stats import summarize_importance
 from das_ds.reporting.results import Results
 from das_ds.reporting.score_matrix import read_run_scores
 from das_ds.run_dir import CONFIG_FILE, METRICS_FILE, RESULTS_FILE
@@ -24,7 +24,7 @@ class LoadedRun:
 
     path: Path
     label: str | None
-    """Of its group, where one was given."""
+    """Label of its group, if one was given."""
     config: RunConfig
     results: Results
 
@@ -34,13 +34,13 @@ class LoadedRun:
         return "/".join(self.path.resolve().parts[-2:])
 
 
-def read_run(argument: str) -> LoadedRun:
-    """Open what a user names: a run folder, or LABEL=RUN.
+def load_run(argument: str) -> LoadedRun:
+    """Load a command-line argument: a run folder, or LABEL=RUN.
 
     Raises:
-        RunFolderError: it is no folder of a run with results, or these are damaged.
+        RunFolderError: it is not a run folder with results, or these are damaged.
     """
-    label, path = _split(argument)
+    label, path = _parse_argument(argument)
     if not (path / RESULTS_FILE).exists():
         found = "no such folder" if not path.is_dir() else f"no {RESULTS_FILE} in it"
         raise RunFolderError(f"{path}: found {found}, expected the folder of a run that was evaluated")
@@ -52,14 +52,14 @@ def read_run(argument: str) -> LoadedRun:
     return LoadedRun(path, label, config, results)
 
 
-def run_summary(run: LoadedRun) -> RunNumbers:
-    """Everything a comparison holds of one run, which has to be complete.
+def summarize_run(run: LoadedRun) -> RunSummary:
+    """Everything that a comparison stores about one run, which must be complete.
 
     Raises:
-        DasError: a file of importance, end tasks or metrics is damaged.
+        DasError: a file with importance, end-task scores or metrics is damaged.
     """
     results = run.results
-    return RunNumbers(
+    return RunSummary(
         seed=run.config.seed,
         folder=run.name,
         loss_matrix=results.loss_matrix,
@@ -69,13 +69,13 @@ def run_summary(run: LoadedRun) -> RunNumbers:
         general_drift=results.general_drift,
         forward_transfer=results.forward_transfer,
         end_tasks=read_run_scores(run.path),
-        importance=importance_numbers(run.path, run.config.model),
+        importance=summarize_importance(run.path, run.config.model),
         cost=_cost(run),
         versions=results.versions,
     )
 
 
-def _split(argument: str) -> tuple[str | None, Path]:
+def _parse_argument(argument: str) -> tuple[str | None, Path]:
     label, equals, path = argument.partition("=")
     # A folder may have an equals sign in its name.
     if not equals or Path(argument).is_dir():
@@ -87,7 +87,7 @@ def _split(argument: str) -> tuple[str | None, Path]:
 
 def _cost(run: LoadedRun) -> Cost:
     path = run.path / METRICS_FILE
-    lines = _lines(path) if path.exists() else []
+    lines = _read_metrics(path) if path.exists() else []
     rates = [float(line[TOKENS_PER_S]) for line in lines if TOKENS_PER_S in line]
     peaks = [float(line[PEAK_MEMORY_GIB]) for line in lines if PEAK_MEMORY_GIB in line]
     return Cost(
@@ -99,7 +99,7 @@ def _cost(run: LoadedRun) -> Cost:
     )
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
+def _read_metrics(path: Path) -> list[dict[str, float]]:
     lines = []
     for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -107,6 +107,6 @@ def _lines(path: Path) -> list[dict[str, float]]:
         except ValueError:
             line = None
         if not isinstance(line, dict):
-            raise RunFolderError(f"{path}: line {number} is no JSON object; move the file away to leave out its costs")
+            raise RunFolderError(f"{path}: line {number} is not a JSON object; move the file away to omit its costs")
         lines.append(line)
     return lines

@@ -1,4 +1,4 @@
-"""The two pictures of a report: the loss matrix and how full the soft mask is. PNG, drawn without a display."""
+"""Plots of one run as PNG files: its loss matrix, and the saturation of its soft mask. They need no display."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from matplotlib.ticker import Locator
 
-SMALLEST_COLOUR_RANGE = 0.05
-NOT_LEARNED_COLOUR = "0.93"
+MIN_COLOR_RANGE = 0.05
+"""Nats; smaller changes would otherwise get the strongest color."""
+NOT_LEARNED_COLOR = "0.93"
 DPI = 130
 
 
-def loss_matrix_png(results: Results, path: Path) -> None:
-    """Draw the loss matrix: the number is the loss, the colour the change against a reference in the same column.
+def plot_loss_matrix(results: Results, path: Path) -> None:
+    """Plot the loss matrix: the number is the loss, the color its change relative to a reference in the same column.
 
-    Corpora differ in entropy, so colours of absolute losses could not be compared across columns. The reference of a
-    domain is the loss right after learning it (framed), that of the general corpus the loss before training; cells
-    of a domain that is not learned yet have no reference and stay grey.
+    Corpora differ in entropy, so absolute losses cannot share a color scale. The reference of a domain is its loss
+    right after learning (framed); that of the general corpus is its loss before training. Cells of a domain that is
+    not learned yet are gray.
     """
-    change = changes(results)
+    change = loss_changes(results)
     num_rows, num_columns = change.shape
     column_width = max(1.35, 0.1 * max(map(len, results.eval_domains)))
     label_width = 1.6 + 0.1 * max(map(len, results.stages))
@@ -38,9 +39,9 @@ def loss_matrix_png(results: Results, path: Path) -> None:
         1, 1, width=max(label_width + column_width * num_columns, 8.0), height=1.9 + 0.62 * num_rows
     )
     plot = axes[0][0]
-    limit = max(change.nan_to_num().abs().max().item(), SMALLEST_COLOUR_RANGE)
-    plot.set_facecolor(NOT_LEARNED_COLOUR)
-    picture = plot.imshow(change.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    limit = max(change.nan_to_num().abs().max().item(), MIN_COLOR_RANGE)
+    plot.set_facecolor(NOT_LEARNED_COLOR)
+    image = plot.imshow(change.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     plot.set_xticks(range(num_columns), results.eval_domains)
     plot.set_yticks(range(num_rows), results.stages)
     for row, losses in enumerate(results.loss_matrix):
@@ -49,14 +50,14 @@ def loss_matrix_png(results: Results, path: Path) -> None:
     _frame_references(plot, results)
     plot.set_title(
         f"Held-out loss of {results.method} (nats per token)\n"
-        "colour and small number: change since the framed cell; grey: not learned yet",
+        "color and small number: change since the framed cell; gray: not learned yet",
         fontsize=9,
     )
-    figure.colorbar(picture, ax=plot, label="change (red: forgotten)", fraction=0.05, pad=0.03)
+    figure.colorbar(image, ax=plot, label="change (red: forgotten)", fraction=0.05, pad=0.03)
     figure.savefig(path, dpi=DPI)
 
 
-def changes(results: Results) -> torch.Tensor:
+def loss_changes(results: Results) -> torch.Tensor:
     """Loss minus the reference of its column, (rows, columns) float64; NaN where a domain is not learned yet."""
     return delta_since(torch.tensor(results.loss_matrix, dtype=torch.float64), _reference_rows(results))
 
@@ -69,31 +70,33 @@ def delta_since(losses: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         rows: row of each column's reference.
     """
     change = torch.full_like(losses, torch.nan)
-    for column, first in enumerate(rows):
-        change[first:, column] = losses[first:, column] - losses[first : first + 1, column]
+    for column, row in enumerate(rows):
+        # A slice, since the row may not exist yet.
+        change[row:, column] = losses[row:, column] - losses[row : row + 1, column]
     return change
 
 
-def importance_png(importance: UnitValues, path: Path) -> None:
-    """Draw, per unit group, the sorted importance of each layer (left) and its mean (right).
+def plot_importance(importance: UnitValues, path: Path) -> None:
+    """Plot, per unit group, the sorted importance of each layer (left) and its mean (right).
 
     Args:
-        importance: unit group -> (L, U) in [0, 1]. A row that is dark over three quarters of its width has a quarter
-            of its units left to learn freely.
+        importance: unit group -> (L, U) in [0, 1]. A row that is dark over three quarters of its width leaves a quarter
+            of its units free to learn.
     """
     figure, axes = new_figure(len(importance), 2, width=8.5, height=0.9 + 2.0 * len(importance), ratios=(4, 1))
     for (sorted_units, means), (group, values) in zip(axes, importance.items(), strict=True):
-        picture = _draw_sorted_units(sorted_units, group, values.double())
+        image = _draw_sorted_units(sorted_units, group, values.double())
         _draw_means(means, values.double().mean(dim=1))
     axes[-1][0].set_xlabel("share of units (%)")
     axes[-1][1].set_xlabel("mean importance")
-    figure.colorbar(picture, ax=[means for _, means in axes], label="importance", aspect=40, pad=0.03)
+    figure.colorbar(image, ax=[means for _, means in axes], label="importance", aspect=40, pad=0.03)
     figure.savefig(path, dpi=DPI)
 
 
 def _draw_sorted_units(plot: Axes, group: str, values: torch.Tensor) -> AxesImage:
     num_layers, num_units = values.shape
     sorted_values = values.sort(dim=1, descending=True).values
+    # x in percent of units, y one row per layer, counted from 1 at the top.
     extent = (0.0, 100.0, num_layers + 0.5, 0.5)
     plot.set_title(f"{group}: {num_units} units per layer, most important first", fontsize=9)
     plot.set_ylabel("layer")
@@ -113,7 +116,7 @@ def _draw_means(plot: Axes, means: torch.Tensor) -> None:
 
 
 def integer_ticks() -> Locator:
-    """Ticks at whole numbers."""
+    """Axis ticks at integers only."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(integer=True, min_n_ticks=1)
@@ -129,7 +132,7 @@ def new_figure(
         width, height: in inches.
         ratios: widths of the columns.
     """
-    # The figure is built without pyplot, which would choose a display and keep every figure alive.
+    # Built without pyplot, which would choose a display and keep every figure alive.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -138,17 +141,18 @@ def new_figure(
 
 
 def _reference_rows(results: Results) -> list[int]:
-    """Row of each column's reference: right after learning a domain, before training for the general corpus."""
+    """For each column, the row that changes are relative to: right after learning; general corpus: row 0."""
     rows = results.rows_learned
     return [rows.get(corpus, 0) for corpus in results.eval_domains]
 
 
 def _write_cell(plot: Axes, row: int, column: int, loss: float, change: float, limit: float) -> None:
-    colour = "white" if abs(change) > 0.6 * limit else "black"
+    color = "white" if abs(change) > 0.6 * limit else "black"
     has_change = not math.isnan(change) and change != 0.0
-    plot.text(column, row - 0.13 * has_change, f"{loss:.3f}", ha="center", va="center", color=colour, fontsize=10)
+    # The loss moves up to make room for the change below it.
+    plot.text(column, row - 0.13 * has_change, f"{loss:.3f}", ha="center", va="center", color=color, fontsize=10)
     if has_change:
-        plot.text(column, row + 0.24, f"{change:+.3f}", ha="center", va="center", color=colour, fontsize=7.5)
+        plot.text(column, row + 0.24, f"{change:+.3f}", ha="center", va="center", color=color, fontsize=7.5)
 
 
 def _frame_references(plot: Axes, results: Results) -> None:

@@ -1,26 +1,28 @@
-"""The report of a run for people: report.md with its two pictures."""
+"""The report of one run: report.md with its plots."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results
-from das_ds.reporting.run_plots import importance_png, loss_matrix_png
-from das_ds.reporting.tables import duration, markdown
-from das_ds.run_dir import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, REPORT_FILE, REPORT_FOLDER
+from das_ds.reporting.run_plots import plot_importance, plot_loss_matrix
+from das_ds.reporting.tables import format_duration, format_markdown
+from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, REPORT_FILE, REPORT_FOLDER
 
 PROTECTED = 0.9
+"""Units of at least this importance hardly change."""
 NONE = "-"
 
 
 def write_report(run_folder: Path, results: Results, importance: UnitValues | None) -> Path:
-    """Write `report/` into the run folder: report.md, loss_matrix.png and, where there is importance, importance.png.
+    """Write `report/` into the run folder: report.md, loss_matrix.png and, with importance, importance.png.
 
     Args:
+        run_folder: of the run.
+        results: complete or not.
         importance: accumulated importance, unit group -> (L, U); None for methods without it.
 
     Returns:
@@ -32,9 +34,9 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
     folder = run_folder / REPORT_FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        loss_matrix_png(results, folder / LOSS_MATRIX_PICTURE)
+        plot_loss_matrix(results, folder / LOSS_MATRIX_PLOT)
         if importance:
-            importance_png(importance, folder / IMPORTANCE_PICTURE)
+            plot_importance(importance, folder / IMPORTANCE_PLOT)
         (folder / REPORT_FILE).write_text(report_text(results, importance), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
@@ -45,10 +47,10 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
 
 def report_text(results: Results, importance: UnitValues | None) -> str:
     """The Markdown text of a report."""
-    parts = [_heading(results), _losses(results), _transfer(results)]
+    sections = [_heading(results), _losses(results), _transfer(results)]
     if importance:
-        parts.append(_mask(importance))
-    return "\n".join([*parts, _cost(results)])
+        sections.append(_mask_saturation(importance))
+    return "\n".join([*sections, _cost(results)])
 
 
 def _heading(results: Results) -> str:
@@ -62,16 +64,16 @@ def _heading(results: Results) -> str:
 
 def _losses(results: Results) -> str:
     header = ["stage", *results.eval_domains]
-    losses = [[stage, *_numbers(row)] for stage, row in _staged(results)]
-    perplexities = [[stage, *(_perplexity(loss) for loss in row)] for stage, row in _staged(results)]
+    losses = [[stage, *(f"{loss:.4f}" for loss in row)] for stage, row in _stage_rows(results)]
+    perplexities = [[stage, *(_perplexity(loss) for loss in row)] for stage, row in _stage_rows(results)]
     return (
         "## Held-out loss\n\n"
-        "Nats per predicted token, with fixed corruption; lower is better. Read a column downwards: it falls where\n"
-        "its domain is learned, and what it rises by below that is forgotten.\n\n"
-        f"{markdown([header, *losses])}\n\n"
-        f"![loss matrix]({LOSS_MATRIX_PICTURE})\n\n"
-        "The same as perplexity, exp(loss): among how many tokens the model hesitates.\n\n"
-        f"{markdown([header, *perplexities])}\n"
+        "Nats per predicted token, with fixed corruption; lower is better. Read down a column: the loss falls where\n"
+        "its domain is learned; any rise below that row is forgetting.\n\n"
+        f"{format_markdown([header, *losses])}\n\n"
+        f"![loss matrix]({LOSS_MATRIX_PLOT})\n\n"
+        "As perplexity, exp(loss): the effective number of equally likely tokens.\n\n"
+        f"{format_markdown([header, *perplexities])}\n"
     )
 
 
@@ -81,18 +83,22 @@ def _transfer(results: Results) -> str:
         for domain, value in results.forgetting.per_domain.items()
     ]
     rows = [
-        ["number", "nats", "how to read it"],
+        ["metric", "nats", "how to read it"],
         *per_domain,
-        ["average forgetting", _signed(results.forgetting.average), "mean of the above; the last stage cannot count"],
-        ["general drift", _signed(results.general_drift), "general loss now minus before training; above 0: worse"],
+        ["average forgetting", _signed(results.forgetting.average), "mean of the above; the last stage is not counted"],
+        [
+            "general-domain drift",
+            _signed(results.general_drift),
+            "general loss minus before training; above 0: worse",
+        ],
         ["backward transfer", _signed(results.backward_transfer), "above 0: later domains helped earlier ones"],
         ["forward transfer", _signed(results.forward_transfer), "above 0: earlier domains helped later ones"],
     ]
-    return f"## Forgetting and transfer\n\n{markdown(rows, text_columns=(0, 2))}\n"
+    return f"## Forgetting and transfer\n\n{format_markdown(rows, text_columns=(0, 2))}\n"
 
 
-def _mask(importance: UnitValues) -> str:
-    rows = [["unit group", "layers x units", "mean importance", f"units >= {PROTECTED}", "fullest layer"]]
+def _mask_saturation(importance: UnitValues) -> str:
+    rows = [["unit group", "layers x units", "mean importance", f"units >= {PROTECTED}", "most saturated layer"]]
     for group, values in importance.items():
         layer_means = values.double().mean(dim=1)
         rows.append(
@@ -105,34 +111,31 @@ def _mask(importance: UnitValues) -> str:
             ]
         )
     return (
-        "## How full the mask is\n\n"
-        "Importance of all that was learned so far; the next domain moves a unit by 1 - importance, so a mean of 0.8\n"
-        "leaves a fifth of the capacity free.\n\n"
-        f"{markdown(rows)}\n\n"
-        f"![importance]({IMPORTANCE_PICTURE})\n"
+        "## Mask saturation\n\n"
+        "Importance accumulated over all domains so far. Updates of a unit are scaled by 1 - importance, so a mean of\n"
+        "0.8 leaves a fifth of the capacity free.\n\n"
+        f"{format_markdown(rows)}\n\n"
+        f"![importance]({IMPORTANCE_PLOT})\n"
     )
 
 
 def _cost(results: Results) -> str:
     rows = [
         ["tokens seen", f"{results.tokens_seen:,}"],
-        ["wall time", duration(results.wall_seconds)],
+        ["wall time", format_duration(results.wall_seconds)],
         ["ranks", str(results.world_size)],
         ["ZeRO stage", str(results.zero_stage)],
         *([package, version] for package, version in results.versions.items()),
     ]
-    return f"## Cost and versions\n\n{markdown([['', 'value'], *rows])}\n"
+    return f"## Cost and versions\n\n{format_markdown([['', 'value'], *rows])}\n"
 
 
-def _staged(results: Results) -> list[tuple[str, list[float]]]:
+def _stage_rows(results: Results) -> list[tuple[str, list[float]]]:
     return list(zip(results.stages, results.loss_matrix, strict=True))
 
 
-def _numbers(losses: Sequence[float]) -> list[str]:
-    return [f"{loss:.4f}" for loss in losses]
-
-
 def _perplexity(loss: float) -> str:
+    # Beyond e^20 the digits would only widen the table.
     return f"{math.exp(loss):.2f}" if loss < 20.0 else f"e^{loss:.1f}"
 
 

@@ -1,4 +1,4 @@
-"""End-task scores of a run: a matrix like that of its losses, and what it says about forgetting and transfer."""
+"""End-task scores of a run as a matrix, like its losses, with forgetting and transfer."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from das_ds.storage import Section
 
 ScoreName = Literal["reported", "accuracy", "macro_f1", "micro_f1"]
 SCORE_NAMES: tuple[ScoreName, ...] = ("reported", "accuracy", "macro_f1", "micro_f1")
-"""The metric that each task reports, and each metric for all tasks."""
+"""The metric that each task reports, then each metric for all tasks."""
 
 
 class ScoredTask(Section):
-    """One column."""
+    """One column of the score matrix."""
 
     name: str
     domain: str | None
-    """The domain whose end task it is; null: none, so that it counts in no forgetting and no transfer."""
+    """The task's domain; null: none, so the task does not count in forgetting and transfer."""
     row_learned: int
-    """Row right after learning the domain, which may not be there yet; 0 without one."""
+    """Row right after learning the domain, which may not exist yet; 0 without a domain."""
     metric: MetricName
-    """The reported one."""
+    """The metric that the task reports."""
     seeds: list[int]
-    """Seeds that every score is the mean of."""
+    """Fine-tuning seeds over which every score is averaged."""
 
 
 class TaskForgetting(Section):
     """Score right after learning minus score after the last stage; see `reporting.transfer.forgetting`."""
 
     average: float | None
-    """Mean over the domains before the last stage, each the mean of its tasks; null where there is none, or where a
-    score is missing."""
+    """Mean over the domains before the last stage, each the mean of its tasks; null if there are none or a score is
+    missing."""
     per_task: dict[str, float]
-    """One number per task of such a domain, but for missing scores."""
+    """One value per task of such a domain, except where a score is missing."""
 
 
 class ScoreMatrix(Section):
-    """One kind of score."""
+    """Scores of one kind."""
 
     scores: list[list[float | None]]
     """Mean test score: row 0 before training, row t after stage t; one column per task; null: not measured."""
     forgetting: TaskForgetting
     backward_transfer: float | None
-    """What later stages did for earlier ones: minus the average forgetting."""
+    """Effect of later stages on earlier ones: minus the average forgetting."""
     forward_transfer: float | None
-    """Score right before learning minus score before training, averaged in the same way; positive is good."""
+    """Score right before learning minus score before training, averaged in the same way; positive is better."""
 
 
 class RunScores(Section):
-    """Everything that a run's models score."""
+    """Scores of all models of a run."""
 
     stages: list[str]
     """Row names, those of the loss matrix so far."""
@@ -68,18 +68,18 @@ class RunScores(Section):
     """Columns, in the order in which they were first measured."""
     matrices: dict[ScoreName, ScoreMatrix]
     missing: list[str]
-    """What was not measured or left out, a sentence each."""
+    """Missing or omitted scores, one sentence each."""
 
 
 def read_run_scores(run_folder: Path) -> RunScores | None:
-    """Scores of all models of a run, from its `results.json` and every `end_tasks.json`; None where there is no such.
+    """Scores of all models of a run, from `results.json` and every `end_tasks.json`; None if there is no such file.
 
     Raises:
-        RunFolderError: a file that cannot be read or is damaged; scores of one task with different settings or without
-            a seed in common; a task of a domain that the run has not.
+        RunFolderError: a file is unreadable or damaged; scores of one task have different settings or no seed in
+            common; a task's domain is not in the run.
     """
     results = Results.read(run_folder / RESULTS_FILE)
-    paths = _paths(run_folder, results)
+    paths = _score_paths(run_folder, results)
     rows = [EndTaskScores.read(path) if path.exists() else None for path in paths]
     names = list(dict.fromkeys(name for row in rows if row is not None for name in row.tasks))
     if not names:
@@ -88,17 +88,23 @@ def read_run_scores(run_folder: Path) -> RunScores | None:
     learned = learned_rows([column.domain for column in columns], results.learned)
     return RunScores(
         stages=results.stages,
-        tasks=[column.described(int(row)) for column, row in zip(columns, learned, strict=True)],
-        matrices={name: _matrix(name, columns, learned) for name in SCORE_NAMES},
-        missing=[sentence for column in columns for sentence in column.missing(results.stages)],
+        tasks=[column.to_task(int(row)) for column, row in zip(columns, learned, strict=True)],
+        matrices={name: _build_matrix(name, columns, learned) for name in SCORE_NAMES},
+        missing=[sentence for column in columns for sentence in column.describe_missing(results.stages)],
     )
 
 
 class _Column:
     """One task over all stages.
 
+    Args:
+        name: of the task.
+        rows: scores after each stage so far, None where no model was fine-tuned.
+        paths: files of the rows, for error messages.
+        domains: of the run.
+
     Raises:
-        RunFolderError: its scores do not belong together, or its domain not to the run.
+        RunFolderError: its scores cannot be compared, or its domain is not in the run.
     """
 
     def __init__(
@@ -106,90 +112,98 @@ class _Column:
     ) -> None:
         self.name = name
         self._entries = [row.tasks.get(name) if row is not None else None for row in rows]
-        there = [(entry, path) for entry, path in zip(self._entries, paths, strict=True) if entry is not None]
-        for entry, path in there[1:]:
-            _check_alike(name, there[0], (entry, path))
-        # The newest file knows best where the task belongs.
-        self._newest = there[-1][0]
-        self.domain = self._newest.domain or _domain_by_name(name, domains)
+        measured = [(entry, path) for entry, path in zip(self._entries, paths, strict=True) if entry is not None]
+        for entry, path in measured[1:]:
+            _check_same_settings(name, measured[0], (entry, path))
+        # Fine-tuning again may correct the domain, so the newest file decides.
+        self._newest, newest_path = measured[-1]
+        self.domain = self._newest.domain or _guess_domain(name, domains)
         if self.domain is not None and self.domain not in domains:
             raise RunFolderError(
-                f"{there[-1][1]}: task {name} belongs to domain {self.domain}, the run has {', '.join(domains)}; mend "
-                "tasks.N.domain and fine-tune again, which changes the domain alone"
+                f"{newest_path}: found domain {self.domain} of task {name}, expected one of {', '.join(domains)}; set "
+                "tasks.N.domain to one of these and rerun finetune; existing scores are kept"
             )
-        seeds = [{done.seed for done in entry.seeds} for entry, _ in there]
-        self._seeds, self._left_out = sorted(set.intersection(*seeds)), sorted(set.union(*seeds))
-        if not self._seeds:
+        seeds = [{scores.seed for scores in entry.seeds} for entry, _ in measured]
+        self._common_seeds = sorted(set.intersection(*seeds))
+        self._omitted_seeds = sorted(set.union(*seeds) - set(self._common_seeds))
+        if not self._common_seeds:
             raise RunFolderError(
-                f"{there[0][1].parent}: found no seed of task {name} that all of the run's {len(there)} models were "
-                "fine-tuned with, expected at least one (tasks.N.seeds)"
+                f"{measured[0][1].parent}: found no seed of task {name} that all of the run's {len(measured)} models "
+                "were fine-tuned with, expected at least one (tasks.N.seeds)"
             )
 
-    def described(self, row_learned: int) -> ScoredTask:
+    def to_task(self, row_learned: int) -> ScoredTask:
         return ScoredTask(
             name=self.name,
             domain=self.domain,
             row_learned=row_learned,
             metric=self._newest.metric,
-            seeds=self._seeds,
+            seeds=self._common_seeds,
         )
 
     def scores(self, kind: ScoreName) -> list[float]:
-        """Mean test score of every stage; NaN where there is none."""
+        """Mean test score after each stage; NaN where not measured."""
         metric = self._newest.metric if kind == "reported" else kind
-        return [math.nan if entry is None else _mean(entry.seeds, self._seeds, metric) for entry in self._entries]
+        return [
+            math.nan if entry is None else _mean_score(entry.seeds, self._common_seeds, metric)
+            for entry in self._entries
+        ]
 
-    def missing(self, stages: Sequence[str]) -> list[str]:
+    def describe_missing(self, stages: Sequence[str]) -> list[str]:
         sentences = []
         if absent := [stage for stage, entry in zip(stages, self._entries, strict=True) if entry is None]:
             sentences.append(f"{self.name} was not measured {', '.join(absent)}")
-        if left_out := [str(seed) for seed in self._left_out if seed not in self._seeds]:
-            sentences.append(f"{self.name} has seeds {', '.join(left_out)} after some stages only; they are left out")
+        if self._omitted_seeds:
+            seeds = ", ".join(map(str, self._omitted_seeds))
+            sentences.append(f"{self.name} has seeds {seeds} after some stages only; they are omitted")
         if self.domain is None:
             sentences.append(f"{self.name} belongs to no domain (tasks.N.domain) and counts in no mean")
         return sentences
 
 
-def _matrix(kind: ScoreName, columns: Sequence[_Column], learned: torch.Tensor) -> ScoreMatrix:
-    scores = torch.tensor([column.scores(kind) for column in columns], dtype=torch.float64).T
-    forgotten = transfer.forgetting(scores, learned, higher_is_better=True)
-    helped = transfer.forward_transfer(scores, learned, higher_is_better=True)
-    average = transfer.average(forgotten, learned, transfer.has_forgetting(scores, learned))
-    per_task = zip((column.name for column in columns), forgotten.tolist(), strict=True)
+def _build_matrix(kind: ScoreName, columns: Sequence[_Column], learned: torch.Tensor) -> ScoreMatrix:
+    scores = torch.tensor([column.scores(kind) for column in columns], dtype=torch.float64).T  # (stages + 1, tasks)
+    forgetting = transfer.forgetting(scores, learned, higher_is_better=True)
+    forward_transfer = transfer.forward_transfer(scores, learned, higher_is_better=True)
+    average_forgetting = transfer.average(forgetting, learned, transfer.has_forgetting(scores, learned))
+    per_task = zip((column.name for column in columns), forgetting.tolist(), strict=True)
     return ScoreMatrix(
         scores=[[None if math.isnan(score) else score for score in row] for row in scores.tolist()],
         forgetting=TaskForgetting(
-            average=average, per_task={name: value for name, value in per_task if not math.isnan(value)}
+            average=average_forgetting,
+            per_task={name: value for name, value in per_task if not math.isnan(value)},
         ),
-        # Subtracting from 0 keeps nothing forgotten from being written as -0.0.
-        backward_transfer=None if average is None else 0.0 - average,
-        forward_transfer=transfer.average(helped, learned, transfer.has_forward_transfer(scores, learned)),
+        # Subtracting from 0 avoids -0.0.
+        backward_transfer=None if average_forgetting is None else 0.0 - average_forgetting,
+        forward_transfer=transfer.average(forward_transfer, learned, transfer.has_forward_transfer(scores, learned)),
     )
 
 
-def _paths(run_folder: Path, results: Results) -> list[Path]:
-    """Where the scores of each row of the loss matrix so far are, if there are any."""
+def _score_paths(run_folder: Path, results: Results) -> list[Path]:
+    """For each row of the loss matrix so far, where its scores are if there are any."""
     stages = (stage_folder(index, stage_name(stage)) for index, stage in enumerate(results.learned))
     folders = [BASE_FOLDER, *stages][: len(results.loss_matrix)]
     return [run_folder / folder / END_TASKS_FILE for folder in folders]
 
 
-def _check_alike(name: str, first: tuple[TaskScores, Path], other: tuple[TaskScores, Path]) -> None:
-    (mine, my_path), (theirs, their_path) = first, other
-    if (mine.settings, mine.labels) == (theirs.settings, theirs.labels):
+def _check_same_settings(name: str, first: tuple[TaskScores, Path], other: tuple[TaskScores, Path]) -> None:
+    first_scores, first_path = first
+    scores, path = other
+    if (first_scores.settings, first_scores.labels) == (scores.settings, scores.labels):
         return
-    keys = [key for key in {**mine.settings, **theirs.settings} if mine.settings.get(key) != theirs.settings.get(key)]
+    keys = {**first_scores.settings, **scores.settings}
+    differing = [key for key in keys if first_scores.settings.get(key) != scores.settings.get(key)]
     raise RunFolderError(
-        f"{their_path}: task {name} was done with other settings than in {my_path} (they differ in "
-        f"{', '.join(keys) or 'labels'}); move one of the files away and fine-tune its model again"
+        f"{path}: found task {name} with other settings than in {first_path} (they differ in "
+        f"{', '.join(differing) or 'labels'}); move one of the files away and fine-tune its model again"
     )
 
 
-def _domain_by_name(task: str, domains: Sequence[str]) -> str | None:
-    """The domain of the task's name, or of its longest beginning up to a - or _."""
-    fitting = [domain for domain in domains if task == domain or task.startswith((f"{domain}_", f"{domain}-"))]
-    return max(fitting, key=len, default=None)
+def _guess_domain(task: str, domains: Sequence[str]) -> str | None:
+    """The domain of the task's name, or of its longest prefix before a - or _."""
+    matches = [domain for domain in domains if task == domain or task.startswith((f"{domain}_", f"{domain}-"))]
+    return max(matches, key=len, default=None)
 
 
-def _mean(done: Sequence[SeedScores], seeds: Sequence[int], metric: MetricName) -> float:
-    return statistics.fmean(scores.test.of(metric) for scores in done if scores.seed in seeds)
+def _mean_score(scores: Sequence[SeedScores], seeds: Sequence[int], metric: MetricName) -> float:
+    return statistics.fmean(one.test.of(metric) for one in scores if one.seed in seeds)

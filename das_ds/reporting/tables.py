@@ -1,4 +1,4 @@
-"""Rows of text as a table, Markdown for files and aligned plain text for terminals, and times as text."""
+"""Text tables: rows formatted as Markdown for files or as aligned plain text for terminals."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ from collections.abc import Sequence
 Row = Sequence[str]
 
 
-def markdown(rows: Sequence[Row], text_columns: Sequence[int] = (0,)) -> str:
-    """A Markdown table whose source is aligned too; text columns to the left, the others to the right."""
-    widths = _widths(rows)
+def format_markdown(rows: Sequence[Row], text_columns: Sequence[int] = (0,)) -> str:
+    """A Markdown table with an aligned source.
+
+    Args:
+        rows: header first.
+        text_columns: aligned to the left; all others to the right.
+    """
+    widths = _column_widths(rows)
     rule = ["-" * width if i in text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join("| " + " | ".join(_pad(row, widths, text_columns)) + " |" for row in [rows[0], rule, *rows[1:]])
 
 
-def aligned(rows: Sequence[Row], text_columns: Sequence[int] = (0,)) -> str:
-    """A plain-text table with a rule under its first row; text columns to the left, the others to the right."""
-    widths = _widths(rows)
+def format_plain(rows: Sequence[Row], text_columns: Sequence[int] = (0,)) -> str:
+    """A plain-text table with a rule below the header; arguments as for `format_markdown`."""
+    widths = _column_widths(rows)
     lines = ["  ".join(_pad(row, widths, text_columns)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Hours and minutes, or minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds_left:02} s"
 
 
-def _widths(rows: Sequence[Row]) -> list[int]:
+def _column_widths(rows: Sequence[Row]) -> list[int]:
+    # A Markdown rule needs three characters.
     return [max(max(map(len, column)), 3) for column in zip(*rows, strict=True)]
 
 

@@ -9,7 +9,7 @@ from das_ds.config import RunConfig
 from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results, build_results
 from das_ds.reporting.run_report import write_report
-from das_ds.run_dir import IMPORTANCE_PICTURE, LOSS_MATRIX_PICTURE, RESULTS_FILE
+from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, RESULTS_FILE
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.data_module import eval_corpora
@@ -60,7 +60,7 @@ def publish_results(
     report = write_report(root, results, importance)
     tracker.log_evaluation(row, domains_learned=len(results.losses_learned), global_step=state.global_step)
     tracker.log_table(LOSS_MATRIX, *results.table)
-    tracker.log_image(LOSS_MATRIX, report / LOSS_MATRIX_PICTURE)
+    tracker.log_image(LOSS_MATRIX, report / LOSS_MATRIX_PLOT)
     if importance is not None:
-        tracker.log_image(IMPORTANCE, report / IMPORTANCE_PICTURE)
+        tracker.log_image(IMPORTANCE, report / IMPORTANCE_PLOT)
     tracker.log_summary(results.summary)

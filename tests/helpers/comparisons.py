@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from das_ds.reporting.comparison import Comparison, Cost, Group, GroupOverlap, ImportanceNumbers, RunNumbers
+from das_ds.reporting.comparison import Comparison, Cost, Group, GroupOverlap, ImportanceSummary, RunSummary
 
 T_OF_TWO = 12.706204736
 """The 97.5 % quantile of Student's t with one degree of freedom, from a table."""
@@ -12,11 +12,11 @@ BEFORE = [6.0, 5.0, 3.0]
 STAGES = ["before training", "after acl", "after pubmed"]
 
 
-def run_numbers(
-    seed: int, learned: float, forgetting: float, *, importance: ImportanceNumbers | None = None
-) -> RunNumbers:
+def run_summary(
+    seed: int, learned: float, forgetting: float, *, importance: ImportanceSummary | None = None
+) -> RunSummary:
     """A run over acl and pubmed that learns both to `learned` and forgets acl by `forgetting`."""
-    return RunNumbers(
+    return RunSummary(
         seed=seed,
         folder=f"runs/{seed}",
         loss_matrix=[BEFORE, [learned, 4.5, 3.1], [learned + forgetting, learned, 3.0 + forgetting]],
@@ -33,10 +33,10 @@ def run_numbers(
 
 
 def group(
-    label: str, places: Sequence[tuple[float, float]], *, importance: ImportanceNumbers | None = None, **settings: str
+    label: str, places: Sequence[tuple[float, float]], *, importance: ImportanceSummary | None = None, **settings: str
 ) -> Group:
     """One run per (loss when learned, forgetting), seeds from 0; the method is the first word of the label."""
-    runs = [run_numbers(seed, *place, importance=importance) for seed, place in enumerate(places)]
+    runs = [run_summary(seed, *place, importance=importance) for seed, place in enumerate(places)]
     keys = {key.replace("__", "."): value for key, value in settings.items()}
     return Group(label=label, method=label.split()[0], settings=keys, stages=STAGES, runs=runs)
 
@@ -44,7 +44,7 @@ def group(
 def pooled(label: str, losses: Sequence[float]) -> Group:
     """A method that learns both domains at once, for which forgetting is not defined."""
     runs = [
-        run_numbers(seed, loss, 0.0).model_copy(
+        run_summary(seed, loss, 0.0).model_copy(
             update={
                 "loss_matrix": [BEFORE, [loss, loss, 3.0]],
                 "learned_rows": [1, 1],
@@ -75,17 +75,17 @@ def comparison(*groups: Group, reference: str | None = None, notes: Sequence[str
     )
 
 
-def importance_numbers(fullness: float = 0.25, jaccard: float = 0.5) -> ImportanceNumbers:
+def importance_summary(mask_saturation: float = 0.25, jaccard: float = 0.5) -> ImportanceSummary:
     """Two unit groups, two layers, two sources."""
     overlap = GroupOverlap(
         claimed=[0.2, 0.4],
         jaccard=[[1.0, jaccard], [jaccard, 1.0]],
         cosine=[[1.0, 0.75], [0.75, 1.0]],
-        fullness=[fullness, fullness + 0.1],
+        mask_saturation=[mask_saturation, mask_saturation + 0.1],
     )
-    return ImportanceNumbers(
+    return ImportanceSummary(
         granularity="unit",
         threshold=0.9,
         sources=["acl", "pubmed"],
-        groups={"head": overlap, "others": overlap.model_copy(update={"fullness": [fullness]})},
+        groups={"head": overlap, "others": overlap.model_copy(update={"mask_saturation": [mask_saturation]})},
     )

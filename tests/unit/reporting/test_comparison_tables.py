@@ -8,7 +8,7 @@ from das_ds.reporting import comparison_tables as tables
 from das_ds.reporting.comparison import Comparison, Group
 from das_ds.reporting.score_matrix import RunScores, ScoredTask, ScoreMatrix, TaskForgetting
 from das_ds.reporting.tables import Row
-from helpers.comparisons import comparison, group, importance_numbers, interval_of_two, pooled, run_numbers
+from helpers.comparisons import comparison, group, importance_summary, interval_of_two, pooled, run_summary
 
 
 def bracket(first: float, second: float, sign: str = "") -> str:
@@ -26,27 +26,27 @@ def several() -> Comparison:
     return comparison(
         group("ncl", [(3.0, 0.9), (3.2, 0.7)], train__learning_rate="1e-3"),
         group("ncl slow", [(4.0, 0.5), (4.2, 0.3)], train__learning_rate="3e-4"),
-        group("das", [(3.5, 0.6), (3.7, 0.3)], importance=importance_numbers(), train__learning_rate="1e-3"),
+        group("das", [(3.5, 0.6), (3.7, 0.3)], importance=importance_summary(), train__learning_rate="1e-3"),
         pooled("pool", [2.5]),
     )
 
 
-def test_settings_are_those_in_which_groups_differ(several: Comparison) -> None:
+def test_settings_rows_have_differing_keys(several: Comparison) -> None:
     rows = tables.settings_rows(several)
     assert rows[0] == ["group", "method", "seeds", "train.learning_rate"]
     assert by_label(rows)["ncl slow"] == ["ncl", "0, 1", "3e-4"]
     assert by_label(rows)["pool"] == ["pool", "0", "-"]
 
 
-def test_summary(several: Comparison) -> None:
+def test_summary_rows_have_mean_and_interval(several: Comparison) -> None:
     rows = tables.summary_rows(several)
-    assert rows[0][:5] == ["group", "seeds", "loss when learned", "loss when learned (2..T)", "loss at the end"]
+    assert rows[0][:5] == ["group", "seeds", "loss after learning", "loss after learning (2..T)", "final loss"]
     learned = bracket(3.0, 3.2)
     assert by_label(rows)["ncl"][:5] == ["2", learned, learned, bracket(3.45, 3.55), bracket(0.9, 0.7, "+")]
     assert by_label(rows)["pool"] == ["1", "2.5000", "2.5000", "2.5000", "-", "+0.0000", "-"]
 
 
-def test_differences_are_against_the_reference(several: Comparison) -> None:
+def test_difference_rows_are_relative_to_the_baseline(several: Comparison) -> None:
     found = by_label(tables.difference_rows(several))
     assert list(found) == ["ncl slow", "das", "pool"]
     # Two groups with two pairs each: p of 0.5 for either, times two.
@@ -60,7 +60,7 @@ def test_differences_are_against_the_reference(several: Comparison) -> None:
     assert "p" not in of_das["ncl slow"][4]
 
 
-def test_p_values_of_a_table_are_corrected_for_its_groups() -> None:
+def test_difference_rows_p_values_are_holm_corrected() -> None:
     def six(label: str, forgetting: float) -> Group:
         return group(label, [(3.0, forgetting + 0.01 * seed) for seed in range(6)])
 
@@ -71,16 +71,16 @@ def test_p_values_of_a_table_are_corrected_for_its_groups() -> None:
     assert by_label(three)["das"][4].endswith(", p 0.094")
 
 
-def test_beside_the_line_of_the_reference(several: Comparison) -> None:
-    found = by_label(tables.line_rows(several))
+def test_matched_baseline_rows_worked_example(several: Comparison) -> None:
+    found = by_label(tables.matched_baseline_rows(several))
     assert list(found) == ["das"]
     assert found["das"][0] == "2" and found["das"][3:] == ["+0.6000", bracket(-0.1, -0.2, "+") + ", p 0.5", "-25%"]
     fast = comparison(several.group("ncl"), several.group("ncl slow"), group("das fast", [(2.0, 0.8)]))
-    assert by_label(tables.line_rows(fast))["das fast"] == ["0", "2.0000", "+0.8000", "-", "-", "-"]
-    assert len(tables.line_rows(comparison(several.group("ncl"), several.group("das")))) == 1
+    assert by_label(tables.matched_baseline_rows(fast))["das fast"] == ["0", "2.0000", "+0.8000", "-", "-", "-"]
+    assert len(tables.matched_baseline_rows(comparison(several.group("ncl"), several.group("das")))) == 1
 
 
-def test_losses_of_a_stage_stand_together(several: Comparison) -> None:
+def test_stage_rows_are_sorted_by_stage(several: Comparison) -> None:
     rows = tables.stage_rows(several)
     assert rows[0] == ["stage", "group", "acl", "pubmed", "general"]
     assert ["after acl", "das", "3.6000", "4.5000", "3.1000"] in rows
@@ -88,14 +88,14 @@ def test_losses_of_a_stage_stand_together(several: Comparison) -> None:
     assert [row[1] for row in rows if row[0] == "before training"] == ["ncl", "ncl slow", "das", "pool"]
 
 
-def test_forgetting_by_domain(several: Comparison) -> None:
+def test_forgetting_rows_have_each_domain(several: Comparison) -> None:
     rows = tables.forgetting_rows(several)
     assert rows[0] == ["group", "acl"]
     assert by_label(rows)["das"] == [bracket(0.6, 0.3, "+")]
     assert by_label(rows)["pool"] == ["-"]
 
 
-def test_fullness_and_overlap(several: Comparison) -> None:
+def test_mask_saturation_and_overlap_rows_worked_example(several: Comparison) -> None:
     head, others = tables.mask_saturation_rows(several)[1:]
     assert head == ["das", "unit", "head", "0.300", "0.700", "2 (0.350)", "acl 20.0%, pubmed 40.0%"]
     assert others == ["das", "unit", "others", "0.250", "0.750", "-", "acl 20.0%, pubmed 40.0%"]
@@ -103,9 +103,9 @@ def test_fullness_and_overlap(several: Comparison) -> None:
     assert tables.overlap_rows(several)[1] == ["das", "head", "acl, pubmed", "0.500", "0.154", "0.750"]
 
 
-def test_importance_is_the_mean_over_seeds() -> None:
+def test_mask_saturation_rows_two_seeds_are_averaged() -> None:
     runs = [
-        run_numbers(seed, 3.0, 0.1, importance=importance_numbers(0.2 + 0.1 * seed, jaccard=0.3 + 0.2 * seed))
+        run_summary(seed, 3.0, 0.1, importance=importance_summary(0.2 + 0.1 * seed, jaccard=0.3 + 0.2 * seed))
         for seed in (0, 1)
     ]
     both = comparison(group("das", [(3.0, 0.1)]).model_copy(update={"runs": runs}))
@@ -113,7 +113,7 @@ def test_importance_is_the_mean_over_seeds() -> None:
     assert tables.overlap_rows(both)[1][3] == "0.400"
 
 
-def test_cost(several: Comparison) -> None:
+def test_cost_rows_worked_example(several: Comparison) -> None:
     found = by_label(tables.cost_rows(several))
     assert found["ncl"] == ["100", "1.00", "30 min 00 s", "4", "2.000", "2.50"]
     silent = several.group("das").runs[0]
@@ -142,8 +142,8 @@ def scores_of(last: float | None) -> RunScores:
     )
 
 
-def test_end_tasks() -> None:
-    runs = [run_numbers(seed, 3.0, 0.1) for seed in (0, 1)]
+def test_task_rows_worked_example() -> None:
+    runs = [run_summary(seed, 3.0, 0.1) for seed in (0, 1)]
     scored = [run.model_copy(update={"end_tasks": scores_of(0.5 + 0.1 * run.seed)}) for run in runs]
     both = comparison(group("das", [(3.0, 0.1)]).model_copy(update={"runs": scored}), group("ncl", [(3.0, 0.2)]))
     assert tables.task_rows(both)[1:] == [

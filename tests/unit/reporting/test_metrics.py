@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from das_ds.reporting.metrics import (
-    DRIFT,
     FORGETTING,
-    LEARNED,
-    LEARNED_LATER,
+    GENERAL_DRIFT,
+    LOSS_AFTER_LEARNING,
+    LOSS_AFTER_LEARNING_LATER,
     available_metrics,
     baseline_sweep,
     estimate_metric,
@@ -25,15 +25,15 @@ REPLAY = group("ncl replay", [(3.4, 0.1), (3.6, 0.1)], method__replay__share="0.
 DAS = group("das", [(3.5, 0.6), (3.7, 0.3), (3.0, 0.0)], train__learning_rate="1e-3")
 
 
-def test_means_over_the_seeds_that_have_the_number() -> None:
+def test_estimate_metric_missing_values_are_skipped() -> None:
     found = estimate_metric(NCL, FORGETTING)
     assert found is not None
     assert (found.mean, found.low, found.high, found.num_seeds) == pytest.approx((0.8, *interval_of_two(0.9, 0.7), 2))
-    assert metric_values(DAS, LEARNED) == pytest.approx({0: 3.5, 1: 3.7, 2: 3.0})
+    assert metric_values(DAS, LOSS_AFTER_LEARNING) == pytest.approx({0: 3.5, 1: 3.7, 2: 3.0})
     assert estimate_metric(pooled("pool", [2.5]), FORGETTING) is None
 
 
-def test_differences_pair_the_seeds_of_both() -> None:
+def test_metric_difference_pairs_common_seeds() -> None:
     found = metric_difference(DAS, NCL, FORGETTING)
     assert found is not None
     low, high = interval_of_two(-0.3, -0.4)
@@ -44,7 +44,7 @@ def test_differences_pair_the_seeds_of_both() -> None:
     assert metric_difference(pooled("pool", [2.5]), NCL, FORGETTING) is None
 
 
-def test_the_line_is_made_of_what_differs_in_pace_alone() -> None:
+def test_baseline_sweep_differs_only_in_train_keys() -> None:
     everything = comparison(NCL, SLOW, REPLAY, DAS)
     assert [found.label for found in baseline_sweep(everything)] == ["ncl", "ncl slow"]
     # Seed 0: halfway between 0.9 and 0.5; seed 1: halfway between 0.7 and 0.3; seed 2 has no line.
@@ -54,7 +54,7 @@ def test_the_line_is_made_of_what_differs_in_pace_alone() -> None:
     assert matched_baseline_forgetting(everything, DAS) == pytest.approx(0.6)
 
 
-def test_what_the_first_domain_costs_does_not_move_a_run_along_the_line() -> None:
+def test_matched_baseline_first_domain_does_not_count() -> None:
     """Forgetting comes of learning domains 2..T: a method that learns the first one at its full rate gains nothing."""
     everything = comparison(NCL, SLOW, DAS)
     run = DAS.runs[0]
@@ -62,19 +62,19 @@ def test_what_the_first_domain_costs_does_not_move_a_run_along_the_line() -> Non
     losses[1][0] -= 0.4
     losses[2][0] -= 0.4
     eager = DAS.model_copy(update={"label": "das eager", "runs": [run.model_copy(update={"loss_matrix": losses})]})
-    assert metric_values(eager, LEARNED)[0] == pytest.approx(3.3)
-    assert metric_values(eager, LEARNED_LATER)[0] == pytest.approx(3.5)
+    assert metric_values(eager, LOSS_AFTER_LEARNING)[0] == pytest.approx(3.3)
+    assert metric_values(eager, LOSS_AFTER_LEARNING_LATER)[0] == pytest.approx(3.5)
     found = forgetting_vs_matched_baseline(comparison(NCL, SLOW, DAS, eager), eager)
     assert found is not None and found.mean == pytest.approx(0.6 - 0.7)
     assert matched_baseline_forgetting(everything, eager) == pytest.approx(0.7)
 
 
-def test_learned_later_of_one_domain_is_that_of_the_domain() -> None:
+def test_loss_after_learning_later_one_domain_is_its_loss() -> None:
     run = DAS.runs[0].model_copy(update={"loss_matrix": [[6.0], [3.5]], "learned_rows": [1]})
-    assert run.learned_later == run.learned == 3.5
+    assert run.loss_after_learning_later == run.loss_after_learning == 3.5
 
 
-def test_beyond_the_ends_of_the_line_nothing_is_said() -> None:
+def test_matched_baseline_outside_the_sweep_is_none() -> None:
     fast = group("das fast", [(2.9, 0.6), (3.1, 0.3)])
     everything = comparison(NCL, SLOW, fast, pooled("pool", [3.5, 3.7]))
     assert (
@@ -85,8 +85,8 @@ def test_beyond_the_ends_of_the_line_nothing_is_said() -> None:
     assert forgetting_vs_matched_baseline(comparison(NCL, DAS), DAS) is None
 
 
-def test_measures_that_no_run_has_are_left_out() -> None:
+def test_available_metrics_undefined_ones_are_omitted() -> None:
     drift_free = [run.model_copy(update={"general_drift": None}) for run in NCL.runs]
-    assert DRIFT not in available_metrics(comparison(NCL.model_copy(update={"runs": drift_free})))
+    assert GENERAL_DRIFT not in available_metrics(comparison(NCL.model_copy(update={"runs": drift_free})))
     assert available_metrics(comparison(pooled("pool", [2.5]))).count(FORGETTING) == 0
     assert FORGETTING in available_metrics(comparison(pooled("pool", [2.5]), NCL))

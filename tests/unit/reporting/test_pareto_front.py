@@ -8,16 +8,16 @@ import pytest
 from das_ds.reporting.statistics import interpolate_front, pareto_front
 
 
-def test_front_by_hand() -> None:
+def test_pareto_front_worked_example() -> None:
     points = [(3.0, 1.0), (1.0, 4.0), (2.0, 2.0), (2.5, 2.0), (3.5, 1.5), (1.0, 5.0)]
     assert pareto_front(points) == [1, 2, 0]
 
 
-def test_equal_points_are_both_on_the_front() -> None:
+def test_pareto_front_equal_points_are_both_kept() -> None:
     assert pareto_front([(1.0, 1.0), (1.0, 1.0), (2.0, 1.0)]) == [0, 1]
 
 
-def test_front_of_many_points_is_what_no_other_beats() -> None:
+def test_pareto_front_random_points_are_not_dominated() -> None:
     points = [
         tuple(point) for point in numpy.random.default_rng(0).integers(0, 12, size=(60, 2)).astype(float).tolist()
     ]
@@ -30,9 +30,9 @@ def test_front_of_many_points_is_what_no_other_beats() -> None:
 @pytest.mark.parametrize(
     ("place", "expected"), [(1.0, 8.0), (1.5, 6.0), (2.0, 4.0), (3.5, 1.0), (4.0, 0.0), (0.9, None), (4.1, None)]
 )
-def test_line_by_hand(place: float, expected: float | None) -> None:
+def test_interpolate_front_worked_example(place: float, expected: float | None) -> None:
     assert interpolate_front([(4.0, 0.0), (1.0, 8.0), (2.0, 4.0), (3.0, 2.0)], place) == expected
 
 
-def test_one_point_is_no_line() -> None:
+def test_interpolate_front_one_point_is_none() -> None:
     assert interpolate_front([(1.0, 1.0)], 1.0) is None

@@ -20,7 +20,7 @@ from das_ds.storage import write_json_with_checksum
 ResultsMaker = Callable[..., Results]
 
 
-def test_file_has_the_fixed_keys_and_numbers(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_results_file_has_expected_keys_and_values(make_results: ResultsMaker, tmp_path: Path) -> None:
     make_results().write(tmp_path / RESULTS_FILE)
     content = json.loads((tmp_path / RESULTS_FILE).read_text())
     assert {key: content[key] for key in ("format_version", "complete", "method")} == {
@@ -40,7 +40,7 @@ def test_file_has_the_fixed_keys_and_numbers(make_results: ResultsMaker, tmp_pat
     assert content["versions"]["torch"] == torch.__version__
 
 
-def test_reading_gives_back_what_was_written_over_an_older_file(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_results_round_trip_over_older_file_is_equal(make_results: ResultsMaker, tmp_path: Path) -> None:
     path = tmp_path / RESULTS_FILE
     make_results(num_rows=1).write(path)
     make_results().write(path)
@@ -49,7 +49,7 @@ def test_reading_gives_back_what_was_written_over_an_older_file(make_results: Re
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
-def test_unfinished_runs_have_nothing_to_forget_yet(make_results: ResultsMaker, num_rows: int) -> None:
+def test_build_results_unfinished_run_has_no_forgetting(make_results: ResultsMaker, num_rows: int) -> None:
     results = make_results(num_rows=num_rows)
     assert not results.complete
     assert results.forgetting.model_dump_json() == '{"average":null,"per_domain":{}}'
@@ -58,7 +58,7 @@ def test_unfinished_runs_have_nothing_to_forget_yet(make_results: ResultsMaker, 
     assert results.losses_learned == {"acl": 4.0} if num_rows == 2 else not results.losses_learned
 
 
-def test_domains_learned_at_once_have_one_row_and_nothing_to_forget(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_build_results_pool_has_one_row_and_no_forgetting(make_results: ResultsMaker, tmp_path: Path) -> None:
     results = make_results("pool", num_rows=2, learned=[["acl", "pubmed", "restaurant"]])
     assert results.complete and results.stages == ["before training", "after pool"]
     assert results.rows_learned == {"acl": 1, "pubmed": 1, "restaurant": 1}
@@ -69,13 +69,13 @@ def test_domains_learned_at_once_have_one_row_and_nothing_to_forget(make_results
     assert Results.read(tmp_path / RESULTS_FILE) == results
 
 
-def test_without_a_general_corpus_there_is_no_drift(make_results: ResultsMaker) -> None:
+def test_build_results_without_general_corpus_has_no_drift(make_results: ResultsMaker) -> None:
     results = make_results(general=False)
     assert results.general_drift is None
     assert "general_drift" not in results.summary
 
 
-def test_table_and_summary_suit_a_tracker(make_results: ResultsMaker) -> None:
+def test_results_table_and_summary_worked_example(make_results: ResultsMaker) -> None:
     columns, rows = make_results().table
     assert columns == ["stage", "acl", "pubmed", "restaurant", "general"]
     assert rows[1] == ["after acl", 4.0, 4.5, 4.1, 3.1]
@@ -92,7 +92,7 @@ def test_table_and_summary_suit_a_tracker(make_results: ResultsMaker) -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_named(loss: float) -> None:
+def test_build_results_non_finite_loss_is_named(loss: float) -> None:
     with pytest.raises(
         TrainingError, match=rf"held-out loss of general after 1 domains: found {loss}, expected a finite"
     ):
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_is_named(loss: float) -> None:
         )
 
 
-def test_a_folder_that_cannot_be_written_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_results_write_unwritable_folder_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"missing/results\.json: cannot be written \(No such file.*free space"):
         make_results().write(tmp_path / "missing" / RESULTS_FILE)
 
@@ -131,7 +131,7 @@ def change(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
         (lambda content: change(content, loss_matrix=[[1.0] * 4] * 5), "at most 4 rows of 4 numbers"),
     ],
 )
-def test_a_damaged_file_is_named_with_its_fault(
+def test_results_read_damaged_file_names_the_fault(
     make_results: ResultsMaker, tmp_path: Path, damage: Callable[[dict[str, Any]], dict[str, Any]], message: str
 ) -> None:
     path = tmp_path / RESULTS_FILE
@@ -142,14 +142,14 @@ def test_a_damaged_file_is_named_with_its_fault(
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"format_version": 3}'])
-def test_a_file_that_is_no_results_file_is_named(tmp_path: Path, content: bytes) -> None:
+def test_results_read_other_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / RESULTS_FILE
     path.write_bytes(content)
     with pytest.raises(RunFolderError, match=r"is no JSON object with a sha256.*expected the results of a run"):
         Results.read(path)
 
 
-def test_a_number_that_was_altered_is_noticed(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_results_read_altered_value_is_noticed(make_results: ResultsMaker, tmp_path: Path) -> None:
     path = tmp_path / RESULTS_FILE
     make_results().write(path)
     path.write_text(path.read_text().replace("1234567", "1234568"))
@@ -157,11 +157,11 @@ def test_a_number_that_was_altered_is_noticed(make_results: ResultsMaker, tmp_pa
         Results.read(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_results_read_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"results\.json: cannot be read \(No such file"):
         Results.read(tmp_path / RESULTS_FILE)
 
 
-def test_results_never_change(make_results: ResultsMaker) -> None:
+def test_results_are_immutable(make_results: ResultsMaker) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         make_results().method = "ncl"

@@ -12,7 +12,7 @@ from das_ds.errors import RunFolderError
 from das_ds.reporting import run as command
 from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.group_runs import compare_runs
-from das_ds.reporting.load_runs import read_run
+from das_ds.reporting.load_runs import load_run
 from das_ds.tracking.sinks import Sink
 from das_ds.tracking.tracker import Tracker
 from helpers.run_folders import write_run, write_task, write_unit_importance
@@ -21,20 +21,24 @@ DAS = {"method": {"name": "das"}}
 WHOLE, ACL, PUBMED = (f"{place}importance.safetensors" for place in ("", "domains/00_acl/", "domains/01_pubmed/"))
 
 
-def compare(*arguments: object, against: str | None = None) -> Comparison:
-    return compare_runs([read_run(str(argument)) for argument in arguments], against)
+def compare(*arguments: object, baseline: str | None = None) -> Comparison:
+    return compare_runs([load_run(str(argument)) for argument in arguments], baseline)
 
 
-def test_everything_a_run_says_is_in_the_comparison(tmp_path: Path) -> None:
+def test_compare_runs_has_all_values_of_a_run(tmp_path: Path) -> None:
     das = write_run(tmp_path / "das" / "seed0", shift=0.5, **DAS)
     write_unit_importance(das, {WHOLE: 0.8, ACL: 0.8, PUBMED: 0.8})
     pool = write_run(tmp_path / "pool", method={"name": "pool"})
-    found = compare(write_run(tmp_path / "ncl"), write_run(tmp_path / "ncl1", seed=1), das, pool, against="das")
+    found = compare(write_run(tmp_path / "ncl"), write_run(tmp_path / "ncl1", seed=1), das, pool, baseline="das")
     assert found.domains == ["acl", "pubmed"] and found.reference == "das" and found.notes == []
     ncl, protected, at_once = found.groups
     assert [run.seed for run in ncl.runs] == [0, 1]
     (run,) = protected.runs
-    assert run.folder == "das/seed0" and run.learned == pytest.approx(4.0) and run.final == pytest.approx(4.25)
+    assert (
+        run.folder == "das/seed0"
+        and run.loss_after_learning == pytest.approx(4.0)
+        and run.final_loss == pytest.approx(4.25)
+    )
     assert run.forgetting == pytest.approx(0.5) and run.general_drift == pytest.approx(0.4)
     assert run.forward_transfer == pytest.approx(0.5)
     assert (run.cost.tokens_per_s, run.cost.peak_memory_gib, run.cost.rank_hours) == (200.0, 0.8, 0.05)
@@ -42,10 +46,14 @@ def test_everything_a_run_says_is_in_the_comparison(tmp_path: Path) -> None:
     assert ncl.runs[0].importance is None and run.end_tasks is None
     (run,) = at_once.runs
     assert at_once.stages == ["before training", "after pool"]
-    assert run.learned == run.final == pytest.approx(4.25) and run.forgetting is None and run.forward_transfer is None
+    assert (
+        run.loss_after_learning == run.final_loss == pytest.approx(4.25)
+        and run.forgetting is None
+        and run.forward_transfer is None
+    )
 
 
-def test_scores_on_end_tasks(tmp_path: Path) -> None:
+def test_compare_runs_end_task_scores_are_read(tmp_path: Path) -> None:
     run = write_run(tmp_path / "ncl" / "seed0")
     write_task(run, "domains/00_acl", 0.8)
     write_task(run, "domains/01_pubmed", 0.5)
@@ -56,19 +64,19 @@ def test_scores_on_end_tasks(tmp_path: Path) -> None:
     assert found.notes == ["ncl/seed0: acl_arc was not measured before training."]
 
 
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+def test_compare_runs_omissions_are_noted(tmp_path: Path) -> None:
     half = write_run(tmp_path / "a" / "half", num_rows=2)
     silent = write_run(tmp_path / "a" / "silent", metrics=False)
     found = compare(half, silent)
     assert [run.folder for run in found.groups[0].runs] == ["a/silent"]
     assert found.notes == [
-        "a/half is not complete and is left out.",
-        "a/silent has no metrics.jsonl: its speed and memory are left out.",
+        "a/half is not complete and is omitted.",
+        "a/silent has no metrics.jsonl: its speed and memory are omitted.",
     ]
     with_files, without = (write_run(tmp_path / "das" / str(seed), seed=seed, **DAS) for seed in (0, 1))
     write_unit_importance(with_files, {WHOLE: 0.8, ACL: 0.8})
     assert compare(with_files, without).notes == [
-        "das/1 has no importance files, which others of its group have: it counts in no mean of importance."
+        "das/1 has no importance files, unlike other runs of its group: it is omitted from means of importance."
     ]
     other = write_run(tmp_path / "a" / "other", seed=1, train={"learning_rate": 0.5})
     assert (
@@ -77,7 +85,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     )
 
 
-def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
+def test_compare_runs_incomparable_runs_are_rejected(tmp_path: Path) -> None:
     ncl, half = write_run(tmp_path / "ncl"), write_run(tmp_path / "half", num_rows=2)
     with pytest.raises(RunFolderError, match=r"nowhere: found no such folder, expected the folder of a run"):
         compare(ncl, tmp_path / "nowhere")
@@ -98,7 +106,7 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
         write_run(tmp_path / "das", **DAS, seed=1),
     )
     with pytest.raises(
-        RunFolderError, match=r"pool: found other stages than in .*ncl, of which no mean over group 'one'"
+        RunFolderError, match=r"pool: found other stages than in .*ncl, so group 'one' cannot be averaged"
     ):
         compare(f"one={ncl}", f"one={pool}")
     write_unit_importance(das, {WHOLE: 0.5, ACL: 0.5})
@@ -108,14 +116,14 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
         RunFolderError, match=r"again: found other importance than in .*das, .* give one of them another"
     ):
         compare(das, again)
-    with pytest.raises(RunFolderError, match=r"--against: found 'das', allowed: 'ncl'"):
-        compare(ncl, against="das")
+    with pytest.raises(RunFolderError, match=r"--baseline: found 'das', allowed: 'ncl'"):
+        compare(ncl, baseline="das")
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
+def test_compare_runs_damaged_file_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text('{"tokens_per_s": 1.0}\n{"tok\n')
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: line 2 is no JSON object"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: line 2 is not a JSON object"):
         compare(run)
     (run / "metrics.jsonl").unlink()
     (run / "config.yaml").write_text("nothing: 1\n")
@@ -127,7 +135,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         compare(run)
 
 
-def test_command_writes_a_folder_and_prints_the_table(
+def test_report_command_writes_folder_and_prints_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -141,7 +149,7 @@ def test_command_writes_a_folder_and_prints_the_table(
 
 
 @pytest.mark.parametrize(("arguments", "message"), [([], "found no run"), (["a"], "a: found no such folder")])
-def test_mistakes_are_one_line(
+def test_report_command_user_error_is_one_line(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -172,7 +180,7 @@ class Kept(Sink):
         self.summary.update(metrics)
 
 
-def test_wandb_gets_tables_pictures_and_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_runs_wandb_gets_tables_plots_and_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs, kept = [], Kept()
 
     def build(config: Any, job: Any, *, enabled: bool) -> Tracker:
@@ -188,7 +196,7 @@ def test_wandb_gets_tables_pictures_and_means(tmp_path: Path, monkeypatch: pytes
     assert job.config == {"runs": [f"{tmp_path.name}/ncl", f"{tmp_path.name}/pool"]}
     assert set(kept.tables) == {"summary", "differences", "cost", "runs"}
     columns, rows = kept.tables["runs"]
-    assert columns[:4] == ["group", "method", "seed", "loss when learned"]
+    assert columns[:4] == ["group", "method", "seed", "loss after learning"]
     assert rows[0][:4] == ["ncl", "ncl", 0, pytest.approx(3.5)] and rows[1][columns.index("forgetting")] != 0.5
     assert all(isinstance(value, float) for row in rows for value in row[3:])
     assert sorted(kept.pictures) == ["loss_matrices", "pareto"] and all(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from das_ds.reporting.results import Results
-from das_ds.reporting.run_plots import changes, importance_png, loss_matrix_png
+from das_ds.reporting.run_plots import loss_changes, plot_importance, plot_loss_matrix
 
 ResultsMaker = Callable[..., Results]
 
@@ -21,15 +21,15 @@ def pixels(path: Path) -> numpy.ndarray:
     return numpy.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def test_changes_refer_to_the_loss_right_after_learning(make_results: ResultsMaker) -> None:
+def test_loss_changes_are_relative_to_loss_after_learning(make_results: ResultsMaker) -> None:
     nan = math.nan
     expected = [[nan, nan, nan, 0.0], [0.0, nan, nan, 0.1], [0.6, 0.0, nan, 0.2], [0.7, 0.2, 0.0, 0.4]]
-    found = changes(make_results())
+    found = loss_changes(make_results())
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
 
 
-def test_changes_of_domains_learned_at_once(make_results: ResultsMaker) -> None:
-    found = changes(make_results("pool", num_rows=2, learned=[["acl", "pubmed", "restaurant"]]))
+def test_loss_changes_pool_has_one_reference_row(make_results: ResultsMaker) -> None:
+    found = loss_changes(make_results("pool", num_rows=2, learned=[["acl", "pubmed", "restaurant"]]))
     expected = torch.tensor([[math.nan] * 3 + [0.0], [0.0, 0.0, 0.0, 0.1]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, equal_nan=True)
 
@@ -37,14 +37,16 @@ def test_changes_of_domains_learned_at_once(make_results: ResultsMaker) -> None:
 @pytest.mark.parametrize(
     "case", [{}, {"num_rows": 1}, {"num_rows": 2}, {"num_domains": 1, "num_rows": 2, "general": False}]
 )
-def test_every_stage_of_a_run_can_be_drawn(make_results: ResultsMaker, tmp_path: Path, case: dict[str, int]) -> None:
-    loss_matrix_png(make_results(**case), tmp_path / "losses.png")
+def test_plot_loss_matrix_every_stage_is_drawn(
+    make_results: ResultsMaker, tmp_path: Path, case: dict[str, int]
+) -> None:
+    plot_loss_matrix(make_results(**case), tmp_path / "losses.png")
     assert min(Image.open(tmp_path / "losses.png").size) >= 300
 
 
-def test_forgetting_is_red(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_plot_loss_matrix_forgetting_is_red(make_results: ResultsMaker, tmp_path: Path) -> None:
     def num_red(num_rows: int) -> int:
-        loss_matrix_png(make_results(num_rows=num_rows, general=False), tmp_path / "losses.png")
+        plot_loss_matrix(make_results(num_rows=num_rows, general=False), tmp_path / "losses.png")
         red, green, _ = pixels(tmp_path / "losses.png").transpose(2, 0, 1)
         return int((red - green > 60).sum())
 
@@ -52,15 +54,15 @@ def test_forgetting_is_red(make_results: ResultsMaker, tmp_path: Path) -> None:
     assert something_forgotten > 2 * nothing_forgotten
 
 
-def test_a_full_mask_is_dark_and_an_empty_one_white(tmp_path: Path) -> None:
+def test_plot_importance_saturated_mask_is_dark(tmp_path: Path) -> None:
     def brightness(value: float) -> float:
-        importance_png({"head": torch.full((2, 4), value), "output": torch.full((2, 9), value)}, tmp_path / "mask.png")
+        plot_importance({"head": torch.full((2, 4), value), "output": torch.full((2, 9), value)}, tmp_path / "mask.png")
         picture = pixels(tmp_path / "mask.png")
         return float(picture[:, : picture.shape[1] // 2].mean())
 
     assert brightness(0.0) - brightness(1.0) > 80
 
 
-def test_a_single_layer_of_a_single_group_can_be_drawn(tmp_path: Path) -> None:
-    importance_png({"intermediate": torch.rand(1, 3)}, tmp_path / "mask.png")
+def test_plot_importance_one_layer_is_drawn(tmp_path: Path) -> None:
+    plot_importance({"intermediate": torch.rand(1, 3)}, tmp_path / "mask.png")
     assert (tmp_path / "mask.png").stat().st_size > 0

@@ -23,7 +23,7 @@ def table_row(text: str, first_cell: str) -> list[str]:
     return next(row for row in rows if row[0] == first_cell)
 
 
-def test_folder_holds_text_and_pictures(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_write_report_folder_has_text_and_plots(make_results: ResultsMaker, tmp_path: Path) -> None:
     folder = write_report(tmp_path, make_results(), IMPORTANCE)
     write_report(tmp_path, make_results(), IMPORTANCE)
     assert folder == tmp_path / "report"
@@ -32,20 +32,20 @@ def test_folder_holds_text_and_pictures(make_results: ResultsMaker, tmp_path: Pa
     assert "(loss_matrix.png)" in text and "(importance.png)" in text
 
 
-def test_a_method_without_importance_has_no_mask_section(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_write_report_without_importance_has_no_mask_section(make_results: ResultsMaker, tmp_path: Path) -> None:
     folder = write_report(tmp_path, make_results("ncl"), None)
     assert sorted(path.name for path in folder.iterdir()) == ["loss_matrix.png", "report.md"]
     assert "mask" not in (folder / "report.md").read_text()
 
 
-def test_numbers_of_the_report(make_results: ResultsMaker) -> None:
+def test_report_text_has_all_values(make_results: ResultsMaker) -> None:
     text = report_text(make_results(), IMPORTANCE)
-    losses, perplexities = text.split("as perplexity")
+    losses, perplexities = text.split("As perplexity")
     assert table_row(losses, "after pubmed") == ["after pubmed", "4.6000", "2.0000", "4.3000", "3.2000"]
     assert table_row(perplexities, "after pubmed")[2] == f"{math.exp(2):.2f}"
     assert table_row(text, "forgetting of acl")[1] == "+0.7000"
     assert table_row(text, "average forgetting")[1] == "+0.4500"
-    assert table_row(text, "general drift")[1] == "+0.4000"
+    assert table_row(text, "general-domain drift")[1] == "+0.4000"
     assert table_row(text, "forward transfer")[1] == "+0.1000"
     assert table_row(text, "head") == ["head", "2 x 2", "0.700", "75.0%", "2 (0.925)"]
     assert table_row(text, "output") == ["output", "2 x 5", "0.250", "0.0%", "1 (0.250)"]
@@ -54,13 +54,13 @@ def test_numbers_of_the_report(make_results: ResultsMaker) -> None:
     assert table_row(text, "torch")[1] == torch.__version__
 
 
-def test_an_unfinished_run_says_so(make_results: ResultsMaker) -> None:
+def test_report_text_unfinished_run_says_so(make_results: ResultsMaker) -> None:
     text = report_text(make_results(num_rows=2, general=False), None)
     assert "not complete: 1 of 3 domains learned" in text
-    assert table_row(text, "general drift")[1] == "-"
+    assert table_row(text, "general-domain drift")[1] == "-"
 
 
-def test_a_run_over_all_domains_at_once(make_results: ResultsMaker) -> None:
+def test_report_text_pool_has_no_forgetting(make_results: ResultsMaker) -> None:
     pool = make_results("pool", num_rows=2, learned=[["acl", "pubmed", "restaurant"]])
     text = report_text(pool, None)
     assert text.startswith("# pool: acl + pubmed + restaurant\n") and "(complete)" in text
@@ -69,12 +69,12 @@ def test_a_run_over_all_domains_at_once(make_results: ResultsMaker) -> None:
     assert table_row(text, "average forgetting")[1] == "-" and "forgetting of" not in text
 
 
-def test_a_loss_without_a_writable_perplexity_keeps_its_exponent(make_results: ResultsMaker) -> None:
+def test_report_text_huge_perplexity_is_an_exponent(make_results: ResultsMaker) -> None:
     losses = [[900.0, 1.0, 1.0, 1.0]]
     text = report_text(make_results(num_rows=1).model_copy(update={"loss_matrix": losses}), None)
     assert "e^900.0" in text
 
 
-def test_a_folder_that_cannot_be_written_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_write_report_unwritable_folder_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"missing/report: cannot be written \(No such file.*free space"):
         write_report(tmp_path / "missing", make_results(), None)

@@ -78,7 +78,7 @@ def read(root: Path) -> RunScores:
     return scores
 
 
-def test_by_hand(make_run: Callable[..., Path]) -> None:
+def test_read_run_scores_worked_example(make_run: Callable[..., Path]) -> None:
     scores = read(make_run())
     assert scores.stages == ["before training", "after acl", "after pubmed", "after restaurant"]
     assert [(task.name, task.domain, task.row_learned, task.metric, task.seeds) for task in scores.tasks] == [
@@ -101,7 +101,7 @@ def test_by_hand(make_run: Callable[..., Path]) -> None:
     assert RunScores.model_validate_json(json.dumps(scores.model_dump(mode="json"))) == scores
 
 
-def test_a_domain_with_two_tasks_counts_once(make_run: Callable[..., Path]) -> None:
+def test_read_run_scores_two_tasks_of_a_domain_count_once(make_run: Callable[..., Path]) -> None:
     root = make_run()
     for folder, score in (("domains/00_acl", 0.9), ("domains/02_restaurant", 0.4)):
         again = {"acl_arc": entry({0: 0.9}), "acl": entry({0: score}), "chemprot": entry({0: 0.5}, domain="pubmed")}
@@ -124,7 +124,7 @@ def test_a_domain_with_two_tasks_counts_once(make_run: Callable[..., Path]) -> N
         (("restaurant_asc", 3), True, True),
     ],
 )
-def test_what_was_not_measured_is_missing_and_said_so(
+def test_read_run_scores_missing_score_is_none_and_noted(
     make_run: Callable[..., Path], cell: tuple[str, int], forgetting_is_known: bool, forward_is_known: bool
 ) -> None:
     scores = read(make_run({cell}))
@@ -139,7 +139,7 @@ def test_what_was_not_measured_is_missing_and_said_so(
     assert matrix.forgetting.per_task.keys() == {"acl_arc", "chemprot"} - ({name} if not forgetting_is_known else set())
 
 
-def test_an_unfinished_run_has_the_rows_it_has(make_run: Callable[..., Path]) -> None:
+def test_read_run_scores_unfinished_run_has_fewer_rows(make_run: Callable[..., Path]) -> None:
     scores = read(make_run(num_rows=3))
     assert scores.stages == ["before training", "after acl", "after pubmed"]
     matrix = scores.matrices["reported"]
@@ -148,7 +148,7 @@ def test_an_unfinished_run_has_the_rows_it_has(make_run: Callable[..., Path]) ->
     assert matrix.forward_transfer == pytest.approx((0.35 - 0.3 + 0.4 - 0.2) / 2)
 
 
-def test_domains_learned_at_once(make_run: Callable[..., Path]) -> None:
+def test_read_run_scores_pool_has_no_forgetting(make_run: Callable[..., Path]) -> None:
     root = make_run(method="pool", num_rows=2, learned=[["acl", "pubmed", "restaurant"]])
     write_row(root, "domains/00_pool", {"acl_arc": entry({0: 0.9}), "restaurant_asc": entry({0: 0.7})})
     scores = read(root)
@@ -159,26 +159,26 @@ def test_domains_learned_at_once(make_run: Callable[..., Path]) -> None:
     assert [task.row_learned for task in scores.tasks] == [1, 1, 1, 0]
 
 
-def test_only_seeds_that_all_stages_have_count(make_run: Callable[..., Path]) -> None:
+def test_read_run_scores_only_common_seeds_count(make_run: Callable[..., Path]) -> None:
     root = make_run()
     write_row(root, "domains/02_restaurant", {"acl_arc": entry({1: 0.5, 7: 0.0})})
     scores = read(root)
     assert scores.tasks[0].seeds == [1]
     assert scores.matrices["reported"].forgetting.per_task["acl_arc"] == pytest.approx(1.0 - 0.5)
-    assert "acl_arc has seeds 0, 7 after some stages only; they are left out" in scores.missing
+    assert "acl_arc has seeds 0, 7 after some stages only; they are omitted" in scores.missing
     write_row(root, "domains/02_restaurant", {"acl_arc": entry({7: 0.0})})
     with pytest.raises(RunFolderError, match=r"no seed of task acl_arc that all of the run's 4 models were fine-tuned"):
         read_run_scores(root)
 
 
-def test_the_newest_domain_of_a_task_counts(make_run: Callable[..., Path]) -> None:
+def test_read_run_scores_newest_domain_of_a_task_counts(make_run: Callable[..., Path]) -> None:
     root = make_run()
     write_row(root, "domains/02_restaurant", {"acl_arc": entry({0: 0.5}, domain="pubmed")})
     assert (read(root).tasks[0].domain, read(root).tasks[0].row_learned) == ("pubmed", 2)
     write_row(root, "domains/02_restaurant", {"acl_arc": entry({0: 0.5}, domain="phone")})
     with pytest.raises(
         RunFolderError,
-        match=r"02_restaurant/end_tasks\.json: task acl_arc belongs to domain phone, the run",
+        match=r"02_restaurant/end_tasks\.json: found domain phone of task acl_arc, expected one of",
     ):
         read_run_scores(root)
 
@@ -186,11 +186,11 @@ def test_the_newest_domain_of_a_task_counts(make_run: Callable[..., Path]) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {"epochs": 4}}, r"02_restaurant/.*acl_arc was done with other settings .*differ in epochs\)"),
+        ({"settings": {"epochs": 4}}, r"02_restaurant/.*found task acl_arc with other settings .*differ in epochs\)"),
         ({"labels": ["yes", "no"]}, r"differ in labels\)"),
     ],
 )
-def test_scores_under_other_settings_are_not_compared(
+def test_read_run_scores_other_settings_are_rejected(
     make_run: Callable[..., Path], changes: dict[str, Any], message: str
 ) -> None:
     root = make_run()
@@ -199,7 +199,7 @@ def test_scores_under_other_settings_are_not_compared(
         read_run_scores(root)
 
 
-def test_a_run_without_scores_and_a_folder_without_a_run(make_results: ResultsMaker, tmp_path: Path) -> None:
+def test_read_run_scores_without_scores_is_none(make_results: ResultsMaker, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"results\.json: cannot be read"):
         read_run_scores(tmp_path)
     make_results().write(tmp_path / RESULTS_FILE)

@@ -1,4 +1,4 @@
-"""Intervals and p-values against brute force; what few seeds cannot say."""
+"""Intervals and p-values, compared with scipy and with brute force."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ VALUES = [0.31, 0.42, 0.27, 0.55, 0.36, 0.71, 0.18, 0.44, 0.39]
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 7, 10, 29, 100])
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
-def test_t_quantile_any_degrees_is_that_of_scipy(level: float, degrees: int) -> None:
+def test_t_quantile_equals_scipy(level: float, degrees: int) -> None:
     assert t_quantile(level, degrees) == pytest.approx(stats.t.ppf((1 + level) / 2, degrees), rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [2, 3, 6, 9])
-def test_t_interval_is_that_of_scipy(size: int) -> None:
+def test_t_interval_equals_scipy(size: int) -> None:
     values = VALUES[:size]
     expected = stats.t.interval(0.9, size - 1, loc=numpy.mean(values), scale=stats.sem(values))
     assert t_interval(values, level=0.9) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [3, 6, 9])
-def test_paired_difference_interval_is_that_of_scipys_paired_t_test(size: int) -> None:
-    these, others = VALUES[:size], VALUES[::-1][:size]
-    expected = stats.ttest_rel(these, others).confidence_interval(0.95)
-    found = paired_difference(these, others)
+def test_paired_difference_interval_equals_scipy_ttest_rel(size: int) -> None:
+    values, reference = VALUES[:size], VALUES[::-1][:size]
+    expected = stats.ttest_rel(values, reference).confidence_interval(0.95)
+    found = paired_difference(values, reference)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 6])
-def test_t_interval_of_normal_seeds_covers_the_true_mean_as_often_as_it_says(num_seeds: int) -> None:
+def test_t_interval_normal_seeds_has_nominal_coverage(num_seeds: int) -> None:
     draws = numpy.random.default_rng(0).normal(size=(4000, num_seeds))
     ends = numpy.array([t_interval(draw) for draw in draws])
     covered = ((ends[:, 0] <= 0) & (ends[:, 1] >= 0)).mean()
@@ -44,7 +44,7 @@ def test_t_interval_of_normal_seeds_covers_the_true_mean_as_often_as_it_says(num
     assert covered == pytest.approx(0.95, abs=0.014)
 
 
-def test_holm_worked_example_gives_the_corrected_values() -> None:
+def test_holm_worked_example() -> None:
     # Smallest times 4; next times 3; then 2 * 0.03 = 0.06 and the last, 0.04, may not fall below it.
     assert holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
@@ -52,7 +52,7 @@ def test_holm_worked_example_gives_the_corrected_values() -> None:
     assert holm([]) == []
 
 
-def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
+def test_holm_rejects_like_the_step_down_procedure() -> None:
     draws = numpy.random.default_rng(0).uniform(size=(200, 5)) ** 3
     for p_values in draws:
         rejected = set()
@@ -68,7 +68,7 @@ def test_estimate_of_one_seed_has_no_interval() -> None:
     assert (found.mean, found.low, found.high, found.num_seeds) == (2.5, None, None, 1)
 
 
-def test_pairs_cancel_what_a_seed_does_to_both() -> None:
+def test_paired_difference_common_seed_effect_cancels() -> None:
     seed_effect, effect = numpy.array([5.0, -3.0, 8.0, 0.5]), numpy.array([0.1, 0.2, 0.1, 0.2])
     found = paired_difference(seed_effect + effect, seed_effect)
     alone = estimate(effect)
@@ -77,7 +77,7 @@ def test_pairs_cancel_what_a_seed_does_to_both() -> None:
 
 
 @pytest.mark.parametrize("differences", [[0.3, -0.1, 0.2], [1.0, 2.0, 3.0, 4.0, 5.0], [0.1, 0.1, -0.1, 0.1], VALUES])
-def test_p_value_counts_all_flips(differences: list[float]) -> None:
+def test_sign_flip_p_value_counts_all_flips(differences: list[float]) -> None:
     # Exact arithmetic, in which ties are ties.
     numbers = [Fraction(str(value)) for value in differences]
     flips = [sum(map(Fraction.__mul__, numbers, map(Fraction, signs))) for signs in _signs(len(numbers))]
@@ -85,11 +85,17 @@ def test_p_value_counts_all_flips(differences: list[float]) -> None:
     assert sign_flip_p_value(differences) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("differences", [[1.0, 2.0, 3.0, 4.0, 5.0], VALUES, [0.3, -0.15, 0.2, 0.45, -0.25, 0.6]])
+def test_sign_flip_p_value_equals_scipy_permutation_test(differences: list[float]) -> None:
+    expected = stats.permutation_test((differences,), numpy.mean, permutation_type="samples", n_resamples=numpy.inf)
+    assert sign_flip_p_value(differences) == pytest.approx(expected.pvalue)
+
+
 def _signs(size: int) -> itertools.product[tuple[int, ...]]:
     return itertools.product((1, -1), repeat=size)
 
 
-def test_p_value_of_many_pairs_is_near_the_exact_one() -> None:
+def test_sign_flip_p_value_many_pairs_is_near_exact() -> None:
     differences = numpy.random.default_rng(0).normal(0.4, 1.0, size=18)
     signs = 1 - 2 * (numpy.arange(2**18)[:, None] >> numpy.arange(18) & 1)
     exact = (abs(signs @ differences) >= abs(differences.sum())).mean()
@@ -97,10 +103,10 @@ def test_p_value_of_many_pairs_is_near_the_exact_one() -> None:
     assert sign_flip_p_value(numpy.full(18, 1.0)) > 0.0
 
 
-def test_nothing_follows_from_one_pair_or_from_no_difference() -> None:
+def test_sign_flip_p_value_one_pair_or_no_difference_is_one() -> None:
     assert sign_flip_p_value([3.0]) == sign_flip_p_value([0.0, 0.0, 0.0]) == 1.0
 
 
-def test_no_values_are_a_mistake_of_the_caller() -> None:
+def test_estimate_no_values_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError, match=r"one number per seed, found shape \(0,\)"):
         estimate([])

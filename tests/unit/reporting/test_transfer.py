@@ -30,19 +30,19 @@ def averages(matrix: torch.Tensor, learned: torch.Tensor) -> tuple[float | None,
     )
 
 
-def test_by_hand() -> None:
+def test_transfer_worked_example() -> None:
     assert transfer.forgetting(BY_HAND, IN_ORDER).tolist() == pytest.approx([0.7, 0.2, math.nan, math.nan], nan_ok=True)
     assert transfer.drift(BY_HAND, IN_ORDER).tolist() == pytest.approx([math.nan] * 3 + [0.4], nan_ok=True)
     assert averages(BY_HAND, IN_ORDER) == pytest.approx((0.45, (0.5 - 0.3) / 2))
 
 
-def test_scores_turn_every_sign() -> None:
+def test_transfer_scores_flip_every_sign() -> None:
     for number in (transfer.forgetting, transfer.forward_transfer, transfer.drift):
         scores = number(-BY_HAND, IN_ORDER, higher_is_better=True)
         torch.testing.assert_close(scores, number(BY_HAND, IN_ORDER), equal_nan=True)
 
 
-def test_what_is_learned_in_the_only_stage_cannot_be_forgotten_nor_helped() -> None:
+def test_transfer_single_stage_counts_nothing() -> None:
     matrix, learned = BY_HAND[:2], torch.tensor([1, 1, 1, 0])
     assert (
         not transfer.has_forgetting(matrix, learned).any() and not transfer.has_forward_transfer(matrix, learned).any()
@@ -50,7 +50,7 @@ def test_what_is_learned_in_the_only_stage_cannot_be_forgotten_nor_helped() -> N
     assert averages(matrix, learned) == (None, None)
 
 
-def test_tasks_of_one_domain_count_once_together() -> None:
+def test_average_two_tasks_of_a_domain_count_once() -> None:
     """0.3 and 0.5 in the first domain, 0.1 in the second: the mean is that of 0.4 and 0.1."""
     scores = torch.tensor([[0.0, 0.0, 0.0], [0.8, 0.9, 0.0], [0.0, 0.0, 0.7], [0.5, 0.4, 0.6]], dtype=torch.float64)
     learned = torch.tensor([1, 1, 2])
@@ -61,7 +61,7 @@ def test_tasks_of_one_domain_count_once_together() -> None:
 
 
 @pytest.mark.parametrize(("row", "column"), [(1, 0), (3, 0), (2, 1), (3, 1)])
-def test_what_was_not_measured_is_no_number_and_leaves_no_mean(row: int, column: int) -> None:
+def test_forgetting_not_measured_is_nan_and_has_no_mean(row: int, column: int) -> None:
     matrix = BY_HAND.clone()
     matrix[row, column] = math.nan
     forgotten = transfer.forgetting(matrix, IN_ORDER)
@@ -72,7 +72,7 @@ def test_what_was_not_measured_is_no_number_and_leaves_no_mean(row: int, column:
 @pytest.mark.parametrize("num_domains", [1, 2, 4])
 @pytest.mark.parametrize("num_general", [0, 1, 2])
 @pytest.mark.parametrize("num_missing_rows", [0, 1, 3])
-def test_loops_agree_on_whole_and_partial_matrices(num_domains: int, num_general: int, num_missing_rows: int) -> None:
+def test_transfer_any_matrix_equals_plain_loops(num_domains: int, num_general: int, num_missing_rows: int) -> None:
     done = max(num_domains - num_missing_rows, 0)
     generator = torch.Generator().manual_seed(num_domains)
     matrix = torch.rand(done + 1, num_domains + num_general, generator=generator, dtype=torch.float64)
@@ -91,7 +91,7 @@ def test_loops_agree_on_whole_and_partial_matrices(num_domains: int, num_general
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (2, 1), (2, 3)])
-def test_a_matrix_that_does_not_fit_the_columns_is_a_bug(shape: tuple[int, int]) -> None:
+def test_transfer_shape_mismatch_is_an_assertion_error(shape: tuple[int, int]) -> None:
     for number in (transfer.has_forgetting, transfer.has_forward_transfer):
         with pytest.raises(AssertionError, match=r"a matrix of shape|for . columns"):
             number(torch.zeros(shape), torch.tensor([1, 2]))
