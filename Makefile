@@ -6,7 +6,7 @@ STAMP := $(VENV)/.complete
 MATRIX := .matrix.json
 # A file is the work of one process, as its tests share what they look at; long files go first.
 TEST_OPTIONS := -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder
-BENCHMARKS := adam_mask kernels step mask_cost tokenise vocabulary construction checkpoint
+BENCHMARKS := adam_mask kernels step mask_cost tokenize vocabulary construction checkpoint
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

@@ -23,9 +23,9 @@ from torch import Tensor
 # A script finds only its own folder; the package, the tests' helpers and this package lie beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.environment import print_table, write_result
+from benchmarks.harness import build_model, write_importance
 from benchmarks.mask_training import Sizes, Training, build_config, train_on_ranks, train_with_torch
-from benchmarks.product import build_model, write_importance
+from benchmarks.result_io import print_table, write_result
 from tests.helpers.reference import Units, normalize, unit_ones
 from tests.helpers.run_ranks import run_ranks
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import print_table, write_result
-from benchmarks.product import build_method, build_model, optimizer_step, write_importance
+from benchmarks.harness import build_method, build_model, optimizer_step, write_importance
+from benchmarks.result_io import print_table, write_result
 from benchmarks.step import Workload, build_batch, build_config, draw_importance
 from das_ds.checkpoint.format import mutable_tensors
 from das_ds.checkpoint.manifest import RunState

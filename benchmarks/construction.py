@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import print_table, write_result
+from benchmarks.result_io import print_table, write_result
 from das_ds.config.deepspeed import build_deepspeed_config
 
 NUM_RANKS = 2
@@ -92,7 +92,7 @@ def _load(source: str, folder: str, construction: Any) -> Any:
 
 def _rank(way: str, source: str, folder: str) -> None:
     """One rank of one measurement."""
-    from benchmarks.product import run_config
+    from benchmarks.harness import run_config
     from das_ds.distributed.process_group import ProcessGroup
     from das_ds.engine.engine import Engine
     from das_ds.engine.sharded_init import sharded_init

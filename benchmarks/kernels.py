@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from benchmarks.environment import default_device, print_table, write_result
+from benchmarks.result_io import default_device, print_table, write_result
 from benchmarks.timing import fastest_in_turns
 from das_ds.functional.masks import Segment, SegmentTable, fill_gaps
 from das_ds.kernels.masked_adamw import masked_adamw_

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import default_device, print_table, write_result
-from benchmarks.product import build_model
+from benchmarks.harness import build_model
+from benchmarks.result_io import default_device, print_table, write_result
 from benchmarks.step import ProductForm, Workload, build_batch, build_config, draw_importance, time_step
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.methods.das import DAS

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.product import build_method, build_model, optimizer_step, run_config
+from benchmarks.harness import build_method, build_model, optimizer_step, run_config
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.environment import default_device, device_name, print_table, write_result
+from benchmarks.harness import build_method, build_model, optimizer_step, run_config
 from benchmarks.peaks import TERA, measured_peak, vendor_peak
-from benchmarks.product import build_method, build_model, optimizer_step, run_config
+from benchmarks.result_io import default_device, device_name, print_table, write_result
 from benchmarks.timing import now
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext

@@ -57,7 +57,7 @@ def drop(probabilities: Tensor, p: float, training: bool) -> Tensor:
 AttentionInterface.register(ATTENTION, gated_eager_attention)
 
 
-class ReleasedForm:
+class ReferenceStep:
     """The released step with full tensors, on a model whose attention implementation is `ATTENTION`.
 
     In bf16 the forward pass runs under autocast over fp32 weights, as the released code's `accelerate` does it.

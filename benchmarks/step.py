@@ -1,7 +1,7 @@
 """Seconds per optimizer step at RoBERTa-base sizes: plain MLM, DAS as built, and DAS as the released code does it.
 
 Plain MLM and DAS are the package's `ncl` and `das` methods over its own DeepSpeed engine, on one rank; the released
-form is written out in `released_form.py`. All have the same sizes, batch, dropout and AdamW settings
+form is written out in `reference_continuallm.py`. All have the same sizes, batch, dropout and AdamW settings
 and clip no gradient.
 
 Run: `python benchmarks/step.py [--repeats 5] [--precision bf16]`
@@ -23,9 +23,9 @@ import torch
 # A script finds only its own folder; the package and this one lie beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.environment import print_table, write_result
-from benchmarks.product import build_method, build_model, optimizer_step, run_config, write_importance
-from benchmarks.released_form import ATTENTION, ReleasedForm
+from benchmarks.harness import build_method, build_model, optimizer_step, run_config, write_importance
+from benchmarks.reference_continuallm import ATTENTION, ReferenceStep
+from benchmarks.result_io import print_table, write_result
 from benchmarks.timing import now
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
@@ -123,7 +123,7 @@ def build_released(config: RunConfig, importance: dict[str, torch.Tensor], batch
         fused=True,
     )
     on_device = {group: values.to(device) for group, values in importance.items()}
-    return ReleasedForm(model, optimizer, batch, on_device, train.precision)
+    return ReferenceStep(model, optimizer, batch, on_device, train.precision)
 
 
 def builders(work: Workload, ranks: ProcessGroup, folder: Path) -> dict[str, Callable[[], Form]]:

@@ -4,7 +4,7 @@ The usual pipeline is that of the `run_mlm.py` example of transformers: load the
 map a function over the result that joins the lists and cuts them into blocks. Both start from the file with empty
 caches and a tokeniser of their own, take turns, and the best time counts.
 
-Run: `python -m benchmarks.tokenise [text file]`; without a file, on the sources of Python's own library.
+Run: `python -m benchmarks.tokenize [text file]`; without a file, on the sources of Python's own library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.environment import print_table, write_result
+from benchmarks.result_io import print_table, write_result
 from das_ds.data.blocks import TokenBlocks
 from das_ds.data.tokenize import prepare_tokens
 
@@ -45,7 +45,7 @@ def write_library_sources(path: Path, num_bytes: int = TEXT_BYTES) -> None:
             file.write(text.encode())
 
 
-def train_tokeniser(path: Path) -> str:
+def train_tokenizer(path: Path) -> str:
     """Byte-level BPE with RoBERTa's special tokens, trained on the first lines of the file; as JSON."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -100,7 +100,7 @@ def measure(pipeline: Callable[..., int], path: Path, tokenizer_json: str) -> di
 
 def compare(path: Path, repeats: int) -> list[dict[str, Any]]:
     """One row per pipeline: the run with the best wall time, its rate, and that over the usual pipeline's."""
-    tokenizer_json = train_tokeniser(path)
+    tokenizer_json = train_tokenizer(path)
     runs = [(measure(usual, path, tokenizer_json), measure(ours, path, tokenizer_json)) for _ in range(repeats)]
     best = [min(column, key=lambda run: run["seconds"]) for column in zip(*runs, strict=True)]
     rates = [run["tokens"] / run["seconds"] for run in best]

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.environment import default_device, print_table, write_result
+from benchmarks.result_io import default_device, print_table, write_result
 from benchmarks.timing import fastest_in_turns
 from das_ds.config import TrainConfig
 from das_ds.kernels.dispatch import use_liger
@@ -93,7 +93,7 @@ def resident_mib(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
-def chunk_of(form: str, work: Workload) -> int:
+def chunk_size(form: str, work: Workload) -> int:
     """Positions per chunk of one form."""
     if form == AT_ONCE:
         return work.batch_size * work.sequence_length
@@ -104,7 +104,7 @@ def build_step(form: str, work: Workload, model: PreTrainedModel) -> Callable[[]
     """One form's step; it has been run once on a few positions, so that gradients and libraries are there."""
     device = next(model.parameters()).device
     head = Wrapped(model.lm_head) if form == WRAPPED else model.lm_head
-    losses_of = ChunkedLMLoss(head, head, chunk=chunk_of(form, work))
+    losses_of = ChunkedLMLoss(head, head, chunk=chunk_size(form, work))
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(work.vocab_size, (work.batch_size, work.sequence_length), generator=generator).to(device)
     step(model, losses_of, input_ids[:1, :8])
@@ -148,7 +148,7 @@ def measure(work: Workload) -> list[dict[str, Any]]:
         {
             "logits": form,
             "kernel": "Liger" if is_fused and form == IN_CHUNKS else "torch",
-            "positions per chunk": chunk_of(form, work),
+            "positions per chunk": chunk_size(form, work),
             **peaks[form],
             "seconds": seconds[form],
             "peak over at once": peaks[form]["peak MiB"] / peaks[AT_ONCE]["peak MiB"],

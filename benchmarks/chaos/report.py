@@ -15,7 +15,7 @@ from benchmarks.chaos.job import EVERY_STEPS
 from benchmarks.chaos.killed_run import Death, KilledRun
 from benchmarks.chaos.plan import ANY, PLACES, SAVING
 from benchmarks.chaos.undisturbed import Undisturbed
-from benchmarks.environment import RESULTS, describe, print_table
+from benchmarks.result_io import RESULTS, describe, print_table
 
 
 @dataclass

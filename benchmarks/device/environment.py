@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from benchmarks.environment import default_device, write_result
+from benchmarks.result_io import default_device, write_result
 
 OPTIONAL = ("triton", "peft", "liger-kernel", "datasets", "tokenizers", "safetensors", "accelerate", "pydantic")
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import default_device, print_table, write_result
 from benchmarks.peers import ROOT, SIZES, Workload, write_run_config, write_text
+from benchmarks.result_io import default_device, print_table, write_result
 from das_ds.errors import EXIT_STOPPED
 
 TOLERANCE = {"cpu": 0.0, "cuda": 0.02}

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from benchmarks.domains import data
 from benchmarks.domains.benchmark import Benchmark
-from benchmarks.domains.extension import check_tier
 from benchmarks.domains.plan import NAIVE, Tier
-from benchmarks.domains.record import read_record, result_path
+from benchmarks.domains.result_file import read_result_file, result_path
+from benchmarks.domains.resume_results import check_tier
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.tiers import TIERS
-from benchmarks.environment import default_device
+from benchmarks.result_io import default_device
 from das_ds.engine.loss_scaler import emulated_precision_warning
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
@@ -54,7 +54,7 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
             computes in software, or anything that fails on the way.
         StoppedError: time is up.
     """
-    known = None if extend is None else read_record(extend)
+    known = None if extend is None else read_result_file(extend)
     if known is not None:
         check_tier(known, tier)
     corpora = data.data_folder()

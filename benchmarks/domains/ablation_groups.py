@@ -47,7 +47,7 @@ class Restored:
     """By corpus."""
 
 
-def groups_of(names: list[str]) -> dict[str, list[str]]:
+def group_parameters(names: list[str]) -> dict[str, list[str]]:
     """Group -> parameters; groups without any are left out.
 
     Raises:
@@ -63,7 +63,7 @@ def groups_of(names: list[str]) -> dict[str, list[str]]:
     return {group: members for group, members in found.items() if members}
 
 
-def restored_losses(run: TrainingRun, device: torch.device) -> list[Restored]:
+def measure_restored_losses(run: TrainingRun, device: torch.device) -> list[Restored]:
     """First with nothing put back, then group by group.
 
     Args:
@@ -79,7 +79,7 @@ def restored_losses(run: TrainingRun, device: torch.device) -> list[Restored]:
     network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib).to(device)
     old_weights, weights = dict(old.named_parameters()), dict(model.named_parameters())
     rows = [Restored(NOTHING, evaluate_corpora(network, text, ResumableLoops(show=False)))]
-    for group, names in groups_of(list(weights)).items():
+    for group, names in group_parameters(list(weights)).items():
         with replaced({name: weights[name] for name in names}, old_weights):
             rows.append(Restored(group, evaluate_corpora(network, text, ResumableLoops(show=False))))
     return rows

@@ -9,16 +9,16 @@ import torch
 
 from benchmarks.chaos.outcome import TIMED
 from benchmarks.domains.base import HeadTraining, base_encoder
-from benchmarks.domains.choice import Choice, choose
 from benchmarks.domains.decoder import decoder_tokenizer
-from benchmarks.domains.experiment import Experiment
-from benchmarks.domains.extension import track_of
+from benchmarks.domains.lr_search import Choice, choose
 from benchmarks.domains.plan import BaseName, Tier, Values
 from benchmarks.domains.pretraining import pretraining_run
-from benchmarks.domains.record import Extended, Record, Repeated, write_record
+from benchmarks.domains.result_file import Extended, Record, Repeated, write_result_file
+from benchmarks.domains.resume_results import find_suite
 from benchmarks.domains.runner import Runner
-from benchmarks.domains.track import TrackRuns
-from benchmarks.environment import describe
+from benchmarks.domains.runs import Experiment
+from benchmarks.domains.suite import SuiteRuns
+from benchmarks.result_io import describe
 from das_ds.reporting.results import Results
 
 
@@ -48,7 +48,7 @@ class Benchmark:
         self._tier, self._folder, self._data, self._runner = tier, folder, data, runner
         self._device, self._result, self._known = device, result, known
         self._choices: dict[BaseName, dict[str, Choice]] = {}
-        self._tracks: list[TrackRuns] = []
+        self._tracks: list[SuiteRuns] = []
         self._repeated = known.repeated if known else None
 
     def run(self) -> None:
@@ -66,7 +66,7 @@ class Benchmark:
                 self._choices[track.base] = choose(experiment, self._tier.variants, self._runner, before)
             if self._repeated is None:
                 self._repeated = self._repeat(experiment)
-            runs = TrackRuns(experiment, self._choices[track.base], self._runner, track_of(self._known, track))
+            runs = SuiteRuns(experiment, self._choices[track.base], self._runner, find_suite(self._known, track))
             self._tracks.append(runs)
             for stage in (runs.run_variants, runs.match_naive, lambda runs=runs: runs.restore_groups(self._device)):
                 stage()
@@ -91,9 +91,9 @@ class Benchmark:
         """Whether a run that is made twice gives the same numbers."""
         variant = self._tier.variant(self._tier.repeated)
         rate = self._tier.rates(variant)[0]
-        again = experiment.choice_run(variant, rate, again=True)
+        again = experiment.lr_search_run(variant, rate, again=True)
         self._runner.run([again])
-        first, second = (numbers(run.results()) for run in (experiment.choice_run(variant, rate), again))
+        first, second = (numbers(run.results()) for run in (experiment.lr_search_run(variant, rate), again))
         return Repeated(label=variant.label, learning_rate=rate, is_equal=first == second)
 
     def _write(self) -> None:
@@ -106,7 +106,7 @@ class Benchmark:
             repeated=self._repeated,
             tracks=[runs.record() for runs in self._tracks],
         )
-        write_record(self._result, record)
+        write_result_file(self._result, record)
 
     def _extended(self) -> list[Extended]:
         if self._known is None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from das_ds.reporting.comparison import Comparison, Group
 from das_ds.reporting.metrics import (
-    FINAL,
+    FINAL_LOSS,
     FORGETTING,
-    LEARNED_LATER,
+    LOSS_AFTER_LEARNING_LATER,
     Metric,
     baseline_sweep,
     estimate_metric,
@@ -28,7 +28,7 @@ GOAL = 0.5
 class Aspect:
     """What two groups are held beside each other in."""
 
-    measure: Metric
+    metric: Metric
     verb: str
     less: str
     more: str
@@ -36,8 +36,8 @@ class Aspect:
 
 ASPECTS = (
     Aspect(FORGETTING, "forgets", "less", "more"),
-    Aspect(LEARNED_LATER, "its loss when learned (2..T) is", "lower", "higher"),
-    Aspect(FINAL, "its loss at the end is", "lower", "higher"),
+    Aspect(LOSS_AFTER_LEARNING_LATER, "its loss when learned (2..T) is", "lower", "higher"),
+    Aspect(FINAL_LOSS, "its loss at the end is", "lower", "higher"),
 )
 
 
@@ -61,7 +61,7 @@ def judged(found: Difference, corrected_p: float | None, less: str = "less", mor
     return f"{word}, the interval leaves out 0 (p {corrected_p:.2g})"
 
 
-def against_line(comparison: Comparison, group: Group, family: Sequence[str] = ()) -> str:
+def compare_with_baseline(comparison: Comparison, group: Group, family: Sequence[str] = ()) -> str:
     """A group beside naive training that learns as much.
 
     Args:
@@ -76,11 +76,11 @@ def against_line(comparison: Comparison, group: Group, family: Sequence[str] = (
     if found is None or line is None:
         return f"{own}; no naive run learns as much or as little as it does, so the two cannot be held together."
     share = f", {(line + found.mean) / line:.0%} of it" if line > 0 and line + found.mean > 0 else ""
-    words = judged(found, line_p_values(comparison, family).get(group.label))
+    words = judged(found, baseline_p_values(comparison, family).get(group.label))
     return f"{own}; naive training that learns as much forgets {line:+.3f}{share}: {words}."
 
 
-def line_p_values(comparison: Comparison, family: Sequence[str]) -> dict[str, float]:
+def baseline_p_values(comparison: Comparison, family: Sequence[str]) -> dict[str, float]:
     """Label -> p-value of its difference from the line, corrected for the whole family, also for those without one."""
     found = {
         group.label: difference
@@ -116,7 +116,7 @@ def between(comparison: Comparison, pairs: Sequence[tuple[str, str]], family: Se
         (pair, aspect): difference
         for pair in pairs
         for aspect in ASPECTS
-        if (difference := metric_difference(comparison.group(pair[0]), comparison.group(pair[1]), aspect.measure))
+        if (difference := metric_difference(comparison.group(pair[0]), comparison.group(pair[1]), aspect.metric))
         is not None
     }
     tested = [key for key, difference in found.items() if set(key[0]) <= set(family) and difference.low is not None]

@@ -12,23 +12,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domains.choice import Candidate, Choice, is_naive, naive_line
-from benchmarks.domains.groups import NOTHING, Restored
+from benchmarks.domains.ablation_groups import NOTHING, Restored
+from benchmarks.domains.conclusions import between, compare_with_baseline, compared_groups, goal
 from benchmarks.domains.jobs import ROOT
-from benchmarks.domains.matching import Match
+from benchmarks.domains.lr_matching import Match
+from benchmarks.domains.lr_search import Candidate, Choice, is_naive, naive_front
 from benchmarks.domains.plan import NAIVE
-from benchmarks.domains.record import Record, TrackRecord, read_record
+from benchmarks.domains.result_file import Record, SuiteResult, read_result_file
 from benchmarks.domains.tiers import TIERS
-from benchmarks.domains.verdicts import against_line, between, compared_groups, goal
-from benchmarks.environment import RESULTS
+from benchmarks.result_io import RESULTS
 from das_ds.errors import EXIT_USER_ERROR, DasError, RunFolderError
 from das_ds.reporting import comparison_tables as tables
-from das_ds.reporting.comparison import Comparison, Group, RunNumbers
-from das_ds.reporting.comparison_plots import pareto_png
+from das_ds.reporting.comparison import Comparison, Group, RunSummary
+from das_ds.reporting.comparison_plots import plot_pareto
 from das_ds.reporting.comparison_report import interval_sentences
 from das_ds.reporting.metrics import baseline_sweep
 from das_ds.reporting.statistics import Point, interpolate_front
-from das_ds.reporting.tables import Row, markdown
+from das_ds.reporting.tables import Row, format_markdown
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = "images"
@@ -56,11 +56,11 @@ def write_page(paths: Sequence[Path], page: Path) -> None:
     """
     if not paths:
         raise RunFolderError(f"{RESULTS}: found no domains_*.json, expected results of `make bench-domains`")
-    records = [in_order(read_record(path)) for path in paths]
+    records = [in_order(read_result_file(path)) for path in paths]
     (page.parent / IMAGES).mkdir(parents=True, exist_ok=True)
     for record in records:
         for track in record.tracks:
-            pareto_png(track.comparison, page.parent / picture(record, track))
+            plot_pareto(track.comparison, page.parent / picture(record, track))
     page.write_text(page_text(records), encoding="utf-8")
 
 
@@ -89,7 +89,7 @@ def in_order(record: Record) -> Record:
     return record.model_copy(update={"tracks": tracks, "choices": choices})
 
 
-def picture(record: Record, track: TrackRecord) -> str:
+def picture(record: Record, track: SuiteResult) -> str:
     """The file of a track's picture, relative to the page."""
     return f"{IMAGES}/evidence_{record.tier}_{track.name}.png"
 
@@ -133,7 +133,7 @@ def _missing(record: Record) -> str:
     tier, chosen = TIERS[record.tier], {choice.label for choices in record.choices.values() for choice in choices}
     runs = {group.label: len(group.runs) for track in record.tracks for group in track.comparison.groups}
     missing = [v.label for v in tier.variants if v.label not in (runs if v.is_compared else chosen)]
-    partly = [v.label for v in tier.compared if v.label in runs and runs[v.label] < len(tier.seeds_of(v.label))]
+    partly = [v.label for v in tier.compared if v.label in runs and runs[v.label] < len(tier.run_seeds(v.label))]
     return _labels("Not run yet", missing) + _labels("Not run yet with all seeds", partly)
 
 
@@ -148,13 +148,13 @@ def _repeated(record: Record) -> str:
     return f"The same config and seed run twice (`{record.repeated.label}`) gave {equal}.\n"
 
 
-def _track(record: Record, track: TrackRecord) -> str:
+def _track(record: Record, track: SuiteResult) -> str:
     comparison, family = track.comparison, _family(record.tier)
     parts = [
         f"### {track.base.capitalize()}: {' -> '.join(comparison.domains)}\n\n{_words(track, family)}",
         f"#### Learning and forgetting\n\n{interval_sentences(comparison)}\n{_table(tables.summary_rows(comparison))}",
         f"![learning against forgetting]({picture(record, track)})\n",
-        f"#### At equal learning\n\n{LINE}\n{_table(tables.line_rows(comparison, family))}",
+        f"#### At equal learning\n\n{LINE}\n{_table(tables.matched_baseline_rows(comparison, family))}",
         f"#### Against {NAIVE}\n\n{_table(tables.difference_rows(comparison, family))}",
         _matches(track.matches, comparison),
         _groups(track.groups, comparison),
@@ -169,14 +169,14 @@ def _family(tier: str) -> tuple[str, ...]:
     return TIERS[tier].contenders if tier in TIERS else ()
 
 
-def _words(track: TrackRecord, family: Sequence[str]) -> str:
+def _words(track: SuiteResult, family: Sequence[str]) -> str:
     """The goal first, then every variant against the line, then what was matched beside its rivals."""
     comparison, labels = track.comparison, [group.label for group in track.comparison.groups]
     protected = [group.label for group in comparison.groups if group.method == "das"]
     replaying = [label for label in protected if REPLAY in label]
     matched = [match.label for match in track.matches if match.label in protected]
     sentences = [goal(comparison, label) for label in protected if label not in replaying]
-    sentences += [against_line(comparison, group, family) for group in compared_groups(comparison)]
+    sentences += [compare_with_baseline(comparison, group, family) for group in compared_groups(comparison)]
     rivals = [label for label in labels if label.split()[0] in RIVALS]
     pairs = [*product(matched, rivals), *((label, REPLAY) for label in replaying if REPLAY in labels)]
     sentences += between(comparison, pairs, family)
@@ -191,10 +191,10 @@ def _matches(matches: Sequence[Match], comparison: Comparison) -> str:
     for match in matches:
         # From the runs themselves, so that a match sought by another measure shows how well it holds by this one.
         runs = comparison.group(match.label).runs
-        target = statistics.fmean(run.learned_later for run in runs)
+        target = statistics.fmean(run.loss_after_learning_later for run in runs)
         seeds = {run.seed for run in runs}
         learned = {
-            group.label: statistics.fmean(run.learned_later for run in group.runs if run.seed in seeds)
+            group.label: statistics.fmean(run.loss_after_learning_later for run in group.runs if run.seed in seeds)
             for group in baseline_sweep(comparison)
             if seeds <= {run.seed for run in group.runs}
         }
@@ -229,7 +229,7 @@ def _groups(groups: Sequence[Restored], comparison: Comparison) -> str:
 
 
 def _choices(choices: Sequence[Choice]) -> str:
-    line = naive_line(choices)
+    line = naive_front(choices)
     header: Row = ["variant", "candidates: loss when learned (forgetting; share)", "chosen", "at the edge"]
     rows = [
         [
@@ -256,12 +256,12 @@ def _forgets(candidate: Candidate, line: Sequence[Point]) -> str:
     return f" ({candidate.forgetting:+.4f}{share})"
 
 
-def _runs(comparison: Comparison) -> list[RunNumbers]:
+def _runs(comparison: Comparison) -> list[RunSummary]:
     return [run for group in comparison.groups for run in group.runs]
 
 
 def _table(rows: Sequence[Row], text_columns: tuple[int, ...] = (0,)) -> str:
-    return markdown(rows, text_columns) + "\n"
+    return format_markdown(rows, text_columns) + "\n"
 
 
 INTRODUCTION = """\

@@ -57,7 +57,7 @@ def match(
     learned_at: Callable[[float], float],
     *,
     tolerance: float,
-    most_probes: int,
+    max_probes: int,
 ) -> Match:
     """Narrow the bracket around the target in log learning rate, where the loss is nearly a line.
 
@@ -69,10 +69,10 @@ def match(
         known: rates that were run already, at least one.
         learned_at: runs a rate and returns its mean loss when learned on domains 2..T.
         tolerance: nats; the search ends where a rate is as near as that.
-        most_probes: rates to run at most.
+        max_probes: rates to run at most.
     """
     found = Match(label, target, tolerance, tuple(known))
-    for _ in range(most_probes):
+    for _ in range(max_probes):
         if found.is_met or not found.needs_lowering:
             break
         rate = next_rate(found.probes, target)

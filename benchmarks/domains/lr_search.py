@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.domains.experiment import Experiment, learned, learned_later
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.plan import NAIVE, Variant
 from benchmarks.domains.runner import Runner
+from benchmarks.domains.runs import Experiment, learned, learned_later
 from das_ds.reporting.statistics import Point, pareto_front
 
 
@@ -66,7 +66,7 @@ def choose(
     """
     before = {choice.label: choice for choice in known}
     runs = {
-        variant.label: [experiment.choice_run(variant, rate) for rate in experiment.tier.rates(variant)]
+        variant.label: [experiment.lr_search_run(variant, rate) for rate in experiment.tier.rates(variant)]
         for variant in variants
         if variant.label not in before
     }
@@ -92,7 +92,7 @@ def is_naive(choice: Choice) -> bool:
     return choice.label.split(",")[0] == NAIVE
 
 
-def naive_line(choices: Sequence[Choice]) -> list[Point]:
+def naive_front(choices: Sequence[Choice]) -> list[Point]:
     """Those candidates of naive training as (place, forgetting) that no other beats in both."""
     found = [one for choice in choices if is_naive(choice) for one in choice.candidates]
     points = [(one.place, one.forgetting) for one in found if one.forgetting is not None]

@@ -11,7 +11,7 @@ Values = dict[str, Any]
 
 NAIVE = "ncl"
 """Label of naive training, which all others are held against."""
-CHOICE_DOMAINS = 2
+LR_SEARCH_DOMAINS = 2
 """First domains of an order that learning rates are chosen on."""
 
 
@@ -50,7 +50,7 @@ class Tier:
     """Candidates, in ascending order."""
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
-    choice_seed: int
+    lr_search_seed: int
     """Of the runs that choose learning rates; none of `seeds`."""
     line: tuple[float, ...]
     """Naive training is run at these multiples of its chosen rate as well: what it costs and gives to learn less."""
@@ -69,7 +69,7 @@ class Tier:
     """Runs at a time."""
     tolerance: float = 0.01
     """Nats by which a matched loss on domains 2..T may differ."""
-    most_probes: int = 4
+    max_probes: int = 4
     """Learning rates that are tried to match one variant."""
     task_seeds: int = 0
     """Seeds of each end task; 0: no end tasks."""
@@ -97,7 +97,7 @@ class Tier:
         """The variant of this label."""
         return next(variant for variant in self.variants if variant.label == label)
 
-    def seeds_of(self, label: str) -> tuple[int, ...]:
+    def run_seeds(self, label: str) -> tuple[int, ...]:
         """Of the runs of a variant."""
         return self.seeds + (self.more_seeds if label in (NAIVE, *self.contenders) else ())
 

@@ -9,16 +9,16 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError
 
-from benchmarks.domains.choice import Choice
-from benchmarks.domains.groups import Restored
+from benchmarks.domains.ablation_groups import Restored
 from benchmarks.domains.jobs import TrainingRun
-from benchmarks.domains.matching import Match
+from benchmarks.domains.lr_matching import Match
+from benchmarks.domains.lr_search import Choice
 from benchmarks.domains.plan import NAIVE
-from benchmarks.environment import RESULTS
+from benchmarks.result_io import RESULTS
 from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.group_runs import compare_runs
-from das_ds.reporting.load_runs import read_run
+from das_ds.reporting.load_runs import load_run
 from das_ds.storage import Section, read_json_with_checksum, write_json_with_checksum
 
 FORMAT_VERSION: Literal[1] = 1
@@ -33,7 +33,7 @@ class Repeated(Section):
     """Whether both gave the same results, to the last digit."""
 
 
-class TrackRecord(Section):
+class SuiteResult(Section):
     """One base model over one order of domains."""
 
     name: str
@@ -69,13 +69,13 @@ class Record(Section):
     choices: dict[str, list[Choice]]
     """Base model -> choice of every variant."""
     repeated: Repeated | None
-    tracks: list[TrackRecord]
+    tracks: list[SuiteResult]
 
 
 def compared(runs: Mapping[str, Sequence[TrainingRun]]) -> Comparison:
     """Those runs that are done, by label, against naive training, which has to be among them."""
     done = [(label, run) for label, of_label in runs.items() for run in of_label if run.is_done()]
-    return compare_runs([read_run(f"{label}={run.folder}") for label, run in done], NAIVE)
+    return compare_runs([load_run(f"{label}={run.folder}") for label, run in done], NAIVE)
 
 
 def result_path(tier: str, device: torch.device) -> Path:
@@ -83,13 +83,13 @@ def result_path(tier: str, device: torch.device) -> Path:
     return RESULTS / f"domains_{tier}_{device.type}.json"
 
 
-def write_record(path: Path, record: Record) -> None:
+def write_result_file(path: Path, record: Record) -> None:
     """Write a result file in place of the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_with_checksum(path, record.model_dump(mode="json"))
 
 
-def read_record(path: Path) -> Record:
+def read_result_file(path: Path) -> Record:
     """Read it back.
 
     Raises:

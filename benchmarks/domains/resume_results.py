@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import chain
 
 from benchmarks.domains.plan import Tier, Track
-from benchmarks.domains.record import Record, TrackRecord
+from benchmarks.domains.result_file import Record, SuiteResult
 from das_ds.errors import RunFolderError
-from das_ds.reporting.comparison import Comparison, Group, RunNumbers
+from das_ds.reporting.comparison import Comparison, Group, RunSummary
 
 Values = dict[str, str]
 
@@ -31,7 +31,7 @@ def check_tier(record: Record, tier: Tier) -> None:
         )
 
 
-def track_of(record: Record | None, track: Track) -> TrackRecord | None:
+def find_suite(record: Record | None, track: Track) -> SuiteResult | None:
     """What is known of a track.
 
     Raises:
@@ -46,13 +46,13 @@ def track_of(record: Record | None, track: Track) -> TrackRecord | None:
     return found
 
 
-def known_run(track: TrackRecord | None, label: str, seed: int) -> RunNumbers | None:
+def known_run(track: SuiteResult | None, label: str, seed: int) -> RunSummary | None:
     """A run that is known."""
     groups = track.comparison.groups if track else []
     return next((run for group in groups if group.label == label for run in group.runs if run.seed == seed), None)
 
 
-def check_agreement(known: RunNumbers, again: RunNumbers) -> float:
+def check_agreement(known: RunSummary, again: RunSummary) -> float:
     """Largest difference in any loss of a run that was made again.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.domains import data
 from benchmarks.domains.jobs import FineTuning, TrainingRun
-from benchmarks.domains.plan import CHOICE_DOMAINS, NAIVE, Tier, Track, Values, Variant, merged
+from benchmarks.domains.plan import LR_SEARCH_DOMAINS, NAIVE, Tier, Track, Values, Variant, merged
 from das_ds.reporting.results import Results
 
 
@@ -35,13 +35,13 @@ class Experiment:
         folder = self.folder / self.track.name / _slug(label) / f"seed{seed}"
         return TrainingRun(folder, values, keeps_models=keeps)
 
-    def choice_run(self, variant: Variant, rate: float, again: bool = False) -> TrainingRun:
+    def lr_search_run(self, variant: Variant, rate: float, again: bool = False) -> TrainingRun:
         """A run over the first domains that helps to choose a learning rate; `again`: the same in another folder."""
-        domains = self.track.domains[:CHOICE_DOMAINS]
+        domains = self.track.domains[:LR_SEARCH_DOMAINS]
         folder = self.folder / ("again" if again else "choice") / self.track.base / _slug(variant.label)
-        return TrainingRun(folder / f"{rate:g}", self._values(variant, rate, self.tier.choice_seed, domains))
+        return TrainingRun(folder / f"{rate:g}", self._values(variant, rate, self.tier.lr_search_seed, domains))
 
-    def fine_tunings(self, run: TrainingRun) -> list[FineTuning]:
+    def fine_tuning_jobs(self, run: TrainingRun) -> list[FineTuning]:
         """Each domain's task after the domain, and all tasks after the last."""
         order, last = self.track.domains, len(self.track.domains) - 1
         jobs = [

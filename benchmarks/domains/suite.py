@@ -7,19 +7,19 @@ from functools import partial
 
 import torch
 
-from benchmarks.domains.choice import Choice
-from benchmarks.domains.experiment import Experiment
-from benchmarks.domains.extension import check_agreement, joined, known_run
-from benchmarks.domains.groups import Restored, restored_losses
+from benchmarks.domains.ablation_groups import Restored, measure_restored_losses
 from benchmarks.domains.jobs import TrainingRun
-from benchmarks.domains.matching import Match, Probe, match
+from benchmarks.domains.lr_matching import Match, Probe, match
+from benchmarks.domains.lr_search import Choice
 from benchmarks.domains.plan import NAIVE, Variant
-from benchmarks.domains.record import TrackRecord, compared
+from benchmarks.domains.result_file import SuiteResult, compared
+from benchmarks.domains.resume_results import check_agreement, joined, known_run
 from benchmarks.domains.runner import Runner
-from das_ds.reporting.comparison import Comparison, RunNumbers
+from benchmarks.domains.runs import Experiment
+from das_ds.reporting.comparison import Comparison, RunSummary
 
 
-class TrackRuns:
+class SuiteRuns:
     """Everything that is run and known of one track.
 
     Args:
@@ -30,7 +30,7 @@ class TrackRuns:
     """
 
     def __init__(
-        self, experiment: Experiment, choices: dict[str, Choice], runner: Runner, known: TrackRecord | None = None
+        self, experiment: Experiment, choices: dict[str, Choice], runner: Runner, known: SuiteResult | None = None
     ) -> None:
         self._experiment, self._choices, self._runner, self._known = experiment, choices, runner, known
         self._runs: dict[str, list[TrainingRun]] = {}
@@ -42,10 +42,10 @@ class TrackRuns:
         self.difference: float | None = None
         """Nats by which a loss of the known run that was made again differs at most; None: none is known."""
 
-    def record(self) -> TrackRecord:
+    def record(self) -> SuiteResult:
         """What is known so far."""
         track = self._experiment.track
-        return TrackRecord(
+        return SuiteResult(
             name=track.name,
             base=track.base,
             comparison=self._comparison(),
@@ -80,18 +80,18 @@ class TrackRuns:
                 known,
                 partial(self._learned_at, matched=label),
                 tolerance=tier.tolerance,
-                most_probes=tier.most_probes,
+                max_probes=tier.max_probes,
             )
 
     def restore_groups(self, device: torch.device) -> None:
         """Of the first naive run, see `groups.py`."""
         if not self._groups:
-            self._groups = restored_losses(self._runs[NAIVE][0], device)
+            self._groups = measure_restored_losses(self._runs[NAIVE][0], device)
 
     def fine_tune(self) -> None:
         """End tasks of the variants that the tier names."""
         runs = [run for label in self._experiment.tier.task_variants for run in self._runs[label]]
-        self._runner.run([job for run in runs for job in self._experiment.fine_tunings(run)])
+        self._runner.run([job for run in runs for job in self._experiment.fine_tuning_jobs(run)])
 
     def _learned_at(self, rate: float, matched: str) -> float:
         label = self._add_naive_at(rate)
@@ -100,7 +100,7 @@ class TrackRuns:
 
     def _add_naive_at(self, rate: float) -> str:
         """Adds a rate of the matching, to the digits that its label has; returns the label."""
-        label = _naive_label(rate)
+        label = _format_naive_label(rate)
         self._add_naive(label, float(f"{rate:.3g}"))
         return label
 
@@ -113,7 +113,7 @@ class TrackRuns:
         tier, label = self._experiment.tier, name or variant.label
         self._runs[label] = [
             self._experiment.run(variant, rate, seed, name)
-            for seed in tier.seeds_of(variant.label)
+            for seed in tier.run_seeds(variant.label)
             if not self._is_known(label, seed) or (label, seed) == (NAIVE, tier.seeds[0])
         ]
 
@@ -125,7 +125,7 @@ class TrackRuns:
         """Naive rates that known matches have tried."""
         labels = {group.label for group in self._known.comparison.groups} if self._known else set()
         rates = {probe.learning_rate for found in self._matches.values() for probe in found.probes}
-        return sorted(rate for rate in rates if _naive_label(rate) in labels)
+        return sorted(rate for rate in rates if _format_naive_label(rate) in labels)
 
     def _comparison(self) -> Comparison:
         """Of all runs that are done."""
@@ -134,10 +134,10 @@ class TrackRuns:
 
     def _mean_learned(self, comparison: Comparison, label: str, like: str) -> float:
         """Loss when learned on domains 2..T, over the seeds of the variant `like`."""
-        seeds = self._experiment.tier.seeds_of(like)
-        runs: list[RunNumbers] = comparison.group(label).runs
-        return statistics.fmean(run.learned_later for run in runs if run.seed in seeds)
+        seeds = self._experiment.tier.run_seeds(like)
+        runs: list[RunSummary] = comparison.group(label).runs
+        return statistics.fmean(run.loss_after_learning_later for run in runs if run.seed in seeds)
 
 
-def _naive_label(rate: float) -> str:
+def _format_naive_label(rate: float) -> str:
     return f"{NAIVE} at {rate:.3g}"

@@ -39,7 +39,7 @@ CPU = Tier(
     learning_rates=(2e-4, 4e-4),
     variants=METHODS,
     seeds=(0, 1),
-    choice_seed=100,
+    lr_search_seed=100,
     line=(0.25, 0.5),
     matched=("das directions",),
     repeated="das directions",
@@ -48,7 +48,7 @@ CPU = Tier(
     # Two runs of one thread each wait less for each other than the threads of one run.
     threads=1,
     parallel=2,
-    most_probes=3,
+    max_probes=3,
     pretraining={"encoder": {"train": {"steps_per_domain": 400, "learning_rate": 5e-4}, "method": {"name": NAIVE}}},
 )
 
@@ -71,7 +71,7 @@ MASKS_TIER = replace(
         },
     ),
     variants=(*MASKS, *RIVALS),
-    most_probes=2,
+    max_probes=2,
 )
 
 PAPER_ORDER = ("restaurant", "acl", "ai", "phone", "pubmed", "camera")
@@ -102,7 +102,7 @@ GPU = Tier(
     learning_rates=(1e-4, 2e-4, 4e-4),
     variants=(*METHODS, *(variant for variant in MASKS if variant not in METHODS)),
     seeds=(0, 1, 2),
-    choice_seed=100,
+    lr_search_seed=100,
     line=(0.25, 0.5),
     matched=("das", "das directions"),
     repeated="das directions",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.domains.groups import NOTHING, PATTERNS, TOGETHER, groups_of, restored_losses
+from benchmarks.domains.ablation_groups import NOTHING, PATTERNS, TOGETHER, group_parameters, measure_restored_losses
 from benchmarks.domains.jobs import TrainingRun
 from das_ds.config import ModelConfig
 from das_ds.config.io import load_config
@@ -26,7 +26,7 @@ from helpers.tiny_tokenizer import tiny_tokenizer
 @pytest.mark.parametrize(("model_type", "missing"), [("bert", set()), ("llama", {"LM-head transform", "decoder bias"})])
 def test_every_parameter_has_one_group(model_type: str, missing: set[str]) -> None:
     names = [name for name, _ in tiny_model(model_type, tie_word_embeddings=True).named_parameters()]
-    groups = groups_of(names)
+    groups = group_parameters(names)
     alone = {group: members for group, members in groups.items() if group not in TOGETHER}
     assert sorted(name for members in alone.values() for name in members) == sorted(names)
     assert set(alone) == set(PATTERNS) - missing
@@ -37,7 +37,7 @@ def test_every_parameter_has_one_group(model_type: str, missing: set[str]) -> No
 
 def test_a_parameter_without_group_is_named() -> None:
     with pytest.raises(ModelError, match=r"found parameter classifier\.weight, expected one of layer norms"):
-        groups_of(["classifier.weight"])
+        group_parameters(["classifier.weight"])
 
 
 def finished_run(folder: Path) -> TrainingRun:
@@ -77,7 +77,7 @@ def losses_of(run: TrainingRun, index: int) -> dict[str, float]:
 
 def test_restoring_what_changed_gives_the_earlier_model_and_leaves_no_trace(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
-    found = {row.group: row.losses for row in restored_losses(run, torch.device("cpu"))}
+    found = {row.group: row.losses for row in measure_restored_losses(run, torch.device("cpu"))}
     before, after = (losses_of(run, index) for index in range(2))
     assert before != after
     assert found.pop("LM-head transform") == pytest.approx(before)

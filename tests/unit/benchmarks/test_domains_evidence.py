@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.domains.choice import Candidate, Choice, naive_line
+from benchmarks.domains.ablation_groups import NOTHING, Restored
+from benchmarks.domains.conclusions import baseline_p_values, between, compare_with_baseline, goal, judged
 from benchmarks.domains.evidence import in_order, page_text, write_page
-from benchmarks.domains.groups import NOTHING, Restored
-from benchmarks.domains.matching import Match, Probe
-from benchmarks.domains.record import Extended, Record, Repeated, TrackRecord, read_record, write_record
-from benchmarks.domains.verdicts import against_line, between, goal, judged, line_p_values
+from benchmarks.domains.lr_matching import Match, Probe
+from benchmarks.domains.lr_search import Candidate, Choice, naive_front
+from benchmarks.domains.result_file import Extended, Record, Repeated, SuiteResult, read_result_file, write_result_file
 from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison, Group
 from das_ds.reporting.statistics import paired_difference
@@ -34,7 +34,7 @@ def naive_and_others() -> Comparison:
 def record() -> Record:
     """Results of a tier with one track."""
     choice = Choice("das", (Candidate(1e-4, 3.4, 0.2), Candidate(2e-4, 3.2, 0.3)))
-    track = TrackRecord(
+    track = SuiteResult(
         name="encoder",
         base="encoder",
         comparison=naive_and_others(),
@@ -59,8 +59,8 @@ def record() -> Record:
 
 def test_a_record_comes_back_and_draws_the_page(tmp_path: Path) -> None:
     path, page = tmp_path / "domains_cpu_cpu.json", tmp_path / "docs" / "evidence.md"
-    write_record(path, record())
-    assert read_record(path) == record()
+    write_result_file(path, record())
+    assert read_result_file(path) == record()
     page.parent.mkdir()
     write_page([path], page)
     assert page.read_text() == page_text([in_order(record())])
@@ -90,7 +90,7 @@ def test_the_choice_is_held_against_naive_training_that_learns_as_much() -> None
         choice("das", (3.2, 0.2), (3.5, 0.1)),
         choice("pool", (3.2, None), (2.9, None)),
     ]
-    assert naive_line(choices) == [(2.8, 2.2), (3.0, 1.2), (3.4, 0.4)]
+    assert naive_front(choices) == [(2.8, 2.2), (3.0, 1.2), (3.4, 0.4)]
     text = page_text([record().model_copy(update={"choices": {"encoder": choices}})])
     # The line forgets 0.8 at 3.2, and ends at 3.4.
     assert "| 1: 3.2000 (+0.2000; 25%), 2: 3.5000 (+0.1000) " in text
@@ -135,20 +135,24 @@ def test_a_run_that_gave_other_numbers_is_said_to() -> None:
 def test_words_follow_from_the_line() -> None:
     runs = naive_and_others()
     # At 3.2 the line forgets 0.8: das 0.25 on average, a third of it; das weights exactly as much.
-    assert against_line(runs, runs.group("das")) == (
+    assert compare_with_baseline(runs, runs.group("das")) == (
         "`das` forgets +0.250; naive training that learns as much forgets +0.800, 31% of it: not told apart: the "
         "interval holds 0."
     )
     same = comparison(runs.group("ncl"), runs.group("ncl x 0.5"), group("das", [(3.2, 0.3), (3.2, 0.3)]))
-    assert against_line(same, same.group("das")).endswith("38% of it: less, the interval leaves out 0; not tested.")
-    tested = against_line(same, same.group("das"), family=["das"])
+    assert compare_with_baseline(same, same.group("das")).endswith(
+        "38% of it: less, the interval leaves out 0; not tested."
+    )
+    tested = compare_with_baseline(same, same.group("das"), family=["das"])
     assert tested.endswith("38% of it: less, the interval leaves out 0 (p 0.5).")
-    assert "no naive run learns as much or as little" in against_line(runs, runs.group("ewc"))
+    assert "no naive run learns as much or as little" in compare_with_baseline(runs, runs.group("ewc"))
     assert goal(runs, "das").endswith("`das`: reached (31%).")
     assert goal(runs, "das weights").endswith("`das weights`: not reached (100%).")
     assert goal(runs, "ewc").endswith("cannot be said.")
     better = comparison(runs.group("ncl"), runs.group("ncl x 0.5"), group("das", [(3.2, -0.1)]))
-    assert goal(better, "das").endswith("reached (0%).") and "% of it" not in against_line(better, better.group("das"))
+    assert goal(better, "das").endswith("reached (0%).") and "% of it" not in compare_with_baseline(
+        better, better.group("das")
+    )
     # Of two domains the first is forgotten, so half of the difference in forgetting is left at the end: 1.2 - 0.125.
     assert between(runs, [("das", "ewc")]) == [
         "`das` beside `ewc`: forgets -0.250, not told apart: the interval holds 0; its loss when learned (2..T) is "
@@ -188,18 +192,18 @@ def test_line_p_values_family_counts_what_could_not_be_tested() -> None:
         for index, (label, place) in enumerate(places.items())
     ]
     runs = comparison(*groups)
-    assert line_p_values(runs, ["das"]) == pytest.approx({"das": 2 / 2**6})
-    assert line_p_values(runs, ["das", "ewc", "kd"]) == pytest.approx({"das": 3 * 2 / 2**6})
+    assert baseline_p_values(runs, ["das"]) == pytest.approx({"das": 2 / 2**6})
+    assert baseline_p_values(runs, ["das", "ewc", "kd"]) == pytest.approx({"das": 3 * 2 / 2**6})
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"found no domains_\*\.json, expected results of `make bench-domains`"):
         write_page([], tmp_path / "evidence.md")
     path = tmp_path / "domains_cpu_cpu.json"
-    write_record(path, record())
+    write_result_file(path, record())
     path.write_text(path.read_text().replace("a processor", "another"))
     with pytest.raises(RunFolderError, match="was altered"):
-        read_record(path)
-    write_record(path, record().model_copy(update={"format_version": 9}))
+        read_result_file(path)
+    write_result_file(path, record().model_copy(update={"format_version": 9}))
     with pytest.raises(RunFolderError, match=r"format_version: Input should be 1; expected results of the benchmark"):
-        read_record(path)
+        read_result_file(path)

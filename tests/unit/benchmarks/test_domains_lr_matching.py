@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.domains.matching import Match, Probe, match, next_rate
+from benchmarks.domains.lr_matching import Match, Probe, match, next_rate
 
 
 def loss_of(rate: float) -> float:
@@ -17,7 +17,7 @@ KNOWN = [Probe(8e-4, loss_of(8e-4)), Probe(4e-4, loss_of(4e-4)), Probe(2e-4, los
 
 @pytest.mark.parametrize("sought", [3e-5, 7e-5, 1.5e-4, 3e-4, 6e-4])
 def test_a_rate_between_or_below_the_known_ones_is_found(sought: float) -> None:
-    found = match("das", loss_of(sought), KNOWN, loss_of, tolerance=1e-3, most_probes=12)
+    found = match("das", loss_of(sought), KNOWN, loss_of, tolerance=1e-3, max_probes=12)
     assert found.is_met
     assert loss_of(found.best.learning_rate) == found.best.learned == pytest.approx(loss_of(sought), abs=1e-3)
     assert found.probes[:3] == tuple(KNOWN)
@@ -27,25 +27,25 @@ def test_known_rates_that_are_near_enough_cost_nothing() -> None:
     def unused(_: float) -> float:
         raise AssertionError
 
-    assert match("das", loss_of(4e-4) + 0.005, KNOWN, unused, tolerance=0.01, most_probes=4).best == KNOWN[1]
+    assert match("das", loss_of(4e-4) + 0.005, KNOWN, unused, tolerance=0.01, max_probes=4).best == KNOWN[1]
 
 
 def test_a_method_that_learns_more_needs_no_lowering() -> None:
-    found = match("das", loss_of(8e-4) - 0.1, KNOWN, loss_of, tolerance=0.01, most_probes=4)
+    found = match("das", loss_of(8e-4) - 0.1, KNOWN, loss_of, tolerance=0.01, max_probes=4)
     assert not found.needs_lowering and not found.is_met
     assert len(found.probes) == len(KNOWN)
 
 
 def test_a_rate_that_is_too_high_to_learn_is_no_end_of_the_search() -> None:
-    found = match("das", loss_of(1e-4), [Probe(1e-2, 9.0), *KNOWN], loss_of, tolerance=1e-3, most_probes=6)
+    found = match("das", loss_of(1e-4), [Probe(1e-2, 9.0), *KNOWN], loss_of, tolerance=1e-3, max_probes=6)
     assert found.needs_lowering and found.is_met
     assert found.best.learning_rate == pytest.approx(1e-4, rel=0.05)
 
 
 def test_the_number_of_probes_is_bounded_and_so_is_the_rate() -> None:
-    few = match("das", loss_of(4.6e-5), KNOWN, loss_of, tolerance=1e-9, most_probes=2)
+    few = match("das", loss_of(4.6e-5), KNOWN, loss_of, tolerance=1e-9, max_probes=2)
     assert len(few.probes) == len(KNOWN) + 2 and not few.is_met
-    endless = match("das", 99.0, KNOWN, lambda rate: 4.5, tolerance=0.01, most_probes=50)
+    endless = match("das", 99.0, KNOWN, lambda rate: 4.5, tolerance=0.01, max_probes=50)
     assert min(probe.learning_rate for probe in endless.probes) >= 8e-4 / 64
     assert not endless.is_met and endless.needs_lowering
 

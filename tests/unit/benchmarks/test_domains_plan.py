@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks.domains import data
 from benchmarks.domains.__main__ import main, only
-from benchmarks.domains.choice import Candidate, Choice
-from benchmarks.domains.experiment import Experiment, learned
+from benchmarks.domains.lr_search import Candidate, Choice
 from benchmarks.domains.plan import NAIVE, BaseName, Tier, Values, merged
 from benchmarks.domains.pretraining import pretraining_run
+from benchmarks.domains.runs import Experiment, learned
 from benchmarks.domains.tiers import TIERS
 from das_ds.config import RunConfig
 from das_ds.errors import ConfigError, DataError
@@ -26,7 +26,7 @@ def configs(tier: Tier) -> list[RunConfig]:
     by_base = {experiment.track.base: experiment for experiment in experiments}
     for variant in tier.variants:
         rates = tier.rates(variant)
-        found += [experiment.choice_run(variant, rate) for experiment in by_base.values() for rate in rates]
+        found += [experiment.lr_search_run(variant, rate) for experiment in by_base.values() for rate in rates]
         found += [experiment.run(variant, rates[0], seed) for experiment in experiments for seed in tier.seeds]
     return [RunConfig.model_validate({"output_dir": run.folder, **run.values}) for run in found]
 
@@ -36,7 +36,7 @@ def test_every_run_is_a_run_config_of_its_own(tier: Tier) -> None:
     runs = configs(tier)
     assert len({run.output_dir for run in runs}) == len(runs)
     assert {len(run.domains) for run in runs} == {2, len(tier.tracks[0].domains)}
-    assert {run.seed for run in runs if len(run.domains) == 2} == {tier.choice_seed}
+    assert {run.seed for run in runs if len(run.domains) == 2} == {tier.lr_search_seed}
 
 
 @TIERS_BY_NAME
@@ -44,7 +44,7 @@ def test_a_tier_names_its_own_variants_and_leaves_the_choice_a_seed(tier: Tier) 
     labels = [variant.label for variant in tier.variants]
     assert len(set(labels)) == len(labels)
     assert {NAIVE, tier.repeated, *tier.matched, *tier.task_variants} <= set(labels)
-    assert tier.choice_seed not in tier.seeds
+    assert tier.lr_search_seed not in tier.seeds
     assert all(low < high for low, high in pairwise(tier.learning_rates))
     assert set(data.TASK_OF) >= set(tier.corpora if tier.task_variants else ())
 

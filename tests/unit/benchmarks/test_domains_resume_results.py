@@ -8,20 +8,20 @@ import pytest
 
 from benchmarks.domains import data
 from benchmarks.domains.__main__ import main
-from benchmarks.domains.choice import Candidate, Choice, choose
-from benchmarks.domains.experiment import Experiment
-from benchmarks.domains.extension import AGREEMENT, check_agreement, check_tier, joined, known_run, track_of
 from benchmarks.domains.jobs import Job
-from benchmarks.domains.matching import Match, Probe
+from benchmarks.domains.lr_matching import Match, Probe
+from benchmarks.domains.lr_search import Candidate, Choice, choose
 from benchmarks.domains.plan import NAIVE, Tier
-from benchmarks.domains.record import Record, TrackRecord, write_record
+from benchmarks.domains.result_file import Record, SuiteResult, write_result_file
+from benchmarks.domains.resume_results import AGREEMENT, check_agreement, check_tier, find_suite, joined, known_run
 from benchmarks.domains.runner import Runner
+from benchmarks.domains.runs import Experiment
+from benchmarks.domains.suite import SuiteRuns
 from benchmarks.domains.tiers import CPU, GPU
-from benchmarks.domains.track import TrackRuns
 from das_ds.errors import RunFolderError, StoppedError
 from das_ds.reporting.comparison import Comparison, Group
 from das_ds.reporting.metrics import baseline_sweep
-from helpers.comparisons import comparison, group, run_numbers
+from helpers.comparisons import comparison, group, run_summary
 
 RATE = "train__learning_rate"
 TRACK = replace(CPU.tracks[0], domains=("acl", "pubmed"))
@@ -52,9 +52,9 @@ def seeds(of: Group) -> list[int]:
     return [run.seed for run in of.runs]
 
 
-def track() -> TrackRecord:
+def track() -> SuiteResult:
     matches = [Match("das directions", 3.2, 0.01, (Probe(4e-4, 3.0), Probe(1.8612e-4, 3.2)))]
-    return TrackRecord(name=TRACK.name, base=TRACK.base, comparison=known(), matches=matches, groups=[])
+    return SuiteResult(name=TRACK.name, base=TRACK.base, comparison=known(), matches=matches, groups=[])
 
 
 def record(tier: Tier = CPU) -> Record:
@@ -85,7 +85,7 @@ def test_all_runs_of_both_each_seed_once() -> None:
         ("das", [0]),
     ]
     # Of a run that both have, the known one.
-    assert [run.learned for run in both.group(NAIVE).runs] == pytest.approx([3.0, 3.1, 3.2])
+    assert [run.loss_after_learning for run in both.group(NAIVE).runs] == pytest.approx([3.0, 3.1, 3.2])
 
 
 def test_settings_of_one_alone_have_the_value_of_the_reference_in_the_other() -> None:
@@ -111,21 +111,21 @@ def test_only_results_of_the_same_tier_are_extended() -> None:
         check_tier(record(GPU), CPU)
     with pytest.raises(RunFolderError, match=r"found results of other settings in evaluation, train, expected"):
         check_tier(record(), replace(CPU, settings={**CPU.settings, "train": {}, "evaluation": {}}))
-    assert track_of(None, TRACK) is None
-    assert track_of(record(), replace(TRACK, name="another")) is None
-    assert track_of(record(), TRACK) == track()
+    assert find_suite(None, TRACK) is None
+    assert find_suite(record(), replace(TRACK, name="another")) is None
+    assert find_suite(record(), TRACK) == track()
     with pytest.raises(RunFolderError, match=r"found track encoder over acl, pubmed, expected restaurant, acl, pubmed"):
-        track_of(record(), CPU.tracks[0])
+        find_suite(record(), CPU.tracks[0])
 
 
 def test_a_run_that_is_made_again_has_to_agree() -> None:
-    assert check_agreement(run_numbers(0, 3.0, 1.0), run_numbers(0, 3.0, 1.0)) == 0.0
-    assert check_agreement(run_numbers(0, 3.0, 1.0), run_numbers(0, 3.01, 1.0)) == pytest.approx(0.01)
+    assert check_agreement(run_summary(0, 3.0, 1.0), run_summary(0, 3.0, 1.0)) == 0.0
+    assert check_agreement(run_summary(0, 3.0, 1.0), run_summary(0, 3.01, 1.0)) == pytest.approx(0.01)
     with pytest.raises(RunFolderError, match=r"runs/0 was made again and differs by 0.1 .* at most 0.05"):
-        check_agreement(run_numbers(0, 3.0, 1.0), run_numbers(0, 3.0, 1.0 + 2 * AGREEMENT))
+        check_agreement(run_summary(0, 3.0, 1.0), run_summary(0, 3.0, 1.0 + 2 * AGREEMENT))
     assert known_run(None, NAIVE, 0) is None
     assert known_run(track(), NAIVE, 7) is None
-    assert known_run(track(), NAIVE, 1) == run_numbers(1, 3.1, 1.1)
+    assert known_run(track(), NAIVE, 1) == run_summary(1, 3.1, 1.1)
 
 
 def experiment(*labels: str) -> Experiment:
@@ -152,7 +152,7 @@ def test_of_known_runs_only_the_first_naive_one_is_made_again() -> None:
     rates = (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4))
     choices = {label: Choice(label, rates) for label in (NAIVE, "replay", "merge")}
     with pytest.raises(StoppedError, match="noted"):
-        TrackRuns(experiment(NAIVE, "replay", "merge"), choices, runner, track()).run_variants()
+        SuiteRuns(experiment(NAIVE, "replay", "merge"), choices, runner, track()).run_variants()
     assert runner.names == [
         "encoder/ncl/seed0",
         "encoder/ncl/seed2",
@@ -173,7 +173,7 @@ def test_runs_whose_models_are_needed_for_end_tasks_are_made_again() -> None:
     choices = {label: Choice(label, (Candidate(4e-4, 3.1, 0.4),)) for label in (NAIVE, "replay")}
     runner = Asked()
     with pytest.raises(StoppedError, match="noted"):
-        TrackRuns(setup, choices, runner, track()).run_variants()
+        SuiteRuns(setup, choices, runner, track()).run_variants()
     assert runner.names == ["encoder/ncl/seed0", "encoder/replay/seed0", "encoder/replay/seed1"]
 
 
@@ -185,7 +185,7 @@ def test_results_that_cannot_be_extended_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, message: str
 ) -> None:
     monkeypatch.setenv(data.VARIABLE, str(tmp_path))
-    write_record(tmp_path / "other.json", record(GPU))
+    write_result_file(tmp_path / "other.json", record(GPU))
     assert main(["cpu", "--folder", str(tmp_path / "runs"), "--extend", str(tmp_path / name)]) == 2
     output = capsys.readouterr().err
     assert output.startswith("das_ds: ") and message in output and output.count("\n") == 1

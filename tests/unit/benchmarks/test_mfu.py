@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.harness import build_model
 from benchmarks.mfu import METHODS, MODELS, Workload, build_batch, build_config, model_flops
 from benchmarks.peaks import PEAK_TFLOPS, TERA, measured_peak, vendor_peak
-from benchmarks.product import build_model
 from das_ds.models.architectures.registry import spec_for
 from das_ds.models.language_model import LanguageModel
 
