@@ -31,8 +31,6 @@ def spec_from_config(section: ArchitectureConfig, model_type: str) -> Architectu
 def spec_to_config(spec: ArchitectureSpec) -> dict[str, Any]:
     """The spec as plain values of `model.architecture`, without the defaults."""
     values = asdict(spec)
-    for rule in values["rules"]:
-        rule["layout"], rule["consumer"] = rule.pop("spread"), rule.pop("reader")
     # `unsupported` is code; the model that the section is printed for has passed it.
     del values["model_type"], values["unsupported"]
     if spec.dropouts == DROPOUT_ATTRIBUTES:
