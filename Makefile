@@ -51,7 +51,7 @@ test-gpu: setup
 matrix: setup
 	rm -f $(MATRIX)
 	DAS_DS_MATRIX=$(MATRIX) $(BIN)/pytest -q -m matrix tests
-	PYTHONPATH=tests $(BIN)/python -m helpers.matrix $(MATRIX) docs/architectures.md
+	PYTHONPATH=tests $(BIN)/python -m helpers.matrix $(MATRIX) docs/internals/architectures.md
 	rm $(MATRIX)
 
 bench: setup

@@ -1,4 +1,4 @@
-"""Writes docs/evidence.md and its pictures from the committed result files: `make evidence`.
+"""Writes docs/results/evidence.md and its pictures from the committed result files: `make evidence`.
 
 Every variant of a result file is in every table; which of them did well decides nothing but the words.
 """
@@ -30,7 +30,7 @@ from das_ds.reporting.metrics import baseline_sweep
 from das_ds.reporting.statistics import Point, interpolate_front
 from das_ds.reporting.tables import Row, format_markdown
 
-PAGE = ROOT / "docs" / "evidence.md"
+PAGE = ROOT / "docs" / "results" / "evidence.md"
 IMAGES = "images"
 REPLAY = "replay"
 RIVALS = (REPLAY, "ewc", "kd", "derpp", "merge", "dga")

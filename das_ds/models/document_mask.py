@@ -43,5 +43,5 @@ def check_document_mask(
     if (row_a - row_b).norm() > tolerance * row_a.norm():
         raise ConfigError(
             f"data.document_mask: found true, but {model_type} with {attention} attention lets a document see the "
-            "one before it in its block; expected false, or another model or model.attention (docs/objectives.md)"
+            "one before it in its block; expected false, another model or model.attention (docs/methods/objectives.md)"
         )

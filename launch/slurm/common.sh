@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154
-# Functions of the batch files of this folder, which set `root` (the repository) and source this file; docs/slurm.md.
+# Functions of the batch files of this folder, which set `root` (the repository) and source this file; docs/guide/clusters.md.
 
 readonly exit_user_error=2
 readonly exit_stopped=75

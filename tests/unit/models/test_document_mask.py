@@ -1,4 +1,4 @@
-"""Which architectures keep documents apart, seen on small models of the real classes; docs/objectives.md repeats it."""
+"""Which architectures keep documents apart, on small models of the real classes (docs/methods/objectives.md)."""
 
 from __future__ import annotations
 
