@@ -56,7 +56,7 @@ class SiteConfig(Section):
 
 
 class ArchitectureConfig(Section):
-    """A table of units: what they own, where they are gated, what belongs to none (see docs/internals/adapters.md)."""
+    """A table of units: who owns what, where gates sit, what stays unmasked (docs/internals/architecture_specs.md)."""
 
     objective: ObjectiveName
     """What these networks are pre-trained with."""

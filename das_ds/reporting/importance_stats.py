@@ -139,7 +139,7 @@ def _to_regex(parameter: str) -> str:
 
 
 def _architecture(model: ModelConfig, model_type: str) -> ArchitectureSpec:
-    return spec_for(model_type) if model.architecture is None else spec_from_config(model.adapter, model_type)
+    return spec_for(model_type) if model.architecture is None else spec_from_config(model.architecture, model_type)
 
 
 def _round(values: torch.Tensor) -> Matrix:
