@@ -63,9 +63,9 @@ class ChunkedLMLoss:
         """Cross-entropy of each position.
 
         Args:
-            hidden: (P, H) hidden states; P = 0 calls the head too, as ZeRO waits for the gradient of every weight.
+            hidden: (P, H) hidden states; P = 0 calls the head too, because ZeRO expects a gradient of every weight.
             targets: (P,) int64.
-            most_positions: P at most on any rank, equal on all of them, such as the number of positions in the batch.
+            max_positions: upper bound of P, equal on all ranks, such as the number of positions in the batch.
 
         Returns:
             (P,) float32.

@@ -1,4 +1,4 @@
-"""Building the network and its tokenizer from the run config."""
+"""Loading the network and its tokenizer, as the run config names them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ from das_ds.user_files import find_lfs_pointers
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS_RECORD = "das_ds_weights"
-"""Attribute of a network's config that says what was done with the files it was read from."""
+"""Attribute of a network's config that records how its weights were read (`StoredWeights.record`)."""
+EXCEPTION_TEXTS = {
+    "surplus": "left out",
+    "drawn": f"of the LM head drawn by seed (model.allow_missing: [{HEAD}])",
+}
+"""Key of the record that lists tensors -> text."""
 AUTO_CLASSES: dict[ObjectiveName, Any] = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
 
@@ -45,12 +50,14 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `data.tokenizer`, else of the model.
 
     Raises:
-        ConfigError: a model with random weights and no tokenizer named.
+        ConfigError: a model with random weights and no `data.tokenizer`.
         ModelError: it cannot be loaded.
     """
-    source, revision = config.data.tokenizer, config.data.tokenizer_revision
+    source = config.data.tokenizer
+    revision = config.data.tokenizer_revision
     if source is None:
-        source, revision = config.model.name_or_path, config.model.revision
+        source = config.model.name_or_path
+        revision = config.model.revision
     if source is None:
         raise ConfigError(
             "data.tokenizer: a model with random weights needs a tokenizer folder or hub name, found null"
@@ -59,20 +66,20 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def open_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, there at a revision.
+    """The tokenizer of a folder, or of a hub name at a revision.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    _refuse_pointers(source, *_tokenizer_files(source))
+    _refuse_pointers(source, *_tokenizer_patterns(source))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model_folder(source, revision))
     except DasError:
         raise
-    # A damaged file makes libraries raise anything: tokenizers, for one, a bare Exception.
+    # Libraries raise anything over a damaged file; tokenizers, for example, a bare Exception.
     except Exception as error:
         raise ModelError(f"cannot load the tokenizer {source!r} (a folder or hub name): {first_line(error)}") from error
-    # Without the files of a tokenizer transformers makes one of the model's type that knows special tokens alone.
+    # Without tokenizer files, transformers builds a tokenizer of the model's type that has only special tokens.
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"tokenizer {source!r}: found no token but special ones, expected the files of a tokenizer there "
@@ -82,13 +89,13 @@ def open_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
 
 
 class Construction(Protocol):
-    """A way to build a network other than whole on every rank."""
+    """A way to build a network other than in full on every rank."""
 
     def random(self, construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        """The network of `construct()`."""
+        """The network of `construct()`, randomly initialized."""
 
     def pretrained(self, construct: Callable[[], PreTrainedModel], weights: StoredWeights) -> PreTrainedModel:
-        """The network of `construct()` with stored weights; those that are missing stay as it drew them."""
+        """The network of `construct()` with stored weights; missing weights keep their random initialization."""
 
 
 def load_model(
@@ -98,28 +105,30 @@ def load_model(
     vocab_size: int,
     construction: Construction | None = None,
 ) -> tuple[PreTrainedModel, ArchitectureSpec]:
-    """The network in float32, with its adapter.
+    """The network in float32, with its architecture spec.
 
     Args:
-        config: what to build.
+        config: the model to load.
         seed: seed of random weights.
         vocab_size: tokens of the tokenizer; sets the embedding of a random model, checked against a pre-trained one.
-        construction: builds the network in parts; its weights are the same.
+        construction: builds the network sharded; its weights are the same.
 
     Raises:
-        ModelError: not loadable, no adapter, weights of another network, or fewer embeddings than tokens.
+        ModelError: the model cannot be loaded, has no architecture spec, has weights of another network, or has fewer
+            embeddings than there are tokens.
     """
-    own_config = model_config(config, vocab_size=vocab_size)
+    network_config = model_config(config, vocab_size=vocab_size)
     spec = find_spec(config)
     auto_class = AUTO_CLASSES[spec.objective]
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
 
     def construct() -> PreTrainedModel:
         torch.manual_seed(seed)
-        network: PreTrainedModel = auto_class.from_config(own_config, **options)
+        network: PreTrainedModel = auto_class.from_config(network_config, **options)
         return network
 
-    own_config.__dict__.pop(WEIGHTS_RECORD, None)
+    # An exported model carries the record of the files that its run started from.
+    network_config.__dict__.pop(WEIGHTS_RECORD, None)
     try:
         source = weights_folder(config)
         with torch.random.fork_rng():
@@ -136,16 +145,16 @@ def load_model(
         ) from error
     check_embeddings(model, vocab_size)
     if config.gradient_checkpointing:
-        # Reentrant checkpointing breaks torch.autograd.grad, which the importance passes use.
+        # Reentrant checkpointing does not support torch.autograd.grad, which measuring importance uses.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, spec
 
 
 def weights_folder(config: ModelConfig) -> str | None:
-    """The folder of pre-trained weights, fetched from the hub where it has to be; None: random weights.
+    """The folder of pre-trained weights, downloaded from the hub if necessary; None: random weights.
 
     Raises:
-        ModelError: there is no such model, or it cannot be fetched.
+        ModelError: the model does not exist or cannot be downloaded.
     """
     if config.name_or_path is None:
         return None
@@ -156,25 +165,25 @@ def weights_folder(config: ModelConfig) -> str | None:
 
 
 def check_files(config: ModelConfig) -> None:
-    """Compare the files of an exported model with the checksums that were written with them.
+    """Compare the files of an exported model with the checksums exported with them.
 
     Raises:
-        ModelError: files are missing or were altered.
+        ModelError: files are missing or were modified.
     """
     folder = Path(config.name_or_path or "")
-    if config.name_or_path and folder.is_dir() and (altered := find_corrupted(folder)):
+    if config.name_or_path and folder.is_dir() and (corrupted := find_corrupted(folder)):
         raise ModelError(
-            f"{folder}: {', '.join(altered)} missing or not as exported (see {CHECKSUM_FILE}); put back a sound copy, "
-            f"or remove {CHECKSUM_FILE} if the change was meant"
+            f"{folder}: {', '.join(corrupted)} missing or not as exported (see {CHECKSUM_FILE}); restore an intact "
+            f"copy, or remove {CHECKSUM_FILE} if the change was intended"
         )
 
 
 def find_spec(config: ModelConfig) -> ArchitectureSpec:
-    """The adapter of a run's model, whose objective is that of the run.
+    """The architecture spec of a run's model, checked against the run's objective.
 
     Raises:
-        ModelError: no model config, or no adapter for its type, neither registered nor in the run config.
-        ConfigError: the run config asks for an objective that the architecture is not made for.
+        ModelError: the model config cannot be read, or its type has no spec, neither registered nor in the run config.
+        ConfigError: the run config asks for another objective than that of the architecture.
     """
     spec = _select_spec(config)
     if config.objective not in ("auto", spec.objective):
@@ -186,12 +195,12 @@ def find_spec(config: ModelConfig) -> ArchitectureSpec:
 
 
 def num_embedding_rows(config: ModelConfig, vocab_size: int) -> int:
-    """Rows of the embedding that `load_model` gives."""
+    """Rows of the embedding of the model that `load_model` returns."""
     return int(model_config(config, vocab_size=vocab_size).get_text_config().vocab_size)
 
 
 def check_sequence_length(model: PreTrainedModel, spec: ArchitectureSpec, sequence_length: int) -> None:
-    """Raises ConfigError when blocks are longer than the model's positions."""
+    """Raises ConfigError if blocks are longer than the model has positions."""
     longest = spec.max_sequence_length(model)
     if sequence_length > longest:
         raise ConfigError(
@@ -201,7 +210,7 @@ def check_sequence_length(model: PreTrainedModel, spec: ArchitectureSpec, sequen
 
 
 def model_config(config: ModelConfig, **defaults: int) -> Any:
-    """The Hugging Face config of a model, `defaults` under what a bare `model.config` says.
+    """The Hugging Face config of a model; `defaults` apply to `model.config` where it lacks a key.
 
     Raises:
         ModelError: it cannot be loaded or built.
@@ -220,24 +229,23 @@ def model_config(config: ModelConfig, **defaults: int) -> Any:
         return AutoConfig.for_model(model_type, **values)
     except DasError:
         raise
-    # A value of another type may fail anywhere in the class of the config.
+    # A value of a wrong type may fail anywhere in the config class.
     except Exception as error:
         source = config.name_or_path or config.config
         raise ModelError(f"cannot load the model config of {source!r}: {first_line(error)}") from error
 
 
 def _check_config_keys(model_type: str, values: dict[str, Any]) -> None:
-    """Raises ModelError for a key that transformers would keep without using it, and another network be trained."""
+    """Raises ModelError for a key that transformers would silently ignore, so that another network would be trained."""
     if "quantization_config" in values:
         raise ModelError(
-            "model.config.quantization_config: found with weights that are drawn at random, which are 32 bits wide; "
-            "expected no such key"
+            "model.config.quantization_config: found with random weights, which are 32 bits wide; expected no such key"
         )
     known = AutoConfig.for_model(model_type)
-    # Read, though no attribute: rotary settings of before transformers 5 become `rope_parameters`.
+    # Not attributes, but read: rotary settings of transformers < 5 become `rope_parameters`.
     rotary = ("rope_theta", "partial_rotary_factor") if hasattr(known, "rope_parameters") else ()
     for key in values:
-        if not hasattr(known, key) and key not in (*rotary, WEIGHTS_RECORD) and not _reads(known, key):
+        if not hasattr(known, key) and key not in (*rotary, WEIGHTS_RECORD) and not _mentions(known, key):
             near = difflib.get_close_matches(key, vars(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ModelError(f"model.config.{key}: unknown key of a {model_type} config{hint}")
@@ -246,26 +254,26 @@ def _check_config_keys(model_type: str, values: dict[str, Any]) -> None:
         raise ModelError(f"model.config.num_hidden_layers: found {layers!r}, allowed: at least 1")
 
 
-def _reads(config: Any, key: str) -> bool:
-    """Whether the code of a config's network names a key, which it may read without declaring it."""
+def _mentions(config: Any, key: str) -> bool:
+    """Whether the code of a config's network mentions a key; it may read keys that the config does not declare."""
     network: Any = AutoModel._model_mapping.get(type(config), None)
     module = inspect.getmodule(network[0] if isinstance(network, tuple) else network)
-    # Without its code nothing can be said against a key.
+    # Without source code, allow every key.
     return module is None or re.search(rf"\b{re.escape(key)}\b", inspect.getsource(module)) is not None
 
 
 def _stored_config(config: ModelConfig) -> Any:
-    """The config of a folder or hub name whose weights are those of one whole network.
+    """The config in a folder or on the hub, of a model with complete, unquantized weights.
 
     Raises:
-        ModelError: they are quantized, or belong to an adapter.
+        ModelError: the weights are quantized, or belong to a LoRA adapter.
     """
     source = config.name_or_path
     folder = resolve_model_folder(str(source), config.revision)
     if find_file(folder, ADAPTER_CONFIG) is not None:
         raise ModelError(
-            f"model.name_or_path: found {ADAPTER_CONFIG} in {source}, expected a whole model; merge the adapter into "
-            "its base model first, or move it away if the weights beside it are meant without it (model.lora.init_from "
+            f"model.name_or_path: found {ADAPTER_CONFIG} in {source}, expected a complete model; merge the adapter "
+            "into its base model first, or move it away to use the weights next to it without it (model.lora.init_from "
             "continues an adapter)"
         )
     stored = AutoConfig.from_pretrained(folder)
@@ -275,7 +283,7 @@ def _stored_config(config: ModelConfig) -> Any:
         method = getattr(values.get("quant_method"), "value", values.get("quant_method"))
         raise ModelError(
             f"model.name_or_path: found weights quantized by {method or 'an unknown method'} (quantization_config in "
-            f"config.json) in {source}, expected weights of 16 or 32 bits, which training moves"
+            f"config.json) in {source}, expected trainable weights of 16 or 32 bits"
         )
     return stored
 
@@ -289,9 +297,9 @@ def _pretrained(
     config: ModelConfig, source: str, construct: Callable[[], PreTrainedModel], construction: Construction | None
 ) -> PreTrainedModel:
     with torch.device("meta"):
-        outline = construct()
-    _refuse_pointers(source, *_weight_files(source))
-    with closing(StoredWeights(source, outline)) as weights:
+        meta_model = construct()
+    _refuse_pointers(source, *_weight_patterns(source))
+    with closing(StoredWeights(source, meta_model)) as weights:
         weights.check(config.allow_missing)
         record = {**weights.record(), "source": config.name_or_path}
         model = construction.pretrained(construct, weights) if construction else weights.fill(construct)
@@ -303,59 +311,57 @@ def _pretrained(
     return model
 
 
-def describe_stored_weights(config: ModelConfig, outline: PreTrainedModel) -> str:
-    """What `load_model` would do with stored weights, in a line; none of them is read.
+def describe_stored_weights(config: ModelConfig, meta_model: PreTrainedModel) -> str:
+    """What `load_model` would do with the stored weights, in one line; no values are read.
 
     Args:
         config: of a model with pre-trained weights.
-        outline: the network, without values.
+        meta_model: the network on the meta device.
 
     Raises:
-        ModelError: it would refuse them.
+        ModelError: `load_model` would refuse the weights.
     """
     name = str(config.name_or_path)
     try:
         source = resolve_model_folder(name, config.revision)
-        _refuse_pointers(source, *_weight_files(source))
-        with closing(StoredWeights(source, outline, local_only=True)) as weights:
+        _refuse_pointers(source, *_weight_patterns(source))
+        with closing(StoredWeights(source, meta_model, local_only=True)) as weights:
             weights.check(config.allow_missing)
-            return weights_line({**weights.record(), "source": name})
+            return _format_record({**weights.record(), "source": name})
     except DasError:
         raise
-    # As in `load_model`: a damaged file makes libraries raise anything.
+    # As in `load_model`: libraries raise anything over a damaged file.
     except Exception as error:
         if isinstance(error, OSError) and not Path(name).is_dir():
-            return f"weights of {name} are not on this machine yet and were not looked at"
+            return f"weights of {name} are not in the local cache yet and were not checked"
         raise ModelError(f"cannot read the weights of {name!r}: {first_line(error)}") from error
 
 
 def get_weights_record(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What was done with the files that a network was read from; None: its weights were drawn."""
+    """The record of how a network's weights were read from files; None: they are random."""
     record: dict[str, Any] | None = getattr(model.config, WEIGHTS_RECORD, None)
     return record
 
 
 def print_weights_summary(model: PreTrainedModel) -> None:
-    """A line on the screen, on the error stream: that of answers belongs to whoever called the program."""
+    """Print one line about the weights, to stderr, because stdout is for the results of a command."""
     if (record := get_weights_record(model)) is not None:
-        print(f"das_ds: {weights_line(record)}", file=sys.stderr, flush=True)
+        print(f"das_ds: {_format_record(record)}", file=sys.stderr, flush=True)
 
 
-def weights_line(record: dict[str, Any]) -> str:
-    """The same for people."""
-    changed = [f"{record[what]} {what}" for what in ("renamed", "converted") if record[what]]
-    beside = [f"{len(record[key])} {what}: {abbreviate(record[key])}" for key, what in WHAT_ELSE.items() if record[key]]
+def _format_record(record: dict[str, Any]) -> str:
+    changed = [f"{record[key]} {key}" for key in ("renamed", "converted") if record[key]]
+    exceptions = [
+        f"{len(record[key])} {text}: {abbreviate(record[key])}" for key, text in EXCEPTION_TEXTS.items() if record[key]
+    ]
     return (
         f"weights of {record['source']}: {record['num_tensors']} tensors ({', '.join(record['dtypes'])}) of "
-        f"{abbreviate(record['files'])} as float32" + "".join(f"; {part}" for part in (*changed, *beside))
+        f"{abbreviate(record['files'])} as float32" + "".join(f"; {text}" for text in (*changed, *exceptions))
     )
 
 
-WHAT_ELSE = {"surplus": "left out", "drawn": f"of the LM head drawn by seed (model.allow_missing: [{HEAD}])"}
-
-
 def check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
-    """Raises ModelError when there are more tokens than rows of the embedding."""
+    """Raises ModelError if there are more tokens than rows of the embedding."""
     embeddings: Any = model.get_input_embeddings()
     num_embeddings = embeddings.num_embeddings
     if vocab_size > num_embeddings:
@@ -364,21 +370,21 @@ def check_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
         )
 
 
-def _tokenizer_files(source: str) -> tuple[str, ...]:
-    """Files of a folder that its tokenizer is made of; others, which tokenizer.json makes needless, are not read."""
+def _tokenizer_patterns(source: str) -> tuple[str, ...]:
+    """Glob patterns of the files that a tokenizer is read from; tokenizer.json replaces the vocabulary files."""
     settings = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     if (Path(source) / "tokenizer.json").is_file():
         return settings
     return (*settings, "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 
 
-def _weight_files(source: str) -> tuple[str, ...]:
-    """Files of a folder that its weights are read from: safetensors where there are some."""
+def _weight_patterns(source: str) -> tuple[str, ...]:
+    """Glob patterns of the files that weights are read from: safetensors if there are any."""
     return ("*.safetensors", "*.index.json") if any(Path(source).glob("*.safetensors")) else ("*.bin", "*.index.json")
 
 
 def _refuse_pointers(source: str, *patterns: str) -> None:
-    """Raises ModelError where a folder's files are Git LFS pointers, which some readers take for a small vocabulary."""
+    """Raises ModelError if files are Git LFS pointers, which some readers would accept as a small vocabulary."""
     folder = Path(source)
     try:
         pointers = find_lfs_pointers(folder, *patterns) if folder.is_dir() else []

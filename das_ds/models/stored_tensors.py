@@ -1,4 +1,4 @@
-"""Files of weights, safetensors or torch's own, whose tensors are read by stretches."""
+"""Weight files (safetensors or torch's own format), of which any range of a tensor can be read."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ SAFE_DTYPES = {
     "BF16": torch.bfloat16,
 }
 READABLE = frozenset(SAFE_DTYPES.values())
-"""Types whose numbers are the weights themselves; all others need a scale, or code, to become weights."""
+"""Dtypes whose values are the weights themselves; all others need a scale, or code, to become weights."""
 ORDER = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-"""Where weights are looked for, as in transformers: the first that there is counts."""
+"""File names of weights in order of precedence, as in transformers."""
 
 
 class TensorFile(Protocol):
-    """One file, open."""
+    """One open file."""
 
     def names(self) -> list[str]:
-        """Names of its tensors."""
+        """Names of the tensors in the file."""
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Shape of a tensor."""
 
     def dtype(self, key: str) -> str:
-        """Of a tensor, as torch names it where it knows it."""
+        """Dtype of a tensor; torch's name for it if torch has the dtype."""
 
     def read(self, key: str, offset: int, numel: int) -> torch.Tensor:
-        """Elements [offset, offset + numel) of a flattened tensor, (numel,) float32 with memory of its own."""
+        """Elements [offset, offset + numel) of a flattened tensor: a copy, (numel,) float32."""
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
 
 
 class SafetensorsFile(TensorFile):
-    """A safetensors file; only the rows that are asked for are read."""
+    """A safetensors file; only the requested rows are read."""
 
     def __init__(self, path: Path) -> None:
         self._file: Any = safe_open(path, framework="pt").__enter__()
@@ -73,11 +73,13 @@ class SafetensorsFile(TensorFile):
         stored = self._file.get_slice(key)
         shape = stored.get_shape()
         if not shape or not numel:
+            # Scalars and empty ranges have no rows to slice.
             return self._file.get_tensor(key).float().reshape(-1)[offset : offset + numel].clone()
-        row = math.prod(shape[1:])
-        first, last = offset // row, -(-(offset + numel) // row)
-        start = offset - first * row
-        return stored[first:last].reshape(-1)[start : start + numel].to(torch.float32, copy=True)
+        row_numel = math.prod(shape[1:])
+        first = offset // row_numel
+        stop = -(-(offset + numel) // row_numel)  # rounded up
+        start = offset - first * row_numel
+        return stored[first:stop].reshape(-1)[start : start + numel].to(torch.float32, copy=True)
 
     def close(self) -> None:
         """See `TensorFile`."""
@@ -85,7 +87,7 @@ class SafetensorsFile(TensorFile):
 
 
 class TorchFile(TensorFile):
-    """A state dict that torch saved; read from the file as needed, but whole where the file is of the old form.
+    """A state dict saved by torch; memory-mapped, or loaded completely if the file has torch's old format.
 
     Raises:
         ModelError: it holds anything but tensors.
@@ -99,8 +101,8 @@ class TorchFile(TensorFile):
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ModelError(f"{path}: found no state dict of tensors alone, expected one") from error
-        found = next((f"{key}: {type(v).__name__}" for key, v in content.items() if not torch.is_tensor(v)), None)
-        if found is not None:
+        others = (f"{key}: {type(value).__name__}" for key, value in content.items() if not torch.is_tensor(value))
+        if (found := next(others, None)) is not None:
             raise ModelError(f"{path}: found {found}, expected a state dict, name to tensor")
         self._tensors: dict[str, torch.Tensor] = content
 
@@ -121,84 +123,83 @@ class TorchFile(TensorFile):
         return self._tensors[key].reshape(-1)[offset : offset + numel].to(torch.float32, copy=True)
 
     def close(self) -> None:
-        """See `TensorFile`; a mapped file is let go with its tensors."""
+        """See `TensorFile`; a mapped file is closed when its tensors are freed."""
         self._tensors = {}
 
 
 class TensorFiles:
-    """All files of a model; one is open at a time, since what was read of it counts as memory of this process.
+    """All weight files of a model; only one is open at a time, because mapped pages count as memory of this process.
 
     Args:
         source: folder or hub name.
         name: the file that the model's config names; None: those of `ORDER`.
-        local_only: look for a hub name on this machine alone.
+        local_only: look up a hub name in the local cache only.
 
     Raises:
-        OSError: there are none, or one is missing.
-        ModelError: one holds no state dict, or two hold a tensor of the same name.
+        OSError: no weight file found, or one is missing.
+        ModelError: a file holds no state dict, or two files hold a tensor of the same name.
     """
 
     def __init__(self, source: str, *, name: str | None = None, local_only: bool = False) -> None:
-        self.paths = _paths(source, ORDER if name is None else (name,), local_only=local_only)
-        self.places: dict[str, Path] = {}
+        self.paths = _find_paths(source, ORDER if name is None else (name,), local_only=local_only)
+        self.path_by_tensor: dict[str, Path] = {}
         """Name of a tensor -> its file."""
         self._open: tuple[Path, TensorFile] | None = None
         for path in self.paths:
-            for key in self.file(path).names():
-                if key in self.places:
-                    raise ModelError(
-                        f"{source}: found {key} in {self.places[key].name} and in {path.name}, expected one of them"
-                    )
-                self.places[key] = path
+            for key in self.open(path).names():
+                if key in self.path_by_tensor:
+                    first = self.path_by_tensor[key]
+                    raise ModelError(f"{source}: found {key} in {first.name} and in {path.name}, expected one of them")
+                self.path_by_tensor[key] = path
 
-    def of(self, key: str) -> TensorFile:
-        """The file of a tensor."""
-        return self.file(self.places[key])
+    def file_with(self, key: str) -> TensorFile:
+        """The open file that holds a tensor."""
+        return self.open(self.path_by_tensor[key])
 
-    def file(self, path: Path) -> TensorFile:
-        """A file, opened unless it was opened last."""
+    def open(self, path: Path) -> TensorFile:
+        """Open a file and close the previous one, unless it is the same."""
         if self._open is None or self._open[0] != path:
             self.close()
             self._open = (path, SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path))
         return self._open[1]
 
     def close(self) -> None:
-        """Close the file that is open."""
+        """Close the open file, if any."""
         if self._open is not None:
             self._open[1].close()
             self._open = None
 
 
 def find_file(source: str, name: str, *, local_only: bool = False) -> Path | None:
-    """A file of a folder or hub name; None where there is none, or no answer."""
+    """A file of a folder or hub name; None if it does not exist or the hub does not answer."""
     options = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_gated_repo": False,
         "_raise_exceptions_for_connection_errors": False,
     }
     with suppress(OSError):
-        found = cached_file(source, name, local_files_only=local_only, **options)
-        return None if found is None else Path(found)
+        path = cached_file(source, name, local_files_only=local_only, **options)
+        return None if path is None else Path(path)
     return None
 
 
-def _paths(source: str, names: tuple[str, ...], *, local_only: bool) -> list[Path]:
+def _find_paths(source: str, names: tuple[str, ...], *, local_only: bool) -> list[Path]:
     for name in names:
-        found = find_file(source, name, local_only=local_only)
-        if found is None:
+        file = find_file(source, name, local_only=local_only)
+        if file is None:
             continue
         if not name.endswith(".index.json"):
-            return [found]
-        paths = _shards(source, found, local_only=local_only)
+            return [file]
+        paths = _list_shards(source, file, local_only=local_only)
         if missing := [path.name for path in paths if not path.is_file()]:
             raise ModelError(
-                f"{found}: found no {abbreviate(missing)}, which it names, expected all files of the weights"
+                f"{file}: found no {abbreviate(missing)}, which it names, expected all files of the weights"
             )
         return paths
-    raise OSError(f"found no weights, expected {' or '.join(names)}{_beside(source)}")
+    raise OSError(f"found no weights, expected {' or '.join(names)}{_mention_other_files(source)}")
 
 
-def _shards(source: str, index: Path, *, local_only: bool) -> list[Path]:
+def _list_shards(source: str, index: Path, *, local_only: bool) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -208,21 +209,21 @@ def _shards(source: str, index: Path, *, local_only: bool) -> list[Path]:
     return [Path(file) for file in get_checkpoint_shard_files(source, index, local_files_only=local_only)[0]]
 
 
-def _beside(source: str) -> str:
-    """Files of weights that are none of these, such as those of a variant."""
+def _mention_other_files(source: str) -> str:
+    """Weight files of other names or formats, such as those of a variant, for an error message."""
     others = sorted(
-        path.name for path in _files_in(source) if re.search(r"\.(safetensors|bin|pt|pth|gguf)$", path.name)
+        path.name for path in _list_files(source) if re.search(r"\.(safetensors|bin|pt|pth|gguf)$", path.name)
     )
     return f"; found {abbreviate(others)}" if others else ""
 
 
-def _files_in(source: str) -> Iterator[Path]:
+def _list_files(source: str) -> Iterator[Path]:
     return Path(source).iterdir() if Path(source).is_dir() else iter(())
 
 
-def abbreviate(names: Sequence[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def abbreviate(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names, and the number of the others."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

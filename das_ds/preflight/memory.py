@@ -108,7 +108,7 @@ def measured_size(config: RunConfig, model: PreTrainedModel, spec: ArchitectureS
     added = max(0, num_rows - num_embeddings) * sum(layout.shapes[name][2] for name in layout.vocabulary)
     total = trained = sum(layout.sizes.values()) + added
     if config.model.lora is not None:
-        maps = Lora.plan(model, layout, config.model.lora).maps
+        maps = Lora.plan(model, layout, config.model.lora).linears
         trained = sum(item.rank * (item.num_inputs + item.num_outputs) for item in maps)
         total += trained
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)

@@ -17,7 +17,7 @@ from das_ds.models.lora import Lora
 def random_weights(lora: Lora, seed: int = 0) -> dict[str, Tensor]:
     """A and B of every map; no zero anywhere, so that no gradient is zero for that reason."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {name: shape[1:] for item in lora.maps for name, shape in item.shapes.items()}
+    shapes = {name: shape[1:] for item in lora.linears for name, shape in item.shapes.items()}
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -64,7 +64,7 @@ def to_dense(model: PreTrainedModel, lora: Lora, weights: dict[str, Tensor]) -> 
                 del module._parameters[name]
                 module.register_buffer(name, parameter.detach())
     scale = lora.config.alpha / lora.config.rank
-    for item in lora.maps:
+    for item in lora.linears:
         name = item.weight.removesuffix(".weight")
         model.set_submodule(name, WrittenOut(model.get_submodule(name), weights[item.a], weights[item.b], scale))  # type: ignore[arg-type]
     return model

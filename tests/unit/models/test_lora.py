@@ -162,7 +162,7 @@ def planned(**config: object) -> Lora:
 
 
 def test_targets_are_ends_of_names() -> None:
-    assert [item.weight for item in planned(target_modules=["query", "0.output.dense"]).maps] == [
+    assert [item.weight for item in planned(target_modules=["query", "0.output.dense"]).linears] == [
         "roberta.encoder.layer.0.attention.self.query.weight",
         "roberta.encoder.layer.1.attention.self.query.weight",
         "roberta.encoder.layer.0.output.dense.weight",
@@ -199,7 +199,7 @@ def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     for change in ({"use_rslora": True}, {"alpha_pattern": {"query": 64}}, {"peft_type": "IA3"}, {"bias": "all"}):
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
-        with pytest.raises(ModelError, match=f"{next(iter(change))}: found .*as adapters of das_ds have it"):
+        with pytest.raises(ModelError, match=f"{next(iter(change))}: found .*as in adapters of das_ds"):
             planned(rank=RANK).attach(tiny_model(), seed=0, weights=tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
@@ -227,7 +227,7 @@ def test_stacked_experts_stay_frozen_and_are_named(caplog: pytest.LogCaptureFixt
     layout = stacked(model)
     lora = Lora.plan(model, layout, LoraConfig())
     assert "experts take no adapters and stay frozen: intermediate.dense.weight" in caplog.text
-    assert "roberta.encoder.layer.0.intermediate.dense.weight" not in {item.weight for item in lora.maps}
+    assert "roberta.encoder.layer.0.intermediate.dense.weight" not in {item.weight for item in lora.linears}
     with pytest.raises(ConfigError, match=r"found 0.intermediate.dense.*experts take no adapters: intermediate.dense"):
         Lora.plan(model, layout, LoraConfig(target_modules=["0.intermediate.dense"]))
 
@@ -235,5 +235,5 @@ def test_stacked_experts_stay_frozen_and_are_named(caplog: pytest.LogCaptureFixt
 def test_network_without_linear_maps() -> None:
     model, _ = network("roberta")
     layout = UnitLayout("other", 2, {HEAD: 3}, (), {})
-    with pytest.raises(ModelError, match="units of other own no linear map"):
+    with pytest.raises(ModelError, match="units of other own no linear layer"):
         Lora.plan(model, layout, LoraConfig())
