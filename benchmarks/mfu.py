@@ -131,7 +131,7 @@ def build_batch(work: Workload, objective: str) -> Batch:
     shape = (work.batch_size, work.sequence_length)
     input_ids = torch.randint(FIRST_WORD, LAST_WORD, shape, generator=generator)
     if objective == "clm":
-        return CausalLMCollator().batch(input_ids, range(work.batch_size), seed=0, stream="")
+        return CausalLMCollator()(input_ids, range(work.batch_size), seed=0, stream="")
     flat = input_ids.flatten()
     predicted = torch.randperm(len(flat), generator=generator)[: round(MLM_PROBABILITY * len(flat))]
     return Batch(

@@ -1,4 +1,7 @@
-"""Micro-batches of masked and causal language modeling; B = rows, S = tokens per row, P = predicted tokens."""
+"""Micro-batches for masked and causal language modeling.
+
+Shape legend: B rows, S tokens per row, P predicted tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +17,31 @@ class Batch:
     """One micro-batch of one rank."""
 
     input_ids: Tensor
-    """(B, S) long, the text as it is."""
+    """(B, S) long, the original text."""
     corrupted_ids: Tensor
-    """(B, S) long, what the network reads: masked and replaced tokens, or `input_ids` itself (causal)."""
+    """(B, S) long, the input of the network: with masked and replaced tokens, or `input_ids` itself (causal)."""
     predicted: Tensor
-    """(P,) long, positions that predict as indices into the flat B * S; none in rows of weight 0."""
+    """(P,) long, positions that predict, as indices into the flattened (B, S); none in rows of weight 0."""
     targets: Tensor
-    """(P,) long, the token each of them predicts: the text's own at that position, or the next one (causal)."""
+    """(P,) long, the token that each of them predicts: the original one there, or the next one (causal)."""
     row_weights: Tensor
-    """(B,) float32, 1, or 0 for rows that only fill the batch so that all ranks run equally many forward passes."""
+    """(B,) float32: 1, or 0 for padding rows, which exist so that all ranks run equally many forward passes."""
     position_ids: Tensor | None = None
-    """(B, S) long, position of each token in its own document; None where documents are not isolated."""
+    """(B, S) long, position of each token in its document; None without document mask."""
 
     @property
     def num_predicted(self) -> int:
-        """P; known without asking the device."""
+        """P, from the shape, without a device sync."""
         return self.predicted.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; the data loader calls this."""
-        return self._mapped(Tensor.pin_memory)
+        return self._map(Tensor.pin_memory)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})

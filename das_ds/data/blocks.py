@@ -1,4 +1,4 @@
-"""Blocks of a fixed number of tokens, as a memory-mapped view of a token file; S = tokens per block."""
+"""Blocks: a corpus as rows of S tokens each, a memory-mapped view of its token file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_CACHE_DIR = "~/.cache/das_ds"
 
 
 class TokenBlocks:
-    """Consecutive blocks of S tokens; the tokens after the last whole block are left out."""
+    """Consecutive blocks of S tokens; tokens after the last full block are dropped."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class TokenBlocks:
         *,
         isolate_documents: bool = False,
     ) -> None:
-        """Blocks `first` to `stop` (all from `first` where None) of a token file that holds at least one.
+        """Blocks [first, stop) of a token file; `stop` None: to the end.
 
-        With `isolate_documents` the blocks know the positions of their tokens in their documents.
+        With `isolate_documents` the blocks know the position of each token in its document.
 
         Raises:
             DataError: the file holds less than one block.
@@ -67,21 +67,22 @@ class TokenBlocks:
         """Block `index`; (S,) long."""
         return torch.from_numpy(self._blocks[index].astype(np.int64))
 
-    def take(self, indices: Sequence[int]) -> Tensor:
-        """The blocks of the given indices; (len(indices), S) long."""
+    def index_select(self, indices: Sequence[int]) -> Tensor:
+        """The blocks with these indices, as `torch.index_select`; (len(indices), S) long."""
         return torch.from_numpy(self._blocks[list(indices)].astype(np.int64))
 
     def positions(self, indices: Sequence[int]) -> Tensor | None:
-        """Position of every token of the given blocks in its document, as far as the block holds it.
+        """Position of every token of these blocks in its document.
 
-        A document that began in an earlier block starts at 0 again.
+        A document that began in an earlier block restarts at 0.
 
         Returns:
-            (len(indices), S) long, or None where documents are not isolated.
+            (len(indices), S) long, or None without document mask.
         """
         if self._starts is None:
             return None
         length = self.sequence_length
+        # Column j of a row: j if a document starts there, else 0; the running maximum is the start of j's document.
         document_starts = np.zeros((len(indices), length), dtype=np.int64)
         for row, index in zip(document_starts, indices, strict=True):
             begin = (self.first + index) * length
@@ -91,22 +92,22 @@ class TokenBlocks:
         return torch.from_numpy(np.arange(length) - np.maximum.accumulate(document_starts, axis=1))
 
     def split(self, num_last: int) -> tuple[Self, Self]:
-        """Views of all but the last `num_last` blocks and of those."""
+        """(all but the last `num_last` blocks, the last `num_last` blocks), as views."""
         cut = self.stop - num_last
-        return self._part(self.first, cut), self._part(cut, self.stop)
+        return self._slice(self.first, cut), self._slice(cut, self.stop)
 
-    def _part(self, first: int, stop: int) -> Self:
+    def _slice(self, first: int, stop: int) -> Self:
         return type(self)(self.token_file, self.sequence_length, first, stop, isolate_documents=self.isolate_documents)
 
     def __reduce__(self) -> tuple[partial[Self], tuple[TokenFile, int, int, int]]:
-        # A loader process maps the files itself; a pickled memory map would carry its whole content.
+        # A loader worker maps the files itself; pickling a memory map would copy its content.
         make = partial(type(self), isolate_documents=self.isolate_documents)
         return make, (self.token_file, self.sequence_length, self.first, self.stop)
 
 
 @dataclass(frozen=True)
 class CorpusBlocks:
-    """Training and held-out blocks of one corpus; `train` is None for a corpus that is only evaluated."""
+    """Training and held-out blocks of one corpus; `train` is None if the corpus is only evaluated."""
 
     train: TokenBlocks | None
     valid: TokenBlocks
@@ -116,7 +117,7 @@ def resolve_cache_folder(data: DataConfig) -> Path:
     """Folder of tokenized corpora: `data.cache_dir`, else `$DAS_DS_CACHE`, else `~/.cache/das_ds`.
 
     Raises:
-        DataError: the user has no home folder, or the variable names another that is not set.
+        DataError: the user has no home folder, or `$DAS_DS_CACHE` contains an unset variable.
     """
     try:
         return Path(data.cache_dir or expand_path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE_DIR))
@@ -132,7 +133,7 @@ def prepare_corpus(
     objective: ObjectiveName,
     progress: bool,
 ) -> CorpusBlocks:
-    """Tokenize a corpus, or find it in the cache, and cut it into blocks.
+    """Tokenize a corpus, or find it in the cache, and split it into blocks.
 
     For causal language modeling every document ends in the end-of-text token.
     Without `corpus.valid` the last `valid_fraction` of the training blocks, at least one, is held out.
@@ -143,8 +144,8 @@ def prepare_corpus(
     """
     ending = end_of_text(tokenizer) if objective == "clm" else None
 
-    def blocks(sources: Sequence[str], part: str) -> TokenBlocks:
-        name = f"{corpus.name}-{part}"
+    def load_blocks(sources: Sequence[str], split: str) -> TokenBlocks:
+        name = f"{corpus.name}-{split}"
         tokens = prepare_tokens(
             sources,
             corpus=name,
@@ -160,18 +161,18 @@ def prepare_corpus(
             raise DataError(f"corpus '{name}': {error}") from error
 
     check_valid_is_held_out(corpus)
-    train = blocks(corpus.train, "train") if corpus.train else None
+    train = load_blocks(corpus.train, "train") if corpus.train else None
     if corpus.valid:
-        return CorpusBlocks(train, blocks(corpus.valid, "valid"))
+        return CorpusBlocks(train, load_blocks(corpus.valid, "valid"))
     assert train is not None
     return CorpusBlocks(*_hold_out(train, corpus))
 
 
 def check_valid_is_held_out(corpus: CorpusConfig) -> None:
-    """Refuse held-out text that is trained on: its losses would say nothing of text that is new to the model.
+    """Refuse held-out text that is also trained on: its losses would not measure generalization.
 
     Raises:
-        DataError: a source is in `train` and in `valid`, or cannot be found; names the corpus.
+        DataError: a source is in both `train` and `valid`, or cannot be found; names the corpus.
     """
     try:
         shared = find_shared_sources(corpus.train, corpus.valid)
@@ -179,8 +180,8 @@ def check_valid_is_held_out(corpus: CorpusConfig) -> None:
         raise DataError(f"corpus '{corpus.name}': {error}") from error
     if shared:
         raise DataError(
-            f"corpus '{corpus.name}': found {shared[0]} in train and in valid; expected held-out text of its own (or "
-            "no valid: then valid_fraction of train is held out)"
+            f"corpus '{corpus.name}': found {shared[0]} in train and in valid; expected separate held-out text (or no "
+            "valid: then valid_fraction of train is held out)"
         )
 
 
@@ -188,7 +189,7 @@ def _hold_out(train: TokenBlocks, corpus: CorpusConfig) -> tuple[TokenBlocks, To
     if len(train) < 2:
         raise DataError(
             f"corpus '{corpus.name}': found one block of {train.sequence_length} tokens; expected at least two, one to "
-            f"train on and one to hold out (or give {corpus.name} its own valid text)"
+            f"train on and one to hold out (or valid text for {corpus.name})"
         )
     num_valid = max(1, round(len(train) * corpus.valid_fraction))
     return train.split(min(num_valid, len(train) - 1))

@@ -1,4 +1,12 @@
-"""Batches of training and of evaluation, the same text with the same predictions for any number of ranks."""
+"""Data loader: batches for training and evaluation, with the same text and predictions for any number of ranks.
+
+Why not `datasets.map` and torchdata's `StatefulDataLoader`: addressing here is stateless. The sample in row b of rank r
+at step t is a pure function of (t, r, b) (`StepPlan`), and its order and corruption are functions of (seed, stream,
+sample number) by the counter-based generator Philox (`functional.sampling`). So resuming means starting at another
+step, without loader state in checkpoints, and any number of ranks or workers reads the same global batches. The state
+of a `StatefulDataLoader` belongs to the ranks and workers that wrote it. Tokens come from one memory-mapped file per
+corpus (`tokenize.py`), which needs no Arrow table of rows.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +27,25 @@ from das_ds.errors import ConfigError
 
 
 class SampleStream(Protocol):
-    """What a training reads."""
+    """The endless sequence of samples that a training reads."""
 
     @property
-    def parts(self) -> tuple[SampleDataset, ...]:
-        """The corpora, by source."""
+    def datasets(self) -> tuple[SampleDataset, ...]:
+        """The corpora; `SampleRef.source` is an index into them."""
 
     def ref(self, number: int) -> SampleRef:
-        """Global sample `number` of the training, a pure function."""
+        """Global sample `number`, a pure function."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which samples rank r of W reads: in step t, micro-step m, row b the global sample t*G + m*W*B + r*B + b.
+    """Batch sampler: rank r of W reads, in step t, micro-step m, row b, global sample t*G + m*W*B + r*B + b.
 
-    Rows of one micro-step are consecutive over the ranks, so their union does not depend on W while W * B stays.
+    The rows of a micro-step are consecutive over the ranks, so that their union does not change with W if W * B stays
+    the same.
     """
 
-    reading: SampleStream
+    samples: SampleStream
     first_step: int
     num_steps: int
     global_batch_size: int
@@ -49,7 +58,7 @@ class StepPlan:
         """Micro-steps per optimizer step, G / (W * B).
 
         Raises:
-            ConfigError: the global batch is not a whole number of micro-steps.
+            ConfigError: G is not a multiple of W * B.
         """
         rows = self.world_size * self.micro_batch_size
         if self.global_batch_size % rows:
@@ -66,44 +75,45 @@ class StepPlan:
         rows = self.world_size * self.micro_batch_size
         begin = self.first_step * self.global_batch_size + self.rank * self.micro_batch_size
         for start in range(begin, begin + len(self) * rows, rows):
-            yield [self.reading.ref(number) for number in range(start, start + self.micro_batch_size)]
+            yield [self.samples.ref(number) for number in range(start, start + self.micro_batch_size)]
 
 
 @dataclass(frozen=True)
 class SampleDataset(Dataset[Batch]):
-    """Turns the sample references of a micro-batch into the batch; runs in the loader's processes."""
+    """One corpus as batches of samples; runs in the loader's worker processes."""
 
     blocks: TokenBlocks
-    objective: Collator
+    collator: Collator
     seed: int
     stream: str
 
     def __getitems__(self, refs: Sequence[SampleRef]) -> Batch:
-        """The batch of the given samples, which the loader asks for by this name."""
+        """The batch of these samples; `DataLoader` calls this method if a dataset has it."""
         return self._batch([ref.block for ref in refs], [ref.number for ref in refs])
 
-    def fixed_batch(self, indices: Sequence[int], num_rows: int, filling: int) -> Batch:
-        """Blocks under the corruption that their index fixes, filled to `num_rows` with block `filling` at weight 0."""
-        return self._batch([*indices, *[filling] * (num_rows - len(indices))], indices)
+    def fixed_batch(self, indices: Sequence[int], num_rows: int, padding: int) -> Batch:
+        """Blocks with the corruption fixed by their index, padded to `num_rows` with block `padding` at weight 0."""
+        return self._batch([*indices, *[padding] * (num_rows - len(indices))], indices)
 
     def _batch(self, indices: Sequence[int], numbers: Sequence[int]) -> Batch:
-        batch = self.objective.batch(self.blocks.take(indices), numbers, seed=self.seed, stream=self.stream)
+        batch = self.collator(self.blocks.index_select(indices), numbers, seed=self.seed, stream=self.stream)
         position_ids = self.blocks.positions(indices)
         return batch if position_ids is None else add_document_positions(batch, position_ids)
 
 
 def _ignore_signals(_: int) -> None:
-    """Signals that ask the run to stop often reach all its processes; it still needs these for its last steps."""
+    """Stop signals often reach all processes of a job; the run still needs its loader workers for the last steps."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
+    """`collate_fn` for batches that the dataset has already collated."""
     return batch
 
 
 def training_steps(
-    reading: SampleStream,
+    samples: SampleStream,
     *,
     first_step: int,
     num_steps: int,
@@ -116,13 +126,13 @@ def training_steps(
 ) -> Iterator[list[Batch]]:
     """The micro-batches of optimizer steps first_step .. num_steps - 1, one list per step.
 
-    A step depends only on its number, so resuming is starting at a later `first_step`. Every epoch visits all blocks
-    in a new order and, in masked language modeling, with new corruption.
+    A step depends only on its number, so that resuming means starting at a later `first_step`. Every epoch visits all
+    blocks in a new order and, in masked language modeling, with new corruption.
 
     Args:
-        reading: which sample of which corpus each row is.
+        samples: the sample of each row.
         first_step: first step to yield.
-        num_steps: steps of the whole training, the number to stop before.
+        num_steps: steps of the training in total; the step to stop before.
         global_batch_size: rows per step over all ranks, G.
         micro_batch_size: rows per rank and micro-step, B.
         rank: this rank.
@@ -131,33 +141,33 @@ def training_steps(
         pin_memory: put batches in page-locked memory.
 
     Raises:
-        ConfigError: the global batch is not a whole number of micro-steps.
+        ConfigError: G is not a multiple of W * B.
     """
-    plan = StepPlan(reading, first_step, num_steps, global_batch_size, micro_batch_size, rank, world_size)
+    plan = StepPlan(samples, first_step, num_steps, global_batch_size, micro_batch_size, rank, world_size)
     num_micro_steps = plan.num_micro_steps
     loader = DataLoader(
-        MixedRows(reading.parts),
+        MixedRows(samples.datasets),
         batch_sampler=plan,
-        collate_fn=_as_is,
+        collate_fn=_identity,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
-        # Without its own generator the loader draws from torch's, and a resumed run would see other dropout masks.
+        # Otherwise the loader draws from the global generator, and a resumed run would have other dropout masks.
         generator=torch.Generator(),
     )
-    return _grouped(iter(loader), num_micro_steps)
+    return _group(iter(loader), num_micro_steps)
 
 
-def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+def _group(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
     while group := list(islice(batches, size)):
         yield group
 
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """One rank's batches of chosen blocks, always the same: corruption is fixed by seed, stream and block index.
+    """One rank's batches of selected blocks, always the same: corruption is fixed by seed, stream and block index.
 
-    All ranks get equally many batches of equally many rows (at most `batch_size`), filled with rows of weight 0.
+    All ranks get equally many batches of equally many rows (at most `batch_size`), padded with rows of weight 0.
     """
 
     samples: SampleDataset
@@ -171,7 +181,7 @@ class EvaluationBatches:
 
     @property
     def num_rows(self) -> int:
-        """Rows per batch; spread evenly over the batches, so that the last one needs few rows to fill it."""
+        """Rows per batch; distributed evenly over the batches, so that the last one needs few padding rows."""
         return -(-len(self.indices) // (self.world_size * len(self)))
 
     def __getitem__(self, number: int) -> Batch:
@@ -184,10 +194,9 @@ class EvaluationBatches:
 
 @dataclass(frozen=True)
 class AccumulatedBatches:
-    """One rank's micro-batches of chosen blocks, one list per global batch; corruption is fixed as for evaluation.
+    """One rank's micro-batches of selected blocks, one list per global batch; corruption is fixed as for evaluation.
 
-    Which blocks form a global batch does not depend on the number of ranks; the last one is filled with rows of
-    weight 0.
+    The blocks of a global batch do not depend on the number of ranks; the last batch is padded with rows of weight 0.
     """
 
     samples: SampleDataset
@@ -203,14 +212,15 @@ class AccumulatedBatches:
     def __getitem__(self, number: int) -> list[Batch]:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        rows, filling, begin = self.micro_batch_size, self.indices[0], number * self.global_batch_size
+        rows = self.micro_batch_size
+        begin = number * self.global_batch_size
         starts = range(begin + self.rank * rows, begin + self.global_batch_size, self.world_size * rows)
-        return [self.samples.fixed_batch(self.indices[s : s + rows], rows, filling) for s in starts]
+        return [self.samples.fixed_batch(self.indices[start : start + rows], rows, self.indices[0]) for start in starts]
 
 
 def evaluation_batches(
     blocks: TokenBlocks,
-    objective: Collator,
+    collator: Collator,
     *,
     seed: int,
     stream: str,
@@ -220,18 +230,18 @@ def evaluation_batches(
     max_sequences: int | None = None,
     indices: Sequence[int] | None = None,
 ) -> EvaluationBatches:
-    """This rank's share of the given blocks, or of the first `max_sequences` (all where None).
+    """This rank's batches of the blocks with these indices, or of the first `max_sequences` blocks (None: all).
 
     Args:
         blocks: held-out blocks, or training blocks for measuring importance.
-        objective: what a row predicts.
+        collator: of the run's objective.
         seed: seed of the run.
-        stream: name of the use, for instance `evaluation/<corpus>`.
-        batch_size: most rows per rank and batch.
+        stream: name of the use, such as `evaluation/<corpus>`.
+        batch_size: maximum rows per rank and batch.
         rank: this rank.
         world_size: number of ranks.
-        max_sequences: number of blocks to use at most; only without `indices`.
-        indices: block indices to use, at least one.
+        max_sequences: maximum number of blocks; only without `indices`.
+        indices: indices of blocks, at least one.
     """
-    chosen = range(len(blocks))[:max_sequences] if indices is None else indices
-    return EvaluationBatches(SampleDataset(blocks, objective, seed, stream), chosen, batch_size, rank, world_size)
+    selected = range(len(blocks))[:max_sequences] if indices is None else indices
+    return EvaluationBatches(SampleDataset(blocks, collator, seed, stream), selected, batch_size, rank, world_size)

@@ -1,4 +1,4 @@
-"""What the training of a stage reads: one domain, with earlier text where there is some, or several at once."""
+"""Sample streams of a training stage: one domain, with replay of earlier corpora, or a mixture of several domains."""
 
 from __future__ import annotations
 
@@ -12,50 +12,52 @@ from das_ds.functional.sampling import SampleOrder, replay_number
 
 @dataclass(frozen=True)
 class SingleDomain:
-    """A domain's samples in their order; those that are replayed take the place of some in every global batch."""
+    """The samples of one domain, shuffled per epoch; replayed samples replace some of them in every global batch."""
 
     samples: SampleDataset
     global_batch_size: int
     replay: Replay = NO_REPLAY
 
     @cached_property
-    def parts(self) -> tuple[SampleDataset, ...]:
-        """The domain, then the corpora that are replayed."""
-        seed, stream = self.samples.seed, self.samples.stream + REPLAY_STREAM
+    def datasets(self) -> tuple[SampleDataset, ...]:
+        """The domain, then the replayed corpora."""
+        seed = self.samples.seed
+        stream = self.samples.stream + REPLAY_STREAM
         return self.samples, *(SampleDataset(*source, seed, stream) for source in self.replay.sources)
 
     def ref(self, number: int) -> SampleRef:
         """Global sample `number`."""
-        is_replayed, own = replay_number(number, self.global_batch_size, self.replay.num_sequences)
+        # The number among the replayed samples, or among the domain's own.
+        is_replayed, source_number = replay_number(number, self.global_batch_size, self.replay.num_sequences)
         if is_replayed:
-            return self.replay.ref(own, self.samples.seed, self.samples.stream)
-        return SampleRef(own, self._order[own])
+            return self.replay.ref(source_number, self.samples.seed, self.samples.stream)
+        return SampleRef(source_number, self._order[source_number])
 
     @cached_property
     def _order(self) -> SampleOrder:
-        return _order(self.samples)
+        return _sample_order(self.samples)
 
 
 @dataclass(frozen=True)
 class MixedDomains:
-    """Several domains in turn: global sample k is sample k div n of domain k mod n, of n.
+    """Round robin over n domains: global sample k is sample floor(k / n) of domain k mod n.
 
-    Of any B rows in a row each domain has floor(B / n) or ceil(B / n), whichever batch, micro-batch or rank they are.
-    Over as many steps as all domains would have one by one, each gives exactly the samples that it would give then,
-    the corruption included.
+    Of any B consecutive rows, in whatever batch, micro-batch or rank, each domain has floor(B / n) or ceil(B / n). Over
+    as many steps as training on the domains one by one takes, each contributes exactly the samples that it would
+    contribute then, including their corruption.
     """
 
-    parts: tuple[SampleDataset, ...]
+    datasets: tuple[SampleDataset, ...]
 
     def ref(self, number: int) -> SampleRef:
         """Global sample `number`."""
-        own, source = divmod(number, len(self.parts))
-        return SampleRef(own, self._orders[source][own], source)
+        source_number, source = divmod(number, len(self.datasets))
+        return SampleRef(source_number, self._orders[source][source_number], source)
 
     @cached_property
     def _orders(self) -> list[SampleOrder]:
-        return [_order(samples) for samples in self.parts]
+        return [_sample_order(samples) for samples in self.datasets]
 
 
-def _order(samples: SampleDataset) -> SampleOrder:
+def _sample_order(samples: SampleDataset) -> SampleOrder:
     return SampleOrder(len(samples.blocks), samples.seed, samples.stream)

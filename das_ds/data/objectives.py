@@ -1,8 +1,6 @@
-"""Batches for causal language modeling; B = rows, S = tokens per row, P = predicted tokens.
+"""Collators: rows of tokens to micro-batches for masked (MLM) and causal (CLM) language modeling.
 
-Corruption of blocks for masked language modeling; B = rows, S = tokens per row.
-
-The two pre-training objectives as makers of batches.
+Shape legend: B rows, S tokens per row, P predicted tokens.
 """
 
 from __future__ import annotations
@@ -24,31 +22,137 @@ from das_ds.functional.sampling import mlm_corrupt, sample_generator
 from das_ds.functional.token_ids import num_tokens
 
 
-class CausalLMCollator:
-    """Every token of a row predicts the next one; the last of the row predicts nothing. Nothing is random."""
+class Collator(Protocol):
+    """Decides which positions of a row predict which tokens."""
 
-    def batch(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
-        """One row per sample number; rows beyond those only fill the batch, predict nothing and get weight 0.
+    def __call__(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
+        """One row per sample number; rows beyond those are padding rows: they predict nothing and have weight 0.
 
         Args:
             input_ids: (B, S) long, B >= len(sample_numbers).
-            sample_numbers: only their number counts.
-            seed: without effect; masked language modeling needs it.
-            stream: without effect, as well.
+            sample_numbers: with seed and stream, everything that a row's corruption depends on.
+            seed: seed of the run.
+            stream: name of the use, such as `train/<domain>`.
         """
+
+
+def build_collator(name: ObjectiveName, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Collator:
+    """The collator of an objective.
+
+    Raises:
+        ConfigError: a document mask in masked language modeling.
+        ModelError: masked language modeling with a tokenizer without mask token.
+    """
+    if name == "clm":
+        return CausalLMCollator()
+    if data.document_mask:
+        raise ConfigError(
+            "data.document_mask: found true with objective mlm; expected objective clm, because the attention of "
+            "masked language models is not split by document (allowed with mlm: false)"
+        )
+    return MLMCollator.from_tokenizer(tokenizer, data.mlm_probability)
+
+
+@dataclass(frozen=True)
+class MLMCollator:
+    """Masked language modeling with BERT's corruption, see `functional.sampling.mlm_corrupt`."""
+
+    mask_id: int
+    special_ids: tuple[int, ...]
+    vocab_size: int
+    probability: float
+    """Probability that a token is predicted."""
+    holes: tuple[int, ...] = ()
+    """Ids below `vocab_size` that no token has."""
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, probability: float) -> Self:
+        """The collator for a tokenizer's ids.
+
+        Raises:
+            ModelError: the tokenizer has no mask token.
+        """
+        if tokenizer.mask_token_id is None:
+            raise ModelError(
+                f"tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; masked language "
+                "modeling needs one (special tokens found: " + ", ".join(tokenizer.all_special_tokens) + ")"
+            )
+        vocabulary = tokenizer.get_vocab()
+        vocab_size = num_tokens(vocabulary)
+        holes = tuple(sorted(set(range(vocab_size)) - set(vocabulary.values())))
+        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), vocab_size, probability, holes)
+
+    @cached_property
+    def _is_special(self) -> Tensor:
+        """(vocab_size,) bool."""
+        is_special = torch.zeros(self.vocab_size, dtype=torch.bool)
+        is_special[list(self.special_ids)] = True
+        return is_special
+
+    @cached_property
+    def _ordinary_ids(self) -> Tensor:
+        """Ids that may replace a token: neither special nor holes."""
+        is_ordinary = ~self._is_special
+        is_ordinary[list(self.holes)] = False
+        return is_ordinary.nonzero().squeeze(1)
+
+    def __call__(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
+        """See `Collator`."""
         num_rows, length = input_ids.shape
-        positions = torch.arange(num_rows * length).view(num_rows, length)[: len(sample_numbers), :-1].flatten()
-        row_weights = (torch.arange(num_rows) < len(sample_numbers)).float()
-        return Batch(input_ids, input_ids, positions, input_ids.flatten()[positions + 1], row_weights)
+        # Padding rows keep the uniform 1, which no probability reaches, and are never corrupted.
+        uniforms = np.ones((2, num_rows, length))
+        choices = np.zeros((num_rows, length), dtype=np.int64)
+        for row, number in enumerate(sample_numbers):
+            # One generator per sample, so that its corruption does not depend on the batch that it is in.
+            generator = sample_generator(seed, stream, number)
+            uniforms[:, row] = generator.random((2, length))
+            choices[row] = generator.integers(len(self._ordinary_ids), size=length)
+        selection, treatment = torch.from_numpy(uniforms)
+        corrupted, is_predicted = mlm_corrupt(
+            input_ids,
+            self._is_special[input_ids],
+            selection,
+            treatment,
+            self._ordinary_ids[torch.from_numpy(choices)],
+            mask_id=self.mask_id,
+            probability=self.probability,
+        )
+        predicted = is_predicted.flatten().nonzero().squeeze(1)
+        return Batch(
+            input_ids=input_ids,
+            corrupted_ids=corrupted,
+            predicted=predicted,
+            targets=input_ids.flatten()[predicted],
+            row_weights=_row_weights(num_rows, len(sample_numbers)),
+        )
+
+
+class CausalLMCollator:
+    """Causal language modeling: every token of a row predicts the next one. Nothing is random."""
+
+    def __call__(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
+        """See `Collator`; only the number of sample numbers counts, seed and stream are unused."""
+        num_rows, length = input_ids.shape
+        positions = torch.arange(num_rows * length).view(num_rows, length)
+        # The last token of a row predicts nothing: its successor is in another row.
+        predicted = positions[: len(sample_numbers), :-1].flatten()
+        return Batch(
+            input_ids=input_ids,
+            corrupted_ids=input_ids,
+            predicted=predicted,
+            targets=input_ids.flatten()[predicted + 1],
+            row_weights=_row_weights(num_rows, len(sample_numbers)),
+        )
 
 
 def add_document_positions(batch: Batch, position_ids: Tensor) -> Batch:
-    """The batch without predictions from one document to the next, and with the positions that keep them apart.
+    """Mask documents from each other in a causal batch: no prediction across documents, positions that restart.
 
     Args:
         batch: of causal language modeling.
         position_ids: (B, S) long, 0 at the first token of every document and of every row.
     """
+    # The successor of a document's last token has position 0.
     same_document = position_ids.flatten()[batch.predicted + 1] != 0
     return replace(
         batch,
@@ -74,97 +178,6 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-@dataclass(frozen=True)
-class MLMCollator:
-    """The facts about a tokenizer that corruption needs."""
-
-    mask_id: int
-    special_ids: tuple[int, ...]
-    vocab_size: int
-    probability: float
-    holes: tuple[int, ...] = ()
-    """Ids below `vocab_size` that no token has."""
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, probability: float) -> Self:
-        """Masker that predicts tokens with the given probability.
-
-        Raises:
-            ModelError: the tokenizer has no mask token.
-        """
-        if tokenizer.mask_token_id is None:
-            raise ModelError(
-                f"tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} has no mask token; masked language "
-                "modeling needs one (special tokens found: " + ", ".join(tokenizer.all_special_tokens) + ")"
-            )
-        vocabulary = tokenizer.get_vocab()
-        vocab_size = num_tokens(vocabulary)
-        holes = tuple(sorted(set(range(vocab_size)) - set(vocabulary.values())))
-        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), vocab_size, probability, holes)
-
-    @cached_property
-    def _is_special(self) -> Tensor:
-        is_special = torch.zeros(self.vocab_size, dtype=torch.bool)
-        is_special[list(self.special_ids)] = True
-        return is_special
-
-    @cached_property
-    def _ordinary_ids(self) -> Tensor:
-        is_ordinary = ~self._is_special
-        is_ordinary[list(self.holes)] = False
-        return is_ordinary.nonzero().squeeze(1)
-
-    def batch(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
-        """Corrupt one row per sample number; rows beyond those only fill the batch and get weight 0.
-
-        Args:
-            input_ids: (B, S) long, B >= len(sample_numbers).
-            sample_numbers: with seed and stream, all that a row's corruption depends on.
-            seed: seed of the run.
-            stream: name of the use.
-        """
-        num_real, (num_rows, length) = len(sample_numbers), input_ids.shape
-        uniforms = np.ones((2, num_rows, length))
-        choices = np.zeros((num_rows, length), dtype=np.int64)
-        for row, number in enumerate(sample_numbers):
-            generator = sample_generator(seed, stream, number)
-            uniforms[:, row] = generator.random((2, length))
-            choices[row] = generator.integers(len(self._ordinary_ids), size=length)
-        selection, treatment = torch.from_numpy(uniforms)
-        # Rows that only fill the batch keep the selection 1, which no probability reaches.
-        corrupted, predicted = mlm_corrupt(
-            input_ids,
-            self._is_special[input_ids],
-            selection,
-            treatment,
-            self._ordinary_ids[torch.from_numpy(choices)],
-            mask_id=self.mask_id,
-            probability=self.probability,
-        )
-        row_weights = (torch.arange(num_rows) < num_real).float()
-        positions = predicted.flatten().nonzero().squeeze(1)
-        return Batch(input_ids, corrupted, positions, input_ids.flatten()[positions], row_weights)
-
-
-class Collator(Protocol):
-    """Decides what a row of text predicts."""
-
-    def batch(self, input_ids: Tensor, sample_numbers: Sequence[int], *, seed: int, stream: str) -> Batch:
-        """Batch of rows (B, S), of which those beyond the sample numbers predict nothing and get weight 0."""
-
-
-def build_collator(name: ObjectiveName, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Collator:
-    """The objective of that name.
-
-    Raises:
-        ConfigError: documents are to be isolated in masked language modeling.
-        ModelError: masked language modeling with a tokenizer without mask token.
-    """
-    if name == "clm":
-        return CausalLMCollator()
-    if data.document_mask:
-        raise ConfigError(
-            "data.document_mask: found true with objective mlm; expected objective clm, because the attention of "
-            "masked language models is not split by document (allowed with mlm: false)"
-        )
-    return MLMCollator.from_tokenizer(tokenizer, data.mlm_probability)
+def _row_weights(num_rows: int, num_samples: int) -> Tensor:
+    """(num_rows,) float32: 1 for samples, then 0 for padding rows."""
+    return (torch.arange(num_rows) < num_samples).float()

@@ -1,4 +1,7 @@
-"""Earlier text in the batches of a domain: which rows it takes, and how rows of several corpora become one batch."""
+"""Replay of earlier text: the samples it contributes, and batches whose rows come from several corpora.
+
+Shape legend: B rows, S tokens per row, P predicted tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,41 +19,40 @@ from das_ds.data.objectives import Collator
 from das_ds.functional.sampling import sample_generator
 
 REPLAY_STREAM = "/replay"
-"""Ending of the stream of what is replayed in another stream."""
+"""Suffix of the stream name of replayed samples."""
 
 
 class SampleRef(NamedTuple):
     """One row of a batch."""
 
     number: int
-    """Sample number in its stream, which fixes corruption: the domain's own, or that of everything replayed."""
+    """Sample number, which fixes its corruption: among the domain's own samples, or among all replayed ones."""
     block: int
-    """Index of its block."""
+    """Index of the block."""
     source: int = 0
-    """Position of its corpus among those that are read; of a domain with replay: 0, then i + 1 for corpus i of that."""
+    """Index of the corpus in `SampleStream.datasets`; with replay: 0 is the domain, i + 1 is replayed corpus i."""
 
 
 class RowSource(Protocol):
-    """Makes batches of one corpus; never looks at the source."""
+    """Makes batches of one corpus; ignores `SampleRef.source`."""
 
     def __getitems__(self, refs: Sequence[SampleRef]) -> Batch:
-        """The batch of the given samples."""
+        """The batch of these samples."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What is replayed in each global batch of a domain."""
+    """The replayed sequences in each global batch of a domain."""
 
     num_sequences: int = 0
-    """Sequences of each global batch."""
+    """Replayed sequences per global batch."""
     sources: tuple[tuple[TokenBlocks, Collator], ...] = ()
-    """Blocks of each corpus, and what its rows predict under its own tokenizer."""
+    """Blocks of each replayed corpus, and the collator for its tokenizer."""
 
     def ref(self, number: int, seed: int, stream: str) -> SampleRef:
-        """Replayed sample number i of a stream: the corpora come in turn, so that none is drowned by a larger one.
+        """Replayed sample `number` of a stream: round robin over the corpora, so that large ones do not dominate.
 
-        Blocks are drawn with replacement, because few of many are replayed and an order of all of them would have to be
-        kept for each corpus.
+        Blocks are drawn with replacement: few of many are replayed, so a permutation per corpus is not worth keeping.
         """
         source = number % len(self.sources)
         generator = sample_generator(seed, f"{stream}{REPLAY_STREAM}/choice", number)
@@ -62,34 +64,37 @@ NO_REPLAY = Replay()
 
 @dataclass(frozen=True)
 class MixedRows(Dataset[Batch]):
-    """Batches with rows of several corpora, each made by its own; runs in the loader's processes."""
+    """Batches whose rows come from several corpora; runs in the loader's worker processes."""
 
-    parts: tuple[RowSource, ...]
-    """By source."""
+    datasets: tuple[RowSource, ...]
+    """`SampleRef.source` is an index into them."""
 
     def __getitems__(self, refs: Sequence[SampleRef]) -> Batch:
-        """The batch of the given samples, which the loader asks for by this name."""
-        rows = [
-            (part, [row for row, ref in enumerate(refs) if ref.source == source])
-            for source, part in enumerate(self.parts)
-        ]
-        found = [(part.__getitems__([refs[row] for row in mine]), mine) for part, mine in rows if mine]
-        if len(found) == 1:
-            return found[0][0]
-        return interleave([batch for batch, _ in found], [row for _, mine in found for row in mine])
+        """The batch of these samples; `DataLoader` calls this method if a dataset has it."""
+        batches: list[Batch] = []
+        order: list[int] = []
+        for source, dataset in enumerate(self.datasets):
+            rows = [row for row, ref in enumerate(refs) if ref.source == source]
+            if rows:
+                batches.append(dataset.__getitems__([refs[row] for row in rows]))
+                order += rows
+        if len(batches) == 1:
+            return batches[0]
+        return interleave(batches, order)
 
 
 def interleave(batches: Sequence[Batch], rows: Sequence[int]) -> Batch:
-    """One batch of all rows of several.
+    """Merge several batches into one with the rows in a given order.
 
     Args:
-        batches: at least one, with rows of S tokens, all with positions or all without.
-        rows: for the rows of all batches one after the other, which row each becomes.
+        batches: at least one, with rows of S tokens, all with `position_ids` or all without.
+        rows: the new row of each row of the concatenated batches, a permutation.
     """
     to_row = torch.tensor(rows)
     from_row = to_row.argsort()
     length = batches[0].input_ids.shape[1]
-    predicted = torch.cat(_shifted(batches))
+    predicted = torch.cat(_offset_predicted(batches))
+    # Move each predicted position with its row, then restore ascending order.
     predicted = to_row[predicted // length] * length + predicted % length
     in_order = predicted.argsort()
     positions = [batch.position_ids for batch in batches if batch.position_ids is not None]
@@ -103,10 +108,11 @@ def interleave(batches: Sequence[Batch], rows: Sequence[int]) -> Batch:
     )
 
 
-def _shifted(batches: Sequence[Batch]) -> list[Tensor]:
-    """Predicted positions of each batch, counted from the first row of the first."""
-    shifted, first = [], 0
+def _offset_predicted(batches: Sequence[Batch]) -> list[Tensor]:
+    """Predicted positions of each batch as indices into the concatenated batches."""
+    positions: list[Tensor] = []
+    offset = 0
     for batch in batches:
-        shifted.append(batch.predicted + first)
-        first += batch.input_ids.numel()
-    return shifted
+        positions.append(batch.predicted + offset)
+        offset += batch.input_ids.numel()
+    return positions

@@ -77,7 +77,7 @@ def test_take_item_and_copy_agree(tmp_path: Path, data: DataConfig) -> None:
         corpus(tmp_path, train=TEXT, valid_fraction=0.5), data, tiny_tokenizer(), objective="mlm", progress=False
     )
     valid = blocks.valid
-    taken = valid.take([2, 0, 2])
+    taken = valid.index_select([2, 0, 2])
     assert taken.dtype == valid[0].dtype == torch.long
     assert torch.equal(taken, torch.stack([valid[2], valid[0], valid[2]]))
     packed = pickle.dumps(valid)
@@ -121,7 +121,7 @@ def test_positions_start_anew_at_each_document_and_block(
     indices = list(range(len(blocks)))[::-1]
     positions = blocks.positions(indices)
     assert positions is not None and positions.dtype == torch.long
-    assert positions.tolist() == [positions_by_hand(row) for row in blocks.take(indices).tolist()]
+    assert positions.tolist() == [positions_by_hand(row) for row in blocks.index_select(indices).tolist()]
 
 
 def test_positions_of_parts_and_copies(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def random_ids(num_rows: int, length: int) -> Tensor:
 
 def next_tokens(input_ids: Tensor, num_real: int | None = None) -> Batch:
     numbers = range(len(input_ids) if num_real is None else num_real)
-    return CausalLMCollator().batch(input_ids, numbers, seed=0, stream="s")
+    return CausalLMCollator()(input_ids, numbers, seed=0, stream="s")
 
 
 def brute_force(input_ids: Tensor, num_real: int, position_ids: Tensor | None = None) -> list[tuple[int, int]]:
@@ -63,8 +63,8 @@ def test_loss_is_that_of_the_library() -> None:
 
 def test_seed_stream_and_numbers_do_not_matter() -> None:
     input_ids = random_ids(2, 16)
-    one = CausalLMCollator().batch(input_ids, [7, 1], seed=0, stream="s")
-    other = CausalLMCollator().batch(input_ids, [3, 9], seed=1, stream="t")
+    one = CausalLMCollator()(input_ids, [7, 1], seed=0, stream="s")
+    other = CausalLMCollator()(input_ids, [3, 9], seed=1, stream="t")
     assert predictions(one) == predictions(other)
 
 

@@ -196,7 +196,7 @@ def test_evaluation_covers_the_same_corrupted_blocks_for_any_number_of_ranks(
                 found[number] = (batch.corrupted_ids[row].tolist(), batch.predicted[rows == row] - row * LENGTH)
     assert sorted(found) == list(range(num_sequences))
     for number, (corrupted, positions) in found.items():
-        alone = MASKER.batch(blocks.take([number]), [number], seed=0, stream="evaluation/soup")
+        alone = MASKER(blocks.index_select([number]), [number], seed=0, stream="evaluation/soup")
         assert corrupted == alone.corrupted_ids[0].tolist()
         assert torch.equal(positions, alone.predicted)
 
@@ -308,7 +308,7 @@ def test_causal_evaluation_is_every_next_token_inside_a_document(documents: Toke
             tuple(places),
             [(s, ids[s + 1]) for s in range(LENGTH - 1) if places[s + 1] == places[s] + 1],
         )
-        for ids, places in zip(documents.take(range(len(documents))).tolist(), positions.tolist(), strict=True)
+        for ids, places in zip(documents.index_select(range(len(documents))).tolist(), positions.tolist(), strict=True)
     ]
     assert sorted(found) == sorted(expected)
 

@@ -23,7 +23,7 @@ def test_facts_of_the_tokenizer() -> None:
 
 def test_shares_of_the_treatments() -> None:
     input_ids = random_ids(400, 500)
-    batch = MASKER.batch(input_ids, range(400), seed=0, stream="s")
+    batch = MASKER(input_ids, range(400), seed=0, stream="s")
     ordinary = (input_ids >= 5).sum().item()
     corrupted = batch.corrupted_ids.flatten()[batch.predicted]
     masked = corrupted == MASKER.mask_id
@@ -39,7 +39,7 @@ def test_shares_of_the_treatments() -> None:
 
 def test_only_predicted_tokens_change_and_special_tokens_are_never_predicted() -> None:
     input_ids = random_ids(64, 64)
-    batch = MASKER.batch(input_ids, range(64), seed=0, stream="s")
+    batch = MASKER(input_ids, range(64), seed=0, stream="s")
     changed = (batch.corrupted_ids != input_ids).flatten().nonzero().squeeze(1)
     assert set(changed.tolist()) <= set(batch.predicted.tolist())
     assert torch.equal(batch.targets, input_ids.flatten()[batch.predicted])
@@ -49,24 +49,24 @@ def test_only_predicted_tokens_change_and_special_tokens_are_never_predicted() -
 
 def test_a_row_depends_on_its_number_only() -> None:
     input_ids = random_ids(1, 64).expand(3, -1)
-    together = MASKER.batch(input_ids, [7, 8, 7], seed=0, stream="s").corrupted_ids
-    alone = MASKER.batch(input_ids[:1], [8], seed=0, stream="s").corrupted_ids
+    together = MASKER(input_ids, [7, 8, 7], seed=0, stream="s").corrupted_ids
+    alone = MASKER(input_ids[:1], [8], seed=0, stream="s").corrupted_ids
     assert torch.equal(together[0], together[2])
     assert torch.equal(together[1], alone[0])
     for seed, stream in ((1, "s"), (0, "t")):
-        assert not torch.equal(MASKER.batch(input_ids[:1], [8], seed=seed, stream=stream).corrupted_ids, alone)
+        assert not torch.equal(MASKER(input_ids[:1], [8], seed=seed, stream=stream).corrupted_ids, alone)
 
 
 def test_rows_that_only_fill_have_no_weight_and_no_predictions() -> None:
     input_ids = random_ids(5, 64)
-    batch = MASKER.batch(input_ids, [3, 1], seed=0, stream="s")
+    batch = MASKER(input_ids, [3, 1], seed=0, stream="s")
     assert batch.row_weights.tolist() == [1, 1, 0, 0, 0]
     assert batch.predicted.max() < 2 * 64
     assert torch.equal(batch.corrupted_ids[2:], input_ids[2:])
 
 
 def test_batch_moves_every_tensor() -> None:
-    batch = MASKER.batch(random_ids(2, 64), [0, 1], seed=0, stream="s")
+    batch = MASKER(random_ids(2, 64), [0, 1], seed=0, stream="s")
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
     tensors = [f.name for f in fields(Batch) if f.name != "position_ids"]
@@ -88,5 +88,5 @@ def test_ids_that_no_token_has_never_replace_one() -> None:
     masker = MLMCollator.from_tokenizer(word_tokenizer([f"word{n}" for n in range(30)], skipped=7), 0.5)
     assert masker.vocab_size == 42 and masker.holes == tuple(range(5, 12))
     input_ids = torch.randint(12, 42, (200, 100), generator=torch.Generator().manual_seed(0))
-    corrupted = masker.batch(input_ids, range(200), seed=0, stream="s").corrupted_ids
+    corrupted = masker(input_ids, range(200), seed=0, stream="s").corrupted_ids
     assert set(corrupted.unique().tolist()) == {masker.mask_id, *range(12, 42)}

@@ -187,7 +187,10 @@ def test_padding_index_that_leaves_no_positions(padding: int | None) -> None:
         ({"hiden_size": 24}, r"model\.config\.hiden_size: unknown key of a roberta config; did you mean hidden_size\?"),
         ({"num_layers": 2}, r"model\.config\.num_layers: unknown key of a roberta config"),
         ({"num_hidden_layers": 0}, r"model\.config\.num_hidden_layers: found 0, allowed: at least 1"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"model\.config\.quantization_config: found with random weights"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            r"model\.config\.quantization_config: found with random weights",
+        ),
     ],
 )
 def test_model_config_that_means_another_network_is_refused(changes: dict[str, Any], expected: str) -> None:

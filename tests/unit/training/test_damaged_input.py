@@ -173,7 +173,7 @@ def test_held_out_text_that_is_trained_on_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link.txt").symlink_to(values["domains"][1]["train"][0])
     for valid in (values["domains"][1]["train"], [str(tmp_path / "link.txt")], [f"{tmp_path}/p*.txt"]):
         values["domains"][1]["valid"] = valid
-        check_one_line(values, "in train and in valid; expected held-out text of its own")
+        check_one_line(values, "in train and in valid; expected separate held-out text")
 
 
 def test_text_held_out_for_one_corpus_and_trained_on_by_another_is_doubted(tmp_path: Path) -> None:

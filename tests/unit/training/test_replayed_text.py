@@ -29,7 +29,7 @@ def run_text(folder: Path, *, add_tokens: dict[str, Any] | None = None, **replay
 def block_rows(text: DataModule, corpus: str) -> set[tuple[int, ...]]:
     blocks = text.blocks[corpus].train
     assert isinstance(blocks, TokenBlocks)
-    return set(map(tuple, blocks.take(range(len(blocks))).tolist()))
+    return set(map(tuple, blocks.index_select(range(len(blocks))).tolist()))
 
 
 @pytest.mark.parametrize("add_tokens", [{}, {"papers": TOKENS}])
