@@ -56,7 +56,7 @@ def check_corpora(checks: Checklist, config: RunConfig) -> None:
         num_bytes = sum(source.stat().st_size for source in first.sources if isinstance(source, Path))
         summary = f"{len(corpora)} corpora, {len(first.sources)} sources, {readable(num_bytes)} of files"
         if first.unknown:
-            shares = ", ".join(f"{name} {unknown.share:.1%}" for name, unknown in first.unknown.items())
+            shares = ", ".join(f"{name} {unknown.fraction:.1%}" for name, unknown in first.unknown.items())
             summary += f", unknown tokens in the first documents: {shares}"
         trained_on = _trained_on(config, corpora)
         return CheckWarning(f"{summary}; {trained_on}") if trained_on else summary
@@ -112,7 +112,7 @@ def _check_length(
         text_column=corpus.text_column,
         tokenizer=tokenizer,
         end_of_text=end_of_text(tokenizer) if ends_documents else None,
-        enough=needed,
+        limit=needed,
     )
     if num_tokens < needed:
         held_out = ", one to train on and one to hold out" if num_blocks == 2 else ""
