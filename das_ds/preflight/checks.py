@@ -1,4 +1,4 @@
-"""Checks that all ranks make together, one line each."""
+"""The list of preflight checks: each runs on all ranks, and its result is one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from das_ds.errors import DasError
 T = TypeVar("T")
 
 Status = Literal["ok", "warning", "failed", "skipped"]
-MOST_REASONS = 3
+MAX_REASONS = 3
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
@@ -20,118 +20,122 @@ class CheckResult:
     """Outcome of one check."""
 
     check: str
+    """Name of the check, one word."""
     status: Status
     found: str
     expected: str
 
     def line(self) -> str:
-        """For people."""
+        """The result as one line of text."""
         expected = f" | expected: {self.expected}" if self.status in ("warning", "failed") else ""
         return f"{self.status:<8} {self.check:<10} {self.found}{expected}"
 
 
 @dataclass(frozen=True)
 class CheckWarning:
-    """What was found, where it need not stop a run."""
+    """An outcome that need not stop a run."""
 
     found: str
 
 
 class Gather(Protocol):
-    """How ranks exchange what they found; `preflight.peers.PeerCheck` does it."""
+    """How ranks exchange values; implemented by `preflight.peers.PeerCheck`."""
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank."""
 
 
 class Checklist:
-    """Runs checks and keeps their findings, the same on every rank.
+    """Runs checks and collects their results, which are the same on every rank.
 
     Args:
         peers: the ranks.
-        show: called with every finding as it is made.
+        show: called with every result as it is made.
     """
 
     def __init__(self, peers: Gather, show: Callable[[CheckResult], None]) -> None:
-        self._peers, self._show = peers, show
-        self.findings: list[CheckResult] = []
+        self._peers = peers
+        self._show = show
+        self.results: list[CheckResult] = []
 
     @property
     def failed(self) -> list[str]:
         """Names of the checks that failed."""
-        return [finding.check for finding in self.findings if finding.status == "failed"]
+        return [result.check for result in self.results if result.status == "failed"]
 
     def run(
-        self, name: str, expected: str, look: Callable[[], T], check_loss: Callable[[list[T]], str | CheckWarning]
+        self, name: str, expected: str, probe: Callable[[], T], summarize: Callable[[list[T]], str | CheckWarning]
     ) -> list[T] | None:
-        """One check: every rank looks, then all judge what they saw.
+        """Run one check: every rank probes, then all ranks judge the values of all.
 
         Args:
             name: of the check, one word.
-            expected: what has to be found.
-            look: on this rank; raises DasError or OSError where the rank's own part fails.
-            judge: values of all ranks -> what was found; raises DasError where they do not fit together.
+            expected: what should be found.
+            probe: called on this rank; raises DasError or OSError if the check fails here.
+            summarize: values of all ranks -> what was found; raises DasError if they are inconsistent.
 
         Returns:
-            What all ranks saw; None where the check failed, on every rank.
+            The values of all ranks; None, on every rank, if the check failed.
         """
-        seen = self._peers.gather(_attempt(look))
-        failures = {rank: value.reason for rank, value in enumerate(seen) if isinstance(value, _Failure)}
-        values = [value for value in seen if not isinstance(value, _Failure)]
-        judged = (
-            _attempt(lambda: check_loss(values)) if not failures else _Failure(reasons_by_rank(failures, len(seen)))
-        )
-        if isinstance(judged, _Failure):
-            self._add(CheckResult(name, "failed", judged.reason, expected))
-            return None
-        if isinstance(judged, CheckWarning):
-            self._add(CheckResult(name, "warning", judged.found, expected))
+        outcomes = self._peers.gather(_attempt(probe))
+        failures = {rank: outcome.reason for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)}
+        values = [outcome for outcome in outcomes if not isinstance(outcome, _Failure)]
+        summary: str | CheckWarning | _Failure
+        if failures:
+            summary = _Failure(group_reasons(failures, len(outcomes)))
         else:
-            self._add(CheckResult(name, "ok", judged, expected))
+            summary = _attempt(lambda: summarize(values))
+        if isinstance(summary, _Failure):
+            self._add(CheckResult(name, "failed", summary.reason, expected))
+            return None
+        if isinstance(summary, CheckWarning):
+            self._add(CheckResult(name, "warning", summary.found, expected))
+        else:
+            self._add(CheckResult(name, "ok", summary, expected))
         return values
 
     def skip(self, name: str, expected: str, *, needs: tuple[str, ...]) -> None:
-        """Note a check that cannot be made because others, those of `needs`, failed."""
+        """Record a check that cannot be made because some of the checks in `needs` failed."""
         failed = " and ".join(check for check in needs if check in self.failed)
         self._add(CheckResult(name, "skipped", f"not checked, because {failed} failed", expected))
 
-    def _add(self, finding: CheckResult) -> None:
-        self.findings.append(finding)
-        self._show(finding)
+    def _add(self, result: CheckResult) -> None:
+        self.results.append(result)
+        self._show(result)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a rank says instead of a value."""
+    """Sent by a rank in place of a value."""
 
     reason: str
 
 
-def _attempt(look: Callable[[], T]) -> T | _Failure:
+def _attempt(function: Callable[[], T]) -> T | _Failure:
     try:
-        return look()
+        return function()
     except (DasError, OSError) as error:
         return _Failure(str(error))
 
 
-def reasons_by_rank(failures: dict[int, str], num_ranks: int) -> str:
-    """Each reason once, with the first rank that has it and how many others; no rank where all have the same."""
+def group_reasons(failures: dict[int, str], num_ranks: int) -> str:
+    """Each reason once, with the first rank that has it and how many others; no ranks if all have the same reason."""
     ranks: dict[str, list[int]] = {}
     for rank, reason in failures.items():
         ranks.setdefault(reason, []).append(rank)
     if len(failures) == num_ranks and len(ranks) == 1:
         return next(iter(ranks))
-    shown = [f"{_named(having)}: {reason}" for reason, having in ranks.items()]
-    more = f"; and {len(shown) - MOST_REASONS} other reasons" if len(shown) > MOST_REASONS else ""
-    return "; ".join(shown[:MOST_REASONS]) + more
+    shown = [f"{_format_ranks(failed)}: {reason}" for reason, failed in ranks.items()]
+    more = f"; and {len(shown) - MAX_REASONS} other reasons" if len(shown) > MAX_REASONS else ""
+    return "; ".join(shown[:MAX_REASONS]) + more
 
 
-def _named(ranks: list[int]) -> str:
+def _format_ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
 
 
 def readable(num_bytes: float) -> str:
-    """A size for people."""
+    """A size in bytes as text with a unit."""
     for unit, size in UNITS.items():
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"

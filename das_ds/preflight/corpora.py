@@ -1,4 +1,4 @@
-"""Whether the text is there: every source of every corpus is opened, and read until it has the blocks it needs."""
+"""Preflight check of the corpora: every source is opened, and read until it has the blocks that a run needs."""
 
 from __future__ import annotations
 
@@ -22,91 +22,94 @@ from das_ds.preflight.checks import Checklist, CheckWarning, readable
 from das_ds.training.data_module import eval_corpora
 
 FIRST_DOCUMENTS = 200
-"""Documents of each source that are tokenised."""
+"""Documents of each source that are tokenized to count unknown tokens."""
+
+Tokenization = tuple[dict[str, PreTrainedTokenizerBase], bool]
+"""Corpus -> tokenizer, and whether documents end with an end-of-text token."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What one rank found."""
+class CorpusScan:
+    """What one rank found in the corpora."""
 
     sources: list[Source]
     unknown: dict[str, UnknownTokens]
-    """Corpus -> unknown tokens among the first documents of its sources; {} without a tokeniser."""
+    """Corpus -> unknown tokens in the first documents of its sources; {} without a tokenizer."""
 
 
 def check_corpora(checks: Checklist, config: RunConfig) -> None:
-    """Every rank reads: each of them opens all text later."""
+    """Every rank reads all corpora, because every rank opens all text during training."""
     corpora = eval_corpora(config)
 
-    def look() -> Opened:
-        reading = _reading(config)
+    def probe() -> CorpusScan:
+        tokenization = _find_tokenization(config)
         sources: list[Source] = []
         unknown: dict[str, UnknownTokens] = {}
         for corpus in corpora:
-            counter = None if reading is None else UnknownCounter(build_backend(reading[0][corpus.name]))
-            sources += _opened(corpus, config, reading, counter)
+            counter = None if tokenization is None else UnknownCounter(build_backend(tokenization[0][corpus.name]))
+            sources += _scan_corpus(corpus, config, tokenization, counter)
             if counter is not None:
                 unknown[corpus.name] = counter.total
-        return Opened(sources, unknown)
+        return CorpusScan(sources, unknown)
 
-    def check_loss(found: list[Opened]) -> str | CheckWarning:
-        first = found[0]
-        if any(list(map(str, other.sources)) != list(map(str, first.sources)) for other in found):
-            raise PreflightError("globs and names stand for different files on different ranks")
+    def summarize(scans: list[CorpusScan]) -> str | CheckWarning:
+        first = scans[0]
+        if any(list(map(str, scan.sources)) != list(map(str, first.sources)) for scan in scans):
+            raise PreflightError("paths resolve to different files on different ranks")
         num_bytes = sum(source.stat().st_size for source in first.sources if isinstance(source, Path))
         summary = f"{len(corpora)} corpora, {len(first.sources)} sources, {readable(num_bytes)} of files"
         if first.unknown:
             shares = ", ".join(f"{name} {unknown.fraction:.1%}" for name, unknown in first.unknown.items())
             summary += f", unknown tokens in the first documents: {shares}"
-        trained_on = _trained_on(config, corpora)
-        return CheckWarning(f"{summary}; {trained_on}") if trained_on else summary
+        leak = _find_leak(config, corpora)
+        return CheckWarning(f"{summary}; {leak}") if leak else summary
 
-    checks.run(
-        "corpora", "text in every source, a block of tokens in every part, none of it held out twice", look, check_loss
-    )
-
-
-Reading = tuple[dict[str, PreTrainedTokenizerBase], bool]
-"""Tokenisers by corpus, and whether documents end in an end-of-text token."""
+    expected = "text in every source, a block of tokens in every split, and no held-out text that is trained on"
+    checks.run("corpora", expected, probe, summarize)
 
 
-def _reading(config: RunConfig) -> Reading | None:
-    """How text becomes tokens; None where the model or tokeniser cannot be used, which another check says."""
+def _find_tokenization(config: RunConfig) -> Tokenization | None:
+    """None if the model or tokenizer cannot be used, which `check_model` reports."""
     try:
         return build_tokenizers(config, load_tokenizer(config)), find_spec(config.model).objective == "clm"
     except DasError:
         return None
 
 
-def _opened(
-    corpus: CorpusConfig, config: RunConfig, reading: Reading | None, counter: UnknownCounter | None
+def _scan_corpus(
+    corpus: CorpusConfig, config: RunConfig, tokenization: Tokenization | None, counter: UnknownCounter | None
 ) -> list[Source]:
+    """All sources of a corpus.
+
+    Raises:
+        DataError: a source cannot be read, or there is too little text.
+    """
     check_valid_is_held_out(corpus)
     try:
-        train, valid = (
-            [source for name in names for source in resolve_source(name)] for names in (corpus.train, corpus.valid)
-        )
+        train = [source for name in corpus.train for source in resolve_source(name)]
+        valid = [source for name in corpus.valid for source in resolve_source(name)]
         for source in (*train, *valid):
             _read_first(source, corpus.text_column, counter)
         if counter is not None:
             check_unknown_tokens(counter.total)
-        if reading is not None:
-            # Without valid, a second block is held out.
-            _check_length(corpus, config, reading, train, num_blocks=1 if valid else 2)
-            _check_length(corpus, config, reading, valid, num_blocks=1)
+        if tokenization is not None:
+            # Without `valid`, a second block of the training text is held out.
+            _check_length(corpus, config, tokenization, train, num_blocks=1 if valid else 2)
+            _check_length(corpus, config, tokenization, valid, num_blocks=1)
     except DataError as error:
         raise DataError(f"corpus '{corpus.name}': {error}") from error
     return [*train, *valid]
 
 
 def _check_length(
-    corpus: CorpusConfig, config: RunConfig, reading: Reading, sources: Sequence[Source], num_blocks: int
+    corpus: CorpusConfig, config: RunConfig, tokenization: Tokenization, sources: Sequence[Source], num_blocks: int
 ) -> None:
-    """Raises DataError where there is text, but less of it than a run needs."""
+    """Raises DataError if there is text, but less than a run needs."""
     if not sources:
         return
-    tokenizers, ends_documents = reading
-    tokenizer, needed = tokenizers[corpus.name], num_blocks * config.data.sequence_length
+    tokenizers, ends_documents = tokenization
+    tokenizer = tokenizers[corpus.name]
+    needed = num_blocks * config.data.sequence_length
     num_tokens = count_tokens(
         sources,
         text_column=corpus.text_column,
@@ -122,8 +125,8 @@ def _check_length(
         )
 
 
-def _trained_on(config: RunConfig, corpora: list[CorpusConfig]) -> str:
-    """Held-out text of one corpus that another one trains on, in words; empty: there is none."""
+def _find_leak(config: RunConfig, corpora: list[CorpusConfig]) -> str:
+    """A description of held-out text that another domain trains on; empty if there is none."""
     for domain, corpus in product(config.domains, corpora):
         if domain.name != corpus.name and (shared := find_shared_sources(corpus.valid, domain.train)):
             return f"{shared[0]} is held out for {corpus.name}, but domain {domain.name} trains on it"
@@ -131,7 +134,7 @@ def _trained_on(config: RunConfig, corpora: list[CorpusConfig]) -> str:
 
 
 def _read_first(source: Source, text_column: str, counter: UnknownCounter | None) -> None:
-    """Raises DataError where no document can be read."""
+    """Raises DataError if no document can be read."""
     documents = next((batch.texts for batch in read_documents(source, text_column) if batch.texts), None)
     if documents is None:
         raise DataError(f"no text in {source}; expected at least one line that is not blank")

@@ -1,4 +1,4 @@
-"""How much host memory this process and its neighbours may still take: batch systems allow a job less than there is."""
+"""Free host memory: what the machine and the control groups (cgroups) of a batch job leave to this process."""
 
 from __future__ import annotations
 
@@ -9,38 +9,43 @@ import psutil
 
 
 def free_memory(own_groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that the machine, and every control group (cgroup) around this process, has left.
+    """Free bytes: the smallest of what the machine and each control group around this process has left.
 
     Args:
-        own_groups: where Linux lists the groups of this process.
-        mounted: where it shows them.
+        own_groups: file in which Linux lists the control groups of this process.
+        mounted: where control groups are mounted.
     """
-    return min([psutil.virtual_memory().available, *_left_in_groups(own_groups, mounted)])
+    return min([psutil.virtual_memory().available, *_free_in_groups(own_groups, mounted)])
 
 
-def _left_in_groups(own_groups: Path, mounted: Path) -> Iterator[int]:
+def _free_in_groups(own_groups: Path, mounted: Path) -> Iterator[int]:
     for line in own_groups.read_text(encoding="utf-8").splitlines() if own_groups.exists() else []:
+        # <hierarchy>:<controllers>:<path>; version 2 has no controllers here.
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, names = mounted, ("memory.max", "memory.current", "inactive_file")
+            root = mounted
+            names = ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = mounted / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         folder = root / path.lstrip("/")
+        # Every enclosing group limits this process too.
         for group in (folder, *folder.parents):
-            yield from _left(group, *names)
+            yield from _free_in_group(group, *names)
             if group == root:
                 break
 
 
-def _left(group: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
-    """Of one group; nothing where it has no limit."""
+def _free_in_group(group: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
+    """Free bytes of one group; nothing if it has no limit."""
     try:
-        most, used = (group / limit).read_text(encoding="utf-8"), int((group / usage).read_text(encoding="utf-8"))
+        max_bytes = (group / limit).read_text(encoding="utf-8")
+        used_bytes = int((group / usage).read_text(encoding="utf-8"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
     except OSError:
         return
-    if most.strip() != "max":
-        # Pages of files count as used, but make room when it is needed.
-        yield int(most) - used + int(stat.get(reclaimable, 0))
+    if max_bytes.strip() != "max":
+        # The page cache counts as used, but is freed when memory is needed.
+        yield int(max_bytes) - used_bytes + int(stat.get(reclaimable, 0))

@@ -1,4 +1,4 @@
-"""The tokeniser, the network by its config and the names of its weights, and whether it fits into memory."""
+"""Preflight checks of the model: tokenizer, architecture, stored weights, and whether a run fits into memory."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ from das_ds.preflight.memory_estimate import (
     Sharding,
     activation_bytes,
     checkpoint_bytes,
+    estimate_memory,
     logits_bytes,
-    memory,
 )
 from das_ds.preflight.method_memory import kept_by_rank, kept_in_checkpoint
 
-VIEWS_OF_CONTRAST = 4
-"""Rows of the packed forward pass per sequence."""
+NUM_CONTRAST_VIEWS = 4
+"""Rows of the packed forward pass per sequence: the contrastive loss adds three views."""
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes that are free for one rank."""
+    """Free bytes, as seen by one rank."""
 
     node: str
     device: int | None
     """On its GPU; None without one."""
     host: int
-    """On its whole node."""
+    """On its node, for all ranks there."""
 
 
 def granularity(config: RunConfig) -> Granularity | None:
@@ -68,51 +68,61 @@ def granularity(config: RunConfig) -> Granularity | None:
 
 
 def check_model(checks: Checklist, config: RunConfig) -> ModelSize | None:
-    """Tokenisers load, an architecture spec covers all parameters of the model, and blocks fit its positions."""
+    """Tokenizers load, the architecture is known and covers all parameters, and blocks fit the positions.
 
-    def look() -> tuple[ModelSize, str]:
-        spec = find_spec(config.model)
-        base = load_tokenizer(config)
-        tokenizers = build_tokenizers(config, base)
+    The model is built without memory for its weights.
+    """
+
+    def probe() -> tuple[ModelSize, str]:
+        architecture = find_spec(config.model)
+        base_tokenizer = load_tokenizer(config)
+        base_vocab_size = num_tokens(base_tokenizer.get_vocab())
+        tokenizers = build_tokenizers(config, base_tokenizer)
         for tokenizer in tokenizers.values():
-            build_collator(spec.objective, tokenizer, config.data)
-        model = skeleton(model_config(config.model, vocab_size=num_tokens(base.get_vocab())), spec.objective)
-        check_embeddings(model, num_tokens(base.get_vocab()))
-        check_sequence_length(model, spec, config.data.sequence_length)
-        most_tokens = max(num_tokens(tokenizer.get_vocab()) for tokenizer in tokenizers.values())
+            build_collator(architecture.objective, tokenizer, config.data)
+        model = skeleton(model_config(config.model, vocab_size=base_vocab_size), architecture.objective)
+        check_embeddings(model, base_vocab_size)
+        check_sequence_length(model, architecture, config.data.sequence_length)
+        # Domains may add tokens, so the largest tokenizer decides on the size of the embedding.
+        max_vocab_size = max(num_tokens(tokenizer.get_vocab()) for tokenizer in tokenizers.values())
         weights = "" if config.model.name_or_path is None else f"; {describe_stored_weights(config.model, model)}"
-        return measured_size(config, model, spec, most_tokens), weights
+        return count_parameters(config, model, architecture, max_vocab_size), weights
 
-    def check_loss(seen: list[tuple[ModelSize, str]]) -> str:
-        sizes = [size for size, _ in seen]
+    def summarize(outcomes: list[tuple[ModelSize, str]]) -> str:
+        sizes = [size for size, _ in outcomes]
         if len(set(sizes)) > 1:
-            raise PreflightError(f"ranks find models of different sizes: {', '.join(str(s.total) for s in sizes[:8])}")
-        size = sizes[0]
+            totals = ", ".join(str(size.total) for size in sizes[:8])
+            raise PreflightError(f"ranks find models of different sizes: {totals}")
+        size, weights = outcomes[0]
         trained = f", of which {size.trained:,} are trained" if size.has_adapters else ""
-        return f"{size.total:,} parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens{seen[0][1]}"
+        return f"{size.total:,} parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens{weights}"
 
-    found = checks.run("model", "a tokenizer, and a model with an architecture spec that fits it", look, check_loss)
-    return None if found is None else found[0][0]
+    outcomes = checks.run("model", "a tokenizer, and a model of a known architecture that fits it", probe, summarize)
+    return None if outcomes is None else outcomes[0][0]
 
 
-def measured_size(config: RunConfig, model: PreTrainedModel, spec: ArchitectureSpec, num_rows: int) -> ModelSize:
-    """Counts of a network that has room for at least `num_rows` tokens, LoRA included.
+def count_parameters(
+    config: RunConfig, model: PreTrainedModel, architecture: ArchitectureSpec, num_rows: int
+) -> ModelSize:
+    """Sizes of a model whose embedding has at least `num_rows` rows, LoRA included.
 
     Raises:
-        ModelError: the architecture spec does not fit the network.
-        ConfigError: LoRA does not.
+        ModelError: the architecture does not fit the model.
+        ConfigError: LoRA does not fit the model.
     """
-    layout = spec.layout(model)
+    layout = architecture.layout(model)
     embedding: Any = model.get_input_embeddings()
     num_embeddings, hidden = embedding.weight.shape
+    # A new token adds a row to every parameter with one row per token.
     added = max(0, num_rows - num_embeddings) * sum(layout.shapes[name][2] for name in layout.vocabulary)
     total = trained = sum(layout.sizes.values()) + added
     if config.model.lora is not None:
-        maps = Lora.plan(model, layout, config.model.lora).linears
-        trained = sum(item.rank * (item.num_inputs + item.num_outputs) for item in maps)
+        linears = Lora.plan(model, layout, config.model.lora).linears
+        trained = sum(linear.rank * (linear.num_inputs + linear.num_outputs) for linear in linears)
         total += trained
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)
-    if spec.has_experts:
+    if architecture.has_experts:
+        # One token uses only some of the experts.
         num_experts = max(shape[0] for shape in layout.shapes.values())
         inner = inner // num_experts * getattr(model.config, "num_experts_per_tok", num_experts)
     return ModelSize(
@@ -129,53 +139,56 @@ def measured_size(config: RunConfig, model: PreTrainedModel, spec: ArchitectureS
 
 
 def check_memory(checks: Checklist, config: RunConfig, info: RankInfo, size: ModelSize, engine: dict[str, Any]) -> None:
-    """What a rank needs against what is free for it; a rough part alone that is too much is only a doubt."""
-    fixed = estimated_memory(config, size, engine, info.world_size)
+    """Needed against free memory; if only the estimate of activations exceeds it, the result is a warning."""
+    estimate = estimate_run_memory(config, size, engine, info.world_size)
     if info.device.type == "cpu":
-        fixed = fixed.on_cpu()
-    rough = activation_estimate(config, size)
-    shown = ", ".join(f"{name} {readable(part)}" for name, part in {**fixed.device, **fixed.host}.items() if part)
-    beside = f", {readable(fixed.host_bytes)} beside it in host memory" if fixed.host_bytes else ""
+        estimate = estimate.on_cpu()
+    activations = activation_estimate(config, size)
+    items = {**estimate.device, **estimate.host}
+    shown = ", ".join(f"{name} {readable(num_bytes)}" for name, num_bytes in items.items() if num_bytes)
+    host = f", {readable(estimate.host_bytes)} more in host memory" if estimate.host_bytes else ""
     expected = (
-        f"room for {readable(fixed.device_bytes)} per rank{beside} and for roughly {readable(rough)} of activations: "
-        f"{shown}"
+        f"room for {readable(estimate.device_bytes)} per rank{host} and for roughly {readable(activations)} of "
+        f"activations: {shown}"
     )
 
-    def look() -> MemoryBudget:
+    def probe() -> MemoryBudget:
         device = torch.cuda.mem_get_info(info.device)[0] if info.device.type == "cuda" else None
         return MemoryBudget(socket.gethostname(), device, free_memory())
 
-    checks.run("memory", expected, look, lambda rooms: judge_memory(rooms, fixed, rough))
+    checks.run("memory", expected, probe, lambda budgets: compare_memory(budgets, estimate, activations))
 
 
-def judge_memory(rooms: list[MemoryBudget], fixed: MemoryEstimate, rough: int) -> str | CheckWarning:
-    """Compare with the node, and the GPU, that have least to spare.
+def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activations: int) -> str | CheckWarning:
+    """Compare with the node, and the GPU, that have the least to spare.
 
     Args:
-        rooms: of all ranks.
-        fixed: what a rank needs; without GPUs all of it as memory of the device, which is the host.
-        rough: activations of a rank.
+        budgets: of all ranks.
+        estimate: of one rank; without GPUs, all of it counts as device memory, which is then the host's.
+        activations: estimated bytes of one rank.
 
     Raises:
-        PreflightError: what surely is needed is more than what is free.
+        PreflightError: even without activations, more is needed than free.
     """
-    gpus = [room.device for room in rooms if room.device is not None]
-    ranks_on = Counter(room.node for room in rooms)
-    per_rank = fixed.host_bytes if gpus else fixed.device_bytes
-    free = {node: min(room.host for room in rooms if room.node == node) for node in ranks_on}
-    needed = {node: n * per_rank + (fixed.host_export if node == rooms[0].node else 0) for node, n in ranks_on.items()}
-    tightest = min(ranks_on, key=lambda node: free[node] - needed[node])
-    num_ranks = ranks_on[tightest]
+    gpus = [budget.device for budget in budgets if budget.device is not None]
+    num_ranks_by_node = Counter(budget.node for budget in budgets)
+    host_per_rank = estimate.host_bytes if gpus else estimate.device_bytes
+    free = {node: min(budget.host for budget in budgets if budget.node == node) for node in num_ranks_by_node}
+    needed = {node: num_ranks * host_per_rank for node, num_ranks in num_ranks_by_node.items()}
+    # Rank 0 also collects the model to export it.
+    needed[budgets[0].node] += estimate.host_export
+    tightest = min(num_ranks_by_node, key=lambda node: free[node] - needed[node])
+    num_ranks = num_ranks_by_node[tightest]
     found = f"{readable(needed[tightest])} of {readable(free[tightest])} free on {tightest} (ranks there: {num_ranks})"
     if gpus:
-        found = f"{readable(fixed.device_bytes)} of {readable(min(gpus))} free on a GPU, {found}"
-    if needed[tightest] > free[tightest] or (gpus and fixed.device_bytes > min(gpus)):
+        found = f"{readable(estimate.device_bytes)} of {readable(min(gpus))} free on a GPU, {found}"
+    if needed[tightest] > free[tightest] or (gpus and estimate.device_bytes > min(gpus)):
         raise PreflightError(
-            f"{found}; use more nodes, a higher ZeRO stage, bf16, or offload where host memory is to spare"
+            f"{found}; use more nodes, a higher ZeRO stage, bf16, or offload if host memory is available"
         )
-    left = min(gpus) - fixed.device_bytes if gpus else (free[tightest] - needed[tightest]) // num_ranks
-    found = f"{found}, and roughly {readable(rough)} a rank for activations"
-    if rough > left:
+    left = min(gpus) - estimate.device_bytes if gpus else (free[tightest] - needed[tightest]) // num_ranks
+    found = f"{found}, and roughly {readable(activations)} a rank for activations"
+    if activations > left:
         return CheckWarning(
             f"{found}, for which {readable(left)} are left; lower train.micro_batch_size or set "
             "model.gradient_checkpointing"
@@ -183,7 +196,7 @@ def judge_memory(rooms: list[MemoryBudget], fixed: MemoryEstimate, rough: int) -
     return found
 
 
-def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any], num_ranks: int) -> MemoryEstimate:
+def estimate_run_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any], num_ranks: int) -> MemoryEstimate:
     """Memory of one rank without activations, by the merged DeepSpeed config."""
     zero = engine.get("zero_optimization", {})
     live = min(zero.get("stage3_max_live_parameters", 10**9), zero.get("stage3_max_reuse_distance", 10**9))
@@ -204,7 +217,7 @@ def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any],
         granularity=granularity(config),
         num_units=size.num_units,
     ) + kept_in_checkpoint(config, size, in_domain=True)
-    found = memory(
+    found = estimate_memory(
         size,
         sharding,
         granularity=granularity(config),
@@ -218,7 +231,7 @@ def estimated_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any],
 def activation_estimate(config: RunConfig, size: ModelSize) -> int:
     """Activations and logits of one micro-step."""
     is_contrasted = config.method.is_soft_masked and config.method.contrastive.weight > 0.0
-    num_rows = config.train.micro_batch_size * (VIEWS_OF_CONTRAST if is_contrasted else 1)
+    num_rows = config.train.micro_batch_size * (NUM_CONTRAST_VIEWS if is_contrasted else 1)
     if config.method.name == "derpp":
         num_rows += -(-config.num_rehearsed * config.train.micro_batch_size // config.train.global_batch_size)
     num_tokens = config.data.sequence_length

@@ -1,4 +1,4 @@
-"""Whether the output folder is the run's own, takes what all ranks write, is one and the same, and has room."""
+"""Preflight checks of the output folder: whose it is, whether all ranks can write to it and share it, free space."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ from das_ds.storage import sync
 from das_ds.training.run_lock import current_holder
 
 VISIBLE_WITHIN_S = 10.0
-"""Network file systems may show other nodes' files a little later."""
+"""Network file systems may show files of other nodes with a delay."""
 
 
 def check_folder(checks: Checklist, config: RunConfig, peers: PeerCheck) -> bool:
-    """Three checks; gives whether the folder can be used."""
-    root, rank = config.output_dir, peers.ranks.info.rank
+    """Three checks: owner, writing and sharing.
+
+    Returns:
+        Whether the run can use the folder.
+    """
+    root = config.output_dir
+    rank = peers.ranks.info.rank
     expected = f"{root} to be new, empty or that of the same run"
-    is_own = checks.run("folder", expected, lambda: _look_whose(config, rank), lambda found: found[0])
-    expected = f"folders and files that every rank can make, flush and rename in {root}"
+    is_usable = checks.run("folder", expected, lambda: _describe_owner(config, rank), lambda found: found[0])
+    expected = f"folders and files that every rank can create, flush and rename in {root}"
     can_write = checks.run(
         "writing", expected, lambda: _try_writing(root, rank), lambda _: "every rank writes and renames"
     )
@@ -36,37 +41,39 @@ def check_folder(checks: Checklist, config: RunConfig, peers: PeerCheck) -> bool
         checks.skip("sharing", "one folder, seen by all ranks", needs=("writing",))
         return False
     check_sharing(checks, root, peers)
-    return is_own is not None
+    return is_usable is not None
 
 
 def check_sharing(checks: Checklist, root: Path, peers: PeerCheck) -> None:
-    """A file of every rank, looked for by all."""
+    """Every rank creates a file and looks for those of all others."""
     token = peers.gather(secrets.token_hex(8))[0]
     files = [root / f"{PROBE}{token}-{rank}" for rank in range(peers.ranks.info.world_size)]
 
-    def look() -> list[int]:
-        own = files[peers.ranks.info.rank]
+    def probe() -> list[int]:
+        own_file = files[peers.ranks.info.rank]
         try:
+            # A rank that cannot write shows up as a missing file.
             with suppress(OSError):
-                own.write_text("", encoding="utf-8")
-                sync(own)
+                own_file.write_text("", encoding="utf-8")
+                sync(own_file)
             peers.barrier()
-            missing = _missing(files)
+            missing = _find_missing(files)
+            # No rank removes its file while another still looks for it.
             peers.barrier()
             return missing
         finally:
-            own.unlink(missing_ok=True)
+            own_file.unlink(missing_ok=True)
 
-    def check_loss(missing: list[list[int]]) -> str:
-        blind = next((rank for rank, others in enumerate(missing) if others), None)
-        if blind is not None:
+    def summarize(missing: list[list[int]]) -> str:
+        observer = next((rank for rank, others in enumerate(missing) if others), None)
+        if observer is not None:
             raise PreflightError(
-                f"rank {blind} does not see the file of rank {missing[blind][0]} after {VISIBLE_WITHIN_S:g} s; "
-                "output_dir has to be on a file system that all nodes share"
+                f"rank {observer} does not see the file of rank {missing[observer][0]} after {VISIBLE_WITHIN_S:g} s; "
+                "output_dir must be on a file system that all nodes share"
             )
         return "all ranks see each other's files"
 
-    checks.run("sharing", "one folder, seen by all ranks", look, check_loss)
+    checks.run("sharing", "one folder, seen by all ranks", probe, summarize)
 
 
 def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, granularity: Granularity | None) -> None:
@@ -83,7 +90,7 @@ def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, granularit
         f"making) + {num_domains} domains of {readable(domain)} + importance {readable(run_importance)}"
     )
 
-    def check_loss(found: list[tuple[int, int]]) -> str:
+    def summarize(found: list[tuple[int, int]]) -> str:
         free, present = min(free for free, _ in found), min(found[0][1], needed)
         what = f"{readable(free)} free, {readable(present)} written already"
         if free < needed - present:
@@ -92,47 +99,48 @@ def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, granularit
             )
         return f"{what}, of {expected}"
 
-    checks.run("disk", expected, lambda: (shutil.disk_usage(root).free, _written(root)), check_loss)
+    checks.run("disk", expected, lambda: (shutil.disk_usage(root).free, _num_bytes_written(root)), summarize)
 
 
-def _look_whose(config: RunConfig, rank: int) -> str | CheckWarning:
+def _describe_owner(config: RunConfig, rank: int) -> str | CheckWarning:
     root = config.output_dir
-    # Only one rank: the others' probes would make the folder seem to be somebody else's.
+    # Only rank 0 looks: a slower rank would see probe files that the next check leaves.
     if rank != 0 or not root.is_dir():
         return f"{root} is new"
-    for left_over in root.glob(f"{PROBE}*"):
-        _remove(left_over)
+    # A preflight that was killed leaves its files behind.
+    for leftover in root.glob(f"{PROBE}*"):
+        _remove(leftover)
     if not any(root.iterdir()):
         return f"{root} is empty"
-    is_continued = holds_same_run(config)
-    # No failure: an earlier run may still train while the next one is prepared.
+    is_resumed = holds_same_run(config)
+    # Only a warning: an earlier start may still train while the next one is prepared.
     if (holder := current_holder(root)) is not None:
-        return CheckWarning(f"{root} is held by another start, {holder}; train is refused until it ends")
-    if is_continued:
-        return f"{root} holds this run, which is continued"
-    return f"{root} holds no training yet, which begins there"
+        return CheckWarning(f"{root} is held by another start, {holder}; training is refused until it ends")
+    if is_resumed:
+        return f"{root} holds this run, which will be resumed"
+    return f"{root} holds no training yet, so the run starts there"
 
 
 def _try_writing(root: Path, rank: int) -> None:
-    """A folder with a file, flushed and renamed, as checkpoints are."""
+    """Create a folder with a file, flush and rename it, as for checkpoints."""
     root.mkdir(parents=True, exist_ok=True)
     partial = root / f"{PROBE}{secrets.token_hex(8)}-{rank}"
-    whole = partial.with_name(partial.name + ".whole")
+    complete = partial.with_name(partial.name + ".complete")
     try:
         partial.mkdir()
         (partial / "file").write_bytes(b"das_ds")
         sync(partial / "file")
-        os.replace(partial, whole)
+        os.replace(partial, complete)
         sync(root)
-        if (whole / "file").read_bytes() != b"das_ds":
-            raise PreflightError(f"{whole / 'file'}: what was written there does not come back")
+        if (complete / "file").read_bytes() != b"das_ds":
+            raise PreflightError(f"{complete / 'file'}: read back different bytes than were written")
     finally:
         _remove(partial)
-        _remove(whole)
+        _remove(complete)
 
 
-def _missing(files: list[Path]) -> list[int]:
-    """Ranks whose file cannot be opened, given time to appear."""
+def _find_missing(files: list[Path]) -> list[int]:
+    """Ranks whose file does not appear in time."""
     deadline = time.monotonic() + VISIBLE_WITHIN_S
     while True:
         missing = [rank for rank, path in enumerate(files) if not path.exists()]
@@ -148,5 +156,5 @@ def _remove(probe: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _written(root: Path) -> int:
+def _num_bytes_written(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())

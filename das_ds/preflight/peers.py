@@ -1,4 +1,4 @@
-"""What ranks ask each other before a run: whether they meet, how fast they talk, what each of them found."""
+"""Preflight checks between ranks: rendezvous, bandwidth, and the exchange of results."""
 
 from __future__ import annotations
 
@@ -16,37 +16,39 @@ from das_ds.errors import PreflightError
 
 T = TypeVar("T")
 
-NUM_SMALL, NUM_LARGE = 20, 3
+NUM_SMALL = 20
+NUM_LARGE = 3
+"""All-reduces of each size that are timed, after one that is not."""
 LARGE_NUMEL = 2**24
-"""Float32 values of 64 MiB."""
+"""float32 values in 64 MiB."""
 
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """How fast all-reduces are, as one rank saw it."""
+    """Speed of all-reduces, as measured by one rank."""
 
     backend: str
     latency_s: float
-    """Seconds for one number."""
+    """Seconds for one float32."""
     bytes_per_s: float
-    """Size of a large tensor by the time that it took (algorithm bandwidth)."""
+    """Size of a large tensor divided by its time (algorithm bandwidth)."""
 
 
 class PeerCheck:
-    """The ranks of a run that is checked; nothing waits for longer than a time-out.
+    """The process group of a preflight; nothing waits longer than the timeout.
 
     Args:
-        timeout: for all ranks to start, and for each answer.
+        timeout: for the rendezvous, and for each collective.
 
     Raises:
-        PreflightError: not all of them start, or they do not reach each other.
+        PreflightError: not all ranks start, or they cannot reach each other.
     """
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
         try:
             self.ranks = ProcessGroup(timeout)
-            # Findings are plain objects, which travel over TCP whatever the backend of the run is.
+            # Results are Python objects, so they are exchanged over gloo whatever the run's backend is.
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:
             raise PreflightError(
@@ -66,7 +68,7 @@ class PeerCheck:
         dist.barrier(group=self._group)
 
     def measure_bandwidth(self) -> LinkSpeed:
-        """All-reduce on the run's backend and device, a small tensor and a large one.
+        """Time all-reduces of a small and a large tensor on the run's backend and device.
 
         Raises:
             PreflightError: the backend fails, or a sum is wrong.
@@ -79,26 +81,26 @@ class PeerCheck:
             raise PreflightError(
                 f"all-reduce over {dist.get_backend()} failed: {str(error).splitlines()[0]}"
             ) from error
-        # Not earlier: a rank that left after a wrong sum would leave the others waiting for the next one.
+        # Checked after all sums: a rank that left after a wrong one would leave the others waiting for the next.
         num_ranks = self.ranks.info.world_size
         expected = num_ranks * (num_ranks + 1) / 2
         for _, total in (*small, *large):
             if not bool((total == expected).all()):
                 value = total[total != expected][0].item()
                 raise PreflightError(f"all-reduce gave {value:g}, expected {expected:g}, the sum of 1 to {num_ranks}")
-        # The first of each makes connections and buffers.
+        # The first of each size sets up connections and buffers.
         latency = median(seconds for seconds, _ in small[1:])
         fastest = min(seconds for seconds, _ in large[1:])
         return LinkSpeed(dist.get_backend(), latency, LARGE_NUMEL * torch.float32.itemsize / fastest)
 
     def _all_reduce(self, numel: int) -> tuple[float, torch.Tensor]:
-        """Seconds that a sum took, and the sum."""
+        """(seconds, sum) of one all-reduce."""
         info = self.ranks.info
         tensor = torch.full((numel,), info.rank + 1.0, device=info.device)
         begin = time.perf_counter()
         work = dist.all_reduce(tensor, async_op=True)
         assert work is not None, "every rank is in the default group"
-        # Before those give up that have failed already and wait with what they found.
+        # Half the timeout, so that this rank reports before ranks that failed earlier give up waiting for it.
         work.wait(self._timeout / 2)
         if info.device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""All checks in order."""
+"""The preflight command: all checks in order."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from das_ds.training.revisions import with_recorded_revisions
 
 
 def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list[CheckResult]:
-    """Make all checks, print one line each on rank 0 (or one JSON object at the end), build no engine.
+    """Run all checks without building an engine; rank 0 prints one line each, or one JSON object at the end.
 
     Raises:
-        PreflightError: at least one failed, after all were made.
+        PreflightError: at least one check failed; raised after all were run.
     """
     info = peers.ranks.info
 
-    def show(finding: CheckResult) -> None:
+    def show(result: CheckResult) -> None:
         if info.is_main and not as_json:
-            print(finding.line(), flush=True)
+            print(result.line(), flush=True)
 
     checks = Checklist(peers, show)
     check_network(checks, peers)
@@ -34,6 +34,7 @@ def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list
     check_versions(checks, config)
     engine = check_settings(checks, config, info.world_size)
     is_usable = check_folder(checks, config, peers)
+    # A run that is resumed keeps the hub revisions that it recorded.
     pinned = with_recorded_revisions(config) if is_usable else config
     size = check_model(checks, pinned)
     check_corpora(checks, pinned)
@@ -46,7 +47,7 @@ def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list
     else:
         checks.skip("memory", "a model that fits", needs=("settings", "model"))
     if info.is_main and as_json:
-        print(json.dumps({"ok": not checks.failed, "checks": [asdict(finding) for finding in checks.findings]}))
+        print(json.dumps({"ok": not checks.failed, "checks": [asdict(result) for result in checks.results]}))
     if checks.failed:
         raise PreflightError(f"preflight: {len(checks.failed)} checks failed: {', '.join(checks.failed)}")
-    return checks.findings
+    return checks.results

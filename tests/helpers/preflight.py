@@ -82,7 +82,7 @@ def different_ranks(values: dict[str, Any]) -> list[CheckResult]:
     own.mkdir(parents=True)
     check_sharing(checks, own, peers)
     assert not list(own.iterdir())
-    return checks.findings
+    return checks.results
 
 
 def failing_rank(values: dict[str, Any]) -> list[CheckResult]:
@@ -112,7 +112,7 @@ def failing_rank(values: dict[str, Any]) -> list[CheckResult]:
         check_network(checks, peers)
     finally:
         os.replace, dist.all_reduce = rename, all_reduce
-    return checks.findings
+    return checks.results
 
 
 def rank_without_backend(timeout: float) -> list[CheckResult]:
@@ -129,7 +129,7 @@ def rank_without_backend(timeout: float) -> list[CheckResult]:
         check_network(checks, peers)
     finally:
         dist.all_reduce = all_reduce
-    return checks.findings
+    return checks.results
 
 
 def preflight_and_error(values: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ def _one_pixel(_: object, path: Path) -> None:
 
 # Both pictures of a report take longer than all else in a tiny run. They have tests of their own, and runs that are
 # started as commands draw them.
-run_report.loss_matrix_png = run_report.importance_png = _one_pixel
+run_report.plot_loss_matrix = run_report.plot_importance = _one_pixel
 
 # ZeRO-3 collects garbage when it begins; what is loaded by now is none, and takes a second to look through.
 gc.collect()

@@ -18,7 +18,7 @@ from helpers.runs import small_run
 pytestmark = pytest.mark.multirank
 
 
-def test_deepspeed_launcher_trains_on_two_ranks_and_evaluate_agrees(tmp_path: Path) -> None:
+def test_train_two_ranks_agrees_with_evaluate(tmp_path: Path) -> None:
     values = small_run(tmp_path, deepspeed="ds_configs/zero3.json")
     path = write_config(tmp_path, values)
     done = on_two_ranks("launch/train.py", "--config", path, "train.micro_batch_size=2")
@@ -35,7 +35,7 @@ def test_deepspeed_launcher_trains_on_two_ranks_and_evaluate_agrees(tmp_path: Pa
     assert losses == pytest.approx(dict(zip(results.eval_domains, results.loss_matrix[-1], strict=True)), rel=1e-6)
 
 
-def test_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
+def test_train_non_finite_loss_names_the_step(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path, method={"name": "ncl"}))
     done = program("launch/train.py", "--config", path, "train.learning_rate=1e38", "train.max_grad_norm=0")
     assert done.returncode == 2, done.stderr
@@ -43,7 +43,7 @@ def test_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["das_ds", "das_ds.cli"])
-def test_module_does_what_the_command_does(tmp_path: Path, module: str) -> None:
+def test_module_equals_command(tmp_path: Path, module: str) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
     # The DeepSpeed launcher puts the rank before the command's own words.
     done = command(sys.executable, "-m", module, "--local_rank=0", "check-config", "--config", path, "seed=5")

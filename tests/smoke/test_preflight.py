@@ -15,7 +15,7 @@ from helpers.runs import small_run
 pytestmark = pytest.mark.multirank
 
 
-def test_ranks_that_differ_are_found_by_all(tmp_path: Path) -> None:
+def test_checks_on_different_ranks_fail_on_all(tmp_path: Path) -> None:
     values = small_run(tmp_path)
     clocks, version, config, settings, corpora, sharing = equal_on_all(run_ranks(different_ranks, 2, values))
     assert all(f.status == "failed" for f in (clocks, version, config, settings, corpora, sharing))
@@ -27,7 +27,7 @@ def test_ranks_that_differ_are_found_by_all(tmp_path: Path) -> None:
     assert "rank 0 does not see the file of rank 1" in sharing.found and "share" in sharing.found
 
 
-def test_failing_command_makes_all_checks_and_exits_with_2(tmp_path: Path) -> None:
+def test_preflight_command_failing_check_exits_with_2(tmp_path: Path) -> None:
     values = small_run(tmp_path)
     values["domains"][1]["train"] = [str(tmp_path / "no_such_file.txt")]
     path = write_config(tmp_path, values)

@@ -15,9 +15,9 @@ from das_ds.preflight.memory_estimate import (
     activation_bytes,
     checkpoint_bytes,
     domain_bytes,
+    estimate_memory,
     importance_bytes,
     logits_bytes,
-    memory,
 )
 
 SIZE = ModelSize(
@@ -34,7 +34,7 @@ SIZE = ModelSize(
 SHARDING = Sharding(stage=2, num_ranks=4, weight_bytes=2, gradient_bytes=4, num_moments=2, bucket=100)
 
 
-def test_checkpoint_is_what_adamw_keeps() -> None:
+def test_checkpoint_bytes_adamw_equals_its_state() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 7)).sum().backward()
@@ -47,18 +47,18 @@ def test_checkpoint_is_what_adamw_keeps() -> None:
     assert checkpoint_bytes(trained=trained, optimizer="lion") == 8 * trained
 
 
-def test_checkpoint_holds_importance_and_the_sums_of_a_pass() -> None:
+def test_checkpoint_bytes_importance_and_sums_are_counted() -> None:
     assert checkpoint_bytes(trained=1000, optimizer="adamw", granularity="unit", num_units=50) == 12_000 + 200 + 200
     assert checkpoint_bytes(trained=1000, optimizer="adamw", granularity="parameter") == 12_000 + 1000 + 4000
 
 
-def test_importance_takes_four_bytes_a_unit_or_one_a_weight() -> None:
+def test_importance_bytes_per_unit_and_per_weight() -> None:
     assert importance_bytes("unit", trained=1000, num_units=50) == 200
     assert importance_bytes("parameter", trained=1000, num_units=50) == 1000
     assert importance_bytes(None, trained=1000, num_units=50) == 0
 
 
-def test_domain_keeps_weights_model_and_importance() -> None:
+def test_domain_bytes_weights_model_and_importance() -> None:
     assert domain_bytes(SIZE, None) == 8000
     assert domain_bytes(SIZE, "unit") == 8200
     # LoRA: weights and adapter of 100, exported model of 1000.
@@ -76,8 +76,8 @@ def test_domain_keeps_weights_model_and_importance() -> None:
         (3, 2, (500, 600, 0, 400, 1000, 2000, 2000)),
     ],
 )
-def test_memory_by_stage(stage: int, weight_bytes: int, expected: tuple[int, ...]) -> None:
-    needed = memory(
+def test_estimate_memory_by_stage(stage: int, weight_bytes: int, expected: tuple[int, ...]) -> None:
+    needed = estimate_memory(
         SIZE, replace(SHARDING, stage=stage, weight_bytes=weight_bytes), granularity=None, copied_bytes=12_000
     )
     names = ("weights", "gathered weights", "gradients", "buckets", "fp32 weights", "moments", "gradients of the shard")
@@ -86,10 +86,10 @@ def test_memory_by_stage(stage: int, weight_bytes: int, expected: tuple[int, ...
     assert needed.host == {"copy of a checkpoint": 3000 if stage else 12_000}
 
 
-def test_offload_moves_parts_to_the_host_and_loses_none() -> None:
+def test_estimate_memory_offload_moves_items_to_the_host() -> None:
     stage_3 = replace(SHARDING, stage=3)
-    here = memory(SIZE, stage_3, granularity="parameter", copied_bytes=0)
-    there = memory(
+    here = estimate_memory(SIZE, stage_3, granularity="parameter", copied_bytes=0)
+    there = estimate_memory(
         SIZE,
         replace(stage_3, offloads_optimizer=True, offloads_weights=True),
         granularity="parameter",
@@ -100,37 +100,37 @@ def test_offload_moves_parts_to_the_host_and_loses_none() -> None:
     assert here.on_cpu().device_bytes == there.on_cpu().device_bytes
 
 
-def test_zero_3_gathers_the_largest_layer_or_what_it_may_keep() -> None:
+def test_estimate_memory_zero3_gathers_largest_layer_or_live() -> None:
     def gathered(live: int) -> int:
         sharding = replace(SHARDING, stage=3, live=live)
-        return memory(SIZE, sharding, granularity=None, copied_bytes=0).device["gathered weights"]
+        return estimate_memory(SIZE, sharding, granularity=None, copied_bytes=0).device["gathered weights"]
 
     assert (gathered(0), gathered(500), gathered(10**9)) == (600, 1000, 2000)
 
 
-def test_importance_of_every_weight_is_divided_like_the_optimizer() -> None:
+def test_estimate_memory_parameter_importance_is_sharded() -> None:
     def importance(granularity: Granularity | None, **mask: bool) -> int:
-        return memory(SIZE, SHARDING, granularity=granularity, copied_bytes=0, **mask).device["importance"]
+        return estimate_memory(SIZE, SHARDING, granularity=granularity, copied_bytes=0, **mask).device["importance"]
 
     assert importance("parameter") == 6 * 1000 // 4
     assert importance("parameter", has_own_mask=True) == 7 * 1000 // 4
     assert importance("unit") == 3 * 4 * 50 and importance(None) == 0
 
 
-def test_building_may_need_more_than_training() -> None:
-    needed = memory(SIZE, replace(SHARDING, num_ranks=1000), granularity=None, copied_bytes=0)
+def test_estimate_memory_construction_may_be_the_peak() -> None:
+    needed = estimate_memory(SIZE, replace(SHARDING, num_ranks=1000), granularity=None, copied_bytes=0)
     assert needed.device_bytes == 4000 > sum(needed.device.values())
     # float32 as it is read, and the copy of what 16 bits would round.
     assert needed.host_bytes == 8000
     assert MemoryEstimate({}, {}, 5, 7, 9).on_cpu() == MemoryEstimate({}, {}, 7, 0, 9)
 
 
-def test_logits_exist_in_chunks() -> None:
+def test_logits_bytes_are_bounded_by_the_chunk() -> None:
     assert logits_bytes(SIZE, num_positions=8, largest_chunk=10**6) == 3 * 4 * 60 * 8
     assert logits_bytes(SIZE, num_positions=8, largest_chunk=100) == 300
 
 
-def test_recomputed_layers_keep_their_inputs_only() -> None:
+def test_activation_bytes_recomputed_layers_keep_inputs() -> None:
     def needed(num_layers: int) -> int:
         size = replace(SIZE, num_layers=num_layers)
         return activation_bytes(size, num_rows=3, num_tokens=5, weight_bytes=2, is_eager=False, is_recomputed=True)
@@ -138,9 +138,11 @@ def test_recomputed_layers_keep_their_inputs_only() -> None:
     assert needed(8) - needed(7) == 3 * 5 * 2 * SIZE.hidden
 
 
-def test_frozen_weights_that_lose_bits_are_kept_in_shards() -> None:
+def test_estimate_memory_rounded_frozen_weights_are_kept() -> None:
     def kept(**changes: int) -> int:
-        found = memory(replace(SIZE, trained=100), replace(SHARDING, **changes), granularity=None, copied_bytes=0)
+        found = estimate_memory(
+            replace(SIZE, trained=100), replace(SHARDING, **changes), granularity=None, copied_bytes=0
+        )
         return found.host.get("frozen weights", 0)
 
     assert kept(stage=3) == 4 * 900 // 4

@@ -17,11 +17,11 @@ from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.models.loading import load_model
 from das_ds.models.lora import Lora
-from das_ds.preflight.checks import CheckResult, CheckWarning, readable, reasons_by_rank
+from das_ds.preflight.checks import CheckResult, CheckWarning, group_reasons, readable
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.environment import check_settings
 from das_ds.preflight.host_memory import free_memory
-from das_ds.preflight.memory import MemoryBudget, check_memory, check_model, judge_memory, measured_size
+from das_ds.preflight.memory import MemoryBudget, check_memory, check_model, compare_memory, count_parameters
 from das_ds.preflight.memory_estimate import MemoryEstimate, activation_bytes
 from das_ds.preflight.output_dir import check_disk, check_folder
 from helpers.head_warmup import headless_run
@@ -39,52 +39,52 @@ def only(check: Any, *args: Any) -> CheckResult:
     """What one check found on one rank."""
     checks = silent_checks(Alone())
     check(checks, *args)
-    (finding,) = checks.findings
-    return finding
+    (result,) = checks.results
+    return result
 
 
 def config(folder: Path, **changes: Any) -> RunConfig:
     return RunConfig(**small_run(folder, **changes))
 
 
-def test_every_reason_is_told_with_its_ranks() -> None:
-    assert reasons_by_rank({0: "a", 1: "a"}, 2) == "a"
-    assert reasons_by_rank({1: "a"}, 3) == "rank 1: a"
-    assert reasons_by_rank({1: "a", 2: "b", 3: "a"}, 4) == "rank 1 and 1 more: a; rank 2: b"
+def test_group_reasons_names_ranks_once() -> None:
+    assert group_reasons({0: "a", 1: "a"}, 2) == "a"
+    assert group_reasons({1: "a"}, 3) == "rank 1: a"
+    assert group_reasons({1: "a", 2: "b", 3: "a"}, 4) == "rank 1 and 1 more: a; rank 2: b"
     many = {rank: str(rank) for rank in range(5)}
-    assert reasons_by_rank(many, 5) == "rank 0: 0; rank 1: 1; rank 2: 2; and 2 other reasons"
+    assert group_reasons(many, 5) == "rank 0: 0; rank 1: 1; rank 2: 2; and 2 other reasons"
 
 
-def test_lines_say_what_was_expected_only_where_it_was_not_found() -> None:
+def test_check_result_line_shows_expected_only_if_not_ok() -> None:
     assert CheckResult("disk", "ok", "much", "little").line() == "ok       disk       much"
     assert CheckResult("disk", "failed", "little", "much").line() == "failed   disk       little | expected: much"
     assert [readable(n) for n in (12, 2048, 3 * 2**20, 1.5 * GIB)] == ["12 bytes", "2.0 KiB", "3.0 MiB", "1.5 GiB"]
 
 
-def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_check_folder_uncreatable_fails(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     checks = silent_checks(Alone())
     assert not check_folder(checks, config(tmp_path, output_dir=tmp_path / "file" / "run"), Alone())
-    folder, writing, sharing = checks.findings
+    folder, writing, sharing = checks.results
     assert (folder.status, writing.status, sharing.status) == ("ok", "failed", "skipped")
     assert "Not a directory" in writing.found and sharing.found == "not checked, because writing failed"
 
 
-def test_folder_of_another_run_and_folder_of_something_else(tmp_path: Path) -> None:
+def test_check_folder_of_another_run_fails(tmp_path: Path) -> None:
     run = config(tmp_path)
     run.output_dir.mkdir()
     dump_config(run.model_copy(update={"seed": 7}), run.output_dir / "config.yaml")
     (run.output_dir / "results.json").touch()
     checks = silent_checks(Alone())
     assert not check_folder(checks, run, Alone())
-    assert checks.findings[0].status == "failed" and "seed: was 7, now 0" in checks.findings[0].found
+    assert checks.results[0].status == "failed" and "seed: was 7, now 0" in checks.results[0].found
     (run.output_dir / "config.yaml").rename(run.output_dir / "notes.txt")
     checks = silent_checks(Alone())
     assert not check_folder(checks, run, Alone())
-    assert "is not empty and holds no run" in checks.findings[0].found
+    assert "is not empty and holds no run" in checks.results[0].found
 
 
-def test_folder_of_the_same_run_is_continued_and_left_as_it_is(tmp_path: Path) -> None:
+def test_check_folder_of_same_run_is_resumed_unchanged(tmp_path: Path) -> None:
     run = config(tmp_path)
     run.output_dir.mkdir()
     dump_config(run, run.output_dir / "config.yaml")
@@ -92,22 +92,22 @@ def test_folder_of_the_same_run_is_continued_and_left_as_it_is(tmp_path: Path) -
     (run.output_dir / ".preflight-0-0").mkdir()
     checks = silent_checks(Alone())
     assert check_folder(checks, run, Alone())
-    assert "holds this run" in checks.findings[0].found
+    assert "holds this run" in checks.results[0].found
     assert [path.name for path in run.output_dir.iterdir()] == ["config.yaml"]
 
 
-def test_folder_of_starts_that_failed_is_left_as_it_is(tmp_path: Path) -> None:
+def test_check_folder_of_failed_start_is_unchanged(tmp_path: Path) -> None:
     run = config(tmp_path)
     run.output_dir.mkdir()
     failed = run.model_copy(update={"seed": 7})
     dump_config(failed, run.output_dir / "config.yaml")
     checks = silent_checks(Alone())
     assert check_folder(checks, run, Alone())
-    assert checks.findings[0].found == f"{run.output_dir} holds no training yet, which begins there"
+    assert checks.results[0].found == f"{run.output_dir} holds no training yet, so the run starts there"
     assert load_config(run.output_dir / "config.yaml") == failed
 
 
-def test_folder_in_which_another_start_trains_is_a_warning(tmp_path: Path) -> None:
+def test_check_folder_in_use_is_a_warning(tmp_path: Path) -> None:
     run = config(tmp_path)
     run.output_dir.mkdir()
     dump_config(run, run.output_dir / "config.yaml")
@@ -115,14 +115,13 @@ def test_folder_in_which_another_start_trains_is_a_warning(tmp_path: Path) -> No
         checks = silent_checks(Alone())
         assert check_folder(checks, run, Alone())
         assert (
-            checks.findings[0].status == "warning"
-            and f"held by another start, pid {pid} on " in checks.findings[0].found
+            checks.results[0].status == "warning" and f"held by another start, pid {pid} on " in checks.results[0].found
         )
     checks = silent_checks(Alone())
-    assert check_folder(checks, run, Alone()) and checks.findings[0].status == "ok"
+    assert check_folder(checks, run, Alone()) and checks.results[0].status == "ok"
 
 
-def test_disk_counts_what_is_to_be_written_and_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_disk_counts_written_and_planned_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(tmp_path, method={"name": "ncl"})
     run.output_dir.mkdir()
     size = check_model(silent_checks(Alone()), run)
@@ -142,7 +141,7 @@ def test_disk_counts_what_is_to_be_written_and_what_is_there(tmp_path: Path, mon
     assert found(needed - 2048).status == "ok"
 
 
-def test_model_is_counted_without_being_built(tmp_path: Path) -> None:
+def test_check_model_counts_without_building(tmp_path: Path) -> None:
     run = config(tmp_path)
     size = check_model(silent_checks(Alone()), run)
     model, _ = load_model(run.model, seed=0, vocab_size=300)
@@ -154,16 +153,16 @@ def test_model_is_counted_without_being_built(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
-def test_counts_of_other_architectures(name: str, tmp_path: Path) -> None:
+def test_count_parameters_equals_built_model(name: str, tmp_path: Path) -> None:
     run = config(tmp_path, model={"config": {"model_type": name, **CONFIGS[name]}})
     model, spec = load_model(run.model, seed=0, vocab_size=100)
-    assert measured_size(run, model, spec, 100).total == sum(p.numel() for p in model.parameters())
+    assert count_parameters(run, model, spec, 100).total == sum(p.numel() for p in model.parameters())
 
 
-def test_lora_and_added_tokens_are_counted(tmp_path: Path) -> None:
+def test_count_parameters_lora_and_added_tokens(tmp_path: Path) -> None:
     lora = config(tmp_path, model={"lora": {"rank": 2}})
     model, spec = load_model(lora.model, seed=0, vocab_size=300)
-    size = measured_size(lora, model, spec, 300)
+    size = count_parameters(lora, model, spec, 300)
     assert lora.model.lora is not None
     Lora.plan(model, spec.layout(model), lora.model.lora).attach(model, seed=0)
     assert size.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -186,12 +185,12 @@ def test_lora_and_added_tokens_are_counted(tmp_path: Path) -> None:
         ({"model": {"config": {"model_type": "roberta", "vocab_size": 100}}}, "embeddings for only 100"),
     ],
 )
-def test_model_that_cannot_be_trained(changes: dict[str, Any], found: str, tmp_path: Path) -> None:
-    finding = only(check_model, config(tmp_path, **changes))
-    assert finding.status == "failed" and found in finding.found
+def test_check_model_untrainable_config_fails(changes: dict[str, Any], found: str, tmp_path: Path) -> None:
+    result = only(check_model, config(tmp_path, **changes))
+    assert result.status == "failed" and found in result.found
 
 
-def test_stored_weights_are_looked_at_and_not_read(tmp_path: Path) -> None:
+def test_check_model_stored_weights_are_checked(tmp_path: Path) -> None:
     values = headless_run(tmp_path, stage=2, steps=0)
     found = only(check_model, RunConfig(**values))
     assert found.status == "ok" and "tensors (float32) of model.safetensors as float32" in found.found
@@ -207,7 +206,7 @@ def test_stored_weights_are_looked_at_and_not_read(tmp_path: Path) -> None:
     assert damaged.status == "failed" and "cannot read the weights of" in damaged.found
 
 
-def test_settings_that_do_not_fit_the_ranks(tmp_path: Path) -> None:
+def test_check_settings_wrong_number_of_ranks_fails(tmp_path: Path) -> None:
     good = only(check_settings, config(tmp_path), 2)
     assert (good.status, good.found) == ("ok", "fp32, ZeRO 2, 8 sequences = 2 ranks x 4 x 1 micro-steps")
     bad = only(check_settings, config(tmp_path), 3)
@@ -224,34 +223,34 @@ def test_settings_that_do_not_fit_the_ranks(tmp_path: Path) -> None:
         ("broken.txt.xz", b"no archive", "damaged archive"),
     ],
 )
-def test_corpus_that_cannot_be_read(name: str, content: bytes | None, found: str, tmp_path: Path) -> None:
+def test_check_corpora_unreadable_source_fails(name: str, content: bytes | None, found: str, tmp_path: Path) -> None:
     values = small_run(tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     values["domains"][1]["train"].append(str(tmp_path / name))
-    finding = only(check_corpora, RunConfig(**values))
-    assert finding.status == "failed" and finding.found.startswith("corpus 'papers': ") and found in finding.found
+    result = only(check_corpora, RunConfig(**values))
+    assert result.status == "failed" and result.found.startswith("corpus 'papers': ") and found in result.found
 
 
-def test_corpora_are_counted(tmp_path: Path) -> None:
-    finding = only(check_corpora, config(tmp_path))
-    assert finding.status == "ok" and finding.found.startswith("3 corpora, 3 sources, ")
+def test_check_corpora_are_counted(tmp_path: Path) -> None:
+    result = only(check_corpora, config(tmp_path))
+    assert result.status == "ok" and result.found.startswith("3 corpora, 3 sources, ")
 
 
-def test_text_of_unknown_tokens_and_model_folder_without_tokeniser(tmp_path: Path) -> None:
+def test_check_corpora_unknown_tokens_are_reported(tmp_path: Path) -> None:
     run = config(tmp_path)
     word_tokenizer(WORDS[:4]).save_pretrained(str(run.data.tokenizer))
-    finding = only(check_corpora, run)
-    assert finding.status == "failed"
+    result = only(check_corpora, run)
+    assert result.status == "failed"
     assert re.fullmatch(
         r"corpus 'food': found \d\d\.\d% unknown tokens, allowed: at most 50%; the tokenizer is not made for this text "
         r"\(data\.tokenizer\)",
-        finding.found,
+        result.found,
     )
     word_tokenizer(WORDS[4:]).save_pretrained(str(run.data.tokenizer))
-    finding = only(check_corpora, run)
-    assert finding.status == "ok"
-    assert re.search(r"unknown tokens in the first documents: food \d\.\d%, papers \d\.\d%, gen", finding.found)
+    result = only(check_corpora, run)
+    assert result.status == "ok"
+    assert re.search(r"unknown tokens in the first documents: food \d\.\d%, papers \d\.\d%, gen", result.found)
     folder = tmp_path / "model"
     tiny_model().save_pretrained(folder)
     bare = RunConfig(**{**small_run(tmp_path, data={"tokenizer": None}), "model": {"name_or_path": str(folder)}})
@@ -260,7 +259,7 @@ def test_text_of_unknown_tokens_and_model_folder_without_tokeniser(tmp_path: Pat
     assert only(check_corpora, bare).status == "ok"
 
 
-def test_model_has_room_for_the_largest_id(tmp_path: Path) -> None:
+def test_check_model_vocabulary_has_room_for_the_largest_id(tmp_path: Path) -> None:
     run = config(tmp_path)
     word_tokenizer(WORDS, skipped=400).save_pretrained(str(run.data.tokenizer))
     size = check_model(silent_checks(Alone()), run)
@@ -291,27 +290,27 @@ def needs(device: int, host: int = 0, export: int = 0) -> MemoryEstimate:
         ([room("a", 8, 4), room("a", 8, 4)], needs(3, 5), 0, "failed"),
     ],
 )
-def test_memory_is_that_of_the_tightest_node_and_gpu(
+def test_compare_memory_uses_the_tightest_node_and_gpu(
     rooms: list[MemoryBudget], fixed: MemoryEstimate, rough: int, outcome: str
 ) -> None:
     if outcome == "failed":
         with pytest.raises(PreflightError, match="use more nodes, a higher ZeRO stage"):
-            judge_memory(rooms, fixed, rough * GIB)
+            compare_memory(rooms, fixed, rough * GIB)
         return
-    judged = judge_memory(rooms, fixed, rough * GIB)
+    judged = compare_memory(rooms, fixed, rough * GIB)
     assert isinstance(judged, CheckWarning) == (outcome == "doubt")
 
 
-def test_memory_of_a_run_that_fits_and_of_one_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_memory_too_little_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(tmp_path)
     size, engine = check_model(silent_checks(Alone()), run), check_settings(silent_checks(Alone()), run, 1)
     assert only(check_memory, run, CPU, size, engine).status == "ok"
     monkeypatch.setattr("das_ds.preflight.memory.free_memory", lambda: 1000)
-    finding = only(check_memory, run, CPU, size, engine)
-    assert finding.status == "failed" and "of 1000 bytes free" in finding.found and "moments" in finding.expected
+    result = only(check_memory, run, CPU, size, engine)
+    assert result.status == "failed" and "of 1000 bytes free" in result.found and "moments" in result.expected
 
 
-def test_limit_of_a_batch_job_counts(tmp_path: Path) -> None:
+def test_free_memory_cgroup_limit_counts(tmp_path: Path) -> None:
     own, mounted = tmp_path / "own", tmp_path / "mounted"
     job = mounted / "slurm" / "job"
     job.mkdir(parents=True)
@@ -347,7 +346,7 @@ def test_limit_of_a_batch_job_counts(tmp_path: Path) -> None:
         ({"model_type": "llama", "intermediate_size": 344}, "eager"),
     ],
 )
-def test_rough_activations_are_within_a_factor_of_two(model: dict[str, Any], attention: str, tmp_path: Path) -> None:
+def test_activation_bytes_within_a_factor_of_two(model: dict[str, Any], attention: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 72}
     special = {"bos_token_id": 1, "eos_token_id": 2}
     run = config(tmp_path, model={"config": {**sizes, "vocab_size": 100, **special, **model}, "attention": attention})
@@ -363,14 +362,14 @@ def test_rough_activations_are_within_a_factor_of_two(model: dict[str, Any], att
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network.base_model(torch.randint(5, 90, (4, 64)))
     measured = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own)
-    size = measured_size(run, network, spec, 100)
+    size = count_parameters(run, network, spec, 100)
     estimate = activation_bytes(
         size, num_rows=4, num_tokens=64, weight_bytes=4, is_eager=attention == "eager", is_recomputed=False
     )
     assert 0.5 < estimate / measured < 2.0
 
 
-def test_auto_of_a_deepspeed_file_is_the_default_of_training_in_preflight_too(tmp_path: Path) -> None:
+def test_check_memory_deepspeed_auto_equals_default(tmp_path: Path) -> None:
     left_open = {
         "stage": 3,
         "reduce_bucket_size": "auto",

@@ -44,7 +44,7 @@ def said(values: dict[str, Any]) -> tuple[list[str], str]:
     config, checks = RunConfig(**values), silent_checks(Alone())
     check_model(checks, config)
     check_corpora(checks, config)
-    failed = [finding.found for finding in checks.findings if finding.status == "failed"]
+    failed = [finding.found for finding in checks.results if finding.status == "failed"]
     with pytest.raises(DasError) as caught:
         text = prepare_data(config, CPU, find_spec(config.model).objective)
         load_model(config.model, seed=0, vocab_size=len(text.base_tokenizer))
@@ -181,7 +181,7 @@ def test_text_held_out_for_one_corpus_and_trained_on_by_another_is_doubted(tmp_p
     values["general"]["valid"] = values["domains"][0]["train"]
     checks = silent_checks(Alone())
     check_corpora(checks, RunConfig(**values))
-    (finding,) = checks.findings
+    (finding,) = checks.results
     assert finding.status == "warning"
     assert "food.txt is held out for general, but domain food trains on it" in finding.found
 
