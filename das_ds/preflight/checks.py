@@ -80,11 +80,10 @@ class Checklist:
         outcomes = self._peers.gather(_attempt(probe))
         failures = {rank: outcome.reason for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)}
         values = [outcome for outcome in outcomes if not isinstance(outcome, _Failure)]
-        summary: str | CheckWarning | _Failure
         if failures:
-            summary = _Failure(group_reasons(failures, len(outcomes)))
-        else:
-            summary = _attempt(lambda: summarize(values))
+            self._add(CheckResult(name, "failed", group_reasons(failures, len(outcomes)), expected))
+            return None
+        summary = _attempt(lambda: summarize(values))
         if isinstance(summary, _Failure):
             self._add(CheckResult(name, "failed", summary.reason, expected))
             return None

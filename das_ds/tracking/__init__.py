@@ -1,1 +1,1 @@
-"""Metrics of a run: a tracker that fans out to sinks (JSONL always, W&B when chosen), and a throughput meter."""
+"""Metric tracking: a tracker that fans out to sinks (JSONL always, W&B if enabled), and a throughput meter."""

@@ -1,4 +1,4 @@
-"""Names of metrics and tracking files, written once so that producers and readers agree."""
+"""Names of metrics, defined once for the code that logs them and the code that reads them."""
 
 GLOBAL_STEP = "global_step"
 DOMAIN = "domain"
@@ -26,7 +26,7 @@ STEP_METRICS = (
     SKIPPED_STEPS,
     TOKENS_PER_S,
 )
-"""Fields of every line of metrics.jsonl; `loss_part` names and others may follow."""
+"""Fields of every line of metrics.jsonl; `loss_part` names and others may be added."""
 
 HARDWARE_METRICS = (
     TOKENS_PER_S,
@@ -36,7 +36,7 @@ HARDWARE_METRICS = (
     CHECKPOINT_WRITE_S,
     CHECKPOINT_MIB,
 )
-"""Fields that tell of the machine: two runs of one config agree in all others."""
+"""Fields that depend on the machine; two runs of one config agree in all others."""
 
 DOMAINS_LEARNED = "domains_learned"
 LOSS_MATRIX = "loss_matrix"
@@ -44,7 +44,7 @@ IMPORTANCE = "importance"
 
 
 def loss_part(name: str) -> str:
-    """Name of one summand of the loss, such as `loss/mlm`."""
+    """Name of one term of the loss, such as `loss/mlm`."""
     return f"{LOSS}/{name}"
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go: the interface of a sink, and the JSONL file that every run writes."""
+"""Metric sinks: the interface, and the JSONL file that every run writes."""
 
 from __future__ import annotations
 
@@ -19,44 +19,43 @@ Metrics = Mapping[str, Scalar]
 
 
 class Sink:
-    """Receives what a run reports; a sink overrides what it can show and ignores the rest."""
+    """Receives the metrics of a run; a sink overrides the methods that it supports and ignores the rest."""
 
     def log(self, metrics: Metrics, *, global_step: int) -> None:
-        """One logged training step: the fields of `names.STEP_METRICS`, and any others."""
+        """Log a training step: the fields of `names.STEP_METRICS`, and any others."""
 
     def log_evaluation(self, losses: Mapping[str, float], *, domains_learned: int, global_step: int) -> None:
-        """Held-out loss per corpus before training (`domains_learned` 0) or after a domain."""
+        """Log the held-out loss per corpus, before training (`domains_learned` 0) or after a domain."""
 
     def log_summary(self, metrics: Metrics) -> None:
-        """Numbers that describe the whole run, such as its average forgetting."""
+        """Log metrics of the complete run, such as its average forgetting."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Scalar]]) -> None:
-        """A table with one name per column."""
+        """Log a table with one name per column."""
 
     def log_image(self, name: str, path: Path) -> None:
-        """A PNG file."""
+        """Log a PNG file."""
 
     def num_bytes(self) -> int:
-        """Length of the sink's file, 0 where it has none."""
+        """Length of the sink's file, 0 without one."""
         return 0
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
-        """Forget every step beyond `global_step`; called when a run resumes there.
+        """Drop all steps after `global_step`; called when a run resumes there.
 
         Args:
             global_step: last step to keep.
-            num_bytes: what `num_bytes` said when that step was saved.
+            num_bytes: value of `num_bytes()` when that step was saved.
         """
 
     def close(self, exit_code: int = 0) -> None:
-        """Write what is left and release resources; nothing is logged afterwards."""
+        """Flush and release resources; nothing is logged afterwards."""
 
 
 class JsonlSink(Sink):
     """Appends one strict JSON object per logged step to a file, flushed line by line.
 
-    JSON has no number that is not finite, so these become the strings "NaN", "Infinity" and "-Infinity", which
-    `float()` reads back.
+    JSON has no NaN or infinity, so these become the strings "NaN", "Infinity" and "-Infinity", which `float()` parses.
 
     Raises:
         RunFolderError: the file cannot be opened or written.
@@ -77,26 +76,26 @@ class JsonlSink(Sink):
             self._file.write(line.encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            # Closing tries to write the line again; its second failure would hide this one.
+            # Closing flushes the line again; a second failure would hide this one.
             with contextlib.suppress(OSError):
                 self._file.close()
             raise self._cannot_write(error) from error
 
     def num_bytes(self) -> int:
         """Length of the file."""
-        # Not of the open file, which a failure closes.
+        # By path, because a failed write closes the file.
         return self._path.stat().st_size
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
-        """Cut the file at the first line that lies beyond `global_step` or was only half written.
+        """Cut the file at the first line that is after `global_step` or incomplete.
 
-        Lines that were there when the step was saved and no longer are cannot be had again: a warning says so.
+        Lines that existed when the step was saved but are gone cannot be recovered, which is logged as a warning.
         """
         end = 0
         try:
             self._file.seek(0)
             for line in self._file:
-                if not line.endswith(b"\n") or _step_of(line) > global_step:
+                if not line.endswith(b"\n") or _parse_step(line) > global_step:
                     break
                 end += len(line)
             self._file.truncate(end)
@@ -104,7 +103,7 @@ class JsonlSink(Sink):
             raise self._cannot_write(error) from error
         if end < num_bytes:
             logger.warning(
-                "%s: %d bytes of lines up to step %d are missing; the run goes on, they cannot be had again",
+                "%s: %d bytes of lines up to step %d are missing and cannot be recovered; training continues",
                 self._path,
                 num_bytes - end,
                 global_step,
@@ -126,8 +125,8 @@ def _strict(value: Scalar) -> Scalar:
     return value
 
 
-def _step_of(line: bytes) -> float:
-    """Global step of a line; infinite where the line is no object of ours."""
+def _parse_step(line: bytes) -> float:
+    """Global step of a line; infinite if the line is not a JSON object with a step."""
     try:
         return int(json.loads(line)[GLOBAL_STEP])
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""How fast and how large a run is: tokens per second between two log lines, and peak memory."""
+"""Throughput meter: tokens per second between two log lines; and peak memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 class Throughput:
-    """Tokens per second of training over the interval since the rate was last taken, pauses left out."""
+    """Tokens per second of training since the last `pop_rate`, excluding pauses."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -27,11 +27,11 @@ class Throughput:
         self._start = self._clock()
 
     def add(self, num_tokens: int) -> None:
-        """Count tokens of all ranks as processed."""
+        """Count processed tokens of all ranks."""
         self._num_tokens += num_tokens
 
-    def take(self) -> float:
-        """Tokens per second since the last `take` or `restart`, 0 where no time has passed; starts a new interval."""
+    def pop_rate(self) -> float:
+        """Tokens per second of this interval, 0 if no time has passed; starts a new interval."""
         seconds = self._clock() - self._start - self._paused_seconds
         rate = self._num_tokens / seconds if seconds > 0 else 0.0
         self.restart()
@@ -39,7 +39,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of this block (evaluation, checkpoints) out of the interval; no `take` within it."""
+        """Exclude the time of this block (evaluation, checkpoints); `pop_rate` must not be called within it."""
         begin = self._clock()
         try:
             yield
@@ -48,8 +48,9 @@ class Throughput:
 
 
 def peak_memory_gib() -> float:
-    """Largest memory so far in GiB: allocated by torch on the GPU where there is one, else resident in RAM."""
+    """Peak memory so far in GiB: allocated by torch on the GPU or, without one, resident in RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

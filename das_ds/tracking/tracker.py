@@ -1,4 +1,4 @@
-"""The tracker a run reports to: one object on every rank, with sinks on rank 0 only."""
+"""Tracker: one object on every rank that forwards metrics to sinks, which only rank 0 has."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from das_ds.tracking.wandb_sink import WandbJob, build_wandb_sink
 
 
 class Tracker(Sink):
-    """Fans everything out to its sinks; without sinks it does nothing, so that callers need not ask for their rank.
+    """Forwards everything to its sinks; without sinks it does nothing, so callers need not check their rank.
 
-    As a context manager it closes the sinks with the exit code that the block leaves with.
+    As a context manager it closes the sinks with the exit code of the block.
     """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = tuple(sinks)
         self.failure: DasError | None = None
-        """Why steps can no longer be logged; raised where all ranks can be told, since one rank logs for all."""
+        """Why steps can no longer be logged. Only rank 0 logs, so the trainer raises it later on all ranks."""
 
     def log(self, metrics: Metrics, *, global_step: int) -> None:
-        """One logged training step, to every sink; nothing after a `failure`."""
+        """Forward a training step; nothing after a `failure`."""
         if self.failure is not None:
             return
         try:
@@ -35,31 +35,31 @@ class Tracker(Sink):
             self.failure = error
 
     def log_evaluation(self, losses: Mapping[str, float], *, domains_learned: int, global_step: int) -> None:
-        """Held-out losses, to every sink."""
+        """Forward held-out losses."""
         for sink in self._sinks:
             sink.log_evaluation(losses, domains_learned=domains_learned, global_step=global_step)
 
     def log_summary(self, metrics: Metrics) -> None:
-        """Numbers of the whole run, to every sink."""
+        """Forward metrics of the complete run."""
         for sink in self._sinks:
             sink.log_summary(metrics)
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Scalar]]) -> None:
-        """A table, to every sink."""
+        """Forward a table."""
         for sink in self._sinks:
             sink.log_table(name, columns, rows)
 
     def log_image(self, name: str, path: Path) -> None:
-        """A PNG file, to every sink."""
+        """Forward a PNG file."""
         for sink in self._sinks:
             sink.log_image(name, path)
 
     def num_bytes(self) -> int:
-        """Length of metrics.jsonl, 0 on ranks without it."""
+        """Length of metrics.jsonl, 0 on other ranks than 0."""
         return max((sink.num_bytes() for sink in self._sinks), default=0)
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
-        """Forget every step beyond `global_step` in every sink."""
+        """Drop all steps after `global_step` in every sink."""
         for sink in self._sinks:
             sink.truncate_after(global_step, num_bytes)
 
@@ -78,11 +78,11 @@ class Tracker(Sink):
 
 
 def build_tracker(config: RunConfig, *, enabled: bool) -> Tracker:
-    """Tracker of a run: JSONL and, as `config.wandb` chooses, W&B; empty where not `enabled` (all ranks but 0).
+    """Build the tracker of a run: JSONL and, depending on `config.wandb`, W&B; empty unless `enabled` (rank 0).
 
     Raises:
         RunFolderError: `metrics.jsonl` cannot be opened; the run folder must exist.
-        ConfigError: W&B is demanded and not installed.
+        ConfigError: W&B is required but not installed.
     """
     if not enabled:
         return Tracker()
@@ -94,10 +94,10 @@ def build_tracker(config: RunConfig, *, enabled: bool) -> Tracker:
 
 
 def build_job_tracker(config: RunConfig, job: WandbJob, *, enabled: bool) -> Tracker:
-    """Tracker of a job besides the training run: W&B alone, as `config.wandb` chooses; empty where not `enabled`.
+    """Build the tracker of a job other than training: only W&B, depending on `config.wandb`; empty unless `enabled`.
 
     Raises:
-        ConfigError: W&B is demanded and not installed.
+        ConfigError: W&B is required but not installed.
     """
     sink = build_wandb_sink(config, job) if enabled else None
     return Tracker([] if sink is None else [sink])

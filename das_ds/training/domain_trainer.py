@@ -152,7 +152,7 @@ class DomainTrainer:
             throughput.add(progress.tokens_per_step)
             if is_logged:
                 losses = self._meter.take()
-                self._log(progress, step, losses, learning_rate, norm, throughput.take())
+                self._log(progress, step, losses, learning_rate, norm, throughput.pop_rate())
                 bar.set_postfix(loss=f"{sum(losses.values()):.3f}", refresh=False)
             self._at("between steps", step)
             if step < num_steps:

@@ -19,19 +19,19 @@ class Clock:
         return self.seconds
 
 
-def test_rate_is_tokens_over_seconds_and_each_take_starts_anew() -> None:
+def test_pop_rate_restarts_the_interval() -> None:
     clock = Clock()
     meter = Throughput(clock)
     meter.add(300)
     meter.add(700)
     clock.seconds += 4.0
-    assert meter.take() == 250.0
+    assert meter.pop_rate() == 250.0
     meter.add(60)
     clock.seconds += 2.0
-    assert meter.take() == 30.0
+    assert meter.pop_rate() == 30.0
 
 
-def test_paused_time_does_not_count_even_when_the_block_fails() -> None:
+def test_paused_time_is_excluded_even_on_error() -> None:
     clock = Clock()
     meter = Throughput(clock)
     meter.add(100)
@@ -42,25 +42,25 @@ def test_paused_time_does_not_count_even_when_the_block_fails() -> None:
     with meter.paused():
         clock.seconds += 50.0
     clock.seconds += 1.0
-    assert meter.take() == 50.0
+    assert meter.pop_rate() == 50.0
     meter.add(10)
     clock.seconds += 1.0
-    assert meter.take() == 10.0
+    assert meter.pop_rate() == 10.0
 
 
-def test_restart_forgets_tokens_and_time() -> None:
+def test_restart_drops_tokens_and_time() -> None:
     clock = Clock()
     meter = Throughput(clock)
     meter.add(100)
     clock.seconds += 9.0
     meter.restart()
-    assert meter.take() == 0.0
+    assert meter.pop_rate() == 0.0
     meter.add(5)
     clock.seconds += 1.0
-    assert meter.take() == 5.0
+    assert meter.pop_rate() == 5.0
 
 
-def test_peak_memory_is_at_least_the_memory_in_use() -> None:
+def test_peak_memory_is_at_least_current_memory() -> None:
     now = torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
     # The kernel adds up resident pages in batches, so the two counters may differ by a little.
     assert 0.98 * now / GIB <= peak_memory_gib() < 2**20

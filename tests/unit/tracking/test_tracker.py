@@ -51,7 +51,7 @@ class Recorder(Sink):
         self.calls.append(("table", name, columns, rows))
 
     def log_image(self, name: str, path: Path) -> None:
-        self.calls.append(("picture", name, path))
+        self.calls.append(("image", name, path))
 
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
         self.calls.append(("truncate", global_step))
@@ -69,7 +69,7 @@ def report_everything(tracker: Tracker) -> None:
     tracker.log_image("losses", Path("losses.png"))
 
 
-def test_every_sink_receives_every_call() -> None:
+def test_tracker_forwards_every_call_to_every_sink() -> None:
     first, second = Recorder(), Recorder()
     with Tracker([first, second]) as tracker:
         report_everything(tracker)
@@ -80,7 +80,7 @@ def test_every_sink_receives_every_call() -> None:
         ("evaluation", {"acl": 1.0}, 1, 3),
         ("summary", {"forgetting": 0.5}),
         ("table", "losses", ["stage", "acl"], [["before", 1.0]]),
-        ("picture", "losses", Path("losses.png")),
+        ("image", "losses", Path("losses.png")),
         ("close", 0),
     ]
 
@@ -89,26 +89,26 @@ def test_every_sink_receives_every_call() -> None:
     ("error", "exit_code"),
     [(SystemExit(75), 75), (SystemExit(), 0), (SystemExit("why"), 1), (KeyError("bug"), 1), (KeyboardInterrupt(), 1)],
 )
-def test_the_sinks_learn_how_the_run_ended(error: BaseException, exit_code: int) -> None:
+def test_tracker_closes_sinks_with_exit_code(error: BaseException, exit_code: int) -> None:
     sink = Recorder()
     with pytest.raises(type(error)), Tracker([sink]):
         raise error
     assert sink.calls == [("close", exit_code)]
 
 
-def test_a_rank_without_sinks_writes_nothing(make_config: ConfigMaker, tmp_path: Path) -> None:
+def test_build_tracker_disabled_writes_nothing(make_config: ConfigMaker, tmp_path: Path) -> None:
     with build_tracker(make_config(tmp_path / "run", "offline"), enabled=False) as tracker:
         report_everything(tracker)
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_jsonl_keeps_only_training_steps(make_config: ConfigMaker, tmp_path: Path) -> None:
+def test_jsonl_sink_ignores_all_but_steps(make_config: ConfigMaker, tmp_path: Path) -> None:
     with build_tracker(make_config(tmp_path, "disabled"), enabled=True) as tracker:
         report_everything(tracker)
     assert read_strictly(tmp_path / METRICS_FILE) == [{"global_step": 3, "domain": "acl"}]
 
 
-def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_jsonl_sink_flushes_every_line(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / METRICS_FILE)
     sink.log(step_metrics(1), global_step=41)
     (line,) = read_strictly(tmp_path / METRICS_FILE)
@@ -117,7 +117,7 @@ def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
     assert line == {"global_step": 41, **step_metrics(1)}
 
 
-def test_numbers_that_are_not_finite_stay_strict_json(tmp_path: Path) -> None:
+def test_jsonl_sink_non_finite_values_are_strict_json(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / METRICS_FILE)
     sink.log(step_metrics(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf), global_step=1)
     sink.close()
@@ -129,7 +129,7 @@ def test_numbers_that_are_not_finite_stay_strict_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tail", [b"", b'{"global_step": 9, "loss"', b'{"global_step": 2}', b'{"global_step": \n', b"7\n"]
 )
-def test_resuming_cuts_later_and_half_written_lines(tmp_path: Path, tail: bytes) -> None:
+def test_truncate_after_drops_later_and_partial_lines(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / METRICS_FILE
     sink = JsonlSink(path)
     for step in (1, 2, 3, 4):
@@ -145,12 +145,12 @@ def test_resuming_cuts_later_and_half_written_lines(tmp_path: Path, tail: bytes)
     assert [line["global_step"] for line in read_strictly(path)] == [1, 2, 3]
 
 
-def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+def test_jsonl_sink_unopenable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"missing/metrics\.jsonl: cannot be written \(No such file"):
         JsonlSink(tmp_path / "missing" / METRICS_FILE)
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
+def test_jsonl_sink_full_disk_is_named(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
     path.symlink_to("/dev/full")
     sink = JsonlSink(path)
@@ -158,7 +158,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         sink.log(step_metrics(1), global_step=1)
 
 
-def test_lines_that_a_checkpoint_knew_of_and_that_are_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncate_after_lost_lines_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     for step in (1, 2, 3):

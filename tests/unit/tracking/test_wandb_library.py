@@ -42,7 +42,7 @@ with build_tracker(config, enabled=True) as tracker:
     tracker.log(step(1, "pub-med"), global_step=3)
     tracker.log_summary({"forgetting/average": 0.75})
     tracker.log_table("loss_matrix", ["stage", "acl"], [["before", 3.5], ["after acl", 1.25]])
-    tracker.log_image("loss_matrix", folder / "picture.png")
+    tracker.log_image("loss_matrix", folder / "plot.png")
 """
 
 UNREACHABLE = """
@@ -64,7 +64,7 @@ service.suspend()
 rescue = threading.Timer(60, lambda: (print("rescued", flush=True), service.kill()))
 rescue.daemon = True
 rescue.start()
-for number in range(1, module.MAX_WAITING_JOBS + 100):
+for number in range(1, module.MAX_PENDING_CALLS + 100):
     sink.log(step(number), global_step=number)
 sink.close()
 print("closed")
@@ -95,7 +95,7 @@ def read_records(path: Path) -> Iterator[Any]:
         _, length, part = struct.unpack_from("<IHB", data, position)
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if part in (1, 4):  # a whole record, or the last part of one
+        if part in (1, 4):  # a complete record, or its last fragment
             yield Record.FromString(record)
             record = b""
 
@@ -114,7 +114,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a complete run; mode auto without any key."""
     folder = tmp_path_factory.mktemp("wandb") / "run"
     folder.mkdir()
-    Image.new("RGB", (5, 3), "red").save(folder / "picture.png")
+    Image.new("RGB", (5, 3), "red").save(folder / "plot.png")
     run_program(COMPLETE_RUN, folder, "auto")
     return folder
 
@@ -124,7 +124,7 @@ def records(run_folder: Path) -> list[Any]:
     return list(read_records(only(run_folder, "wandb/offline-run-*/*.wandb")))
 
 
-def test_run_and_its_config_are_recorded(run_folder: Path, records: list[Any]) -> None:
+def test_wandb_run_has_config(run_folder: Path, records: list[Any]) -> None:
     run = next(record.run for record in records if record.HasField("run"))
     config = items(run.config.update)
     assert run.run_id == (run_folder / "wandb_run_id").read_text().strip()
@@ -138,14 +138,14 @@ def test_run_and_its_config_are_recorded(run_folder: Path, records: list[Any]) -
     assert config["method"]["contrastive"]["temperature"] == 0.05
 
 
-def test_each_domain_and_the_evaluation_have_their_own_axis(records: list[Any]) -> None:
+def test_wandb_domains_and_evaluation_have_axes(records: list[Any]) -> None:
     metrics = [record.metric for record in records if record.HasField("metric")]
     axes = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
     assert axes == {"acl/*": "acl/step", "pub-med/*": "pub-med/step", "eval/*": "domains_learned"}
     assert {"acl/step", "pub-med/step", "domains_learned"} <= {metric.name for metric in metrics}
 
 
-def test_history_holds_steps_and_evaluations(records: list[Any]) -> None:
+def test_wandb_history_has_steps_and_evaluations(records: list[Any]) -> None:
     rows = [items(record.history.item) for record in records if record.HasField("history")]
     rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
     first = {"global_step": 1, "tokens_seen": 8, "acl/step": 1, "acl/loss": 1, "acl/loss/mlm": 0.5}
@@ -161,24 +161,24 @@ def test_history_holds_steps_and_evaluations(records: list[Any]) -> None:
     }
 
 
-def test_summary_table_and_picture_are_there(run_folder: Path, records: list[Any]) -> None:
+def test_wandb_summary_table_and_image_are_recorded(run_folder: Path, records: list[Any]) -> None:
     summary: dict[str, Any] = {}
     for record in records:
         if record.HasField("summary"):
             summary |= items(record.summary.update)
     table = json.loads(only(run_folder, "wandb/offline-run-*/files/media/table/tables/*.table.json").read_text())
-    picture = only(run_folder, "wandb/offline-run-*/files/media/images/pictures/*.png")
+    image = only(run_folder, "wandb/offline-run-*/files/media/images/images/*.png")
     assert summary["forgetting/average"] == 0.75
     assert table["columns"] == ["stage", "acl"]
     assert table["data"] == [["before", 3.5], ["after acl", 1.25]]
-    assert Image.open(picture).getpixel((0, 0)) == (255, 0, 0)
+    assert Image.open(image).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_the_run_ends_as_finished(records: list[Any]) -> None:
+def test_wandb_run_ends_as_finished(records: list[Any]) -> None:
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
 
 
-def test_a_server_that_never_answers_means_an_offline_run(tmp_path: Path) -> None:
+def test_wandb_unreachable_server_falls_back_to_offline(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         done = run_program(UNREACHABLE, tmp_path / "run", "auto", WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40)
@@ -191,7 +191,7 @@ def test_a_server_that_never_answers_means_an_offline_run(tmp_path: Path) -> Non
     assert [row["acl/loss"] for row in rows] == [1]
 
 
-def test_a_frozen_service_holds_up_neither_closing_nor_the_exit(tmp_path: Path) -> None:
+def test_wandb_frozen_service_does_not_block_close_or_exit(tmp_path: Path) -> None:
     done = run_program(FROZEN, tmp_path / "run", "offline")
     assert done.stdout.split() == ["closed"]
     assert "did not finish within 1 s" in done.stderr

@@ -15,7 +15,7 @@ from das_ds.config import MethodConfig, RunConfig
 from das_ds.errors import ConfigError
 from das_ds.run_dir import WANDB_RUN_ID_FILE
 from das_ds.tracking import wandb_sink
-from das_ds.tracking.wandb_sink import MAX_WAITING_JOBS, WandbJob, WandbSink, build_wandb_sink
+from das_ds.tracking.wandb_sink import MAX_PENDING_CALLS, WandbJob, WandbSink, build_wandb_sink
 
 ConfigMaker = Callable[[Path, str], RunConfig]
 STEP: dict[str, float | int | str] = {"domain": "acl", "domain_step": 1, "loss": 1.0}
@@ -96,7 +96,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
         ("offline", True, ["init offline"]),
     ],
 )
-def test_mode_and_key_decide_between_online_and_offline(
+def test_mode_and_key_select_online_or_offline(
     make_config: ConfigMaker, tmp_path: Path, mode: str, has_key: bool, calls: list[str]
 ) -> None:
     library = FakeWandb(has_key=has_key)
@@ -106,7 +106,7 @@ def test_mode_and_key_decide_between_online_and_offline(
     assert library.init_arguments["resume"] == ("allow" if calls[-1] == "init online" else None)
 
 
-def test_run_is_described_by_the_config(make_config: ConfigMaker, tmp_path: Path) -> None:
+def test_init_arguments_follow_the_config(make_config: ConfigMaker, tmp_path: Path) -> None:
     library = FakeWandb()
     config = make_config(tmp_path / "papers" / "seed0", "auto")
     WandbSink(config, library, init_timeout_s=4.0, close_timeout_s=10.0).close()
@@ -118,7 +118,7 @@ def test_run_is_described_by_the_config(make_config: ConfigMaker, tmp_path: Path
     assert given["settings"]["init_timeout"] == 4.0 and given["settings"]["finish_timeout"] == 5.0
 
 
-def test_job_besides_training_is_a_run_of_its_own_in_the_same_group(make_config: ConfigMaker, tmp_path: Path) -> None:
+def test_wandb_job_is_a_separate_run_in_the_group(make_config: ConfigMaker, tmp_path: Path) -> None:
     library, config = FakeWandb(), make_config(tmp_path / "papers" / "seed0", "auto")
     folder = tmp_path / "papers" / "seed0" / "domains" / "00_acl"
     folder.mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_job_besides_training_is_a_run_of_its_own_in_the_same_group(make_config:
     assert library.init_arguments["config"] == {"runs": ["a", "b"]}
 
 
-def test_id_is_stored_and_used_again_unless_damaged(make_config: ConfigMaker, tmp_path: Path) -> None:
+def test_run_id_is_reused_unless_damaged(make_config: ConfigMaker, tmp_path: Path) -> None:
     def run_id() -> str:
         library = FakeWandb()
         WandbSink(make_config(tmp_path, "offline"), library).close()
@@ -144,7 +144,7 @@ def test_id_is_stored_and_used_again_unless_damaged(make_config: ConfigMaker, tm
     assert run_id() not in (first, "no id/")
 
 
-def test_unreachable_server_means_offline_with_a_warning(
+def test_unreachable_server_falls_back_to_offline(
     make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     library = FakeWandb(has_key=True, failing=("init online",))
@@ -157,7 +157,7 @@ def test_unreachable_server_means_offline_with_a_warning(
 
 
 @pytest.mark.parametrize(("method", "names"), [("ncl", ["acl", "pub-med"]), ("pool", ["pool"])])
-def test_every_stage_has_its_own_axis(make_config: ConfigMaker, tmp_path: Path, method: str, names: list[str]) -> None:
+def test_every_stage_has_an_axis(make_config: ConfigMaker, tmp_path: Path, method: str, names: list[str]) -> None:
     config = make_config(tmp_path, "offline")
     library = FakeWandb()
     sink = WandbSink(config.model_copy(update={"method": MethodConfig.model_validate({"name": method})}), library)
@@ -166,7 +166,7 @@ def test_every_stage_has_its_own_axis(make_config: ConfigMaker, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("failing", ["login", "init offline", "define_metric", "log", "finish"])
-def test_failures_warn_once_and_never_reach_training(
+def test_failures_warn_once_and_are_contained(
     make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
     library = FakeWandb(failing=(failing,))
@@ -184,7 +184,7 @@ def test_failures_warn_once_and_never_reach_training(
     assert "Traceback" in caplog.text
 
 
-def test_a_library_that_exits_does_not_end_the_thread_that_logs(
+def test_system_exit_does_not_end_the_worker(
     make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = FakeWandb()
@@ -204,7 +204,7 @@ def test_a_library_that_exits_does_not_end_the_thread_that_logs(
 
 
 @pytest.mark.parametrize("hanging", ["login", "init online", "finish"])
-def test_a_hanging_library_blocks_neither_logging_nor_closing(
+def test_hanging_library_blocks_neither_log_nor_close(
     make_config: ConfigMaker,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -215,7 +215,7 @@ def test_a_hanging_library_blocks_neither_logging_nor_closing(
     library = FakeWandb(has_key=True, hanging=(hanging, "teardown"))
     library.run.finish = lambda exit_code: library._enter("finish")  # type: ignore[method-assign]
     sink = WandbSink(make_config(tmp_path, "auto"), library, close_timeout_s=0.2)
-    for step in range(MAX_WAITING_JOBS + 10 if hanging != "finish" else 10):
+    for step in range(MAX_PENDING_CALLS + 10 if hanging != "finish" else 10):
         sink.log(STEP, global_step=step)
     closing = threading.Thread(target=sink.close, daemon=True)
     closing.start()
@@ -225,7 +225,7 @@ def test_a_hanging_library_blocks_neither_logging_nor_closing(
     library.release.set()
 
 
-def test_missing_package_is_an_error_only_where_it_is_demanded(
+def test_missing_package_is_an_error_only_if_required(
     make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -238,7 +238,7 @@ def test_missing_package_is_an_error_only_where_it_is_demanded(
 
 
 @pytest.mark.parametrize(("mode", "environment"), [("disabled", ""), ("auto", "disabled")])
-def test_disabled_by_config_or_environment(
+def test_disabled_by_config_or_environment_builds_no_sink(
     make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, environment: str
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", environment)
