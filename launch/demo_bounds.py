@@ -1,8 +1,8 @@
-"""What a model that ignores its context can reach on masked language modelling: the plateau that has to be left.
+"""What a model that ignores its context can reach in masked language modeling: the plateau to improve on.
 
-Such a model knows how frequent every token is and, at a predicted position, sees only the token that stands there:
-the mask (80 %), a random token (10 %) or the true one (10 %). Both bounds are exact up to the estimate of the
-frequencies; V = tokens of the vocabulary, N = held-out tokens.
+Such a model knows the frequency of every token and, at a predicted position, sees only the token there: the mask
+(80 %), a random token (10 %) or the true one (10 %). Both bounds are exact up to the estimate of the frequencies; V =
+tokens of the vocabulary, N = held-out tokens.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def context_free_bounds(train_ids: Tensor, valid_ids_N: Tensor, num_tokens: int)
     unigram = -log_p.mean()
     kept = -(repeated + (1 - repeated) * log_p.exp()).log().mean()
     # Of the n tokens that may stand there by chance, one is the true one.
-    others = -(1 - is_true).log().sum() + (1 - repeated).log().mean() + (num_tokens - 1) * unigram
-    by_chance = (others + kept) / num_tokens
+    elsewhere = -(1 - is_true).log().sum() + (1 - repeated).log().mean() + (num_tokens - 1) * unigram
+    by_chance = (elsewhere + kept) / num_tokens
     return ContextFreeBounds(unigram.item(), (MASKED * unigram + KEPT * kept + RANDOM * by_chance).item())
 
 
@@ -62,7 +62,7 @@ def corpus_bounds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> ContextFr
 
 
 def _ordinary_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids of a file, counted without the special tokens, which the demo's tokeniser has first."""
+    """Token ids of a file, counted without the special tokens, which the demo's tokenizer has first."""
     texts = [text for batch in read_documents(path, "text") for text in batch.texts]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in ids]) - len(tokenizer.all_special_ids)

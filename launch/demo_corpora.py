@@ -1,7 +1,7 @@
-"""The demo's corpora and tokeniser: `<name>/train.jsonl` and `<name>/valid.jsonl` per corpus, and `tokenizer/`.
+"""The demo's corpora and tokenizer: `<name>/train.jsonl` and `<name>/valid.jsonl` per corpus, and `tokenizer/`.
 
-The same text on every machine with the same packages: documents are made distinct, put in the order of their digests
-(which mixes the sources and forgets in what order files were found) and cut at a size.
+The text is the same on every machine with the same packages: documents are deduplicated, sorted by their digests (which
+mixes the sources and removes the order in which files were found) and truncated at a size.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from launch.demo_sources import cpp_documents, formula_documents, general_docume
 
 MIN_BYTES = 1_000_000
 MIN_CHARACTERS, MAX_CHARACTERS = 80, 10_000
-VALID_SHARE = 0.05
+VALID_FRACTION = 0.05
 VOCAB_SIZE = 512
-TOKENIZER_SHARE = 0.1
+TOKENIZER_FRACTION = 0.1
 SPECIAL_TOKENS = {
     "bos_token": "<s>",
     "pad_token": "<pad>",
@@ -39,7 +39,7 @@ SOURCES = ("datasets", "networkx", "numpy", "sympy", "tokenizers", "torch")
 
 @dataclass(frozen=True)
 class DemoCorpus:
-    """A corpus of the demo, where its documents come from and the most bytes that are taken."""
+    """A corpus of the demo: the source of its documents and its maximum size."""
 
     name: str
     documents: Callable[[], Iterator[str]]
@@ -56,13 +56,13 @@ CORPORA = (
 
 
 def build_corpora(folder: Path, corpora: Sequence[DemoCorpus] = CORPORA) -> bool:
-    """Write corpora and tokeniser into `folder`, unless it already holds them complete and from the same packages.
+    """Write corpora and tokenizer into `folder`, unless it already has them, complete and from the same packages.
 
     Returns:
         Whether anything was written.
 
     Raises:
-        DataError: a corpus of less than MIN_BYTES; names it.
+        DataError: a corpus smaller than MIN_BYTES.
     """
     if _is_complete(folder):
         return False
@@ -73,7 +73,7 @@ def build_corpora(folder: Path, corpora: Sequence[DemoCorpus] = CORPORA) -> bool
         _write_corpus(folder / name, documents)
     train_tokenizer(tokenizer_sample(selected)).save_pretrained(folder / TOKENIZER_FOLDER)
     manifest = {"versions": _versions(), "files": _file_sizes(folder)}
-    # Written last: a folder whose manifest fits is complete.
+    # Written last: a folder with a matching manifest is complete.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return True
 
@@ -84,7 +84,7 @@ def select(documents: Iterable[str], max_bytes: int) -> list[str]:
         hashlib.sha256(encoded).digest(): encoded
         for document in documents
         if MIN_CHARACTERS <= len(text := document.strip()) <= MAX_CHARACTERS
-        # Python's own sources hold lone surrogates in a few strings.
+        # A few strings in Python's own sources contain lone surrogates.
         for encoded in [text.encode("utf-8", "ignore")]
     }
     chosen: list[str] = []
@@ -100,11 +100,11 @@ def select(documents: Iterable[str], max_bytes: int) -> list[str]:
 def tokenizer_sample(selected: dict[str, list[str]]) -> list[str]:
     """All text of the first corpus and a tenth of every other one.
 
-    The tokenisers of real base models have seen some of everything too; from English alone, code would fall apart into
-    bytes and lines into runs of single spaces.
+    The tokenizers of real base models have seen some code too; trained on English alone, this one would split code into
+    bytes and indentation into single spaces.
     """
-    first, *others = selected.values()
-    return first + [text for documents in others for text in documents[: round(len(documents) * TOKENIZER_SHARE)]]
+    general, *domains = selected.values()
+    return general + [text for documents in domains for text in documents[: round(len(documents) * TOKENIZER_FRACTION)]]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
@@ -139,7 +139,7 @@ def _check_size(name: str, documents: Sequence[str]) -> None:
 
 def _write_corpus(folder: Path, documents: Sequence[str]) -> None:
     folder.mkdir(parents=True)
-    num_valid = max(1, round(len(documents) * VALID_SHARE))
+    num_valid = max(1, round(len(documents) * VALID_FRACTION))
     for part, texts in (("valid", documents[:num_valid]), ("train", documents[num_valid:])):
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Text that every installation holds, as documents of four languages: the demo needs no download.
+"""Text found in every installation, as documents of four languages: the demo downloads nothing.
 
 `general` is English prose (package descriptions, Python's help topics, docstrings), `python` the functions of the
-standard library, `cpp` PyTorch's C++ headers, `formulas` the expressions that SymPy's tests assert. Licence texts,
-the obvious other choice, are copies of each other: less than half a megabyte is left without the copies.
+standard library, `cpp` PyTorch's C++ headers, `formulas` the expressions asserted in SymPy's tests. License texts, the
+obvious alternative, are copies of each other: less than half a megabyte remains after deduplication.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 DOCUMENTED_PACKAGES = ("datasets", "networkx", "numpy")
 STDLIB_SKIPPED = {"site-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "pydoc_data", "encodings"}
 MIN_PROSE_CHARACTERS = 80
-MIN_PLAIN_SHARE = 0.93
+MIN_PLAIN_FRACTION = 0.93
 CHUNK_CHARACTERS = 1500
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -32,7 +32,7 @@ def site_packages() -> Path:
 
 
 def stdlib_files() -> list[Path]:
-    """Python files of the standard library, without its tests and its generated tables."""
+    """Python files of the standard library, without its tests and generated tables."""
     return python_files(Path(sysconfig.get_paths()["stdlib"]), STDLIB_SKIPPED)
 
 
@@ -42,7 +42,7 @@ def python_files(root: Path, skipped: set[str]) -> list[Path]:
 
 
 def parse(path: Path) -> tuple[ast.Module, list[str]] | None:
-    """Syntax tree and lines of a file; None where it is not Python of this version (some is test data)."""
+    """Syntax tree and lines of a file; None if it is not valid Python of this version (some are test data)."""
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -58,11 +58,11 @@ def is_prose(paragraph: str) -> bool:
     if marked or len(paragraph) < MIN_PROSE_CHARACTERS:
         return False
     plain = sum(character.isalpha() or character in " ,.'" for character in paragraph)
-    return plain >= MIN_PLAIN_SHARE * len(paragraph)
+    return plain >= MIN_PLAIN_FRACTION * len(paragraph)
 
 
 def prose(text: str) -> Iterator[str]:
-    """The paragraphs of a text that are English prose, each on one line."""
+    """English paragraphs of a text, each on one line."""
     for block in re.split(r"\n\s*\n", text):
         paragraph = " ".join(block.split())
         if is_prose(paragraph):
@@ -79,7 +79,7 @@ def docstrings(path: Path) -> Iterator[str]:
 
 def general_documents() -> Iterator[str]:
     """Paragraphs of English prose: package descriptions, Python's help topics, docstrings."""
-    # Importing a table of half a megabyte is the demo's business alone.
+    # Half a megabyte, imported only by the demo.
     from pydoc_data.topics import topics
 
     for distribution in metadata.distributions():
@@ -93,7 +93,7 @@ def general_documents() -> Iterator[str]:
 
 
 def without_docstrings(function: Function, lines: list[str]) -> str:
-    """Source of a function, its docstring and those of what it defines cut out."""
+    """Source of a function without its docstring and those of the functions and classes inside it."""
     cut: set[int] = set()
     for scope in ast.walk(function):
         if isinstance(scope, Scope) and ast.get_docstring(scope, clean=False) is not None:
@@ -102,7 +102,7 @@ def without_docstrings(function: Function, lines: list[str]) -> str:
 
 
 def line_numbers(node: ast.stmt | ast.expr) -> range:
-    """Lines of a node, counted from 1."""
+    """Line numbers of a node, from 1."""
     return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
@@ -116,7 +116,7 @@ def python_documents() -> Iterator[str]:
 
 
 def cpp_documents() -> Iterator[str]:
-    """PyTorch's C++ headers in runs of whole paragraphs; the generated operator headers are all alike and left out."""
+    """PyTorch's C++ headers in chunks of full paragraphs, without the generated operator headers (all alike)."""
     root = site_packages() / "torch" / "include"
     for path in root.rglob("*.h"):
         if "ops" not in path.relative_to(root).parts:
@@ -124,7 +124,7 @@ def cpp_documents() -> Iterator[str]:
 
 
 def chunks(text: str) -> Iterator[str]:
-    """Runs of whole paragraphs of at least CHUNK_CHARACTERS, except the last one."""
+    """Full paragraphs, joined to at least CHUNK_CHARACTERS; the last chunk may be shorter."""
     chunk = ""
     for paragraph in re.split(r"\n\s*\n", text):
         chunk += paragraph.strip("\n") + "\n"
@@ -135,7 +135,7 @@ def chunks(text: str) -> Iterator[str]:
 
 
 def formula_documents() -> Iterator[str]:
-    """Expressions that SymPy's tests assert, one document per test function."""
+    """Expressions asserted in SymPy's tests, one document per test function."""
     for path in (site_packages() / "sympy").rglob("tests/test_*.py"):
         tree, lines = parse(path) or (ast.Module([], []), [])
         for function in tree.body:

@@ -1,4 +1,4 @@
-"""The demo's corpora: what is taken as text, and that a build is deterministic, complete and usable."""
+"""The demo's corpora: which text is selected; builds are deterministic, complete and usable."""
 
 import ast
 import json
@@ -48,7 +48,7 @@ def _texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_prose_is_sentences_only() -> None:
+def test_is_prose_accepts_sentences_only() -> None:
     assert is_prose(SENTENCE)
     assert not is_prose("Too short.")
     assert not is_prose(f">>> {SENTENCE}")
@@ -57,7 +57,7 @@ def test_prose_is_sentences_only() -> None:
     assert list(prose(f"Title\n\n{SENTENCE[:9]}\n  {SENTENCE[10:]}\n\n| a | b |")) == [SENTENCE]
 
 
-def test_functions_lose_their_docstrings_and_indentation(tmp_path: Path) -> None:
+def test_without_docstrings_dedents_functions(tmp_path: Path) -> None:
     path = tmp_path / "box.py"
     path.write_text(CODE)
     parsed = parse(path)
@@ -75,27 +75,27 @@ def test_functions_lose_their_docstrings_and_indentation(tmp_path: Path) -> None
     ]
 
 
-def test_files_that_are_not_python_are_passed_over(tmp_path: Path) -> None:
+def test_parse_skips_files_that_are_not_python(tmp_path: Path) -> None:
     (tmp_path / "old.py").write_text("print 1")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
     assert parse(tmp_path / "old.py") is None
     assert parse(tmp_path / "latin.py") is None
 
 
-def test_chunks_are_whole_paragraphs_and_lose_none() -> None:
+def test_chunks_keep_every_paragraph_complete() -> None:
     paragraphs = [f"paragraph {number} {'x' * 400}" for number in range(9)]
     found = list(chunks("\n\n".join(paragraphs)))
     assert len(found) == 3
     assert "".join(found).split("\n")[:-1] == paragraphs
 
 
-def test_installed_packages_yield_domain_text() -> None:
+def test_documents_come_from_installed_packages() -> None:
     formula, header = next(formula_documents()), next(cpp_documents())
     assert "assert" not in formula
     assert header
 
 
-def test_selection_is_distinct_sized_and_blind_to_order() -> None:
+def test_select_is_distinct_sized_and_independent_of_order() -> None:
     documents = [f"{number} {SENTENCE}" for number in range(50)]
     chosen = select(documents, 2_000)
     assert chosen == select(documents[::-1] * 2, 2_000)
@@ -104,12 +104,12 @@ def test_selection_is_distinct_sized_and_blind_to_order() -> None:
     assert 2_000 - size <= sum(len(text.encode()) for text in chosen) <= 2_000
 
 
-def test_selection_drops_fragments_giants_and_lone_surrogates() -> None:
+def test_select_drops_fragments_giants_and_lone_surrogates() -> None:
     chosen = select(["short", "x" * 20_000, f"  {SENTENCE}\ud800\n"], 10_000)
     assert chosen == [SENTENCE]
 
 
-def test_build_writes_disjoint_parts_within_the_size(built: Path) -> None:
+def test_build_corpora_writes_disjoint_splits_within_the_size(built: Path) -> None:
     for name, word in (("first", "alpha"), ("second", "beta")):
         train, valid = (_texts(built / name / f"{part}.jsonl") for part in ("train", "valid"))
         assert not set(train) & set(valid)
@@ -118,14 +118,14 @@ def test_build_writes_disjoint_parts_within_the_size(built: Path) -> None:
     assert sum(len(text) for text in train + valid) <= 9_000
 
 
-def test_complete_folder_is_kept(built: Path) -> None:
+def test_build_corpora_complete_folder_is_kept(built: Path) -> None:
     before = (built / "manifest.json").stat().st_mtime_ns
     assert not build_corpora(built, _small_corpora())
     assert (built / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "broken manifest", "other versions"])
-def test_incomplete_folder_is_built_anew(built: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_corpora_incomplete_folder_is_rebuilt(built: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     train, manifest = built / "first" / "train.jsonl", built / "manifest.json"
     content = train.read_bytes()
     if damage == "truncated":
@@ -142,12 +142,12 @@ def test_incomplete_folder_is_built_anew(built: Path, damage: str, monkeypatch: 
     assert train.read_bytes() == content
 
 
-def test_small_corpus_is_an_error(tmp_path: Path) -> None:
+def test_build_corpora_small_corpus_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"demo corpus 'first': found .* bytes .* expected at least 1000000"):
         build_corpora(tmp_path / "corpora", _small_corpora())
 
 
-def test_tokenizer_loads_and_gives_text_back(built: Path) -> None:
+def test_train_tokenizer_round_trips_text(built: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(built / "tokenizer")
     assert tokenizer.is_fast
     assert [tokenizer.bos_token, tokenizer.eos_token] == ["<s>", "</s>"]
@@ -159,6 +159,6 @@ def test_tokenizer_loads_and_gives_text_back(built: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_tokenizer_sees_all_of_the_first_and_a_tenth_of_the_others() -> None:
+def test_tokenizer_sample_has_the_first_corpus_and_a_tenth_of_the_others() -> None:
     assert tokenizer_sample({"a": ["1", "2"], "b": [str(number) for number in range(30)]}) == ["1", "2", "0", "1", "2"]
     assert len(train_tokenizer([SENTENCE], vocab_size=270)) == 270
