@@ -14,7 +14,7 @@ say() {
   echo "das_ds: $*"
 }
 
-# A whole attempt with one srun task per rank; ends the script. Arguments: those of launch/train.py.
+# One attempt with one srun task per rank; ends the script. Arguments: those of launch/train.py.
 train_under_srun() {
   prepare_job "$@"
   run_ranks forward_signal srun "${srun_options[@]}" "$python" -u "$root/launch/train.py" "$@"
@@ -31,7 +31,7 @@ forward_signal() {
 # Sets python, output_dir, job.
 prepare_job() {
   find_python
-  # An array's element by its own name: the id of the last one is also that of the whole array.
+  # An array's element by its own name: the last one has the id of the array.
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
   job=${job:-$SLURM_JOB_ID}
   local facts
@@ -50,7 +50,7 @@ prepare_job() {
   begin_attempt
 }
 
-# Of the first node, where SLURM puts rank 0: its name, or the address that SLURM itself uses where names mean nothing.
+# Of the first node, where SLURM puts rank 0: its name, or the address that SLURM itself uses where names do not resolve.
 first_address() {
   local name
   name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -61,7 +61,7 @@ first_address() {
   fi
 }
 
-# Sets python; the code that runs is the code beside the batch files, whatever is installed.
+# Sets python; the code that runs is next to the batch files, whatever is installed.
 find_python() {
   python=${DAS_DS_PYTHON:-$root/.venv/bin/python}
   if [[ ! -x $python ]]; then
@@ -149,6 +149,6 @@ is_wanted() {
 
 give_up() {
   say "gave up after $((max_stalls + 1)) attempts in a row without a new checkpoint in $output_dir/checkpoints" \
-    "(DAS_DS_MAX_STALLS=$max_stalls); mend the cause, reported above, and submit the same command again" >&2
+    "(DAS_DS_MAX_STALLS=$max_stalls); fix the cause reported above and submit the same command again" >&2
   exit "$1"
 }
