@@ -95,7 +95,9 @@ class Checkpointed:
         checked = time.perf_counter()
         assert manifest is not None, "a checkpoint was saved"
         engine = self.engine
-        opened = CheckpointReader(self.store.folder, manifest, self.ranks.info, engine.zero_stage, engine.shards())
+        opened = CheckpointReader(
+            self.store.folder, manifest, self.ranks.info, engine.zero_stage, engine.weights.shards
+        )
         engine.load_weights(opened.part(ENGINE))
         engine.load_domain(opened.part(ENGINE))
         self.method.load_state(opened.part(METHOD))
@@ -132,7 +134,7 @@ def product_row(run: Checkpointed, way: str, repeats: int) -> dict[str, Any]:
         "versions": library_versions(),
     }
     saver = AsyncCheckpointer(
-        run.ranks, run.store, run.engine.checkpoint_shards(), about, asynchronous=way == ASYNCHRONOUS
+        run.ranks, run.store, run.engine.weights.checkpoint_shards(), about, asynchronous=way == ASYNCHRONOUS
     )
     run.engine.on_weights_will_change = saver.wait_for_copy
     reports = [run.save(saver) for _ in range(1 + repeats)][1:]
@@ -157,7 +159,7 @@ def torch_row(run: Checkpointed, folder: Path) -> dict[str, Any]:
     """The same tensors in one pickle per rank."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{run.ranks.info.rank}.pt"
-    tensors = mutable_tensors(run.parts(), run.engine.checkpoint_shards())
+    tensors = mutable_tensors(run.parts(), run.engine.weights.checkpoint_shards())
     seconds = run.timed(lambda: torch.save({key: value.clone() for key, value in tensors.items()}, path))
     return _foreign_row(TORCH, seconds, run.timed(lambda: torch.load(path, weights_only=True)), folder)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.result_io import print_table, write_result
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 
 NUM_RANKS = 2
 MODEL = {
@@ -102,15 +102,15 @@ def _rank(way: str, source: str, folder: str) -> None:
     ranks = ProcessGroup()
     train = {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": NUM_RANKS}
     config = run_config(MODEL, train, {"name": "ncl"}, sequence_length=128, zero_stage=3)
-    deepspeed_config = build_deepspeed_config(config, NUM_RANKS)
+    engine_config = build_engine_config(config, NUM_RANKS)
     _tiny_model_to_import_everything()
     if way != "nothing":
-        construction = sharded_init(deepspeed_config, ranks) if way.startswith("shards") else None
+        construction = sharded_init(engine_config, ranks) if way.startswith("shards") else None
         model = _load(source, folder, construction)
         if way.endswith("engine"):
             exact = construction.slices if construction else None
             module = LanguageModel(model, spec_for("roberta"))
-            Engine(module, dict(model.named_parameters()), config.train, deepspeed_config, ranks, exact)
+            Engine(module, dict(model.named_parameters()), config.train, engine_config, ranks, exact)
     peaks = ranks.all_gather_cpu(torch.tensor([_peak_mib()]), 1).tolist()
     if ranks.info.is_main:
         (Path(folder) / "peaks.json").write_text(json.dumps(peaks))

@@ -11,7 +11,7 @@ import torch
 
 from das_ds import methods
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.context import DomainContext, build_context
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup
@@ -60,8 +60,8 @@ def build_method(config: RunConfig, ranks: ProcessGroup, domain: DomainContext |
     """
     model = build_model(config)
     spec = spec_for(model.config.model_type)
-    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    method = methods.build_method(build_context(config, model, spec, deepspeed_config, ranks))
+    engine_config = build_engine_config(config, ranks.info.world_size)
+    method = methods.build_method(build_context(config, model, spec, engine_config, ranks))
     with TemporaryDirectory() as folder:
         if domain is None:
             nothing: ResumableLoop[Any] = ResumableLoop([])

@@ -152,13 +152,13 @@ def train_on_ranks(sizes: Sizes, trainings: list[Training], importance: Path, ze
         method = build_method(build_config(sizes, training, importance, zero_stage, world_size), ranks)
         engine = method.run.engine
         assert engine.zero_stage == zero_stage
-        start = copies(engine.fp32_weights())
+        start = copies(engine.weights.fp32_weights())
         for batch in build_batches(sizes, training.num_steps):
             # DeepSpeed's mean over ranks undoes the factor.
             token_scale = torch.tensor(world_size / batch.num_predicted)
             for _ in optimizer_step(method, rank_part(batch, rank, world_size), token_scale):
                 pass
-        movements.append(ffn_movement(start, copies(engine.fp32_weights())))
+        movements.append(ffn_movement(start, copies(engine.weights.fp32_weights())))
         engine.close()
     return movements
 

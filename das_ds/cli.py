@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.config.io import describe_config, load_config, read_mapping, resolved_dict
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
@@ -128,7 +128,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
     # What does not fit one rank fits no number of them.
-    build_deepspeed_config(config, world_size=1)
+    build_engine_config(config, world_size=1)
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
 
 

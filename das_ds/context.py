@@ -1,4 +1,4 @@
-"""What a method works with during a whole run: the engine over a network, its units and its gates."""
+"""Run context: what a method works with, the engine over a network, its units and its gates."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from das_ds.config import ObjectiveName, RunConfig
-from das_ds.config.deepspeed import without_leaf_modules
+from das_ds.config.deepspeed import EngineConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.engine.engine import Engine
-from das_ds.engine.sharded_init import Slice
+from das_ds.engine.sharded_init import ExactWeights
+from das_ds.engine.zero import full_shape
 from das_ds.functional.units import UnitLayout
 from das_ds.models.architectures.spec import ArchitectureSpec, has_dropout
 from das_ds.models.document_mask import check_document_mask
@@ -28,7 +28,7 @@ from das_ds.models.lora import Lora
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a method may use during the whole run."""
+    """What a method may use during a run."""
 
     config: RunConfig
     engine: Engine
@@ -41,18 +41,18 @@ class RunContext:
     view_dropout: float
     """Dropout at the units where views are made; 0 for networks that have dropout of their own."""
     lora: Lora | None = None
-    """What is trained in place of the weights."""
+    """The adapters that are trained in place of the weights."""
     tokens: tuple[str, ...] = ()
     """The vocabulary by id, with the tokens that domains are to add at its end."""
 
 
-def _watched(_: str) -> AbstractContextManager[None]:
+def _do_not_suspend(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class DomainContext:
-    """What a method may use while it is at one domain."""
+    """What a method may use while it learns one domain."""
 
     index: int
     name: str
@@ -61,11 +61,11 @@ class DomainContext:
     sample_steps: Callable[[str], ResumableLoop[list[Batch]]]
     """The same sequences as this rank's micro-batches of `gradient_batch_size` sequences of all ranks together."""
     run_folder: Path
-    """Where what belongs to the whole run is written."""
+    """For files of the run."""
     folder: Path
-    """Where what belongs to the domain is written."""
-    suspend_timeout: Callable[[str], AbstractContextManager[None]] = _watched
-    """What is done, in words -> a context in which it may take any time; for writing, where other ranks wait."""
+    """For files of the domain."""
+    suspend_timeout: Callable[[str], AbstractContextManager[None]] = _do_not_suspend
+    """Description of the work -> a context in which it may take any time; for writing while other ranks wait."""
     num_tokens: int | None = None
     """Tokens that the domain is read with; None: the vocabulary does not grow."""
 
@@ -74,17 +74,17 @@ def build_context(
     config: RunConfig,
     model: PreTrainedModel,
     spec: ArchitectureSpec,
-    deepspeed_config: dict[str, Any],
+    engine_config: EngineConfig,
     ranks: ProcessGroup,
     *,
-    exact: dict[str, Slice] | None = None,
+    exact: ExactWeights | None = None,
     tokens: tuple[str, ...] = (),
 ) -> RunContext:
     """Put a network under an engine, with LoRA where the config asks for it.
 
     Args:
         config, model, spec: of the run; LoRA changes the network.
-        deepspeed_config: merged DeepSpeed settings.
+        engine_config: DeepSpeed's settings.
         ranks: the process group.
         exact: see `Engine`.
         tokens: see `RunContext`.
@@ -94,14 +94,15 @@ def build_context(
             does not.
         ModelError: an architecture spec, or LoRA weights, that do not fit the network.
     """
-    layout, lora = spec.layout(model), None
+    layout = spec.layout(model, full_shape)
+    lora = None
     if config.model.lora is not None:
         lora = Lora.plan(model, layout, config.model.lora)
         initial = config.model.lora.init_from
         lora.attach(model, seed=config.seed, weights=Path(initial) if initial else None)
         layout = lora.layout(layout)
         if exact is not None:
-            exact = {name: exact.pop(plain) for name, plain in lora.base_names(model).items() if plain in exact}
+            exact = exact.rename(lora.base_names(model))
     # Not earlier: LoRA wraps the modules that have gates.
     gates = UnitGates(model, spec)
     network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib)
@@ -110,7 +111,7 @@ def build_context(
         network,
         {name: parameter for name, parameter in parameters.items() if parameter.requires_grad},
         config.train,
-        without_leaf_modules(deepspeed_config) if spec.has_experts else deepspeed_config,
+        engine_config.without_leaf_modules() if spec.has_experts else engine_config,
         ranks,
         exact,
         {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad},
@@ -131,4 +132,4 @@ def _check_isolation(engine: Engine, model: PreTrainedModel, spec: ArchitectureS
         device=ranks.info.device,
     )
     engine.module.train()
-    engine.release_gathered_weights()
+    engine.weights.release_gathered()

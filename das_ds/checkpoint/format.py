@@ -30,9 +30,7 @@ def mutable_tensors(parts: dict[str, ComponentState], shards: Iterable[Shard]) -
         shards: what this rank stores of all weights.
     """
     return {
-        SEPARATOR.join((SHARDED, part, name, shard.name, str(shard.offset))): flats[shard.flat][
-            shard.start : shard.start + shard.numel
-        ]
+        SEPARATOR.join((SHARDED, part, name, shard.name, str(shard.param_start))): flats[shard.flat][shard.span]
         for shard in shards
         for part, state in parts.items()
         for name, flats in state.sharded.items()
@@ -115,14 +113,14 @@ class RankFileReader:
         by_parameter = self._pieces.get((part, name), {})
         for shard in self._shards:
             for piece in by_parameter.get(shard.name, ()):
-                first = max(shard.offset, piece.offset)
-                last = min(shard.offset + shard.numel, piece.offset + piece.numel)
+                first = max(shard.param_start, piece.offset)
+                last = min(shard.param_start + shard.numel, piece.offset + piece.numel)
                 if first >= last:
                     continue
                 values = piece.file.get_slice(piece.key)[first - piece.offset : last - piece.offset]
                 if shard.flat not in result:
                     result[shard.flat] = torch.zeros(shard.flat.numel(), dtype=values.dtype, device=shard.flat.device)
-                start = shard.start + first - shard.offset
+                start = shard.flat_start + first - shard.param_start
                 result[shard.flat][start : start + last - first].copy_(values)
         return result
 

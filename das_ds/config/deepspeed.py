@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,47 @@ ENGINE_DEFAULTS = {
 }
 
 
-def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The config for `deepspeed.initialize`: engine knobs of `config.deepspeed` plus what the run config owns.
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed's settings, merged and checked, and the facts that das_ds reads from them."""
+
+    raw: dict[str, Any]
+    """For `deepspeed.initialize`."""
+    zero_stage: int
+    is_offloaded: bool
+    """Whether the optimizer's weights and moments are in host memory."""
+    has_secondary_shards: bool
+    """Whether ZeRO-3 keeps a second copy of the weights, sharded within a node (`zero_hpz_partition_size`)."""
+
+    @classmethod
+    def from_raw(cls, raw: dict[str, Any]) -> EngineConfig:
+        """The facts of a DeepSpeed config.
+
+        Raises:
+            ConfigError: the ZeRO stage is not 0, 1, 2 or 3.
+        """
+        zero = _section(raw, "zero_optimization")
+        offload = zero.get("offload_optimizer") or {}
+        return cls(
+            raw=raw,
+            zero_stage=_zero_stage(raw),
+            is_offloaded=offload.get("device", "none") != "none",
+            has_secondary_shards=zero.get("zero_hpz_partition_size", AUTO) not in (AUTO, 1),
+        )
+
+    def without_leaf_modules(self) -> EngineConfig:
+        """The config for a network with experts, which ZeRO-3 is to treat like any other.
+
+        DeepSpeed makes leaf modules of the expert layers it knows: a hook of the complete layer pads their gradients
+        with zeros and reduces them, and it fires in importance passes as well. transformers keeps a layer's experts in
+        parameters that are used all together, so that nothing needs padding.
+        """
+        zero = {**_section(self.raw, "zero_optimization"), "leaf_module": {"classes": []}}
+        return replace(self, raw={**self.raw, "zero_optimization": zero})
+
+
+def build_engine_config(config: RunConfig, world_size: int) -> EngineConfig:
+    """The engine's config: engine knobs of `config.deepspeed` plus what the run config owns.
 
     Raises:
         ConfigError: file missing or not a JSON object, a key or value that is not listed in `config/deepspeed_keys.py`,
@@ -49,35 +89,15 @@ def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]
             f"method.importance.gradient_batch_size: found {config.gradient_batch_size}, expected a multiple of the "
             f"number of ranks, {world_size}"
         )
-    return ENGINE_DEFAULTS | engine
+    return EngineConfig.from_raw(ENGINE_DEFAULTS | engine)
 
 
-def zero_stage(engine: dict[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed config; 0 where none is given.
-
-    Raises:
-        ConfigError: the stage is not 0, 1, 2 or 3.
-    """
+def _zero_stage(engine: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config; 0 where none is given."""
     stage = _section(engine, "zero_optimization").get("stage", 0)
     if isinstance(stage, bool) or stage not in ZERO_STAGES:
         raise ConfigError(f"deepspeed zero_optimization.stage: found {stage!r}, allowed: 0, 1, 2 or 3")
     return int(stage)
-
-
-def is_offloaded(engine: dict[str, Any]) -> bool:
-    """Whether the optimizer's weights and moments are in host memory."""
-    offload = _section(engine, "zero_optimization").get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
-
-
-def without_leaf_modules(engine: dict[str, Any]) -> dict[str, Any]:
-    """The config for a network with experts, which ZeRO-3 is to treat like any other.
-
-    DeepSpeed makes leaf modules of the expert layers it knows: their gradients are filled up with zeros and reduced by
-    a hook of the whole layer, which fires in importance passes as well. transformers keeps a layer's experts in
-    parameters that are used all together, so that nothing needs to be filled up.
-    """
-    return {**engine, "zero_optimization": {**_section(engine, "zero_optimization"), "leaf_module": {"classes": []}}}
 
 
 def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +133,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
-    if zero_stage(engine) == 0 and precision == "fp16":
+    if _zero_stage(engine) == 0 and precision == "fp16":
         raise ConfigError(
             "train.precision: found fp16 at zero_optimization.stage 0, where DeepSpeed divides gradients by a loss "
             "scale that it never multiplied the loss by; allowed: fp16 at stage 1, 2 or 3, bf16 or fp32 at stage 0"
@@ -128,7 +148,7 @@ def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
 
 def _refuse_misfits(engine: dict[str, Any], world_size: int) -> None:
     """What DeepSpeed would leave out without a word, or fail over on some ranks."""
-    zero, stage = _section(engine, "zero_optimization"), zero_stage(engine)
+    zero, stage = _section(engine, "zero_optimization"), _zero_stage(engine)
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if zero.get(key, {}).get("device", "none") != "none" and stage < least:
             raise ConfigError(
@@ -190,7 +210,7 @@ def _accumulation_dtype(engine: dict[str, Any], precision: str) -> str:
     With bf16 weights, fp32 sums do not exist at stage 0, and at stage 1 they select an optimizer that keeps the whole
     gradient on every rank.
     """
-    return "bf16" if precision == "bf16" and zero_stage(engine) < 2 else "fp32"
+    return "bf16" if precision == "bf16" and _zero_stage(engine) < 2 else "fp32"
 
 
 def _set_owned(engine: dict[str, Any], key: str, owner: str, value: Any) -> None:

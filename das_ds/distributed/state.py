@@ -14,16 +14,35 @@ Flats = dict[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shard:
-    """The stretch of one parameter that this rank's optimizer steps."""
+    """What this rank's optimizer steps of one parameter: a range of the parameter that lies in a flat tensor."""
 
     name: str
     flat: torch.Tensor
     """The float32 tensor that DeepSpeed hands to the base optimizer."""
-    start: int
-    """First element inside `flat` (flattened)."""
-    offset: int
-    """First element inside the flattened parameter."""
+    flat_start: int
+    """First element within `flat` (flattened)."""
+    param_start: int
+    """First element within the flattened parameter."""
     numel: int
+
+    @property
+    def span(self) -> slice:
+        """Where the shard lies in the flat tensor."""
+        return slice(self.flat_start, self.flat_start + self.numel)
+
+    @property
+    def param_span(self) -> slice:
+        """Which elements of the flattened parameter it holds."""
+        return slice(self.param_start, self.param_start + self.numel)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(numel,) view of the shard's fp32 values."""
+        return self.flat.data.view(-1)[self.span]
+
+    def within(self, span: slice) -> slice:
+        """Where the shard lies in a slice of the flat tensor that contains it."""
+        return slice(self.flat_start - span.start, self.flat_start - span.start + self.numel)
 
 
 def zeros_by_flat(shards: Iterable[Shard], dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:

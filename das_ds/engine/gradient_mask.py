@@ -1,4 +1,4 @@
-"""The published form of the soft mask: gradients are scaled by 1 - I before they are clipped."""
+"""Gradient mask, the published form of the soft mask: gradients are scaled by 1 - I before they are clipped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from das_ds.distributed.state import Shard
+from das_ds.engine.mask import ElementwiseMasks
 from das_ds.engine.zero import get_gradients
 from das_ds.kernels.masked_scale import MaskedScale
-from das_ds.kernels.protection import Protection
 
 
 class GradientMask:
@@ -17,10 +17,10 @@ class GradientMask:
     The mask is the same for all micro-steps and ranks, so scaling their sum is scaling each.
 
     Args:
-        engine: the engine whose gradients are meant.
+        engine: the engine whose gradients are scaled.
         shards: this rank's shards.
         parameters: name -> parameter.
-        protections: one per shard, of the shard's elements.
+        masks: one for every flat tensor that the shards lie in.
     """
 
     def __init__(
@@ -28,11 +28,12 @@ class GradientMask:
         engine: DeepSpeedEngine,
         shards: list[Shard],
         parameters: dict[str, torch.nn.Parameter],
-        protections: list[Protection],
+        masks: ElementwiseMasks,
     ) -> None:
         self._gradients = get_gradients(engine, shards, parameters)
-        self._scale = MaskedScale(protections)
+        # DeepSpeed keeps the gradient of each shard in its own tensor.
+        self._scale = MaskedScale([masks[shard.flat].protection.crop(shard.span) for shard in shards])
 
     def apply(self) -> None:
-        """gradient <- (1 - I) * gradient; they are clipped by the norm of what is left."""
+        """gradient <- (1 - I) * gradient, before the norm of the result is measured for clipping."""
         self._scale(self._gradients())

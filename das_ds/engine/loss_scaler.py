@@ -1,4 +1,4 @@
-"""Number formats: what the device can train in, and the loss scale that keeps fp16 gradients in range."""
+"""Precision: the number formats that a device trains in, and the loss scale that keeps fp16 gradients in range."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
+from das_ds.engine.zero import freeze_loss_scale
 from das_ds.errors import ConfigError
 
 
 def check_precision(precision: str) -> None:
-    """Find out before anything is built whether DeepSpeed trains in this format here.
+    """Check that DeepSpeed trains in this format on this device, before anything is built.
 
     Raises:
         ConfigError: the device does not compute in it.
@@ -33,7 +34,7 @@ def check_precision(precision: str) -> None:
 def emulated_precision_warning(precision: str) -> str:
     """Why this format is far slower than fp32 on this device; "" where it is not.
 
-    Without oneDNN's kernels PyTorch multiplies 16-bit matrices on a CPU number by number.
+    Without oneDNN's kernels PyTorch multiplies 16-bit matrices on a CPU one value at a time.
     """
     if precision == "fp32" or get_accelerator().device_name() != "cpu":
         return ""
@@ -64,10 +65,10 @@ def tf32(device: torch.device) -> Iterator[None]:
 
 
 class LossScaler:
-    """DeepSpeed's loss scaler, moved on after a step instead of within it.
+    """DeepSpeed's loss scaler, updated after a step instead of within it.
 
-    DeepSpeed changes the scale in the middle of a step, between measuring the gradients and dividing them, so that
-    every step that raises it would divide by twice the scale that its loss was multiplied by.
+    DeepSpeed updates the scale within a step, between measuring the gradients and dividing them: a step that raises it
+    would divide by twice the scale that its loss was multiplied by.
 
     Args:
         engine: an engine of any precision; the scale is 1 where there is nothing to scale.
@@ -82,7 +83,7 @@ class LossScaler:
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False
             self._initial = dict(vars(self._scaler))
-            self._optimizer._update_scale = lambda has_overflow=False: None
+            freeze_loss_scale(self._optimizer)
 
     @property
     def value(self) -> float:
@@ -90,7 +91,7 @@ class LossScaler:
         return float(getattr(self._optimizer, "loss_scale", 1.0))
 
     def update(self, *, overflowed: bool) -> None:
-        """To be called after every optimizer step: fall after an overflow, rise after many steps without one."""
+        """Lower the scale after an overflow, raise it after many steps without one; called after every step."""
         if self._scaler is not None:
             self.retry_helps = overflowed and self._scaler.cur_scale > self._scaler.min_scale
             self._scaler.update_scale(overflowed)
@@ -101,7 +102,7 @@ class LossScaler:
             vars(self._scaler).update(self._initial)
 
     def state(self) -> dict[str, Any]:
-        """What the scale depends on; {} where there is nothing to scale."""
+        """The scaler's counters and scale; {} where there is nothing to scale."""
         values = {} if self._scaler is None else vars(self._scaler)
         return {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
 

@@ -1,17 +1,67 @@
-"""What the optimizer needs of a mask that mixes the columns of an update."""
+"""Update masks: how much of an optimizer's step each weight takes.
+
+Every soft mask of das_ds (by unit, by parameter, by direction) is one equation on a flat tensor of the optimizer,
+
+    new <- old + M (new - old)
+
+with a linear map M. Where M is diagonal, M = diag(1 - I) with an importance I of each element, the step and the mask
+are one fused kernel; `soft masking` of gradients (`gradient_mask.py`) multiplies by the same diagonal.
+
+Shape legend: F elements of a flat tensor, n elements of a chunk.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
 
+from das_ds.kernels.protection import Protection
+from das_ds.kernels.soft_update import soft_update_
 
-class RowUpdateMask(Protocol):
-    """Masks what a step has made of a flat tensor: new <- old + (new - old) P, row by row."""
+CHUNK_WINDOWS = 16
+"""Cache-sized windows per chunk of an element-wise mask: the old values of one chunk are copied, never those of F."""
 
-    def remember(self, param: torch.Tensor) -> torch.Tensor | None:
-        """The weights of a flat tensor as they are before a step; None where nothing in it is masked."""
 
-    def mask(self, param: torch.Tensor, old: torch.Tensor) -> None:
-        """Mask a flat tensor after a step, (F,) `old` before it; on all ranks that share its parameters."""
+class UpdateMask(Protocol):
+    """Masks the update of one flat tensor: new <- old + M (new - old)."""
+
+    def chunks(self) -> Iterator[slice]:
+        """Chunks of the flat tensor, in order and without gaps, that may be stepped and masked one by one."""
+
+    def blend_(self, new: torch.Tensor, old: torch.Tensor, chunk: slice) -> None:
+        """new <- old + M (new - old) for one chunk, in place.
+
+        Args:
+            new: (n,) float32 after the step.
+            old: (n,) float32 before it.
+            chunk: one of `chunks`. A mask may be collective: every rank then blends it in the same step.
+        """
+
+
+class ElementwiseMask:
+    """M = diag(1 - I): importance by unit or by parameter.
+
+    Args:
+        protection: I of the F elements, in the form that kernels read.
+    """
+
+    def __init__(self, protection: Protection) -> None:
+        self.protection = protection
+
+    def chunks(self) -> Iterator[slice]:
+        """`CHUNK_WINDOWS` windows each, which the torch form of the kernel reads while they are in the cache."""
+        windows = self.protection.windows
+        for first in range(0, len(windows), CHUNK_WINDOWS):
+            last = min(first + CHUNK_WINDOWS, len(windows)) - 1
+            yield slice(windows[first].start, windows[last].stop)
+
+    def blend_(self, new: torch.Tensor, old: torch.Tensor, chunk: slice) -> None:
+        """new <- new + (old - new) * I; exact at I = 0 and I = 1."""
+        soft_update_(new, old, self.protection, start=chunk.start)
+
+
+UpdateMasks = Mapping[torch.Tensor, UpdateMask]
+"""Flat tensor of the optimizer -> the mask of its updates; flat tensors without one take their full steps."""
+ElementwiseMasks = Mapping[torch.Tensor, ElementwiseMask]

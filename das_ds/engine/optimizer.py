@@ -1,6 +1,6 @@
-"""Optimizers that DeepSpeed steps on its flat fp32 tensors, with the step of important weights scaled by 1 - I.
+"""Optimizers that DeepSpeed steps on its flat fp32 tensors, with updates that are soft-masked.
 
-The optimizer of a run by its name in the config.
+Shape legend: F elements of a flat tensor, n elements of a chunk of it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import nn
 
 from das_ds.config import ImportanceScore, TrainConfig
 from das_ds.distributed.state import Flats
-from das_ds.engine.loss_scaler import tf32
-from das_ds.engine.mask import RowUpdateMask
+from das_ds.engine.mask import CHUNK_WINDOWS, ElementwiseMask, UpdateMask, UpdateMasks
+from das_ds.engine.zero import full_shape
 from das_ds.errors import ConfigError
 from das_ds.functional.importance import importance_score
 from das_ds.kernels.masked_adamw import masked_adamw_
 from das_ds.kernels.protection import Protection
-from das_ds.kernels.soft_update import soft_update_
+from das_ds.kernels.windows import WINDOW_ELEMENTS
 
-CHUNK_WINDOWS = 16
-"""Windows per step of a foreign optimizer: its old values are a copy of so many and never of a whole shard."""
+MAX_BUFFER_ELEMENTS = CHUNK_WINDOWS * WINDOW_ELEMENTS
+"""Old values that stay allocated between steps; a copy of a larger chunk is freed after its step."""
 
 
 class MaskedOptimizer(torch.optim.Optimizer, ABC):
-    """What both optimizers share: which flat tensor is protected how, and measuring gradients in place of stepping.
+    """What both optimizers share: the mask of each flat tensor, and measuring gradients in place of stepping.
 
     Tensors are known by identity: DeepSpeed swaps its flat tensors in and out of `param_groups` but keeps the objects.
     """
@@ -38,35 +38,33 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self._protections: dict[int, Protection] = {}
-        self._row_masks: RowUpdateMask | None = None
-        self._frozen: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        self._masks: dict[int, UpdateMask] = {}
+        self._frozen: dict[int, list[tuple[slice, torch.Tensor]]] = {}
         self._sums: Flats | None = None
         self._kind: ImportanceScore = "abs_grad"
-        self._is_muted = False
+        self._skips_update = False
+        self._old: torch.Tensor | None = None
         self.grad_scale: torch.Tensor | None = None
 
-    def protect(self, protections: dict[torch.Tensor, Protection]) -> None:
-        """Mask these flat tensors from now on, and no others."""
-        self._protections = {id(flat): protection for flat, protection in protections.items()}
-
-    def protect_rows(self, masks: RowUpdateMask | None) -> None:
-        """Mask the rows of all updates from now on, by whole matrices; None: no longer."""
-        self._row_masks = masks
+    def set_masks(self, masks: UpdateMasks) -> None:
+        """Mask the updates of these flat tensors from now on, and of no others."""
+        self._masks = {id(flat): mask for flat, mask in masks.items()}
+        self._old = None
 
     @contextmanager
-    def freezing(self, stretches: dict[torch.Tensor, list[tuple[int, torch.Tensor]]]) -> Iterator[None]:
-        """Inside, a step leaves stretches (start, values) of flat tensors at these values, whatever optimizer steps."""
-        self._frozen = {id(flat): parts for flat, parts in stretches.items()}
+    def freezing(self, frozen: dict[torch.Tensor, list[tuple[slice, torch.Tensor]]]) -> Iterator[None]:
+        """Inside, a step leaves (slice, values) of flat tensors at these values, whatever optimizer steps."""
+        self._frozen = {id(flat): slices for flat, slices in frozen.items()}
         try:
             yield
         finally:
             self._frozen = {}
 
     @contextmanager
-    def summing(self, sums: Flats, kind: ImportanceScore) -> Iterator[None]:
+    def accumulate_importance(self, sums: Flats, kind: ImportanceScore) -> Iterator[None]:
         """Inside, a step adds the gradient's `importance_score` to the tensor's sum (F,); weights and moments stay."""
-        self._sums, self._kind = sums, kind
+        self._sums = sums
+        self._kind = kind
         try:
             yield
         finally:
@@ -75,18 +73,18 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
     @contextmanager
     def skip_update(self) -> Iterator[None]:
         """Inside, a step changes nothing: DeepSpeed drops the gradients as after any other."""
-        self._is_muted = True
+        self._skips_update = True
         try:
             yield
         finally:
-            self._is_muted = False
+            self._skips_update = False
 
     def set_grad_scale(self, grad_scale: torch.Tensor | None) -> None:
-        """What the gradients of the next step are still to be divided by, a scalar on their device; None: nothing."""
+        """Divisor of the next step's gradients, a scalar on their device; None: 1."""
         self.grad_scale = grad_scale
 
     def reset_state(self) -> None:
-        """Forget moments and step counts, as at the start of a new domain."""
+        """Reset moments and step counts, as at the start of a new domain."""
         for state in self.state.values():
             for key, value in state.items():
                 state[key] = value.zero_() if torch.is_tensor(value) else 0
@@ -119,43 +117,54 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        if self._is_muted:
+        if self._skips_update:
             return loss
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
                     continue
                 if self._sums is not None:
-                    gradient = param.grad.view(-1)
-                    # Before it is squared: a scaled gradient's square would have to be divided twice.
-                    gradient = gradient if self.grad_scale is None else gradient / self.grad_scale
-                    self._sums[param].add_(importance_score(gradient, param.data.view(-1), self._kind))
-                else:
-                    self._step_masked(param, group)
+                    self._add_score(param, self._sums[param])
+                    continue
+                self._step_flat(param, group, self._masks.get(id(param)))
+                # Last, whatever optimizer and mask did.
+                for frozen, values in self._frozen.get(id(param), ()):
+                    param.data.view(-1)[frozen] = values
         return loss
 
-    def _step_masked(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        old = None if self._row_masks is None else self._row_masks.remember(param)
-        self._step_one(param, group)
-        if self._row_masks is not None and old is not None:
-            # TF32 errs by 5e-4 of the update, where the mask leaves a hundredth at the least.
-            with tf32(param.device):
-                self._row_masks.mask(param, old)
-        for start, values in self._frozen.get(id(param), ()):
-            param.data.view(-1)[start : start + values.numel()] = values
-
-    def _protection(self, param: torch.Tensor) -> Protection:
-        if id(param) not in self._protections:
-            self._protections[id(param)] = Protection(param.numel())
-        return self._protections[id(param)]
+    def _add_score(self, param: torch.Tensor, total: torch.Tensor) -> None:
+        gradient = param.grad.view(-1)  # type: ignore[union-attr]
+        # Before it is squared: the square of a scaled gradient would have to be divided twice.
+        if self.grad_scale is not None:
+            gradient = gradient / self.grad_scale
+        total.add_(importance_score(gradient, param.data.view(-1), self._kind))
 
     @abstractmethod
-    def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Step a flat tensor, its important weights less."""
+    def _step_flat(self, param: torch.Tensor, group: dict[str, Any], mask: UpdateMask | None) -> None:
+        """Step a flat tensor under its mask."""
+
+    @contextmanager
+    def _masking(self, mask: UpdateMask | None, flat: torch.Tensor, chunk: slice) -> Iterator[torch.Tensor]:
+        """Inside, the given chunk of a flat tensor (n,) is stepped; afterwards its update is masked."""
+        values = flat[chunk]
+        if mask is None:
+            yield values
+            return
+        old = self._copy_old(values)
+        yield values
+        mask.blend_(values, old, chunk)
+
+    def _copy_old(self, values: torch.Tensor) -> torch.Tensor:
+        """The values before a step, in the same memory for all chunks: fresh pages would cost more than the copy."""
+        if values.numel() > MAX_BUFFER_ELEMENTS:
+            return values.clone()
+        if self._old is None or self._old.numel() < values.numel() or self._old.device != values.device:
+            self._old = torch.empty_like(values)
+        return self._old[: values.numel()].copy_(values)
 
 
 class MaskedAdamW(MaskedOptimizer):
-    """AdamW with decoupled weight decay, stepped and masked in one pass (see `kernels.masked_adamw`).
+    """AdamW with decoupled weight decay; an element-wise mask and the step are one pass (`kernels.masked_adamw`).
 
     State keys are those of `torch.optim.AdamW` (`step`, `exp_avg`, `exp_avg_sq`), which DeepSpeed's checkpoints know.
     """
@@ -170,24 +179,35 @@ class MaskedAdamW(MaskedOptimizer):
         weight_decay: float,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._unprotected: dict[int, Protection] = {}
 
     def _as_state_value(self, value: float) -> Any:
         # On the host, as in torch's own AdamW: reading it makes no step wait for the device.
         return torch.tensor(float(value), dtype=torch.float32)
 
-    def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+    def _step_flat(self, param: torch.Tensor, group: dict[str, Any], mask: UpdateMask | None) -> None:
         state = self.state[param]
         if "step" not in state:
             state["step"] = self._as_state_value(0)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         state["step"] += 1
+        flat = param.data.view(-1)
+        if isinstance(mask, ElementwiseMask):
+            self._step_fused(param, group, slice(0, len(flat)), mask.protection)
+            return
+        for chunk in [slice(0, len(flat))] if mask is None else mask.chunks():
+            with self._masking(mask, flat, chunk) as values:
+                self._step_fused(param, group, chunk, self._no_protection(len(values)))
+
+    def _step_fused(self, param: torch.Tensor, group: dict[str, Any], chunk: slice, protection: Protection) -> None:
+        state = self.state[param]
         masked_adamw_(
-            param.data.view(-1),
-            param.grad.view(-1),  # type: ignore[union-attr]
-            state["exp_avg"].view(-1),
-            state["exp_avg_sq"].view(-1),
-            self._protection(param),
+            param.data.view(-1)[chunk],
+            param.grad.view(-1)[chunk],  # type: ignore[union-attr]
+            state["exp_avg"].view(-1)[chunk],
+            state["exp_avg_sq"].view(-1)[chunk],
+            protection,
             num_steps=int(state["step"]),
             lr=group["lr"],
             betas=group["betas"],
@@ -196,13 +216,19 @@ class MaskedAdamW(MaskedOptimizer):
             grad_scale=self.grad_scale,
         )
 
+    def _no_protection(self, numel: int) -> Protection:
+        # Kept: kernels put their tables of tiles and windows there.
+        if numel not in self._unprotected:
+            self._unprotected[numel] = Protection(numel)
+        return self._unprotected[numel]
+
 
 class MaskedUpdateWrapper(MaskedOptimizer):
-    """Any element-wise optimizer (DeepSpeedCPUAdam, Lion, SGD ...), its step pulled back by I: p <- p + (p_old - p) I.
+    """Any element-wise optimizer (DeepSpeedCPUAdam, Lion, SGD ...) whose update is masked after it stepped.
 
-    The inner optimizer steps one chunk of a flat tensor after the other, each with its part of the state, so that the
+    The inner optimizer steps one chunk of a flat tensor after the other, each with its slice of the state, so that the
     old values of one chunk are all the extra memory. The state is kept under the flat tensor, in the inner optimizer's
-    own keys, as if it had stepped it whole.
+    own keys, as if it had stepped all of it at once.
 
     Args:
         inner: optimizer whose update of an element depends on that element's history alone.
@@ -211,53 +237,54 @@ class MaskedUpdateWrapper(MaskedOptimizer):
 
     def __init__(self, inner: torch.optim.Optimizer, before_step: Callable[[], None] = lambda: None) -> None:
         super().__init__(inner.param_groups, inner.defaults)
-        self._inner, self._before_step = inner, before_step
-        self._old: torch.Tensor | None = None
+        self._inner = inner
+        self._before_step = before_step
 
-    def _old_values(self, protection: Protection, part: torch.Tensor) -> torch.Tensor:
-        """A copy of a chunk, in the same memory each time: fresh pages would cost more than the copy."""
-        if self._old is None or self._old.numel() < part.numel():
-            largest = max(map(len, protection.windows)) * CHUNK_WINDOWS
-            self._old = torch.empty(largest, dtype=part.dtype, device=part.device)
-        return self._old[: part.numel()].copy_(part)
-
-    def _step_one(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        flat, grad, numel = param.data.view(-1), param.grad.view(-1), param.numel()  # type: ignore[union-attr]
-        state, protection = self.state[param], self._protection(param)
-        is_first, shared = not state, dict[str, Any]()
+    def _step_flat(self, param: torch.Tensor, group: dict[str, Any], mask: UpdateMask | None) -> None:
+        flat = param.data.view(-1)
+        state = self.state[param]
+        # The first step adds to `state` chunk by chunk, and the inner optimizer starts every chunk with none.
+        earlier_state = dict(state)
+        shared: dict[str, Any] = {}
         self._before_step()
-        for first in range(0, len(protection.windows), CHUNK_WINDOWS):
-            windows = protection.windows[first : first + CHUNK_WINDOWS]
-            chunk = slice(windows[0].start, windows[-1].stop)
-            part = torch.nn.Parameter(flat[chunk], requires_grad=False)
-            part.grad = grad[chunk]
-            old = self._old_values(protection, part)
-            part_state = {} if is_first else {key: _part(value, chunk, numel) for key, value in state.items()}
-            self._inner.param_groups = [{**group, "params": [part]}]
-            self._inner.state = {part: part_state}  # type: ignore[assignment]
-            self._inner.step()
-            soft_update_(part.data, old, protection, start=chunk.start)
-            for key, value in part_state.items():
-                if not _is_elementwise(value, part.numel()):
+        for chunk in [slice(0, len(flat))] if mask is None else mask.chunks():
+            chunk_state = {key: _crop_state(value, chunk, len(flat)) for key, value in earlier_state.items()}
+            with self._masking(mask, flat, chunk) as values:
+                self._step_inner(values, param.grad.view(-1)[chunk], group, chunk_state)  # type: ignore[union-attr]
+            for key, value in chunk_state.items():
+                if not _is_elementwise(value, len(values)):
                     shared[key] = value
-                elif is_first:
-                    state.setdefault(key, value.new_empty(numel))[chunk] = value
+                elif not earlier_state and len(values) == len(flat):
+                    state[key] = value
+                elif not earlier_state:
+                    state.setdefault(key, value.new_empty(len(flat)))[chunk] = value
+        # Step counts advance once per step, not once per chunk.
         state.update(shared)
+
+    def _step_inner(
+        self, values: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Step (n,) values in place, with the state of these elements, which is updated."""
+        chunk_param = nn.Parameter(values, requires_grad=False)
+        chunk_param.grad = grad
+        self._inner.param_groups = [{**group, "params": [chunk_param]}]
+        self._inner.state = {chunk_param: state}  # type: ignore[assignment]
+        self._inner.step()
 
 
 def _is_elementwise(value: Any, numel: int) -> bool:
     return torch.is_tensor(value) and value.dim() > 0 and value.numel() == numel
 
 
-def _part(value: Any, chunk: slice, numel: int) -> Any:
-    """The chunk's view of a moment; its own copy of what all chunks share, such as the step count."""
+def _crop_state(value: Any, chunk: slice, numel: int) -> Any:
+    """The chunk's view of a moment; a copy of what all chunks share, such as the step count."""
     if _is_elementwise(value, numel):
         return value.view(-1)[chunk]
     return value.clone() if torch.is_tensor(value) else value
 
 
 def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, on_host: bool) -> MaskedOptimizer:
-    """The optimizer that `train.optimizer` names, with learning rate 0: the schedule of a domain sets it.
+    """The optimizer that `train.optimizer` names, with learning rate 0: the scheduler of a domain sets it.
 
     Stage 0 in bf16 takes a step with zero gradients while the engine is built; without a learning rate it moves
     nothing.
@@ -268,7 +295,7 @@ def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, 
         on_host: whether the fp32 shards are in host memory.
 
     Raises:
-        ConfigError: an optimizer that does not run there.
+        ConfigError: an optimizer that cannot step them.
     """
     groups = _decay_groups(parameters, train.weight_decay)
     if train.optimizer == "adamw":
@@ -282,17 +309,17 @@ def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, 
                 "offload_optimizer; allowed here: adamw, lion"
             )
         adam = DeepSpeedCPUAdam(groups, lr=0.0, betas=train.betas, eps=train.eps, weight_decay=0.0, adamw_mode=True)
-        return MaskedUpdateWrapper(adam, lambda: _forget_powers(adam))
+        return MaskedUpdateWrapper(adam, lambda: _recompute_beta_powers(adam))
     return MaskedUpdateWrapper(_lion(groups, train, on_host=on_host))
 
 
-def _forget_powers(adam: Any) -> None:
-    """Make DeepSpeedCPUAdam compute the powers of its betas anew, by a step on one number with other betas.
+def _recompute_beta_powers(adam: Any) -> None:
+    """Make DeepSpeedCPUAdam recompute the powers of its betas, by a step on one number with other betas.
 
-    It multiplies those of the step before, which a run that continues does not have and would round differently.
+    It multiplies the powers of the step before, which a resumed run does not have and would round differently.
     """
-    nothing = [torch.zeros(1) for _ in range(4)]
-    adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, False, *nothing)
+    scalars = [torch.zeros(1) for _ in range(4)]
+    adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, False, *scalars)
 
 
 def _lion(groups: list[dict[str, Any]], train: TrainConfig, *, on_host: bool) -> torch.optim.Optimizer:
@@ -303,10 +330,8 @@ def _lion(groups: list[dict[str, Any]], train: TrainConfig, *, on_host: bool) ->
 
 
 def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, normalisation) do not."""
-    # A parameter that was born as a ZeRO-3 shard is an empty vector; its shape is in ds_shape.
-    is_matrix = {p: len(getattr(p, "ds_shape", p.shape)) > 1 for p in parameters.values()}
-    matrices = [p for p in parameters.values() if is_matrix[p]]
-    vectors = [p for p in parameters.values() if not is_matrix[p]]
+    """Matrices decay; vectors (biases, normalization) do not."""
+    matrices = [parameter for parameter in parameters.values() if len(full_shape(parameter)) > 1]
+    vectors = [parameter for parameter in parameters.values() if len(full_shape(parameter)) <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""Models whose parameters are born as ZeRO-3 shards: no rank ever holds more of the weights than one module's.
+"""Sharded initialization: models are built as ZeRO-3 shards, and no rank ever holds more than one module's weights.
 
 The network is built by its own constructor. As soon as a module is complete, this rank keeps its slice of every
 parameter in float32 and puts a placeholder without memory in its place. Random weights are then drawn module by module,
@@ -8,13 +8,12 @@ weights are read slice by slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import deepspeed
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -22,8 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
-from das_ds.config.deepspeed import zero_stage
+from das_ds.config.deepspeed import EngineConfig
 from das_ds.distributed.process_group import ProcessGroup
+from das_ds.engine.zero import Zero3Init
 
 Construct = Callable[[], PreTrainedModel]
 
@@ -50,34 +50,57 @@ class Slice:
     """(n,) float32 in host memory."""
 
 
-def sharded_init(deepspeed_config: dict[str, Any], ranks: ProcessGroup) -> ShardedInit | None:
-    """How models are built at ZeRO-3; None at other stages, and where a rank needs more than its own slice."""
-    zero = deepspeed_config.get("zero_optimization", {})
-    if zero_stage(deepspeed_config) < 3 or zero.get("zero_hpz_partition_size", 1) > 1:
+def sharded_init(config: EngineConfig, ranks: ProcessGroup) -> ShardedInit | None:
+    """What builds models at ZeRO-3; None at other stages, and where a rank needs more than its own slice."""
+    if config.zero_stage < 3 or config.has_secondary_shards:
         return None
-    return ShardedInit(deepspeed_config, ranks)
+    return ShardedInit(config, ranks)
+
+
+class ExactWeights:
+    """This rank's exact values of parameters that DeepSpeed rounds to 16 bits, each given away once.
+
+    Args:
+        slices: parameter name -> what this rank has of it.
+    """
+
+    def __init__(self, slices: dict[str, Slice] | None = None) -> None:
+        self._slices = {} if slices is None else slices
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there are values of this parameter."""
+        return name in self._slices
+
+    def take(self, names: Iterable[str]) -> dict[str, Slice]:
+        """Name -> values of those of the parameters that have some; they are no longer held here."""
+        return {name: self._slices.pop(name) for name in list(names) if name in self._slices}
+
+    def rename(self, old_names: dict[str, str]) -> ExactWeights:
+        """All values by new names (new name -> old name); none are held here any more."""
+        renamed = {new: self._slices.pop(old) for new, old in old_names.items() if old in self._slices}
+        self._slices = {}
+        return ExactWeights(renamed)
 
 
 class ShardedInit:
     """Builds models for one engine; every method is called on all ranks.
 
     Args:
-        deepspeed_config: merged DeepSpeed settings, see `config/deepspeed.py`.
+        config: of the engine, at ZeRO stage 3.
         ranks: the process group.
     """
 
-    def __init__(self, deepspeed_config: dict[str, Any], ranks: ProcessGroup) -> None:
-        self._deepspeed_config = deepspeed_config
+    def __init__(self, config: EngineConfig, ranks: ProcessGroup) -> None:
+        self._config = config
         self._ranks = ranks
-        self.slices: dict[str, Slice] = {}
-        """Parameter name -> this rank's exact values where DeepSpeed has rounded ones; taken by the engine."""
+        self._slices: dict[str, Slice] = {}
 
-    def random(self, construct: Construct) -> PreTrainedModel:
+    def from_config(self, construct: Construct) -> PreTrainedModel:
         """The model of `construct()`, its random weights included."""
         placeholders = _MetaParameters(self._ranks)
         return self._finish(placeholders.build(construct), placeholders)
 
-    def pretrained(self, construct: Construct, weights: Stored) -> PreTrainedModel:
+    def from_pretrained(self, construct: Construct, weights: Stored) -> PreTrainedModel:
         """The model of `construct()` with stored weights; those that are missing stay as it drew them.
 
         Raises:
@@ -98,36 +121,40 @@ class ShardedInit:
                 buffer.copy_(weights.read(name, buffer.shape, 0, buffer.numel()).view(buffer.shape))
         return self._finish(model, placeholders)
 
+    def take_exact_weights(self) -> ExactWeights:
+        """This rank's exact values where DeepSpeed has rounded ones; no longer held here."""
+        exact = ExactWeights(self._slices)
+        self._slices = {}
+        return exact
+
     def _finish(self, model: PreTrainedModel, placeholders: _MetaParameters) -> PreTrainedModel:
-        """Exchange all placeholders for ZeRO-3 parameters that hold this rank's slice."""
-        # Given a module, even one without parameters, DeepSpeed installs its linear map, as it otherwise does later.
-        zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self._deepspeed_config)
-        made: dict[nn.Parameter, Any] = {}
+        """Replace all placeholders by ZeRO-3 parameters that hold this rank's slice."""
+        zero = Zero3Init(self._config.raw)
+        parameters: dict[nn.Parameter, nn.Parameter] = {}
         for name, placeholder in model.named_parameters():
-            piece = placeholders.take(placeholder)
-            whole = torch.empty(placeholder.shape, dtype=zero.dtype, device=zero.local_device)
-            # DeepSpeed takes this stretch and frees the rest, which nothing has touched.
-            whole.view(-1)[piece.offset : piece.offset + piece.values.numel()] = piece.values
-            made[placeholder] = nn.Parameter(whole, requires_grad=placeholder.requires_grad)
-            zero._convert_to_deepspeed_param(made[placeholder])
-            made[placeholder].partition()
+            own = placeholders.pop(placeholder)
+            values = torch.empty(placeholder.shape, dtype=zero.dtype, device=zero.device)
+            # DeepSpeed keeps this slice and frees the rest, which was never written: no memory was touched for it.
+            values.view(-1)[own.offset : own.offset + own.values.numel()] = own.values
+            parameters[placeholder] = nn.Parameter(values, requires_grad=placeholder.requires_grad)
+            zero.partition(parameters[placeholder])
             if zero.dtype != torch.float32:
-                self.slices[name] = piece
+                self._slices[name] = own
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = made[parameter]
+                    module._parameters[name] = parameters[parameter]
         return model
 
 
 class _MetaParameters:
-    """Parameters of a model under construction, on the meta device, with this rank's slices beside them."""
+    """Parameters of a model under construction, on the meta device, and this rank's slices of their values."""
 
     def __init__(self, ranks: ProcessGroup) -> None:
         self._ranks = ranks
-        # Weak: a placeholder that gives way to one it is tied to takes its slice with it.
+        # Weak: when a placeholder is replaced by one it is tied to, its slice is freed with it.
         self._slices: Any = WeakIdKeyDictionary()
-        # A weight that two modules share is met once in each.
+        # A weight that two modules share occurs in both.
         self._placeholder_of: Any = WeakIdKeyDictionary()
 
     def build(self, construct: Construct, *, keep_values: bool = True) -> PreTrainedModel:
@@ -153,17 +180,17 @@ class _MetaParameters:
         offset, numel = self._own(placeholder.numel())
         self._slices[placeholder] = Slice(offset, read(placeholder.shape, offset, numel))
 
-    def take(self, placeholder: nn.Parameter) -> Slice:
-        """The slice, no longer kept here."""
-        piece: Slice = self._slices.pop(placeholder)
-        return piece
+    def pop(self, placeholder: nn.Parameter) -> Slice:
+        """The slice, no longer held here."""
+        own: Slice = self._slices.pop(placeholder)
+        return own
 
     def _own(self, numel: int) -> tuple[int, int]:
-        """ZeRO-3's partition: equal parts in rank order, the last ones cut short: (offset, number of elements)."""
+        """(offset, number of elements) of this rank's slice: equal slices in rank order, the last ones shorter."""
         info = self._ranks.info
-        part = -(-numel // info.world_size)
-        offset = min(part * info.rank, numel)
-        return offset, min(part, numel - offset)
+        slice_numel = -(-numel // info.world_size)
+        offset = min(slice_numel * info.rank, numel)
+        return offset, min(slice_numel, numel - offset)
 
     def _replace(self, complete: nn.Module, *, keep_values: bool) -> None:
         for module in complete.modules():
@@ -181,15 +208,15 @@ class _MetaParameters:
         offset, numel = self._own(values.numel())
         own = values.detach().reshape(-1)[offset : offset + numel]
         if placeholder in self._slices:
-            # In place: small pieces allocated between large ones that come and go would leave holes in the heap.
+            # In place: small tensors allocated between large ones that come and go would fragment the heap.
             self._slices[placeholder].values.copy_(own)
         else:
             self._slices[placeholder] = Slice(offset, own.to(torch.float32, copy=True))
 
     def _initialize(self, model: PreTrainedModel) -> None:
-        """`PreTrainedModel.initialize_weights`, every module's parameters whole only while they are drawn.
+        """`PreTrainedModel.initialize_weights` with one module's parameters gathered at a time, while they are drawn.
 
-        A module may draw for its children too, but not for theirs: Hugging Face's own ZeRO-3 construction rests on it.
+        A module may draw for its children too, but not for theirs: Hugging Face's own ZeRO-3 construction relies on it.
         """
         self._replace(model, keep_values=True)
         with torch.no_grad(), guard_torch_init_functions():
@@ -199,23 +226,25 @@ class _MetaParameters:
         for child in module.children():
             self._draw(child, child._initialize_weights if isinstance(child, PreTrainedModel) else initialize)
         children = [child for child in module.children() if not isinstance(child, PreTrainedModel)]
-        with self._whole([module, *children]):
+        with self._gather([module, *children]):
             initialize(module, False)
 
     @contextmanager
-    def _whole(self, modules: list[nn.Module]) -> Iterator[None]:
-        places = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
-        whole = {placeholder: self._gathered(placeholder) for _, _, placeholder in places}
-        for module, name, placeholder in places:
-            module._parameters[name] = whole[placeholder]
+    def _gather(self, modules: list[nn.Module]) -> Iterator[None]:
+        """Inside, the modules have complete parameters; afterwards this rank keeps its slices of their new values."""
+        owners = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
+        complete = {placeholder: self._all_gather(placeholder) for _, _, placeholder in owners}
+        for module, name, placeholder in owners:
+            module._parameters[name] = complete[placeholder]
         yield
-        for module, name, placeholder in places:
+        for module, name, placeholder in owners:
             module._parameters[name] = placeholder
-        for placeholder, values in whole.items():
+        for placeholder, values in complete.items():
             self._keep(placeholder, values)
 
-    def _gathered(self, placeholder: nn.Parameter) -> nn.Parameter:
-        part = -(-placeholder.numel() // self._ranks.info.world_size)
-        parts = self._ranks.all_gather_cpu(self._slices[placeholder].values, part)
-        values = parts[: placeholder.numel()].view(placeholder.shape)
+    def _all_gather(self, placeholder: nn.Parameter) -> nn.Parameter:
+        slice_numel = -(-placeholder.numel() // self._ranks.info.world_size)
+        slices = self._ranks.all_gather_cpu(self._slices[placeholder].values, slice_numel)
+        # Behind the last element there is padding of the last slices.
+        values = slices[: placeholder.numel()].view(placeholder.shape)
         return nn.Parameter(values, requires_grad=placeholder.requires_grad)

@@ -108,12 +108,14 @@ class MaskTable:
     """Masks of all protected parameters over one small vector of importances.
 
     Every (group, layer, table of owners) is one stretch of the vector, expanded to rows or columns; parameters that
-    share all three share the stretch. Parameters that no unit owns have one importance, 1 - shared_scale.
+    share all three share the stretch. Parameters that no unit owns have one importance, 1 - unowned_update_scale.
 
     Args:
         layout: the model's units.
-        readers, shared_scale, strength: `include_consumers`, `unowned_update_scale`, `exponent` of `SoftmaskConfig`.
-        groups: whose units are masked, whether they own or read; None: all.
+        include_consumers: whether weights that consume a unit are masked with it.
+        unowned_update_scale: factor of the update of parameters that no unit owns.
+        groups: whose units are masked, as owners and consumers; None: all.
+        exponent: p of the mask (1 - I)^p.
         device: where `values` lie.
     """
 
@@ -121,14 +123,14 @@ class MaskTable:
         self,
         layout: UnitLayout,
         *,
-        readers: bool,
-        shared_scale: float,
+        include_consumers: bool,
+        unowned_update_scale: float,
         groups: Collection[str] | None = None,
-        strength: float = 1.0,
+        exponent: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> None:
         self._groups = tuple(layout.num_units)
-        self._strength = strength
+        self._exponent = exponent
         first_of = {}
         position = 2
         for group, units in layout.num_units.items():
@@ -139,7 +141,7 @@ class MaskTable:
         sources = [torch.tensor([[SHARED]])]
         size = 1
         for item in layout.ownerships:
-            if (item.consumer and not readers) or (groups is not None and item.group not in groups):
+            if (item.consumer and not include_consumers) or (groups is not None and item.group not in groups):
                 continue
             key = (item.group, item.layer, id(item.units))
             if key not in starts:
@@ -148,23 +150,23 @@ class MaskTable:
                 sources.append(_sources(item, first_of[item.group] + item.layer * layout.num_units[item.group]))
             by_axis.setdefault(item.parameter, {})[item.axis] = starts[key]
         self._sources = _joined(sources).to(device)
-        self._shared = torch.tensor([1.0 - shared_scale, 0.0], device=device)
+        self._shared = torch.tensor([1.0 - unowned_update_scale, 0.0], device=device)
         self.values = torch.zeros(size, dtype=torch.float32, device=device)
-        self.values[SHARED] = 1.0 - shared_scale
+        self.values[SHARED] = 1.0 - unowned_update_scale
         self.masks: dict[str, ParameterMask] = {}
         owners = layout.owners
         for name, (blocks, num_rows, num_columns) in layout.shapes.items():
             if name in by_axis:
                 axes = by_axis[name]
                 self.masks[name] = ParameterMask(num_rows, num_columns, axes.get(0, ABSENT), axes.get(1, ABSENT))
-            elif shared_scale < 1.0 and owners[name] == UNOWNED:
+            elif unowned_update_scale < 1.0 and owners[name] == UNOWNED:
                 # One row of all elements, so that the single shared value serves any shape.
                 self.masks[name] = ParameterMask(1, blocks * num_rows * num_columns, rows=SHARED)
 
     def load(self, importance: UnitValues) -> None:
         """Fill the vector, and with it every segment made from this table, from group -> (L, U)."""
         units = (importance[group].flatten().to(self.values) for group in self._groups)
-        parts = [apply_exponent(values, self._strength) for values in units]
+        parts = [apply_exponent(values, self._exponent) for values in units]
         self.values.copy_(torch.cat((self._shared, *parts))[self._sources].amax(dim=1))
 
     def segments(self, name: str, *, start: int, offset: int, numel: int) -> list[Segment]:
@@ -184,33 +186,40 @@ class MaskTable:
         return segments
 
 
-def apply_exponent(importance: torch.Tensor, strength: float) -> torch.Tensor:
-    """I' with 1 - I' = (1 - I)^strength; 0 and 1 stay as they are."""
-    return importance if strength == 1.0 else 1.0 - (1.0 - importance).pow(strength)
+def apply_exponent(importance: torch.Tensor, exponent: float) -> torch.Tensor:
+    """I' with 1 - I' = (1 - I)^exponent; 0 and 1 do not change."""
+    return importance if exponent == 1.0 else 1.0 - (1.0 - importance).pow(exponent)
 
 
 def build_lookup_tables(
-    owners: dict[str, str], *, groups: Collection[str] | None, shared_scale: float, strength: float, num_levels: int
+    owners: dict[str, str],
+    *,
+    groups: Collection[str] | None,
+    unowned_update_scale: float,
+    exponent: float,
+    num_levels: int,
 ) -> dict[str, torch.Tensor] | None:
     """What masks the weights of each parameter, as a table over their stored importance I:
 
-        1 - I' = (1 - I)^strength, or 1 outside `groups`, and all times shared_scale where no unit owns the weight
+        1 - I' = (1 - I)^exponent, or 1 outside `groups`; times unowned_update_scale where no unit owns the weight
 
     Args:
         owners: parameter -> group that owns it, or `UNOWNED`, which `groups` may hold as well.
         groups: whose weights are masked by their importance; None: all.
-        shared_scale, strength: `unowned_update_scale`, `exponent` of `SoftmaskConfig`.
+        unowned_update_scale: factor of the update of weights that no unit owns.
+        exponent: p of the mask (1 - I)^p.
         num_levels: I and I' count steps of 1 / `num_levels`.
 
     Returns:
         Parameter -> (num_levels + 1,) uint8, I' of every I; None where I' is I for all.
     """
     importance = torch.arange(num_levels + 1, dtype=torch.float64) / num_levels
-    masked, free = apply_exponent(importance, strength), torch.zeros_like(importance)
+    masked = apply_exponent(importance, exponent)
+    free = torch.zeros_like(importance)
     tables = {}
     for group in set(owners.values()):
         scale = 1.0 - (masked if groups is None or group in groups else free)
-        scale = scale * (shared_scale if group == UNOWNED else 1.0)
+        scale = scale * (unowned_update_scale if group == UNOWNED else 1.0)
         tables[group] = ((1.0 - scale) * num_levels).round().to(torch.uint8)
     same = torch.arange(num_levels + 1, dtype=torch.uint8)
     if all(table.equal(same) for table in tables.values()):

@@ -6,6 +6,7 @@ Shape legend: F elements of a flat tensor.
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -52,6 +53,25 @@ class Protection:
     def windows(self) -> tuple[Window, ...]:
         """Cache-sized windows for the torch kernels."""
         return split_into_windows(self.segments, None if self.table is None else self.table.values)
+
+    def crop(self, span: slice) -> Protection:
+        """Protection of a slice of the flat tensor that cuts no segment, by the same values.
+
+        Raises:
+            ValueError: the slice begins or ends within a segment.
+        """
+        numel = span.stop - span.start
+        if self.importance is not None:
+            return Protection(numel, importance=self.importance[span])
+        if self.table is None:
+            return Protection(numel)
+        inside = [s for s in self.segments if s.start < span.stop and s.stop > span.start]
+        if any(s.start < span.start or s.stop > span.stop for s in inside):
+            raise ValueError(
+                f"span: found [{span.start}, {span.stop}) of {self.numel} elements, expected one or more full segments"
+            )
+        segments = tuple(replace(segment, start=segment.start - span.start) for segment in inside)
+        return Protection(numel, table=SegmentTable(numel, segments, self.table.values))
 
     def windows_in(self, start: int, stop: int) -> tuple[Window, ...]:
         """The windows that make up elements [start, stop).

@@ -18,6 +18,6 @@ class DAS(SoftMasked):
 
     def after_domain(self, domain: DomainContext) -> None:
         """Importance of the domain just learned, and EMax with all before."""
-        latest = self.level.measure(domain, f"importance of {domain.name}", PRETRAINING)
+        latest = self.measure(domain, f"importance of {domain.name}", PRETRAINING)
         accumulated = self.accumulate(latest)
         self.write(domain, {domain.folder / IMPORTANCE_FILE: latest, domain.run_folder / IMPORTANCE_FILE: accumulated})

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from das_ds.context import DomainContext, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
-from das_ds.functional.directions import direction_projector
 from das_ds.methods.base import Method
 from das_ds.run_dir import DIRECTIONS_FILE
-from das_ds.softmask.apply import SoftMasks
-from das_ds.softmask.importance_file import link_importance, load_directions, save_directions
-from das_ds.softmask.input_covariance import input_second_moments, linear_layers
+from das_ds.softmask.apply import apply_masks
+from das_ds.softmask.direction import DirectionImportance
+from das_ds.softmask.importance_file import link_importance
+from das_ds.softmask.input_covariance import linear_layers
 
 
 class Directions(Method):
@@ -44,66 +42,51 @@ class Directions(Method):
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        self._moments: dict[str, torch.Tensor] = {}
-        self._num_tokens: int | None = None
-        self._widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
+        # Before anything is measured: a network whose layers cannot be masked is refused.
+        linear_layers(run)
+        self._importance: DirectionImportance | None = None
 
     def before_domain(self, domain: DomainContext) -> None:
-        """What earlier runs protect, before the first domain."""
-        initial = self.run.config.method.importance.init_from
-        if initial is not None and not self._moments:
-            self._moments, num_tokens = load_directions(Path(initial), self._widths, self.run.layout, self.run.tokens)
-            self._num_tokens = None if domain.num_tokens is None else num_tokens
+        """Before the first domain: the directions that earlier runs protect."""
+        path = self.run.config.method.importance.init_from
+        if path is not None and self._importance is None:
+            self._importance = DirectionImportance.load(self.run, Path(path))
+            if domain.num_tokens is None:
+                self._importance.num_tokens = None
 
     def on_train_start(self, domain: DomainContext) -> None:
-        """Protect what was learned so far; not the rows of tokens that came since, which have nothing to answer yet."""
-        if self._moments:
-            saturation, device = self.run.config.method.importance.half_saturation, self.run.engine.ranks.info.device
-            masks = _Masks(self._moments, saturation, device)
-            sizes = self.run.layout.sizes_with(self._num_tokens)
-            SoftMasks(self.run.engine).protect_directions(self._widths, masks.of, sizes)
+        """Protect what was learned so far; rows of tokens that were added since are left free."""
+        if self._importance is not None:
+            apply_masks(self.run.engine, self._importance, self.run.config.method.importance.half_saturation)
 
     def after_domain(self, domain: DomainContext) -> None:
-        """Add what the domain's text brings into every layer."""
-        batches = domain.sample_batches(f"inputs of {domain.name}")
-        latest, is_first = input_second_moments(self.run, batches), not self._moments
-        # New tensors: a checkpoint that is being written may still read the old ones.
-        self._moments = {name: moment + self._moments.get(name, 0.0) for name, moment in latest.items()}
-        self._num_tokens = domain.num_tokens
+        """Add the directions that the domain's text uses in every layer."""
+        latest = DirectionImportance.measure(self.run, domain, f"inputs of {domain.name}")
+        is_first = self._importance is None
+        self._importance = latest.accumulate(self._importance)
         with domain.suspend_timeout("writing directions"):
-            self.run.engine.ranks.run_on_main(lambda: self._write(domain, latest, is_first=is_first))
+            self._save(domain, latest, self._importance, is_first=is_first)
 
     def state(self) -> ComponentState:
         """Sum of the moments, equal on every rank."""
-        return ComponentState(shared=self._moments, numbers={"num_tokens": self._num_tokens})
+        if self._importance is None:
+            return ComponentState(numbers={"num_tokens": None})
+        return self._importance.state_dict()
 
     def load_state(self, saved: SavedComponentState) -> None:
         """In host memory, where nothing but the next domain's mask needs it."""
-        self._moments, self._num_tokens = saved.shared(), saved.numbers["num_tokens"]
+        importance = DirectionImportance.load_state_dict(self.run, saved)
+        self._importance = importance if importance.moments else None
 
-    def _write(self, domain: DomainContext, latest: dict[str, torch.Tensor], *, is_first: bool) -> None:
-        of_domain, of_run = domain.folder / DIRECTIONS_FILE, domain.run_folder / DIRECTIONS_FILE
-        layout, tokens = self.run.layout, self.run.tokens[: domain.num_tokens]
-        save_directions(of_domain, latest, layout, tokens)
+    def _save(
+        self, domain: DomainContext, latest: DirectionImportance, total: DirectionImportance, *, is_first: bool
+    ) -> None:
+        tokens = self.run.tokens[: domain.num_tokens]
+        domain_path = domain.folder / DIRECTIONS_FILE
+        run_path = domain.run_folder / DIRECTIONS_FILE
+        latest.save(domain_path, tokens)
         if is_first:
-            link_importance(of_domain, of_run)
+            # The sum over one domain is its file.
+            self.run.engine.ranks.run_on_main(lambda: link_importance(domain_path, run_path))
         else:
-            save_directions(of_run, self._moments, layout, tokens)
-
-
-class _Masks:
-    """Masks from moments, one at a time.
-
-    Layers that follow each other and read the same input (queries, keys, values; gate, up) share one mask.
-    """
-
-    def __init__(self, moments: dict[str, torch.Tensor], saturation: float, device: torch.device) -> None:
-        self._moments, self._saturation, self._device = moments, saturation, device
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def of(self, name: str) -> torch.Tensor:
-        """P of a layer, (d, d) float32."""
-        moment = self._moments[name]
-        if self._last is None or not torch.equal(moment, self._last[0]):
-            self._last = moment, direction_projector(moment.to(self._device), self._saturation)
-        return self._last[1]
+            total.save(run_path, tokens)

@@ -56,7 +56,7 @@ class EWC(Method):
     def before_domain(self, domain: DomainContext) -> None:
         """Anchor the weights where the last domain left them."""
         if self._fisher is not None:
-            self._anchor = {flat: weights.clone() for flat, weights in self.run.engine.weights().items()}
+            self._anchor = {flat: weights.clone() for flat, weights in self.run.engine.weights.flats().items()}
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Penalise all further steps."""

@@ -41,7 +41,7 @@ class KD(Method):
 
     def before_domain(self, domain: DomainContext) -> None:
         """What the model knows now is what the domain is to keep."""
-        self._teacher = self.run.engine.weight_snapshot()
+        self._teacher = self.run.engine.weights.weight_snapshot()
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
@@ -67,7 +67,7 @@ class KD(Method):
     def load_state(self, saved: SavedComponentState) -> None:
         """Continue with the same teacher."""
         has_teacher = saved.numbers["has_teacher"]
-        self._teacher = self.run.engine.weight_snapshot(saved.sharded(TEACHER)) if has_teacher else None
+        self._teacher = self.run.engine.weights.weight_snapshot(saved.sharded(TEACHER)) if has_teacher else None
 
     @torch.no_grad()
     def _taught(self, batch: Batch) -> torch.Tensor:

@@ -50,7 +50,7 @@ class MergingWrapper(Method):
 
     def before_domain(self, domain: DomainContext) -> None:
         """Remember where the domain starts."""
-        self._before = {flat: weights.to("cpu", copy=True) for flat, weights in self.run.engine.weights().items()}
+        self._before = {flat: weights.to("cpu", copy=True) for flat, weights in self.run.engine.weights.flats().items()}
         self._method.before_domain(domain)
 
     def on_train_start(self, domain: DomainContext) -> None:
@@ -71,7 +71,7 @@ class MergingWrapper(Method):
         """Merge, once; what was remembered goes, so that a checkpoint holds unmerged weights or nothing to merge."""
         if self._before is not None:
             share = merge_weight(self._coefficient, domain.index + 1)
-            with self.run.engine.writable_weights() as weights:
+            with self.run.engine.weights.writable_flats() as weights:
                 for flat, values in weights.items():
                     values.lerp_(self._before[flat].to(values.device), share)
             self._before = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -20,14 +20,11 @@ from das_ds.functional.units import UNOWNED, UnitValues
 from das_ds.methods.base import Losses, Method
 from das_ds.methods.contrastive import ContrastiveLoss
 from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
-from das_ds.softmask.importance import ImportanceLevel
-from das_ds.softmask.measure import GENERAL_KNOWLEDGE
-from das_ds.softmask.parameter import ParameterLevel
-from das_ds.softmask.unit import UnitLevel
+from das_ds.softmask.apply import apply_masks
+from das_ds.softmask.importance import GRANULARITIES, Importance
+from das_ds.softmask.measure import GENERAL_KNOWLEDGE, ImportanceLoss
 
 logger = logging.getLogger(__name__)
-
-LEVELS: dict[str, type[ImportanceLevel[Any]]] = {"unit": UnitLevel, "parameter": ParameterLevel}
 
 
 class SoftMasked(Method):
@@ -42,11 +39,11 @@ class SoftMasked(Method):
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        self.level = LEVELS[run.config.method.importance.granularity](run)
+        self._granularity = GRANULARITIES[run.config.method.importance.granularity]
         self._softmask = self._resolved_softmask()
         self._contrast = ContrastiveLoss(run)
-        self._accumulated: Any = None
-        self._by_unit: UnitValues | None = None
+        self._accumulated: Importance[SoftmaskConfig] | None = None
+        self._unit_gates: UnitValues | None = None
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: importance of general knowledge."""
@@ -62,12 +59,17 @@ class SoftMasked(Method):
 
     def protect(self) -> None:
         """Soft-mask all further steps by the importance accumulated so far."""
-        self.level.protect(self._accumulated, self._softmask)
+        assert self._accumulated is not None, "importance was accumulated"
+        apply_masks(self.run.engine, self._accumulated, self._softmask, apply_to=self._softmask.apply_to)
 
     def gates(self) -> UnitValues:
         """Group -> (L, U): what the earlier knowledge that is contrasted keeps of every unit."""
-        assert self._by_unit is not None, "importance was accumulated"
-        return self._by_unit
+        assert self._unit_gates is not None, "importance was accumulated"
+        return self._unit_gates
+
+    def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance[SoftmaskConfig]:
+        """Importance under a loss over the domain's sample; `label` names the progress bar."""
+        return self._granularity.measure(self.run, domain, label, loss, self.run.config.method.importance)
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
@@ -79,7 +81,7 @@ class SoftMasked(Method):
         with step as losses:
             yield losses
 
-    def write(self, domain: DomainContext, dense_importance: dict[Path, Any]) -> None:
+    def write(self, domain: DomainContext, importance_by_path: dict[Path, Importance[SoftmaskConfig]]) -> None:
         """Save importance to files, which may take any time.
 
         Raises:
@@ -87,30 +89,29 @@ class SoftMasked(Method):
         """
         tokens = self.run.tokens[: domain.num_tokens]
         with domain.suspend_timeout("writing importance"):
-            for path, importance in dense_importance.items():
-                self.level.write(path, importance, tokens)
+            for path, importance in importance_by_path.items():
+                importance.save(path, tokens)
 
-    def accumulate(self, new: Any) -> Any:
-        """EMax of importance of `level` with all before (paper eq. 3), which is returned."""
-        self._accumulated = self.level.maximum(new, self._accumulated)
-        self._by_unit = self.level.by_unit(self._accumulated)
+    def accumulate(self, new: Importance[SoftmaskConfig]) -> Importance[SoftmaskConfig]:
+        """EMax of importance with all before (paper eq. 3), which is returned."""
+        self._accumulated = new.accumulate(self._accumulated)
+        self._unit_gates = self._accumulated.unit_gates()
         return self._accumulated
 
     def state(self) -> ComponentState:
         """Accumulated importance, once there is some."""
-        has_importance = self._accumulated is not None
-        state = self.level.state(self._accumulated) if has_importance else ComponentState()
-        return replace(state, numbers={"has_importance": has_importance})
+        state = ComponentState() if self._accumulated is None else self._accumulated.state_dict()
+        return replace(state, numbers={"has_importance": self._accumulated is not None})
 
     def load_state(self, saved: SavedComponentState) -> None:
         """Continue with accumulated importance."""
         if saved.numbers["has_importance"]:
-            self._accumulated = self.level.load_state(saved)
-            self._by_unit = self.level.by_unit(self._accumulated)
+            self._accumulated = self._granularity.load_state_dict(self.run, saved)
+            self._unit_gates = self._accumulated.unit_gates()
 
     def accumulated_importance(self) -> UnitValues | None:
         """Importance by unit that protects the next domain."""
-        return self._by_unit
+        return self._unit_gates
 
     def _resolved_softmask(self) -> SoftmaskConfig:
         softmask = self.run.config.method.softmask
@@ -123,12 +124,13 @@ class SoftMasked(Method):
             )
         return softmask.model_copy(update={"groups": groups})
 
-    def _initial_importance(self, domain: DomainContext) -> Any:
+    def _initial_importance(self, domain: DomainContext) -> Importance[SoftmaskConfig]:
         path = self.run.config.method.importance.init_from
         if path is not None:
-            return self.level.read(Path(path))
-        general = self.level.measure(domain, "importance of general knowledge", GENERAL_KNOWLEDGE)
-        is_zero = not any(values.any() for values in self.level.by_unit(general).values())
+            return self._granularity.load(self.run, Path(path))
+        general = self.measure(domain, "importance of general knowledge", GENERAL_KNOWLEDGE)
+        gates = general.unit_gates()
+        is_zero = gates is not None and not any(values.any() for values in gates.values())
         if is_zero and self.run.engine.ranks.info.is_main:
             logger.warning(
                 "general knowledge protects nothing: its importance is zero, as in a model without dropout, whose "

@@ -91,10 +91,10 @@ def open_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
 class Construction(Protocol):
     """A way to build a network other than in full on every rank."""
 
-    def random(self, construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    def from_config(self, construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         """The network of `construct()`, randomly initialized."""
 
-    def pretrained(self, construct: Callable[[], PreTrainedModel], weights: StoredWeights) -> PreTrainedModel:
+    def from_pretrained(self, construct: Callable[[], PreTrainedModel], weights: StoredWeights) -> PreTrainedModel:
         """The network of `construct()` with stored weights; missing weights keep their random initialization."""
 
 
@@ -135,7 +135,7 @@ def load_model(
             if source is not None:
                 model = _pretrained(config, source, construct, construction)
             else:
-                model = construction.random(construct) if construction else construct()
+                model = construction.from_config(construct) if construction else construct()
     except DasError:
         raise
     except Exception as error:
@@ -302,7 +302,7 @@ def _pretrained(
     with closing(StoredWeights(source, meta_model)) as weights:
         weights.check(config.allow_missing)
         record = {**weights.record(), "source": config.name_or_path}
-        model = construction.pretrained(construct, weights) if construction else weights.fill(construct)
+        model = construction.from_pretrained(construct, weights) if construction else weights.fill(construct)
     setattr(model.config, WEIGHTS_RECORD, record)
     if model.can_generate():
         with suppress(OSError):

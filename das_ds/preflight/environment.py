@@ -6,11 +6,10 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import das_ds
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import EngineConfig, build_engine_config
 from das_ds.config.io import config_values
 from das_ds.engine.loss_scaler import check_precision, emulated_precision_warning
 from das_ds.errors import PreflightError
@@ -83,28 +82,28 @@ def check_versions(
     checks.run("versions", "the same libraries, das_ds and config on all ranks", probe, summarize)
 
 
-def check_settings(checks: Checklist, config: RunConfig, num_ranks: int) -> dict[str, Any] | None:
+def check_settings(checks: Checklist, config: RunConfig, num_ranks: int) -> EngineConfig | None:
     """Batch sizes, ZeRO stage and precision at this number of ranks.
 
     Returns:
-        The merged DeepSpeed config; None if the check failed.
+        DeepSpeed's merged settings; None if the check failed.
     """
     train = config.train
 
-    def probe() -> dict[str, Any]:
+    def probe() -> EngineConfig:
         check_precision(train.precision)
-        return build_deepspeed_config(config, num_ranks)
+        return build_engine_config(config, num_ranks)
 
-    def summarize(configs: list[dict[str, Any]]) -> str:
+    def summarize(configs: list[EngineConfig]) -> str:
         differing = next((rank for rank, other in enumerate(configs) if other != configs[0]), None)
         if differing is not None:
             raise PreflightError(f"rank {differing} reads another DeepSpeed file than rank 0")
         warning = emulated_precision_warning(train.precision)
         precision = f"{train.precision} ({warning})" if warning else train.precision
         return (
-            f"{precision}, ZeRO {configs[0].get('zero_optimization', {}).get('stage', 0)}, "
+            f"{precision}, ZeRO {configs[0].zero_stage}, "
             f"{train.global_batch_size} sequences = {num_ranks} ranks x {train.micro_batch_size} x "
-            f"{configs[0]['gradient_accumulation_steps']} micro-steps"
+            f"{configs[0].raw['gradient_accumulation_steps']} micro-steps"
         )
 
     configs = checks.run("settings", "batch sizes, ZeRO settings and precision that fit together", probe, summarize)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import is_offloaded
+from das_ds.config.deepspeed import EngineConfig
 from das_ds.data.objectives import build_collator
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.distributed.process_group import RankInfo
@@ -138,7 +138,7 @@ def count_parameters(
     )
 
 
-def check_memory(checks: Checklist, config: RunConfig, info: RankInfo, size: ModelSize, engine: dict[str, Any]) -> None:
+def check_memory(checks: Checklist, config: RunConfig, info: RankInfo, size: ModelSize, engine: EngineConfig) -> None:
     """Needed against free memory; if only the estimate of activations exceeds it, the result is a warning."""
     estimate = estimate_run_memory(config, size, engine, info.world_size)
     if info.device.type == "cpu":
@@ -196,17 +196,17 @@ def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activa
     return found
 
 
-def estimate_run_memory(config: RunConfig, size: ModelSize, engine: dict[str, Any], num_ranks: int) -> MemoryEstimate:
+def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig, num_ranks: int) -> MemoryEstimate:
     """Memory of one rank without activations, by the merged DeepSpeed config."""
-    zero = engine.get("zero_optimization", {})
+    zero = engine.raw.get("zero_optimization", {})
     live = min(zero.get("stage3_max_live_parameters", 10**9), zero.get("stage3_max_reuse_distance", 10**9))
     sharding = Sharding(
-        stage=zero.get("stage", 0),
+        stage=engine.zero_stage,
         num_ranks=num_ranks,
         weight_bytes=_weight_bytes(config),
-        gradient_bytes=2 if engine["data_types"]["grad_accum_dtype"] == "bf16" else 4,
+        gradient_bytes=2 if engine.raw["data_types"]["grad_accum_dtype"] == "bf16" else 4,
         num_moments=NUM_MOMENTS[config.train.optimizer],
-        offloads_optimizer=is_offloaded(engine),
+        offloads_optimizer=engine.is_offloaded,
         offloads_weights=(zero.get("offload_param") or {}).get("device", "none") != "none",
         bucket=int(zero.get("reduce_bucket_size", 5 * 10**8)),
         live=int(live),

@@ -1,75 +1,81 @@
-"""What the method needs of importance, whatever it belongs to: units (DAS) or single weights (SPG)."""
+"""Importance protocol: what a method needs of importance, whatever it belongs to (units of DAS, weights of SPG)."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Protocol, Self, TypeVar
 
-from das_ds.config import SoftmaskConfig
+from das_ds.config import ImportanceConfig, SoftmaskConfig
 from das_ds.context import DomainContext, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.engine.mask import UpdateMasks
 from das_ds.functional.units import UnitValues
-from das_ds.softmask.apply import SoftMasks
 from das_ds.softmask.measure import ImportanceLoss
+from das_ds.softmask.parameter import ParameterImportance
+from das_ds.softmask.unit import UnitImportance
 
-T = TypeVar("T")
+Settings = TypeVar("Settings", contravariant=True)
 
 
-class ImportanceLevel(ABC, Generic[T]):
-    """Measures, accumulates, stores and applies importance of type T; every method is called on all ranks."""
+class Importance(Protocol[Settings]):
+    """Importance in [0, 1], normalized, of everything that a granularity masks; all methods run on all ranks.
 
-    def __init__(self, run: RunContext) -> None:
-        self.run = run
+    `softmask.direction.DirectionImportance` follows it too, but is measured without loss and settings.
+    """
 
-    @cached_property
-    def soft_masks(self) -> SoftMasks:
-        """What masks the steps of the run's engine."""
-        return SoftMasks(self.run.engine)
+    @classmethod
+    def measure(
+        cls, run: RunContext, domain: DomainContext, label: str, loss: ImportanceLoss, settings: ImportanceConfig
+    ) -> Self:
+        """Importance under a loss over the domain's sample, normalized.
 
-    @abstractmethod
-    def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> T:
-        """Normalised importance under `loss` over the domain's sample; `label` names the progress bar."""
+        Args:
+            run: the engine and its network.
+            domain: whose sample is read.
+            label: of the progress bar.
+            loss: what is differentiated.
+            settings: score and normalization.
+        """
 
-    @abstractmethod
-    def maximum(self, new: T, accumulated: T | None) -> T:
-        """EMax (paper eq. 3)."""
+    def accumulate(self, earlier: Self | None) -> Self:
+        """Importance of all domains so far, in new tensors: EMax with the earlier one (paper eq. 3)."""
 
-    @abstractmethod
-    def by_unit(self, importance: T) -> UnitValues:
-        """Group -> (L, U) in [0, 1] on the device, the gates of o^prev."""
+    def masks(self, settings: Settings) -> UpdateMasks:
+        """Masks of the engine's flat tensors."""
 
-    @abstractmethod
-    def protect(self, importance: T, softmask: SoftmaskConfig) -> None:
-        """Soft-mask all further steps; `softmask` is the same at every call."""
+    def unit_gates(self) -> UnitValues | None:
+        """Group -> (L, U) in [0, 1] on the device, the gates of o^prev; None: nothing to contrast."""
 
-    @abstractmethod
-    def state(self, importance: T) -> ComponentState:
-        """For a checkpoint."""
+    def state_dict(self) -> ComponentState:
+        """For a checkpoint; views and references."""
 
-    @abstractmethod
-    def load_state(self, saved: SavedComponentState) -> T:
+    @classmethod
+    def load_state_dict(cls, run: RunContext, saved: SavedComponentState) -> Self:
         """From a checkpoint of any number of ranks."""
 
-    @abstractmethod
-    def write(self, path: Path, importance: T, tokens: Sequence[str]) -> None:
+    def save(self, path: Path, tokens: Sequence[str]) -> None:
         """Save to one file, atomically, from rank 0 while the others wait.
 
         Args:
             path: of the file.
-            importance: what is saved.
-            tokens: the vocabulary that it was measured with, by id.
+            tokens: the vocabulary that importance was measured with, by id.
 
         Raises:
             RunFolderError: on every rank, when the file cannot be written.
         """
 
-    @abstractmethod
-    def read(self, path: Path) -> T:
+    @classmethod
+    def load(cls, run: RunContext, path: Path) -> Self:
         """Load from a file of any number of ranks.
 
         Raises:
             ImportanceError: missing or damaged file, or importance of another model, vocabulary or granularity.
         """
+
+
+GRANULARITIES: dict[str, type[Importance[SoftmaskConfig]]] = {
+    "unit": UnitImportance,
+    "parameter": ParameterImportance,
+}
+"""`importance.granularity` -> what is measured, accumulated and masked."""

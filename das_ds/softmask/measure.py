@@ -163,7 +163,7 @@ def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: flo
     with loss.views(run, batch), measuring as anchor:
         losses = loss.of_sequences(run.engine.module, batch)
         torch.autograd.grad(losses.sum() * scale, anchor)
-    run.engine.release_gathered_weights()
+    run.engine.weights.release_gathered()
     return sums, losses.detach()
 
 

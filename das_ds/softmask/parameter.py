@@ -1,6 +1,7 @@
-"""Importance of single weights (SPG: Konishi et al., Parameter-Level Soft-Masking for Continual Learning, ICML 2023).
+"""Parameter importance (SPG: Konishi et al., Parameter-Level Soft-Masking for Continual Learning, ICML 2023).
 
-Shape legend: B sequences of a micro-batch, G of a batch that gives one gradient, N of the sample.
+Shape legend: B sequences of a micro-batch, G of a batch that gives one gradient, N of the sample; F elements of a flat
+tensor of the optimizer.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from das_ds.config import ImportanceScore, SoftmaskConfig
+from das_ds.config import ImportanceConfig, ImportanceScore, SoftmaskConfig
 from das_ds.context import DomainContext, RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
+from das_ds.engine.mask import ElementwiseMasks
 from das_ds.functional.units import UnitValues
-from das_ds.softmask.importance import ImportanceLevel
+from das_ds.softmask.apply import parameter_masks
 from das_ds.softmask.importance_file import load_parameter_importance, save_parameter_importance
 from das_ds.softmask.measure import TOTALS, ImportanceLoss, count_and_sum, is_above_noise_floor
 from das_ds.softmask.sharded_importance import ShardedImportance
@@ -24,58 +26,79 @@ from das_ds.softmask.sharded_importance import ShardedImportance
 IMPORTANCE = "importance"
 
 
-class ParameterLevel(ImportanceLevel[ShardedImportance]):
-    """One byte per weight, sharded like the optimizer; every parameter counts, owned by a unit or not."""
+class ParameterImportance:
+    """One byte per weight, sharded like the optimizer; every parameter counts, whether a unit owns it or not.
 
-    def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> ShardedImportance:
-        """Sum over the gradients of the sample's batches, normalised."""
-        engine = self.run.engine
-        return ShardedImportance.from_magnitudes(
-            engine.named_shards,
-            self.run.layout.sizes_with(self.run.network.num_rows),
-            engine.ranks.info.device,
-            sum_over_gradients(self.run, domain.sample_steps(label), loss, self.run.config.method.importance.score),
-            self.run.layout.owners,
-            self.run.config.method.importance,
+    See `softmask.importance.Importance`.
+
+    Args:
+        run: the engine and its units.
+        sharded: importance of every weight.
+    """
+
+    def __init__(self, run: RunContext, sharded: ShardedImportance) -> None:
+        self.run = run
+        self.sharded = sharded
+
+    @classmethod
+    def measure(
+        cls, run: RunContext, domain: DomainContext, label: str, loss: ImportanceLoss, settings: ImportanceConfig
+    ) -> ParameterImportance:
+        """Sum over the gradients of the sample's batches, normalized."""
+        sums = sum_over_gradients(run, domain.sample_steps(label), loss, settings.score)
+        sharded = ShardedImportance.from_magnitudes(
+            run.engine.weights.named_shards,
+            run.layout.sizes_with(run.network.num_rows),
+            run.engine.ranks.info.device,
+            sums,
+            run.layout.owners,
+            settings,
         )
+        return cls(run, sharded)
 
-    def maximum(self, new: ShardedImportance, accumulated: ShardedImportance | None) -> ShardedImportance:
-        """EMax in the shard."""
-        return new.maximum(accumulated)
+    def accumulate(self, earlier: ParameterImportance | None) -> ParameterImportance:
+        """EMax in the shards."""
+        sharded = None if earlier is None else earlier.sharded
+        return ParameterImportance(self.run, self.sharded.elementwise_maximum(sharded))
 
-    def by_unit(self, importance: ShardedImportance) -> UnitValues:
-        """Mean over the weights that a unit owns."""
-        return importance.by_unit(self.run.layout)
+    def masks(self, settings: SoftmaskConfig) -> ElementwiseMasks:
+        """Element by element."""
+        return parameter_masks(self.run.engine, self.run.layout, self.sharded, settings)
 
-    def protect(self, importance: ShardedImportance, softmask: SoftmaskConfig) -> None:
-        """Mask element by element."""
-        self.soft_masks.protect_parameters(self.run.layout, importance, softmask)
+    def unit_gates(self) -> UnitValues:
+        """Mean over the weights that a unit owns; a collective."""
+        return self.sharded.mean_by_unit(self.run.layout)
 
-    def state(self, importance: ShardedImportance) -> ComponentState:
-        """Each rank its shards' part."""
-        return ComponentState(sharded={IMPORTANCE: importance.flats})
+    def state_dict(self) -> ComponentState:
+        """Each rank its shards."""
+        return ComponentState(sharded={IMPORTANCE: self.sharded.flats})
 
-    def load_state(self, saved: SavedComponentState) -> ShardedImportance:
-        """However it was divided."""
-        engine = self.run.engine
-        importance = ShardedImportance(engine.named_shards, self.run.layout.sizes, engine.ranks.info.device)
+    @classmethod
+    def load_state_dict(cls, run: RunContext, saved: SavedComponentState) -> ParameterImportance:
+        """However it was sharded."""
+        sharded = _zeros(run)
         for flat, values in saved.sharded(IMPORTANCE).items():
-            importance.flats[flat].copy_(values)
-        return importance
+            sharded.flats[flat].copy_(values)
+        return cls(run, sharded)
 
-    def write(self, path: Path, importance: ShardedImportance, tokens: Sequence[str]) -> None:
+    def save(self, path: Path, tokens: Sequence[str]) -> None:
         """Gather parameter by parameter in rank 0's host memory (1 byte per weight) and save there."""
-        ranks, layout = self.run.engine.ranks, self.run.layout
-        tensors = {name: values.cpu() for name, values in importance.whole() if ranks.info.is_main}
-        ranks.run_on_main(lambda: save_parameter_importance(path, tensors, layout, tokens))
+        ranks = self.run.engine.ranks
+        # Gathering is collective: every rank walks through all parameters, and rank 0 alone keeps them.
+        tensors = {name: values.cpu() for name, values in self.sharded.gather() if ranks.info.is_main}
+        ranks.run_on_main(lambda: save_parameter_importance(path, tensors, self.run.layout, tokens))
 
-    def read(self, path: Path) -> ShardedImportance:
-        """Read this rank's stretches, however many ranks wrote; tokens that came later have importance 0."""
-        engine, sizes = self.run.engine, self.run.layout.sizes
-        importance = ShardedImportance(engine.named_shards, sizes, engine.ranks.info.device)
-        with load_parameter_importance(path, self.run.layout, self.run.tokens) as stretch:
-            importance.fill(stretch)
-        return importance
+    @classmethod
+    def load(cls, run: RunContext, path: Path) -> ParameterImportance:
+        """Read this rank's shards, however many ranks wrote; tokens that were added since have importance 0."""
+        sharded = _zeros(run)
+        with load_parameter_importance(path, run.layout, run.tokens) as read:
+            sharded.fill(read)
+        return cls(run, sharded)
+
+
+def _zeros(run: RunContext) -> ShardedImportance:
+    return ShardedImportance(run.engine.weights.named_shards, run.layout.sizes, run.engine.ranks.info.device)
 
 
 def sum_over_gradients(
@@ -88,7 +111,7 @@ def sum_over_gradients(
     For `abs_grad` that is N/G times the mean absolute gradient.
 
     DeepSpeed accumulates, averages and shards these gradients as in training, at any stage; weights, moments and
-    schedule stay as they are.
+    schedule do not change.
 
     Args:
         run: the engine.
@@ -102,31 +125,35 @@ def sum_over_gradients(
     Raises:
         TrainingError: a gradient that is not finite.
     """
-    engine, device = run.engine, run.engine.ranks.info.device
-    steps.sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=device))
+    engine = run.engine
+    # (2,): number of sequences and the sum of their losses.
+    steps.sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=engine.ranks.info.device))
     with loss.mode(run), engine.accumulate_importance(kind) as sums:
-        for number, (flat, total) in enumerate(sums.items()):
-            if (earlier := steps.sums.get(f"{number}")) is not None:
-                total.copy_(earlier)
-            steps.sums[f"{number}"] = sums[flat]
+        # The loop's sums are those of a checkpoint when a run resumes within the pass.
+        for number, total in enumerate(sums.values()):
+            if (saved := steps.sums.get(f"{number}")) is not None:
+                total.copy_(saved)
+            steps.sums[f"{number}"] = total
         for step in steps:
-            with engine.accumulating(len(step)):
+            with engine.gradient_accumulation(len(step)):
                 # A batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
-                for _ in engine.attempts():
+                for _ in engine.retry_on_overflow():
                     totals = _measure_step(run, step, loss)
             steps.sums[TOTALS] = steps.sums[TOTALS] + totals
     signal = is_above_noise_floor(steps.sums[TOTALS].clone())
-    # In place, also where the pass was complete and this is done again: the factor is 0 or 1.
+    # In place is safe also when a finished pass is repeated after a restart: the factor is 0 or 1.
     return {flat: total.mul_(signal.to(total.device)) for flat, total in sums.items()}
 
 
 def _measure_step(run: RunContext, step: list[Batch], loss: ImportanceLoss) -> torch.Tensor:
     """One attempt at the gradient of a batch; (2,) its number of sequences and the sum of their losses on this rank."""
-    engine, device = run.engine, run.engine.ranks.info.device
+    engine = run.engine
+    device = engine.ranks.info.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in step:
         batch = batch.to(device)
         with loss.views(run, batch):
+            # (B,); rows that only fill up the batch have weight 0.
             per_sequence = loss.of_sequences(engine, batch)
             engine.backward((per_sequence * batch.row_weights).sum() / len(batch.row_weights))
         engine.step()

@@ -39,7 +39,7 @@ class Comparison:
     """Entries of each comparison over all ranks, (C,)."""
 
     @classmethod
-    def within(cls, scope: str, owners: dict[str, str], sizes: dict[str, int]) -> Comparison:
+    def by_scope(cls, scope: str, owners: dict[str, str], sizes: dict[str, int]) -> Comparison:
         """One comparison for each parameter (`tensor`), each group of owners (`group`), or one for all (`model`).
 
         Args:

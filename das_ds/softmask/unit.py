@@ -1,57 +1,74 @@
-"""Importance of units: heads, neurons and outputs (Ke et al., ICLR 2023). Equal on every rank."""
+"""Unit importance: heads, neurons and outputs (Ke et al., ICLR 2023). Equal on every rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from das_ds.config import SoftmaskConfig
-from das_ds.context import DomainContext
+from das_ds.config import ImportanceConfig, SoftmaskConfig
+from das_ds.context import DomainContext, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.engine.mask import ElementwiseMasks
 from das_ds.functional.importance import elementwise_maximum, normalize_units
 from das_ds.functional.units import UnitValues
-from das_ds.softmask.importance import ImportanceLevel
+from das_ds.softmask.apply import unit_masks
 from das_ds.softmask.importance_file import load_unit_importance, save_unit_importance
 from das_ds.softmask.measure import ImportanceLoss, measure_unit_importance
 
 
-class UnitLevel(ImportanceLevel[UnitValues]):
-    """Group -> (L, U); keeps (heads + intermediate + hidden) numbers per layer."""
+class UnitImportance:
+    """One value per unit: (heads + intermediate + hidden) numbers per layer. See `softmask.importance.Importance`.
 
-    def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> UnitValues:
+    Args:
+        run: the engine and its units.
+        values: group -> (L, U) float32 in [0, 1] on the device.
+    """
+
+    def __init__(self, run: RunContext, values: UnitValues) -> None:
+        self.run = run
+        self.values = values
+
+    @classmethod
+    def measure(
+        cls, run: RunContext, domain: DomainContext, label: str, loss: ImportanceLoss, settings: ImportanceConfig
+    ) -> UnitImportance:
         """One forward and backward pass over the sample, gradients of the gates only."""
-        settings = self.run.config.method.importance
-        raw = measure_unit_importance(self.run, domain.sample_batches(label), loss, settings.score)
-        return normalize_units(raw, settings)
+        raw = measure_unit_importance(run, domain.sample_batches(label), loss, settings.score)
+        return cls(run, normalize_units(raw, settings))
 
-    def maximum(self, new: UnitValues, accumulated: UnitValues | None) -> UnitValues:
+    def accumulate(self, earlier: UnitImportance | None) -> UnitImportance:
         """EMax per unit."""
-        return elementwise_maximum(new, accumulated)
+        values = None if earlier is None else earlier.values
+        return UnitImportance(self.run, elementwise_maximum(self.values, values))
 
-    def by_unit(self, importance: UnitValues) -> UnitValues:
-        """Itself."""
-        return importance
+    def masks(self, settings: SoftmaskConfig) -> ElementwiseMasks:
+        """By rows and columns, in memory that does not grow with the weights."""
+        return unit_masks(self.run.engine, self.run.layout, self.values, settings)
 
-    def protect(self, importance: UnitValues, softmask: SoftmaskConfig) -> None:
-        """Mask by rows and columns."""
-        self.soft_masks.protect_units(self.run.layout, importance, softmask)
+    def unit_gates(self) -> UnitValues:
+        """The values themselves."""
+        return self.values
 
-    def state(self, importance: UnitValues) -> ComponentState:
+    def state_dict(self) -> ComponentState:
         """Equal on every rank."""
-        return ComponentState(shared=importance)
+        return ComponentState(shared=self.values)
 
-    def load_state(self, saved: SavedComponentState) -> UnitValues:
+    @classmethod
+    def load_state_dict(cls, run: RunContext, saved: SavedComponentState) -> UnitImportance:
         """On the run's device."""
-        device = self.run.engine.ranks.info.device
-        return {group: values.to(device) for group, values in saved.shared().items()}
+        return cls(run, _to_device(run, saved.shared()))
 
-    def write(self, path: Path, importance: UnitValues, tokens: Sequence[str]) -> None:
-        """Every rank has the same."""
-        layout = self.run.layout
-        self.run.engine.ranks.run_on_main(lambda: save_unit_importance(path, importance, layout, tokens))
+    def save(self, path: Path, tokens: Sequence[str]) -> None:
+        """Rank 0 writes what every rank has."""
+        ranks = self.run.engine.ranks
+        ranks.run_on_main(lambda: save_unit_importance(path, self.values, self.run.layout, tokens))
 
-    def read(self, path: Path) -> UnitValues:
-        """Load on the run's device."""
-        device = self.run.engine.ranks.info.device
-        importance = load_unit_importance(path, self.run.layout, self.run.tokens)
-        return {group: values.to(device) for group, values in importance.items()}
+    @classmethod
+    def load(cls, run: RunContext, path: Path) -> UnitImportance:
+        """On the run's device."""
+        return cls(run, _to_device(run, load_unit_importance(path, run.layout, run.tokens)))
+
+
+def _to_device(run: RunContext, values: UnitValues) -> UnitValues:
+    device = run.engine.ranks.info.device
+    return {group: of_group.to(device) for group, of_group in values.items()}

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class BackgroundWorker:
         target = self.guard("init", self._setup)
         for call in iter(self._queue.get, None):
             if target is not None:
-                self.guard("call", lambda call=call: call(target))
+                self.guard("call", partial(call, target))
 
     def _warn_once(self, what: str, error: BaseException) -> None:
         if self._has_warned:

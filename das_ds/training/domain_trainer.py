@@ -165,7 +165,7 @@ class DomainTrainer:
     ) -> torch.Tensor | float | None:
         token_scale = self._token_scale(micro_batches)
         verdict, norm = Verdict("take"), None
-        for attempt in self._engine.attempts():
+        for attempt in self._engine.retry_on_overflow():
             totals: dict[str, torch.Tensor] = {}
             self._method.on_step_start(step)
             for number, batch in enumerate(micro_batches, start=1):
@@ -183,7 +183,7 @@ class DomainTrainer:
                 norm = self._engine.step(measure_norm=measure_norm, refuse=verdict.action != "take")
             if verdict.action != "take":
                 break
-        if verdict.action == "take" and not self._engine.was_step_applied:
+        if verdict.action == "take" and not self._engine.step_was_applied:
             verdict = self._guard.check_gradient(step)
         self._apply_decision(verdict)
         return norm

@@ -116,7 +116,7 @@ def _gathered(engine: Engine, model: PreTrainedModel) -> Weights:
     """All that a file of the network holds, on rank 0: what is trained, what is not, and buffers."""
     # Under ZeRO-3 only the fp32 shards are whole; on rank 0 the copy lives in host memory.
     state: Weights = {}
-    for name, weight in engine.fp32_weights():
+    for name, weight in engine.weights.fp32_weights():
         if engine.ranks.info.is_main:
             state[name] = weight.cpu().clone()
     for name, frozen in engine.frozen_weights():

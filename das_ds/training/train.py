@@ -7,7 +7,7 @@ import sys
 from das_ds.checkpoint.manifest import Manifest
 from das_ds.checkpoint.store import CheckpointStore, find_latest_valid
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.distributed.process_group import ProcessGroup, leave
 from das_ds.errors import EXIT_USER_ERROR, CheckpointError, StoppedError
 from das_ds.fault_tolerance.shutdown import ShutdownHandler
@@ -31,7 +31,7 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         DasError: anything in the config, data, model, run folder or checkpoints that the user has to mend.
         StoppedError: the run was asked to stop and is saved.
     """
-    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
+    engine_config = build_engine_config(config, ranks.info.world_size)
     watchdog = Watchdog(ranks, config.runtime.hang_timeout, config.output_dir)
     lock = RunLock(config.output_dir, on_loss=_end_at_once)
     with watchdog, lock, ShutdownHandler(config.output_dir, config.runtime.stop_signals) as requests:
@@ -55,7 +55,7 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         with tracker:
             with watchdog.suspend_timeout("building the engine"):
                 sequence = ContinualTrainer(
-                    config, ranks, folder, text, tracker, deepspeed_config, store, requests, watchdog
+                    config, ranks, folder, text, tracker, engine_config, store, requests, watchdog
                 )
             try:
                 return sequence.run(manifest)

@@ -14,6 +14,7 @@ from das_ds.checkpoint.reader import CheckpointReader
 from das_ds.checkpoint.saver import AsyncCheckpointer
 from das_ds.checkpoint.store import CheckpointStore, find_latest_valid
 from das_ds.config import RunConfig
+from das_ds.config.deepspeed import EngineConfig
 from das_ds.config.stage import Stage
 from das_ds.context import DomainContext, build_context
 from das_ds.distributed.process_group import ProcessGroup, seed_everything
@@ -56,7 +57,7 @@ class ContinualTrainer:
     """The phases of a run over one engine, each of which can be entered from a checkpoint.
 
     Args:
-        config, ranks, folder, text, tracker, deepspeed_config: of the run.
+        config, ranks, folder, text, tracker, engine_config: of the run.
         store: its checkpoints.
         requests: what this rank is asked for.
         watchdog: is told where this rank stands.
@@ -69,7 +70,7 @@ class ContinualTrainer:
         folder: RunDir,
         text: DataModule,
         tracker: Tracker,
-        deepspeed_config: dict[str, Any],
+        engine_config: EngineConfig,
         store: CheckpointStore,
         requests: ShutdownHandler,
         watchdog: Watchdog,
@@ -79,7 +80,7 @@ class ContinualTrainer:
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         self._export_dtype = export_dtype(config)
         # Parameters that are born as shards cannot be given more rows.
-        construction = sharded_init(deepspeed_config, ranks) if text.vocabulary is None else None
+        construction = sharded_init(engine_config, ranks) if text.vocabulary is None else None
         vocab_size = num_tokens(text.base_tokenizer.get_vocab())
         self._model, spec = load_model(config.model, seed=config.seed, vocab_size=vocab_size, construction=construction)
         if ranks.info.is_main:
@@ -87,13 +88,13 @@ class ContinualTrainer:
         check_sequence_length(self._model, spec, config.data.sequence_length)
         if text.vocabulary is not None:
             reserve_embedding_rows(self._model, text.vocabulary.base_tokens, text.vocabulary.total)
-        exact = construction.slices if construction else None
-        context = build_context(config, self._model, spec, deepspeed_config, ranks, exact=exact, tokens=text.all_tokens)
+        exact = construction.take_exact_weights() if construction else None
+        context = build_context(config, self._model, spec, engine_config, ranks, exact=exact, tokens=text.all_tokens)
         self.engine, self._lora, self._network = context.engine, context.lora, context.network
         self._objective = context.objective
         self._context = context
         self._state = self._first_state()
-        self._base = self.engine.snapshot() if method_class(config.method).starts_from_base else None
+        self._base = self.engine.weights.snapshot() if method_class(config.method).starts_from_base else None
         self._method: Method = build_method(context)
         self._guard = LossGuard(config.faults)
         self._trainer: DomainTrainer | None = None
@@ -106,7 +107,7 @@ class ContinualTrainer:
         saver = AsyncCheckpointer(
             ranks,
             store,
-            self.engine.checkpoint_shards(),
+            self.engine.weights.checkpoint_shards(),
             about,
             asynchronous=config.checkpoint.async_save,
             beside=[folder.root / METRICS_FILE],
@@ -168,7 +169,7 @@ class ContinualTrainer:
 
     def _before(self) -> None:
         if self._base is not None:
-            self.engine.restore(self._base)
+            self.engine.weights.restore(self._base)
         self._network.num_rows = self._text.num_rows(self._stage.last_domain)
         self._seed(0)
         self._method.before_domain(self._domain)
@@ -317,7 +318,9 @@ class ContinualTrainer:
     def _load(self, manifest: Manifest) -> None:
         """Enter the phase of a checkpoint; what only its steps need is read when they begin."""
         info = self._ranks.info
-        opened = CheckpointReader(self._store.folder, manifest, info, self.engine.zero_stage, self.engine.shards())
+        opened = CheckpointReader(
+            self._store.folder, manifest, info, self.engine.zero_stage, self.engine.weights.shards
+        )
         self._opened, self._state = opened, manifest.run
         self._text.check_unchanged(opened.part(TEXT).numbers)
         self.engine.load_weights(opened.part(ENGINE))
@@ -383,7 +386,7 @@ class ContinualTrainer:
         if (vocabulary := self._text.vocabulary) is not None:
             known, total = vocabulary.num_tokens[learned], vocabulary.total
             names = vocabulary_parameters(self._model)
-            self.engine.rewrite(names, lambda weight: mean_init_rows(weight, known, total))
+            self.engine.weights.map_weights(names, lambda weight: mean_init_rows(weight, known, total))
 
     def _export(self, stage: Stage) -> None:
         corpus = stage.last_domain

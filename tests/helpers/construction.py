@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from das_ds.config import ModelConfig, TrainConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.engine.engine import Engine
 from das_ds.engine.optimizer import build_optimizer
@@ -26,7 +26,7 @@ def engine_settings(folder: Path, precision: str, world_size: int) -> tuple[Trai
     """Settings of an engine at ZeRO-3."""
     train = {"precision": precision, "micro_batch_size": 1, "global_batch_size": world_size}
     config = run_config(folder, train=train, deepspeed=ZERO3)
-    return config.train, build_deepspeed_config(config, world_size)
+    return config.train, build_engine_config(config, world_size)
 
 
 def weights_of_loaded(folder: Path, model: ModelConfig, seed: int, precisions: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -38,8 +38,8 @@ def weights_of_loaded(folder: Path, model: ModelConfig, seed: int, precisions: t
 def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dict[str, Any]:
     allow_fp16_on_cpu()
     ranks = ProcessGroup()
-    train, deepspeed_config = engine_settings(folder, precision, ranks.info.world_size)
-    construction = sharded_init(deepspeed_config, ranks)
+    train, engine_config = engine_settings(folder, precision, ranks.info.world_size)
+    construction = sharded_init(engine_config, ranks)
     assert construction is not None
     model, spec = load_model(config, seed=seed, vocab_size=100, construction=construction)
     parameters = dict(model.named_parameters())
@@ -49,13 +49,13 @@ def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dic
     # Matrices alone decay, though every parameter is an empty vector now.
     groups = build_optimizer(parameters, train, on_host=True).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
-    engine = Engine(LanguageModel(model, spec), parameters, train, deepspeed_config, ranks, construction.slices)
+    engine = Engine(LanguageModel(model, spec), parameters, train, engine_config, ranks, construction.slices)
     assert not construction.slices
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
         hidden, losses = engine.module.eval()(ids, torch.arange(5), ids.flatten()[:5])
     found = {
-        "weights": {name: weight.clone() for name, weight in engine.fp32_weights()},
+        "weights": {name: weight.clone() for name, weight in engine.weights.fp32_weights()},
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
         "output": (hidden.float(), losses),
         "held": held,

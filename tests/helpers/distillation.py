@@ -45,20 +45,20 @@ def _facts(config: RunConfig, steps: list[list[Batch]]) -> TeacherFacts:
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     engine = build(config, ranks).engine
     expected = _output(engine, parts[0][0])
-    earlier = engine.weight_snapshot()
+    earlier = engine.weights.weight_snapshot()
     outputs = _train(engine, parts, earlier)
     knows_both = _knows_both_orders(engine, earlier)
     moved = _output(engine, parts[0][0])
-    trained = engine.snapshot()
-    loaded = engine.weight_snapshot(earlier.flats())
+    trained = engine.weights.snapshot()
+    loaded = engine.weights.weight_snapshot(earlier.flats())
     exact_after_loading = torch.equal(_output(engine, parts[0][0], loaded), expected)
     unmoved = torch.equal(_output(engine, parts[0][0]), moved)
-    unmoved = unmoved and all(map(torch.equal, engine.snapshot(), trained))
+    unmoved = unmoved and all(map(torch.equal, engine.weights.snapshot(), trained))
     num_elements = sum(values.numel() for values in earlier._copies)
     engine.close()
     alone = build(config, ranks).engine
     _train(alone, parts, None)
-    is_undisturbed = all(map(torch.equal, alone.snapshot(), trained))
+    is_undisturbed = all(map(torch.equal, alone.weights.snapshot(), trained))
     alone.close()
     return TeacherFacts(
         is_exact=all(torch.equal(output, expected) for output in outputs) and not torch.equal(moved, expected),
@@ -75,7 +75,7 @@ def _train(engine: Engine, parts: list[list[Batch]], earlier: WeightSnapshot | N
     engine.start_domain(len(parts))
     outputs = []
     for step in parts:
-        for _ in engine.attempts():
+        for _ in engine.retry_on_overflow():
             for batch in step:
                 if earlier is not None:
                     outputs.append(_output(engine, parts[0][0], earlier))

@@ -54,7 +54,7 @@ def weights_after_warmup(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     ranks, evaluate, found = ProcessGroup(), ContinualTrainer._evaluate, dict[str, torch.Tensor]()
 
     def leave(self: ContinualTrainer) -> None:
-        found.update({name: weight.clone() for name, weight in self.engine.fp32_weights()})
+        found.update({name: weight.clone() for name, weight in self.engine.weights.fp32_weights()})
         raise WarmedUpError
 
     ContinualTrainer._evaluate = leave  # type: ignore[method-assign]

@@ -34,7 +34,7 @@ def measured(
     ranks = ProcessGroup()
     run = build(config, ranks, **model_changes)
     info = ranks.info
-    before = {name: weight.clone() for name, weight in run.engine.fp32_weights()}
+    before = {name: weight.clone() for name, weight in run.engine.weights.fp32_weights()}
     if kind == "proxy":
         # As many noise rows as there are sequences in both views of all batches.
         num_sequences = sum(len(batch.input_ids) for batch in batches)
@@ -44,7 +44,7 @@ def measured(
     kinds: tuple[ImportanceScore, ...] = ("abs_grad", "squared_grad")
     importance = {summed: measure_unit_importance(run, ResumableLoop(parts), LOSSES[kind], summed) for summed in kinds}
     assert all(parameter.grad is None for parameter in run.engine.module.parameters())
-    assert all(torch.equal(before[name], weight) for name, weight in run.engine.fp32_weights())
+    assert all(torch.equal(before[name], weight) for name, weight in run.engine.weights.fp32_weights())
     assert run.engine.module.training
     run.engine.close()
     return importance

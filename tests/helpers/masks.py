@@ -61,12 +61,12 @@ def normalised_and_trained(
     """Per form, this rank's stretches of `magnitudes` normalised; and what `train_all` gives."""
     ranks = ProcessGroup()
     run = build(normalising, ranks)
-    shards = run.engine.named_shards
+    shards = run.engine.weights.named_shards
     sums = zeros_by_flat(shards.values(), torch.float32)
     drawn = magnitudes()
     for name, shard in shards.items():
-        part = drawn[name][shard.offset : shard.offset + shard.numel]
-        sums[shard.flat][shard.start : shard.start + shard.numel] = part
+        part = drawn[name][shard.param_span]
+        sums[shard.flat][shard.span] = part
     sizes, device, layout = run.layout.sizes, ranks.info.device, run.layout
     made = [ShardedImportance.from_magnitudes(shards, sizes, device, sums, layout.owners, form) for form in forms]
     found = [stretches_of(run, importance.flats) for importance in made]

@@ -44,7 +44,7 @@ def _attempts(config: RunConfig, batch: Batch) -> list[Attempt]:
     engine.start_domain(NUM_STEPS)
     found: list[Attempt] = []
     for step in range(NUM_STEPS):
-        for _ in engine.attempts():
+        for _ in engine.retry_on_overflow():
             before, rate, scale = _weights(engine), engine.learning_rate(), engine.loss_scale
             for _ in range(engine.accumulation_steps):
                 _backward(engine, part)
@@ -81,14 +81,14 @@ def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(NUM_STEPS)
     before, rate = _weights(engine), engine.learning_rate()
-    for _ in engine.attempts():
+    for _ in engine.retry_on_overflow():
         _step(engine, part, torch.inf)
     after = _weights(engine)
     moved = rate != engine.learning_rate() or any(not torch.equal(before[name], after[name]) for name in before)
     skipped, error = engine.skipped_steps, "none"
     try:
         with engine.accumulate_importance("abs_grad"):
-            for _ in engine.attempts():
+            for _ in engine.retry_on_overflow():
                 _step(engine, part, torch.inf)
     except TrainingError as failure:
         error = str(failure)
@@ -135,4 +135,4 @@ def _backward(engine: Engine, part: Batch, factor: float = 1.0) -> None:
 
 
 def _weights(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in engine.fp32_weights()}
+    return {name: weight.detach().clone() for name, weight in engine.weights.fp32_weights()}

@@ -38,7 +38,7 @@ def _measured(
     ranks = ProcessGroup()
     run = build(config, ranks, **changes)
     info, engine = ranks.info, run.engine
-    before = {name: weight.clone() for name, weight in engine.fp32_weights()}
+    before = {name: weight.clone() for name, weight in engine.weights.fp32_weights()}
     if kind == "proxy":
         batches = [batch for step in steps for batch in step]
         num_sequences = sum(len(batch.input_ids) for batch in batches)
@@ -48,7 +48,7 @@ def _measured(
     steps, folder = ResumableLoop(parts), config.output_dir
     domain = DomainContext(0, "domain", lambda label: ResumableLoop([]), lambda label: steps, folder, folder)
     importance = ParameterLevel(run).measure(domain, "", LOSSES[kind])
-    assert all(torch.equal(before[name], weight) for name, weight in engine.fp32_weights())
+    assert all(torch.equal(before[name], weight) for name, weight in engine.weights.fp32_weights())
     assert engine.module.training
     # The pass is complete: its sums are given back without any batch.
     sums = sum_over_gradients(run, steps, LOSSES[kind], config.method.importance.score)
@@ -59,7 +59,7 @@ def _measured(
 
 def stretches_of(run: Any, flats: dict[Tensor, Tensor]) -> Stretches:
     """(name, first element, elements) of what this rank has of flat tensors."""
-    return [(s.name, s.offset, flats[s.flat][s.start : s.start + s.numel].clone()) for s in run.engine.shards()]
+    return [(s.name, s.param_start, flats[s.flat][s.span].clone()) for s in run.engine.weights.shards]
 
 
 def joined(ranks: list[Stretches], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def _norms(config: RunConfig, batch: Batch) -> tuple[float, float]:
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(3)
     _backward(engine, part)
-    averaged = get_gradients(engine._engine, engine.shards(), engine.parameters)()
+    averaged = get_gradients(engine._engine, engine.weights.shards, engine.parameters)()
     square = sum(gradient.double().square().sum() for gradient in averaged) / engine.loss_scale**2
     norm = engine.step(measure_norm=True)
     engine.close()
@@ -105,7 +105,7 @@ def _share_beyond_bf16(config: RunConfig, batch: Batch) -> float:
     engine = build(config, ranks, **NO_DROPOUT).engine
     engine.start_domain(3)
     _backward(engine, rank_part(batch, ranks.info.rank, ranks.info.world_size))
-    averaged = torch.cat(get_gradients(engine._engine, engine.shards(), engine.parameters)())
+    averaged = torch.cat(get_gradients(engine._engine, engine.weights.shards, engine.parameters)())
     engine.step()
     engine.close()
     return (averaged != averaged.bfloat16().to(averaged.dtype)).float().mean().item()

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.engine.engine import Engine
 from das_ds.engine.zero import get_gradients
@@ -102,20 +102,20 @@ def _gradients(
     module = Predictor(model, chunk, wrapped=wrapped)
     module._losses.num_rows = num_rows
     parameters = {name.replace("inner.", ""): weight for name, weight in model.named_parameters()}
-    engine = Engine(module, parameters, config.train, build_deepspeed_config(config, ranks.info.world_size), ranks)
+    engine = Engine(module, parameters, config.train, build_engine_config(config, ranks.info.world_size), ranks)
     engine.start_domain(4)
     gate = torch.ones(model.config.hidden_size, dtype=next(model.parameters()).dtype, requires_grad=True)
     for step in range(len(POSITIONS)):
         input_ids, predicted, targets = inputs(step, ranks.info.rank)
         measured = weighted(engine.module(input_ids, predicted, targets, gate), targets)
         (gate_gradient,) = torch.autograd.grad(measured, gate)
-        engine.release_gathered_weights()
+        engine.weights.release_gathered()
         engine.backward(weighted(engine(input_ids, predicted, targets), targets))
         if step < len(POSITIONS) - 1:
             engine.step()
-    shards = engine.shards()
+    shards = engine.weights.shards
     found = [
-        (shard.name, shard.offset, gradient.detach().float().clone())
+        (shard.name, shard.param_start, gradient.detach().float().clone())
         for shard, gradient in zip(shards, get_gradients(engine._engine, shards, parameters)(), strict=True)
     ]
     left = [n for n, p in parameters.items() if getattr(getattr(p, "ds_status", None), "name", "") == "AVAILABLE"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.context import DomainContext, RunContext, build_context
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup
@@ -98,8 +98,8 @@ def build(config: RunConfig, ranks: ProcessGroup, **model_changes: Any) -> RunCo
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     spec = spec_for(model.config.model_type)
-    deepspeed_config = build_deepspeed_config(config, ranks.info.world_size)
-    return build_context(config, model, spec, deepspeed_config, ranks)
+    engine_config = build_engine_config(config, ranks.info.world_size)
+    return build_context(config, model, spec, engine_config, ranks)
 
 
 def no_text_domain(folder: Path) -> DomainContext:
@@ -125,7 +125,7 @@ def train(
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     progress = Progress("domain", 0, 0, config.train.global_batch_size * LENGTH, config.train.steps_per_domain)
     DomainTrainer(run.engine, method, Tracker([recorder]), config.train).run(iter(parts), progress)
-    weights = {name: weight.detach().cpu().clone() for name, weight in run.engine.fp32_weights()}
+    weights = {name: weight.detach().cpu().clone() for name, weight in run.engine.weights.fp32_weights()}
     run.engine.close()
     return weights, recorder.lines
 

@@ -80,9 +80,9 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
         tokens_per_step = config.train.global_batch_size * LENGTH
         trainer.run(iter(parts), Progress("domain", 0, 0, tokens_per_step, len(parts)))
         method.after_domain(domain)
-        weights.append({name: weight.detach().clone() for name, weight in engine.fp32_weights()})
+        weights.append({name: weight.detach().clone() for name, weight in engine.weights.fp32_weights()})
     sharded = {
-        name: [(s.name, s.offset, flats[s.flat][s.start : s.start + s.numel].clone()) for s in engine.shards()]
+        name: [(s.name, s.param_start, flats[s.flat][s.span].clone()) for s in engine.weights.shards]
         for name, flats in method.state().sharded.items()
     }
     engine.close()

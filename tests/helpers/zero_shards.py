@@ -32,18 +32,18 @@ def _shards_and_restore(config: RunConfig, batch: Batch) -> dict[str, Any]:
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     stretches: list[Stretch] = [
-        (shard.name, shard.offset, shard.flat.detach().view(-1)[shard.start : shard.start + shard.numel].clone())
-        for shard in engine.shards()
+        (shard.name, shard.param_start, shard.flat.detach().view(-1)[shard.span].clone())
+        for shard in engine.weights.shards
     ]
     before, output = _weights(engine), _output(engine, part)
-    snapshot = engine.snapshot()
+    snapshot = engine.weights.snapshot()
     engine.start_domain(4)
     for _ in range(2 * engine.accumulation_steps):
         _, losses = engine(part.corrupted_ids, part.predicted, part.targets)
         engine.backward(losses.mean())
         engine.step()
     moved, moved_output = _weights(engine), _output(engine, part)
-    engine.restore(snapshot)
+    engine.weights.restore(snapshot)
     after, after_output = _weights(engine), _output(engine, part)
     engine.close()
     return {
@@ -55,7 +55,7 @@ def _shards_and_restore(config: RunConfig, batch: Batch) -> dict[str, Any]:
 
 
 def _weights(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in engine.fp32_weights()}
+    return {name: weight.detach().clone() for name, weight in engine.weights.fp32_weights()}
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
     distinct = {moment.numpy().tobytes() for moment in moments.values()}
     own = {
         moments[shard.name].numpy().tobytes(): len(moments[shard.name])
-        for shard in run.engine.shards()
+        for shard in run.engine.weights.shards
         if shard.name in moments
     }
     run.engine.close()

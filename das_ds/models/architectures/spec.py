@@ -108,8 +108,16 @@ class ArchitectureSpec:
         cap = None if self.logit_cap_attribute is None else getattr(model.config, self.logit_cap_attribute)
         return None if cap is None else float(cap)
 
-    def layout(self, model: PreTrainedModel) -> UnitLayout:
+    def layout(
+        self,
+        model: PreTrainedModel,
+        full_shape: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
+    ) -> UnitLayout:
         """Apply the spec to a model.
+
+        Args:
+            model: any, also one whose parameters ZeRO-3 has sharded.
+            full_shape: gives the shape of a complete parameter, of which ZeRO-3 leaves an empty vector in the model.
 
         Raises:
             ModelError: a parameter that the spec neither assigns to units nor lists as unmasked, a rule without a
@@ -120,7 +128,7 @@ class ArchitectureSpec:
         if unsupported is not None:
             raise ModelError(f"the {self.model_type} architecture spec does not support {unsupported}")
         num_units = {group: self.count(config, attribute) for group, attribute in self.units.items()}
-        shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
+        shapes = {name: block_shape(full_shape(parameter)) for name, parameter in model.named_parameters()}
         base = model.base_model_prefix
         ownerships = []
         for rule in self.rules:
@@ -227,11 +235,6 @@ def _compile_pattern(pattern: str, base: str) -> re.Pattern[str]:
 def _owners(layout: str, axis: Axis) -> torch.Tensor:
     """(size, N) owners; cached, so that equal axes share one tensor and the masks made from it."""
     return AXIS_LAYOUTS[layout](axis)
-
-
-def _full_shape(parameter: nn.Parameter) -> tuple[int, int, int]:
-    # ZeRO-3 leaves an empty placeholder in the module; the real shape stays in ds_shape.
-    return block_shape(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def has_dropout(config: PretrainedConfig, probabilities: Sequence[str] = DROPOUT_ATTRIBUTES) -> bool:

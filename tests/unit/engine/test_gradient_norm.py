@@ -7,13 +7,22 @@ import math
 import pytest
 import torch
 
-from das_ds.engine.gradient_norm import ROW, total_norm
+from das_ds.engine.gradient_norm import ROW_ELEMENTS, total_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_total_norm_of_any_sizes_equals_the_norm_in_float64(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    sizes = [(), (1,), (ROW - 1,), (ROW,), (7, ROW), (33, 129), (0,), (3 * ROW + 1,)]
+    sizes = [
+        (),
+        (1,),
+        (ROW_ELEMENTS - 1,),
+        (ROW_ELEMENTS,),
+        (7, ROW_ELEMENTS),
+        (33, 129),
+        (0,),
+        (3 * ROW_ELEMENTS + 1,),
+    ]
     gradients = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     expected = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
     assert total_norm([*gradients, None]).item() == pytest.approx(expected, rel=1e-6)
@@ -26,9 +35,9 @@ def test_total_norm_of_many_equal_numbers_does_not_drift() -> None:
 
 
 @pytest.mark.parametrize("found", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("place", [0, 2 * ROW + 1])
+@pytest.mark.parametrize("place", [0, 2 * ROW_ELEMENTS + 1])
 def test_total_norm_of_a_number_that_is_not_finite_is_not_finite(found: float, place: int) -> None:
-    gradient = torch.ones(2 * ROW + 2)
+    gradient = torch.ones(2 * ROW_ELEMENTS + 2)
     gradient[place] = found
     assert not total_norm([torch.ones(5), gradient]).isfinite()
 

@@ -58,7 +58,7 @@ def test_overlapping_segments_are_a_mistake() -> None:
 @pytest.mark.parametrize("shared_scale", [1.0, 0.25])
 def test_table_equals_masks_spelled_out_unit_by_unit(model_type: str, readers: bool, shared_scale: float) -> None:
     model = tiny_model(model_type)
-    table = MaskTable(spec_for(model_type).layout(model), readers=readers, shared_scale=shared_scale)
+    table = MaskTable(spec_for(model_type).layout(model), include_consumers=readers, unowned_update_scale=shared_scale)
     for seed in (1, 2):
         importance = random_importance(model, seed)
         table.load(importance)
@@ -114,7 +114,7 @@ def importance_by_hand(
 def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) -> None:
     model = tiny_model(model_type)
     layout = spec_for(model_type).layout(model)
-    table = MaskTable(layout, readers=readers, shared_scale=0.75)
+    table = MaskTable(layout, include_consumers=readers, unowned_update_scale=0.75)
     importance = random_importance(model)
     table.load(importance)
     for name, parameter in model.named_parameters():
@@ -137,7 +137,7 @@ def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) ->
 def test_units_outside_the_groups_move_freely(groups: list[str], readers: bool) -> None:
     model = tiny_model()
     layout = spec_for("roberta").layout(model)
-    table = MaskTable(layout, readers=readers, shared_scale=0.25, groups=groups, strength=3.0)
+    table = MaskTable(layout, include_consumers=readers, unowned_update_scale=0.25, groups=groups, exponent=3.0)
     importance = random_importance(model)
     table.load(importance)
     masked = {
@@ -159,7 +159,9 @@ def test_strength_keeps_both_ends_and_leaves_1_alone() -> None:
 
 def test_levels_of_a_mask_by_weight() -> None:
     owners = {"query": "head", "inner": "intermediate", "embedding": "unowned"}
-    tables = build_lookup_tables(owners, groups=["head", "unowned"], shared_scale=0.5, strength=2.0, num_levels=10)
+    tables = build_lookup_tables(
+        owners, groups=["head", "unowned"], unowned_update_scale=0.5, exponent=2.0, num_levels=10
+    )
     assert tables is not None
     # (1 - I)^2 leaves 0.81, 0.64, ... of the update, and half of that where no unit owns the weight.
     assert tables["query"].tolist() == [0, 2, 4, 5, 6, 8, 8, 9, 10, 10, 10]
@@ -169,12 +171,13 @@ def test_levels_of_a_mask_by_weight() -> None:
 
 def test_a_plain_mask_by_weight_needs_no_table() -> None:
     owners = {"query": "head", "embedding": "unowned"}
-    assert build_lookup_tables(owners, groups=None, shared_scale=1.0, strength=1.0, num_levels=255) is None
+    assert build_lookup_tables(owners, groups=None, unowned_update_scale=1.0, exponent=1.0, num_levels=255) is None
     assert (
-        build_lookup_tables(owners, groups=["head", "unowned"], shared_scale=1.0, strength=1.0, num_levels=255) is None
+        build_lookup_tables(owners, groups=["head", "unowned"], unowned_update_scale=1.0, exponent=1.0, num_levels=255)
+        is None
     )
     for group, free in (("head", "embedding"), ("unowned", "query")):
-        tables = build_lookup_tables(owners, groups=[group], shared_scale=1.0, strength=1.0, num_levels=255)
+        tables = build_lookup_tables(owners, groups=[group], unowned_update_scale=1.0, exponent=1.0, num_levels=255)
         assert tables is not None and not tables[free].any()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from das_ds.config import MethodConfig, RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.preflight.memory import estimate_run_memory
 from das_ds.preflight.memory_estimate import ModelSize
 from das_ds.preflight.method_memory import kept_in_checkpoint
@@ -55,7 +55,7 @@ def config(name: str, stage: int = 2, precision: str = "bf16") -> RunConfig:
 def test_kept_by_a_rank(name: str, stage: int, precision: str, part: str, expected: int) -> None:
     run = config(name, stage, precision)
     found, plain = (
-        estimate_run_memory(c, SIZE, build_deepspeed_config(c, 4), 4) for c in (run, config("ncl", stage, precision))
+        estimate_run_memory(c, SIZE, build_engine_config(c, 4), 4) for c in (run, config("ncl", stage, precision))
     )
     assert found.device == {**plain.device, part: expected}
     copied = kept_in_checkpoint(run, SIZE, in_domain=True) // (1 if stage == 0 else 4)
@@ -66,7 +66,7 @@ def test_what_masks_of_directions_take() -> None:
     direction = {"granularity": "direction", "normalization": "saturating"}
     method = MethodConfig.model_validate({"name": "das", "contrastive": {"weight": 0.0}, "importance": direction})
     run = config("das").model_copy(update={"method": method})
-    found = estimate_run_memory(run, SIZE, build_deepspeed_config(run, 4), 4)
+    found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
     # Two layers of five matrices that read 24 numbers and one that reads 40, and two of the LM head.
     moments = 4 * (2 * (5 * 24**2 + 40**2) + 2 * 24**2)
     assert found.device["direction masks"] == found.host["moments of inputs"] == moments
@@ -76,11 +76,11 @@ def test_what_masks_of_directions_take() -> None:
 
 def test_kept_in_host_memory() -> None:
     run = config("merge")
-    found = estimate_run_memory(run, SIZE, build_deepspeed_config(run, 4), 4)
+    found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
     assert found.host["weights before the domain"] == 1000
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     offloaded = config("ewc").model_copy(update={"deepspeed": {"zero_optimization": zero}})
-    found = estimate_run_memory(offloaded, SIZE, build_deepspeed_config(offloaded, 4), 4)
+    found = estimate_run_memory(offloaded, SIZE, build_engine_config(offloaded, 4), 4)
     assert found.host["Fisher information"] == 2000 and "Fisher information" not in found.device
 
 

@@ -67,12 +67,12 @@ def check(cuts: list[int]) -> None:
     assert old is not None
     for shard in shards:
         moved = {"cut": step.flatten(), "whole": other_step.flatten(), "free": torch.ones(3)}[shard.name]
-        flat.data[shard.start : shard.start + shard.numel] += moved[shard.offset : shard.offset + shard.numel]
+        flat.data[shard.span] += moved[shard.param_span]
     rows.mask(flat, old)
 
     found = {"cut": torch.zeros(ROWS * WIDTH), "whole": torch.zeros(4 * NARROW), "free": torch.zeros(3)}
     for shard in shards:
-        found[shard.name][shard.offset : shard.offset + shard.numel] = flat.data[shard.start :][: shard.numel]
+        found[shard.name][shard.param_span] = flat.data[shard.flat_start :][: shard.numel]
     torch.testing.assert_close(found["cut"].view(ROWS, WIDTH), before + step @ masks["cut"])
     torch.testing.assert_close(found["whole"].view(4, NARROW), other + other_step @ masks["whole"])
     torch.testing.assert_close(found["free"], torch.ones(3))
