@@ -108,7 +108,7 @@ def _rank(way: str, source: str, folder: str) -> None:
         construction = sharded_init(engine_config, ranks) if way.startswith("shards") else None
         model = _load(source, folder, construction)
         if way.endswith("engine"):
-            exact = construction.slices if construction else None
+            exact = construction.take_exact_weights() if construction else None
             module = LanguageModel(model, spec_for("roberta"))
             Engine(module, dict(model.named_parameters()), config.train, engine_config, ranks, exact)
     peaks = ranks.all_gather_cpu(torch.tensor([_peak_mib()]), 1).tolist()

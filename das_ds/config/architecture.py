@@ -39,7 +39,7 @@ class RuleConfig(Section):
     layout: Literal["contiguous", "gate_up", "kv", "qkv", "experts", "experts_gate_up"] = "contiguous"
     """How the units lie along the axis: equal runs, gate and up halves, key/value heads, fused q-k-v, or by expert."""
     consumer: bool = False
-    """The parameter only consumes the units: protected with them under `method.softmask.include_consumers` alone."""
+    """The parameter only consumes the units: protected with them only under `method.softmask.include_consumers`."""
     optional: bool = False
     """Models without this parameter are fine."""
 

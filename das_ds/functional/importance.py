@@ -1,10 +1,7 @@
-"""What the gradient of one batch says about the importance of what it was taken by: a weight, or a unit's gate.
+"""Importance formulas: the score of one gradient, normalization to [0, 1], and accumulation over domains.
 
-Importance of units accumulated over domains.
-
-From raw importance to [0, 1]: how far an entry stands out among those that it is compared with.
-
-No form changes when all raw importances are multiplied by a constant.
+Raw importance of a weight or of a unit's gate is a sum of scores of gradients. Normalization tells how far an entry
+stands out among those that it is compared with; no form changes when all raw importances are multiplied by a constant.
 
 Shape legend: L layers, U units, C comparisons (entries of a row are compared with each other), E entries of one.
 """
@@ -18,7 +15,7 @@ from das_ds.functional.units import UnitValues
 
 
 def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind: ImportanceScore) -> torch.Tensor:
-    """The summand of one batch; importance before normalisation is its sum over batches.
+    """The score of one batch's gradient; raw importance is its sum over batches.
 
         magnitude     |g|          DAS: Ke et al., ICLR 2023, eq. 2; SPG: Konishi et al., ICML 2023
         square        g^2          diagonal of the empirical Fisher matrix (Kirkpatrick et al., PNAS 2017)
@@ -29,7 +26,7 @@ def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind:
     Args:
         gradient: dL/dtheta of the mean loss of a batch, any shape and floating dtype.
         weight: theta, in full precision, shaped like the gradient.
-        kind: what is summed.
+        kind: which score.
 
     Returns:
         Values >= 0, shaped like the gradient.
@@ -44,7 +41,15 @@ def importance_score(gradient: torch.Tensor, weight: torch.Tensor | float, kind:
 
 
 def elementwise_maximum(new: UnitValues, accumulated: UnitValues | None) -> UnitValues:
-    """EMax (paper eq. 3): I^(<=t) = max(I^(t), I^(<=t-1)) per unit; order-free, idempotent; None is the empty start."""
+    """EMax (paper eq. 3): I^(<=t) = max(I^(t), I^(<=t-1)) per unit; order-free and idempotent.
+
+    Args:
+        new: group -> (L, U), of one domain.
+        accumulated: of all domains before; None: it is the first.
+
+    Returns:
+        Group -> (L, U) in new tensors.
+    """
     if accumulated is None:
         return {group: values.clone() for group, values in new.items()}
     return {group: torch.maximum(values, accumulated[group]) for group, values in new.items()}
@@ -55,10 +60,10 @@ RANK_FORMS = ("rank_hard", "rank_soft")
 
 
 def normalize_units(raw: UnitValues, settings: ImportanceConfig) -> UnitValues:
-    """Normalise the importance of units within `settings.scope`: layer and group, group, or everything.
+    """Normalize the importance of units within `settings.scope`: layer and group, group, or everything.
 
     Args:
-        raw: group -> (L, U) mean absolute gate gradients.
+        raw: group -> (L, U) raw importance, not negative.
         settings: form, its parameters, and scope.
 
     Returns:
@@ -74,7 +79,7 @@ def normalize_units(raw: UnitValues, settings: ImportanceConfig) -> UnitValues:
 
 
 def normalize(raw: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
-    """Normalise each row by itself.
+    """Normalize each row on its own.
 
     Args:
         raw: (C, E), not negative.
@@ -85,12 +90,14 @@ def normalize(raw: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
     """
     values = raw.double()
     if settings.normalization in RANK_FORMS:
-        return by_rank(values, settings).float()
-    mean, std = values.mean(dim=1, keepdim=True), values.std(dim=1, correction=0, keepdim=True)
-    return by_value(values, mean, std, values.abs().amax(dim=1, keepdim=True), settings).float()
+        return normalize_by_rank(values, settings).float()
+    mean = values.mean(dim=1, keepdim=True)
+    std = values.std(dim=1, correction=0, keepdim=True)
+    largest = values.abs().amax(dim=1, keepdim=True)
+    return normalize_by_value(values, mean, std, largest, settings).float()
 
 
-def by_value(
+def normalize_by_value(
     values: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, largest: torch.Tensor, settings: ImportanceConfig
 ) -> torch.Tensor:
     """The forms that need statistics alone, with z = (a - mean) / std of raw importance a:
@@ -98,9 +105,9 @@ def by_value(
         abs_tanh: |tanh z|      tanh_positive: tanh(max(z, 0))      saturating: a / (a + c * mean)
 
     `abs_tanh` is the paper's (Ke et al. 2023, section 3.1); `tanh_positive` protects only what is above the average.
-    Where all entries are equal (std = 0) both give 0, since nothing stands out.
+    Where all entries are equal (std = 0) both give 0: nothing stands out.
 
-    `saturating`, c = `saturation`, falls off more slowly than an exponential on both sides, and is 0 at a = 0. With a
+    `saturating`, with c = `saturation`, approaches 0 and 1 more slowly than an exponential, and is 0 at a = 0. With a
     the diagonal Fisher information F of a weight (that of EWC, Kirkpatrick et al., PNAS 2017), 1 - I is the variance
     that a Laplace approximation with prior precision c * mean F leaves the weight, 1 / (F + c * mean F), as a share of
     the prior's.
@@ -123,14 +130,14 @@ def by_value(
     return z.tanh().abs() if settings.normalization == "abs_tanh" else z.clamp_min(0.0).tanh()
 
 
-def by_rank(values: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
-    """The forms that need order alone: with r the share of entries that are *less* important than the entry,
+def normalize_by_rank(values: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
+    """The forms that need only the order: with r the fraction of entries that are *less* important than the entry,
 
         rank_hard: 1 where r >= 1 - s, else 0        rank_soft: r^((1 - s) / s)        s = `protected_fraction`
 
-    Without ties r is spread evenly over [0, 1): the hard form gives 1 to round(s * E) entries, and the soft one has
-    mean s. Equal entries get equal importance: of ties that lie across the edge of the hard form none is protected,
-    and where all entries are equal nothing is.
+    Without ties r is uniform over [0, 1): the hard form gives 1 to round(s * E) entries, and the soft one has mean s.
+    Equal entries get equal importance: ties across the edge of the hard form are all 0, and so is everything where all
+    entries are equal.
 
     Args:
         values: (C, E).
@@ -149,7 +156,7 @@ def by_rank(values: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
 def histogram(num_entries: int, settings: ImportanceConfig, num_levels: int) -> torch.Tensor:
     """How many of E entries must be less important than an entry for it to reach each level of importance.
 
-    This is `by_rank` read backwards, for entries that are too many to be sorted: where exactly l of these counts are
+    The inverse of `normalize_by_rank`, for entries that are too many to be sorted: where exactly l of these counts are
     reached, importance rounded to multiples of 1 / `num_levels` is l / `num_levels`; for `rank_hard`, which has one
     count, it is 1 where that is reached.
 

@@ -1,16 +1,12 @@
-"""Unit importance of a flat tensor as a short table: which stretch of which parameter lies where.
-
-Shape legend: F elements of a flat tensor, V values, C columns of a parameter seen as a matrix.
-
-From unit importance to the protection of parameters, whole or cut into shards.
+"""Mask tables: unit importance of flat tensors as short tables of segments, complete or cut into shards.
 
 A parameter is E blocks of R rows and C columns, whose element (e, r, c) has importance
 
-    I[e, r, c] = max(rows[e * R + r], columns[e * C + c])          (a vector that is absent counts as 0)
+    I[e, r, c] = max(rows[e * R + r], columns[e * C + c])          (an absent vector counts as 0)
 
 so a mask is two vectors and never a tensor of the parameter's size.
 
-Shape legend: V values, K owners of an entry.
+Shape legend: F elements of a flat tensor, V values, A entries of an axis, K owners of an entry, L layers, U units.
 """
 
 from __future__ import annotations
@@ -63,7 +59,7 @@ class SegmentTable:
 
 
 def fill_gaps(segments: Iterable[Segment], numel: int) -> tuple[Segment, ...]:
-    """The segments in order, with unprotected ones wherever a flat tensor of `numel` elements has none."""
+    """The segments in order, with unprotected ones in the gaps of a flat tensor of `numel` elements."""
     covered: list[Segment] = []
     position = 0
     for segment in sorted((s for s in segments if s.numel), key=lambda segment: segment.start):
@@ -78,20 +74,23 @@ def fill_gaps(segments: Iterable[Segment], numel: int) -> tuple[Segment, ...]:
 
 
 def dense_importance(table: SegmentTable) -> torch.Tensor:
-    """(F,) float32: the importance of every element written out, for reference and small tensors."""
+    """(F,) float32: the importance of every element, for reference and small tensors."""
     full = torch.zeros(table.numel, dtype=torch.float32, device=table.values.device)
     for segment in table.segments:
         index = segment.offset + torch.arange(segment.numel, device=full.device)
-        part = full[segment.start : segment.stop]
+        importance = full[segment.start : segment.stop]
         if segment.rows != ABSENT:
-            part.copy_(table.values[segment.rows + index // segment.num_columns])
+            importance.copy_(table.values[segment.rows + index // segment.num_columns])
         if segment.columns != ABSENT:
-            part.copy_(torch.maximum(part, table.values[segment.columns + index % segment.num_columns]))
+            by_column = table.values[segment.columns + index % segment.num_columns]
+            importance.copy_(torch.maximum(importance, by_column))
     return full
 
 
-SHARED = 0
-"""Place of the importance that all parameters without units have, in the values and in what they are gathered from."""
+UNOWNED_VALUE = 0
+"""Index of the importance of all parameters without units, in the values and in the pool they are gathered from."""
+NO_OWNER_VALUE = 1
+"""Index of a zero in the pool."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,8 @@ class ParameterMask:
 class MaskTable:
     """Masks of all protected parameters over one small vector of importances.
 
-    Every (group, layer, table of owners) is one stretch of the vector, expanded to rows or columns; parameters that
-    share all three share the stretch. Parameters that no unit owns have one importance, 1 - unowned_update_scale.
+    Every (group, layer, table of owners) is one range of the vector, expanded to rows or columns; parameters that share
+    all three share the range. Parameters that no unit owns have one importance, 1 - unowned_update_scale.
 
     Args:
         layout: the model's units.
@@ -131,57 +130,69 @@ class MaskTable:
     ) -> None:
         self._groups = tuple(layout.num_units)
         self._exponent = exponent
-        first_of = {}
+        # What values are gathered from, see `load`: [unowned, no owner, units of the first group, of the second, ...].
+        first_of_group = {}
         position = 2
-        for group, units in layout.num_units.items():
-            first_of[group] = position
-            position += layout.num_layers * units
+        for group, num_units in layout.num_units.items():
+            first_of_group[group] = position
+            position += layout.num_layers * num_units
         starts: dict[tuple[str, int, int], int] = {}
-        by_axis: dict[str, dict[int, int]] = {}
-        sources = [torch.tensor([[SHARED]])]
+        starts_by_axis: dict[str, dict[int, int]] = {}
+        sources = [torch.tensor([[UNOWNED_VALUE]])]
         size = 1
         for item in layout.ownerships:
-            if (item.consumer and not include_consumers) or (groups is not None and item.group not in groups):
+            is_masked = groups is None or item.group in groups
+            if not is_masked or (item.consumer and not include_consumers):
                 continue
+            # Equal tables of owners are one tensor.
             key = (item.group, item.layer, id(item.units))
             if key not in starts:
                 starts[key] = size
                 size += len(item.units)
-                sources.append(_sources(item, first_of[item.group] + item.layer * layout.num_units[item.group]))
-            by_axis.setdefault(item.parameter, {})[item.axis] = starts[key]
-        self._sources = _joined(sources).to(device)
-        self._shared = torch.tensor([1.0 - unowned_update_scale, 0.0], device=device)
+                first_of_layer = first_of_group[item.group] + item.layer * layout.num_units[item.group]
+                sources.append(_sources(item, first_of_layer))
+            starts_by_axis.setdefault(item.parameter, {})[item.axis] = starts[key]
+        # (V, K)
+        self._sources = _pad_and_join(sources).to(device)
+        # (2,): the importance of unowned parameters, and that of entries without an owner.
+        self._constants = torch.tensor([1.0 - unowned_update_scale, 0.0], device=device)
         self.values = torch.zeros(size, dtype=torch.float32, device=device)
-        self.values[SHARED] = 1.0 - unowned_update_scale
+        """(V,) float32 in [0, 1]."""
+        self.values[UNOWNED_VALUE] = 1.0 - unowned_update_scale
         self.masks: dict[str, ParameterMask] = {}
         owners = layout.owners
-        for name, (blocks, num_rows, num_columns) in layout.shapes.items():
-            if name in by_axis:
-                axes = by_axis[name]
+        for name, (num_blocks, num_rows, num_columns) in layout.shapes.items():
+            if name in starts_by_axis:
+                axes = starts_by_axis[name]
                 self.masks[name] = ParameterMask(num_rows, num_columns, axes.get(0, ABSENT), axes.get(1, ABSENT))
             elif unowned_update_scale < 1.0 and owners[name] == UNOWNED:
-                # One row of all elements, so that the single shared value serves any shape.
-                self.masks[name] = ParameterMask(1, blocks * num_rows * num_columns, rows=SHARED)
+                # One row of all elements, so that the single value serves any shape.
+                self.masks[name] = ParameterMask(1, num_blocks * num_rows * num_columns, rows=UNOWNED_VALUE)
 
     def load(self, importance: UnitValues) -> None:
         """Fill the vector, and with it every segment made from this table, from group -> (L, U)."""
-        units = (importance[group].flatten().to(self.values) for group in self._groups)
-        parts = [apply_exponent(values, self._exponent) for values in units]
-        self.values.copy_(torch.cat((self._shared, *parts))[self._sources].amax(dim=1))
+        by_group = [
+            apply_exponent(importance[group].flatten().to(self.values), self._exponent) for group in self._groups
+        ]
+        pool = torch.cat((self._constants, *by_group))
+        # (V, K) -> (V,): an entry with several owners is as important as the most important of them.
+        self.values.copy_(pool[self._sources].amax(dim=1))
 
     def segments(self, name: str, *, start: int, offset: int, numel: int) -> list[Segment]:
-        """Elements [offset, offset + numel) of a flattened parameter, lying at `start` of a flat tensor."""
+        """Elements [offset, offset + numel) of a flattened parameter that lie at `start` of a flat tensor."""
         mask = self.masks.get(name)
         if mask is None:
             return [Segment(start, numel)]
-        segments, position = [], offset
         block_size = mask.num_rows * mask.num_columns
+        segments = []
+        position = offset
         while position < offset + numel:
-            block, inside = divmod(position, block_size)
-            length = min(block_size - inside, offset + numel - position)
+            # One segment per block: every expert has its own rows and columns.
+            block, within_block = divmod(position, block_size)
+            length = min(block_size - within_block, offset + numel - position)
             rows = mask.rows if mask.rows == ABSENT else mask.rows + block * mask.num_rows
             columns = mask.columns if mask.columns == ABSENT else mask.columns + block * mask.num_columns
-            segments.append(Segment(start + position - offset, length, inside, mask.num_columns, rows, columns))
+            segments.append(Segment(start + position - offset, length, within_block, mask.num_columns, rows, columns))
             position += length
         return segments
 
@@ -199,13 +210,13 @@ def build_lookup_tables(
     exponent: float,
     num_levels: int,
 ) -> dict[str, torch.Tensor] | None:
-    """What masks the weights of each parameter, as a table over their stored importance I:
+    """Lookup tables from stored importance I to the importance I' that masks:
 
         1 - I' = (1 - I)^exponent, or 1 outside `groups`; times unowned_update_scale where no unit owns the weight
 
     Args:
         owners: parameter -> group that owns it, or `UNOWNED`, which `groups` may hold as well.
-        groups: whose weights are masked by their importance; None: all.
+        groups: whose weights are masked; None: all.
         unowned_update_scale: factor of the update of weights that no unit owns.
         exponent: p of the mask (1 - I)^p.
         num_levels: I and I' count steps of 1 / `num_levels`.
@@ -218,21 +229,23 @@ def build_lookup_tables(
     free = torch.zeros_like(importance)
     tables = {}
     for group in set(owners.values()):
-        scale = 1.0 - (masked if groups is None or group in groups else free)
-        scale = scale * (unowned_update_scale if group == UNOWNED else 1.0)
-        tables[group] = ((1.0 - scale) * num_levels).round().to(torch.uint8)
-    same = torch.arange(num_levels + 1, dtype=torch.uint8)
-    if all(table.equal(same) for table in tables.values()):
+        update_scale = 1.0 - (masked if groups is None or group in groups else free)
+        if group == UNOWNED:
+            update_scale = update_scale * unowned_update_scale
+        tables[group] = ((1.0 - update_scale) * num_levels).round().to(torch.uint8)
+    identity = torch.arange(num_levels + 1, dtype=torch.uint8)
+    if all(table.equal(identity) for table in tables.values()):
         return None
     return {name: tables[group] for name, group in owners.items()}
 
 
 def _sources(item: Ownership, first: int) -> torch.Tensor:
-    """(A, K): where the importances of each entry's owners lie; entries without an owner find a zero."""
-    return torch.where(item.units < 0, SHARED + 1, item.units + first)
+    """(A, K): indices of each entry's owners in the pool; entries without an owner find a zero."""
+    return torch.where(item.units < 0, NO_OWNER_VALUE, item.units + first)
 
 
-def _joined(sources: list[torch.Tensor]) -> torch.Tensor:
-    """(V, largest K), filled up with each entry's first owner."""
-    width = max(part.shape[1] for part in sources)
-    return torch.cat([torch.cat((part, part[:, :1].expand(-1, width - part.shape[1])), dim=1) for part in sources])
+def _pad_and_join(sources: list[torch.Tensor]) -> torch.Tensor:
+    """Tables (A, K) of any K joined to (V, largest K); shorter rows repeat their first owner: the maximum is the same."""
+    width = max(table.shape[1] for table in sources)
+    padded = [torch.cat((table, table[:, :1].expand(-1, width - table.shape[1])), dim=1) for table in sources]
+    return torch.cat(padded)

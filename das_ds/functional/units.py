@@ -1,4 +1,4 @@
-"""Units of a network and which stretch of which parameter they own.
+"""Units of a network, and which rows or columns of which parameters they own.
 
 Shape legend: L layers, U units of a group in one layer; a parameter is E blocks (experts; else 1) of R rows and
 C columns (a vector of R entries is a matrix with C = 1); A entries of an axis over all blocks, K owners of an entry.
@@ -14,15 +14,15 @@ import torch
 HEAD, INTERMEDIATE, OUTPUT = "head", "intermediate", "output"
 GROUPS = (HEAD, INTERMEDIATE, OUTPUT)
 UNOWNED = "unowned"
-"""In place of a group: parameters that no unit owns (embeddings, normalisation, LM head)."""
+"""In place of a group: parameters that no unit owns (embeddings, normalization, LM head)."""
 
 UnitValues = dict[str, torch.Tensor]
-"""Group -> (L, U) float32 in [0, 1]."""
+"""Group -> (L, U) float32, one value per unit; importance in [0, 1] unless stated otherwise."""
 
 
 @dataclass(frozen=True)
 class UnitRule:
-    """One row of an architecture's table: the units of `group` own (or read) `parameter` along `axis`."""
+    """One row of an architecture's table: the units of `group` own (or consume) `parameter` along `axis`."""
 
     group: str
     parameter: str
@@ -32,7 +32,7 @@ class UnitRule:
     layout: str = "contiguous"
     """How they lie along the axis, a key of `axis_layouts.AXIS_LAYOUTS`."""
     consumer: bool = False
-    """The parameter only reads the units: protected with them under `softmask.include_consumers` alone."""
+    """The parameter only consumes the units: protected with them only under `softmask.include_consumers`."""
     optional: bool = False
     """Models without this parameter are fine (biases that a config switches on)."""
 
@@ -53,7 +53,7 @@ class Ownership:
 
 @dataclass(frozen=True, eq=False)
 class UnitLayout:
-    """Everything the method needs to know of a model's structure."""
+    """The structure of a model: its units, and the shapes and owners of its parameters."""
 
     model_type: str
     num_layers: int
@@ -68,9 +68,10 @@ class UnitLayout:
     """Where adapters are trained in place of the weights: the ownerships of those weights, of the same units."""
 
     def sizes_with(self, num_rows: int | None) -> dict[str, int]:
-        """`sizes` when a vocabulary has so many rows; None: all."""
-        cut = {name: num_rows * self.shapes[name][2] for name in self.vocabulary} if num_rows is not None else {}
-        return {**self.sizes, **cut}
+        """`sizes` when the vocabulary has `num_rows` rows; None: all."""
+        if num_rows is None:
+            return self.sizes
+        return {**self.sizes, **{name: num_rows * self.shapes[name][2] for name in self.vocabulary}}
 
     @property
     def owners(self) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Normalising magnitudes that lie in shards, of all parameters at once: nothing is gathered but statistics.
+"""Sharded normalization: importance of all parameters at once, gathering nothing but statistics.
 
-Shape legend: n elements of this rank's stretch of a parameter, C comparisons (sets of parameters whose entries are
+Shape legend: n elements of this rank's shard of a parameter, C comparisons (sets of parameters whose entries are
 compared with each other), Q thresholds of a comparison, K cuts.
 """
 
@@ -13,20 +13,20 @@ import torch
 
 from das_ds.config import ImportanceConfig
 from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
-from das_ds.functional.importance import RANK_FORMS, by_value, histogram
+from das_ds.functional.importance import RANK_FORMS, histogram, normalize_by_value
 from das_ds.kernels.protection import LEVELS
 
 CHUNK_ELEMENTS = 1 << 24
-"""Elements whose values or places, 8 bytes each, exist at a time."""
+"""Elements whose values or indices, 8 bytes each, exist at a time."""
 FLOAT_BITS = 31
-"""Of a float32 that is not negative: in their order as integers they are in the order of the numbers."""
+"""Of a float32 that is not negative: integers of these bits are in the order of the values."""
 CUT_BITS = 12
 """Binary logarithm of the number of cuts below which entries are counted at a time, for each comparison."""
 
-Parts = dict[str, torch.Tensor]
-"""Parameter -> (n,) float32, not negative: this rank's stretch of it."""
-Level = Callable[[torch.Tensor, int], torch.Tensor]
-"""(elements of a stretch, their comparison) -> their importance in 255ths."""
+Magnitudes = dict[str, torch.Tensor]
+"""Parameter -> (n,) float32, not negative: this rank's shard of what is normalized."""
+ToLevel = Callable[[torch.Tensor, int], torch.Tensor]
+"""(chunk of a shard, number of its comparison) -> importance in 255ths."""
 
 
 @dataclass(frozen=True)
@@ -47,128 +47,148 @@ class Comparison:
             owners: parameter -> the group whose units own it.
             sizes: parameter -> its number of entries.
         """
-        key_of = {"tensor": lambda name: name, "group": lambda name: owners[name], "model": lambda name: ""}[scope]
+        key_by_scope: dict[str, Callable[[str], str]] = {
+            "tensor": lambda name: name,
+            "group": lambda name: owners[name],
+            "model": lambda name: "",
+        }
+        keys = {name: key_by_scope[scope](name) for name in sizes}
         totals: dict[str, int] = {}
         for name, size in sizes.items():
-            totals[key_of(name)] = totals.get(key_of(name), 0) + size
+            totals[keys[name]] = totals.get(keys[name], 0) + size
         numbers = {key: number for number, key in enumerate(totals)}
-        return cls({name: numbers[key_of(name)] for name in sizes}, tuple(totals.values()))
+        return cls({name: numbers[key] for name, key in keys.items()}, tuple(totals.values()))
 
 
 def quantize(
-    parts: Parts, comparison: Comparison, settings: ImportanceConfig, device: torch.device
+    magnitudes: Magnitudes, comparison: Comparison, settings: ImportanceConfig, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(parameter, (n,) uint8 importance in 255ths) of this rank's stretches in turn; a collective.
+    """(parameter, (n,) uint8 importance in 255ths) of this rank's shards in turn; a collective.
 
     Args:
-        parts: what is normalised; all ranks' together are every entry, each on equally many ranks.
-        comparison: what is compared with what.
+        magnitudes: what is normalized; those of all ranks are every entry, each on the same number of ranks.
+        comparison: which entries are compared.
         settings: form and its parameters.
         device: where collectives run.
     """
-    make = _make_level_by_rank if settings.normalization in RANK_FORMS else _make_level_by_value
-    level = make(parts, comparison, settings, device)
-    for name, part in parts.items():
-        levels = torch.empty(part.numel(), dtype=torch.uint8, device=part.device)
-        for into, chunk in zip(levels.split(CHUNK_ELEMENTS), part.split(CHUNK_ELEMENTS), strict=True):
-            into.copy_(level(chunk, comparison.number_of[name]))
+    is_by_rank = settings.normalization in RANK_FORMS
+    build = _build_level_by_rank if is_by_rank else _build_level_by_value
+    to_level = build(magnitudes, comparison, settings, device)
+    for name, shard in magnitudes.items():
+        levels = torch.empty(shard.numel(), dtype=torch.uint8, device=shard.device)
+        for target, chunk in zip(levels.split(CHUNK_ELEMENTS), shard.split(CHUNK_ELEMENTS), strict=True):
+            target.copy_(to_level(chunk, comparison.number_of[name]))
         yield name, levels
 
 
-def _make_level_by_value(
-    parts: Parts, comparison: Comparison, settings: ImportanceConfig, device: torch.device
-) -> Level:
-    statistics = _statistics(parts, comparison, device)
+def _build_level_by_value(
+    magnitudes: Magnitudes, comparison: Comparison, settings: ImportanceConfig, device: torch.device
+) -> ToLevel:
+    statistics = _compute_statistics(magnitudes, comparison, device)
 
-    def level(chunk: torch.Tensor, number: int) -> torch.Tensor:
+    def to_level(chunk: torch.Tensor, number: int) -> torch.Tensor:
         mean, std, largest = statistics[number].to(chunk.device)
-        return (by_value(chunk.double(), mean, std, largest, settings) * LEVELS).round_()
+        importance = normalize_by_value(chunk.double(), mean, std, largest, settings)
+        return (importance * LEVELS).round_()
 
-    return level
+    return to_level
 
 
-def _make_level_by_rank(
-    parts: Parts, comparison: Comparison, settings: ImportanceConfig, device: torch.device
-) -> Level:
+def _build_level_by_rank(
+    magnitudes: Magnitudes, comparison: Comparison, settings: ImportanceConfig, device: torch.device
+) -> ToLevel:
+    # (C, Q): how many entries must be less for an entry to reach each level.
     counts = torch.stack([histogram(size, settings, LEVELS) for size in comparison.num_entries]).to(device)
-    thresholds = find_quantile_thresholds(parts, comparison, counts, device).int()
-    # One threshold for each level, or a single one between nothing and all.
+    thresholds = find_quantile_thresholds(magnitudes, comparison, counts, device).int()
+    # One threshold for each level, or a single one between 0 and 1.
     step = LEVELS // counts.shape[1]
 
-    def level(chunk: torch.Tensor, number: int) -> torch.Tensor:
+    def to_level(chunk: torch.Tensor, number: int) -> torch.Tensor:
+        # Compared as integers: floats that are not negative have the same order.
         return torch.bucketize(chunk.view(torch.int32), thresholds[number].to(chunk.device), right=True) * step
 
-    return level
+    return to_level
 
 
-def _statistics(parts: Parts, comparison: Comparison, device: torch.device) -> torch.Tensor:
+def _compute_statistics(magnitudes: Magnitudes, comparison: Comparison, device: torch.device) -> torch.Tensor:
     """(C, 3) float64: mean, population standard deviation and maximum of each comparison; a collective."""
-    num, number_of = len(comparison.num_entries), comparison.number_of
-    sums, largest, squares = (torch.zeros(num, dtype=torch.float64, device=device) for _ in range(3))
-    count = torch.zeros(num, dtype=torch.float64, device=device)
-    for name, part in parts.items():
-        number = number_of[name]
-        count[number] += part.numel()
-        sums[number] += part.sum(dtype=torch.float64).to(device)
-        largest[number] = torch.maximum(largest[number], part.amax().double().to(device))
+    num_comparisons = len(comparison.num_entries)
+    count, sums, largest, squares = torch.zeros(4, num_comparisons, dtype=torch.float64, device=device)
+    for name, shard in magnitudes.items():
+        number = comparison.number_of[name]
+        count[number] += shard.numel()
+        sums[number] += shard.sum(dtype=torch.float64).to(device)
+        largest[number] = torch.maximum(largest[number], shard.amax().double().to(device))
+    # Counts include every copy of an entry (all ranks have all at stage 0), as the sums do.
     all_reduce_sum(count)
     mean = all_reduce_sum(sums) / count
-    for name, part in parts.items():
-        number = number_of[name]
-        center = mean[number].to(part.device)
-        for chunk in part.split(CHUNK_ELEMENTS):
+    # A second pass around the mean: sums of squares alone would cancel.
+    for name, shard in magnitudes.items():
+        number = comparison.number_of[name]
+        center = mean[number].to(shard.device)
+        for chunk in shard.split(CHUNK_ELEMENTS):
             squares[number] += (chunk.double() - center).square_().sum().to(device)
     std = (all_reduce_sum(squares) / count).sqrt()
     return torch.stack((mean, std, all_reduce_max(largest)), dim=1)
 
 
 def find_quantile_thresholds(
-    parts: Parts, comparison: Comparison, counts: torch.Tensor, device: torch.device
+    magnitudes: Magnitudes, comparison: Comparison, counts: torch.Tensor, device: torch.device
 ) -> torch.Tensor:
     """Bits of the smallest float32 that at least `counts` entries of its comparison are less than; a collective.
 
-    Exact, without sorting or gathering. What is looked for is kept between two integers. In every round the stretch
-    between them is cut into equal pieces, and all ranks count the entries below the cuts, for all parameters together:
-    8 rounds for 255 thresholds of each comparison, 3 for one.
+    Exact, without sorting or gathering: a search over the bits. Each threshold is kept between two integers; every
+    round cuts the interval into equal parts, and all ranks count the entries below the cuts, for all parameters at
+    once: 8 rounds for 255 thresholds of each comparison, 3 for one.
 
     Args:
-        parts, comparison: as for `quantize`.
+        magnitudes, comparison: as for `quantize`.
         counts: (C, Q) int64, not falling along Q, between 0 and the comparison's number of entries.
         device: where collectives run.
 
     Returns:
         (C, Q) int64, not falling along Q; 0 where the count is 0.
     """
-    counts = counts * _copies(parts, comparison, device)[:, None]
-    bits = CUT_BITS - (counts.shape[1] - 1).bit_length()
-    # Fewer than `counts` entries lie below this, and not fewer below this plus 2^width.
-    below, width = torch.zeros_like(counts), FLOAT_BITS
+    counts = counts * _count_copies(magnitudes, comparison, device)[:, None]
+    # As many bits per round as give about 2^CUT_BITS cuts for all Q thresholds.
+    bits_per_round = CUT_BITS - (counts.shape[1] - 1).bit_length()
+    # (C, Q): fewer than `counts` entries lie below this, and not fewer below this plus 2^width.
+    below = torch.zeros_like(counts)
+    width = FLOAT_BITS
     while width > 0:
-        piece = max(width - bits, 0)
-        cuts = below[:, :, None] + (torch.arange(1, 1 << (width - piece), device=device) << piece)
-        num_less = _num_less(parts, comparison, cuts.flatten(1), device).view_as(cuts)
-        below, width = below + ((num_less < counts[:, :, None]).sum(dim=2) << piece), piece
+        next_width = max(width - bits_per_round, 0)
+        steps = torch.arange(1, 1 << (width - next_width), device=device) << next_width
+        # (C, Q, cuts of one interval).
+        cuts = below[:, :, None] + steps
+        num_less = _count_less(magnitudes, comparison, cuts.flatten(1), device).view_as(cuts)
+        num_cuts_below = (num_less < counts[:, :, None]).sum(dim=2)
+        below = below + (num_cuts_below << next_width)
+        width = next_width
     return torch.where(counts > 0, below + 1, 0)
 
 
-def _num_less(parts: Parts, comparison: Comparison, cuts: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _count_less(
+    magnitudes: Magnitudes, comparison: Comparison, cuts: torch.Tensor, device: torch.device
+) -> torch.Tensor:
     """(C, K): entries of all ranks whose bits are less than each of the cuts (C, K)."""
     num_cuts = cuts.shape[1]
-    in_order, places_of = cuts.sort(dim=1)
+    sorted_cuts, order = cuts.sort(dim=1)
+    # (C, K + 1): entries between neighboring cuts, below the first and above the last.
     between = torch.zeros(len(cuts), num_cuts + 1, dtype=torch.int64, device=device)
-    for name, part in parts.items():
+    for name, shard in magnitudes.items():
         number = comparison.number_of[name]
-        edges = in_order[number].int().to(part.device)
-        for chunk in part.view(torch.int32).split(CHUNK_ELEMENTS):
-            places = torch.bucketize(chunk, edges, right=True)
-            between[number] += torch.bincount(places, minlength=num_cuts + 1).to(device)
+        edges = sorted_cuts[number].int().to(shard.device)
+        for chunk in shard.view(torch.int32).split(CHUNK_ELEMENTS):
+            bins = torch.bucketize(chunk, edges, right=True)
+            between[number] += torch.bincount(bins, minlength=num_cuts + 1).to(device)
     num_less = all_reduce_sum(between).cumsum(dim=1)[:, :-1]
-    return torch.empty_like(cuts).scatter_(1, places_of, num_less)
+    # Back to the order in which the cuts came.
+    return torch.empty_like(cuts).scatter_(1, order, num_less)
 
 
-def _copies(parts: Parts, comparison: Comparison, device: torch.device) -> torch.Tensor:
-    """(C,) on how many ranks each entry is: one, or all at ZeRO stage 0; a collective."""
-    held = torch.zeros(len(comparison.num_entries), dtype=torch.int64, device=device)
-    for name, part in parts.items():
-        held[comparison.number_of[name]] += part.numel()
-    return all_reduce_sum(held) // torch.tensor(comparison.num_entries, device=device)
+def _count_copies(magnitudes: Magnitudes, comparison: Comparison, device: torch.device) -> torch.Tensor:
+    """(C,): on how many ranks each entry is, one or, at ZeRO stage 0, all; a collective."""
+    stored = torch.zeros(len(comparison.num_entries), dtype=torch.int64, device=device)
+    for name, shard in magnitudes.items():
+        stored[comparison.number_of[name]] += shard.numel()
+    return all_reduce_sum(stored) // torch.tensor(comparison.num_entries, device=device)

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from das_ds.config import ModelConfig, TrainConfig
-from das_ds.config.deepspeed import build_engine_config
+from das_ds.config.deepspeed import EngineConfig, build_engine_config
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.engine.engine import Engine
 from das_ds.engine.optimizer import build_optimizer
-from das_ds.engine.sharded_init import ShardedInit, sharded_init
+from das_ds.engine.sharded_init import ExactWeights, ShardedInit, sharded_init
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import load_model
 from helpers.half import allow_fp16_on_cpu
@@ -22,7 +22,7 @@ from helpers.training import run_config
 ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 50}}
 
 
-def engine_settings(folder: Path, precision: str, world_size: int) -> tuple[TrainConfig, dict[str, Any]]:
+def engine_settings(folder: Path, precision: str, world_size: int) -> tuple[TrainConfig, EngineConfig]:
     """Settings of an engine at ZeRO-3."""
     train = {"precision": precision, "micro_batch_size": 1, "global_batch_size": world_size}
     config = run_config(folder, train=train, deepspeed=ZERO3)
@@ -43,14 +43,17 @@ def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dic
     assert construction is not None
     model, spec = load_model(config, seed=seed, vocab_size=100, construction=construction)
     parameters = dict(model.named_parameters())
-    assert construction.slices.keys() == (set() if precision == "fp32" else parameters.keys())
+    exact = construction.take_exact_weights()
+    slices = exact.take(parameters)
+    assert slices.keys() == (set() if precision == "fp32" else parameters.keys())
     assert all(parameter.numel() == 0 for parameter in parameters.values())
-    held = {name: piece.values.numel() for name, piece in construction.slices.items()}
+    held = {name: own.values.numel() for name, own in slices.items()}
+    exact = ExactWeights(slices)
     # Matrices alone decay, though every parameter is an empty vector now.
     groups = build_optimizer(parameters, train, on_host=True).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
-    engine = Engine(LanguageModel(model, spec), parameters, train, engine_config, ranks, construction.slices)
-    assert not construction.slices
+    engine = Engine(LanguageModel(model, spec), parameters, train, engine_config, ranks, exact)
+    assert not any(name in exact for name in parameters)
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
         hidden, losses = engine.module.eval()(ids, torch.arange(5), ids.flatten()[:5])
@@ -79,12 +82,13 @@ def random_equal_to_plain(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
         plain = construct()
         construction = ShardedInit(engine_settings(Path(), "bf16", ranks.info.world_size)[1], ranks)
-        found = construction.random(construct)
-        assert dict(found.named_parameters()).keys() == construction.slices.keys()
+        found = construction.from_config(construct)
+        slices = construction.take_exact_weights().take(dict(found.named_parameters()))
+        assert dict(found.named_parameters()).keys() == slices.keys()
         for name, weight in plain.named_parameters():
-            piece = construction.slices[name]
-            own = weight.detach().flatten()[piece.offset : piece.offset + piece.values.numel()]
-            if not torch.equal(own, piece.values):
+            own = slices[name]
+            values = weight.detach().flatten()[own.offset : own.offset + own.values.numel()]
+            if not torch.equal(values, own.values):
                 different.append(f"{model_type} {name}")
         buffers = dict(found.named_buffers())
         different += [f"{model_type} {n}" for n, b in plain.named_buffers() if not torch.equal(b, buffers[n])]

@@ -328,7 +328,7 @@ def loaded_in_parts(folders: dict[str, Path], allow_missing: list[Any] | None = 
             continue
         shapes = {key: parameter.ds_shape for key, parameter in model.named_parameters()}
         whole = {}
-        for key, piece in construction.slices.items():
+        for key, piece in construction.take_exact_weights().take(shapes).items():
             part = -(-shapes[key].numel() // ranks.info.world_size)
             whole[key] = ranks.all_gather_cpu(piece.values, part)[: shapes[key].numel()].view(shapes[key])
         found[name] = {**whole, **{key: buffer.clone() for key, buffer in model.named_buffers()}}

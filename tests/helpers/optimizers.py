@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from das_ds.engine import optimizer as optimizers
+from das_ds.engine import mask as masks
+from das_ds.engine.mask import ElementwiseMask
 from das_ds.engine.optimizer import MaskedUpdateWrapper
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.windows import WINDOW_ELEMENTS
@@ -20,7 +21,7 @@ Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 def run_steps(
     optimizer: torch.optim.Optimizer, param: torch.nn.Parameter, importance: torch.Tensor | None = None
 ) -> None:
-    """Steps on fixed gradients; with `importance`, each step is pulled back from outside, on whole tensors."""
+    """Steps on fixed gradients; with `importance`, each step is pulled back from outside, on complete tensors."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(NUM_STEPS):
         param.grad = torch.randn(param.shape, generator=generator)
@@ -31,28 +32,28 @@ def run_steps(
 
 
 def check_pulled_back_in_chunks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its steps under a mask, chunk by chunk, are those of whole tensors."""
-    monkeypatch.setattr(optimizers, "CHUNK_WINDOWS", 1)
+    """Its steps under a mask, chunk by chunk, are those of complete tensors."""
+    monkeypatch.setattr(masks, "CHUNK_WINDOWS", 1)
     start, importance = torch.randn(NUMEL), torch.rand(NUMEL)
     importance[::7], importance[1::7] = 0.0, 1.0
     param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     found, expected = MaskedUpdateWrapper(make([{"params": [param]}])), make([{"params": [twin]}])
     largest = []
-    inner = optimizers.soft_update_
+    inner = masks.soft_update_
 
     def watch(part: torch.Tensor, old: torch.Tensor, *args: Any, **options: Any) -> None:
         largest.append(old.numel())
         inner(part, old, *args, **options)
 
-    monkeypatch.setattr(optimizers, "soft_update_", watch)
-    found.protect({param: Protection(NUMEL, importance=importance)})
+    monkeypatch.setattr(masks, "soft_update_", watch)
+    found.set_masks({param: ElementwiseMask(Protection(NUMEL, importance=importance))})
     run_steps(found, param)
     run_steps(expected, twin, importance)
     torch.testing.assert_close(param.data, twin.data, rtol=1e-5, atol=1e-6)
     assert torch.equal(param.data[1::7], start[1::7])
-    # Never a copy of the whole: one chunk at a time.
+    # Never a copy of all: one chunk at a time.
     assert max(largest) == WINDOW_ELEMENTS and len(largest) == 3 * NUM_STEPS
-    # The state is that of an optimizer that stepped the whole tensor once per step.
+    # The state is that of an optimizer that stepped the complete tensor once per step.
     assert found.state[param].keys() == expected.state[twin].keys()
     for key, value in expected.state[twin].items():
         if torch.is_tensor(value) and value.dim():

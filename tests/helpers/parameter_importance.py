@@ -16,7 +16,7 @@ from das_ds.distributed.resumable import ResumableLoop
 from das_ds.functional.units import UnitValues
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_parameter_importance
-from das_ds.softmask.parameter import ParameterLevel, sum_over_gradients
+from das_ds.softmask.parameter import ParameterImportance, sum_over_gradients
 from helpers.importance import LOSSES, NoisePerBatch
 from helpers.reference import fix_noise
 from helpers.tiny_models import tiny_model
@@ -47,12 +47,12 @@ def _measured(
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     steps, folder = ResumableLoop(parts), config.output_dir
     domain = DomainContext(0, "domain", lambda label: ResumableLoop([]), lambda label: steps, folder, folder)
-    importance = ParameterLevel(run).measure(domain, "", LOSSES[kind])
+    importance = ParameterImportance.measure(run, domain, "", LOSSES[kind], config.method.importance)
     assert all(torch.equal(before[name], weight) for name, weight in engine.weights.fp32_weights())
     assert engine.module.training
     # The pass is complete: its sums are given back without any batch.
     sums = sum_over_gradients(run, steps, LOSSES[kind], config.method.importance.score)
-    found = stretches_of(run, sums), stretches_of(run, importance.flats), importance.by_unit(run.layout)
+    found = stretches_of(run, sums), stretches_of(run, importance.sharded.flats), importance.unit_gates()
     engine.close()
     return found
 
@@ -93,10 +93,9 @@ def read_and_write(config: RunConfig, source: Path, target: Path) -> UnitValues:
     """Reads importance on these ranks and writes it again."""
     ranks = ProcessGroup()
     run = build(config, ranks)
-    level = ParameterLevel(run)
-    importance = level.read(source)
+    importance = ParameterImportance.load(run, source)
     # A second reading, accumulated: EMax with itself changes nothing.
-    level.write(target, level.maximum(level.read(source), importance), run.tokens)
-    found = level.by_unit(importance)
+    ParameterImportance.load(run, source).accumulate(importance).save(target, run.tokens)
+    found = importance.unit_gates()
     run.engine.close()
     return found

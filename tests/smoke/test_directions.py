@@ -18,7 +18,9 @@ from das_ds.distributed.resumable import ResumableLoop
 from das_ds.distributed.state import Shard
 from das_ds.functional.directions import direction_projector
 from das_ds.methods import build_method, directions
-from das_ds.softmask.direction_mask import DirectionMask
+from das_ds.softmask import direction
+from das_ds.softmask.direction import DirectionImportance
+from das_ds.softmask.direction_mask import build_direction_masks
 from das_ds.softmask.input_covariance import input_second_moments
 from helpers.architectures import config_of, steps_of
 from helpers.parity import OFFLOAD, configs_of, relative_difference
@@ -42,32 +44,31 @@ def expected() -> Expected:
     return learn_plainly(make_domains(), saturation=SATURATION)
 
 
-def test_the_mask_matters() -> None:
+def test_direction_mask_changes_second_domain_only() -> None:
     without = learn_plainly(make_domains())
     assert relative_difference(expected().weights[1], without.weights[1]) > 1e-2
     assert relative_difference(expected().weights[0], without.weights[0]) == 0.0
 
 
-def masked_stretch(cuts: list[int], before: torch.Tensor, step: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What this rank makes of its stretch of one parameter."""
+def mask_shard(cuts: list[int], before: torch.Tensor, step: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of one parameter after a masked step."""
     ranks = ProcessGroup()
     own = slice(cuts[rank()], cuts[rank() + 1])
     flat = torch.nn.Parameter(before.flatten()[own].clone())
     shards = [Shard("w", flat, 0, own.start, flat.numel())] if flat.numel() else []
-    rows = DirectionMask(shards, {"w": flat}, {"w": len(mask)}, lambda _: mask, ranks.info.device)
-    old = rows.remember(flat)
-    assert old is not None
+    masks = build_direction_masks(shards, {"w": flat}, {"w": len(matrix)}, lambda _: matrix, ranks.info.device)
+    old = flat.data.clone()
     flat.data += step.flatten()[own]
-    rows.mask(flat, old)
+    masks[flat].blend_(flat.data, old, slice(0, flat.numel()))
     return flat.data
 
 
 @pytest.mark.parametrize("cuts", [[0, 10, 21, 35], [0, 15, 18, 35], [0, 16, 35, 35]])
-def test_rows_that_ranks_share_are_put_together(cuts: list[int]) -> None:
+def test_blend_rows_shared_by_ranks_are_combined(cuts: list[int]) -> None:
     """Between rows and within them, twice within one, and with a rank that has nothing."""
     generator = torch.Generator().manual_seed(7)
     before, step, mask = (torch.randn(*shape, generator=generator) for shape in ((5, 7), (5, 7), (7, 7)))
-    found = torch.cat(run_ranks(masked_stretch, 3, cuts, before, step, mask))
+    found = torch.cat(run_ranks(mask_shard, 3, cuts, before, step, mask))
     torch.testing.assert_close(found.view(5, 7), before + step @ mask)
 
 
@@ -81,7 +82,7 @@ def test_rows_that_ranks_share_are_put_together(cuts: list[int]) -> None:
         ({"stage": 3, **OFFLOAD}, 2, None),
     ],
 )
-def test_two_domains_equal_plain_torch(
+def test_directions_two_domains_equal_plain_torch(
     zero: dict[str, Any], world_size: int, precision: str | None, tmp_path: Path
 ) -> None:
     runs = configs_of(tmp_path, world_size, zero, [METHOD])
@@ -107,7 +108,7 @@ def moments_of(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_tables_that_every_rank_reads_count_once(tmp_path: Path) -> None:
+def test_second_moments_tables_read_by_every_rank_count_once(tmp_path: Path) -> None:
     batch = steps_of("deberta-v2")[0][0]
     alone = run_ranks(moments_of, 1, config_of(tmp_path, "deberta-v2", 1, 2), batch)[0]
     for found in run_ranks(moments_of, 2, config_of(tmp_path, "deberta-v2", 2, 2), batch):
@@ -127,10 +128,10 @@ def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
         made.append(direction_projector(moment, saturation))
         return made[-1]
 
-    with patch.object(directions, "direction_projector", counted):
+    with patch.object(direction, "direction_projector", counted):
         domain = no_text_domain(config.output_dir)
         moments = input_second_moments(run, ResumableLoop([steps_of("roberta")[0][0]]))
-        method._moments = moments
+        method._importance = DirectionImportance(run, moments, None)
         method.on_train_start(domain)
     distinct = {moment.numpy().tobytes() for moment in moments.values()}
     own = {
@@ -143,7 +144,7 @@ def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_rank_makes_the_masks_of_what_it_steps_alone(stage: int, tmp_path: Path) -> None:
+def test_projectors_are_computed_for_own_shards_only(stage: int, tmp_path: Path) -> None:
     config = config_of(tmp_path, "roberta", 2, stage)
     config = config.model_copy(update={"method": MethodConfig.model_validate(METHOD)})
     found = run_ranks(masks_made, 2, config)

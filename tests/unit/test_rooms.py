@@ -173,7 +173,7 @@ def test_config_and_files_do_without_torch() -> None:
         ("functional", "def f():\n    import das_ds.training", {"training"}),
         ("data", "from das_ds import tracking", {"tracking"}),
         ("data", "from das_ds.distributed import rng", {"distributed"}),
-        ("engine", "from das_ds.softmask.apply import SoftMasks", {"softmask"}),
+        ("engine", "from das_ds.softmask.apply import apply_masks", {"softmask"}),
         ("data", "from das_ds.data.blocks import blocks\nfrom das_ds.errors import DataError\nimport torch", set()),
     ],
 )

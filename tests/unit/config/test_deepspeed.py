@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import REPOSITORY, build_engine_config, zero_stage
+from das_ds.config.deepspeed import REPOSITORY, EngineConfig, build_engine_config
 from das_ds.config.deepspeed_keys import KEYS
 from das_ds.errors import ConfigError
 
@@ -33,7 +33,7 @@ def message_of(deepspeed: str | dict[str, Any], world_size: int = 4, **train: An
 
 
 def test_run_config_sets_what_it_owns() -> None:
-    engine = build_engine_config(run_config({}, max_grad_norm=0.5), world_size=4)
+    engine = build_engine_config(run_config({}, max_grad_norm=0.5), world_size=4).raw
     assert engine["train_batch_size"] == 256
     assert engine["train_micro_batch_size_per_gpu"] == 32
     assert engine["gradient_accumulation_steps"] == 2
@@ -50,13 +50,13 @@ def test_engine_knobs_pass_through() -> None:
         "steps_per_print": 5,
         "comms_logger": {"verbose": False},
     }
-    engine = build_engine_config(run_config(knobs), world_size=1)
+    engine = build_engine_config(run_config(knobs), world_size=1).raw
     assert {name: engine[name] for name in knobs} == knobs
 
 
 def test_content_in_the_run_config_is_not_changed() -> None:
     config = run_config({"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}})
-    engine = build_engine_config(config, world_size=1)
+    engine = build_engine_config(config, world_size=1).raw
     assert engine["bf16"]["check_grad_overflow"] is False
     assert config.deepspeed == {"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}}
 
@@ -235,7 +235,7 @@ def test_auto_is_the_run_configs_value_or_deepspeeds_default() -> None:
         "train_micro_batch_size_per_gpu": "auto",
         "wall_clock_breakdown": False,
     }
-    engine = build_engine_config(run_config(hugging_face), world_size=1)
+    engine = build_engine_config(run_config(hugging_face), world_size=1).raw
     assert "auto" not in json.dumps(engine)
     assert (engine["train_batch_size"], engine["gradient_accumulation_steps"]) == (256, 8)
     parsed = DeepSpeedConfig({**engine})
@@ -261,7 +261,7 @@ def test_gradients_of_importance_are_shared_by_all_ranks() -> None:
     config = run_config({})
     method = {"importance": {"gradient_batch_size": 6}}
     config = RunConfig.model_validate({**config.model_dump(), "method": method})
-    assert build_engine_config(config, world_size=2)["gradient_accumulation_steps"] == 4
+    assert build_engine_config(config, world_size=2).raw["gradient_accumulation_steps"] == 4
     with pytest.raises(ConfigError, match=r"gradient_batch_size: found 6, expected a multiple of .* ranks, 4"):
         build_engine_config(config, world_size=4)
 
@@ -282,7 +282,7 @@ def test_gradients_of_importance_are_shared_by_all_ranks() -> None:
 def test_gradients_are_summed_in_fp32_where_the_shards_allow_it(
     precision: str, zero: dict[str, Any], expected: str
 ) -> None:
-    engine = build_engine_config(run_config({"zero_optimization": zero}, precision=precision), world_size=1)
+    engine = build_engine_config(run_config({"zero_optimization": zero}, precision=precision), world_size=1).raw
     assert engine["data_types"] == {"grad_accum_dtype": expected}
 
 
@@ -296,7 +296,7 @@ def test_loss_scaler_is_the_files() -> None:
     knobs = {"initial_scale_power": 12, "loss_scale_window": 500, "hysteresis": 1, "min_loss_scale": 2}
     engine = build_engine_config(
         run_config({"zero_optimization": {"stage": 2}, "fp16": knobs}, precision="fp16"), world_size=1
-    )
+    ).raw
     assert engine["fp16"] == {**knobs, "enabled": True, "fp16_master_weights_and_grads": False}
     assert engine["bf16"]["enabled"] is False
 
@@ -316,8 +316,8 @@ def test_shipped_file_is_accepted_by_deepspeed(path: Path, precision: str) -> No
     from deepspeed.runtime.config import DeepSpeedConfig
 
     engine = build_engine_config(run_config(f"ds_configs/{path.name}", precision=precision), world_size=1)
-    parsed = DeepSpeedConfig(engine)
-    assert parsed.zero_config.stage == zero_stage(engine)
+    parsed = DeepSpeedConfig(engine.raw)
+    assert parsed.zero_config.stage == engine.zero_stage
     assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (256, 8)
     assert parsed.bfloat16_config.enabled == (precision == "bf16")
 
@@ -330,10 +330,10 @@ def test_all_stages_are_shipped() -> None:
 def test_working_directory_comes_before_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = run_config("ds_configs/zero2.json")
-    assert zero_stage(build_engine_config(config, world_size=1)) == 2
+    assert build_engine_config(config, world_size=1).zero_stage == 2
     (tmp_path / "ds_configs").mkdir()
     (tmp_path / "ds_configs/zero2.json").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
-    assert zero_stage(build_engine_config(config, world_size=1)) == 1
+    assert build_engine_config(config, world_size=1).zero_stage == 1
 
 
 def test_missing_file_names_the_shipped_ones() -> None:
@@ -362,8 +362,8 @@ def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:
 
 
 def test_stage_defaults_to_zero() -> None:
-    assert zero_stage({}) == 0
-    assert zero_stage({"zero_optimization": {"stage": 3}}) == 3
+    assert EngineConfig.from_raw({}).zero_stage == 0
+    assert EngineConfig.from_raw({"zero_optimization": {"stage": 3}}).zero_stage == 3
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from das_ds.engine import optimizer as optimizers
-from das_ds.engine.loss_scaler import tf32
+from das_ds.engine import mask as masks
+from das_ds.engine.mask import ElementwiseMask
 from das_ds.engine.optimizer import MaskedAdamW, MaskedOptimizer, MaskedUpdateWrapper
 from das_ds.kernels.protection import Protection
 from helpers.optimizers import NUMEL, Make, check_pulled_back_in_chunks
@@ -25,13 +25,13 @@ INNER: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_any_optimizer_is_pulled_back_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrapper_any_optimizer_blends_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_pulled_back_in_chunks(INNER[name], monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_without_protection_the_inner_optimizer_steps_as_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "CHUNK_WINDOWS", 1)
+def test_wrapper_without_mask_equals_inner_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "CHUNK_WINDOWS", 1)
     start = torch.randn(NUMEL)
     param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     run(MaskedUpdateWrapper(INNER[name]([{"params": [param]}])), param)
@@ -43,11 +43,11 @@ def masked_adamw(groups: list[dict[str, Any]]) -> MaskedOptimizer:
     return MaskedAdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 
 
-def test_masked_adamw_is_adamw_with_a_share_of_its_step() -> None:
+def test_masked_adamw_equals_scaled_adamw_steps() -> None:
     start, importance = torch.randn(6, 50), torch.rand(300)
     param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     found = masked_adamw([{"params": [param]}])
-    found.protect({param: Protection(300, importance=importance)})
+    found.set_masks({param: ElementwiseMask(Protection(300, importance=importance))})
     run(found, param)
     run(INNER["adamw"]([{"params": [twin]}]), twin, importance.view(6, 50))
     torch.testing.assert_close(param.data, twin.data, rtol=1e-5, atol=1e-6)
@@ -56,13 +56,13 @@ def test_masked_adamw_is_adamw_with_a_share_of_its_step() -> None:
 
 @pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
 @pytest.mark.parametrize("kind", ["abs_grad", "squared_grad", "grad_x_weight"])
-def test_measuring_adds_up_and_steps_nothing(make: Callable[..., MaskedOptimizer], kind: Any) -> None:
+def test_accumulate_importance_sums_scores_and_steps_nothing(make: Callable[..., MaskedOptimizer], kind: Any) -> None:
     start = torch.randn(40)
     param = torch.nn.Parameter(start.clone())
     optimizer = make([{"params": [param]}])
     sums = {param: torch.zeros(40)}
     gradients = [torch.randn(40), torch.randn(40)]
-    with optimizer.summing(sums, kind):
+    with optimizer.accumulate_importance(sums, kind):
         for gradient in gradients:
             param.grad = gradient.clone()
             optimizer.step()
@@ -83,7 +83,7 @@ def test_measuring_adds_up_and_steps_nothing(make: Callable[..., MaskedOptimizer
 
 
 @pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
-def test_state_starts_anew(make: Callable[..., MaskedOptimizer]) -> None:
+def test_reset_state_repeats_first_steps(make: Callable[..., MaskedOptimizer]) -> None:
     start = torch.randn(40)
     ends = []
     param = torch.nn.Parameter(start.clone())
@@ -96,19 +96,32 @@ def test_state_starts_anew(make: Callable[..., MaskedOptimizer]) -> None:
     assert torch.equal(*ends)
 
 
-def test_products_with_masks_of_rows_are_in_tf32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Recorded:
-        def remember(self, param: torch.Tensor) -> torch.Tensor:
-            return param.clone()
+class HalfMask:
+    """Half of every update, stepped in two chunks."""
 
-        def mask(self, param: torch.Tensor, old: torch.Tensor) -> None:
-            seen.append(torch.get_float32_matmul_precision())
+    def chunks(self) -> Iterator[slice]:
+        yield from (slice(0, 150), slice(150, 300))
 
-    seen: list[str] = []
-    monkeypatch.setattr(optimizers, "tf32", lambda device: tf32(torch.device("cuda")))
-    param = torch.nn.Parameter(torch.ones(4))
-    param.grad = torch.ones(4)
-    masked = MaskedAdamW([{"params": [param]}], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    masked.protect_rows(Recorded())  # type: ignore[arg-type]
-    masked.step()
-    assert seen == ["high"] and torch.get_float32_matmul_precision() == "highest"
+    def blend_(self, new: torch.Tensor, old: torch.Tensor, chunk: slice) -> None:
+        new.lerp_(old, 0.5)
+
+
+@pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
+def test_set_masks_any_update_mask_blends_chunks(make: Callable[..., MaskedOptimizer]) -> None:
+    start = torch.randn(300)
+    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    masked = make([{"params": [param]}])
+    masked.set_masks({param: HalfMask()})
+    run(masked, param)
+    run(INNER["adamw"]([{"params": [twin]}]), twin, torch.full((300,), 0.5))
+    torch.testing.assert_close(param.data, twin.data, rtol=1e-5, atol=1e-6)
+
+
+def test_set_masks_replaces_earlier_masks() -> None:
+    param, twin = (torch.nn.Parameter(torch.ones(300)) for _ in range(2))
+    masked, free = masked_adamw([{"params": [param]}]), masked_adamw([{"params": [twin]}])
+    masked.set_masks({param: HalfMask()})
+    masked.set_masks({})
+    run(masked, param)
+    run(free, twin)
+    assert torch.equal(param.data, twin.data)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from das_ds.config import TrainConfig
+from das_ds.config.deepspeed import EngineConfig
 from das_ds.engine.engine import stage_hint
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -27,9 +28,9 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
         (2, {"stage": 2}, {"precision": "fp32"}, False),
     ],
 )
-def test_stage_0_is_named_where_one_rank_shards_nothing(
+def test_stage_hint_names_stage_0_where_one_rank_shards_nothing(
     world_size: int, zero: dict[str, Any], train: dict[str, Any], is_given: bool
 ) -> None:
-    hint = stage_hint({"zero_optimization": zero}, TrainConfig(**train), world_size)
+    hint = stage_hint(EngineConfig.from_raw({"zero_optimization": zero}), TrainConfig(**train), world_size)
     expected = f"ZeRO {zero['stage']} on one rank has nothing to shard; stage 0 (ds_configs/zero0.json) trains the same"
     assert hint == (f"{expected}, faster" if is_given else "")

@@ -1,4 +1,4 @@
-"""Rows of an update times a matrix, with rows cut anywhere, against the whole product."""
+"""Rows of an update times a matrix, with rows cut anywhere, against the complete product."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ import pytest
 import torch
 
 from das_ds.distributed.state import Shard
-from das_ds.softmask.direction_mask import DirectionMask
+from das_ds.engine.loss_scaler import tf32
+from das_ds.softmask import direction_mask
+from das_ds.softmask.direction_mask import DirectionMask, build_direction_masks
 
 ROWS, WIDTH, NARROW = 5, 7, 3
 
 
-def test_what_is_cut_within_rows_is_put_together() -> None:
+def test_blend_row_fragments_of_one_rank_are_combined() -> None:
     """Shards of one rank stand for those of several: what is added up over ranks is added up within it, too."""
     check([0, 17, ROWS * WIDTH])
 
 
 @pytest.mark.parametrize("cuts", [[0, 35], [0, 14, 35], [0, 1, 35], [0, 15, 17, 19, 35], [0, 6, 8, 34, 35]])
-def test_cuts_may_lie_anywhere(cuts: list[int]) -> None:
+def test_blend_equals_product_at_any_cut(cuts: list[int]) -> None:
     check(cuts)
 
 
-def row_masks(shards: list[Shard], flat_of: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> DirectionMask:
-    widths = {name: len(mask) for name, mask in masks.items()}
-    return DirectionMask(shards, flat_of, widths, masks.__getitem__, torch.device("cpu"))
+def build_masks(
+    shards: list[Shard], flat_of: dict[str, torch.Tensor], matrices: dict[str, torch.Tensor]
+) -> dict[torch.Tensor, DirectionMask]:
+    widths = {name: len(matrix) for name, matrix in matrices.items()}
+    return build_direction_masks(shards, flat_of, widths, matrices.__getitem__, torch.device("cpu"))
 
 
-def test_a_mask_is_made_once_and_only_where_it_is_needed() -> None:
+def test_build_direction_masks_calls_projector_once_where_needed() -> None:
     flat, elsewhere = (torch.nn.Parameter(torch.zeros(12)) for _ in range(2))
     shards = [Shard("w", flat, 0, 0, 4), Shard("w", flat, 6, 6, 2)]
     asked: list[str] = []
 
-    def mask_of(name: str) -> torch.Tensor:
+    def projector(name: str) -> torch.Tensor:
         asked.append(name)
         return torch.eye(2)
 
-    DirectionMask(shards, {"w": flat, "v": elsewhere}, {"w": 2, "v": 3}, mask_of, torch.device("cpu"))
+    build_direction_masks(shards, {"w": flat, "v": elsewhere}, {"w": 2, "v": 3}, projector, torch.device("cpu"))
     assert asked == ["w"]
 
 
@@ -62,13 +66,13 @@ def check(cuts: list[int]) -> None:
     pieces.append(torch.zeros(flat.numel() - places - 4 * NARROW))
     flat.data.copy_(torch.cat(pieces))
 
-    rows = row_masks(shards, {"cut": flat, "whole": flat}, masks)
-    old = rows.remember(flat)
-    assert old is not None
+    mask = build_masks(shards, {"cut": flat, "whole": flat}, masks)[flat]
+    assert list(mask.chunks()) == [slice(0, flat.numel())]
+    old = flat.data.clone()
     for shard in shards:
         moved = {"cut": step.flatten(), "whole": other_step.flatten(), "free": torch.ones(3)}[shard.name]
         flat.data[shard.span] += moved[shard.param_span]
-    rows.mask(flat, old)
+    mask.blend_(flat.data, old, slice(0, flat.numel()))
 
     found = {"cut": torch.zeros(ROWS * WIDTH), "whole": torch.zeros(4 * NARROW), "free": torch.zeros(3)}
     for shard in shards:
@@ -78,7 +82,24 @@ def check(cuts: list[int]) -> None:
     torch.testing.assert_close(found["free"], torch.ones(3))
 
 
-def test_flat_tensors_without_masked_parameters_are_left_alone() -> None:
+def test_build_direction_masks_flat_without_masked_parameters_has_none() -> None:
     flat, other = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
-    rows = row_masks([Shard("w", flat, 0, 0, 4)], {"w": flat}, {"w": torch.eye(2)})
-    assert rows.remember(other) is None and rows.remember(flat) is not None
+    shards = [Shard("w", flat, 0, 0, 4), Shard("free", other, 0, 0, 4)]
+    masks = build_masks(shards, {"w": flat, "free": other}, {"w": torch.eye(2)})
+    assert list(masks) == [flat]
+
+
+def test_blend_products_are_in_tf32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    addmm = torch.addmm
+
+    def watch(*args: torch.Tensor, out: torch.Tensor) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+        addmm(*args, out=out)
+
+    monkeypatch.setattr(direction_mask, "tf32", lambda device: tf32(torch.device("cuda")))
+    monkeypatch.setattr(torch, "addmm", watch)
+    flat = torch.nn.Parameter(torch.ones(4))
+    mask = build_masks([Shard("w", flat, 0, 0, 4)], {"w": flat}, {"w": torch.eye(2)})[flat]
+    mask.blend_(flat.data, torch.zeros(4), slice(0, 4))
+    assert seen == ["high"] and torch.get_float32_matmul_precision() == "highest"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.softmask import sharded_normalize as sharded_normalisation
+from das_ds.softmask import sharded_normalize
 from das_ds.softmask.sharded_normalize import Comparison, find_quantile_thresholds
 
 CPU = torch.device("cpu")
@@ -27,12 +27,12 @@ def draw(kind: str, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("num_thresholds", [1, 255])
 @pytest.mark.parametrize("scope", ["tensor", "group", "model"])
 @pytest.mark.parametrize("kind", ["wide", "narrow", "equal", "zero"])
-def test_thresholds_equal_those_of_a_sort(
+def test_find_quantile_thresholds_equal_sort(
     kind: str, scope: str, num_thresholds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharded_normalisation, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(sharded_normalize, "CHUNK_ELEMENTS", 1000)
     parts = {name: draw(kind, size) for name, size in SIZES.items()}
-    comparison = Comparison.within(scope, OWNERS, SIZES)
+    comparison = Comparison.by_scope(scope, OWNERS, SIZES)
     by_comparison = [
         torch.cat([parts[name] for name in SIZES if comparison.number_of[name] == number])
         for number in range({"tensor": 4, "group": 2, "model": 1}[scope])

@@ -1,4 +1,4 @@
-"""Importance of units: what the config asks for is what is measured and normalised."""
+"""Importance of units: what the config asks for is what is measured and normalized."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from das_ds.functional.importance import normalize
-from das_ds.softmask import unit as unit_level
-from das_ds.softmask.unit import UnitLevel
+from das_ds.softmask import unit
+from das_ds.softmask.unit import UnitImportance
 from helpers.training import run_config
 
 
 @pytest.mark.parametrize("kind", ["abs_grad", "squared_grad"])
-def test_the_kind_of_the_config_is_measured(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_unit_importance_measures_configured_score(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     raw = torch.tensor([[1.0, 2.0, 6.0]])
     by_kind = {"abs_grad": raw, "squared_grad": raw**2}
     measure = lambda run, batches, loss, found: {"head": by_kind[found]}  # noqa: E731
-    monkeypatch.setattr(unit_level, "measure_unit_importance", measure)
+    monkeypatch.setattr(unit, "measure_unit_importance", measure)
     run: Any = SimpleNamespace(config=run_config(tmp_path, method={"importance": {"score": kind}}))
     domain: Any = SimpleNamespace(sample_batches=lambda label: None)
-    importance = UnitLevel(run).measure(domain, "importance", None)  # type: ignore[arg-type]
-    assert torch.equal(importance["head"], normalize(by_kind[kind], run.config.method.importance))
+    settings = run.config.method.importance
+    importance = UnitImportance.measure(run, domain, "importance", None, settings)  # type: ignore[arg-type]
+    assert torch.equal(importance.values["head"], normalize(by_kind[kind], settings))
