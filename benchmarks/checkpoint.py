@@ -75,7 +75,7 @@ class Checkpointed:
         """What a run saves while it trains, but for a few numbers."""
         return {
             ENGINE: self.engine.state(in_domain=True),
-            METHOD: self.method.state(),
+            METHOD: self.method.state_dict(),
             GENERATORS: ComponentState(local=get_rng_state()),
         }
 
@@ -100,7 +100,7 @@ class Checkpointed:
         )
         engine.load_weights(opened.part(ENGINE))
         engine.load_domain(opened.part(ENGINE))
-        self.method.load_state(opened.part(METHOD))
+        self.method.load_state_dict(opened.part(METHOD))
         opened.close()
         self.ranks.barrier()
         return {"check s": checked - began, "load s": time.perf_counter() - checked}
@@ -172,7 +172,7 @@ def _foreign_row(way: str, seconds: float, load: float, folder: Path) -> dict[st
 def minimum_mib(run: Checkpointed) -> float:
     """Weights, moments and the method's state, each number once."""
     weights = sum(parameter.numel() for parameter in run.engine.module.parameters())
-    state = run.method.state()
+    state = run.method.state_dict()
     method = sum(value.nbytes for value in state.shared.values())
     return (weights * BYTES_PER_WEIGHT + method) / MIB
 

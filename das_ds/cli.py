@@ -14,7 +14,14 @@ import yaml
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
-from das_ds.config.io import describe_config, load_config, read_mapping, resolved_dict
+from das_ds.config.io import (
+    describe_config,
+    describe_method,
+    describe_methods,
+    load_config,
+    read_mapping,
+    resolved_dict,
+)
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 
 if TYPE_CHECKING:
@@ -132,6 +139,10 @@ def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
 
 
+def _methods(options: argparse.Namespace) -> None:
+    print(describe_methods() if options.name is None else describe_method(options.name))
+
+
 def _inspect(options: argparse.Namespace) -> None:
     # transformers reports what it misses as it builds networks; the answer is the table alone.
     from transformers.utils import logging
@@ -159,12 +170,23 @@ def _inspect(options: argparse.Namespace) -> None:
         print(table.section(), end="")
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """Parser whose help can end with the keys of the run config, which are only built for that."""
+
+    lists_config_keys = False
+
+    def format_help(self) -> str:
+        """The help, with the keys where the command takes a config."""
+        if self.lists_config_keys:
+            self.epilog = describe_config()
+        return super().format_help()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="das-ds", description="Continual pre-training without forgetting.")
+    parser = _CommandParser(prog="das-ds", description="Continual pre-training without forgetting.")
     # The DeepSpeed launcher puts it first where it starts a module (`deepspeed --module das_ds train ...`).
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    epilog = describe_config()
     for name, action, text in (
         ("train", _train, "run or continue a sequence of domains"),
         ("evaluate", _evaluate, "print an exported model's held-out losses on the corpora of a config, as JSON"),
@@ -181,8 +203,9 @@ def _parser() -> argparse.ArgumentParser:
         ),
     ):
         command = commands.add_parser(
-            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        command.lists_config_keys = True
         command.set_defaults(action=action)
         command.add_argument("--config", required=True, type=Path, help="run config (YAML)")
         command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
@@ -212,6 +235,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "group that all others are compared with; default: the group of the first run"
     report.add_argument("--baseline", metavar="LABEL", help=text)
     report.add_argument("--wandb", action="store_true", help="also log tables and plots to W&B (job type report)")
+    text = "print all continual-learning methods, or the config keys of one"
+    methods = commands.add_parser("methods", help=text, description=text)
+    methods.set_defaults(action=_methods)
+    methods.add_argument("name", nargs="?", metavar="NAME", help="name of a method; default: list all")
     text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
     inspect = commands.add_parser("inspect", help=text, description=text)
     inspect.set_defaults(action=_inspect)

@@ -118,7 +118,7 @@ def build_context(
     )
     if config.data.document_mask:
         _check_isolation(engine, model, spec, ranks)
-    view_dropout = 0.0 if has_dropout(model.config, spec.dropouts) else config.method.view_dropout
+    view_dropout = 0.0 if has_dropout(model.config, spec.dropouts) else config.method.view_noise
     return RunContext(config, engine, layout, gates, spec.objective, network, view_dropout, lora, tokens)
 
 

@@ -161,7 +161,7 @@ def compare(demo: Demo) -> str:
 
 def naive(folder: Path) -> list[str]:
     """Overrides that make the das config a naive run of another folder."""
-    return ["method.name=ncl", f"output_dir={folder}"]
+    return ["method=ncl", f"output_dir={folder}"]
 
 
 def show(demo: Demo) -> None:

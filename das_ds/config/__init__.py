@@ -12,41 +12,27 @@ from das_ds.config.architecture import (
     UnitCountsConfig,
 )
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
-from das_ds.config.method import (
-    ContrastiveConfig,
-    DerppConfig,
-    EwcConfig,
-    ImportanceConfig,
-    ImportanceScore,
-    KdConfig,
-    MergeConfig,
-    MethodConfig,
-    ReplayConfig,
-    SoftmaskConfig,
-)
+from das_ds.config.method import MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
 from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.run import RunConfig
 from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
 from das_ds.config.section import Section
+from das_ds.config.softmask import ImportanceConfig, ImportanceScore, SoftmaskConfig
 from das_ds.config.tasks import TaskConfig
 from das_ds.config.train import EvaluationConfig, TrainConfig
 
 __all__ = [
     "ArchitectureConfig",
     "CheckpointConfig",
-    "ContrastiveConfig",
     "CorpusConfig",
     "DataConfig",
-    "DerppConfig",
     "DomainConfig",
     "EvaluationConfig",
-    "EwcConfig",
     "ExportConfig",
     "FaultsConfig",
     "GroupName",
     "ImportanceConfig",
     "ImportanceScore",
-    "KdConfig",
     "LoraConfig",
     "MergeConfig",
     "MethodConfig",
@@ -56,6 +42,7 @@ __all__ = [
     "RuleConfig",
     "RunConfig",
     "RuntimeConfig",
+    "SampleSize",
     "Section",
     "SiteConfig",
     "SoftmaskConfig",
@@ -63,4 +50,5 @@ __all__ = [
     "TrainConfig",
     "UnitCountsConfig",
     "WandbConfig",
+    "parse_method",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed_keys import AUTO, checked_engine
+from das_ds.config.method import load_methods
 from das_ds.errors import ConfigError
 from das_ds.user_files import read_text
 
@@ -73,22 +74,16 @@ def build_engine_config(config: RunConfig, world_size: int) -> EngineConfig:
 
     Raises:
         ConfigError: file missing or not a JSON object, a key or value that is not listed in `config/deepspeed_keys.py`,
-            a value that contradicts the run config, an own optimizer or scheduler, fp16 at stage 0, weights twice in
-            shards with method kd, offload or shards that do not fit the stage or the ranks, batch sizes that do not
-            divide.
+            a value that contradicts the run config, an own optimizer or scheduler, fp16 at stage 0, offload or shards
+            that do not fit the stage or the ranks, batch sizes that do not divide, or settings that the method does not
+            support.
     """
     engine = checked_engine(_read_engine(config.deepspeed))
     _refuse_unsupported(engine, config.train.precision)
     _refuse_misfits(engine, world_size)
-    if config.method.name == "kd":
-        _refuse_hidden_parts(engine)
     for key, (owner, value) in _owned_values(config, engine, world_size).items():
         _set_owned(engine, key, owner, value)
-    if config.gradient_batch_size % world_size:
-        raise ConfigError(
-            f"method.importance.gradient_batch_size: found {config.gradient_batch_size}, expected a multiple of the "
-            f"number of ranks, {world_size}"
-        )
+    load_methods().METHODS[config.method.name].validate(config, engine)
     return EngineConfig.from_raw(ENGINE_DEFAULTS | engine)
 
 
@@ -160,16 +155,6 @@ def _refuse_misfits(engine: dict[str, Any], world_size: int) -> None:
         raise ConfigError(
             f"deepspeed zero_optimization.zero_hpz_partition_size: found {own_shards}, expected a divisor of the "
             f"number of ranks, {world_size}"
-        )
-
-
-def _refuse_hidden_parts(engine: dict[str, Any]) -> None:
-    """A teacher takes the place of the weights where ZeRO-3 reads them; a second copy would be read in its place."""
-    zero = _section(engine, "zero_optimization")
-    if zero.get("zero_hpz_partition_size", AUTO) not in (AUTO, 1):
-        raise ConfigError(
-            f"deepspeed zero_optimization.zero_hpz_partition_size: found {zero['zero_hpz_partition_size']!r} with "
-            "method.name kd, allowed: 1; DeepSpeed would gather the teacher from a second copy of the present weights"
         )
 
 

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from das_ds.config import RunConfig
-from das_ds.config.schema import ConfigKey, config_keys, nearest_keys, table_key
+from das_ds.config.method import load_methods, method_configs
+from das_ds.config.schema import METHOD, ConfigKey, config_keys, method_keys, methods_with_key, nearest_keys, table_key
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.user_files import read_text
 
@@ -83,7 +84,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        messages = dict.fromkeys(_message(detail) for detail in error.errors())
+        method = _method_name(raw)
+        messages = dict.fromkeys(_message(detail, method) for detail in error.errors())
         raise ConfigError("; ".join(messages)) from None
 
 
@@ -157,11 +159,31 @@ def identity_values(config: RunConfig) -> dict[str, Any]:
 
 
 def describe_config() -> str:
-    """Every key with what it may hold, its default and its meaning, as the text of `--help`."""
-    rows = list(config_keys().values())
-    width = max(len(row.key) for row in rows) + 2
-    intro = "Keys of the run config; in a list of domains, 0 stands for the position."
-    return "\n".join([intro, *(_described(row, width) for row in rows)])
+    """Every key that all runs have, with its allowed values, default and meaning, as the text of `--help`."""
+    intro = (
+        "Keys of the run config; in a list of domains, 0 stands for the position. The other keys of `method` depend on "
+        "its name:\n`das-ds methods` lists the methods, `das-ds methods NAME` the keys of one."
+    )
+    return _table(intro, list(config_keys().values()))
+
+
+def describe_method(name: str) -> str:
+    """Every key of the section `method` for one method, as the text of `das-ds methods NAME`.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    configs = method_configs()
+    if name not in configs:
+        raise ConfigError(f"method.name: found {name!r}, allowed: {' | '.join(configs)}")
+    return _table(f"{_summary(name)}\n", list(method_keys(name)))
+
+
+def describe_methods() -> str:
+    """Name and purpose of every method, as the text of `das-ds methods`."""
+    names = list(method_configs())
+    width = max(map(len, names)) + 2
+    return "\n".join(f"{name:<{width}}{_summary(name)}" for name in names)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -201,6 +223,8 @@ def _children(node: Any) -> list[Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
+    if parts[0] == METHOD and len(parts) > 1 and isinstance(raw.get(METHOD), str):
+        raw[METHOD] = {"name": raw[METHOD]}
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r}: expected dotted.key=value, for example train.learning_rate=1e-4")
     value = _parse_yaml(text, source=f"override {override!r}")
@@ -240,37 +264,49 @@ def _put(node: Any, part: str, value: Any, key: str) -> None:
         raise ConfigError(f"override {key}: found position {part!r}, allowed: 0 to {len(node)} ({len(node)} appends)")
 
 
-def _message(detail: ErrorDetails) -> str:
+def _method_name(raw: dict[str, Any]) -> str | None:
+    """Name of the method in the values of a config; None where there is none of this name."""
+    section = raw.get(METHOD, {})
+    name = section.get("name", load_methods().DEFAULT_METHOD) if isinstance(section, dict) else section
+    return name if isinstance(name, str) and name in method_configs() else None
+
+
+def _message(detail: ErrorDetails, method: str | None) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] in ("extra_forbidden", "invalid_key"):
-        return f"{key}: unknown key; {_hint(key)}"
+        return f"{key}: unknown key; {_hint(key, method)}"
     if detail["type"] == "value_error":
         return f"{key}: {detail['ctx']['error']}".removeprefix(": ")
-    key, row = _split_key(key)
+    key, row = _split_key(key, method)
     if detail["type"] == "missing":
         return f"{key}: not given, expected: {row.allowed}"
     return f"{key}: found {_found(detail['input'])}, allowed: {row.allowed}"
 
 
-def _split_key(key: str) -> tuple[str, ConfigKey]:
+def _split_key(key: str, method: str | None) -> tuple[str, ConfigKey]:
     """The key that a user wrote and its row in the table.
 
     Below the row pydantic adds the position in a list of plain values, which is kept, or the type it tried for a value
     of several types, which is not.
     """
-    known = key
-    while table_key(known) not in config_keys():
+    known, rows = key, config_keys(method)
+    while table_key(known) not in rows:
         known = known.rpartition(".")[0]
     position = key[len(known) + 1 :]
-    return (key if position.isdecimal() else known), config_keys()[table_key(known)]
+    return (key if position.isdecimal() else known), rows[table_key(known)]
 
 
-def _hint(key: str) -> str:
-    nearest = nearest_keys(key)
+def _hint(key: str, method: str | None) -> str:
+    section, _, leaf = key.rpartition(".")
+    if section == METHOD and leaf == method:
+        own = [row.key for row in method_keys(method) if row not in method_keys()]
+        return f"the keys of {leaf} are in method itself: {', '.join(own)}"
+    if others := methods_with_key(key):
+        return f"method is {method}, this key belongs to {', '.join(others)}; method=NAME replaces the section"
+    nearest = nearest_keys(key, method)
     if nearest:
         return f"did you mean {' or '.join(nearest)}?"
-    section = key.rpartition(".")[0]
-    allowed = [row.leaf for row in config_keys().values() if row.section == table_key(section)]
+    allowed = [row.leaf for row in config_keys(method).values() if row.section == table_key(section)]
     return f"allowed {f'in {section}' if section else 'at the top'}: {', '.join(allowed)}"
 
 
@@ -300,6 +336,16 @@ def _shown(values: dict[str, Any], key: str) -> str:
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in MUTABLE_KEYS)
+
+
+def _summary(method: str) -> str:
+    """First line of the docstring of a method's config."""
+    return str(method_configs()[method].__doc__).partition("\n")[0]
+
+
+def _table(intro: str, rows: list[ConfigKey]) -> str:
+    width = max(len(row.key) for row in rows) + 2
+    return "\n".join([intro, *(_described(row, width) for row in rows)])
 
 
 def _described(row: ConfigKey, width: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
-from das_ds.config.method import MethodConfig
+from das_ds.config.method import AnyMethodConfig, parse_method
 from das_ds.config.model import ModelConfig
 from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
 from das_ds.config.section import FolderPath, Section
@@ -16,9 +16,6 @@ from das_ds.config.stage import Stage
 from das_ds.config.tasks import TaskConfig
 from das_ds.config.train import EvaluationConfig, TrainConfig
 from das_ds.user_files import expand_path
-
-DEFAULT_REPLAY_SHARE = 1 / 16
-"""What methods replay and derpp replay by default, up to a whole number of sequences."""
 
 
 class RunConfig(Section):
@@ -34,7 +31,7 @@ class RunConfig(Section):
     list it as a domain)."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-    method: MethodConfig = MethodConfig()
+    method: AnyMethodConfig = Field(default_factory=lambda: parse_method({}))
     evaluation: EvaluationConfig = EvaluationConfig()
     tasks: list[TaskConfig] = Field(default=[])
     """End tasks that exported models are fine-tuned on, for `das-ds finetune`; training leaves them alone."""
@@ -50,30 +47,26 @@ class RunConfig(Section):
 
     @property
     def stages(self) -> list[Stage]:
-        """What is learned in order: the domains one by one, or with method `pool` at once and in as many steps."""
+        """Stages in order: the domains one by one, or all at once in the same number of steps (`trains_jointly`)."""
         names, num_steps = [domain.name for domain in self.domains], self.train.steps_per_domain
-        if self.method.name == "pool":
+        if self.method.trains_jointly:
             return [Stage(0, tuple(names), len(names) * num_steps)]
         return [Stage(index, (name,), num_steps) for index, name in enumerate(names)]
 
     @property
     def gradient_batch_size(self) -> int:
-        """Sequences, over all ranks, of each gradient that importance of weights is measured by."""
-        return self.method.importance.gradient_batch_size or self.train.global_batch_size
+        """Sequences, over all ranks, of each gradient that the method measures."""
+        sample = self.method.sample_size
+        return (sample and sample.gradient_batch_size) or self.train.global_batch_size
 
     @property
     def num_replayed(self) -> int:
         """Sequences of each global batch that are earlier text, in domains that have some."""
-        share, size = self.method.replay.fraction, self.train.global_batch_size
-        if share is None:
-            return max(1, round(DEFAULT_REPLAY_SHARE * size)) if self.method.name == "replay" else 0
-        return round(share * size)
-
-    @property
-    def num_rehearsed(self) -> int:
-        """Sequences from the buffer of method derpp that are added to each global batch."""
-        chosen = self.method.derpp.batch_size
-        return max(1, round(DEFAULT_REPLAY_SHARE * self.train.global_batch_size)) if chosen is None else chosen
+        size = self.train.global_batch_size
+        if self.method.replay.fraction is not None:
+            return round(self.method.replay.fraction * size)
+        default = self.method.default_replay_fraction
+        return 0 if default is None else max(1, round(default * size))
 
     def replayed(self, domain: str) -> list[str]:
         """Corpora that sequences are replayed from while a domain is learned: earlier domains, general text."""
@@ -126,22 +119,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _head_can_be_trained_first(self) -> RunConfig:
-        if self.model.head_warmup_steps and self.method.name == "one":
-            raise ValueError(
-                f"model.head_warmup_steps: found {self.model.head_warmup_steps} with method one, whose domains "
-                "all start from the stored weights; train it in a run of its own and start from what it exports"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _replay_is_possible(self) -> RunConfig:
         replay, size = self.method.replay, self.train.global_batch_size
         if replay.fraction is not None:
             _check_share(replay.fraction, size)
         elif self.num_replayed >= size:
-            raise ValueError("method.name: found replay with train.global_batch_size 1, expected at least 2")
-        if self.num_replayed and self.method.name in ("one", "pool"):
+            raise ValueError(
+                f"method.name: found {self.method.name} with train.global_batch_size {size}, expected at least 2"
+            )
+        if self.num_replayed and not self.method.supports_replay:
             raise ValueError(
                 f"method.replay.fraction: found {replay.fraction:g} with method {self.method.name}, where no domain "
                 "comes after another; allowed there: 0"
@@ -151,18 +137,6 @@ class RunConfig(Section):
         if replay.general and not self.num_replayed:
             raise ValueError(
                 "method.replay.general: found true with nothing to replay, expected method.replay.fraction"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _buffer_is_large_enough(self) -> RunConfig:
-        # After one step the buffer holds a global batch, or is full.
-        most = min(self.method.derpp.capacity, self.train.global_batch_size)
-        if self.method.name == "derpp" and self.num_rehearsed > most:
-            raise ValueError(
-                f"method.derpp.batch_size: found {self.num_rehearsed}, allowed: at most {most}, the smaller of "
-                f"method.derpp.capacity {self.method.derpp.capacity} and train.global_batch_size "
-                f"{self.train.global_batch_size}"
             )
         return self
 

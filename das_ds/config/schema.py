@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from das_ds.config import RunConfig
+from das_ds.config.method import MethodConfig, load_methods, method_configs
 
 MAX_SUGGESTIONS = 3
 RENAMED_KEYS = {
@@ -24,9 +25,6 @@ RENAMED_KEYS = {
     "data.isolate_documents": "data.document_mask",
     "faults.spike_deviations": "faults.spike_sigma",
     "method.contrast": "method.contrastive",
-    "method.derpp.positions": "method.derpp.max_positions",
-    "method.derpp.replayed": "method.derpp.batch_size",
-    "method.ewc.strength": "method.ewc.lambda",
     "method.importance.initial": "method.importance.init_from",
     "method.importance.kind": "method.importance.score",
     "method.importance.normalisation": "method.importance.normalization",
@@ -48,7 +46,10 @@ RENAMED_KEYS = {
     "train.logits_mib": "train.max_logits_mib",
     "train.schedule": "train.lr_scheduler",
 }
-"""Former name of a key -> its name, for the error on a config that still has the former one."""
+"""Former name of a key -> its name, for the error on a config that still has the former one.
+
+Methods whose keys were in a section of their own have them in `method` itself, see `_hint` in `config/io.py`.
+"""
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -77,11 +78,43 @@ class ConfigKey:
         return self.key.rpartition(".")[2]
 
 
+METHOD = "method"
+"""Section whose keys depend on the method."""
+
+
 @cache
-def config_keys() -> dict[str, ConfigKey]:
-    """All keys of `RunConfig` in the order of their declaration, sections before what they hold."""
+def config_keys(method: str | None = None) -> dict[str, ConfigKey]:
+    """All keys of `RunConfig` in the order of their declaration, a section before its keys.
+
+    Args:
+        method: name of the method whose keys the section `method` has; None: those that all methods have.
+    """
     schema = RunConfig.model_json_schema()
-    return {row.key: row for row in _walk(schema, schema["$defs"], prefix="")}
+    rows: list[ConfigKey] = []
+    for row in _walk(schema, schema["$defs"], prefix=""):
+        if row.key == METHOD:
+            rows += [row, *method_keys(method)]
+        elif not row.key.startswith(f"{METHOD}."):
+            rows.append(row)
+    return {row.key: row for row in rows}
+
+
+@cache
+def method_keys(method: str | None = None) -> tuple[ConfigKey, ...]:
+    """Keys of the section `method` for one method; None: those that all methods have."""
+    configs = method_configs()
+    schema = (MethodConfig if method is None else configs[method]).model_json_schema()
+    rows = list(_walk(schema, schema["$defs"], prefix=f"{METHOD}."))
+    name = f"{METHOD}.name"
+    meaning = str(MethodConfig.model_fields["name"].description)
+    named = ConfigKey(name, " | ".join(configs), load_methods().DEFAULT_METHOD, False, False, meaning)
+    common = [row for row in rows if row.key.split(".")[1] in MethodConfig.model_fields and row.key != name]
+    return (named, *(row for row in rows if row not in common and row.key != name), *common)
+
+
+def methods_with_key(key: str) -> list[str]:
+    """Names of the methods whose section has a dotted key `method.*`."""
+    return [name for name in method_configs() if any(row.key == table_key(key) for row in method_keys(name))]
 
 
 def table_key(key: str) -> str:
@@ -89,8 +122,12 @@ def table_key(key: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".0", key)
 
 
-def nearest_keys(key: str) -> list[str]:
+def nearest_keys(key: str, method: str | None = None) -> list[str]:
     """Known keys that a misspelt or misplaced `key` may mean, best first; may be empty.
+
+    Args:
+        key: dotted, as in the config.
+        method: name of the method of the config.
 
     The new name of a renamed key is the only suggestion. Else a similar name in the same section comes first, then the
     same name elsewhere, then a similar name elsewhere.
@@ -100,7 +137,7 @@ def nearest_keys(key: str) -> list[str]:
         new_section, _, new_leaf = renamed.rpartition(".")
         # The position in a list is the user's.
         return [f"{section}.{new_leaf}" if new_section and new_section == table_key(section) else renamed]
-    rows = list(config_keys().values())
+    rows = list(config_keys(method).values())
     siblings = {row.leaf: f"{section}.{row.leaf}".lstrip(".") for row in rows if row.section == table_key(section)}
     found = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
     found += [row.key for row in rows if row.leaf == leaf]

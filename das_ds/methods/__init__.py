@@ -1,7 +1,13 @@
-"""Continual-learning methods: what to do when; the loops belong to `training`."""
+"""Continual-learning methods: when a run measures, protects, replays or merges; the loops are in `training`.
 
-from das_ds.config import MethodConfig
-from das_ds.context import RunContext
+To add one: a file with its `Method` and config class (see `base.py`), and a line in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from das_ds.config import MethodConfig, RunConfig
 from das_ds.methods.base import Method
 from das_ds.methods.baselines import NCL, ExperienceReplay, PerDomain, Pool
 from das_ds.methods.das import DAS
@@ -10,12 +16,17 @@ from das_ds.methods.dga import DGA
 from das_ds.methods.directions import Directions
 from das_ds.methods.ewc import EWC
 from das_ds.methods.kd import KD
-from das_ds.methods.merge import MergingWrapper, ModelMerging
+from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
 
-METHODS: dict[str, type[Method]] = {
+if TYPE_CHECKING:
+    from das_ds.context import RunContext
+
+METHODS: dict[str, type[Method[Any]]] = {
     "das": DAS,
     "derpp": DERpp,
     "dga": DGA,
+    "directions": Directions,
     "ewc": EWC,
     "kd": KD,
     "merge": ModelMerging,
@@ -24,14 +35,15 @@ METHODS: dict[str, type[Method]] = {
     "pool": Pool,
     "replay": ExperienceReplay,
 }
+DEFAULT_METHOD = "das"
 
 
-def method_class(settings: MethodConfig) -> type[Method]:
-    """What does the work of a method with these settings."""
-    return Directions if settings.masks_directions else METHODS[settings.name]
+def method_class(settings: MethodConfig) -> type[Method[Any]]:
+    """Class of the method with these settings."""
+    return METHODS[settings.name]
 
 
-def build_method(run: RunContext) -> Method:
+def build_method(run: RunContext) -> Method[Any]:
     """The method of a run, with merging where its config asks for it.
 
     Raises:
@@ -39,4 +51,10 @@ def build_method(run: RunContext) -> Method:
     """
     settings = run.config.method
     method = method_class(settings)(run)
-    return method if settings.merging is None else MergingWrapper(method, settings.merging)
+    return method if settings.merge_weight is None else MergingWrapper(method, settings.merge_weight)
+
+
+def method_memory(config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
+    """Memory and disk space of a run's method, with merging where its config asks for it."""
+    use = method_class(config.method).memory(config, size, sharding)
+    return use if config.method.merge_weight is None else use + merging_memory(size, sharding)

@@ -1,48 +1,90 @@
-"""The hooks by which the training loop talks to a method; it never asks a method's name."""
+"""Method contract: the hooks by which the training loop talks to a method; it never asks a method's name.
+
+A method is one file in this package and one line in `METHODS`: a class for its keys in the run config, and a `Method`
+that declares it, checks it, estimates the memory that it takes and implements the hooks that it needs. Modules of this
+package import DeepSpeed and transformers, and what imports these, inside functions only: the config loads the package.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from das_ds.context import DomainContext, RunContext
-from das_ds.data.batch import Batch
+from das_ds.config import MethodConfig, RunConfig
 from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.errors import ConfigError
 from das_ds.functional.units import UnitValues
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
+
+if TYPE_CHECKING:
+    from das_ds.context import DomainContext, RunContext
+    from das_ds.data.batch import Batch
+
+C = TypeVar("C", bound=MethodConfig)
 
 Losses = dict[str, torch.Tensor]
 """Name -> scalar whose mean over ranks and micro-steps is the global loss."""
 
 
-class Method:
-    """A continual-learning method; every hook does nothing special unless a method says otherwise.
+class Method(Generic[C]):
+    """A continual-learning method; every hook does nothing special unless a method overrides it.
 
-    A run that continues calls `load_state` and then the hook in which it had stopped, from its beginning: a hook's
-    passes find their sums, and everything else that it does has to give the same when it is done again.
+    A run that continues calls `load_state_dict` and then the hook in which it was stopped, from its beginning: the
+    hook's measurements find their sums, and everything else that it does must give the same result when repeated.
     """
+
+    Config: type[C]
+    """Keys of the section `method` of the run config. Its `name` is the method's, its docstring what
+    `das-ds methods` prints."""
 
     starts_from_base = False
     """Each domain starts from the base model instead of the previous domain's."""
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
+        self.settings = self.settings_in(run.config)
+
+    @classmethod
+    def settings_in(cls, config: RunConfig) -> C:
+        """The section `method` of a run of this method."""
+        settings = config.method
+        assert isinstance(settings, cls.Config), f"{settings.name} is not the config of {cls.__name__}"
+        return settings
+
+    @classmethod
+    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+        """Check settings that depend on other sections, the DeepSpeed config or the number of ranks.
+
+        Args:
+            config: the run.
+            engine_config: merged DeepSpeed config, with its batch sizes.
+
+        Raises:
+            ConfigError: settings that the method does not support.
+        """
+
+    @classmethod
+    def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
+        """Memory and disk space that the method takes beside model and optimizer."""
+        return MemoryUse()
 
     def before_domain(self, domain: DomainContext) -> None:
         """Called before the first step on a domain, not when a run continues within its steps."""
 
     def on_train_start(self, domain: DomainContext) -> None:
-        """Called whenever steps on a domain begin or continue, after `before_domain` or `load_state`."""
+        """Called whenever steps on a domain begin or continue, after `before_domain` or `load_state_dict`."""
 
     def on_step_start(self, step: int) -> None:
-        """Called before the micro-steps of optimizer step `step` of the domain, and again when it is tried again."""
+        """Called before the micro-steps of optimizer step `step` of the domain, and again when it is repeated."""
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """Named losses of one micro-batch; the backward pass runs inside the context.
 
-        In fp16 a step whose gradient overflowed is done again: the same micro-batches come once more.
+        In fp16 a step whose gradient overflowed is repeated: the same micro-batches come once more.
 
         Args:
             batch: this rank's sequences.
@@ -53,15 +95,34 @@ class Method:
         yield {self.run.objective: losses.sum() * token_scale}
 
     def after_domain(self, domain: DomainContext) -> None:
-        """Called after the last step on a domain; also writes the files that the method is to leave."""
+        """Called after the last step on a domain; also writes the method's files."""
 
-    def state(self) -> ComponentState:
-        """What a run that continues needs of the method; views and references, copied by the caller."""
+    def state_dict(self) -> ComponentState:
+        """State that a run needs to continue; views and references, copied by the caller."""
         return ComponentState()
 
-    def load_state(self, saved: SavedComponentState) -> None:
+    def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue from a state, on any number of ranks."""
 
     def accumulated_importance(self) -> UnitValues | None:
         """Importance by unit that protects the next domain, for the report; None where the method has none."""
         return None
+
+
+def check_gradient_batch_size(key: str, config: RunConfig, engine_config: dict[str, Any]) -> None:
+    """Check that every rank gets the same number of the sequences of a measured gradient.
+
+    Args:
+        key: config key of the batch size.
+        config: the run.
+        engine_config: merged DeepSpeed config.
+
+    Raises:
+        ConfigError: not a multiple of the number of ranks.
+    """
+    per_rank = engine_config["train_micro_batch_size_per_gpu"] * engine_config["gradient_accumulation_steps"]
+    num_ranks = engine_config["train_batch_size"] // per_rank
+    if config.gradient_batch_size % num_ranks:
+        raise ConfigError(
+            f"{key}: found {config.gradient_batch_size}, expected a multiple of the number of ranks, {num_ranks}"
+        )

@@ -7,30 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
-from das_ds.config import ObjectiveName
-from das_ds.context import RunContext
-from das_ds.data.batch import Batch
+from das_ds.config import ObjectiveName, Section
 from das_ds.distributed.collectives import all_gather_with_grad, rank
 from das_ds.functional.losses import Pooling, contrastive_loss, pool, pooling_weights
 from das_ds.functional.units import UnitValues
 from das_ds.methods.base import Losses
-from das_ds.softmask.measure import duplicate_rows
+
+if TYPE_CHECKING:
+    from das_ds.context import RunContext
+    from das_ds.data.batch import Batch
 
 CONTRAST_LOSS = "contrast"
+NUM_CLEAN_VIEWS = 3
+"""Rows that the packed forward pass has for each sequence besides the corrupted one."""
 
 POOLING: dict[ObjectiveName, Pooling] = {"mlm": "mean", "clm": "last"}
 """Under causal attention only the last token has read the whole text."""
 
 
+class ContrastiveConfig(Section):
+    """The contrastive loss that integrates old and new knowledge."""
+
+    weight: float = Field(default=1.0, ge=0.0)
+    """Factor of the contrastive loss; 0 leaves it (and its three extra views) out."""
+    temperature: float = Field(default=0.05, gt=0.0)
+    """Temperature of the cosine similarities."""
+    pooling: Literal["auto", "mean", "last"] = "auto"
+    """One vector per sequence: the mean over its tokens or its last token (of each isolated document); `auto` is mean
+    for masked and last for causal models."""
+
+
 class ContrastiveLoss:
     """Ke et al. 2023, section 3.2. Keeps nothing; three more rows per sequence in the forward pass."""
 
-    def __init__(self, run: RunContext) -> None:
+    def __init__(self, run: RunContext, settings: ContrastiveConfig) -> None:
         self._run = run
-        self._settings = run.config.method.contrastive
+        self._settings = settings
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor, gates: UnitValues) -> Iterator[Losses]:
@@ -44,8 +61,11 @@ class ContrastiveLoss:
             batch, token_scale: as for `Method.losses`.
             gates: group -> (L, U), what o^prev keeps of every unit.
         """
-        run, size = self._run, len(batch.input_ids)
-        rows = torch.cat((batch.corrupted_ids, batch.input_ids.repeat(3, 1)))
+        from das_ds.softmask.measure import duplicate_rows
+
+        run = self._run
+        size = len(batch.input_ids)
+        rows = torch.cat((batch.corrupted_ids, batch.input_ids.repeat(NUM_CLEAN_VIEWS, 1)))
         noise = run.gates.noise(run.view_dropout, num_rows=4 * size, first_row=size)
         by_layer = {group: values[:, None, :] for group, values in gates.items()}
         with noise, run.gates.active(by_layer, num_rows=4 * size, first_row=3 * size):
@@ -62,6 +82,8 @@ class ContrastiveLoss:
 
     def _pooled(self, hidden: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
         """(3B, S, H) -> (3B, H)."""
+        from das_ds.softmask.measure import duplicate_rows
+
         kind = self._settings.pooling
         weights = pooling_weights(
             POOLING[self._run.objective] if kind == "auto" else kind,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from das_ds.context import DomainContext
-from das_ds.methods.soft_masked import SoftMasked
+from typing import TYPE_CHECKING, Literal
+
+from das_ds.methods.soft_masked import SoftMasked, SoftMaskedConfig
 from das_ds.run_dir import IMPORTANCE_FILE
-from das_ds.softmask.measure import PRETRAINING
+
+if TYPE_CHECKING:
+    from das_ds.context import DomainContext
 
 
-class DAS(SoftMasked):
+class DasConfig(SoftMaskedConfig):
+    """DAS: soft masks by importance for general knowledge and all earlier domains, and a contrastive loss."""
+
+    name: Literal["das"] = "das"
+
+
+class DAS(SoftMasked[DasConfig]):
     """Protects what is important to general knowledge and earlier domains, and contrasts full with previous knowledge.
 
     Keeps (heads + intermediate + hidden) numbers per layer, or, at parameter level, one byte per weight divided over
@@ -16,8 +25,12 @@ class DAS(SoftMasked):
     pass over `importance.num_samples` sequences per domain.
     """
 
+    Config = DasConfig
+
     def after_domain(self, domain: DomainContext) -> None:
         """Importance of the domain just learned, and EMax with all before."""
+        from das_ds.softmask.measure import PRETRAINING
+
         latest = self.measure(domain, f"importance of {domain.name}", PRETRAINING)
         accumulated = self.accumulate(latest)
         self.write(domain, {domain.folder / IMPORTANCE_FILE: latest, domain.run_folder / IMPORTANCE_FILE: accumulated})

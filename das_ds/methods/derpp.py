@@ -6,26 +6,57 @@ sequences in the buffer, R of them per global batch, G global batch, W ranks, M 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from das_ds.context import DomainContext, RunContext
-from das_ds.data.batch import Batch
+from das_ds.config import MethodConfig, RunConfig
+from das_ds.config.method import DEFAULT_REPLAY_FRACTION
 from das_ds.distributed.collectives import rank, world_size
 from das_ds.distributed.sharded_buffer import ShardedBuffer, to_device_non_blocking
 from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.errors import ConfigError
 from das_ds.functional.sampling import append_zero_row, evenly_spaced, final_writes, reservoir_slots, sample_generator
 from das_ds.methods.base import Losses, Method
-from das_ds.methods.replay_records import NO_TARGET, RecordLayout, ReplayRecords, record_layout
+from das_ds.methods.replay_records import NO_TARGET, RecordLayout, ReplayRecords
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
+
+if TYPE_CHECKING:
+    from das_ds.context import DomainContext, RunContext
+    from das_ds.data.batch import Batch
 
 ANSWER_LOSS, REHEARSAL_LOSS = "answers", "rehearsal"
 STREAM, RECORDS = "derpp", "records"
 
 
-class DERpp(Method):
+class DerppConfig(MethodConfig):
+    """DER++: replay from a buffer, with the hidden states that the model had when it stored a sequence."""
+
+    name: Literal["derpp"] = "derpp"
+    alpha: float = Field(default=0.5, ge=0.0)
+    """Factor of the distance of final hidden states from the stored ones."""
+    beta: float = Field(default=0.5, ge=0.0)
+    """Factor of the pre-training loss on replayed sequences."""
+    capacity: int = Field(default=1000, ge=1)
+    """Sequences in the buffer, over all ranks; each takes 4 bytes a token and 8 + 2 x hidden size a stored position."""
+    max_positions: int = Field(default=32, ge=2, multiple_of=2)
+    """Most predicted positions of a sequence whose hidden state is stored, an even number; only these are replayed."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Sequences replayed with each global batch, on top of it; null: the number nearest to 1 of 16, at least one."""
+
+    def num_replayed(self, global_batch_size: int) -> int:
+        """Sequences from the buffer that are added to each global batch."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return max(1, round(DEFAULT_REPLAY_FRACTION * global_batch_size))
+
+
+class DERpp(Method[DerppConfig]):
     """Dark Experience Replay++ (Buzzega et al., NeurIPS 2020, eq. 6), with hidden states in place of logits.
 
         L = L_pretrain + alpha E |h(x') - h'|^2 / H + beta E L_pretrain(x', y')
@@ -42,14 +73,40 @@ class DERpp(Method):
     What is kept and drawn depends on seed and step alone, the same on any number of ranks.
     """
 
+    Config = DerppConfig
+
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        self._config = run.config.method.derpp
         self._seen = 0
         """Sequences of all ranks so far."""
         self._step: int | None = None
         self._table: ShardedBuffer | None = None
         self._layout: RecordLayout | None = None
+
+    @classmethod
+    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+        """The buffer holds what a step replays: after one step it has a global batch, or is full."""
+        settings = cls.settings_in(config)
+        global_batch_size = config.train.global_batch_size
+        most = min(settings.capacity, global_batch_size)
+        if (num_replayed := settings.num_replayed(global_batch_size)) > most:
+            raise ConfigError(
+                f"method.batch_size: found {num_replayed}, allowed: at most {most}, the smaller of method.capacity "
+                f"{settings.capacity} and train.global_batch_size {global_batch_size}"
+            )
+
+    @classmethod
+    def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
+        """The buffer, whose rows are divided over the ranks, and the replayed rows of a forward pass."""
+        settings = cls.settings_in(config)
+        row = 4 * record_layout(config, size.hidden).width
+        replayed = settings.num_replayed(config.train.global_batch_size) * config.train.micro_batch_size
+        return MemoryUse(
+            device={"buffer": math.ceil(settings.capacity / sharding.num_ranks) * row},
+            checkpoint=settings.capacity * row,
+            domain=settings.capacity * row,
+            extra_rows=math.ceil(replayed / config.train.global_batch_size),
+        )
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Steps are counted anew."""
@@ -61,7 +118,7 @@ class DERpp(Method):
             self._step, self._first = step, self._seen
             size = self.run.config.train.global_batch_size
             generator = sample_generator(self.run.config.seed, STREAM, self._first // size)
-            self._slots = reservoir_slots(self._first, generator.random(size), self._config.capacity)
+            self._slots = reservoir_slots(self._first, generator.random(size), self.settings.capacity)
             self._offsets = generator.random(size)
             self._replayed = self._drawn(generator) if self._first else []
         self._seen = self._first
@@ -79,14 +136,14 @@ class DERpp(Method):
         self._store(batch, hidden[: len(batch.input_ids)].detach())
         yield parts
 
-    def state(self) -> ComponentState:
+    def state_dict(self) -> ComponentState:
         """This rank's rows of the buffer."""
         if self._table is None or self._layout is None:
             return ComponentState(numbers={"seen": 0, "hidden_size": None})
         numbers = {"seen": self._seen, "hidden_size": self._layout.hidden_size}
         return ComponentState(local={RECORDS: self._table.rows}, numbers=numbers)
 
-    def load_state(self, saved: SavedComponentState) -> None:
+    def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue with the buffer, divided anew where the ranks are others."""
         self._step, self._seen = None, saved.numbers["seen"]
         self._table = self._layout = None
@@ -98,14 +155,15 @@ class DERpp(Method):
         if self._layout is None or self._table is None:
             self._layout = record_layout(self.run.config, hidden_size)
             device = self.run.engine.ranks.info.device
-            self._table = ShardedBuffer(self._config.capacity, self._layout.width, device)
+            self._table = ShardedBuffer(self.settings.capacity, self._layout.width, device)
         return self._layout, self._table
 
     def _drawn(self, generator: np.random.Generator) -> list[tuple[ReplayRecords, torch.Tensor]]:
         """For each micro-step, this rank's replayed sequences and the weights (k, K) of their answers."""
         assert self._table is not None and self._layout is not None, "the first step stores"
-        num_replayed, num_units = self.run.config.num_rehearsed, self.run.engine.accumulation_steps * world_size()
-        filled = min(self._first, self._config.capacity)
+        num_replayed = self.settings.num_replayed(self.run.config.train.global_batch_size)
+        num_units = self.run.engine.accumulation_steps * world_size()
+        filled = min(self._first, self.settings.capacity)
         rows = self._layout.unpack(self._table.read(generator.choice(filled, num_replayed, replace=False)))
         # The mean over answers becomes a sum that DeepSpeed divides by ranks and micro-steps.
         weights = rows.weights * (num_units / rows.weights.sum().clamp_min(1.0))
@@ -139,8 +197,8 @@ class DERpp(Method):
         distance = (answers.float() - old.answers.float()).square().mean(dim=-1)
         return hidden, {
             self.run.objective: new.sum() * token_scale,
-            ANSWER_LOSS: self._config.alpha * (weights * distance).sum(),
-            REHEARSAL_LOSS: self._config.beta * (weights.flatten() * again).sum(),
+            ANSWER_LOSS: self.settings.alpha * (weights * distance).sum(),
+            REHEARSAL_LOSS: self.settings.beta * (weights.flatten() * again).sum(),
         }
 
     def _store(self, batch: Batch, hidden: torch.Tensor) -> None:
@@ -159,6 +217,17 @@ class DERpp(Method):
         rows = hidden.new_zeros(len(kept), layout.width, dtype=torch.int32)
         rows.index_copy_(0, to_device_non_blocking(given, hidden.device), layout.pack(own))
         table.write(slots[kept], rows)
+
+
+def record_layout(config: RunConfig, hidden_size: int) -> RecordLayout:
+    """Layout of a run's buffer; hidden states of 16-bit training keep their type, others become float16."""
+    return RecordLayout(
+        num_tokens=config.data.sequence_length,
+        num_answers=DERpp.settings_in(config).max_positions,
+        hidden_size=hidden_size,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float16,
+        has_positions=config.data.document_mask,
+    )
 
 
 def answered(batch: Batch, hidden: torch.Tensor, layout: RecordLayout, offsets: torch.Tensor) -> ReplayRecords:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from das_ds.functional.units import HEAD, UnitValues
-from das_ds.methods.soft_masked import SoftMasked
+from das_ds.methods.soft_masked import SoftMasked, SoftMaskedConfig
 
 
-class DGA(SoftMasked):
+class DgaConfig(SoftMaskedConfig):
+    """DGA: das that protects general knowledge only, and masks attention heads only by default."""
+
+    name: Literal["dga"] = "dga"
+
+
+class DGA(SoftMasked[DgaConfig]):
     """Soft masks attention heads by their importance to general knowledge, and contrasts full with general knowledge.
 
     From Ke et al., Adapting a Language Model While Preserving its General Knowledge, EMNLP 2022, which adapts to one
@@ -21,11 +29,14 @@ class DGA(SoftMasked):
     backward pass over `importance.num_samples` sequences before the first domain.
     """
 
+    Config = DgaConfig
     default_groups = (HEAD,)
 
     def gates(self) -> UnitValues:
-        """Importance of heads; all else passes as it is."""
-        return {group: v if group == HEAD else torch.ones_like(v) for group, v in super().gates().items()}
+        """Importance of heads; all else passes unchanged."""
+        return {
+            group: values if group == HEAD else torch.ones_like(values) for group, values in super().gates().items()
+        }
 
     def accumulated_importance(self) -> UnitValues | None:
         """That of heads."""

@@ -7,23 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 
-from das_ds.context import DomainContext, RunContext
-from das_ds.data.batch import Batch
+from das_ds.config import MethodConfig, RunConfig, SampleSize
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
-from das_ds.engine.quadratic_penalty import QuadraticPenalty
-from das_ds.methods.base import Losses, Method
-from das_ds.softmask.measure import PRETRAINING, TOTALS
-from das_ds.softmask.parameter import sum_over_gradients
+from das_ds.methods.base import Losses, Method, check_gradient_batch_size
+from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
+
+if TYPE_CHECKING:
+    from das_ds.context import DomainContext, RunContext
+    from das_ds.data.batch import Batch
+    from das_ds.engine.quadratic_penalty import QuadraticPenalty
 
 EWC_LOSS = "ewc"
 FISHER, ANCHOR = "fisher", "anchor"
 
 
-class EWC(Method):
+class EwcConfig(MethodConfig):
+    """Elastic weight consolidation: weights are pulled back by their Fisher information in earlier domains."""
+
+    name: Literal["ewc"] = "ewc"
+    lambda_: float = Field(default=10.0, ge=0.0, alias="lambda")
+    """Factor of the penalty lambda / 2 * sum_i F_i (theta_i - theta*_i)^2, F being that of single sequences."""
+    decay: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Factor of the Fisher information of all earlier domains when a domain's is added; 1 forgets none."""
+    num_samples: int = Field(default=10_000, ge=1)
+    """Sequences per domain on which Fisher information is measured (at most the complete corpus is used)."""
+    gradient_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per gradient of that measurement, a multiple of the ranks; fewer distinguish single sequences better
+    and take longer; null: `train.global_batch_size`."""
+
+    @property
+    def sample_size(self) -> SampleSize:
+        """That of Fisher information."""
+        return SampleSize(self.num_samples, gradient_batch_size=self.gradient_batch_size)
+
+
+class EWC(Method[EwcConfig]):
     """Pulls every weight back to where it was before the domain, by its Fisher information in earlier domains:
 
         L(theta) = L_pretrain(theta) + lambda / 2 * sum_i F_i (theta_i - theta*_i)^2      (Kirkpatrick et al., eq. 3)
@@ -31,11 +55,11 @@ class EWC(Method):
 
     theta* are the weights after the last domain alone, as in the online form; the further `decay` that its penalty has
     is left to lambda. The Fisher information of a domain is the empirical one (targets from the text), of single
-    sequences, on `importance.num_samples` of them after training:
+    sequences, on `num_samples` of them after training:
 
         F_i = (1/N) sum_b (sum_{n in b} dL(x_n) / dtheta_i)^2       L(x_n): mean loss of the predicted tokens
 
-    With batches b of one sequence that is the definition; larger ones (`importance.gradient_batch_size`) have the same
+    With batches b of one sequence that is the definition; larger ones (`gradient_batch_size`) have the same
     expectation up to the square of the mean gradient, which is small at the end of a domain, so that lambda means the
     same at any batch size. In the first domain nothing is known and nothing is pulled.
 
@@ -47,11 +71,28 @@ class EWC(Method):
     step, and one forward and backward pass over the sample per domain.
     """
 
+    Config = EwcConfig
+
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
         self._fisher: Flats | None = None
         self._anchor: Flats | None = None
         self._penalty: QuadraticPenalty | None = None
+
+    @classmethod
+    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+        """The sequences of a gradient are divided over the ranks."""
+        check_gradient_batch_size("method.gradient_batch_size", config, engine_config)
+
+    @classmethod
+    def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
+        """Fisher information and anchor of every trained weight, of which the anchor goes with the domain."""
+        fisher = FP32 * size.trained
+        return MemoryUse(
+            optimizer={"Fisher information": 2 * fisher // sharding.optimizer_shards},
+            checkpoint=2 * fisher,
+            domain=fisher,
+        )
 
     def before_domain(self, domain: DomainContext) -> None:
         """Anchor the weights where the last domain left them."""
@@ -63,8 +104,7 @@ class EWC(Method):
         self._penalty = None
         if self._fisher is not None:
             assert self._anchor is not None, "before_domain comes before on_train_start"
-            strength = self.run.config.method.ewc.lambda_
-            self._penalty = self.run.engine.add_quadratic_penalty(strength, self._fisher, self._anchor)
+            self._penalty = self.run.engine.add_quadratic_penalty(self.settings.lambda_, self._fisher, self._anchor)
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
@@ -77,6 +117,9 @@ class EWC(Method):
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add the domain's Fisher information to that of all before."""
+        from das_ds.softmask.measure import PRETRAINING, TOTALS
+        from das_ds.softmask.parameter import sum_over_gradients
+
         # A checkpoint that is being written may still read what goes now, and what changes later.
         self.run.engine.on_weights_will_change()
         self._anchor = self._penalty = None
@@ -88,14 +131,14 @@ class EWC(Method):
         if self._fisher is None:
             self._fisher = {flat: torch.zeros_like(total) for flat, total in sums.items()}
         for flat, total in sums.items():
-            self._fisher[flat].mul_(self.run.config.method.ewc.decay).add_(total, alpha=scale)
+            self._fisher[flat].mul_(self.settings.decay).add_(total, alpha=scale)
 
-    def state(self) -> ComponentState:
+    def state_dict(self) -> ComponentState:
         """Fisher information, and the anchor within a domain."""
         kept = {FISHER: self._fisher, ANCHOR: self._anchor}
         return ComponentState(sharded={name: flats for name, flats in kept.items() if flats is not None})
 
-    def load_state(self, saved: SavedComponentState) -> None:
+    def load_state_dict(self, saved: SavedComponentState) -> None:
         """However they were divided."""
         self._fisher = saved.sharded(FISHER) if saved.has_sharded(FISHER) else None
         self._anchor = saved.sharded(ANCHOR) if saved.has_sharded(ANCHOR) else None

@@ -7,21 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 
-from das_ds.context import DomainContext, RunContext
-from das_ds.data.batch import Batch
+from das_ds.config import MethodConfig, RunConfig
 from das_ds.distributed.state import ComponentState, SavedComponentState
-from das_ds.engine.weight_snapshot import WeightSnapshot
+from das_ds.errors import ConfigError
 from das_ds.functional.losses import distillation_loss
 from das_ds.methods.base import Losses, Method
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
+
+if TYPE_CHECKING:
+    from das_ds.context import DomainContext, RunContext
+    from das_ds.data.batch import Batch
+    from das_ds.engine.weight_snapshot import WeightSnapshot
 
 DISTILLATION_LOSS = "distillation"
 TEACHER = "teacher"
 
 
-class KD(Method):
+class KdConfig(MethodConfig):
+    """Knowledge distillation from the model as it was before the domain."""
+
+    name: Literal["kd"] = "kd"
+    weight: float = Field(default=1.0, ge=0.0)
+    """Factor of the divergence of final hidden states from those of the teacher."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Divisor of hidden states before the softmax over the hidden size."""
+
+
+class KD(Method[KdConfig]):
     """Knowledge distillation (Hinton et al., 2015), on new text as in Learning without Forgetting (Li & Hoiem, 2018).
 
         L = L_pretrain + w T^2 KL(softmax(h_teacher / T) || softmax(h / T))
@@ -35,9 +52,28 @@ class KD(Method):
     about a third of a step, and at ZeRO 3 one gather of every layer more.
     """
 
+    Config = KdConfig
+
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
         self._teacher: WeightSnapshot | None = None
+
+    @classmethod
+    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+        """The teacher takes the place of the weights that ZeRO-3 gathers; a second copy of these would be read."""
+        copies = engine_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+        if copies not in ("auto", 1):
+            raise ConfigError(
+                f"deepspeed zero_optimization.zero_hpz_partition_size: found {copies!r} with method.name "
+                f"{config.method.name}, allowed: 1; DeepSpeed would gather the teacher from a second copy of the "
+                "present weights"
+            )
+
+    @classmethod
+    def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
+        """The teacher, in the type of training."""
+        teacher = sharding.weight_bytes * size.trained
+        return MemoryUse(device={"teacher": teacher // sharding.weight_shards}, checkpoint=teacher)
 
     def before_domain(self, domain: DomainContext) -> None:
         """What the model knows now is what the domain is to keep."""
@@ -46,7 +82,7 @@ class KD(Method):
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """The pre-training loss plus the divergence from the teacher, over all positions of the batch."""
-        kd = self.run.config.method.kd
+        kd = self.settings
         taught = self._taught(batch)
         hidden, losses = self.run.engine(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
         yield {
@@ -58,13 +94,13 @@ class KD(Method):
         """The next domain has another teacher."""
         self._teacher = None
 
-    def state(self) -> ComponentState:
+    def state_dict(self) -> ComponentState:
         """The teacher, while there is one."""
         if self._teacher is None:
             return ComponentState(numbers={"has_teacher": False})
         return ComponentState(sharded={TEACHER: self._teacher.flats()}, numbers={"has_teacher": True})
 
-    def load_state(self, saved: SavedComponentState) -> None:
+    def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue with the same teacher."""
         has_teacher = saved.numbers["has_teacher"]
         self._teacher = self.run.engine.weights.weight_snapshot(saved.sharded(TEACHER)) if has_teacher else None

@@ -8,24 +8,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from das_ds.context import DomainContext
-from das_ds.data.batch import Batch
+from das_ds.config import MethodConfig
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
 from das_ds.functional.units import UnitValues
 from das_ds.methods.base import Losses, Method
+from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
+
+if TYPE_CHECKING:
+    from das_ds.context import DomainContext
+    from das_ds.data.batch import Batch
 
 BEFORE = "before"
 
 
-class ModelMerging(Method):
+class MergeMethodConfig(MethodConfig):
+    """Naive training with weights averaged after each domain, `merge.weight` 0.5 by default."""
+
+    default_merge_weight = 0.5
+
+    name: Literal["merge"] = "merge"
+
+
+class ModelMerging(Method[MergeMethodConfig]):
     """Naive training with `MergingWrapper` after each domain, which any method can have; this one has a default."""
 
+    Config = MergeMethodConfig
 
-class MergingWrapper(Method):
+
+class MergingWrapper(Method[MethodConfig]):
     """Any method, and after each domain theta <- (1 - c) * theta + c * theta_before, c = `merge.weight`.
 
     The weight-space ensemble of Wortsman et al. (WiSE-FT, CVPR 2022), applied after each domain to the model that the
@@ -40,12 +54,15 @@ class MergingWrapper(Method):
 
     Args:
         method: what trains.
-        coefficient: c.
+        weight: c.
     """
 
-    def __init__(self, method: Method, coefficient: float | Literal["average"]) -> None:
+    Config = MethodConfig
+
+    def __init__(self, method: Method[Any], weight: float | Literal["average"]) -> None:
         super().__init__(method.run)
-        self._method, self._coefficient = method, coefficient
+        self._method = method
+        self._weight = weight
         self._before: Flats | None = None
 
     def before_domain(self, domain: DomainContext) -> None:
@@ -70,21 +87,21 @@ class MergingWrapper(Method):
     def after_domain(self, domain: DomainContext) -> None:
         """Merge, once; what was remembered goes, so that a checkpoint holds unmerged weights or nothing to merge."""
         if self._before is not None:
-            share = merge_weight(self._coefficient, domain.index + 1)
+            weight = merge_weight(self._weight, domain.index + 1)
             with self.run.engine.weights.writable_flats() as weights:
                 for flat, values in weights.items():
-                    values.lerp_(self._before[flat].to(values.device), share)
+                    values.lerp_(self._before[flat].to(values.device), weight)
             self._before = None
         self._method.after_domain(domain)
 
-    def state(self) -> ComponentState:
+    def state_dict(self) -> ComponentState:
         """The method's, and where the present domain started, within one."""
-        state = self._method.state()
+        state = self._method.state_dict()
         return state if self._before is None else replace(state, sharded={**state.sharded, BEFORE: self._before})
 
-    def load_state(self, saved: SavedComponentState) -> None:
+    def load_state_dict(self, saved: SavedComponentState) -> None:
         """However it was divided."""
-        self._method.load_state(saved)
+        self._method.load_state_dict(saved)
         before = saved.sharded(BEFORE) if saved.has_sharded(BEFORE) else None
         self._before = before and {flat: values.cpu() for flat, values in before.items()}
 
@@ -93,14 +110,20 @@ class MergingWrapper(Method):
         return self._method.accumulated_importance()
 
 
-def merge_weight(coefficient: float | Literal["average"], num_learned: int) -> float:
+def merging_memory(size: ModelSize, sharding: Sharding) -> MemoryUse:
+    """Copy of the weights from before the domain, within one."""
+    weights = FP32 * size.trained
+    return MemoryUse(host={"weights before the domain": weights // sharding.optimizer_shards}, checkpoint=weights)
+
+
+def merge_weight(weight: float | Literal["average"], num_learned: int) -> float:
     """c of theta <- (1 - c) * theta + c * theta_before.
 
     `average` gives c = t / (t + 1), so that by induction theta_t is the mean of t + 1 models: the base and those at the
     end of domains 1 to t (the running average of Izmailov et al., UAI 2018, algorithm 1).
 
     Args:
-        coefficient: c, or `average`.
+        weight: c, or `average`.
         num_learned: t, domains learned so far, the present one included.
     """
-    return num_learned / (num_learned + 1) if coefficient == "average" else coefficient
+    return num_learned / (num_learned + 1) if weight == "average" else weight

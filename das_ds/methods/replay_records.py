@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from das_ds.config import RunConfig
-
 NO_TARGET = -1
 
 
@@ -87,14 +85,3 @@ class RecordLayout:
             answers.view(-1, self.num_answers, self.hidden_size),
             positions[0] if positions else None,
         )
-
-
-def record_layout(config: RunConfig, hidden_size: int) -> RecordLayout:
-    """That of a run's buffer; answers of 16-bit training keep their type, others become float16."""
-    return RecordLayout(
-        num_tokens=config.data.sequence_length,
-        num_answers=config.method.derpp.max_positions,
-        hidden_size=hidden_size,
-        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float16,
-        has_positions=config.data.document_mask,
-    )

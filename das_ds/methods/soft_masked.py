@@ -1,4 +1,4 @@
-"""What DAS and DGA share: general knowledge is measured, soft masked, and contrasted with all knowledge."""
+"""Soft masking: the base of DAS and DGA, which protect general knowledge and contrast it with all."""
 
 from __future__ import annotations
 
@@ -7,27 +7,64 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
+from pydantic import Field, model_validator
 
-from das_ds.config import SoftmaskConfig
-from das_ds.context import DomainContext, RunContext
-from das_ds.data.batch import Batch
+from das_ds.config import ImportanceConfig, MethodConfig, RunConfig, SampleSize, SoftmaskConfig
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.functional.units import UNOWNED, UnitValues
-from das_ds.methods.base import Losses, Method
-from das_ds.methods.contrastive import ContrastiveLoss
+from das_ds.methods.base import Losses, Method, check_gradient_batch_size
+from das_ds.methods.contrastive import NUM_CLEAN_VIEWS, ContrastiveConfig, ContrastiveLoss
+from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
-from das_ds.softmask.apply import apply_masks
-from das_ds.softmask.importance import GRANULARITIES, Importance
-from das_ds.softmask.measure import GENERAL_KNOWLEDGE, ImportanceLoss
+
+if TYPE_CHECKING:
+    from das_ds.context import DomainContext, RunContext
+    from das_ds.data.batch import Batch
+    from das_ds.config.deepspeed import EngineConfig
+    from das_ds.softmask.importance import Importance
+    from das_ds.softmask.measure import ImportanceLoss
 
 logger = logging.getLogger(__name__)
 
 
-class SoftMasked(Method):
+class SoftMaskedConfig(MethodConfig):
+    """Settings of methods that soft-mask by importance."""
+
+    view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
+    softmask: SoftmaskConfig = SoftmaskConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+
+    @property
+    def sample_size(self) -> SampleSize:
+        """That of an importance pass."""
+        importance = self.importance
+        return SampleSize(importance.num_samples, importance.batch_size, importance.gradient_batch_size)
+
+    @property
+    def view_noise(self) -> float:
+        """`view_dropout`."""
+        return self.view_dropout
+
+    @model_validator(mode="after")
+    def _mask_fits_granularity(self) -> SoftMaskedConfig:
+        if self.importance.granularity == "parameter" and self.softmask.include_consumers:
+            raise ValueError(
+                "softmask.include_consumers needs importance.granularity: unit, found true with parameter, where every "
+                "weight has its own importance; allowed there: false"
+            )
+        return self
+
+
+S = TypeVar("S", bound=SoftMaskedConfig)
+
+
+class SoftMasked(Method[S]):
     """Protects what is important to general knowledge; a method adds what later domains are to be protected for.
 
     Raises:
@@ -35,15 +72,44 @@ class SoftMasked(Method):
     """
 
     default_groups: ClassVar[tuple[str, ...] | None] = None
-    """What is masked where `softmask.groups` says nothing; None: everything that has importance."""
+    """Groups that are masked where `softmask.groups` is null; None: everything that has importance."""
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        self._granularity = GRANULARITIES[run.config.method.importance.granularity]
+        from das_ds.softmask.importance import GRANULARITIES
+
+        self._granularity = GRANULARITIES[self.settings.importance.granularity]
         self._softmask = self._resolved_softmask()
-        self._contrast = ContrastiveLoss(run)
+        self._contrast = ContrastiveLoss(run, self.settings.contrastive)
         self._accumulated: Importance[SoftmaskConfig] | None = None
         self._unit_gates: UnitValues | None = None
+
+    @classmethod
+    def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
+        """The sequences of a gradient are divided over the ranks."""
+        check_gradient_batch_size("method.importance.gradient_batch_size", config, engine_config)
+
+    @classmethod
+    def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
+        """Importance: 4 bytes a unit on every rank, or 1 byte a trained parameter, sharded like the optimizer.
+
+        At the end of a pass it exists twice, accumulated and new, beside the float32 sums of the pass; a mask that is
+        not the importance itself takes another byte per trained parameter.
+        """
+        settings = cls.settings_in(config)
+        of_parameters = settings.importance.granularity == "parameter"
+        numbers = size.trained if of_parameters else size.num_units
+        stored = numbers if of_parameters else FP32 * numbers
+        mask = size.trained if of_parameters and cls._has_own_mask(settings.softmask) else 0
+        in_memory = (2 * stored + FP32 * numbers + mask) // (sharding.optimizer_shards if of_parameters else 1)
+        return MemoryUse(
+            optimizer={"importance": in_memory},
+            checkpoint=stored + FP32 * numbers,
+            domain=stored,
+            # Importance of general knowledge, and the accumulated one.
+            run=2 * stored,
+            extra_rows=NUM_CLEAN_VIEWS * config.train.micro_batch_size if settings.contrastive.weight > 0.0 else 0,
+        )
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: importance of general knowledge."""
@@ -59,22 +125,24 @@ class SoftMasked(Method):
 
     def protect(self) -> None:
         """Soft-mask all further steps by the importance accumulated so far."""
+        from das_ds.softmask.apply import apply_masks
+
         assert self._accumulated is not None, "importance was accumulated"
         apply_masks(self.run.engine, self._accumulated, self._softmask, apply_to=self._softmask.apply_to)
 
     def gates(self) -> UnitValues:
-        """Group -> (L, U): what the earlier knowledge that is contrasted keeps of every unit."""
+        """Group -> (L, U): the factor by which the view of earlier knowledge is multiplied at every unit."""
         assert self._unit_gates is not None, "importance was accumulated"
         return self._unit_gates
 
     def measure(self, domain: DomainContext, label: str, loss: ImportanceLoss) -> Importance[SoftmaskConfig]:
         """Importance under a loss over the domain's sample; `label` names the progress bar."""
-        return self._granularity.measure(self.run, domain, label, loss, self.run.config.method.importance)
+        return self._granularity.measure(self.run, domain, label, loss, self.settings.importance)
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """The pre-training loss, plus the contrast where it has weight."""
-        if self.run.config.method.contrastive.weight == 0.0:
+        if self.settings.contrastive.weight == 0.0:
             step = super().losses(batch, token_scale)
         else:
             step = self._contrast.losses(batch, token_scale, self._gates)
@@ -98,12 +166,12 @@ class SoftMasked(Method):
         self._unit_gates = self._accumulated.unit_gates()
         return self._accumulated
 
-    def state(self) -> ComponentState:
+    def state_dict(self) -> ComponentState:
         """Accumulated importance, once there is some."""
         state = ComponentState() if self._accumulated is None else self._accumulated.state_dict()
         return replace(state, numbers={"has_importance": self._accumulated is not None})
 
-    def load_state(self, saved: SavedComponentState) -> None:
+    def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue with accumulated importance."""
         if saved.numbers["has_importance"]:
             self._accumulated = self._granularity.load_state_dict(self.run, saved)
@@ -113,8 +181,14 @@ class SoftMasked(Method):
         """Importance by unit that protects the next domain."""
         return self._unit_gates
 
+    @classmethod
+    def _has_own_mask(cls, softmask: SoftmaskConfig) -> bool:
+        """Whether the mask of single weights differs from their importance, and takes memory of its own."""
+        masks_all = cls.default_groups is None and softmask.groups is None
+        return not (masks_all and softmask.exponent == softmask.unowned_update_scale == 1.0)
+
     def _resolved_softmask(self) -> SoftmaskConfig:
-        softmask = self.run.config.method.softmask
+        softmask = self.settings.softmask
         groups = self.default_groups if softmask.groups is None else softmask.groups
         allowed = [*self.run.layout.num_units, UNOWNED]
         if unknown := [group for group in groups or () if group not in allowed]:
@@ -125,7 +199,9 @@ class SoftMasked(Method):
         return softmask.model_copy(update={"groups": groups})
 
     def _initial_importance(self, domain: DomainContext) -> Importance[SoftmaskConfig]:
-        path = self.run.config.method.importance.init_from
+        from das_ds.softmask.measure import GENERAL_KNOWLEDGE
+
+        path = self.settings.importance.init_from
         if path is not None:
             return self._granularity.load(self.run, Path(path))
         general = self.measure(domain, "importance of general knowledge", GENERAL_KNOWLEDGE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import HEAD, INTERMEDIATE
+from das_ds.methods import method_memory
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import (
@@ -31,23 +32,17 @@ from das_ds.models.loading import (
     model_config,
 )
 from das_ds.models.lora import Lora
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
 from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, readable
 from das_ds.preflight.host_memory import free_memory
 from das_ds.preflight.memory_estimate import (
     NUM_MOMENTS,
-    Granularity,
     MemoryEstimate,
-    ModelSize,
-    Sharding,
     activation_bytes,
     checkpoint_bytes,
     estimate_memory,
     logits_bytes,
 )
-from das_ds.preflight.method_memory import kept_by_rank, kept_in_checkpoint
-
-NUM_CONTRAST_VIEWS = 4
-"""Rows of the packed forward pass per sequence: the contrastive loss adds three views."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +54,6 @@ class MemoryBudget:
     """On its GPU; None without one."""
     host: int
     """On its node, for all ranks there."""
-
-
-def granularity(config: RunConfig) -> Granularity | None:
-    """Of the importance of units or weights that the run keeps; None: it keeps none."""
-    found = config.method.importance.granularity
-    return found if config.method.is_soft_masked and found != "direction" else None
 
 
 def check_model(checks: Checklist, config: RunConfig) -> ModelSize | None:
@@ -198,9 +187,32 @@ def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activa
 
 def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig, num_ranks: int) -> MemoryEstimate:
     """Memory of one rank without activations, by the merged DeepSpeed config."""
+    sharding = _sharding(config, engine, num_ranks)
+    method = method_memory(config, size, sharding)
+    copied = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint
+    return estimate_memory(size, sharding, method=method, copied_bytes=copied if config.checkpoint.async_save else 0)
+
+
+def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
+    """Bytes that the method adds to checkpoints and folders, over all ranks, however they are sharded."""
+    weight_bytes = _weight_bytes(config)
+    return method_memory(
+        config,
+        size,
+        Sharding(
+            stage=0,
+            num_ranks=1,
+            weight_bytes=weight_bytes,
+            gradient_bytes=weight_bytes,
+            num_moments=NUM_MOMENTS[config.train.optimizer],
+        ),
+    )
+
+
+def _sharding(config: RunConfig, engine: EngineConfig, num_ranks: int) -> Sharding:
     zero = engine.raw.get("zero_optimization", {})
     live = min(zero.get("stage3_max_live_parameters", 10**9), zero.get("stage3_max_reuse_distance", 10**9))
-    sharding = Sharding(
+    return Sharding(
         stage=engine.zero_stage,
         num_ranks=num_ranks,
         weight_bytes=_weight_bytes(config),
@@ -211,29 +223,11 @@ def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig
         bucket=int(zero.get("reduce_bucket_size", 5 * 10**8)),
         live=int(live),
     )
-    copied = checkpoint_bytes(
-        trained=size.trained,
-        optimizer=config.train.optimizer,
-        granularity=granularity(config),
-        num_units=size.num_units,
-    ) + kept_in_checkpoint(config, size, in_domain=True)
-    found = estimate_memory(
-        size,
-        sharding,
-        granularity=granularity(config),
-        has_own_mask=config.method.has_own_mask,
-        copied_bytes=copied if config.checkpoint.async_save else 0,
-    )
-    on_device, on_host = kept_by_rank(config, size, sharding)
-    return replace(found, device=found.device | on_device, host=found.host | on_host)
 
 
 def activation_estimate(config: RunConfig, size: ModelSize) -> int:
     """Activations and logits of one micro-step."""
-    is_contrasted = config.method.is_soft_masked and config.method.contrastive.weight > 0.0
-    num_rows = config.train.micro_batch_size * (NUM_CONTRAST_VIEWS if is_contrasted else 1)
-    if config.method.name == "derpp":
-        num_rows += -(-config.num_rehearsed * config.train.micro_batch_size // config.train.global_batch_size)
+    num_rows = config.train.micro_batch_size + unsharded_use(config, size).extra_rows
     num_tokens = config.data.sequence_length
     is_masked = find_spec(config.model).objective == "mlm"
     share = config.data.mlm_probability if is_masked else 1.0

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from das_ds.config import RunConfig
 from das_ds.errors import PreflightError
+from das_ds.models.size import ModelSize
 from das_ds.preflight.checks import Checklist, CheckWarning, readable
-from das_ds.preflight.memory_estimate import Granularity, ModelSize, checkpoint_bytes, domain_bytes, importance_bytes
-from das_ds.preflight.method_memory import kept_in_checkpoint
+from das_ds.preflight.memory import unsharded_use
+from das_ds.preflight.memory_estimate import checkpoint_bytes, domain_bytes
 from das_ds.preflight.peers import PeerCheck
 from das_ds.run_dir import PROBE, holds_same_run
 from das_ds.storage import sync
@@ -76,18 +77,16 @@ def check_sharing(checks: Checklist, root: Path, peers: PeerCheck) -> None:
     checks.run("sharing", "one folder, seen by all ranks", probe, summarize)
 
 
-def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, granularity: Granularity | None) -> None:
+def check_disk(checks: Checklist, config: RunConfig, size: ModelSize) -> None:
     """Free space against all that the run is going to write there, less what it has written already."""
     root, keep, num_domains = config.output_dir, config.checkpoint.keep_last, len(config.stages)
-    one = checkpoint_bytes(
-        trained=size.trained, optimizer=config.train.optimizer, granularity=granularity, num_units=size.num_units
-    ) + kept_in_checkpoint(config, size, in_domain=True)
-    domain = domain_bytes(size, granularity) + kept_in_checkpoint(config, size, in_domain=False)
-    run_importance = 2 * importance_bytes(granularity, trained=size.trained, num_units=size.num_units)
-    needed = (keep + 1) * one + num_domains * domain + run_importance
+    method = unsharded_use(config, size)
+    one = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint
+    domain = domain_bytes(size) + method.domain
+    needed = (keep + 1) * one + num_domains * domain + method.run
     expected = (
         f"{readable(needed)} = {keep + 1} checkpoints of {readable(one)} (checkpoint.keep_last {keep}, and one in the "
-        f"making) + {num_domains} domains of {readable(domain)} + importance {readable(run_importance)}"
+        f"making) + {num_domains} domains of {readable(domain)} + importance {readable(method.run)}"
     )
 
     def summarize(found: list[tuple[int, int]]) -> str:

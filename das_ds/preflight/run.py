@@ -10,7 +10,7 @@ from das_ds.errors import PreflightError
 from das_ds.preflight.checks import Checklist, CheckResult
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.environment import check_clocks, check_network, check_settings, check_versions
-from das_ds.preflight.memory import check_memory, check_model, granularity
+from das_ds.preflight.memory import check_memory, check_model
 from das_ds.preflight.output_dir import check_disk, check_folder
 from das_ds.preflight.peers import PeerCheck
 from das_ds.training.revisions import with_recorded_revisions
@@ -39,7 +39,7 @@ def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list
     size = check_model(checks, pinned)
     check_corpora(checks, pinned)
     if size is not None and is_usable:
-        check_disk(checks, config, size, granularity(config))
+        check_disk(checks, config, size)
     else:
         checks.skip("disk", "room for all checkpoints and models", needs=("folder", "writing", "model"))
     if size is not None and engine is not None:

@@ -44,8 +44,9 @@ def linear_layers(run: RunContext) -> dict[str, nn.Linear]:
         is_vector = min(num_rows, num_columns) == 1
         if item.parameter in run.engine.parameters and item.parameter not in found and not is_vector:
             raise ModelError(
-                f"method.importance.granularity: found direction, but {item.parameter} is no weight of a "
-                "torch.nn.Linear (a convolution, or stacked experts); allowed for this network: unit, parameter"
+                f"method.name: found {run.config.method.name}, but {item.parameter} is no weight of a "
+                "torch.nn.Linear (a convolution, or stacked experts); allowed for this network: "
+                "masks of units or weights"
             )
     return found
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import psutil
 
 from das_ds.config import RunConfig
+from das_ds.config.io import resolved_dict
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.run_dir import WANDB_RUN_ID_FILE
 from das_ds.storage import atomic_write
@@ -189,7 +190,7 @@ class WandbSink(Sink):
             name=self._job.name,
             group=config.wandb.group or config.output_dir.resolve().parent.name,
             job_type=self._job.job_type,
-            config=config.model_dump(mode="json") if self._job.config is None else dict(self._job.config),
+            config=resolved_dict(config) if self._job.config is None else dict(self._job.config),
             dir=str(folder),
             id=_load_or_create_run_id(folder),
             resume="allow" if mode == "online" else None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from das_ds.config import CorpusConfig, ObjectiveName, RunConfig
+from das_ds.config import CorpusConfig, ObjectiveName, RunConfig, SampleSize
 from das_ds.config.stage import Stage
 from das_ds.data.batch import Batch
 from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
@@ -101,8 +101,9 @@ class DataModule:
         )
 
     def importance_batches(self, corpus: str) -> EvaluationBatches:
-        """A fixed random subset of `importance.num_samples` training sequences."""
-        blocks, batch_size = self._training_blocks(corpus), self.config.method.importance.batch_size
+        """A fixed random subset of the training sequences, of the size that the method measures on."""
+        blocks = self._training_blocks(corpus)
+        batch_size = self._sample_size.batch_size
         stream, indices = f"importance/{corpus}", self._importance_subset(blocks)
         return self._batches(corpus, blocks, stream, batch_size, indices=indices)
 
@@ -126,7 +127,13 @@ class DataModule:
         return self._batches(corpus, blocks, stream, evaluation.batch_size, max_sequences=most)
 
     def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
-        return subset_indices(len(blocks), self.config.method.importance.num_samples, self.config.seed)
+        return subset_indices(len(blocks), self._sample_size.num_samples, self.config.seed)
+
+    @property
+    def _sample_size(self) -> SampleSize:
+        sample_size = self.config.method.sample_size
+        assert sample_size is not None, f"method {self.config.method.name} measures nothing"
+        return sample_size
 
     def _reading(self, stage: Stage) -> SampleStream:
         samples = tuple(

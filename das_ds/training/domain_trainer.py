@@ -94,7 +94,7 @@ class DomainTrainer:
     def __init__(
         self,
         engine: Engine,
-        method: Method,
+        method: Method[Any],
         tracker: Tracker,
         train: TrainConfig,
         *,

@@ -95,7 +95,7 @@ class ContinualTrainer:
         self._context = context
         self._state = self._first_state()
         self._base = self.engine.weights.snapshot() if method_class(config.method).starts_from_base else None
-        self._method: Method = build_method(context)
+        self._method: Method[Any] = build_method(context)
         self._guard = LossGuard(config.faults)
         self._trainer: DomainTrainer | None = None
         self._passes = ResumableLoops(self._between_batches, show=ranks.info.is_main)
@@ -207,7 +207,7 @@ class ContinualTrainer:
         )
         self._enter(end.model_copy(update={"phase": "after"}))
 
-    def _take_steps(self, phase: Phase, stage: Stage, name: str, method: Method, **schedule: Any) -> RunState:
+    def _take_steps(self, phase: Phase, stage: Stage, name: str, method: Method[Any], **schedule: Any) -> RunState:
         """All optimizer steps of a phase, or those still to be done; the state after the last.
 
         Args:
@@ -296,7 +296,7 @@ class ContinualTrainer:
         in_domain = self._state.phase in SEEDED and self._state.domain_step > 0
         return {
             ENGINE: self.engine.state(in_domain=in_domain),
-            METHOD: self._method.state(),
+            METHOD: self._method.state_dict(),
             GENERATORS: ComponentState(local=get_rng_state()),
             PASSES: self._passes.state(),
             TRAINER: ComponentState() if self._trainer is None else self._trainer.state(),
@@ -324,7 +324,7 @@ class ContinualTrainer:
         self._opened, self._state = opened, manifest.run
         self._text.check_unchanged(opened.part(TEXT).numbers)
         self.engine.load_weights(opened.part(ENGINE))
-        self._method.load_state(opened.part(METHOD))
+        self._method.load_state_dict(opened.part(METHOD))
         self._passes.load(opened.part(PASSES), opened.part(GENERATORS).local(), info.device)
         self._guard.load(LossGuardState.model_validate(opened.part(GUARD).numbers))
 

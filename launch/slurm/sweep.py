@@ -43,7 +43,8 @@ def sweep_overrides(config: RunConfig, methods: str, seeds: str, orders: str) ->
         folder = config.output_dir / f"{method}-seed{seed}-{'+'.join(chosen)}"
         elements.append(
             [
-                f"method.name={method}",
+                # Another method has other keys.
+                f"method.name={method}" if method == config.method.name else f"method={method}",
                 f"seed={seed}",
                 f"domains={json.dumps([domains[name] for name in chosen])}",
                 f"output_dir={json.dumps(str(folder))}",

@@ -166,23 +166,16 @@ def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
 
 def test_what_ewc_merging_and_directions_keep_continues(tmp_path: Path) -> None:
     """In pieces bit for bit, and from the middle of the second domain on another number of ranks and stage."""
-    direction = {"granularity": "direction", "normalization": "saturating"}
     methods: dict[str, dict[str, Any]] = {
-        "ewc": {"name": "ewc", "ewc": {"lambda": 1e4}},
+        "ewc": {"name": "ewc", "lambda": 1e4, "num_samples": 24},
         "merge": {"name": "merge"},
-        "directions": {
-            "name": "das",
-            "importance": direction,
-            "contrastive": {"weight": 0.0},
-            "merge": {"weight": 0.25},
-        },
+        "directions": {"name": "directions", "num_samples": 24, "merge": {"weight": 0.25}},
     }
     # So that a start also breaks off where weights are still to be merged, or within a pass over a sample.
     limits = {"ewc": 8, "merge": 7, "directions": 7}
 
     def values(name: str, method: str, **changes: Any) -> dict[str, Any]:
-        measured = {**methods[method], "importance": {**methods[method].get("importance", {}), "num_samples": 24}}
-        base = run(tmp_path, name, method=measured, asynchronous=False, log_interval=1)
+        base = run(tmp_path, name, method=methods[method], asynchronous=False, log_interval=1)
         checkpoint = {**base["checkpoint"], "keep_last": 100}
         return {**base, "model": small_run(tmp_path)["model"], "checkpoint": checkpoint, **changes}
 
@@ -215,7 +208,7 @@ def test_what_ewc_merging_and_directions_keep_continues(tmp_path: Path) -> None:
 def test_a_teacher_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
     def values(name: str, zero: dict[str, Any], micro_batch_size: int, **train: Any) -> dict[str, Any]:
         changes = {"log_interval": 1, "micro_batch_size": micro_batch_size, **train}
-        base = run(tmp_path, name, method={"name": "kd", "kd": {"weight": 10.0}}, asynchronous=False, **changes)
+        base = run(tmp_path, name, method={"name": "kd", "weight": 10.0}, asynchronous=False, **changes)
         return {**base, "deepspeed": {"zero_optimization": zero}}
 
     divided = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -240,7 +233,7 @@ def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
     """In fp16 with steps that are tried again; then a causal model on isolated documents, from two ranks to one."""
 
     def values(name: str, stage: int, micro_batch_size: int, **train: Any) -> dict[str, Any]:
-        method = {"name": "derpp", "derpp": {"capacity": 13, "max_positions": 4, "batch_size": 3}}
+        method = {"name": "derpp", "capacity": 13, "max_positions": 4, "batch_size": 3}
         changes = {"log_interval": 1, "micro_batch_size": micro_batch_size, **train}
         base = run(tmp_path, name, stage=stage, method=method, asynchronous=False, **changes)
         return {**base, "deepspeed": {**base["deepspeed"], "fp16": {"initial_scale_power": 22}}}

@@ -109,8 +109,7 @@ def test_exports_say_what_type_they_hold(changes: dict[str, Any], expected: torc
 
 def test_masks_of_directions_leave_new_tokens_alone(tmp_path: Path) -> None:
     """Where nothing known may change, logits of new tokens move over the first domain's inputs, and no others do."""
-    importance = {"granularity": "direction", "normalization": "saturating", "half_saturation": 1e-6}
-    method = {"name": "das", "importance": {**importance, "num_samples": 10}, "contrastive": {"weight": 0.0}}
+    method = {"name": "directions", "half_saturation": 1e-6, "num_samples": 10}
     values = run(tmp_path, "run", 2, method=method)
     values["train"] = {**values["train"], "weight_decay": 0.0}
     run_ranks(run_all, 2, [values])

@@ -20,7 +20,7 @@ from helpers.rehearsal import DERPP, PlainBuffer
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 
-KD = {"name": "kd", "kd": {"weight": 3.0, "temperature": 2.0}}
+KD = {"name": "kd", "weight": 3.0, "temperature": 2.0}
 # With a threshold of 0 every parameter is divided, with 30 vectors of up to that size stay whole.
 THRESHOLDS = (0, 30)
 

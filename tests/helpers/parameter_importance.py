@@ -14,6 +14,7 @@ from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.functional.units import UnitValues
+from das_ds.methods.das import DAS
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_parameter_importance
 from das_ds.softmask.parameter import ParameterImportance, sum_over_gradients
@@ -47,11 +48,12 @@ def _measured(
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     steps, folder = ResumableLoop(parts), config.output_dir
     domain = DomainContext(0, "domain", lambda label: ResumableLoop([]), lambda label: steps, folder, folder)
-    importance = ParameterImportance.measure(run, domain, "", LOSSES[kind], config.method.importance)
+    settings = DAS.settings_in(config).importance
+    importance = ParameterImportance.measure(run, domain, "", LOSSES[kind], settings)
     assert all(torch.equal(before[name], weight) for name, weight in engine.weights.fp32_weights())
     assert engine.module.training
     # The pass is complete: its sums are given back without any batch.
-    sums = sum_over_gradients(run, steps, LOSSES[kind], config.method.importance.score)
+    sums = sum_over_gradients(run, steps, LOSSES[kind], settings.score)
     found = stretches_of(run, sums), stretches_of(run, importance.sharded.flats), importance.unit_gates()
     engine.close()
     return found

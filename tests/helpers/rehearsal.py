@@ -18,7 +18,11 @@ CAPACITY, REPLAYED, POSITIONS, ALPHA, BETA = 10, 3, 2, 2.0, 0.5
 # Three sequences over two ranks and two micro-steps: one place is filled up. Rows predict more and fewer than two.
 DERPP: dict[str, Any] = {
     "name": "derpp",
-    "derpp": {"capacity": CAPACITY, "batch_size": REPLAYED, "max_positions": POSITIONS, "alpha": ALPHA, "beta": BETA},
+    "capacity": CAPACITY,
+    "batch_size": REPLAYED,
+    "max_positions": POSITIONS,
+    "alpha": ALPHA,
+    "beta": BETA,
 }
 
 

@@ -19,6 +19,7 @@ from das_ds.reporting.results import Results
 from das_ds.tracking.names import HARDWARE_METRICS
 from das_ds.training.save_point import Parts, SavePoint
 from das_ds.training.train import train
+from helpers.configs import changed
 from helpers.half import allow_fp16_on_cpu
 from helpers.run_ranks import run_ranks
 from helpers.runs import metrics_lines, run_all, small_run
@@ -38,16 +39,17 @@ def resumable_run(
 ) -> dict[str, Any]:
     """A run with dropout that may be saved at every boundary; logging does not fall on every saved step."""
     base = small_run(folder)
-    return {
+    values = {
         **base,
         "output_dir": folder / name,
         "model": {"config": {**base["model"]["config"], **DROPOUT}},
         "train": {**base["train"], "micro_batch_size": 2, "log_interval": 3, **train},
-        "method": {"name": "das", "importance": {"num_samples": 24}, **(method or {})},
+        "method": {"name": "das", "importance": {"num_samples": 24}},
         "evaluation": {"batch_size": 1, "max_sequences": 4},
         "deepspeed": {"zero_optimization": {"stage": stage}},
         "checkpoint": {"interval": 1, "async_save": asynchronous},
     }
+    return values if method is None else changed(values, {"method": method})
 
 
 def run_in_pieces(values: dict[str, Any], limit: int) -> tuple[Results, list[Place]]:

@@ -20,6 +20,7 @@ from das_ds.reporting.results import Results
 from das_ds.softmask.importance_file import save_parameter_importance
 from das_ds.training.evaluate import evaluate_model
 from das_ds.training.train import train
+from helpers.configs import changed
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import NO_DROPOUT
 from helpers.tiny_tokenizer import TEXT, tiny_tokenizer
@@ -66,9 +67,7 @@ def small_run(folder: Path, **changes: Any) -> dict[str, Any]:
         "deepspeed": {"zero_optimization": {"stage": 2}},
         "wandb": {"mode": "disabled"},
     }
-    for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
-    return values
+    return changed(values, changes)
 
 
 def save_random_importance(values: dict[str, Any], path: Path) -> Path:

@@ -18,6 +18,7 @@ from das_ds.models.architectures.registry import spec_for
 from das_ds.tracking.sinks import Metrics, Sink
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.domain_trainer import DomainTrainer, Progress
+from helpers.configs import changed
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import tiny_model
 
@@ -85,9 +86,7 @@ def run_config(output_dir: Path, **changes: Any) -> RunConfig:
         "method": {"view_dropout": 0.0},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
-    for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
-    return RunConfig(**values)
+    return RunConfig(**changed(values, changes))
 
 
 def build(config: RunConfig, ranks: ProcessGroup, **model_changes: Any) -> RunContext:

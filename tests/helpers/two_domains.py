@@ -83,7 +83,7 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
         weights.append({name: weight.detach().clone() for name, weight in engine.weights.fp32_weights()})
     sharded = {
         name: [(s.name, s.param_start, flats[s.flat][s.span].clone()) for s in engine.weights.shards]
-        for name, flats in method.state().sharded.items()
+        for name, flats in method.state_dict().sharded.items()
     }
     engine.close()
     return Learned(weights, recorder.lines, sharded)

@@ -31,7 +31,7 @@ def run(folder: Path, name: str, method: str = "ncl", **checkpoint: Any) -> dict
         **base,
         "output_dir": folder / name,
         "train": train,
-        "method": {"name": method, "importance": {"num_samples": 10}},
+        "method": {"name": method, "importance": {"num_samples": 10}} if method == "das" else {"name": method},
         "checkpoint": {"interval": 1000, **checkpoint},
     }
 

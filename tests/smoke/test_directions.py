@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from das_ds.config import MethodConfig, RunConfig
+from das_ds.config import RunConfig, parse_method
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank
 from das_ds.distributed.process_group import ProcessGroup
@@ -32,11 +32,7 @@ from helpers.two_domains import Expected, learn_all, learn_plainly, make_domains
 pytestmark = pytest.mark.multirank
 
 SATURATION = 0.5
-METHOD: dict[str, Any] = {
-    "name": "das",
-    "importance": {"granularity": "direction", "normalization": "saturating", "half_saturation": SATURATION},
-    "contrastive": {"weight": 0.0},
-}
+METHOD: dict[str, Any] = {"name": "directions", "half_saturation": SATURATION}
 
 
 @cache
@@ -146,7 +142,7 @@ def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_projectors_are_computed_for_own_shards_only(stage: int, tmp_path: Path) -> None:
     config = config_of(tmp_path, "roberta", 2, stage)
-    config = config.model_copy(update={"method": MethodConfig.model_validate(METHOD)})
+    config = config.model_copy(update={"method": parse_method(METHOD)})
     found = run_ranks(masks_made, 2, config)
     for made, own, distinct in found:
         # Queries, keys and values share one; four a layer, the LM head's dense layer, and the embeddings.

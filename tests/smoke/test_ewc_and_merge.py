@@ -18,11 +18,7 @@ pytestmark = pytest.mark.multirank
 
 STRENGTH, DECAY = 3000.0, 0.5
 # Gradients for Fisher information are those of single micro-batches, unlike those of training.
-EWC: dict[str, Any] = {
-    "name": "ewc",
-    "ewc": {"lambda": STRENGTH, "decay": DECAY},
-    "importance": {"gradient_batch_size": ROWS},
-}
+EWC: dict[str, Any] = {"name": "ewc", "lambda": STRENGTH, "decay": DECAY, "gradient_batch_size": ROWS}
 MERGE: dict[str, Any] = {"name": "merge", "merge": {"weight": 0.3}}
 AVERAGE: dict[str, Any] = {"name": "merge", "merge": {"weight": "average"}}
 

@@ -26,21 +26,18 @@ pytestmark = pytest.mark.multirank
 STEPS_PER_DOMAIN, BREAK_STEP = 6, 9
 IMPORTANCE = {"num_samples": 10}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "derpp": {"derpp": {"capacity": 13, "max_positions": 4, "batch_size": 3}},
-    "ewc": {"ewc": {"lambda": 1e4}},
-    "kd": {"kd": {"weight": 10.0}},
+    "das": {"importance": IMPORTANCE},
+    "derpp": {"capacity": 13, "max_positions": 4, "batch_size": 3},
+    "dga": {"importance": IMPORTANCE},
+    "directions": {"num_samples": 10, "merge": {"weight": 0.25}},
+    "ewc": {"lambda": 1e4, "num_samples": 10},
+    "kd": {"weight": 10.0},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},
-    "das-direction": {
-        "name": "das",
-        "importance": {**IMPORTANCE, "granularity": "direction", "normalization": "saturating"},
-        "contrastive": {"weight": 0.0},
-        "merge": {"weight": 0.25},
-    },
     "das-replay": {"name": "das", "importance": IMPORTANCE, "replay": {"fraction": 0.25}},
 }
-CASES = {**{name: {"name": name, "importance": IMPORTANCE, **SETTINGS.get(name, {})} for name in METHODS}, **VARIANTS}
+CASES = {**{name: {"name": name, **SETTINGS.get(name, {})} for name in METHODS}, **VARIANTS}
 
 
 def values(folder: Path, name: str, case: str) -> dict[str, Any]:

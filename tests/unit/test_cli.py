@@ -32,7 +32,7 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
     text = capsys.readouterr().out
-    for key in ("train.learning_rate", "method.softmask.apply_to", "domains.0.train", "wandb.mode"):
+    for key in ("train.learning_rate", "method.replay.fraction", "domains.0.train", "wandb.mode"):
         assert key in text
 
 

@@ -57,10 +57,10 @@ def test_number_of_ranks(num_gpus: int, batch: int, expected: int) -> None:
 
 def test_command_splits_the_batch_and_names_the_ranks_only_where_needed() -> None:
     batch = load_config(DAS_CONFIG).train.global_batch_size
-    on_cpu = demo.launch_command(DAS_CONFIG, ["method.name=ncl"], num_gpus=0, port=29501)
+    on_cpu = demo.launch_command(DAS_CONFIG, ["method=ncl"], num_gpus=0, port=29501)
     on_gpus = demo.launch_command(DAS_CONFIG, [], num_gpus=4, port=29501)
     assert on_cpu[:5] == ["deepspeed", "--num_accelerators", "2", "--master_port", "29501"]
-    assert on_cpu[-2:] == ["method.name=ncl", f"train.micro_batch_size={batch // 2}"]
+    assert on_cpu[-2:] == ["method=ncl", f"train.micro_batch_size={batch // 2}"]
     assert "--num_accelerators" not in on_gpus
     assert on_gpus[-1] == f"train.micro_batch_size={batch // 4}"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.config import RunConfig
+from das_ds.config import RunConfig, parse_method
 from das_ds.config.deepspeed import REPOSITORY, EngineConfig, build_engine_config
 from das_ds.config.deepspeed_keys import KEYS
 from das_ds.errors import ConfigError
@@ -128,9 +128,7 @@ def test_a_teacher_needs_weights_that_can_be_replaced(zero: dict[str, Any], expe
     config = run_config({"zero_optimization": {"stage": 3, **zero}})
     build_engine_config(config, world_size=1)
     with pytest.raises(ConfigError) as caught:
-        build_engine_config(
-            config.model_copy(update={"method": config.method.model_copy(update={"name": "kd"})}), world_size=1
-        )
+        build_engine_config(config.model_copy(update={"method": parse_method("kd")}), world_size=1)
     assert expected in str(caught.value)
 
 
@@ -257,12 +255,17 @@ def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, ne
     )
 
 
-def test_gradients_of_importance_are_shared_by_all_ranks() -> None:
-    config = run_config({})
-    method = {"importance": {"gradient_batch_size": 6}}
-    config = RunConfig.model_validate({**config.model_dump(), "method": method})
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ({"importance": {"gradient_batch_size": 6}}, "method.importance.gradient_batch_size"),
+        ({"name": "ewc", "gradient_batch_size": 6}, "method.gradient_batch_size"),
+    ],
+)
+def test_gradients_of_importance_are_shared_by_all_ranks(method: dict[str, Any], key: str) -> None:
+    config = run_config({}).model_copy(update={"method": parse_method(method)})
     assert build_engine_config(config, world_size=2).raw["gradient_accumulation_steps"] == 4
-    with pytest.raises(ConfigError, match=r"gradient_batch_size: found 6, expected a multiple of .* ranks, 4"):
+    with pytest.raises(ConfigError, match=rf"^{key}: found 6, expected a multiple of .* ranks, 4"):
         build_engine_config(config, world_size=4)
 
 

@@ -8,9 +8,18 @@ import pytest
 import yaml
 
 from das_ds.config import RunConfig
-from das_ds.config.io import config_differences, describe_config, dump_config, load_config, resolved_dict
-from das_ds.config.schema import RENAMED_KEYS, config_keys
+from das_ds.config.io import (
+    config_differences,
+    describe_config,
+    describe_method,
+    describe_methods,
+    dump_config,
+    load_config,
+    resolved_dict,
+)
+from das_ds.config.schema import RENAMED_KEYS, config_keys, method_keys
 from das_ds.errors import ConfigError, RunFolderError
+from das_ds.methods import METHODS
 
 RUN = """
 output_dir: runs/papers
@@ -80,8 +89,31 @@ def test_override(run_file: Path, override: str, key: tuple[str | int, ...], val
 
 
 def test_renamed_keys_lead_to_keys_that_exist() -> None:
-    assert set(RENAMED_KEYS.values()) <= set(config_keys())
-    assert not set(RENAMED_KEYS) & set(config_keys())
+    keys = {key for method in METHODS for key in config_keys(method)}
+    assert set(RENAMED_KEYS.values()) <= keys
+    assert not set(RENAMED_KEYS) & keys
+
+
+def test_method_by_name_alone(run_file: Path) -> None:
+    assert load_config(run_file, ["method=ewc"]) == load_config(run_file, ["method={name: ewc}"])
+    assert load_config(run_file, ["method=ewc", "method.lambda=3"]) == load_config(
+        run_file, ["method={name: ewc, lambda: 3}"]
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recorded_config_lists_the_keys_of_its_method_only(run_file: Path, method: str) -> None:
+    config = load_config(run_file, [f"method={method}"])
+    leaves = {row.key for row in method_keys(method) if not row.is_section}
+    assert set(leaf_keys(resolved_dict(config)["method"], "method")) == leaves
+    text = describe_method(method)
+    assert all(f"\n{key} " in text for key in leaves)
+    assert f"\n{method} " in f"\n{describe_methods()}"
+
+
+def test_help_of_an_unknown_method() -> None:
+    with pytest.raises(ConfigError, match=r"^method.name: found 'dsa', allowed: das \| derpp"):
+        describe_method("dsa")
 
 
 def test_later_override_wins(run_file: Path) -> None:
@@ -112,7 +144,7 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
         ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate or tasks.0.learning_rate?"),
         (
             "method.temprature=1",
-            "method.temprature: unknown key; did you mean method.contrastive.temperature or method.kd.temperature?",
+            "method.temprature: unknown key; did you mean method.contrastive.temperature?",
         ),
         ("domains.1.trian=[a]", "domains.1.trian: unknown key; did you mean domains.1.train?"),
         ("trian.eps=1", "trian: unknown key; did you mean train?"),
@@ -121,6 +153,21 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
             "method.importance.saturation: unknown key; did you mean method.importance.half_saturation?",
         ),
         ("run.hang_timeout=3", "run: unknown key; did you mean runtime?"),
+        ("method=5", "method: found 5, allowed: mapping"),
+        ("method.name=[das]", "method.name: found ['das'], allowed: das | derpp"),
+        ("method={name: ewc, decay: 2}", "method.decay: found 2, allowed: number >= 0 and <= 1"),
+        (
+            "method={name: ewc, ewc: {strength: 1}}",
+            "method.ewc: unknown key; the keys of ewc are in method itself: method.lambda, method.decay",
+        ),
+        (
+            "method={name: kd, alpha: 1}",
+            "method.alpha: unknown key; method is kd, this key belongs to derpp; method=NAME replaces the section",
+        ),
+        (
+            "method={name: ncl, importance: {}}",
+            "method.importance: unknown key; method is ncl, this key belongs to das, dga; method=NAME replaces",
+        ),
         (
             "model={config: {model_type: x}, architecture: {rules: [{}, {spread: halves}]}}",
             "rules.1.spread: unknown key; did you mean model.architecture.rules.1.layout?",
@@ -136,7 +183,7 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
         ("evaluation.batch_size=0", "evaluation.batch_size: found 0, allowed: integer >= 1 or null"),
         (
             "method.name=dsa",
-            "method.name: found 'dsa', allowed: das | derpp | dga | ewc | kd | merge | ncl | one | pool | replay",
+            f"method.name: found 'dsa', allowed: {' | '.join(METHODS)}",
         ),
         ("method.merge.weight=1", "method.merge.weight: found 1, allowed: number >= 0 and < 1 or average"),
         ("method.softmask.include_consumers=7", "method.softmask.include_consumers: found 7, allowed: true | false"),
@@ -175,7 +222,7 @@ def test_mistake_names_the_key_and_what_is_allowed(run_file: Path, override: str
 def test_all_mistakes_are_reported_in_one_line(run_file: Path) -> None:
     message = message_of(run_file, "learning_rate=1", "seed=-1", "method.name=dsa")
     assert message.split("; ") == [
-        "method.name: found 'dsa', allowed: das | derpp | dga | ewc | kd | merge | ncl | one | pool | replay",
+        f"method.name: found 'dsa', allowed: {' | '.join(METHODS)}",
         "seed: found -1, allowed: integer >= 0 and < 4294967296",
         "learning_rate: unknown key",
         "did you mean train.learning_rate or tasks.0.learning_rate?",
@@ -288,7 +335,7 @@ def test_help_shows_every_key_once(run_file: Path) -> None:
     lines = describe_config().splitlines()
     assert max(map(len, lines)) <= 120
     first_words = [line.split()[0] for line in lines if line and not line.startswith(" ")]
-    for key in leaf_keys(resolved_dict(load_config(run_file, ["model.config={model_type: a}"]))):
+    for key in leaf_keys(resolved_dict(load_config(run_file, ["model.config={model_type: a}", "method=ncl"]))):
         if not key.startswith(("model.config.", "domains", "general")):
             assert first_words.count(key) == 1, key
 
@@ -370,11 +417,15 @@ PATH_KEYS = (
     "data.cache_dir",
     "data.add_tokens.acl",
     "method.importance.init_from",
+    "method.init_from",
     "tasks.0.train",
     "tasks.0.dev",
     "tasks.0.test",
     "deepspeed",
 )
+
+
+SET_ALONE = ("data.add_tokens.acl", "method.init_from")
 
 
 def path_run(path: str) -> list[str]:
@@ -383,8 +434,13 @@ def path_run(path: str) -> list[str]:
         "model.config=null",
         "domains=[{name: acl, train: [x.txt], valid: [x.txt]}]",
         "tasks=[{name: t, train: x, dev: x, test: x}]",
-        *(f"{key}={path}" for key in PATH_KEYS if key != "data.add_tokens.acl" and not key.startswith("model.lora")),
+        *(f"{key}={path}" for key in PATH_KEYS if key not in SET_ALONE and not key.startswith("model.lora")),
     ]
+
+
+def method_with(key: str) -> list[str]:
+    """Override that gives the run a method with this key."""
+    return ["method=directions"] if key == "method.init_from" else []
 
 
 def value_at(config: RunConfig, key: str) -> str:
@@ -402,7 +458,7 @@ def test_home_and_variables_are_expanded_in_every_path_key(
     monkeypatch.setenv("SCRATCH", "/scratch")
     base = path_run("plain")
     for given, expected in (("~/x", "/home/reader/x"), ("$SCRATCH/x", "/scratch/x"), ("${SCRATCH}/x", "/scratch/x")):
-        config = load_config(run_file, [*base, f"{key}={given}"])
+        config = load_config(run_file, [*base, *method_with(key), f"{key}={given}"])
         assert value_at(config, key) == expected
 
 
@@ -412,7 +468,7 @@ def test_variable_that_is_not_set_is_refused_in_every_path_key(
 ) -> None:
     monkeypatch.delenv("NOT_SET_HERE", raising=False)
     with pytest.raises(ConfigError) as caught:
-        load_config(run_file, [*path_run("plain"), f"{key}=$NOT_SET_HERE/x"])
+        load_config(run_file, [*path_run("plain"), *method_with(key), f"{key}=$NOT_SET_HERE/x"])
     section = key.removesuffix(".acl")
     assert str(caught.value).startswith(f"{section}: found '$NOT_SET_HERE/x', but the variable NOT_SET_HERE is not set")
 
@@ -421,7 +477,10 @@ def test_every_key_that_names_files_is_expanded() -> None:
     """A new key that names a file or folder has to stand above, and to be of a type that is expanded."""
     known = {re.sub(r"\.0$", "", key) for key in PATH_KEYS}
     named = [
-        row for row in config_keys().values() if "text" in row.allowed and row.section != "wandb" and row.leaf != "name"
+        row
+        for method in METHODS
+        for row in config_keys(method).values()
+        if "text" in row.allowed and row.section != "wandb" and row.leaf != "name"
     ]
     found = {row.key for row in named if re.search(r"\b(folder|files?)\b", row.meaning.lower())}
     # General text is read as that of domains is.

@@ -3,19 +3,20 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from das_ds.config import (
     CorpusConfig,
     DomainConfig,
     ImportanceConfig,
-    MethodConfig,
     ModelConfig,
     RunConfig,
     SoftmaskConfig,
     TrainConfig,
 )
+from das_ds.config.method import method_configs
 from das_ds.config.stage import Stage
+from das_ds.methods import DEFAULT_METHOD
 
 SMALL: dict[str, Any] = {
     "output_dir": "runs/papers",
@@ -27,7 +28,7 @@ SMALL: dict[str, Any] = {
 def test_three_keys_are_enough() -> None:
     config = RunConfig.model_validate(SMALL)
     assert config.train.learning_rate == 1e-4
-    assert config.method.softmask.apply_to == "update"
+    assert config.method.name == DEFAULT_METHOD
     assert config.deepspeed == "ds_configs/zero2.json"
 
 
@@ -40,15 +41,6 @@ def test_values_cannot_change() -> None:
 def replaying(share: float | None, size: int = 256, name: str = "ncl", **changes: Any) -> dict[str, Any]:
     method = {"name": name, "replay": {"fraction": share}}
     return {**SMALL, "train": {"global_batch_size": size, "micro_batch_size": 1}, "method": method, **changes}
-
-
-def rehearsing(replayed: int | None, size: int, **changes: Any) -> dict[str, Any]:
-    return {**replaying(0.0, size), "method": {"name": "derpp", "derpp": {"batch_size": replayed, **changes}}}
-
-
-@pytest.mark.parametrize(("replayed", "size", "expected"), [(None, 256, 16), (None, 4, 1), (8, 8, 8)])
-def test_replayed_from_the_buffer(replayed: int | None, size: int, expected: int) -> None:
-    assert RunConfig.model_validate(rehearsing(replayed, size)).num_rehearsed == expected
 
 
 @pytest.mark.parametrize(
@@ -95,23 +87,6 @@ def test_stages_are_the_domains_one_by_one_or_all_at_once_in_as_many_steps() -> 
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ({"name": "das"}, (True, False)),
-        ({"name": "das", "softmask": {"exponent": 2.0}}, (True, True)),
-        ({"name": "das", "softmask": {"unowned_update_scale": 0.5}}, (True, True)),
-        ({"name": "das", "softmask": {"groups": ["head"]}}, (True, True)),
-        ({"name": "dga"}, (True, True)),
-        ({"name": "ncl", "softmask": {"exponent": 2.0}}, (False, False)),
-    ],
-)
-def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: tuple[bool, bool]) -> None:
-    config = MethodConfig.model_validate({**method, "importance": {"granularity": "parameter"}})
-    assert (config.is_soft_masked, config.has_own_mask) == expected
-    assert not MethodConfig.model_validate(method).has_own_mask
-
-
-@pytest.mark.parametrize(
     ("section", "values", "message"),
     [
         (ModelConfig, {}, "exactly one of name_or_path"),
@@ -152,8 +127,11 @@ def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: 
             "method.replay.general: found true with nothing to replay, expected method.replay.fraction",
         ),
         (
-            MethodConfig,
-            {"importance": {"granularity": "parameter"}, "softmask": {"include_consumers": True}},
+            RunConfig,
+            {
+                **SMALL,
+                "method": {"importance": {"granularity": "parameter"}, "softmask": {"include_consumers": True}},
+            },
             "softmask.include_consumers needs importance.granularity: unit, found true with parameter",
         ),
         (SoftmaskConfig, {"groups": ["heads"]}, "should be 'head', 'intermediate', 'output' or 'unowned'"),
@@ -162,14 +140,7 @@ def test_which_masks_take_memory_of_their_own(method: dict[str, Any], expected: 
             {"score": "grad_x_weight"},
             "score: found grad_x_weight with granularity unit, .* allowed there: abs_grad, squared_grad",
         ),
-        (
-            RunConfig,
-            rehearsing(9, 8),
-            "method.derpp.batch_size: found 9, allowed: at most 8, the smaller of method.derpp.capacity 1000 and "
-            "train.global_batch_size 8",
-        ),
-        (RunConfig, rehearsing(None, 256, capacity=15), "method.derpp.batch_size: found 16, allowed: at most 15"),
-        (RunConfig, rehearsing(1, 8, max_positions=7), "multiple of 2"),
+        (RunConfig, {**SMALL, "method": {"name": "derpp", "max_positions": 7}}, "multiple of 2"),
         (RunConfig, {**SMALL, "domains": []}, "at least 1 item"),
         (RunConfig, {**SMALL, "epochs": 3}, "Extra inputs"),
     ],
@@ -179,9 +150,11 @@ def test_contradiction_is_refused(section: type[Any], values: dict[str, Any], me
         section.model_validate(values)
 
 
-def test_every_key_says_what_it_means() -> None:
-    schema = RunConfig.model_json_schema()
+@pytest.mark.parametrize("section", [RunConfig, *method_configs().values()])
+def test_every_key_says_what_it_means(section: type[BaseModel]) -> None:
+    schema = section.model_json_schema()
     for definition in [schema, *schema["$defs"].values()]:
         assert definition["description"]
         for name, node in definition["properties"].items():
-            assert "$ref" in node or node.get("description"), f"{definition['title']}.{name} has no docstring"
+            is_described = "$ref" in node or node.get("description") or name == "name"
+            assert is_described, f"{definition['title']}.{name} has no docstring"

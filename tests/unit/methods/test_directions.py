@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from das_ds.config import MethodConfig
+from das_ds.config import parse_method
 from das_ds.distributed.process_group import RankInfo
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import ImportanceError, ModelError, TrainingError
@@ -25,9 +26,8 @@ from helpers.architectures import causal_batch
 from helpers.tiny_models import tiny_model, without_dropout
 from helpers.training import LENGTH, no_text_domain, random_batch, rank_part, run_config
 
-IMPORTANCE = {"granularity": "direction", "normalization": "saturating", "half_saturation": 2.0}
 WITHOUT_LINEAR_LAYERS = ("gpt2", "mixtral", "qwen3_moe")
-METHOD: dict[str, Any] = {"name": "das", "importance": IMPORTANCE, "contrastive": {"weight": 0.0}}
+METHOD: dict[str, Any] = {"name": "directions", "half_saturation": 2.0}
 
 
 def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
@@ -148,42 +148,29 @@ def test_earlier_runs_protect_from_the_first_domain_on(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     save_directions(tmp_path / DIRECTIONS_FILE, {name: torch.eye(width) for name, width in widths.items()}, run.layout)
-    initial = {**METHOD, "importance": {**IMPORTANCE, "init_from": str(tmp_path / DIRECTIONS_FILE)}}
-    method = build_method(run_of(tmp_path, initial))
+    method = build_method(run_of(tmp_path, {**METHOD, "init_from": str(tmp_path / DIRECTIONS_FILE)}))
     method.before_domain(no_text_domain(tmp_path))
-    assert isinstance(method, Directions) and method.state().shared.keys() == widths.keys()
+    assert isinstance(method, Directions) and method.state_dict().shared.keys() == widths.keys()
 
 
 def test_networks_whose_layers_are_no_linear_layers_are_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, model_type="gpt2")
-    with pytest.raises(ModelError, match=r"found direction, but .*c_attn.weight is no weight of a torch.nn.Linear"):
+    with pytest.raises(ModelError, match=r"found directions, but .*c_attn.weight is no weight of a torch.nn.Linear"):
         build_method(run)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "merge"])
 def test_any_method_merges_where_it_is_told_to(name: str) -> None:
-    assert MethodConfig.model_validate({"name": name}).merging is None
-    assert MethodConfig.model_validate({"name": name, "merge": {"weight": 0.25}}).merging == 0.25
+    assert parse_method(name).merge_weight is None
+    assert parse_method({"name": name, "merge": {"weight": 0.25}}).merge_weight == 0.25
 
 
 def test_merge_has_a_default(tmp_path: Path) -> None:
-    assert MethodConfig.model_validate({"name": "merge"}).merging == 0.5
+    assert parse_method("merge").merge_weight == 0.5
     assert isinstance(build_method(run_of(tmp_path, {"name": "merge"})), MergingWrapper)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"name": "dga"}, "name: found dga with importance.granularity direction, allowed there: das"),
-        ({"contrastive": {"weight": 1.0}}, "contrastive.weight: found 1.0 with .* allowed there: 0.0"),
-        ({"softmask": {"apply_to": "gradient"}}, "softmask.apply_to: found gradient .* allowed there: update"),
-        ({"softmask": {"exponent": 2.0}}, "softmask.exponent: found 2.0 .* allowed there: 1.0"),
-        ({"importance": {**IMPORTANCE, "normalization": "abs_tanh"}}, "normalization: found abs_tanh .* saturating"),
-        ({"importance": {**IMPORTANCE, "scope": "model"}}, "importance.scope: found model .* allowed there: tensor"),
-    ],
-)
-def test_what_directions_have_no_use_for_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MethodConfig.model_validate({**METHOD, **changes})
-    # Another method leaves the section alone.
-    MethodConfig.model_validate({**METHOD, **changes, "name": "ncl"})
+@pytest.mark.parametrize("key", ["contrastive", "softmask", "importance", "view_dropout"])
+def test_keys_of_das_are_refused(key: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{key}\n +Extra inputs"):
+        parse_method({**METHOD, key: {}})

@@ -7,16 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
 from das_ds.preflight.memory_estimate import (
-    Granularity,
     MemoryEstimate,
-    ModelSize,
-    Sharding,
     activation_bytes,
     checkpoint_bytes,
     domain_bytes,
     estimate_memory,
-    importance_bytes,
     logits_bytes,
 )
 
@@ -31,6 +28,7 @@ SIZE = ModelSize(
     heads=2,
     vocabulary=60,
 )
+NOTHING = MemoryUse()
 SHARDING = Sharding(stage=2, num_ranks=4, weight_bytes=2, gradient_bytes=4, num_moments=2, bucket=100)
 
 
@@ -42,27 +40,15 @@ def test_checkpoint_bytes_adamw_equals_its_state() -> None:
     moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     kept = sum(tensor.nbytes for tensor in (*model.parameters(), *moments))
     trained = sum(parameter.numel() for parameter in model.parameters())
-    assert checkpoint_bytes(trained=trained, optimizer="adamw") == kept == 12 * trained
-    assert checkpoint_bytes(trained=trained, optimizer="cpu_adam") == kept
-    assert checkpoint_bytes(trained=trained, optimizer="lion") == 8 * trained
+    assert checkpoint_bytes(trained, "adamw") == kept == 12 * trained
+    assert checkpoint_bytes(trained, "cpu_adam") == kept
+    assert checkpoint_bytes(trained, "lion") == 8 * trained
 
 
-def test_checkpoint_bytes_importance_and_sums_are_counted() -> None:
-    assert checkpoint_bytes(trained=1000, optimizer="adamw", granularity="unit", num_units=50) == 12_000 + 200 + 200
-    assert checkpoint_bytes(trained=1000, optimizer="adamw", granularity="parameter") == 12_000 + 1000 + 4000
-
-
-def test_importance_bytes_per_unit_and_per_weight() -> None:
-    assert importance_bytes("unit", trained=1000, num_units=50) == 200
-    assert importance_bytes("parameter", trained=1000, num_units=50) == 1000
-    assert importance_bytes(None, trained=1000, num_units=50) == 0
-
-
-def test_domain_bytes_weights_model_and_importance() -> None:
-    assert domain_bytes(SIZE, None) == 8000
-    assert domain_bytes(SIZE, "unit") == 8200
+def test_domain_bytes_are_weights_and_model() -> None:
+    assert domain_bytes(SIZE) == 8000
     # LoRA: weights and adapter of 100, exported model of 1000.
-    assert domain_bytes(replace(SIZE, trained=100), None) == 400 + 4000 + 400
+    assert domain_bytes(replace(SIZE, trained=100)) == 400 + 4000 + 400
 
 
 @pytest.mark.parametrize(
@@ -78,7 +64,7 @@ def test_domain_bytes_weights_model_and_importance() -> None:
 )
 def test_estimate_memory_by_stage(stage: int, weight_bytes: int, expected: tuple[int, ...]) -> None:
     needed = estimate_memory(
-        SIZE, replace(SHARDING, stage=stage, weight_bytes=weight_bytes), granularity=None, copied_bytes=12_000
+        SIZE, replace(SHARDING, stage=stage, weight_bytes=weight_bytes), method=NOTHING, copied_bytes=12_000
     )
     names = ("weights", "gathered weights", "gradients", "buckets", "fp32 weights", "moments", "gradients of the shard")
     assert tuple(needed.device[name] for name in names) == expected
@@ -88,14 +74,13 @@ def test_estimate_memory_by_stage(stage: int, weight_bytes: int, expected: tuple
 
 def test_estimate_memory_offload_moves_items_to_the_host() -> None:
     stage_3 = replace(SHARDING, stage=3)
-    here = estimate_memory(SIZE, stage_3, granularity="parameter", copied_bytes=0)
+    method = MemoryUse(device={"buffer": 5}, optimizer={"importance": 6}, host={"copy": 7})
+    here = estimate_memory(SIZE, stage_3, method=method, copied_bytes=0)
     there = estimate_memory(
-        SIZE,
-        replace(stage_3, offloads_optimizer=True, offloads_weights=True),
-        granularity="parameter",
-        copied_bytes=0,
+        SIZE, replace(stage_3, offloads_optimizer=True, offloads_weights=True), method=method, copied_bytes=0
     )
-    assert there.device.keys() == {"gathered weights", "gradients", "buckets"}
+    assert there.device.keys() == {"gathered weights", "gradients", "buckets", "buffer"}
+    assert here.device["importance"] == 6 and here.host["copy"] == 7
     assert {**there.device, **there.host} == {**here.device, **here.host}
     assert here.on_cpu().device_bytes == there.on_cpu().device_bytes
 
@@ -103,22 +88,13 @@ def test_estimate_memory_offload_moves_items_to_the_host() -> None:
 def test_estimate_memory_zero3_gathers_largest_layer_or_live() -> None:
     def gathered(live: int) -> int:
         sharding = replace(SHARDING, stage=3, live=live)
-        return estimate_memory(SIZE, sharding, granularity=None, copied_bytes=0).device["gathered weights"]
+        return estimate_memory(SIZE, sharding, method=NOTHING, copied_bytes=0).device["gathered weights"]
 
     assert (gathered(0), gathered(500), gathered(10**9)) == (600, 1000, 2000)
 
 
-def test_estimate_memory_parameter_importance_is_sharded() -> None:
-    def importance(granularity: Granularity | None, **mask: bool) -> int:
-        return estimate_memory(SIZE, SHARDING, granularity=granularity, copied_bytes=0, **mask).device["importance"]
-
-    assert importance("parameter") == 6 * 1000 // 4
-    assert importance("parameter", has_own_mask=True) == 7 * 1000 // 4
-    assert importance("unit") == 3 * 4 * 50 and importance(None) == 0
-
-
 def test_estimate_memory_construction_may_be_the_peak() -> None:
-    needed = estimate_memory(SIZE, replace(SHARDING, num_ranks=1000), granularity=None, copied_bytes=0)
+    needed = estimate_memory(SIZE, replace(SHARDING, num_ranks=1000), method=NOTHING, copied_bytes=0)
     assert needed.device_bytes == 4000 > sum(needed.device.values())
     # float32 as it is read, and the copy of what 16 bits would round.
     assert needed.host_bytes == 8000
@@ -141,7 +117,7 @@ def test_activation_bytes_recomputed_layers_keep_inputs() -> None:
 def test_estimate_memory_rounded_frozen_weights_are_kept() -> None:
     def kept(**changes: int) -> int:
         found = estimate_memory(
-            replace(SIZE, trained=100), replace(SHARDING, **changes), granularity=None, copied_bytes=0
+            replace(SIZE, trained=100), replace(SHARDING, **changes), method=NOTHING, copied_bytes=0
         )
         return found.host.get("frozen weights", 0)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from das_ds.config import ImportanceConfig
 from das_ds.functional.importance import normalize
 from das_ds.softmask import unit
 from das_ds.softmask.unit import UnitImportance
@@ -20,8 +21,8 @@ def test_unit_importance_measures_configured_score(kind: str, monkeypatch: pytes
     by_kind = {"abs_grad": raw, "squared_grad": raw**2}
     measure = lambda run, batches, loss, found: {"head": by_kind[found]}  # noqa: E731
     monkeypatch.setattr(unit, "measure_unit_importance", measure)
-    run: Any = SimpleNamespace(config=run_config(tmp_path, method={"importance": {"score": kind}}))
+    settings = ImportanceConfig(score=kind)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(config=run_config(tmp_path))
     domain: Any = SimpleNamespace(sample_batches=lambda label: None)
-    settings = run.config.method.importance
     importance = UnitImportance.measure(run, domain, "importance", None, settings)  # type: ignore[arg-type]
     assert torch.equal(importance.values["head"], normalize(by_kind[kind], settings))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from das_ds.config import MethodConfig, RunConfig
+from das_ds.config import RunConfig, parse_method
 from das_ds.errors import ConfigError
 from das_ds.run_dir import WANDB_RUN_ID_FILE
 from das_ds.tracking import wandb_sink
@@ -160,7 +160,7 @@ def test_unreachable_server_falls_back_to_offline(
 def test_every_stage_has_an_axis(make_config: ConfigMaker, tmp_path: Path, method: str, names: list[str]) -> None:
     config = make_config(tmp_path, "offline")
     library = FakeWandb()
-    sink = WandbSink(config.model_copy(update={"method": MethodConfig.model_validate({"name": method})}), library)
+    sink = WandbSink(config.model_copy(update={"method": parse_method(method)}), library)
     sink.close()
     assert library.run.axes == {**{f"{name}/*": f"{name}/step" for name in names}, "eval/*": "domains_learned"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from das_ds.config import RunConfig
+from das_ds.config import RunConfig, parse_method
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import ConfigError, ModelError
 from das_ds.training.data_module import prepare_data
@@ -76,8 +76,8 @@ def test_a_gradient_has_its_number_of_sequences(
     size: int | None, world_size: int, rows: list[int], tmp_path: Path
 ) -> None:
     config = run_config(tmp_path, isolate=False)
-    importance = config.method.importance.model_copy(update={"gradient_batch_size": size, "num_samples": 5})
-    config = config.model_copy(update={"method": config.method.model_copy(update={"importance": importance})})
+    method = parse_method({"importance": {"gradient_batch_size": size, "num_samples": 5}})
+    config = config.model_copy(update={"method": method})
     measured: list[torch.Tensor] = []
     for rank in range(world_size):
         steps = prepare_data(config, RankInfo(rank, rank, world_size, INFO.device), "clm").importance_steps("soup")

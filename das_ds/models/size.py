@@ -1,0 +1,96 @@
+"""Sizes for memory estimates: counts of a network, how ZeRO shards it, and the bytes that a method adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FP32 = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of a network."""
+
+    trained: int
+    """P: all parameters, or those of LoRA."""
+    total: int
+    """A: all parameters, LoRA's included."""
+    largest_layer: int
+    """Parameters of the largest module that ZeRO-3 gathers at once."""
+    num_units: int
+    """Units of all layers and groups."""
+    num_layers: int
+    hidden: int
+    inner: int
+    """Neurons of an MLP that one token uses."""
+    heads: int
+    vocabulary: int
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the weights are frozen and LoRA is trained."""
+        return self.trained < self.total
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ZeRO divides a network over the ranks."""
+
+    stage: int
+    num_ranks: int
+    """R."""
+    weight_bytes: int
+    """w: 4 in fp32, else 2."""
+    gradient_bytes: int
+    """g."""
+    num_moments: int
+    """m."""
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+    bucket: int = 0
+    """Gradients that are reduced together."""
+    live: int = 0
+    """Gathered weights that ZeRO-3 may keep."""
+
+    @property
+    def optimizer_shards(self) -> int:
+        """Shards of the optimizer's state."""
+        return self.num_ranks if self.stage >= 1 else 1
+
+    @property
+    def weight_shards(self) -> int:
+        """Shards of the weights of training."""
+        return self.num_ranks if self.stage == 3 else 1
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes that a method adds to model and optimizer."""
+
+    device: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank, on the device."""
+    optimizer: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank, where the optimizer's state is: in host memory where that is offloaded."""
+    host: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank, in host memory."""
+    checkpoint: int = 0
+    """Of a checkpoint within a domain, over all ranks."""
+    domain: int = 0
+    """On disk for every domain, over all ranks: in the checkpoint at its end, and in files of its own."""
+    run: int = 0
+    """On disk once: files of the complete run."""
+    extra_rows: int = 0
+    """Rows that one forward pass of a rank has besides those of its micro-batch."""
+
+    def __add__(self, other: MemoryUse) -> MemoryUse:
+        return MemoryUse(
+            device={**self.device, **other.device},
+            optimizer={**self.optimizer, **other.optimizer},
+            host={**self.host, **other.host},
+            checkpoint=self.checkpoint + other.checkpoint,
+            domain=self.domain + other.domain,
+            run=self.run + other.run,
+            extra_rows=self.extra_rows + other.extra_rows,
+        )

@@ -1,0 +1,99 @@
+"""The contract of methods: one file and one line each, checked by what they declare."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import das_ds
+from das_ds.config import RunConfig
+from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.method import MethodConfig
+from das_ds.errors import ConfigError
+from das_ds.methods import DEFAULT_METHOD, METHODS
+
+ORDINARY_WORDS = {"pool": "das_ds/config/stage.py"}
+"""Name of a method that is also a word -> file that means another thing by it: a stage of several domains."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_config_has_the_name_of_its_method(name: str) -> None:
+    config = METHODS[name].Config
+    assert issubclass(config, MethodConfig)
+    assert config.model_fields["name"].default == name and config.model_validate({}).name == name
+    assert str(config.__doc__).partition("\n")[0].endswith(".")
+
+
+def test_default_is_a_method() -> None:
+    assert DEFAULT_METHOD in METHODS
+
+
+def test_package_loads_without_deepspeed_and_transformers() -> None:
+    code = "import sys, das_ds.methods; print([name for name in ('deepspeed', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_config_loads_without_methods() -> None:
+    code = "import sys, das_ds.config, das_ds.config.io; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_names_of_methods_are_written_in_their_package_only() -> None:
+    root = Path(das_ds.__file__).parents[1]
+    found = {
+        (str(path.relative_to(root)), node.value)
+        for path in (root / "das_ds").rglob("*.py")
+        if "methods" not in path.relative_to(root).parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in METHODS
+    }
+    assert {(file, word) for file, word in found if ORDINARY_WORDS.get(word) != file} == set()
+
+
+def run_config(method: dict[str, Any], **changes: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "output_dir": "run",
+        "model": {"name_or_path": "roberta-base"},
+        "domains": [{"name": "acl", "train": ["acl.txt"]}],
+        "train": {"global_batch_size": 8, "micro_batch_size": 1},
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    }
+    return RunConfig.model_validate({**values, "method": method, **changes})
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (
+            {"name": "derpp", "batch_size": 9},
+            "method.batch_size: found 9, allowed: at most 8, the smaller of method.capacity 1000 and "
+            "train.global_batch_size 8",
+        ),
+        ({"name": "derpp", "batch_size": 5, "capacity": 4}, "method.batch_size: found 5, allowed: at most 4"),
+    ],
+)
+def test_derpp_buffer_too_small_is_refused(method: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        build_deepspeed_config(run_config(method), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "global_batch_size", "expected"), [(None, 256, 16), (None, 4, 1), (8, 8, 8), (None, 40, 2)]
+)
+def test_derpp_replays_one_in_sixteen(batch_size: int | None, global_batch_size: int, expected: int) -> None:
+    settings = METHODS["derpp"].Config.model_validate({"batch_size": batch_size})
+    assert settings.num_replayed(global_batch_size) == expected
+
+
+def test_one_with_head_warmup_is_refused() -> None:
+    model = {"name_or_path": "roberta-base", "allow_missing": ["lm_head"], "head_warmup_steps": 3}
+    with pytest.raises(ConfigError, match=r"model.head_warmup_steps: found 3 with method one, whose domains all start"):
+        build_deepspeed_config(run_config({"name": "one"}, model=model), world_size=1)
+    build_deepspeed_config(run_config({"name": "ncl"}, model=model), world_size=1)

@@ -1,0 +1,148 @@
+"""Memory and disk space of methods, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from das_ds.config import RunConfig
+from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.methods import method_memory
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
+from das_ds.preflight.memory import activation_estimate, estimated_memory, unsharded_use
+
+SIZE = ModelSize(
+    trained=1000,
+    total=1200,
+    largest_layer=500,
+    num_units=50,
+    num_layers=2,
+    hidden=24,
+    inner=40,
+    heads=3,
+    vocabulary=100,
+)
+SHARDING = Sharding(stage=2, num_ranks=4, weight_bytes=2, gradient_bytes=4, num_moments=2)
+DERPP: dict[str, Any] = {"name": "derpp", "capacity": 11, "max_positions": 8, "batch_size": 9}
+# 16 tokens and 8 answers: 4 x 16 + 8 x (8 + 2 x 24).
+ROW = 512
+# Two layers of five matrices that read 24 numbers and one that reads 40, and two of the LM head.
+MOMENTS = 4 * (2 * (5 * 24**2 + 40**2) + 2 * 24**2)
+
+
+def config(method: str | dict[str, Any], stage: int = 2, precision: str = "bf16") -> RunConfig:
+    values: dict[str, Any] = {
+        "output_dir": "run",
+        "model": {"config": {"model_type": "roberta"}},
+        "domains": [{"name": "acl", "train": ["acl.txt"]}],
+        "data": {"sequence_length": 16},
+        "train": {"global_batch_size": 32, "micro_batch_size": 4, "precision": precision},
+        "method": method,
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+    }
+    return RunConfig.model_validate(values)
+
+
+def importance(**softmask: Any) -> dict[str, Any]:
+    return {"name": "das", "importance": {"granularity": "parameter"}, "softmask": softmask}
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "precision", "part", "expected"),
+    [
+        ("ewc", 2, "bf16", "Fisher information", 2000),
+        ("ewc", 0, "bf16", "Fisher information", 8000),
+        ("kd", 2, "bf16", "teacher", 2000),
+        ("kd", 0, "fp32", "teacher", 4000),
+        ("kd", 3, "fp16", "teacher", 500),
+        # Eleven rows on four ranks are three on the first.
+        (DERPP, 3, "bf16", "buffer", 3 * ROW),
+        ("das", 2, "bf16", "importance", 3 * 4 * 50),
+        # Accumulated and new, one byte each, and float32 sums.
+        (importance(), 2, "bf16", "importance", 6 * 1000 // 4),
+        (importance(), 0, "bf16", "importance", 6 * 1000),
+    ],
+)
+def test_memory_of_a_rank_by_stage(
+    method: str | dict[str, Any], stage: int, precision: str, part: str, expected: int
+) -> None:
+    run = config(method, stage, precision)
+    found, plain = (
+        estimated_memory(c, SIZE, build_deepspeed_config(c, 4), 4) for c in (run, config("ncl", stage, precision))
+    )
+    assert found.device == {**plain.device, part: expected}
+    copied = unsharded_use(run, SIZE).checkpoint // (1 if stage == 0 else 4)
+    assert found.host["copy of a checkpoint"] - plain.host["copy of a checkpoint"] == copied
+
+
+@pytest.mark.parametrize(
+    ("method", "has_own_mask"),
+    [
+        (importance(), False),
+        (importance(exponent=2.0), True),
+        (importance(unowned_update_scale=0.5), True),
+        (importance(groups=["head"]), True),
+        ({**importance(), "name": "dga"}, True),
+    ],
+)
+def test_memory_of_a_mask_that_is_not_the_importance(method: dict[str, Any], has_own_mask: bool) -> None:
+    use = method_memory(config(method), SIZE, SHARDING)
+    assert use.optimizer["importance"] == (7 if has_own_mask else 6) * 1000 // 4
+    by_unit = {**method, "importance": {"granularity": "unit"}}
+    assert method_memory(config(by_unit), SIZE, SHARDING).optimizer["importance"] == 3 * 4 * 50
+
+
+def test_memory_of_directions() -> None:
+    run = config("directions")
+    found = estimated_memory(run, SIZE, build_deepspeed_config(run, 4), 4)
+    assert found.device["direction masks"] == found.host["moments of inputs"] == MOMENTS
+    assert found.device["weights before the step"] == 1000
+
+
+def test_memory_in_host_memory() -> None:
+    run = config("merge")
+    found = estimated_memory(run, SIZE, build_deepspeed_config(run, 4), 4)
+    assert found.host["weights before the domain"] == 1000
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    offloaded = config("ewc").model_copy(update={"deepspeed": {"zero_optimization": zero}})
+    found = estimated_memory(offloaded, SIZE, build_deepspeed_config(offloaded, 4), 4)
+    assert found.host["Fisher information"] == 2000 and "Fisher information" not in found.device
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # Of a checkpoint within a domain, of every domain, of the run.
+        ("ewc", (8000, 4000, 0)),
+        ("kd", (2000, 0, 0)),
+        (DERPP, (11 * ROW, 11 * ROW, 0)),
+        ("directions", (MOMENTS, MOMENTS, 0)),
+        ("merge", (4000, 0, 0)),
+        ({"name": "ewc", "merge": {"weight": 0.5}}, (12_000, 4000, 0)),
+        ("ncl", (0, 0, 0)),
+        # Importance of 50 units, and the sums of a pass over them.
+        ("das", (200 + 200, 200, 400)),
+        (importance(), (1000 + 4000, 1000, 2000)),
+    ],
+)
+def test_disk_space(method: str | dict[str, Any], expected: tuple[int, int, int]) -> None:
+    use = unsharded_use(config(method), SIZE)
+    assert (use.checkpoint, use.domain, use.run) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    # 9 of 32 sequences are 1.125 of 4: two rows more.
+    [("ncl", 4), ("das", 16), ({"name": "das", "contrastive": {"weight": 0.0}}, 4), ("directions", 4), (DERPP, 6)],
+)
+def test_rows_of_a_forward_pass(method: str | dict[str, Any], rows: int) -> None:
+    run = config(method)
+    assert run.train.micro_batch_size + unsharded_use(run, SIZE).extra_rows == rows
+    assert activation_estimate(run, SIZE) >= activation_estimate(config("ncl"), SIZE)
+
+
+def test_memory_uses_add_up() -> None:
+    first = MemoryUse({"a": 1}, {"b": 2}, {"c": 3}, checkpoint=4, domain=5, run=6, extra_rows=7)
+    second = MemoryUse({"d": 8}, {}, {"e": 9}, checkpoint=10, domain=11, run=12, extra_rows=13)
+    assert first + second == MemoryUse({"a": 1, "d": 8}, {"b": 2}, {"c": 3, "e": 9}, 14, 16, 18, 20)
