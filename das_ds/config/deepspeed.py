@@ -83,8 +83,9 @@ def build_engine_config(config: RunConfig, world_size: int) -> EngineConfig:
     _refuse_misfits(engine, world_size)
     for key, (owner, value) in _owned_values(config, engine, world_size).items():
         _set_owned(engine, key, owner, value)
-    load_methods().METHODS[config.method.name].validate(config, engine)
-    return EngineConfig.from_raw(ENGINE_DEFAULTS | engine)
+    engine_config = EngineConfig.from_raw(ENGINE_DEFAULTS | engine)
+    load_methods().METHODS[config.method.name].validate(config, engine_config)
+    return engine_config
 
 
 def _zero_stage(engine: dict[str, Any]) -> int:

@@ -88,7 +88,7 @@ class MethodClass(Protocol):
 
     Config: type[MethodConfig]
 
-    def validate(self, config: Any, engine_config: dict[str, Any]) -> None:
+    def validate(self, config: Any, engine_config: Any) -> None:
         """See `das_ds.methods.base.Method`."""
 
 

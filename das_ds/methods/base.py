@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from das_ds.functional.units import UnitValues
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
 
 if TYPE_CHECKING:
+    from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import DomainContext, RunContext
     from das_ds.data.batch import Batch
 
@@ -55,12 +56,12 @@ class Method(Generic[C]):
         return settings
 
     @classmethod
-    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+    def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
         """Check settings that depend on other sections, the DeepSpeed config or the number of ranks.
 
         Args:
             config: the run.
-            engine_config: merged DeepSpeed config, with its batch sizes.
+            engine_config: DeepSpeed's merged settings, with batch sizes.
 
         Raises:
             ConfigError: settings that the method does not support.
@@ -109,19 +110,19 @@ class Method(Generic[C]):
         return None
 
 
-def check_gradient_batch_size(key: str, config: RunConfig, engine_config: dict[str, Any]) -> None:
+def check_gradient_batch_size(key: str, config: RunConfig, engine_config: EngineConfig) -> None:
     """Check that every rank gets the same number of the sequences of a measured gradient.
 
     Args:
         key: config key of the batch size.
         config: the run.
-        engine_config: merged DeepSpeed config.
+        engine_config: DeepSpeed's merged settings.
 
     Raises:
         ConfigError: not a multiple of the number of ranks.
     """
-    per_rank = engine_config["train_micro_batch_size_per_gpu"] * engine_config["gradient_accumulation_steps"]
-    num_ranks = engine_config["train_batch_size"] // per_rank
+    per_rank = engine_config.raw["train_micro_batch_size_per_gpu"] * engine_config.raw["gradient_accumulation_steps"]
+    num_ranks = engine_config.raw["train_batch_size"] // per_rank
     if config.gradient_batch_size % num_ranks:
         raise ConfigError(
             f"{key}: found {config.gradient_batch_size}, expected a multiple of the number of ranks, {num_ranks}"

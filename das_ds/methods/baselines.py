@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from das_ds.config import MethodConfig, RunConfig
+from das_ds.config.deepspeed import EngineConfig
 from das_ds.config.method import DEFAULT_REPLAY_FRACTION
 from das_ds.errors import ConfigError
 from das_ds.methods.base import Method
@@ -37,7 +38,7 @@ class PerDomain(Method[PerDomainConfig]):
     starts_from_base = True
 
     @classmethod
-    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+    def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
         """A new LM head would be trained for the first domain only."""
         if config.model.head_warmup_steps:
             raise ConfigError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from das_ds.methods.replay_records import NO_TARGET, RecordLayout, ReplayRecords
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
 
 if TYPE_CHECKING:
+    from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import DomainContext, RunContext
     from das_ds.data.batch import Batch
 
@@ -84,7 +85,7 @@ class DERpp(Method[DerppConfig]):
         self._layout: RecordLayout | None = None
 
     @classmethod
-    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+    def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
         """The buffer holds what a step replays: after one step it has a global batch, or is full."""
         settings = cls.settings_in(config)
         global_batch_size = config.train.global_batch_size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from das_ds.methods.base import Losses, Method, check_gradient_batch_size
 from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 
 if TYPE_CHECKING:
+    from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import DomainContext, RunContext
     from das_ds.data.batch import Batch
     from das_ds.engine.quadratic_penalty import QuadraticPenalty
@@ -80,7 +81,7 @@ class EWC(Method[EwcConfig]):
         self._penalty: QuadraticPenalty | None = None
 
     @classmethod
-    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+    def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
         """The sequences of a gradient are divided over the ranks."""
         check_gradient_batch_size("method.gradient_batch_size", config, engine_config)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from das_ds.methods.base import Losses, Method
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
 
 if TYPE_CHECKING:
+    from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import DomainContext, RunContext
     from das_ds.data.batch import Batch
     from das_ds.engine.weight_snapshot import WeightSnapshot
@@ -59,10 +60,10 @@ class KD(Method[KdConfig]):
         self._teacher: WeightSnapshot | None = None
 
     @classmethod
-    def validate(cls, config: RunConfig, engine_config: dict[str, Any]) -> None:
+    def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
         """The teacher takes the place of the weights that ZeRO-3 gathers; a second copy of these would be read."""
-        copies = engine_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-        if copies not in ("auto", 1):
+        if engine_config.has_secondary_shards:
+            copies = engine_config.raw["zero_optimization"]["zero_hpz_partition_size"]
             raise ConfigError(
                 f"deepspeed zero_optimization.zero_hpz_partition_size: found {copies!r} with method.name "
                 f"{config.method.name}, allowed: 1; DeepSpeed would gather the teacher from a second copy of the "

@@ -22,9 +22,9 @@ from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
 
 if TYPE_CHECKING:
+    from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import DomainContext, RunContext
     from das_ds.data.batch import Batch
-    from das_ds.config.deepspeed import EngineConfig
     from das_ds.softmask.importance import Importance
     from das_ds.softmask.measure import ImportanceLoss
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from das_ds.preflight.method_memory import kept_in_checkpoint
 
 from das_ds.config import MethodConfig, RunConfig
 from das_ds.config.deepspeed import build_engine_config
 from das_ds.preflight.memory import estimate_run_memory
 from das_ds.preflight.memory_estimate import ModelSize
-from das_ds.preflight.method_memory import kept_in_checkpoint
 
 SIZE = ModelSize(
     trained=1000,
