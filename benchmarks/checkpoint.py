@@ -1,8 +1,7 @@
 """What a checkpoint costs: how long training waits, its size, and the time to resume, at RoBERTa-base sizes.
 
-Beside the package's own checkpoints, written while training goes on and waited for, stand DeepSpeed's
-`save_checkpoint` and `torch.save` of the same engine. These two neither read back what they wrote nor wait until it is
-on disk.
+Compares checkpoints of das_ds, asynchronous and synchronous, with DeepSpeed's `save_checkpoint` and with `torch.save`
+of the same engine. These two neither read back what they wrote nor flush it to disk.
 
 Run: `python -m benchmarks.checkpoint [--world-sizes 1 2] [--repeats 3]`
 """
@@ -24,21 +23,24 @@ from benchmarks.harness import build_method, build_model, optimizer_step, write_
 from benchmarks.result_io import print_table, write_result
 from benchmarks.step import Workload, build_batch, build_config, draw_importance
 from das_ds.checkpoint.format import mutable_tensors
-from das_ds.checkpoint.manifest import RunState
+from das_ds.checkpoint.manifest import CheckpointMetadata, RunState
 from das_ds.checkpoint.reader import CheckpointReader
 from das_ds.checkpoint.saver import AsyncCheckpointer, SaveReport
 from das_ds.checkpoint.store import CheckpointStore, find_latest_valid
-from das_ds.distributed.process_group import ProcessGroup
-from das_ds.distributed.rng import get_rng_state
+from das_ds.distributed.process_group import init_process_group
+from das_ds.distributed.rng import RngState
 from das_ds.distributed.state import ComponentState
 from das_ds.versions import library_versions
 from tests.helpers.run_ranks import run_ranks
 
 ASYNCHRONOUS, SYNCHRONOUS = "asynchronous", "synchronous"
 DEEPSPEED, TORCH = "DeepSpeed save_checkpoint", "torch.save"
-ENGINE, METHOD, GENERATORS = "engine", "method", "generators"
+ENGINE = "engine"
+DOMAIN = "engine_domain"
+METHOD = "method"
+RNG = "rng"
 TARGET = 0.05
-"""Of the synchronous wait, which the asynchronous one should stay below."""
+"""Fraction of the synchronous wait below which the asynchronous one should stay."""
 BYTES_PER_WEIGHT = 12
 """A weight and its two moments in float32."""
 MIB = 2**20
@@ -53,7 +55,7 @@ class Checkpointed:
     """
 
     def __init__(self, work: Workload, folder: Path) -> None:
-        self.ranks = ProcessGroup()
+        self.ranks = init_process_group()
         torch.set_num_threads(max((os.cpu_count() or 1) // self.ranks.info.world_size, 1))
         rank_work = Workload(**{**vars(work), "batch_size": work.batch_size // self.ranks.info.world_size})
         importance = {"init_from": str(folder / "importance.safetensors")}
@@ -64,44 +66,53 @@ class Checkpointed:
         self._token_scale = torch.tensor(1 / self._batch.num_predicted)
         self.method = build_method(config, self.ranks)
         self.engine = self.method.run.engine
-        self.store = CheckpointStore(folder, keep=1)
+        self.store = CheckpointStore(folder / "checkpoints", keep=1)
 
     def step(self) -> None:
         """One optimizer step."""
         for _ in optimizer_step(self.method, self._batch, self._token_scale):
             pass
 
-    def parts(self) -> dict[str, ComponentState]:
-        """What a run saves while it trains, but for a few numbers."""
+    def state_dicts(self) -> dict[str, ComponentState]:
+        """Everything a run saves while it trains, but for a few numbers."""
         return {
-            ENGINE: self.engine.state(in_domain=True),
+            ENGINE: self.engine.state_dict(),
+            DOMAIN: self.engine.domain_state_dict(),
             METHOD: self.method.state_dict(),
-            GENERATORS: ComponentState(local=get_rng_state()),
+            RNG: RngState().state_dict(),
         }
 
     def save(self, saver: AsyncCheckpointer) -> SaveReport:
-        """One checkpoint, beside as many steps as its writing takes."""
-        saver.start(RunState(phase="train"), self.parts(), domain="random", metrics_bytes=0, wandb_run_id=None)
+        """One checkpoint, and as many steps meanwhile as its writing takes."""
+        metadata = CheckpointMetadata(
+            domain="random",
+            metrics_bytes=0,
+            wandb_run_id=None,
+            world_size=self.ranks.info.world_size,
+            zero_stage=self.engine.zero_stage,
+            versions=library_versions(),
+        )
+        saver.start(RunState(phase="train"), self.state_dicts(), metadata)
         if saver.asynchronous:
             self.step()
-            while any(self.ranks.gather(saver.is_writing)):
+            while any(self.ranks.all_gather_object(saver.is_writing)):
                 self.step()
         return saver.publish()
 
     def load(self) -> dict[str, float]:
-        """Seconds to find the newest checkpoint whole, and to continue from it."""
+        """Seconds to validate the latest checkpoint, and to resume from it."""
         began = time.perf_counter()
         manifest = find_latest_valid(self.store, self.ranks)
         checked = time.perf_counter()
         assert manifest is not None, "a checkpoint was saved"
         engine = self.engine
-        opened = CheckpointReader(
+        reader = CheckpointReader(
             self.store.folder, manifest, self.ranks.info, engine.zero_stage, engine.weights.shards
         )
-        engine.load_weights(opened.part(ENGINE))
-        engine.load_domain(opened.part(ENGINE))
-        self.method.load_state_dict(opened.part(METHOD))
-        opened.close()
+        engine.load_state_dict(reader.component(ENGINE))
+        engine.load_domain_state_dict(reader.component(DOMAIN))
+        self.method.load_state_dict(reader.component(METHOD))
+        reader.close()
         self.ranks.barrier()
         return {"check s": checked - began, "load s": time.perf_counter() - checked}
 
@@ -127,16 +138,9 @@ def measure(work: Workload, repeats: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def product_row(run: Checkpointed, way: str, repeats: int) -> dict[str, Any]:
-    """The package's own checkpoints; medians, the first one, which gets memory for its copy, left out."""
-    about = {
-        "world_size": run.ranks.info.world_size,
-        "zero_stage": run.engine.zero_stage,
-        "versions": library_versions(),
-    }
-    saver = AsyncCheckpointer(
-        run.ranks, run.store, run.engine.weights.checkpoint_shards(), about, asynchronous=way == ASYNCHRONOUS
-    )
-    run.engine.on_weights_will_change = saver.wait_for_copy
+    """Checkpoints of das_ds; medians without the first one, which allocates the staging buffers."""
+    saver = AsyncCheckpointer(run.ranks, run.store, run.engine.weights.checkpoint_shards(), asynchronous=way == ASYNCHRONOUS)
+    run.engine.on_weights_will_change = saver.wait_for_staging
     reports = [run.save(saver) for _ in range(1 + repeats)][1:]
     return {
         "way": way,
@@ -159,7 +163,7 @@ def torch_row(run: Checkpointed, folder: Path) -> dict[str, Any]:
     """The same tensors in one pickle per rank."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{run.ranks.info.rank}.pt"
-    tensors = mutable_tensors(run.parts(), run.engine.weights.checkpoint_shards())
+    tensors = mutable_tensors(run.state_dicts(), run.engine.weights.checkpoint_shards())
     seconds = run.timed(lambda: torch.save({key: value.clone() for key, value in tensors.items()}, path))
     return _foreign_row(TORCH, seconds, run.timed(lambda: torch.load(path, weights_only=True)), folder)
 
@@ -170,10 +174,10 @@ def _foreign_row(way: str, seconds: float, load: float, folder: Path) -> dict[st
 
 
 def minimum_mib(run: Checkpointed) -> float:
-    """Weights, moments and the method's state, each number once."""
+    """Size of weights, moments and the method's state, each stored once."""
     weights = sum(parameter.numel() for parameter in run.engine.module.parameters())
     state = run.method.state_dict()
-    method = sum(value.nbytes for value in state.shared.values())
+    method = sum(value.nbytes for value in state.replicated.values())
     return (weights * BYTES_PER_WEIGHT + method) / MIB
 
 
@@ -203,7 +207,7 @@ def main() -> None:
 
 
 def _write_importance(work: Workload, folder: Path) -> None:
-    # Layout and sizes are all that is wanted of this model.
+    # On the meta device: only the layout and sizes of this model are needed.
     with torch.device("meta"):
         model = build_model(build_config(work, {"name": "ncl"}))
     write_importance(folder / "importance.safetensors", model, draw_importance(model.config))

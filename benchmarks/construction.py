@@ -93,13 +93,13 @@ def _load(source: str, folder: str, construction: Any) -> Any:
 def _rank(way: str, source: str, folder: str) -> None:
     """One rank of one measurement."""
     from benchmarks.harness import run_config
-    from das_ds.distributed.process_group import ProcessGroup
+    from das_ds.distributed.process_group import init_process_group
     from das_ds.engine.engine import Engine
     from das_ds.engine.sharded_init import sharded_init
     from das_ds.models.architectures.registry import spec_for
     from das_ds.models.language_model import LanguageModel
 
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     train = {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": NUM_RANKS}
     config = run_config(MODEL, train, {"name": "ncl"}, sequence_length=128, zero_stage=3)
     engine_config = build_engine_config(config, NUM_RANKS)

@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness import build_model
 from benchmarks.result_io import default_device, print_table, write_result
 from benchmarks.step import ProductForm, Workload, build_batch, build_config, draw_importance, time_step
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.methods.das import DAS
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_parameter_importance, save_unit_importance
@@ -56,7 +56,7 @@ def write_importance_files(work: Workload, folder: Path) -> None:
 
 def train(work: Workload, mask: str, folder: Path, repeats: int) -> dict[str, float]:
     """Fastest step by phase and peak memory of this rank; to be called on every rank of a group of its own."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     if mask == UNMASKED:
         DAS.protect = lambda self: None  # type: ignore[method-assign]
     rank_work = Workload(**{**vars(work), "batch_size": work.batch_size // ranks.info.world_size})

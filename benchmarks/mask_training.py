@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.harness import build_method, build_model, optimizer_step, run_config
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import load_unit_importance
 from tests.helpers.reference import full_masks
@@ -145,7 +145,7 @@ def train_with_torch(sizes: Sizes, training: Training, importance: Path) -> Tens
 
 def train_on_ranks(sizes: Sizes, trainings: list[Training], importance: Path, zero_stage: int) -> list[Tensor]:
     """Movement of FFN rows in each training by the package's engine; to be called on every rank of a group."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     rank, world_size = ranks.info.rank, ranks.info.world_size
     movements = []
     for training in trainings:

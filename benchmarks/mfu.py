@@ -32,7 +32,7 @@ from das_ds.config import RunConfig
 from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
 from das_ds.data.objectives import CausalLMCollator
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods.base import Method
 from das_ds.models.architectures.registry import spec_for
@@ -169,7 +169,7 @@ def model_flops(model: Any, batch: Batch) -> int:
 
 def measured(work: Workload, method_name: str) -> dict[str, Any]:
     """One method: steps before and after what it protects is measured; to be called in a process of its own."""
-    ranks, device = ProcessGroup(), default_device()
+    ranks, device = init_process_group(), default_device()
     config = build_config(work, method_name)
     with torch.device("meta"):
         skeleton = build_model(config)

@@ -29,7 +29,7 @@ from benchmarks.result_io import print_table, write_result
 from benchmarks.timing import now
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import ProcessGroup, init_process_group
 
 PLAIN, DAS, RELEASED = "plain MLM", "DAS as built", "DAS, released form"
 BUDGET = {"cpu": {PLAIN: 3.7, RELEASED: 0.6}, "cuda": {RELEASED: 0.5}}
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=Workload.precision)
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2), default=Workload.zero_stage)
     options = vars(parser.parse_args())
-    repeats, work, ranks = options.pop("repeats"), Workload(**options), ProcessGroup()
+    repeats, work, ranks = options.pop("repeats"), Workload(**options), init_process_group()
     with TemporaryDirectory() as folder:
         rows = measure(builders(work, ranks, Path(folder)), ranks.info.device, repeats)
     print_table(rows)

@@ -44,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"das_ds: {error}", file=sys.stderr)
         exit_code = EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_USER_ERROR
         if "das_ds.distributed.process_group" in sys.modules:
-            from das_ds.distributed.process_group import leave
+            from das_ds.distributed.process_group import hard_exit
 
-            leave(exit_code)
+            hard_exit(exit_code)
         return exit_code
     return 0
 
@@ -60,16 +60,16 @@ def _speaks() -> bool:
 
 
 def _start_ranks(config: RunConfig) -> ProcessGroup:
-    from das_ds.distributed.process_group import ProcessGroup
+    from das_ds.distributed.process_group import init_process_group
 
     hang_timeout = timedelta(seconds=config.runtime.hang_timeout)
     # Collectives wait far longer: the watchdog, which can name the rank that is stuck, is to end the run first.
-    return ProcessGroup(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
+    return init_process_group(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
 
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
     # Importing the engine takes seconds, which --help and check-config must not cost.
-    from das_ds.distributed.process_group import leave
+    from das_ds.distributed.process_group import hard_exit
     from das_ds.fault_tolerance.watchdog import EXIT_HANG, PeerLostError
     from das_ds.training.train import train
 
@@ -79,7 +79,7 @@ def _train(config: RunConfig, _: argparse.Namespace) -> None:
     except PeerLostError as error:
         # Every rank says it: the one that usually speaks may be the one that is gone.
         print(f"das_ds: {error}", file=sys.stderr)
-        leave(EXIT_HANG)
+        hard_exit(EXIT_HANG)
         raise
     # Only when all went well: a rank that failed alone would wait here for peers that wait for it.
     ranks.close()

@@ -1,20 +1,20 @@
-"""Errors that a user can act on; every one of them ends the program with exit code 2 and one line.
+"""User errors: each of them ends the program with exit code 2 and a one-line message.
 
-A message says what was found, what was expected and what is allowed. Anything that is not a `DasError` is a bug and
-keeps its traceback.
+A message names what was found, what was expected or is allowed, and what to do. Any other exception is a bug and keeps
+its traceback.
 """
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-"""Stopped on request with a checkpoint saved: the same command continues (EX_TEMPFAIL, "try again later")."""
+"""Stopped on request with a checkpoint saved: the same command resumes (EX_TEMPFAIL, "try again later")."""
 
 
 class DasError(Exception):
-    """Base of all errors that are the user's to mend."""
+    """Base class of user errors; the CLI prints them as one line and exits with code 2."""
 
 
 class ConfigError(DasError):
-    """A key or value of the run config, or its contradiction with the DeepSpeed file."""
+    """A wrong key or value in the run config, or a contradiction with the DeepSpeed file."""
 
 
 class DataError(DasError):
@@ -26,7 +26,7 @@ class ModelError(DasError):
 
 
 class ImportanceError(DasError):
-    """An importance file that belongs to another model or is damaged."""
+    """An importance file that belongs to another model or is corrupt."""
 
 
 class RunFolderError(DasError):
@@ -34,15 +34,15 @@ class RunFolderError(DasError):
 
 
 class TrainingError(DasError):
-    """Training that cannot go on, such as a loss that is no longer finite."""
+    """Training that cannot continue, such as a loss that is no longer finite."""
 
 
 class CheckpointError(DasError):
-    """Checkpoints that cannot be written, or of which none is whole."""
+    """Checkpoints that cannot be written, or of which none is valid."""
 
 
 class PreflightError(DasError):
-    """Ranks that do not find each other, or anything else that a check before a run found wrong."""
+    """A failed rendezvous of the ranks, or a failed check before a run."""
 
 
 class StoppedError(Exception):
@@ -50,6 +50,6 @@ class StoppedError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, which libraries may write many of, else its name."""
+    """The first line of an error's message, or its class name if that is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""The folder of a run: opened once per start, never mixed with another run."""
+"""Run folder: the names of all its files, and the check that a folder belongs to one run only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from das_ds.errors import ConfigError, RunFolderError
 logger = logging.getLogger(__name__)
 
 PROBE = ".preflight-"
-"""Beginning of the names of what a preflight writes for a moment."""
+"""Beginning of the names of temporary files of a preflight."""
 CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
 COMPARISON_FILE = "comparison.json"
@@ -23,10 +23,10 @@ STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
 LOCK_FILE = "run.lock"
 IMPORTANCE_FILE = "importance.safetensors"
-"""Of a domain in its folder, accumulated in the run folder."""
+"""Importance of one domain in its folder, accumulated importance in the run folder."""
 GENERAL_IMPORTANCE_FILE = "importance_general.safetensors"
 DIRECTIONS_FILE = "directions.safetensors"
-"""The same of directions."""
+"""Input covariances, in the same two folders."""
 END_TASKS_FILE = "end_tasks.json"
 BASE_FOLDER = "base"
 """Folder in a run folder for the scores of the model that the run starts from."""
@@ -36,10 +36,10 @@ LOSS_MATRIX_PLOT = "loss_matrix.png"
 IMPORTANCE_PLOT = "importance.png"
 REPORT_FILE = "report.md"
 CHECKPOINTS_DIR = "checkpoints"
-PARTIAL = ".partial-"
+STAGING_PREFIX = ".partial-"
 """Beginning of the name of a checkpoint that is being written."""
 REPLACED_CONFIG_FILE = "config.replaced.yaml"
-"""The config of a start that failed before anything was computed, after which another took the folder."""
+"""Config of an earlier start that failed before anything was computed and was replaced."""
 REVISIONS_FILE = "revisions.json"
 """Commits of the hub's models and data sets that the run began with."""
 WANDB_FOLDER, HANG_REPORT = "wandb", "hang-rank"
@@ -47,9 +47,56 @@ WANDB_FOLDER, HANG_REPORT = "wandb", "hang-rank"
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of a run."""
+    """Paths of the files and folders of a run.
+
+    output_dir/
+      config.yaml, results.json, metrics.jsonl, importance.safetensors ...
+      checkpoints/<number>_<domain>_<phase>_<step>/
+      domains/<ii>_<name>/model/, adapter/
+      report/
+    """
 
     root: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config of the run."""
+        return self.root / CONFIG_FILE
+
+    @property
+    def results_file(self) -> Path:
+        """Loss matrix and forgetting."""
+        return self.root / RESULTS_FILE
+
+    @property
+    def metrics_file(self) -> Path:
+        """One line of JSON per logged step."""
+        return self.root / METRICS_FILE
+
+    @property
+    def revisions_file(self) -> Path:
+        """Commits of the hub's models and data sets that the run began with."""
+        return self.root / REVISIONS_FILE
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the start that trains."""
+        return self.root / LOCK_FILE
+
+    @property
+    def stop_file(self) -> Path:
+        """Its presence asks the run to save and stop."""
+        return self.root / STOP_FILE
+
+    @property
+    def save_file(self) -> Path:
+        """Its presence asks the run to save and continue."""
+        return self.root / SAVE_FILE
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Folder of all checkpoints."""
+        return self.root / CHECKPOINTS_DIR
 
     def domain(self, index: int, name: str) -> Path:
         """Folder of one domain: `domains/<ii>_<name>`."""
@@ -63,17 +110,22 @@ class RunDir:
         """LoRA weights after one domain."""
         return self.domain(index, name) / "adapter"
 
+    def hang_report(self, rank: int) -> Path:
+        """Stacks of a rank that the watchdog ended."""
+        return self.root / f"{HANG_REPORT}{rank}.txt"
+
 
 def open_run_dir(config: RunConfig) -> RunDir:
-    """Create the run folder, or enter that of the same run.
+    """Create the run folder, or open that of the same run.
 
-    A folder whose starts all failed before anything was computed takes the config of this start.
+    In a folder whose starts all failed before anything was computed, this start's config replaces theirs.
 
     Raises:
         RunFolderError: it holds something else, another run, or cannot be written.
     """
-    root = config.output_dir
-    recorded = root / CONFIG_FILE
+    run_dir = RunDir(config.output_dir)
+    root = run_dir.root
+    recorded = run_dir.config_file
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not holds_same_run(config):
@@ -85,18 +137,18 @@ def open_run_dir(config: RunConfig) -> RunDir:
             dump_config(config, recorded)
     except OSError as error:
         raise RunFolderError(f"output_dir: cannot write to {root}: {error.strerror or error}") from error
-    return RunDir(root)
+    return run_dir
 
 
 def holds_same_run(config: RunConfig) -> bool:
-    """Whether the folder holds this run; False: the run may begin there.
+    """Whether the folder holds this run; False: the run may start there.
 
     Raises:
         RunFolderError: the folder holds something else or another run.
         OSError: it cannot be read.
     """
     root = config.output_dir
-    recorded = root / CONFIG_FILE
+    recorded = RunDir(root).config_file
     if recorded.exists():
         return _is_same_run(config, recorded)
     if not all(_may_come_first(path) for path in root.iterdir()):
@@ -110,7 +162,7 @@ def _is_same_run(config: RunConfig, recorded: Path) -> bool:
         differences = config_differences(load_config(recorded), config)
         reason = f"its config differs in {'; '.join(differences)}"
     except ConfigError as error:
-        # Of another version of das_ds, or written by hand.
+        # Written by another version of das_ds, or by hand.
         differences = [CONFIG_FILE]
         reason = f"its {CONFIG_FILE} cannot be used: {error}"
     if differences and not all(_may_come_first(path) or _is_of_a_failed_start(path) for path in root.iterdir()):
@@ -121,16 +173,16 @@ def _is_same_run(config: RunConfig, recorded: Path) -> bool:
 
 
 def _may_come_first(path: Path) -> bool:
-    """What users ask for or score before the run begins, and what a start or preflight that was killed leaves."""
+    """Files allowed before the first start: stop and save requests, base-model scores, leftovers of killed starts."""
     names = (STOP_FILE, SAVE_FILE, BASE_FOLDER, LOCK_FILE)
     return path.name in names or path.name.startswith((PROBE, f".{CONFIG_FILE}."))
 
 
 def _is_of_a_failed_start(path: Path) -> bool:
-    """Whether it is there before the first results: no metrics, no checkpoint, nothing that was computed."""
+    """Whether a failed start may have left it: no logged metrics, no complete checkpoint, nothing computed."""
     if path.name == METRICS_FILE:
         return not path.stat().st_size
     if path.name == CHECKPOINTS_DIR:
-        return all(entry.name.startswith(PARTIAL) for entry in path.iterdir())
+        return all(entry.name.startswith(STAGING_PREFIX) for entry in path.iterdir())
     names = (CONFIG_FILE, REPLACED_CONFIG_FILE, REVISIONS_FILE, WANDB_RUN_ID_FILE, WANDB_FOLDER)
     return path.name in names or path.name.startswith(HANG_REPORT)

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, survive a loss of power, and can be checked later.
+"""Storage: atomic, durable writes of files and folders, checksums, and versioned JSON files.
 
-Typed, versioned JSON files that carry a checksum of themselves.
+Atomic: a reader finds the old content or the new, never a part. Durable: content survives a loss of power.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CHECKSUM_FILE = "SHA256SUMS"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end of the block, flushed to disk before.
+    """A path to write to, which replaces `path` at the end of the block, after it is flushed to disk.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; `path` is as it was.
+        OSError: the disk is full, or the folder cannot be written; `path` is unchanged.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -36,7 +36,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        # Some libraries write a file of their own, which only its owner may read, and put it in place of this one.
+        # Some libraries replace this file by one that only its owner may read.
         partial.chmod(mode)
         sync(partial)
         os.replace(partial, path)
@@ -47,10 +47,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def link_file(source: Path, path: Path) -> None:
-    """Give a file another name, in place of what was there; a copy where the file system has no hard links.
+    """Give a file a second name, replacing what was there; a copy where the file system has no hard links.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; `path` is as it was.
+        OSError: the disk is full, or the folder cannot be written; `path` is unchanged.
     """
     with atomic_write(path) as partial:
         partial.unlink(missing_ok=True)
@@ -58,18 +58,19 @@ def link_file(source: Path, path: Path) -> None:
             os.link(source, partial)
         except OSError:
             shutil.copyfile(source, partial)
-    # Nothing is moved where both names were the same file's already.
+    # os.replace does nothing if both names were links to the same file already, and leaves the partial one.
     path.with_name(path.name + ".partial").unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_dir(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `folder` at the end of the block, with checksums of its files.
+    """An empty folder to fill, which replaces `folder` at the end of the block, with checksums of its files.
 
     Raises:
-        OSError: the disk is full, or the parent cannot be written; `folder` is as it was.
+        OSError: the disk is full, or the parent cannot be written; `folder` is unchanged.
     """
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    partial = folder.with_name(folder.name + ".partial")
+    old = folder.with_name(folder.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -97,7 +98,7 @@ def _give_modes(folder: Path) -> None:
 
 
 def write_json_with_checksum(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as JSON with a checksum of itself, in place of what was there.
+    """Write an object as JSON with a checksum of itself, replacing what was there.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -111,7 +112,7 @@ def read_json_with_checksum(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no such file, or was altered; says which.
+        ValueError: it is not such a file, or was altered; the message says which.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -128,7 +129,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on disk."""
+    """Flush a file's content, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -137,7 +138,7 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Wait until everything in a folder is on disk."""
+    """Flush a folder and everything in it to disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
@@ -157,7 +158,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def find_corrupted(folder: Path) -> list[str]:
-    """Files of a folder that are missing or differ from what its `CHECKSUM_FILE` records; [] where it has none."""
+    """Files of a folder that are missing or do not match its `CHECKSUM_FILE`; [] where it has none."""
     record = folder / CHECKSUM_FILE
     if not record.exists():
         return []
@@ -169,19 +170,19 @@ T = TypeVar("T", bound="VersionedJson")
 
 
 class Section(BaseModel):
-    """A group of values: frozen, without unknown keys, every number finite."""
+    """Base of JSON schemas: frozen, no unknown keys, every number finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class VersionedJson(Section):
-    """The whole content of a file; it has a field `format_version` with one allowed value, its default."""
+    """Content of a JSON file; subclasses have a field `format_version` whose default is the only allowed value."""
 
     what: ClassVar[str]
-    """What the file holds, for messages."""
+    """Contents of the file, for messages."""
 
     def write(self, path: Path) -> None:
-        """Write as JSON; a reader finds the old file or the new one, never a part.
+        """Write as JSON, atomically.
 
         Raises:
             RunFolderError: the folder cannot be written or is full.
@@ -198,7 +199,7 @@ class VersionedJson(Section):
         """Read what `write` wrote.
 
         Raises:
-            RunFolderError: the file cannot be read, is no such file, was altered, or has another format version.
+            RunFolderError: the file cannot be read, is not such a file, was altered, or has another format version.
         """
         try:
             content = read_json_with_checksum(path)

@@ -1,4 +1,4 @@
-"""Helper threads that do not die without a word."""
+"""Thread guard: logs errors of background threads, which would otherwise die silently."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ logger = logging.getLogger(__name__)
 
 
 class ThreadGuard:
-    """`with guard:` around one task of a helper thread: an error is logged and ends the task, but not the thread.
+    """`with guard:` around one task of a background thread: an error is logged and ends the task, not the thread.
 
-    The first error is logged with its traceback; those that follow are not, as a task that is repeated every second
-    would fill the log.
+    Only the first error is logged, with its traceback: a task that is repeated every second would fill the log.
 
     Args:
-        message: what failed, and what that means for the run.
+        message: which task failed, and the consequence for the run.
     """
 
     def __init__(self, message: str) -> None:
@@ -30,7 +29,7 @@ class ThreadGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        # SystemExit too: in a thread it would end the thread alone, and silently.
+        # SystemExit too: in a thread it would silently end that thread alone.
         self.has_failed = error is not None
         if error is not None and not self._was_logged:
             self._was_logged = True

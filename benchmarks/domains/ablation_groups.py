@@ -78,10 +78,10 @@ def measure_restored_losses(run: TrainingRun, device: torch.device) -> list[Rest
     model, spec = load_model(after, seed=config.seed, vocab_size=vocab_size)
     network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib).to(device)
     old_weights, weights = dict(old.named_parameters()), dict(model.named_parameters())
-    rows = [Restored(NOTHING, evaluate_corpora(network, text, ResumableLoops(show=False)))]
+    rows = [Restored(NOTHING, evaluate_corpora(network, text, ResumableLoops(show_progress=False)))]
     for group, names in group_parameters(list(weights)).items():
         with replaced({name: weights[name] for name in names}, old_weights):
-            rows.append(Restored(group, evaluate_corpora(network, text, ResumableLoops(show=False))))
+            rows.append(Restored(group, evaluate_corpora(network, text, ResumableLoops(show_progress=False))))
     return rows
 
 

@@ -1,8 +1,11 @@
-"""One rank's tensors in a safetensors file, and reading from all ranks' files what another division needs."""
+"""Checkpoint file format: one safetensors file per rank, and a reader that reshards what other ranks wrote.
+
+Key of a tensor: `sharded|component|name|parameter|offset`, `replicated|component|name` or `rank_local|component|name`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,9 @@ from safetensors import safe_open
 
 from das_ds.distributed.state import ComponentState, Flats, Shard
 
-SHARDED, SHARED, LOCAL = "sharded", "shared", "local"
+SHARDED = "sharded"
+REPLICATED = "replicated"
+RANK_LOCAL = "rank_local"
 SEPARATOR = "|"
 
 
@@ -22,102 +27,112 @@ def file_name(rank: int, world_size: int) -> str:
     return f"rank_{rank:05d}_of_{world_size:05d}.safetensors"
 
 
-def mutable_tensors(parts: dict[str, ComponentState], shards: Iterable[Shard]) -> dict[str, torch.Tensor]:
-    """Key -> (n,) view of the values by weight that this rank stores, which training may change.
+def mutable_tensors(states: Mapping[str, ComponentState], shards: Iterable[Shard]) -> dict[str, torch.Tensor]:
+    """Key -> (n,) view of the values by weight that this rank writes, which training may change.
 
     Args:
-        parts: part of the program -> its state.
-        shards: what this rank stores of all weights.
+        states: component -> its state.
+        shards: the shards of all weights that this rank writes.
     """
-    return {
-        SEPARATOR.join((SHARDED, part, name, shard.name, str(shard.param_start))): flats[shard.flat][shard.span]
-        for shard in shards
-        for part, state in parts.items()
-        for name, flats in state.sharded.items()
-        if shard.flat in flats
-    }
+    tensors = {}
+    for shard in shards:
+        for component, state in states.items():
+            for name, flats in state.sharded.items():
+                if shard.flat in flats:
+                    key = SEPARATOR.join((SHARDED, component, name, shard.name, str(shard.param_start)))
+                    tensors[key] = flats[shard.flat][shard.span]
+    return tensors
 
 
-def immutable_tensors(parts: dict[str, ComponentState], *, is_main: bool) -> dict[str, torch.Tensor]:
-    """Key -> copy in host memory of everything else; only rank 0 stores what is equal on all."""
-    return {
-        SEPARATOR.join((kind, part, name)): value.detach().cpu().clone().contiguous()
-        for part, state in parts.items()
-        for kind, values in ((LOCAL, state.local), (SHARED, state.shared if is_main else {}))
-        for name, value in values.items()
-    }
+def immutable_tensors(states: Mapping[str, ComponentState], *, is_main: bool) -> dict[str, torch.Tensor]:
+    """Key -> copy in host memory of all other tensors; only rank 0 writes those that are equal on all ranks."""
+    tensors = {}
+    for component, state in states.items():
+        for kind, values in ((RANK_LOCAL, state.rank_local), (REPLICATED, state.replicated if is_main else {})):
+            for name, value in values.items():
+                tensors[SEPARATOR.join((kind, component, name))] = value.detach().cpu().clone().contiguous()
+    return tensors
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _SavedShard:
+    """Values of one parameter that one rank wrote."""
+
     file: Any
     key: str
     offset: int
+    """First element inside the flattened parameter."""
     numel: int
 
 
 class RankFileReader:
-    """The tensors of a checkpoint, read by the stretches that this rank needs.
+    """The tensors of a checkpoint; only the values that this rank needs are read.
 
     Args:
-        folder: the checkpoint, which was found whole.
+        folder: a valid checkpoint.
         world_size: number of ranks that wrote it.
-        own_rank: whose local tensors are wanted; None: nobody's.
-        shards: this rank's shards now.
+        own_rank: whose rank-local tensors are wanted; None: none.
+        shards: this rank's shards in the present run.
     """
 
     def __init__(self, folder: Path, world_size: int, own_rank: int | None, shards: list[Shard]) -> None:
         self._shards = shards
         self._files = ExitStack()
-        self._pieces: dict[tuple[str, str], dict[str, list[_Piece]]] = {}
-        self._small: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-        self._locals: dict[tuple[str, str], list[tuple[Any, str]]] = {}
+        self._sharded: dict[tuple[str, str], dict[str, list[_SavedShard]]] = {}
+        self._inline: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+        self._rank_local: dict[tuple[str, str], list[tuple[Any, str]]] = {}
         for rank in range(world_size):
             file = self._files.enter_context(safe_open(folder / file_name(rank, world_size), framework="pt"))
             for key in file.keys():  # noqa: SIM118 (no dictionary)
-                kind, part, name, *place = key.split(SEPARATOR)
-                if kind == SHARDED:
-                    numel = file.get_slice(key).get_shape()[0]
-                    piece = _Piece(file, key, int(place[1]), numel)
-                    self._pieces.setdefault((part, name), {}).setdefault(place[0], []).append(piece)
-                    continue
-                if kind == LOCAL:
-                    self._locals.setdefault((part, name), []).append((file, key))
-                if kind == SHARED or rank == own_rank:
-                    self._small.setdefault((kind, part), {})[name] = file.get_tensor(key)
+                self._index(file, key, is_own=rank == own_rank)
+
+    def _index(self, file: Any, key: str, *, is_own: bool) -> None:
+        """Record where a tensor is; the small ones (replicated, this rank's own) are read at once."""
+        kind, component, name, *location = key.split(SEPARATOR)
+        if kind == SHARDED:
+            parameter, offset = location
+            numel = file.get_slice(key).get_shape()[0]
+            by_parameter = self._sharded.setdefault((component, name), {})
+            by_parameter.setdefault(parameter, []).append(_SavedShard(file, key, int(offset), numel))
+            return
+        if kind == RANK_LOCAL:
+            self._rank_local.setdefault((component, name), []).append((file, key))
+        if kind == REPLICATED or is_own:
+            self._inline.setdefault((kind, component), {})[name] = file.get_tensor(key)
 
     def close(self) -> None:
         """Close the files."""
         self._files.close()
 
-    def small(self, kind: str, part: str) -> dict[str, torch.Tensor]:
-        """Shared or local tensors of a part."""
-        return self._small.get((kind, part), {})
+    def read_inline(self, kind: str, component: str) -> dict[str, torch.Tensor]:
+        """Replicated or rank-local tensors of a component."""
+        return self._inline.get((kind, component), {})
 
-    def every_local(self, part: str, name: str) -> list[torch.Tensor]:
-        """Local tensors of this name of all ranks, in their order."""
-        return [file.get_tensor(key) for file, key in self._locals.get((part, name), ())]
+    def read_all_rank_local(self, component: str, name: str) -> list[torch.Tensor]:
+        """The rank-local tensors of this name of all ranks, in rank order."""
+        return [file.get_tensor(key) for file, key in self._rank_local.get((component, name), ())]
 
-    def has(self, part: str, name: str) -> bool:
+    def has_sharded(self, component: str, name: str) -> bool:
         """Whether there are values by weight of this name."""
-        return (part, name) in self._pieces
+        return (component, name) in self._sharded
 
-    def sizes(self, part: str, name: str) -> dict[str, int]:
+    def sizes(self, component: str, name: str) -> dict[str, int]:
         """Parameter -> number of its values of this name, those of all ranks together."""
-        pieces = self._pieces.get((part, name), {})
-        return {parameter: sum(piece.numel for piece in parts) for parameter, parts in pieces.items()}
+        by_parameter = self._sharded.get((component, name), {})
+        return {parameter: sum(shard.numel for shard in saved) for parameter, saved in by_parameter.items()}
 
-    def flats(self, part: str, name: str) -> Flats:
+    def read_sharded(self, component: str, name: str) -> Flats:
         """See `SavedComponentState.sharded`."""
         result: Flats = {}
-        by_parameter = self._pieces.get((part, name), {})
+        by_parameter = self._sharded.get((component, name), {})
         for shard in self._shards:
-            for piece in by_parameter.get(shard.name, ()):
-                first = max(shard.param_start, piece.offset)
-                last = min(shard.param_start + shard.numel, piece.offset + piece.numel)
+            for saved in by_parameter.get(shard.name, ()):
+                # Intersection of the two shards, in elements of the flattened parameter.
+                first = max(shard.param_start, saved.offset)
+                last = min(shard.param_start + shard.numel, saved.offset + saved.numel)
                 if first >= last:
                     continue
-                values = piece.file.get_slice(piece.key)[first - piece.offset : last - piece.offset]
+                values = saved.file.get_slice(saved.key)[first - saved.offset : last - saved.offset]
                 if shard.flat not in result:
                     result[shard.flat] = torch.zeros(shard.flat.numel(), dtype=values.dtype, device=shard.flat.device)
                 start = shard.flat_start + first - shard.param_start
@@ -127,32 +142,32 @@ class RankFileReader:
 
 @dataclass(frozen=True)
 class StoredComponentState:
-    """`SavedComponentState` of one part of the program."""
+    """`SavedComponentState` of one component, read from files."""
 
-    stored: RankFileReader
-    name: str
-    numbers: dict[str, Any]
+    reader: RankFileReader
+    component: str
+    metadata: dict[str, Any]
 
     def has_sharded(self, name: str) -> bool:
         """See `SavedComponentState`."""
-        return self.stored.has(self.name, name)
+        return self.reader.has_sharded(self.component, name)
 
     def sizes(self, name: str) -> dict[str, int]:
         """See `SavedComponentState`."""
-        return self.stored.sizes(self.name, name)
+        return self.reader.sizes(self.component, name)
 
     def sharded(self, name: str) -> Flats:
         """See `SavedComponentState`."""
-        return self.stored.flats(self.name, name)
+        return self.reader.read_sharded(self.component, name)
 
-    def shared(self) -> dict[str, torch.Tensor]:
+    def replicated(self) -> dict[str, torch.Tensor]:
         """See `SavedComponentState`."""
-        return self.stored.small(SHARED, self.name)
+        return self.reader.read_inline(REPLICATED, self.component)
 
-    def local(self) -> dict[str, torch.Tensor]:
+    def rank_local(self) -> dict[str, torch.Tensor]:
         """See `SavedComponentState`."""
-        return self.stored.small(LOCAL, self.name)
+        return self.reader.read_inline(RANK_LOCAL, self.component)
 
-    def every_local(self, name: str) -> list[torch.Tensor]:
+    def all_rank_local(self, name: str) -> list[torch.Tensor]:
         """See `SavedComponentState`."""
-        return self.stored.every_local(self.name, name)
+        return self.reader.read_all_rank_local(self.component, name)

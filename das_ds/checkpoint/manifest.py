@@ -1,47 +1,46 @@
-"""The manifest of a checkpoint: where the run stood, which files belong to it and what they must contain."""
+"""Manifest of a checkpoint: the state of the run, and the checkpoint's files with sizes and checksums.
+
+Why not `torch.distributed.checkpoint`, whose words (Stateful, staging) are used here: it reshards DTensors, and ZeRO's
+flat fp32 partitions are none; DeepSpeed's Universal Checkpoint is converted offline and pickled.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from das_ds.errors import CheckpointError
-from das_ds.storage import read_json_with_checksum, write_json_with_checksum
+from das_ds.storage import Section, read_json_with_checksum, write_json_with_checksum
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 Phase = Literal["head_warmup", "evaluate", "before", "train", "after", "finished"]
-"""Training a fresh LM head alone; evaluation of all corpora; preparing a domain; its optimizer steps; its importance
-and export; nothing left."""
-
-
-class Section(BaseModel):
-    """A group of values: frozen, without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+"""Training a fresh LM head alone; evaluating all corpora; preparing a domain; its optimizer steps; its importance and
+export; nothing left."""
 
 
 class RunState(Section):
-    """Where a run stands."""
+    """Progress of a run."""
 
     domains_done: int = 0
-    """Domains, or stages of several domains, trained on and exported; the phase `evaluate` comes right after one is."""
+    """Domains, or stages of several domains, trained on and exported; the phase `evaluate` follows each of them."""
     phase: Phase = "evaluate"
     domain_step: int = 0
-    """Optimizer steps of the present domain."""
+    """Optimizer steps of the current domain."""
     global_step: int = 0
     """Optimizer steps over all domains."""
     tokens_seen: int = 0
     """Tokens trained on over all domains and ranks."""
     wall_seconds: float = 0.0
-    """Time spent, all parts of the run together."""
-    loss_matrix: list[list[float]] = []
+    """Time spent in all starts of the run together."""
+    loss_matrix: list[list[float]] = Field(default_factory=list)
     """Rows of the loss matrix so far; row 0 is before training."""
     weights: dict[str, Any] | None = None
-    """What was done with the files that the network was read from, see `reporting.results.LoadedWeights`."""
+    """How the network was built from files, see `reporting.results.LoadedWeights`."""
 
     @property
     def ends_domain(self) -> bool:
@@ -49,8 +48,23 @@ class RunState(Section):
         return self.domains_done > 0 and self.phase in ("before", "finished")
 
 
+@dataclass(frozen=True)
+class CheckpointMetadata:
+    """What a manifest records besides the state of the run and of its components."""
+
+    domain: str
+    """Name of the current domain, part of the checkpoint's name."""
+    metrics_bytes: int
+    """Length of metrics.jsonl, which is truncated to it when the run continues here."""
+    wandb_run_id: str | None
+    world_size: int
+    zero_stage: int
+    versions: dict[str, str]
+    """Versions of the libraries that affect the results."""
+
+
 class FileRecord(Section):
-    """What a file must be."""
+    """Expected size and checksum of a file."""
 
     size: int
     """Bytes."""
@@ -58,23 +72,23 @@ class FileRecord(Section):
 
 
 class Manifest(Section):
-    """All of a checkpoint but its tensors."""
+    """Everything of a checkpoint but its tensors."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     name: str
     """Name of the folder: number, domain, phase and step."""
     run: RunState
     world_size: int
     zero_stage: int
-    numbers: dict[str, dict[str, Any]]
-    """Part of the program -> its state that JSON can hold."""
+    metadata: dict[str, dict[str, Any]]
+    """Component -> its JSON values."""
     metrics_bytes: int
-    """Length of metrics.jsonl; what was written later is cut off when the run continues here."""
+    """See `CheckpointMetadata`."""
     wandb_run_id: str | None
     saved_at: str
     """Time in UTC."""
     versions: dict[str, str]
-    """Versions of the libraries that decide the numbers."""
+    """See `CheckpointMetadata`."""
     files: dict[str, FileRecord]
 
     def write(self, folder: Path) -> None:
@@ -87,10 +101,10 @@ class Manifest(Section):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: missing, altered, or of another version.
+        CheckpointError: missing, corrupt, or of another format version.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -99,12 +113,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path.name} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CheckpointError(f"{path.name} {error}") from error
+    found = content.get("format_version")
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path.name}: found format_version {found}, expected {FORMAT_VERSION}; another version of das_ds saved it"
+        )
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "file"
-        raise CheckpointError(f"{path.name} is of another version: {place}: {first['msg']}") from error
+        location = ".".join(map(str, first["loc"])) or "file"
+        raise CheckpointError(f"{path.name}: {location}: {first['msg']}") from error
     if manifest.name != folder.name:
         raise CheckpointError(f"{path.name} belongs to {manifest.name}, found in {folder.name}")
     return manifest

@@ -1,4 +1,4 @@
-"""A checkpoint that a run continues from, part by part."""
+"""Checkpoint reader: gives each component of a run the state that it saved."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from das_ds.distributed.state import Shard
 
 
 class CheckpointReader:
-    """Reads what this rank needs; its own tensors only where ranks and stage are those that wrote.
+    """Reads what this rank needs; rank-local tensors only with the world size and ZeRO stage that wrote them.
 
     Args:
         folder: of all checkpoints.
-        manifest: of one that was found whole.
+        manifest: of a valid checkpoint.
         info: this rank.
         zero_stage: of its engine.
         shards: of its engine.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, info: RankInfo, zero_stage: int, shards: list[Shard]) -> None:
-        self._numbers = manifest.numbers
-        is_same_division = (manifest.world_size, manifest.zero_stage) == (info.world_size, zero_stage)
-        own_rank = info.rank if is_same_division else None
-        self._stored = RankFileReader(folder / manifest.name, manifest.world_size, own_rank, shards)
+        self._metadata = manifest.metadata
+        is_same_sharding = (manifest.world_size, manifest.zero_stage) == (info.world_size, zero_stage)
+        own_rank = info.rank if is_same_sharding else None
+        self._files = RankFileReader(folder / manifest.name, manifest.world_size, own_rank, shards)
 
-    def part(self, name: str) -> StoredComponentState:
-        """The state of one part of the program."""
-        return StoredComponentState(self._stored, name, self._numbers[name])
+    def component(self, name: str) -> StoredComponentState:
+        """The saved state of one component."""
+        return StoredComponentState(self._files, name, self._metadata[name])
 
     def close(self) -> None:
         """Close the files."""
-        self._stored.close()
+        self._files.close()

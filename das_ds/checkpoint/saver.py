@@ -1,18 +1,17 @@
-"""Saving a checkpoint from all ranks: copy, write beside training, agree, make visible."""
+"""Asynchronous checkpointer: ranks stage their state, write it while training continues, and publish it together."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from das_ds.checkpoint.async_writer import BackgroundWriter
 from das_ds.checkpoint.format import file_name, immutable_tensors, mutable_tensors
-from das_ds.checkpoint.manifest import FileRecord, Manifest, RunState
+from das_ds.checkpoint.manifest import CheckpointMetadata, FileRecord, Manifest, RunState
 from das_ds.checkpoint.store import CheckpointStore
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.state import ComponentState, Shard
@@ -23,7 +22,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a checkpoint cost."""
+    """Cost of a checkpoint."""
 
     name: str
     stall_seconds: float
@@ -35,15 +34,14 @@ class SaveReport:
 
 
 class AsyncCheckpointer:
-    """Saves one checkpoint at a time; everything but `wait_for_copy` is called on all ranks.
+    """Saves one checkpoint at a time; every method but `wait_for_staging` is called on all ranks.
 
     Args:
         ranks: the process group.
-        store: where checkpoints go.
-        shards: what this rank stores of all weights.
+        store: where checkpoints are written.
+        shards: the shards of all weights that this rank writes.
         asynchronous: see `BackgroundWriter`.
-        about: what stays the same in every manifest (`world_size`, `zero_stage`, `versions`).
-        beside: see `BackgroundWriter`.
+        fsync_also: see `BackgroundWriter`.
     """
 
     def __init__(
@@ -51,23 +49,25 @@ class AsyncCheckpointer:
         ranks: ProcessGroup,
         store: CheckpointStore,
         shards: list[Shard],
-        about: dict[str, Any],
         *,
         asynchronous: bool,
-        beside: Sequence[Path] = (),
+        fsync_also: Sequence[Path] = (),
     ) -> None:
-        self._ranks, self._store, self._shards, self._about = ranks, store, shards, about
+        self._ranks = ranks
+        self._store = store
+        self._shards = shards
         self.asynchronous = asynchronous
-        """Whether training goes on between `start` and `publish`."""
-        self._writer = BackgroundWriter(ranks.info.device, asynchronous=asynchronous, beside=beside)
-        self._number = ranks.gather(store.next_number)[0]
+        """Whether training continues between `start` and `publish`."""
+        self._writer = BackgroundWriter(ranks.info.device, asynchronous=asynchronous, fsync_also=fsync_also)
+        # Rank 0 alone reads the folder: on a network file system ranks may see different contents.
+        self._number = ranks.all_gather_object(store.next_number)[0]
         self._manifest: Manifest | None = None
-        self._stall = 0.0
-        ranks.run_on_main(store.clear_partial)
+        self._stall_seconds = 0.0
+        ranks.run_on_main(store.clear_staging)
 
     @property
     def is_open(self) -> bool:
-        """Whether a checkpoint was started and is not yet visible."""
+        """Whether a checkpoint was started and is not published yet."""
         return self._manifest is not None
 
     @property
@@ -80,89 +80,88 @@ class AsyncCheckpointer:
         """Whether this rank's file could not be written."""
         return self.is_open and self._writer.failure is not None
 
-    def start(
-        self,
-        run: RunState,
-        parts: dict[str, ComponentState],
-        *,
-        domain: str,
-        metrics_bytes: int,
-        wandb_run_id: str | None,
-    ) -> None:
-        """Begin a checkpoint; the one before must be visible.
+    def start(self, run: RunState, states: Mapping[str, ComponentState], metadata: CheckpointMetadata) -> None:
+        """Begin a checkpoint; the one before must be published.
 
         Args:
-            run: where the run stands.
-            parts: part of the program -> its state.
-            domain: name of the present domain.
-            metrics_bytes, wandb_run_id: of rank 0's tracker.
+            run: progress of the run.
+            states: component -> its state.
+            metadata: for the manifest.
 
         Raises:
-            CheckpointError: the folder cannot be made.
+            CheckpointError: the folder cannot be created.
         """
         assert not self.is_open, "one checkpoint at a time"
-        self._stall = 0.0
+        self._stall_seconds = 0.0
         with self._stalling():
-            name = f"{self._number:06d}_{domain}_{run.phase}_{run.domain_step}"
+            name = f"{self._number:06d}_{metadata.domain}_{run.phase}_{run.domain_step}"
             self._number += 1
             self._manifest = Manifest(
                 name=name,
                 run=run,
-                numbers={part: state.numbers for part, state in parts.items()},
-                metrics_bytes=metrics_bytes,
-                wandb_run_id=wandb_run_id,
+                world_size=metadata.world_size,
+                zero_stage=metadata.zero_stage,
+                metadata={component: state.metadata for component, state in states.items()},
+                metrics_bytes=metadata.metrics_bytes,
+                wandb_run_id=metadata.wandb_run_id,
                 saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                versions=metadata.versions,
                 files={},
-                **self._about,
             )
             info = self._ranks.info
-            path = self._store.partial(name) / file_name(info.rank, info.world_size)
-            fixed = immutable_tensors(parts, is_main=info.is_main)
-            self._writer.start(path, mutable_tensors(parts, self._shards), fixed)
+            path = self._store.staging_dir(name) / file_name(info.rank, info.world_size)
+            immutable = immutable_tensors(states, is_main=info.is_main)
+            self._writer.start(path, mutable_tensors(states, self._shards), immutable)
 
-    def wait_for_copy(self) -> None:
-        """Return when what is being saved may change."""
+    def wait_for_staging(self) -> None:
+        """Wait until the state is copied, so that it may change."""
         with self._stalling():
-            self._writer.wait_for_copy()
+            self._writer.wait_for_staging()
 
-    def close(self) -> None:
-        """Return when what is no longer kept is gone."""
+    def wait(self) -> None:
+        """Wait until all checkpoints that are no longer kept are removed."""
         self._store.wait_for_removals()
 
     def publish(self) -> SaveReport:
-        """Wait for all ranks' files and make the checkpoint visible.
+        """Wait for the files of all ranks, and make the checkpoint visible.
 
         Raises:
-            CheckpointError: on every rank, when a rank could not write.
+            CheckpointError: on every rank, when any rank could not write.
         """
         assert self._manifest is not None, "a checkpoint was started"
-        manifest, self._manifest = self._manifest, None
+        manifest = self._manifest
+        self._manifest = None
         with self._stalling():
-            record, failure = None, None
-            try:
-                record = self._writer.finish()
-            except CheckpointError as error:
-                failure = error
-            parts = self._ranks.gather((record, failure, self._writer.write_seconds))
-            failures = [failure for _, failure, _ in parts if failure is not None]
+            record, failure = self._finish_file()
+            results = self._ranks.all_gather_object((record, failure, self._writer.write_seconds))
+            failures = [failure for _, failure, _ in results if failure is not None]
             if failures:
-                self._ranks.run_on_main(self._store.clear_partial)
+                self._ranks.run_on_main(self._store.clear_staging)
                 raise failures[0]
-            size = self._ranks.info.world_size
-            files = {file_name(rank, size): record for rank, (record, _, _) in enumerate(parts)}
-            whole = manifest.model_copy(update={"files": files})
-            self._ranks.run_on_main(lambda: self._store.publish(whole))
+            world_size = self._ranks.info.world_size
+            records = [record for record, _, _ in results if record is not None]
+            files = {file_name(rank, world_size): record for rank, record in enumerate(records)}
+            complete = manifest.model_copy(update={"files": files})
+            self._ranks.run_on_main(lambda: self._store.publish(complete))
         return SaveReport(
-            manifest.name,
-            self._stall,
-            max(seconds for _, _, seconds in parts),
-            sum(record.size for record in files.values() if isinstance(record, FileRecord)) / MIB,
+            name=manifest.name,
+            stall_seconds=self._stall_seconds,
+            write_seconds=max(seconds for _, _, seconds in results),
+            mebibytes=sum(record.size for record in records) / MIB,
         )
+
+    def _finish_file(self) -> tuple[FileRecord | None, CheckpointError | None]:
+        """Wait for this rank's file: its record, or the error."""
+        try:
+            return self._writer.finish(), None
+        except CheckpointError as error:
+            return None, error
 
     @contextmanager
     def _stalling(self) -> Iterator[None]:
+        """Count the time of this block as time that training waits."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._stall += time.perf_counter() - began
+            self._stall_seconds += time.perf_counter() - began

@@ -1,7 +1,4 @@
-"""The folder of a run's checkpoints: making one visible, keeping few, finding the newest that is whole.
-
-Which checkpoint a run continues from; all ranks agree.
-"""
+"""Checkpoint store: publishes checkpoints of a run, prunes old ones, and finds the latest valid one on all ranks."""
 
 from __future__ import annotations
 
@@ -16,118 +13,130 @@ from pathlib import Path
 from das_ds.checkpoint.manifest import FileRecord, Manifest, read_manifest
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import CheckpointError
-from das_ds.run_dir import CHECKPOINTS_DIR, PARTIAL
+from das_ds.run_dir import STAGING_PREFIX
 from das_ds.storage import checksum, sync, sync_all
 from das_ds.thread_guard import ThreadGuard
 
 logger = logging.getLogger(__name__)
 
-BROKEN = ".broken"
+QUARANTINED = ".broken"
+"""Ending of the names of corrupt checkpoints."""
 NAME = re.compile(r"^\d{6,}_[^.]*$")
 
 
 class CheckpointStore:
-    """Checkpoints `<number>_<domain>_<phase>_<step>` of one run; rank 0 alone changes the folder.
+    """Checkpoints `<number>_<domain>_<phase>_<step>` of one run; only rank 0 changes the folder.
 
     Args:
-        root: the run folder.
+        folder: for all checkpoints of the run.
         keep: newest checkpoints to keep, besides the one at the end of every domain.
     """
 
-    def __init__(self, root: Path, keep: int) -> None:
-        self.folder = root / CHECKPOINTS_DIR
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
         self._keep = keep
-        self._ends: dict[str, bool] = {}
-        # Removing gigabytes takes a while, which training need not wait for.
+        self._ends_domain: dict[str, bool] = {}
+        # Removing gigabytes takes a while, for which training need not wait.
         self._remover = ThreadPoolExecutor(1)
         self._removing = ThreadGuard(
-            f"{self.folder}: an old checkpoint cannot be removed, so that the disk may fill; training goes on"
+            f"{self.folder}: an old checkpoint cannot be removed, so the disk may fill; training continues"
         )
 
     def names(self) -> list[str]:
-        """Checkpoints from the oldest to the newest, whole or not."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((p.name for p in found if NAME.match(p.name)), key=lambda name: int(name.split("_")[0]))
+        """Checkpoints from the oldest to the newest, valid or not."""
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((p.name for p in paths if NAME.match(p.name)), key=lambda name: int(name.split("_")[0]))
 
     @property
     def has_corrupted(self) -> bool:
-        """Whether a checkpoint was once found damaged."""
-        return any(self.folder.glob(f"*{BROKEN}"))
+        """Whether a checkpoint was ever quarantined."""
+        return any(self.folder.glob(f"*{QUARANTINED}"))
 
     @property
     def next_number(self) -> int:
-        """Number of the next checkpoint: none comes again, also after a return to an earlier one."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return max((int(number[0]) for p in found if (number := re.findall(r"^\d+", p.name))), default=-1) + 1
+        """Number of the next checkpoint; never reused, even after a rollback to an earlier checkpoint."""
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return max((int(number[0]) for p in paths if (number := re.findall(r"^\d+", p.name))), default=-1) + 1
 
-    def partial(self, name: str) -> Path:
-        """Where a checkpoint is written before it counts."""
-        return self.folder / f"{PARTIAL}{name}"
+    def staging_dir(self, name: str) -> Path:
+        """Where a checkpoint is written before it is published."""
+        return self.folder / f"{STAGING_PREFIX}{name}"
 
-    def clear_partial(self) -> None:
-        """Remove what saves that were never finished left behind."""
-        for path in self.folder.glob(f"{PARTIAL}*"):
+    def clear_staging(self) -> None:
+        """Remove the remains of unfinished checkpoints."""
+        for path in self.folder.glob(f"{STAGING_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, manifest: Manifest) -> None:
-        """Make a checkpoint visible, all files of which are on disk, and drop those that are no longer kept.
+        """Make a checkpoint visible, whose files are all on disk, and remove those that are no longer kept.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
         """
-        partial = self.partial(manifest.name)
+        staging_dir = self.staging_dir(manifest.name)
         try:
-            manifest.write(partial)
-            sync_all(partial)
-            os.replace(partial, self.folder / manifest.name)
+            manifest.write(staging_dir)
+            # Synced before the rename: a checkpoint that is visible after a power loss is complete.
+            sync_all(staging_dir)
+            os.replace(staging_dir, self.folder / manifest.name)
             sync(self.folder)
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder / manifest.name}: cannot be written ({error.strerror or error}); the checkpoint before "
-                "it is as it was"
+                f"{self.folder / manifest.name}: cannot be written ({error.strerror or error}); the previous "
+                "checkpoint is intact"
             ) from error
-        self._ends[manifest.name] = manifest.run.ends_domain
+        self._ends_domain[manifest.name] = manifest.run.ends_domain
         self._prune()
 
-    def quarantine(self, name: str, reasons: list[str]) -> None:
-        """Warn about a checkpoint that is not whole and rename it, so that it is never looked at again."""
-        logger.warning("checkpoint %s is not whole and is left out: %s", name, "; ".join(reasons))
-        os.replace(self.folder / name, self.folder / f"{name}{BROKEN}")
+    def quarantine(self, name: str, problems: list[str]) -> None:
+        """Warn about a corrupt checkpoint and rename it, so that it is never considered again."""
+        logger.warning("checkpoint %s is corrupt and is skipped: %s", name, "; ".join(problems))
+        os.replace(self.folder / name, self.folder / f"{name}{QUARANTINED}")
 
     def wait_for_removals(self) -> None:
-        """Return when what is no longer kept is gone."""
+        """Wait until checkpoints that are no longer kept are removed."""
         self._remover.submit(lambda: None).result()
 
-    def problems(self, name: str, manifest: Manifest, part: Callable[[int], bool]) -> list[str]:
-        """What is wrong with those files of a checkpoint whose number `part` picks."""
-        records = [item for number, item in enumerate(sorted(manifest.files.items())) if part(number)]
-        return [problem for file, record in records if (problem := _problem(self.folder / name / file, record))]
+    def find_problems(self, name: str, manifest: Manifest, is_checked: Callable[[int], bool]) -> list[str]:
+        """Check files of a checkpoint against its manifest.
+
+        Args:
+            name: the checkpoint.
+            manifest: its manifest.
+            is_checked: picks files by their index in alphabetical order, so that ranks can share the work.
+
+        Returns:
+            One line per file that is missing, truncated or altered.
+        """
+        records = [item for index, item in enumerate(sorted(manifest.files.items())) if is_checked(index)]
+        return [problem for file, record in records if (problem := _find_problem(self.folder / name / file, record))]
 
     def _prune(self) -> None:
         for name in self.names()[: -self._keep]:
-            if not self._is_end(name):
-                # Renamed first: a removal that is interrupted must not leave half a checkpoint under its name.
-                gone = self.partial(name)
-                os.replace(self.folder / name, gone)
-                self._remover.submit(self._remove, gone)
+            if not self._is_end_of_domain(name):
+                # Renamed first: an interrupted removal must not leave half a checkpoint under its name.
+                renamed = self.staging_dir(name)
+                os.replace(self.folder / name, renamed)
+                self._remover.submit(self._remove, renamed)
 
     def _remove(self, folder: Path) -> None:
         with self._removing:
             shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():
-                # Again, for the reason.
+                # Once more, so that the error is raised.
                 shutil.rmtree(folder)
 
-    def _is_end(self, name: str) -> bool:
-        if name not in self._ends:
+    def _is_end_of_domain(self, name: str) -> bool:
+        if name not in self._ends_domain:
             try:
-                self._ends[name] = read_manifest(self.folder / name).run.ends_domain
+                self._ends_domain[name] = read_manifest(self.folder / name).run.ends_domain
             except CheckpointError:
-                self._ends[name] = True
-        return self._ends[name]
+                # Kept, because it may be one; it is quarantined when a run continues.
+                self._ends_domain[name] = True
+        return self._ends_domain[name]
 
 
-def _problem(path: Path, record: FileRecord) -> str | None:
+def _find_problem(path: Path, record: FileRecord) -> str | None:
     try:
         size = path.stat().st_size
         if size != record.size:
@@ -138,33 +147,37 @@ def _problem(path: Path, record: FileRecord) -> str | None:
 
 
 def find_latest_valid(store: CheckpointStore, ranks: ProcessGroup) -> Manifest | None:
-    """The newest checkpoint whose files are what its manifest says; None where there has never been one.
+    """The newest checkpoint whose files match its manifest; None where none was ever saved; a collective.
 
-    The ranks share the work of reading. One that is not whole is named in a warning and set aside.
+    The ranks share the work of reading. Corrupt checkpoints are reported in a warning and quarantined.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole.
+        CheckpointError: there are checkpoints, but no valid one.
     """
-    names = ranks.gather(store.names() if ranks.info.is_main else [])[0]
+    names = ranks.all_gather_object(store.names() if ranks.info.is_main else [])[0]
     for name in reversed(names):
-        manifest, problems = _examined(store, name, ranks)
+        manifest, problems = _validate(store, name, ranks)
         if not problems:
             return manifest
         ranks.run_on_main(lambda name=name, problems=problems: store.quarantine(name, problems))  # type: ignore[misc]
-    if names or ranks.gather(store.has_corrupted)[0]:
+    if names or ranks.all_gather_object(store.has_corrupted)[0]:
         raise CheckpointError(
-            f"{store.folder}: found no whole checkpoint, {len(names)} were damaged (see the warnings above); put back "
-            "a sound copy of one, or start anew with another output_dir"
+            f"{store.folder}: found no valid checkpoint, {len(names)} were corrupt (see the warnings above); restore "
+            "an intact copy of one, or start over with another output_dir"
         )
     return None
 
 
-def _examined(store: CheckpointStore, name: str, ranks: ProcessGroup) -> tuple[Manifest | None, list[str]]:
-    rank, size = ranks.info.rank, ranks.info.world_size
-    manifest, problems = None, []
+def _validate(store: CheckpointStore, name: str, ranks: ProcessGroup) -> tuple[Manifest | None, list[str]]:
+    """(manifest, problems found by any rank); each rank checks every W-th file, W being the world size."""
+    rank = ranks.info.rank
+    world_size = ranks.info.world_size
+    manifest = None
     try:
         manifest = read_manifest(store.folder / name)
-        problems = store.problems(name, manifest, lambda number: number % size == rank)
+        problems = store.find_problems(name, manifest, lambda index: index % world_size == rank)
     except CheckpointError as error:
         problems = [str(error)]
-    return manifest, list(dict.fromkeys(problem for found in ranks.gather(problems) for problem in found))
+    # All ranks report the same unreadable manifest: each problem once.
+    problems_by_rank = ranks.all_gather_object(problems)
+    return manifest, list(dict.fromkeys(problem for problems in problems_by_rank for problem in problems))

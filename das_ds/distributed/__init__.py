@@ -1,1 +1,1 @@
-"""Ranks, collectives and the ZeRO engine; the only importer of deepspeed and torch.distributed."""
+"""Process group, collectives, and the parts of a run that depend on the number of ranks."""

@@ -1,4 +1,4 @@
-"""Collectives that are identities on one rank, so that callers never ask how many ranks there are."""
+"""Collectives that are the identity on one rank, so that callers need not check the world size."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 @dataclass
 class CollectiveCount:
-    """Collectives of das_ds itself that this process has entered and left; those within DeepSpeed are not counted."""
+    """How many collectives of das_ds this process has entered and exited; those inside DeepSpeed are not counted."""
 
     entered: int = 0
-    left: int = 0
+    exited: int = 0
 
     @property
     def is_inside(self) -> bool:
         """Whether this process is inside one of them."""
-        return self.entered > self.left
+        return self.entered > self.exited
 
 
 COLLECTIVE_COUNT = CollectiveCount()
@@ -30,12 +30,12 @@ COLLECTIVE_COUNT = CollectiveCount()
 
 @contextmanager
 def in_collective() -> Iterator[None]:
-    """Around a call that waits for other ranks."""
+    """Wraps a call that waits for other ranks, so that the watchdog can tell waiting from a stall."""
     COLLECTIVE_COUNT.entered += 1
     try:
         yield
     finally:
-        COLLECTIVE_COUNT.left += 1
+        COLLECTIVE_COUNT.exited += 1
 
 
 def world_size() -> int:
@@ -80,18 +80,18 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _AllGatherWithGrad(torch.autograd.Function):
-    """Backward: every rank's loss reads every row, so a row's gradient is the sum of what all ranks hold for it."""
+    """All-gather whose backward pass sums: every rank's loss reads every row, so its gradients add up over ranks."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        rows_by_rank = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
         with in_collective():
-            dist.all_gather(parts, tensor.contiguous())
+            dist.all_gather(rows_by_rank, tensor.contiguous())
         ctx.num_rows = len(tensor)
-        return torch.cat(parts)
+        return torch.cat(rows_by_rank)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
-        # The rows are pooled vectors: a sum over all of them costs little and every backend offers it.
+        # All-reduce instead of reduce-scatter: the rows are pooled vectors, so it is cheap, and gloo supports it.
         total = all_reduce_sum(grad_outputs[0].clone(memory_format=torch.contiguous_format))
         return total[rank() * ctx.num_rows : (rank() + 1) * ctx.num_rows]

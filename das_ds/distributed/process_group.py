@@ -1,4 +1,4 @@
-"""From environment variables to a process group: deepspeed, torchrun, srun and plain python start the same program."""
+"""Process group of a run, from the environment variables of deepspeed, torchrun, srun or none (plain python)."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from torch import nn
 from das_ds.distributed.collectives import in_collective
 from das_ds.distributed.environment import check_device, check_environment
 from das_ds.distributed.rendezvous import report_missing_ranks
+from das_ds.distributed.torch_internals import all_process_groups, group_timeout, set_group_timeout
 from das_ds.errors import DasError
 
 T = TypeVar("T")
 
-# Slow preparation (tokenising a large corpus) happens on one rank while the others wait for it.
 LONG_TIMEOUT = timedelta(days=7)
+"""For groups in which ranks wait for one that does slow work alone, such as tokenizing a large corpus."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where this process stands."""
+    """Which rank this process is."""
 
     rank: int
     local_rank: int
+    """Rank among the processes of this node, and number of its GPU."""
     world_size: int
     device: torch.device
 
@@ -47,55 +49,35 @@ class RankInfo:
 class ProcessGroup:
     """The process group of a run: who this rank is, and waiting for each other without a collective time-out.
 
+    Made by `init_process_group`, on all ranks together.
+
     Args:
-        timeout: how long to wait for all ranks to start, and for each collective; None: DeepSpeed's default.
-        collective_timeout: for each collective, where it is to be another.
+        info: this rank.
+        cpu_group: gloo group of all ranks, whose collectives may take up to `LONG_TIMEOUT`.
+        collective_timeout: time-out of collectives of every other group; None: that of their backend.
     """
 
-    def __init__(self, timeout: timedelta | None = None, collective_timeout: timedelta | None = None) -> None:
-        _fill_environment()
-        check_environment()
-        # Its warnings about an untested optimizer and its own deprecated calls are nothing that a user can act on.
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-        on_gpu = torch.cuda.is_available()
-        local_rank = int(os.environ["LOCAL_RANK"])
-        device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-        if on_gpu:
-            check_device(local_rank, torch.cuda.device_count())
-            torch.cuda.set_device(device)
-        # On CPU DeepSpeed would compile its shared-memory all-reduce at the first start, guarded by a lock file that a
-        # killed process leaves behind and every later start waits for; gloo needs no compiler and no lock.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-        if not dist.is_initialized():
-            with report_missing_ranks(timeout):
-                deepspeed.init_distributed(
-                    "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, **options
-                )
-        self.info = RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
-        # Ranks that start together meet soon; only what they wait for later may take any time.
-        self._patient_group = dist.new_group(backend="gloo", **options)
-        dist.distributed_c10d._set_pg_timeout(LONG_TIMEOUT, self._patient_group)
-        self._collective_timeout = timeout if collective_timeout is None else collective_timeout
-        self.limit_collectives()
+    def __init__(self, info: RankInfo, cpu_group: dist.ProcessGroup, collective_timeout: timedelta | None) -> None:
+        self.info = info
+        self._cpu_group = cpu_group
+        self._collective_timeout = collective_timeout
 
     def limit_collectives(self) -> None:
-        """Give every process group but the patient ones this run's time for a collective.
+        """Give every process group but those with `LONG_TIMEOUT` this run's time-out for collectives.
 
-        To be called again when a library has made groups: torch gives each of them its backend's own time, which is
-        shorter or longer, and DeepSpeed reduces and gathers in nothing but its own groups.
+        To be called again when a library has made groups: torch gives each of them its backend's own time-out, which
+        is shorter or longer, and DeepSpeed reduces and gathers in nothing but its own groups.
         """
         if self._collective_timeout is None:
             return
-        for group in list(dist.distributed_c10d._world.pg_map):
+        for group in all_process_groups():
             if group_timeout(group) != LONG_TIMEOUT:
-                dist.distributed_c10d._set_pg_timeout(self._collective_timeout, group)
+                set_group_timeout(group, self._collective_timeout)
 
     def main_process_first(self, prepare: Callable[[], T]) -> T:
         """Run `prepare` on rank 0, then on the first rank of each node, then everywhere; all wait for each other.
 
-        What rank 0 leaves in a shared cache the others find there; where nodes share no folder, one rank per node
+        The other ranks find the result of rank 0 in a shared cache; where nodes share no folder, one rank per node
         prepares its own copy.
 
         Raises:
@@ -109,21 +91,21 @@ class ProcessGroup:
                     result = prepare()
                 except DasError as error:
                     failure = error
-            self.agree(failure)
+            self.raise_on_all_ranks(failure)
         assert result is not None
         return result
 
-    def agree(self, failure: DasError | None) -> None:
+    def raise_on_all_ranks(self, failure: DasError | None) -> None:
         """Raise on every rank the first error that any rank has."""
-        for error in self.gather(failure):
+        for error in self.all_gather_object(failure):
             if error is not None:
                 raise error
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all ranks, on every rank, however long one of them takes."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order, on every rank; a rank may take any time to come here."""
         values: list[Any] = [None] * self.info.world_size
         with in_collective():
-            dist.all_gather_object(values, value, group=self._patient_group)
+            dist.all_gather_object(values, value, group=self._cpu_group)
         return values
 
     def run_on_main(self, do: Callable[[], T]) -> T | None:
@@ -138,45 +120,65 @@ class ProcessGroup:
                 result = do()
             except DasError as error:
                 failure = error
-        self.agree(failure)
+        self.raise_on_all_ranks(failure)
         return result
 
-    def all_gather_cpu(self, part: torch.Tensor, size: int) -> torch.Tensor:
-        """The parts of all ranks one after the other, every part padded to `size` elements; in host memory.
+    def all_gather_cpu(self, shard: torch.Tensor, size: int) -> torch.Tensor:
+        """The shards of all ranks in rank order, each padded with zeros to `size` elements; in host memory.
 
         Args:
-            part: (n,) with n <= size, on the host.
+            shard: (n,) with n <= size, on the host.
+
+        Returns:
+            (world_size * size,).
         """
-        padded = nn.functional.pad(part, (0, size - part.numel())) if part.numel() < size else part
-        parts = torch.empty(self.info.world_size * size, dtype=part.dtype)
+        padded = nn.functional.pad(shard, (0, size - shard.numel())) if shard.numel() < size else shard
+        gathered = torch.empty(self.info.world_size * size, dtype=shard.dtype)
         with in_collective():
-            dist.all_gather_into_tensor(parts, padded, group=self._patient_group)
-        return parts
+            dist.all_gather_into_tensor(gathered, padded, group=self._cpu_group)
+        return gathered
 
     def barrier(self) -> None:
-        """Wait for all ranks, however long one of them writes or prepares."""
+        """Wait for all ranks; a rank may take any time to come here."""
         with in_collective():
-            dist.barrier(group=self._patient_group)
+            dist.barrier(group=self._cpu_group)
 
     def close(self) -> None:
         """End the process group."""
         dist.destroy_process_group()
 
 
-def group_timeout(group: dist.ProcessGroup) -> timedelta:
-    """How long a collective of this group may take."""
-    timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
-    return timeout
+def init_process_group(timeout: timedelta | None = None, collective_timeout: timedelta | None = None) -> ProcessGroup:
+    """Join the process group that the launcher's environment variables describe; alone without a launcher.
+
+    Args:
+        timeout: how long to wait for all ranks to start, and for each collective; None: DeepSpeed's default.
+        collective_timeout: for each collective, where it differs from `timeout`.
+
+    Raises:
+        ConfigError: an environment variable is out of its range, or this node has no device for the rank.
+        PreflightError: not all ranks started in time.
+    """
+    _set_default_environment()
+    check_environment()
+    _quiet_deepspeed()
+    device = _set_device(int(os.environ["LOCAL_RANK"]))
+    _avoid_compiled_collectives()
+    options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with report_missing_ranks(timeout):
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **options)
+    info = RankInfo(dist.get_rank(), int(os.environ["LOCAL_RANK"]), dist.get_world_size(), device)
+    # Ranks that start together meet within `timeout`; only what they wait for later may take any time.
+    cpu_group = dist.new_group(backend="gloo", **options)
+    set_group_timeout(cpu_group, LONG_TIMEOUT)
+    process_group = ProcessGroup(info, cpu_group, timeout if collective_timeout is None else collective_timeout)
+    process_group.limit_collectives()
+    return process_group
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the generators behind dropout and random weights on this rank."""
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _fill_environment() -> None:
+def _set_default_environment() -> None:
     """Complete RANK, WORLD_SIZE and LOCAL_RANK: srun sets its own names only, plain python none at all."""
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
@@ -190,17 +192,49 @@ def _fill_environment() -> None:
         os.environ["MASTER_PORT"] = str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500"
 
 
+def _quiet_deepspeed() -> None:
+    """Silence warnings that no user can act on: an untested optimizer, and deprecated calls of DeepSpeed itself."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+
+
+def _set_device(local_rank: int) -> torch.device:
+    """Make this rank's GPU the current one; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    check_device(local_rank, torch.cuda.device_count())
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _avoid_compiled_collectives() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce on CPUs.
+
+    The compilation is guarded by a lock file that a killed process leaves behind and every later start waits for; gloo
+    needs neither compiler nor lock.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators behind dropout and random weights on this rank."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def leave(exit_code: int) -> None:
-    """End this process at once if it is in a process group; otherwise return.
+def hard_exit(exit_code: int) -> None:
+    """Exit at once, without cleanup, if this process is in a process group; otherwise return.
 
-    A group that is not closed by all its ranks has threads that may abort the process on its way out, and the exit code
-    would be lost.
+    The threads of a group that not all ranks have closed may abort the process while it exits normally, and its exit
+    code would be lost.
     """
     if dist.is_initialized():
         sys.stdout.flush()

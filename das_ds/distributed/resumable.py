@@ -1,4 +1,4 @@
-"""Loops over fixed batches (importance, evaluation) that continue where they were stopped."""
+"""Resumable loops over fixed batches (importance, evaluation): they continue where a checkpoint was saved."""
 
 from __future__ import annotations
 
@@ -8,110 +8,145 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from das_ds.distributed.rng import set_rng_state
+from das_ds.distributed.rng import get_rng_state, set_rng_state
 from das_ds.distributed.state import ComponentState, SavedComponentState
 
 T = TypeVar("T", covariant=True)
 
+RNG = "rng/"
+"""Beginning of the names of the random generators' states, beside those of accumulators, which begin with a number."""
+
 
 class Batches(Protocol[T]):
-    """Batches by number, always the same."""
+    """Batches by index, the same at every start."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int, /) -> T: ...
+    def __getitem__(self, index: int, /) -> T: ...
 
 
-def _nothing() -> None:
+def _no_op() -> None:
     pass
 
 
 class ResumableLoop(Generic[T]):
-    """One loop over batches; what its body keeps from batch to batch lies in `sums`.
+    """One loop over batches, whose body keeps its running sums in `accumulators`.
 
-    Between two batches, and only there, the run may be saved or stopped. A pass that continues starts at the next batch
-    with the sums and random generators that it had; one that was complete gives no batch at all and its sums are whole.
+    The run may be saved or stopped between two batches, and only there. A resumed loop starts at the next batch with
+    the accumulators and random generators of the checkpoint; a loop that was complete yields no batch, and its
+    accumulators hold the final sums.
 
     Args:
         batches: equally many on every rank.
         label: of its progress bar; "" shows none.
-        boundary: called between two batches.
+        on_batch_end: called between two batches.
     """
 
-    def __init__(self, batches: Batches[T], label: str = "", boundary: Callable[[], None] = _nothing) -> None:
-        self._batches, self._label, self._boundary = batches, label, boundary
-        self.done = 0
-        """Batches that `sums` hold."""
-        self.sums: dict[str, torch.Tensor] = {}
-        self._generators: dict[str, torch.Tensor] | None = None
+    def __init__(self, batches: Batches[T], label: str = "", on_batch_end: Callable[[], None] = _no_op) -> None:
+        self._batches = batches
+        self._label = label
+        self._on_batch_end = on_batch_end
+        self.num_done = 0
+        """Batches that the accumulators include."""
+        self.accumulators: dict[str, torch.Tensor] = {}
+        self._rng_state: dict[str, torch.Tensor] | None = None
 
-    def resume(self, done: int, sums: dict[str, torch.Tensor], generators: dict[str, torch.Tensor]) -> None:
-        """Continue after `done` batches."""
-        self.done, self.sums, self._generators = done, sums, generators
+    def resume(self, num_done: int, accumulators: dict[str, torch.Tensor], rng_state: dict[str, torch.Tensor]) -> None:
+        """Continue after `num_done` batches."""
+        self.num_done = num_done
+        self.accumulators = accumulators
+        self._rng_state = rng_state
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[T]:
-        if self._generators is not None and self.done < len(self):
-            set_rng_state(self._generators)
-        numbers = range(self.done, len(self))
-        for number in tqdm(
-            numbers, self._label, len(self), False, initial=self.done, disable=not self._label, dynamic_ncols=True
-        ):
-            yield self._batches[number]
-            self.done = number + 1
-            if self.done < len(self):
-                self._boundary()
+        if self._rng_state is not None and self.num_done < len(self):
+            set_rng_state(self._rng_state)
+        indices = tqdm(
+            range(self.num_done, len(self)),
+            desc=self._label,
+            total=len(self),
+            leave=False,
+            initial=self.num_done,
+            disable=not self._label,
+            dynamic_ncols=True,
+        )
+        for index in indices:
+            yield self._batches[index]
+            # The body has added this batch to the accumulators: only now may a checkpoint count it.
+            self.num_done = index + 1
+            if self.num_done < len(self):
+                self._on_batch_end()
 
 
 class ResumableLoops:
-    """All passes of one phase of a run, by label; a phase that is done again finds those it had already made.
+    """All loops of one phase of a run, by label; a phase that runs again finds the loops it had already made.
 
     Args:
-        boundary: called between two batches of any of them; nothing is where nothing is saved.
-        show: whether this rank shows progress bars.
+        on_batch_end: called between two batches of any loop; a no-op where nothing is saved.
+        show_progress: whether this rank shows progress bars.
+        device: where accumulators are restored to.
     """
 
-    def __init__(self, boundary: Callable[[], None] = _nothing, *, show: bool) -> None:
-        self._boundary, self._show = boundary, show
-        self._open: dict[str, ResumableLoop[Any]] = {}
+    def __init__(
+        self,
+        on_batch_end: Callable[[], None] = _no_op,
+        *,
+        show_progress: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._on_batch_end = on_batch_end
+        self._show_progress = show_progress
+        self._device = device
+        self._loops: dict[str, ResumableLoop[Any]] = {}
         self._saved: dict[str, tuple[int, dict[str, torch.Tensor]]] = {}
-        self._generators: dict[str, torch.Tensor] = {}
+        self._rng_state: dict[str, torch.Tensor] = {}
 
-    def over(self, batches: Batches[T], label: str) -> ResumableLoop[T]:
-        """The pass of this label, which continues where a checkpoint left it."""
-        started: ResumableLoop[T] = ResumableLoop(batches, label if self._show else "", self._boundary)
+    def start(self, batches: Batches[T], label: str) -> ResumableLoop[T]:
+        """The loop of this label, resumed where a checkpoint left it."""
+        loop: ResumableLoop[T] = ResumableLoop(batches, label if self._show_progress else "", self._on_batch_end)
         if label in self._saved:
-            started.resume(*self._saved.pop(label), self._generators)
-        self._open[label] = started
-        return started
+            loop.resume(*self._saved.pop(label), self._rng_state)
+        self._loops[label] = loop
+        return loop
 
-    def forget(self) -> None:
-        """The phase is over."""
-        self._open, self._saved = {}, {}
+    def reset(self) -> None:
+        """Forget all loops: the phase is over."""
+        self._loops = {}
+        self._saved = {}
 
     @property
     def num_batches(self) -> int:
         """Batches done in this phase."""
-        return sum(part.done for part in self._open.values())
+        return sum(loop.num_done for loop in self._loops.values())
 
-    def state(self) -> ComponentState:
-        """Sums of all passes, this rank's own."""
-        parts = [(label, part) for label, part in self._open.items() if part.done]
-        sums = {f"{i}/{name}": value for i, (_, part) in enumerate(parts) for name, value in part.sums.items()}
-        return ComponentState(local=sums, numbers={"done": [[label, part.done] for label, part in parts]})
+    def state_dict(self) -> ComponentState:
+        """Accumulators of all loops, and the random generators; this rank's own."""
+        started = [(label, loop) for label, loop in self._loops.items() if loop.num_done]
+        if not started:
+            return ComponentState(metadata={"done": []})
+        tensors = {f"{RNG}{name}": value for name, value in get_rng_state().items()}
+        for number, (_, loop) in enumerate(started):
+            tensors |= {f"{number}/{name}": value for name, value in loop.accumulators.items()}
+        return ComponentState(
+            rank_local=tensors, metadata={"done": [[label, loop.num_done] for label, loop in started]}
+        )
 
-    def load(self, saved: SavedComponentState, generators: dict[str, torch.Tensor], device: torch.device) -> None:
-        """Continue the passes of a checkpoint; on other ranks or at another stage they start from their beginning.
+    def load_state_dict(self, saved: SavedComponentState) -> None:
+        """Resume the loops of a checkpoint; with another world size or ZeRO stage they start from their beginning.
 
         Which batch a rank reads depends on the number of ranks, and every sample must count once.
         """
-        local = saved.local()
-        if not generators:
+        tensors = saved.rank_local()
+        if not tensors:
             return
-        self._generators = generators
-        for number, (label, done) in enumerate(saved.numbers["done"]):
-            begin = f"{number}/"
-            sums = {name[len(begin) :]: value.to(device) for name, value in local.items() if name.startswith(begin)}
-            self._saved[label] = (done, sums)
+        self._rng_state = _strip_prefix(tensors, RNG)
+        for number, (label, num_done) in enumerate(saved.metadata["done"]):
+            accumulators = _strip_prefix(tensors, f"{number}/")
+            self._saved[label] = (num_done, {name: value.to(self._device) for name, value in accumulators.items()})
+
+
+def _strip_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The random generators of one rank, behind dropout and noise."""
+"""Random generators of one rank: their state, which drives dropout and noise, as tensors that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import numpy
 import torch
 
+from das_ds.distributed.state import ComponentState, SavedComponentState
+
 
 def get_rng_state() -> dict[str, torch.Tensor]:
-    """States of Python's, NumPy's and torch's generators, those of the current GPU among them."""
+    """States of the generators of Python, NumPy and torch, and of the current GPU if there is one."""
     version, words, gauss = random.getstate()
     generator: dict[str, Any] = numpy.random.get_state(legacy=False)
     assert version == 3 and generator["bit_generator"] == "MT19937", "the generators that this format is made for"
@@ -26,7 +28,7 @@ def get_rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put all generators back to where `get_rng_state` found them."""
+    """Set all generators to a state from `get_rng_state`."""
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = state["numpy_position"].tolist()
@@ -35,3 +37,16 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+class RngState:
+    """The random generators of this rank as a component of checkpoints."""
+
+    def state_dict(self) -> ComponentState:
+        """The generators as they are now."""
+        return ComponentState(rank_local=get_rng_state())
+
+    def load_state_dict(self, saved: SavedComponentState) -> None:
+        """Restore the generators; with another world size or ZeRO stage they stay as they are."""
+        if state := saved.rank_local():
+            set_rng_state(state)

@@ -1,4 +1,4 @@
-"""What one rank needs in order to continue, sorted by how it is divided over the ranks."""
+"""State of a run's components as checkpoints hold it, sorted by how ranks share it, and the shards it refers to."""
 
 from __future__ import annotations
 
@@ -52,42 +52,52 @@ def zeros_by_flat(shards: Iterable[Shard], dtype: torch.dtype) -> dict[torch.Ten
 
 @dataclass(frozen=True)
 class ComponentState:
-    """Everything of one part of the program (engine, method ...) that a checkpoint has to hold."""
+    """Everything that a checkpoint has to hold of one component (engine, method ...)."""
 
     sharded: dict[str, Flats] = field(default_factory=dict)
-    """Values by weight (weights, moments, importance), divided like the optimizer; fits any number of ranks."""
-    shared: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Equal on every rank."""
-    local: dict[str, torch.Tensor] = field(default_factory=dict)
-    """This rank's alone; another number of ranks, or another ZeRO stage, can read only those of all ranks."""
-    numbers: dict[str, Any] = field(default_factory=dict)
-    """What JSON can hold, equal on every rank."""
+    """Values by weight (weights, moments, importance), sharded like the optimizer; loads on any number of ranks."""
+    replicated: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors that are equal on every rank."""
+    rank_local: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors of this rank alone; another number of ranks, or another ZeRO stage, can only read those of all ranks."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """JSON values that are equal on every rank."""
 
 
 class SavedComponentState(Protocol):
-    """One part's state as a checkpoint gives it back."""
+    """A component's state as a checkpoint returns it, the counterpart of `ComponentState`."""
 
     @property
-    def numbers(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """As saved."""
 
     def has_sharded(self, name: str) -> bool:
         """Whether values by weight were saved under this name."""
 
     def sizes(self, name: str) -> dict[str, int]:
-        """Parameter -> number of its values that were saved under this name, by all ranks together."""
+        """Parameter -> number of its values that all ranks together saved under this name."""
 
     def sharded(self, name: str) -> Flats:
         """Values by weight for this rank's flat tensors, on their devices; 0 where a weight had none.
 
-        Flat tensors of which nothing was saved are left out.
+        Flat tensors without any saved value are left out.
         """
 
-    def shared(self) -> dict[str, torch.Tensor]:
-        """What was equal on every rank, in host memory."""
+    def replicated(self) -> dict[str, torch.Tensor]:
+        """Tensors that were equal on every rank, in host memory."""
 
-    def local(self) -> dict[str, torch.Tensor]:
-        """This rank's own tensors, in host memory; none where ranks or stage are not those of the checkpoint."""
+    def rank_local(self) -> dict[str, torch.Tensor]:
+        """This rank's own tensors, in host memory; none where world size or ZeRO stage differ from the checkpoint."""
 
-    def every_local(self, name: str) -> list[torch.Tensor]:
-        """The own tensors of this name of all ranks that wrote, in their order, in host memory."""
+    def all_rank_local(self, name: str) -> list[torch.Tensor]:
+        """The tensors of this name that each rank saved, in rank order, in host memory."""
+
+
+class Stateful(Protocol):
+    """A component of a run that checkpoints save and restore; the name and the methods are torch's (DCP `Stateful`)."""
+
+    def state_dict(self) -> ComponentState:
+        """State as it is now: views and references, which the checkpointer copies."""
+
+    def load_state_dict(self, saved: SavedComponentState, /) -> None:
+        """Restore a saved state; a collective where the component says so."""

@@ -75,12 +75,12 @@ def _round(
             done = fine_tune(task, seed, source, ranks.info.device, show=ranks.info.is_main)
         except DasError as error:
             failure = error
-    for (task, _), found in zip(jobs, ranks.gather(done), strict=False):
+    for (task, _), found in zip(jobs, ranks.all_gather_object(done), strict=False):
         if found is not None:
             scores = scores.with_seed(task, found)
     if scores.tasks:
         ranks.run_on_main(lambda: scores.write(path))
-    ranks.agree(failure)
+    ranks.raise_on_all_ranks(failure)
     return scores
 
 
@@ -130,7 +130,7 @@ def _from_main(ranks: ProcessGroup, path: Path, folder: Path, tasks: list[EndTas
             named.write(path)
         return named
 
-    scores = ranks.gather(ranks.run_on_main(opened))[0]
+    scores = ranks.all_gather_object(ranks.run_on_main(opened))[0]
     assert scores is not None
     return scores
 

@@ -290,47 +290,46 @@ class Engine:
         """(name, complete fp32 weight as it was loaded) of all that is not trained; None but on rank 0; collective."""
         return self._frozen.gather()
 
-    def state(self, *, in_domain: bool) -> ComponentState:
-        """Weights and, within a domain, moments and schedule; views of tensors that training changes.
-
-        Args:
-            in_domain: whether the present domain has optimizer steps left.
-        """
-        weights = self.weights.flats()
-        loss_scale = {"loss_scale": self._loss_scale.state()}
-        if not in_domain:
-            return ComponentState(sharded={WEIGHTS: weights}, numbers=loss_scale)
-        assert self._scheduler is not None, "start_domain comes before state"
-        moments, steps = self._optimizer.moments()
-        numbers = {
-            "optimizer": steps,
-            "schedule": self._scheduler.last_epoch,
-            "skipped_steps": self.skipped_steps,
-            **loss_scale,
-        }
+    def state_dict(self) -> ComponentState:
+        """Weights, and the loss scale, on which importance depends; views of tensors that training changes."""
         return ComponentState(
-            {WEIGHTS: weights, **{f"{MOMENT}{key}": flats for key, flats in moments.items()}}, {}, {}, numbers
+            sharded={WEIGHTS: self.weights.flats()}, metadata={"loss_scale": self._loss_scale.state()}
         )
 
-    def load_weights(self, saved: SavedComponentState) -> None:
-        """Load saved weights, however they were sharded, and the loss scale, which importance depends on.
+    def load_state_dict(self, saved: SavedComponentState) -> None:
+        """Restore weights, however they were sharded, and the loss scale.
 
         Raises:
             CheckpointError: they are those of another network.
         """
         self._check_complete(saved.sizes(WEIGHTS))
-        self._loss_scale.load(saved.numbers["loss_scale"])
+        self._loss_scale.load(saved.metadata["loss_scale"])
         self.weights.load(saved.sharded(WEIGHTS))
 
-    def load_domain(self, saved: SavedComponentState) -> None:
-        """Continue within a domain; comes after `start_domain`."""
-        assert self._scheduler is not None, "start_domain comes before load_domain"
-        numbers = saved.numbers
+    def domain_state_dict(self) -> ComponentState:
+        """Optimizer moments, learning-rate schedule and loss scale within a domain; views, as in `state_dict`."""
+        assert self._scheduler is not None, "start_domain comes before domain_state_dict"
+        moments, steps = self._optimizer.moments()
+        metadata = {
+            "optimizer": steps,
+            "schedule": self._scheduler.last_epoch,
+            "skipped_steps": self.skipped_steps,
+            "loss_scale": self._loss_scale.state(),
+        }
+        return ComponentState(
+            sharded={f"{MOMENT}{key}": flats for key, flats in moments.items()},
+            metadata=metadata,
+        )
+
+    def load_domain_state_dict(self, saved: SavedComponentState) -> None:
+        """Resume within a domain; comes after `start_domain`, which resets all of this."""
+        assert self._scheduler is not None, "start_domain comes before load_domain_state_dict"
+        metadata = saved.metadata
         keys = [key for key in self._optimizer.moment_keys if saved.has_sharded(f"{MOMENT}{key}")]
-        self._optimizer.load_moments({key: saved.sharded(f"{MOMENT}{key}") for key in keys}, numbers["optimizer"])
-        self._loss_scale.load(numbers["loss_scale"])
-        self.skipped_steps = numbers["skipped_steps"]
-        self._scheduler.last_epoch = steps = numbers["schedule"]
+        self._optimizer.load_moments({key: saved.sharded(f"{MOMENT}{key}") for key in keys}, metadata["optimizer"])
+        self._loss_scale.load(metadata["loss_scale"])
+        self.skipped_steps = metadata["skipped_steps"]
+        self._scheduler.last_epoch = steps = metadata["schedule"]
         rates = zip(self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True)
         for group, (peak, factor) in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = peak * factor(steps)

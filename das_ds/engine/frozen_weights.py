@@ -44,7 +44,7 @@ class FrozenWeights:
         dtype = DTYPES[precision]
         rounded_here = {name for name, own in slices.items() if _changes_when_rounded(own.values, dtype)}
         # A rank whose slice survives rounding still takes part in gathering where that of another does not.
-        rounded = set().union(*ranks.gather(rounded_here))
+        rounded = set().union(*ranks.all_gather_object(rounded_here))
         self._slices = {name: own for name, own in slices.items() if name in rounded}
         if ranks.info.is_main:
             self._complete = {
@@ -52,7 +52,7 @@ class FrozenWeights:
                 for name, parameter in parameters.items()
                 if name not in slices and _changes_when_rounded(parameter.detach(), dtype)
             }
-        self._names_on_main = set(ranks.gather(list(self._complete))[0])
+        self._names_on_main = set(ranks.all_gather_object(list(self._complete))[0])
 
     def gather(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, complete float32 weight in host memory) in turn; None except on rank 0. A collective where sharded."""

@@ -1,1 +1,1 @@
-"""Hang watchdog, heartbeats, and orderly shutdown."""
+"""Fault tolerance: hang watchdog, heartbeats, and orderly shutdown."""

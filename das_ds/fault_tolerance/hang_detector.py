@@ -1,4 +1,4 @@
-"""What one rank knows of all: how old their heartbeats are by its own clock, and whether the run can go on."""
+"""Hang detector: finds stalled and lost ranks from the ages of heartbeats, measured with the local clock."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from das_ds.fault_tolerance.heartbeat_store import HeartbeatSnapshot, store_is_o
 
 
 class HangDetector:
-    """Judges from the heartbeats of all ranks.
+    """Diagnoses hangs from the heartbeats of all ranks.
 
-    Ages come from changes that this rank has seen, so no two clocks are compared. An old heartbeat alone proves
-    nothing, as the thread that sends it may have failed or be short of processor time: a rank that itself makes
-    progress ends nothing because of another's silence.
+    The age of a heartbeat is the time since this rank saw it change, so clocks of two nodes are never compared. An old
+    heartbeat alone proves nothing, as the thread that sends it may have failed or lack processor time: a rank that
+    makes progress itself ends nothing because of a peer without heartbeats.
 
     Args:
         rank: this rank.
-        hang_timeout: seconds without progress that are a fault.
+        hang_timeout: seconds without progress that count as a hang.
     """
 
     def __init__(self, rank: int, hang_timeout: float) -> None:
-        self._rank, self._hang_timeout = rank, hang_timeout
+        self._rank = rank
+        self._hang_timeout = hang_timeout
         self._lock = threading.Lock()
         self._snapshot = HeartbeatSnapshot()
         self._changed: dict[int, tuple[int, float]] = {}
         self._exited_since: dict[int, float] = {}
-        self._now = self._answered = 0.0
+        self._now = 0.0
+        self._answered = 0.0
 
     def update(self, snapshot: HeartbeatSnapshot, now: float) -> None:
-        """Take in what the store answered last; `now` is on this rank's clock of seconds."""
+        """Process the last answer of the store; `now` is in seconds on this rank's clock."""
         with self._lock:
             if snapshot.num_answers != self._snapshot.num_answers:
                 self._answered = now
@@ -45,14 +47,15 @@ class HangDetector:
                     self._changed[beat.rank] = (beat.seq, now)
                 if beat.exit_error is not None:
                     self._exited_since.setdefault(beat.rank, now)
-            self._snapshot, self._now = snapshot, now
+            self._snapshot = snapshot
+            self._now = now
 
     def diagnose(self, own: Heartbeat, exit_grace_s: float) -> str | None:
-        """Why this process has to end now; None: it need not.
+        """Why this process has to exit now; None: it need not.
 
         Args:
-            own: this rank's present heartbeat.
-            exit_grace_s: seconds that a rank may go on after another has left with an error.
+            own: this rank's current heartbeat.
+            exit_grace_s: seconds that a rank may continue after another exited with an error.
         """
         with self._lock:
             if self._snapshot.failure_reason:
@@ -66,22 +69,22 @@ class HangDetector:
                     return describe_lost(peer)
             if own.idle_s <= self._hang_timeout or (own.timeout_suspended and not own.in_collective):
                 return None
-            return self._blame(own, peers)
+            return self._find_culprits(own, peers)
 
     def find_lost_peers(self, lost_after_s: float) -> str | None:
-        """Which ranks have ended, where a collective has failed; None: none that is known of."""
+        """Which ranks have ended, to explain a failed collective; None: none as far as is known."""
         with self._lock:
             if self._snapshot.failure_reason:
                 return self._snapshot.failure_reason
             if self._snapshot.is_lost:
                 return self._describe_store_failure()
-            gone = [
+            lost = [
                 peer for peer in self._peers() if peer.heartbeat.exit_error is not None or peer.age_s > lost_after_s
             ]
-            return "; ".join(map(describe_lost, gone)) or None
+            return "; ".join(map(describe_lost, lost)) or None
 
-    def _blame(self, own: Heartbeat, peers: list[PeerStatus]) -> str | None:
-        """Who holds up this rank, which has waited or stood still for the whole time-out; None: nobody is stuck."""
+    def _find_culprits(self, own: Heartbeat, peers: list[PeerStatus]) -> str | None:
+        """Which ranks block this one, which made no progress for the full time-out; None: no rank is stuck."""
         if self._store_silence_s > self._hang_timeout:
             return self._describe_store_failure()
         silent = [peer for peer in peers if peer.heartbeat.exit_error is None and peer.age_s > self._hang_timeout]
@@ -89,6 +92,7 @@ class HangDetector:
             return "; ".join(map(describe_unresponsive, silent))
         if own.timeout_suspended:
             return None
+        # This rank may be waiting for a peer that is working.
         if own.in_collective is not False and any(peer.may_be_busy(self._hang_timeout) for peer in peers):
             return None
         if self._store_silence_s > self._hang_timeout / 2:
@@ -104,7 +108,7 @@ class HangDetector:
         return self._now - self._answered
 
     def _describe_store_failure(self) -> str:
-        """The process that holds the store has ended, or is frozen."""
+        """Message for a store whose process has ended or is frozen."""
         is_gone = self._snapshot.is_lost
         if not store_is_on_rank_0():
             state = "is gone" if is_gone else f"has not answered for {self._store_silence_s:.0f} s"
@@ -114,7 +118,7 @@ class HangDetector:
         return describe_lost(status) if is_gone else describe_unresponsive(status)
 
     def _peers(self) -> list[PeerStatus]:
-        # While the store does not answer no heartbeat can arrive, which is no rank's fault.
+        # Ages are measured up to the store's last answer: while it does not answer, no heartbeat can arrive.
         return [
             PeerStatus(beat, self._answered - self._changed[beat.rank][1])
             for beat in self._snapshot.heartbeats

@@ -1,4 +1,4 @@
-"""The ranks' heartbeats in the store that made the process group; a thread, as the store may answer late or never."""
+"""Heartbeat store: exchanges heartbeats through the process group's store, on a thread because the store may block."""
 
 from __future__ import annotations
 
@@ -13,59 +13,65 @@ from typing import Any
 import torch.distributed as dist
 
 from das_ds.distributed.process_group import LONG_TIMEOUT, ProcessGroup
+from das_ds.distributed.torch_internals import default_store
 from das_ds.fault_tolerance.heartbeat import Heartbeat
 from das_ds.thread_guard import ThreadGuard
 
 logger = logging.getLogger(__name__)
 
 READERS_PER_S = 64
-"""With more ranks than this each reads less often, so that the store has time for training's needs."""
+"""With more ranks than this each rank reads less often, so that the store can still serve training."""
 _num_stores = 0
 
 
 @dataclass(frozen=True)
 class HeartbeatSnapshot:
-    """What the store answered last."""
+    """The store's last answer."""
 
     heartbeats: tuple[Heartbeat, ...] = ()
     failure_reason: str = ""
-    """What ended the run, in the words of the rank that found it first; empty: nothing."""
+    """Why the run ends, as reported by the first rank that found out; empty: it does not."""
     num_answers: int = 0
     """Counts the store's answers."""
     is_lost: bool = False
-    """The connection to the store is broken: the process that holds it has ended."""
+    """Whether the connection to the store is broken: the process that holds it has ended."""
     is_blind: bool = False
-    """The last attempt to read failed on this rank, so that what is known here is old."""
+    """Whether the last read failed on this rank, so that the heartbeats are outdated."""
 
 
 class HeartbeatStore:
     """Publishes this rank's heartbeat and reads those of all ranks, once a period.
 
-    Built by all ranks together. Uses a connection of its own: calls over one connection wait for each other.
+    Built by all ranks together. Uses a separate connection, because calls over one connection wait for each other.
 
     Args:
         ranks: the process group.
-        own_heartbeat: this rank's heartbeat as it is now.
+        own_heartbeat: returns this rank's current heartbeat.
         period_s: seconds between two heartbeats.
     """
 
     def __init__(self, ranks: ProcessGroup, own_heartbeat: Callable[[], Heartbeat], period_s: float) -> None:
         global _num_stores
         _num_stores += 1
-        self._own_heartbeat, self._period_s = own_heartbeat, period_s
+        self._own_heartbeat = own_heartbeat
+        self._period_s = period_s
         self._store = _connect()
         prefix = f"das_ds/watchdog/{_num_stores}"
         self._keys = [f"{prefix}/{rank}" for rank in range(ranks.info.world_size)]
-        self._key, self._failure_key = self._keys[ranks.info.rank], f"{prefix}/failure"
+        self._key = self._keys[ranks.info.rank]
+        self._failure_key = f"{prefix}/failure"
         self.read_every_s = period_s * max(1.0, ranks.info.world_size / READERS_PER_S)
         self._next_read = 0.0
         self._reported_failure: str | None = None
-        self._wake, self._is_closed = threading.Event(), False
+        self._wake = threading.Event()
+        self._is_closed = False
         self._name = f"rank {ranks.info.rank}"
-        self._publishing = ThreadGuard(f"{self._name} could not send its heartbeat: training goes on, unwatched")
+        self._publishing = ThreadGuard(
+            f"{self._name} could not send its heartbeat: training continues without a watchdog"
+        )
         self._reading = ThreadGuard(
-            f"{self._name} could not read the heartbeats of all ranks: training goes on, and its watchdog, which sees "
-            "nothing, ends no run"
+            f"{self._name} could not read the heartbeats of all ranks: training continues, and this rank's watchdog "
+            "can end no run"
         )
         self._publish()
         if ranks.info.is_main:
@@ -77,15 +83,15 @@ class HeartbeatStore:
         self._thread.start()
 
     def report_failure(self, reason: str) -> None:
-        """Tell all ranks what ended the run; the first report stands, and is soon read from the snapshot."""
+        """Report to all ranks why the run ends; the first report wins and appears in the snapshot."""
         self._reported_failure = reason
         self._wake.set()
 
     def close(self, wait_s: float) -> None:
-        """Publish this rank's heartbeat a last time and end; a store that does not answer is left alone after that.
+        """Publish this rank's heartbeat a last time and end the thread.
 
         Args:
-            wait_s: longest time to wait.
+            wait_s: longest time to wait for a store that does not answer.
         """
         self._is_closed = True
         self._wake.set()
@@ -103,7 +109,7 @@ class HeartbeatStore:
                     return
 
     def _exchange(self) -> None:
-        """Publish and read; each goes on where the other fails.
+        """Publish and read; an error in one does not prevent the other.
 
         Raises:
             DistError: the connection is broken.
@@ -121,13 +127,14 @@ class HeartbeatStore:
             self.snapshot = replace(self.snapshot, is_blind=True)
 
     def _reconnect(self, error: dist.DistError) -> bool:
-        """Connect anew: a network may break a connection between two processes that both go on."""
+        """Reconnect: a network may break the connection although both processes run."""
         reason = str(error).splitlines()[0]
-        logger.warning("%s lost its connection to the ranks' common store (%s); connecting anew", self._name, reason)
+        logger.warning("%s lost its connection to the ranks' common store (%s); reconnecting", self._name, reason)
         try:
-            self._store, self._next_read = _connect(), 0.0
+            self._store = _connect()
+            self._next_read = 0.0
         except RuntimeError:
-            logger.warning("%s cannot reach the ranks' common store: training goes on, unwatched", self._name)
+            logger.warning("%s cannot reach the ranks' common store: training continues without a watchdog", self._name)
             return False
         return True
 
@@ -147,11 +154,9 @@ class HeartbeatStore:
 
 
 def _connect() -> Any:
-    # Typed as a store of any kind, which need not have all that the one behind the process group has.
-    default: Any = dist.distributed_c10d._get_default_store()
-    store = default.clone()
-    # An answer that comes after its time would be taken for that to the next question; and where the process that holds
-    # the store is suspended together with this one, it comes late.
+    store = default_store().clone()
+    # A long time-out: a late answer would be read as that to the next call, and answers are late whenever the process
+    # that holds the store is suspended together with this one.
     store.set_timeout(LONG_TIMEOUT)
     return store
 

@@ -1,11 +1,8 @@
-"""What this rank has been asked for: to stop, or to save and go on. Signals, files, and a launcher that is gone."""
+"""Shutdown handler: collects requests to stop or save, from signals, files, or the end of the launcher."""
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,92 +11,90 @@ from types import FrameType
 from typing import Any
 
 from das_ds.errors import RunFolderError
-from das_ds.fault_tolerance.launcher_guard import DEEPSPEED_LAUNCH, is_alive, launchers, program, suspend_launcher
-from das_ds.run_dir import SAVE_FILE, STOP_FILE
-from das_ds.thread_guard import ThreadGuard
+from das_ds.fault_tolerance.launcher_guard import LauncherGuard, find_launchers, is_alive
+from das_ds.run_dir import STOP_FILE, RunDir
 
-ENDING_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
-"""Those that end a launcher, which then ends its ranks."""
 INSIST_AFTER_S = 2.0
-"""A second Ctrl-C that comes later than this is a user who does not want to wait; launchers repeat the first sooner."""
+"""A second Ctrl-C after this time interrupts at once; launchers repeat the first one sooner."""
 LAUNCHER_CHECK_S = 1.0
-LAUNCHER_PAUSE_S = 3600.0
+SUSPEND_LIMIT_S = 3600.0
 """Longest time for which the launcher is kept from killing ranks that save."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is wanted from the run at one boundary."""
+class ShutdownRequest:
+    """What is requested of the run at a save point."""
 
     stop: str | None
-    """Why it should stop; None: it should go on."""
+    """Why it should save and stop; None: it should continue."""
     save: bool
-    """A checkpoint is wanted, after which the run goes on."""
+    """Whether it should save and continue."""
 
 
 class ShutdownHandler:
-    """Collects requests between `with` and its end; nothing is done about them here.
+    """Collects requests inside its `with` block; acting on them is the caller's task.
 
     Args:
-        folder: run folder, in which the files `STOP` and `SAVE` are looked for.
+        run_dir: where the files `STOP` and `SAVE` may appear.
         signals: names of the signals that ask for a stop.
-        launcher_pause_s: longest time for which a DeepSpeed launcher that ends is held up by ranks that save.
+        suspend_limit_s: longest time for which DeepSpeed's launcher is suspended while ranks save.
     """
 
-    def __init__(self, folder: Path, signals: Sequence[str], *, launcher_pause_s: float = LAUNCHER_PAUSE_S) -> None:
-        self._folder = folder
+    def __init__(self, run_dir: RunDir, signals: Sequence[str], *, suspend_limit_s: float = SUSPEND_LIMIT_S) -> None:
+        self._stop_file = run_dir.stop_file
+        self._save_file = run_dir.save_file
         self._signals = [signal.Signals[name] for name in signals]
-        self._launchers = launchers()
-        self._launcher_pause_s = launcher_pause_s
+        self._launchers = find_launchers()
+        self._suspend_limit_s = suspend_limit_s
         self._reason: str | None = None
         self._first_interrupt: float | None = None
         self._next_check = 0.0
-        self._seen_save: int | None = None
-        self._former: dict[signal.Signals, Any] = {}
+        self._seen_save_time: int | None = None
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> ShutdownHandler:
-        # Also where a parent has made the signal ignored: launchers that must outlive it are started in that way.
-        self._former = {number: signal.signal(number, self._handle) for number in self._signals}
-        self._guard = LauncherGuard(self._launchers, self._launcher_pause_s)
+        # Installed even where a parent process made the signal ignored, as it does to outlive the signal itself.
+        self._previous_handlers = {number: signal.signal(number, self._handle) for number in self._signals}
+        self._guard = LauncherGuard(self._launchers, self._suspend_limit_s)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._guard.close()
-        for number, handler in self._former.items():
-            # None: a handler that was not installed from Python, which cannot be put back.
+        for number, handler in self._previous_handlers.items():
+            # None: a handler that was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def poll(self, *, files: bool) -> Request:
-        """What is wanted now.
+    def poll(self, *, files: bool) -> ShutdownRequest:
+        """The current requests.
 
         Args:
-            files: whether to look for files too, which one rank does for all.
+            files: whether to look for files, which one rank does for all.
         """
         self._check_launchers()
-        if files and self._reason is None and (self._folder / STOP_FILE).exists():
+        if files and self._reason is None and self._stop_file.exists():
             self._reason = f"the file {STOP_FILE}"
-        return Request(self._reason, files and self._finds_save())
+        return ShutdownRequest(stop=self._reason, save=files and self._has_new_save_file())
 
     def remove_stop_file(self) -> None:
-        """The run stops: the same command is to go on."""
-        _remove(self._folder / STOP_FILE)
+        """Remove `STOP`: the run stops, and the same command is to resume it."""
+        _remove(self._stop_file)
 
     def remove_save_file(self) -> None:
-        """A checkpoint is saved; a file that was written anew in the meantime asks for another one."""
-        if self._seen_save is not None and self._save_file_time() == self._seen_save:
-            _remove(self._folder / SAVE_FILE)
+        """Remove `SAVE` after a checkpoint, unless it was written again meanwhile, which asks for another one."""
+        if self._seen_save_time is not None and self._save_file_time() == self._seen_save_time:
+            _remove(self._save_file)
 
-    def _finds_save(self) -> bool:
-        # One file is one request, however many boundaries pass until it is removed.
+    def _has_new_save_file(self) -> bool:
+        # Compared by time: one file is one request, however often it is polled before it is removed.
         written = self._save_file_time()
-        is_new = written is not None and written != self._seen_save
+        is_new = written is not None and written != self._seen_save_time
         if is_new:
-            self._seen_save = written
+            self._seen_save_time = written
         return is_new
 
     def _save_file_time(self) -> int | None:
         try:
-            return (self._folder / SAVE_FILE).stat().st_mtime_ns
+            return self._save_file.stat().st_mtime_ns
         except FileNotFoundError:
             return None
 
@@ -129,38 +124,3 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be removed ({error.strerror}); remove it by hand") from error
-
-
-class LauncherGuard:
-    """Pauses the DeepSpeed launcher as soon as SIGTERM or SIGINT arrives, even while Python waits for the step.
-
-    Python's handlers run between two of its instructions, and a step may take longer than the launcher waits. But the
-    number of a signal is written to the wake-up descriptor at once, where a thread reads it. One rank per node does so.
-    """
-
-    def __init__(self, ancestors: Sequence[Any], limit_s: float) -> None:
-        self._launcher = next((one for one in ancestors if program(one.cmdline()) == DEEPSPEED_LAUNCH), None)
-        self._limit_s = limit_s
-        self._num_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
-        self._is_on = self._launcher is not None and os.environ.get("LOCAL_RANK") == "0"
-        if self._is_on:
-            self._reader, self._writer = socket.socketpair()
-            self._writer.setblocking(False)
-            self._former = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._run, name="launcher-guard", daemon=True).start()
-
-    def close(self) -> None:
-        if self._is_on:
-            signal.set_wakeup_fd(self._former)
-            self._writer.close()
-
-    def _run(self) -> None:
-        # Inherited by the process that pauses: launchers and SLURM signal all that a rank has started, and if it ended
-        # early the launcher would remain stopped.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        guard = ThreadGuard("the launcher cannot be paused: it may kill ranks before they have saved")
-        with guard, self._reader:
-            while numbers := self._reader.recv(64):
-                if ENDING_SIGNALS & set(numbers):
-                    suspend_launcher(self._launcher, self._num_ranks, self._limit_s)
-                    return

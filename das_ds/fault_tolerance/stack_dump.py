@@ -1,7 +1,7 @@
-"""Where the threads of this process stand, read only when a stall is suspected.
+"""Stack dump: the stacks of all threads of this process, read only when a stall is suspected.
 
-The frames of a thread that runs must not be walked in Python: CPython 3.11 may free them meanwhile and crash.
-`faulthandler` reads them in C, in one piece, while no other thread runs Python.
+Frames of a running thread must not be walked in Python: CPython 3.11 may free them meanwhile and crash.
+`faulthandler` reads them in C, at once, while no other thread runs Python.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PACKAGE = f"{Path(__file__).parents[1]}/"
-# The innermost Python frame of a thread that waits for other ranks.
+# Files of the innermost Python frame of a thread that waits for other ranks.
 _COLLECTIVE_FILES = ("/torch/distributed/", "/deepspeed/comm/")
 _WAITS_OF_DEEPSPEED = ("wait", "synchronize")
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
@@ -42,12 +42,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class StackReport:
-    """What the stacks of a process say about its main thread."""
+    """Status of the main thread, as the stacks of the process show it."""
 
     in_collective: bool | None = None
     """Whether it waits inside a collective; None: unknown."""
     location: str = ""
-    """The innermost line of das_ds that it runs; empty: unknown."""
+    """The innermost line of das_ds that it executes; empty: unknown."""
 
 
 def inspect_stacks(main_thread: int) -> StackReport:
@@ -63,10 +63,10 @@ def inspect_stacks(main_thread: int) -> StackReport:
     frames = stacks.get(main_thread)
     if not frames:
         return StackReport()
-    # Backward passes on a GPU run hooks, and their collectives, in threads of autograd.
-    others = [frames for thread, frames in stacks.items() if frames and thread != threading.get_ident()]
+    # All threads but this one: on a GPU, autograd's threads run the hooks of backward passes and their collectives.
+    stacks_of_others = [frames for thread, frames in stacks.items() if frames and thread != threading.get_ident()]
     innermost = next((frame for frame in frames if frame.file.startswith(_PACKAGE)), frames[0])
-    return StackReport(any(frames[0].waits_for_ranks for frames in others), str(innermost))
+    return StackReport(any(frames[0].waits_for_ranks for frames in stacks_of_others), str(innermost))
 
 
 def parse_stacks(dump: str) -> dict[int, list[Frame]]:

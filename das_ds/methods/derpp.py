@@ -140,16 +140,16 @@ class DERpp(Method[DerppConfig]):
     def state_dict(self) -> ComponentState:
         """This rank's rows of the buffer."""
         if self._table is None or self._layout is None:
-            return ComponentState(numbers={"seen": 0, "hidden_size": None})
+            return ComponentState(metadata={"seen": 0, "hidden_size": None})
         numbers = {"seen": self._seen, "hidden_size": self._layout.hidden_size}
-        return ComponentState(local={RECORDS: self._table.rows}, numbers=numbers)
+        return ComponentState(rank_local={RECORDS: self._table.rows}, metadata=numbers)
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue with the buffer, divided anew where the ranks are others."""
-        self._step, self._seen = None, saved.numbers["seen"]
+        self._step, self._seen = None, saved.metadata["seen"]
         self._table = self._layout = None
-        if (hidden_size := saved.numbers["hidden_size"]) is not None:
-            self._build(hidden_size)[1].load(saved.every_local(RECORDS))
+        if (hidden_size := saved.metadata["hidden_size"]) is not None:
+            self._build(hidden_size)[1].load(saved.all_rank_local(RECORDS))
 
     def _build(self, hidden_size: int) -> tuple[RecordLayout, ShardedBuffer]:
         """The buffer, empty; how wide final hidden states are is known when there are some."""

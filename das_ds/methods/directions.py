@@ -122,7 +122,7 @@ class Directions(Method[DirectionsConfig]):
     def state_dict(self) -> ComponentState:
         """Sum of the moments, equal on every rank."""
         if self._importance is None:
-            return ComponentState(numbers={"num_tokens": None})
+            return ComponentState(metadata={"num_tokens": None})
         return self._importance.state_dict()
 
     def load_state_dict(self, saved: SavedComponentState) -> None:

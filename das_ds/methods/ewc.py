@@ -126,7 +126,7 @@ class EWC(Method[EwcConfig]):
         self._anchor = self._penalty = None
         steps = domain.sample_steps(f"Fisher information of {domain.name}")
         sums = sum_over_gradients(self.run, steps, PRETRAINING, "squared_grad")
-        count = float(all_reduce_sum(steps.sums[TOTALS].clone())[0])
+        count = float(all_reduce_sum(steps.accumulators[TOTALS].clone())[0])
         scale = self.run.config.gradient_batch_size**2 / count
         self.run.engine.on_weights_will_change()
         if self._fisher is None:

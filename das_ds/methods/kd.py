@@ -98,12 +98,12 @@ class KD(Method[KdConfig]):
     def state_dict(self) -> ComponentState:
         """The teacher, while there is one."""
         if self._teacher is None:
-            return ComponentState(numbers={"has_teacher": False})
-        return ComponentState(sharded={TEACHER: self._teacher.flats()}, numbers={"has_teacher": True})
+            return ComponentState(metadata={"has_teacher": False})
+        return ComponentState(sharded={TEACHER: self._teacher.flats()}, metadata={"has_teacher": True})
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue with the same teacher."""
-        has_teacher = saved.numbers["has_teacher"]
+        has_teacher = saved.metadata["has_teacher"]
         self._teacher = self.run.engine.weights.weight_snapshot(saved.sharded(TEACHER)) if has_teacher else None
 
     @torch.no_grad()

@@ -169,11 +169,11 @@ class SoftMasked(Method[S]):
     def state_dict(self) -> ComponentState:
         """Accumulated importance, once there is some."""
         state = ComponentState() if self._accumulated is None else self._accumulated.state_dict()
-        return replace(state, numbers={"has_importance": self._accumulated is not None})
+        return replace(state, metadata={"has_importance": self._accumulated is not None})
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue with accumulated importance."""
-        if saved.numbers["has_importance"]:
+        if saved.metadata["has_importance"]:
             self._accumulated = self._granularity.load_state_dict(self.run, saved)
             self._unit_gates = self._accumulated.unit_gates()
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.errors import PreflightError
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class PeerCheck:
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
         try:
-            self.ranks = ProcessGroup(timeout)
+            self.ranks = init_process_group(timeout)
             # Results are Python objects, so they are exchanged over gloo whatever the run's backend is.
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:

@@ -63,12 +63,12 @@ class DirectionImportance:
 
     def state_dict(self) -> ComponentState:
         """Equal on every rank."""
-        return ComponentState(shared=self.moments, numbers={"num_tokens": self.num_tokens})
+        return ComponentState(replicated=self.moments, metadata={"num_tokens": self.num_tokens})
 
     @classmethod
     def load_state_dict(cls, run: RunContext, saved: SavedComponentState) -> DirectionImportance:
         """In host memory, where nothing but the next domain's mask needs it."""
-        return cls(run, saved.shared(), saved.numbers["num_tokens"])
+        return cls(run, saved.replicated(), saved.metadata["num_tokens"])
 
     def save(self, path: Path, tokens: Sequence[str]) -> None:
         """Rank 0 writes what every rank has."""

@@ -68,7 +68,7 @@ def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict
     Raises:
         TrainingError: an input that is not finite, on any rank.
     """
-    layers, sums, device = linear_layers(run), batches.sums, run.engine.ranks.info.device
+    layers, sums, device = linear_layers(run), batches.accumulators, run.engine.ranks.info.device
     for name, layer in layers.items():
         width = layer.in_features
         sums.setdefault(name, torch.zeros(width, width, device=device))
@@ -76,7 +76,7 @@ def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict
     with PRETRAINING.mode(run), torch.no_grad():
         for batch in batches:
             batch = batch.to(device)
-            inputs = _Inputs(sums, batch, with_tables=batches.done == 0 and rank() == 0)
+            inputs = _Inputs(sums, batch, with_tables=batches.num_done == 0 and rank() == 0)
             with _listening(layers, inputs.add):
                 run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
     # One at a time: on the device there is room for the sums, not for as much again.

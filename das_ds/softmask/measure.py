@@ -109,7 +109,7 @@ def measure_unit_importance(
         TrainingError: a gradient that is not finite.
     """
     device = run.engine.ranks.info.device
-    sums = batches.sums
+    sums = batches.accumulators
     # Number of sequences and the sum of their losses.
     sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=device))
     sums.setdefault(SCALE, torch.tensor(run.engine.loss_scale, dtype=torch.float64))

@@ -127,20 +127,20 @@ def sum_over_gradients(
     """
     engine = run.engine
     # (2,): number of sequences and the sum of their losses.
-    steps.sums.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=engine.ranks.info.device))
+    steps.accumulators.setdefault(TOTALS, torch.zeros(2, dtype=torch.float64, device=engine.ranks.info.device))
     with loss.mode(run), engine.accumulate_importance(kind) as sums:
         # The loop's sums are those of a checkpoint when a run resumes within the pass.
         for number, total in enumerate(sums.values()):
-            if (saved := steps.sums.get(f"{number}")) is not None:
+            if (saved := steps.accumulators.get(f"{number}")) is not None:
                 total.copy_(saved)
-            steps.sums[f"{number}"] = total
+            steps.accumulators[f"{number}"] = total
         for step in steps:
             with engine.gradient_accumulation(len(step)):
                 # A batch that overflows in fp16 adds nothing until it is measured at a lower loss scale.
                 for _ in engine.retry_on_overflow():
                     totals = _measure_step(run, step, loss)
-            steps.sums[TOTALS] = steps.sums[TOTALS] + totals
-    signal = is_above_noise_floor(steps.sums[TOTALS].clone())
+            steps.accumulators[TOTALS] = steps.accumulators[TOTALS] + totals
+    signal = is_above_noise_floor(steps.accumulators[TOTALS].clone())
     # In place is safe also when a finished pass is repeated after a restart: the factor is 0 or 1.
     return {flat: total.mul_(signal.to(total.device)) for flat, total in sums.items()}
 

@@ -51,12 +51,12 @@ class UnitImportance:
 
     def state_dict(self) -> ComponentState:
         """Equal on every rank."""
-        return ComponentState(shared=self.values)
+        return ComponentState(replicated=self.values)
 
     @classmethod
     def load_state_dict(cls, run: RunContext, saved: SavedComponentState) -> UnitImportance:
         """On the run's device."""
-        return cls(run, _to_device(run, saved.shared()))
+        return cls(run, _to_device(run, saved.replicated()))
 
     def save(self, path: Path, tokens: Sequence[str]) -> None:
         """Rank 0 writes what every rank has."""

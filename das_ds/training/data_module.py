@@ -1,4 +1,4 @@
-"""The text of a run on one rank: tokeniser, blocks of every corpus, and the batches made of them."""
+"""Data module: tokenizers, token blocks of every corpus, and the batches that one rank reads."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from das_ds.data.objectives import Collator, build_collator
 from das_ds.data.replay import NO_REPLAY, Replay
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.distributed.process_group import RankInfo
+from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import RunFolderError
 from das_ds.functional.sampling import subset_indices
 from das_ds.functional.token_ids import num_tokens, tokens_by_id
@@ -35,14 +36,14 @@ from das_ds.models.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class DataModule:
-    """Everything a run reads; the same batches for any number of ranks, split between them."""
+    """Everything a run reads: the same batches for any number of ranks, divided among them."""
 
     config: RunConfig
     info: RankInfo
     base_tokenizer: PreTrainedTokenizerBase
-    """The tokeniser before the first domain."""
+    """The tokenizer before the first domain."""
     tokenizers: dict[str, PreTrainedTokenizerBase]
-    """Corpus name -> tokeniser, which domains may have added tokens to."""
+    """Corpus name -> tokenizer, to which domains may have added tokens."""
     objectives: dict[str, Collator]
     """Corpus name -> what its batches predict."""
     blocks: dict[str, CorpusBlocks]
@@ -51,7 +52,7 @@ class DataModule:
     """Sizes of the vocabulary from corpus to corpus; None where no tokens are added."""
 
     def num_rows(self, corpus: str) -> int | None:
-        """Rows of the vocabulary that this corpus is read with; None: all that there are."""
+        """Rows of the vocabulary that this corpus is read with; None: all rows."""
         return None if self.vocabulary is None else self.vocabulary.rows(corpus)
 
     def num_tokens(self, corpus: str) -> int | None:
@@ -60,25 +61,30 @@ class DataModule:
 
     @property
     def all_tokens(self) -> tuple[str, ...]:
-        """The vocabulary by id, with what all domains add to it."""
+        """The vocabulary by id, with the tokens that all domains add."""
         return tokens_by_id(max((tokenizer.get_vocab() for tokenizer in self.tokenizers.values()), key=num_tokens))
 
     @cached_property
     def fingerprints(self) -> dict[str, list[str]]:
-        """Corpus -> what its tokens were made of (text and tokeniser), training and held-out part."""
-        parts = {name: [blocks.train, blocks.valid] for name, blocks in self.blocks.items()}
+        """Corpus -> fingerprints of text and tokenizer, of its training and its held-out split."""
+        splits = {name: [blocks.train, blocks.valid] for name, blocks in self.blocks.items()}
         return {
-            name: [part.token_file.path.parent.name for part in both if part is not None]
-            for name, both in parts.items()
+            name: [split.token_file.path.parent.name for split in both if split is not None]
+            for name, both in splits.items()
         }
 
-    def check_unchanged(self, saved: dict[str, list[str]]) -> None:
-        """Compare with the text that a run was saved with.
+    def state_dict(self) -> ComponentState:
+        """Fingerprints of the text; which batch comes next follows from the step."""
+        return ComponentState(metadata=self.fingerprints)
+
+    def load_state_dict(self, saved: SavedComponentState) -> None:
+        """Check that the text is that of the checkpoint.
 
         Raises:
             RunFolderError: a corpus, or the tokens it is read with, changed since.
         """
-        changed = [name for name, parts in saved.items() if self.fingerprints.get(name) != parts]
+        fingerprints = saved.metadata
+        changed = [name for name, saved_splits in fingerprints.items() if self.fingerprints.get(name) != saved_splits]
         if changed:
             raise RunFolderError(
                 f"{self.config.output_dir}: the text or the tokens of {', '.join(changed)} changed since the run was "
@@ -89,7 +95,7 @@ class DataModule:
         """One list of micro-batches per optimizer step."""
         train = self.config.train
         return training_steps(
-            self._reading(stage),
+            self._sample_stream(stage),
             first_step=first_step,
             num_steps=stage.num_steps,
             global_batch_size=train.global_batch_size,
@@ -103,28 +109,41 @@ class DataModule:
     def importance_batches(self, corpus: str) -> EvaluationBatches:
         """A fixed random subset of the training sequences, of the size that the method measures on."""
         blocks = self._training_blocks(corpus)
-        batch_size = self._sample_size.batch_size
-        stream, indices = f"importance/{corpus}", self._importance_subset(blocks)
-        return self._batches(corpus, blocks, stream, batch_size, indices=indices)
+        return self._batches(
+            corpus,
+            blocks,
+            f"importance/{corpus}",
+            self._sample_size.batch_size,
+            indices=self._importance_subset(blocks),
+        )
 
     def importance_steps(self, corpus: str) -> AccumulatedBatches:
         """The same subset as micro-batches of `gradient_batch_size` sequences together, as large as in training."""
-        size, blocks = self.config.gradient_batch_size, self._training_blocks(corpus)
-        num_rows, most = size // self.info.world_size, self.config.train.micro_batch_size
+        blocks = self._training_blocks(corpus)
+        batch_size = self.config.gradient_batch_size
+        rank_batch_size = batch_size // self.info.world_size
+        # The largest divisor of this rank's sequences that is no larger than a micro-batch of training.
+        largest = min(rank_batch_size, self.config.train.micro_batch_size)
+        micro_batch_size = max(rows for rows in range(1, largest + 1) if rank_batch_size % rows == 0)
         return AccumulatedBatches(
             SampleDataset(blocks, self.objectives[corpus], self.config.seed, f"importance/{corpus}"),
             self._importance_subset(blocks),
-            size,
-            max(rows for rows in range(1, min(num_rows, most) + 1) if num_rows % rows == 0),
+            batch_size,
+            micro_batch_size,
             self.info.rank,
             self.info.world_size,
         )
 
     def evaluation_batches(self, corpus: str) -> EvaluationBatches:
         """Held-out sequences."""
-        evaluation, blocks = self.config.evaluation, self.blocks[corpus].valid
-        stream, most = f"evaluation/{corpus}", evaluation.max_sequences
-        return self._batches(corpus, blocks, stream, evaluation.batch_size, max_sequences=most)
+        evaluation = self.config.evaluation
+        return self._batches(
+            corpus,
+            self.blocks[corpus].valid,
+            f"evaluation/{corpus}",
+            evaluation.batch_size,
+            max_sequences=evaluation.max_sequences,
+        )
 
     def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
         return subset_indices(len(blocks), self._sample_size.num_samples, self.config.seed)
@@ -135,7 +154,7 @@ class DataModule:
         assert sample_size is not None, f"method {self.config.method.name} measures nothing"
         return sample_size
 
-    def _reading(self, stage: Stage) -> SampleStream:
+    def _sample_stream(self, stage: Stage) -> SampleStream:
         samples = tuple(
             SampleDataset(self._training_blocks(name), self.objectives[name], self.config.seed, f"train/{name}")
             for name in stage.domains
@@ -145,7 +164,7 @@ class DataModule:
         return SingleDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain))
 
     def _replay(self, corpus: str) -> Replay:
-        # Earlier text keeps its own tokeniser, as in evaluation; its tokens are among those of every later one.
+        # Earlier text keeps its own tokenizer, as in evaluation; every later tokenizer has all of its tokens.
         names = self.config.replayed(corpus)
         if not names:
             return NO_REPLAY
@@ -173,14 +192,14 @@ class DataModule:
 
 
 def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName) -> DataModule:
-    """Load the tokeniser and tokenise every corpus, or find it in the cache.
+    """Load the tokenizer, and tokenize every corpus or find it in the cache.
 
     Raises:
-        DasError: a tokeniser or corpus that cannot be used, or not for this objective.
+        DasError: a tokenizer or corpus that cannot be used, or not for this objective.
     """
     base = load_tokenizer(config)
     tokenizers = build_tokenizers(config, base)
-    # Before the corpora, so that a tokeniser without the needed token fails in seconds.
+    # Before the corpora, so that a tokenizer without the needed token fails in seconds.
     objectives = {name: build_collator(objective, tokenizer, config.data) for name, tokenizer in tokenizers.items()}
 
     def blocks(corpus: CorpusConfig) -> CorpusBlocks:

@@ -1,10 +1,10 @@
-"""One domain: micro-steps with the method's losses, optimizer steps, metrics."""
+"""Training loop over the optimizer steps of one domain: the method's losses, loss checks, and logged metrics."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from das_ds.tracking.names import (
 )
 from das_ds.tracking.throughput import Throughput, peak_memory_gib
 from das_ds.tracking.tracker import Tracker
+from das_ds.training.callbacks import Callbacks
 from das_ds.training.loss_guard import LossGuard, Verdict
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run stood when the domain began, and how long it is."""
+    """Progress of the run when the domain began, and the domain's length."""
 
     domain: str
     global_step: int
@@ -49,11 +50,11 @@ class Progress:
 
 
 class RollbackError(Exception):
-    """The run has to go back to the newest checkpoint; the guard knows which step it leaves out then."""
+    """The run has to return to the latest checkpoint; the loss guard knows which step it skips then."""
 
 
 class LossMeter:
-    """Means of named losses over the steps since they were last taken."""
+    """Means of named losses over the steps since the last `pop_means`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -65,19 +66,21 @@ class LossMeter:
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + loss
 
-    def take(self) -> dict[str, float]:
-        """Means over steps, and start anew; {} where there was no step."""
+    def pop_means(self) -> dict[str, float]:
+        """Means over steps, and reset; {} where there was no step."""
         means = {name: total / self._num_steps for name, total in self._sums.items()}
-        self._sums, self._num_steps = {}, 0
+        self._sums = {}
+        self._num_steps = 0
         return means
 
-    def state(self) -> dict[str, Any]:
-        """What a run that continues needs."""
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for `load_state_dict`."""
         return {"sums": dict(self._sums), "num_steps": self._num_steps}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        self._sums, self._num_steps = dict(state["sums"]), state["num_steps"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state."""
+        self._sums = dict(state["sums"])
+        self._num_steps = state["num_steps"]
 
 
 class DomainTrainer:
@@ -85,10 +88,8 @@ class DomainTrainer:
 
     Args:
         engine, method, tracker, train: of the run.
-        guard: judges every step.
-        after_step: called after every step but the last with the number of steps done.
-        at: told the place within a step and its number.
-        costs: metrics of checkpoints saved since the last line, for the next one.
+        guard: checks every step; None: with the defaults of `FaultsConfig`.
+        callbacks: called during and between steps.
     """
 
     def __init__(
@@ -99,116 +100,148 @@ class DomainTrainer:
         train: TrainConfig,
         *,
         guard: LossGuard | None = None,
-        after_step: Callable[[int], None] = lambda step: None,
-        at: Callable[[str, int], None] = lambda place, step: None,
-        costs: Callable[[], dict[str, float]] = dict,
+        callbacks: Callbacks | None = None,
     ) -> None:
-        self._engine, self._method, self._tracker, self._train = engine, method, tracker, train
+        self._engine = engine
+        self._method = method
+        self._tracker = tracker
+        self._train = train
         self._device = engine.ranks.info.device
+        self._world_size = engine.ranks.info.world_size
+        self._is_main = engine.ranks.info.is_main
         self._guard = guard or LossGuard(FaultsConfig())
+        self._callbacks = callbacks or Callbacks()
         self._meter = LossMeter()
-        self._after_step, self._at, self._costs = after_step, at, costs
 
-    def state(self) -> ComponentState:
-        """What a run that continues within the domain needs."""
-        return ComponentState(numbers=self._meter.state())
+    def state_dict(self) -> ComponentState:
+        """Losses that are not logged yet."""
+        return ComponentState(metadata=self._meter.state_dict())
 
-    def load_state(self, saved: SavedComponentState) -> None:
-        """Continue within the domain."""
-        self._meter.load(saved.numbers)
+    def load_state_dict(self, saved: SavedComponentState) -> None:
+        """Resume within the domain."""
+        self._meter.load_state_dict(saved.metadata)
 
     def run(self, steps: Iterator[list[Batch]], progress: Progress, *, first_step: int = 0) -> None:
-        """Train on one list of micro-batches per optimizer step; the engine is at the start or within the domain.
+        """Train on one list of micro-batches per optimizer step; the engine has started the domain or resumed it.
 
         Args:
             steps: those after `first_step`.
-            progress: where the run stood when the domain began.
-            first_step: steps done already.
+            progress: of the run when the domain began.
+            first_step: number of steps already done.
 
         Raises:
             TrainingError: a loss or gradient that is not finite, or a spike, where the guard says stop.
-            RewindError: the same where it says rewind.
+            RollbackError: the same where it says rewind.
         """
         num_steps = progress.num_steps
         self._engine.module.train()
         throughput = Throughput()
         bar = tqdm(
             steps,
-            f"train {progress.domain}",
-            num_steps,
+            desc=f"train {progress.domain}",
+            total=num_steps,
             initial=first_step,
-            disable=not self._engine.ranks.info.is_main,
+            disable=not self._is_main,
             unit="step",
             dynamic_ncols=True,
         )
         for step, micro_batches in enumerate(bar, start=first_step + 1):
-            self._at("forward and backward", step)
+            self._callbacks.on_progress("forward and backward", step)
             is_logged = step % self._train.log_interval == 0 or step == num_steps
-            learning_rate, norm = self._engine.learning_rate(), None
+            # Read before the step, which advances the schedule.
+            learning_rate = self._engine.learning_rate()
+            grad_norm = None
             if self._guard.is_skipped(step):
                 self._engine.skipped_steps += 1
             else:
-                norm = self._optimizer_step(step, micro_batches, measure_norm=is_logged)
+                grad_norm = self.train_step(step, micro_batches, measure_norm=is_logged)
             throughput.add(progress.tokens_per_step)
             if is_logged:
-                losses = self._meter.take()
-                self._log(progress, step, losses, learning_rate, norm, throughput.pop_rate())
+                losses = self._meter.pop_means()
+                self._log(progress, step, losses, learning_rate, grad_norm, throughput.pop_rate())
                 bar.set_postfix(loss=f"{sum(losses.values()):.3f}", refresh=False)
-            self._at("between steps", step)
+            self._callbacks.on_progress("between steps", step)
             if step < num_steps:
                 with throughput.paused():
-                    self._after_step(step)
-                self._at("reading a batch", step + 1)
+                    self._callbacks.on_step_end(step)
+                self._callbacks.on_progress("reading a batch", step + 1)
 
-    def _optimizer_step(
-        self, step: int, micro_batches: list[Batch], *, measure_norm: bool
-    ) -> torch.Tensor | float | None:
+    def train_step(self, step: int, micro_batches: list[Batch], *, measure_norm: bool) -> torch.Tensor | float | None:
+        """One optimizer step over this rank's micro-batches, which all ranks take together.
+
+        Args:
+            step: its number in the domain, from 1.
+            micro_batches: equally many on every rank.
+            measure_norm: whether the gradient norm is wanted.
+
+        Returns:
+            Norm of the averaged gradient before clipping; None unless measured.
+
+        Raises:
+            TrainingError, RollbackError: see `run`.
+        """
         token_scale = self._token_scale(micro_batches)
-        verdict, norm = Verdict("take"), None
+        verdict = Verdict("accept")
+        grad_norm = None
+        # More than one attempt only in fp16: after an overflow the same step runs again at a lower loss scale.
         for attempt in self._engine.retry_on_overflow():
             totals: dict[str, torch.Tensor] = {}
             self._method.on_step_start(step)
             for number, batch in enumerate(micro_batches, start=1):
-                with self._method.losses(batch.to(self._device, non_blocking=True), token_scale) as losses:
+                batch = batch.to(self._device, non_blocking=True)
+                # Forward pass; some methods undo changes to the network only after the backward pass.
+                with self._method.losses(batch, token_scale) as losses:
                     self._engine.backward(torch.stack(list(losses.values())).sum())
                 for name, loss in losses.items():
                     totals[name] = totals.get(name, 0.0) + loss.detach()
-                # A step that is tried again is judged and counts once.
+                # Checked before the last micro-step, which steps the optimizer; a repeated step was checked before.
                 if number == len(micro_batches) and attempt == 0:
-                    means = self._means(totals, len(micro_batches))
-                    verdict = self._guard.check_loss(sum(means.values()), step)
-                    if verdict.action == "take":
-                        self._meter.add(means)
-                self._at("optimizer step", step)
-                norm = self._engine.step(measure_norm=measure_norm, refuse=verdict.action != "take")
-            if verdict.action != "take":
+                    verdict = self._check_losses(totals, len(micro_batches), step)
+                self._callbacks.on_progress("optimizer step", step)
+                # Accumulates gradients; after the last micro-batch also clips, masks, updates and zeroes them.
+                grad_norm = self._engine.step(measure_norm=measure_norm, refuse=verdict.action != "accept")
+            if verdict.action != "accept":
                 break
-        if verdict.action == "take" and not self._engine.step_was_applied:
+        if verdict.action == "accept" and not self._engine.step_was_applied:
             verdict = self._guard.check_gradient(step)
         self._apply_decision(verdict)
-        return norm
+        return grad_norm
+
+    def _check_losses(self, totals: dict[str, torch.Tensor], num_micro_steps: int, step: int) -> Verdict:
+        """Check the mean losses of a step, and count them in the logged means if they are accepted."""
+        means = self._mean_losses(totals, num_micro_steps)
+        verdict = self._guard.check_loss(sum(means.values()), step)
+        if verdict.action == "accept":
+            self._meter.add(means)
+        return verdict
 
     def _apply_decision(self, verdict: Verdict) -> None:
         if verdict.action == "stop":
             raise TrainingError(verdict.message)
-        if verdict.message is not None and self._engine.ranks.info.is_main:
+        if verdict.message is not None and self._is_main:
             logger.warning(verdict.message)
         if verdict.action == "rewind":
             raise RollbackError(verdict.message)
 
-    def _means(self, totals: dict[str, torch.Tensor], num_micro_steps: int) -> dict[str, float]:
-        """Means of named losses over micro-steps and ranks; the optimizer step, which follows, would wait as well."""
+    def _mean_losses(self, totals: dict[str, torch.Tensor], num_micro_steps: int) -> dict[str, float]:
+        """Means of named losses over micro-steps and ranks.
+
+        The only host-device sync of a step, at a point where DeepSpeed's optimizer step would wait anyway.
+        """
         values = all_reduce_sum(torch.stack(list(totals.values())))
-        scale = num_micro_steps * self._engine.ranks.info.world_size
+        scale = num_micro_steps * self._world_size
         return dict(zip(totals, (values / scale).tolist(), strict=True))
 
     def _token_scale(self, micro_batches: list[Batch]) -> torch.Tensor:
-        """ranks * micro-steps / predicted tokens of the global batch: DeepSpeed's averages undo the first two."""
+        """Scalar that turns the mean over ranks and micro-steps of summed token losses into the loss per token.
+
+        ranks * micro-steps / predicted tokens of the global batch, as DeepSpeed averages over ranks and micro-steps.
+        """
         num_predicted = sum(batch.num_predicted for batch in micro_batches)
         # Filled on the device: a copy from the host would make every step wait for it.
         count = torch.full((), num_predicted, dtype=torch.float32, device=self._device)
         all_reduce_sum(count)
-        return self._engine.ranks.info.world_size * len(micro_batches) / count.clamp_min(1.0)
+        return self._world_size * len(micro_batches) / count.clamp_min(1.0)
 
     def _log(
         self,
@@ -216,7 +249,7 @@ class DomainTrainer:
         step: int,
         losses: dict[str, float],
         learning_rate: float,
-        norm: torch.Tensor | float | None,
+        grad_norm: torch.Tensor | float | None,
         tokens_per_s: float,
     ) -> None:
         self._tracker.log(
@@ -224,15 +257,15 @@ class DomainTrainer:
                 DOMAIN: progress.domain,
                 DOMAIN_STEP: step,
                 TOKENS_SEEN: progress.tokens_seen + step * progress.tokens_per_step,
-                # No number where every step since the last line was left out.
+                # NaN where every step since the last line was skipped.
                 LOSS: sum(losses.values()) if losses else math.nan,
                 **{loss_part(name): value for name, value in losses.items()},
                 LEARNING_RATE: learning_rate,
-                GRAD_NORM: math.nan if norm is None else float(norm),
+                GRAD_NORM: math.nan if grad_norm is None else float(grad_norm),
                 SKIPPED_STEPS: self._engine.skipped_steps,
                 TOKENS_PER_S: tokens_per_s,
                 PEAK_MEMORY_GIB: peak_memory_gib(),
-                **self._costs(),
+                **self._callbacks.extra_metrics(),
             },
             global_step=progress.global_step + step,
         )

@@ -47,7 +47,7 @@ def compute_eval_loss(model: nn.Module, batches: ResumableLoop[Batch], device: t
     """
     was_training = model.training
     model.eval()
-    total = batches.sums.setdefault(TOTAL, torch.zeros(2, dtype=torch.float64, device=device))
+    total = batches.accumulators.setdefault(TOTAL, torch.zeros(2, dtype=torch.float64, device=device))
     for batch in batches:
         batch = batch.to(device)
         _, losses = model(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
@@ -63,7 +63,7 @@ def compute_eval_loss(model: nn.Module, batches: ResumableLoop[Batch], device: t
     return float(loss_sum / count)
 
 
-def evaluate_corpora(network: LanguageModel, text: DataModule, passes: ResumableLoops) -> dict[str, float]:
+def evaluate_corpora(network: LanguageModel, text: DataModule, loops: ResumableLoops) -> dict[str, float]:
     """Corpus -> loss in nats per predicted token, equal on every rank.
 
     Each corpus is read and predicted with its own vocabulary, whatever tokens the network has gained since, so that
@@ -72,7 +72,7 @@ def evaluate_corpora(network: LanguageModel, text: DataModule, passes: Resumable
     losses = {}
     for corpus in text.blocks:
         network.num_rows = text.num_rows(corpus)
-        batches = passes.over(text.evaluation_batches(corpus), f"evaluate {corpus}")
+        batches = loops.start(text.evaluation_batches(corpus), f"evaluate {corpus}")
         losses[corpus] = compute_eval_loss(network, batches, text.info.device)
     return losses
 
@@ -100,7 +100,7 @@ def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict
     return evaluate_corpora(
         LanguageModel(model, spec, logits_mib=config.train.max_logits_mib).to(ranks.info.device),
         text,
-        ResumableLoops(show=ranks.info.is_main),
+        ResumableLoops(show_progress=ranks.info.is_main),
     )
 
 

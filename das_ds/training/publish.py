@@ -1,15 +1,13 @@
-"""Results of a run from the state it is in, and everybody who is told of them."""
+"""Results of a run: built from its state, and written to the run folder, the report and the tracker."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from das_ds.checkpoint.manifest import RunState
 from das_ds.config import RunConfig
 from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results, build_results
 from das_ds.reporting.run_report import write_report
-from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, RESULTS_FILE
+from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, RunDir
 from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.data_module import eval_corpora
@@ -37,7 +35,7 @@ def collect_results(config: RunConfig, state: RunState, world_size: int, zero_st
 
 def publish_results(
     results: Results,
-    root: Path,
+    run_dir: RunDir,
     tracker: Tracker,
     row: dict[str, float],
     state: RunState,
@@ -47,7 +45,7 @@ def publish_results(
 
     Args:
         results: after the newest evaluation.
-        root: the run folder.
+        run_dir: of the run.
         tracker: of the run.
         row: corpus -> loss of the newest evaluation.
         state: where the run stands.
@@ -56,8 +54,8 @@ def publish_results(
     Raises:
         RunFolderError: the folder cannot be written or is full.
     """
-    results.write(root / RESULTS_FILE)
-    report = write_report(root, results, importance)
+    results.write(run_dir.results_file)
+    report = write_report(run_dir.root, results, importance)
     tracker.log_evaluation(row, domains_learned=len(results.losses_learned), global_step=state.global_step)
     tracker.log_table(LOSS_MATRIX, *results.table)
     tracker.log_image(LOSS_MATRIX, report / LOSS_MATRIX_PLOT)

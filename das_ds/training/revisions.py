@@ -29,7 +29,7 @@ def pin_revisions(config: RunConfig, ranks: ProcessGroup) -> RunConfig:
     """
     found = ranks.run_on_main(lambda: _find_and_record(config))
     # A hub that rank 0 did not reach is asked nothing by the others.
-    commits, constants.HF_HUB_OFFLINE = ranks.gather((found, constants.HF_HUB_OFFLINE))[0]
+    commits, constants.HF_HUB_OFFLINE = ranks.all_gather_object((found, constants.HF_HUB_OFFLINE))[0]
     assert commits is not None, "rank 0 has them, or all have raised"
     return _with_commits(config, lambda *name: commits[_key(*name)])
 

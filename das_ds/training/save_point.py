@@ -1,12 +1,11 @@
-"""Between two steps or batches: what all ranks agree to do about saving and stopping."""
+"""Save points: between two steps or batches all ranks agree on saving and stopping."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
-from das_ds.checkpoint.manifest import RunState
+from das_ds.checkpoint.manifest import CheckpointMetadata, RunState
 from das_ds.checkpoint.saver import AsyncCheckpointer, SaveReport
 from das_ds.distributed.flag_sync import Flags, FlagSync
 from das_ds.distributed.process_group import ProcessGroup
@@ -18,90 +17,109 @@ from das_ds.tracking.names import CHECKPOINT_MIB, CHECKPOINT_STALL_S, CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
-Parts = dict[str, ComponentState]
+
+class Saveable(Protocol):
+    """A run as a save point sees it."""
+
+    def state_dicts(self) -> dict[str, ComponentState]:
+        """Component -> its state; called only where a checkpoint begins."""
+
+    def checkpoint_metadata(self, run: RunState) -> CheckpointMetadata:
+        """What the manifest records besides."""
+
+    def failure(self) -> DasError | None:
+        """An error of this rank alone that has to end the run, such as a full disk where metrics are written."""
 
 
 class SavePoint:
-    """Passed by all ranks together; begins checkpoints, makes them visible, ends the run when it is asked to stop.
+    """Reached by all ranks together: begins and publishes checkpoints, and stops the run when it is asked to.
 
-    What ranks report reaches all of them one boundary later, so that none waits for the others.
+    Flags of one rank reach the others at the next save point, so that no rank waits for another.
 
     Args:
         ranks: the process group.
-        saver: writes checkpoints.
-        requests: what this rank was asked for.
+        saveable: the run.
+        checkpointer: writes checkpoints.
+        shutdown: requests to this rank.
         watchdog: is told that writing may take any time.
-        save_arguments: gives what `AsyncCheckpointer.start` needs besides state.
-        failure: gives what this rank alone has found to end the run, as a disk that is full where metrics go.
     """
 
     def __init__(
         self,
         ranks: ProcessGroup,
-        saver: AsyncCheckpointer,
-        requests: ShutdownHandler,
+        saveable: Saveable,
+        checkpointer: AsyncCheckpointer,
+        shutdown: ShutdownHandler,
         watchdog: Watchdog,
-        save_arguments: Callable[[RunState], dict[str, Any]],
-        failure: Callable[[], DasError | None] = lambda: None,
     ) -> None:
-        self._ranks, self._saver, self._requests, self._watchdog = ranks, saver, requests, watchdog
-        self._save_arguments, self._failure = save_arguments, failure
-        self._agreement = FlagSync(ranks)
+        self._ranks = ranks
+        self._saveable = saveable
+        self._checkpointer = checkpointer
+        self._shutdown = shutdown
+        self._watchdog = watchdog
+        self._flag_sync = FlagSync(ranks)
         self._is_fresh = False
         self._reports: list[SaveReport] = []
 
-    def pass_by(self, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
-        """Do what is due.
+    def check(self, run: RunState, *, save: bool) -> None:
+        """Publish, save or stop if that is due.
 
         Args:
-            run: where the run stands.
-            parts: gives part of the program -> its state; called where a checkpoint begins.
-            save: whether one is due here in any case; the same on every rank.
+            run: progress of the run.
+            save: whether to save here without a request; the same on every rank.
 
         Raises:
-            StoppedError: the run was asked to stop; everything is saved.
+            StoppedError: the run was asked to stop, and everything is saved.
             CheckpointError: a checkpoint could not be written.
-            DasError: on every rank, the `failure` of any.
+            DasError: on every rank, the `failure` of any rank.
         """
-        wanted, failure = self._requests.poll(files=self._ranks.info.is_main), self._failure()
-        saver = self._saver
-        agreed = self._agreement.exchange(
-            Flags(wanted.stop is not None, wanted.save, saver.is_writing, saver.has_failed, failure is not None)
+        request = self._shutdown.poll(files=self._ranks.info.is_main)
+        failure = self._saveable.failure()
+        checkpointer = self._checkpointer
+        flags = self._flag_sync.exchange(
+            Flags(
+                stop=request.stop is not None,
+                save=request.save,
+                writing=checkpointer.is_writing,
+                failed=checkpointer.has_failed,
+                ends=failure is not None,
+            )
         )
-        if agreed.ends:
-            self._ranks.agree(failure)
-        if self._saver.is_open and not self._is_fresh and (agreed.failed or not agreed.writing):
+        if flags.ends:
+            self._ranks.raise_on_all_ranks(failure)
+        # Flags from the save point at which this checkpoint began, before it was started, do not concern it.
+        if checkpointer.is_open and not self._is_fresh and (flags.failed or not flags.writing):
             self._publish()
-        # What was reported at the boundary where a checkpoint began says nothing about it.
         self._is_fresh = False
-        if agreed.stop:
-            self._stop(run, parts(), wanted.stop)
-        if save or agreed.save:
-            self._begin(run, parts())
-        if agreed.save:
-            self._ranks.run_on_main(self._requests.remove_save_file)
+        if flags.stop:
+            self._stop(run, request.stop)
+        if save or flags.save:
+            self._start(run)
+        if flags.save:
+            self._ranks.run_on_main(self._shutdown.remove_save_file)
 
-    def save(self, run: RunState, parts: Parts) -> None:
-        """Save and wait until the checkpoint is visible."""
-        self._begin(run, parts)
-        if self._saver.is_open:
+    def save(self, run: RunState) -> None:
+        """Save, and wait until the checkpoint is published."""
+        self._start(run)
+        if self._checkpointer.is_open:
             self._publish()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for a checkpoint that is being written.
 
         Raises:
-            DasError: as `pass_by` does.
+            DasError: as `check` does.
         """
-        if self._saver.is_open:
+        if self._checkpointer.is_open:
             self._publish()
-        self._saver.close()
-        self._agreement.settle()
-        self._ranks.agree(self._failure())
+        self._checkpointer.wait()
+        self._flag_sync.wait()
+        self._ranks.raise_on_all_ranks(self._saveable.failure())
 
-    def take_reports(self) -> dict[str, float]:
-        """What checkpoints that became visible since the last call cost, as metrics; {} where none did."""
-        reports, self._reports = self._reports, []
+    def pop_metrics(self) -> dict[str, float]:
+        """Costs of the checkpoints published since the last call, as metrics; {} where there were none."""
+        reports = self._reports
+        self._reports = []
         if not reports:
             return {}
         return {
@@ -111,25 +129,26 @@ class SavePoint:
             CHECKPOINT_MIB: sum(report.mebibytes for report in reports),
         }
 
-    def _begin(self, run: RunState, parts: Parts) -> None:
-        if self._saver.is_open:
+    def _start(self, run: RunState) -> None:
+        if self._checkpointer.is_open:
             self._publish()
         with self._watchdog.suspend_timeout("saving"):
-            self._saver.start(run, parts, **self._save_arguments(run))
+            states = self._saveable.state_dicts()
+            self._checkpointer.start(run, states, self._saveable.checkpoint_metadata(run))
         self._is_fresh = True
-        if not self._saver.asynchronous:
+        if not self._checkpointer.asynchronous:
             self._publish()
 
     def _publish(self) -> None:
         with self._watchdog.suspend_timeout("saving"):
-            report = self._saver.publish()
+            report = self._checkpointer.publish()
         self._reports.append(report)
         logger.info("saved %s: %.1f MiB, training waited %.2f s", report.name, report.mebibytes, report.stall_seconds)
 
-    def _stop(self, run: RunState, parts: Parts, local_reason: str | None) -> None:
-        self.save(run, parts)
-        reasons = self._agreement.reasons(local_reason)
-        self._ranks.run_on_main(self._requests.remove_stop_file)
+    def _stop(self, run: RunState, local_reason: str | None) -> None:
+        self.save(run)
+        reasons = self._flag_sync.stop_reasons(local_reason)
+        self._ranks.run_on_main(self._shutdown.remove_stop_file)
         raise StoppedError(
             f"stopped on {reasons}: {run.phase} {run.domains_done}, step {run.domain_step}, is saved; the same command "
             "continues here"

@@ -1,4 +1,4 @@
-"""One start of a run: open its folder, find where to continue, and go on until it is finished or asked to stop."""
+"""One start of a run: opens the run folder, finds the checkpoint to resume from, and trains until done or stopped."""
 
 from __future__ import annotations
 
@@ -8,90 +8,99 @@ from das_ds.checkpoint.manifest import Manifest
 from das_ds.checkpoint.store import CheckpointStore, find_latest_valid
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
-from das_ds.distributed.process_group import ProcessGroup, leave
+from das_ds.distributed.process_group import ProcessGroup, hard_exit
 from das_ds.errors import EXIT_USER_ERROR, CheckpointError, StoppedError
 from das_ds.fault_tolerance.shutdown import ShutdownHandler
 from das_ds.fault_tolerance.watchdog import Watchdog
 from das_ds.models.loading import check_files, find_spec, weights_folder
 from das_ds.reporting.results import Results
-from das_ds.run_dir import METRICS_FILE, RESULTS_FILE, RunDir, open_run_dir
+from das_ds.run_dir import METRICS_FILE, RunDir, open_run_dir
 from das_ds.tracking.tracker import Tracker, build_tracker
 from das_ds.tracking.wandb_sink import store_run_id, stored_run_id
-from das_ds.training.data_module import prepare_data
+from das_ds.training.data_module import DataModule, prepare_data
 from das_ds.training.publish import collect_results
 from das_ds.training.revisions import pin_revisions
 from das_ds.training.run_lock import RunLock
+from das_ds.training.run_services import RunServices
 from das_ds.training.trainer import ContinualTrainer
 
 
 def train(config: RunConfig, ranks: ProcessGroup) -> Results:
-    """Start a run, or continue it from its newest whole checkpoint; returns the final results on every rank.
+    """Start a run, or resume it from its latest valid checkpoint; returns the final results on every rank.
 
     Raises:
-        DasError: anything in the config, data, model, run folder or checkpoints that the user has to mend.
+        DasError: an error in the config, data, model, run folder or checkpoints that the user has to fix.
         StoppedError: the run was asked to stop and is saved.
     """
     engine_config = build_engine_config(config, ranks.info.world_size)
-    watchdog = Watchdog(ranks, config.runtime.hang_timeout, config.output_dir)
-    lock = RunLock(config.output_dir, on_loss=_end_at_once)
-    with watchdog, lock, ShutdownHandler(config.output_dir, config.runtime.stop_signals) as requests:
+    run_dir = RunDir(config.output_dir)
+    watchdog = Watchdog(ranks, config.runtime.hang_timeout, run_dir)
+    lock = RunLock(config.output_dir, on_loss=_exit_without_writing)
+    with watchdog, lock, ShutdownHandler(run_dir, config.runtime.stop_signals) as shutdown:
         with watchdog.suspend_timeout("opening the run folder"):
             ranks.run_on_main(lock.acquire)
-            folder = ranks.main_process_first(lambda: open_run_dir(config))
-            store = CheckpointStore(folder.root, config.checkpoint.keep_last)
+            run_dir = ranks.main_process_first(lambda: open_run_dir(config))
+            store = CheckpointStore(run_dir.checkpoints_dir, config.checkpoint.keep_last)
             manifest = find_latest_valid(store, ranks)
-        ranks.run_on_main(lambda: _check_folder(folder, manifest))
+        ranks.run_on_main(lambda: _check_run_dir(run_dir, manifest))
         if manifest is not None and manifest.run.phase == "finished":
-            return _finished(config, ranks, folder, manifest)
-        with watchdog.suspend_timeout("fetching the model"):
-            config = pin_revisions(config, ranks)
-            ranks.main_process_first(lambda: (weights_folder(config.model),))
-        with watchdog.suspend_timeout("preparing text"):
-            ranks.run_on_main(lambda: check_files(config.model))
-            objective = find_spec(config.model).objective
-            text = ranks.main_process_first(lambda: prepare_data(config, ranks.info, objective))
-        _leave_if_asked(ranks, requests)
+            return _write_final_results(config, ranks, run_dir, manifest)
+        config, data = _prepare(config, ranks, watchdog)
+        _stop_if_requested(ranks, shutdown)
+        # Rank 0 alone logs; the others have a tracker without sinks.
         tracker = ranks.run_on_main(lambda: build_tracker(config, enabled=True)) or Tracker()
+        services = RunServices(ranks, run_dir, tracker, store, shutdown, watchdog)
         with tracker:
             with watchdog.suspend_timeout("building the engine"):
-                sequence = ContinualTrainer(
-                    config, ranks, folder, text, tracker, engine_config, store, requests, watchdog
-                )
+                trainer = ContinualTrainer(config, services, data, engine_config)
             try:
-                return sequence.run(manifest)
+                return trainer.run(manifest)
             finally:
-                sequence.engine.close()
+                trainer.engine.close()
 
 
-def _end_at_once(message: str) -> None:
-    """Nothing more may be written to a folder in which another start trains."""
+def _prepare(config: RunConfig, ranks: ProcessGroup, watchdog: Watchdog) -> tuple[RunConfig, DataModule]:
+    """Fetch the model and tokenize the text; returns the config with pinned revisions."""
+    with watchdog.suspend_timeout("fetching the model"):
+        config = pin_revisions(config, ranks)
+        ranks.main_process_first(lambda: (weights_folder(config.model),))
+    with watchdog.suspend_timeout("preparing text"):
+        ranks.run_on_main(lambda: check_files(config.model))
+        objective = find_spec(config.model).objective
+        data = ranks.main_process_first(lambda: prepare_data(config, ranks.info, objective))
+    return config, data
+
+
+def _exit_without_writing(message: str) -> None:
+    """Exit at once: another start trains in this folder, so nothing more may be written to it."""
     print(f"das_ds: {message}", file=sys.stderr)
-    leave(EXIT_USER_ERROR)
+    hard_exit(EXIT_USER_ERROR)
 
 
-def _check_folder(folder: RunDir, manifest: Manifest | None) -> None:
-    metrics = folder.root / METRICS_FILE
+def _check_run_dir(run_dir: RunDir, manifest: Manifest | None) -> None:
+    """Refuse a folder whose checkpoints were deleted, and restore a W&B run id that was."""
+    metrics = run_dir.metrics_file
     if manifest is None:
         if metrics.exists() and metrics.stat().st_size:
             raise CheckpointError(
-                f"{folder.root}: found {METRICS_FILE} of training but no checkpoint, expected the folder checkpoints "
-                "that it was saved in; put it back, or start anew with another output_dir"
+                f"{run_dir.root}: found {METRICS_FILE} of training but no checkpoint, expected the folder checkpoints "
+                "that it was saved in; restore it, or start over with another output_dir"
             )
-    elif manifest.wandb_run_id is not None and stored_run_id(folder.root) is None:
-        store_run_id(folder.root, manifest.wandb_run_id)
+    elif manifest.wandb_run_id is not None and stored_run_id(run_dir.root) is None:
+        store_run_id(run_dir.root, manifest.wandb_run_id)
 
 
-def _finished(config: RunConfig, ranks: ProcessGroup, folder: RunDir, manifest: Manifest) -> Results:
+def _write_final_results(config: RunConfig, ranks: ProcessGroup, run_dir: RunDir, manifest: Manifest) -> Results:
     results = collect_results(config, manifest.run, manifest.world_size, manifest.zero_stage)
-    ranks.run_on_main(lambda: results.write(folder.root / RESULTS_FILE))
+    ranks.run_on_main(lambda: results.write(run_dir.results_file))
     return results
 
 
-def _leave_if_asked(ranks: ProcessGroup, requests: ShutdownHandler) -> None:
-    """What was asked for while text was prepared is obeyed before the engine is built: nothing is lost."""
-    reasons = ranks.gather(requests.poll(files=ranks.info.is_main).stop)
+def _stop_if_requested(ranks: ProcessGroup, shutdown: ShutdownHandler) -> None:
+    """Stop before the engine is built if that was requested meanwhile: there is nothing to save yet."""
+    reasons = ranks.all_gather_object(shutdown.poll(files=ranks.info.is_main).stop)
     if any(reasons):
-        ranks.run_on_main(requests.remove_stop_file)
+        ranks.run_on_main(shutdown.remove_stop_file)
         raise StoppedError(
             f"stopped on {next(filter(None, reasons))} before training began; the same command starts it"
         )

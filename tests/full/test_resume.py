@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(num_damaged: i
         return
     for _ in range(2):
         # Not only at first: a later start must not take the empty folder for a new run either.
-        with pytest.raises(RuntimeError, match=r"CheckpointError: .*found no whole checkpoint.*or start anew"):
+        with pytest.raises(RuntimeError, match=r"CheckpointError: .*found no valid checkpoint.*or start over"):
             run_ranks(run_all, 2, [broken_off])
 
 

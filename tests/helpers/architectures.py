@@ -12,7 +12,7 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.functional.units import UnitValues
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_unit_importance
@@ -165,7 +165,7 @@ def train_head(config: RunConfig) -> Any:
 
 def gated_experts(config: RunConfig, gates: UnitValues, ids: torch.Tensor) -> tuple[list[int], torch.Tensor, list[int]]:
     """Hidden states of a gated mixture of experts, and how many weights of its experts lie here before and after."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **without_dropout("mixtral"))
     model: Any = run.engine.module
     experts = model.model.get_submodule("model.layers.1.mlp.experts")

@@ -26,7 +26,7 @@ from das_ds.methods.base import Losses, Method
 from das_ds.softmask import importance_file
 from das_ds.tracking.sinks import JsonlSink
 from das_ds.training import export
-from das_ds.training.save_point import Parts, SavePoint
+from das_ds.training.save_point import SavePoint
 from helpers.run_ranks import start_ranks
 
 T = TypeVar("T")
@@ -87,15 +87,15 @@ def take_half_a_second_per_step() -> None:
 
 def fill_disk_in_step_three() -> None:
     """For `disturb`: from then on the system refuses to write more than a little to any file of rank 1."""
-    pass_by = SavePoint.pass_by
+    check = SavePoint.check
 
-    def filled(self: SavePoint, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
+    def filled(self: SavePoint, run: RunState, *, save: bool) -> None:
         if run.phase == "train" and run.domain_step == 3 and rank() == 1:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        pass_by(self, run, parts, save=save)
+        check(self, run, save=save)
 
-    SavePoint.pass_by = filled  # type: ignore[method-assign]
+    SavePoint.check = filled  # type: ignore[method-assign]
 
 
 def fill_disk_of_importance() -> None:

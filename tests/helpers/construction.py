@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from das_ds.config import ModelConfig, TrainConfig
 from das_ds.config.deepspeed import EngineConfig, build_engine_config
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.engine.engine import Engine
 from das_ds.engine.optimizer import build_optimizer
 from das_ds.engine.sharded_init import ExactWeights, ShardedInit, sharded_init
@@ -37,7 +37,7 @@ def weights_of_loaded(folder: Path, model: ModelConfig, seed: int, precisions: t
 
 def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dict[str, Any]:
     allow_fp16_on_cpu()
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     train, engine_config = engine_settings(folder, precision, ranks.info.world_size)
     construction = sharded_init(engine_config, ranks)
     assert construction is not None
@@ -70,7 +70,7 @@ def _loaded(folder: Path, config: ModelConfig, seed: int, precision: str) -> dic
 
 def random_equal_to_plain(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
     """Names of weights and buffers that differ from the plain construction's, over all architectures."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     different = []
     for model_type, sizes in cases:
         config = AutoConfig.for_model(model_type, **{**sizes, "pad_token_id": 0})

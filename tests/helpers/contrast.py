@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from das_ds.distributed.collectives import all_gather_with_grad, rank, world_size
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.functional.losses import contrastive_loss
 
 
 def loss_and_gradients(views: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Global loss and the gradient of the global loss by this rank's rows of `views` (3, N, H): full, full+, prev."""
-    ProcessGroup()
+    init_process_group()
     size = views.shape[1] // world_size()
     mine = views[:, rank() * size : (rank() + 1) * size].clone().requires_grad_()
     full, positive, previous = mine

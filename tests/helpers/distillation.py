@@ -10,7 +10,7 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.engine.engine import Engine
 from das_ds.engine.weight_snapshot import WeightSnapshot
 from helpers.training import build, rank_part, train_all
@@ -40,7 +40,7 @@ def teach_and_train(
 
 
 def _facts(config: RunConfig, steps: list[list[Batch]]) -> TeacherFacts:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     info = ranks.info
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
     engine = build(config, ranks).engine

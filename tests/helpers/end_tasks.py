@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from das_ds.config import RunConfig
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.downstream import run as finetune
 from das_ds.downstream.scores import EndTaskScores, SeedScores
 from das_ds.downstream.tasks import EndTask
@@ -74,7 +74,7 @@ def save_model(folder: Path, model_type: str = "bert") -> Path:
 def scores_on_ranks(config: RunConfig, folder: Path) -> EndTaskScores:
     """Fine-tuning on these ranks."""
     return finetune.finetune_model(
-        config, ProcessGroup(), folder, config.tasks, finetune.resolve_scores_path(config, folder, None)
+        config, init_process_group(), folder, config.tasks, finetune.resolve_scores_path(config, folder, None)
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from das_ds.config import RunConfig
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.models.loading import weights_folder
 from das_ds.training.revisions import pin_revisions
 
@@ -105,7 +105,7 @@ def pin_on_rank(values: dict[str, Any], endpoint: str, cache: str, only_rank_0: 
         cache: folder of its client's cache.
         only_rank_0: others find nothing at that address.
     """
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     point_to(endpoint if ranks.info.is_main or not only_rank_0 else "http://127.0.0.1:1")
     constants.HF_HUB_CACHE = cache
     constants.HF_HUB_OFFLINE = False

@@ -13,7 +13,7 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.methods import METHODS
 from das_ds.methods.base import Losses, Method
 from das_ds.reporting.results import Results
@@ -45,7 +45,7 @@ def faulty_run(folder: Path, name: str, stage: int, **faults: Any) -> dict[str, 
 def run_with_fault(values: dict[str, Any], kind: str, at: int) -> Results:
     """A run whose optimizer step number `at` (from 0, as it is first reached) has a bad loss or gradient on rank 1."""
     allow_fp16_on_cpu()
-    ranks, config = ProcessGroup(), RunConfig(**values)
+    ranks, config = init_process_group(), RunConfig(**values)
     method = METHODS[config.method.name]
     original, calls = method.losses, 0
     per_step = config.train.global_batch_size // config.train.micro_batch_size // ranks.info.world_size

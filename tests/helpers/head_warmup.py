@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from das_ds.config import RunConfig
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.training.train import train
 from das_ds.training.trainer import ContinualTrainer
 from helpers.half import allow_fp16_on_cpu
@@ -51,7 +51,7 @@ def headless_run(folder: Path, *, stage: int, steps: int = STEPS, **changes: Any
 def weights_after_warmup(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The fp32 weights when the base model is about to be evaluated."""
     allow_fp16_on_cpu()
-    ranks, evaluate, found = ProcessGroup(), ContinualTrainer._evaluate, dict[str, torch.Tensor]()
+    ranks, evaluate, found = init_process_group(), ContinualTrainer._evaluate, dict[str, torch.Tensor]()
 
     def leave(self: ContinualTrainer) -> None:
         found.update({name: weight.clone() for name, weight in self.engine.weights.fp32_weights()})

@@ -11,7 +11,7 @@ from torch import nn
 
 from das_ds.config import ImportanceScore, RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.functional.units import UnitValues
 from das_ds.softmask.measure import GENERAL_KNOWLEDGE, PRETRAINING, measure_unit_importance, pretraining_loss
@@ -31,7 +31,7 @@ def measured(
     config: RunConfig, kind: str, batches: list[Batch], model_changes: dict[str, Any]
 ) -> dict[str, UnitValues]:
     """Importance of each kind over joined batches, of which this rank runs its part; training is not disturbed."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **model_changes)
     info = ranks.info
     before = {name: weight.clone() for name, weight in run.engine.weights.fp32_weights()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from das_ds.config import ImportanceConfig, RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.softmask.sharded_importance import ShardedImportance, zeros_by_flat
 from helpers.parameter_importance import Stretches, stretches_of
 from helpers.reference import full_masks, unit_ones
@@ -59,7 +59,7 @@ def normalised_and_trained(
     model_changes: dict[str, Any],
 ) -> tuple[list[Stretches], list[Any]]:
     """Per form, this rank's stretches of `magnitudes` normalised; and what `train_all` gives."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(normalising, ranks)
     shards = run.engine.weights.named_shards
     sums = zeros_by_flat(shards.values(), torch.float32)

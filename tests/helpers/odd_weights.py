@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from das_ds.config import ModelConfig
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.engine.sharded_init import sharded_init
 from das_ds.errors import ModelError
 from das_ds.models.loading import load_model
@@ -315,7 +315,7 @@ def _other_type(folder: Path) -> None:
 
 def loaded_in_parts(folders: dict[str, Path], allow_missing: list[Any] | None = None) -> dict[str, Tensors | str]:
     """Of every folder the weights and buffers that ZeRO-3 makes on these ranks, or the refusal."""
-    ranks, settings = ProcessGroup(), engine_settings(Path(), "bf16", 2)[1]
+    ranks, settings = init_process_group(), engine_settings(Path(), "bf16", 2)[1]
     found: dict[str, Tensors | str] = {}
     for name, folder in folders.items():
         construction = sharded_init(settings, ranks)

@@ -9,7 +9,7 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.engine.engine import Engine
 from das_ds.errors import TrainingError
@@ -38,7 +38,7 @@ def attempts_of(configs: list[RunConfig], batch: Batch) -> list[list[Attempt]]:
 
 
 def _attempts(config: RunConfig, batch: Batch) -> list[Attempt]:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(NUM_STEPS)
@@ -76,7 +76,7 @@ def left_out(configs: list[RunConfig], batch: Batch) -> list[tuple[int, bool, st
 
 
 def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(NUM_STEPS)
@@ -102,7 +102,7 @@ def infinite_importance(configs: list[RunConfig], batch: Batch) -> list[list[str
 
 
 def _infinite_importance(config: RunConfig, batch: Batch) -> list[str]:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **NO_DROPOUT)
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     loss = _scaled_loss(torch.inf if ranks.info.is_main else 1.0)

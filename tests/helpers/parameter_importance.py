@@ -11,7 +11,7 @@ from torch import Tensor
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.functional.units import UnitValues
 from das_ds.methods.das import DAS
@@ -36,7 +36,7 @@ def measured_all(
 def _measured(
     config: RunConfig, kind: str, steps: list[list[Batch]], changes: dict[str, Any]
 ) -> tuple[Stretches, Stretches, UnitValues]:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **changes)
     info, engine = ranks.info, run.engine
     before = {name: weight.clone() for name, weight in engine.weights.fp32_weights()}
@@ -93,7 +93,7 @@ def save_random_weights_importance(folder: Path) -> Path:
 
 def read_and_write(config: RunConfig, source: Path, target: Path) -> UnitValues:
     """Reads importance on these ranks and writes it again."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks)
     importance = ParameterImportance.load(run, source)
     # A second reading, accumulated: EMax with itself changes nothing.

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from das_ds.checkpoint.manifest import RunState
 from das_ds.config import RunConfig
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import ProcessGroup, init_process_group
 from das_ds.errors import DasError
 from das_ds.reporting.results import Results
 from das_ds.tracking.names import HARDWARE_METRICS
-from das_ds.training.save_point import Parts, SavePoint
+from das_ds.training.save_point import SavePoint
 from das_ds.training.train import train
 from helpers.configs import changed
 from helpers.half import allow_fp16_on_cpu
@@ -55,7 +55,7 @@ def resumable_run(
 def run_in_pieces(values: dict[str, Any], limit: int) -> tuple[Results, list[Place]]:
     """Every start breaks off at its boundary number `limit` until one comes to the end; where each of them stood."""
     allow_fp16_on_cpu()
-    ranks, config, breaks = ProcessGroup(), RunConfig(**values), list[Place]()
+    ranks, config, breaks = init_process_group(), RunConfig(**values), list[Place]()
     while len(breaks) < MOST_BREAKS:
         with suppress(BrokenOffError):
             return _limited_run(config, ranks, limit, breaks), breaks
@@ -77,19 +77,19 @@ def _breaking_run(
     config: RunConfig, ranks: ProcessGroup, is_last: Callable[[RunState], bool], breaks: list[Place]
 ) -> Results:
     """A start that breaks off at the first boundary for which `is_last` is true; asked once at each."""
-    pass_by = SavePoint.pass_by
+    check = SavePoint.check
 
-    def breaking(self: SavePoint, run: RunState, parts: Callable[[], Parts], *, save: bool) -> None:
-        pass_by(self, run, parts, save=save)
+    def breaking(self: SavePoint, run: RunState, *, save: bool) -> None:
+        check(self, run, save=save)
         if is_last(run):
             breaks.append((run.phase, run.domains_done, run.domain_step))
             raise BrokenOffError
 
-    SavePoint.pass_by = breaking  # type: ignore[method-assign]
+    SavePoint.check = breaking  # type: ignore[method-assign]
     try:
         return train(config, ranks)
     finally:
-        SavePoint.pass_by = pass_by  # type: ignore[method-assign]
+        SavePoint.check = check  # type: ignore[method-assign]
 
 
 def run_whole_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], global_step: int) -> list[Place | str]:
@@ -98,7 +98,7 @@ def run_whole_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], glo
     Returns:
         Where each second run broke off, or the traceback of a pair that failed.
     """
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     return [_whole_and_broken(RunConfig(**whole), RunConfig(**broken), global_step, ranks) for whole, broken in pairs]
 
 
@@ -124,14 +124,14 @@ def break_off(values: dict[str, Any], limit: int) -> Place | None:
     allow_fp16_on_cpu()
     breaks: list[Place] = []
     with suppress(BrokenOffError):
-        _limited_run(RunConfig(**values), ProcessGroup(), limit, breaks)
+        _limited_run(RunConfig(**values), init_process_group(), limit, breaks)
     return breaks[0] if breaks else None
 
 
 def continue_over_another_network(values: dict[str, Any], num_layers: int) -> str:
     """A run that broke off is started again when the folder of its model holds one of other layers: what it says."""
     allow_fp16_on_cpu()
-    ranks, source, config = ProcessGroup(), Path(values["model"]["name_or_path"]), RunConfig(**values)
+    ranks, source, config = init_process_group(), Path(values["model"]["name_or_path"]), RunConfig(**values)
     with suppress(BrokenOffError):
         _limited_run(config, ranks, 4, [])
     network = AutoConfig.from_pretrained(source)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.methods import METHODS
 from das_ds.methods.base import Method
 from das_ds.models.loading import load_model
@@ -85,14 +85,14 @@ def save_random_importance(values: dict[str, Any], path: Path) -> Path:
 def run_all(runs: list[dict[str, Any]]) -> list[Results]:
     """Each config run in turn on these ranks, which have to be of one ZeRO stage."""
     allow_fp16_on_cpu()
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     return [train(RunConfig(**values), ranks) for values in runs]
 
 
 def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Results:
     """The first start breaks off at the second domain, after which the same command continues."""
     allow_fp16_on_cpu()
-    ranks, config, kind = ProcessGroup(), RunConfig(**values), METHODS[method]
+    ranks, config, kind = init_process_group(), RunConfig(**values), METHODS[method]
     before_domain = kind.before_domain
 
     def fail_at_second(self: Method, domain: DomainContext) -> None:
@@ -113,7 +113,7 @@ def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Re
 def run_whose_source_vanishes(values: dict[str, Any], source: Path, world_size: int) -> Results:
     """The folder that the model was read from is removed as soon as the first domain begins, by the last rank."""
     allow_fp16_on_cpu()
-    ranks, before_domain = ProcessGroup(), Method.before_domain
+    ranks, before_domain = init_process_group(), Method.before_domain
 
     def remove_first(self: Method, domain: DomainContext) -> None:
         ranks.barrier()
@@ -131,7 +131,7 @@ def run_whose_source_vanishes(values: dict[str, Any], source: Path, world_size: 
 
 def evaluate_export(values: dict[str, Any], folder: Path) -> dict[str, float]:
     """Losses of an exported model on these ranks."""
-    return evaluate_model(RunConfig(**values), ProcessGroup(), folder)
+    return evaluate_model(RunConfig(**values), init_process_group(), folder)
 
 
 def exported_weights(run_folder: Path, domain: str) -> dict[str, torch.Tensor]:

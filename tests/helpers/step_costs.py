@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.engine.engine import Engine
 from das_ds.engine.zero import get_gradients
 from helpers.tiny_models import NO_DROPOUT
@@ -51,7 +51,7 @@ def costs_of(configs: list[RunConfig], batch: Batch) -> list[StepCosts]:
 
 
 def _costs(config: RunConfig, batch: Batch) -> StepCosts:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(3)
@@ -81,7 +81,7 @@ def norms_of(configs: list[RunConfig], batch: Batch) -> list[tuple[float, float]
 
 
 def _norms(config: RunConfig, batch: Batch) -> tuple[float, float]:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **NO_DROPOUT)
     engine = run.engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
@@ -101,7 +101,7 @@ def shares_beyond_bf16(configs: list[RunConfig], batch: Batch) -> list[float]:
 
 
 def _share_beyond_bf16(config: RunConfig, batch: Batch) -> float:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     engine = build(config, ranks, **NO_DROPOUT).engine
     engine.start_domain(3)
     _backward(engine, rank_part(batch, ranks.info.rank, ranks.info.world_size))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.flag_sync import Flags, FlagSync
-from das_ds.distributed.process_group import ProcessGroup, leave
+from das_ds.distributed.process_group import hard_exit, init_process_group
 from das_ds.errors import EXIT_STOPPED
 from das_ds.fault_tolerance.shutdown import ShutdownHandler
+from das_ds.run_dir import RunDir
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 STEP_S = 0.05
@@ -21,9 +22,9 @@ def main(folder: Path, save_s: float) -> int:
     """Steps until all ranks agree to stop; leaves `pid-<rank>`, then `stopped-<rank>`: the step and the reasons."""
     import torch
 
-    ranks = ProcessGroup()
-    agreement = FlagSync(ranks)
-    with ShutdownHandler(folder, SIGNALS) as requests:
+    ranks = init_process_group()
+    flag_sync = FlagSync(ranks)
+    with ShutdownHandler(RunDir(folder), SIGNALS) as handler:
         step = 0
         while True:
             step += 1
@@ -32,17 +33,17 @@ def main(folder: Path, save_s: float) -> int:
             time.sleep(STEP_S * (1 + ranks.info.rank))
             if step == 2:
                 _write(folder / f"pid-{ranks.info.rank}", str(os.getpid()))
-            request = requests.poll(files=ranks.info.is_main)
-            if agreement.exchange(Flags(stop=request.stop is not None, save=request.save)).stop:
+            request = handler.poll(files=ranks.info.is_main)
+            if flag_sync.exchange(Flags(stop=request.stop is not None, save=request.save)).stop:
                 break
-        agreement.settle()
-        reasons = agreement.reasons(request.stop)
+        flag_sync.wait()
+        reasons = flag_sync.stop_reasons(request.stop)
         time.sleep(save_s)
         _write(folder / f"stopped-{ranks.info.rank}", f"{step}: {reasons}")
         if ranks.info.is_main:
-            requests.remove_stop_file()
+            handler.remove_stop_file()
         ranks.barrier()
-    leave(EXIT_STOPPED)
+    hard_exit(EXIT_STOPPED)
     return EXIT_STOPPED
 
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.engine.engine import Engine
 from das_ds.engine.zero import get_gradients
 from das_ds.models.lm_loss import ChunkedLMLoss
@@ -95,7 +95,7 @@ def gradients_in_engine(
 def _gradients(
     config: RunConfig, model_type: str, chunk: int, wrapped: bool, num_rows: int | None
 ) -> tuple[Gradients, torch.Tensor]:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     model = language_model(model_type)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

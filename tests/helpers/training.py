@@ -11,7 +11,7 @@ from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
 from das_ds.context import DomainContext, RunContext, build_context
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import ProcessGroup, init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods import build_method
 from das_ds.models.architectures.registry import spec_for
@@ -112,7 +112,7 @@ def train(
     config: RunConfig, steps: list[list[Batch]], **model_changes: Any
 ) -> tuple[dict[str, torch.Tensor], list[Metrics]]:
     """Final fp32 weights and the logged lines of one domain on joined batches, trained by this rank's part of them."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **model_changes)
     recorder = Recorder()
     method = build_method(run)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods import build_method
 from das_ds.tracking.sinks import Metrics
@@ -56,7 +56,7 @@ def learn_all(configs: list[RunConfig], domains: list[Steps]) -> list[Learned]:
 
 
 def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **NO_DROPOUT)
     engine, method, recorder = run.engine, build_method(run), Recorder()
     weights = []

@@ -18,10 +18,11 @@ import torch.distributed as dist
 
 from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
 from das_ds.distributed.flag_sync import Flags, FlagSync
-from das_ds.distributed.process_group import ProcessGroup, leave
+from das_ds.distributed.process_group import hard_exit, init_process_group
 from das_ds.fault_tolerance import watchdog as watchdog_module
 from das_ds.fault_tolerance.stack_dump import StackReport, inspect_stacks
 from das_ds.fault_tolerance.watchdog import PeerLostError, Watchdog
+from das_ds.run_dir import RunDir
 from helpers.run_ranks import start_ranks
 from helpers.waiting import until
 
@@ -71,10 +72,10 @@ def steps(folder: Path, what: str, bad_rank: int) -> None:
     """Twenty steps, in the seventh of which `bad_rank` misbehaves."""
     rank = int(os.environ["RANK"])
     os.dup2(os.open(folder / f"errors-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-    ranks = ProcessGroup()
-    agreement = FlagSync(ranks)
+    ranks = init_process_group()
+    flag_sync = FlagSync(ranks)
     try:
-        with Watchdog(ranks, HANG_TIMEOUT, folder) as watchdog:
+        with Watchdog(ranks, HANG_TIMEOUT, RunDir(folder)) as watchdog:
             watchdog.set_phase("food")
             (folder / f"started-{rank}").touch()
             for step in range(1, 21):
@@ -87,13 +88,13 @@ def steps(folder: Path, what: str, bad_rank: int) -> None:
                     dist.all_reduce(torch.ones(1))
                 else:
                     all_reduce_sum(torch.ones(1))
-                agreement.exchange(Flags())
+                flag_sync.exchange(Flags())
                 if what in HEALTHY and step > BAD_STEP:
                     time.sleep(HANG_TIMEOUT / 8)
-            agreement.settle()
+            flag_sync.wait()
     except PeerLostError as error:
         os.write(2, f"lost: {error}\n".encode())
-        leave(EXIT_LOST)
+        hard_exit(EXIT_LOST)
     ranks.close()
 
 
@@ -159,7 +160,7 @@ def stressed_steps(folder: Path, seconds: float, suspects: bool) -> tuple[int, i
     watchdog_module.inspect_stacks = inspect
     # Nobody walks the frames of another thread in Python.
     sys._current_frames = break_down  # type: ignore[assignment]
-    ranks, main, ended, step = ProcessGroup(), threading.get_ident(), threading.Event(), 0
+    ranks, main, ended, step = init_process_group(), threading.get_ident(), threading.Event(), 0
     with patch.object(watchdog_module, "PERIOD_S", 0.01), Watchdog(ranks, 60.0, folder) as watchdog:
         suspecting = threading.Thread(target=lambda: [inspect(main) for _ in iter(ended.is_set, True)])
         if suspects:
@@ -186,12 +187,13 @@ def descend(depth: int) -> list[Any]:
 
 def agreed_flags() -> dict[str, Any]:
     """What a rank reads at each boundary: rank 1 asks for a save at the second, rank 0 for a stop at the third."""
-    ranks = ProcessGroup()
-    rank, agreement = ranks.info.rank, FlagSync(ranks)
+    ranks = init_process_group()
+    rank = ranks.info.rank
+    flag_sync = FlagSync(ranks)
     last = ranks.info.world_size - 1
     reported = [Flags(), Flags(save=rank == last, writing=rank == 0), Flags(stop=rank == 0), Flags(failed=rank == last)]
-    read = [agreement.exchange(flags) for flags in reported]
-    settled = [agreement.settle(), agreement.settle(), agreement.exchange(Flags())]
-    agreement.settle()
-    reasons = [agreement.reasons(text) for text in ("SIGTERM" if rank == 0 else None, "the same", f"own {rank}")]
+    read = [flag_sync.exchange(flags) for flags in reported]
+    settled = [flag_sync.wait(), flag_sync.wait(), flag_sync.exchange(Flags())]
+    flag_sync.wait()
+    reasons = [flag_sync.stop_reasons(text) for text in ("SIGTERM" if rank == 0 else None, "the same", f"own {rank}")]
     return {"read": read, "settled": settled, "reasons": reasons}

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.flag_sync import FlagSync
-from das_ds.distributed.process_group import ProcessGroup, group_timeout
+from das_ds.distributed.process_group import init_process_group
+from das_ds.distributed.torch_internals import all_process_groups, group_timeout
 from das_ds.errors import DataError
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part
@@ -28,7 +29,7 @@ def shards_and_restore(configs: list[RunConfig], batch: Batch) -> list[dict[str,
 
 
 def _shards_and_restore(config: RunConfig, batch: Batch) -> dict[str, Any]:
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     stretches: list[Stretch] = [
@@ -67,7 +68,7 @@ def _output(engine: Any, part: Batch) -> torch.Tensor:
 def prepare_in_turn(folder: Path) -> tuple[int, float]:
     """Rank 0 prepares for longer than the time-out of ordinary collectives; the others start when it is done."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=2))
-    ranks = ProcessGroup()
+    ranks = init_process_group()
 
     def prepare() -> int:
         marker = folder / "prepared"
@@ -82,7 +83,7 @@ def prepare_in_turn(folder: Path) -> tuple[int, float]:
 
 def fail_on_one(failing_rank: int) -> str:
     """The error that every rank sees when one of them fails."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
 
     def prepare() -> int:
         if ranks.info.rank == failing_rank:
@@ -98,22 +99,22 @@ def fail_on_one(failing_rank: int) -> str:
 
 def identity(value: int) -> int:
     """Nothing but a process group, to see that the environment is complete."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     assert ranks.info.local_rank == int(os.environ["LOCAL_RANK"])
     return value + ranks.info.rank
 
 
 def timeouts(config: RunConfig, timeout: timedelta, collective_timeout: timedelta) -> list[timedelta]:
     """Of every process group of a rank whose engine is built."""
-    ranks = ProcessGroup(timeout, collective_timeout)
+    ranks = init_process_group(timeout, collective_timeout)
     FlagSync(ranks)
     engine = build(config, ranks, **NO_DROPOUT).engine
-    found = [group_timeout(group) for group in dist.distributed_c10d._world.pg_map]
+    found = [group_timeout(group) for group in all_process_groups()]
     engine.close()
     return found
 
 
 def matmul_precision(config: RunConfig) -> str:
     """Of float32 matrix products once an engine is built."""
-    build(config, ProcessGroup(), **NO_DROPOUT)
+    build(config, init_process_group(), **NO_DROPOUT)
     return torch.get_float32_matmul_precision()

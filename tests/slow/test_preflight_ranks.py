@@ -62,7 +62,7 @@ def test_rank_that_waits_in_vain_says_so(tmp_path: Path) -> None:
 def test_environment_of_a_job_that_is_not_there_is_named_after_seconds(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
     lonely = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733"}
-    for rank, said in (("0", "1 of 4 ranks here, waiting"), ("2", "rank 2 of 4 is here, but nobody answers")):
+    for rank, said in (("0", "1 of 4 ranks here, waiting"), ("2", "rank 2 of 4 is here, but gets no answer")):
         done = program(
             "launch/preflight.py", "--config", path, "runtime.hang_timeout=13", RANK=rank, LOCAL_RANK=rank, **lonely
         )

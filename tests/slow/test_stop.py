@@ -106,7 +106,7 @@ def test_a_killed_rank_is_named_and_the_run_continues(undisturbed: Path, tmp_pat
     os.kill(processes[1].pid, signal.SIGKILL)
     assert exit_codes(processes) == [1, -signal.SIGKILL]
     said = (tmp_path / "stderr_0").read_text()
-    assert re.search(r"das_ds: rank 1 \(pid .*\) is gone; its last sign of life: step \d+ of food, \w+", said)
+    assert re.search(r"das_ds: rank 1 \(pid .*\) is gone; last heartbeat: step \d+ of food, \w+", said)
     assert exit_codes(on_train_start(killed, tmp_path, 2)) == [0, 0]
     assert_same_run(tmp_path / "killed", undisturbed)
 
@@ -117,7 +117,7 @@ def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
     for rank in (0, 1):
         said = (tmp_path / f"stderr_{rank}").read_text()
         assert re.search(
-            r"das_ds: rank 1 \(pid .*\) has made no progress for \d+ s; it stands at: .*step \d of food", said
+            r"das_ds: rank 1 \(pid .*\) has made no progress for \d+ s; current location: .*step \d of food", said
         )
         assert "command_runs.py" in (tmp_path / "run" / "hang-rank1.txt").read_text()
 

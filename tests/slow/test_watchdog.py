@@ -50,7 +50,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
 def test_a_rank_that_is_frozen_or_killed_is_named(what: str, bad_rank: int, world_size: int, cases: Cases) -> None:
     codes, folder = cases.result(what, bad_rank, world_size)
     assert codes[bad_rank] == (KILLED if what == "kill" else None)
-    sign = "is gone" if what == "kill" else "has given no sign of life"
+    sign = "is gone" if what == "kill" else "has not sent a heartbeat"
     others = set(range(world_size)) - {bad_rank}
     for rank in others:
         text = (folder / f"errors-{rank}").read_text()
@@ -100,14 +100,14 @@ def test_a_rank_that_keeps_the_lock_of_python_is_named(cases: Cases) -> None:
     codes, folder = cases.result("lock", 1, 2)
     assert codes == [EXIT_HANG, None]
     text = (folder / "errors-0").read_text()
-    assert "rank 1 (pid " in text and "has given no sign of life" in text
+    assert "rank 1 (pid " in text and "has not sent a heartbeat" in text
 
 
 def test_a_rank_that_fails_is_named_with_its_error(cases: Cases) -> None:
     codes, folder = cases.result("fail", 0, 2)
     assert codes == [1, EXIT_LOST]
     assert "rank 0 (pid " in (folder / "errors-1").read_text()
-    assert "has left with ValueError: no such thing" in (folder / "errors-1").read_text()
+    assert "exited with ValueError: no such thing" in (folder / "errors-1").read_text()
 
 
 def test_patience_is_no_fault_and_a_watchdog_ends_without_a_word(cases: Cases) -> None:

@@ -13,7 +13,7 @@ import torch
 from das_ds.config import RunConfig, parse_method
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank
-from das_ds.distributed.process_group import ProcessGroup
+from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.distributed.state import Shard
 from das_ds.functional.directions import direction_projector
@@ -48,7 +48,7 @@ def test_direction_mask_changes_second_domain_only() -> None:
 
 def mask_shard(cuts: list[int], before: torch.Tensor, step: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """This rank's shard of one parameter after a masked step."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     own = slice(cuts[rank()], cuts[rank() + 1])
     flat = torch.nn.Parameter(before.flatten()[own].clone())
     shards = [Shard("w", flat, 0, own.start, flat.numel())] if flat.numel() else []
@@ -97,7 +97,7 @@ def test_directions_two_domains_equal_plain_torch(
 
 def moments_of(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
     """Of this rank's rows of one batch of DeBERTa."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **without_dropout("deberta-v2"))
     found = input_second_moments(run, ResumableLoop([rank_part(batch, ranks.info.rank, ranks.info.world_size)]))
     run.engine.close()
@@ -114,7 +114,7 @@ def test_second_moments_tables_read_by_every_rank_count_once(tmp_path: Path) -> 
 
 def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
     """Widths of the masks that this rank makes, those of the layers it steps, and masks at the most that exist."""
-    ranks = ProcessGroup()
+    ranks = init_process_group()
     run = build(config, ranks, **without_dropout("roberta"))
     method = build_method(run)
     assert isinstance(method, directions.Directions)

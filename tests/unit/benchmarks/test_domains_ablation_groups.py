@@ -72,7 +72,7 @@ def losses_of(run: TrainingRun, index: int) -> dict[str, float]:
     text = prepare_data(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
     source = ModelConfig(name_or_path=str(run.model(index)))
     model, spec = load_model(source, seed=0, vocab_size=len(text.base_tokenizer))
-    return evaluate_corpora(LanguageModel(model, spec), text, ResumableLoops(show=False))
+    return evaluate_corpora(LanguageModel(model, spec), text, ResumableLoops(show_progress=False))
 
 
 def test_restoring_what_changed_gives_the_earlier_model_and_leaves_no_trace(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_a_file_holds_the_values_of_the_moment(asynchronous: bool, tmp_path: Pat
         expected = {key: value.clone() for key, value in {**live, **fixed}.items()}
         path = tmp_path / "new" / f"{number}.safetensors"
         writer.start(path, live, fixed)
-        writer.wait_for_copy()
+        writer.wait_for_staging()
         for value in live.values():
             value.zero_()
         record = writer.finish()
@@ -44,11 +44,11 @@ def test_a_folder_that_cannot_be_written(asynchronous: bool, tmp_path: Path) -> 
     (tmp_path / "file").write_text("in the way")
     writer = BackgroundWriter(CPU, asynchronous=asynchronous)
     writer.start(tmp_path / "file" / "a.safetensors", {"a": torch.ones(2)}, {})
-    writer.wait_for_copy()
-    with pytest.raises(CheckpointError, match=r"cannot be written.*free space; the checkpoint before it is as it was"):
+    writer.wait_for_staging()
+    with pytest.raises(CheckpointError, match=r"cannot be written.*free space; the previous checkpoint is intact"):
         writer.finish()
     writer.start(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
-    writer.wait_for_copy()
+    writer.wait_for_staging()
     assert writer.finish().size > 0 and writer.failure is None
 
 
@@ -74,7 +74,7 @@ def test_an_unexpected_error_beside_training_is_logged_and_raised_by_finish(
     monkeypatch.setattr(async_writer, "save_file", fail)
     writer = BackgroundWriter(CPU, asynchronous=True)
     writer.start(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
-    writer.wait_for_copy()
+    writer.wait_for_staging()
     with pytest.raises(CheckpointError, match="no such thing"):
         writer.finish()
     assert "unexpected error" in caplog.text and "Traceback" in caplog.text
@@ -103,7 +103,7 @@ def test_memory_of_the_copies_is_taken_by_the_thread_once_per_dtype(
     for number in range(2):
         path = tmp_path / f"{number}.safetensors"
         writer.start(path, live, {})
-        writer.wait_for_copy()
+        writer.wait_for_staging()
         writer.finish()
         found = load_file(path)
         assert found.keys() == live.keys() and all(found[key].equal(value) for key, value in live.items())
@@ -117,7 +117,7 @@ def test_wait_for_copy_returns_when_the_copy_fails(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch, "empty", no_room)
     writer = BackgroundWriter(CPU, asynchronous=True)
     writer.start(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
-    writer.wait_for_copy()
+    writer.wait_for_staging()
     with pytest.raises(CheckpointError, match="no memory can be locked"):
         writer.finish()
 
@@ -162,7 +162,7 @@ def test_offloaded_values_beside_a_gpu_are_copied_by_the_thread(
     # Comes back though there is no memory for the copy yet.
     writer.start(tmp_path / "a.safetensors", live, {})
     gate.set()
-    writer.wait_for_copy()
+    writer.wait_for_staging()
     live["weights"].zero_()
     writer.finish()
     assert load_file(tmp_path / "a.safetensors")["weights"].equal(expected)

@@ -11,13 +11,13 @@ import pytest
 from das_ds.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, RunState, read_manifest
 from das_ds.checkpoint.store import CheckpointStore
 from das_ds.errors import CheckpointError
-from das_ds.storage import checksum
+from das_ds.storage import checksum, read_json_with_checksum, write_json_with_checksum
 
 FILE = "rank_00000_of_00001.safetensors"
 
 
 def save(store: CheckpointStore, name: str, content: bytes = b"tensors", **run: object) -> Path:
-    partial = store.partial(name)
+    partial = store.staging_dir(name)
     partial.mkdir(parents=True)
     (partial / FILE).write_bytes(content)
     record = FileRecord(size=len(content), sha256=checksum(partial / FILE))
@@ -27,7 +27,7 @@ def save(store: CheckpointStore, name: str, content: bytes = b"tensors", **run: 
             run=RunState.model_validate(run),
             world_size=1,
             zero_stage=2,
-            numbers={"engine": {"scale": 0.1}},
+            metadata={"engine": {"scale": 0.1}},
             metrics_bytes=0,
             wandb_run_id=None,
             saved_at="2026-01-01T00:00:00+00:00",
@@ -40,7 +40,7 @@ def save(store: CheckpointStore, name: str, content: bytes = b"tensors", **run: 
 
 def problems(store: CheckpointStore, name: str) -> list[str]:
     try:
-        return store.problems(name, read_manifest(store.folder / name), lambda number: True)
+        return store.find_problems(name, read_manifest(store.folder / name), lambda index: True)
     except CheckpointError as error:
         return [str(error)]
 
@@ -65,17 +65,17 @@ def test_numbers_go_on_behind_one_that_was_set_aside(tmp_path: Path, caplog: pyt
     save(store, "1000000_food_train_3", phase="train")
     assert store.names() == ["999999_food_train_2", "1000000_food_train_3"]
     store.quarantine("1000000_food_train_3", ["it is torn"])
-    assert "1000000_food_train_3 is not whole" in caplog.text and "it is torn" in caplog.text
+    assert "1000000_food_train_3 is corrupt" in caplog.text and "it is torn" in caplog.text
     assert store.names() == ["999999_food_train_2"] and store.next_number == 1000001 and store.has_corrupted
 
 
 def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
-    partial = store.partial("000000_food_train_1")
+    partial = store.staging_dir("000000_food_train_1")
     partial.mkdir(parents=True)
     (partial / FILE).write_bytes(b"half")
     assert store.names() == []
-    store.clear_partial()
+    store.clear_staging()
     assert list(store.folder.iterdir()) == []
 
 
@@ -90,6 +90,12 @@ def edit(folder: Path) -> None:
     path.write_text(path.read_text().replace('"domain_step": 7', '"domain_step": 8'))
 
 
+def rewrite(folder: Path, **changes: object) -> None:
+    """Write other values, with a checksum that matches them."""
+    path = folder / MANIFEST_FILE
+    write_json_with_checksum(path, {**read_json_with_checksum(path), **changes})
+
+
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / FILE).write_bytes(b"tensor"), "has 6 bytes, expected 7"),
     (lambda folder: flip(folder / FILE), "was altered"),
@@ -98,6 +104,8 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / MANIFEST_FILE).write_text(""), "manifest.json is no JSON object"),
     (lambda folder: (folder / MANIFEST_FILE).unlink(), "manifest.json cannot be read"),
     (lambda folder: (folder / MANIFEST_FILE).write_text(json.dumps({"sha256": 1})), "manifest.json was altered"),
+    (lambda folder: rewrite(folder, format_version=1), "found format_version 1, expected 2; another version of das_ds"),
+    (lambda folder: rewrite(folder, zero_stage="two"), "manifest.json: zero_stage: Input should be a valid integer"),
 ]
 
 

@@ -31,7 +31,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 def test_rank_0_says_how_many_are_here_and_that_the_others_did_not_come(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 1.5)
+    monkeypatch.setattr(rendezvous, "REPORT_AFTER_S", 1.5)
     expected = r"do not find each other within 4 s \(runtime.hang_timeout\): .*; check that"
     # The inner one counts as a second rank, which is in another process otherwise.
     with (
@@ -49,18 +49,18 @@ def test_rank_whom_nobody_answers_speaks_for_itself(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "2")
-    monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 1.0)
+    monkeypatch.setattr(rendezvous, "REPORT_AFTER_S", 1.0)
     with pytest.raises(PreflightError), report_missing_ranks(timedelta(seconds=5)):
         dist.TCPStore("127.0.0.1", port, 4, False, timedelta(seconds=5))
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("das_ds: ")]
-    assert lines[0].startswith(f"das_ds: rank 2 of 4 is here, but nobody answers at 127.0.0.1:{port} ")
+    assert lines[0].startswith(f"das_ds: rank 2 of 4 is here, but gets no answer from 127.0.0.1:{port} ")
     assert lines[1].startswith("das_ds: the ranks do not find each other within 5 s ")
 
 
 def test_ranks_that_meet_say_nothing(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 0.3)
+    monkeypatch.setattr(rendezvous, "REPORT_AFTER_S", 0.3)
     threads = threading.active_count()
     with report_missing_ranks(None):
         pass

@@ -89,7 +89,7 @@ def test_diagnose_a_silent_rank_ends_the_run_even_where_its_timeout_is_suspended
     for own in (beat(1), beat(1, in_collective=None), beat(1, timeout_suspended=True)):
         found = seen_by_rank_1(snapshot, TIMEOUT + 1).diagnose(own, GRACE)
         place = "step 7 of food, forward and backward"
-        assert found == f"rank 0 (pid 100 on node1) has given no sign of life for 21 s; it stood at: {place}"
+        assert found == f"rank 0 (pid 100 on node1) has not sent a heartbeat for 21 s; last location: {place}"
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_diagnose_standing_still_is_a_fault_unless_the_timeout_is_suspended() ->
     snapshot = known(beat(0), beat(1))
     found = seen_by_rank_1(snapshot, 1.0).diagnose(beat(1, in_collective=False), GRACE)
     assert found == (
-        "rank 1 (pid 101 on node1) has made no progress for 21 s; it stands at: step 7 of food, forward and backward; "
-        "das_ds/training/domain_trainer.py:90 run"
+        "rank 1 (pid 101 on node1) has made no progress for 21 s; current location: step 7 of food, "
+        "forward and backward; das_ds/training/domain_trainer.py:90 run"
     )
     assert seen_by_rank_1(snapshot, 1.0).diagnose(beat(1, in_collective=False, timeout_suspended=True), GRACE) is None
     assert seen_by_rank_1(snapshot, 1.0).diagnose(beat(1, in_collective=False, idle_s=TIMEOUT - 1), GRACE) is None
@@ -145,7 +145,7 @@ def test_diagnose_a_store_that_does_not_answer_blames_its_holder(monkeypatch: py
     snapshot = known(beat(0, progress=(9, 9)), beat(1), beat(2))
     # Other heartbeats do not arrive either, which is not the fault of their ranks.
     found = seen_by_rank_1(snapshot, TIMEOUT + 1, answered=False).diagnose(beat(1), GRACE)
-    assert found is not None and found.startswith("rank 0 (pid 100 on node1) has given no sign of life for 21 s")
+    assert found is not None and found.startswith("rank 0 (pid 100 on node1) has not sent a heartbeat for 21 s")
     assert "rank 2" not in found
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     found = seen_by_rank_1(snapshot, TIMEOUT + 1, answered=False).diagnose(beat(1), GRACE)
@@ -154,7 +154,7 @@ def test_diagnose_a_store_that_does_not_answer_blames_its_holder(monkeypatch: py
 
 def test_a_store_that_is_gone_blames_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = known(beat(0, idle_s=1.0), beat(1), is_lost=True)
-    gone = "rank 0 (pid 100 on node1) is gone; its last sign of life: step 7 of food, forward and backward, {} s ago"
+    gone = "rank 0 (pid 100 on node1) is gone; last heartbeat: step 7 of food, forward and backward, {} s ago"
     assert seen_by_rank_1(snapshot, 2.0, answered=False).find_lost_peers(3.0) == gone.format(3)
     assert seen_by_rank_1(snapshot, 2.0, answered=False).diagnose(beat(1, idle_s=0.0), GRACE) is None
     late = seen_by_rank_1(snapshot, TIMEOUT + 1, answered=False)
@@ -165,7 +165,7 @@ def test_a_store_that_is_gone_blames_its_holder(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_rank_that_has_left_with_an_error_is_named_with_it() -> None:
     snapshot = known(beat(0, exit_error="ValueError: x"), beat(1))
-    text = "rank 0 (pid 100 on node1) has left with ValueError: x; it stood at: step 7 of food, forward and backward"
+    text = "rank 0 (pid 100 on node1) exited with ValueError: x; last location: step 7 of food, forward and backward"
     assert seen_by_rank_1(snapshot, 0.0).find_lost_peers(3.0) == text
     assert seen_by_rank_1(snapshot, GRACE).diagnose(beat(1, idle_s=0.0), GRACE) is None
     assert seen_by_rank_1(snapshot, GRACE + 1).diagnose(beat(1, idle_s=0.0), GRACE) == text

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from das_ds.fault_tolerance import launcher_guard as launcher_pause
-from das_ds.fault_tolerance import shutdown as stopping
-from das_ds.fault_tolerance.launcher_guard import is_alive, program, suspend_launcher
-from das_ds.fault_tolerance.shutdown import Request, ShutdownHandler
+from das_ds.fault_tolerance import launcher_guard, shutdown
+from das_ds.fault_tolerance.launcher_guard import is_alive, program_name, suspend_launcher
+from das_ds.fault_tolerance.shutdown import ShutdownHandler, ShutdownRequest
+from das_ds.run_dir import RunDir
 from helpers.waiting import until
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
@@ -32,22 +32,22 @@ for rank in ranks: rank.wait()
 def test_a_signal_is_noted_and_the_former_handler_comes_back(name: str, tmp_path: Path) -> None:
     number = signal.Signals[name]
     former = signal.getsignal(number)
-    with ShutdownHandler(tmp_path, SIGNALS) as requests:
-        assert requests.poll(files=True) == Request(stop=None, save=False)
+    with ShutdownHandler(RunDir(tmp_path), SIGNALS) as handler:
+        assert handler.poll(files=True) == ShutdownRequest(stop=None, save=False)
         os.kill(os.getpid(), number)
-        assert requests.poll(files=False) == Request(stop=name, save=False)
-        assert requests.poll(files=False).stop == name
+        assert handler.poll(files=False) == ShutdownRequest(stop=name, save=False)
+        assert handler.poll(files=False).stop == name
     assert signal.getsignal(number) is former
 
 
 def test_only_configured_signals_are_taken_and_those_even_where_they_are_ignored(tmp_path: Path) -> None:
     former = signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     try:
-        with ShutdownHandler(tmp_path, ["SIGUSR1"]) as requests:
+        with ShutdownHandler(RunDir(tmp_path), ["SIGUSR1"]) as handler:
             os.kill(os.getpid(), signal.SIGUSR2)
-            assert requests.poll(files=False).stop is None
+            assert handler.poll(files=False).stop is None
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert requests.poll(files=False).stop == "SIGUSR1"
+            assert handler.poll(files=False).stop == "SIGUSR1"
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGUSR1, former[0])
@@ -56,45 +56,45 @@ def test_only_configured_signals_are_taken_and_those_even_where_they_are_ignored
 
 def test_a_user_who_insists_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    with ShutdownHandler(tmp_path, ["SIGINT"]) as requests:
+    monkeypatch.setattr(shutdown.time, "monotonic", lambda: now[0])
+    with ShutdownHandler(RunDir(tmp_path), ["SIGINT"]) as handler:
         os.kill(os.getpid(), signal.SIGINT)
-        now[0] += stopping.INSIST_AFTER_S - 0.1
+        now[0] += shutdown.INSIST_AFTER_S - 0.1
         os.kill(os.getpid(), signal.SIGINT)
-        assert requests.poll(files=False).stop == "SIGINT"
+        assert handler.poll(files=False).stop == "SIGINT"
         now[0] += 0.1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_stop_file_is_a_request_until_it_is_removed(tmp_path: Path) -> None:
-    requests = ShutdownHandler(tmp_path, [])
+    handler = ShutdownHandler(RunDir(tmp_path), [])
     (tmp_path / "STOP").touch()
-    assert requests.poll(files=False).stop is None
-    assert requests.poll(files=True) == Request(stop="the file STOP", save=False)
-    requests.remove_stop_file()
-    requests.remove_stop_file()
+    assert handler.poll(files=False).stop is None
+    assert handler.poll(files=True) == ShutdownRequest(stop="the file STOP", save=False)
+    handler.remove_stop_file()
+    handler.remove_stop_file()
     assert not (tmp_path / "STOP").exists()
-    assert ShutdownHandler(tmp_path, []).poll(files=True).stop is None
+    assert ShutdownHandler(RunDir(tmp_path), []).poll(files=True).stop is None
 
 
 def test_one_save_file_is_one_request_and_a_newer_one_another(tmp_path: Path) -> None:
-    requests, file = ShutdownHandler(tmp_path, []), tmp_path / "SAVE"
-    requests.remove_save_file()
+    handler, file = ShutdownHandler(RunDir(tmp_path), []), tmp_path / "SAVE"
+    handler.remove_save_file()
     file.touch()
-    assert [requests.poll(files=False).save, requests.poll(files=True).save] == [False, True]
-    assert not requests.poll(files=True).save
-    requests.remove_save_file()
-    assert not file.exists() and not requests.poll(files=True).save
+    assert [handler.poll(files=False).save, handler.poll(files=True).save] == [False, True]
+    assert not handler.poll(files=True).save
+    handler.remove_save_file()
+    assert not file.exists() and not handler.poll(files=True).save
     for second in (1, 2):
         file.touch()
         os.utime(file, (second, second))
-        assert requests.poll(files=True).save
+        assert handler.poll(files=True).save
         # Written anew while the checkpoint was saved.
         os.utime(file, (second + 10, second + 10))
-        requests.remove_save_file()
-        assert file.exists() and requests.poll(files=True).save
-        requests.remove_save_file()
+        handler.remove_save_file()
+        assert file.exists() and handler.poll(files=True).save
+        handler.remove_save_file()
         assert not file.exists()
 
 
@@ -103,16 +103,16 @@ def test_a_launcher_that_is_gone_is_a_request(
     is_waited_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    monkeypatch.setattr(stopping, "launchers", lambda: [psutil.Process(launcher.pid)])
-    monkeypatch.setattr(stopping, "LAUNCHER_CHECK_S", 0.0)
-    requests = ShutdownHandler(tmp_path, [])
-    assert requests.poll(files=False).stop is None
+    monkeypatch.setattr(shutdown, "find_launchers", lambda: [psutil.Process(launcher.pid)])
+    monkeypatch.setattr(shutdown, "LAUNCHER_CHECK_S", 0.0)
+    handler = ShutdownHandler(RunDir(tmp_path), [])
+    assert handler.poll(files=False).stop is None
     launcher.kill()
     if is_waited_for:
         launcher.wait()
     else:
         until(lambda: psutil.Process(launcher.pid).status() == psutil.STATUS_ZOMBIE)
-    assert requests.poll(files=False).stop == f"the launcher (pid {launcher.pid}) is gone"
+    assert handler.poll(files=False).stop == f"the launcher (pid {launcher.pid}) is gone"
     launcher.wait()
 
 
@@ -131,7 +131,7 @@ def test_a_launcher_that_is_gone_is_a_request(
     ],
 )
 def test_program_of_a_command_line(command: str, expected: str | None) -> None:
-    assert program(command.split()) == expected
+    assert program_name(command.split()) == expected
 
 
 @pytest.fixture
@@ -179,9 +179,9 @@ def test_a_launcher_that_has_lost_a_rank_is_not_paused(
     launcher, _ = fake_launcher
     suspended: list[int] = []
     monkeypatch.setattr(psutil.Process, "suspend", lambda process: suspended.append(process.pid))
-    launcher_pause._hold(launcher, 3, 0.0)
+    launcher_guard._hold(launcher, 3, 0.0)
     assert not suspended
-    launcher_pause._hold(launcher, 2, 0.0)
+    launcher_guard._hold(launcher, 2, 0.0)
     assert suspended == [launcher.pid]
 
 
@@ -192,11 +192,11 @@ def test_a_launcher_that_cannot_be_paused_is_said_and_the_request_stands(
         raise psutil.NoSuchProcess(1)
 
     launcher = SimpleNamespace(cmdline=lambda: ["python", "-m", "deepspeed.launcher.launch"])
-    monkeypatch.setattr(stopping, "launchers", lambda: [launcher])
-    monkeypatch.setattr(stopping, "is_alive", lambda process: True)
-    monkeypatch.setattr(stopping, "suspend_launcher", fail)
+    monkeypatch.setattr(shutdown, "find_launchers", lambda: [launcher])
+    monkeypatch.setattr(shutdown, "is_alive", lambda process: True)
+    monkeypatch.setattr(launcher_guard, "suspend_launcher", fail)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with ShutdownHandler(tmp_path, ["SIGTERM"]) as requests:
+    with ShutdownHandler(RunDir(tmp_path), ["SIGTERM"]) as handler:
         os.kill(os.getpid(), signal.SIGTERM)
-        until(lambda: "the launcher cannot be paused" in caplog.text)
-        assert "NoSuchProcess" in caplog.text and requests.poll(files=False).stop == "SIGTERM"
+        until(lambda: "the launcher cannot be suspended" in caplog.text)
+        assert "NoSuchProcess" in caplog.text and handler.poll(files=False).stop == "SIGTERM"

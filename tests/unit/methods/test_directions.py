@@ -150,7 +150,7 @@ def test_earlier_runs_protect_from_the_first_domain_on(tmp_path: Path) -> None:
     save_directions(tmp_path / DIRECTIONS_FILE, {name: torch.eye(width) for name, width in widths.items()}, run.layout)
     method = build_method(run_of(tmp_path, {**METHOD, "init_from": str(tmp_path / DIRECTIONS_FILE)}))
     method.before_domain(no_text_domain(tmp_path))
-    assert isinstance(method, Directions) and method.state_dict().shared.keys() == widths.keys()
+    assert isinstance(method, Directions) and method.state_dict().replicated.keys() == widths.keys()
 
 
 def test_networks_whose_layers_are_no_linear_layers_are_refused(tmp_path: Path) -> None:

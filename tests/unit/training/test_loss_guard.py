@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from das_ds.config import FaultsConfig
-from das_ds.training.loss_guard import MOST_IN_A_ROW, LossGuard, LossGuardState, Verdict
+from das_ds.training.loss_guard import MAX_CONSECUTIVE, LossGuard, Verdict
 
 WINDOW = 8
 LOSSES = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.0]
@@ -19,8 +21,13 @@ def guard(*, warm: bool = True, **faults: Any) -> LossGuard:
     made = LossGuard(FaultsConfig(**{"spike_window": WINDOW, **faults}))
     made.start_domain("papers")
     for step, loss in enumerate(LOSSES if warm else [], start=1):
-        assert made.check_loss(loss, step) == Verdict("take")
+        assert made.check_loss(loss, step) == Verdict("accept")
     return made
+
+
+def saved_state(made: LossGuard) -> Any:
+    """The state of a guard as a checkpoint gives it back, from JSON."""
+    return SimpleNamespace(metadata=json.loads(json.dumps(made.state_dict().metadata)))
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -39,11 +46,11 @@ def test_gradient_norm_that_is_not_finite_follows_the_same_policy(policy: str) -
     ):
         assert verdict.action == policy
         assert verdict.message is not None and verdict.message.startswith("papers, step 9: gradient norm")
-    assert guard(nonfinite=policy).check_loss(2.0, 9, norm_is_finite=True) == Verdict("take")
+    assert guard(nonfinite=policy).check_loss(2.0, 9, norm_is_finite=True) == Verdict("accept")
 
 
 @pytest.mark.parametrize(
-    ("policy", "action"), [("warn", "take"), ("skip", "skip"), ("stop", "stop"), ("rewind", "rewind")]
+    ("policy", "action"), [("warn", "accept"), ("skip", "skip"), ("stop", "stop"), ("rewind", "rewind")]
 )
 def test_spike_follows_its_policy_and_is_explained(policy: str, action: str) -> None:
     verdict = guard(spike=policy).check_loss(3.0, 9)
@@ -68,46 +75,46 @@ def test_bad_losses_stay_out_of_the_window() -> None:
     made.check_loss(3.0, 9)
     made.check_loss(math.nan, 10)
     made.check_loss(2.0, 11, norm_is_finite=False)
-    assert made.state().losses == LOSSES
+    assert made.state_dict().metadata["losses"] == LOSSES
     made.check_loss(2.2, 12)
-    assert made.state().losses == [*LOSSES[1:], 2.2]
+    assert made.state_dict().metadata["losses"] == [*LOSSES[1:], 2.2]
 
 
 def test_skipping_all_steps_ends() -> None:
     made = guard(nonfinite="skip")
-    actions = [made.check_loss(math.nan, 9 + i).action for i in range(MOST_IN_A_ROW)]
-    assert actions == ["skip"] * (MOST_IN_A_ROW - 1) + ["stop"]
+    actions = [made.check_loss(math.nan, 9 + i).action for i in range(MAX_CONSECUTIVE)]
+    assert actions == ["skip"] * (MAX_CONSECUTIVE - 1) + ["stop"]
 
 
 def test_good_steps_between_bad_ones_count() -> None:
     made = guard(nonfinite="skip")
-    actions = [made.check_loss(2.0 if i % 2 else math.nan, 9 + i).action for i in range(4 * MOST_IN_A_ROW)]
-    assert actions == ["skip", "take"] * (2 * MOST_IN_A_ROW)
+    actions = [made.check_loss(2.0 if i % 2 else math.nan, 9 + i).action for i in range(4 * MAX_CONSECUTIVE)]
+    assert actions == ["skip", "accept"] * (2 * MAX_CONSECUTIVE)
 
 
 def test_gradients_that_are_never_finite_end_too_though_the_losses_are() -> None:
     made, actions = guard(nonfinite="skip"), []
-    for step in range(9, 9 + MOST_IN_A_ROW):
-        assert made.check_loss(2.0, step).action == "take"
+    for step in range(9, 9 + MAX_CONSECUTIVE):
+        assert made.check_loss(2.0, step).action == "accept"
         actions.append(made.check_gradient(step).action)
-    assert actions == ["skip"] * (MOST_IN_A_ROW - 1) + ["stop"]
+    assert actions == ["skip"] * (MAX_CONSECUTIVE - 1) + ["stop"]
 
 
 def test_warnings_end_when_the_loss_stays_on_its_new_level() -> None:
     made = guard(spike="warn")
-    verdicts = [made.check_loss(3.0, 9 + i) for i in range(MOST_IN_A_ROW + 2 * WINDOW)]
-    assert all(verdict.action == "take" for verdict in verdicts)
-    assert all(verdict.message for verdict in verdicts[:MOST_IN_A_ROW])
-    assert not any(verdict.message for verdict in verdicts[MOST_IN_A_ROW:])
-    assert "from here on this is the usual loss" in str(verdicts[MOST_IN_A_ROW - 1].message)
+    verdicts = [made.check_loss(3.0, 9 + i) for i in range(MAX_CONSECUTIVE + 2 * WINDOW)]
+    assert all(verdict.action == "accept" for verdict in verdicts)
+    assert all(verdict.message for verdict in verdicts[:MAX_CONSECUTIVE])
+    assert not any(verdict.message for verdict in verdicts[MAX_CONSECUTIVE:])
+    assert "from now on this counts as the usual loss" in str(verdicts[MAX_CONSECUTIVE - 1].message)
 
 
 def test_rewound_step_is_left_out_when_it_comes_again() -> None:
     made = guard(spike="rewind")
-    saved = made.state()
+    saved = saved_state(made)
     assert not made.is_skipped(9)
     assert made.check_loss(3.0, 9).action == "rewind"
-    made.load(saved)
+    made.load_state_dict(saved)
     assert made.is_skipped(9) and not made.is_skipped(10)
     # The step of the same number of another domain is another step.
     made.start_domain("food")
@@ -116,10 +123,10 @@ def test_rewound_step_is_left_out_when_it_comes_again() -> None:
 
 def test_rewinds_are_counted_over_the_run_though_the_checkpoint_knows_of_none() -> None:
     made = guard(nonfinite="rewind", max_rewinds=2)
-    saved = made.state()
+    saved = saved_state(made)
     for step in (9, 30):
         assert made.check_loss(math.nan, step).action == "rewind"
-        made.load(saved)
+        made.load_state_dict(saved)
     verdict = made.check_loss(math.nan, 50)
     assert verdict.action == "stop" and "after 2 rewinds (faults.max_rewinds)" in str(verdict.message)
 
@@ -128,10 +135,9 @@ def test_state_survives_json_and_a_new_process() -> None:
     made = guard(spike="rewind", nonfinite="skip")
     made.check_loss(math.nan, 9)
     made.check_loss(3.0, 10)
-    state = LossGuardState.model_validate_json(made.state().model_dump_json())
     continued = LossGuard(FaultsConfig(spike_window=WINDOW, spike="rewind", nonfinite="skip"))
-    continued.load(state)
-    assert continued.state() == made.state()
+    continued.load_state_dict(saved_state(made))
+    assert continued.state_dict() == made.state_dict()
     assert continued.is_skipped(10) and not continued.is_skipped(9)
     assert continued.check_loss(3.0, 11) == made.check_loss(3.0, 11)
 
@@ -139,5 +145,5 @@ def test_state_survives_json_and_a_new_process() -> None:
 def test_new_domain_begins_with_an_empty_window() -> None:
     made = guard(spike="stop")
     made.start_domain("food")
-    assert made.check_loss(50.0, 1) == Verdict("take")
-    assert made.state().losses == [50.0]
+    assert made.check_loss(50.0, 1) == Verdict("accept")
+    assert made.state_dict().metadata["losses"] == [50.0]

@@ -9,7 +9,7 @@ import pytest
 
 from das_ds.checkpoint.manifest import RunState
 from das_ds.reporting.results import Results
-from das_ds.run_dir import RESULTS_FILE
+from das_ds.run_dir import RESULTS_FILE, RunDir
 from das_ds.tracking.sinks import Sink
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.publish import collect_results, publish_results
@@ -36,7 +36,7 @@ def test_losses_stand_over_the_domains_learned(method: str, learned: list[list[s
         matrix.append([3.0 - done, 4.0 - done])
         state = RunState(domains_done=done, loss_matrix=matrix)
         results = collect_results(config, state, 1, 2)
-        publish_results(results, tmp_path, Tracker([sink]), {"acl": 1.0}, state, None)
+        publish_results(results, RunDir(tmp_path), Tracker([sink]), {"acl": 1.0}, state, None)
         assert Results.read(tmp_path / RESULTS_FILE) == results
         assert results.learned == learned and results.complete == (done == len(learned))
     assert sink.domains_learned == [sum(map(len, learned[:done])) for done in range(len(learned) + 1)]

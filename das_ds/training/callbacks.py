@@ -1,0 +1,25 @@
+"""Callbacks of the training loops: named no-ops that a run overrides to save, stop, and watch itself."""
+
+from __future__ import annotations
+
+
+class Callbacks:
+    """Extension points of the loops over steps and batches; each does nothing by default."""
+
+    def on_progress(self, location: str, step: int) -> None:
+        """Called several times per step.
+
+        Args:
+            location: what the loop does next, in words.
+            step: number of the current step, from 1.
+        """
+
+    def on_step_end(self, step: int) -> None:
+        """Called after every optimizer step of a domain but the last, with the number of steps done."""
+
+    def on_batch_end(self) -> None:
+        """Called between two batches of a resumable loop (importance, evaluation)."""
+
+    def extra_metrics(self) -> dict[str, float]:
+        """Metrics to add to the next logged line."""
+        return {}
