@@ -1,7 +1,7 @@
-"""Names on the Hugging Face hub: the commit that a name stands for, and a local folder with the files of a model.
+"""Hugging Face hub: resolves a name to a commit, and to a local folder with the files of a model.
 
-The hub is asked once, with a timeout of `HF_HUB_ETAG_TIMEOUT` seconds (10). Where it does not answer, this process
-asks it nothing more, as with `HF_HUB_OFFLINE=1`, and what the cache of the hub's client holds is used.
+The hub is asked with a timeout of `HF_HUB_ETAG_TIMEOUT` seconds (10). If it does not answer, this process does not ask
+again, as with `HF_HUB_OFFLINE=1`, and uses the local cache of the hub's client.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from huggingface_hub.utils._validators import validate_repo_id
 Kind = Literal["model", "dataset"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WORDS: dict[Kind, tuple[str, str]] = {"model": ("folder", "model"), "dataset": ("file", "dataset")}
-"""What a name may stand for here, and on the hub."""
+NOUNS: dict[Kind, tuple[str, str]] = {"model": ("folder", "model"), "dataset": ("file", "dataset")}
+"""Kind -> what such a name refers to locally, and on the hub."""
 SMALL_FILES = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
-"""Config and tokenizer."""
+"""Files of config and tokenizer."""
 WEIGHTS = (re.compile(r"model(-\d+-of-\d+)?\.safetensors"), re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"))
-"""The first form that a model has is read."""
+"""Formats of weights in order of preference."""
 
 
 class HubError(OSError):
-    """A name that stands for nothing, or a hub that does not answer; callers say which key it is of."""
+    """A name that refers to nothing, or a hub that does not answer; callers add the config key."""
 
 
 def is_local_path(name: str) -> bool:
-    """Whether a name is a path of this machine; one that no path can have, such as a long one, is not."""
+    """Whether a name is an existing local path; False also for names that no path can have, such as very long ones."""
     try:
         return Path(name).exists()
     except OSError:
@@ -42,27 +42,29 @@ def is_local_path(name: str) -> bool:
 
 
 def find_commit(kind: Kind, name: str, revision: str | None = None) -> str:
-    """The commit, 40 hexadecimal digits, that a revision of a model or dataset is now.
+    """The commit (40 hexadecimal digits) that a revision of a model or dataset currently refers to.
 
     Args:
-        kind: what the name stands for.
+        kind: model or dataset.
         name: `owner/name`, or one of the hub's few names without an owner.
-        revision: branch, tag or commit; None: the default branch. A whole commit is given back unasked.
+        revision: branch, tag or commit; None: the default branch. A full commit is returned without asking the hub.
 
     Raises:
-        HubError: the hub has no such thing, or does not answer and the cache does not know it.
+        HubError: the hub has no such model or dataset, or does not answer and the cache does not have it.
     """
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     reference = _cache_folder(kind, name) / "refs" / (revision or constants.DEFAULT_REVISION)
-    info = _asked(kind, name, revision)
+    info = _query_hub(kind, name, revision)
     if info is None:
         commit = reference.read_text().strip() if reference.is_file() else None
         if commit is None:
-            raise HubError(f"{_nothing(kind)} does not answer, and its cache has no copy ({constants.HF_HUB_CACHE})")
-        _say(f"{name}: the hub does not answer; the copy in its cache is used, commit {commit}")
+            raise HubError(
+                f"{_describe_missing(kind)} does not answer, and its cache has no copy ({constants.HF_HUB_CACHE})"
+            )
+        _print_on_rank_0(f"{name}: the hub does not answer; using the copy in its cache, commit {commit}")
         return commit
-    # As the hub's client does for what it loads, so that the next start can do without the hub.
+    # As the hub's client does for its downloads, so that the next start works without the hub.
     with suppress(OSError):
         reference.parent.mkdir(parents=True, exist_ok=True)
         partial = reference.with_name(f"{reference.name}.{os.getpid()}")
@@ -72,84 +74,89 @@ def find_commit(kind: Kind, name: str, revision: str | None = None) -> str:
 
 
 def resolve_model_folder(name: str, revision: str | None = None, *, weights: bool = False) -> str:
-    """A folder with config and tokenizer of a model, and its weights if wanted: the name itself, or one in the cache.
+    """The folder with config and tokenizer of a model, and its weights on request: `name` itself or a cache folder.
 
     Args:
         name: folder, or name on the hub.
-        revision: of the hub's model; None: its default branch.
-        weights: whether weights are needed too.
+        revision: of a model on the hub; None: its default branch.
+        weights: download the weights too.
 
     Raises:
-        HubError: there is neither such a folder nor such a model, or it cannot be fetched.
+        HubError: neither such a folder nor such a model exists, or the model cannot be downloaded.
     """
     if is_local_path(name):
         if revision is not None:
-            raise HubError(f"found revision {revision!r} with a folder of this machine, which has none; expected null")
+            raise HubError(f"found revision {revision!r} with a local folder, which has none; expected null")
         return name
-    return _fetched(name, find_commit("model", name, revision), weights)
+    return _download_snapshot(name, find_commit("model", name, revision), weights)
 
 
 @cache
-def _fetched(name: str, commit: str, weights: bool) -> str:
+def _download_snapshot(name: str, commit: str, weights: bool) -> str:
     folder = _cache_folder("model", name) / "snapshots" / commit
     try:
-        info = _asked("model", name, commit)
+        info = _query_hub("model", name, commit)
     except HubError:
-        # What is here needs no hub, which may have lost it meanwhile.
+        # A local copy is enough; the hub may have deleted the model since.
         if not folder.is_dir():
             raise
         info = None
     if info is None:
         if not folder.is_dir():
-            raise HubError(f"{_nothing('model')} does not answer, and its cache has no copy of commit {commit}")
+            raise HubError(
+                f"{_describe_missing('model')} does not answer, and its cache has no copy of commit {commit}"
+            )
         return str(folder)
     names = [entry.rfilename for entry in info.siblings or []]
-    wanted = [file for file in names if SMALL_FILES.fullmatch(file)]
+    selected = [file for file in names if SMALL_FILES.fullmatch(file)]
     if weights:
-        forms = [[file for file in names if form.fullmatch(file)] for form in WEIGHTS]
-        wanted += next((files for files in forms if files), [])
+        files_by_format = [[file for file in names if pattern.fullmatch(file)] for pattern in WEIGHTS]
+        selected += next((files for files in files_by_format if files), [])
     try:
-        return snapshot_download(name, revision=commit, allow_patterns=wanted)
-    # The client passes on the errors of its HTTP and download libraries.
+        return snapshot_download(name, revision=commit, allow_patterns=selected)
+    # The client passes on any error of its HTTP and download libraries.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise HubError(f"commit {commit} cannot be fetched from {constants.ENDPOINT}: {reason}") from error
+        raise HubError(f"commit {commit} cannot be downloaded from {constants.ENDPOINT}: {reason}") from error
 
 
 @cache
-def _asked(kind: Kind, name: str, revision: str | None) -> Any:
-    """What the hub says of a name; None: no answer."""
-    here, there = WORDS[kind]
+def _query_hub(kind: Kind, name: str, revision: str | None) -> Any:
+    """The hub's information about a name; None: the hub does not answer."""
+    local_noun, hub_noun = NOUNS[kind]
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise HubError(f"found no such {here}, and no {there} of the hub can have that name") from error
+        raise HubError(f"found no such {local_noun}, and no {hub_noun} of the hub can have that name") from error
     if constants.HF_HUB_OFFLINE:
         return None
     if revision is None or not COMMIT.fullmatch(revision):
-        _say(f"{name}: no such {here} here; asking {constants.ENDPOINT} for a {there} of that name")
+        _print_on_rank_0(
+            f"{name}: no such {local_noun} here; asking {constants.ENDPOINT} for a {hub_noun} of that name"
+        )
     try:
         timeout = float(constants.HF_HUB_ETAG_TIMEOUT)
         return HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=timeout)
     except RevisionNotFoundError as error:
-        raise HubError(f"the {there} of the hub has no revision {revision!r}") from error
+        raise HubError(f"the {hub_noun} of the hub has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
-        raise HubError(f"{_nothing(kind)} has no {there} of that name that is open to you") from error
-    # Whatever else its HTTP library raises means that it cannot be asked.
+        raise HubError(f"{_describe_missing(kind)} has no {hub_noun} of that name that is open to you") from error
+    # Any other error of its HTTP library means that the hub is unreachable.
     except Exception as error:
-        _say(f"{name}: {constants.ENDPOINT} does not answer ({type(error).__name__})")
+        _print_on_rank_0(f"{name}: {constants.ENDPOINT} does not answer ({type(error).__name__})")
         constants.HF_HUB_OFFLINE = True
         return None
 
 
-def _nothing(kind: Kind) -> str:
-    return f"found no such {WORDS[kind][0]}, and the hub ({constants.ENDPOINT})"
+def _describe_missing(kind: Kind) -> str:
+    """Beginning of an error about a name that is not a local path."""
+    return f"found no such {NOUNS[kind][0]}, and the hub ({constants.ENDPOINT})"
 
 
 def _cache_folder(kind: Kind, name: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
 
 
-def _say(text: str) -> None:
+def _print_on_rank_0(text: str) -> None:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"das_ds: {text}", file=sys.stderr, flush=True)

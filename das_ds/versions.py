@@ -1,4 +1,4 @@
-"""Versions of Python and of the libraries that decide the numbers of a run."""
+"""Versions of Python and of the libraries that affect the results of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("das_ds", "torch", "deepspeed", "transformers", "datasets", "tokeniz
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the installed libraries that decide the numbers."""
+    """Versions of Python and of those PACKAGES that are installed."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,1 +1,1 @@
-"""Text to batches: reading, tokenizing, blocks, corruption, order; knows ranks only as numbers."""
+"""Data: text to token files, blocks, sample streams and batches."""

@@ -1,4 +1,4 @@
-"""Names of text: local files, globs and hub datasets are told apart, resolved and fingerprinted."""
+"""Text sources: tells local files, globs and hub datasets apart, resolves and fingerprints them."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ Source = Path | HubDataset
 
 
 def file_suffix(path: Path) -> str:
-    """The known ending of a file name.
+    """The supported suffix of a file name.
 
     Raises:
-        DataError: unknown ending; the known ones are listed.
+        DataError: unknown suffix; the supported ones are listed.
     """
     for suffix in FILE_SUFFIXES:
         if path.name.lower().endswith(suffix):
@@ -51,7 +51,7 @@ def file_suffix(path: Path) -> str:
 
 
 def resolve_source(name: str) -> list[Source]:
-    """Files that a name stands for (a glob gives them sorted), or a hub dataset at the commit of its revision.
+    """The files that a name refers to (sorted if it is a glob), or a hub dataset at the commit of its revision.
 
     `owner/name` without a file suffix is a hub dataset unless such a path exists; with `:config`, `@split` or
     `#revision` it always is one.
@@ -59,16 +59,16 @@ def resolve_source(name: str) -> list[Source]:
     Raises:
         DataError: missing file, glob without match, folder, unknown file type, or a hub that does not answer.
     """
-    return [_pin_revision(source) if isinstance(source, HubDataset) else source for source in _found(name)]
+    return [_pin_revision(source) if isinstance(source, HubDataset) else source for source in _list_sources(name)]
 
 
-def _found(name: str) -> list[Source]:
-    """What a name stands for, without a question to the hub."""
+def _list_sources(name: str) -> list[Source]:
+    """The sources that a name refers to, without asking the hub."""
     try:
         hub_name = parse_hub_name(name)
         if hub_name is not None:
             return [hub_name]
-        paths = _matches(name)
+        paths = _match_paths(name)
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
     if not paths:
@@ -84,30 +84,30 @@ def _found(name: str) -> list[Source]:
     return list(paths)
 
 
-def find_shared_sources(these: Iterable[str], others: Iterable[str]) -> list[Source]:
-    """What both groups of names stand for: files, also by another name or link, and splits of hub datasets.
+def find_shared_sources(first: Iterable[str], second: Iterable[str]) -> list[Source]:
+    """Sources that both groups of names refer to: files (also by other names or links) and splits of hub datasets.
 
     Raises:
         DataError: a file that cannot be found; the hub is not asked.
     """
-    identities = {_identity(source) for name in others for source in _found(name)}
-    return [source for name in these for source in _found(name) if _identity(source) in identities]
+    second_sources = {_resolve_links(source) for name in second for source in _list_sources(name)}
+    return [source for name in first for source in _list_sources(name) if _resolve_links(source) in second_sources]
 
 
-def _identity(source: Source) -> Source:
+def _resolve_links(source: Source) -> Source:
     return source.resolve() if isinstance(source, Path) else source
 
 
-def _matches(name: str) -> list[Path]:
-    """Files that a path or glob stands for; folders of a glob may have brackets in their real names."""
+def _match_paths(name: str) -> list[Path]:
+    """The files of a path or glob; the folders of a glob may have brackets in their real names."""
     path = Path(name)
     if path.exists():
         return [path]
-    return sorted(Path(match) for match in glob(_literal_folders(path), recursive=True))
+    return sorted(Path(match) for match in glob(_escape_existing_folders(path), recursive=True))
 
 
-def _literal_folders(path: Path) -> str:
-    """The glob, in which the longest leading part that exists as it is written stands for itself."""
+def _escape_existing_folders(path: Path) -> str:
+    """The glob with its longest leading path that exists literally escaped."""
     for parent in path.parents:
         if parent.exists():
             return str(Path(escape(str(parent))) / path.relative_to(parent))
@@ -115,12 +115,12 @@ def _literal_folders(path: Path) -> str:
 
 
 def parse_hub_name(name: str) -> HubDataset | None:
-    """The hub dataset that a name denotes, or None where it denotes files."""
+    """The hub dataset of a name, or None if the name refers to files."""
     match = HUB_NAME.fullmatch(name)
     if match is None or is_local_path(name):
         return None
     repo, config, split, revision = match["repo"], match["config"], match["split"], match["revision"]
-    # `corpora/train.txt` has the form of a hub name; versions such as `owner/web-1.0` end in digits.
+    # `corpora/train.txt` also matches HUB_NAME; versions such as `owner/web-1.0` end in digits.
     ends_like_file = re.search(r"\.[A-Za-z]\w*$", repo) is not None
     if ends_like_file and config is None and split is None and revision is None:
         return None
@@ -137,7 +137,7 @@ def _pin_revision(source: HubDataset) -> HubDataset:
 
 
 def fingerprint(source: Source) -> str:
-    """Identity of a source's content: hash of the file's bytes and its type, or hub name with revision.
+    """Identity of a source's content: hash and suffix of a file, or name and revision of a hub dataset.
 
     Raises:
         DataError: the file cannot be read.

@@ -1,1 +1,1 @@
-"""End tasks: fine-tuning classifiers on the models of a run, and their scores."""
+"""End tasks: fine-tuning classifiers on the models of a run, and scoring them."""

@@ -1,4 +1,7 @@
-"""Rows of an end task as token ids, and these as batches that are padded to their longest row."""
+"""Batches of an end task: rows as token ids, padded to the longest row of the batch.
+
+Shape legend: B rows, S tokens of the longest row.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from das_ds.downstream.tasks import Examples
 
 Row = dict[str, list[int]]
-"""Input of the network -> one number per token."""
+"""Name of a network input -> one integer per token."""
 
 
 class EncodedRows(NamedTuple):
@@ -19,12 +22,12 @@ class EncodedRows(NamedTuple):
 
     rows: list[Row]
     labels: list[int]
-    num_cut: int
+    num_truncated: int
     """Rows that were longer than allowed."""
 
 
 class TaskBatch(NamedTuple):
-    """Inputs of the network, (B, S) each, the labels (B,), and the positions of the rows in their file."""
+    """Inputs of the network, (B, S) each, labels (B,), and indices of the rows in their file (B,)."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
@@ -32,25 +35,25 @@ class TaskBatch(NamedTuple):
 
 
 def encode_examples(examples: Examples, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> EncodedRows:
-    """Token ids of all rows, cut at `sequence_length`; in pairs the longer of the two is cut."""
+    """Token ids of all rows, truncated to `sequence_length`; of a pair, the longer text is truncated."""
     texts = (examples.texts,) if examples.pairs is None else (examples.pairs, examples.texts)
-    whole = tokenizer(*texts, verbose=False)
-    lengths = [len(ids) for ids in whole["input_ids"]]
-    cut = tokenizer(*texts, truncation=True, max_length=sequence_length)
-    rows = [{name: cut[name][number] for name in cut} for number in range(len(lengths))]
+    untruncated = tokenizer(*texts, verbose=False)
+    lengths = [len(ids) for ids in untruncated["input_ids"]]
+    truncated = tokenizer(*texts, truncation=True, max_length=sequence_length)
+    rows = [{name: truncated[name][index] for name in truncated} for index in range(len(lengths))]
     return EncodedRows(rows, examples.labels, sum(length > sequence_length for length in lengths))
 
 
 def shuffled_batches(
     encoded: EncodedRows, batch_size: int, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
 ) -> Iterator[TaskBatch]:
-    """Every row once, in a fresh order."""
+    """Every row once, in random order."""
     order = torch.randperm(len(encoded.rows), generator=generator)
     return _batches(encoded, order, batch_size, tokenizer)
 
 
 def sorted_batches(encoded: EncodedRows, batch_size: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[TaskBatch]:
-    """Every row once, rows of like length together, which leaves little padding."""
+    """Every row once, sorted by length, which minimizes padding."""
     lengths = torch.tensor([len(row["input_ids"]) for row in encoded.rows])
     return _batches(encoded, lengths.argsort(stable=True), batch_size, tokenizer)
 
@@ -59,6 +62,6 @@ def _batches(
     encoded: EncodedRows, order: torch.Tensor, batch_size: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[TaskBatch]:
     for positions in order.split(batch_size):
-        chosen = positions.tolist()
-        inputs = dict(tokenizer.pad([encoded.rows[i] for i in chosen], return_tensors="pt"))
-        yield TaskBatch(inputs, torch.tensor([encoded.labels[i] for i in chosen]), positions)
+        indices = positions.tolist()
+        inputs = dict(tokenizer.pad([encoded.rows[i] for i in indices], return_tensors="pt"))
+        yield TaskBatch(inputs, torch.tensor([encoded.labels[i] for i in indices]), positions)

@@ -1,4 +1,4 @@
-"""A classifier over an exported model: its encoder, a fresh head, and a token for each marker of entities."""
+"""Sequence classifier on an exported model: its layers, a new head, and one token per entity marker."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from das_ds.models.loading import check_embeddings, find_spec, model_config, ope
 
 
 class Classifier(NamedTuple):
-    """A network that gives one number per class, and its tokenizer."""
+    """A network with one logit per class, and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 def load_classifier(source: ModelConfig, labels: Sequence[str], markers: Sequence[str] = ()) -> Classifier:
-    """The network in float32; the generator of torch decides the weights of the head.
+    """The network in float32; the head is initialized from torch's global generator.
 
     Args:
-        source: folder of the model, with its attention.
+        source: folder of the model, and its attention implementation.
         labels: names of the classes.
-        markers: become one token each, whose embedding is the mean of the tokens it was before.
+        markers: become one token each, whose embedding is the mean of those of the tokens it was split into before.
 
     Raises:
-        ModelError: no weights, quantized ones, an adapter beside them, weights of another network,
-            or a model type that cannot classify.
+        ModelError: no weights, quantized weights, a LoRA adapter next to them, weights of another network, or a model
+            type without classifier.
     """
     folder = str(source.name_or_path)
+    # For its checks: refuses adapters and quantized weights.
     model_config(source)
     tokenizer = open_tokenizer(folder)
     if tokenizer.pad_token is None:
@@ -47,7 +48,7 @@ def load_classifier(source: ModelConfig, labels: Sequence[str], markers: Sequenc
 
 
 def check_task_length(source: ModelConfig, model: PreTrainedModel, sequence_length: int, task: str) -> None:
-    """Raises ConfigError when rows may be longer than the model's positions, where its adapter knows them."""
+    """Raises ConfigError if rows may be longer than the model has positions; no check without an architecture spec."""
     try:
         longest = find_spec(source).max_sequence_length(model)
     except ModelError:
@@ -60,15 +61,15 @@ def check_task_length(source: ModelConfig, model: PreTrainedModel, sequence_leng
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises ModelError where there is no model folder: a name that is none would be looked up on the hub."""
+    """Raises ModelError unless this is a model folder; transformers would look up any other name on the hub."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: found no config.json, expected the folder of a model as from save_pretrained")
-    if not weight_files(folder):
+    if not list_weight_files(folder):
         raise ModelError(f"{folder}: found no weights, expected model.safetensors or its shards")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files with a model's weights, sorted."""
+def list_weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model, sorted."""
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -85,36 +86,37 @@ def _load(source: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             str(source.name_or_path), output_loading_info=True, **options
         )
-    # A damaged file or an odd config makes libraries raise anything.
+    # Libraries raise anything over a damaged file or an unusual config.
     except Exception as error:
         raise ModelError(
             f"cannot load a classifier from {source.name_or_path} (model.attention: {source.attention}): "
             f"{first_line(error)}"
         ) from error
-    # A head is fresh by nature, and masked language models are exported without the pooler that some heads begin with.
+    # The head is new, and masked language models are exported without the pooler that some heads start with.
     prefix = f"{model.base_model_prefix}."
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and "pooler" not in key)
     if missing:
         raise ModelError(
             f"{source.name_or_path}: found no weights for {missing[0]} and {len(missing) - 1} more, expected those of "
-            f"a whole {model.config.model_type}"
+            f"a complete {model.config.model_type}"
         )
     return model
 
 
 def _add_markers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
-    pieces = {marker: tokenizer(marker, add_special_tokens=False)["input_ids"] for marker in markers}
+    """Add one token per marker, in place."""
+    previous_ids = {marker: tokenizer(marker, add_special_tokens=False)["input_ids"] for marker in markers}
     known = tokenizer.get_vocab()
     tokenizer.add_tokens(list(markers))
     if reused := tokens_in_holes(known, tokenizer.get_vocab()):
         raise ModelError(
             f"tokenizer of {tokenizer.name_or_path}: its ids have holes, and the marker {reused[0]!r} would get one "
-            f"that is taken or has an old embedding; expected ids from 0 to {len(known) - 1} without a gap"
+            f"that is in use or has an old embedding; expected ids from 0 to {len(known) - 1} without a gap"
         )
     embedding: Any = model.get_input_embeddings()
     if (needed := num_tokens(tokenizer.get_vocab())) > embedding.num_embeddings:
         model.resize_token_embeddings(needed, mean_resizing=False)
         embedding = model.get_input_embeddings()
     with torch.no_grad():
-        for marker, ids in pieces.items():
+        for marker, ids in previous_ids.items():
             embedding.weight[tokenizer.convert_tokens_to_ids(marker)] = embedding.weight[ids].mean(dim=0)

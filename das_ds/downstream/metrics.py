@@ -1,4 +1,4 @@
-"""Scores of a classifier, all taken from its confusion matrix.
+"""Metrics of a classifier, computed from its confusion matrix; equal to those of scikit-learn.
 
 Shape legend: N rows, C classes; counts_CC[a, p] is the number of rows of class a that were predicted as p.
 """
@@ -9,7 +9,7 @@ import torch
 
 
 def confusion_matrix(actual: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Counts (C, C) of actual against predicted classes.
+    """Counts (C, C) of actual by predicted classes.
 
     Args:
         actual: (N,) int64 in [0, C).
@@ -20,28 +20,28 @@ def confusion_matrix(actual: torch.Tensor, predicted: torch.Tensor, num_classes:
 
 
 def accuracy(counts_CC: torch.Tensor) -> float:
-    """Share of rows that are predicted rightly."""
+    """Fraction of correctly predicted rows."""
     counts = counts_CC.to(torch.float64)
     return (counts.diagonal().sum() / counts.sum()).item()
 
 
 def macro_f1(counts_CC: torch.Tensor) -> float:
-    """Mean F1 over the classes that some row has or is predicted as, each class counting once.
+    """Unweighted mean of F1_c over the classes that occur as actual or predicted class.
 
     F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c)
     """
-    hits, claims = _hits_and_claims(counts_CC)
-    there = claims > 0
-    return (2 * hits[there] / claims[there]).mean().item()
+    true_positives, denominators = _f1_terms(counts_CC)
+    occurs = denominators > 0
+    return (2 * true_positives[occurs] / denominators[occurs]).mean().item()
 
 
 def micro_f1(counts_CC: torch.Tensor) -> float:
-    """F1 of the counts of all classes together, which is the accuracy where every row has one label."""
-    hits, claims = _hits_and_claims(counts_CC)
-    return (2 * hits.sum() / claims.sum()).item()
+    """F1 of the summed counts, 2 sum_c TP_c / sum_c (2 TP_c + FP_c + FN_c); the accuracy if every row has one label."""
+    true_positives, denominators = _f1_terms(counts_CC)
+    return (2 * true_positives.sum() / denominators.sum()).item()
 
 
-def _hits_and_claims(counts_CC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _f1_terms(counts_CC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """TP and 2 TP + FP + FN of every class, (C,) float64."""
     counts = counts_CC.to(torch.float64)
     return counts.diagonal(), counts.sum(dim=0) + counts.sum(dim=1)

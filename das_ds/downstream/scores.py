@@ -1,4 +1,4 @@
-"""end_tasks.json: what a model scores on end tasks, seed by seed, typed and versioned; it grows as seeds are done."""
+"""end_tasks.json: the scores of a model on end tasks, typed and versioned; it grows seed by seed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from das_ds.storage import Section, VersionedJson
 from das_ds.versions import library_versions
 
 FORMAT_VERSION: Literal[2] = 2
-NOT_SETTINGS = {"name", "domain", "train", "dev", "test", "seeds"}
-"""Keys of a task that may change between two starts: a file counts by its content, and seeds may be added."""
+MUTABLE_KEYS = {"name", "domain", "train", "dev", "test", "seeds"}
+"""Keys of a task that may change between starts: files are compared by content, and seeds may be added."""
 
 MetricName = Literal["accuracy", "macro_f1", "micro_f1"]
 
@@ -28,42 +28,42 @@ class Scores(Section):
     macro_f1: float
     micro_f1: float
 
-    def of(self, metric: MetricName) -> float:
-        """The score of this name."""
+    def value(self, metric: MetricName) -> float:
+        """The score in a metric."""
         return float(getattr(self, metric))
 
 
 class SeedScores(Section):
-    """One training of one task."""
+    """The scores of one training of a task."""
 
     seed: int
     epochs: int
     """Epochs trained."""
     best_epoch: int
-    """The epoch with the best dev score, whose weights are scored."""
+    """The epoch with the highest dev score; its weights are scored."""
     dev: Scores
     test: Scores
 
 
 class SeedStatistics(Section):
-    """The reported metric over all seeds."""
+    """Mean and standard deviation of the reported metric over the seeds."""
 
     mean: float
     deviation: float | None
-    """Standard deviation of a sample; null for one seed."""
+    """Sample standard deviation; null for one seed."""
 
 
 class TaskScores(Section):
-    """One task: its seeds, and what they give together."""
+    """The scores of one task: by seed, and over all seeds."""
 
     domain: str | None
-    """The domain whose end task it is, as the config says it."""
+    """The domain that the task belongs to, from the config."""
     metric: MetricName
-    """The reported one."""
+    """The reported metric."""
     labels: list[str]
-    """Classes in the order of their numbers."""
+    """Classes in the order of their indices."""
     settings: dict[str, Any]
-    """What decides the scores besides model and seed: keys of the task, and the identities of its files."""
+    """Everything but model and seed that affects the scores: keys of the task, and fingerprints of its files."""
     seeds: list[SeedScores] = Field(min_length=1)
     """Sorted by seed."""
     dev: SeedStatistics
@@ -83,42 +83,44 @@ class EndTaskScores(VersionedJson):
     """Versions of the libraries at the first start."""
 
     def has(self, task: str, seed: int) -> bool:
-        """Whether this job is done."""
-        return task in self.tasks and seed in [found.seed for found in self.tasks[task].seeds]
+        """Whether a task was scored with a seed."""
+        return task in self.tasks and seed in [scores.seed for scores in self.tasks[task].seeds]
 
     def with_seed(self, task: EndTask, scores: SeedScores) -> EndTaskScores:
-        """A copy with one more job done."""
-        name, metric = task.config.name, task.config.metric
-        known = self.tasks[name].seeds if name in self.tasks else []
-        seeds = sorted([*known, scores], key=lambda done: done.seed)
-        entry = TaskScores(
+        """A copy with the scores of one more seed."""
+        name = task.config.name
+        metric = task.config.metric
+        earlier = self.tasks[name].seeds if name in self.tasks else []
+        seeds = sorted([*earlier, scores], key=lambda entry: entry.seed)
+        task_scores = TaskScores(
             domain=task.config.domain,
             metric=metric,
             labels=task.labels,
             settings=task_settings(task),
             seeds=seeds,
-            dev=_spread([done.dev.of(metric) for done in seeds]),
-            test=_spread([done.test.of(metric) for done in seeds]),
+            dev=_summarize([entry.dev.value(metric) for entry in seeds]),
+            test=_summarize([entry.test.value(metric) for entry in seeds]),
         )
-        return self.model_copy(update={"tasks": {**self.tasks, name: entry}})
+        return self.model_copy(update={"tasks": {**self.tasks, name: task_scores}})
 
     def with_domains(self, tasks: list[EndTask]) -> EndTaskScores:
-        """A copy in which what is known of these tasks belongs to the domains that they name."""
+        """A copy in which tasks that were scored belong to the domains that the config now names."""
         named = {task.config.name: task.config.domain for task in tasks if task.config.name in self.tasks}
         entries = {name: self.tasks[name].model_copy(update={"domain": domain}) for name, domain in named.items()}
         return self.model_copy(update={"tasks": {**self.tasks, **entries}})
 
 
 def task_settings(task: EndTask) -> dict[str, Any]:
-    """What decides a task's scores besides model and seed."""
-    return {**task.config.model_dump(mode="json", exclude=NOT_SETTINGS), "files": task.fingerprints}
+    """Everything but model and seed that affects a task's scores."""
+    return {**task.config.model_dump(mode="json", exclude=MUTABLE_KEYS), "files": task.fingerprints}
 
 
 def open_scores(path: Path, model: str, tasks: list[EndTask]) -> EndTaskScores:
-    """The scores that a file holds, or none yet where there is no file.
+    """Read a file of scores; empty scores if the file does not exist.
 
     Raises:
-        RunFolderError: the file has no folder, is damaged, of another model, or has a task with other settings.
+        RunFolderError: the folder does not exist; or the file is damaged, of another model, or has a task with other
+            settings.
     """
     if not path.exists():
         if not path.parent.is_dir():
@@ -126,56 +128,56 @@ def open_scores(path: Path, model: str, tasks: list[EndTask]) -> EndTaskScores:
         return EndTaskScores(model=model)
     scores = EndTaskScores.read(path)
     if scores.model != model:
-        raise RunFolderError(f"{path}: holds scores of other weights than the model has; move the file away")
+        raise RunFolderError(f"{path}: found scores of other weights than the model's; move the file away")
     for task in tasks:
-        name, settings = task.config.name, task_settings(task)
-        known = scores.tasks[name].settings if name in scores.tasks else settings
-        if known != settings:
+        name = task.config.name
+        settings = task_settings(task)
+        recorded = scores.tasks[name].settings if name in scores.tasks else settings
+        if recorded != settings:
             changes = [
-                f"{key}: was {known.get(key)}, now {settings.get(key)}"
-                for key in dict.fromkeys([*known, *settings])
-                if known.get(key) != settings.get(key)
+                f"{key}: was {recorded.get(key)}, now {settings.get(key)}"
+                for key in dict.fromkeys([*recorded, *settings])
+                if recorded.get(key) != settings.get(key)
             ]
             raise RunFolderError(
-                f"{path}: task {name} was done with other settings ({'; '.join(changes)}); use the same, another name "
-                "for the task, or move the file away"
+                f"{path}: task {name} was scored with other settings ({'; '.join(changes)}); use the same, "
+                "another name for the task, or move the file away"
             )
     return scores
 
 
 def summarize_scores(scores: EndTaskScores, tasks: list[TaskConfig]) -> dict[str, dict[str, Any]]:
-    """Task -> reported metric, number of seeds, and its spread on dev and test."""
-    found = {task.name: scores.tasks[task.name] for task in tasks}
+    """Task -> reported metric, number of seeds, mean and deviation on dev and test."""
     return {
-        name: {
-            "metric": entry.metric,
-            "seeds": len(entry.seeds),
-            "dev": entry.dev.model_dump(),
-            "test": entry.test.model_dump(),
+        task.name: {
+            "metric": scores.tasks[task.name].metric,
+            "seeds": len(scores.tasks[task.name].seeds),
+            "dev": scores.tasks[task.name].dev.model_dump(),
+            "test": scores.tasks[task.name].test.model_dump(),
         }
-        for name, entry in found.items()
+        for task in tasks
     }
 
 
 def mean_scores(scores: EndTaskScores) -> dict[str, float]:
-    """`end_task/<task>/<part>` -> mean of the reported metric, for a tracker's `log_summary`."""
+    """`end_task/<task>/<split>` -> mean of the reported metric, for a tracker's `log_summary`."""
     return {
-        f"end_task/{name}/{part}": spread.mean
-        for name, entry in scores.tasks.items()
-        for part, spread in (("dev", entry.dev), ("test", entry.test))
+        f"end_task/{name}/{split}": over_seeds.mean
+        for name, task in scores.tasks.items()
+        for split, over_seeds in (("dev", task.dev), ("test", task.test))
     }
 
 
 def build_score_table(scores: EndTaskScores) -> tuple[list[str], list[list[float | int | str]]]:
-    """Column names and a row per seed, for a tracker's `log_table`."""
+    """Column names and one row per seed, for a tracker's `log_table`."""
     rows: list[list[float | int | str]] = [
-        [name, done.seed, entry.metric, done.dev.of(entry.metric), done.test.of(entry.metric), done.best_epoch]
-        for name, entry in scores.tasks.items()
-        for done in entry.seeds
+        [name, seed.seed, task.metric, seed.dev.value(task.metric), seed.test.value(task.metric), seed.best_epoch]
+        for name, task in scores.tasks.items()
+        for seed in task.seeds
     ]
     return ["task", "seed", "metric", "dev", "test", "best_epoch"], rows
 
 
-def _spread(values: list[float]) -> SeedStatistics:
+def _summarize(values: list[float]) -> SeedStatistics:
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return SeedStatistics(mean=statistics.fmean(values), deviation=deviation)

@@ -1,4 +1,4 @@
-"""End tasks: rows of JSON files with a label, read and checked as a whole before anything is trained."""
+"""End tasks: labeled rows of JSON files, read and checked completely before training."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Examples:
 
     texts: list[str]
     pairs: list[str] | None
-    """What stands before each text; None: nothing does."""
+    """First texts of pairs, whose second texts are `texts`; None: no pairs."""
     labels: list[int]
-    """Positions in the task's list of labels."""
+    """Indices into the task's list of labels."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class EndTask:
 
     config: TaskConfig
     labels: list[str]
-    """Classes in the order of their numbers."""
+    """Classes in the order of their indices."""
     train: Examples
     dev: Examples
     test: Examples
     fingerprints: dict[str, str]
-    """`train`, `dev` and `test` -> identity of the file's content."""
+    """`train`, `dev` and `test` -> fingerprint of the file's content."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class _Row:
 
 
 def select_tasks(tasks: Sequence[TaskConfig], names: Sequence[str]) -> list[TaskConfig]:
-    """The tasks of these names in the order of the config; all where no name is given.
+    """The tasks with these names, in the order of the config; all tasks if no name is given.
 
     Raises:
-        ConfigError: a name that no task has, or no task at all.
+        ConfigError: an unknown name, or no tasks in the config.
     """
     if not tasks:
         raise ConfigError("tasks: found none, expected at least one with name, train, dev and test")
@@ -66,38 +66,38 @@ def read_task(config: TaskConfig) -> EndTask:
     """Read a task's three files.
 
     Raises:
-        DataError: a file that is missing, of another type, damaged or without rows; a row without a column, an empty
-            text or label, or an unmarked entity; a class without rows in train; a label that train lacks.
+        DataError: a file that is missing, of another type, damaged or without rows; a row without a column, with an
+            empty text or label, or an unmarked entity; a class without rows in train; a label that train lacks.
     """
     files = {"train": Path(config.train), "dev": Path(config.dev), "test": Path(config.test)}
-    rows = {part: _read_rows(config, part, path) for part, path in files.items()}
+    rows = {split: _read_rows(config, split, path) for split, path in files.items()}
     labels = config.labels or sorted({row.label for row in rows["train"]})
     _check_classes(config, labels, {row.label for row in rows["train"]})
-    for part, path in files.items():
-        _check_labels(config, labels, {row.label for row in rows[part]}, f"{part} ({path})")
-    numbers = {label: number for number, label in enumerate(labels)}
+    for split, path in files.items():
+        _check_labels(config, labels, {row.label for row in rows[split]}, f"{split} ({path})")
+    indices = {label: index for index, label in enumerate(labels)}
     examples = {
-        part: Examples(
-            texts=[row.text for row in found],
-            pairs=[row.pair for row in found] if config.kind == "pair" else None,
-            labels=[numbers[row.label] for row in found],
+        split: Examples(
+            texts=[row.text for row in split_rows],
+            pairs=[row.pair for row in split_rows] if config.kind == "pair" else None,
+            labels=[indices[row.label] for row in split_rows],
         )
-        for part, found in rows.items()
+        for split, split_rows in rows.items()
     }
-    identities = {part: fingerprint(path) for part, path in files.items()}
-    return EndTask(config, labels, examples["train"], examples["dev"], examples["test"], identities)
+    fingerprints = {split: fingerprint(path) for split, path in files.items()}
+    return EndTask(config, labels, examples["train"], examples["dev"], examples["test"], fingerprints)
 
 
-def _read_rows(config: TaskConfig, part: str, path: Path) -> list[_Row]:
+def _read_rows(config: TaskConfig, split: str, path: Path) -> list[_Row]:
     if not path.is_file():
-        raise DataError(f"task {config.name}, {part}: {path}: found no such file; expected a .jsonl file")
+        raise DataError(f"task {config.name}, {split}: {path}: found no such file; expected a .jsonl file")
     if not file_suffix(path).startswith(".jsonl"):
         raise DataError(
-            f"task {config.name}, {part}: {path}: unknown file type; allowed are .jsonl, .jsonl.gz, .jsonl.xz"
+            f"task {config.name}, {split}: {path}: unknown file type; allowed are .jsonl, .jsonl.gz, .jsonl.xz"
         )
-    rows = [_row(config, parse_json_object(line, place), place) for line, place in _placed_lines(path)]
+    rows = [_row(config, parse_json_object(line, location), location) for line, location in _placed_lines(path)]
     if not rows:
-        raise DataError(f"task {config.name}, {part}: {path} has no rows; expected one object per line")
+        raise DataError(f"task {config.name}, {split}: {path} has no rows; expected one object per line")
     return rows
 
 
@@ -110,52 +110,55 @@ def _placed_lines(path: Path) -> Iterator[tuple[str, str]]:
         num_lines += len(lines)
 
 
-def _row(config: TaskConfig, row: dict[str, Any], place: str) -> _Row:
+def _row(config: TaskConfig, row: dict[str, Any], location: str) -> _Row:
     columns = {"text_column": config.text_column, "label_column": config.label_column}
     if config.kind == "pair":
         columns["pair_column"] = config.pair_column
-    values = {key: _value(config, key, column, row, place) for key, column in columns.items()}
+    values = {key: _value(config, key, column, row, location) for key, column in columns.items()}
     text = values["text_column"]
     if config.kind == "entities":
         missing = [marker for marker in config.markers if marker not in text]
         if missing:
             raise DataError(
-                f"{place}: found no {' '.join(missing)} in the text; task {config.name} is of kind entities, whose "
+                f"{location}: found no {' '.join(missing)} in the text; task {config.name} is of kind entities, whose "
                 f"texts have all of {' '.join(config.markers)} (tasks.markers)"
             )
     return _Row(text, values.get("pair_column", ""), values["label_column"])
 
 
-def _value(config: TaskConfig, key: str, column: str, row: dict[str, Any], place: str) -> str:
+def _value(config: TaskConfig, key: str, column: str, row: dict[str, Any], location: str) -> str:
     if column not in row:
         raise DataError(
-            f"{place}: no column '{column}' (tasks.{key} of {config.name}); found columns: {', '.join(row)}"
+            f"{location}: no column '{column}' (tasks.{key} of {config.name}); found columns: {', '.join(row)}"
         )
     value = row[column]
     if key == "label_column" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: column '{column}' holds {value!r}; expected text that is not empty")
+        raise DataError(f"{location}: column '{column}' holds {value!r}; expected text that is not empty")
     return value
 
 
 def _check_classes(config: TaskConfig, labels: list[str], found: set[str]) -> None:
     empty = [label for label in labels if label not in found]
     if empty:
-        raise DataError(f"task {config.name}: train ({config.train}) has no rows of {_listed(empty)}; expected some")
+        raise DataError(
+            f"task {config.name}: train ({config.train}) has no rows of {_abbreviate(empty)}; expected some"
+        )
     if len(labels) < 2:
         raise DataError(f"task {config.name}: train ({config.train}) has one label only, {labels[0]}; expected two")
 
 
-def _check_labels(config: TaskConfig, labels: list[str], found: set[str], place: str) -> None:
+def _check_labels(config: TaskConfig, labels: list[str], found: set[str], location: str) -> None:
     unknown = sorted(found - set(labels))
     if unknown:
         allowed = "one of tasks.labels" if config.labels else "a label of train"
         raise DataError(
-            f"task {config.name}: {place} has the label {_listed(unknown)}; expected {allowed}: {', '.join(labels)}"
+            f"task {config.name}: {location} has the label {_abbreviate(unknown)}; expected {allowed}: "
+            f"{', '.join(labels)}"
         )
 
 
-def _listed(labels: list[str]) -> str:
+def _abbreviate(labels: list[str]) -> str:
     more = f" and {len(labels) - MAX_LISTED} more" if len(labels) > MAX_LISTED else ""
     return ", ".join(labels[:MAX_LISTED]) + more

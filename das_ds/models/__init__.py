@@ -1,1 +1,1 @@
-"""Networks: architecture tables, unit gates, loading. The only importer of transformers' model classes."""
+"""Models: loading, architecture specs, unit gates, LM loss, LoRA, vocabulary growth."""

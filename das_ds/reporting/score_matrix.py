@@ -206,4 +206,4 @@ def _guess_domain(task: str, domains: Sequence[str]) -> str | None:
 
 
 def _mean_score(scores: Sequence[SeedScores], seeds: Sequence[int], metric: MetricName) -> float:
-    return statistics.fmean(one.test.of(metric) for one in scores if one.seed in seeds)
+    return statistics.fmean(one.test.value(metric) for one in scores if one.seed in seeds)

@@ -104,7 +104,7 @@ def test_run_continues_with_its_commit_and_another_begins_without_network(
     nowhere = {**hub, "HF_ENDPOINT": "http://127.0.0.1:1"}
     third = command(sys.executable, "launch/train.py", "--config", path, f"output_dir={tmp_path / 'third'}", **nowhere)
     assert third.returncode == 0, third.stderr
-    assert f"the copy in its cache is used, commit {FIRST}" in third.stderr
+    assert f"using the copy in its cache, commit {FIRST}" in third.stderr
     losses = [Results.read(folder / RESULTS_FILE).loss_matrix for folder in (run, tmp_path / "third")]
     assert losses[0] == losses[1]
     wrong = command(

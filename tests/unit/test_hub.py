@@ -38,8 +38,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def forget() -> None:
     """As in a new process."""
-    hub._asked.cache_clear()
-    hub._fetched.cache_clear()
+    hub._query_hub.cache_clear()
+    hub._download_snapshot.cache_clear()
     constants.HF_HUB_OFFLINE = False
 
 
@@ -92,7 +92,7 @@ def test_without_the_hub_the_cache_is_used(
     assert resolve_model_folder(MODEL, weights=True) == online
     error = capsys.readouterr().err
     assert f"das_ds: {MODEL}: {constants.ENDPOINT} does not answer (ConnectError)\n" in error
-    assert f"das_ds: {MODEL}: the hub does not answer; the copy in its cache is used, commit {FIRST}\n" in error
+    assert f"das_ds: {MODEL}: the hub does not answer; using the copy in its cache, commit {FIRST}\n" in error
     forget()
     assert resolve_model_folder(MODEL, FIRST, weights=True) == online
 
@@ -136,7 +136,7 @@ def test_what_the_hub_does_not_have_is_one_line(served: FakeHub) -> None:
 
 
 def test_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="found revision 'v1' with a folder of this machine"):
+    with pytest.raises(ModelError, match="found revision 'v1' with a local folder"):
         model_config(ModelConfig(name_or_path=str(tmp_path), revision="v1"))
 
 

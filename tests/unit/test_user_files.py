@@ -80,7 +80,7 @@ def test_pipes_sockets_devices_and_folders_are_refused_unopened(
 def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_bytes(LFS_HEADER + b"\noid sha256:4d7a\nsize 12345\n")
-    with pytest.raises(UnusableFileError, match="is a Git LFS pointer and not the file itself"):
+    with pytest.raises(UnusableFileError, match="is a Git LFS pointer, expected the file itself"):
         read_text(path)
     path.write_bytes(b"version https://git-lfs is what this line is about\n")
     assert read_text(path).startswith("version")

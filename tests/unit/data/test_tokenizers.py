@@ -54,7 +54,7 @@ def test_tokens_of_two_tokenizers_do_not_share_a_cache_entry(tmp_path: Path) -> 
 def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = config(tmp_path, food=["noodles"], papers=["noodles", "treebanks"])
     assert num_tokens(build_tokenizers(run, tiny_tokenizer())["papers"].get_vocab()) == 302
-    assert "data.add_tokens.papers: already tokens and left out: noodles" in caplog.text
+    assert "data.add_tokens.papers: already in the vocabulary, skipped: noodles" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,10 @@ def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogC
         ([], "data.add_tokens.papers: found no token"),
         (["a", " "], "found no token or an empty one"),
         (["treebanks", "treebanks"], "found more than once: treebanks"),
-        ("missing.tokens", r"missing.tokens: cannot be read \(No such file or directory\); expected one token a"),
+        (
+            "missing.tokens",
+            r"missing.tokens: cannot be read \(No such file or directory\); expected one token per line",
+        ),
     ],
 )
 def test_lists_that_cannot_be_used(tokens: Any, message: str, tmp_path: Path) -> None:
@@ -108,6 +111,6 @@ def test_added_token_that_would_share_an_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         build_tokenizers(config(tmp_path, papers=["treebanks"]), tokenizer)
     assert str(caught.value) == (
-        "data.add_tokens.papers: the tokenizer's ids have holes, and 'treebanks' would get one that is taken or has an "
+        "data.add_tokens.papers: the tokenizer's ids have holes, and 'treebanks' would get one that is in use or has an "
         "old embedding; expected a tokenizer with ids from 0 to 6 without a gap"
     )

@@ -77,7 +77,9 @@ def test_weights_of_half_a_network_are_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path)
     weights = {name: value for name, value in load_file(folder / WEIGHTS).items() if "layer.1" not in name}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"found no weights for bert\.encoder\.layer\.1\..* expected those of a whole"):
+    with pytest.raises(
+        ModelError, match=r"found no weights for bert\.encoder\.layer\.1\..* expected those of a complete"
+    ):
         load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b"])
 
 
@@ -92,5 +94,5 @@ def test_rows_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
 def test_markers_that_would_share_ids_are_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path)
     word_tokenizer(TEXT.split(), skipped=2).save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"its ids have holes, and the marker '\[\[' would get one that is taken"):
+    with pytest.raises(ModelError, match=r"its ids have holes, and the marker '\[\[' would get one that is in use"):
         load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b"], MARKERS)

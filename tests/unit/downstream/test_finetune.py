@@ -46,15 +46,15 @@ def test_best_dev_epoch_is_scored_and_patience_ends_training(tmp_path: Path, mon
     # Dev scores as if written down: epoch 2 is the best, two worse ones follow.
     dev_scores = iter([0.4, 0.7, 0.6, 0.5, 0.9])
     weights_at: list[dict[str, torch.Tensor]] = []
-    score = fine_tuning._Job._score
+    score = fine_tuning._FineTuning._score
 
-    def scripted(job: fine_tuning._Job, encoded: object) -> Scores:
+    def scripted(job: fine_tuning._FineTuning, encoded: object) -> Scores:
         weights_at.append({name: value.clone() for name, value in job._model.state_dict().items()})
         if encoded is job._dev:
             return Scores(accuracy=0.0, macro_f1=next(dev_scores), micro_f1=1.0)
         return score(job, encoded)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fine_tuning._Job, "_score", scripted)
+    monkeypatch.setattr(fine_tuning._FineTuning, "_score", scripted)
     scores = tuned(tmp_path, save_model(tmp_path), epochs=5, patience=2)
     assert (scores.epochs, scores.best_epoch, scores.dev.macro_f1) == (4, 2, 0.7)
     tested = weights_at[-1]
@@ -74,4 +74,4 @@ def test_rows_that_are_cut_are_counted(tmp_path: Path, caplog: pytest.LogCapture
     source = ModelConfig(name_or_path=str(save_model(tmp_path)))
     with caplog.at_level(logging.WARNING):
         fine_tune(task, 0, source, CPU, show=True)
-    assert "rows of more than 8 tokens are cut: 40 of train, 12 of dev, 16 of test" in caplog.text
+    assert "rows of more than 8 tokens are truncated: 40 of train, 12 of dev, 16 of test" in caplog.text

@@ -52,7 +52,7 @@ def test_first_best_epoch_is_taken_until_patience_runs_out(
     stopping = EarlyStopping(patience)
     assert not stopping.is_over
     for score in scores:
-        stopping.take(score)
+        stopping.update(score)
         if stopping.is_over:
             break
     assert (stopping.best_epoch, stopping.epochs) == (best, epochs)

@@ -92,7 +92,7 @@ def test_command_prints_and_records_the_scores(tmp_path: Path) -> None:
     ("more", "expected"),
     [
         (["--task", "rte"], "--task rte: no such task, allowed: toy_text, toy_pair"),
-        ([], "elsewhere: found no model of a run (domains/<ii>_<name>/model), beside which scores are written, nor"),
+        ([], "elsewhere: found neither a model of a run (domains/<ii>_<name>/model) nor the config's"),
         (["tasks=[]"], "tasks: found none, expected at least one with name, train, dev and test"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     base = save_model(tmp_path / "elsewhere")
     config = task_run(tmp_path, [small_task(tmp_path, **QUICK)])
     config = config.model_copy(update={"model": ModelConfig(name_or_path=str(base))})
-    with pytest.raises(RuntimeError, match=r"RunFolderError: output_dir: cannot make .*run/base: Not a directory"):
+    with pytest.raises(RuntimeError, match=r"RunFolderError: output_dir: cannot create .*run/base: Not a directory"):
         run_ranks(scores_on_ranks, 1, config, base)
 
 

@@ -86,10 +86,10 @@ def test_no_file_is_no_scores_but_its_folder_must_be_there(tmp_path: Path) -> No
 def test_other_weights_and_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / END_TASKS_FILE
     two_seeds(tmp_path).write(path)
-    with pytest.raises(RunFolderError, match="holds scores of other weights than the model has"):
+    with pytest.raises(RunFolderError, match="found scores of other weights than the model's"):
         open_scores(path, "abd", [])
     with pytest.raises(
-        RunFolderError, match=r"toy_text was done with other settings \(learning_rate: was 0\.003, now 0\.5\)"
+        RunFolderError, match=r"toy_text was scored with other settings \(learning_rate: was 0\.003, now 0\.5\)"
     ):
         open_scores(path, "abc", [task_of(tmp_path, learning_rate=0.5)])
     task = task_of(tmp_path)

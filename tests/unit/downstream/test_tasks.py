@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from das_ds.config import TaskConfig
-from das_ds.downstream.batches import encode, shuffled_batches, sorted_batches
+from das_ds.downstream.batches import encode_examples, shuffled_batches, sorted_batches
 from das_ds.downstream.tasks import EndTask, read_task, select_tasks
 from das_ds.errors import ConfigError, DataError
 from helpers.end_tasks import small_task, write_rows
@@ -112,18 +112,18 @@ def read_pairs(folder: Path) -> EndTask:
 def test_pairs_are_joined_and_the_longer_one_is_cut(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     task = read_pairs(tmp_path)
-    whole, cut = encode(task.dev, tokenizer, 64), encode(task.dev, tokenizer, 12)
+    whole, cut = encode_examples(task.dev, tokenizer, 64), encode_examples(task.dev, tokenizer, 12)
     assert task.dev.pairs is not None
     text = tokenizer.decode(whole.rows[0]["input_ids"])
     assert text.find(task.dev.pairs[0]) < text.find(task.dev.texts[0])
-    assert whole.num_cut == 0 and cut.num_cut == len(task.dev.texts)
+    assert whole.num_truncated == 0 and cut.num_truncated == len(task.dev.texts)
     assert max(len(row["input_ids"]) for row in cut.rows) == 12
     assert task.dev.pairs[0] in tokenizer.decode(cut.rows[0]["input_ids"])
 
 
 def test_batches_hold_every_row_once_with_its_label(tmp_path: Path) -> None:
     tokenizer, task = tiny_tokenizer(), read_pairs(tmp_path)
-    encoded = encode(task.train, tokenizer, 64)
+    encoded = encode_examples(task.train, tokenizer, 64)
     generator = torch.Generator().manual_seed(0)
     orders = []
     for batches in (
