@@ -1,6 +1,6 @@
 """Compare methods over real domains: `python -m benchmarks.domains cpu` or `gpu`.
 
-Corpora are read from the folder that `DAS_DS_DATA` names. What is broken off goes on with the same command.
+Corpora are read from the folder that `DAS_DS_DATA` names. The same command resumes an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ FOLDER = Path("runs/domains")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a tier; a user's error is one line and exit code 2, a stop for want of time exit code 75."""
+    """Run a tier; a user error is one line and exit code 2, a stop at the time limit is exit code 75."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.domains", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tier", choices=TIERS, help="size of the benchmark")
-    parser.add_argument("--minutes", type=float, help="save and end after so many; default: when all is done")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of base models and runs; default: {FOLDER}")
+    parser.add_argument("--minutes", type=float, help="save and stop after this time; default: no limit")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"for base models and runs; default: {FOLDER}")
     parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="a variant, may be repeated")
-    parser.add_argument("--extend", type=Path, metavar="RESULT", help="results whose runs are not made again")
+    parser.add_argument("--extend", type=Path, metavar="RESULT", help="result file whose runs are not repeated")
     parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/domains_<tier>_<device>")
     options = parser.parse_args(arguments)
     try:
-        tier = only(TIERS[options.tier], options.only)
+        tier = select_variants(TIERS[options.tier], options.only)
         run(tier, options.folder.resolve(), options.minutes, options.output, options.extend)
     except StoppedError as error:
         print(f"das_ds: {error}", file=sys.stderr)
@@ -47,11 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, extend: Path | None = None) -> None:
-    """The whole tier.
+    """Run a tier.
 
     Raises:
-        DasError: corpora that are missing, results to extend that are of another tier, a number format that this device
-            computes in software, or anything that fails on the way.
+        DasError: corpora are missing, the results to extend are of another tier, this device only emulates the
+            precision, or a run fails.
         StoppedError: time is up.
     """
     known = None if extend is None else read_result_file(extend)
@@ -60,10 +60,13 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
     corpora = data.data_folder()
     data.check_files(corpora, [data.GENERAL, *tier.corpora], data.TASKS if tier.task_variants else ())
     precision = tier.settings["train"]["precision"]
-    if slow := emulated_precision_warning(precision):
+    if warning := emulated_precision_warning(precision):
         allowed = ", ".join(one.name for one in TIERS.values() if one.settings["train"]["precision"] != precision)
-        raise ConfigError(f"tier {tier.name} trains in {precision}: {slow}; expected another device, or tier {allowed}")
-    runs, device = folder / tier.name, default_device()
+        raise ConfigError(
+            f"tier {tier.name} trains in {precision}: {warning}; expected another device, or tier {allowed}"
+        )
+    device = default_device()
+    runs = folder / tier.name
     runs.mkdir(parents=True, exist_ok=True)
     runner = Runner(runs, threads=tier.threads, parallel=tier.parallel, minutes=minutes)
     runner.stop_on_signals()
@@ -72,26 +75,26 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
     print(f"written to {result}")
 
 
-def only(tier: Tier, labels: list[str]) -> Tier:
-    """The tier with some of its variants; naive training is always among them.
+def select_variants(tier: Tier, labels: list[str]) -> Tier:
+    """The tier with some of its variants, naive training always among them; all of them without labels.
 
     Raises:
-        ConfigError: a variant that it does not have.
+        ConfigError: the tier does not have a variant.
     """
     known = [variant.label for variant in tier.variants]
     if unknown := [label for label in labels if label not in known]:
         raise ConfigError(f"--only: found {unknown[0]!r}, allowed: {', '.join(map(repr, known))}")
     if not labels:
         return tier
-    chosen = tuple(variant for variant in tier.variants if variant.label in (NAIVE, *labels))
-    left = {variant.label for variant in chosen}
+    variants = tuple(variant for variant in tier.variants if variant.label in (NAIVE, *labels))
+    selected = {variant.label for variant in variants}
     return replace(
         tier,
-        variants=chosen,
-        matched=tuple(label for label in tier.matched if label in left),
-        contenders=tuple(label for label in tier.contenders if label in left),
-        task_variants=tuple(label for label in tier.task_variants if label in left),
-        repeated=tier.repeated if tier.repeated in left else NAIVE,
+        variants=variants,
+        matched=tuple(label for label in tier.matched if label in selected),
+        contenders=tuple(label for label in tier.contenders if label in selected),
+        task_variants=tuple(label for label in tier.task_variants if label in selected),
+        repeated=tier.repeated if tier.repeated in selected else NAIVE,
     )
 
 

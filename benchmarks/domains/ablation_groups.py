@@ -1,7 +1,7 @@
-"""Which parameters carry the forgetting: put back one group at a time to what it was before the last domain.
+"""Ablation of parameter groups: restore one group at a time to its values from before the last domain.
 
-What the loss on an earlier domain falls by when a group is put back is what this group's change has cost it. Shares of
-groups need not add up: they work on each other.
+The fall in the loss on an earlier domain is the forgetting that the group's change has caused. The contributions of
+groups interact, so they need not add up.
 """
 
 from __future__ import annotations
@@ -33,68 +33,72 @@ PATTERNS = {
     "LM-head transform": r"\.transform\.",
     "decoder bias": r"cls\.predictions\.(decoder\.)?bias$",
 }
-"""Group -> what the names of its parameters contain; the first that fits counts. BERT and LLaMA."""
+"""Group -> pattern in the names of its parameters; the first match counts. For BERT and LLaMA."""
 TOGETHER = {"attention + FFN": ("attention", "FFN")}
 NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
-class Restored:
-    """Held-out losses of a last model with one group of parameters as it was before the last domain."""
+class RestoredLosses:
+    """Held-out losses of a final model with one parameter group restored."""
 
     group: str
     losses: dict[str, float]
-    """By corpus."""
+    """Corpus -> loss in nats."""
 
 
 def group_parameters(names: list[str]) -> dict[str, list[str]]:
-    """Group -> parameters; groups without any are left out.
+    """Group -> names of its parameters; empty groups are omitted.
 
     Raises:
-        ModelError: a parameter that no group has.
+        ModelError: a parameter belongs to no group.
     """
-    found: dict[str, list[str]] = {group: [] for group in PATTERNS}
+    groups: dict[str, list[str]] = {group: [] for group in PATTERNS}
     for name in names:
         group = next((group for group, pattern in PATTERNS.items() if re.search(pattern, name)), None)
         if group is None:
             raise ModelError(f"groups: found parameter {name}, expected one of {', '.join(PATTERNS)}")
-        found[group].append(name)
-    found |= {name: [one for part in parts for one in found[part]] for name, parts in TOGETHER.items()}
-    return {group: members for group, members in found.items() if members}
+        groups[group].append(name)
+    for joint, members in TOGETHER.items():
+        groups[joint] = [name for member in members for name in groups[member]]
+    return {group: members for group, members in groups.items() if members}
 
 
-def measure_restored_losses(run: TrainingRun, device: torch.device) -> list[Restored]:
-    """First with nothing put back, then group by group.
+def measure_restored_losses(run: TrainingRun, device: torch.device) -> list[RestoredLosses]:
+    """Losses with nothing restored, then with each group restored.
 
     Args:
-        run: done, over at least two domains, with its models.
+        run: finished, over at least two domains, with its exported models.
         device: to evaluate on, in float32.
     """
-    config, last = load_config(run.config), len(run.results().domains) - 1
-    earlier, after = (ModelConfig(name_or_path=str(run.model(index))) for index in (last - 1, last))
+    config = load_config(run.config)
+    last = len(run.results().domains) - 1
+    before = ModelConfig(name_or_path=str(run.model(last - 1)))
+    after = ModelConfig(name_or_path=str(run.model(last)))
     text = prepare_data(config, RankInfo(0, 0, 1, device), find_spec(after).objective)
     vocab_size = num_tokens(text.base_tokenizer.get_vocab())
-    old, _ = load_model(earlier, seed=config.seed, vocab_size=vocab_size)
+    old_model, _ = load_model(before, seed=config.seed, vocab_size=vocab_size)
     model, spec = load_model(after, seed=config.seed, vocab_size=vocab_size)
     network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib).to(device)
-    old_weights, weights = dict(old.named_parameters()), dict(model.named_parameters())
-    rows = [Restored(NOTHING, evaluate_corpora(network, text, ResumableLoops(show_progress=False)))]
+    old_weights = dict(old_model.named_parameters())
+    weights = dict(model.named_parameters())
+    rows = [RestoredLosses(NOTHING, evaluate_corpora(network, text, ResumableLoops(show_progress=False)))]
     for group, names in group_parameters(list(weights)).items():
-        with replaced({name: weights[name] for name in names}, old_weights):
-            rows.append(Restored(group, evaluate_corpora(network, text, ResumableLoops(show_progress=False))))
+        with swapped_in({name: weights[name] for name in names}, old_weights):
+            rows.append(RestoredLosses(group, evaluate_corpora(network, text, ResumableLoops(show_progress=False))))
     return rows
 
 
 @contextmanager
-def replaced(weights: dict[str, torch.nn.Parameter], others: dict[str, torch.nn.Parameter]) -> Iterator[None]:
-    """The weights have the values of those of the same names within this block."""
-    kept = {name: weight.detach().clone() for name, weight in weights.items()}
-    _set(weights, others)
+def swapped_in(weights: dict[str, torch.nn.Parameter], values: dict[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Within this block the weights have the values of the same names."""
+    snapshot = {name: weight.detach().clone() for name, weight in weights.items()}
+    _copy(weights, values)
     yield
-    _set(weights, kept)
+    _copy(weights, snapshot)
 
 
 @torch.no_grad()
-def _set(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+def _copy(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     for name, weight in weights.items():
         weight.copy_(values[name])

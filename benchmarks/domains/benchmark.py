@@ -1,4 +1,4 @@
-"""A tier from its base models to its result file; called again, it goes on where it was broken off."""
+"""Runs a tier from its base models to its result file; called again, it resumes where it was interrupted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from benchmarks.domains.decoder import decoder_tokenizer
 from benchmarks.domains.lr_search import Choice, choose
 from benchmarks.domains.plan import BaseName, Tier, Values
 from benchmarks.domains.pretraining import pretraining_run
-from benchmarks.domains.result_file import Extended, Record, Repeated, write_result_file
+from benchmarks.domains.result_file import Extended, Repeated, TierResult, write_result_file
 from benchmarks.domains.resume_results import find_suite
 from benchmarks.domains.runner import Runner
-from benchmarks.domains.runs import Experiment
+from benchmarks.domains.runs import RunFactory
 from benchmarks.domains.suite import SuiteRuns
 from benchmarks.result_io import describe
 from das_ds.reporting.results import Results
@@ -30,9 +30,9 @@ class Benchmark:
         folder: of its runs.
         data: of the corpora.
         runner: makes the runs.
-        device: of the base model's head, of groups, and of the result's name.
-        result: the file to write.
-        known: results of this tier whose runs are not made again.
+        device: for the base model's head and the ablation of parameter groups; part of the result file's name.
+        result_path: the file to write.
+        known: earlier results of this tier, whose runs are not repeated.
     """
 
     def __init__(
@@ -42,41 +42,50 @@ class Benchmark:
         data: Path,
         runner: Runner,
         device: torch.device,
-        result: Path,
-        known: Record | None = None,
+        result_path: Path,
+        known: TierResult | None = None,
     ) -> None:
-        self._tier, self._folder, self._data, self._runner = tier, folder, data, runner
-        self._device, self._result, self._known = device, result, known
+        self._tier = tier
+        self._folder = folder
+        self._data = data
+        self._runner = runner
+        self._device = device
+        self._result_path = result_path
+        self._known = known
         self._choices: dict[BaseName, dict[str, Choice]] = {}
-        self._tracks: list[SuiteRuns] = []
+        self._suites: list[SuiteRuns] = []
         self._repeated = known.repeated if known else None
 
     def run(self) -> None:
-        """Everything that is not done; the result file is written after each stage of a track.
+        """Make all missing runs; the result file is written after each stage of a suite.
 
         Raises:
-            StoppedError: the time is up; the same call continues.
-            DasError: a run, a model or a corpus that cannot be used.
+            StoppedError: time is up; the same call resumes.
+            DasError: a run, a model or a corpus cannot be used.
         """
-        bases = {name: self._base(name) for name in self._tier.bases}
-        for track in self._tier.tracks:
-            experiment = Experiment(self._tier, track, self._folder, self._data, bases[track.base])
-            if track.base not in self._choices:
-                before = self._known.choices.get(track.base, []) if self._known else []
-                self._choices[track.base] = choose(experiment, self._tier.variants, self._runner, before)
+        bases = {name: self._build_base(name) for name in self._tier.bases}
+        for suite in self._tier.suites:
+            factory = RunFactory(self._tier, suite, self._folder, self._data, bases[suite.base])
+            if suite.base not in self._choices:
+                known = self._known.choices.get(suite.base, []) if self._known else []
+                self._choices[suite.base] = choose(factory, self._tier.variants, self._runner, known)
             if self._repeated is None:
-                self._repeated = self._repeat(experiment)
-            runs = SuiteRuns(experiment, self._choices[track.base], self._runner, find_suite(self._known, track))
-            self._tracks.append(runs)
-            for stage in (runs.run_variants, runs.match_naive, lambda runs=runs: runs.restore_groups(self._device)):
-                stage()
-                self._write()
+                self._repeated = self._repeat_run(factory)
+            runs = SuiteRuns(factory, self._choices[suite.base], self._runner, find_suite(self._known, suite))
+            self._suites.append(runs)
+            runs.run_variants()
+            self._write()
+            runs.match_naive()
+            self._write()
+            runs.restore_groups(self._device)
+            self._write()
             if self._tier.task_variants:
                 runs.fine_tune()
                 self._write()
 
-    def _base(self, name: BaseName) -> Path:
-        folder, cache = self._folder.parent / "base", self._folder / "cache"
+    def _build_base(self, name: BaseName) -> Path:
+        folder = self._folder.parent / "base"
+        cache = self._folder / "cache"
         start: Values
         if name == "encoder":
             head = base_encoder(folder, self._data, cache, HeadTraining(), self._device)
@@ -87,34 +96,35 @@ class Benchmark:
         self._runner.run([run])
         return run.model(0)
 
-    def _repeat(self, experiment: Experiment) -> Repeated:
-        """Whether a run that is made twice gives the same numbers."""
+    def _repeat_run(self, factory: RunFactory) -> Repeated:
+        """Make a run twice and compare the results."""
         variant = self._tier.variant(self._tier.repeated)
         rate = self._tier.rates(variant)[0]
-        again = experiment.lr_search_run(variant, rate, again=True)
+        first = factory.lr_search_run(variant, rate)
+        again = factory.lr_search_run(variant, rate, again=True)
         self._runner.run([again])
-        first, second = (numbers(run.results()) for run in (experiment.lr_search_run(variant, rate), again))
-        return Repeated(label=variant.label, learning_rate=rate, is_equal=first == second)
+        is_equal = reproducible_results(first.results()) == reproducible_results(again.results())
+        return Repeated(label=variant.label, learning_rate=rate, is_equal=is_equal)
 
     def _write(self) -> None:
-        record = Record(
+        result = TierResult(
             tier=self._tier.name,
             environment=describe(self._device),
             extended=self._extended(),
             settings=self._tier.settings,
             choices={base: list(choices.values()) for base, choices in self._choices.items()},
             repeated=self._repeated,
-            tracks=[runs.record() for runs in self._tracks],
+            suites=[runs.result() for runs in self._suites],
         )
-        write_result_file(self._result, record)
+        write_result_file(self._result_path, result)
 
     def _extended(self) -> list[Extended]:
         if self._known is None:
             return []
-        difference = max((runs.difference for runs in self._tracks if runs.difference is not None), default=0.0)
+        difference = max((runs.difference for runs in self._suites if runs.difference is not None), default=0.0)
         return [*self._known.extended, Extended(environment=self._known.environment, difference=difference)]
 
 
-def numbers(results: Results) -> dict[str, Any]:
+def reproducible_results(results: Results) -> dict[str, Any]:
     """Everything in results that two runs of one config have in common."""
     return results.model_dump(mode="json", exclude=set(TIMED))

@@ -1,4 +1,4 @@
-"""One run of the product as a command with a folder: done once, and never again."""
+"""Jobs: one command of das_ds with a folder, done once and then skipped."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Job(Protocol):
-    """Something that a command of the product does."""
+    """Work done by one das_ds command."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name in messages and in the manifest."""
 
     @property
     def log(self) -> Path:
-        """What the command prints."""
+        """Output of the command."""
 
     def is_done(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether nothing is left to do."""
 
     def command(self) -> list[str]:
-        """What to start; writes what it reads."""
+        """The command to start; writes its input files."""
 
     def finish(self) -> None:
-        """Called when the command has ended well."""
+        """Called when the command has succeeded."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """`das-ds train` over one config; its folder lies beside its config and its log."""
+    """`das-ds train` with one config, which is next to the run folder, as is its log."""
 
     folder: Path
     """The run folder."""
     values: dict[str, Any]
-    """The run config but for `output_dir`."""
+    """The run config without `output_dir`."""
     keeps_models: bool = False
-    """Whether exported models stay; checkpoints never do."""
+    """Whether exported models are kept; checkpoints never are."""
 
     @property
     def name(self) -> str:
-        """The last parts of its folder."""
+        """Last parts of its folder."""
         return "/".join(self.folder.parts[-3:])
 
     @property
@@ -63,14 +63,14 @@ class TrainingRun:
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """Output of the command."""
         return self.folder.with_name(self.folder.name + ".log")
 
     def is_done(self) -> bool:
         """Whether its results are complete.
 
         Raises:
-            RunFolderError: they are those of another plan, or damaged.
+            RunFolderError: they belong to another plan, or are damaged.
         """
         if not (self.folder / RESULTS_FILE).exists():
             return False
@@ -82,28 +82,28 @@ class TrainingRun:
         return self.results().complete
 
     def command(self) -> list[str]:
-        """Writes the config."""
+        """The command; writes the config."""
         self.config.parent.mkdir(parents=True, exist_ok=True)
         self.config.write_text(self._text(), encoding="utf-8")
         return [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(self.config)]
 
     def finish(self) -> None:
-        """Gigabytes per run that nobody will read."""
+        """Remove checkpoints and models, which are gigabytes per run and no longer needed."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         if not self.keeps_models:
             for model in self.folder.glob("domains/*/model"):
                 shutil.rmtree(model)
 
     def results(self) -> Results:
-        """Of the run.
+        """Results of the run.
 
         Raises:
-            RunFolderError: none, or damaged.
+            RunFolderError: they are missing or damaged.
         """
         return Results.read(self.folder / RESULTS_FILE)
 
     def model(self, index: int) -> Path:
-        """Exported after domain `index`."""
+        """The model exported after domain `index`."""
         return next(iter(self.folder.glob(f"domains/{index:02d}_*/model")))
 
     def _text(self) -> str:
@@ -113,11 +113,11 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """`das-ds finetune` of one exported model on some tasks of its run's config."""
+    """`das-ds finetune` of one exported model on some tasks of its run config."""
 
     run: TrainingRun
     domain: int
-    """Position of the domain after which the model was exported."""
+    """Index of the domain after which the model was exported."""
     tasks: tuple[str, ...]
     num_seeds: int
 
@@ -128,7 +128,7 @@ class FineTuning:
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """Output of the command."""
         return self.run.folder.with_name(f"{self.run.folder.name}_tasks_{self.domain:02d}.log")
 
     def is_done(self) -> bool:
@@ -140,10 +140,11 @@ class FineTuning:
         return all(scores.has(task, seed) for task in self.tasks for seed in range(self.num_seeds))
 
     def command(self) -> list[str]:
-        """One call for all tasks."""
-        chosen = [word for task in self.tasks for word in ("--task", task)]
-        script, model = str(ROOT / "launch" / "finetune.py"), str(self.run.model(self.domain))
-        return [sys.executable, script, "--config", str(self.run.config), "--model", model, *chosen]
+        """One command for all tasks."""
+        script = ROOT / "launch" / "finetune.py"
+        model = self.run.model(self.domain)
+        tasks = [word for task in self.tasks for word in ("--task", task)]
+        return [sys.executable, str(script), "--config", str(self.run.config), "--model", str(model), *tasks]
 
     def finish(self) -> None:
-        """The scores lie beside the model."""
+        """Nothing to do: the scores are next to the model."""

@@ -1,7 +1,7 @@
-"""Naive training with its learning rate lowered until it learns as much as another variant does.
+"""Learning-rate matching: naive training with its rate lowered until it learns as much as another variant.
 
-A run that learns less also forgets less. Protection has to beat that: where it learns domains 2..T as well, it must
-forget less. The first domain does not count: nothing is forgotten by learning it.
+A run that learns less also forgets less. A method is only better if it forgets less than naive training with the same
+loss after learning domains 2..T. The first domain does not count, because learning it makes nothing be forgotten.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LOWEST = 1 / 32
-"""Rates below this times the one that learns best are not searched."""
+MIN_RELATIVE_RATE = 1 / 32
+"""Rates below this fraction of the best one are not searched."""
+MARGIN = 0.1
+"""Fraction of a bracket that is kept clear at both of its ends."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A learning rate and the mean loss when learned on domains 2..T that it gave, over all seeds."""
+    """A learning rate and its mean loss after learning domains 2..T, over all seeds."""
 
     learning_rate: float
     learned: float
@@ -24,24 +26,25 @@ class Probe:
 
 @dataclass(frozen=True)
 class Match:
-    """What the search for one variant came to."""
+    """Outcome of the search for one variant."""
 
     label: str
     """The variant that is matched."""
     target: float
-    """Its mean loss when learned on domains 2..T, over all seeds."""
+    """Its mean loss after learning domains 2..T, over all seeds."""
     tolerance: float
+    """Nats."""
     probes: tuple[Probe, ...]
-    """Every rate that is known, those tried for this match last."""
+    """All known rates; those tried for this match come last."""
 
     @property
     def best(self) -> Probe:
-        """The nearest."""
+        """The probe nearest to the target."""
         return min(self.probes, key=lambda probe: abs(probe.learned - self.target))
 
     @property
     def is_met(self) -> bool:
-        """Whether the nearest is near enough."""
+        """Whether the nearest probe is within the tolerance."""
         return abs(self.best.learned - self.target) <= self.tolerance
 
     @property
@@ -54,21 +57,21 @@ def match(
     label: str,
     target: float,
     known: list[Probe],
-    learned_at: Callable[[float], float],
+    run_rate: Callable[[float], float],
     *,
     tolerance: float,
     max_probes: int,
 ) -> Match:
-    """Narrow the bracket around the target in log learning rate, where the loss is nearly a line.
+    """Narrow the bracket around the target in log learning rate, where the loss is nearly linear.
 
     The next rate is where the line through the ends of the bracket meets the target (regula falsi), kept away from the
-    ends by a tenth of the bracket, so that it narrows as bisection would.
+    ends by a tenth of the bracket, so that it narrows as fast as bisection would.
 
     Args:
         label, target: of the variant.
         known: rates that were run already, at least one.
-        learned_at: runs a rate and returns its mean loss when learned on domains 2..T.
-        tolerance: nats; the search ends where a rate is as near as that.
+        run_rate: runs naive training at a rate and returns its mean loss after learning domains 2..T.
+        tolerance: nats; the search ends when a rate is this near.
         max_probes: rates to run at most.
     """
     found = Match(label, target, tolerance, tuple(known))
@@ -78,16 +81,16 @@ def match(
         rate = next_rate(found.probes, target)
         if rate is None:
             break
-        found = Match(label, target, tolerance, (*found.probes, Probe(rate, learned_at(rate))))
+        found = Match(label, target, tolerance, (*found.probes, Probe(rate, run_rate(rate))))
     return found
 
 
 def next_rate(probes: tuple[Probe, ...], target: float) -> float | None:
-    """The rate to try; None where even the lowest would learn too much.
+    """The rate to try next; None if even the lowest allowed rate would learn too much.
 
     Args:
-        probes: at least one of them learns more than the target, which is a smaller loss.
-        target: mean loss when learned on domains 2..T.
+        probes: at least one of them learns more than the target, that is, has a smaller loss.
+        target: mean loss after learning domains 2..T.
     """
     upper = min((probe for probe in probes if probe.learned < target), key=lambda probe: probe.learning_rate)
     lower = max(
@@ -96,8 +99,9 @@ def next_rate(probes: tuple[Probe, ...], target: float) -> float | None:
         default=None,
     )
     if lower is None:
-        lowest = LOWEST * min(probes, key=lambda probe: probe.learned).learning_rate
-        return upper.learning_rate / 2 if upper.learning_rate > lowest else None
+        # No bracket yet: go down by halves.
+        min_rate = MIN_RELATIVE_RATE * min(probes, key=lambda probe: probe.learned).learning_rate
+        return upper.learning_rate / 2 if upper.learning_rate > min_rate else None
     low, high = math.log(lower.learning_rate), math.log(upper.learning_rate)
-    share = (lower.learned - target) / (lower.learned - upper.learned)
-    return math.exp(low + min(max(share, 0.1), 0.9) * (high - low))
+    fraction = (lower.learned - target) / (lower.learned - upper.learned)
+    return math.exp(low + min(max(fraction, MARGIN), 1 - MARGIN) * (high - low))

@@ -1,4 +1,4 @@
-"""What is run, as plain data: tiers, their models and orders of domains, and the variants that are compared."""
+"""Data classes of the benchmark: tiers, suites (a base model over an order of domains), and variants of methods."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Values = dict[str, Any]
 """Nested keys of a run config."""
 
 NAIVE = "ncl"
-"""Label of naive training, which all others are held against."""
+"""Label of naive training, the baseline."""
 LR_SEARCH_DOMAINS = 2
-"""First domains of an order that learning rates are chosen on."""
+"""Number of first domains on which learning rates are chosen."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,16 @@ class Variant:
 
     label: str
     overrides: Values
-    """Keys of the run config in which it differs from the tier's settings; the learning rate is chosen."""
+    """Keys of the run config in which it differs from the tier's settings; the learning rate is searched."""
     rate_scale: float = 1.0
-    """Its candidates are the tier's times this, so that every variant has equally many."""
+    """Factor of the tier's candidate learning rates, so that every variant has equally many candidates."""
     is_compared: bool = True
-    """Whether it is run over all domains; what is only searched is tried where learning rates are chosen, on the first
-    two."""
+    """Whether it is run over all domains; otherwise only in the learning-rate search, on the first two."""
 
 
 @dataclass(frozen=True)
-class Track:
-    """One base model over one order of domains: the runs that are compared with each other."""
+class Suite:
+    """One base model over one order of domains, whose runs are compared with each other."""
 
     name: str
     base: BaseName
@@ -43,36 +42,36 @@ class Tier:
     """A benchmark of one size."""
 
     name: str
-    tracks: tuple[Track, ...]
+    suites: tuple[Suite, ...]
     settings: Values
     """Keys of the run config that all runs share."""
     learning_rates: tuple[float, ...]
-    """Candidates, in ascending order."""
+    """Candidates in ascending order."""
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     lr_search_seed: int
-    """Of the runs that choose learning rates; none of `seeds`."""
-    line: tuple[float, ...]
-    """Naive training is run at these multiples of its chosen rate as well: what it costs and gives to learn less."""
+    """Seed of the learning-rate search, not one of `seeds`."""
+    sweep_factors: tuple[float, ...]
+    """Multiples of its chosen rate at which naive training is also run: the baseline sweep, which learns less."""
     matched: tuple[str, ...]
-    """Variants whose learning naive training is matched to, see `matching.py`."""
+    """Variants to which naive training is matched, see `lr_matching.py`."""
     repeated: str
-    """Variant whose first run of the choice is made twice, which must give the same numbers."""
+    """Variant whose first run is made twice, to check that results are reproducible."""
     threads: int
-    """Of each run; sums in another order differ in their last digits."""
+    """CPU threads per run; the order of summation depends on it."""
     contenders: tuple[str, ...] = ()
-    """Variants that are run with `more_seeds` as well. They make the families of tests, fixed here before anything is
-    run: each of them against the line of naive training, and the matched ones beside the others."""
+    """Variants that are also run with `more_seeds`. They form the families of tests, fixed here before anything is run:
+    each of them compared with the baseline sweep, and the matched ones with the others."""
     more_seeds: tuple[int, ...] = ()
-    """Of the contenders and of naive training."""
+    """Additional seeds of the contenders and of naive training."""
     parallel: int = 1
     """Runs at a time."""
     tolerance: float = 0.01
-    """Nats by which a matched loss on domains 2..T may differ."""
+    """Nats by which a matched loss after learning domains 2..T may differ."""
     max_probes: int = 4
-    """Learning rates that are tried to match one variant."""
+    """Learning rates to try for each match."""
     task_seeds: int = 0
-    """Seeds of each end task; 0: no end tasks."""
+    """Fine-tuning seeds of each end task; 0: no end tasks."""
     task_variants: tuple[str, ...] = ()
     """Variants whose models are fine-tuned on the end tasks."""
     pretraining: dict[BaseName, Values] = field(default_factory=dict)
@@ -80,37 +79,37 @@ class Tier:
 
     @property
     def corpora(self) -> list[str]:
-        """Domains of all tracks, each once."""
-        return list(dict.fromkeys(domain for track in self.tracks for domain in track.domains))
+        """Domains of all suites, without repeats."""
+        return list(dict.fromkeys(domain for suite in self.suites for domain in suite.domains))
 
     @property
     def bases(self) -> list[BaseName]:
-        """Base models of all tracks, each once."""
-        return list(dict.fromkeys(track.base for track in self.tracks))
+        """Base models of all suites, without repeats."""
+        return list(dict.fromkeys(suite.base for suite in self.suites))
 
     @property
     def compared(self) -> list[Variant]:
-        """Those that are run over all domains."""
+        """Variants that are run over all domains."""
         return [variant for variant in self.variants if variant.is_compared]
 
     def variant(self, label: str) -> Variant:
-        """The variant of this label."""
+        """The variant with this label."""
         return next(variant for variant in self.variants if variant.label == label)
 
     def run_seeds(self, label: str) -> tuple[int, ...]:
-        """Of the runs of a variant."""
+        """Seeds of a variant's runs."""
         return self.seeds + (self.more_seeds if label in (NAIVE, *self.contenders) else ())
 
     def rates(self, variant: Variant) -> list[float]:
-        """Candidates of a variant."""
+        """Candidate learning rates of a variant."""
         return [rate * variant.rate_scale for rate in self.learning_rates]
 
 
-def merged(first: Values, *others: Values) -> Values:
-    """Nested keys of all, later ones over earlier ones; lists are replaced whole."""
+def merge_values(first: Values, *others: Values) -> Values:
+    """Merge nested keys, later values over earlier ones; lists are replaced, not joined."""
     result = dict(first)
     for other in others:
         for key, value in other.items():
-            both = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = merged(result[key], value) if both else value
+            are_sections = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merge_values(result[key], value) if are_sections else value
     return result

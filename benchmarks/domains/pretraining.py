@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.domains.data import GENERAL, corpus
 from benchmarks.domains.jobs import TrainingRun
-from benchmarks.domains.plan import BaseName, Tier, Values, merged
+from benchmarks.domains.plan import BaseName, Tier, Values, merge_values
 
 
 def pretraining_run(tier: Tier, name: BaseName, folder: Path, data: Path, cache: Path, start: Values) -> TrainingRun:
@@ -26,5 +26,5 @@ def pretraining_run(tier: Tier, name: BaseName, folder: Path, data: Path, cache:
         start: keys of the run config that say what it starts from.
     """
     own = {"domains": [corpus(data, GENERAL)], "data": {"cache_dir": str(cache)}}
-    values = merged(own, tier.settings, tier.pretraining[name], start)
+    values = merge_values(own, tier.settings, tier.pretraining[name], start)
     return TrainingRun(folder / f"{name}_{tier.name}", values, keeps_models=True)

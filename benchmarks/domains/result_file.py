@@ -1,4 +1,4 @@
-"""The result file of a tier, typed and versioned: tables and pictures are made of it, without the run folders."""
+"""The result file of a tier, typed and versioned: tables and plots are made from it, without the run folders."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
-from benchmarks.domains.ablation_groups import Restored
+from benchmarks.domains.ablation_groups import RestoredLosses
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.lr_matching import Match
 from benchmarks.domains.lr_search import Choice
@@ -25,37 +25,37 @@ FORMAT_VERSION: Literal[1] = 1
 
 
 class Repeated(Section):
-    """One run that was made twice."""
+    """A run that was made twice."""
 
     label: str
     learning_rate: float
     is_equal: bool
-    """Whether both gave the same results, to the last digit."""
+    """Whether both runs gave the same results, to the last digit."""
 
 
 class SuiteResult(Section):
-    """One base model over one order of domains."""
+    """Results of one base model over one order of domains."""
 
     name: str
     base: str
     comparison: Comparison
-    """Of all its runs; naive training is the reference."""
+    """Of all its runs, with naive training as the baseline."""
     matches: list[Match]
-    groups: list[Restored]
-    """Of the first naive run; empty until it was measured."""
+    groups: list[RestoredLosses]
+    """Of the first naive run; empty until measured."""
 
 
 class Extended(Section):
-    """Results that were gone on from, perhaps on another machine."""
+    """Earlier results that were extended, perhaps on another machine."""
 
     environment: dict[str, Any]
     """Of their last run."""
     difference: float
-    """Nats by which a loss of the naive run that was made again differs at most."""
+    """Largest difference in nats of any loss of the naive run that was repeated."""
 
 
-class Record(Section):
-    """All that a tier has to say."""
+class TierResult(Section):
+    """Results of a tier."""
 
     format_version: Literal[1] = FORMAT_VERSION
     """Version of this format."""
@@ -63,19 +63,24 @@ class Record(Section):
     environment: dict[str, Any]
     """Device, threads, versions and date."""
     extended: list[Extended] = Field(default_factory=list)
-    """Those that these results hold as well, oldest first."""
+    """Earlier results that these include, oldest first."""
     settings: dict[str, Any]
     """Keys of the run config that all runs share."""
     choices: dict[str, list[Choice]]
-    """Base model -> choice of every variant."""
+    """Base model -> learning-rate choice of every variant."""
     repeated: Repeated | None
-    tracks: list[SuiteResult]
+    # Files written before the rename have `tracks`.
+    suites: list[SuiteResult] = Field(validation_alias=AliasChoices("suites", "tracks"))
 
 
-def compared(runs: Mapping[str, Sequence[TrainingRun]]) -> Comparison:
-    """Those runs that are done, by label, against naive training, which has to be among them."""
-    done = [(label, run) for label, of_label in runs.items() for run in of_label if run.is_done()]
-    return compare_runs([load_run(f"{label}={run.folder}") for label, run in done], NAIVE)
+def compare_finished_runs(runs: Mapping[str, Sequence[TrainingRun]]) -> Comparison:
+    """Comparison of the finished runs with naive training, which must be among them.
+
+    Args:
+        runs: label -> its runs.
+    """
+    finished = [(label, run) for label, group in runs.items() for run in group if run.is_done()]
+    return compare_runs([load_run(f"{label}={run.folder}") for label, run in finished], NAIVE)
 
 
 def result_path(tier: str, device: torch.device) -> Path:
@@ -83,25 +88,25 @@ def result_path(tier: str, device: torch.device) -> Path:
     return RESULTS / f"domains_{tier}_{device.type}.json"
 
 
-def write_result_file(path: Path, record: Record) -> None:
-    """Write a result file in place of the one before."""
+def write_result_file(path: Path, result: TierResult) -> None:
+    """Write a result file, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_with_checksum(path, record.model_dump(mode="json"))
+    write_json_with_checksum(path, result.model_dump(mode="json"))
 
 
-def read_result_file(path: Path) -> Record:
-    """Read it back.
+def read_result_file(path: Path) -> TierResult:
+    """Read what `write_result_file` wrote.
 
     Raises:
-        RunFolderError: it cannot be read, was altered, or is no result file of this version.
+        RunFolderError: the file cannot be read, was altered, or is not a result file of this version.
     """
     try:
-        return Record.model_validate(read_json_with_checksum(path))
+        return TierResult.model_validate(read_json_with_checksum(path))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "record"
+        key = ".".join(map(str, first["loc"])) or "result"
         raise RunFolderError(
-            f"{path}: {place}: {first['msg']}; expected results of the benchmark, format_version {FORMAT_VERSION}"
+            f"{path}: {key}: {first['msg']}; expected results of the benchmark, format_version {FORMAT_VERSION}"
         ) from error
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path}: {error}; expected results of the benchmark") from error

@@ -1,78 +1,78 @@
-"""Results that a tier goes on from without the folders of their runs: what they hold is not made again."""
+"""Extend the results of a tier without its run folders: runs that a result file already has are not repeated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
 
-from benchmarks.domains.plan import Tier, Track
-from benchmarks.domains.result_file import Record, SuiteResult
+from benchmarks.domains.plan import Suite, Tier
+from benchmarks.domains.result_file import SuiteResult, TierResult
 from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison, Group, RunSummary
 
-Values = dict[str, str]
+Settings = dict[str, str]
 
 AGREEMENT = 0.05
-"""Nats by which a loss of a run that is made again may differ, on another machine for instance."""
+"""Nats by which a loss of a repeated run may differ, for instance on another machine."""
 
 
-def check_tier(record: Record, tier: Tier) -> None:
-    """Whether results are those of this tier.
+def check_tier(result: TierResult, tier: Tier) -> None:
+    """Check that results belong to a tier.
 
     Raises:
-        RunFolderError: of another tier, or of other settings.
+        RunFolderError: they are of another tier, or of other settings.
     """
-    if record.tier != tier.name:
-        raise RunFolderError(f"--extend: found results of tier {record.tier}, expected those of {tier.name}")
-    keys = sorted({*record.settings, *tier.settings})
-    if differing := [key for key in keys if record.settings.get(key) != tier.settings.get(key)]:
+    if result.tier != tier.name:
+        raise RunFolderError(f"--extend: found results of tier {result.tier}, expected those of {tier.name}")
+    keys = sorted({*result.settings, *tier.settings})
+    if differing := [key for key in keys if result.settings.get(key) != tier.settings.get(key)]:
         raise RunFolderError(
             f"--extend: found results of other settings in {', '.join(differing)}, expected those of tier {tier.name}"
         )
 
 
-def find_suite(record: Record | None, track: Track) -> SuiteResult | None:
-    """What is known of a track.
+def find_suite(result: TierResult | None, suite: Suite) -> SuiteResult | None:
+    """Known results of a suite, if any.
 
     Raises:
-        RunFolderError: a track of this name has other domains.
+        RunFolderError: a suite of this name has other domains.
     """
-    found = next((one for one in record.tracks if one.name == track.name), None) if record else None
-    if found is not None and tuple(found.comparison.domains) != track.domains:
+    known = next((one for one in result.suites if one.name == suite.name), None) if result else None
+    if known is not None and tuple(known.comparison.domains) != suite.domains:
         raise RunFolderError(
-            f"--extend: found track {track.name} over {', '.join(found.comparison.domains)}, "
-            f"expected {', '.join(track.domains)}"
+            f"--extend: found suite {suite.name} over {', '.join(known.comparison.domains)}, "
+            f"expected {', '.join(suite.domains)}"
         )
-    return found
+    return known
 
 
-def known_run(track: SuiteResult | None, label: str, seed: int) -> RunSummary | None:
-    """A run that is known."""
-    groups = track.comparison.groups if track else []
+def find_run(suite: SuiteResult | None, label: str, seed: int) -> RunSummary | None:
+    """The known run of a label and seed, if any."""
+    groups = suite.comparison.groups if suite else []
     return next((run for group in groups if group.label == label for run in group.runs if run.seed == seed), None)
 
 
-def check_agreement(known: RunSummary, again: RunSummary) -> float:
-    """Largest difference in any loss of a run that was made again.
+def check_agreement(known: RunSummary, repeated: RunSummary) -> float:
+    """Largest difference in nats of any loss of a repeated run.
 
     Raises:
-        RunFolderError: it is too large for one base model, corpora and code.
+        RunFolderError: it is too large for the same base model, corpora and code.
     """
-    pairs = zip(chain.from_iterable(known.loss_matrix), chain.from_iterable(again.loss_matrix), strict=True)
-    largest = max(abs(first - second) for first, second in pairs)
-    if largest > AGREEMENT:
+    pairs = zip(chain.from_iterable(known.loss_matrix), chain.from_iterable(repeated.loss_matrix), strict=True)
+    difference = max(abs(first - second) for first, second in pairs)
+    if difference > AGREEMENT:
         raise RunFolderError(
-            f"--extend: {again.folder} was made again and differs by {largest:.3g} from the results to extend, "
-            f"expected at most {AGREEMENT:g}: base model, corpora or method are no longer those"
+            f"--extend: {repeated.folder} was repeated and differs by {difference:.3g} from the results to extend, "
+            f"expected at most {AGREEMENT:g}: the base model, corpora or method have changed"
         )
-    return largest
+    return difference
 
 
-def joined(known: Comparison, new: Comparison) -> Comparison:
-    """All runs of both; of a run that both have, the known one.
+def join_comparisons(known: Comparison, new: Comparison) -> Comparison:
+    """All runs of both comparisons; of a run that both have, the known one.
 
-    Both have the reference. A key of the config that tells groups apart in one of them alone has the reference's value
-    in all groups of the other.
+    Both have the baseline. If a config key distinguishes groups in only one of them, all groups of the other get the
+    baseline's value of that key.
 
     Raises:
         RunFolderError: runs of one label have other settings.
@@ -81,10 +81,12 @@ def joined(known: Comparison, new: Comparison) -> Comparison:
     labels = dict.fromkeys(group.label for group in [*known.groups, *new.groups])
     groups = []
     for label in labels:
-        parts = [group for comparison in (known, new) for group in comparison.groups if group.label == label]
-        settings = _settings([reference | part.settings for part in parts], label)
-        runs = {run.seed: run for part in reversed(parts) for run in part.runs}
-        groups.append(parts[0].model_copy(update={"settings": settings, "runs": [runs[seed] for seed in sorted(runs)]}))
+        same_label = [group for comparison in (known, new) for group in comparison.groups if group.label == label]
+        settings = _check_settings([reference | group.settings for group in same_label], label)
+        # Known runs come last, so that they replace repeated ones.
+        runs = {run.seed: run for group in reversed(same_label) for run in group.runs}
+        sorted_runs = [runs[seed] for seed in sorted(runs)]
+        groups.append(same_label[0].model_copy(update={"settings": settings, "runs": sorted_runs}))
     return Comparison(
         domains=known.domains,
         eval_domains=known.eval_domains,
@@ -94,10 +96,11 @@ def joined(known: Comparison, new: Comparison) -> Comparison:
     )
 
 
-def _settings(found: Sequence[Values], label: str) -> Values:
-    if differing := [key for key in found[0] if found[0][key] != found[-1].get(key)]:
+def _check_settings(settings: Sequence[Settings], label: str) -> Settings:
+    expected, found = settings[0], settings[-1]
+    if differing := [key for key in expected if expected[key] != found.get(key)]:
         key = differing[0]
         raise RunFolderError(
-            f"--extend: {label}: found {key} {found[-1].get(key)}, expected {found[0][key]} as in the results to extend"
+            f"--extend: {label}: found {key} {found.get(key)}, expected {expected[key]} as in the results to extend"
         )
-    return found[0]
+    return expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.domains.plan import NAIVE, Tier, Track, Values, merged
+from benchmarks.domains.plan import NAIVE, Suite, Tier, Values, merge_values
 from benchmarks.domains.variants import MASKS, METHODS, RIVALS
 
 SHARED: Values = {
@@ -16,11 +16,11 @@ UP_TO_SIX = (2, 3, 4, 5)
 """Seeds beside the two of every variant: six are the fewest with which a single test can have a p-value below 0.05."""
 
 # Reviews, papers on language, medical abstracts: of the six domains the three that differ most.
-THREE = (Track("encoder", "encoder", ("restaurant", "acl", "pubmed")),)
+THREE = (Suite("encoder", "encoder", ("restaurant", "acl", "pubmed")),)
 
 CPU = Tier(
     name="cpu",
-    tracks=THREE,
+    suites=THREE,
     settings=SHARED
     | {
         "data": {"sequence_length": 64},
@@ -40,7 +40,7 @@ CPU = Tier(
     variants=METHODS,
     seeds=(0, 1),
     lr_search_seed=100,
-    line=(0.25, 0.5),
+    sweep_factors=(0.25, 0.5),
     matched=("das directions",),
     repeated="das directions",
     contenders=("replay", "ewc 10000", "kd 1000", "das directions", "das directions, replay"),
@@ -56,7 +56,7 @@ CPU = Tier(
 MASKS_TIER = replace(
     CPU,
     name="masks",
-    settings=merged(
+    settings=merge_values(
         CPU.settings,
         {
             "train": {
@@ -80,10 +80,10 @@ OTHER_ORDER = ("pubmed", "camera", "phone", "ai", "restaurant", "acl")
 
 GPU = Tier(
     name="gpu",
-    tracks=(
-        Track("encoder_paper_order", "encoder", PAPER_ORDER),
-        Track("encoder_other_order", "encoder", OTHER_ORDER),
-        Track("decoder_paper_order", "decoder", PAPER_ORDER),
+    suites=(
+        Suite("encoder_paper_order", "encoder", PAPER_ORDER),
+        Suite("encoder_other_order", "encoder", OTHER_ORDER),
+        Suite("decoder_paper_order", "decoder", PAPER_ORDER),
     ),
     settings=SHARED
     | {
@@ -103,7 +103,7 @@ GPU = Tier(
     variants=(*METHODS, *(variant for variant in MASKS if variant not in METHODS)),
     seeds=(0, 1, 2),
     lr_search_seed=100,
-    line=(0.25, 0.5),
+    sweep_factors=(0.25, 0.5),
     matched=("das", "das directions"),
     repeated="das directions",
     threads=4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.domains.plan import NAIVE, Variant, merged
+from benchmarks.domains.plan import NAIVE, Variant, merge_values
 
 NO_CONTRAST = {"contrastive": {"weight": 0.0}}
 ONE_SIDED = {"importance": {"normalization": "tanh_positive"}}
@@ -24,7 +24,7 @@ REPLAY_IN_8: dict[str, Any] = {"replay": {"fraction": 0.125}}
 
 def das(label: str, *sections: dict[str, Any]) -> Variant:
     """das with keys of the section `method`."""
-    return Variant(label, {"method": merged({"name": "das"}, *sections)})
+    return Variant(label, {"method": merge_values({"name": "das"}, *sections)})
 
 
 def searched(*variants: Variant) -> list[Variant]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.domains.benchmark import numbers
+from benchmarks.domains.benchmark import reproducible_results
 from helpers.run_ranks import run_ranks
 from helpers.runs import run_all, small_run
 
@@ -19,7 +19,7 @@ def test_a_run_repeats_its_numbers(tmp_path: Path) -> None:
         }
 
     (results,) = run_ranks(run_all, 1, [run("first"), run("again"), run("other", seed=1)])
-    first, again, other = map(numbers, results)
+    first, again, other = map(reproducible_results, results)
     assert first == again
     assert first["loss_matrix"][1:] != other["loss_matrix"][1:]
     assert first.keys() == other.keys() and "wall_seconds" not in first

@@ -24,7 +24,7 @@ from helpers.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize(("model_type", "missing"), [("bert", set()), ("llama", {"LM-head transform", "decoder bias"})])
-def test_every_parameter_has_one_group(model_type: str, missing: set[str]) -> None:
+def test_group_parameters_each_has_one_group(model_type: str, missing: set[str]) -> None:
     names = [name for name, _ in tiny_model(model_type, tie_word_embeddings=True).named_parameters()]
     groups = group_parameters(names)
     alone = {group: members for group, members in groups.items() if group not in TOGETHER}
@@ -35,7 +35,7 @@ def test_every_parameter_has_one_group(model_type: str, missing: set[str]) -> No
     assert not any("orm" in name for group in ("attention", "FFN", "embeddings") for name in groups[group])
 
 
-def test_a_parameter_without_group_is_named() -> None:
+def test_group_parameters_unknown_is_named() -> None:
     with pytest.raises(ModelError, match=r"found parameter classifier\.weight, expected one of layer norms"):
         group_parameters(["classifier.weight"])
 
@@ -75,7 +75,7 @@ def losses_of(run: TrainingRun, index: int) -> dict[str, float]:
     return evaluate_corpora(LanguageModel(model, spec), text, ResumableLoops(show_progress=False))
 
 
-def test_restoring_what_changed_gives_the_earlier_model_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_measure_restored_losses_restores_the_earlier_model(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
     found = {row.group: row.losses for row in measure_restored_losses(run, torch.device("cpu"))}
     before, after = (losses_of(run, index) for index in range(2))

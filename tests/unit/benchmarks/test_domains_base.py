@@ -51,7 +51,7 @@ def loss(folder: Path, path: Path) -> float:
     return float(cross_entropy(model.cls(hidden), targets))
 
 
-def test_only_the_head_moves_and_it_learns(tmp_path: Path, body: Path) -> None:
+def test_base_encoder_only_the_head_is_trained(tmp_path: Path, body: Path) -> None:
     path = trained(tmp_path, TRAINING)
     before, after = (BertForMaskedLM.from_pretrained(folder) for folder in (body, path))
     for (name, old), new in zip(before.bert.named_parameters(), after.bert.parameters(), strict=True):
@@ -59,7 +59,7 @@ def test_only_the_head_moves_and_it_learns(tmp_path: Path, body: Path) -> None:
     assert loss(tmp_path, path) < loss(tmp_path, trained(tmp_path, replace(TRAINING, learning_rate=1e-9))) - 0.1
 
 
-def test_a_trained_head_is_found_again_and_other_settings_train_another(
+def test_base_encoder_is_cached_by_content_and_settings(
     tmp_path: Path, body: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained(tmp_path, TRAINING)
@@ -71,18 +71,18 @@ def test_a_trained_head_is_found_again_and_other_settings_train_another(
     assert trained(tmp_path, TRAINING) == first
 
 
-def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_body_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "PACKAGE", "gt_no_such_package")
     with pytest.raises(ModelError, match=r"the package gt-no-such-package is not installed, expected it beside das_ds"):
         base.packaged_body()
 
 
-def test_the_bias_begins_at_the_frequencies() -> None:
+def test_log_frequencies_are_smoothed() -> None:
     probabilities = log_frequencies(torch.tensor([2, 2, 0]), 3).exp()
     assert probabilities.tolist() == pytest.approx([1.1 / 3.3, 0.1 / 3.3, 2.1 / 3.3])
 
 
-def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
+def test_learning_rate_factor_warms_up_and_decays() -> None:
     factors = [learning_rate_factor(step, 200) for step in range(200)]
     assert factors[0] == 1 / 20 and factors[-1] == 1 / 200
     assert max(factors) == factors[18] == pytest.approx(182 / 200)

@@ -4,12 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.domains.ablation_groups import NOTHING, Restored
-from benchmarks.domains.conclusions import baseline_p_values, between, compare_with_baseline, goal, judged
-from benchmarks.domains.evidence import in_order, page_text, write_page
+from benchmarks.domains.ablation_groups import NOTHING, RestoredLosses
+from benchmarks.domains.conclusions import (
+    baseline_p_values,
+    check_goal,
+    compare_pairs,
+    compare_with_baseline,
+    describe_difference,
+)
+from benchmarks.domains.evidence import page_text, sort_by_tier, summary_rows, use_display_names, write_page
 from benchmarks.domains.lr_matching import Match, Probe
 from benchmarks.domains.lr_search import Candidate, Choice, naive_front
-from benchmarks.domains.result_file import Extended, Record, Repeated, SuiteResult, read_result_file, write_result_file
+from benchmarks.domains.result_file import (
+    Extended,
+    Repeated,
+    SuiteResult,
+    TierResult,
+    read_result_file,
+    write_result_file,
+)
 from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison, Group
 from das_ds.reporting.statistics import paired_difference
@@ -31,20 +44,20 @@ def naive_and_others() -> Comparison:
     )
 
 
-def record() -> Record:
-    """Results of a tier with one track."""
+def record() -> TierResult:
+    """Results of a tier with one suite."""
     choice = Choice("das", (Candidate(1e-4, 3.4, 0.2), Candidate(2e-4, 3.2, 0.3)))
-    track = SuiteResult(
+    suite = SuiteResult(
         name="encoder",
         base="encoder",
         comparison=naive_and_others(),
         matches=[Match("das", 3.2, 0.01, (Probe(2e-4, 3.0), Probe(1.5e-4, 3.205)))],
         groups=[
-            Restored(NOTHING, {"acl": 4.0, "pubmed": 3.0, "general": 5.0}),
-            Restored("FFN", {"acl": 3.5, "pubmed": 3.6, "general": 4.5}),
+            RestoredLosses(NOTHING, {"acl": 4.0, "pubmed": 3.0, "general": 5.0}),
+            RestoredLosses("FFN", {"acl": 3.5, "pubmed": 3.6, "general": 4.5}),
         ],
     )
-    return Record(
+    return TierResult(
         tier="cpu",
         environment={"device": "a processor", "date": "2026-01-01", "versions": {"torch": "2.0"}},
         settings={
@@ -53,33 +66,36 @@ def record() -> Record:
         },
         choices={"encoder": [choice]},
         repeated=Repeated(label="das", learning_rate=1e-4, is_equal=True),
-        tracks=[track],
+        suites=[suite],
     )
 
 
-def test_a_record_comes_back_and_draws_the_page(tmp_path: Path) -> None:
+def test_write_page_from_stored_result(tmp_path: Path) -> None:
     path, page = tmp_path / "domains_cpu_cpu.json", tmp_path / "docs" / "evidence.md"
     write_result_file(path, record())
     assert read_result_file(path) == record()
     page.parent.mkdir()
     write_page([path], page)
-    assert page.read_text() == page_text([in_order(record())])
+    assert page.read_text() == page_text([sort_by_tier(record())])
     assert (page.parent / "images" / "evidence_cpu_encoder.png").stat().st_size > 1000
 
 
-def test_everything_is_on_the_page() -> None:
+def test_page_text_has_every_group_and_section() -> None:
     text = page_text([record()])
     for found in naive_and_others().groups:
         assert f"| {found.label} " in text
     assert "7 steps per domain of 4 x 8 tokens, fp32" in text
-    assert "gave the same numbers to the last digit" in text
+    assert "gave identical results, to the last digit" in text
     assert "3.5000 (-0.5000)" in text and "0.0001: 3.4000 (+0.2000), 0.0002: 3.2000 (+0.3000)" in text
-    assert "| das        |          3.2000 |                ncl |            3.0000 |   0.01 |  no |" in text
+    assert (
+        "| das             |                     3.2000 |                ncl |     3.0000 |      0.01 |      no |"
+        in text
+    )
     assert "images/evidence_cpu_encoder.png" in text
-    assert "`pool`: forgetting is not defined" in text
+    assert "`pool`: forgetting is undefined." in text
 
 
-def test_the_choice_is_held_against_naive_training_that_learns_as_much() -> None:
+def test_page_text_candidates_are_compared_with_naive_front() -> None:
     def choice(label: str, *places: tuple[float, float | None]) -> Choice:
         return Choice(label, tuple(Candidate(rate, *place) for rate, place in zip((1.0, 2.0), places, strict=True)))
 
@@ -98,94 +114,132 @@ def test_the_choice_is_held_against_naive_training_that_learns_as_much() -> None
     assert "| 1: 3.2000, 2: 2.9000 " in text
 
 
-def test_rows_are_in_the_order_of_the_tier_whenever_they_were_run() -> None:
+def test_sort_by_tier_follows_the_variants() -> None:
     others = [Choice(label, (Candidate(1e-4, 3.4, 0.2),)) for label in ("merge", "mine", "replay")]
-    found = in_order(record().model_copy(update={"choices": {"encoder": others}}))
+    found = sort_by_tier(record().model_copy(update={"choices": {"encoder": others}}))
     assert [choice.label for choice in found.choices["encoder"]] == ["replay", "merge", "mine"]
-    labels = [group.label for group in found.tracks[0].comparison.groups]
+    labels = [group.label for group in found.suites[0].comparison.groups]
     assert labels == ["ncl", "pool", "replay", "ewc", "ncl x 0.5", "das", "das weights", "das weights, replay"]
     unknown = record().model_copy(update={"tier": "another"})
-    assert in_order(unknown) == unknown
+    assert sort_by_tier(unknown) == unknown
 
 
-def test_earlier_results_are_named() -> None:
+def test_use_display_names_renames_every_label() -> None:
+    """Result files say `das directions`; the method is called `directions`."""
+    old = naive_and_others()
+    groups = [
+        one.model_copy(update={"label": one.label.replace("das weights", "das directions")}) for one in old.groups
+    ]
+    suite = (
+        record()
+        .suites[0]
+        .model_copy(
+            update={
+                "comparison": old.model_copy(update={"groups": groups}),
+                "matches": [Match("das directions", 3.2, 0.01, (Probe(2e-4, 3.0),))],
+            }
+        )
+    )
+    choices = {"encoder": [Choice("das directions 3", (Candidate(1e-4, 3.4, 0.2),))]}
+    shown = use_display_names(record().model_copy(update={"suites": [suite], "choices": choices}))
+    labels = [one.label for one in shown.suites[0].comparison.groups]
+    assert "directions" in labels and "directions, replay" in labels and "das" in labels
+    assert shown.suites[0].matches == [Match("directions", 3.2, 0.01, (Probe(2e-4, 3.0),))]
+    assert shown.choices["encoder"][0].label == "directions 3"
+    assert "das directions" not in page_text([shown])
+
+
+def test_summary_rows_worked_example() -> None:
+    rows = {row[0]: list(row[1:]) for row in summary_rows(naive_and_others(), family=["das"])}
+    assert rows["ncl"] == ["2", "3.000", "+1.000", "3.500", "100% (baseline)", "-"]
+    assert rows["das"] == ["2", "3.200", "+0.250", "3.325", "31%", "no clear difference (the interval contains 0)"]
+    assert rows["ewc"][-2:] == rows["pool"][-2:] == ["-", "no baseline at equal learning"]
+    assert "ncl x 0.5" not in rows
+
+
+def test_page_text_extended_results_are_named() -> None:
     earlier = Extended(environment=record().environment | {"date": "2025-01-01"}, difference=0.00012)
     text = page_text([record().model_copy(update={"extended": [earlier, earlier]})])
-    assert text.count("Earlier results are among these: a processor, 2025-01-01, torch 2.0.") == 1
-    assert "differ by 0.00012 at most" in text
-    assert "in cost only roughly" in text
-    assert "Earlier" not in page_text([record()])
+    assert text.count("Includes earlier results: a processor, 2025-01-01, torch 2.0.") == 1
+    assert "differ by at most 0.00012" in text
+    assert "their costs only roughly" in text
+    assert "Includes earlier" not in page_text([record()])
 
 
-def test_what_was_not_run_is_said_to_be_missing() -> None:
+def test_page_text_missing_variants_are_listed() -> None:
     lines = page_text([record()]).splitlines()
     missing = next(line for line in lines if line.startswith("Not run yet: "))
     # Compared are ncl, replay and pool; of what is only searched nothing has a choice.
-    assert "`kd 1000`" in missing and "`das directions 10`" in missing
+    assert "`kd 1000`" in missing and "`directions 10`" in missing
     assert not any(f"`{label}`" in missing for label in ("ncl", "replay", "pool"))
     assert "Not run yet with all seeds: `ncl`, `pool`, `replay`." in lines
     assert "Not run yet" not in page_text([record().model_copy(update={"tier": "another"})])
 
 
-def test_a_run_that_gave_other_numbers_is_said_to() -> None:
+def test_page_text_irreproducible_run_is_reported() -> None:
     other = record().model_copy(update={"repeated": Repeated(label="das", learning_rate=1e-4, is_equal=False)})
-    assert "gave **other numbers**" in page_text([other])
+    assert "gave **different results**" in page_text([other])
 
 
-def test_words_follow_from_the_line() -> None:
+def test_conclusions_follow_from_the_results() -> None:
     runs = naive_and_others()
     # At 3.2 the line forgets 0.8: das 0.25 on average, a third of it; das weights exactly as much.
     assert compare_with_baseline(runs, runs.group("das")) == (
-        "`das` forgets +0.250; naive training that learns as much forgets +0.800, 31% of it: not told apart: the "
-        "interval holds 0."
+        "`das` forgets +0.250; naive training at equal learning forgets +0.800 (31% of it): no clear difference (the "
+        "interval contains 0)."
     )
     same = comparison(runs.group("ncl"), runs.group("ncl x 0.5"), group("das", [(3.2, 0.3), (3.2, 0.3)]))
     assert compare_with_baseline(same, same.group("das")).endswith(
-        "38% of it: less, the interval leaves out 0; not tested."
+        "(38% of it): less (the interval excludes 0; not tested)."
     )
     tested = compare_with_baseline(same, same.group("das"), family=["das"])
-    assert tested.endswith("38% of it: less, the interval leaves out 0 (p 0.5).")
-    assert "no naive run learns as much or as little" in compare_with_baseline(runs, runs.group("ewc"))
-    assert goal(runs, "das").endswith("`das`: reached (31%).")
-    assert goal(runs, "das weights").endswith("`das weights`: not reached (100%).")
-    assert goal(runs, "ewc").endswith("cannot be said.")
+    assert tested.endswith("(38% of it): less, but not significantly (the interval excludes 0; p 0.5).")
+    assert "it has no baseline at equal learning" in compare_with_baseline(runs, runs.group("ewc"))
+    assert check_goal(runs, "das") == (
+        "Goal for `das`, at most half of the naive forgetting at equal learning: reached (31%)."
+    )
+    assert check_goal(runs, "das weights").endswith(": not reached (100%).")
+    assert check_goal(runs, "ewc").endswith(": undecided, without a baseline at equal learning.")
     better = comparison(runs.group("ncl"), runs.group("ncl x 0.5"), group("das", [(3.2, -0.1)]))
-    assert goal(better, "das").endswith("reached (0%).") and "% of it" not in compare_with_baseline(
+    assert check_goal(better, "das").endswith("reached (0%).") and "% of it" not in compare_with_baseline(
         better, better.group("das")
     )
     # Of two domains the first is forgotten, so half of the difference in forgetting is left at the end: 1.2 - 0.125.
-    assert between(runs, [("das", "ewc")]) == [
-        "`das` beside `ewc`: forgets -0.250, not told apart: the interval holds 0; its loss when learned (2..T) is "
-        "+1.200, higher, the interval leaves out 0; not tested; its loss at the end is +1.075, higher, the interval "
-        "leaves out 0; not tested."
+    assert compare_pairs(runs, [("das", "ewc")]) == [
+        "`das` compared with `ewc`: forgetting -0.250, no clear difference (the interval contains 0); loss after "
+        "learning (2..T) +1.200, higher (the interval excludes 0; not tested); final loss +1.075, higher (the interval "
+        "excludes 0; not tested)."
     ]
 
 
-def test_judged_corrected_p_value_decides_on_the_word() -> None:
-    assert judged(paired_difference([1.0], [2.0]), None) == "less in the one seed there is"
-    assert judged(paired_difference([3.0, 1.0], [2.0, 2.0]), 0.01) == "not told apart: the interval holds 0"
+def test_describe_difference_depends_on_corrected_p_value() -> None:
+    assert describe_difference(paired_difference([1.0], [2.0]), None) == "less, based on a single seed"
+    assert (
+        describe_difference(paired_difference([3.0, 1.0], [2.0, 2.0]), 0.01)
+        == "no clear difference (the interval contains 0)"
+    )
     six = paired_difference([3.0] * 6, [2.0] * 6)
-    assert judged(six, six.p_value) == "significantly more (p 0.031)"
-    assert judged(six, 2 * six.p_value) == "more, the interval leaves out 0 (p 0.062)"
-    assert judged(six, None) == "more, the interval leaves out 0; not tested"
+    assert describe_difference(six, six.p_value) == "significantly more (p 0.031)"
+    assert describe_difference(six, 2 * six.p_value) == "more, but not significantly (the interval excludes 0; p 0.062)"
+    assert describe_difference(six, None) == "more (the interval excludes 0; not tested)"
 
 
-def test_between_one_family_has_all_aspects_of_all_its_pairs() -> None:
+def test_compare_pairs_corrects_for_all_aspects_and_pairs() -> None:
     def seeds(label: str, learned: float, forgetting: float, num_seeds: int = 9) -> Group:
         return group(label, [(learned + 0.1 * seed, forgetting) for seed in range(num_seeds)])
 
     runs = comparison(seeds("ncl", 3.0, 0.9), seeds("das", 3.5, 0.1), seeds("ewc", 3.4, 0.2), seeds("kd", 3.3, 0.3))
     pairs = [("das", "ewc"), ("das", "kd")]
     # Nine pairs of one sign: p = 2 / 2^9 = 0.0039, times six tests.
-    assert between(runs, pairs, family=["das", "ewc", "kd"])[0].startswith(
-        "`das` beside `ewc`: forgets -0.100, significantly less (p 0.023)"
+    assert compare_pairs(runs, pairs, family=["das", "ewc", "kd"])[0].startswith(
+        "`das` compared with `ewc`: forgetting -0.100, significantly less (p 0.023)"
     )
     # A pair with a group outside the family is not tested and is no test of it.
-    first, second = between(runs, pairs, family=["das", "ewc"])
-    assert "significantly less (p 0.012)" in first and "not tested" in second and "significant" not in second
+    first, second = compare_pairs(runs, pairs, family=["das", "ewc"])
+    assert "significantly less (p 0.012)" in first and "not tested" in second and "significantly" not in second
 
 
-def test_line_p_values_family_counts_what_could_not_be_tested() -> None:
+def test_baseline_p_values_count_the_complete_family() -> None:
     places = {"ncl": (3.0, 1.0), "ncl x 0.5": (3.5, 0.5), "das": (3.2, 0.1)}
     groups = [
         group(label, [place] * 6, train__learning_rate=f"{index}e-4")
@@ -196,7 +250,7 @@ def test_line_p_values_family_counts_what_could_not_be_tested() -> None:
     assert baseline_p_values(runs, ["das", "ewc", "kd"]) == pytest.approx({"das": 3 * 2 / 2**6})
 
 
-def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_read_result_file_unusable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"found no domains_\*\.json, expected results of `make bench-domains`"):
         write_page([], tmp_path / "evidence.md")
     path = tmp_path / "domains_cpu_cpu.json"

@@ -16,33 +16,33 @@ KNOWN = [Probe(8e-4, loss_of(8e-4)), Probe(4e-4, loss_of(4e-4)), Probe(2e-4, los
 
 
 @pytest.mark.parametrize("sought", [3e-5, 7e-5, 1.5e-4, 3e-4, 6e-4])
-def test_a_rate_between_or_below_the_known_ones_is_found(sought: float) -> None:
+def test_match_finds_rate_between_or_below_known_ones(sought: float) -> None:
     found = match("das", loss_of(sought), KNOWN, loss_of, tolerance=1e-3, max_probes=12)
     assert found.is_met
     assert loss_of(found.best.learning_rate) == found.best.learned == pytest.approx(loss_of(sought), abs=1e-3)
     assert found.probes[:3] == tuple(KNOWN)
 
 
-def test_known_rates_that_are_near_enough_cost_nothing() -> None:
+def test_match_known_rate_within_tolerance_runs_nothing() -> None:
     def unused(_: float) -> float:
         raise AssertionError
 
     assert match("das", loss_of(4e-4) + 0.005, KNOWN, unused, tolerance=0.01, max_probes=4).best == KNOWN[1]
 
 
-def test_a_method_that_learns_more_needs_no_lowering() -> None:
+def test_match_method_that_learns_more_runs_nothing() -> None:
     found = match("das", loss_of(8e-4) - 0.1, KNOWN, loss_of, tolerance=0.01, max_probes=4)
     assert not found.needs_lowering and not found.is_met
     assert len(found.probes) == len(KNOWN)
 
 
-def test_a_rate_that_is_too_high_to_learn_is_no_end_of_the_search() -> None:
+def test_match_ignores_rates_that_are_too_high() -> None:
     found = match("das", loss_of(1e-4), [Probe(1e-2, 9.0), *KNOWN], loss_of, tolerance=1e-3, max_probes=6)
     assert found.needs_lowering and found.is_met
     assert found.best.learning_rate == pytest.approx(1e-4, rel=0.05)
 
 
-def test_the_number_of_probes_is_bounded_and_so_is_the_rate() -> None:
+def test_match_probes_and_rates_are_bounded() -> None:
     few = match("das", loss_of(4.6e-5), KNOWN, loss_of, tolerance=1e-9, max_probes=2)
     assert len(few.probes) == len(KNOWN) + 2 and not few.is_met
     endless = match("das", 99.0, KNOWN, lambda rate: 4.5, tolerance=0.01, max_probes=50)
@@ -50,7 +50,7 @@ def test_the_number_of_probes_is_bounded_and_so_is_the_rate() -> None:
     assert not endless.is_met and endless.needs_lowering
 
 
-def test_the_next_rate_lies_inside_the_bracket() -> None:
+def test_next_rate_is_inside_the_bracket() -> None:
     probes = (Probe(1e-4, 5.0), Probe(1e-3, 4.0))
     rate = next_rate(probes, 4.5)
     assert rate == pytest.approx(math.sqrt(1e-4 * 1e-3))
@@ -58,6 +58,6 @@ def test_the_next_rate_lies_inside_the_bracket() -> None:
     assert nearly is not None and nearly == pytest.approx(1e-4 * 10**0.1)
 
 
-def test_the_nearest_probe_is_the_best() -> None:
+def test_match_best_is_the_nearest_probe() -> None:
     found = Match("das", 4.2, 0.05, (Probe(1e-4, 4.4), Probe(2e-4, 4.21), Probe(4e-4, 4.0)))
     assert found.best.learning_rate == 2e-4 and found.is_met

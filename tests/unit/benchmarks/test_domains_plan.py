@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.domains import data
-from benchmarks.domains.__main__ import main, only
+from benchmarks.domains.__main__ import main, select_variants
 from benchmarks.domains.lr_search import Candidate, Choice
-from benchmarks.domains.plan import NAIVE, BaseName, Tier, Values, merged
+from benchmarks.domains.plan import NAIVE, BaseName, Tier, Values, merge_values
 from benchmarks.domains.pretraining import pretraining_run
-from benchmarks.domains.runs import Experiment, learned
+from benchmarks.domains.runs import RunFactory, loss_after_learning
 from benchmarks.domains.tiers import TIERS
 from das_ds.config import RunConfig
 from das_ds.errors import ConfigError, DataError
@@ -22,25 +22,25 @@ TIERS_BY_NAME = pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
 def configs(tier: Tier) -> list[RunConfig]:
     """Every run config of a tier, with the smallest learning rate as if it were chosen."""
     found = []
-    experiments = [Experiment(tier, track, Path("runs"), Path("data"), Path("base")) for track in tier.tracks]
-    by_base = {experiment.track.base: experiment for experiment in experiments}
+    experiments = [RunFactory(tier, suite, Path("runs"), Path("data"), Path("base")) for suite in tier.suites]
+    by_base = {factory.suite.base: factory for factory in experiments}
     for variant in tier.variants:
         rates = tier.rates(variant)
-        found += [experiment.lr_search_run(variant, rate) for experiment in by_base.values() for rate in rates]
-        found += [experiment.run(variant, rates[0], seed) for experiment in experiments for seed in tier.seeds]
+        found += [factory.lr_search_run(variant, rate) for factory in by_base.values() for rate in rates]
+        found += [factory.run(variant, rates[0], seed) for factory in experiments for seed in tier.seeds]
     return [RunConfig.model_validate({"output_dir": run.folder, **run.values}) for run in found]
 
 
 @TIERS_BY_NAME
-def test_every_run_is_a_run_config_of_its_own(tier: Tier) -> None:
+def test_runs_have_valid_and_different_configs(tier: Tier) -> None:
     runs = configs(tier)
     assert len({run.output_dir for run in runs}) == len(runs)
-    assert {len(run.domains) for run in runs} == {2, len(tier.tracks[0].domains)}
+    assert {len(run.domains) for run in runs} == {2, len(tier.suites[0].domains)}
     assert {run.seed for run in runs if len(run.domains) == 2} == {tier.lr_search_seed}
 
 
 @TIERS_BY_NAME
-def test_a_tier_names_its_own_variants_and_leaves_the_choice_a_seed(tier: Tier) -> None:
+def test_tier_names_its_variants_and_has_a_search_seed(tier: Tier) -> None:
     labels = [variant.label for variant in tier.variants]
     assert len(set(labels)) == len(labels)
     assert {NAIVE, tier.repeated, *tier.matched, *tier.task_variants} <= set(labels)
@@ -50,7 +50,7 @@ def test_a_tier_names_its_own_variants_and_leaves_the_choice_a_seed(tier: Tier) 
 
 
 @TIERS_BY_NAME
-def test_base_models_are_runs_over_general_text_alone(tier: Tier) -> None:
+def test_pretraining_run_uses_only_general_text(tier: Tier) -> None:
     starts: dict[BaseName, Values] = {
         "encoder": {"model": {"name_or_path": "head"}},
         "decoder": {"data": {"tokenizer": "tokenizer"}},
@@ -65,21 +65,21 @@ def test_base_models_are_runs_over_general_text_alone(tier: Tier) -> None:
         )
 
 
-def test_merging_goes_into_sections_and_replaces_lists() -> None:
+def test_merge_values_merges_sections_and_replaces_lists() -> None:
     first = {"a": {"b": 1, "c": [1, 2]}, "d": 4}
-    assert merged(first, {"a": {"c": [3]}}, {"e": {"f": 5}}) == {"a": {"b": 1, "c": [3]}, "d": 4, "e": {"f": 5}}
+    assert merge_values(first, {"a": {"c": [3]}}, {"e": {"f": 5}}) == {"a": {"b": 1, "c": [3]}, "d": 4, "e": {"f": 5}}
     assert first == {"a": {"b": 1, "c": [1, 2]}, "d": 4}
 
 
-def test_some_variants_alone() -> None:
-    tier = only(TIERS["cpu"], ["replay"])
+def test_select_variants_keeps_naive_training() -> None:
+    tier = select_variants(TIERS["cpu"], ["replay"])
     assert [variant.label for variant in tier.variants] == [NAIVE, "replay"]
     assert tier.matched == () and tier.repeated == NAIVE
     with pytest.raises(ConfigError, match=r"--only: found 'wishes', allowed: 'ncl', 'one', 'pool'"):
-        only(TIERS["cpu"], ["wishes"])
+        select_variants(TIERS["cpu"], ["wishes"])
 
 
-def test_the_best_learner_is_chosen_and_an_edge_is_named() -> None:
+def test_choice_has_lowest_loss_and_knows_its_edge() -> None:
     def choice(*losses: float) -> Choice:
         return Choice("das", tuple(Candidate(rate, loss, 0.1) for rate, loss in zip((1, 2, 4), losses, strict=True)))
 
@@ -89,7 +89,7 @@ def test_the_best_learner_is_chosen_and_an_edge_is_named() -> None:
     assert choice(3.0, 3.0, 3.0).learning_rate == 1
 
 
-def test_learned_is_the_diagonal_below_the_first_row() -> None:
+def test_loss_after_learning_is_the_mean_of_the_diagonal() -> None:
     results = build_results(
         method="ncl",
         domains=["a", "b"],
@@ -100,14 +100,14 @@ def test_learned_is_the_diagonal_below_the_first_row() -> None:
         world_size=1,
         zero_stage=0,
     )
-    assert learned(results) == 2.5
+    assert loss_after_learning(results) == 2.5
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [("", "DAS_DS_DATA: not set, expected the folder"), ("nowhere", "DAS_DS_DATA: found nowhere, which is no folder")],
 )
-def test_no_data_folder_is_one_line(
+def test_main_without_data_folder_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, value: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_no_data_folder_is_one_line(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_tier_that_would_take_days_here_is_refused(
+def test_main_emulated_precision_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for corpus in (data.GENERAL, *TIERS["cpu"].corpora):
@@ -134,7 +134,7 @@ def test_a_tier_that_would_take_days_here_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_check_files_missing_ones_are_named(tmp_path: Path) -> None:
     for part in ("train", "valid"):
         (tmp_path / "acl").mkdir(exist_ok=True)
         (tmp_path / "acl" / f"{part}.txt.xz").touch()

@@ -1,4 +1,4 @@
-"""Going on from results without the folders of their runs: nothing twice, nothing mixed that does not fit."""
+"""Extending results without their run folders: no run is repeated, and nothing incompatible is joined."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,10 +12,17 @@ from benchmarks.domains.jobs import Job
 from benchmarks.domains.lr_matching import Match, Probe
 from benchmarks.domains.lr_search import Candidate, Choice, choose
 from benchmarks.domains.plan import NAIVE, Tier
-from benchmarks.domains.result_file import Record, SuiteResult, write_result_file
-from benchmarks.domains.resume_results import AGREEMENT, check_agreement, check_tier, find_suite, joined, known_run
+from benchmarks.domains.result_file import SuiteResult, TierResult, write_result_file
+from benchmarks.domains.resume_results import (
+    AGREEMENT,
+    check_agreement,
+    check_tier,
+    find_run,
+    find_suite,
+    join_comparisons,
+)
 from benchmarks.domains.runner import Runner
-from benchmarks.domains.runs import Experiment
+from benchmarks.domains.runs import RunFactory
 from benchmarks.domains.suite import SuiteRuns
 from benchmarks.domains.tiers import CPU, GPU
 from das_ds.errors import RunFolderError, StoppedError
@@ -24,11 +31,11 @@ from das_ds.reporting.metrics import baseline_sweep
 from helpers.comparisons import comparison, group, run_summary
 
 RATE = "train__learning_rate"
-TRACK = replace(CPU.tracks[0], domains=("acl", "pubmed"))
+SUITE = replace(CPU.suites[0], domains=("acl", "pubmed"))
 
 
-class Asked(Runner):
-    """Notes what it is asked to run, and stops."""
+class RecordingRunner(Runner):
+    """Records the names of the jobs, and stops."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -52,19 +59,19 @@ def seeds(of: Group) -> list[int]:
     return [run.seed for run in of.runs]
 
 
-def track() -> SuiteResult:
+def suite() -> SuiteResult:
     matches = [Match("das directions", 3.2, 0.01, (Probe(4e-4, 3.0), Probe(1.8612e-4, 3.2)))]
-    return SuiteResult(name=TRACK.name, base=TRACK.base, comparison=known(), matches=matches, groups=[])
+    return SuiteResult(name=SUITE.name, base=SUITE.base, comparison=known(), matches=matches, groups=[])
 
 
-def record(tier: Tier = CPU) -> Record:
-    return Record(
+def record(tier: Tier = CPU) -> TierResult:
+    return TierResult(
         tier=tier.name,
         environment={"device": "a processor", "date": "2026-01-01", "versions": {"torch": "2.0"}},
         settings=tier.settings,
         choices={"encoder": [Choice("replay", (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4)))]},
         repeated=None,
-        tracks=[track()],
+        suites=[suite()],
     )
 
 
@@ -75,8 +82,8 @@ def new() -> Comparison:
     return comparison(first, group("das", [(3.4, 0.3)], **{RATE: "4e-4", "method__contrastive__weight": "0"}))
 
 
-def test_all_runs_of_both_each_seed_once() -> None:
-    both = joined(known(), new())
+def test_join_comparisons_has_each_seed_once() -> None:
+    both = join_comparisons(known(), new())
     assert [(one.label, seeds(one)) for one in both.groups] == [
         (NAIVE, [0, 1, 2]),
         ("ncl x 0.5", [0, 1]),
@@ -88,8 +95,8 @@ def test_all_runs_of_both_each_seed_once() -> None:
     assert [run.loss_after_learning for run in both.group(NAIVE).runs] == pytest.approx([3.0, 3.1, 3.2])
 
 
-def test_settings_of_one_alone_have_the_value_of_the_reference_in_the_other() -> None:
-    both = joined(known(), new())
+def test_join_comparisons_fills_settings_from_the_baseline() -> None:
+    both = join_comparisons(known(), new())
     assert both.group("replay").settings == {
         "train.learning_rate": "4e-4",
         "method.replay.fraction": "0.25",
@@ -99,36 +106,36 @@ def test_settings_of_one_alone_have_the_value_of_the_reference_in_the_other() ->
     assert [one.label for one in baseline_sweep(both)] == [NAIVE, "ncl x 0.5", "ncl at 0.000186"]
 
 
-def test_runs_of_one_label_with_other_settings_are_refused() -> None:
+def test_join_comparisons_other_settings_are_refused() -> None:
     other = comparison(group(NAIVE, [(3.0, 1.0)], **{RATE: "2e-4"}))
     with pytest.raises(RunFolderError, match=r"ncl: found train.learning_rate 2e-4, expected 4e-4"):
-        joined(known(), other)
+        join_comparisons(known(), other)
 
 
-def test_only_results_of_the_same_tier_are_extended() -> None:
+def test_check_tier_other_tier_is_refused() -> None:
     check_tier(record(), CPU)
     with pytest.raises(RunFolderError, match=r"found results of tier gpu, expected those of cpu"):
         check_tier(record(GPU), CPU)
     with pytest.raises(RunFolderError, match=r"found results of other settings in evaluation, train, expected"):
         check_tier(record(), replace(CPU, settings={**CPU.settings, "train": {}, "evaluation": {}}))
-    assert find_suite(None, TRACK) is None
-    assert find_suite(record(), replace(TRACK, name="another")) is None
-    assert find_suite(record(), TRACK) == track()
-    with pytest.raises(RunFolderError, match=r"found track encoder over acl, pubmed, expected restaurant, acl, pubmed"):
-        find_suite(record(), CPU.tracks[0])
+    assert find_suite(None, SUITE) is None
+    assert find_suite(record(), replace(SUITE, name="another")) is None
+    assert find_suite(record(), SUITE) == suite()
+    with pytest.raises(RunFolderError, match=r"found suite encoder over acl, pubmed, expected restaurant, acl, pubmed"):
+        find_suite(record(), CPU.suites[0])
 
 
-def test_a_run_that_is_made_again_has_to_agree() -> None:
+def test_check_agreement_large_difference_is_refused() -> None:
     assert check_agreement(run_summary(0, 3.0, 1.0), run_summary(0, 3.0, 1.0)) == 0.0
     assert check_agreement(run_summary(0, 3.0, 1.0), run_summary(0, 3.01, 1.0)) == pytest.approx(0.01)
-    with pytest.raises(RunFolderError, match=r"runs/0 was made again and differs by 0.1 .* at most 0.05"):
+    with pytest.raises(RunFolderError, match=r"runs/0 was repeated and differs by 0.1 .* at most 0.05"):
         check_agreement(run_summary(0, 3.0, 1.0), run_summary(0, 3.0, 1.0 + 2 * AGREEMENT))
-    assert known_run(None, NAIVE, 0) is None
-    assert known_run(track(), NAIVE, 7) is None
-    assert known_run(track(), NAIVE, 1) == run_summary(1, 3.1, 1.1)
+    assert find_run(None, NAIVE, 0) is None
+    assert find_run(suite(), NAIVE, 7) is None
+    assert find_run(suite(), NAIVE, 1) == run_summary(1, 3.1, 1.1)
 
 
-def experiment(*labels: str) -> Experiment:
+def factory(*labels: str) -> RunFactory:
     tier = replace(
         CPU,
         variants=tuple(variant for variant in CPU.variants if variant.label in labels),
@@ -136,23 +143,23 @@ def experiment(*labels: str) -> Experiment:
         seeds=(0, 1),
         more_seeds=(2,),
     )
-    return Experiment(tier, TRACK, Path("runs"), Path("data"), Path("base"))
+    return RunFactory(tier, SUITE, Path("runs"), Path("data"), Path("base"))
 
 
-def test_known_choices_are_not_made_again() -> None:
-    runner = Asked()
-    setup = experiment(NAIVE, "replay")
+def test_choose_known_choices_are_not_repeated() -> None:
+    runner = RecordingRunner()
+    setup = factory(NAIVE, "replay")
     with pytest.raises(StoppedError, match="noted"):
         choose(setup, setup.tier.variants, runner, record().choices["encoder"])
     assert runner.names == ["encoder/ncl/0.0002", "encoder/ncl/0.0004"]
 
 
-def test_of_known_runs_only_the_first_naive_one_is_made_again() -> None:
-    runner = Asked()
+def test_run_variants_repeats_only_the_first_naive_run() -> None:
+    runner = RecordingRunner()
     rates = (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4))
     choices = {label: Choice(label, rates) for label in (NAIVE, "replay", "merge")}
     with pytest.raises(StoppedError, match="noted"):
-        SuiteRuns(experiment(NAIVE, "replay", "merge"), choices, runner, track()).run_variants()
+        SuiteRuns(factory(NAIVE, "replay", "merge"), choices, runner, suite()).run_variants()
     assert runner.names == [
         "encoder/ncl/seed0",
         "encoder/ncl/seed2",
@@ -167,13 +174,15 @@ def test_of_known_runs_only_the_first_naive_one_is_made_again() -> None:
     ]
 
 
-def test_runs_whose_models_are_needed_for_end_tasks_are_made_again() -> None:
-    setup = experiment(NAIVE, "replay")
-    setup = replace(setup, tier=replace(setup.tier, task_variants=("replay",), task_seeds=1, line=(), more_seeds=()))
+def test_run_variants_repeats_runs_whose_models_are_needed() -> None:
+    setup = factory(NAIVE, "replay")
+    setup = replace(
+        setup, tier=replace(setup.tier, task_variants=("replay",), task_seeds=1, sweep_factors=(), more_seeds=())
+    )
     choices = {label: Choice(label, (Candidate(4e-4, 3.1, 0.4),)) for label in (NAIVE, "replay")}
-    runner = Asked()
+    runner = RecordingRunner()
     with pytest.raises(StoppedError, match="noted"):
-        SuiteRuns(setup, choices, runner, track()).run_variants()
+        SuiteRuns(setup, choices, runner, suite()).run_variants()
     assert runner.names == ["encoder/ncl/seed0", "encoder/replay/seed0", "encoder/replay/seed1"]
 
 
@@ -181,7 +190,7 @@ def test_runs_whose_models_are_needed_for_end_tasks_are_made_again() -> None:
     ("name", "message"),
     [("none.json", "No such file or directory"), ("other.json", "--extend: found results of tier gpu")],
 )
-def test_results_that_cannot_be_extended_are_one_line(
+def test_main_unusable_results_to_extend_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, message: str
 ) -> None:
     monkeypatch.setenv(data.VARIABLE, str(tmp_path))

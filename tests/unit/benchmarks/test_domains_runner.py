@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.domains.jobs import TrainingRun
-from benchmarks.domains.runner import MANIFEST, WORTH_STARTING, Runner
+from benchmarks.domains.runner import MANIFEST, MIN_TIME_TO_START_S, Runner
 from das_ds.errors import RunFolderError, StoppedError, TrainingError
 from das_ds.reporting.results import build_results
 from das_ds.run_dir import RESULTS_FILE
@@ -50,7 +50,7 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
 
 
-def test_jobs_run_once_with_their_threads_and_are_in_the_manifest(tmp_path: Path) -> None:
+def test_runner_runs_jobs_once_and_records_them(tmp_path: Path) -> None:
     jobs = [writing(tmp_path / name) for name in ("a", "b", "c")]
     runner = Runner(tmp_path, threads=3, parallel=2)
     runner.run(jobs)
@@ -62,29 +62,29 @@ def test_jobs_run_once_with_their_threads_and_are_in_the_manifest(tmp_path: Path
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit(2)", "pass"])
-def test_a_job_that_fails_or_leaves_nothing_is_named(tmp_path: Path, code: str) -> None:
+def test_runner_failed_job_is_named(tmp_path: Path, code: str) -> None:
     with pytest.raises(TrainingError, match=r"bad: ended with exit code [02], expected 0 and results; see .*bad\.log"):
         Runner(tmp_path, threads=1).run([Script(tmp_path / "bad", code), writing(tmp_path / "after")])
     assert not (tmp_path / "after").exists()
 
 
-def test_a_failure_stops_the_jobs_beside_it_and_is_what_is_said(tmp_path: Path) -> None:
+def test_runner_failure_stops_other_jobs_and_is_raised(tmp_path: Path) -> None:
     jobs = [Script(tmp_path / "long", STOPPED), Script(tmp_path / "bad", "import time; time.sleep(1); 1 / 0")]
     with pytest.raises(TrainingError, match="bad: ended with exit code 1"):
         Runner(tmp_path, threads=1, parallel=2).run(jobs)
     assert {line["job"]: line["exit_code"] for line in manifest(tmp_path)} == {"long": 75, "bad": 1}
 
 
-def test_time_that_is_up_asks_the_run_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.domains.runner.WORTH_STARTING", 0.0)
-    with pytest.raises(StoppedError, match="long: stopped and saved; the same command continues"):
+def test_runner_deadline_asks_jobs_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.domains.runner.MIN_TIME_TO_START_S", 0.0)
+    with pytest.raises(StoppedError, match="long: stopped and saved; the same command resumes"):
         Runner(tmp_path, threads=1, minutes=1 / 60).run([Script(tmp_path / "long", STOPPED)])
     assert [line["exit_code"] for line in manifest(tmp_path)] == [75]
 
 
-def test_nothing_is_started_shortly_before_the_end(tmp_path: Path) -> None:
+def test_runner_starts_nothing_near_the_deadline(tmp_path: Path) -> None:
     with pytest.raises(StoppedError, match="time is up"):
-        Runner(tmp_path, threads=1, minutes=0.9 * WORTH_STARTING / 60).run([writing(tmp_path / "late")])
+        Runner(tmp_path, threads=1, minutes=0.9 * MIN_TIME_TO_START_S / 60).run([writing(tmp_path / "late")])
     assert not (tmp_path / "late").exists()
 
 
@@ -108,7 +108,7 @@ def done_run(folder: Path, rate: float = 1e-3) -> TrainingRun:
     return run
 
 
-def test_a_run_that_is_done_leaves_neither_checkpoints_nor_models(tmp_path: Path) -> None:
+def test_training_run_finish_removes_checkpoints_and_models(tmp_path: Path) -> None:
     run = done_run(tmp_path)
     assert run.is_done()
     run.finish()
@@ -118,7 +118,7 @@ def test_a_run_that_is_done_leaves_neither_checkpoints_nor_models(tmp_path: Path
     assert kept.model(0).is_dir()
 
 
-def test_a_run_of_another_plan_is_refused(tmp_path: Path) -> None:
+def test_training_run_of_another_plan_is_refused(tmp_path: Path) -> None:
     other = TrainingRun(done_run(tmp_path).folder, {"train": {"learning_rate": 2e-3}})
     with pytest.raises(RunFolderError, match=r"found a run of another plan .*expected that of this one; use another"):
         other.is_done()

@@ -14,7 +14,7 @@ from das_ds.models.language_model import LanguageModel
 
 
 @pytest.mark.parametrize("name", ["tiny-encoder", "tiny-decoder"])
-def test_model_flops_of_a_step_are_those_that_torch_counts(name: str) -> None:
+def test_model_flops_agree_with_torch(name: str) -> None:
     work = Workload(name, batch_size=3, sequence_length=24, precision="fp32", zero_stage=1, steps=1)
     model = build_model(build_config(work, "ncl"))
     spec = spec_for(model.config.model_type)
@@ -53,7 +53,7 @@ def test_model_flops_need_no_weights() -> None:
         ("Tesla V100-SXM2-16GB", "fp16", 125.0),
     ],
 )
-def test_vendor_peak_device_name_gives_its_row(name: str, precision: str, tflops: float) -> None:
+def test_vendor_peak_known_device_has_its_peak(name: str, precision: str, tflops: float) -> None:
     assert vendor_peak(name, precision) == tflops * TERA
 
 
@@ -62,18 +62,18 @@ def test_vendor_peak_unknown_device_or_format_is_none() -> None:
     assert vendor_peak("Tesla V100-SXM2-16GB", "bf16") is None
 
 
-def test_peaks_halve_with_the_width_of_the_format() -> None:
+def test_peak_tflops_halve_with_the_width_of_the_format() -> None:
     """A number with sparsity among dense ones would be twice too large."""
     for name, peaks in PEAK_TFLOPS.items():
         if "tf32" in peaks:
             assert peaks["bf16"] == pytest.approx(2 * peaks["tf32"], rel=0.03), name
 
 
-def test_measured_peak_is_a_rate() -> None:
+def test_measured_peak_is_plausible() -> None:
     assert measured_peak(torch.device("cpu"), "fp32", size=64) > 1e6
 
 
-def test_methods_of_the_benchmark_are_valid_configs() -> None:
+def test_build_config_every_method_is_valid() -> None:
     for model, method in ((model, method) for model in MODELS for method in METHODS):
         work = Workload(model, batch_size=2, sequence_length=16, precision="fp32", zero_stage=1, steps=1)
         assert build_config(work, method).method.name in ("ncl", "das")
