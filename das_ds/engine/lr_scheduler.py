@@ -1,4 +1,4 @@
-"""The learning rate of every step of a domain, as a function of the step and of the domain's place in the run."""
+"""Learning-rate schedulers: the rate of every step of a domain, by the step and the domain's position in the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import get_scheduler
 from das_ds.config import TrainConfig
 
 DECAY = "1-sqrt"
-"""How wsd and infinite fall: 1 - sqrt(x) over the share x of the decay (Haegele et al., NeurIPS 2024)."""
+"""Shape of the decay of wsd and infinite: 1 - sqrt(x) at fraction x of it (Haegele et al., NeurIPS 2024)."""
 
 
 def build_lr_scheduler(
@@ -21,19 +21,19 @@ def build_lr_scheduler(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule that `train.lr_scheduler` names, at the first step of a domain.
 
-    What `infinite` differs in from `wsd` is that only the first domain has a warm-up and only the last a decay.
+    `infinite` is `wsd` with a warm-up in the first domain only and a decay in the last only.
 
     Args:
         optimizer: its groups have their peak rate as `initial_lr`.
-        train: optimisation settings.
+        train: optimization settings.
         num_steps: steps of the domain.
-        is_first: whether the model comes from no domain of this run.
-        is_last: whether it goes on to none.
+        is_first: whether it is the first domain of the run.
+        is_last: whether it is the last.
     """
     warmup = round(train.warmup_ratio * num_steps)
     if train.lr_scheduler not in ("wsd", "infinite"):
         return get_scheduler(train.lr_scheduler, optimizer, warmup, num_steps)
-    # Both shares are rounded, and together they can be a step too long.
+    # Both fractions are rounded: their sum can exceed the domain by one step.
     decay = min(round(train.decay_ratio * num_steps), num_steps - warmup)
     if train.lr_scheduler == "infinite":
         warmup, decay = warmup * is_first, decay * is_last

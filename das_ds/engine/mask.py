@@ -5,7 +5,7 @@ Every soft mask of das_ds (by unit, by parameter, by direction) is one equation 
     new <- old + M (new - old)
 
 with a linear map M. Where M is diagonal, M = diag(1 - I) with an importance I of each element, the step and the mask
-are one fused kernel; `soft masking` of gradients (`gradient_mask.py`) multiplies by the same diagonal.
+are one fused kernel; `gradient_mask.py` multiplies gradients by the same diagonal.
 
 Shape legend: F elements of a flat tensor, n elements of a chunk.
 """
@@ -20,8 +20,8 @@ import torch
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.soft_update import soft_update_
 
-CHUNK_WINDOWS = 16
-"""Cache-sized windows per chunk of an element-wise mask: the old values of one chunk are copied, never those of F."""
+CHUNK_TILES = 16
+"""CPU tiles per chunk of an element-wise mask: the old values of one chunk are copied, never those of all F."""
 
 
 class UpdateMask(Protocol):
@@ -51,11 +51,11 @@ class ElementwiseMask:
         self.protection = protection
 
     def chunks(self) -> Iterator[slice]:
-        """`CHUNK_WINDOWS` windows each, which the torch form of the kernel reads while they are in the cache."""
-        windows = self.protection.windows
-        for first in range(0, len(windows), CHUNK_WINDOWS):
-            last = min(first + CHUNK_WINDOWS, len(windows)) - 1
-            yield slice(windows[first].start, windows[last].stop)
+        """`CHUNK_TILES` CPU tiles each; a kernel masks a tile while it is in the cache."""
+        cpu_tiles = self.protection.cpu_tiles
+        for first in range(0, len(cpu_tiles), CHUNK_TILES):
+            last = min(first + CHUNK_TILES, len(cpu_tiles)) - 1
+            yield slice(cpu_tiles[first].start, cpu_tiles[last].stop)
 
     def blend_(self, new: torch.Tensor, old: torch.Tensor, chunk: slice) -> None:
         """new <- new + (old - new) * I; exact at I = 0 and I = 1."""

@@ -15,15 +15,15 @@ from torch import nn
 
 from das_ds.config import ImportanceScore, TrainConfig
 from das_ds.distributed.state import Flats
-from das_ds.engine.mask import CHUNK_WINDOWS, ElementwiseMask, UpdateMask, UpdateMasks
+from das_ds.engine.mask import CHUNK_TILES, ElementwiseMask, UpdateMask, UpdateMasks
 from das_ds.engine.zero import full_shape
 from das_ds.errors import ConfigError
 from das_ds.functional.importance import importance_score
+from das_ds.kernels.cpu_tiles import CPU_TILE_ELEMENTS
 from das_ds.kernels.masked_adamw import masked_adamw_
 from das_ds.kernels.protection import Protection
-from das_ds.kernels.windows import WINDOW_ELEMENTS
 
-MAX_BUFFER_ELEMENTS = CHUNK_WINDOWS * WINDOW_ELEMENTS
+MAX_BUFFER_ELEMENTS = CHUNK_TILES * CPU_TILE_ELEMENTS
 """Old values that stay allocated between steps; a copy of a larger chunk is freed after its step."""
 
 
@@ -217,7 +217,7 @@ class MaskedAdamW(MaskedOptimizer):
         )
 
     def _no_protection(self, numel: int) -> Protection:
-        # Kept: kernels put their tables of tiles and windows there.
+        # Kept, since it caches the tables of tiles that kernels need.
         if numel not in self._unprotected:
             self._unprotected[numel] = Protection(numel)
         return self._unprotected[numel]
@@ -291,7 +291,7 @@ def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, 
 
     Args:
         parameters: name -> parameter.
-        train: optimisation settings.
+        train: optimization settings.
         on_host: whether the fp32 shards are in host memory.
 
     Raises:

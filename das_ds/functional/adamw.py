@@ -1,4 +1,4 @@
-"""AdamW whose whole step is scaled by 1 - I, written out; the fast forms are in `kernels`.
+"""Reference formulas of masked AdamW, whose complete step is scaled by 1 - I; the fast forms are in `kernels`.
 
 Shape legend: F elements.
 """
@@ -27,14 +27,14 @@ def masked_adamw_(
         m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2          g = grad / grad_scale
         Delta = -lr * (weight_decay * theta + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
 
-    The moments see the unmasked gradient, so a unit that is released later moves at once at its proper rate.
+    The moments see the unmasked gradient, so a unit that is released later moves at its proper rate at once.
 
     Args:
         param, grad, exp_avg, exp_avg_sq: (F,) of one floating dtype; all but grad change in place.
         importance: (F,) I in [0, 1].
         num_steps: t, this step included.
         lr, betas, eps, weight_decay: AdamW's settings.
-        grad_scale: what the gradient is divided by (DeepSpeed's loss scale times its clipping factor).
+        grad_scale: divisor of the gradient (DeepSpeed's loss scale times its clipping factor).
     """
     beta1, beta2 = betas
     unscaled = grad / grad_scale
@@ -45,5 +45,5 @@ def masked_adamw_(
 
 
 def soft_update_(param: torch.Tensor, old: torch.Tensor, importance: torch.Tensor) -> None:
-    """p <- p + (p_old - p) * I: what any optimizer did to p is undone in proportion to the importance; all (F,)."""
+    """p <- p + (p_old - p) * I: the step of any optimizer is undone in proportion to the importance; all (F,)."""
     param.add_((old - param) * importance)

@@ -1,4 +1,4 @@
-"""Soft masks of directions: how much of a matrix's update each direction of its input lets through.
+"""Direction masks (as in orthogonal weight modification): how much of an update each direction of the input takes.
 
 Shape legend: d width of the input of a linear layer, o of its output.
 """
@@ -8,24 +8,24 @@ from __future__ import annotations
 import torch
 
 NEGLIGIBLE_EIGENVALUE = 1e-5
-"""Of M / c, below 0: by so much a mask may exceed 1 where a moment in float32 is not quite positive."""
+"""Of M / c, below 0: a mask may exceed 1 by this where rounding made a moment in float32 not quite positive."""
 
 
 def normalized_second_moment(moment: torch.Tensor) -> torch.Tensor:
-    """M = A / (tr(A) / d): the second moment of an input, relative to its mean over directions.
+    """M = A / (tr(A) / d): the second moment of an input, divided by its mean over directions.
 
     Args:
         moment: (d, d), A = E[x x^T], symmetric.
 
     Returns:
-        (d, d) float32 with trace d; 0 where nothing came in, and not finite where an input was not.
+        (d, d) float32 with trace d; 0 where all inputs were 0, and not finite where an input was not.
     """
     mean = moment.diagonal().double().mean()
     return torch.where(mean == 0, 0.0, moment.double() / mean).float()
 
 
 def describe_invalid_moment(moment: torch.Tensor) -> str | None:
-    """What keeps a matrix from being a second moment, in words; None: it may be one.
+    """Why a matrix cannot be a second moment; None: it may be one.
 
     Every principal minor of order 1 and 2 is checked, up to rounding: m_ii >= 0 and |m_ij|^2 <= m_ii m_jj.
 
@@ -56,8 +56,8 @@ def direction_projector(relative: torch.Tensor, saturation: float) -> torch.Tens
     Intelligence 2019), whose alpha is small; gradient projection memory (Saha et al., ICLR 2021) gives the largest
     directions 0 and all others 1.
 
-    Rounded to float32, M has eigenvalues slightly below 0. Where c is so small that they would count, they are taken
-    for 0, which needs the eigenvectors; elsewhere a Cholesky factor does, in a tenth of the time.
+    Rounded to float32, M has eigenvalues slightly below 0. Where c is so small that they matter, they are set to 0, which
+    needs the eigenvectors; elsewhere a Cholesky factor is enough, in a tenth of the time.
 
     Args:
         relative: (d, d), M; of several domains their sum.
@@ -66,6 +66,7 @@ def direction_projector(relative: torch.Tensor, saturation: float) -> torch.Tens
     Returns:
         (d, d) float32, symmetric, with eigenvalues in (0, 1] up to `NEGLIGIBLE_EIGENVALUE`.
     """
+    # M / c, whose eigenvalues must not be below -1 for the Cholesky factor of I + M / c to exist.
     scaled = relative.double() / saturation
     identity = torch.eye(len(relative), dtype=torch.float64, device=relative.device)
     _, failed = torch.linalg.cholesky_ex(scaled + NEGLIGIBLE_EIGENVALUE * identity)

@@ -245,7 +245,7 @@ def _sources(item: Ownership, first: int) -> torch.Tensor:
 
 
 def _pad_and_join(sources: list[torch.Tensor]) -> torch.Tensor:
-    """Tables (A, K) of any K joined to (V, largest K); shorter rows repeat their first owner, as the maximum allows."""
+    """Tables (A, K) of any K joined to (V, largest K); repeating a row's first owner changes no maximum."""
     width = max(table.shape[1] for table in sources)
     padded = [torch.cat((table, table[:, :1].expand(-1, width - table.shape[1])), dim=1) for table in sources]
     return torch.cat(padded)

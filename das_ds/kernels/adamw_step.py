@@ -1,4 +1,4 @@
-"""One step of AdamW over a flat tensor, as the forms of `masked_adamw_` take it."""
+"""Arguments of one AdamW step over a flat tensor, shared by all forms of `masked_adamw_`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class AdamWStep(NamedTuple):
         return self.param, self.grad, self.exp_avg, self.exp_avg_sq
 
     @property
-    def numbers(self) -> tuple[float, ...]:
-        """What kernels compute with: lr / (1 - b1^t), 1 / sqrt(1 - b2^t), 1 - b1, 1 - b2, eps, lr * weight_decay."""
+    def hyperparameters(self) -> tuple[float, ...]:
+        """Scalars of the kernels: lr / (1 - b1^t), 1 / sqrt(1 - b2^t), 1 - b1, 1 - b2, eps, lr * weight_decay."""
         beta1, beta2 = self.betas
-        # In double precision here: 1 - 0.999 ** t has few digits in single.
-        correction1, correction2 = 1.0 - beta1**self.num_steps, 1.0 - beta2**self.num_steps
+        # On the host, in double precision: in single precision 1 - 0.999 ** t would lose most of its digits.
+        correction1 = 1.0 - beta1**self.num_steps
+        correction2 = 1.0 - beta2**self.num_steps
         return (
             self.lr / correction1,
             1.0 / math.sqrt(correction2),

@@ -1,6 +1,6 @@
-"""Which form of a kernel runs: Triton or Liger on a GPU where it is installed, torch everywhere else.
+"""Kernel dispatch: Triton or Liger on a GPU where they are installed, torch everywhere else; and checks of arguments.
 
-Arguments that kernels refuse: they would read memory that is not there or in another layout.
+A kernel given a tensor of another size or layout would read memory out of bounds.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ def use_triton(kernel: str, tensor: torch.Tensor) -> bool:
 @cache
 def _choice(kernel: str, device_type: str) -> bool:
     is_installed = find_spec("triton") is not None
-    chosen = device_type == "cuda" and is_installed
-    reason = "Triton" if chosen else "torch, because Triton is not installed" if device_type == "cuda" else "torch"
-    logger.info("%s on %s: %s", kernel, device_type, reason)
-    return chosen
+    is_chosen = device_type == "cuda" and is_installed
+    if is_chosen:
+        form = "Triton"
+    elif device_type == "cuda":
+        form = "torch, because Triton is not installed"
+    else:
+        form = "torch"
+    logger.info("%s on %s: %s", kernel, device_type, form)
+    return is_chosen
 
 
 def use_liger(kernel: str, tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Cross-entropy of the logits of one linear map, a chunk of positions at a time.
+"""Linear cross-entropy: loss of the logits of one linear map, a chunk of positions at a time.
 
 Shape legend: P positions, H inputs of the map, V vocabulary.
 """
@@ -26,7 +26,7 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """l_p = log sum_v e^{z_pv} - z_{p, y_p} with z = hidden W^T + b, or c tanh(z / c) where logits are capped at c.
 
-    At most one chunk of logits exists at a time, in the forward and in the backward pass, which computes them again.
+    At most one chunk of logits exists at a time, in the forward pass and in the backward pass, which recomputes them.
     The softmax and the sums of the gradients over chunks are in float32 whatever the type of the inputs.
 
     Args:
@@ -51,7 +51,7 @@ def linear_cross_entropy_liger(
     targets: torch.Tensor,
     soft_cap: float | None,
 ) -> torch.Tensor:
-    """The same by Liger's fused kernel, whose weights have to stay whole until the backward pass is through."""
+    """The same by Liger's fused kernel, whose weights have to stay gathered until the end of the backward pass."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss(reduction="none", softcap=soft_cap, accum_dtype=torch.float32)
@@ -75,14 +75,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Arguments as for `linear_cross_entropy`."""
         norms = hidden.new_empty(len(hidden), dtype=_accumulation_type(hidden))
         losses = torch.empty_like(norms)
-        for part in _parts(len(hidden), chunk):
-            logits = _logits(hidden[part], weight, bias)
+        for chunk_rows in _chunks(len(hidden), chunk):
+            # (chunk, V) in float32: the only logits that exist.
+            logits = _logits(hidden[chunk_rows], weight, bias)
             if soft_cap is not None:
                 logits.div_(soft_cap).tanh_().mul_(soft_cap)
-            torch.logsumexp(logits, dim=1, out=norms[part])
-            losses[part] = norms[part] - logits.gather(1, targets[part, None]).squeeze(1)
+            torch.logsumexp(logits, dim=1, out=norms[chunk_rows])
+            losses[chunk_rows] = norms[chunk_rows] - logits.gather(1, targets[chunk_rows, None]).squeeze(1)
             del logits
-        # ZeRO-3 frees the weights after the forward pass: as themselves they are whole again when they are asked for.
+        # ZeRO-3 frees the weights after the forward pass. Saved as parameters, they are gathered when they are read.
         ctx.save_for_backward(hidden, weight, bias, targets, norms)
         ctx.chunk, ctx.soft_cap = chunk, soft_cap
         return losses
@@ -96,20 +97,24 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=norms.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=norms.dtype) if wants_bias else None
-        for part in _parts(len(hidden), ctx.chunk):
+        for chunk_rows in _chunks(len(hidden), ctx.chunk):
             grad_logits = _logits_gradient(
-                _logits(hidden[part], weight, bias), targets[part], norms[part], upstream[part], ctx.soft_cap
+                _logits(hidden[chunk_rows], weight, bias),
+                targets[chunk_rows],
+                norms[chunk_rows],
+                upstream[chunk_rows],
+                ctx.soft_cap,
             )
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
             # The products run in the type of the weights, as those of an ordinary linear map do.
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk_rows])
             if grad_weight is not None and grad_weight.dtype == hidden.dtype:
-                grad_weight.addmm_(grad_logits.T, hidden[part])
+                grad_weight.addmm_(grad_logits.T, hidden[chunk_rows])
             elif grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+                grad_weight += grad_logits.T @ hidden[chunk_rows]
             del grad_logits
         return (
             grad_hidden,
@@ -125,7 +130,7 @@ def _accumulation_type(hidden: torch.Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _parts(num_positions: int, chunk: int) -> Iterator[slice]:
+def _chunks(num_positions: int, chunk: int) -> Iterator[slice]:
     return (slice(first, first + chunk) for first in range(0, num_positions, chunk))
 
 
@@ -136,12 +141,13 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 def _logits_gradient(
     logits: torch.Tensor, targets: torch.Tensor, norms: torch.Tensor, upstream: torch.Tensor, soft_cap: float | None
 ) -> torch.Tensor:
-    # In place, so that a chunk is all there is, and one more where the slope of the cap is kept.
+    # In place: one chunk of logits exists, and a second one where the slope of the cap is needed.
     slope = None
     if soft_cap is not None:
         tanh = logits.div_(soft_cap).tanh_()
         slope = tanh.square().neg_().add_(1.0)
         logits = tanh.mul_(soft_cap)
+    # softmax(z) = exp(z - log sum exp z)
     gradient = logits.sub_(norms[:, None]).exp_()
     rows = torch.arange(len(targets), device=targets.device)
     gradient[rows, targets] -= 1.0

@@ -33,7 +33,7 @@ def masked_adamw_(
 
     Args:
         param, exp_avg, exp_avg_sq: (F,) float32, updated in place.
-        grad: (F,) float32; holds anything afterwards where `grad_scale` is given.
+        grad: (F,) float32; undefined afterwards where `grad_scale` is given.
         protection: importance of the F elements.
         num_steps: steps taken, this one included.
         lr, betas, eps, weight_decay: AdamW's settings.
@@ -58,27 +58,28 @@ def masked_adamw_native_(step: AdamWStep, protection: Protection) -> None:
     """The same in C++, in one pass."""
     scale = 1.0 if step.grad_scale is None else 1.0 / float(step.grad_scale)
     pointers = (*(tensor.data_ptr() for tensor in step.tensors), *protection_arguments(protection))
-    run("masked_adamw", 0, step.param.numel(), pointers, (scale, *step.numbers))
+    run("masked_adamw", 0, step.param.numel(), pointers, (scale, *step.hyperparameters))
 
 
 def masked_adamw_torch_(step: AdamWStep, protection: Protection) -> None:
-    """The same with torch's fused AdamW, window by window, so that undoing a step's masked share stays in cache."""
-    count = torch.tensor(float(step.num_steps), device=step.param.device)
-    # Allocated once: fresh pages for every window would cost more than the work on them.
-    old, scratch = protection.scratch(), protection.scratch()
-    for window in protection.windows:
-        values, grad, exp_avg, exp_avg_sq = (tensor[window.start : window.stop] for tensor in step.tensors)
-        is_protected = protection.protects(window)
+    """The same with torch's fused AdamW, tile by tile, so that a step is masked while its output is in the cache."""
+    num_steps = torch.tensor(float(step.num_steps), device=step.param.device)
+    # Allocated once: fresh pages for every tile would cost more than the work on them.
+    old = protection.scratch()
+    scratch = protection.scratch()
+    for tile in protection.cpu_tiles:
+        values, grad, exp_avg, exp_avg_sq = (tensor[tile.start : tile.stop] for tensor in step.tensors)
+        is_protected = protection.protects(tile)
         if is_protected:
-            old[: len(window)].copy_(values)
-        # torch.optim's own function spends as long on its checks as this takes for thousands of elements.
+            old[: len(tile)].copy_(values)
+        # Not torch.optim's function: its checks take as long as this step on thousands of elements.
         torch._fused_adamw_(
             [values],
             [grad],
             [exp_avg],
             [exp_avg_sq],
             [],
-            [count],
+            [num_steps],
             lr=step.lr,
             beta1=step.betas[0],
             beta2=step.betas[1],
@@ -90,4 +91,4 @@ def masked_adamw_torch_(step: AdamWStep, protection: Protection) -> None:
             found_inf=None,
         )
         if is_protected:
-            protection.lerp_toward_(values, old[: len(window)], window, scratch)
+            protection.lerp_toward_(values, old[: len(tile)], tile, scratch)

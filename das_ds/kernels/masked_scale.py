@@ -1,4 +1,4 @@
-"""The soft mask on gradients (the published form), many tensors at once."""
+"""Masked scaling of gradients (the published form of the soft mask), many tensors at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from das_ds.kernels.protection import Protection
 
 
 class MaskedScale:
-    """g <- g * (1 - I) for a fixed list of protections and, at every call, the tensors that are there then.
+    """g <- g * (1 - I) for a fixed list of protections and, at every call, other tensors of the same sizes.
 
     Args:
         protections: one per tensor, all by units over one vector of values, or all by parameter with one type.
@@ -58,8 +58,8 @@ class MaskedScale:
 
 
 def masked_scale_torch_(tensors: Sequence[torch.Tensor], protections: Sequence[Protection]) -> None:
-    """The same, window by window."""
+    """The same, tile by tile."""
     for tensor, protection in zip(tensors, protections, strict=True):
         scratch = protection.scratch()
-        for window in protection.windows:
-            protection.scale_grad_(tensor[window.start : window.stop], window, scratch)
+        for tile in protection.cpu_tiles:
+            protection.scale_grad_(tensor[tile.start : tile.stop], tile, scratch)

@@ -29,12 +29,13 @@ class ScaleLaunch:
 
     def __init__(self, protections: Sequence[Protection], device: torch.device) -> None:
         self._device = device
-        parts = [protection.tiles_on(device) for protection in protections]
-        first_segments = accumulate((len(part.segments) for part in parts[:-1]), initial=0)
-        self._segments = torch.cat([part.segments for part in parts])
-        self._tile = torch.cat([part.tile for part in parts])
-        self._segment = torch.cat([part.segment + first for part, first in zip(parts, first_segments, strict=True)])
-        self._tensor = torch.cat([torch.full_like(part.tile, number) for number, part in enumerate(parts)])
+        tables = [protection.triton_tiles(device) for protection in protections]
+        # Segments of all tensors in one table: every tensor's own are numbered on from those before.
+        first_segments = accumulate((len(table.segments) for table in tables[:-1]), initial=0)
+        self._segments = torch.cat([table.segments for table in tables])
+        self._tile = torch.cat([table.tile for table in tables])
+        self._segment = torch.cat([table.segment + first for table, first in zip(tables, first_segments, strict=True)])
+        self._tensor = torch.cat([torch.full_like(table.tile, number) for number, table in enumerate(tables)])
         self._values = next((p.table.values for p in protections if p.table is not None), None)
         self._importances = [p.importance for p in protections if p.importance is not None]
 
@@ -47,7 +48,7 @@ class ScaleLaunch:
         if not len(self._tile) or (self._values is None and not self._importances):
             return
         addresses = self._addresses(tensors)
-        everything = [*tensors, *self._importances]
+        read_tensors = [*tensors, *self._importances]
         _masked_scale[(len(self._tile),)](
             addresses,
             self._importance_addresses if self._importances else addresses,
@@ -60,8 +61,8 @@ class ScaleLaunch:
             ELEMENT=ELEMENT[tensors[0].dtype],
             IMPORTANCE=ELEMENT[self._importances[0].dtype] if self._importances else tl.float32,
             BY_UNIT=self._values is not None,
-            QUANTISED=bool(self._importances) and self._importances[0].dtype == torch.uint8,
-            ALIGNED=all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in everything),
+            QUANTIZED=bool(self._importances) and self._importances[0].dtype == torch.uint8,
+            ALIGNED=all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in read_tensors),
             num_warps=NUM_WARPS,
         )
 
@@ -86,23 +87,27 @@ def _masked_scale(  # type: ignore[no-untyped-def]
     ELEMENT: tl.constexpr,
     IMPORTANCE: tl.constexpr,
     BY_UNIT: tl.constexpr,
-    QUANTISED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    # One program per entry of the tile table: a tile of one tensor, and one segment that lies in it.
     program = tl.program_id(0)
     number = tl.load(numbers + program)
     fields = segments + tl.load(owners + program).to(tl.int64) * 6
     base, low, high = locate(tl.load(tiles + program), fields, TILE)
+    # Addresses instead of arguments: any number of tensors in one launch.
     tensor = tl.load(addresses + number).to(tl.pointer_type(ELEMENT))
     stored = tl.load(importance_addresses + number).to(tl.pointer_type(IMPORTANCE))
     if ALIGNED:
+        # The compiler knows nothing of an address that it loads; aligned ones allow wide loads.
         tensor = tl.multiple_of(tensor, 16)
         stored = tl.multiple_of(stored, 16)
     pointers = (tensor + base, stored + base)
+    # Two copies of the code: loads without a mask are wide.
     if (low == 0) & (high == TILE):
-        _scale(pointers, base, low, high, fields, values, TILE, BY_UNIT, QUANTISED, True)
+        _scale(pointers, base, low, high, fields, values, TILE, BY_UNIT, QUANTIZED, True)
     else:
-        _scale(pointers, base, low, high, fields, values, TILE, BY_UNIT, QUANTISED, False)
+        _scale(pointers, base, low, high, fields, values, TILE, BY_UNIT, QUANTIZED, False)
 
 
 @triton.jit
@@ -115,15 +120,17 @@ def _scale(  # type: ignore[no-untyped-def]
     values,
     TILE: tl.constexpr,
     BY_UNIT: tl.constexpr,
-    QUANTISED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     FULL: tl.constexpr,
 ):
     tensor, importance = pointers
+    # Elements of the tile; the pointers begin with it.
     i = tl.arange(0, TILE)
     inside = (i >= low) & (i < high)
     x = load(tensor + i, inside, FULL)
     if BY_UNIT:
         share = unit_importance(i, inside, base, low, fields, values, FULL)
     else:
-        share = as_importance(load(importance + i, inside, FULL), QUANTISED)
+        share = as_importance(load(importance + i, inside, FULL), QUANTIZED)
+    # In float32, rounded once.
     store(tensor + i, (x.to(tl.float32) * (1.0 - share)).to(x.dtype), inside, FULL)

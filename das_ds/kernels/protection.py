@@ -1,4 +1,4 @@
-"""How one flat tensor is protected, and the forms in which the kernels read it.
+"""Protection: the importance of a flat tensor's elements, and the forms in which kernels read it.
 
 Shape legend: F elements of a flat tensor.
 """
@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 
 from das_ds.functional.masks import Segment, SegmentTable, dense_importance
+from das_ds.kernels.cpu_tiles import CpuTile, split_into_cpu_tiles
 from das_ds.kernels.tiles import Tiles, segment_fields, split_into_tiles
-from das_ds.kernels.windows import Window, split_into_windows
 
 LEVELS = 255
 """Importance stored as uint8 counts 255ths: rounding errs by at most 1/510, and 0 and 1 are exact."""
@@ -41,7 +41,7 @@ class Protection:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Segments that cover the tensor; one without protection where no table is given."""
+        """Segments that cover the tensor; one without protection where there is no table."""
         return self.table.segments if self.table is not None else (Segment(0, self.numel),)
 
     @cached_property
@@ -50,9 +50,15 @@ class Protection:
         return segment_fields(self.segments)
 
     @cached_property
-    def windows(self) -> tuple[Window, ...]:
-        """Cache-sized windows for the torch kernels."""
-        return split_into_windows(self.segments, None if self.table is None else self.table.values)
+    def cpu_tiles(self) -> tuple[CpuTile, ...]:
+        """Cache-sized tiles for the torch kernels."""
+        return split_into_cpu_tiles(self.segments, None if self.table is None else self.table.values)
+
+    def triton_tiles(self, device: torch.device) -> Tiles:
+        """Tiles for the Triton kernels, computed once."""
+        if self._tiles is None:
+            self._tiles = split_into_tiles(self.segments, self.numel, device)
+        return self._tiles
 
     def crop(self, span: slice) -> Protection:
         """Protection of a slice of the flat tensor that cuts no segment, by the same values.
@@ -68,63 +74,62 @@ class Protection:
         inside = [s for s in self.segments if s.start < span.stop and s.stop > span.start]
         if any(s.start < span.start or s.stop > span.stop for s in inside):
             raise ValueError(
-                f"span: found [{span.start}, {span.stop}) of {self.numel} elements, expected one or more full segments"
+                f"span: found [{span.start}, {span.stop}) of {self.numel} elements, expected one or more complete "
+                "segments"
             )
         segments = tuple(replace(segment, start=segment.start - span.start) for segment in inside)
         return Protection(numel, table=SegmentTable(numel, segments, self.table.values))
 
-    def windows_in(self, start: int, stop: int) -> tuple[Window, ...]:
-        """The windows that make up elements [start, stop).
+    def cpu_tiles_in(self, start: int, stop: int) -> tuple[CpuTile, ...]:
+        """The CPU tiles that make up elements [start, stop).
 
         Raises:
-            ValueError: the stretch begins or ends inside a window.
+            ValueError: the range begins or ends inside a tile.
         """
-        first, last = bisect_left(self._starts, start), bisect_left(self._starts, stop)
-        if self._starts[first : first + 1] != [start] or ([*self._starts, self.numel][last] != stop):
+        first = bisect_left(self._tile_starts, start)
+        last = bisect_left(self._tile_starts, stop)
+        begins_tile = self._tile_starts[first : first + 1] == [start]
+        ends_tile = [*self._tile_starts, self.numel][last] == stop
+        if not (begins_tile and ends_tile):
             raise ValueError(
-                f"stretch: found [{start}, {stop}) of {self.numel} elements, expected one or several whole windows"
+                f"range: found [{start}, {stop}) of {self.numel} elements, expected one or more complete tiles"
             )
-        return self.windows[first:last]
+        return self.cpu_tiles[first:last]
 
     @cached_property
-    def _starts(self) -> list[int]:
-        return [window.start for window in self.windows]
+    def _tile_starts(self) -> list[int]:
+        return [tile.start for tile in self.cpu_tiles]
 
-    def tiles_on(self, device: torch.device) -> Tiles:
-        """Tiles for the Triton kernels, made once."""
-        if self._tiles is None:
-            self._tiles = split_into_tiles(self.segments, self.numel, device)
-        return self._tiles
-
-    def protects(self, window: Window) -> bool:
-        """Whether anything in the window has importance."""
-        return bool(window.rectangles) or self.importance is not None
+    def protects(self, tile: CpuTile) -> bool:
+        """Whether anything in the tile has importance."""
+        return bool(tile.rectangles) or self.importance is not None
 
     def scratch(self) -> torch.Tensor:
-        """Room for the values of any window, float32."""
-        owner = self.importance if self.table is None else self.table.values
-        device = "cpu" if owner is None else owner.device
-        return torch.empty(max(map(len, self.windows), default=0), device=device)
+        """A buffer for the values of any tile, float32."""
+        source = self.importance if self.table is None else self.table.values
+        device = "cpu" if source is None else source.device
+        return torch.empty(max(map(len, self.cpu_tiles), default=0), device=device)
 
-    def lerp_toward_(self, new: torch.Tensor, old: torch.Tensor, window: Window, scratch: torch.Tensor) -> None:
-        """new <- new + (old - new) * I, both float32 elements of one window; exact at I = 0 and I = 1."""
+    def lerp_toward_(self, new: torch.Tensor, old: torch.Tensor, tile: CpuTile, scratch: torch.Tensor) -> None:
+        """new <- new + (old - new) * I, both float32 elements of one tile; exact at I = 0 and I = 1."""
         if self.importance is not None:
-            new.lerp_(old, self._importance_in(window, scratch))
-        for rectangle in window.rectangles:
-            rectangle.of(new).lerp_(rectangle.of(old), rectangle.current())
+            new.lerp_(old, self._importance_in(tile, scratch))
+        for rectangle in tile.rectangles:
+            rectangle.crop(new).lerp_(rectangle.crop(old), rectangle.current_importance())
 
-    def scale_grad_(self, values: torch.Tensor, window: Window, scratch: torch.Tensor) -> None:
-        """values <- values * (1 - I), the elements of one window in any floating type; computed in float32."""
+    def scale_grad_(self, values: torch.Tensor, tile: CpuTile, scratch: torch.Tensor) -> None:
+        """values <- values * (1 - I), the elements of one tile in any floating type; computed in float32."""
         if self.importance is not None:
-            values.copy_(values * self._importance_in(window, scratch).neg_().add_(1.0))
-        for rectangle in window.rectangles:
-            part = rectangle.of(values)
-            part.copy_(part * (1.0 - rectangle.current()))
+            values.copy_(values * self._importance_in(tile, scratch).neg_().add_(1.0))
+        for rectangle in tile.rectangles:
+            protected = rectangle.crop(values)
+            protected.copy_(protected * (1.0 - rectangle.current_importance()))
 
-    def _importance_in(self, window: Window, scratch: torch.Tensor) -> torch.Tensor:
-        assert self.importance is not None, "asked for parameter importance alone"
-        stored = self.importance[window.start : window.stop]
-        return torch.div(stored, LEVELS if stored.dtype == torch.uint8 else 1, out=scratch[: len(window)])
+    def _importance_in(self, tile: CpuTile, scratch: torch.Tensor) -> torch.Tensor:
+        """(n,) float32 importance of a tile, in the scratch buffer."""
+        assert self.importance is not None, "called for parameter importance alone"
+        stored = self.importance[tile.start : tile.stop]
+        return torch.div(stored, LEVELS if stored.dtype == torch.uint8 else 1, out=scratch[: len(tile)])
 
     def to_dense(self) -> torch.Tensor:
         """(F,) float32: the importance of every element."""

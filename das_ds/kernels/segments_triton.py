@@ -1,7 +1,7 @@
-"""What the Triton kernels over flat tensors share: where a program's tile lies and which importance its elements have.
+"""Helpers of the Triton kernels over flat tensors: where a program's tile lies, and the importance of its elements.
 
-A program works on the part of its tile that lies in its segment. Most tiles lie in one segment whole; `FULL` lets their
-loads go without a mask, which is what makes them wide.
+A program works on the elements of its tile that lie in its segment. Most tiles lie in one segment completely; `FULL`
+compiles their loads without a mask, which makes them wide.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 @triton.jit
 def locate(tile, segment_fields, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """First element of a tile, and the part [low, high) of it that lies in the segment."""
+    # 64 bits: a flat tensor may have more than 2^31 elements.
     base = tile.to(tl.int64) * TILE
     start = tl.load(segment_fields)
     stop = start + tl.load(segment_fields + 1)
@@ -31,18 +32,20 @@ def unit_importance(i, inside, base, low, segment_fields, values, FULL: tl.const
     columns = tl.load(segment_fields + 5)
     importance = tl.zeros_like(i).to(tl.float32)
     if (rows >= 0) | (columns >= 0):
+        # The tile's first element in the segment, as an element of the flattened matrix: offset + base + low - start.
         first = tl.load(segment_fields + 2) + base + low - tl.load(segment_fields)
         num_columns = tl.load(segment_fields + 3)
         first_row = first // num_columns
         width = num_columns.to(tl.int32)
+        # From the beginning of that element's row; 32-bit arithmetic from here on.
         distance = (first - first_row * num_columns).to(tl.int32) + i - low
         row = distance // width
         if rows >= 0:
-            where = values + rows + first_row + row
-            importance = load(where, inside, FULL)
+            importance = load(values + rows + first_row + row, inside, FULL)
         if columns >= 0:
-            where = values + columns + distance - row * width
-            importance = tl.maximum(importance, load(where, inside, FULL))
+            # distance - row * width is the column.
+            by_column = load(values + columns + distance - row * width, inside, FULL)
+            importance = tl.maximum(importance, by_column)
     return importance
 
 
@@ -64,11 +67,11 @@ def store(pointer, value, inside, FULL: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def as_importance(stored, QUANTISED: tl.constexpr):  # type: ignore[no-untyped-def]
+def as_importance(stored, QUANTIZED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Stored importance as float32 in [0, 1]; uint8 counts 255ths.
 
     A plain division is approximate on a GPU, where 255 / 255 may miss 1; what has importance 1 must not move.
     """
-    if QUANTISED:
+    if QUANTIZED:
         return tl.div_rn(stored.to(tl.float32), 255.0)
     return stored.to(tl.float32)

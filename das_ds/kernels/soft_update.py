@@ -1,16 +1,16 @@
-"""The soft mask around any optimizer: what a step did is undone in proportion to the importance.
+"""Soft update: the step of any optimizer is undone in proportion to the importance.
 
-Shape legend: F elements of a flat tensor, n of a stretch of it.
+Shape legend: F elements of a flat tensor, n elements of a chunk of it.
 """
 
 from __future__ import annotations
 
 import torch
 
+from das_ds.kernels.cpu_tiles import CpuTile
 from das_ds.kernels.dispatch import check_flat, use_triton
 from das_ds.kernels.native import protection_arguments, run, use_native
 from das_ds.kernels.protection import Protection
-from das_ds.kernels.windows import Window
 
 
 def soft_update_(param: torch.Tensor, old: torch.Tensor, protection: Protection, *, start: int = 0) -> None:
@@ -20,13 +20,13 @@ def soft_update_(param: torch.Tensor, old: torch.Tensor, protection: Protection,
         param: (n,) float32, values after the step, updated in place.
         old: (n,) float32, values before the step.
         protection: importance of the flat tensor's F elements.
-        start: first element; the stretch is one or several of `protection.windows`.
+        start: first element; the chunk is one or several of `protection.cpu_tiles`.
 
     Raises:
-        ValueError: tensors of another shape, type, device or layout, or a stretch that cuts a window.
+        ValueError: tensors of another shape, type, device or layout, or a chunk that cuts a tile.
     """
     check_flat({"param": param, "old": old}, param.numel())
-    windows = protection.windows_in(start, start + param.numel())
+    cpu_tiles = protection.cpu_tiles_in(start, start + param.numel())
     if use_triton("soft_update", param):
         from das_ds.kernels.soft_update_triton import soft_update_triton_
 
@@ -34,7 +34,7 @@ def soft_update_(param: torch.Tensor, old: torch.Tensor, protection: Protection,
     elif use_native(param):
         soft_update_native_(param, old, protection, start)
     else:
-        soft_update_torch_(param, old, protection, start, windows)
+        soft_update_torch_(param, old, protection, start, cpu_tiles)
 
 
 def soft_update_native_(param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int) -> None:
@@ -44,10 +44,10 @@ def soft_update_native_(param: torch.Tensor, old: torch.Tensor, protection: Prot
 
 
 def soft_update_torch_(
-    param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int, windows: tuple[Window, ...]
+    param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int, cpu_tiles: tuple[CpuTile, ...]
 ) -> None:
-    """The same, window by window."""
+    """The same, tile by tile."""
     scratch = protection.scratch()
-    for window in windows:
-        part = slice(window.start - start, window.stop - start)
-        protection.lerp_toward_(param[part], old[part], window, scratch)
+    for tile in cpu_tiles:
+        within_chunk = slice(tile.start - start, tile.stop - start)
+        protection.lerp_toward_(param[within_chunk], old[within_chunk], tile, scratch)

@@ -1,4 +1,4 @@
-"""`soft_update_` in one launch over a stretch of a flat tensor."""
+"""`soft_update_` in one launch over a chunk of a flat tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def soft_update_triton_(param: torch.Tensor, old: torch.Tensor, protection: Prot
     importance, table = protection.importance, protection.table
     if not param.numel() or (importance is None and table is None):
         return
-    tiles, stop = protection.tiles_on(param.device), start + param.numel()
+    stop = start + param.numel()
+    tiles = protection.triton_tiles(param.device)
+    # The chunk may begin and end within a tile: its programs work on the elements inside alone.
     entries = tiles.entries(start, stop)
     _soft_update[(len(entries),)](
         param,
@@ -32,7 +34,7 @@ def soft_update_triton_(param: torch.Tensor, old: torch.Tensor, protection: Prot
         stop,
         TILE=tile_elements(),
         BY_UNIT=table is not None,
-        QUANTISED=importance is not None and importance.dtype == torch.uint8,
+        QUANTIZED=importance is not None and importance.dtype == torch.uint8,
         num_warps=NUM_WARPS,
     )
 
@@ -50,22 +52,25 @@ def _soft_update(  # type: ignore[no-untyped-def]
     stop,
     TILE: tl.constexpr,
     BY_UNIT: tl.constexpr,
-    QUANTISED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):
     program = tl.program_id(0)
     fields = segments + tl.load(owners + program).to(tl.int64) * 6
     base, low, high = locate(tl.load(tiles + program), fields, TILE)
+    # [low, high) is the tile within its segment, [first, last) also within the chunk.
     first = tl.maximum(low, tl.maximum(start - base, 0).to(tl.int32))
     last = tl.minimum(high, tl.minimum(stop - base, TILE).to(tl.int32))
+    # `param` and `old` begin with the chunk, importance with the flat tensor.
     pointers = (param + (base - start), old + (base - start), importance + base)
+    # Two copies of the code: loads without a mask are wide.
     if (first == 0) & (last == TILE):
-        _pull_back(pointers, base, low, first, last, fields, values, TILE, BY_UNIT, QUANTISED, True)
+        _lerp_toward(pointers, base, low, first, last, fields, values, TILE, BY_UNIT, QUANTIZED, True)
     else:
-        _pull_back(pointers, base, low, first, last, fields, values, TILE, BY_UNIT, QUANTISED, False)
+        _lerp_toward(pointers, base, low, first, last, fields, values, TILE, BY_UNIT, QUANTIZED, False)
 
 
 @triton.jit
-def _pull_back(  # type: ignore[no-untyped-def]
+def _lerp_toward(  # type: ignore[no-untyped-def]
     pointers,
     base,
     low,
@@ -75,10 +80,11 @@ def _pull_back(  # type: ignore[no-untyped-def]
     values,
     TILE: tl.constexpr,
     BY_UNIT: tl.constexpr,
-    QUANTISED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     FULL: tl.constexpr,
 ):
     param, old, importance = pointers
+    # Elements of the tile; the pointers begin with it.
     i = tl.arange(0, TILE)
     inside = (i >= first) & (i < last)
     p = load(param + i, inside, FULL)
@@ -86,7 +92,7 @@ def _pull_back(  # type: ignore[no-untyped-def]
     if BY_UNIT:
         share = unit_importance(i, inside, base, low, fields, values, FULL)
     else:
-        share = as_importance(load(importance + i, inside, FULL), QUANTISED)
+        share = as_importance(load(importance + i, inside, FULL), QUANTIZED)
     # From the nearer end, as torch.lerp does: exact at 0 and at 1.
-    pulled = tl.where(share < 0.5, p + share * (before - p), before - (before - p) * (1.0 - share))
-    store(param + i, pulled, inside, FULL)
+    blended = tl.where(share < 0.5, p + share * (before - p), before - (before - p) * (1.0 - share))
+    store(param + i, blended, inside, FULL)

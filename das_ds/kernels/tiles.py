@@ -1,4 +1,4 @@
-"""The tile table by which a Triton kernel finds the segment that each of its programs works on."""
+"""Tile tables of the Triton kernels: which tile, and which segment in it, each program works on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tiles:
 
 
 def tile_elements() -> int:
-    """`TILE_ELEMENTS`, as tables and kernels have to agree on it."""
+    """`TILE_ELEMENTS`; a function, so that a test changes it for tables and kernels alike."""
     return TILE_ELEMENTS
 
 
@@ -49,12 +49,17 @@ def segment_fields(segments: tuple[Segment, ...]) -> torch.Tensor:
 def split_into_tiles(segments: tuple[Segment, ...], numel: int, device: torch.device | str) -> Tiles:
     """Tiles of segments that cover a flat tensor of `numel` elements; entries are in order of their elements."""
     fields = segment_fields(segments)
-    starts, counts = fields[:, 0], fields[:, 1]
-    first = starts // TILE_ELEMENTS
-    num_entries = (starts + counts - 1) // TILE_ELEMENTS - first + 1
+    starts = fields[:, 0]
+    numels = fields[:, 1]
+    # A segment has an entry in every tile that it touches.
+    first_tiles = starts // TILE_ELEMENTS
+    last_tiles = (starts + numels - 1) // TILE_ELEMENTS
+    num_entries = last_tiles - first_tiles + 1
     segment = torch.repeat_interleave(torch.arange(len(segments)), num_entries)
-    before = num_entries.cumsum(0) - num_entries
-    tile = torch.arange(len(segment)) - before[segment] + first[segment]
+    # Entry number within its segment, then the tile that it stands for.
+    first_entries = num_entries.cumsum(0) - num_entries
+    entry_in_segment = torch.arange(len(segment)) - first_entries[segment]
+    tile = first_tiles[segment] + entry_in_segment
     assert not len(tile) or int(tile[-1]) * TILE_ELEMENTS < numel, "segments reach beyond the flat tensor"
     ends = torch.bincount(tile, minlength=-(-numel // TILE_ELEMENTS)).cumsum(0)
     return Tiles(fields.to(device), tile.int().to(device), segment.int().to(device), ends)

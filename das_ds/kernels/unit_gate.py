@@ -1,7 +1,7 @@
-"""Virtual gates: scaling unit outputs, and measuring what a gate of ones would have for a gradient.
+"""Virtual gates of units: scale their outputs, or measure the gradient that a gate of ones would have.
 
 Gates are never trained. Where they build o^prev they scale and need no gradient; where importance is measured they are
-ones and scale nothing, so that the gradient of the input is that of the output and only a sum is left to be done.
+ones and scale nothing: the gradient of the input is that of the output, and only a sum has to be computed.
 
 Shape legend: R rows of a packed batch, S positions, U units, D features per unit (F = U * D), B sequences, V views of
 each (R = V * B), in row order [view 0 | view 1 | ...].
@@ -45,7 +45,7 @@ def unit_gate(x: torch.Tensor, gate: torch.Tensor, first_row: int) -> torch.Tens
 def measure_gate(
     x: torch.Tensor, anchor: torch.Tensor, sums: torch.Tensor, row_weights: torch.Tensor, num_views: int
 ) -> torch.Tensor:
-    """x itself; its backward pass adds w_n * |dL(x_n) / dg| of a gate g of ones to sums[n] (paper eq. 2).
+    """x unchanged; its backward pass adds w_n * |dL(x_n) / dg| of a gate g of ones to sums[n] (paper eq. 2).
 
         dL(x_n) / dg_u = sum over views, positions and the unit's features of dy * x
 
@@ -129,12 +129,13 @@ def accumulate_(
 
 
 def scale_rows_torch(x: torch.Tensor, gate: torch.Tensor, first_row: int) -> torch.Tensor:
-    """`unit_gate` in torch; writing both parts into one output avoids the copy that torch.cat would add."""
+    """`unit_gate` in torch; both row ranges are written into one output, without the copy of torch.cat."""
     num_units = gate.shape[1]
     scaled = torch.empty_like(x)
     scaled[:first_row] = x[:first_row]
-    by_unit = (*x.shape[:2], num_units, x.shape[2] // num_units)
-    torch.mul(x.view(by_unit)[first_row:], gate[:, None, :, None], out=scaled.view(by_unit)[first_row:])
+    # (R, S, U, D), so that a gate (1 or R - first_row, U) broadcasts over positions and features.
+    shape = (*x.shape[:2], num_units, x.shape[2] // num_units)
+    torch.mul(x.view(shape)[first_row:], gate[:, None, :, None], out=scaled.view(shape)[first_row:])
     return scaled
 
 
@@ -143,6 +144,7 @@ def accumulate_torch_(
 ) -> None:
     """`accumulate_` in torch."""
     num_sequences, num_units = sums.shape
+    # (V * B, F) -> (B, U): a gate scales all positions and features of its unit, in all views.
     per_feature = (dy.float() * x.float()).sum(dim=1)
     gradient = per_feature.view(num_views, num_sequences, num_units, -1).sum(dim=(0, 3))
     sums.addcmul_(gradient.abs(), row_weights.float()[:, None])

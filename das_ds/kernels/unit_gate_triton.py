@@ -12,7 +12,7 @@ import triton.language as tl
 BLOCK_TOKENS, BLOCK_FEATURES = 4, 1024
 """Tile of the scaling kernel."""
 MEASURED_POSITIONS, MEASURED_FEATURES = 16, 128
-"""Positions a program of the measuring kernel sums over at a time, and about as many features as it owns."""
+"""Positions that a program of the measuring kernel sums over at a time, and about how many features it has."""
 
 
 def scale_rows_triton(x: torch.Tensor, gate: torch.Tensor, first_row: int) -> torch.Tensor:
@@ -54,11 +54,14 @@ def _scale_rows(  # type: ignore[no-untyped-def]
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
+    # (BLOCK_TOKENS, 1) and (1, BLOCK_FEATURES): a tile of the packed batch seen as (R * S, F).
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
     inside = (token < num_tokens) & (feature < features)
-    where = token.to(tl.int64) * features + feature
-    values = tl.load(x + where, mask=inside, other=0.0)
+    # 64 bits: a packed batch may have more than 2^31 elements.
+    element = token.to(tl.int64) * features + feature
+    values = tl.load(x + element, mask=inside, other=0.0)
+    # Rows before the first gated one have a negative number here, and the factor 1.
     row = token // num_positions - first_row
     gated = inside & (row >= 0)
     unit = feature // FEATURES_PER_UNIT
@@ -66,7 +69,7 @@ def _scale_rows(  # type: ignore[no-untyped-def]
         factor = tl.load(gate + unit + tl.zeros_like(token), mask=gated, other=1.0)
     else:
         factor = tl.load(gate + row * num_units + unit, mask=gated, other=1.0)
-    tl.store(scaled + where, (values.to(tl.float32) * factor).to(values.dtype), mask=inside)
+    tl.store(scaled + element, (values.to(tl.float32) * factor).to(values.dtype), mask=inside)
 
 
 def accumulate_triton_(
@@ -108,21 +111,24 @@ def _measure(  # type: ignore[no-untyped-def]
     BLOCK_FEATURES: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
+    # A program sums over everything that one sequence has in a few units: every entry of `sums` has one writer.
     sequence = tl.program_id(0)
     unit = tl.program_id(1) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
     feature = tl.arange(0, BLOCK_FEATURES)
     position = tl.arange(0, BLOCK_POSITIONS)
+    # (1, units, features): columns of the units' features; a block is rounded up to powers of 2.
     column = unit[None, :, None] * FEATURES_PER_UNIT + feature[None, None, :]
     exists = (unit[None, :, None] < num_units) & (feature[None, None, :] < FEATURES_PER_UNIT)
+    # Summed at the end: one reduction instead of one per step.
     products = tl.zeros((BLOCK_POSITIONS, BLOCK_UNITS, BLOCK_FEATURES), dtype=tl.float32)
     for view in tl.static_range(NUM_VIEWS):
         first_token = (view * num_sequences + sequence).to(tl.int64) * num_positions
         for begin in range(0, num_positions, BLOCK_POSITIONS):
             token = begin + position[:, None, None]
             inside = exists & (token < num_positions)
-            where = (first_token + token) * (num_units * FEATURES_PER_UNIT) + column
-            left = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
-            products += left * tl.load(dy + where, mask=inside, other=0.0).to(tl.float32)
+            element = (first_token + token) * (num_units * FEATURES_PER_UNIT) + column
+            output = tl.load(x + element, mask=inside, other=0.0).to(tl.float32)
+            products += output * tl.load(dy + element, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.sum(tl.sum(products, axis=2), axis=0)
     entry = sums + sequence * num_units + unit
     is_unit = unit < num_units

@@ -1,6 +1,6 @@
-"""What flows into the linear layers of a network, over a sample of text: second moments of their inputs.
+"""Input covariances: uncentered second moments of the inputs of linear layers, over a sample of text.
 
-Shape legend: R rows of a batch, S positions, P predicted positions, d width of an input.
+Shape legend: R rows of a batch, S positions, P predicted positions, d width of an input, o of an output.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from das_ds.functional.directions import normalized_second_moment
 from das_ds.softmask.measure import PRETRAINING
 
 COUNT = "#count "
-"""Begins the names under which a pass sums how many inputs there were; no parameter has a space in its name."""
+"""Prefix of the names under which a pass counts inputs; no parameter has a space in its name."""
 
 
 def linear_layers(run: RunContext) -> dict[str, nn.Linear]:
     """Name of a trained weight (o, d) -> the linear layer that multiplies by it.
 
-    Embeddings are among them where the LM head shares them.
+    Embeddings are included where the LM head shares them.
 
     Raises:
-        ModelError: a matrix of the network's layers is no weight of a linear layer, and would stay unprotected.
+        ModelError: a matrix of the network's layers is not the weight of a linear layer, and would stay unprotected.
     """
     trained = {id(parameter): name for name, parameter in run.engine.parameters.items()}
-    found = {
+    layers = {
         trained[id(module.weight)]: module
         for module in run.network.model.modules()
         if isinstance(module, nn.Linear) and id(module.weight) in trained
@@ -42,13 +42,13 @@ def linear_layers(run: RunContext) -> dict[str, nn.Linear]:
     for item in run.layout.ownerships:
         _, num_rows, num_columns = run.layout.shapes[item.parameter]
         is_vector = min(num_rows, num_columns) == 1
-        if item.parameter in run.engine.parameters and item.parameter not in found and not is_vector:
+        if item.parameter in run.engine.parameters and item.parameter not in layers and not is_vector:
             raise ModelError(
                 f"method.name: found {run.config.method.name}, but {item.parameter} is no weight of a "
                 "torch.nn.Linear (a convolution, or stacked experts); allowed for this network: "
                 "masks of units or weights"
             )
-    return found
+    return layers
 
 
 def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict
 
     The expectation is over all positions of the sample that reach the layer, on all ranks, without dropout, of the text
     as training corrupts it; the LM head sees predicted positions alone. A table that a layer reads in every forward
-    pass, such as that of relative positions, counts once, however many passes the sample takes.
+    pass, such as that of relative positions, counts once, however many passes the sample needs.
 
     Args:
         run: the engine and its network.
@@ -68,7 +68,9 @@ def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict
     Raises:
         TrainingError: an input that is not finite, on any rank.
     """
-    layers, sums, device = linear_layers(run), batches.accumulators, run.engine.ranks.info.device
+    layers = linear_layers(run)
+    sums = batches.accumulators
+    device = run.engine.ranks.info.device
     for name, layer in layers.items():
         width = layer.in_features
         sums.setdefault(name, torch.zeros(width, width, device=device))
@@ -76,15 +78,16 @@ def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict
     with PRETRAINING.mode(run), torch.no_grad():
         for batch in batches:
             batch = batch.to(device)
-            inputs = _Inputs(sums, batch, with_tables=batches.num_done == 0 and rank() == 0)
-            with _listening(layers, inputs.add):
+            # Tables are equal in all batches and on all ranks: the first batch of rank 0 stands for all.
+            inputs = _BatchInputs(sums, batch, with_tables=batches.num_done == 0 and rank() == 0)
+            with _forward_hooks(layers, inputs.add):
                 run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
-    # One at a time: on the device there is room for the sums, not for as much again.
-    return {name: _relative(name, sums[name], sums[COUNT + name]).cpu() for name in layers}
+    # One at a time: the device has memory for the sums, not for a second copy of all.
+    return {name: _normalize(name, sums[name], sums[COUNT + name]).cpu() for name in layers}
 
 
 @contextmanager
-def _listening(layers: dict[str, nn.Linear], receive: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def _forward_hooks(layers: dict[str, nn.Linear], receive: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     def hook(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         receive(name, inputs[0])
 
@@ -96,17 +99,19 @@ def _listening(layers: dict[str, nn.Linear], receive: Callable[[str, torch.Tenso
             handle.remove()
 
 
-class _Inputs:
-    """Adds what layers are given in one forward pass to the sums of all.
+class _BatchInputs:
+    """Adds the inputs of layers in one forward pass to the sums of all passes.
 
     Args:
         sums: see `input_second_moments`.
         batch: of this forward pass.
-        with_tables: whether what is no row per token counts here; it is the same in every forward pass.
+        with_tables: whether tables count, which are the same in every forward pass.
     """
 
     def __init__(self, sums: dict[str, torch.Tensor], batch: Batch, *, with_tables: bool) -> None:
-        self._sums, self._batch, self._with_tables = sums, batch, with_tables
+        self._sums = sums
+        self._batch = batch
+        self._with_tables = with_tables
         self._called: set[str] = set()
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
@@ -114,11 +119,12 @@ class _Inputs:
 
         Rows that only fill the batch do not count; they predict nothing.
         """
-        shape, (num_rows, num_positions) = inputs.shape[:-1], self._batch.input_ids.shape
-        # A table may happen to have as many rows as the batch has positions, but it comes second.
-        is_first = name not in self._called
+        num_rows, num_positions = self._batch.input_ids.shape
+        shape = inputs.shape[:-1]
+        # A table can have as many rows as the batch has positions, but a layer reads it after the tokens.
+        is_first_call = name not in self._called
         self._called.add(name)
-        is_of_tokens = is_first and shape in ((num_rows, num_positions), (num_rows * num_positions,))
+        is_of_tokens = is_first_call and shape in ((num_rows, num_positions), (num_rows * num_positions,))
         is_table = inputs.dim() == 3 and not is_of_tokens
         if is_table and not self._with_tables:
             return
@@ -126,14 +132,16 @@ class _Inputs:
         count: torch.Tensor | int = len(flat)
         if is_of_tokens:
             weights = self._batch.row_weights.repeat_interleave(num_positions)
-            flat, count = flat * weights[:, None], weights.sum()
+            flat = flat * weights[:, None]
+            count = weights.sum()
         self._sums[name] += flat.T @ flat
         self._sums[COUNT + name] += count
 
 
-def _relative(name: str, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    # Clones: a pass that is done again still needs what this rank had.
-    total, count = all_reduce_sum(total.clone()), all_reduce_sum(count.clone())
+def _normalize(name: str, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    # Clones: a pass that is repeated after a restart still needs this rank's own sums.
+    total = all_reduce_sum(total.clone())
+    count = all_reduce_sum(count.clone())
     if not total.isfinite().all():
         raise TrainingError(
             f"importance: found an input of {name} that is not finite, expected finite numbers; the model diverged, "

@@ -1,4 +1,4 @@
-"""Measuring importance: what is differentiated, and the pass over a sample that gives the importance of units.
+"""Importance measurement: the losses that are differentiated, and the pass over a sample for units.
 
 Shape legend: B sequences of a batch, S positions, L layers, U units.
 """
@@ -27,18 +27,18 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | Non
 
 @dataclass(frozen=True)
 class ImportanceLoss:
-    """A loss whose gradient tells importance."""
+    """A loss whose gradient gives importance."""
 
     of_sequences: Callable[[Forward, Batch], torch.Tensor]
     """(forward, batch) -> (B,) loss of each sequence."""
     dropout: bool
     """Whether the network runs with dropout."""
     num_views: int
-    """Rows that pass the network for each sequence."""
+    """Rows of the forward pass for each sequence."""
 
     @contextmanager
     def mode(self, run: RunContext) -> Iterator[None]:
-        """The network with or without dropout; afterwards with it, as in training."""
+        """Inside, the network runs with or without dropout; afterwards with it, as in training."""
         run.engine.module.train(self.dropout)
         try:
             yield
@@ -47,7 +47,7 @@ class ImportanceLoss:
 
     @contextmanager
     def views(self, run: RunContext, batch: Batch) -> Iterator[None]:
-        """Noise at the units of a network that has no dropout of its own; the backward pass runs inside."""
+        """Inside, a network without dropout has noise at its units; the backward pass runs inside too."""
         probability = run.view_dropout if self.dropout else 0.0
         with run.gates.noise(probability, num_rows=self.num_views * len(batch.input_ids)):
             yield
@@ -67,7 +67,7 @@ def general_knowledge_loss(forward: Forward, batch: Batch) -> torch.Tensor:
     """
     positions = duplicate_rows(batch.position_ids, 2)
     hidden, no_losses = forward(batch.input_ids.repeat(2, 1), batch.predicted[:0], batch.targets[:0], positions)
-    # Nothing is predicted, but every weight takes part: ZeRO waits for the gradients of all.
+    # No position is predicted, but the LM head has to be part of the graph: ZeRO waits for every gradient.
     return representation_kl(*hidden.chunk(2)) + no_losses.sum()
 
 
@@ -76,9 +76,10 @@ def duplicate_rows(position_ids: torch.Tensor | None, times: int) -> torch.Tenso
     return None if position_ids is None else position_ids.repeat(times, 1)
 
 
-TOTALS, SCALE = "totals", "loss_scale"
+TOTALS = "totals"
+SCALE = "loss_scale"
 NEGLIGIBLE_LOSS = 1e-10
-"""Nats; far below any loss that differs from 0 by more than rounding."""
+"""In nats; far below any loss that differs from 0 by more than rounding."""
 
 PRETRAINING = ImportanceLoss(pretraining_loss, dropout=False, num_views=1)
 GENERAL_KNOWLEDGE = ImportanceLoss(general_knowledge_loss, dropout=True, num_views=2)
@@ -89,18 +90,16 @@ def measure_unit_importance(
 ) -> UnitValues:
     """I_l = (1/N) sum_n s(dL(x_n) / dg_l) over the sequences of all ranks, before normalization.
 
-    s is `importance_score`.
-
-    For `abs_grad` that is paper eq. 2, the mean absolute gradient of the gates.
+    with s = `importance_score`; for `abs_grad` it is paper eq. 2, the mean absolute gradient of the gates.
 
     In fp16 the loss of a batch is scaled, and a batch whose gradients are not finite is measured again at half the
     scale, down to 1.
 
     Args:
         run: the engine, its gates and unit counts.
-        batches: this rank's batches, of equally many rows; every rank has the same number of them.
+        batches: this rank's batches, all with the same number of rows; every rank has the same number of them.
         loss: what is differentiated.
-        kind: what is averaged.
+        kind: which score is averaged.
 
     Returns:
         Group -> (L, U) float32, equal on every rank.
@@ -115,13 +114,16 @@ def measure_unit_importance(
     sums.setdefault(SCALE, torch.tensor(run.engine.loss_scale, dtype=torch.float64))
     with loss.mode(run):
         for batch in batches:
-            batch, scale = batch.to(device), float(sums[SCALE])
-            part, losses = _scaled_sums(run, batch, loss, scale)
+            batch = batch.to(device)
+            # The scale is kept among the sums, so that a resumed pass continues with it.
+            scale = float(sums[SCALE])
+            scaled, losses = _scaled_gradients(run, batch, loss, scale)
             # In fp16 a batch that leaves the range of the type is measured again before it enters the sums.
-            while scale > 1.0 and not _all_finite(part):
+            while scale > 1.0 and not _all_finite(scaled):
                 scale = max(scale / 2.0, 1.0)
-                part, losses = _scaled_sums(run, batch, loss, scale)
-            for group, values in part.items():
+                scaled, losses = _scaled_gradients(run, batch, loss, scale)
+            for group, values in scaled.items():
+                # (L, B, U), one score per sequence of a batch.
                 sums[group] = importance_score(values / scale, 1.0, kind) + sums.get(group, 0.0)
             sums[TOTALS] = sums[TOTALS] + count_and_sum(batch, losses)
             sums[SCALE] = torch.tensor(scale, dtype=torch.float64)
@@ -131,8 +133,10 @@ def measure_unit_importance(
             "importance: found a gradient of a gate that is not finite, expected finite numbers; the model diverged, "
             "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
         )
+    # Summed over ranks in place; the loop's own sums stay this rank's.
     totals = sums[TOTALS].clone()
     per_sequence = is_above_noise_floor(totals) / totals[0].float()
+    # (L, B, U) -> (L, U) over all sequences of all ranks.
     return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in by_group.items()}
 
 
@@ -142,10 +146,10 @@ def count_and_sum(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
 
 
 def is_above_noise_floor(totals: torch.Tensor) -> torch.Tensor:
-    """1, or 0 where the mean loss of all ranks is so small that its gradient is rounding alone; a collective.
+    """1, or 0 where the mean loss of all ranks is so small that its gradient is only rounding; a collective.
 
-    Two views of a network without noise are equal: their KL is 0, and what is left of its gradient would be blown up
-    by the normalisation, which knows no scale.
+    Two views of a network without noise are equal: their KL is 0, and the rounding errors of its gradient would be
+    amplified by the normalization, which ignores scale.
 
     Args:
         totals: (2,) float64, number of sequences and sum of their losses; summed over ranks in place.
@@ -154,14 +158,20 @@ def is_above_noise_floor(totals: torch.Tensor) -> torch.Tensor:
     return (loss / count > NEGLIGIBLE_LOSS).float()
 
 
-def _scaled_sums(run: RunContext, batch: Batch, loss: ImportanceLoss, scale: float) -> tuple[UnitValues, torch.Tensor]:
+def _scaled_gradients(
+    run: RunContext, batch: Batch, loss: ImportanceLoss, scale: float
+) -> tuple[UnitValues, torch.Tensor]:
     """scale * |dL(x_n) / dg| of one batch, group -> (L, B, U) float32, and the losses (B,)."""
-    shape = (run.layout.num_layers, len(batch.input_ids))
-    units = run.layout.num_units.items()
-    sums = {group: torch.zeros(*shape, size, device=batch.input_ids.device) for group, size in units}
+    num_layers = run.layout.num_layers
+    num_sequences = len(batch.input_ids)
+    sums = {
+        group: torch.zeros(num_layers, num_sequences, num_units, device=batch.input_ids.device)
+        for group, num_units in run.layout.num_units.items()
+    }
     measuring = run.gates.measuring(sums, batch.row_weights, loss.num_views)
     with loss.views(run, batch), measuring as anchor:
         losses = loss.of_sequences(run.engine.module, batch)
+        # Every gate adds to `sums` in its backward pass; no gradient of a weight is computed.
         torch.autograd.grad(losses.sum() * scale, anchor)
     run.engine.weights.release_gathered()
     return sums, losses.detach()

@@ -106,9 +106,7 @@ def sum_over_gradients(
 ) -> Flats:
     """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over batches b of all ranks.
 
-    s is `importance_score`.
-
-    For `abs_grad` that is N/G times the mean absolute gradient.
+    with s = `importance_score`; for `abs_grad` that is N/G times the mean absolute gradient.
 
     DeepSpeed accumulates, averages and shards these gradients as in training, at any stage; weights, moments and
     schedule do not change.
@@ -117,7 +115,7 @@ def sum_over_gradients(
         run: the engine.
         steps: this rank's micro-batches of each batch b.
         loss: what is differentiated.
-        kind: what is summed.
+        kind: which score is summed.
 
     Returns:
         Flat tensor of this rank's optimizer -> (F,) float32.

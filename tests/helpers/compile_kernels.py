@@ -30,7 +30,7 @@ def forms() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     """(name, kernel, types of the arguments, constants, warps) of every form that is launched."""
     tile = {"TILE": tile_elements()}
     for mask, stored in (("none", "fp32"), ("unit", "fp32"), ("parameter", "u8"), ("parameter", "bf16")):
-        flags = {"BY_UNIT": mask == "unit", "QUANTISED": stored == "u8"}
+        flags = {"BY_UNIT": mask == "unit", "QUANTIZED": stored == "u8"}
         yield (
             f"masked_adamw {mask} {stored}",
             masked_adamw_triton._masked_adamw,

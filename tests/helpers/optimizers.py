@@ -11,10 +11,10 @@ import torch
 from das_ds.engine import mask as masks
 from das_ds.engine.mask import ElementwiseMask
 from das_ds.engine.optimizer import MaskedUpdateWrapper
+from das_ds.kernels.cpu_tiles import CPU_TILE_ELEMENTS
 from das_ds.kernels.protection import Protection
-from das_ds.kernels.windows import WINDOW_ELEMENTS
 
-NUMEL, NUM_STEPS = 2 * WINDOW_ELEMENTS + 1003, 4
+NUMEL, NUM_STEPS = 2 * CPU_TILE_ELEMENTS + 1003, 4
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
@@ -33,7 +33,7 @@ def run_steps(
 
 def check_pulled_back_in_chunks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps under a mask, chunk by chunk, are those of complete tensors."""
-    monkeypatch.setattr(masks, "CHUNK_WINDOWS", 1)
+    monkeypatch.setattr(masks, "CHUNK_TILES", 1)
     start, importance = torch.randn(NUMEL), torch.rand(NUMEL)
     importance[::7], importance[1::7] = 0.0, 1.0
     param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -52,7 +52,7 @@ def check_pulled_back_in_chunks(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(param.data, twin.data, rtol=1e-5, atol=1e-6)
     assert torch.equal(param.data[1::7], start[1::7])
     # Never a copy of all: one chunk at a time.
-    assert max(largest) == WINDOW_ELEMENTS and len(largest) == 3 * NUM_STEPS
+    assert max(largest) == CPU_TILE_ELEMENTS and len(largest) == 3 * NUM_STEPS
     # The state is that of an optimizer that stepped the complete tensor once per step.
     assert found.state[param].keys() == expected.state[twin].keys()
     for key, value in expected.state[twin].items():

@@ -40,7 +40,7 @@ def check(found: list[dict[str, Any]], expected: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_random_weights_are_those_of_other_stages(world_size: int, tmp_path: Path) -> None:
+def test_from_config_weights_equal_other_stages(world_size: int, tmp_path: Path) -> None:
     config = random_roberta(vocab_size=101)
     plain, _ = load_model(config, seed=7, vocab_size=100)
     results = run_ranks(weights_of_loaded, world_size, tmp_path, config, 7, ("fp32", "bf16", "fp16"))
@@ -51,7 +51,7 @@ def test_random_weights_are_those_of_other_stages(world_size: int, tmp_path: Pat
         assert sum(held) == weight.numel() and max(held) == -(-weight.numel() // world_size)
 
 
-def test_every_architecture_draws_the_same_weights() -> None:
+def test_from_config_every_architecture_equals_plain() -> None:
     cases = [
         *((name, SIZES) for name in ("bert", "electra", "deberta-v2", "modernbert")),
         *((name, DECODER) for name in ("llama", "qwen3", "gemma2", "phi3")),
@@ -61,7 +61,7 @@ def test_every_architecture_draws_the_same_weights() -> None:
     assert run_ranks(random_equal_to_plain, 2, cases) == [[], []]
 
 
-def test_pretrained_weights_are_read_in_parts(tmp_path: Path) -> None:
+def test_from_pretrained_reads_slices(tmp_path: Path) -> None:
     # Several files, one of them of another type.
     model = tiny_model("bert", **NO_DROPOUT)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -75,7 +75,7 @@ def test_pretrained_weights_are_read_in_parts(tmp_path: Path) -> None:
         check(found, plain)
 
 
-def test_weights_of_experts_are_read_in_parts_and_never_whole_by_a_rank(tmp_path: Path) -> None:
+def test_from_pretrained_experts_never_complete_on_a_rank(tmp_path: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path)
     config = ModelConfig(name_or_path=str(tmp_path))
     plain, _ = load_model(config, seed=0, vocab_size=100)
@@ -85,6 +85,6 @@ def test_weights_of_experts_are_read_in_parts_and_never_whole_by_a_rank(tmp_path
         assert all(found[0]["held"][name] == -(-weight.numel() // 2) for name, weight in weights.items())
 
 
-def test_other_stages_build_whole_models() -> None:
+def test_sharded_init_other_stages_none() -> None:
     for zero in ({"stage": 2}, {"stage": 3, "zero_hpz_partition_size": 2}):
         assert sharded_init({"zero_optimization": zero}, None) is None  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def brute_force(kind: str, power: int) -> dict[str, torch.Tensor]:
 @pytest.mark.multirank
 @pytest.mark.parametrize("kind", ["mlm", "proxy"])
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (0, 2), (2, 2), (3, 1), (3, 2)])
-def test_importance_equals_a_loop_over_single_sequences(kind: str, stage: int, world_size: int, tmp_path: Path) -> None:
+def test_unit_importance_equals_loop_over_sequences(kind: str, stage: int, world_size: int, tmp_path: Path) -> None:
     train = {"micro_batch_size": ROWS // world_size, "global_batch_size": ROWS, "precision": "fp32"}
     config = run_config(tmp_path, train=train, deepspeed={"zero_optimization": {"stage": stage}})
     found = run_ranks(measured, world_size, config, kind, joined_batches(NUM_BATCHES, ROWS), NO_DROPOUT)
@@ -49,7 +49,7 @@ def test_importance_equals_a_loop_over_single_sequences(kind: str, stage: int, w
 
 @pytest.mark.multirank
 @pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", True), ("bf16", False)])
-def test_importance_in_bf16_and_under_checkpointing(precision: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_unit_importance_bf16_and_checkpointing(precision: str, checkpointing: bool, tmp_path: Path) -> None:
     model: dict[str, Any] = {"gradient_checkpointing": checkpointing}
     train = {"micro_batch_size": ROWS // 2, "global_batch_size": ROWS, "precision": precision}
     config = run_config(tmp_path, model=model, train=train, deepspeed={"zero_optimization": {"stage": 3}})
@@ -63,7 +63,7 @@ def test_importance_in_bf16_and_under_checkpointing(precision: str, checkpointin
 
 @pytest.mark.multirank
 @pytest.mark.parametrize(("kind", "stage", "power"), [("faint", 2, 16), ("mlm", 3, 30)])
-def test_importance_in_fp16_neither_underflows_nor_overflows(kind: str, stage: int, power: int, tmp_path: Path) -> None:
+def test_unit_importance_fp16_stays_in_range(kind: str, stage: int, power: int, tmp_path: Path) -> None:
     train = {"micro_batch_size": ROWS // 2, "global_batch_size": ROWS, "precision": "fp16"}
     deepspeed = {"zero_optimization": {"stage": stage}, "fp16": {"initial_scale_power": power}}
     config = run_config(tmp_path, train=train, deepspeed=deepspeed)

@@ -12,5 +12,5 @@ pytestmark = pytest.mark.multirank
 
 
 @pytest.mark.parametrize("stage", [3])
-def test_forms_and_masks_equal_those_of_whole_tensors(stage: int, tmp_path: Path) -> None:
+def test_normalization_and_masks_equal_complete_tensors(stage: int, tmp_path: Path) -> None:
     check_forms_and_masks_equal_those_of_whole_tensors(stage, tmp_path)

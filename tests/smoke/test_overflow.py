@@ -26,7 +26,7 @@ def fp16_run(folder: Path, zero: dict[str, Any], fp16: dict[str, Any]) -> RunCon
 
 
 @pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, **OFFLOAD}, {"stage": 3}])
-def test_an_overflow_moves_neither_weights_nor_schedule(zero: dict[str, Any], tmp_path: Path) -> None:
+def test_step_overflow_moves_nothing(zero: dict[str, Any], tmp_path: Path) -> None:
     results = run_ranks(attempts_of, 2, [fp16_run(tmp_path, zero, HUGE)], random_batch(4, 0))
     assert results[0] == results[1]
     attempts = results[0][0]
@@ -42,7 +42,7 @@ def test_an_overflow_moves_neither_weights_nor_schedule(zero: dict[str, Any], tm
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_with_overflow_is_the_run_without(stage: int, tmp_path: Path) -> None:
+def test_run_with_overflow_equals_run_without(stage: int, tmp_path: Path) -> None:
     save_random_importance(tmp_path)
     initial = {"init_from": str(tmp_path / "importance.safetensors")}
     plain = configs_of(tmp_path, 2, {"stage": stage}, [{"importance": initial}], precision="fp16")[0]
@@ -60,7 +60,7 @@ def test_a_run_with_overflow_is_the_run_without(stage: int, tmp_path: Path) -> N
     assert difference < 3e-3
 
 
-def test_a_scale_that_cannot_fall_is_an_error(tmp_path: Path) -> None:
+def test_retry_on_overflow_smallest_scale_raises(tmp_path: Path) -> None:
     scalers = ({"loss_scale": 2**24}, {**HUGE, "min_loss_scale": 2**22})
     runs = [fp16_run(tmp_path, {"stage": 2}, fp16) for fp16 in scalers]
     errors = run_ranks(errors_of, 1, runs, random_batch(2, 0))[0]
@@ -74,14 +74,14 @@ def runs_in(folder: Path, *precisions: str) -> list[RunConfig]:
     return [run_config(folder, train={**train, "precision": p}, deepspeed=zero2) for p in precisions]
 
 
-def test_without_a_scale_the_step_is_left_out(tmp_path: Path) -> None:
+def test_step_not_finite_without_scale_is_skipped(tmp_path: Path) -> None:
     for rank in run_ranks(left_out, 2, runs_in(tmp_path, "bf16", "fp32"), random_batch(4, 0)):
         for skipped, moved, error in rank:
             assert (skipped, moved) == (1, False)
             assert "the gradient is not finite at loss scale 1, which cannot fall further" in error
 
 
-def test_importance_that_is_not_finite_is_an_error_on_every_rank(tmp_path: Path) -> None:
+def test_importance_not_finite_raises_on_every_rank(tmp_path: Path) -> None:
     for rank in run_ranks(infinite_importance, 2, runs_in(tmp_path, "fp16", "fp32"), random_batch(4, 0)):
         for of_units, of_parameters in rank:
             assert of_units.startswith("importance: found a gradient of a gate that is not finite")

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.multirank
 @pytest.mark.parametrize(("stage", "world_size"), list(product(range(4), (1, 2))))
-def test_weights_after_five_steps_equal_the_reference(stage: int, world_size: int, folder: Path) -> None:
+def test_das_five_steps_equal_reference(stage: int, world_size: int, folder: Path) -> None:
     settings = configs(folder, world_size, {"stage": stage})
     results = run_ranks(train_all, world_size, settings, steps(), NO_DROPOUT)
     for setting, (weights, lines) in enumerate(results[0]):
@@ -46,7 +46,7 @@ def test_weights_after_five_steps_equal_the_reference(stage: int, world_size: in
 
 
 @pytest.mark.multirank
-def test_activation_checkpointing_changes_nothing(folder: Path) -> None:
+def test_das_activation_checkpointing_changes_nothing(folder: Path) -> None:
     settings = configs(folder, 2, {"stage": 3})
     checkpointed = [
         config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": True})})
@@ -59,10 +59,10 @@ def test_activation_checkpointing_changes_nothing(folder: Path) -> None:
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_16_bits_at_stage_3_move_with_the_reference_and_keep_full_units_still(precision: str, folder: Path) -> None:
+def test_das_16_bits_stage_3_follow_reference(precision: str, folder: Path) -> None:
     check_16_bits_move_with_the_reference_and_keep_full_units_still(precision, 3, 2, folder)
 
 
 @pytest.mark.multirank
-def test_importance_zero_at_stage_2_is_torchs_adamw_over_100_steps(tmp_path: Path) -> None:
+def test_das_zero_importance_equals_torch_adamw(tmp_path: Path) -> None:
     check_importance_zero_is_torchs_adamw_over_100_steps(2, tmp_path)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.multirank
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_shards_cover_every_parameter_and_snapshots_bring_it_back(stage: int, tmp_path: Path) -> None:
+def test_shards_cover_parameters_and_snapshot_restores(stage: int, tmp_path: Path) -> None:
     train = {"micro_batch_size": 2, "global_batch_size": 8, "learning_rate": 0.1}
     configs = [
         run_config(
@@ -50,14 +50,14 @@ def test_shards_cover_every_parameter_and_snapshots_bring_it_back(stage: int, tm
         assert all(torch.equal(count, torch.full_like(count, times)) for count in covered.values())
 
 
-def test_others_wait_for_slow_preparation_without_a_time_out(tmp_path: Path) -> None:
+def test_main_process_first_slow_preparation_no_timeout(tmp_path: Path) -> None:
     results = run_ranks(prepare_in_turn, 2, tmp_path)
     assert [found for found, _ in results] == [1, 1]
     assert all(seconds >= 4 for _, seconds in results)
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_every_group_that_is_not_patient_has_the_time_of_the_run(stage: int, tmp_path: Path) -> None:
+def test_process_groups_have_collective_timeout(stage: int, tmp_path: Path) -> None:
     config = run_config(tmp_path, deepspeed={"zero_optimization": {"stage": stage}})
     for found in run_ranks(timeouts, 2, config, timedelta(seconds=777), timedelta(seconds=999)):
         patient = [timeout for timeout in found if timeout == LONG_TIMEOUT]
@@ -68,14 +68,14 @@ def test_every_group_that_is_not_patient_has_the_time_of_the_run(stage: int, tmp
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
-def test_matmul_precision_of_the_config_holds_in_training(precision: str, tmp_path: Path) -> None:
+def test_engine_sets_matmul_precision(precision: str, tmp_path: Path) -> None:
     assert run_ranks(matmul_precision, 1, run_config(tmp_path, train={"matmul_precision": precision})) == [precision]
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
-def test_an_error_on_one_rank_is_raised_on_all(failing_rank: int) -> None:
+def test_main_process_first_error_raises_on_all_ranks(failing_rank: int) -> None:
     assert run_ranks(fail_on_one, 2, failing_rank) == [f"found nothing on rank {failing_rank}"] * 2
 
 
-def test_every_rank_knows_its_place() -> None:
+def test_run_ranks_numbers_ranks() -> None:
     assert run_ranks(identity, 3, 10) == [10, 11, 12]

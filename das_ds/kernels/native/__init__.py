@@ -1,6 +1,7 @@
-"""Kernels for CPUs in C++, compiled on first use (a second) where there is a compiler.
+"""Native CPU kernels in C++, compiled on first use (a second) where there is a compiler.
 
-Compiled apart and put in its place by one rename, so that there is no lock that a killed process could leave behind.
+The library is compiled in a temporary folder and moved to the cache by one rename: no lock file can be left behind by a
+killed process.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from das_ds.kernels.protection import Protection
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "masked.cpp"
-# Nothing here reads errno, floating-point traps or the sign of zero, which would keep loops from being vectorised.
+# Nothing here reads errno, floating-point traps or the sign of zero, which would keep loops from being vectorized.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros")
 PARALLEL_ELEMENTS = 1 << 17
-"""Fewest elements worth a thread of their own."""
+"""Fewest elements that are worth another thread."""
 KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.uint8: 4}
 NONE, UNITS = 0, 1
 POINTER, COUNT, KIND, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -74,17 +75,18 @@ def run(name: str, begin: int, end: int, before: tuple[Any, ...], after: tuple[A
         before, after: the kernel's other arguments.
     """
     kernel = getattr(library(), name)
-    num_parts = max(1, min(torch.get_num_threads(), (end - begin) // PARALLEL_ELEMENTS))
-    first, *rest = pairwise(begin + (end - begin) * part // num_parts for part in range(num_parts + 1))
-    # ctypes lets go of the interpreter while it is in the kernel.
-    others = [_threads().submit(kernel, *before, *part, *after) for part in rest]
+    num_chunks = max(1, min(torch.get_num_threads(), (end - begin) // PARALLEL_ELEMENTS))
+    edges = [begin + (end - begin) * chunk // num_chunks for chunk in range(num_chunks + 1)]
+    first, *rest = pairwise(edges)
+    # ctypes releases the interpreter lock while it is in the kernel.
+    futures = [_threads().submit(kernel, *before, *chunk, *after) for chunk in rest]
     kernel(*before, *first, *after)
-    for other in others:
-        other.result()
+    for future in futures:
+        future.result()
 
 
 def protection_arguments(protection: Protection) -> tuple[Any, ...]:
-    """What `PROTECTION` stands for; the tensors belong to `protection` and stay where they are while it lives."""
+    """Arguments of the types `PROTECTION`; the pointers are valid as long as `protection` lives."""
     if protection.importance is not None:
         return KINDS[protection.importance.dtype], protection.importance.data_ptr(), None, 0, None
     if protection.table is not None:
@@ -118,7 +120,7 @@ def _folder() -> Path:
 
 
 def processor() -> str:
-    """What -march=native depends on: the cache may be shared by unlike machines."""
+    """The processor that -march=native depends on: different machines may share the cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-// Masked AdamW and the soft update over a part of a flat float32 tensor, one pass each; see kernels/native.py.
+// Masked AdamW and the soft update over a range of a flat float32 tensor, one pass each; see native/__init__.py.
 //
 // Importance of element i: by parameter (one stored value each), by unit (a table of segments, see
-// functional/segments.py, whose row and column importances lie in `values`), or none.
+// functional/masks.py, whose row and column importances lie in `values`), or none.
 
 #include <algorithm>
 #include <cmath>
@@ -37,8 +37,8 @@ void expand(const Segment*& segment, const float* values, int64_t begin, int64_t
             i = stop;
             continue;
         }
-        const int64_t place = segment->offset + i - segment->start;
-        int64_t row = place / segment->num_columns, column = place % segment->num_columns;
+        const int64_t element = segment->offset + i - segment->start;
+        int64_t row = element / segment->num_columns, column = element % segment->num_columns;
         for (; i < stop; ++row, column = 0) {
             const int64_t length = std::min(stop - i, segment->num_columns - column);
             const float share = segment->rows < 0 ? 0.0f : values[segment->rows + row];
@@ -113,9 +113,9 @@ void soft_update(float* __restrict__ param, const float* __restrict__ old, int64
                   [=](int64_t first, int64_t last, auto share) {
                       for (int64_t i = first; i < last; ++i) {
                           // From the nearer end, so that it is exact at 0 and at 1.
-                          const float part = share(i), now = param[i - start], before = old[i - start];
-                          param[i - start] = part < 0.5f ? now + part * (before - now)
-                                                         : before - (before - now) * (1.0f - part);
+                          const float pull = share(i), now = param[i - start], before = old[i - start];
+                          param[i - start] = pull < 0.5f ? now + pull * (before - now)
+                                                         : before - (before - now) * (1.0f - pull);
                       }
                   });
 }

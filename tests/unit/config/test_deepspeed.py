@@ -75,7 +75,7 @@ def test_auto_and_equal_values_are_no_contradiction() -> None:
             }
         ),
         world_size=4,
-    )
+    ).raw
     assert engine["train_batch_size"] == 256
     assert engine["bf16"]["enabled"] is True
 

@@ -11,7 +11,7 @@ from das_ds.engine.gradient_norm import ROW_ELEMENTS, total_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_total_norm_of_any_sizes_equals_the_norm_in_float64(dtype: torch.dtype) -> None:
+def test_total_norm_any_sizes_equals_float64(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [
         (),
@@ -28,7 +28,7 @@ def test_total_norm_of_any_sizes_equals_the_norm_in_float64(dtype: torch.dtype) 
     assert total_norm([*gradients, None]).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_total_norm_of_many_equal_numbers_does_not_drift() -> None:
+def test_total_norm_many_equal_values_does_not_drift() -> None:
     gradient = torch.full((2**24 + 3,), 1e-3)
     expected = gradient[0].double().item() * math.sqrt(gradient.numel())
     assert total_norm([gradient]).item() == pytest.approx(expected, rel=1e-6)
@@ -36,7 +36,7 @@ def test_total_norm_of_many_equal_numbers_does_not_drift() -> None:
 
 @pytest.mark.parametrize("found", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("place", [0, 2 * ROW_ELEMENTS + 1])
-def test_total_norm_of_a_number_that_is_not_finite_is_not_finite(found: float, place: int) -> None:
+def test_total_norm_not_finite_value_is_not_finite(found: float, place: int) -> None:
     gradient = torch.ones(2 * ROW_ELEMENTS + 2)
     gradient[place] = found
     assert not total_norm([torch.ones(5), gradient]).isfinite()

@@ -16,7 +16,7 @@ from das_ds.training.evaluate import evaluate_model
 from helpers.training import run_config
 
 
-def test_unsupported_precision_lists_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_precision_unsupported_lists_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     monkeypatch.setattr(get_accelerator(), "is_bf16_supported", lambda: True)
     with pytest.raises(
@@ -30,7 +30,7 @@ def test_unsupported_precision_lists_the_others(monkeypatch: pytest.MonkeyPatch)
     check_precision("fp32")
 
 
-def test_a_format_that_the_cpu_lacks_is_slow_and_a_gpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emulated_precision_warning_on_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
     assert emulated_precision_warning("fp32") == emulated_precision_warning("bf16") == ""
@@ -44,7 +44,7 @@ def test_a_format_that_the_cpu_lacks_is_slow_and_a_gpu_is_not(monkeypatch: pytes
     assert emulated_precision_warning("bf16") == emulated_precision_warning("fp16") == ""
 
 
-def test_tf32_is_on_inside_on_a_gpu_alone_and_ends_with_an_error_too() -> None:
+def test_tf32_on_gpu_only_and_restored_after_error() -> None:
     before = torch.get_float32_matmul_precision()
     assert before == "highest"
     with tf32(torch.device("cpu")):
@@ -56,7 +56,7 @@ def test_tf32_is_on_inside_on_a_gpu_alone_and_ends_with_an_error_too() -> None:
 
 
 @pytest.mark.parametrize("command", [evaluate_model, finetune_model])
-def test_matmul_precision_of_the_config_holds_in_commands_without_an_engine(
+def test_matmul_precision_set_in_commands_without_engine(
     command: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

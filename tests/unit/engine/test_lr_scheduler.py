@@ -51,14 +51,14 @@ def falling(step: int) -> float:
     ],
 )
 @pytest.mark.parametrize(("is_first", "is_last"), [(True, False), (False, False), (False, True)])
-def test_every_domain_has_a_whole_schedule(
+def test_lr_scheduler_restarts_for_each_domain(
     schedule: str, factor: Callable[[int], float], is_first: bool, is_last: bool
 ) -> None:
     expected = [PEAK * factor(step) for step in range(NUM_STEPS)]
     assert rates(schedule, is_first=is_first, is_last=is_last) == pytest.approx(expected)
 
 
-def test_infinite_is_one_schedule_over_all_domains() -> None:
+def test_infinite_scheduler_spans_all_domains() -> None:
     first, second, third = (
         rates("infinite", is_first=is_first, is_last=is_last)
         for is_first, is_last in ((True, False), (False, False), (False, True))
@@ -69,7 +69,7 @@ def test_infinite_is_one_schedule_over_all_domains() -> None:
     assert rates("infinite") == rates("wsd")
 
 
-def test_rounded_shares_fill_the_domain_and_no_more() -> None:
+def test_lr_scheduler_rounded_phases_fit_domain() -> None:
     # Half of three steps is rounded to two, twice.
     assert rates("wsd", num_steps=3, warmup_ratio=0.5) == pytest.approx([0.0, PEAK / 2, PEAK])
     assert rates("wsd", num_steps=3, warmup_ratio=0.0, decay_ratio=0.0) == [PEAK] * 3

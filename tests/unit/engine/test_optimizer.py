@@ -31,7 +31,7 @@ def test_wrapper_any_optimizer_blends_in_chunks(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_wrapper_without_mask_equals_inner_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "CHUNK_WINDOWS", 1)
+    monkeypatch.setattr(masks, "CHUNK_TILES", 1)
     start = torch.randn(NUMEL)
     param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     run(MaskedUpdateWrapper(INNER[name]([{"params": [param]}])), param)

@@ -71,7 +71,7 @@ def test_axis_layout_equals_loop(name: str) -> None:
     assert [[owner for owner in owners if owner != NO_OWNER] for owners in found.tolist()] == expected()
 
 
-def test_as_many_key_value_heads_as_heads_share_nothing() -> None:
+def test_kv_equal_head_counts_equals_contiguous() -> None:
     axis = Axis(1, HEADS * WIDTH, HEADS, HEADS)
     assert torch.equal(AXIS_LAYOUTS["kv"](axis), AXIS_LAYOUTS["contiguous"](axis))
 
@@ -94,6 +94,6 @@ def test_as_many_key_value_heads_as_heads_share_nothing() -> None:
         ("experts_gate_up", Axis(4, 12, 20, 20), "6 entries, which is no multiple of 5 units"),
     ],
 )
-def test_sizes_that_do_not_divide_are_an_error(name: str, axis: Axis, message: str) -> None:
+def test_axis_layout_sizes_not_divisible_raise(name: str, axis: Axis, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         AXIS_LAYOUTS[name](axis)

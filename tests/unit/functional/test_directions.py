@@ -15,7 +15,7 @@ def moment(*, rank: int, width: int = 6) -> torch.Tensor:
     return inputs.T @ inputs / 40
 
 
-def test_the_relative_moment_knows_no_scale() -> None:
+def test_normalized_second_moment_ignores_scale() -> None:
     relative = normalized_second_moment(moment(rank=6))
     assert relative.trace().item() == pytest.approx(6.0, rel=1e-6)
     torch.testing.assert_close(normalized_second_moment(1e-9 * moment(rank=6)), relative)
@@ -23,7 +23,7 @@ def test_the_relative_moment_knows_no_scale() -> None:
 
 
 @pytest.mark.parametrize("saturation", [0.1, 1.0, 30.0])
-def test_a_direction_keeps_what_the_saturating_mask_leaves_it(saturation: float) -> None:
+def test_direction_projector_equals_saturating_mask(saturation: float) -> None:
     relative = normalized_second_moment(moment(rank=6))
     shares, vectors = torch.linalg.eigh(relative.double())
     # 1 - I of I = a / (a + c).
@@ -32,7 +32,7 @@ def test_a_direction_keeps_what_the_saturating_mask_leaves_it(saturation: float)
     torch.testing.assert_close(direction_projector(relative, saturation).double(), expected, rtol=0, atol=1e-6)
 
 
-def test_what_never_came_in_learns_freely_and_the_rest_hardly() -> None:
+def test_direction_projector_small_saturation_frees_unused_directions() -> None:
     of_three = moment(rank=3)
     _, vectors = torch.linalg.eigh(of_three.double())
     new, old = vectors[:, :3].float(), vectors[:, 3:].float()
@@ -41,13 +41,13 @@ def test_what_never_came_in_learns_freely_and_the_rest_hardly() -> None:
     assert (old.T @ mask).abs().max() < 1e-2
 
 
-def test_nothing_is_masked_where_nothing_is_known() -> None:
+def test_direction_projector_zero_moment_is_identity() -> None:
     torch.testing.assert_close(direction_projector(torch.zeros(4, 4), 0.5), torch.eye(4))
 
 
 @pytest.mark.parametrize("saturation", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 @pytest.mark.parametrize("rank", [1, 5])
-def test_no_direction_learns_more_than_freely_at_any_saturation(saturation: float, rank: int) -> None:
+def test_direction_projector_eigenvalues_at_most_one(saturation: float, rank: int) -> None:
     """Moments summed in float32 have eigenvalues below 0, which a small saturation blows up."""
     relative = normalized_second_moment(moment(rank=rank, width=64))
     shares, vectors = torch.linalg.eigh(relative.double())
@@ -62,13 +62,13 @@ def test_no_direction_learns_more_than_freely_at_any_saturation(saturation: floa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_inputs_that_are_not_finite_are_not_taken_for_none(value: float) -> None:
+def test_normalized_second_moment_not_finite_stays_not_finite(value: float) -> None:
     broken = moment(rank=6)
     broken[2, :] = broken[:, 2] = value
     assert not normalized_second_moment(broken).isfinite().all()
 
 
-def test_what_is_no_second_moment_is_told_apart() -> None:
+def test_describe_invalid_moment_names_fault() -> None:
     sound = normalized_second_moment(moment(rank=6))
     assert describe_invalid_moment(sound) is None and describe_invalid_moment(torch.zeros(6, 6)) is None
     assert describe_invalid_moment(normalized_second_moment(moment(rank=2, width=64))) is None

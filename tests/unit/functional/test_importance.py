@@ -7,7 +7,7 @@ import torch
 from das_ds.functional.importance import elementwise_maximum
 
 
-def test_maximum_is_order_free_and_idempotent() -> None:
+def test_elementwise_maximum_order_free_and_idempotent() -> None:
     parts = [{"head": torch.rand(2, 3), "output": torch.rand(2, 5)} for _ in range(3)]
 
     def accumulate(order: list[int]) -> dict[str, torch.Tensor]:
@@ -23,7 +23,7 @@ def test_maximum_is_order_free_and_idempotent() -> None:
         assert all(torch.equal(found[g], expected[g]) for g in expected)
 
 
-def test_first_maximum_does_not_alias() -> None:
+def test_elementwise_maximum_first_does_not_alias() -> None:
     first = {"head": torch.zeros(1, 2)}
     total = elementwise_maximum(first, None)
     total["head"] += 1

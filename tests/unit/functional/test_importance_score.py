@@ -13,13 +13,13 @@ from das_ds.functional.importance import importance_score
     ("kind", "expected"),
     [("abs_grad", [3.0, 0.5, 0.0]), ("squared_grad", [9.0, 0.25, 0.0]), ("grad_x_weight", [6.0, 2.0, 0.0])],
 )
-def test_by_hand(kind: ImportanceScore, expected: list[float]) -> None:
+def test_importance_score_by_hand(kind: ImportanceScore, expected: list[float]) -> None:
     gradient, weight = torch.tensor([-3.0, 0.5, 0.0]), torch.tensor([2.0, -4.0, 7.0])
     assert importance_score(gradient, weight, kind).tolist() == expected
     assert gradient.tolist() == [-3.0, 0.5, 0.0] and weight.tolist() == [2.0, -4.0, 7.0]
 
 
-def test_sensitivity_is_the_magnitude_of_a_gates_gradient() -> None:
+def test_importance_score_sensitivity_is_gate_gradient() -> None:
     weight, x = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     gated = weight.clone().requires_grad_()
     gates = torch.ones_like(weight).requires_grad_()

@@ -11,7 +11,7 @@ from torch.nn import functional
 from das_ds.functional.losses import contrastive_loss, distillation_loss, representation_kl, sequence_token_loss
 
 
-def test_contrast_two_by_two_by_hand() -> None:
+def test_contrastive_loss_two_by_two_by_hand() -> None:
     # Unit vectors at 0 and 90 degrees; positives equal their anchors; prev_1 equals anchor 1, prev_2 its opposite.
     full = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     previous = torch.tensor([[2.0, 0.0], [-1.0, 0.0]])
@@ -23,7 +23,7 @@ def test_contrast_two_by_two_by_hand() -> None:
     assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
-def test_contrast_pairs_each_anchor_with_its_own_positive() -> None:
+def test_contrastive_loss_pairs_anchor_with_positive() -> None:
     anchors, positives, previous = torch.randn(2, 5), torch.randn(6, 5), torch.randn(6, 5)
     total = 0.0
     for n in range(2):
@@ -35,7 +35,7 @@ def test_contrast_pairs_each_anchor_with_its_own_positive() -> None:
     assert found.item() == pytest.approx(total / 2, rel=1e-5)
 
 
-def test_contrast_is_finite_for_equal_and_zero_rows() -> None:
+def test_contrastive_loss_equal_and_zero_rows_finite() -> None:
     rows = torch.zeros(3, 4, requires_grad=True)
     loss = contrastive_loss(rows, rows, rows, first_positive=0, temperature=0.05)
     loss.backward()
@@ -50,7 +50,7 @@ def test_representation_kl_equals_torch() -> None:
     assert representation_kl(first, first).abs().max() == 0
 
 
-def test_distillation_by_hand() -> None:
+def test_distillation_loss_by_hand() -> None:
     """Two of two numbers: the teacher's softmax at T = 2 is (3/4, 1/4), the student's (1/2, 1/2)."""
     teacher, student = torch.tensor([[[2 * math.log(3), 0.0]]]), torch.tensor([[[5.0, 5.0]]])
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
@@ -59,7 +59,7 @@ def test_distillation_by_hand() -> None:
     assert distillation_loss(rows, equal, temperature=2.0).item() == pytest.approx(2 * kl, rel=1e-6)
 
 
-def test_sequence_loss_is_each_sequences_own_mean() -> None:
+def test_sequence_token_loss_is_mean_per_sequence() -> None:
     losses, rows = torch.rand(6), torch.tensor([2, 0, 2, 2, 0, 3])
     found = sequence_token_loss(losses, rows, 5)
     for row in range(5):

@@ -23,7 +23,7 @@ ROWS, COLUMNS = 7, 5
 
 
 @pytest.mark.parametrize("axes", ["rows", "columns", "both"])
-def test_every_stretch_equals_a_slice_of_the_full_mask(axes: str) -> None:
+def test_segments_of_any_range_equal_slice_of_full_mask(axes: str) -> None:
     values = torch.rand(ROWS + COLUMNS)
     where = {"rows": 0, "columns": ROWS}
     chosen = where if axes == "both" else {axes: where[axes]}
@@ -38,7 +38,7 @@ def test_every_stretch_equals_a_slice_of_the_full_mask(axes: str) -> None:
             assert not found[:2].any() and not found[2 + numel :].any()
 
 
-def test_gaps_are_covered_once_and_empty_segments_vanish() -> None:
+def test_fill_gaps_covers_gaps_and_drops_empty_segments() -> None:
     given = [Segment(9, 6, 1, 2, rows=0), Segment(3, 0, 0, 4, rows=0), Segment(20, 4, 0, 4, columns=0)]
     covered = fill_gaps(given, 30)
     assert [i for segment in covered for i in range(segment.start, segment.stop)] == list(range(30))
@@ -46,7 +46,7 @@ def test_gaps_are_covered_once_and_empty_segments_vanish() -> None:
     assert fill_gaps([], 0) == ()
 
 
-def test_overlapping_segments_are_a_mistake() -> None:
+def test_fill_gaps_overlapping_segments_raise() -> None:
     with pytest.raises(AssertionError, match="overlaps"):
         fill_gaps([Segment(0, 6), Segment(5, 2)], 10)
     with pytest.raises(AssertionError, match="leaves 10"):
@@ -56,7 +56,7 @@ def test_overlapping_segments_are_a_mistake() -> None:
 @pytest.mark.parametrize("model_type", ["roberta", "bert"])
 @pytest.mark.parametrize("readers", [False, True])
 @pytest.mark.parametrize("shared_scale", [1.0, 0.25])
-def test_table_equals_masks_spelled_out_unit_by_unit(model_type: str, readers: bool, shared_scale: float) -> None:
+def test_mask_table_equals_reference_masks(model_type: str, readers: bool, shared_scale: float) -> None:
     model = tiny_model(model_type)
     table = MaskTable(spec_for(model_type).layout(model), include_consumers=readers, unowned_update_scale=shared_scale)
     for seed in (1, 2):
@@ -111,7 +111,7 @@ def importance_by_hand(
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
 @pytest.mark.parametrize("readers", [False, True])
-def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) -> None:
+def test_mask_table_equals_loop_over_weights(model_type: str, readers: bool) -> None:
     model = tiny_model(model_type)
     layout = spec_for(model_type).layout(model)
     table = MaskTable(layout, include_consumers=readers, unowned_update_scale=0.75)
@@ -134,7 +134,7 @@ def test_table_equals_a_loop_over_all_weights(model_type: str, readers: bool) ->
 
 @pytest.mark.parametrize("groups", [["head"], ["intermediate", "unowned"], []])
 @pytest.mark.parametrize("readers", [False, True])
-def test_units_outside_the_groups_move_freely(groups: list[str], readers: bool) -> None:
+def test_mask_table_units_outside_groups_are_free(groups: list[str], readers: bool) -> None:
     model = tiny_model()
     layout = spec_for("roberta").layout(model)
     table = MaskTable(layout, include_consumers=readers, unowned_update_scale=0.25, groups=groups, exponent=3.0)
@@ -150,14 +150,14 @@ def test_units_outside_the_groups_move_freely(groups: list[str], readers: bool) 
         torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-6, msg=name)
 
 
-def test_strength_keeps_both_ends_and_leaves_1_alone() -> None:
+def test_apply_exponent_keeps_zero_and_one() -> None:
     importance = torch.tensor([0.0, 0.3, 1.0])
     assert apply_exponent(importance, 1.0) is importance
     assert apply_exponent(importance, 2.0).tolist() == [0.0, pytest.approx(0.51), 1.0]
     assert apply_exponent(importance, 0.5).tolist() == [0.0, pytest.approx(1 - 0.7**0.5), 1.0]
 
 
-def test_levels_of_a_mask_by_weight() -> None:
+def test_build_lookup_tables_by_hand() -> None:
     owners = {"query": "head", "inner": "intermediate", "embedding": "unowned"}
     tables = build_lookup_tables(
         owners, groups=["head", "unowned"], unowned_update_scale=0.5, exponent=2.0, num_levels=10
@@ -169,7 +169,7 @@ def test_levels_of_a_mask_by_weight() -> None:
     assert tables["embedding"].tolist() == [5, 6, 7, 8, 8, 9, 9, 10, 10, 10, 10]
 
 
-def test_a_plain_mask_by_weight_needs_no_table() -> None:
+def test_build_lookup_tables_identity_is_none() -> None:
     owners = {"query": "head", "embedding": "unowned"}
     assert build_lookup_tables(owners, groups=None, unowned_update_scale=1.0, exponent=1.0, num_levels=255) is None
     assert (
@@ -182,7 +182,7 @@ def test_a_plain_mask_by_weight_needs_no_table() -> None:
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_a_parameter_has_one_group_of_owners(model_type: str) -> None:
+def test_layout_parameter_has_one_owning_group(model_type: str) -> None:
     layout = spec_for(model_type).layout(tiny_model(model_type))
     pairs = {(item.parameter, item.group) for item in layout.ownerships if not item.consumer}
     assert len(pairs) == len({name for name, _ in pairs})

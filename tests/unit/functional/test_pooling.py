@@ -46,7 +46,7 @@ def brute_force(
 @pytest.mark.parametrize("kind", ["mean", "last"])
 @pytest.mark.parametrize("positions", [None, POSITIONS], ids=["whole", "packed"])
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["full", "padded"])
-def test_pooling_equals_a_loop(kind: Pooling, positions: torch.Tensor | None, padding: torch.Tensor | None) -> None:
+def test_pooling_equals_loop(kind: Pooling, positions: torch.Tensor | None, padding: torch.Tensor | None) -> None:
     hidden = torch.randn(4, 6, 5)
     weights = pooling_weights(kind, num_rows=4, num_positions=6, position_ids=positions, padding=padding)
     assert weights.dtype == torch.float32
@@ -54,7 +54,7 @@ def test_pooling_equals_a_loop(kind: Pooling, positions: torch.Tensor | None, pa
     torch.testing.assert_close(pool(hidden, weights), brute_force(kind, hidden, positions, padding).float())
 
 
-def test_last_token_of_each_document_by_hand() -> None:
+def test_pooling_last_token_of_documents_by_hand() -> None:
     weights = pooling_weights("last", num_rows=4, num_positions=6, position_ids=POSITIONS, padding=PADDING)
     # Row 1 holds documents of tokens [0], [] (padding only), [2, 3] (the last one is padding) and [5].
     third, half = 1 / 3, 1 / 2
@@ -63,13 +63,13 @@ def test_last_token_of_each_document_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mean", "last"])
-def test_row_without_tokens_has_no_weight(kind: Pooling) -> None:
+def test_pooling_row_without_tokens_has_no_weight(kind: Pooling) -> None:
     padding = torch.tensor([[True, True], [False, True]])
     weights = pooling_weights(kind, num_rows=2, num_positions=2, padding=padding)
     assert weights.tolist() == [[0, 0], [1, 0]]
 
 
-def test_pooling_is_float32_and_passes_the_gradient() -> None:
+def test_pooling_float32_passes_gradient() -> None:
     hidden = torch.randn(2, 3, 4).bfloat16().requires_grad_()
     weights = pooling_weights("mean", num_rows=2, num_positions=3)
     pooled = pool(hidden, weights)
@@ -80,6 +80,6 @@ def test_pooling_is_float32_and_passes_the_gradient() -> None:
     torch.testing.assert_close(hidden.grad.float(), torch.full((2, 3, 4), 1 / 3), rtol=1e-2, atol=0)
 
 
-def test_weights_lie_on_the_device_asked_for() -> None:
+def test_pooling_weights_on_given_device() -> None:
     weights = pooling_weights("mean", num_rows=2, num_positions=3, device=torch.device("meta"))
     assert weights.device.type == "meta"

@@ -21,7 +21,7 @@ def stored(num_samples: int, capacity: int, chunk: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_any_chunks_give_what_a_loop_gives(chunk: int) -> None:
+def test_reservoir_slots_any_chunks_equal_loop(chunk: int) -> None:
     uniforms, expected = np.random.default_rng(0).random(64), list[int]()
     for number, u in enumerate(uniforms):
         slot = int(u * (number + 1))
@@ -32,7 +32,7 @@ def test_any_chunks_give_what_a_loop_gives(chunk: int) -> None:
     assert stored(64, 5, chunk, 0) == expected
 
 
-def test_every_sample_is_kept_as_often_as_any_other() -> None:
+def test_reservoir_slots_keep_samples_equally_often() -> None:
     counts = np.zeros(30)
     for seed in range(3000):
         counts[stored(30, 6, 10, seed)] += 1
@@ -40,11 +40,11 @@ def test_every_sample_is_kept_as_often_as_any_other() -> None:
     assert np.abs(counts - 600).max() < 100
 
 
-def test_a_buffer_that_is_not_full_has_empty_slots() -> None:
+def test_reservoir_slots_partial_buffer_has_empty_slots() -> None:
     assert stored(3, 5, 2, 0) == [0, 1, 2, NOT_KEPT, NOT_KEPT]
 
 
-def test_positions_are_all_there_are_or_spread_over_the_sequence() -> None:
+def test_evenly_spaced_all_or_spread_over_sequence() -> None:
     # Rows of 10 tokens that predict 2, none, 6 and 3.
     predicted = torch.tensor([1, 7, 20, 21, 22, 25, 26, 29, 30, 34, 38])
     offsets = torch.tensor([0.9, 0.9, 0.9, 0.0], dtype=torch.float64)
@@ -54,12 +54,12 @@ def test_positions_are_all_there_are_or_spread_over_the_sequence() -> None:
     assert found == [[1, 7], [], [21, 25, 29], [30, 34, 38]]
 
 
-def test_no_position_at_all() -> None:
+def test_evenly_spaced_without_positions() -> None:
     indices, exists = evenly_spaced(torch.zeros(0, dtype=torch.int64), 2, 10, 4, torch.rand(2).double())
     assert not exists.any() and not append_zero_row(torch.zeros(0, 3))[indices].any()
 
 
-def test_every_position_is_as_likely_as_any_other() -> None:
+def test_evenly_spaced_positions_equally_likely() -> None:
     num_rows, count = 7000, 3
     predicted = torch.arange(num_rows)[:, None] * 10 + torch.arange(7)
     offsets = torch.rand(num_rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -17,7 +17,7 @@ def test_generator_depends_on_seed_stream_and_index_only() -> None:
     assert not any(set(first) & set(other) for other in others)
 
 
-def test_long_draws_of_neighbours_do_not_overlap() -> None:
+def test_generator_long_draws_do_not_overlap() -> None:
     first, second = (sample_generator(0, "a", index).random(10_000) for index in (7, 8))
     assert not set(first) & set(second)
 

@@ -51,14 +51,14 @@ def check(device: str, dtype: torch.dtype, *, bias: bool, soft_cap: float | None
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_losses_and_gradients_of_both_forms(bias: bool, device: str) -> None:
+def test_linear_cross_entropy_forms_equal_float64(bias: bool, device: str) -> None:
     check(device, torch.float32, bias=bias, soft_cap=None, allowed=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_both_forms_on_a_gpu(dtype: torch.dtype, allowed: float, soft_cap: float | None) -> None:
+def test_linear_cross_entropy_forms_on_gpu(dtype: torch.dtype, allowed: float, soft_cap: float | None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     check("cuda", dtype, bias=True, soft_cap=soft_cap, allowed=allowed)
 
@@ -74,7 +74,7 @@ def test_both_forms_on_a_gpu(dtype: torch.dtype, allowed: float, soft_cap: float
         ("cpu", torch.bfloat16, "0.8.5", "no GPU"),
     ],
 )
-def test_choice_and_its_reason_are_logged_once(
+def test_use_liger_logs_choice_once(
     device_type: str,
     dtype: torch.dtype,
     installed: str | None,

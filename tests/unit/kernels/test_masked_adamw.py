@@ -40,7 +40,7 @@ def step_in(form: str, *tensors: Any, num_steps: int, grad_scale: torch.Tensor |
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_equals_the_formula_in_float64(form: str, kind: str, scaled: bool, device: str) -> None:
+def test_masked_adamw_equals_float64(form: str, kind: str, scaled: bool, device: str) -> None:
     for numel in SIZES:
         seed = new_seed()
         generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def test_equals_the_formula_in_float64(form: str, kind: str, scaled: bool, devic
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["none", "all 0"])
-def test_equals_torch_over_100_steps_where_nothing_is_important(form: str, kind: str, device: str) -> None:
+def test_masked_adamw_unprotected_equals_torch(form: str, kind: str, device: str) -> None:
     numel, seed = 1003, new_seed()
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(numel, generator=generator)
@@ -83,7 +83,7 @@ def test_equals_torch_over_100_steps_where_nothing_is_important(form: str, kind:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["units", "uint8"])
-def test_importance_may_change_in_place(form: str, kind: str, device: str) -> None:
+def test_masked_adamw_importance_changes_in_place(form: str, kind: str, device: str) -> None:
     generator = torch.Generator().manual_seed(new_seed())
     protection = random_protection(kind, 1003, generator, device)
     values = protection.importance if protection.table is None else protection.table.values
@@ -99,7 +99,7 @@ def test_importance_may_change_in_place(form: str, kind: str, device: str) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_empty_shard_is_no_error(form: str, device: str) -> None:
+def test_masked_adamw_empty_shard(form: str, device: str) -> None:
     nothing = [torch.zeros(0, device=device) for _ in range(4)]
     step_in(form, *nothing, Protection(0), num_steps=1)
 
@@ -113,7 +113,7 @@ def test_an_empty_shard_is_no_error(form: str, device: str) -> None:
         ("exp_avg_sq", torch.zeros(10, device="meta"), "exp_avg_sq: found on meta, expected on cpu like the others"),
     ],
 )
-def test_other_tensors_are_refused(name: str, wrong: torch.Tensor, message: str) -> None:
+def test_masked_adamw_wrong_tensors_raise(name: str, wrong: torch.Tensor, message: str) -> None:
     tensors = {key: torch.zeros(10) for key in ("param", "grad", "exp_avg", "exp_avg_sq")} | {name: wrong}
     with pytest.raises(ValueError, match=message):
         masked_adamw_(*tensors.values(), Protection(10), num_steps=1, **SETTINGS)

@@ -41,7 +41,7 @@ def protections_of(kind: str, generator: torch.Generator, device: str) -> list[P
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_equals_the_formula_in_float64(form: str, kind: str, dtype: torch.dtype, device: str) -> None:
+def test_masked_scale_equals_float64(form: str, kind: str, dtype: torch.dtype, device: str) -> None:
     seed = new_seed()
     generator = torch.Generator().manual_seed(seed)
     protections = protections_of(kind, generator, device)
@@ -71,10 +71,10 @@ def test_equals_the_formula_in_float64(form: str, kind: str, dtype: torch.dtype,
         ([torch.zeros(3), torch.zeros(8)[::2]], "tensor 1: found strides"),
     ],
 )
-def test_other_tensors_are_refused(tensors: list[torch.Tensor], message: str) -> None:
+def test_masked_scale_wrong_tensors_raise(tensors: list[torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskedScale([Protection(3), Protection(4)])(tensors)
 
 
-def test_no_tensors_are_no_error() -> None:
+def test_masked_scale_no_tensors() -> None:
     MaskedScale([])([])

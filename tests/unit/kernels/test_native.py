@@ -24,7 +24,7 @@ def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     native.library.cache_clear()
 
 
-def test_compiled_once_and_left_without_traces(anew: Path) -> None:
+def test_library_compiles_once_without_leftovers(anew: Path) -> None:
     assert native.use_native(torch.zeros(1)) and not native.use_native(torch.zeros(1, device="meta"))
     (built,) = (anew / "kernels").iterdir()
     when = built.stat().st_mtime_ns
@@ -32,7 +32,7 @@ def test_compiled_once_and_left_without_traces(anew: Path) -> None:
     assert native.library() is not None and built.stat().st_mtime_ns == when
 
 
-def test_without_a_compiler_torch_takes_over(
+def test_library_without_compiler_falls_back_to_torch(
     anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -48,7 +48,7 @@ def test_without_a_compiler_torch_takes_over(
     assert torch.equal(param, start) and bool((moments[0] != 0).all())
 
 
-def test_a_compiler_that_fails_is_quoted(
+def test_library_compiler_failure_is_logged(
     anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = anew / "c++"
@@ -61,7 +61,7 @@ def test_a_compiler_that_fails_is_quoted(
 
 
 @pytest.mark.parametrize("kind", ["units", "uint8"])
-def test_threads_change_no_bit(kind: str) -> None:
+def test_run_any_number_of_threads_bitwise_equal(kind: str) -> None:
     numel = 3 * native.PARALLEL_ELEMENTS + 1003
     generator = torch.Generator().manual_seed(new_seed())
     protection = random_protection(kind, numel, generator)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from das_ds.functional.adamw import soft_update_ as reference_
-from das_ds.kernels import windows
+from das_ds.kernels import cpu_tiles
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.soft_update import soft_update_, soft_update_native_, soft_update_torch_
 from helpers.protections import KINDS, inside_poison, is_poison_untouched, new_seed, random_protection
@@ -19,7 +19,7 @@ NUMEL = 2003
 
 
 def in_torch(param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int) -> None:
-    soft_update_torch_(param, old, protection, start, protection.windows_in(start, start + param.numel()))
+    soft_update_torch_(param, old, protection, start, protection.cpu_tiles_in(start, start + param.numel()))
 
 
 def in_triton(*args: Any) -> None:
@@ -33,13 +33,13 @@ FORMS = {"torch": in_torch, "native": soft_update_native_, "triton": in_triton}
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_formula_in_float64(form: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "WINDOW_ELEMENTS", 300)
+def test_soft_update_equals_float64(form: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_tiles, "CPU_TILE_ELEMENTS", 300)
     seed = new_seed()
     generator = torch.Generator().manual_seed(seed)
     protection = random_protection(kind, NUMEL, generator, device)
     importance = protection.to_dense().double().cpu()
-    starts = [window.start for window in protection.windows]
+    starts = [tile.start for tile in protection.cpu_tiles]
     for start, stop in ((0, NUMEL), (0, starts[1]), (starts[2], starts[4]), (starts[-1], NUMEL)):
         new, old = (torch.randn(stop - start, generator=generator) for _ in range(2))
         whole, param = inside_poison(new.to(device))
@@ -53,7 +53,7 @@ def test_equals_the_formula_in_float64(form: str, kind: str, device: str, monkey
         assert is_poison_untouched(whole, param), message
 
 
-def test_other_tensors_and_stretches_are_refused() -> None:
+def test_soft_update_wrong_tensors_and_chunks_raise() -> None:
     protection = Protection(10)
     with pytest.raises(ValueError, match=r"old: found shape \(9,\), expected \(10,\)"):
         soft_update_(torch.zeros(10), torch.zeros(9), protection)

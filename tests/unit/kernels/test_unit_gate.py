@@ -26,7 +26,7 @@ def triton_form(name: str) -> Any:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows_in_gate", ["one", "each"])
-def test_scaling_equals_float64(
+def test_unit_gate_equals_float64(
     form: str, dtype: torch.dtype, shape: tuple[int, ...], rows_in_gate: str, device: str
 ) -> None:
     scale = scale_rows_torch if form == "torch" else triton_form("scale_rows_triton")
@@ -49,7 +49,9 @@ def test_scaling_equals_float64(
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_views", [1, 2])
-def test_sums_equal_float64(form: str, dtype: torch.dtype, shape: tuple[int, ...], num_views: int, device: str) -> None:
+def test_measure_gate_sums_equal_float64(
+    form: str, dtype: torch.dtype, shape: tuple[int, ...], num_views: int, device: str
+) -> None:
     accumulate_ = accumulate_torch_ if form == "torch" else triton_form("accumulate_triton_")
     sequences, positions, units, features = shape
     seed = new_seed()
@@ -69,7 +71,7 @@ def test_sums_equal_float64(form: str, dtype: torch.dtype, shape: tuple[int, ...
     assert is_poison_untouched(whole, flat)
 
 
-def test_gradients_equal_plain_autograd() -> None:
+def test_unit_gate_gradients_equal_autograd() -> None:
     x = torch.randn(5, 3, 12, requires_grad=True)
     gate, upstream = torch.rand(3, 4), torch.randn(5, 3, 12)
     (found,) = torch.autograd.grad(unit_gate(x, gate, 2), x, upstream)
@@ -77,7 +79,7 @@ def test_gradients_equal_plain_autograd() -> None:
     torch.testing.assert_close(found, upstream * full)
 
 
-def test_measuring_is_the_identity_and_adds_the_gradient_of_a_gate_of_ones() -> None:
+def test_measure_gate_is_identity_and_adds_gate_gradient() -> None:
     x, upstream = torch.randn(4, 3, 12, requires_grad=True), torch.randn(4, 3, 12)
     sums, anchor = torch.zeros(2, 4), torch.zeros((), requires_grad=True)
     y = measure_gate(x, anchor, sums, torch.tensor([1.0, 0.0]), 2)
@@ -102,7 +104,7 @@ def test_measuring_is_the_identity_and_adds_the_gradient_of_a_gate_of_ones() -> 
         (torch.zeros(2, 3, 4), torch.zeros(1, 2).half(), "gate: found .*float16"),
     ],
 )
-def test_other_gates_are_refused(x: torch.Tensor, gate: torch.Tensor, message: str) -> None:
+def test_unit_gate_wrong_gates_raise(x: torch.Tensor, gate: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unit_gate(x, gate, 0)
 
@@ -116,6 +118,6 @@ def test_other_gates_are_refused(x: torch.Tensor, gate: torch.Tensor, message: s
         (torch.zeros(2, 2), torch.ones(4), r"row_weights: found \(4,\), expected \(2,\)"),
     ],
 )
-def test_other_sums_are_refused(sums: torch.Tensor, weights: torch.Tensor, message: str) -> None:
+def test_measure_gate_wrong_sums_raise(sums: torch.Tensor, weights: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure_gate(torch.zeros(4, 3, 4), torch.zeros((), requires_grad=True), sums, weights, 2)

@@ -32,7 +32,7 @@ from das_ds.softmask.importance_file import (
 from helpers.tiny_models import random_importance, tiny_model
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_unit_importance_round_trip(tmp_path: Path) -> None:
     model = tiny_model()
     layout, importance = spec_for("roberta").layout(model), random_importance(model)
     save_unit_importance(tmp_path / "importance.safetensors", importance, layout)
@@ -42,7 +42,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"model_type": "bert"}, {"intermediate_size": 44}, {"num_hidden_layers": 3}])
-def test_importance_of_another_model_is_refused(other: dict[str, object], tmp_path: Path) -> None:
+def test_load_unit_importance_other_model_raises(other: dict[str, object], tmp_path: Path) -> None:
     model, another = tiny_model(), tiny_model(**other)  # type: ignore[arg-type]
     path = tmp_path / "importance.safetensors"
     save_unit_importance(path, random_importance(model), spec_for("roberta").layout(model))
@@ -50,7 +50,7 @@ def test_importance_of_another_model_is_refused(other: dict[str, object], tmp_pa
         load_unit_importance(path, spec_for(another.config.model_type).layout(another))
 
 
-def test_importance_of_fewer_tokens_fits_a_grown_vocabulary(tmp_path: Path) -> None:
+def test_load_importance_fewer_tokens_fits_grown_vocabulary(tmp_path: Path) -> None:
     small, path = spec_for("roberta").layout(tiny_model()), tmp_path / "importance.safetensors"
     weights = {name: torch.full((size,), 7, dtype=torch.uint8) for name, size in small.sizes.items()}
     save_parameter_importance(path, weights, small)
@@ -69,7 +69,7 @@ def test_importance_of_fewer_tokens_fits_a_grown_vocabulary(tmp_path: Path) -> N
             pass
 
 
-def test_damaged_missing_and_foreign_files(tmp_path: Path) -> None:
+def test_load_importance_damaged_missing_foreign_files_raise(tmp_path: Path) -> None:
     layout = spec_for("roberta").layout(tiny_model())
     path = tmp_path / "importance.safetensors"
     with pytest.raises(ImportanceError, match="cannot read importance"):
@@ -82,7 +82,7 @@ def test_damaged_missing_and_foreign_files(tmp_path: Path) -> None:
         load_unit_importance(path, layout)
 
 
-def test_weights_round_trip_in_stretches(tmp_path: Path) -> None:
+def test_parameter_importance_round_trip_in_slices(tmp_path: Path) -> None:
     model = tiny_model()
     layout = spec_for("roberta").layout(model)
     importance = {
@@ -96,7 +96,7 @@ def test_weights_round_trip_in_stretches(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_importance_of_another_granularity_is_refused(tmp_path: Path) -> None:
+def test_load_importance_other_granularity_raises(tmp_path: Path) -> None:
     model = tiny_model()
     layout, path = spec_for("roberta").layout(model), tmp_path / "importance.safetensors"
     save_unit_importance(path, random_importance(model), layout)
@@ -111,7 +111,7 @@ def test_importance_of_another_granularity_is_refused(tmp_path: Path) -> None:
         load_unit_importance(path, layout)
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_load_parameter_importance_other_model_raises(tmp_path: Path) -> None:
     model, another = tiny_model(), tiny_model(intermediate_size=44)
     path = tmp_path / "importance.safetensors"
     weights = {name: torch.zeros(weight.numel(), dtype=torch.uint8) for name, weight in model.named_parameters()}
@@ -148,7 +148,7 @@ def load_any(kind: str, path: Path, tokens: tuple[str, ...], layout: Any = None)
 
 
 @pytest.mark.parametrize("kind", ["unit", "parameter", "direction"])
-def test_importance_of_a_run_with_another_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
+def test_load_importance_other_tokenizer_raises(kind: str, tmp_path: Path) -> None:
     path, tokens = tmp_path / "importance.safetensors", ("<s>", "bread", "soup")
     save_any(kind, path, tokens)
     load_any(kind, path, tokens)
@@ -160,7 +160,7 @@ def test_importance_of_a_run_with_another_tokenizer_is_refused(kind: str, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["unit", "parameter", "direction"])
-def test_importance_of_a_run_with_other_layers_or_another_table_is_refused(kind: str, tmp_path: Path) -> None:
+def test_load_importance_other_layers_or_table_raises(kind: str, tmp_path: Path) -> None:
     path, layout = tmp_path / "importance.safetensors", spec_for("roberta").layout(tiny_model())
     save_any(kind, path)
     reversed_layers = [replace(item, layer=layout.num_layers - 1 - item.layer) for item in layout.ownerships]
@@ -173,7 +173,7 @@ def test_importance_of_a_run_with_other_layers_or_another_table_is_refused(kind:
     load_any(kind, path, (), replace(layout, ownerships=tuple(reversed(layout.ownerships))))
 
 
-def test_a_checksum_is_that_of_whole_tensors_and_copies_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checksum_covers_complete_tensors_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importance_file, "CHUNK_BYTES", 1000)
     tensors = {"b": torch.randn(2**20), "a": torch.arange(7, dtype=torch.uint8)}
     expected = hashlib.sha256(b"a" + bytes(range(7)) + b"b" + tensors["b"].numpy().tobytes()).hexdigest()
@@ -187,7 +187,7 @@ def test_a_checksum_is_that_of_whole_tensors_and_copies_none(monkeypatch: pytest
     assert peak < 2**20
 
 
-def test_a_second_name_is_a_link_or_else_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_importance_links_or_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tmp_path / "domain" / "importance.safetensors", tmp_path / "importance.safetensors"
     save_any("unit", first)
     for _ in range(2):
@@ -207,7 +207,7 @@ def test_a_second_name_is_a_link_or_else_a_copy(tmp_path: Path, monkeypatch: pyt
     assert not second.samefile(first) and second.read_bytes() == content
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_importance_full_disk_keeps_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "importance.safetensors"
     save_any("unit", path)
     content = path.read_bytes()
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
 
 
-def test_unit_importance_of_a_whole_network_serves_its_adapters_and_the_other_way_round(tmp_path: Path) -> None:
+def test_unit_importance_serves_network_and_adapters(tmp_path: Path) -> None:
     """With LoRA the same heads and neurons are protected, by masks on other weights."""
     model = tiny_model()
     layout = spec_for("roberta").layout(model)

@@ -1,4 +1,4 @@
-"""Windows and tiles: every element once, and the importance of each where the table says."""
+"""CPU tiles and Triton tiles: every element once, and the importance of each where the table says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from das_ds.functional.masks import Segment
-from das_ds.kernels import tiles, windows
+from das_ds.kernels import cpu_tiles, tiles
 from das_ds.kernels.protection import Protection
 from das_ds.kernels.tiles import SEGMENT_FIELDS
 from helpers.protections import KINDS, new_seed, random_protection
@@ -15,31 +15,29 @@ NUMEL = 3001
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window_elements", [1, 7, 64, 1000, 1 << 18])
-def test_windows_cover_a_tensor_and_know_its_importance(
-    kind: str, window_elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(windows, "WINDOW_ELEMENTS", window_elements)
+@pytest.mark.parametrize("most", [1, 7, 64, 1000, 1 << 18])
+def test_cpu_tiles_cover_tensor_with_its_importance(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_tiles, "CPU_TILE_ELEMENTS", most)
     seed = new_seed()
     protection = random_protection(kind, NUMEL, torch.Generator().manual_seed(seed))
     found, position = torch.full((NUMEL,), torch.nan), 0
-    for window in protection.windows:
-        assert window.start == position and 0 < len(window) <= window_elements, seed
-        position = window.stop
-        new, old = torch.zeros(len(window)), torch.ones(len(window))
-        protection.lerp_toward_(new, old, window, protection.scratch())
-        found[window.start : window.stop] = new
+    for tile in protection.cpu_tiles:
+        assert tile.start == position and 0 < len(tile) <= most, seed
+        position = tile.stop
+        new, old = torch.zeros(len(tile)), torch.ones(len(tile))
+        protection.lerp_toward_(new, old, tile, protection.scratch())
+        found[tile.start : tile.stop] = new
     assert position == NUMEL
     torch.testing.assert_close(found, protection.to_dense(), rtol=0, atol=1e-7, msg=f"seed {seed}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tile_elements", [16, 128, 4096])
-def test_tiles_cover_every_element_once(kind: str, tile_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_tiles_cover_every_element_once(kind: str, tile_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile_elements)
     seed = new_seed()
     protection = random_protection(kind, NUMEL, torch.Generator().manual_seed(seed))
-    table, counts = protection.tiles_on(torch.device("cpu")), torch.zeros(NUMEL, dtype=torch.long)
+    table, counts = protection.triton_tiles(torch.device("cpu")), torch.zeros(NUMEL, dtype=torch.long)
     for tile, number in zip(table.tile.tolist(), table.segment.tolist(), strict=True):
         segment = Segment(**dict(zip(SEGMENT_FIELDS, table.segments[number].tolist(), strict=True)))
         assert segment == protection.segments[number]
@@ -54,15 +52,15 @@ def test_tiles_cover_every_element_once(kind: str, tile_elements: int, monkeypat
         assert list(table.entries(start, stop)) == found, seed
 
 
-def test_stretches_of_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "WINDOW_ELEMENTS", 100)
+def test_cpu_tiles_in_requires_complete_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_tiles, "CPU_TILE_ELEMENTS", 100)
     protection = Protection(250)
-    assert [(w.start, w.stop) for w in protection.windows] == [(0, 100), (100, 200), (200, 250)]
-    assert protection.windows_in(100, 250) == protection.windows[1:]
+    assert [(w.start, w.stop) for w in protection.cpu_tiles] == [(0, 100), (100, 200), (200, 250)]
+    assert protection.cpu_tiles_in(100, 250) == protection.cpu_tiles[1:]
     for start, stop in ((0, 50), (50, 100), (0, 251), (250, 300)):
-        with pytest.raises(ValueError, match=rf"found \[{start}, {stop}\) of 250 elements, expected .*whole windows"):
-            protection.windows_in(start, stop)
+        with pytest.raises(ValueError, match=rf"found \[{start}, {stop}\) of 250 elements, expected .*complete tiles"):
+            protection.cpu_tiles_in(start, stop)
 
 
-def test_an_empty_tensor_has_no_windows() -> None:
-    assert Protection(0).windows == ()
+def test_cpu_tiles_of_empty_tensor_are_empty() -> None:
+    assert Protection(0).cpu_tiles == ()
