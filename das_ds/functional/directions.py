@@ -56,8 +56,8 @@ def direction_projector(relative: torch.Tensor, saturation: float) -> torch.Tens
     Intelligence 2019), whose alpha is small; gradient projection memory (Saha et al., ICLR 2021) gives the largest
     directions 0 and all others 1.
 
-    Rounded to float32, M has eigenvalues slightly below 0. Where c is so small that they matter, they are set to 0, which
-    needs the eigenvectors; elsewhere a Cholesky factor is enough, in a tenth of the time.
+    Rounded to float32, M has eigenvalues slightly below 0. Where c is so small that they matter, they are set to 0,
+    which needs the eigenvectors; elsewhere a Cholesky factor is enough, in a tenth of the time.
 
     Args:
         relative: (d, d), M; of several domains their sum.

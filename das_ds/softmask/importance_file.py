@@ -1,4 +1,4 @@
-"""Importance on disk: safetensors with the structure it belongs to in the header."""
+"""Importance files: safetensors with a description of the network that they belong to in the header."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ FORMAT_VERSION = "4"
 UNIT, PARAMETER, DIRECTION = "unit", "parameter", "direction"
 
 STRUCTURE, NUM_TOKENS, TOKENS = "structure", "num_tokens", "tokens"
-"""Of the header: checksum of the table of units, tokens of the vocabulary, and their checksum."""
+"""Keys of the header: checksum of the table of units, tokens of the vocabulary, and their checksum."""
 CHUNK_BYTES = 1 << 24
-"""Of a tensor, read at a time for its checksum."""
+"""Bytes of a tensor that are hashed at a time."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class StoredImportance:
-    """A file of importance, open for reading, of whatever model."""
+    """An importance file of any model, open for reading."""
 
     granularity: str
     """`UNIT` or `PARAMETER`."""
@@ -45,8 +45,8 @@ class StoredImportance:
 
     def values(self, name: str) -> torch.Tensor:
         """Importance as it is stored: float32 in [0, 1], or uint8 (255ths)."""
-        found: torch.Tensor = self._file.get_tensor(name)
-        return found
+        values: torch.Tensor = self._file.get_tensor(name)
+        return values
 
 
 def save_unit_importance(path: Path, importance: UnitValues, layout: UnitLayout, tokens: Sequence[str] = ()) -> None:
@@ -75,7 +75,7 @@ def load_unit_importance(path: Path, layout: UnitLayout, tokens: Sequence[str] |
             table of units, or vocabulary.
     """
     expected: Shapes = {group: (layout.num_layers, units) for group, units in layout.num_units.items()}
-    with _opened(path, layout, UNIT, expected, tokens) as (file, _):
+    with _open_for_run(path, layout, UNIT, expected, tokens) as (file, _):
         return {group: file.get_tensor(group) for group in expected}
 
 
@@ -90,16 +90,16 @@ def save_parameter_importance(
 def load_parameter_importance(
     path: Path, layout: UnitLayout, tokens: Sequence[str] | None = None
 ) -> Iterator[Callable[[str, int, int], torch.Tensor]]:
-    """Give (name, offset, numel) -> (numel,) uint8, which reads no more of the file than that.
+    """Give a function (name, offset, numel) -> (numel,) uint8, which reads only these elements of the file.
 
-    A file of the same model with fewer tokens is read too: rows of tokens that came later have importance 0.
+    A file of the same model with fewer tokens is read too: rows of tokens that were added since have importance 0.
 
     Raises:
         ImportanceError: missing or damaged file, another format, granularity, model type, table of units or vocabulary,
             or other parameters.
     """
     expected: Shapes = {name: (size,) for name, size in layout.sizes.items()}
-    with _opened(path, layout, PARAMETER, expected, tokens) as (file, _):
+    with _open_for_run(path, layout, PARAMETER, expected, tokens) as (file, _):
 
         def read(name: str, offset: int, numel: int) -> torch.Tensor:
             values = file.get_slice(name)[offset : offset + numel]
@@ -135,7 +135,7 @@ def load_directions(
             or other layers; a matrix that is no second moment.
     """
     expected: Shapes = {name: (width, width) for name, width in widths.items()}
-    with _opened(path, layout, DIRECTION, expected, tokens) as (file, header):
+    with _open_for_run(path, layout, DIRECTION, expected, tokens) as (file, header):
         moments: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in expected}
     for name, moment in moments.items():
         if fault := describe_invalid_moment(moment):
@@ -145,17 +145,17 @@ def load_directions(
 
 @contextmanager
 def stored_importance(path: Path) -> Iterator[StoredImportance]:
-    """Importance without the model it belongs to, for those who only look at it.
+    """Open a file without the model that it belongs to, for reports.
 
     Raises:
         ImportanceError: missing or damaged file, or another format.
     """
-    with _checked(path) as (file, header, shapes):
+    with _open_checked(path) as (file, header, shapes):
         yield StoredImportance(header["granularity"], header["model_type"], shapes, file)
 
 
 def link_importance(source: Path, path: Path) -> None:
-    """Give a file that was just written a second name, atomically.
+    """Give a file that was just written a second path, atomically.
 
     Raises:
         RunFolderError: the disk is full, or the folder cannot be written.
@@ -190,17 +190,17 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(
+def _open_for_run(
     path: Path, layout: UnitLayout, granularity: str, expected: Shapes, tokens: Sequence[str] | None
 ) -> Iterator[tuple[Any, dict[str, str]]]:
-    with _checked(path) as (file, header, found):
-        _check(path, header, found, layout, granularity, expected)
+    with _open_checked(path) as (file, header, found):
+        _check_model(path, header, found, layout, granularity, expected)
         _check_origin(path, header, layout, tokens)
         yield file, header
 
 
 @contextmanager
-def _checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
+def _open_checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
     """The open file, its header and its shapes, once format and checksum are right."""
     try:
         require_file(path)
@@ -218,7 +218,7 @@ def _checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
         raise ImportanceError(f"{path}: cannot read importance: {error}") from error
 
 
-def _check(
+def _check_model(
     path: Path,
     header: dict[str, str],
     found: Shapes,
@@ -230,16 +230,19 @@ def _check(
         raise ImportanceError(
             f"{path}: importance by {header['granularity']}, expected by {granularity} (method.importance.granularity)"
         )
-    of_fewer_tokens = {name for name in layout.vocabulary & set(found) if _is_shorter(found[name], layout.shapes[name])}
-    if header["model_type"] != layout.model_type or {**found, **{n: expected[n] for n in of_fewer_tokens}} != expected:
+    shorter = {name for name in layout.vocabulary & set(found) if _is_shorter(found[name], layout.shapes[name])}
+    # Rows of tokens that were added since the file was written may be missing.
+    completed = {**found, **{name: expected[name] for name in shorter}}
+    if header["model_type"] != layout.model_type or completed != expected:
         raise ImportanceError(
-            f"{path}: importance of another model: found {header['model_type']} with {_differing(found, expected)}, "
-            f"expected {layout.model_type} with {_differing(expected, found)} (name: shape)"
+            f"{path}: importance of another model: found {header['model_type']} with "
+            f"{_describe_difference(found, expected)}, expected {layout.model_type} with "
+            f"{_describe_difference(expected, found)} (name: shape)"
         )
 
 
 def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens: Sequence[str] | None) -> None:
-    """Equal shapes may mean other things: units that another table numbered, rows of other tokens."""
+    """Equal shapes are not enough: another table may number units differently, and rows may be of other tokens."""
     if header[STRUCTURE] != _structure(layout):
         raise ImportanceError(
             f"{path}: importance of another table of units: found layers or units of {header['model_type']} that own "
@@ -256,18 +259,25 @@ def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens
 
 
 def _structure(layout: UnitLayout) -> str:
-    """Checksum of which unit of which layer owns or reads which weights; not of sizes, which shapes tell.
+    """Checksum of which unit of which layer owns or consumes which weights; sizes are in the shapes.
 
-    With LoRA the weights are those of the network without adapters, so that importance of its units serves both.
+    With LoRA the weights are those of the network without adapters, so that importance of its units fits both.
     """
     digest = hashlib.sha256()
     ownerships = layout.ownerships if layout.adapted is None else layout.adapted
-    of_table: dict[int, str] = {}
+    digest_by_table: dict[int, str] = {}
     for item in sorted(ownerships, key=lambda item: (item.parameter, item.group, item.axis, item.consumer)):
-        if id(item.units) not in of_table:
-            of_table[id(item.units)] = hashlib.sha256(item.units.cpu().numpy().tobytes()).hexdigest()
-        place = (item.parameter, item.group, item.layer, item.axis, item.consumer, of_table[id(item.units)])
-        digest.update(json.dumps(place).encode())
+        if id(item.units) not in digest_by_table:
+            digest_by_table[id(item.units)] = hashlib.sha256(item.units.cpu().numpy().tobytes()).hexdigest()
+        ownership = (
+            item.parameter,
+            item.group,
+            item.layer,
+            item.axis,
+            item.consumer,
+            digest_by_table[id(item.units)],
+        )
+        digest.update(json.dumps(ownership).encode())
     return digest.hexdigest()
 
 
@@ -275,24 +285,24 @@ def _token_digest(tokens: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
 
 
-def _digest(names: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> str:
-    """Checksum of names and tensors, of which one exists at a time and none is copied whole."""
+def _digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
+    """Checksum of names and tensors; one tensor exists at a time, and none is copied completely."""
     digest = hashlib.sha256()
     for name in sorted(names):
         digest.update(name.encode())
-        for chunk in tensor_of(name).flatten().view(torch.uint8).split(CHUNK_BYTES):
+        for chunk in read(name).flatten().view(torch.uint8).split(CHUNK_BYTES):
             digest.update(chunk.numpy())
     return digest.hexdigest()
 
 
 def _is_shorter(found: tuple[int, ...], shape: tuple[int, int, int]) -> bool:
-    """Whether a flat tensor is whole rows of a parameter with one row per token, and not all of them."""
+    """Whether a flat tensor holds the first rows of a parameter with one row per token, but not all of them."""
     _, num_rows, num_columns = shape
     return len(found) == 1 and found[0] % num_columns == 0 and found[0] < num_rows * num_columns
 
 
-def _differing(these: Shapes, others: Shapes) -> str:
-    """The entries that the other side lacks or has in another shape, at most three."""
-    names = [name for name in these if others.get(name) != these[name]]
-    shown = ", ".join(f"{name}: {these[name]}" for name in names[:3])
+def _describe_difference(shapes: Shapes, reference: Shapes) -> str:
+    """The entries that the reference lacks or has in another shape, at most three."""
+    names = [name for name in shapes if reference.get(name) != shapes[name]]
+    shown = ", ".join(f"{name}: {shapes[name]}" for name in names[:3])
     return f"{shown or 'the same shapes'}{' ...' if len(names) > 3 else ''}"
