@@ -1,7 +1,7 @@
-"""Kill a small job at random moments and damage its checkpoints: is it ever anything but the undisturbed run?
+"""Chaos test: kills a small job at random moments, corrupts its checkpoints, and compares it with a reference run.
 
-A run that is killed with SIGKILL and started again by the same command until it finishes has to end with bitwise the
-models, importance, results and metrics of the run that nobody disturbed; a damaged checkpoint has to be noticed.
+A run that is killed with SIGKILL and restarted by the same command until it finishes has to end with bitwise the same
+models, importance, results and metrics as a run that is not interrupted; a corrupt checkpoint has to be detected.
 
 Run: `python -m benchmarks.chaos [--runs 32] [--corruptions 20] [--seed 0]`
 """
@@ -18,11 +18,11 @@ from tempfile import TemporaryDirectory
 from benchmarks.chaos.corrupted_run import CorruptedRuns, stop_run
 from benchmarks.chaos.job import job_settings, write_job
 from benchmarks.chaos.killed_run import KilledRun
-from benchmarks.chaos.plan import PLACES, draw_goal, plan
+from benchmarks.chaos.reference_run import ReferenceRun, run_reference
 from benchmarks.chaos.report import Report
-from benchmarks.chaos.undisturbed import Undisturbed, run_undisturbed
+from benchmarks.chaos.schedule import PLACES, build_schedule, draw_goal
 
-MOST_EXTRA_RUNS = 10
+MAX_EXTRA_RUNS = 10
 
 
 def main() -> int:
@@ -44,31 +44,34 @@ def main() -> int:
 
 def measure(folder: Path, *, runs: int, corruptions: int, seed: int, zero_stage: int, granularity: str) -> int:
     """See `main`."""
-    began, settings = time.monotonic(), job_settings(zero_stage, granularity)
-    undisturbed = run_undisturbed(write_job(folder, settings), folder)
-    report = Report({"seed": seed, **settings}, undisturbed)
-    kill_runs(undisturbed, report, runs, seed)
+    began = time.monotonic()
+    settings = job_settings(zero_stage, granularity)
+    reference = run_reference(write_job(folder, settings), folder)
+    report = Report({"seed": seed, **settings}, reference)
+    kill_runs(reference, report, runs, seed)
     if corruptions:
-        damaged, generator = CorruptedRuns(undisturbed, stop_run(undisturbed)), Random(seed)
+        corrupted = CorruptedRuns(reference, stop_run(reference))
+        generator = Random(seed)
         for number in range(corruptions):
-            report.add_verdict(damaged.damage_and_continue(number, generator))
+            report.add_verdict(corrupted.corrupt_and_resume(number, generator))
     report.minutes = (time.monotonic() - began) / 60
     report.print()
     print(f"written to {report.write()}")
     return 0 if report.is_good else 1
 
 
-def kill_runs(undisturbed: Undisturbed, report: Report, num_runs: int, seed: int) -> None:
-    """The planned runs, and more for places that none of their kills hit."""
-    track, goals = undisturbed.track, plan(undisturbed.track, num_runs, seed)
+def kill_runs(reference: ReferenceRun, report: Report, num_runs: int, seed: int) -> None:
+    """The scheduled runs, and more for places that none of their kills hit."""
+    timeline = reference.timeline
+    goals = build_schedule(timeline, num_runs, seed)
     generator = Random(seed)
-    for number in range(num_runs + MOST_EXTRA_RUNS):
+    for number in range(num_runs + MAX_EXTRA_RUNS):
         if number >= num_runs:
             if not report.missed_places:
                 break
-            goals.append([draw_goal(report.missed_places[0], track, generator)])
-        run = KilledRun(number, undisturbed)
-        run.go(goals[number])
+            goals.append([draw_goal(report.missed_places[0], timeline, generator)])
+        run = KilledRun(number, reference)
+        run.execute(goals[number])
         report.add_run(run)
     report.failures += [f"never killed: {place}" for place in report.missed_places if num_runs >= len(PLACES)]
 

@@ -1,4 +1,4 @@
-"""Ways in which a file of a checkpoint can be damaged; every one of them alters the folder."""
+"""Corruptions of a checkpoint file; each of them alters the folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def empty(checkpoint: Path, generator: Random) -> str:
 def flip_bit(checkpoint: Path, generator: Random) -> str:
     """Alter one bit of a file."""
     path = _any_file(checkpoint, generator)
-    content, bit = bytearray(path.read_bytes()), generator.randrange(path.stat().st_size * 8)
+    content = bytearray(path.read_bytes())
+    bit = generator.randrange(path.stat().st_size * 8)
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
     return f"bit {bit} of {path.name} flipped"
@@ -55,10 +56,10 @@ def edit_manifest(checkpoint: Path, generator: Random) -> str:
     """Change one digit of the manifest, which stays well-formed."""
     path = checkpoint / MANIFEST
     text = path.read_text(encoding="utf-8")
-    place = generator.choice([index for index, character in enumerate(text) if character in "123456789"])
-    digit = generator.choice([digit for digit in "123456789" if digit != text[place]])
-    path.write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
-    return f"{MANIFEST}: {text[place]} at {place} became {digit}"
+    position = generator.choice([index for index, character in enumerate(text) if character in "123456789"])
+    digit = generator.choice([digit for digit in "123456789" if digit != text[position]])
+    path.write_text(text[:position] + digit + text[position + 1 :], encoding="utf-8")
+    return f"{MANIFEST}: {text[position]} at {position} became {digit}"
 
 
 def delete_manifest(checkpoint: Path, generator: Random) -> str:
@@ -76,7 +77,7 @@ CORRUPTIONS: tuple[Callable[[Path, Random], str], ...] = (
     edit_manifest,
     delete_manifest,
 )
-"""(checkpoint folder, generator) -> what was done, in words."""
+"""(checkpoint folder, generator) -> description of the corruption."""
 
 
 def _files(checkpoint: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The small job of the chaos runs: three domains, das with dropout on two ranks, checkpoints all the time."""
+"""Job of the chaos test: three domains, das with dropout on two ranks, frequent checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINES = 120
 
 
 def job_settings(zero_stage: int, granularity: str) -> dict[str, Any]:
-    """All of the run config but its text and its folders."""
+    """The run config without its text and folders."""
     return {
         "model": {
             "config": {
@@ -28,8 +28,8 @@ def job_settings(zero_stage: int, granularity: str) -> dict[str, Any]:
                 "max_position_embeddings": 40,
             }
         },
-        # Two micro-steps per step. Steps logged, steps saved and steps of a domain have no common divisor: the run dies
-        # with half an average of losses.
+        # Two micro-steps per step. The intervals of logging and saving and the steps of a domain are coprime, so that
+        # kills hit half-filled averages of losses.
         "train": {
             "steps_per_domain": 25,
             "global_batch_size": 16,
@@ -48,7 +48,7 @@ def job_settings(zero_stage: int, granularity: str) -> dict[str, Any]:
 
 
 def write_job(folder: Path, settings: dict[str, Any]) -> Path:
-    """Text, tokeniser and run config in `folder`; returns the config, whose output_dir is to be overridden."""
+    """Text, tokenizer and run config in `folder`; returns the config, whose output_dir is to be overridden."""
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     corpora = {name: _corpus(folder / f"{name}.txt", seed) for seed, name in enumerate((*DOMAINS, "general"))}
     values = settings | {

@@ -1,4 +1,4 @@
-"""Starting the ranks of a job as plain processes, and killing them.
+"""Job processes: starts the ranks of a job as plain processes, and kills them.
 
 The ranks are forked from a server that has imported the slow libraries, so that a start costs about a second; what runs
 in them is the command `das-ds train`.
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.chaos.trail import Trail, follow
+from benchmarks.chaos.progress_log import ProgressLog, follow
 from das_ds.cli import main
 
 NUM_RANKS = 2
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "benchmarks.chaos.trail"])
+_CONTEXT.set_forkserver_preload(["torch", "transformers", "deepspeed", "benchmarks.chaos.progress_log"])
 
 
 class Job:
@@ -32,14 +32,14 @@ class Job:
 
     Args:
         arguments: of `das-ds`.
-        log: file that all that the ranks print is appended to.
-        trail: where rank 0 records what it is at.
+        log: file to which the output of the ranks is appended.
+        progress_path: where rank 0 records its progress.
     """
 
-    def __init__(self, arguments: list[str], log: Path, trail: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, progress_path: Path) -> None:
         port = _free_port()
         self._processes: list[Any] = [
-            _CONTEXT.Process(target=_rank_main, args=(arguments, rank, port, log, trail), daemon=True)
+            _CONTEXT.Process(target=_rank_main, args=(arguments, rank, port, log, progress_path), daemon=True)
             for rank in range(NUM_RANKS)
         ]
         for process in self._processes:
@@ -51,7 +51,7 @@ class Job:
         return any(process.is_alive() for process in self._processes)
 
     def kill(self, ranks: tuple[int, ...]) -> None:
-        """SIGKILL to some ranks, one right after the other."""
+        """Send SIGKILL to some ranks, one right after the other."""
         for rank in ranks:
             self._processes[rank].kill()
         for rank in ranks:
@@ -61,7 +61,7 @@ class Job:
         """Exit codes by rank once all have ended.
 
         Raises:
-            TimeoutError: a rank is still there after so many seconds; all are killed.
+            TimeoutError: a rank still runs after so many seconds; all are killed.
         """
         deadline = time.monotonic() + seconds
         for process in self._processes:
@@ -73,17 +73,17 @@ class Job:
         return [process.exitcode for process in self._processes]
 
 
-def _rank_main(arguments: list[str], rank: int, port: int, log: Path, trail: Path) -> None:
+def _rank_main(arguments: list[str], rank: int, port: int, log: Path, progress_path: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(NUM_RANKS))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    # Its own lock is a semaphore of the system, which a process that is killed leaves behind.
+    # tqdm's default lock is a system semaphore, which a killed process leaves behind.
     tqdm.set_lock(threading.RLock())
     if rank == 0:
-        follow(Trail(trail))
+        follow(ProgressLog(progress_path))
     try:
         code = main(arguments)
     except BaseException:
@@ -91,7 +91,7 @@ def _rank_main(arguments: list[str], rank: int, port: int, log: Path, trail: Pat
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads of collectives that a peer has left would keep this process alive.
+    # Threads of collectives with a dead peer would keep this process alive.
     os._exit(code)
 
 

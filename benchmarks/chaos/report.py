@@ -1,4 +1,4 @@
-"""The tables of kills and of damage, and what they come to."""
+"""Report of the chaos test: tables of kills and corruptions, and a summary."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from benchmarks.chaos.corrupted_run import Verdict
 from benchmarks.chaos.job import EVERY_STEPS
 from benchmarks.chaos.killed_run import Death, KilledRun
-from benchmarks.chaos.plan import ANY, PLACES, SAVING
-from benchmarks.chaos.undisturbed import Undisturbed
+from benchmarks.chaos.reference_run import ReferenceRun
+from benchmarks.chaos.schedule import ANY, PLACES, SAVING
 from benchmarks.result_io import RESULTS, describe, print_table
 
 
 @dataclass
 class Report:
-    """Collects rows while runs go on, each printed as it comes."""
+    """Collects and prints the rows of runs as they finish."""
 
     settings: dict[str, Any]
-    undisturbed: Undisturbed
+    reference: ReferenceRun
     num_runs: int = 0
     deaths: list[Death] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Report:
     minutes: float = 0.0
 
     def add_run(self, run: KilledRun) -> None:
-        """A run that was killed and finished."""
+        """Add a run that was killed and finished."""
         self.num_runs += 1
         self.deaths += run.deaths
         self.failures += [f"run {run.number}: {failure}" for failure in run.failures]
@@ -42,7 +42,7 @@ class Report:
         print(f"run {run.number}: {places}: {run.failures[:3] or 'equal'}", flush=True)
 
     def add_verdict(self, verdict: Verdict) -> None:
-        """A run with damaged checkpoints."""
+        """Add a run with corrupt checkpoints."""
         self.verdicts.append(verdict)
         print(f"{verdict.damaged}: {verdict.damage}: {verdict.verdict}", flush=True)
 
@@ -54,12 +54,12 @@ class Report:
 
     @property
     def is_good(self) -> bool:
-        """Whether every run ended as it should."""
+        """Whether every run ended as expected."""
         return not self.failures and all(verdict.is_good for verdict in self.verdicts)
 
     def summary(self) -> dict[str, Any]:
         """Counts."""
-        track = self.undisturbed.track
+        timeline = self.reference.timeline
         return {
             "runs": self.num_runs,
             "kills": len(self.deaths),
@@ -67,16 +67,16 @@ class Report:
             "kills_while_saving": sum(death.saving for death in self.deaths),
             "kills_by_ranks": dict(Counter(death.ranks for death in self.deaths)),
             "failures": self.failures,
-            "compared_per_run": len(self.undisturbed.outcome),
+            "compared_per_run": len(self.reference.digest),
             "checkpoint_every": EVERY_STEPS,
             "most_steps_lost": max((death.steps_lost for death in self.deaths), default=0),
             "most_batches_lost": max((death.batches_lost for death in self.deaths), default=0),
             "most_seconds_to_end": max((death.seconds_to_end for death in self.deaths), default=0.0),
             "corruptions": dict(Counter(verdict.verdict for verdict in self.verdicts)),
             "undisturbed_seconds": round(
-                self.undisturbed.track.marks[-1].seconds - self.undisturbed.track.marks[0].seconds, 1
+                self.reference.timeline.marks[-1].seconds - self.reference.timeline.marks[0].seconds, 1
             ),
-            "milliseconds_per_save": round(track.save_seconds * 1e3, 1),
+            "milliseconds_per_save": round(timeline.save_seconds * 1e3, 1),
             "minutes": round(self.minutes, 1),
         }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.chaos.outcome import TIMED
+from benchmarks.chaos.run_digest import TIMED
 from benchmarks.domains.base import HeadTraining, base_encoder
 from benchmarks.domains.decoder import decoder_tokenizer
 from benchmarks.domains.lr_search import Choice, choose

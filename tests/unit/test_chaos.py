@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.chaos.corruptions import CORRUPTIONS
-from benchmarks.chaos.outcome import differences, outcome
-from benchmarks.chaos.track import Track
-from benchmarks.chaos.trail import EVALUATION, START, TRAINING, Mark, Trail
+from benchmarks.chaos.progress_log import EVALUATION, START, TRAINING, Mark, ProgressLog
+from benchmarks.chaos.run_digest import differences, run_digest
+from benchmarks.chaos.timeline import Timeline
 
 
 def finished_run(folder: Path) -> Path:
@@ -45,18 +45,18 @@ def flip(path: Path, byte: int) -> None:
     ],
 )
 def test_a_difference_is_found_and_named(tmp_path: Path, change, named: str) -> None:  # type: ignore[no-untyped-def]
-    expected, run = outcome(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
+    expected, run = run_digest(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
     change(run)
-    found = differences(expected, outcome(run))
+    found = differences(expected, run_digest(run))
     assert len(found) == 1 and found[0].startswith(named)
 
 
 def test_time_is_no_difference(tmp_path: Path) -> None:
-    expected, run = outcome(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
+    expected, run = run_digest(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
     (run / "results.json").write_text(json.dumps({"loss_matrix": [[1.5]], "wall_seconds": 9.0}))
     metrics = (run / "metrics.jsonl").read_text().replace('"tokens_per_s": 10.0', '"tokens_per_s": 3.0')
     (run / "metrics.jsonl").write_text(metrics.replace('"loss": 1.0', '"loss": 1.0, "checkpoint_stall_s": 0.1'))
-    assert not differences(expected, outcome(run))
+    assert not differences(expected, run_digest(run))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -75,21 +75,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_trail_is_read_back(tmp_path: Path) -> None:
-    trail = Trail(tmp_path / "trail")
-    assert trail.last() is None
-    trail.add(START, "start")
-    trail.add(TRAINING, "train food", 4)
-    assert [mark.spot for mark in trail.marks()] == [(START, "start", 0), (TRAINING, "train food", 4)]
-    assert trail.last() == trail.marks()[-1]
-    trail.close()
+def test_progress_log_is_read_back(tmp_path: Path) -> None:
+    progress_log = ProgressLog(tmp_path / "progress")
+    assert progress_log.last() is None
+    progress_log.add(START, "start")
+    progress_log.add(TRAINING, "train food", 4)
+    assert [mark.spot for mark in progress_log.marks()] == [(START, "start", 0), (TRAINING, "train food", 4)]
+    assert progress_log.last() == progress_log.marks()[-1]
+    progress_log.close()
 
 
 def test_what_is_lost_is_counted_from_where_the_run_resumed() -> None:
     evaluation = [Mark(1.0 + n, EVALUATION, "evaluate food", n) for n in range(2)]
     training = [Mark(3.0 + n, TRAINING, "train food", n) for n in range(3)]
-    track = Track([Mark(0.0, START, "start", 0), *evaluation, *training], save_seconds=0.0)
-    assert track.lost(training[2].spot, training[1].spot) == (2, 0)
-    assert track.lost(training[0].spot, evaluation[1].spot) == (1, 1)
-    assert track.lost(training[0].spot, training[1].spot) == (0, 0)
-    assert track.is_first(evaluation[0]) and not track.is_first(training[0])
+    timeline = Timeline([Mark(0.0, START, "start", 0), *evaluation, *training], save_seconds=0.0)
+    assert timeline.count_repeated(training[2].spot, training[1].spot) == (2, 0)
+    assert timeline.count_repeated(training[0].spot, evaluation[1].spot) == (1, 1)
+    assert timeline.count_repeated(training[0].spot, training[1].spot) == (0, 0)
+    assert timeline.is_first(evaluation[0]) and not timeline.is_first(training[0])

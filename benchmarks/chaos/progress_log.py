@@ -1,4 +1,4 @@
-"""What a job is at, written by its rank 0 into a file that outlives it: the last line is where it died."""
+"""Progress log: rank 0 of a job records its progress in a file, whose last line shows where the job was killed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from das_ds.config.stage import Stage
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.training import trainer
 from das_ds.training.data_module import DataModule
@@ -18,22 +19,22 @@ Spot = tuple[str, str, int]
 
 START, EVALUATION, TRAINING, BETWEEN, EXPORT = "start", "evaluation", "training", "between phases", "export"
 GENERAL, DOMAIN = "importance of general knowledge", "importance of a domain"
-LONGEST_LINE = 256
+MAX_LINE_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One line: when rank 0 came to which batch or optimizer step of which part of the run."""
+    """One line: when rank 0 reached which batch or optimizer step of which part of the run."""
 
     seconds: float
     place: str
     part: str
-    """What names the part within the run, such as `evaluate food, 1 learned`."""
+    """Name of the part, unique within the run, such as `evaluate food, 1 learned`."""
     step: int
 
     @property
     def spot(self) -> Spot:
-        """Where it is."""
+        """The mark without its time."""
         return self.place, self.part, self.step
 
     @property
@@ -42,29 +43,29 @@ class Mark:
         return self.place in (EVALUATION, TRAINING, GENERAL, DOMAIN)
 
 
-class Trail:
+class ProgressLog:
     """Appends marks to a file, or reads them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self.num_learned = 0
-        """Domains learned, which tells the evaluations of a run apart."""
+        """Domains learned, to distinguish the evaluations of a run."""
 
     def add(self, place: str, part: str, step: int = 0) -> None:
-        """One short write, which a kill does not divide."""
+        """Append a mark, in one short write that a kill cannot split."""
         os.write(self._descriptor, f"{time.monotonic():.4f}\t{place}\t{part}\t{step}\n".encode())
 
     def last(self) -> Mark | None:
         """The newest mark."""
         size = os.fstat(self._descriptor).st_size
-        tail = os.pread(self._descriptor, LONGEST_LINE, max(size - LONGEST_LINE, 0)).decode()
-        # A line that is being added may be seen in part.
+        tail = os.pread(self._descriptor, MAX_LINE_LENGTH, max(size - MAX_LINE_LENGTH, 0)).decode()
+        # A line that is being written may be incomplete.
         lines = tail[: tail.rfind("\n") + 1].splitlines()
         return _mark(lines[-1]) if lines else None
 
     def marks(self) -> list[Mark]:
-        """All of them."""
+        """All marks."""
         return [_mark(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
 
     def close(self) -> None:
@@ -72,60 +73,60 @@ class Trail:
         os.close(self._descriptor)
 
 
-def follow(trail: Trail) -> None:
-    """Make this process, which is rank 0, add a mark for every batch, optimizer step and export."""
-    trail.add(START, "start")
-    _follow_evaluation(trail)
-    _follow_passes(trail)
-    _follow_training(trail)
+def follow(progress_log: ProgressLog) -> None:
+    """Record a mark for every batch, optimizer step and export of this process, which is rank 0."""
+    progress_log.add(START, "start")
+    _follow_evaluation(progress_log)
+    _follow_loops(progress_log)
+    _follow_training(progress_log)
     export = trainer.export_model
 
     def followed(folder: Path, *args: Any, **kwargs: Any) -> None:
-        trail.add(EXPORT, f"export {folder.parent.name}")
+        progress_log.add(EXPORT, f"export {folder.parent.name}")
         export(folder, *args, **kwargs)
-        trail.add(BETWEEN, f"after export {folder.parent.name}")
+        progress_log.add(BETWEEN, f"after export {folder.parent.name}")
 
     trainer.export_model = followed
 
 
-def _follow_evaluation(trail: Trail) -> None:
+def _follow_evaluation(progress_log: ProgressLog) -> None:
     evaluate = trainer.ContinualTrainer._evaluate
 
     def followed(self: trainer.ContinualTrainer) -> None:
-        trail.num_learned = self._state.domains_done
+        progress_log.num_learned = self._state.domains_done
         evaluate(self)
 
     trainer.ContinualTrainer._evaluate = followed  # type: ignore[method-assign]
 
 
-def _follow_passes(trail: Trail) -> None:
+def _follow_loops(progress_log: ProgressLog) -> None:
     batches = ResumableLoop.__iter__
 
     def followed(self: ResumableLoop[Any]) -> Iterator[Any]:
-        place = _place_of_pass(self._label)
-        part = f"{self._label}, {trail.num_learned} learned" if place == EVALUATION else self._label
+        place = _loop_place(self._label)
+        part = f"{self._label}, {progress_log.num_learned} learned" if place == EVALUATION else self._label
         for batch in batches(self):
-            trail.add(place, part, self.done)
+            progress_log.add(place, part, self.num_done)
             yield batch
-        trail.add(BETWEEN, f"after {part}")
+        progress_log.add(BETWEEN, f"after {part}")
 
     ResumableLoop.__iter__ = followed  # type: ignore[method-assign]
 
 
-def _place_of_pass(label: str) -> str:
+def _loop_place(label: str) -> str:
     if label.startswith("evaluate"):
         return EVALUATION
     return GENERAL if "general knowledge" in label else DOMAIN
 
 
-def _follow_training(trail: Trail) -> None:
+def _follow_training(progress_log: ProgressLog) -> None:
     steps = DataModule.training_steps
 
-    def followed(self: DataModule, corpus: str, first_step: int = 0) -> Iterator[Any]:
-        for step, batches in enumerate(steps(self, corpus, first_step), start=first_step):
-            trail.add(TRAINING, f"train {corpus}", step)
+    def followed(self: DataModule, stage: Stage, first_step: int = 0) -> Iterator[Any]:
+        for step, batches in enumerate(steps(self, stage, first_step), start=first_step):
+            progress_log.add(TRAINING, f"train {stage.name}", step)
             yield batches
-        trail.add(BETWEEN, f"after train {corpus}")
+        progress_log.add(BETWEEN, f"after train {stage.name}")
 
     DataModule.training_steps = followed  # type: ignore[method-assign]
 

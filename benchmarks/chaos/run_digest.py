@@ -1,4 +1,4 @@
-"""What a finished run has left behind, as digests by name, so that two runs can be compared bit by bit."""
+"""Run digest: checksums of everything a finished run produced, to compare two runs bit by bit."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ TIMED = ("wall_seconds", "sha256")
 """Fields of results.json that differ from run to run: the time, and the checksum of all fields."""
 
 
-def outcome(run: Path) -> dict[str, str]:
-    """Name -> digest of all that a run is for: exported models, importance, results, metrics.
+def run_digest(run: Path) -> dict[str, str]:
+    """Name -> digest of the products of a run: exported models, importance, results, metrics.
 
-    Tensors are compared one by one, since the header of a safetensors file has no fixed order. Pictures and the report
-    are made of the results.
+    Tensors are compared one by one, because the header of a safetensors file has no fixed order. Plots and the report
+    follow from the results.
     """
     files = sorted(run.glob("domains/**/*")) + sorted(run.glob("*.safetensors"))
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for path in (file for file in files if file.is_file()):
         name = path.relative_to(run).as_posix()
         if path.suffix == ".safetensors":
-            found |= {f"{name}: {key}": digest for key, digest in _tensors(path)}
+            digests |= {f"{name}: {key}": digest for key, digest in _tensors(path)}
         elif path.name != "SHA256SUMS":
-            found[name] = checksum(path)
+            digests[name] = checksum(path)
     results = json.loads(_text(run / "results.json") or "{}")
-    found |= {f"results.json: {key}": json.dumps(value) for key, value in results.items() if key not in TIMED}
-    return found | {f"{METRICS_FILE}: {line}": text for line, text in enumerate(_metrics(run / METRICS_FILE), start=1)}
+    digests |= {f"results.json: {key}": json.dumps(value) for key, value in results.items() if key not in TIMED}
+    return digests | {
+        f"{METRICS_FILE}: {line}": text for line, text in enumerate(_metrics(run / METRICS_FILE), start=1)
+    }
 
 
 def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
-    """Names that one of two outcomes lacks, or that differ."""
+    """Names that are missing in one of two digests, or differ."""
     return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
@@ -58,5 +60,5 @@ def _metrics(path: Path) -> Iterator[str]:
 
 
 def _text(path: Path) -> str:
-    """Content of a file; nothing where a run that failed has not written it."""
+    """Content of a file; "" if a failed run has not written it."""
     return path.read_text(encoding="utf-8") if path.exists() else ""
