@@ -139,7 +139,9 @@ def measure(work: Workload, repeats: int, folder: Path) -> list[dict[str, Any]]:
 
 def product_row(run: Checkpointed, way: str, repeats: int) -> dict[str, Any]:
     """Checkpoints of das_ds; medians without the first one, which allocates the staging buffers."""
-    saver = AsyncCheckpointer(run.ranks, run.store, run.engine.weights.checkpoint_shards(), asynchronous=way == ASYNCHRONOUS)
+    saver = AsyncCheckpointer(
+        run.ranks, run.store, run.engine.weights.checkpoint_shards(), asynchronous=way == ASYNCHRONOUS
+    )
     run.engine.on_weights_will_change = saver.wait_for_staging
     reports = [run.save(saver) for _ in range(1 + repeats)][1:]
     return {
