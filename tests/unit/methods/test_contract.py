@@ -12,7 +12,7 @@ import pytest
 
 import das_ds
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.config.method import MethodConfig
 from das_ds.errors import ConfigError
 from das_ds.methods import DEFAULT_METHOD, METHODS
@@ -81,7 +81,7 @@ def run_config(method: dict[str, Any], **changes: Any) -> RunConfig:
 )
 def test_derpp_buffer_too_small_is_refused(method: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        build_deepspeed_config(run_config(method), world_size=1)
+        build_engine_config(run_config(method), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,5 @@ def test_derpp_replays_one_in_sixteen(batch_size: int | None, global_batch_size:
 def test_one_with_head_warmup_is_refused() -> None:
     model = {"name_or_path": "roberta-base", "allow_missing": ["lm_head"], "head_warmup_steps": 3}
     with pytest.raises(ConfigError, match=r"model.head_warmup_steps: found 3 with method one, whose domains all start"):
-        build_deepspeed_config(run_config({"name": "one"}, model=model), world_size=1)
-    build_deepspeed_config(run_config({"name": "ncl"}, model=model), world_size=1)
+        build_engine_config(run_config({"name": "one"}, model=model), world_size=1)
+    build_engine_config(run_config({"name": "ncl"}, model=model), world_size=1)

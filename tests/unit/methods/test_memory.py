@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from das_ds.config import RunConfig
-from das_ds.config.deepspeed import build_deepspeed_config
+from das_ds.config.deepspeed import build_engine_config
 from das_ds.methods import method_memory
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
-from das_ds.preflight.memory import activation_estimate, estimated_memory, unsharded_use
+from das_ds.preflight.memory import activation_estimate, estimate_run_memory, unsharded_use
 
 SIZE = ModelSize(
     trained=1000,
@@ -69,7 +69,7 @@ def test_memory_of_a_rank_by_stage(
 ) -> None:
     run = config(method, stage, precision)
     found, plain = (
-        estimated_memory(c, SIZE, build_deepspeed_config(c, 4), 4) for c in (run, config("ncl", stage, precision))
+        estimate_run_memory(c, SIZE, build_engine_config(c, 4), 4) for c in (run, config("ncl", stage, precision))
     )
     assert found.device == {**plain.device, part: expected}
     copied = unsharded_use(run, SIZE).checkpoint // (1 if stage == 0 else 4)
@@ -95,18 +95,18 @@ def test_memory_of_a_mask_that_is_not_the_importance(method: dict[str, Any], has
 
 def test_memory_of_directions() -> None:
     run = config("directions")
-    found = estimated_memory(run, SIZE, build_deepspeed_config(run, 4), 4)
+    found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
     assert found.device["direction masks"] == found.host["moments of inputs"] == MOMENTS
     assert found.device["weights before the step"] == 1000
 
 
 def test_memory_in_host_memory() -> None:
     run = config("merge")
-    found = estimated_memory(run, SIZE, build_deepspeed_config(run, 4), 4)
+    found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
     assert found.host["weights before the domain"] == 1000
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     offloaded = config("ewc").model_copy(update={"deepspeed": {"zero_optimization": zero}})
-    found = estimated_memory(offloaded, SIZE, build_deepspeed_config(offloaded, 4), 4)
+    found = estimate_run_memory(offloaded, SIZE, build_engine_config(offloaded, 4), 4)
     assert found.host["Fisher information"] == 2000 and "Fisher information" not in found.device
 
 
