@@ -31,7 +31,8 @@ from das_ds.errors import CheckpointError, TrainingError
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, MOMENT = "weights", "moment/"
+WEIGHTS = "weights"
+MOMENT = "moment/"
 
 
 def stage_hint(config: EngineConfig, train: TrainConfig, world_size: int) -> str:

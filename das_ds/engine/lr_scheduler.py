@@ -36,6 +36,7 @@ def build_lr_scheduler(
     # Both fractions are rounded: their sum can exceed the domain by one step.
     decay = min(round(train.decay_ratio * num_steps), num_steps - warmup)
     if train.lr_scheduler == "infinite":
-        warmup, decay = warmup * is_first, decay * is_last
+        warmup = warmup if is_first else 0
+        decay = decay if is_last else 0
     specific = {"num_decay_steps": decay, "decay_type": DECAY}
     return get_scheduler("warmup_stable_decay", optimizer, warmup, num_steps, scheduler_specific_kwargs=specific)

@@ -180,8 +180,10 @@ def _stage12_shards(optimizer: Any, names: dict[torch.nn.Parameter, str]) -> Ite
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is not None:
-                high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield Shard(names[parameter], flat, high.start, low.start, low.numel)
+                # The same elements in the flat fp32 tensor (high precision) and in the parameter (low precision).
+                in_flat = mapping.hp_fragment_address
+                in_parameter = mapping.lp_fragment_address
+                yield Shard(names[parameter], flat, in_flat.start, in_parameter.start, in_parameter.numel)
 
 
 def low_high_pairs(optimizer: FP16_UnfusedOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:

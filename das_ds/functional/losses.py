@@ -1,10 +1,8 @@
-"""Losses of the method; every input is already gathered over ranks where the formula needs the global batch.
+"""Loss formulas, and pooling of hidden states to one vector per row.
 
-Shape legend: B local sequences, N global sequences, S positions, H hidden size, P predicted positions, V vocabulary.
+Inputs are already gathered over ranks where a formula needs the global batch.
 
-Pooling of hidden states to one vector per row.
-
-Shape legend: B rows, S positions, H hidden size.
+Shape legend: B local sequences (rows), N global sequences, S positions, H hidden size, P predicted positions.
 """
 
 from __future__ import annotations
@@ -40,6 +38,7 @@ def representation_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor
     Returns:
         (B,) float32, the mean over the S positions.
     """
+    # (B, S, H), in float32 whatever the model computes in.
     log_p = functional.log_softmax(first.float(), dim=-1)
     log_q = functional.log_softmax(second.float(), dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean(dim=1)
@@ -71,7 +70,7 @@ def contrastive_loss(
 
         L = -(1/B) sum_n log [ e^{s(full_n, full+_n)} / sum_j (e^{s(full_n, full+_j)} + e^{s(full_n, prev_j)}) ]
 
-    s is the cosine similarity over the temperature T; n runs over the anchors given, j over the global batch.
+    s is the cosine similarity over the temperature T; n runs over this rank's anchors, j over the global batch.
 
     Args:
         anchors: (B, H) pooled o^full of this rank.
@@ -83,6 +82,7 @@ def contrastive_loss(
     Returns:
         Scalar float32.
     """
+    # (2N, H); similarity is (B, 2N).
     candidates = torch.cat((positives, previous)).float()
     similarity = functional.normalize(anchors.float(), dim=-1) @ functional.normalize(candidates, dim=-1).T
     partners = torch.arange(first_positive, first_positive + len(anchors), device=anchors.device)
@@ -104,8 +104,8 @@ def pooling_weights(
     """Weights w with pooled_b = sum_s w_bs hidden_bs.
 
     `mean`: 1/n at each of the row's n tokens. `last`: 1/d at the last token of each of the row's d documents, which
-    under causal attention is the only one that has read its whole document. Padding has weight 0 and is no token; a
-    document of nothing but padding does not count, and a row of nothing else gets weight 0 everywhere.
+    under causal attention is the only one that has read all of its document. Padding is not a token and has weight 0; a
+    document of padding alone does not count, and a row of padding alone has weight 0 everywhere.
 
     Args:
         kind: which tokens count.
@@ -113,7 +113,7 @@ def pooling_weights(
         num_positions: S.
         position_ids: (B, S) int64, 0 where a document begins; None: each row is one document.
         padding: (B, S) bool, True where there is no token; None: all are tokens.
-        device: of the weights; must be that of the tensors given.
+        device: of the weights and of the other tensors.
 
     Returns:
         (B, S) float32, summing to 1 over each row.
@@ -126,15 +126,17 @@ def pooling_weights(
 
 def _is_last_token(is_token: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
     """(B, S) bool, True at the last token of each document that has one."""
-    places = torch.arange(is_token.shape[1], device=is_token.device).expand_as(is_token)
+    positions = torch.arange(is_token.shape[1], device=is_token.device).expand_as(is_token)
     if position_ids is None:
-        document = torch.zeros_like(places)
+        document = torch.zeros_like(positions)
     else:
-        # A row may begin in the middle of a document; the first number is then 0 and no other document has it.
+        # Documents of a row are numbered from 0, also where the row begins in the middle of one.
         starts = position_ids == 0
         document = starts.cumsum(dim=1) - starts[:, :1].long()
-    last = torch.full_like(places, -1).scatter_reduce(1, document, places.masked_fill(~is_token, -1), "amax")
-    return places == last.gather(1, document)
+    # (B, S): the last token's position of document d is in column d; -1 where it has no token.
+    token_positions = positions.masked_fill(~is_token, -1)
+    last = torch.full_like(positions, -1).scatter_reduce(1, document, token_positions, "amax")
+    return positions == last.gather(1, document)
 
 
 def pool(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,9 @@
-"""Order, subsets and corruption of samples as pure functions of a seed, a stream and a sample number.
+"""Sampling: order, subsets and corruption of samples, and reservoir sampling, as pure functions of a seed.
 
-Every draw comes from Philox, a counter-based generator (Salmon et al., SC 2011), keyed by seed and stream and set to
-the sample's own counter. Nothing depends on rank, batch or call order, so any split of the work sees the same data.
+Every draw comes from Philox, a counter-based generator (Salmon et al., SC 2011), keyed by seed and stream, with the
+sample number as its counter. Nothing depends on rank, batch or call order, so any split of the work sees the same data.
 
-Shapes: S tokens per block.
-
-What a bounded buffer keeps of a stream of unknown length, and which positions of a kept sequence.
-
-Shape legend: N samples, B sequences, P predicted positions, K positions kept of a sequence.
+Shape legend: S tokens per block, N samples, B sequences, P predicted positions, K stored positions of a sequence.
 """
 
 from __future__ import annotations
@@ -70,17 +66,18 @@ class SampleOrder:
 
 
 def replay_number(number: int, global_batch_size: int, num_replayed: int) -> tuple[bool, int]:
-    """Whether global sample k is replayed, and its number among those that are, or among those that are not.
+    """Whether global sample k is replayed, and its number among the replayed samples, or among the others.
 
-    At place j of step t that is so where (t + j) R mod G < R, with R of G samples replayed. Of any B places in a row,
-    floor(B R / G) or ceil(B R / G) are replayed, so that micro-batches share them evenly; the places move with the
+    Sample j of step t is replayed where (t + j) R mod G < R, with R of G samples replayed. Of any B consecutive samples
+    floor(B R / G) or ceil(B R / G) are replayed, so that micro-batches share them evenly; the indices move with the
     step, so that in G steps each is replayed R times, whichever rank has it.
     """
-    step, place = divmod(number, global_batch_size)
-    is_replayed = (step + place) * num_replayed % global_batch_size < num_replayed
-    # The condition holds floor((x - 1) R / G) + 1 times for t + j from 0 to x - 1.
-    until, since = ((x - 1) * num_replayed // global_batch_size for x in (step + place, step))
-    earlier = step * num_replayed + until - since
+    step, index = divmod(number, global_batch_size)
+    is_replayed = (step + index) * num_replayed % global_batch_size < num_replayed
+    # For t + j from 0 to x - 1 the condition is true floor((x - 1) R / G) + 1 times; here for x = t + j and x = t.
+    count_to_sample = (step + index - 1) * num_replayed // global_batch_size
+    count_to_step = (step - 1) * num_replayed // global_batch_size
+    earlier = step * num_replayed + count_to_sample - count_to_step
     return is_replayed, earlier if is_replayed else number - earlier
 
 
@@ -113,7 +110,7 @@ def mlm_corrupt(
         treatment: (..., S) uniform in [0, 1), independent of `selection`.
         replacements: (..., S) long, random token ids.
         mask_id: id of the mask token.
-        probability: share of tokens to predict.
+        probability: fraction of tokens to predict.
 
     Returns:
         corrupted ids (..., S) long and predicted positions (..., S) bool.
@@ -125,14 +122,14 @@ def mlm_corrupt(
     return corrupted, predicted
 
 
-NOT_KEPT = -1
+NOT_STORED = -1
 
 
 def reservoir_slots(first: int, uniforms: NDArray[np.float64], capacity: int) -> NDArray[np.int64]:
-    """Algorithm R (Vitter, Random Sampling with a Reservoir, 1985): after n samples each is kept with chance C / n.
+    """Algorithm R (Vitter, Random Sampling with a Reservoir, 1985): of n samples each is stored with probability C / n.
 
-    Sample n, counted from 0, goes to slot n while there are free ones, and then to slot floor(u (n + 1)), if there is
-    such a slot, in place of what lies there.
+    Sample n, counted from 0, goes to slot n while there are free ones, and then to slot floor(u (n + 1)), if it exists,
+    replacing the sample there.
 
     Args:
         first: number of the first of N samples in the stream.
@@ -140,27 +137,28 @@ def reservoir_slots(first: int, uniforms: NDArray[np.float64], capacity: int) ->
         capacity: C.
 
     Returns:
-        (N,) slot of each sample, or `NOT_KEPT`; of two samples with one slot the later stays.
+        (N,) slot of each sample, or `NOT_STORED`; of two samples with one slot the later replaces the earlier.
     """
     numbers = first + np.arange(len(uniforms))
     drawn = (uniforms * (numbers + 1)).astype(np.int64)
     slots = np.where(numbers < capacity, numbers, drawn)
-    return np.where(slots < capacity, slots, NOT_KEPT)
+    return np.where(slots < capacity, slots, NOT_STORED)
 
 
 def final_writes(slots: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the samples that stay when all N are stored in turn; every slot once."""
-    kept = np.flatnonzero(slots != NOT_KEPT)[::-1]
-    _, last = np.unique(slots[kept], return_index=True)
-    return kept[last]
+    """Indices of the samples that remain when all N are stored in turn; every slot once."""
+    # From the last sample to the first: np.unique gives the first index of every slot.
+    stored = np.flatnonzero(slots != NOT_STORED)[::-1]
+    _, first_indices = np.unique(slots[stored], return_index=True)
+    return stored[first_indices]
 
 
 def evenly_spaced(
     predicted: torch.Tensor, num_rows: int, length: int, count: int, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most K predicted positions of each sequence, from all of it: of n > K those at floor((i + u) n / K), i < K.
+    """At most K predicted positions of each sequence, spread over it: of n > K those at floor((i + u) n / K), i < K.
 
-    Every position is as likely as any other, and no two are the same.
+    All positions are equally likely, and no two are the same.
 
     Args:
         predicted: (P,) int64, indices into the flattened (B, length) positions, in order.
@@ -170,17 +168,19 @@ def evenly_spaced(
         offsets: (B,) float64 u, uniform in [0, 1).
 
     Returns:
-        (B, K) indices into `predicted`, at most P, and (B, K) bool, whether there is such a position.
+        (B, K) indices into `predicted`, at most P, and (B, K) bool, whether the position exists.
     """
     rows = predicted // length
     counts = predicted.new_zeros(num_rows).index_add(0, rows, torch.ones_like(rows))
     order = torch.arange(count, device=predicted.device).expand(num_rows, -1)
-    spread = ((order + offsets[:, None]) * counts[:, None] / count).long()
-    chosen = torch.where(counts[:, None] > count, spread, order)
-    indices = (counts.cumsum(0) - counts)[:, None] + chosen
+    # (B, K): positions within the sequence, then within `predicted`, where its sequence begins at `first`.
+    spaced = ((order + offsets[:, None]) * counts[:, None] / count).long()
+    within_sequence = torch.where(counts[:, None] > count, spaced, order)
+    first = counts.cumsum(0) - counts
+    indices = first[:, None] + within_sequence
     return indices.clamp_max(len(predicted)), order < counts[:, None]
 
 
 def append_zero_row(values: torch.Tensor) -> torch.Tensor:
-    """(P,) or (P, H) with one more entry of 0, so that index P exists."""
+    """(P,) or (P, H) with one zero appended, so that index P exists."""
     return functional.pad(values, (0, 0) * (values.dim() - 1) + (0, 1))

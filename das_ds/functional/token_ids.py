@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def num_tokens(vocabulary: Mapping[str, int]) -> int:
-    """Rows that an embedding needs: the largest id plus one, which is more than there are tokens where ids have holes.
+    """Rows that an embedding needs: the largest id plus one, more than the number of tokens where ids have gaps.
 
     Args:
         vocabulary: token -> id, as from a tokenizer's `get_vocab`.
@@ -25,7 +25,7 @@ def tokens_by_id(vocabulary: Mapping[str, int]) -> tuple[str, ...]:
 def tokens_in_holes(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
     """New tokens whose id is below `num_tokens(before)`, by id.
 
-    Tokenizers number new tokens from their count, which is the id of an old token if the ids have holes.
+    Tokenizers number new tokens from their count, which is the id of an old token if the ids have gaps.
     """
     known = num_tokens(before)
     return sorted((token for token in after if token not in before and after[token] < known), key=after.__getitem__)

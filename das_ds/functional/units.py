@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-HEAD, INTERMEDIATE, OUTPUT = "head", "intermediate", "output"
+HEAD = "head"
+INTERMEDIATE = "intermediate"
+OUTPUT = "output"
 GROUPS = (HEAD, INTERMEDIATE, OUTPUT)
 UNOWNED = "unowned"
 """In place of a group: parameters that no unit owns (embeddings, normalization, LM head)."""

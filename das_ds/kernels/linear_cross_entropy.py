@@ -85,7 +85,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             del logits
         # ZeRO-3 frees the weights after the forward pass. Saved as parameters, they are gathered when they are read.
         ctx.save_for_backward(hidden, weight, bias, targets, norms)
-        ctx.chunk, ctx.soft_cap = chunk, soft_cap
+        ctx.chunk = chunk
+        ctx.soft_cap = soft_cap
         return losses
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""AdamW whose whole step is scaled by 1 - I, over one flat fp32 shard.
+"""Masked AdamW: the complete step is scaled by 1 - I, over one flat fp32 shard.
 
 Shape legend: F elements of a flat tensor.
 """

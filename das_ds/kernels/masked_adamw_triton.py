@@ -1,4 +1,4 @@
-"""`masked_adamw_` in one launch over a flat tensor."""
+"""Masked AdamW in one launch over a flat tensor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def masked_adamw_triton_(step: AdamWStep, protection: Protection) -> None:
     if not step.param.numel():
         return
     tiles = protection.triton_tiles(step.param.device)
-    importance, table = protection.importance, protection.table
+    importance = protection.importance
+    table = protection.table
     _masked_adamw[(len(tiles.tile),)](
         *step.tensors,
         step.param if importance is None else importance,

@@ -15,7 +15,8 @@ NUM_WARPS = 8
 
 def soft_update_triton_(param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int) -> None:
     """Arguments as for `kernels.soft_update.soft_update_`."""
-    importance, table = protection.importance, protection.table
+    importance = protection.importance
+    table = protection.table
     if not param.numel() or (importance is None and table is None):
         return
     stop = start + param.numel()

@@ -31,8 +31,9 @@ class Tiles:
 
     def entries(self, start: int, stop: int) -> range:
         """The entries of the tiles that elements [start, stop) lie in."""
-        first, last = start // TILE_ELEMENTS, (stop - 1) // TILE_ELEMENTS
-        return range(int(self.ends[first - 1]) if first else 0, int(self.ends[last]))
+        first_tile = start // TILE_ELEMENTS
+        last_tile = (stop - 1) // TILE_ELEMENTS
+        return range(int(self.ends[first_tile - 1]) if first_tile else 0, int(self.ends[last_tile]))
 
 
 def tile_elements() -> int:

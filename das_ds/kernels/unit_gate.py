@@ -31,7 +31,8 @@ def unit_gate(x: torch.Tensor, gate: torch.Tensor, first_row: int) -> torch.Tens
         ValueError: x or gate of another shape, type or layout.
     """
     _check(x)
-    rows, features = x.shape[0] - first_row, x.shape[2]
+    rows = x.shape[0] - first_row
+    features = x.shape[2]
     fits = gate.dim() == 2 and gate.shape[0] in (1, rows) and gate.shape[1] and features % gate.shape[1] == 0
     if not fits or gate.dtype != torch.float32:
         raise ValueError(
@@ -78,7 +79,8 @@ def measure_gate(
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gate: torch.Tensor, first_row: int) -> torch.Tensor:
-        ctx.gate, ctx.first_row = gate, first_row
+        ctx.gate = gate
+        ctx.first_row = first_row
         return _scaled(x, gate, first_row)
 
     @staticmethod
@@ -97,7 +99,9 @@ class _Measure(torch.autograd.Function):
         num_views: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, anchor)
-        ctx.sums, ctx.row_weights, ctx.num_views = sums, row_weights, num_views
+        ctx.sums = sums
+        ctx.row_weights = row_weights
+        ctx.num_views = num_views
         return x.view_as(x)
 
     @staticmethod

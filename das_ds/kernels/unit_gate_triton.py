@@ -9,10 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_TOKENS, BLOCK_FEATURES = 4, 1024
-"""Tile of the scaling kernel."""
-MEASURED_POSITIONS, MEASURED_FEATURES = 16, 128
-"""Positions that a program of the measuring kernel sums over at a time, and about how many features it has."""
+BLOCK_TOKENS = 4
+BLOCK_FEATURES = 1024
+"""Tile of the scaling kernel, with `BLOCK_TOKENS`."""
+MEASURED_POSITIONS = 16
+"""Positions that a program of the measuring kernel sums over at a time."""
+MEASURED_FEATURES = 128
+"""About how many features a program of the measuring kernel has."""
 
 
 def scale_rows_triton(x: torch.Tensor, gate: torch.Tensor, first_row: int) -> torch.Tensor:

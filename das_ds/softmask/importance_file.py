@@ -22,10 +22,17 @@ from das_ds.storage import CHECKSUM, atomic_write, link_file
 from das_ds.user_files import require_file
 
 FORMAT_VERSION = "4"
-UNIT, PARAMETER, DIRECTION = "unit", "parameter", "direction"
+UNIT = "unit"
+PARAMETER = "parameter"
+DIRECTION = "direction"
 
-STRUCTURE, NUM_TOKENS, TOKENS = "structure", "num_tokens", "tokens"
-"""Keys of the header: checksum of the table of units, tokens of the vocabulary, and their checksum."""
+# Keys of the header.
+STRUCTURE = "structure"
+"""Checksum of the table of units."""
+NUM_TOKENS = "num_tokens"
+"""Tokens of the vocabulary."""
+TOKENS = "tokens"
+"""Checksum of the tokens."""
 CHUNK_BYTES = 1 << 24
 """Bytes of a tensor that are hashed at a time."""
 

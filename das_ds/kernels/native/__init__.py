@@ -32,8 +32,12 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 PARALLEL_ELEMENTS = 1 << 17
 """Fewest elements that are worth another thread."""
 KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.uint8: 4}
-NONE, UNITS = 0, 1
-POINTER, COUNT, KIND, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+NONE = 0
+UNITS = 1
+POINTER = ctypes.c_void_p
+COUNT = ctypes.c_int64
+KIND = ctypes.c_int32
+NUMBER = ctypes.c_float
 PROTECTION = (KIND, POINTER, POINTER, COUNT, POINTER)
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "masked_adamw": (*(POINTER,) * 4, *PROTECTION, COUNT, COUNT, *(NUMBER,) * 7),

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from das_ds.functional.sampling import NOT_KEPT, append_zero_row, evenly_spaced, final_writes, reservoir_slots
+from das_ds.functional.sampling import NOT_STORED, append_zero_row, evenly_spaced, final_writes, reservoir_slots
 
 
 def stored(num_samples: int, capacity: int, chunk: int, seed: int) -> list[int]:
     """Numbers of the samples in each slot after a stream, taken in chunks."""
-    uniforms, slots = np.random.default_rng(seed).random(num_samples), np.full(capacity, NOT_KEPT)
+    uniforms, slots = np.random.default_rng(seed).random(num_samples), np.full(capacity, NOT_STORED)
     for first in range(0, num_samples, chunk):
         found = reservoir_slots(first, uniforms[first : first + chunk], capacity)
         last = final_writes(found)
@@ -41,7 +41,7 @@ def test_reservoir_slots_keep_samples_equally_often() -> None:
 
 
 def test_reservoir_slots_partial_buffer_has_empty_slots() -> None:
-    assert stored(3, 5, 2, 0) == [0, 1, 2, NOT_KEPT, NOT_KEPT]
+    assert stored(3, 5, 2, 0) == [0, 1, 2, NOT_STORED, NOT_STORED]
 
 
 def test_evenly_spaced_all_or_spread_over_sequence() -> None:
