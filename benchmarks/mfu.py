@@ -43,11 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     NAIVE: {"name": "ncl"},
     "das unit": {"name": "das"},
     "das parameter": {"name": "das", "importance": {"granularity": "parameter"}, "contrastive": {"weight": 0.0}},
-    "das directions": {
-        "name": "das",
-        "importance": {"granularity": "direction", "normalization": "saturating", "half_saturation": 3.0},
-        "contrastive": {"weight": 0.0},
-    },
+    "directions": {"name": "directions", "half_saturation": 3.0},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "roberta-base": {

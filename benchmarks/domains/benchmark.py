@@ -111,7 +111,7 @@ class Benchmark:
             tier=self._tier.name,
             environment=describe(self._device),
             extended=self._extended(),
-            settings=self._tier.settings,
+            settings=self._tier.recorded_settings,
             choices={base: list(choices.values()) for base, choices in self._choices.items()},
             repeated=self._repeated,
             suites=[runs.result() for runs in self._suites],

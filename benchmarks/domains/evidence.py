@@ -283,7 +283,7 @@ def _conclusions(suite: SuiteResult, family: Sequence[str]) -> str:
     """The goal, then every variant compared with the baseline, then matched variants compared with rivals."""
     comparison = suite.comparison
     labels = [group.label for group in comparison.groups]
-    protecting = [group.label for group in comparison.groups if group.method in PROTECTING_METHODS]
+    protecting = [group.label for group in comparison.groups if group.method in (PROTECTING_METHODS, "directions")]
     with_replay = [label for label in protecting if REPLAY in label]
     matched = [match.label for match in suite.matches if match.label in protecting]
     rivals = [label for label in labels if label.split()[0] in RIVALS]

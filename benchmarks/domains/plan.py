@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from das_ds.config import parse_method
+from das_ds.methods.directions import DirectionsConfig
+from das_ds.methods.ewc import EwcConfig
+from das_ds.methods.soft_masked import SoftMaskedConfig
+
 BaseName = Literal["encoder", "decoder"]
 Values = dict[str, Any]
 """Nested keys of a run config."""
@@ -45,6 +50,8 @@ class Tier:
     suites: tuple[Suite, ...]
     settings: Values
     """Keys of the run config that all runs share."""
+    num_samples: int
+    """Sequences on which a method measures after each domain, if it does."""
     learning_rates: tuple[float, ...]
     """Candidates in ascending order."""
     variants: tuple[Variant, ...]
@@ -78,6 +85,11 @@ class Tier:
     """Base model -> keys of the run that pre-trains it on the general corpus."""
 
     @property
+    def recorded_settings(self) -> Values:
+        """The settings, with the size of the sample."""
+        return {**self.settings, "num_samples": self.num_samples}
+
+    @property
     def corpora(self) -> list[str]:
         """Domains of all suites, without repeats."""
         return list(dict.fromkeys(domain for suite in self.suites for domain in suite.domains))
@@ -103,6 +115,17 @@ class Tier:
     def rates(self, variant: Variant) -> list[float]:
         """Candidate learning rates of a variant."""
         return [rate * variant.rate_scale for rate in self.learning_rates]
+
+
+def sampling(method: Values, num_samples: int) -> Values:
+    """Keys of the section `method` that give the size of the sample, where the method has one."""
+    match parse_method(method):
+        case SoftMaskedConfig():
+            return {"importance": {"num_samples": num_samples}}
+        case EwcConfig() | DirectionsConfig():
+            return {"num_samples": num_samples}
+        case _:
+            return {}
 
 
 def merge_values(first: Values, *others: Values) -> Values:

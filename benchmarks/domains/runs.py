@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.domains import data
 from benchmarks.domains.jobs import FineTuning, TrainingRun
-from benchmarks.domains.plan import LR_SEARCH_DOMAINS, NAIVE, Suite, Tier, Values, Variant, merge_values
+from benchmarks.domains.plan import LR_SEARCH_DOMAINS, NAIVE, Suite, Tier, Values, Variant, merge_values, sampling
 from das_ds.reporting.results import Results
 
 
@@ -63,6 +63,7 @@ class RunFactory:
             },
             self.tier.settings,
             variant.overrides,
+            {"method": sampling(variant.overrides.get("method", {}), self.tier.num_samples)},
         )
 
 

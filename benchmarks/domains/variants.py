@@ -11,11 +11,7 @@ NO_CONTRAST = {"contrastive": {"weight": 0.0}}
 ONE_SIDED = {"importance": {"normalization": "tanh_positive"}}
 PARAMETER = {"importance": {"granularity": "parameter", "normalization": "tanh_positive"}}
 FISHER = {"importance": {"score": "squared_grad", "normalization": "saturating", "scope": "model"}}
-DIRECTIONS: dict[str, Any] = {
-    "importance": {"granularity": "direction", "normalization": "saturating", "half_saturation": 3.0},
-    **NO_CONTRAST,
-}
-MERGING = {"merge": {"weight": 0.3}}
+MERGING: dict[str, Any] = {"merge": {"weight": 0.3}}
 REPLAY: dict[str, Any] = {"replay": {"fraction": 0.0625}}
 """1 of 16 sequences, the nearest to 5 % that a batch of 16 can hold."""
 REPLAY_IN_8: dict[str, Any] = {"replay": {"fraction": 0.125}}
@@ -32,19 +28,19 @@ def searched(*variants: Variant) -> list[Variant]:
     return [replace(variant, is_compared=False) for variant in variants]
 
 
-def ewc(strength: float) -> Variant:
-    """ewc with a factor of its penalty."""
-    return Variant(f"ewc {strength:g}", {"method": {"name": "ewc", "ewc": {"lambda": strength}}})
+def ewc(factor: float) -> Variant:
+    """ewc with a lambda of its penalty."""
+    return Variant(f"ewc {factor:g}", {"method": {"name": "ewc", "lambda": factor}})
 
 
 def kd(weight: float) -> Variant:
     """kd with a factor of its divergence."""
-    return Variant(f"kd {weight:g}", {"method": {"name": "kd", "kd": {"weight": weight}}})
+    return Variant(f"kd {weight:g}", {"method": {"name": "kd", "weight": weight}})
 
 
-def directions(saturation: float) -> Variant:
-    """das with another c of the mask of directions."""
-    return das(f"das directions {saturation:g}", DIRECTIONS, {"importance": {"half_saturation": saturation}})
+def directions(label: str, half_saturation: float = 3.0, **common: dict[str, Any]) -> Variant:
+    """directions with a c of its mask, and keys that all methods have."""
+    return Variant(label, {"method": {"name": "directions", "half_saturation": half_saturation, **common}})
 
 
 NAIVE_TRAINING = Variant(NAIVE, {"method": {"name": "ncl"}})
@@ -63,11 +59,11 @@ METHODS = (
     kd(1000.0),
     *searched(Variant("kd", {"method": {"name": "kd"}}), kd(10.0), kd(100.0), kd(3000.0), kd(10_000.0)),
     Variant("merge", {"method": {"name": "merge", **MERGING}}),
-    das("das directions", DIRECTIONS),
-    *searched(directions(1.0), directions(10.0), directions(30.0)),
-    das("das directions, replay", DIRECTIONS, REPLAY),
+    directions("directions"),
+    *searched(*(directions(f"directions {c:g}", c) for c in (1.0, 10.0, 30.0))),
+    directions("directions, replay", **REPLAY),
 )
-"""Methods beside each other, das in the form that works best."""
+"""Methods compared with each other."""
 
 MASKS = (
     NAIVE_TRAINING,
@@ -90,10 +86,10 @@ MASKS = (
         das("das weights sensitivity", PARAMETER, NO_CONTRAST, {"importance": {"score": "grad_x_weight"}}),
         das("das weights shared", PARAMETER, NO_CONTRAST, {"softmask": {"unowned_update_scale": 0.25}}),
     ),
-    das("das directions", DIRECTIONS),
+    directions("directions"),
     # Whether a mask that blocks a part of the movement allows a higher rate.
-    *searched(replace(das("das directions, faster", DIRECTIONS), rate_scale=FASTER)),
-    das("das directions, merging", DIRECTIONS, MERGING),
+    *searched(replace(directions("directions, faster"), rate_scale=FASTER)),
+    directions("directions, merging", **MERGING),
 )
 """Forms of the mask of das beside each other."""
 
@@ -103,7 +99,7 @@ RIVALS = (
     *searched(ewc(1000.0), ewc(1e5)),
     kd(1000.0),
     *searched(kd(100.0), kd(10_000.0)),
-    das("das directions, replay", DIRECTIONS, REPLAY_IN_8),
+    directions("directions, replay", **REPLAY_IN_8),
 )
 """What the best mask has to beat, and the mask with replay, for batches of 8. The strengths are those that were chosen
 among more for batches of 16, beside their neighbours."""

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from das_ds.config import RunConfig
-from das_ds.config.method import load_methods, method_configs
+from das_ds.config.method import load_methods, method_configs, parse_method
 from das_ds.config.schema import METHOD, ConfigKey, config_keys, method_keys, methods_with_key, nearest_keys, table_key
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.user_files import read_text
@@ -156,6 +156,11 @@ def config_values(config: RunConfig) -> dict[str, str]:
 def identity_values(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> plain value, for every key that decides the numbers of a run: all but `MUTABLE_KEYS`."""
     return {key: value for key, value in _flatten(resolved_dict(config)) if not _is_free(key)}
+
+
+def method_defaults(name: str) -> dict[str, Any]:
+    """Dotted key -> plain default value, for every key of the section `method` of one method."""
+    return dict(_flatten(parse_method(name).model_dump(mode="json", by_alias=True), METHOD))
 
 
 def describe_config() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from das_ds.config.io import identity_values
+from das_ds.config.io import identity_values, method_defaults
 from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison, Group
 from das_ds.reporting.load_runs import LoadedRun, summarize_run
@@ -88,7 +88,11 @@ def group_runs(runs: Sequence[LoadedRun]) -> list[RunGroup]:
         groups.append(
             RunGroup(
                 label=group[0].label or _build_label(config, differing, _differing_method_keys(group_configs, config)),
-                settings={key: _format_value(config.get(key)) for key in differing if key != METHOD_NAME},
+                settings={
+                    key: _format_value(config.get(key))
+                    for key in differing
+                    if key != METHOD_NAME and _applies_to(config, key)
+                },
                 runs=sorted(group, key=lambda run: run.config.seed),
                 mixed_keys=_differing_keys([configs[id(run)] for run in group]),
             )
@@ -168,8 +172,17 @@ def _check_equal(group: RunGroup, kind: str, values: Sequence[object]) -> None:
 
 
 def _differing_keys(configs: Sequence[Values]) -> list[str]:
+    """Keys in which configs differ; where a method lacks a key of another, the default stands for its value."""
+    defaults: dict[str, Any] = {}
+    for config in configs:
+        defaults = method_defaults(config[METHOD_NAME]) | defaults
     keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+    return [key for key in keys if len({repr(config.get(key, defaults.get(key))) for config in configs}) > 1]
+
+
+def _applies_to(config: Values, key: str) -> bool:
+    """Whether a key means something for a config: any key but those of other methods."""
+    return key in config or not key.startswith(METHOD_KEYS)
 
 
 def _differing_method_keys(configs: Sequence[Values], config: Values) -> list[str]:

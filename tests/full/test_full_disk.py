@@ -20,24 +20,31 @@ from helpers.runs import small_run
 
 pytestmark = pytest.mark.multirank
 
-DIRECTION = {"granularity": "direction", "normalization": "saturating"}
+UNIT, PARAMETER = (
+    {
+        "name": "das",
+        "importance": {"granularity": granularity, "num_samples": 4},
+        "contrastive": {"weight": 0.0},
+    }
+    for granularity in ("unit", "parameter")
+)
+DIRECTIONS = {"name": "directions", "num_samples": 4}
 
 
 @pytest.mark.parametrize(
-    ("disturb", "importance", "said"),
+    ("disturb", "method", "said"),
     [
-        (fill_disk_of_importance, {"granularity": "unit"}, "importance_general.safetensors: cannot be written"),
-        (fill_disk_of_importance, {"granularity": "parameter"}, "importance_general.safetensors: cannot be written"),
-        (fill_disk_of_importance, DIRECTION, "domains/00_food/directions.safetensors: cannot be written"),
-        (fill_disk_of_exports, DIRECTION, "cannot write the model to"),
-        (fill_disk_of_tokenizers, DIRECTION, "cannot write the model to"),
-        (fill_disk_of_metrics, DIRECTION, "metrics.jsonl: cannot be written (File too large)"),
+        (fill_disk_of_importance, UNIT, "importance_general.safetensors: cannot be written"),
+        (fill_disk_of_importance, PARAMETER, "importance_general.safetensors: cannot be written"),
+        (fill_disk_of_importance, DIRECTIONS, "domains/00_food/directions.safetensors: cannot be written"),
+        (fill_disk_of_exports, DIRECTIONS, "cannot write the model to"),
+        (fill_disk_of_tokenizers, DIRECTIONS, "cannot write the model to"),
+        (fill_disk_of_metrics, DIRECTIONS, "metrics.jsonl: cannot be written (File too large)"),
     ],
 )
 def test_a_full_disk_of_rank_0_is_one_error_on_all_ranks(
-    disturb: Callable[[], None], importance: dict[str, Any], said: str, tmp_path: Path
+    disturb: Callable[[], None], method: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    method = {"name": "das", "importance": {**importance, "num_samples": 4}, "contrastive": {"weight": 0.0}}
     values = small_run(tmp_path, method=method, general=None)
     values["train"] = {**values["train"], "steps_per_domain": 4, "log_interval": 1}
     assert exit_codes(on_train_start(values, tmp_path, 2, disturb)) == [2, 2]

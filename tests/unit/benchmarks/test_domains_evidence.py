@@ -71,7 +71,7 @@ def record() -> TierResult:
 
 
 def test_write_page_from_stored_result(tmp_path: Path) -> None:
-    path, page = tmp_path / "domains_cpu_cpu.json", tmp_path / "docs" / "evidence.md"
+    path, page = tmp_path / "domains_cpu.json", tmp_path / "docs" / "evidence.md"
     write_result_file(path, record())
     assert read_result_file(path) == record()
     page.parent.mkdir()
@@ -253,7 +253,7 @@ def test_baseline_p_values_count_the_complete_family() -> None:
 def test_read_result_file_unusable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"found no domains_\*\.json, expected results of `make bench-domains`"):
         write_page([], tmp_path / "evidence.md")
-    path = tmp_path / "domains_cpu_cpu.json"
+    path = tmp_path / "domains_cpu.json"
     write_result_file(path, record())
     path.write_text(path.read_text().replace("a processor", "another"))
     with pytest.raises(RunFolderError, match="was altered"):

@@ -60,7 +60,7 @@ def seeds(of: Group) -> list[int]:
 
 
 def suite() -> SuiteResult:
-    matches = [Match("das directions", 3.2, 0.01, (Probe(4e-4, 3.0), Probe(1.8612e-4, 3.2)))]
+    matches = [Match("directions", 3.2, 0.01, (Probe(4e-4, 3.0), Probe(1.8612e-4, 3.2)))]
     return SuiteResult(name=SUITE.name, base=SUITE.base, comparison=known(), matches=matches, groups=[])
 
 
@@ -68,7 +68,7 @@ def record(tier: Tier = CPU) -> TierResult:
     return TierResult(
         tier=tier.name,
         environment={"device": "a processor", "date": "2026-01-01", "versions": {"torch": "2.0"}},
-        settings=tier.settings,
+        settings=tier.recorded_settings,
         choices={"encoder": [Choice("replay", (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4)))]},
         repeated=None,
         suites=[suite()],

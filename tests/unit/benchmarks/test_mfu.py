@@ -76,4 +76,4 @@ def test_measured_peak_is_plausible() -> None:
 def test_build_config_every_method_is_valid() -> None:
     for model, method in ((model, method) for model in MODELS for method in METHODS):
         work = Workload(model, batch_size=2, sequence_length=16, precision="fp32", zero_stage=1, steps=1)
-        assert build_config(work, method).method.name in ("ncl", "das")
+        assert build_config(work, method).method.name in ("ncl", "das", "directions")

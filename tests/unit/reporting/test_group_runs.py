@@ -12,7 +12,9 @@ from das_ds.reporting.group_runs import RunGroup, group_runs
 from das_ds.reporting.load_runs import load_run
 from helpers.run_folders import write_run
 
-UNIT, PARAMETER = ({"name": "das", "importance": {"granularity": level}} for level in ("unit", "parameter"))
+UNIT, PARAMETER = (
+    {"name": "das", "view_dropout": 0.1, "importance": {"granularity": level}} for level in ("unit", "parameter")
+)
 
 
 def make_groups(folder: Path, *runs: dict[str, Any], labels: tuple[str, ...] = ()) -> list[RunGroup]:
@@ -38,7 +40,7 @@ def test_group_runs_method_keys_label_groups_of_that_method(tmp_path: Path) -> N
         "das lr=0.01 granularity=parameter",
     ]
     assert groups[3].settings == {"train.learning_rate": "0.01", "method.importance.granularity": "parameter"}
-    assert groups[0].settings["method.importance.granularity"] == "unit"
+    assert groups[0].settings == {"train.learning_rate": "0.01"}
 
 
 def test_group_runs_two_methods_are_labeled_by_name(tmp_path: Path) -> None:
