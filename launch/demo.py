@@ -1,9 +1,10 @@
-"""`make demo` and `make demo-clm`: a small base model, then `das` and naive runs over three domains, and one table.
+"""`make demo` and `make demo-clm`: a small base model learns three domains with and without protection; one table.
 
-A naive run that learns less also forgets less, so a second one learns at a lower rate, about as much as `das` does.
+Naive training that learns less also forgets less, so it runs twice: at the rate of the protected runs, and at a lower
+one at which it fits new domains about as well as `directions` does.
 
-Runs on two CPU ranks, or on all GPUs where there are some; everything it writes is under `runs/demo/` (corpora and
-tokeniser, which both demos share, and the masked language model) and `runs/demo_clm/` (the causal one).
+Runs on two CPU ranks, or on all GPUs. Everything it writes is under `runs/demo/` (the corpora and the tokenizer, which
+both demos share, and the masked language model) and `runs/demo_clm/` (the causal one).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from das_ds.config.io import load_config
 from das_ds.errors import EXIT_USER_ERROR, DasError, TrainingError
 from das_ds.models.architectures.registry import spec_for
 from das_ds.reporting import comparison_tables as tables
+from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.comparison_report import write_comparison_report
 from das_ds.reporting.group_runs import compare_runs
 from das_ds.reporting.load_runs import load_run
@@ -39,9 +41,23 @@ from launch.demo_corpora import CORPORA, TOKENIZER_FOLDER, build_corpora
 ROOT = Path(__file__).resolve().parents[1]
 CORPORA_FOLDER = Path("runs/demo/corpora")
 COMPARISON_FOLDER = "comparison"
-RUNS = ("base", "das", "ncl", "ncl_lower_rate")
+BASE_RUN = "base"
+PROTECTED = "directions"
+NAIVE = "ncl"
 NUM_CPU_RANKS = 2
 MAX_THREADS_PER_RANK = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run over the demo's domains."""
+
+    label: str
+    """In the tables."""
+    name: str
+    """Folder within the demo's."""
+    overrides: tuple[str, ...]
+    """Of the demo's config."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +66,46 @@ class Demo:
 
     folder: Path
     base_config: Path
-    das_config: Path
-    lower_rate: str
-    """Learning rate at which naive training learns about as much as `das` does."""
+    config: Path
+    """Of the runs over the domains."""
+    matched_rate: str
+    """Learning rate at which naive training fits new domains about as well as the protected run."""
+    das: str
+    """Section `method` of the run with method das."""
+
+    @property
+    def matched_label(self) -> str:
+        return f"{NAIVE} {self.matched_rate}"
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """In the order of the tables."""
+        return (
+            Run(PROTECTED, PROTECTED, ()),
+            Run("das", "das", (f"method={self.das}",)),
+            Run(NAIVE, NAIVE, (f"method={NAIVE}",)),
+            Run(
+                self.matched_label,
+                f"{NAIVE}_matched",
+                (f"method={NAIVE}", f"train.learning_rate={self.matched_rate}"),
+            ),
+        )
 
 
 DEMOS = {
-    "mlm": Demo(Path("runs/demo"), Path("launch/configs/demo_base.yaml"), Path("launch/configs/demo_das.yaml"), "4e-4"),
+    "mlm": Demo(
+        folder=Path("runs/demo"),
+        base_config=Path("launch/configs/demo_base.yaml"),
+        config=Path("launch/configs/demo.yaml"),
+        matched_rate="9e-4",
+        das="{name: das, importance: {num_samples: 2048, batch_size: 128}, softmask: {unowned_update_scale: 0.5}}",
+    ),
     "clm": Demo(
-        Path("runs/demo_clm"), Path("launch/configs/demo_clm_base.yaml"), Path("launch/configs/demo_clm.yaml"), "4e-4"
+        folder=Path("runs/demo_clm"),
+        base_config=Path("launch/configs/demo_clm_base.yaml"),
+        config=Path("launch/configs/demo_clm.yaml"),
+        matched_rate="8.5e-4",
+        das="{name: das, importance: {num_samples: 2048, batch_size: 64}}",
     ),
 }
 
@@ -81,15 +128,15 @@ def launch_command(config_path: Path, overrides: list[str], num_gpus: int, port:
     return ["deepspeed", *which, "--master_port", str(port), *job]
 
 
-def remove_earlier_runs(folder: Path) -> None:
-    """A demo starts afresh: a base model of other weights must not stand beside runs that began from the old one."""
-    for name in RUNS:
-        if (folder / name).exists():
-            print(f"removing {folder / name}, left by an earlier demo", flush=True)
-            shutil.rmtree(folder / name)
+def remove_earlier_runs(demo: Demo) -> None:
+    """Remove the runs of an earlier demo, which started from another base model."""
+    for name in (BASE_RUN, *(run.name for run in demo.runs)):
+        if (demo.folder / name).exists():
+            print(f"removing {demo.folder / name}, left by an earlier demo", flush=True)
+            shutil.rmtree(demo.folder / name)
 
 
-def run(config_path: Path, overrides: list[str]) -> Results:
+def train(config_path: Path, overrides: list[str]) -> Results:
     """Start a run, show its progress, and read its results.
 
     Raises:
@@ -108,29 +155,29 @@ def run(config_path: Path, overrides: list[str]) -> Results:
 
 
 def runner() -> list[str]:
-    """The `deepspeed` command of this Python, which need not be on the path."""
+    """The `deepspeed` command of this Python; it need not be on the path."""
     return [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
 def environment() -> dict[str, str]:
-    """The launcher's environment: this Python first on the path, the cores shared out between the CPU ranks."""
+    """The launcher's environment: this Python first on the path, the cores divided among the CPU ranks."""
     threads = max(1, min(MAX_THREADS_PER_RANK, len(os.sched_getaffinity(0)) // NUM_CPU_RANKS))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", **os.environ, "PATH": path}
 
 
 def free_port() -> int:
-    """A port that nothing listens on, so that a demo does not meet another job of this machine."""
+    """A port that no other job of this machine listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def plateau_line(results: Results, config: RunConfig) -> str:
-    """The base model's held-out loss beside what a model without context could reach."""
+    """The base model's held-out loss, and the bounds of a model that ignores its context."""
     name = results.domains[0]
     bounds = corpus_bounds(CORPORA_FOLDER / name, AutoTokenizer.from_pretrained(config.data.tokenizer))
-    # A causal model never sees the position it predicts, so that without context the unigram loss is its best.
+    # A causal model never sees the position it predicts: without context the unigram loss is its best.
     best = "" if is_causal(config) else f"best without context {bounds.context_free:.2f}, "
     return (
         f"base model on held-out '{name}', nats per predicted token: unigram {bounds.unigram:.2f}, {best}before "
@@ -146,26 +193,41 @@ def is_causal(config: RunConfig) -> bool:
 
 
 def compare(demo: Demo) -> str:
-    """The main tables of the demo's runs; all of the comparison is written to the demo's folder."""
-    labels = {"das": "das", "ncl": "ncl", f"ncl {demo.lower_rate}": "ncl_lower_rate"}
-    runs = [load_run(f"{label}={demo.folder / name}") for label, name in labels.items()]
-    comparison = compare_runs(runs, baseline="ncl")
+    """The verdict and the main tables of the demo's runs; the full comparison is written to the demo's folder."""
+    runs = [load_run(f"{run.label}={demo.folder / run.name}") for run in demo.runs]
+    comparison = compare_runs(runs, baseline=NAIVE)
     write_comparison_report(comparison, demo.folder / COMPARISON_FOLDER)
     return (
-        f"{format_plain(tables.stage_rows(comparison), text_columns=(0, 1))}\n\n"
         f"{format_plain(tables.summary_rows(comparison))}\n\n"
-        "forgetting by domain (a run that learns less also forgets less)\n\n"
+        f"{verdict(comparison, demo.matched_label)}\n\n"
+        f"{format_plain(tables.stage_rows(comparison), text_columns=(0, 1))}\n\n"
+        "forgetting by domain\n\n"
         f"{format_plain(tables.forgetting_rows(comparison))}"
     )
 
 
-def naive(folder: Path) -> list[str]:
-    """Overrides that make the das config a naive run of another folder."""
-    return ["method=ncl", f"output_dir={folder}"]
+def verdict(comparison: Comparison, matched_label: str) -> str:
+    """Who learned and who forgot, in one line: the protected run against naive training that learns about as much.
+
+    Args:
+        comparison: of the demo's runs, one run per group.
+        matched_label: group of the naive run at the matched rate.
+    """
+    protected = comparison.group(PROTECTED).runs[0]
+    matched = comparison.group(matched_label).runs[0]
+    assert protected.forgetting is not None and matched.forgetting is not None, "the demo has several domains"
+    less = 1 - protected.forgetting / matched.forgetting
+    losses = [run.loss_after_learning_later for run in (protected, matched)]
+    return (
+        f"{PROTECTED} against {matched_label}: loss on new domains {losses[0]:.2f} against {losses[1]:.2f}; "
+        f"forgets {abs(less):.0%} {'less' if less > 0 else 'more'} "
+        f"({protected.forgetting:.2f} against {matched.forgetting:.2f}); "
+        f"final loss {protected.final_loss:.2f} against {matched.final_loss:.2f}"
+    )
 
 
 def show(demo: Demo) -> None:
-    """A whole demo, from the repository's root.
+    """Run a complete demo from the repository's root.
 
     Raises:
         DasError: a corpus that is too small, or a run that failed.
@@ -174,18 +236,16 @@ def show(demo: Demo) -> None:
     os.chdir(ROOT)
     built = build_corpora(CORPORA_FOLDER)
     names = ", ".join(corpus.name for corpus in CORPORA)
-    state = f"built in {time.monotonic() - started:.0f} s" if built else "found complete"
+    state = f"built in {time.monotonic() - started:.0f} s" if built else "up to date"
     print(f"corpora ({names}) and {TOKENIZER_FOLDER} in {CORPORA_FOLDER}: {state}", flush=True)
-    remove_earlier_runs(demo.folder)
-    base = run(demo.base_config, [])
-    plateau = plateau_line(base, load_config(demo.base_config))
+    remove_earlier_runs(demo)
+    plateau = plateau_line(train(demo.base_config, []), load_config(demo.base_config))
     print(plateau, flush=True)
-    run(demo.das_config, [])
-    run(demo.das_config, naive(demo.folder / "ncl"))
-    run(demo.das_config, [*naive(demo.folder / "ncl_lower_rate"), f"train.learning_rate={demo.lower_rate}"])
+    for run in demo.runs:
+        train(demo.config, [*run.overrides, f"output_dir={demo.folder / run.name}"])
     print(f"\n{plateau}\n\n{compare(demo)}")
-    print(f"\nreports: {demo.folder / COMPARISON_FOLDER}/report.md, {demo.folder}/das/report/report.md")
-    print(f"whole demo: {time.monotonic() - started:.0f} s")
+    print(f"\nreports: {demo.folder / COMPARISON_FOLDER}/report.md, {demo.folder / PROTECTED}/report/report.md")
+    print(f"total: {time.monotonic() - started:.0f} s")
 
 
 def main(arguments: list[str] | None = None) -> int:

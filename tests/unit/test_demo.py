@@ -6,6 +6,8 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from launch.demo_bounds import context_free_bounds
 from launch.demo_corpora import CORPORA
 
 ROOT = Path(__file__).parents[2]
-DAS_CONFIG = demo.DEMOS["mlm"].das_config
+CONFIG = demo.DEMOS["mlm"].config
 
 
 @pytest.fixture(autouse=True)
@@ -27,79 +29,107 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("objective", demo.DEMOS)
-def test_configs_follow_the_corpora_and_each_other(objective: str) -> None:
+def test_configs_match_the_corpora_and_each_other(objective: str) -> None:
     which = demo.DEMOS[objective]
-    base, das = load_config(which.base_config), load_config(which.das_config)
-    assert base.output_dir.parent == das.output_dir.parent == which.folder
+    base, continued = load_config(which.base_config), load_config(which.config)
+    assert base.output_dir == which.folder / demo.BASE_RUN
+    assert continued.output_dir == which.folder / demo.PROTECTED
     general, *domains = [corpus.name for corpus in CORPORA]
     assert [domain.name for domain in base.domains] == [general]
-    assert [domain.name for domain in das.domains] == domains
-    assert das.general is not None
-    assert das.general.name == general
-    assert das.model.name_or_path == str(base.output_dir / "domains" / f"00_{general}" / "model")
-    assert das.data.sequence_length == base.data.sequence_length
-    paths = [path for corpus in [*base.domains, *das.domains, das.general] for path in [*corpus.train, *corpus.valid]]
+    assert [domain.name for domain in continued.domains] == domains
+    assert continued.general is not None
+    assert continued.general.name == general
+    assert continued.model.name_or_path == str(base.output_dir / "domains" / f"00_{general}" / "model")
+    assert continued.data.sequence_length == base.data.sequence_length
+    paths = [
+        path
+        for corpus in [*base.domains, *continued.domains, continued.general]
+        for path in [*corpus.train, *corpus.valid]
+    ]
     assert all(Path(path).parent.parent == demo.CORPORA_FOLDER for path in paths)
 
 
-def test_base_config_leaves_dropout_for_the_two_views_of_das() -> None:
+@pytest.mark.parametrize("objective", demo.DEMOS)
+def test_runs_have_valid_overrides_and_differ_in_method_and_rate(objective: str) -> None:
+    which = demo.DEMOS[objective]
+    configs = [load_config(which.config, [*run.overrides]) for run in which.runs]
+    rate = configs[0].train.learning_rate
+    assert [config.method.name for config in configs] == ["directions", "das", "ncl", "ncl"]
+    assert [config.train.learning_rate for config in configs] == [rate] * 3 + [float(which.matched_rate)]
+    assert [run.label for run in which.runs] == ["directions", "das", "ncl", which.matched_label]
+
+
+def test_base_config_has_dropout_for_the_views_of_das() -> None:
     model = load_config(demo.DEMOS["mlm"].base_config).model.config
     assert model is not None
-    assert max(model["hidden_dropout_prob"], model["attention_probs_dropout_prob"]) > 0
+    assert model["attention_dropout"] > 0
 
 
 @pytest.mark.parametrize(
     ("num_gpus", "batch", "expected"), [(0, 64, 2), (1, 64, 1), (2, 64, 2), (6, 64, 4), (8, 64, 8), (16, 8, 8)]
 )
-def test_number_of_ranks(num_gpus: int, batch: int, expected: int) -> None:
+def test_num_ranks(num_gpus: int, batch: int, expected: int) -> None:
     assert demo.num_ranks(num_gpus, batch) == expected
 
 
-def test_command_splits_the_batch_and_names_the_ranks_only_where_needed() -> None:
-    batch = load_config(DAS_CONFIG).train.global_batch_size
-    on_cpu = demo.launch_command(DAS_CONFIG, ["method=ncl"], num_gpus=0, port=29501)
-    on_gpus = demo.launch_command(DAS_CONFIG, [], num_gpus=4, port=29501)
+def test_launch_command_splits_the_batch_over_the_ranks() -> None:
+    batch = load_config(CONFIG).train.global_batch_size
+    on_cpu = demo.launch_command(CONFIG, ["method=ncl"], num_gpus=0, port=29501)
+    on_gpus = demo.launch_command(CONFIG, [], num_gpus=4, port=29501)
     assert on_cpu[:5] == ["deepspeed", "--num_accelerators", "2", "--master_port", "29501"]
     assert on_cpu[-2:] == ["method=ncl", f"train.micro_batch_size={batch // 2}"]
     assert "--num_accelerators" not in on_gpus
     assert on_gpus[-1] == f"train.micro_batch_size={batch // 4}"
 
 
-def test_failed_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_raises_when_a_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "runner", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(TrainingError, match=r"demo_das\.yaml ended with exit code 3, expected 0"):
-        demo.run(DAS_CONFIG, [])
+    with pytest.raises(TrainingError, match=r"demo\.yaml ended with exit code 3, expected 0"):
+        demo.train(CONFIG, [])
 
 
-def test_comparison_shows_learning_beside_forgetting(tmp_path: Path) -> None:
-    for name, shift in (("das", 0.0), ("ncl", -0.5), ("ncl_lower_rate", 0.25)):
-        write_run(tmp_path / name, shift=shift)
-    shown = demo.compare(dataclasses.replace(demo.DEMOS["mlm"], folder=tmp_path)).splitlines()
-    rows = [line.split("  ")[0] for line in shown]
-    assert rows.count("after pubmed") == 3
-    summary = next(number for number, line in enumerate(shown) if "loss when learned" in line)
-    columns, *groups = [re.split(r" {2,}", line) for line in (shown[summary], *shown[summary + 2 : summary + 5])]
-    learned = columns.index("loss when learned")
-    assert [(group[0], group[learned]) for group in groups] == [
-        ("das", "3.5000"),
-        ("ncl", "3.0000"),
-        ("ncl 4e-4", "3.7500"),
-    ]
+def test_compare_shows_learning_next_to_forgetting(tmp_path: Path) -> None:
+    which = dataclasses.replace(demo.DEMOS["mlm"], folder=tmp_path)
+    for run, shift in zip(which.runs, (0.0, 0.125, -0.5, 0.25), strict=True):
+        write_run(tmp_path / run.name, shift=shift)
+    lines = demo.compare(which).splitlines()
+    labels = [line.split("  ")[0] for line in lines]
+    assert labels.count("after pubmed") == 4
+    assert labels[2:6] == [run.label for run in which.runs]
+    columns, *groups = [re.split(r" {2,}", line) for line in (lines[0], *lines[2:6])]
+    assert [group[2] for group in groups] == ["3.5000", "3.6250", "3.0000", "3.7500"], columns
+    assert lines[7].startswith("directions against ncl 9e-4: loss on new domains 3.00 against 3.25; forgets 0% more")
     assert (tmp_path / "comparison" / "report.md").exists()
 
 
-def test_earlier_runs_go_and_corpora_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _group(*, learned: float, forgetting: float) -> SimpleNamespace:
+    run = SimpleNamespace(loss_after_learning_later=learned, forgetting=forgetting, final_loss=learned + forgetting / 2)
+    return SimpleNamespace(runs=[run])
+
+
+@pytest.mark.parametrize(("matched_forgetting", "expected"), [(1.0, "40% less"), (0.5, "20% more")])
+def test_verdict_names_who_learned_and_who_forgot(matched_forgetting: float, expected: str) -> None:
+    groups = {
+        "directions": _group(learned=3.5, forgetting=0.6),
+        "ncl 4e-4": _group(learned=3.25, forgetting=matched_forgetting),
+    }
+    comparison: Any = SimpleNamespace(group=groups.__getitem__)
+    assert demo.verdict(comparison, "ncl 4e-4") == (
+        f"directions against ncl 4e-4: loss on new domains 3.50 against 3.25; forgets {expected} "
+        f"(0.60 against {matched_forgetting:.2f}); final loss 3.80 against {3.25 + matched_forgetting / 2:.2f}"
+    )
+
+
+def test_remove_earlier_runs_keeps_the_corpora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("base", "das", "corpora"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    demo.remove_earlier_runs(tmp_path)
+    demo.remove_earlier_runs(dataclasses.replace(demo.DEMOS["mlm"], folder=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["corpora"]
     assert capsys.readouterr().out.count("left by an earlier demo") == 2
 
 
-def test_main_turns_a_failure_into_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_prints_a_failure_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(_: demo.Demo) -> None:
         raise TrainingError("demo: no luck")
 
@@ -108,7 +138,7 @@ def test_main_turns_a_failure_into_one_line(
     assert capsys.readouterr().err == "das_ds: demo: no luck\n"
 
 
-def test_threads_are_shared_out_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_divides_threads_unless_the_user_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
     assert demo.environment()["OMP_NUM_THREADS"] == "1"
@@ -118,7 +148,7 @@ def test_threads_are_shared_out_unless_the_user_decides(monkeypatch: pytest.Monk
     assert demo.environment()["OMP_NUM_THREADS"] == "3"
 
 
-def test_bounds_equal_sums_over_everything_that_can_stand_at_a_position() -> None:
+def test_context_free_bounds_equal_sums_over_all_tokens_of_a_position() -> None:
     num_tokens = 5
     train, valid = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3]), torch.tensor([0, 1, 1, 3, 2, 4])
     bounds = context_free_bounds(train, valid, num_tokens)
