@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
-
 from benchmarks.domains.choice import Choice
 from benchmarks.domains.groups import Restored
-from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.matching import Match
-from benchmarks.domains.plan import NAIVE
 from benchmarks.environment import RESULTS
+from pydantic import Field, ValidationError
+
+from benchmarks.domains.jobs import TrainingRun
+from benchmarks.domains.plan import NAIVE
 from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.group_runs import compare_runs

@@ -111,6 +111,6 @@ def test_added_token_that_would_share_an_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         build_tokenizers(config(tmp_path, papers=["treebanks"]), tokenizer)
     assert str(caught.value) == (
-        "data.add_tokens.papers: the tokenizer's ids have holes, and 'treebanks' would get one that is in use or has an "
-        "old embedding; expected a tokenizer with ids from 0 to 6 without a gap"
+        "data.add_tokens.papers: the tokenizer's ids have holes, and 'treebanks' would get one that is in use or has "
+        "an old embedding; expected a tokenizer with ids from 0 to 6 without a gap"
     )
