@@ -1,0 +1,162 @@
+"""What rank 0 prints during a run: a start-up summary, one line per logged step, and one after every evaluation.
+
+Everything goes to standard error, so that the standard output of a command stays what scripts read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from das_ds.progress import format_duration, say
+
+
+@dataclass(frozen=True)
+class DomainSummary:
+    """What a run trains on in one stage."""
+
+    name: str
+    num_blocks: int
+    """Training sequences."""
+    num_steps: int
+    """Optimizer steps."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run is about to do, for `lines`."""
+
+    method: str
+    model: str
+    """Source of the weights and the model type."""
+    num_parameters: int
+    num_trained: int
+    objective: str
+    device: str
+    num_ranks: int
+    zero_stage: int
+    precision: str
+    optimizer: str
+    micro_batch_size: int
+    global_batch_size: int
+    sequence_length: int
+    domains: Sequence[DomainSummary]
+    eval_corpora: Sequence[str]
+    output_dir: str
+    resumes: str | None
+    """Where the run continues, in words; None: it starts."""
+
+    def lines(self) -> list[str]:
+        """The summary, a line per fact."""
+        tokens_per_step = self.global_batch_size * self.sequence_length
+        micro_steps = self.global_batch_size // (self.micro_batch_size * self.num_ranks)
+        trained = "" if self.num_trained == self.num_parameters else f", {_count(self.num_trained)} trained"
+        ranks = f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}"
+        width = max(len(domain.name) for domain in self.domains)
+        domains = [
+            f"{domain.name:<{width}}  {domain.num_blocks:>9,} blocks  "
+            f"{_count(domain.num_blocks * self.sequence_length):>7} tokens  {domain.num_steps:>7,} steps  "
+            f"{domain.num_steps * self.global_batch_size / max(1, domain.num_blocks):5.2f} epochs"
+            for domain in self.domains
+        ]
+        facts = [
+            ("model", f"{self.model}, {_count(self.num_parameters)} parameters{trained}, {self.objective}"),
+            ("hardware", f"{ranks} on {self.device}, ZeRO {self.zero_stage}, {self.precision}, {self.optimizer}"),
+            (
+                "batch",
+                f"{self.global_batch_size} sequences of {self.sequence_length} tokens = {tokens_per_step:,} tokens a "
+                f"step ({ranks} x {self.micro_batch_size} sequences x {micro_steps} micro-steps)",
+            ),
+            *(("domains" if not number else "", line) for number, line in enumerate(domains)),
+            ("phases", "evaluate; then per domain: prepare, train, measure importance, export, evaluate"),
+            ("evaluates", ", ".join(self.eval_corpora)),
+            ("results", f"{self.output_dir} (results.json, report/, domains/*/model)"),
+            ("start", "from the beginning" if self.resumes is None else f"resuming from {self.resumes}"),
+        ]
+        title = f"das_ds: continual pre-training, method {self.method}"
+        return [title, *(f"  {name:<10}{text}" for name, text in facts)]
+
+
+@dataclass
+class RunClock:
+    """Estimates the time that a whole run still takes.
+
+    The remaining steps cost what steps of this start cost on average; every other phase that is still to come
+    costs what the last one of its kind did. A kind that has not been seen yet counts nothing, so that the first estimates are low.
+    """
+
+    num_steps: int
+    """Optimizer steps of all domains."""
+    phases_left: dict[str, int]
+    """Phase between steps (`evaluate`, `before`, `after`) -> how many are still to come."""
+    clock: Callable[[], float] = time.monotonic
+    _step_seconds: float = 0.0
+    _steps_seen: int = 0
+    _phase_seconds: dict[str, float] = field(default_factory=dict)
+
+    def add_steps(self, num_steps: int, seconds: float) -> None:
+        """Steps that were taken since the last call, and the time they took."""
+        self._steps_seen += num_steps
+        self._step_seconds += seconds
+
+    def add_phase(self, phase: str, seconds: float) -> None:
+        """A phase that is not training has ended."""
+        self._phase_seconds[phase] = seconds
+        self.phases_left[phase] = max(0, self.phases_left.get(phase, 0) - 1)
+
+    def seconds_left(self, steps_done: int) -> float | None:
+        """Seconds until the run ends; None until a step was taken.
+
+        Args:
+            steps_done: optimizer steps of all domains that are done.
+        """
+        if not self._steps_seen:
+            return None
+        training = self._step_seconds / self._steps_seen * (self.num_steps - steps_done)
+        others = sum(count * self._phase_seconds.get(phase, 0.0) for phase, count in self.phases_left.items())
+        return training + others
+
+
+def step_line(
+    domain: str,
+    step: int,
+    num_steps: int,
+    *,
+    loss: float,
+    learning_rate: float,
+    tokens_per_s: float,
+    seconds_left: float | None,
+) -> str:
+    """One logged step: `acl 20/75 | loss 5.612 | lr 4.00e-05 | 1,234 tokens/s | run ends in 12m40s`."""
+    eta = "" if seconds_left is None else f" | run ends in {format_duration(seconds_left)}"
+    return f"{domain} {step}/{num_steps} | loss {loss:.3f} | lr {learning_rate:.2e} | {tokens_per_s:,.0f} tokens/s{eta}"
+
+
+def evaluation_line(stage: str, losses: dict[str, float], before: dict[str, float] | None) -> str:
+    """Held-out losses after a stage, with their change since the evaluation before: `after acl: acl 5.61 (-0.47), ...`.
+
+    Args:
+        stage: row name of the loss matrix.
+        losses: corpus -> loss in nats per predicted token.
+        before: the row before; None: this is the first.
+    """
+    parts = [
+        f"{corpus} {loss:.3f}" + ("" if before is None else f" ({loss - before[corpus]:+.3f})")
+        for corpus, loss in losses.items()
+    ]
+    return f"held-out loss {stage}: {', '.join(parts)}"
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print on this rank."""
+    for line in lines:
+        say(line)
+
+
+def _count(number: int) -> str:
+    """`950`, `12.3 K`, `124 M`, `8.03 B`: three significant digits."""
+    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return str(number)

@@ -1,0 +1,73 @@
+"""Lines that a run prints."""
+
+from __future__ import annotations
+
+from das_ds.training.console import DomainSummary, RunClock, RunSummary, evaluation_line, step_line
+
+
+def summary(resumes: str | None = None) -> RunSummary:
+    """A run of two ranks over two domains."""
+    return RunSummary(
+        method="directions",
+        model="roberta-base (roberta)",
+        num_parameters=124_697_433,
+        num_trained=124_697_433,
+        objective="mlm",
+        device="cpu",
+        num_ranks=2,
+        zero_stage=2,
+        precision="bf16",
+        optimizer="adamw",
+        micro_batch_size=4,
+        global_batch_size=16,
+        sequence_length=64,
+        domains=[DomainSummary("acl", 1600, 75), DomainSummary("restaurants", 10, 5)],
+        eval_corpora=["acl", "restaurants", "general"],
+        output_dir="runs/papers",
+        resumes=resumes,
+    )
+
+
+def test_run_summary_says_what_is_trained_on_what() -> None:
+    text = "\n".join(summary().lines())
+    assert text.startswith("das_ds: continual pre-training, method directions\n")
+    for part in (
+        "roberta-base (roberta), 125 M parameters, mlm",
+        "2 ranks on cpu, ZeRO 2, bf16, adamw",
+        "16 sequences of 64 tokens = 1,024 tokens a step (2 ranks x 4 sequences x 2 micro-steps)",
+        "acl              1,600 blocks    102 K tokens       75 steps   0.75 epochs",
+        "restaurants         10 blocks      640 tokens        5 steps   8.00 epochs",
+        "acl, restaurants, general",
+        "runs/papers (results.json",
+        "from the beginning",
+    ):
+        assert part in text, part
+
+
+def test_run_summary_names_the_checkpoint_of_a_run_that_resumes() -> None:
+    assert "resuming from 0007: domain acl, step 40 of 75" in summary("0007: domain acl, step 40 of 75").lines()[-1]
+
+
+def test_run_clock_adds_steps_and_phases_that_are_to_come() -> None:
+    clock = RunClock(num_steps=100, phases_left={"evaluate": 3, "after": 2})
+    assert clock.seconds_left(0) is None
+    clock.add_phase("evaluate", 10.0)
+    clock.add_steps(20, 40.0)
+    # 80 steps of 2 s and two evaluations of 10 s; `after` has not been seen.
+    assert clock.seconds_left(20) == 180.0
+    clock.add_phase("after", 5.0)
+    assert clock.seconds_left(20) == 185.0
+
+
+def test_step_line_has_loss_rate_speed_and_time_left() -> None:
+    line = step_line("acl", 20, 75, loss=5.6123, learning_rate=4e-5, tokens_per_s=1234.4, seconds_left=760.0)
+    assert line == "acl 20/75 | loss 5.612 | lr 4.00e-05 | 1,234 tokens/s | run ends in 12m40s"
+    assert "run ends" not in step_line("acl", 1, 75, loss=5.0, learning_rate=0.0, tokens_per_s=1.0, seconds_left=None)
+
+
+def test_evaluation_line_has_the_change_since_the_row_before() -> None:
+    before, after = {"acl": 6.08, "general": 4.2}, {"acl": 5.61, "general": 4.25}
+    assert evaluation_line("before training", before, None) == "held-out loss before training: acl 6.080, general 4.200"
+    assert evaluation_line("after acl", after, before) == (
+        "held-out loss after acl: acl 5.610 (-0.470), general 4.250 (+0.050)"
+    )
