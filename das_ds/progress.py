@@ -24,6 +24,13 @@ def is_terminal(stream: TextIO | None = None) -> bool:
     return stream.isatty()
 
 
+def disable_library_bars() -> None:
+    """Turn off the progress bars of transformers, which it draws in files too."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def say(text: str) -> None:
     """Print a line to standard error without breaking a bar that is drawn there."""
     tqdm.write(text, file=sys.stderr)
@@ -55,6 +62,7 @@ class Progress(Iterable[T]):
         initial: items that were done before.
         unit: what one item is.
         show: whether anything is shown, as on rank 0.
+        leave: whether the finished bar stays on the terminal.
         plain_lines: whether lines are printed where there is no terminal; a caller that logs its own says no.
         clock: seconds.
     """
@@ -68,6 +76,7 @@ class Progress(Iterable[T]):
         initial: int = 0,
         unit: str = "it",
         show: bool = True,
+        leave: bool = True,
         plain_lines: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -77,6 +86,7 @@ class Progress(Iterable[T]):
         self._initial = initial
         self._unit = unit
         self._show = show and bool(label)
+        self._leave = leave
         self._plain_lines = plain_lines
         self._clock = clock
         self._bar: tqdm[T] | None = None
@@ -91,7 +101,13 @@ class Progress(Iterable[T]):
             yield from self._items
         elif is_terminal():
             self._bar = tqdm(
-                self._items, self._label, self._total, initial=self._initial, unit=self._unit, dynamic_ncols=True
+                self._items,
+                desc=self._label,
+                total=self._total,
+                initial=self._initial,
+                unit=self._unit,
+                leave=self._leave,
+                dynamic_ncols=True,
             )
             yield from self._bar
             self._bar = None

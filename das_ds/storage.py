@@ -20,6 +20,8 @@ from das_ds.errors import RunFolderError
 
 CHECKSUM = "sha256"
 CHECKSUM_FILE = "SHA256SUMS"
+MODEL_CARD = "README.md"
+"""For readers, who may edit it: has no checksum."""
 """Checksums of a folder's files in the format of `sha256sum --check`."""
 
 
@@ -151,8 +153,10 @@ def checksum(path: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Record every file of a folder in its `CHECKSUM_FILE`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE)
+    """Record every file of a folder but its model card in its `CHECKSUM_FILE`."""
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (CHECKSUM_FILE, MODEL_CARD)
+    )
     lines = [f"{checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from das_ds.data.corpus import read_documents
 from das_ds.data.sources import Source, fingerprint, resolve_source
 from das_ds.errors import DataError, ModelError
+from das_ds.progress import is_terminal, say
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +286,8 @@ def _tokenize_documents(folder: Path, job: _Tokenization, progress: bool) -> Tok
     result = TokenFile(folder / "tokens.bin", dtype.str, 0, 0)
     total = sum(source.stat().st_size for source in job.sources if isinstance(source, Path))
     counter = UnknownCounter(job.backend)
-    bar = tqdm(total=total or None, desc=f"tokenize {job.corpus}", unit="B", unit_scale=True, disable=not progress)
+    shows_bar = progress and is_terminal()
+    bar = tqdm(total=total or None, desc=f"tokenize {job.corpus}", unit="B", unit_scale=True, disable=not shows_bar)
     with result.path.open("wb") as tokens, result.starts_path.open("wb") as starts, bar:
         for source in job.sources:
             for batch in read_documents(source, job.text_column):
@@ -305,6 +307,8 @@ def _tokenize_documents(folder: Path, job: _Tokenization, progress: bool) -> Tok
             os.fsync(file.fileno())
     if result.num_documents == 0:
         raise DataError(f"no text in {', '.join(map(str, job.sources))}; expected at least one line that is not blank")
+    if progress and not shows_bar:
+        say(f"tokenized {job.corpus}: {result.num_tokens:,} tokens of {result.num_documents:,} documents")
     return replace(result, unknown=counter.total)
 
 

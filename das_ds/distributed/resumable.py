@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from das_ds.distributed.rng import get_rng_state, set_rng_state
 from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.progress import Progress
 
 T = TypeVar("T", covariant=True)
 
@@ -63,14 +63,13 @@ class ResumableLoop(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         if self._rng_state is not None and self.num_done < len(self):
             set_rng_state(self._rng_state)
-        indices = tqdm(
+        indices = Progress(
             range(self.num_done, len(self)),
-            desc=self._label,
-            total=len(self),
-            leave=False,
+            self._label,
+            len(self),
             initial=self.num_done,
-            disable=not self._label,
-            dynamic_ncols=True,
+            unit="batches",
+            leave=False,
         )
         for index in indices:
             yield self._batches[index]

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from das_ds.config import ModelConfig, TaskConfig
@@ -20,6 +19,7 @@ from das_ds.downstream.metrics import accuracy, confusion_matrix, macro_f1, micr
 from das_ds.downstream.scores import Scores, SeedScores
 from das_ds.downstream.tasks import EndTask
 from das_ds.errors import TrainingError
+from das_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class _FineTuning:
 
     def _with_progress(self, batches: Iterable[TaskBatch], epoch: int) -> Iterable[TaskBatch]:
         label = f"{self._config.name}, seed {self._seed}, epoch {epoch}"
-        return tqdm(batches, label, self._steps_per_epoch, disable=not self._show, unit="step", dynamic_ncols=True)
+        return Progress(batches, label, self._steps_per_epoch, unit="steps", show=self._show)
 
     def _warn_of_truncation(self) -> None:
         splits = {"train": self._train, "dev": self._dev, "test": self._test}

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """Optimizer step whose metrics were logged."""
+
+    domain: str
+    step: int
+    """Number in the domain, from 1."""
+    num_steps: int
+    """Steps of the domain."""
+    steps_since_last: int
+    """Steps since the logged step before, this one included."""
+    seconds: float
+    """Time that these steps took, without checkpoints."""
+    loss: float
+    learning_rate: float
+    tokens_per_s: float
+
 
 class Callbacks:
     """Extension points of the loops over steps and batches; each does nothing by default."""
@@ -16,6 +36,10 @@ class Callbacks:
 
     def on_step_end(self, step: int) -> None:
         """Called after every optimizer step of a domain but the last, with the number of steps done."""
+
+    def on_step_logged(self, logged: LoggedStep) -> str:
+        """Called after metrics were logged; returns the text that the progress bar shows."""
+        return f"loss={logged.loss:.3f}"
 
     def on_batch_end(self) -> None:
         """Called between two batches of a resumable loop (importance, evaluation)."""

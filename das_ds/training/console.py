@@ -5,11 +5,11 @@ Everything goes to standard error, so that the standard output of a command stay
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from das_ds.progress import format_duration, say
+from das_ds.training.callbacks import LoggedStep
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class RunSummary:
             ("start", "from the beginning" if self.resumes is None else f"resuming from {self.resumes}"),
         ]
         title = f"das_ds: continual pre-training, method {self.method}"
-        return [title, *(f"  {name:<10}{text}" for name, text in facts)]
+        return [title, *(f"  {name:<11}{text}" for name, text in facts)]
 
 
 @dataclass
@@ -83,14 +83,10 @@ class RunClock:
     """Estimates the time that a whole run still takes.
 
     The remaining steps cost what steps of this start cost on average; every other phase that is still to come
-    costs what the last one of its kind did. A kind that has not been seen yet counts nothing, so that the first estimates are low.
+    costs what the last one of its kind did. A kind that has not been seen yet counts nothing, so that the first
+    estimates are low.
     """
 
-    num_steps: int
-    """Optimizer steps of all domains."""
-    phases_left: dict[str, int]
-    """Phase between steps (`evaluate`, `before`, `after`) -> how many are still to come."""
-    clock: Callable[[], float] = time.monotonic
     _step_seconds: float = 0.0
     _steps_seen: int = 0
     _phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -103,34 +99,32 @@ class RunClock:
     def add_phase(self, phase: str, seconds: float) -> None:
         """A phase that is not training has ended."""
         self._phase_seconds[phase] = seconds
-        self.phases_left[phase] = max(0, self.phases_left.get(phase, 0) - 1)
 
-    def seconds_left(self, steps_done: int) -> float | None:
+    def seconds_left(self, steps_left: int, phases_left: Mapping[str, int]) -> float | None:
         """Seconds until the run ends; None until a step was taken.
 
         Args:
-            steps_done: optimizer steps of all domains that are done.
+            steps_left: optimizer steps of all domains.
+            phases_left: other phase -> how many are still to come.
         """
         if not self._steps_seen:
             return None
-        training = self._step_seconds / self._steps_seen * (self.num_steps - steps_done)
-        others = sum(count * self._phase_seconds.get(phase, 0.0) for phase, count in self.phases_left.items())
+        training = self._step_seconds / self._steps_seen * steps_left
+        others = sum(count * self._phase_seconds.get(phase, 0.0) for phase, count in phases_left.items())
         return training + others
 
 
-def step_line(
-    domain: str,
-    step: int,
-    num_steps: int,
-    *,
-    loss: float,
-    learning_rate: float,
-    tokens_per_s: float,
-    seconds_left: float | None,
-) -> str:
+def step_line(logged: LoggedStep, seconds_left: float | None) -> str:
     """One logged step: `acl 20/75 | loss 5.612 | lr 4.00e-05 | 1,234 tokens/s | run ends in 12m40s`."""
-    eta = "" if seconds_left is None else f" | run ends in {format_duration(seconds_left)}"
-    return f"{domain} {step}/{num_steps} | loss {loss:.3f} | lr {learning_rate:.2e} | {tokens_per_s:,.0f} tokens/s{eta}"
+    parts = [
+        f"{logged.domain} {logged.step}/{logged.num_steps}",
+        f"loss {logged.loss:.3f}",
+        f"lr {logged.learning_rate:.2e}",
+        f"{logged.tokens_per_s:,.0f} tokens/s",
+    ]
+    if seconds_left is not None:
+        parts.append(f"run ends in {format_duration(seconds_left)}")
+    return " | ".join(parts)
 
 
 def evaluation_line(stage: str, losses: dict[str, float], before: dict[str, float] | None) -> str:

@@ -171,6 +171,10 @@ class DataModule:
         sources = tuple((self._training_blocks(name), self.objectives[name]) for name in names)
         return Replay(self.config.num_replayed, sources)
 
+    def num_training_blocks(self, corpus: str) -> int:
+        """Sequences that one epoch of a domain has."""
+        return len(self._training_blocks(corpus))
+
     def _training_blocks(self, corpus: str) -> TokenBlocks:
         blocks = self.blocks[corpus].train
         assert blocks is not None, f"{corpus} is only evaluated"

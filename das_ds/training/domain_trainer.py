@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from das_ds.config import FaultsConfig, TrainConfig
 from das_ds.data.batch import Batch
@@ -18,6 +17,7 @@ from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.engine.engine import Engine
 from das_ds.errors import TrainingError
 from das_ds.methods.base import Method
+from das_ds.progress import Progress
 from das_ds.tracking.names import (
     DOMAIN,
     DOMAIN_STEP,
@@ -32,14 +32,14 @@ from das_ds.tracking.names import (
 )
 from das_ds.tracking.throughput import Throughput, peak_memory_gib
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.callbacks import Callbacks
+from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.loss_guard import LossGuard, Verdict
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
+class DomainProgress:
     """Progress of the run when the domain began, and the domain's length."""
 
     domain: str
@@ -121,7 +121,7 @@ class DomainTrainer:
         """Resume within the domain."""
         self._meter.load_state_dict(saved.metadata)
 
-    def run(self, steps: Iterator[list[Batch]], progress: Progress, *, first_step: int = 0) -> None:
+    def run(self, steps: Iterator[list[Batch]], progress: DomainProgress, *, first_step: int = 0) -> None:
         """Train on one list of micro-batches per optimizer step; the engine has started the domain or resumed it.
 
         Args:
@@ -136,14 +136,16 @@ class DomainTrainer:
         num_steps = progress.num_steps
         self._engine.module.train()
         throughput = Throughput()
-        bar = tqdm(
+        last_logged = first_step
+        bar = Progress(
             steps,
-            desc=f"train {progress.domain}",
-            total=num_steps,
+            f"train {progress.domain}",
+            num_steps,
             initial=first_step,
-            disable=not self._is_main,
-            unit="step",
-            dynamic_ncols=True,
+            unit="steps",
+            show=self._is_main,
+            # Logged steps are printed by the callbacks.
+            plain_lines=False,
         )
         for step, micro_batches in enumerate(bar, start=first_step + 1):
             self._callbacks.on_progress("forward and backward", step)
@@ -158,8 +160,22 @@ class DomainTrainer:
             throughput.add(progress.tokens_per_step)
             if is_logged:
                 losses = self._meter.pop_means()
-                self._log(progress, step, losses, learning_rate, grad_norm, throughput.pop_rate())
-                bar.set_postfix(loss=f"{sum(losses.values()):.3f}", refresh=False)
+                tokens_per_s = throughput.pop_rate()
+                self._log(progress, step, losses, learning_rate, grad_norm, tokens_per_s)
+                new_steps = step - last_logged
+                last_logged = step
+                logged = LoggedStep(
+                    domain=progress.domain,
+                    step=step,
+                    num_steps=num_steps,
+                    steps_since_last=new_steps,
+                    seconds=new_steps * progress.tokens_per_step / tokens_per_s if tokens_per_s else 0.0,
+                    # NaN where every step since the last line was skipped.
+                    loss=sum(losses.values()) if losses else math.nan,
+                    learning_rate=learning_rate,
+                    tokens_per_s=tokens_per_s,
+                )
+                bar.set_postfix(self._callbacks.on_step_logged(logged))
             self._callbacks.on_progress("between steps", step)
             if step < num_steps:
                 with throughput.paused():
@@ -245,7 +261,7 @@ class DomainTrainer:
 
     def _log(
         self,
-        progress: Progress,
+        progress: DomainProgress,
         step: int,
         losses: dict[str, float],
         learning_rate: float,

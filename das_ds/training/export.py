@@ -7,7 +7,7 @@ random.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,14 +15,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from das_ds.config import ObjectiveName, RunConfig
+from das_ds.config.stage import stage_folder
 from das_ds.engine.engine import Engine
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.models.loading import model_config
 from das_ds.models.lora import Lora
 from das_ds.models.vocabulary import override_vocab_size, vocabulary_parameters
-from das_ds.storage import atomic_dir
+from das_ds.storage import MODEL_CARD, atomic_dir
 
 PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
+AUTO_MODELS: dict[ObjectiveName, str] = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Weights = dict[str, torch.Tensor]
@@ -94,21 +96,54 @@ def export_dtype(config: RunConfig) -> torch.dtype:
     return found
 
 
-def model_card(config: RunConfig, stages_done: int, objective: ObjectiveName) -> str:
-    """README of an exported model: what it was trained on and how."""
-    base = config.model.name_or_path or "random weights"
+def model_card(
+    config: RunConfig,
+    stages_done: int,
+    objective: ObjectiveName,
+    losses: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
+    """README of an exported model: its base, its training, how to load it, and its held-out losses.
+
+    Args:
+        config: of the run.
+        stages_done: stages that the model was trained on.
+        objective: of pre-training.
+        losses: corpus -> loss before training and loss of this model; None: not evaluated yet.
+    """
     stages = config.stages[:stages_done]
-    domains, newest = [domain for stage in stages for domain in stage.domains], stages[-1]
+    newest = stages[-1]
+    domains = ", ".join(domain for stage in stages for domain in stage.domains)
     how = "in order" if len(newest.domains) == 1 else "all at once"
     replayed = config.replayed(newest.last_domain)
     replay = f" In the last domain {config.num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
+    folder = config.output_dir / stage_folder(newest.index, newest.name) / "model"
+    base = config.model.name_or_path or "random weights"
+    card = f"""---
+library_name: transformers
+pipeline_tag: {PIPELINES[objective]}
+tags: [das_ds, continual-pre-training]
+---
+
+# {config.output_dir.name}: after {newest.name}
+
+Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.
+
+Domains {how}: {domains}; {newest.num_steps} steps of {config.train.global_batch_size} sequences of \
+{config.data.sequence_length} tokens each.{replay}
+
+```python
+from transformers import AutoTokenizer, {AUTO_MODELS[objective]}
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {AUTO_MODELS[objective]}.from_pretrained("{folder}")
+```
+"""
+    if losses is None:
+        return card
+    rows = "".join(f"| {corpus} | {before:.4f} | {after:.4f} |\n" for corpus, (before, after) in losses.items())
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {PIPELINES[objective]}\n"
-        "tags: [das_ds, continual-pre-training]\n---\n\n"
-        f"# {config.output_dir.name}: after {newest.name}\n\n"
-        f"Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.\n\n"
-        f"Domains {how}: {', '.join(domains)}; {newest.num_steps} steps of "
-        f"{config.train.global_batch_size} sequences of {config.data.sequence_length} tokens each.{replay}\n"
+        f"{card}\nHeld-out loss in nats per predicted token:\n\n"
+        f"| corpus | before training | after {newest.name} |\n|---|---:|---:|\n{rows}"
     )
 
 
@@ -149,7 +184,7 @@ def _write(
         config.dtype = dtype
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / MODEL_CARD).write_text(card, encoding="utf-8")
 
 
 @contextmanager

@@ -89,6 +89,12 @@ class RunCheckpoints:
             versions=library_versions(),
         )
 
+    def describe(self, run: RunState) -> str:
+        """Where the run is: `domain acl (2 of 3), train, step 40 of 75`."""
+        stage = current_stage(self._stages, run)
+        text = f"domain {stage.name} ({stage.index + 1} of {len(self._stages)}), phase {run.phase}"
+        return f"{text}, step {run.domain_step} of {stage.num_steps}" if run.phase == "train" else text
+
     def failure(self) -> DasError | None:
         """Why metrics can no longer be logged; known to rank 0 alone."""
         return self._services.tracker.failure

@@ -27,6 +27,9 @@ class Saveable(Protocol):
     def checkpoint_metadata(self, run: RunState) -> CheckpointMetadata:
         """What the manifest records besides."""
 
+    def describe(self, run: RunState) -> str:
+        """Where the run is, in words: the domain and the step."""
+
     def failure(self) -> DasError | None:
         """An error of this rank alone that has to end the run, such as a full disk where metrics are written."""
 
@@ -150,6 +153,5 @@ class SavePoint:
         reasons = self._flag_sync.stop_reasons(local_reason)
         self._ranks.run_on_main(self._shutdown.remove_stop_file)
         raise StoppedError(
-            f"stopped on {reasons}: {run.phase} {run.domains_done}, step {run.domain_step}, is saved; the same command "
-            "continues here"
+            f"stopped on {reasons} and saved at {self._saveable.describe(run)}; the same command resumes there"
         )

@@ -13,6 +13,7 @@ from das_ds.errors import EXIT_USER_ERROR, CheckpointError, StoppedError
 from das_ds.fault_tolerance.shutdown import ShutdownHandler
 from das_ds.fault_tolerance.watchdog import Watchdog
 from das_ds.models.loading import check_files, find_spec, weights_folder
+from das_ds.progress import disable_library_bars, is_terminal
 from das_ds.reporting.results import Results
 from das_ds.run_dir import METRICS_FILE, RunDir, open_run_dir
 from das_ds.tracking.tracker import Tracker, build_tracker
@@ -33,6 +34,8 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         StoppedError: the run was asked to stop and is saved.
     """
     engine_config = build_engine_config(config, ranks.info.world_size)
+    if not (ranks.info.is_main and is_terminal()):
+        disable_library_bars()
     run_dir = RunDir(config.output_dir)
     watchdog = Watchdog(ranks, config.runtime.hang_timeout, run_dir)
     lock = RunLock(config.output_dir, on_loss=_exit_without_writing)

@@ -17,7 +17,7 @@ from das_ds.methods import build_method
 from das_ds.models.architectures.registry import spec_for
 from das_ds.tracking.sinks import Metrics, Sink
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.domain_trainer import DomainTrainer, Progress
+from das_ds.training.domain_trainer import DomainProgress, DomainTrainer
 from helpers.configs import changed
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import tiny_model
@@ -122,7 +122,7 @@ def train(
     method.on_train_start(domain)
     info = ranks.info
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
-    progress = Progress("domain", 0, 0, config.train.global_batch_size * LENGTH, config.train.steps_per_domain)
+    progress = DomainProgress("domain", 0, 0, config.train.global_batch_size * LENGTH, config.train.steps_per_domain)
     DomainTrainer(run.engine, method, Tracker([recorder]), config.train).run(iter(parts), progress)
     weights = {name: weight.detach().cpu().clone() for name, weight in run.engine.weights.fp32_weights()}
     run.engine.close()

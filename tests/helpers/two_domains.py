@@ -20,7 +20,7 @@ from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods import build_method
 from das_ds.tracking.sinks import Metrics
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.domain_trainer import DomainTrainer, Progress
+from das_ds.training.domain_trainer import DomainProgress, DomainTrainer
 from helpers.parity import ACCUMULATION, EPS, ROWS
 from helpers.reference import adamw_step, reference_batch_gradients, step_losses, unit_ones
 from helpers.tiny_models import NO_DROPOUT, tiny_model
@@ -78,7 +78,7 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
         method.on_train_start(domain)
         trainer = DomainTrainer(engine, method, Tracker([recorder]), config.train)
         tokens_per_step = config.train.global_batch_size * LENGTH
-        trainer.run(iter(parts), Progress("domain", 0, 0, tokens_per_step, len(parts)))
+        trainer.run(iter(parts), DomainProgress("domain", 0, 0, tokens_per_step, len(parts)))
         method.after_domain(domain)
         weights.append({name: weight.detach().clone() for name, weight in engine.weights.fp32_weights()})
     sharded = {

@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ROOMS: tuple[str, ...] = (
     "errors",
     "thread_guard",
+    "progress",
     "user_files",
     "storage",
     "hub",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from das_ds.training.callbacks import LoggedStep
 from das_ds.training.console import DomainSummary, RunClock, RunSummary, evaluation_line, step_line
 
 
@@ -49,20 +50,31 @@ def test_run_summary_names_the_checkpoint_of_a_run_that_resumes() -> None:
 
 
 def test_run_clock_adds_steps_and_phases_that_are_to_come() -> None:
-    clock = RunClock(num_steps=100, phases_left={"evaluate": 3, "after": 2})
-    assert clock.seconds_left(0) is None
+    clock = RunClock()
+    phases = {"evaluate": 2, "after": 1}
+    assert clock.seconds_left(100, phases) is None
     clock.add_phase("evaluate", 10.0)
     clock.add_steps(20, 40.0)
     # 80 steps of 2 s and two evaluations of 10 s; `after` has not been seen.
-    assert clock.seconds_left(20) == 180.0
+    assert clock.seconds_left(80, phases) == 180.0
     clock.add_phase("after", 5.0)
-    assert clock.seconds_left(20) == 185.0
+    assert clock.seconds_left(80, phases) == 185.0
 
 
 def test_step_line_has_loss_rate_speed_and_time_left() -> None:
-    line = step_line("acl", 20, 75, loss=5.6123, learning_rate=4e-5, tokens_per_s=1234.4, seconds_left=760.0)
-    assert line == "acl 20/75 | loss 5.612 | lr 4.00e-05 | 1,234 tokens/s | run ends in 12m40s"
-    assert "run ends" not in step_line("acl", 1, 75, loss=5.0, learning_rate=0.0, tokens_per_s=1.0, seconds_left=None)
+    logged = LoggedStep(
+        domain="acl",
+        step=20,
+        num_steps=75,
+        steps_since_last=10,
+        seconds=3.0,
+        loss=5.6123,
+        learning_rate=4e-5,
+        tokens_per_s=1234.4,
+    )
+    line = "acl 20/75 | loss 5.612 | lr 4.00e-05 | 1,234 tokens/s"
+    assert step_line(logged, None) == line
+    assert step_line(logged, 760.0) == f"{line} | run ends in 12m40s"
 
 
 def test_evaluation_line_has_the_change_since_the_row_before() -> None:
