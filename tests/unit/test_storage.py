@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from das_ds.storage import (
     CHECKSUM_FILE,
+    MODEL_CARD,
     atomic_dir,
     atomic_write,
     find_corrupted,
@@ -57,6 +58,15 @@ def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
     (folder / "config").unlink()
     assert find_corrupted(folder) == ["config", "weights"]
     (folder / CHECKSUM_FILE).unlink()
+    assert find_corrupted(folder) == []
+
+
+def test_model_card_has_no_checksum(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with atomic_dir(folder) as partial:
+        (partial / MODEL_CARD).write_text("before")
+        (partial / "config").write_text("{}")
+    (folder / MODEL_CARD).write_text("edited by its reader")
     assert find_corrupted(folder) == []
 
 

@@ -1,4 +1,4 @@
-"""The type of exported weights."""
+"""Exported models: the type of their weights, and their card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from das_ds.config import RunConfig
 from das_ds.config.io import config_differences
 from das_ds.errors import ConfigError
-from das_ds.training.export import export_dtype
+from das_ds.training.export import export_dtype, model_card
 from helpers.runs import small_run
 from helpers.tiny_models import tiny_model
 
@@ -45,3 +45,20 @@ def test_type_that_weights_are_not_exported_in(tmp_path: Path) -> None:
 
 def test_type_of_exports_may_change_when_a_run_is_continued(tmp_path: Path) -> None:
     assert config_differences(run(tmp_path, "fp32"), run(tmp_path, "bf16")) == []
+
+
+def test_model_card_names_the_base_as_given_and_how_to_load_the_model(tmp_path: Path) -> None:
+    card = model_card(run(tmp_path, "fp32", "some/base"), 1, "clm")
+    folder = tmp_path / "run" / "domains" / "00_food" / "model"
+    assert "method `das`, from some/base." in card
+    assert f'AutoModelForCausalLM.from_pretrained("{folder}")' in card
+    assert "Held-out loss" not in card
+
+
+def test_model_card_has_losses_once_the_model_was_evaluated(tmp_path: Path) -> None:
+    card = model_card(run(tmp_path, "fp32"), 2, "mlm", {"food": (5.7, 5.6), "general": (4.0, 4.25)})
+    assert "Domains in order: food, papers;" in card
+    assert card.endswith(
+        "| corpus | before training | after papers |\n|---|---:|---:|\n"
+        "| food | 5.7000 | 5.6000 |\n| general | 4.0000 | 4.2500 |\n"
+    )
