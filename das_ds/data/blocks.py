@@ -35,11 +35,11 @@ class TokenBlocks:
         first: int = 0,
         stop: int | None = None,
         *,
-        isolate_documents: bool = False,
+        document_mask: bool = False,
     ) -> None:
         """Blocks [first, stop) of a token file; `stop` None: to the end.
 
-        With `isolate_documents` the blocks know the position of each token in its document.
+        With `document_mask` the blocks know the position of each token in its document.
 
         Raises:
             DataError: the file holds less than one block.
@@ -57,8 +57,8 @@ class TokenBlocks:
         assert 0 <= first < self.stop <= num_blocks
         shape = (num_blocks, sequence_length)
         self._blocks = np.memmap(token_file.path, token_file.dtype, "r", shape=shape)[first : self.stop]
-        self.isolate_documents = isolate_documents
-        self._starts = np.memmap(token_file.starts_path, STARTS_DTYPE, "r") if isolate_documents else None
+        self.document_mask = document_mask
+        self._starts = np.memmap(token_file.starts_path, STARTS_DTYPE, "r") if document_mask else None
 
     def __len__(self) -> int:
         return self.stop - self.first
@@ -97,11 +97,11 @@ class TokenBlocks:
         return self._slice(self.first, cut), self._slice(cut, self.stop)
 
     def _slice(self, first: int, stop: int) -> Self:
-        return type(self)(self.token_file, self.sequence_length, first, stop, isolate_documents=self.isolate_documents)
+        return type(self)(self.token_file, self.sequence_length, first, stop, document_mask=self.document_mask)
 
     def __reduce__(self) -> tuple[partial[Self], tuple[TokenFile, int, int, int]]:
         # A loader worker maps the files itself; pickling a memory map would copy its content.
-        make = partial(type(self), isolate_documents=self.isolate_documents)
+        make = partial(type(self), document_mask=self.document_mask)
         return make, (self.token_file, self.sequence_length, self.first, self.stop)
 
 
@@ -156,7 +156,7 @@ def prepare_corpus(
             end_of_text=ending,
         )
         try:
-            return TokenBlocks(tokens, data.sequence_length, isolate_documents=data.document_mask)
+            return TokenBlocks(tokens, data.sequence_length, document_mask=data.document_mask)
         except DataError as error:
             raise DataError(f"corpus '{name}': {error}") from error
 

@@ -45,7 +45,9 @@ def rows(blocks: TokenBlocks) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("fraction", "num_valid"), [(0.001, 1), (0.25, None), (0.999, -1)])
-def test_valid_is_cut_off_the_end(tmp_path: Path, data: DataConfig, fraction: float, num_valid: int | None) -> None:
+def test_prepare_corpus_holds_out_last_blocks(
+    tmp_path: Path, data: DataConfig, fraction: float, num_valid: int | None
+) -> None:
     expected = brute_force_blocks()
     cut = {None: len(expected) - round(0.25 * len(expected)), 1: len(expected) - 1, -1: 1}[num_valid]
     blocks = prepare_corpus(
@@ -56,7 +58,7 @@ def test_valid_is_cut_off_the_end(tmp_path: Path, data: DataConfig, fraction: fl
     assert rows(blocks.valid) == expected[cut:]
 
 
-def test_valid_of_its_own(tmp_path: Path, data: DataConfig) -> None:
+def test_prepare_corpus_separate_valid(tmp_path: Path, data: DataConfig) -> None:
     valid = "".join(TEXT.splitlines(keepends=True)[:3])
     blocks = prepare_corpus(
         corpus(tmp_path, train=TEXT, valid=valid), data, tiny_tokenizer(), objective="mlm", progress=False
@@ -66,13 +68,13 @@ def test_valid_of_its_own(tmp_path: Path, data: DataConfig) -> None:
     assert rows(blocks.valid) == brute_force_blocks(valid)
 
 
-def test_corpus_that_is_only_evaluated(tmp_path: Path, data: DataConfig) -> None:
+def test_prepare_corpus_without_train(tmp_path: Path, data: DataConfig) -> None:
     blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), data, tiny_tokenizer(), objective="mlm", progress=False)
     assert blocks.train is None
     assert rows(blocks.valid) == brute_force_blocks()
 
 
-def test_take_item_and_copy_agree(tmp_path: Path, data: DataConfig) -> None:
+def test_blocks_index_select_item_and_pickle_agree(tmp_path: Path, data: DataConfig) -> None:
     blocks = prepare_corpus(
         corpus(tmp_path, train=TEXT, valid_fraction=0.5), data, tiny_tokenizer(), objective="mlm", progress=False
     )
@@ -93,7 +95,7 @@ def token_blocks(tmp_path: Path, lengths: list[int], sequence_length: int, *, is
     token_file = TokenFile(tmp_path / "tokens.bin", "<u2", len(tokens), len(lengths))
     tokens.astype("<u2").tofile(token_file.path)
     (np.cumsum(lengths) - lengths).astype("<u8").tofile(token_file.starts_path)
-    return TokenBlocks(token_file, sequence_length, isolate_documents=isolate)
+    return TokenBlocks(token_file, sequence_length, document_mask=isolate)
 
 
 def positions_by_hand(row: list[int]) -> list[int]:
@@ -114,9 +116,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("sequence_length", [3, 8, 16])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_positions_start_anew_at_each_document_and_block(
-    tmp_path: Path, lengths: list[int], sequence_length: int
-) -> None:
+def test_positions_restart_at_documents_and_blocks(tmp_path: Path, lengths: list[int], sequence_length: int) -> None:
     blocks = token_blocks(tmp_path, lengths, sequence_length)
     indices = list(range(len(blocks)))[::-1]
     positions = blocks.positions(indices)
@@ -124,7 +124,7 @@ def test_positions_start_anew_at_each_document_and_block(
     assert positions.tolist() == [positions_by_hand(row) for row in blocks.index_select(indices).tolist()]
 
 
-def test_positions_of_parts_and_copies(tmp_path: Path) -> None:
+def test_positions_of_splits_and_pickles(tmp_path: Path) -> None:
     blocks = token_blocks(tmp_path, LENGTHS["random"], 8)
     whole = blocks.positions(range(len(blocks)))
     first, last = blocks.split(3)
@@ -135,13 +135,13 @@ def test_positions_of_parts_and_copies(tmp_path: Path) -> None:
             assert found is not None and torch.equal(found, expected)
 
 
-def test_blocks_without_isolation_know_no_positions(tmp_path: Path) -> None:
+def test_positions_without_document_mask_are_none(tmp_path: Path) -> None:
     blocks = token_blocks(tmp_path, [5, 11], 8, isolate=False)
     assert blocks.positions([0, 1]) is None
     assert all(part.positions([0]) is None for part in (*blocks.split(1), pickle.loads(pickle.dumps(blocks))))
 
 
-def test_causal_blocks_end_documents_and_isolate_them(tmp_path: Path, data: DataConfig) -> None:
+def test_prepare_corpus_causal_ends_documents(tmp_path: Path, data: DataConfig) -> None:
     tokenizer = tiny_tokenizer()
     isolating = data.model_copy(update={"document_mask": True})
     blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), isolating, tokenizer, objective="clm", progress=False).valid
@@ -155,14 +155,14 @@ def test_causal_blocks_end_documents_and_isolate_them(tmp_path: Path, data: Data
     assert ((positions[:, 1:] == positions[:, :-1] + 1) | starts[:, 1:]).all()
 
 
-def test_causal_blocks_need_an_end_of_text(tmp_path: Path, data: DataConfig) -> None:
+def test_prepare_corpus_causal_without_end_of_text_raises(tmp_path: Path, data: DataConfig) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="has no end-of-text token"):
         prepare_corpus(corpus(tmp_path, valid=TEXT), data, tokenizer, objective="clm", progress=False)
 
 
-def test_too_small_for_one_block(tmp_path: Path) -> None:
+def test_prepare_corpus_less_than_a_block_raises(tmp_path: Path) -> None:
     data = DataConfig(sequence_length=512, cache_dir=str(tmp_path / "cache"))
     found = len(all_tokens("one\ntwo\n"))
     message = rf"corpus 'soup-valid': found {found} tokens in 2 documents; expected at least 512, one block"
@@ -170,13 +170,13 @@ def test_too_small_for_one_block(tmp_path: Path) -> None:
         prepare_corpus(corpus(tmp_path, valid="one\ntwo\n"), data, tiny_tokenizer(), objective="mlm", progress=False)
 
 
-def test_too_small_to_hold_out_a_block(tmp_path: Path) -> None:
+def test_prepare_corpus_one_block_raises(tmp_path: Path) -> None:
     data = DataConfig(sequence_length=len(all_tokens()), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(DataError, match=r"corpus 'soup': found one block .* expected at least two"):
         prepare_corpus(corpus(tmp_path, train=TEXT), data, tiny_tokenizer(), objective="mlm", progress=False)
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_cache_folder_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/reader")
     monkeypatch.delenv("DAS_DS_CACHE", raising=False)
     assert resolve_cache_folder(DataConfig()) == Path("/home/reader/.cache/das_ds")

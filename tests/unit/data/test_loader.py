@@ -35,7 +35,7 @@ def documents(tmp_path: Path) -> TokenBlocks:
     token_file = TokenFile(tmp_path / "tokens.bin", "<u2", len(tokens), len(lengths))
     tokens.astype("<u2").tofile(token_file.path)
     (np.cumsum(lengths) - lengths).astype("<u8").tofile(token_file.starts_path)
-    return TokenBlocks(token_file, LENGTH, isolate_documents=True)
+    return TokenBlocks(token_file, LENGTH, document_mask=True)
 
 
 def steps(
@@ -108,14 +108,14 @@ def joined(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     )
 
 
-def test_shape_of_a_step(blocks: TokenBlocks) -> None:
+def test_training_steps_shapes(blocks: TokenBlocks) -> None:
     loaded = steps(blocks, micro_batch_size=2)
     assert [len(step) for step in loaded] == [4] * 7
     assert all(batch.row_weights.tolist() == [1, 1] for step in loaded for batch in step)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_joined_micro_steps_do_not_depend_on_the_number_of_ranks(blocks: TokenBlocks, world_size: int) -> None:
+def test_training_steps_independent_of_ranks(blocks: TokenBlocks, world_size: int) -> None:
     one = steps(blocks, micro_batch_size=4)
     ranks = [steps(blocks, rank=r, world_size=world_size, micro_batch_size=4 // world_size) for r in range(world_size)]
     for number, step in enumerate(one):
@@ -125,14 +125,14 @@ def test_joined_micro_steps_do_not_depend_on_the_number_of_ranks(blocks: TokenBl
                 assert torch.equal(found, expected)
 
 
-def test_every_epoch_visits_every_block_once_in_a_new_order(blocks: TokenBlocks) -> None:
+def test_training_steps_epoch_visits_each_block_once(blocks: TokenBlocks) -> None:
     order = [number for step in steps(blocks) for batch in step for number in block_numbers(batch)]
     first, second = order[:NUM_BLOCKS], order[NUM_BLOCKS : 2 * NUM_BLOCKS]
     assert sorted(first) == sorted(second) == list(range(NUM_BLOCKS))
     assert first != second != sorted(second)
 
 
-def test_a_block_is_corrupted_anew_in_the_next_epoch(blocks: TokenBlocks) -> None:
+def test_training_steps_new_corruption_per_epoch(blocks: TokenBlocks) -> None:
     batches = [batch for step in steps(blocks) for batch in step]
     corruptions = [
         tuple((row != 5).nonzero().flatten().tolist())
@@ -144,7 +144,7 @@ def test_a_block_is_corrupted_anew_in_the_next_epoch(blocks: TokenBlocks) -> Non
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 7])
-def test_resuming_is_the_tail(blocks: TokenBlocks, first_step: int) -> None:
+def test_training_steps_resumed_equal_tail(blocks: TokenBlocks, first_step: int) -> None:
     tail = steps(blocks)[first_step:]
     resumed = steps(blocks, first_step=first_step)
     assert len(resumed) == len(tail)
@@ -153,17 +153,17 @@ def test_resuming_is_the_tail(blocks: TokenBlocks, first_step: int) -> None:
             assert_same(one, other)
 
 
-def test_worker_processes_load_the_same(blocks: TokenBlocks) -> None:
+def test_training_steps_workers_load_same_batches(blocks: TokenBlocks) -> None:
     for left, right in zip(steps(blocks, num_workers=2), steps(blocks), strict=True):
         for one, other in zip(left, right, strict=True):
             assert_same(one, other)
 
 
-def test_another_seed_is_another_order(blocks: TokenBlocks) -> None:
+def test_training_steps_seed_changes_order(blocks: TokenBlocks) -> None:
     assert block_numbers(steps(blocks)[0][0]) != block_numbers(steps(blocks, seed=1)[0][0])
 
 
-def test_the_global_generators_are_left_alone(blocks: TokenBlocks) -> None:
+def test_training_steps_leave_global_rng_unchanged(blocks: TokenBlocks) -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
     steps(blocks)
     list(evaluation(blocks))
@@ -171,7 +171,7 @@ def test_the_global_generators_are_left_alone(blocks: TokenBlocks) -> None:
     assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], numpy_state)
 
 
-def test_global_batch_that_the_ranks_cannot_share(blocks: TokenBlocks) -> None:
+def test_training_steps_indivisible_global_batch_raises(blocks: TokenBlocks) -> None:
     message = r"train.global_batch_size is 8; expected a multiple of 9 = 3 ranks x train.micro_batch_size 3"
     with pytest.raises(ConfigError, match=message):
         steps(blocks, world_size=3, micro_batch_size=3)
@@ -179,7 +179,7 @@ def test_global_batch_that_the_ranks_cannot_share(blocks: TokenBlocks) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("max_sequences", [None, 1, 5, 100])
-def test_evaluation_covers_the_same_corrupted_blocks_for_any_number_of_ranks(
+def test_evaluation_batches_independent_of_ranks(
     blocks: TokenBlocks, world_size: int, max_sequences: int | None
 ) -> None:
     num_sequences = min(max_sequences or NUM_BLOCKS, NUM_BLOCKS)
@@ -203,9 +203,7 @@ def test_evaluation_covers_the_same_corrupted_blocks_for_any_number_of_ranks(
 
 @pytest.mark.parametrize("num_sequences", [1, 4, 5, 9, 21])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_batches_have_equal_numbers_and_sizes(
-    blocks: TokenBlocks, world_size: int, num_sequences: int
-) -> None:
+def test_evaluation_batches_equal_counts_and_sizes(blocks: TokenBlocks, world_size: int, num_sequences: int) -> None:
     shapes = [
         [
             batch.input_ids.shape
@@ -219,13 +217,13 @@ def test_evaluation_batches_have_equal_numbers_and_sizes(
     assert len(shapes[0]) == len(evaluation(blocks, world_size=world_size, max_sequences=num_sequences))
 
 
-def test_evaluation_repeats_itself(blocks: TokenBlocks) -> None:
+def test_evaluation_batches_are_deterministic(blocks: TokenBlocks) -> None:
     batches = evaluation(blocks)
     for left, right in zip(batches, batches, strict=True):
         assert_same(left, right)
 
 
-def test_evaluation_of_given_blocks(blocks: TokenBlocks) -> None:
+def test_evaluation_batches_of_indices(blocks: TokenBlocks) -> None:
     chosen = [20, 3, 11, 4, 0]
     batches = list(evaluation(blocks, indices=chosen, batch_size=3))
     numbers = [n for b in batches for n, w in zip(block_numbers(b), b.row_weights, strict=True) if w]
@@ -234,9 +232,7 @@ def test_evaluation_of_given_blocks(blocks: TokenBlocks) -> None:
 
 @pytest.mark.parametrize("num_chosen", [1, 7, 8, 17])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_global_batches_of_given_blocks_do_not_depend_on_the_number_of_ranks(
-    blocks: TokenBlocks, world_size: int, num_chosen: int
-) -> None:
+def test_accumulated_batches_independent_of_ranks(blocks: TokenBlocks, world_size: int, num_chosen: int) -> None:
     chosen = list(range(NUM_BLOCKS))[::-1][:num_chosen]
     samples = SampleDataset(blocks, MASKER, 0, "importance/soup")
     ranks = [AccumulatedBatches(samples, chosen, GLOBAL_BATCH, 2, rank, world_size) for rank in range(world_size)]
@@ -264,7 +260,7 @@ def causal_predictions(batches: list[Batch]) -> list[tuple[tuple[int, ...], tupl
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_causal_micro_steps_do_not_depend_on_the_number_of_ranks(documents: TokenBlocks, world_size: int) -> None:
+def test_training_steps_causal_independent_of_ranks(documents: TokenBlocks, world_size: int) -> None:
     def of(rank: int, ranks: int) -> list[list[Batch]]:
         return steps(
             documents,
@@ -283,7 +279,7 @@ def test_causal_micro_steps_do_not_depend_on_the_number_of_ranks(documents: Toke
 
 @pytest.mark.parametrize("first_step", [1, 4])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_causal_steps_resume_and_load_in_processes(documents: TokenBlocks, first_step: int, num_workers: int) -> None:
+def test_training_steps_causal_resumed_with_workers(documents: TokenBlocks, first_step: int, num_workers: int) -> None:
     tail = steps(documents, objective=CausalLMCollator())[first_step:]
     resumed = steps(documents, objective=CausalLMCollator(), first_step=first_step, num_workers=num_workers)
     for left, right in zip(resumed, tail, strict=True):
@@ -292,7 +288,7 @@ def test_causal_steps_resume_and_load_in_processes(documents: TokenBlocks, first
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_causal_evaluation_is_every_next_token_inside_a_document(documents: TokenBlocks, world_size: int) -> None:
+def test_evaluation_batches_causal_predict_within_documents(documents: TokenBlocks, world_size: int) -> None:
     found = [
         row
         for rank in range(world_size)
@@ -313,7 +309,7 @@ def test_causal_evaluation_is_every_next_token_inside_a_document(documents: Toke
     assert sorted(found) == sorted(expected)
 
 
-def test_rows_that_fill_a_causal_batch_have_positions_and_no_predictions(documents: TokenBlocks) -> None:
+def test_evaluation_batches_causal_padding_rows_predict_nothing(documents: TokenBlocks) -> None:
     samples = SampleDataset(documents, CausalLMCollator(), 0, "evaluation/soup")
     batch = samples.fixed_batch([], 3, 0)
     assert batch.num_predicted == 0
