@@ -32,12 +32,10 @@ def stage_3(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_two_ranks_at_stage_3_train_what_one_rank_trains(model_type: str, stage_3: Results, one_rank: Results) -> None:
+def test_architecture_zero3_training_equals_one_rank(model_type: str, stage_3: Results, one_rank: Results) -> None:
     check_same_training(stage_3, one_rank, model_type)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_two_ranks_at_stage_3_measure_what_one_rank_measures(
-    model_type: str, stage_3: Results, one_rank: Results
-) -> None:
+def test_architecture_zero3_importance_equals_one_rank(model_type: str, stage_3: Results, one_rank: Results) -> None:
     check_same_importance(stage_3, one_rank, model_type)

@@ -14,9 +14,9 @@ from helpers.lora_checks import (
 pytestmark = pytest.mark.multirank
 
 
-def test_adapters_at_stage_3_equal_the_written_out_network(tmp_path: Path) -> None:
+def test_lora_zero3_equals_explicit_network(tmp_path: Path) -> None:
     check_adapters_after_five_steps_equal_the_written_out_network(3, 2, tmp_path)
 
 
-def test_bf16_at_stage_3_keeps_what_full_units_own_still(tmp_path: Path) -> None:
+def test_lora_zero3_bf16_protected_units_do_not_move(tmp_path: Path) -> None:
     check_bf16_keeps_what_full_units_own_still(3, tmp_path)

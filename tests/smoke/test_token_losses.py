@@ -61,7 +61,7 @@ def errors(found: list[Gradients], expected: dict[str, torch.Tensor]) -> tuple[f
     ("stage", "precision", "allowed"),
     [(0, "fp32", 1e-6), (1, "fp32", 1e-6), (2, "fp32", 1e-6), (3, "fp32", 1e-6), (3, "bf16", 0.02)],
 )
-def test_gradients_in_chunks_equal_those_of_all_logits_at_once(
+def test_chunked_lm_loss_zero_gradients_equal_unchunked(
     stage: int, precision: str, allowed: float, tmp_path: Path
 ) -> None:
     # Persistent vectors would stay whole and hide what is left gathered.

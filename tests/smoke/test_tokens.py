@@ -13,6 +13,6 @@ from helpers.tokens import check_as_if_added_between_two_runs, grown_and_in_two_
 pytestmark = pytest.mark.multirank
 
 
-def test_tokens_reserved_in_bf16_are_as_if_added_between_two_runs(tmp_path: Path) -> None:
+def test_added_tokens_bf16_equal_tokens_added_between_runs(tmp_path: Path) -> None:
     results = run_ranks(run_all, 2, grown_and_in_two_runs(tmp_path, 3, "bf16"))[0]
     check_as_if_added_between_two_runs(tmp_path, results[0], results[2])

@@ -47,7 +47,7 @@ def check(expected: dict[str, Tensors | str], found: dict[str, Tensors | str]) -
     assert different == []
 
 
-def test_stage_3_reads_and_refuses_what_other_stages_do(tmp_path: Path) -> None:
+def test_stored_weights_zero3_equal_other_stages(tmp_path: Path) -> None:
     paths = folders(tmp_path, [*ACCEPTED, *REFUSED])
     expected = {name: whole(path) for name, path in paths.items()}
     assert {name for name, found in expected.items() if isinstance(found, str)} == REFUSED.keys()
@@ -55,7 +55,7 @@ def test_stage_3_reads_and_refuses_what_other_stages_do(tmp_path: Path) -> None:
         check(expected, found)
 
 
-def test_a_head_that_is_missing_is_drawn_by_seed_at_every_stage(tmp_path: Path) -> None:
+def test_stored_weights_missing_head_is_random_by_seed_at_every_stage(tmp_path: Path) -> None:
     paths = folders(tmp_path, ["no head", "half a head", "no head of a decoder"])
     expected = {name: whole(path, allow_missing=["lm_head"]) for name, path in paths.items()}
     again = {name: whole(path, allow_missing=["lm_head"]) for name, path in paths.items()}

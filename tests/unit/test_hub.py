@@ -62,7 +62,7 @@ def served(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield one
 
 
-def test_model_of_the_hub_is_fetched_once_and_what_is_asked_is_said_first(
+def test_hub_model_is_downloaded_once_after_notice(
     served: FakeHub, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ModelConfig(name_or_path=MODEL)
@@ -82,7 +82,7 @@ def test_model_of_the_hub_is_fetched_once_and_what_is_asked_is_said_first(
     assert len(served.requests) == before
 
 
-def test_without_the_hub_the_cache_is_used(
+def test_hub_offline_uses_cache(
     served: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     online = resolve_model_folder(MODEL, weights=True)
@@ -103,7 +103,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
         point_to(f"http://127.0.0.1:{probe.getsockname()[1]}", monkeypatch)
 
 
-def test_hub_that_never_answers_is_asked_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_without_answer_is_asked_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -123,7 +123,7 @@ def test_hub_that_never_answers_is_asked_once(cache: Path, monkeypatch: pytest.M
             silent.accept()
 
 
-def test_what_the_hub_does_not_have_is_one_line(served: FakeHub) -> None:
+def test_hub_missing_name_is_one_line(served: FakeHub) -> None:
     with pytest.raises(ModelError, match=r"found no such folder, and the hub \(.*\) has no model of that name"):
         model_config(ModelConfig(name_or_path="no-such-model"))
     with pytest.raises(HubError, match="the model of the hub has no revision 'gone'"):
@@ -135,12 +135,12 @@ def test_what_the_hub_does_not_have_is_one_line(served: FakeHub) -> None:
     assert len(served.requests) == asked
 
 
-def test_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+def test_resolve_model_folder_revision_of_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="found revision 'v1' with a local folder"):
         model_config(ModelConfig(name_or_path=str(tmp_path), revision="v1"))
 
 
-def test_commit_that_was_fetched_stays_usable_when_the_hub_loses_the_model(served: FakeHub, tmp_path: Path) -> None:
+def test_hub_deleted_model_uses_cached_commit(served: FakeHub, tmp_path: Path) -> None:
     online = resolve_model_folder(MODEL, weights=True)
     forget()
     served.put("models", MODEL, SECOND, tmp_path / "upload")
@@ -150,9 +150,7 @@ def test_commit_that_was_fetched_stays_usable_when_the_hub_loses_the_model(serve
     assert resolve_model_folder(MODEL, FIRST, weights=True) == online
 
 
-def test_data_set_keeps_its_commit_without_the_hub(
-    served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_dataset_keeps_commit_offline(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served.put("datasets", "owner/text", FIRST, tmp_path / "upload")
     (source,) = resolve_source("owner/text:part@test")
     assert source == HubDataset("owner/text", "part", "test", FIRST)
@@ -165,13 +163,13 @@ def test_data_set_keeps_its_commit_without_the_hub(
         resolve_source("owner/text#v2")
 
 
-def test_commit_is_asked_for_by_revision(served: FakeHub) -> None:
+def test_find_commit_by_revision(served: FakeHub) -> None:
     assert find_commit("model", MODEL, "v1") == FIRST
     assert served.requests == [f"/api/models/{MODEL}/revision/v1"]
     assert find_commit("model", MODEL, SECOND) == SECOND
 
 
-def test_revisions_belong_to_names() -> None:
+def test_revision_without_name_raises() -> None:
     with pytest.raises(ValueError, match="revision is of a model of the hub"):
         ModelConfig(config={"model_type": "bert"}, revision="v1")
     with pytest.raises(ValueError, match="tokenizer_revision: found v1 without a tokenizer"):

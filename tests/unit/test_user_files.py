@@ -25,7 +25,7 @@ from das_ds.user_files import LFS_HEADER, UnusableFileError, decode_lines, expan
         ("$5", "$5"),
     ],
 )
-def test_path_is_expanded_as_by_a_shell(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expand_path_like_a_shell(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/reader")
     monkeypatch.setenv("SCRATCH", "/scratch")
     monkeypatch.setenv("UNDER_HOME", "~/under")
@@ -44,7 +44,7 @@ def test_path_is_expanded_as_by_a_shell(text: str, expected: str, monkeypatch: p
         ("~nobody-of-that-name/x", "but ~nobody-of-that-name has no home folder here"),
     ],
 )
-def test_path_that_cannot_be_expanded_is_refused(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expand_path_unset_variable_raises(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET_HERE", raising=False)
     monkeypatch.setenv("ODD", "$NOT_SET_HERE")
     with pytest.raises(ValueError) as caught:
@@ -52,7 +52,7 @@ def test_path_that_cannot_be_expanded_is_refused(text: str, expected: str, monke
     assert expected in str(caught.value)
 
 
-def test_user_without_home_and_passwd_entry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expand_path_user_without_home_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     import pwd
 
     def unknown(user: int) -> None:
@@ -64,9 +64,7 @@ def test_user_without_home_and_passwd_entry_is_refused(monkeypatch: pytest.Monke
         expand_path("~/runs")
 
 
-def test_pipes_sockets_devices_and_folders_are_refused_unopened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_require_file_special_files_raise_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)  # names of sockets are short
     with socket.socket(socket.AF_UNIX) as server:
@@ -77,7 +75,7 @@ def test_pipes_sockets_devices_and_folders_are_refused_unopened(
                 require_file(Path(name))
 
 
-def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+def test_require_file_lfs_pointer_raises(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_bytes(LFS_HEADER + b"\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(UnusableFileError, match="is a Git LFS pointer, expected the file itself"):
@@ -86,7 +84,7 @@ def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
     assert read_text(path).startswith("version")
 
 
-def test_lines_end_in_every_way_and_begin_without_a_mark() -> None:
+def test_decode_lines_all_line_ends_and_byte_order_mark() -> None:
     assert decode_lines(b"\xef\xbb\xbfa\r\nb\rc\n\nd") == ["a", "b", "c", "", "d"]
     assert decode_lines("a\u2028b\x0bc\n".encode()) == ["a\u2028b\x0bc"]
     assert decode_lines("\ufeffa".encode(), num_lines=3) == ["\ufeffa"]

@@ -40,7 +40,7 @@ def predictions(batch: Batch) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("num_real", [0, 1, 2, 5])
 @pytest.mark.parametrize("length", [1, 2, 7, 16])
-def test_every_token_predicts_the_next(num_real: int, length: int) -> None:
+def test_causal_collator_predicts_next_tokens(num_real: int, length: int) -> None:
     input_ids = random_ids(5, length)
     batch = next_tokens(input_ids, num_real)
     assert predictions(batch) == brute_force(input_ids, num_real)
@@ -50,7 +50,7 @@ def test_every_token_predicts_the_next(num_real: int, length: int) -> None:
     assert batch.position_ids is None
 
 
-def test_loss_is_that_of_the_library() -> None:
+def test_causal_collator_loss_equals_transformers() -> None:
     config = GPT2Config(vocab_size=100, n_embd=24, n_layer=1, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2)
     model = GPT2LMHeadModel(config).eval()
     input_ids = random_ids(3, 16)
@@ -61,7 +61,7 @@ def test_loss_is_that_of_the_library() -> None:
     torch.testing.assert_close(functional.cross_entropy(logits, batch.targets), expected)
 
 
-def test_seed_stream_and_numbers_do_not_matter() -> None:
+def test_causal_collator_is_deterministic() -> None:
     input_ids = random_ids(2, 16)
     one = CausalLMCollator()(input_ids, [7, 1], seed=0, stream="s")
     other = CausalLMCollator()(input_ids, [3, 9], seed=1, stream="t")
@@ -69,7 +69,7 @@ def test_seed_stream_and_numbers_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("num_real", [0, 1, 4])
-def test_isolated_documents_do_not_predict_each_other(num_real: int) -> None:
+def test_add_document_positions_no_prediction_across_documents(num_real: int) -> None:
     input_ids = random_ids(4, 8)
     position_ids = torch.tensor(
         [
@@ -85,7 +85,7 @@ def test_isolated_documents_do_not_predict_each_other(num_real: int) -> None:
     assert batch.num_predicted == {0: 0, 1: 7, 4: 7 + 4 + 0 + 6}[num_real]
 
 
-def test_batch_moves_the_positions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_to_moves_position_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     position_ids = torch.arange(8).expand(2, -1)
     batch = add_document_positions(next_tokens(random_ids(2, 8)), position_ids)
     moved = batch.to("meta")
@@ -99,7 +99,7 @@ def test_batch_moves_the_positions_too(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (pinned.position_ids is None) == (plain is None)
 
 
-def test_tokenizer_without_end_of_text() -> None:
+def test_end_of_text_missing_raises() -> None:
     tokenizer = tiny_tokenizer()
     assert end_of_text(tokenizer) == 2
     tokenizer.eos_token = None

@@ -34,7 +34,7 @@ def as_jsonl(documents: list[str]) -> bytes:
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 1 << 18])
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
 @pytest.mark.parametrize(("kind", "encode"), [(".txt", as_lines), (".jsonl", as_jsonl)])
-def test_text_formats(
+def test_read_documents_formats(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
@@ -50,20 +50,20 @@ def test_text_formats(
     assert sum(batch.num_bytes for batch in read_documents(path, "text")) == path.stat().st_size
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_read_documents_parquet(tmp_path: Path) -> None:
     path = tmp_path / "documents.parquet"
     pq.write_table(pa.table({"id": range(len(DOCUMENTS) + 1), "text": [*DOCUMENTS, None]}), path)
     assert read(path) == KEPT
     assert sum(batch.num_bytes for batch in read_documents(path, "text")) == path.stat().st_size
 
 
-def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
+def test_read_documents_crlf_and_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "documents.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n")
     assert read(path) == ["one", "two"]
 
 
-def test_json_null_is_blank_and_other_columns_may_differ(tmp_path: Path) -> None:
+def test_read_documents_json_null_is_blank(tmp_path: Path) -> None:
     path = tmp_path / "documents.jsonl"
     path.write_text('{"text": null, "meta": 1}\n\n{"text": "a\\nb", "meta": {"x": []}}\n')
     assert read(path) == ["a\nb"]
@@ -71,7 +71,7 @@ def test_json_null_is_blank_and_other_columns_may_differ(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("chunk_bytes", [4, 1 << 18])
 @pytest.mark.parametrize(("name", "pack"), [("bad.txt", bytes), ("bad.jsonl", bytes), ("bad.txt.gz", gzip.compress)])
-def test_not_utf8_names_file_line_and_byte(
+def test_read_documents_not_utf8_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pack: Callable[[bytes], bytes], chunk_bytes: int
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
@@ -82,7 +82,7 @@ def test_not_utf8_names_file_line_and_byte(
 
 
 @pytest.mark.parametrize("name", ["cut.txt.gz", "cut.txt.xz", "junk.txt.gz", "junk.txt.xz", "flip.txt.gz"])
-def test_damaged_archive(tmp_path: Path, name: str) -> None:
+def test_read_documents_corrupt_archive_raises(tmp_path: Path, name: str) -> None:
     packed = bytearray((gzip if name.endswith("gz") else lzma).compress(as_lines(KEPT * 50)))
     if name.startswith("cut"):
         del packed[-20:]
@@ -97,7 +97,7 @@ def test_damaged_archive(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl.xz", "gone.parquet"])
-def test_vanished_file(tmp_path: Path, name: str) -> None:
+def test_read_documents_missing_file_raises(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=rf"{name}: cannot be read"):
         read(tmp_path / name)
 
@@ -114,7 +114,7 @@ def test_vanished_file(tmp_path: Path, name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("chunk_bytes", [1, 17, 1 << 18])
-def test_faulty_json_line(
+def test_read_documents_bad_json_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str, chunk_bytes: int
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
@@ -124,21 +124,21 @@ def test_faulty_json_line(
         read(path)
 
 
-def test_parquet_without_the_column(tmp_path: Path) -> None:
+def test_read_documents_parquet_missing_column_raises(tmp_path: Path) -> None:
     path = tmp_path / "documents.parquet"
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), path)
     with pytest.raises(DataError, match="no text column 'text'; found columns: body, id"):
         read(path)
 
 
-def test_parquet_column_of_numbers(tmp_path: Path) -> None:
+def test_read_documents_parquet_number_column_raises(tmp_path: Path) -> None:
     path = tmp_path / "documents.parquet"
     pq.write_table(pa.table({"text": [1, 2]}), path)
     with pytest.raises(DataError, match="text column 'text' holds int"):
         read(path)
 
 
-def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+def test_read_documents_parquet_not_utf8_raises(tmp_path: Path) -> None:
     path = tmp_path / "documents.parquet"
     text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"]).buffers())
     pq.write_table(pa.table({"text": text}), path)
@@ -146,7 +146,7 @@ def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
         read(path)
 
 
-def test_damaged_parquet(tmp_path: Path) -> None:
+def test_read_documents_corrupt_parquet_raises(tmp_path: Path) -> None:
     path = tmp_path / "documents.parquet"
     path.write_bytes(b"PAR1 no parquet")
     with pytest.raises(DataError, match="damaged parquet file"):
@@ -162,24 +162,24 @@ def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubDataset:
     return HubDataset(str(tmp_path / "set"))
 
 
-def test_hub_dataset(local_hub: HubDataset) -> None:
+def test_read_documents_hub_dataset(local_hub: HubDataset) -> None:
     batches = list(read_documents(local_hub, "text"))
     assert [text for batch in batches for text in batch.texts] == KEPT
 
 
-def test_hub_dataset_without_the_column(local_hub: HubDataset) -> None:
+def test_read_documents_hub_missing_column_raises(local_hub: HubDataset) -> None:
     with pytest.raises(DataError, match="no text column 'body'; found columns: id, text"):
         list(read_documents(local_hub, "body"))
 
 
-def test_hub_dataset_without_the_split(local_hub: HubDataset) -> None:
+def test_read_documents_hub_missing_split_raises(local_hub: HubDataset) -> None:
     missing = HubDataset(local_hub.repo, split="test")
     with pytest.raises(DataError, match="@test: hub dataset cannot be streamed"):
         list(read_documents(missing, "text"))
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 5, 1 << 18])
-def test_lines_may_end_in_carriage_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+def test_read_lines_carriage_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "documents.txt"
     content = b"\xef\xbb\xbfone\rtwo\r\n\rthree\n\r\nfour"
@@ -190,7 +190,7 @@ def test_lines_may_end_in_carriage_returns(tmp_path: Path, monkeypatch: pytest.M
     assert sum(num_bytes for _, num_bytes in read_lines(path)) == len(content)
 
 
-def test_blank_json_lines_are_left_out(tmp_path: Path) -> None:
+def test_read_documents_skips_blank_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "documents.jsonl"
     path.write_text('{"text": "a"}\n   \n\t\n{"text": "b"}\n \n', encoding="utf-8")
     assert read(path) == ["a", "b"]

@@ -71,7 +71,7 @@ def load(
     return [[rows_of(batch) for batch in step] for step in steps]
 
 
-def test_every_stretch_of_rows_has_equal_shares(samples: dict[str, SampleDataset]) -> None:
+def test_mixed_domains_consecutive_rows_are_balanced(samples: dict[str, SampleDataset]) -> None:
     rows = [name for (batch,) in load(samples) for name, _, _ in batch]
     for length in range(1, len(rows) + 1):
         for begin in range(0, len(rows) - length + 1, 7):
@@ -81,7 +81,7 @@ def test_every_stretch_of_rows_has_equal_shares(samples: dict[str, SampleDataset
     assert set(Counter(rows).values()) == {STEPS_PER_DOMAIN * GLOBAL_BATCH}
 
 
-def test_a_pool_reads_what_a_sequence_reads(samples: dict[str, SampleDataset]) -> None:
+def test_mixed_domains_samples_equal_single_domains(samples: dict[str, SampleDataset]) -> None:
     """Of each domain the same samples in the same order, corruption included."""
     pooled = [row for (batch,) in load(samples) for row in batch]
     for name, mine in samples.items():
@@ -99,7 +99,7 @@ def test_a_pool_reads_what_a_sequence_reads(samples: dict[str, SampleDataset]) -
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
-def test_rows_of_a_step_do_not_depend_on_the_split(
+def test_mixed_domains_independent_of_ranks(
     samples: dict[str, SampleDataset], world_size: int, micro_batch_size: int
 ) -> None:
     whole = [batch for (batch,) in load(samples)]
@@ -113,13 +113,13 @@ def test_rows_of_a_step_do_not_depend_on_the_split(
 
 
 @pytest.mark.parametrize(("first_step", "num_workers"), [(1, 0), (7, 0), (NUM_STEPS, 0), (3, 2)])
-def test_resuming_and_loader_processes_give_the_same(
+def test_mixed_domains_resumed_with_workers(
     samples: dict[str, SampleDataset], first_step: int, num_workers: int
 ) -> None:
     assert load(samples, first_step=first_step, num_workers=num_workers) == load(samples)[first_step:]
 
 
-def test_each_epoch_of_a_domain_is_put_in_order_once(
+def test_mixed_domains_shuffle_each_epoch_once(
     samples: dict[str, SampleDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Orders of large corpora are slow to make; many domains in turn may not drive each other's out of memory."""

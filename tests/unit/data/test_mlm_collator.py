@@ -17,11 +17,11 @@ def random_ids(num_rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, 300, (num_rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def test_facts_of_the_tokenizer() -> None:
+def test_mlm_collator_from_tokenizer() -> None:
     assert (MASKER.mask_id, MASKER.vocab_size, sorted(MASKER.special_ids)) == (4, 300, [0, 1, 2, 3, 4])
 
 
-def test_shares_of_the_treatments() -> None:
+def test_mlm_collator_treatment_fractions() -> None:
     input_ids = random_ids(400, 500)
     batch = MASKER(input_ids, range(400), seed=0, stream="s")
     ordinary = (input_ids >= 5).sum().item()
@@ -37,7 +37,7 @@ def test_shares_of_the_treatments() -> None:
     assert corrupted[replaced].unique().tolist() == list(range(5, 300))
 
 
-def test_only_predicted_tokens_change_and_special_tokens_are_never_predicted() -> None:
+def test_mlm_collator_corrupts_predicted_tokens_only() -> None:
     input_ids = random_ids(64, 64)
     batch = MASKER(input_ids, range(64), seed=0, stream="s")
     changed = (batch.corrupted_ids != input_ids).flatten().nonzero().squeeze(1)
@@ -47,7 +47,7 @@ def test_only_predicted_tokens_change_and_special_tokens_are_never_predicted() -
     assert torch.equal(batch.input_ids, input_ids)
 
 
-def test_a_row_depends_on_its_number_only() -> None:
+def test_mlm_collator_row_depends_on_sample_number_only() -> None:
     input_ids = random_ids(1, 64).expand(3, -1)
     together = MASKER(input_ids, [7, 8, 7], seed=0, stream="s").corrupted_ids
     alone = MASKER(input_ids[:1], [8], seed=0, stream="s").corrupted_ids
@@ -57,7 +57,7 @@ def test_a_row_depends_on_its_number_only() -> None:
         assert not torch.equal(MASKER(input_ids[:1], [8], seed=seed, stream=stream).corrupted_ids, alone)
 
 
-def test_rows_that_only_fill_have_no_weight_and_no_predictions() -> None:
+def test_mlm_collator_padding_rows_predict_nothing() -> None:
     input_ids = random_ids(5, 64)
     batch = MASKER(input_ids, [3, 1], seed=0, stream="s")
     assert batch.row_weights.tolist() == [1, 1, 0, 0, 0]
@@ -65,7 +65,7 @@ def test_rows_that_only_fill_have_no_weight_and_no_predictions() -> None:
     assert torch.equal(batch.corrupted_ids[2:], input_ids[2:])
 
 
-def test_batch_moves_every_tensor() -> None:
+def test_batch_to_moves_all_tensors() -> None:
     batch = MASKER(random_ids(2, 64), [0, 1], seed=0, stream="s")
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
@@ -77,14 +77,14 @@ def test_batch_moves_every_tensor() -> None:
     assert [getattr(batch, name).dtype for name in tensors] == expected
 
 
-def test_tokenizer_without_mask_token() -> None:
+def test_mlm_collator_without_mask_token_raises() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = None
     with pytest.raises(ModelError, match=r"has no mask token; .*\(special tokens found: <s>"):
         MLMCollator.from_tokenizer(tokenizer, 0.15)
 
 
-def test_ids_that_no_token_has_never_replace_one() -> None:
+def test_mlm_collator_never_uses_id_holes() -> None:
     masker = MLMCollator.from_tokenizer(word_tokenizer([f"word{n}" for n in range(30)], skipped=7), 0.5)
     assert masker.vocab_size == 42 and masker.holes == tuple(range(5, 12))
     input_ids = torch.randint(12, 42, (200, 100), generator=torch.Generator().manual_seed(0))

@@ -30,7 +30,7 @@ MASKERS = {name: MLMCollator(4, SPECIAL, vocab, 0.3) for name, vocab in (("paper
 @pytest.mark.parametrize(
     ("size", "num_replayed"), [(1, 0), (8, 0), (8, 1), (8, 3), (8, 7), (12, 5), (16, 2), (16, 4), (21, 6)]
 )
-def test_replayed_numbers_are_exact_even_and_without_gaps(size: int, num_replayed: int) -> None:
+def test_replay_number_is_exact_and_evenly_spread(size: int, num_replayed: int) -> None:
     found = [replay_number(number, size, num_replayed) for number in range(size * size)]
     is_replayed = np.array([replayed for replayed, _ in found]).reshape(size, size)
     assert (is_replayed.sum(axis=1) == num_replayed).all()
@@ -110,7 +110,7 @@ def load(
 
 @pytest.mark.parametrize("num_replayed", [1, 3, 8])
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 16), (1, 2), (2, 8), (2, 1), (4, 4), (4, 1), (8, 2)])
-def test_share_and_rows_of_a_step_do_not_depend_on_the_split(
+def test_replay_independent_of_ranks(
     corpora: dict[str, TokenBlocks], world_size: int, micro_batch_size: int, num_replayed: int
 ) -> None:
     whole = [rows_of(batch) for (batch,) in load(corpora, num_replayed=num_replayed, micro_batch_size=16)]
@@ -127,7 +127,7 @@ def test_share_and_rows_of_a_step_do_not_depend_on_the_split(
         assert max(counts) - min(counts) <= 1
 
 
-def test_corpora_come_in_turn_and_the_domain_is_read_in_epochs(corpora: dict[str, TokenBlocks]) -> None:
+def test_replay_round_robin_over_corpora(corpora: dict[str, TokenBlocks]) -> None:
     rows = [row for step in load(corpora, num_replayed=4) for batch in step for row in rows_of(batch)]
     replayed = [row for row in rows if row.corpus != "papers"]
     assert [row.corpus for row in replayed] == ["food", "news"] * (2 * NUM_STEPS)
@@ -139,13 +139,13 @@ def test_corpora_come_in_turn_and_the_domain_is_read_in_epochs(corpora: dict[str
     assert [row for row in rows if row.corpus == "papers"] == plain[: len(own)]
 
 
-def test_a_row_repeated_is_corrupted_anew(corpora: dict[str, TokenBlocks]) -> None:
+def test_replay_repeated_block_has_new_corruption(corpora: dict[str, TokenBlocks]) -> None:
     rows = [row for step in load(corpora, num_replayed=8) for batch in step for row in rows_of(batch)]
     same = [row for row in rows if row.token == TOKEN["food"]]
     assert len({row.corrupted for row in same}) == len(same) > 1
 
 
-def test_every_row_is_made_by_its_own_objective(corpora: dict[str, TokenBlocks]) -> None:
+def test_replay_rows_use_their_collator(corpora: dict[str, TokenBlocks]) -> None:
     """Random replacements come from the vocabulary of the row's corpus."""
     rows = [row for step in load(corpora, num_replayed=8) for batch in step for row in rows_of(batch)]
     largest = {name: max(max(row.corrupted) for row in rows if row.corpus == name) for name in MASKERS}
@@ -156,9 +156,7 @@ def test_every_row_is_made_by_its_own_objective(corpora: dict[str, TokenBlocks])
 
 
 @pytest.mark.parametrize(("first_step", "num_workers"), [(1, 0), (4, 0), (6, 0), (0, 2), (3, 2)])
-def test_resuming_and_loader_processes_give_the_same(
-    corpora: dict[str, TokenBlocks], first_step: int, num_workers: int
-) -> None:
+def test_replay_resumed_with_workers(corpora: dict[str, TokenBlocks], first_step: int, num_workers: int) -> None:
     whole = load(corpora, num_replayed=3)
     found = load(corpora, num_replayed=3, first_step=first_step, num_workers=num_workers)
     assert len(found) == NUM_STEPS - first_step
@@ -166,7 +164,7 @@ def test_resuming_and_loader_processes_give_the_same(
         assert [rows_of(batch) for batch in left] == [rows_of(batch) for batch in right]
 
 
-def test_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
+def test_replay_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
     objectives: dict[str, Collator] = dict.fromkeys(NUM_BLOCKS, CausalLMCollator())
     for step in load(corpora, num_replayed=3, objectives=objectives):
         for batch in step:
@@ -175,7 +173,7 @@ def test_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
                 assert row.predicted == tuple((place, row.token) for place in range(LENGTH - 1))
 
 
-def test_rows_of_batches_with_positions_are_put_where_they_belong() -> None:
+def test_interleave_moves_position_ids() -> None:
     def made(rows: list[list[int]], predicted: list[int]) -> Batch:
         ids = torch.tensor(rows)
         weights = torch.ones(len(rows))

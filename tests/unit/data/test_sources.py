@@ -29,61 +29,61 @@ from das_ds.errors import DataError
         ("/owner/name", None),
     ],
 )
-def test_hub_names(name: str, expected: HubDataset | None) -> None:
+def test_parse_hub_name(name: str, expected: HubDataset | None) -> None:
     assert parse_hub_name(name) == expected
 
 
-def test_an_existing_path_is_not_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parse_hub_name_existing_path_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert parse_hub_name("owner/name") is None
 
 
-def test_glob_is_sorted(tmp_path: Path) -> None:
+def test_resolve_source_glob_is_sorted(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.jsonl"):
         (tmp_path / name).write_text("x")
     assert resolve_source(str(tmp_path / "*.txt")) == [tmp_path / "a.txt", tmp_path / "b.txt"]
     assert len(resolve_source(f"{tmp_path}/**/*")) == 3
 
 
-def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
+def test_resolve_source_file_named_like_a_glob(tmp_path: Path) -> None:
     path = tmp_path / "part[1].txt"
     path.write_text("x")
     assert resolve_source(str(path)) == [path]
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "*.txt", "folder/**/*.parquet"])
-def test_nothing_found(tmp_path: Path, name: str) -> None:
+def test_resolve_source_missing_raises(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"found no such file; expected a file, a glob with a match, or a hub name"):
         resolve_source(str(tmp_path / name))
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_resolve_source_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found a folder; expected files"):
         resolve_source(str(tmp_path))
 
 
-def test_unknown_suffix_lists_the_known(tmp_path: Path) -> None:
+def test_file_suffix_unknown_raises(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text("x")
     with pytest.raises(DataError, match=r"data\.csv: unknown file type; allowed are \.txt, .*\.parquet"):
         resolve_source(str(path))
 
 
-def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_source_hub_without_answer_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"no-such-owner/no-such-name: found no such file, and the hub .* not answer"):
         resolve_source("no-such-owner/no-such-name")
 
 
-def test_hub_name_gets_the_current_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_source_hub_pins_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("das_ds.data.sources.find_commit", lambda kind, name, revision: "abc")
     (source,) = resolve_source("owner/name:part@test")
     assert source == HubDataset("owner/name", "part", "test", "abc")
     assert fingerprint(source) == "owner/name:part@test#abc"
 
 
-def test_fingerprint_follows_content_and_type_not_name(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_and_suffix(tmp_path: Path) -> None:
     contents = {"a.txt": "one", "b.txt": "one", "c.txt": "two", "d.jsonl": "one"}
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
@@ -92,12 +92,12 @@ def test_fingerprint_follows_content_and_type_not_name(tmp_path: Path) -> None:
     assert len({a, c, d}) == 3
 
 
-def test_fingerprint_of_a_vanished_file(tmp_path: Path) -> None:
+def test_fingerprint_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         fingerprint(tmp_path / "gone.txt")
 
 
-def test_folder_with_brackets_in_its_name_holds_a_glob(tmp_path: Path) -> None:
+def test_resolve_source_glob_in_bracketed_folder(tmp_path: Path) -> None:
     folder = tmp_path / "corpus [2024]" / "part[1]"
     folder.mkdir(parents=True)
     for name in ("a.txt", "b.txt"):
@@ -109,14 +109,14 @@ def test_folder_with_brackets_in_its_name_holds_a_glob(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+def test_resolve_source_pipe_raises_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "text.txt")
     for name in ("text.txt", "*.txt"):
         with pytest.raises(DataError, match=r"text.txt: found a pipe, socket or device; expected a regular file"):
             resolve_source(str(tmp_path / name))
 
 
-def test_shared_sources_are_found_by_content_of_the_name_not_its_spelling(tmp_path: Path) -> None:
+def test_find_shared_sources_by_target_not_spelling(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.txt").write_text("x")
     (tmp_path / "c.txt").symlink_to("a.txt")

@@ -79,7 +79,7 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("documents_per_call", [1, 3, 1000])
-def test_tokens_equal_the_tokenizer_document_by_document(
+def test_prepare_tokens_equal_tokenizer(
     corpus_file: Path, monkeypatch: pytest.MonkeyPatch, documents_per_call: int
 ) -> None:
     monkeypatch.setattr(tokenize, "DOCUMENTS_PER_CALL", documents_per_call)
@@ -96,7 +96,7 @@ def test_tokens_equal_the_tokenizer_document_by_document(
     ("template", "front"), [("A", []), ("<s> A", [0]), ("A </s>", []), ("<s> A </s>", [0]), ("</s> A", [2])]
 )
 @pytest.mark.parametrize("documents_per_call", [3, 1000])
-def test_each_document_ends_in_one_end_of_text(
+def test_prepare_tokens_one_end_of_text_per_document(
     corpus_file: Path, monkeypatch: pytest.MonkeyPatch, template: str, front: list[int], documents_per_call: int
 ) -> None:
     monkeypatch.setattr(tokenize, "DOCUMENTS_PER_CALL", documents_per_call)
@@ -109,7 +109,7 @@ def test_each_document_ends_in_one_end_of_text(
     assert (tokens.num_tokens, tokens.num_documents) == (len(expected), len(LINES))
 
 
-def test_end_of_text_inside_a_document_is_no_border(corpus_file: Path) -> None:
+def test_prepare_tokens_end_of_text_inside_document(corpus_file: Path) -> None:
     corpus_file.write_text("warm</s>bread\nsoup</s>\nmenu\n")
     tokenizer = with_template("A")
     tokens = prepare(corpus_file, tokenizer, end_of_text=2)
@@ -117,14 +117,14 @@ def test_end_of_text_inside_a_document_is_no_border(corpus_file: Path) -> None:
     assert [ids[a:b].count(2) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)] == [2, 1, 1]
 
 
-def test_sources_are_joined_with_their_starts(tmp_path: Path) -> None:
+def test_prepare_tokens_joins_starts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(LINES[:2]))
     (tmp_path / "b.txt").write_text(LINES[2])
     tokens = prepare(tmp_path / "*.txt", with_template("A"), end_of_text=2)
     assert (stored_ids(tokens), stored_starts(tokens)) == joined_by_hand(with_template("A"), LINES[:3], 2)
 
 
-def test_sources_are_joined_in_order(tmp_path: Path) -> None:
+def test_prepare_tokens_joins_sources_in_order(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     (tmp_path / "b.txt").write_text(LINES[0])
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": LINES[1]}))
@@ -135,7 +135,7 @@ def test_sources_are_joined_in_order(tmp_path: Path) -> None:
     assert stored_ids(tokens) == tokenizer(LINES[0])["input_ids"] + tokenizer(LINES[1])["input_ids"]
 
 
-def test_wide_ids_for_a_large_vocabulary(corpus_file: Path) -> None:
+def test_prepare_tokens_large_vocabulary_is_uint32(corpus_file: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<extra{i}>" for i in range(2**16 - 300)])
     assert prepare(corpus_file, tokenizer).dtype == "<u2"
@@ -145,7 +145,7 @@ def test_wide_ids_for_a_large_vocabulary(corpus_file: Path) -> None:
     assert 2**16 in stored_ids(tokens)
 
 
-def test_truncation_and_padding_of_the_tokenizer_are_left_out(corpus_file: Path) -> None:
+def test_prepare_tokens_ignores_truncation_and_padding(corpus_file: Path) -> None:
     plain = prepare(corpus_file)
     tokenizer = tiny_tokenizer()
     tokenizer(LINES, truncation=True, max_length=4, padding="max_length")
@@ -153,7 +153,7 @@ def test_truncation_and_padding_of_the_tokenizer_are_left_out(corpus_file: Path)
     assert tokenizer.backend_tokenizer.truncation is not None
 
 
-def test_second_call_reads_the_cache(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_tokens_second_call_reads_cache(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(corpus_file)
     monkeypatch.delattr(tokenize, "read_documents")
     assert prepare(corpus_file) == first
@@ -162,7 +162,7 @@ def test_second_call_reads_the_cache(corpus_file: Path, monkeypatch: pytest.Monk
     assert prepare(moved) == first
 
 
-def test_content_and_settings_make_a_new_entry(corpus_file: Path) -> None:
+def test_prepare_tokens_cache_key_covers_content_and_settings(corpus_file: Path) -> None:
     paths = [prepare(corpus_file).path, prepare(corpus_file, tiny_tokenizer(320)).path]
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["soup"])
@@ -176,7 +176,7 @@ def test_content_and_settings_make_a_new_entry(corpus_file: Path) -> None:
 @pytest.mark.parametrize(
     "damage", ["short tokens", "no tokens", "short starts", "no starts", "broken meta", "incomplete meta"]
 )
-def test_damaged_entry_is_made_anew(corpus_file: Path, damage: str) -> None:
+def test_prepare_tokens_rewrites_damaged_entry(corpus_file: Path, damage: str) -> None:
     tokens = prepare(corpus_file)
     expected, meta = stored_ids(tokens), tokens.path.with_name("meta.json")
     if damage == "short tokens":
@@ -192,7 +192,7 @@ def test_damaged_entry_is_made_anew(corpus_file: Path, damage: str) -> None:
     assert stored_ids(prepare(corpus_file)) == expected
 
 
-def test_entry_published_by_another_job_meanwhile_is_kept(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_tokens_keeps_entry_of_concurrent_job(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish, order = tokenize._publish, list[str]()
 
     def publish_after_another(partial: Path, folder: Path) -> None:
@@ -208,13 +208,13 @@ def test_entry_published_by_another_job_meanwhile_is_kept(corpus_file: Path, mon
     assert [entry.name for entry in tokens.path.parents[1].iterdir()] == [tokens.path.parent.name]
 
 
-def test_progress_bar(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_tokens_progress_bar(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(corpus_file, progress=True)
     assert "tokenize soup: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "\n \n\t\n"])
-def test_empty_corpus(tmp_path: Path, text: str) -> None:
+def test_prepare_tokens_empty_corpus_raises(tmp_path: Path, text: str) -> None:
     path = tmp_path / "blank.txt"
     path.write_text(text)
     with pytest.raises(DataError, match=r"corpus 'soup': no text in .*blank\.txt; expected at least one line"):
@@ -222,12 +222,12 @@ def test_empty_corpus(tmp_path: Path, text: str) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_errors_name_the_corpus(tmp_path: Path) -> None:
+def test_prepare_tokens_error_names_corpus(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"corpus 'soup': .*missing\.txt: found no such file"):
         prepare(tmp_path / "missing.txt")
 
 
-def test_full_disk_names_the_folder_and_leaves_nothing(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_tokens_full_disk_raises_and_cleans_up(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -248,25 +248,25 @@ def small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_write_that_the_system_cuts_short(corpus_file: Path) -> None:
+def test_prepare_tokens_short_write_raises(corpus_file: Path) -> None:
     with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(File too large\)"), small_files():
         prepare(corpus_file)
     assert list((corpus_file.parent / "cache").iterdir()) == []
 
 
-def test_cache_folder_that_is_a_file(corpus_file: Path) -> None:
+def test_prepare_tokens_cache_folder_is_file_raises(corpus_file: Path) -> None:
     (corpus_file.parent / "cache").touch()
     with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(File exists\)"):
         prepare(corpus_file)
 
 
-def test_slow_tokenizer(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_backend_slow_tokenizer_raises(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
     with pytest.raises(ModelError, match="is written in Python; expected a fast tokenizer"):
         prepare(corpus_file)
 
 
-def test_share_of_unknown_tokens_is_counted_and_kept_with_the_tokens(tmp_path: Path) -> None:
+def test_unknown_tokens_are_counted_and_cached(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text("a b c\na x\nb\n")
     tokenizer = word_tokenizer(["a", "b", "c"])
@@ -276,7 +276,7 @@ def test_share_of_unknown_tokens_is_counted_and_kept_with_the_tokens(tmp_path: P
     assert prepare(path, tokenizer, end_of_text=2).unknown == expected
 
 
-def test_tokens_around_documents_are_not_unknown_though_they_have_that_name(tmp_path: Path) -> None:
+def test_unknown_tokens_exclude_special_tokens(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text("a\nb\n")
     tokenizer = word_tokenizer(["a", "b"], unk_token="</s>")
@@ -286,11 +286,11 @@ def test_tokens_around_documents_are_not_unknown_though_they_have_that_name(tmp_
     assert prepare(path, tokenizer).unknown == UnknownTokens(1, 3)
 
 
-def test_bytes_are_never_unknown(corpus_file: Path) -> None:
+def test_unknown_tokens_byte_level_is_zero(corpus_file: Path) -> None:
     assert prepare(corpus_file).unknown.num_unknown == 0
 
 
-def test_text_that_is_mostly_unknown_is_refused_also_from_the_cache(tmp_path: Path) -> None:
+def test_unknown_tokens_above_limit_raise_also_from_cache(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text("a x y\nz a z z z\n")
     for _ in range(2):
@@ -302,7 +302,7 @@ def test_text_that_is_mostly_unknown_is_refused_also_from_the_cache(tmp_path: Pa
         )
 
 
-def test_text_that_gives_no_token_is_unknown(tmp_path: Path) -> None:
+def test_unknown_tokens_empty_document_counts(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text("a\nx\ny\n")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
@@ -310,14 +310,14 @@ def test_text_that_gives_no_token_is_unknown(tmp_path: Path) -> None:
         prepare(path, tokenizer)
 
 
-def test_unknown_tokens_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_tokens_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text("a a a x\n")
     prepare(path, word_tokenizer(["a"]), progress=True)
     assert caplog.messages == ["corpus 'soup': 6 tokens, 25.00% of the text's unknown"]
 
 
-def test_entry_of_before_unknown_tokens_were_counted_is_made_again(corpus_file: Path) -> None:
+def test_prepare_tokens_rewrites_entry_without_unknown_counts(corpus_file: Path) -> None:
     first = prepare(corpus_file, word_tokenizer(TEXT.split()))
     meta = json.loads((first.path.parent / "meta.json").read_text())
     del meta["unknown"]

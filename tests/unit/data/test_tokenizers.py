@@ -22,7 +22,7 @@ def config(folder: Path, **add_tokens: Any) -> RunConfig:
     return RunConfig(**values)
 
 
-def test_tokens_stay_for_later_domains_and_leave_earlier_text_alone(tmp_path: Path) -> None:
+def test_build_tokenizers_tokens_apply_from_their_domain_on(tmp_path: Path) -> None:
     (tmp_path / "papers.tokens").write_text("treebanks\n\n baseline \n", encoding="utf-8")
     run = config(tmp_path, food=["noodles"], papers=str(tmp_path / "papers.tokens"))
     base = tiny_tokenizer()
@@ -38,12 +38,12 @@ def test_tokens_stay_for_later_domains_and_leave_earlier_text_alone(tmp_path: Pa
     assert num_tokens(base.get_vocab()) == 300
 
 
-def test_only_whole_words_are_tokens(tmp_path: Path) -> None:
+def test_build_tokenizers_match_complete_words(tmp_path: Path) -> None:
     tokenizer = build_tokenizers(config(tmp_path, food=["stroke"]), tiny_tokenizer())["food"]
     assert "stroke" in tokenizer.tokenize("a stroke.") and "stroke" not in tokenizer.tokenize("strokes")
 
 
-def test_tokens_of_two_tokenizers_do_not_share_a_cache_entry(tmp_path: Path) -> None:
+def test_build_tokenizers_have_separate_cache_entries(tmp_path: Path) -> None:
     run = config(tmp_path, papers=["treebanks"])
     for name, tokenizer in build_tokenizers(run, tiny_tokenizer()).items():
         if name != "general":
@@ -51,7 +51,9 @@ def test_tokens_of_two_tokenizers_do_not_share_a_cache_entry(tmp_path: Path) -> 
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_build_tokenizers_known_tokens_are_skipped_with_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = config(tmp_path, food=["noodles"], papers=["noodles", "treebanks"])
     assert num_tokens(build_tokenizers(run, tiny_tokenizer())["papers"].get_vocab()) == 302
     assert "data.add_tokens.papers: already in the vocabulary, skipped: noodles" in caplog.text
@@ -69,30 +71,30 @@ def test_known_tokens_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogC
         ),
     ],
 )
-def test_lists_that_cannot_be_used(tokens: Any, message: str, tmp_path: Path) -> None:
+def test_build_tokenizers_bad_list_raises(tokens: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         build_tokenizers(config(tmp_path, papers=tokens), tiny_tokenizer())
 
 
-def test_file_that_is_not_text(tmp_path: Path) -> None:
+def test_build_tokenizers_binary_file_raises(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="tokens, line 1: found byte 0xff, expected UTF-8"):
         build_tokenizers(config(tmp_path, papers=str(tmp_path / "tokens")), tiny_tokenizer())
 
 
-def test_tokens_of_an_unknown_domain(tmp_path: Path) -> None:
+def test_add_tokens_unknown_domain_raises(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"data.add_tokens: found paper, allowed: a domain \(food, papers\)"):
         config(tmp_path, paper=["treebanks"])
 
 
-def test_tokens_under_lora(tmp_path: Path) -> None:
+def test_add_tokens_with_lora_raises(tmp_path: Path) -> None:
     values = small_run(tmp_path, data={"add_tokens": {"papers": ["treebanks"]}}, model={"lora": {}})
     with pytest.raises(ValidationError, match="embeddings are frozen and new tokens would never be learned"):
         RunConfig(**values)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_file_of_tokens_with_a_byte_order_mark(tmp_path: Path, end: str) -> None:
+def test_build_tokenizers_file_with_byte_order_mark(tmp_path: Path, end: str) -> None:
     path = tmp_path / "tokens"
     path.write_bytes(b"\xef\xbb\xbf" + end.join(["treebanks", "", "noodles", ""]).encode())
     tokenizers = build_tokenizers(config(tmp_path, papers=str(path)), tiny_tokenizer())
@@ -100,12 +102,12 @@ def test_file_of_tokens_with_a_byte_order_mark(tmp_path: Path, end: str) -> None
     assert {"treebanks", "noodles"} <= set(added) and not any("\ufeff" in token for token in added)
 
 
-def test_tokenizer_with_holes_needs_rows_up_to_its_largest_id() -> None:
+def test_num_tokens_with_holes_is_largest_id_plus_one() -> None:
     tokenizer = word_tokenizer(["soup", "bread"], skipped=3)
     assert len(tokenizer) == 7 and num_tokens(tokenizer.get_vocab()) == 10
 
 
-def test_added_token_that_would_share_an_id_is_refused(tmp_path: Path) -> None:
+def test_build_tokenizers_reused_id_raises(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(["soup", "bread"], skipped=1)
     # The tokenizer numbers new tokens from its count, 7, which is the id of bread.
     with pytest.raises(ModelError) as caught:

@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2", "distilbert", "modernbert"])
-def test_encoder_is_the_exported_one_and_labels_are_named(tmp_path: Path, model_type: str) -> None:
+def test_load_classifier_keeps_encoder_and_labels(tmp_path: Path, model_type: str) -> None:
     folder = save_model(tmp_path, model_type)
     model, _ = load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b", "c"])
     stored, loaded = load_file(folder / WEIGHTS), model.state_dict()
@@ -30,7 +30,7 @@ def test_encoder_is_the_exported_one_and_labels_are_named(tmp_path: Path, model_
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
-def test_head_follows_the_seed_of_torch(tmp_path: Path) -> None:
+def test_load_classifier_head_follows_torch_seed(tmp_path: Path) -> None:
     source = ModelConfig(name_or_path=str(save_model(tmp_path)))
     heads = []
     for seed in (1, 1, 2):
@@ -39,7 +39,7 @@ def test_head_follows_the_seed_of_torch(tmp_path: Path) -> None:
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
-def test_markers_are_one_token_each_and_begin_as_what_they_were(tmp_path: Path) -> None:
+def test_load_classifier_markers_are_single_mean_tokens(tmp_path: Path) -> None:
     source = ModelConfig(name_or_path=str(save_model(tmp_path)))
     model, tokenizer = load_classifier(source, ["a", "b"], MARKERS)
     old = tiny_tokenizer()
@@ -52,7 +52,7 @@ def test_markers_are_one_token_each_and_begin_as_what_they_were(tmp_path: Path) 
     assert "".join(tokenizer.tokenize("a [[ tree ]]")).count("[[") == 1
 
 
-def test_tokenizer_without_padding_pads_with_its_last_token(tmp_path: Path) -> None:
+def test_load_classifier_pads_with_eos_by_default(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "gpt2")
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
@@ -61,7 +61,7 @@ def test_tokenizer_without_padding_pads_with_its_last_token(tmp_path: Path) -> N
     assert loaded.pad_token == loaded.eos_token and model.config.pad_token_id == loaded.eos_token_id
 
 
-def test_folder_without_a_model_or_weights_is_named(tmp_path: Path) -> None:
+def test_check_model_folder_incomplete_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nowhere: found no config\.json, expected the folder of a model"):
         check_model_folder(tmp_path / "nowhere")
     folder = save_model(tmp_path)
@@ -73,7 +73,7 @@ def test_folder_without_a_model_or_weights_is_named(tmp_path: Path) -> None:
         load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b"])
 
 
-def test_weights_of_half_a_network_are_refused(tmp_path: Path) -> None:
+def test_load_classifier_incomplete_weights_raise(tmp_path: Path) -> None:
     folder = save_model(tmp_path)
     weights = {name: value for name, value in load_file(folder / WEIGHTS).items() if "layer.1" not in name}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -83,7 +83,7 @@ def test_weights_of_half_a_network_are_refused(tmp_path: Path) -> None:
         load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b"])
 
 
-def test_rows_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
+def test_check_task_length_too_long_raises(tmp_path: Path) -> None:
     source = ModelConfig(name_or_path=str(save_model(tmp_path, "roberta")))
     model, _ = load_classifier(source, ["a", "b"])
     check_task_length(source, model, 38, "toy")
@@ -91,7 +91,7 @@ def test_rows_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
         check_task_length(source, model, 39, "toy")
 
 
-def test_markers_that_would_share_ids_are_refused(tmp_path: Path) -> None:
+def test_load_classifier_reused_marker_id_raises(tmp_path: Path) -> None:
     folder = save_model(tmp_path)
     word_tokenizer(TEXT.split(), skipped=2).save_pretrained(folder)
     with pytest.raises(ModelError, match=r"its ids have holes, and the marker '\[\[' would get one that is in use"):

@@ -27,14 +27,14 @@ def tuned(folder: Path, model: Path, kind: str = "text", seed: int = 0, **change
 @pytest.mark.parametrize(
     ("model_type", "kind"), [("bert", "text"), ("roberta", "text"), ("bert", "pair"), ("roberta", "entities")]
 )
-def test_separable_train_rows_are_learned_by_heart(tmp_path: Path, model_type: str, kind: str) -> None:
+def test_fine_tune_learns_separable_rows(tmp_path: Path, model_type: str, kind: str) -> None:
     model = save_model(tmp_path, model_type)
     train = small_task(tmp_path, kind)["train"]
     scores = tuned(tmp_path, model, kind, dev=train, test=train, epochs=20, patience=20)
     assert scores.dev == scores.test == Scores(accuracy=1.0, macro_f1=1.0, micro_f1=1.0)
 
 
-def test_same_seed_gives_the_same_twice_whatever_came_before(tmp_path: Path) -> None:
+def test_fine_tune_is_deterministic_by_seed(tmp_path: Path) -> None:
     model = save_model(tmp_path)
     first = tuned(tmp_path, model, learning_rate=1e-3, epochs=2)
     other = tuned(tmp_path, model, learning_rate=1e-3, epochs=2, seed=1)
@@ -42,7 +42,7 @@ def test_same_seed_gives_the_same_twice_whatever_came_before(tmp_path: Path) -> 
     assert (other.dev, other.test) != (first.dev, first.test)
 
 
-def test_best_dev_epoch_is_scored_and_patience_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tune_scores_best_epoch_and_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Dev scores as if written down: epoch 2 is the best, two worse ones follow.
     dev_scores = iter([0.4, 0.7, 0.6, 0.5, 0.9])
     weights_at: list[dict[str, torch.Tensor]] = []
@@ -62,14 +62,14 @@ def test_best_dev_epoch_is_scored_and_patience_ends_training(tmp_path: Path, mon
     assert any(not torch.equal(tested[name], value) for name, value in weights_at[3].items())
 
 
-def test_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_fine_tune_nonfinite_loss_raises(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"task toy_text, seed 0: the loss of epoch 1 is nan, .*tasks.learning_rate"
     ):
         tuned(tmp_path, save_model(tmp_path), learning_rate=1e30)
 
 
-def test_rows_that_are_cut_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fine_tune_warns_of_truncated_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = read_task(TaskConfig(**small_task(tmp_path, sequence_length=8, epochs=1)))
     source = ModelConfig(name_or_path=str(save_model(tmp_path)))
     with caplog.at_level(logging.WARNING):

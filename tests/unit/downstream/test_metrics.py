@@ -13,11 +13,11 @@ ACTUAL = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
 PREDICTED = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 0, 0])
 
 
-def test_confusion_counts_actual_in_rows() -> None:
+def test_confusion_matrix_rows_are_actual_classes() -> None:
     assert confusion_matrix(ACTUAL, PREDICTED, 3).tolist() == [[3, 1, 0], [0, 2, 1], [2, 0, 1]]
 
 
-def test_scores_by_hand() -> None:
+def test_metrics_equal_hand_computed() -> None:
     counts = confusion_matrix(ACTUAL, PREDICTED, 3)
     assert accuracy(counts) == pytest.approx(0.6)
     # Precision and recall: 3/5 and 3/4, 2/3 and 2/3, 1/2 and 1/3.
@@ -25,13 +25,13 @@ def test_scores_by_hand() -> None:
     assert micro_f1(counts) == pytest.approx(0.6)
 
 
-def test_macro_f1_counts_a_rare_class_as_much_as_a_frequent_one() -> None:
+def test_macro_f1_weighs_classes_equally() -> None:
     counts = confusion_matrix(torch.tensor([0] * 9 + [1]), torch.zeros(10, dtype=torch.int64), 2)
     assert accuracy(counts) == pytest.approx(0.9)
     assert macro_f1(counts) == pytest.approx((18 / 19 + 0.0) / 2)
 
 
-def test_class_that_is_nowhere_is_left_out_and_one_predicted_wrongly_counts() -> None:
+def test_macro_f1_skips_absent_classes() -> None:
     assert macro_f1(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 1]), 4)) == 1.0
     # Class 0 is right; 1 is missed and 2 only predicted, both F1 0; 3 is nowhere.
     assert macro_f1(confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 2]), 4)) == pytest.approx(1 / 3)
@@ -46,9 +46,7 @@ def test_class_that_is_nowhere_is_left_out_and_one_predicted_wrongly_counts() ->
         ([0.1, 0.2, 0.3], 1, 3, 3),
     ],
 )
-def test_first_best_epoch_is_taken_until_patience_runs_out(
-    scores: list[float], patience: int, best: int, epochs: int
-) -> None:
+def test_early_stopping_first_best_until_patience(scores: list[float], patience: int, best: int, epochs: int) -> None:
     stopping = EarlyStopping(patience)
     assert not stopping.is_over
     for score in scores:

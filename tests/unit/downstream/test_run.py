@@ -29,7 +29,7 @@ def two_tasks(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.multirank
-def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
+def test_finetune_model_two_ranks_equal_one(tmp_path: Path) -> None:
     model = save_model(tmp_path)
     config, path = task_run(tmp_path, two_tasks(tmp_path)), model.parent / END_TASKS_FILE
     (alone,) = run_ranks(scores_on_ranks, 1, config, model)
@@ -45,7 +45,7 @@ def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.multirank
-def test_finished_jobs_are_kept_and_not_done_again(tmp_path: Path) -> None:
+def test_finetune_model_skips_finished_jobs(tmp_path: Path) -> None:
     model = save_model(tmp_path)
     path = model.parent / END_TASKS_FILE
     done = run_ranks(scores_on_ranks, 1, task_run(tmp_path, two_tasks(tmp_path)[:1]), model)[0]
@@ -57,7 +57,7 @@ def test_finished_jobs_are_kept_and_not_done_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.multirank
-def test_what_other_ranks_did_is_written_before_a_failure_ends_the_start(tmp_path: Path) -> None:
+def test_finetune_model_failure_keeps_results_of_other_ranks(tmp_path: Path) -> None:
     model = save_model(tmp_path)
     tasks = [small_task(tmp_path, seeds=[0], **QUICK), small_task(tmp_path, "pair", **QUICK) | {"learning_rate": 1e30}]
     with pytest.raises(RuntimeError, match="TrainingError: task toy_pair, seed 0: the loss of epoch 1"):
@@ -66,7 +66,7 @@ def test_what_other_ranks_did_is_written_before_a_failure_ends_the_start(tmp_pat
     assert scores.has("toy_text", 0) and not scores.has("toy_pair", 0)
 
 
-def test_model_that_was_altered_after_its_export_is_refused(tmp_path: Path) -> None:
+def test_finetune_model_modified_export_raises(tmp_path: Path) -> None:
     model = save_model(tmp_path)
     write_checksums(model)
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
@@ -74,7 +74,7 @@ def test_model_that_was_altered_after_its_export_is_refused(tmp_path: Path) -> N
         run_ranks(scores_on_ranks, 1, task_run(tmp_path, two_tasks(tmp_path)), model)
 
 
-def test_command_prints_and_records_the_scores(tmp_path: Path) -> None:
+def test_finetune_command_prints_and_records_scores(tmp_path: Path) -> None:
     model, config = save_model(tmp_path), tmp_path / "run.yaml"
     dump_config(task_run(tmp_path, two_tasks(tmp_path)), config)
     words = ("launch/finetune.py", "--config", config, "--model", model, "--task", "toy_pair")
@@ -96,7 +96,7 @@ def test_command_prints_and_records_the_scores(tmp_path: Path) -> None:
         (["tasks=[]"], "tasks: found none, expected at least one with name, train, dev and test"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_finetune_command_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: str
 ) -> None:
     path = tmp_path / "run.yaml"
@@ -106,7 +106,7 @@ def test_mistakes_are_one_line(
     assert error.startswith("das_ds: ") and error.count("\n") == 1 and expected in error
 
 
-def test_scores_lie_where_the_run_is_or_where_they_are_wanted(tmp_path: Path) -> None:
+def test_resolve_scores_path(tmp_path: Path) -> None:
     config, model = task_run(tmp_path, []), tmp_path / "domains" / "01_acl" / "model"
     assert resolve_scores_path(config, model, None) == tmp_path / "domains" / "01_acl" / END_TASKS_FILE
     assert resolve_scores_path(config, tmp_path, tmp_path / "base.json") == tmp_path / "base.json"
@@ -116,7 +116,7 @@ def test_scores_lie_where_the_run_is_or_where_they_are_wanted(tmp_path: Path) ->
 
 
 @pytest.mark.multirank
-def test_the_model_that_a_run_starts_from_is_scored_before_the_run_begins(tmp_path: Path) -> None:
+def test_finetune_command_scores_base_before_run(tmp_path: Path) -> None:
     base = save_model(tmp_path / "elsewhere")
     config = task_run(tmp_path, [small_task(tmp_path, **QUICK)])
     config = config.model_copy(update={"model": ModelConfig(name_or_path=str(base))})
@@ -130,7 +130,7 @@ def test_the_model_that_a_run_starts_from_is_scored_before_the_run_begins(tmp_pa
     assert moved.tasks["toy_text"] == done.tasks["toy_text"].model_copy(update={"domain": "food"})
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_finetune_model_uncreatable_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     base = save_model(tmp_path / "elsewhere")
     config = task_run(tmp_path, [small_task(tmp_path, **QUICK)])
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         ({"name": "toy_pair"}, "tasks: names must differ, found more than once: toy_pair"),
     ],
 )
-def test_wrong_keys_of_tasks_are_named(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+def test_tasks_config_wrong_key_raises(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     values = task_run(tmp_path, two_tasks(tmp_path)).model_dump(mode="json")
     values["tasks"][0] |= changes
     path = tmp_path / "run.yaml"

@@ -44,7 +44,7 @@ def two_seeds(folder: Path) -> EndTaskScores:
     return scores.with_seed(task, seed_scores(1, 1.0, 0.75))
 
 
-def test_seeds_are_sorted_and_spread_is_that_of_the_reported_metric(tmp_path: Path) -> None:
+def test_with_seed_sorts_and_summarizes_reported_metric(tmp_path: Path) -> None:
     one = EndTaskScores(model="abc").with_seed(task_of(tmp_path), seed_scores(0, 0.5, 0.25))
     assert one.tasks["toy_text"].test.model_dump() == {"mean": 0.25, "deviation": None}
     scores = two_seeds(tmp_path)
@@ -58,7 +58,7 @@ def test_seeds_are_sorted_and_spread_is_that_of_the_reported_metric(tmp_path: Pa
     assert (summary["metric"], summary["seeds"], summary["test"]["mean"]) == ("accuracy", 2, 0.5)
 
 
-def test_means_and_table_suit_a_tracker(tmp_path: Path) -> None:
+def test_mean_scores_and_score_table_for_tracker(tmp_path: Path) -> None:
     scores = two_seeds(tmp_path)
     assert mean_scores(scores) == {"end_task/toy_text/dev": 0.75, "end_task/toy_text/test": 0.5}
     columns, rows = build_score_table(scores)
@@ -66,7 +66,7 @@ def test_means_and_table_suit_a_tracker(tmp_path: Path) -> None:
     assert rows == [["toy_text", 1, "accuracy", 1.0, 0.75, 2], ["toy_text", 4, "accuracy", 0.5, 0.25, 2]]
 
 
-def test_file_gives_back_what_was_written(tmp_path: Path) -> None:
+def test_open_scores_round_trip(tmp_path: Path) -> None:
     path, scores = tmp_path / END_TASKS_FILE, two_seeds(tmp_path)
     scores.write(path)
     assert EndTaskScores.read(path) == open_scores(path, "abc", [task_of(tmp_path)]) == scores
@@ -75,7 +75,7 @@ def test_file_gives_back_what_was_written(tmp_path: Path) -> None:
     assert open_scores(path, "abc", [task_of(tmp_path / "moved", seeds=[1, 2, 3])]) == scores
 
 
-def test_no_file_is_no_scores_but_its_folder_must_be_there(tmp_path: Path) -> None:
+def test_open_scores_missing_file_or_folder(tmp_path: Path) -> None:
     assert open_scores(tmp_path / END_TASKS_FILE, "abc", []).tasks == {}
     with pytest.raises(RunFolderError, match=r"found no folder .*none, expected one to write scores to"):
         open_scores(tmp_path / "none" / END_TASKS_FILE, "abc", [])
@@ -83,7 +83,7 @@ def test_no_file_is_no_scores_but_its_folder_must_be_there(tmp_path: Path) -> No
         EndTaskScores(model="abc").write(tmp_path / "none" / END_TASKS_FILE)
 
 
-def test_other_weights_and_other_settings_are_refused(tmp_path: Path) -> None:
+def test_open_scores_other_weights_or_settings_raise(tmp_path: Path) -> None:
     path = tmp_path / END_TASKS_FILE
     two_seeds(tmp_path).write(path)
     with pytest.raises(RunFolderError, match="found scores of other weights than the model's"):
@@ -97,7 +97,7 @@ def test_other_weights_and_other_settings_are_refused(tmp_path: Path) -> None:
         open_scores(path, "abc", [task_of(tmp_path, test=task.config.dev)])
 
 
-def test_a_task_may_turn_out_to_belong_to_a_domain(tmp_path: Path) -> None:
+def test_with_domains_updates_domain(tmp_path: Path) -> None:
     path, scores = tmp_path / END_TASKS_FILE, two_seeds(tmp_path)
     scores.write(path)
     task = task_of(tmp_path, domain="acl")
@@ -106,7 +106,7 @@ def test_a_task_may_turn_out_to_belong_to_a_domain(tmp_path: Path) -> None:
     assert scores.with_seed(task, seed_scores(9, 0.5, 0.5)).tasks["toy_text"].domain == "acl"
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
+def test_open_scores_damaged_file_raises(tmp_path: Path) -> None:
     path = tmp_path / END_TASKS_FILE
     with pytest.raises(RunFolderError, match=r"end_tasks\.json: cannot be read \(No such file"):
         EndTaskScores.read(path)

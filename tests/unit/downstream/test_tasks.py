@@ -33,7 +33,7 @@ def message_of(config: TaskConfig) -> str:
     return str(caught.value)
 
 
-def test_rows_are_read_in_order_and_labels_are_sorted(tmp_path: Path) -> None:
+def test_read_task_keeps_order_and_sorts_labels(tmp_path: Path) -> None:
     task = read_task(task_of(tmp_path, ROWS, ROWS[:1]))
     assert task.labels == ["minus", "plus"]
     assert task.train.texts == ["good soup", "cold soup"] and task.train.pairs is None
@@ -41,7 +41,7 @@ def test_rows_are_read_in_order_and_labels_are_sorted(tmp_path: Path) -> None:
     assert len(set(task.fingerprints.values())) == 2  # train and test hold the same
 
 
-def test_packed_files_other_columns_and_numbers_as_labels_are_read(tmp_path: Path) -> None:
+def test_read_task_compressed_columns_and_integer_labels(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.xz"
     path.write_bytes(lzma.compress(b'{"s": "fine", "of": "soup", "y": 1}\n\n{"s": "bad", "of": "bread", "y": 0}\n'))
     files = {part: str(path) for part in ("train", "dev", "test")}
@@ -51,7 +51,7 @@ def test_packed_files_other_columns_and_numbers_as_labels_are_read(tmp_path: Pat
     assert task.train.pairs == ["soup", "bread"]
 
 
-def test_given_labels_keep_their_order(tmp_path: Path) -> None:
+def test_read_task_configured_labels_keep_order(tmp_path: Path) -> None:
     assert read_task(task_of(tmp_path, ROWS, ROWS, labels=["plus", "minus"])).train.labels == [0, 1]
 
 
@@ -75,13 +75,13 @@ def test_given_labels_keep_their_order(tmp_path: Path) -> None:
         (ROWS, ROWS, {"kind": "entities"}, "found no [[ ]] << >> in the text; task toy is of kind entities"),
     ],
 )
-def test_wrong_rows_are_named(
+def test_read_task_bad_row_raises(
     tmp_path: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]], changes: dict[str, Any], expected: str
 ) -> None:
     assert expected in message_of(task_of(tmp_path, train, dev, **changes))
 
 
-def test_empty_missing_and_unknown_files_are_named(tmp_path: Path) -> None:
+def test_read_task_bad_file_raises(tmp_path: Path) -> None:
     assert "train.jsonl has no rows; expected one object" in message_of(task_of(tmp_path, [], ROWS))
     named = task_of(tmp_path, ROWS, ROWS)
     (tmp_path / "rows.txt").write_text("text\n")
@@ -94,7 +94,7 @@ def test_empty_missing_and_unknown_files_are_named(tmp_path: Path) -> None:
         assert expected in message_of(named.model_copy(update={"dev": str(tmp_path / name)}))
 
 
-def test_tasks_are_chosen_by_name_in_the_order_of_the_config() -> None:
+def test_select_tasks_by_name_in_config_order() -> None:
     files = {"train": "a.jsonl", "dev": "b.jsonl", "test": "c.jsonl"}
     tasks = [TaskConfig(name=name, **files) for name in ("acl_arc", "scierc", "chemprot")]
     assert select_tasks(tasks, []) == tasks
@@ -109,7 +109,7 @@ def read_pairs(folder: Path) -> EndTask:
     return read_task(TaskConfig(**small_task(folder, "pair")))
 
 
-def test_pairs_are_joined_and_the_longer_one_is_cut(tmp_path: Path) -> None:
+def test_encode_examples_truncates_longer_of_pair(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     task = read_pairs(tmp_path)
     whole, cut = encode_examples(task.dev, tokenizer, 64), encode_examples(task.dev, tokenizer, 12)
@@ -121,7 +121,7 @@ def test_pairs_are_joined_and_the_longer_one_is_cut(tmp_path: Path) -> None:
     assert task.dev.pairs[0] in tokenizer.decode(cut.rows[0]["input_ids"])
 
 
-def test_batches_hold_every_row_once_with_its_label(tmp_path: Path) -> None:
+def test_batches_contain_every_row_once(tmp_path: Path) -> None:
     tokenizer, task = tiny_tokenizer(), read_pairs(tmp_path)
     encoded = encode_examples(task.train, tokenizer, 64)
     generator = torch.Generator().manual_seed(0)

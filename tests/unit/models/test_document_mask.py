@@ -84,7 +84,7 @@ def changed_first_documents(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("model_type", "attention"), [case for case in CASES if case[0] not in CROSSES_DOCUMENTS])
-def test_a_document_in_a_block_is_the_document_alone(model_type: str, attention: str) -> None:
+def test_document_mask_block_equals_single_documents(model_type: str, attention: str) -> None:
     model = tiny_decoder(model_type, attention)
     input_ids, position_ids = packed(1)
     found = hidden_states(model, input_ids, position_ids)
@@ -100,7 +100,7 @@ def test_a_document_in_a_block_is_the_document_alone(model_type: str, attention:
 
 
 @pytest.mark.parametrize(("model_type", "attention"), CASES)
-def test_without_position_ids_a_document_sees_the_one_before(model_type: str, attention: str) -> None:
+def test_document_mask_without_position_ids_is_absent(model_type: str, attention: str) -> None:
     model = tiny_decoder(model_type, attention)
     input_ids, _ = packed(1)
     difference = hidden_states(model, changed_first_documents(input_ids)) - hidden_states(model, input_ids)
@@ -110,16 +110,16 @@ def test_without_position_ids_a_document_sees_the_one_before(model_type: str, at
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_architecture_that_ignores_the_request(attention: str) -> None:
+def test_check_document_mask_ignored_by_architecture_raises(attention: str) -> None:
     model = tiny_decoder("opt", attention)
-    message = rf"data.document_mask: found true, but opt with {attention} attention lets .*; expected false, or"
+    message = rf"data.document_mask: found true, but opt with {attention} attention lets .*; expected false, another model"
     with pytest.raises(ConfigError, match=message):
         check_document_mask(
             lambda ids, positions: hidden_states(model, ids, positions), model_type="opt", attention=attention
         )
 
 
-def test_a_cache_undoes_the_isolation() -> None:
+def test_document_mask_with_kv_cache_is_ignored() -> None:
     # With a key-value cache transformers does not look at the position ids; it is the default of every decoder.
     model = tiny_decoder("llama", "sdpa")
     with pytest.raises(ConfigError, match="llama with sdpa attention lets a document see"):
@@ -131,7 +131,7 @@ def test_a_cache_undoes_the_isolation() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_rounding_is_no_sight(model_type: str) -> None:
+def test_check_document_mask_tolerates_rounding(model_type: str) -> None:
     model = tiny_decoder(model_type, "sdpa").bfloat16()
     check_document_mask(
         lambda ids, positions: hidden_states(model, ids, positions), model_type=model_type, attention="sdpa"

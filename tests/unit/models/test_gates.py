@@ -13,7 +13,7 @@ from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_gated_rows_equal_the_written_out_network(model_type: str) -> None:
+def test_scale_gates_equal_explicit_network(model_type: str) -> None:
     model = tiny_model(model_type, **NO_DROPOUT)
     spec = spec_for(model_type)
     importance = random_importance(model)
@@ -31,7 +31,7 @@ def test_gated_rows_equal_the_written_out_network(model_type: str) -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gates_of_one_change_nothing_and_leave_no_hooks() -> None:
+def test_scale_gates_of_one_are_identity_and_remove_hooks() -> None:
     model = tiny_model(**NO_DROPOUT)
     spec = spec_for("roberta")
     gates = {g: torch.ones_like(v)[:, None] for g, v in random_importance(model).items()}
@@ -45,7 +45,7 @@ def test_gates_of_one_change_nothing_and_leave_no_hooks() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_measuring_adds_up_once_and_leaves_outputs_alone(checkpointing: bool) -> None:
+def test_measure_gates_accumulate_once_and_are_identity(checkpointing: bool) -> None:
     model = tiny_model(**NO_DROPOUT).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

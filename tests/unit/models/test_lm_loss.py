@@ -83,7 +83,7 @@ def reference(head: nn.Module, soft_cap: float | None, num_positions: int) -> li
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_positions", POSITIONS)
-def test_losses_and_gradients_equal_those_of_all_logits_at_once(
+def test_chunked_lm_loss_equals_unchunked(
     num_positions: int, bias: bool, soft_cap: float | None, wrapped: bool
 ) -> None:
     head = Head(bias=bias, wrapped=wrapped)
@@ -95,7 +95,7 @@ def test_losses_and_gradients_equal_those_of_all_logits_at_once(
 
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_chunks_are_exact_in_float64(soft_cap: float | None) -> None:
+def test_chunked_lm_loss_float64_is_exact(soft_cap: float | None) -> None:
     head = Head(bias=True, wrapped=False, dtype=torch.float64)
     losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap)
     found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=MOST), head, 2 * CHUNK + 1)
@@ -104,7 +104,7 @@ def test_chunks_are_exact_in_float64(soft_cap: float | None) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_bf16_differs_from_float64_by_its_own_rounding(wrapped: bool) -> None:
+def test_chunked_lm_loss_bf16_error_is_rounding(wrapped: bool) -> None:
     head = Head(bias=True, wrapped=wrapped, dtype=torch.bfloat16)
     losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK)
     found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=MOST), head, MOST)
@@ -114,7 +114,7 @@ def test_bf16_differs_from_float64_by_its_own_rounding(wrapped: bool) -> None:
         assert (value.double() - expected).norm() <= 2**-7 * expected.norm()
 
 
-def test_bf16_gradients_do_not_lose_digits_with_the_number_of_chunks() -> None:
+def test_chunked_lm_loss_bf16_gradients_independent_of_chunks() -> None:
     # Summed in bfloat16, those of 512 chunks are off by several times the rounding of one.
     head = Head(bias=True, wrapped=False, dtype=torch.bfloat16)
     expected = reference(head, None, 512)
@@ -129,7 +129,7 @@ def test_bf16_gradients_do_not_lose_digits_with_the_number_of_chunks() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_logits_of_one_chunk_are_the_most_that_exists(wrapped: bool) -> None:
+def test_chunked_lm_loss_memory_is_one_chunk(wrapped: bool) -> None:
     head = Head(bias=True, wrapped=wrapped)
     for chunk, largest in ((CHUNK, CHUNK), (MOST, MOST)):
         losses_of = ChunkedLMLoss(head, head.decoder, chunk=chunk, soft_cap=2.0)
@@ -140,7 +140,7 @@ def test_logits_of_one_chunk_are_the_most_that_exists(wrapped: bool) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_one_chunk_keeps_its_logits_and_computes_nothing_twice(wrapped: bool) -> None:
+def test_chunked_lm_loss_single_chunk_does_not_recompute(wrapped: bool) -> None:
     head = Head(bias=True, wrapped=wrapped)
     calls = []
     head.transform.register_forward_hook(lambda *_: calls.append(1))
@@ -149,7 +149,7 @@ def test_one_chunk_keeps_its_logits_and_computes_nothing_twice(wrapped: bool) ->
     assert len(calls) == 1
 
 
-def test_number_of_head_calls_does_not_depend_on_the_positions_of_a_rank() -> None:
+def test_chunked_lm_loss_head_calls_independent_of_positions() -> None:
     for wrapped, expected in ((False, 1), (True, 2 * MOST // CHUNK)):
         head = Head(bias=True, wrapped=wrapped)
         for num_positions in POSITIONS:
@@ -162,7 +162,7 @@ def test_number_of_head_calls_does_not_depend_on_the_positions_of_a_rank() -> No
             assert len(calls) == expected, (wrapped, num_positions)
 
 
-def test_the_projection_is_itself_again_after_an_error() -> None:
+def test_chunked_lm_loss_restores_projection_after_error() -> None:
     head = Head(bias=True, wrapped=False)
     hidden, targets, _ = case(MOST)
     with pytest.raises(RuntimeError):
@@ -171,7 +171,7 @@ def test_the_projection_is_itself_again_after_an_error() -> None:
     assert head(hidden).shape == (MOST, V)
 
 
-def test_gradient_with_respect_to_something_before_the_head() -> None:
+def test_chunked_lm_loss_gradient_reaches_hidden_states() -> None:
     head = Head(bias=True, wrapped=False)
     hidden, targets, upstream = case(MOST)
     anchor = torch.ones(H, requires_grad=True)
@@ -184,7 +184,7 @@ def test_gradient_with_respect_to_something_before_the_head() -> None:
     assert all(parameter.grad is None for parameter in head.parameters())
 
 
-def test_chunk_fills_its_budget() -> None:
+def test_positions_per_chunk_fill_budget() -> None:
     assert positions_per_chunk(128_000, 256) == 524
     assert positions_per_chunk(256 * 1024, 1) == 1
     assert positions_per_chunk(10**9, 1) == 1

@@ -30,7 +30,7 @@ def random_model(**changes: Any) -> ModelConfig:
     return ModelConfig(config={"model_type": "roberta", **SIZES, **changes})
 
 
-def test_random_weights_depend_on_the_seed_alone() -> None:
+def test_load_model_random_depends_on_seed_only() -> None:
     first, _ = load_model(random_model(), seed=1, vocab_size=100)
     torch.rand(3)
     again, _ = load_model(random_model(), seed=1, vocab_size=100)
@@ -39,14 +39,14 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
 
 
-def test_random_model_takes_the_tokenizers_size() -> None:
+def test_load_model_random_has_vocab_size_of_tokenizer() -> None:
     config = {key: value for key, value in SIZES.items() if key != "vocab_size"}
     model, _ = load_model(ModelConfig(config={"model_type": "roberta", **config}), seed=0, vocab_size=77)
     assert model.get_input_embeddings().num_embeddings == 77
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_pretrained_weights_are_loaded_in_float32(model_type: str, tmp_path: Path) -> None:
+def test_load_model_pretrained_is_float32(model_type: str, tmp_path: Path) -> None:
     saved = tiny_model(model_type)
     saved.to(torch.bfloat16).save_pretrained(tmp_path)
     model, spec = load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
@@ -56,7 +56,7 @@ def test_pretrained_weights_are_loaded_in_float32(model_type: str, tmp_path: Pat
         assert torch.equal(mine, theirs.float())
 
 
-def test_altered_files_of_an_exported_model_are_named(tmp_path: Path) -> None:
+def test_check_files_modified_export_raises(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with atomic_dir(folder) as partial:
         tiny_model().save_pretrained(partial)
@@ -68,12 +68,12 @@ def test_altered_files_of_an_exported_model_are_named(tmp_path: Path) -> None:
         check_files(ModelConfig(name_or_path=str(folder)))
 
 
-def test_missing_model_is_named() -> None:
+def test_load_model_missing_folder_raises() -> None:
     with pytest.raises(ModelError, match="no_such_folder"):
         load_model(ModelConfig(name_or_path="./no_such_folder"), seed=0, vocab_size=100)
 
 
-def test_model_type_without_adapter_lists_the_known(tmp_path: Path) -> None:
+def test_load_model_without_spec_lists_known_types(tmp_path: Path) -> None:
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="'t5'; known: bert, deberta-v2"):
         load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
@@ -81,13 +81,13 @@ def test_model_type_without_adapter_lists_the_known(tmp_path: Path) -> None:
         load_model(ModelConfig(config={"model_type": "no_such_type"}), seed=0, vocab_size=100)
 
 
-def test_config_without_weights_is_named(tmp_path: Path) -> None:
+def test_load_model_config_without_weights_raises(tmp_path: Path) -> None:
     BertConfig(**SIZES).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot load the model"):
         load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
 
 
-def test_damaged_weights_are_an_error(tmp_path: Path) -> None:
+def test_load_model_damaged_weights_raises(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -95,13 +95,13 @@ def test_damaged_weights_are_an_error(tmp_path: Path) -> None:
         load_model(ModelConfig(name_or_path=str(tmp_path)), seed=0, vocab_size=100)
 
 
-def test_heads_that_do_not_divide_are_an_error() -> None:
+def test_load_model_indivisible_heads_raises() -> None:
     with pytest.raises(ModelError, match="hidden size"):
         load_model(random_model(num_attention_heads=7), seed=0, vocab_size=100)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "deberta-v2"])
-def test_attention_that_the_architecture_lacks_is_named(model_type: str) -> None:
+def test_load_model_unsupported_attention_raises(model_type: str) -> None:
     config = {"model_type": model_type, **CONFIGS[model_type]}
     load_model(ModelConfig(config=config, attention="eager"), seed=0, vocab_size=100)
     with pytest.raises(
@@ -110,12 +110,12 @@ def test_attention_that_the_architecture_lacks_is_named(model_type: str) -> None
         load_model(ModelConfig(config=config), seed=0, vocab_size=100)
 
 
-def test_tokenizer_larger_than_the_embedding() -> None:
+def test_check_embeddings_too_many_tokens_raises() -> None:
     with pytest.raises(ModelError, match="tokenizer has 101 tokens, but the model has embeddings for only 100"):
         load_model(random_model(), seed=0, vocab_size=101)
 
 
-def test_blocks_longer_than_the_positions() -> None:
+def test_check_sequence_length_too_long_raises() -> None:
     model, spec = load_model(random_model(), seed=0, vocab_size=100)
     check_sequence_length(model, spec, 38)
     model(torch.full((1, 38), 7))
@@ -123,25 +123,25 @@ def test_blocks_longer_than_the_positions() -> None:
         check_sequence_length(model, spec, 39)
 
 
-def test_tokenizer_from_its_own_folder_or_the_models(tmp_path: Path) -> None:
+def test_load_tokenizer_from_own_or_model_folder(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     own = run_config(tmp_path, data={"tokenizer": str(tmp_path)})
     models = run_config(tmp_path, model={"config": None, "name_or_path": str(tmp_path)})
     assert load_tokenizer(own).get_vocab() == load_tokenizer(models).get_vocab() == tiny_tokenizer().get_vocab()
 
 
-def test_random_model_without_tokenizer(tmp_path: Path) -> None:
+def test_load_tokenizer_random_model_without_tokenizer_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.tokenizer"):
         load_tokenizer(run_config(tmp_path))
 
 
-def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
+def test_load_tokenizer_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no_such_folder"):
         load_tokenizer(run_config(tmp_path, data={"tokenizer": "./no_such_folder"}))
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "bert", "xlm-roberta", "gpt2", "gemma2"])
-def test_folder_without_the_files_of_a_tokenizer(model_type: str, tmp_path: Path) -> None:
+def test_open_tokenizer_without_files_raises(model_type: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(ModelError) as caught:
         open_tokenizer(str(tmp_path))
@@ -163,7 +163,7 @@ def longest_block_that_runs(model: Any) -> int:
 
 @pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta"])
 @pytest.mark.parametrize("padding", [0, 1, 5])
-def test_positions_begin_behind_the_padding_index(model_type: str, padding: int) -> None:
+def test_check_sequence_length_positions_start_after_padding_index(model_type: str, padding: int) -> None:
     model = tiny_model(model_type, pad_token_id=padding)
     longest = longest_block_that_runs(model)
     assert longest == 40 - padding - 1
@@ -174,7 +174,7 @@ def test_positions_begin_behind_the_padding_index(model_type: str, padding: int)
 
 
 @pytest.mark.parametrize("padding", [None, 39, -1])
-def test_padding_index_that_leaves_no_positions(padding: int | None) -> None:
+def test_max_sequence_length_bad_padding_index_raises(padding: int | None) -> None:
     model = tiny_model()
     model.config.pad_token_id = padding
     with pytest.raises(ModelError, match=rf"pad_token_id of the model's config: found {padding}, allowed: 0 to 38"):
@@ -193,11 +193,11 @@ def test_padding_index_that_leaves_no_positions(padding: int | None) -> None:
         ),
     ],
 )
-def test_model_config_that_means_another_network_is_refused(changes: dict[str, Any], expected: str) -> None:
+def test_model_config_ignored_keys_raise(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ModelError, match=expected):
         model_config(ModelConfig(config={"model_type": "roberta", **changes}))
 
 
-def test_model_config_rotary_settings_of_old_files_are_known() -> None:
+def test_model_config_old_rotary_keys_are_accepted() -> None:
     found = model_config(ModelConfig(config={"model_type": "llama", "rope_theta": 500000.0}))
     assert found.rope_parameters["rope_theta"] == 500000.0

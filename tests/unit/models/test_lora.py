@@ -66,7 +66,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2"])
-def test_adapters_of_a_closed_unit_get_no_gradient(model_type: str, group: str, tmp_path: Path) -> None:
+def test_adapt_layout_closed_unit_has_no_gradient(model_type: str, group: str, tmp_path: Path) -> None:
     """As for whole weights: with one unit's gate at zero, exactly what it owns or is read by cannot matter."""
     model, spec = network(model_type)
     whole = spec.layout(model)
@@ -92,7 +92,7 @@ def test_adapters_of_a_closed_unit_get_no_gradient(model_type: str, group: str, 
         assert zero == expected and alive == set(range(layout.num_units[item.group])) - expected, item
 
 
-def test_what_belongs_to_all_units_belongs_to_none() -> None:
+def test_adapt_layout_shared_factor_has_no_owner() -> None:
     model, spec = network("roberta")
     layout = spec.layout(model)
     layout = Lora.plan(model, layout, LoraConfig(rank=RANK)).layout(layout)
@@ -105,7 +105,7 @@ def test_what_belongs_to_all_units_belongs_to_none() -> None:
     }
 
 
-def test_shared_owners_are_carried_over() -> None:
+def test_adapt_layout_keeps_shared_owners() -> None:
     sharers = torch.tensor([[0, 1], [0, 1], [2, 3], [2, 3]])
     owned = Ownership("k.weight", HEAD, 0, 0, sharers, False)
     layout = UnitLayout("any", 1, {HEAD: 4}, (owned, Ownership("k.bias", HEAD, 0, 0, sharers, False)), {})
@@ -115,7 +115,7 @@ def test_shared_owners_are_carried_over() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "gpt2"])
-def test_merged_weights_and_peft_give_the_adapted_network(model_type: str, tmp_path: Path) -> None:
+def test_merge_equals_adapted_network_and_peft(model_type: str, tmp_path: Path) -> None:
     model, spec = network(model_type)
     lora, _ = adapted(model, spec, LoraConfig(rank=RANK, alpha=6.0), tmp_path / "adapter")
     expected = model(tokens()).logits
@@ -130,7 +130,7 @@ def test_merged_weights_and_peft_give_the_adapted_network(model_type: str, tmp_p
     assert torch.equal(loaded(tokens()).logits, expected)
 
 
-def test_fresh_adapters_change_nothing_and_depend_on_the_seed_alone() -> None:
+def test_attach_new_adapters_are_identity_by_seed() -> None:
     found = []
     for seed in (1, 1, 2):
         model, spec = network("roberta")
@@ -143,7 +143,7 @@ def test_fresh_adapters_change_nothing_and_depend_on_the_seed_alone() -> None:
     assert not torch.equal(found[0][0], found[2][0])
 
 
-def test_activation_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
+def test_adapters_with_activation_checkpointing_same_gradients(tmp_path: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
         model, spec = network("roberta")
@@ -161,7 +161,7 @@ def planned(**config: object) -> Lora:
     return Lora.plan(model, spec.layout(model), LoraConfig(**config))
 
 
-def test_targets_are_ends_of_names() -> None:
+def test_plan_targets_match_name_ends() -> None:
     assert [item.weight for item in planned(target_modules=["query", "0.output.dense"]).linears] == [
         "roberta.encoder.layer.0.attention.self.query.weight",
         "roberta.encoder.layer.1.attention.self.query.weight",
@@ -169,7 +169,7 @@ def test_targets_are_ends_of_names() -> None:
     ]
 
 
-def test_unknown_target_lists_the_allowed() -> None:
+def test_plan_unknown_target_raises() -> None:
     allowed = "attention.self.query, attention.self.key, attention.self.value, attention.output.dense, "
     with pytest.raises(ConfigError, match=rf"target_modules: found q_proj, allowed: {allowed}intermediate.dense"):
         planned(target_modules=["query", "q_proj"])
@@ -177,19 +177,19 @@ def test_unknown_target_lists_the_allowed() -> None:
         planned(target_modules=["lm_head.dense"])
 
 
-def test_rank_above_the_smallest_side() -> None:
+def test_plan_rank_too_large_raises() -> None:
     planned(rank=24)
     with pytest.raises(ConfigError, match=r"model.lora.rank: found 25, allowed: 1 to 24, the smaller side of roberta"):
         planned(rank=25)
 
 
-def test_peft_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attach_without_peft_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"model.lora: needs the package peft.*das_ds\[lora\]"):
         planned().attach(tiny_model(), seed=0)
 
 
-def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
+def test_attach_other_config_raises(tmp_path: Path) -> None:
     model, spec = network("roberta")
     adapted(model, spec, LoraConfig(rank=RANK), tmp_path)
     with pytest.raises(ModelError, match=r"adapters of another network or config: alpha 16.0, expected 16.0.*lora_A"):
@@ -222,7 +222,7 @@ class Stacked(torch.nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
 
-def test_stacked_experts_stay_frozen_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_plan_stacked_experts_stay_frozen_with_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     layout = stacked(model)
     lora = Lora.plan(model, layout, LoraConfig())
@@ -232,7 +232,7 @@ def test_stacked_experts_stay_frozen_and_are_named(caplog: pytest.LogCaptureFixt
         Lora.plan(model, layout, LoraConfig(target_modules=["0.intermediate.dense"]))
 
 
-def test_network_without_linear_maps() -> None:
+def test_plan_without_linear_layers_raises() -> None:
     model, _ = network("roberta")
     layout = UnitLayout("other", 2, {HEAD: 3}, (), {})
     with pytest.raises(ModelError, match="units of other own no linear layer"):

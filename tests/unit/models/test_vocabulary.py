@@ -21,7 +21,7 @@ BIAS = {"roberta": "lm_head.bias", "bert": "cls.predictions.bias"}
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_reserved_rows_are_means_and_all_else_stays(model_type: str, tied: bool) -> None:
+def test_reserve_embedding_rows_are_mean_and_rest_unchanged(model_type: str, tied: bool) -> None:
     model = tiny_model(model_type, tie_word_embeddings=tied)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     names = vocabulary_parameters(model)
@@ -40,7 +40,7 @@ def test_reserved_rows_are_means_and_all_else_stays(model_type: str, tied: bool)
     assert model.get_output_embeddings()(torch.zeros(1, 24)).shape == (1, 107)
 
 
-def test_rows_inside_a_padded_embedding_need_no_room() -> None:
+def test_reserve_embedding_rows_in_padded_embedding_keeps_size() -> None:
     model = tiny_model()
     weight = model.get_input_embeddings().weight.detach().clone()
     reserve_embedding_rows(model, known=80, total=85)
@@ -51,7 +51,7 @@ def test_rows_inside_a_padded_embedding_need_no_room() -> None:
 
 @pytest.mark.parametrize("logits_mib", [0, 64])
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_reserved_rows_take_no_part_in_the_loss(model_type: str, logits_mib: int) -> None:
+def test_reserved_rows_do_not_affect_loss(model_type: str, logits_mib: int) -> None:
     spec = spec_for(model_type)
     small, large = (tiny_model(model_type, **without_dropout(model_type)) for _ in range(2))
     reserve_embedding_rows(large, known=100, total=120)
@@ -71,7 +71,7 @@ def test_reserved_rows_take_no_part_in_the_loss(model_type: str, logits_mib: int
         assert name not in vocabulary_parameters(small) or not found.grad[100:].any()
 
 
-def test_rows_of_a_corpus_and_the_size_its_export_names() -> None:
+def test_vocabulary_rows_by_corpus_and_exported_size() -> None:
     sizes = Vocabulary(base_rows=104, base_tokens=100, num_tokens={"a": 102, "b": 110, "general": 100})
     assert [sizes.rows(name) for name in ("a", "b", "general")] == [104, 110, 104] and sizes.total == 110
     model = tiny_model()

@@ -25,7 +25,7 @@ def load(folder: Path, *, seed: int = 7, **options: Any) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
-def test_weights_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+def test_stored_weights_equal_transformers(case: str, tmp_path: Path) -> None:
     ACCEPTED[case](tmp_path)
     auto = AUTO_CLASSES[spec_for(AutoConfig.from_pretrained(tmp_path).model_type).objective]
     expected = auto.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
@@ -39,7 +39,7 @@ def test_weights_are_those_of_transformers(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_weights_of_another_network_are_refused(case: str, tmp_path: Path) -> None:
+def test_stored_weights_of_other_network_raise(case: str, tmp_path: Path) -> None:
     write, message = REFUSED[case]
     write(tmp_path)
     with pytest.raises(ModelError, match=message) as caught:
@@ -52,7 +52,7 @@ def headless(folder: Path) -> Path:
     return folder
 
 
-def test_a_head_that_may_be_missing_is_that_of_a_random_model(tmp_path: Path) -> None:
+def test_stored_weights_missing_head_is_random_by_seed(tmp_path: Path) -> None:
     model = load(headless(tmp_path), allow_missing=["lm_head"])
     config = ModelConfig(config=model.config.to_dict(), attention="eager")
     drawn, _ = load_model(config, seed=7, vocab_size=100)
@@ -63,13 +63,13 @@ def test_a_head_that_may_be_missing_is_that_of_a_random_model(tmp_path: Path) ->
     assert not torch.equal(other.cls.predictions.transform.dense.weight, model.cls.predictions.transform.dense.weight)
 
 
-def test_the_body_may_never_be_missing(tmp_path: Path) -> None:
+def test_stored_weights_missing_base_raises(tmp_path: Path) -> None:
     REFUSED["compiled"][0](tmp_path)
     with pytest.raises(ModelError, match=r"found no weights of bert\.embeddings"):
         load(tmp_path, allow_missing=["lm_head"])
 
 
-def test_one_line_says_what_is_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_print_weights_summary_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     tensors = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): v for name, v in saved(tmp_path).items()}
     body = {name: value for name, value in tensors.items() if not name.startswith("cls.")}
@@ -87,7 +87,7 @@ def test_one_line_says_what_is_read(tmp_path: Path, capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", expected)
 
 
-def test_the_record_is_kept_in_exports_and_made_anew_from_them(tmp_path: Path) -> None:
+def test_weights_record_is_exported_and_replaced(tmp_path: Path) -> None:
     first = load(headless(tmp_path), allow_missing=["lm_head"])
     first.save_pretrained(tmp_path / "export")
     said = json.loads((tmp_path / "export" / "config.json").read_text())["das_ds_weights"]
@@ -112,6 +112,6 @@ def test_the_record_is_kept_in_exports_and_made_anew_from_them(tmp_path: Path) -
         ({"name_or_path": "x", "allow_missing": ["pooler"]}, "allow_missing.0"),
     ],
 )
-def test_keys_that_contradict_each_other(values: dict[str, Any], message: str) -> None:
+def test_model_config_contradicting_keys_raise(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig.model_validate(values)

@@ -40,18 +40,18 @@ def llama_section() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_every_registered_table_can_be_written_in_a_config(model_type: str) -> None:
+def test_spec_config_round_trip_of_registered_specs(model_type: str) -> None:
     known = spec_for(model_type)
     read = spec_from_config(ArchitectureConfig.model_validate(spec_to_config(known)), model_type)
     assert replace(read, unsupported=known.unsupported) == known
 
 
-def test_names_in_the_config_are_those_of_the_method() -> None:
+def test_config_names_equal_code_names() -> None:
     assert get_args(GroupName) == GROUPS
     assert get_args(RuleConfig.model_fields["layout"].annotation) == tuple(AXIS_LAYOUTS)
 
 
-def test_table_survives_the_run_folder(tmp_path: Path) -> None:
+def test_spec_config_survives_run_folder(tmp_path: Path) -> None:
     path = write_config(tmp_path, small_run(tmp_path, model={"architecture": llama_section()}))
     config = load_config(path, ["model.architecture.position_offset=1"])
     assert config.model.architecture is not None and config.model.architecture.position_offset == 1
@@ -59,7 +59,7 @@ def test_table_survives_the_run_folder(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_help_explains_the_table() -> None:
+def test_help_explains_spec_keys() -> None:
     text = describe_config()
     for key in ("model.architecture.objective", "model.architecture.rules.0.layout", "model.architecture.units.head"):
         assert f"\n{key} " in text
@@ -100,21 +100,21 @@ def test_help_explains_the_table() -> None:
         ("objective=auto", "objective: found 'auto', allowed: mlm | clm"),
     ],
 )
-def test_mistake_in_the_table_names_its_key(tmp_path: Path, override: str, expected: str) -> None:
+def test_spec_config_mistake_names_key(tmp_path: Path, override: str, expected: str) -> None:
     path = write_config(tmp_path, small_run(tmp_path, model={"architecture": llama_section()}))
     with pytest.raises(ConfigError) as caught:
         load_config(path, [f"model.architecture.{override}"])
     assert "model.architecture" in str(caught.value) and expected in str(caught.value)
 
 
-def test_own_table_stands_above_the_registered_one() -> None:
+def test_find_spec_config_overrides_registered() -> None:
     section = llama_section()
     section["units"]["output"] = "hidden_size|x"
     config = ModelConfig(config={"model_type": "llama", **SIZES}, architecture=ArchitectureConfig(**section))
     assert find_spec(config).units["output"] == "hidden_size|x"
 
 
-def test_table_of_another_architecture_does_not_fit() -> None:
+def test_layout_spec_of_other_architecture_raises() -> None:
     section = ArchitectureConfig(**llama_section())
     config = ModelConfig(config={"model_type": "starcoder2", **SIZES, "num_key_value_heads": 3}, architecture=section)
     model, spec = load_model(config, seed=0, vocab_size=100)
@@ -122,22 +122,20 @@ def test_table_of_another_architecture_does_not_fit() -> None:
         spec.layout(model)
 
 
-def test_missing_adapter_says_where_to_get_one() -> None:
+def test_find_spec_missing_suggests_command() -> None:
     with pytest.raises(
         ModelError, match=r"'stablelm'; known: bert.*`das-ds inspect MODEL` proposes a table for model.ar"
     ):
         find_spec(ModelConfig(config={"model_type": "stablelm"}))
 
 
-def test_sections_are_frozen() -> None:
+def test_spec_config_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         ArchitectureConfig(**llama_section()).position_offset = 3
 
 
 @pytest.mark.parametrize("model_type", sorted(MODELS))
-def test_unknown_architecture_trains_with_the_proposed_table(
-    model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_with_proposed_spec(model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What `das-ds inspect --yaml` prints is pasted into a run config; das then trains, exports and evaluates."""
     model = {"model_type": model_type, **MODELS[model_type]}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
@@ -161,7 +159,7 @@ def test_unknown_architecture_trains_with_the_proposed_table(
     assert losses == pytest.approx(dict(zip(results.eval_domains, results.loss_matrix[-1], strict=True)), rel=1e-6)
 
 
-def test_units_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_command_prints_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.json"
     path.write_text('{"model_type": "falcon", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2}')
     assert main(["inspect", str(path)]) == 0
@@ -181,7 +179,7 @@ def test_units_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("no_such_folder", None, "cannot load the model config of"),
     ],
 )
-def test_units_of_nothing_is_one_line(
+def test_inspect_command_bad_model_is_one_line(
     name: str, content: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:

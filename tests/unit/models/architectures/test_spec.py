@@ -13,7 +13,7 @@ from das_ds.models.architectures.spec import ArchitectureSpec
 from helpers.tiny_models import tiny_model
 
 
-def test_unknown_model_type_lists_the_known() -> None:
+def test_spec_for_unknown_type_lists_known() -> None:
     with pytest.raises(ModelError, match="'t5'; known: bert, deberta-v2, distilbert"):
         spec_for("t5")
 
@@ -22,18 +22,18 @@ def changed(**changes: object) -> ArchitectureSpec:
     return replace(spec_for("roberta"), **changes)  # type: ignore[arg-type]
 
 
-def test_rule_without_parameter_is_named() -> None:
+def test_layout_rule_without_parameter_raises() -> None:
     rules = (*spec_for("roberta").rules, UnitRule("head", "{base}.encoder.layer.{layer}.router.weight", 0))
     with pytest.raises(ModelError, match=r"lacks: roberta.encoder.layer.0.router.weight"):
         changed(rules=rules).layout(tiny_model())
 
 
-def test_parameter_without_rule_is_named() -> None:
+def test_layout_parameter_without_rule_raises() -> None:
     with pytest.raises(ModelError, match=r"does not know \d parameters of this model: lm_head"):
         changed(unmasked=spec_for("roberta").unmasked[:-1]).layout(tiny_model())
 
 
-def test_axis_that_is_no_multiple_of_units_is_named() -> None:
+def test_layout_indivisible_axis_raises() -> None:
     rules = tuple(
         replace(rule, axis=1) if rule.parameter.endswith("intermediate.dense.weight") else rule
         for rule in spec_for("roberta").rules
@@ -45,7 +45,7 @@ def test_axis_that_is_no_multiple_of_units_is_named() -> None:
         changed(rules=rules).layout(tiny_model())
 
 
-def test_layout_that_does_not_divide_is_named() -> None:
+def test_layout_indivisible_axis_layout_raises() -> None:
     rules = (UnitRule(HEAD, "{base}.layers.{layer}.mlp.gate_proj.weight", axis=0, layout="kv"),)
     llama = replace(spec_for("llama"), rules=rules, key_value_heads="num_attention_heads")
     with pytest.raises(
@@ -57,7 +57,7 @@ def test_layout_that_does_not_divide_is_named() -> None:
         replace(llama, key_value_heads="num_hidden_layers").layout(tiny_model("llama", num_hidden_layers=4))
 
 
-def test_number_of_units_that_the_config_lacks_is_named() -> None:
+def test_count_missing_attribute_raises() -> None:
     units = {**spec_for("gpt2").units, INTERMEDIATE: "n_inner|4*n_width"}
     spec = replace(spec_for("gpt2"), units=units)
     assert spec.layout(tiny_model("gpt2")).num_units[INTERMEDIATE] == 40
@@ -67,7 +67,7 @@ def test_number_of_units_that_the_config_lacks_is_named() -> None:
         spec.layout(tiny_model("gpt2", n_inner=None))
 
 
-def test_pattern_of_layers_matches_numbers_alone() -> None:
+def test_compile_pattern_layer_matches_numbers_only() -> None:
     model = tiny_model("gpt2")
     model.transformer.h[0].ln_1.register_parameter("novel", model.transformer.h[0].ln_1.bias)
     spec = replace(

@@ -68,14 +68,14 @@ def one_thread() -> Iterator[None]:
 
 
 def built(label: str) -> tuple[str, nn.Module, Any]:
-    """Model type, model without dropout, adapter."""
+    """Model type, model without dropout, architecture spec."""
     _, model_type, changes = VARIANTS[LABELS.index(label)]
     model = tiny_model(model_type, seed=SEEDS.get(model_type, 0), **without_dropout(model_type), **changes)
     return model_type, model, spec_for(model_type)
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_only_what_a_closed_unit_owns_or_reads_gets_no_gradient(label: str) -> None:
+def test_spec_closed_unit_only_its_weights_lose_gradient(label: str) -> None:
     model_type, model, spec = built(label)
     if model_type == "olmo2":
         hold_statistics(model)
@@ -102,7 +102,7 @@ def test_only_what_a_closed_unit_owns_or_reads_gets_no_gradient(label: str) -> N
         record(model_type, "units", ", ".join(str(layout.num_units[group]) for group in GROUPS))
 
 
-def test_a_shared_key_value_head_waits_for_all_its_query_heads() -> None:
+def test_spec_shared_kv_head_keeps_gradient_until_all_queries_close() -> None:
     layout = spec_for("llama").layout(tiny_model("llama"))
     alone = {where.parameter.split(".", 3)[3] for where in slices_of(layout, {(HEAD, 0, 3)})}
     assert alone == {"self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.o_proj.weight"}
@@ -111,7 +111,7 @@ def test_a_shared_key_value_head_waits_for_all_its_query_heads() -> None:
     assert rows == set(range(8, 16))
 
 
-def test_query_and_key_norms_of_olmo2_mix_heads_by_their_statistics_alone() -> None:
+def test_spec_olmo2_qk_norms_mix_heads_by_statistics_only() -> None:
     """A closed head's rows of W_q still scale the queries of the others; nothing else of the head matters to them."""
     _, model, spec = built("olmo2")
     layout = spec.layout(model)
@@ -122,7 +122,7 @@ def test_query_and_key_norms_of_olmo2_mix_heads_by_their_statistics_alone() -> N
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_every_parameter_is_owned_or_listed_and_a_new_one_is_refused(label: str) -> None:
+def test_spec_covers_all_parameters_and_refuses_new_one(label: str) -> None:
     model_type, model, spec = built(label)
     layout = spec.layout(model)
     assert set(layout.shapes) == {name for name, _ in model.named_parameters()}
@@ -139,7 +139,7 @@ def test_every_parameter_is_owned_or_listed_and_a_new_one_is_refused(label: str)
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_gates_act_on_their_rows_alone_and_ones_change_nothing(label: str) -> None:
+def test_gates_act_on_their_rows_only(label: str) -> None:
     model_type, model, spec = built(label)
     importance = random_importance(model)
     ids = token_ids(rows=5, length=30)
@@ -163,7 +163,7 @@ def test_gates_act_on_their_rows_alone_and_ones_change_nothing(label: str) -> No
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_noise_makes_its_rows_differ_and_no_other(model_type: str) -> None:
+def test_dropout_gates_act_on_their_rows_only(model_type: str) -> None:
     _, model, spec = built(model_type)
     ids = token_ids()[:1].repeat(4, 1)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -179,7 +179,7 @@ def test_noise_makes_its_rows_differ_and_no_other(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_measured_gate_gradients_equal_plain_autograd_of_one_sequence_at_a_time(label: str) -> None:
+def test_measure_gates_equal_autograd_per_sequence(label: str) -> None:
     _, model, spec = built(label)
     layout = spec.layout(model)
     ids = token_ids(rows=5, length=30)
@@ -202,7 +202,7 @@ def test_measured_gate_gradients_equal_plain_autograd_of_one_sequence_at_a_time(
 
 @pytest.mark.parametrize("chunk", [7, 1000])
 @pytest.mark.parametrize("label", LABELS)
-def test_losses_are_those_of_the_hugging_face_model(label: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_language_model_losses_equal_hugging_face(label: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model, "positions_per_chunk", lambda vocab_size, logits_mib: chunk)
     model_type, model, spec = built(label)
     ids = token_ids(rows=5, length=30)
@@ -217,7 +217,7 @@ def test_losses_are_those_of_the_hugging_face_model(label: str, chunk: int, monk
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_blocks_may_be_as_long_as_the_positions(model_type: str) -> None:
+def test_max_sequence_length_runs(model_type: str) -> None:
     model, spec = tiny_model(model_type), spec_for(model_type)
     longest = spec.max_sequence_length(model)
     assert longest == 38 if "roberta" in model_type else 40
@@ -225,7 +225,7 @@ def test_blocks_may_be_as_long_as_the_positions(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_dropout_is_what_makes_two_passes_of_one_text_differ(model_type: str) -> None:
+def test_has_dropout_iff_two_passes_differ(model_type: str) -> None:
     spec = spec_for(model_type)
     off = without_dropout(model_type)
     ids = token_ids()
@@ -240,7 +240,7 @@ def test_dropout_is_what_makes_two_passes_of_one_text_differ(model_type: str) ->
     assert not has_dropout(tiny_model(model_type, **off).config, spec.dropouts)
 
 
-def test_configs_that_a_table_cannot_describe_are_refused() -> None:
+def test_layout_unsupported_config_raises() -> None:
     for changes in ({"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}):
         with pytest.raises(
             ModelError, match=r"qwen3_moe architecture spec does not support models of which only some layers"

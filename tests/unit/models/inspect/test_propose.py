@@ -47,7 +47,7 @@ def owners(spec: ArchitectureSpec, model: PreTrainedModel) -> dict[tuple[Any, ..
 
 
 @pytest.mark.parametrize("model_type", PROPOSED)
-def test_proposal_equals_the_table_written_by_hand(model_type: str) -> None:
+def test_propose_table_equals_registered(model_type: str) -> None:
     model, known = tiny_model(model_type, **VARIANTS.get(model_type, {})), spec_for(model_type)
     proposal = propose_table(model.config, known.objective)
     assert not proposal.problems
@@ -62,7 +62,7 @@ def test_proposal_equals_the_table_written_by_hand(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(OTHERS))
-def test_architecture_without_a_table_is_found_whole(model_type: str) -> None:
+def test_propose_table_unregistered_is_complete(model_type: str) -> None:
     config = other_config(model_type)
     proposal = propose_table(config)
     assert not proposal.problems and not proposal.reasons
@@ -74,7 +74,7 @@ def test_architecture_without_a_table_is_found_whole(model_type: str) -> None:
     }
 
 
-def test_queries_before_a_shared_key_and_value_head() -> None:
+def test_propose_table_multi_query_attention() -> None:
     """Falcon's fused map: the queries of three heads, then one key and one value head that all of them use."""
     config = other_config("falcon")
     found = owners(propose_table(config).spec, skeleton(config, "clm"))
@@ -82,28 +82,28 @@ def test_queries_before_a_shared_key_and_value_head() -> None:
     assert rows == [{head} for head in range(3) for _ in range(8)] + [{0, 1, 2}] * 16
 
 
-def test_query_key_and_value_of_a_head_lie_together() -> None:
+def test_propose_table_interleaved_qkv() -> None:
     config = other_config("bloom")
     found = owners(propose_table(config).spec, skeleton(config, "clm"))
     rows = found["transformer.h.0.self_attention.query_key_value.bias", 0, 0, "head", False]
     assert rows == [{head} for head in range(3) for _ in range(24)]
 
 
-def test_models_without_positions_take_any_length() -> None:
+def test_propose_table_without_positions_has_no_limit() -> None:
     config = other_config("bloom")
     config.max_position_embeddings = None
     del config.max_position_embeddings
     assert propose_table(config).spec.max_sequence_length(skeleton(config, "clm")) > 10**6
 
 
-def test_grouped_heads_share_keys() -> None:
+def test_propose_table_grouped_query_attention() -> None:
     config = other_config("stablelm")
     found = owners(propose_table(config).spec, skeleton(config, "clm"))
     assert found["model.layers.0.self_attn.k_proj.bias", 0, 0, "head", False] == [{0, 1, 2}] * 4 + [{3, 4, 5}] * 4
     assert found["model.layers.0.self_attn.q_proj.bias", 0, 0, "head", False] == [{h} for h in range(6) for _ in "1234"]
 
 
-def test_experts_stay_out_with_the_reason() -> None:
+def test_propose_table_leaves_out_experts_with_reason() -> None:
     proposal = propose_table(tiny_model("mixtral").config)
     assert not proposal.problems
     assert set(proposal.spec.units) == {"head"}
@@ -111,7 +111,7 @@ def test_experts_stay_out_with_the_reason() -> None:
     assert "{base}.layers.{layer}.mlp.experts.down_proj" in proposal.spec.unmasked
 
 
-def test_a_proposal_that_fails_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_model_contradicted_proposal_raises_on_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(ARCHITECTURES, "olmo2")
     table = inspect_model(AutoConfig.for_model("olmo2", **SIZES))
     assert "every feature of it reaches every unit" in table.reasons["self_attn.q_proj"]
@@ -120,7 +120,7 @@ def test_a_proposal_that_fails_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch
         table.check()
 
 
-def test_the_real_models_weights_are_never_made() -> None:
+def test_inspect_model_large_model_needs_no_weights() -> None:
     config = AutoConfig.for_model("stablelm", hidden_size=8192, num_hidden_layers=80, num_attention_heads=64)
     table = inspect_model(config)
     table.check()
@@ -128,12 +128,12 @@ def test_the_real_models_weights_are_never_made() -> None:
     assert "8192x8192" in table.describe()
 
 
-def test_hidden_logits_are_refused() -> None:
+def test_propose_table_scaled_logits_raises() -> None:
     with pytest.raises(ModelError, match="the logits differ from those of lm_head behind the base model"):
         propose_table(AutoConfig.for_model("cohere", **SIZES, logit_scale=0.5))
 
 
-def test_networks_of_another_kind_are_refused() -> None:
+def test_propose_table_unsupported_network_raises() -> None:
     with pytest.raises(ModelError, match="no masked and no causal language model of type 't5'"):
         propose_table(T5Config())
     with pytest.raises(ModelError, match="one list of 2 layers in albert, found none"):
@@ -142,13 +142,13 @@ def test_networks_of_another_kind_are_refused() -> None:
         propose_table(other_config("stablelm"), "mlm")
 
 
-def test_skeleton_that_cannot_be_built_is_an_error() -> None:
+def test_skeleton_bad_config_raises() -> None:
     config = AutoConfig.for_model("stablelm", hidden_size=30, num_attention_heads=4)
     with pytest.raises(ModelError, match="cannot build a model of type 'stablelm'"):
         skeleton(config, "clm")
 
 
-def test_objective_follows_the_architecture() -> None:
+def test_guess_objective_follows_architectures() -> None:
     assert guess_objective(AutoConfig.for_model("bert")) == "mlm"
     assert guess_objective(AutoConfig.for_model("bert", architectures=["BertLMHeadModel"])) == "clm"
     assert guess_objective(AutoConfig.for_model("gpt2")) == "clm"
@@ -165,11 +165,11 @@ def changed_rule(part: str, **changes: Any) -> ArchitectureSpec:
     return replace(known, rules=rules)
 
 
-def test_right_table_has_no_problems(llama: PreTrainedModel) -> None:
+def test_verify_table_right_spec_has_no_problems(llama: PreTrainedModel) -> None:
     assert verify_table(llama, spec_for("llama")) == {}
 
 
-def test_wrong_layout_is_seen() -> None:
+def test_verify_table_wrong_layout_is_reported() -> None:
     """Gate and up projection in one map, read as pairs of neighbors."""
     known = spec_for("phi3")
     rules = tuple(replace(rule, layout="contiguous") if rule.layout == "gate_up" else rule for rule in known.rules)
@@ -179,33 +179,33 @@ def test_wrong_layout_is_seen() -> None:
     assert "gate_up_proj.weight: axis 0 still has a gradient where intermediate 0 of" in problems["intermediate"][0]
 
 
-def test_group_that_is_wrong_is_seen(llama: PreTrainedModel) -> None:
+def test_verify_table_wrong_group_is_reported(llama: PreTrainedModel) -> None:
     problems = verify_table(llama, changed_rule("self_attn.v_proj.weight", group="output", layout="contiguous", axis=1))
     assert any("v_proj.weight: axis 1 still has a gradient" in text for text in problems["output"])
     assert any("v_proj.weight: 8 entries of axis 0 lose their gradient" in text for text in problems["head"])
 
 
-def test_reader_that_is_missing_is_seen(llama: PreTrainedModel) -> None:
+def test_verify_table_missing_consumer_is_reported(llama: PreTrainedModel) -> None:
     known = spec_for("llama")
     rules = tuple(rule for rule in known.rules if not (rule.consumer and rule.group == "intermediate"))
     problems = verify_table(llama, replace(known, rules=rules))
     assert "down_proj.weight: 1 entries of axis 1 lose their gradient" in problems["intermediate"][0]
 
 
-def test_site_that_is_wrong_is_seen(llama: PreTrainedModel) -> None:
+def test_verify_table_wrong_site_is_reported(llama: PreTrainedModel) -> None:
     known = spec_for("llama")
     site = GateSite("head", "{base}.layers.{layer}.self_attn.o_proj", "output")
     problems = verify_table(llama, replace(known, sites=(site, *known.sites[1:])))
     assert "head" in problems
 
 
-def test_table_that_does_not_fit_is_refused(llama: PreTrainedModel) -> None:
+def test_verify_table_misfit_raises(llama: PreTrainedModel) -> None:
     extra = UnitRule("head", "{base}.layers.{layer}.router.weight", 0)
     with pytest.raises(ModelError, match=r"lacks: model.layers.0.router.weight"):
         verify_table(llama, replace(spec_for("llama"), rules=(*spec_for("llama").rules, extra)))
 
 
-def test_registered_table_is_for_its_objective() -> None:
+def test_inspect_model_other_objective_raises() -> None:
     with pytest.raises(ModelError, match="objective: found clm, but the registered table of roberta is for mlm"):
         inspect_model(tiny_model().config, "clm")
     table = inspect_model(tiny_model().config)
@@ -214,6 +214,6 @@ def test_registered_table_is_for_its_objective() -> None:
 
 
 @pytest.mark.parametrize(("model_type", "offset"), [("camembert", "pad_token_id"), ("bert", 0)])
-def test_positions_behind_the_padding_index_are_seen(model_type: str, offset: int | str) -> None:
+def test_find_position_offset_after_padding_index(model_type: str, offset: int | str) -> None:
     table = inspect_model(AutoConfig.for_model(model_type, **SIZES, pad_token_id=3))
     assert table.spec.position_offset == offset
