@@ -73,9 +73,10 @@ def read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
         with path.open("rb") as file, _decompress(path, file) as stream:
             for chunk in _split_after_lines(stream):
                 lines = decode_lines(chunk, num_lines)
-                # The position in the compressed file.
-                last, position = position, file.tell()
-                yield lines, position - last
+                # Of the compressed file, also if the stream is decompressed.
+                last_position = position
+                position = file.tell()
+                yield lines, position - last_position
                 num_lines += len(lines)
     except NotTextError as error:
         raise DataError(f"{path}, {error.strerror}") from None

@@ -119,7 +119,7 @@ def parse_hub_name(name: str) -> HubDataset | None:
     match = HUB_NAME.fullmatch(name)
     if match is None or is_local_path(name):
         return None
-    repo, config, split, revision = match["repo"], match["config"], match["split"], match["revision"]
+    repo, config, split, revision = match.group("repo", "config", "split", "revision")
     # `corpora/train.txt` also matches HUB_NAME; versions such as `owner/web-1.0` end in digits.
     ends_like_file = re.search(r"\.[A-Za-z]\w*$", repo) is not None
     if ends_like_file and config is None and split is None and revision is None:

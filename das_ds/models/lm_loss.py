@@ -97,10 +97,10 @@ class ChunkedLMLoss:
 
     def _active_rows(self, projection: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (V, H) and bias (V,) of the rows that can be predicted."""
-        weight, bias = projection.weight, projection.bias
         if self.num_rows is None:
-            return weight, bias
-        return weight[: self.num_rows], None if bias is None else bias[: self.num_rows]
+            return projection.weight, projection.bias
+        bias = None if projection.bias is None else projection.bias[: self.num_rows]
+        return projection.weight[: self.num_rows], bias
 
     def _checkpointed_loss(self, hidden: torch.Tensor, targets: torch.Tensor, max_positions: int) -> torch.Tensor:
         if max_positions <= self._chunk:

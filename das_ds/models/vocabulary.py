@@ -70,7 +70,9 @@ def reserve_embedding_rows(model: PreTrainedModel, known: int, total: int) -> No
         weight = parameters[name].data
         grown = torch.cat((weight, weight.new_empty(num_rows - len(weight), *weight.shape[1:])))
         parameters[name].data = mean_init_rows(grown, known, total)
-    embedding.num_embeddings = head.out_features = model.config.get_text_config().vocab_size = num_rows
+    embedding.num_embeddings = num_rows
+    head.out_features = num_rows
+    model.config.get_text_config().vocab_size = num_rows
 
 
 @contextmanager

@@ -170,6 +170,7 @@ class StoredWeights:
         for key in sorted(self._files.path_by_tensor, key=dot_natural_key):
             name, pattern = self._rename(key, renamings, converters)
             if name not in self._expected and key in self._expected:
+                # A rule for old names matched a name that is already current.
                 name, pattern = self._rename(key, [], [])
             if name not in self._expected:
                 self.surplus.append(key)
@@ -182,9 +183,10 @@ class StoredWeights:
                 )
             else:
                 self._sources[name] = _WeightSource((key,))
-        for first, parts in collected.items():
-            converter = by_pattern[parts[0][1]]
-            keys, patterns = zip(*parts, strict=True)
+        # All stored tensors of a converter are known only now; it builds one or several weights from them.
+        for first, pairs in collected.items():
+            converter = by_pattern[pairs[0][1]]
+            keys, patterns = zip(*pairs, strict=True)
             for target in converter.target_patterns:
                 name = first.replace(converter.target_patterns[0], target)
                 self._sources[name] = _WeightSource(keys, converter, patterns, first)

@@ -1,6 +1,6 @@
-"""DeBERTa v2 and v3: BERT's layers, attention to relative positions, and two forms of LM head.
+"""DeBERTa v2 and v3: BERT's layers, attention to relative positions, and two kinds of LM head.
 
-Where queries and keys of relative positions have maps of their own, a head owns its rows of them too.
+If relative positions have separate query and key projections, a head owns its rows of those too.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""DistilBERT: BERT's layers under other names, and an LM head whose parts lie in the model itself."""
+"""DistilBERT: BERT's layers under other names, and an LM head whose modules are attributes of the model."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite

@@ -1,4 +1,4 @@
-"""GPT-2: fused queries, keys and values, and matrices stored as (inputs, outputs), so that outputs are columns."""
+"""GPT-2: fused query, key and value projection; weights stored as (inputs, outputs), so that outputs are columns."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: each head's query, key and value rows lie one after the other in one matrix."""
+"""GPT-NeoX and Pythia: one matrix holds the query, key and value rows of each head, head by head."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite

@@ -1,10 +1,10 @@
-"""Llama and its relatives: separate maps, grouped-query attention, gated MLPs.
+"""Llama and its relatives: separate projections, grouped-query attention, gated MLPs.
 
-They differ in biases, which the rules take where they are, and in normalization layers:
+They differ in biases, whose rules are optional, and in norms:
 
-* those of a head's queries and keys (Qwen3, Gemma 3) are shared by all heads and stay unmasked; those of OLMo 2 have an
-  entry for each row of W_q and W_k, which scales that row alone and belongs to its head;
-* one behind the MLP (OLMo 2, Gemma 2 and 3) has an entry for each output unit, which reads that unit alone.
+* Norms over a head's queries and keys (Qwen3, Gemma 3) are shared by all heads and stay unmasked; those of OLMo 2 have
+  one entry per row of W_q and W_k, which scales only that row and belongs to its head.
+* A norm behind the MLP (OLMo 2, Gemma 2 and 3) has one entry per output unit, which reads only that unit.
 """
 
 from dataclasses import replace

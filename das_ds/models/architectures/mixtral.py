@@ -1,7 +1,7 @@
-"""Mixtral and Qwen3-MoE: Llama's attention and experts, each of which has intermediate units of its own.
+"""Mixtral and Qwen3-MoE: Llama's attention, and experts with separate intermediate units.
 
-Output units are the outputs of all experts together, so that row o of every expert's down projection belongs to unit o.
-The router belongs to no unit: it chooses between units.
+Output units are shared by all experts: row o of every expert's down projection belongs to unit o. The router belongs to
+no unit, because it chooses between units.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ EXPERTS = f"{LAYER}.mlp.experts"
 
 
 def has_dense_layers(config: Any) -> str | None:
-    """Layers with an ordinary MLP have another number of intermediate units."""
+    """Layers with a dense MLP have another number of intermediate units, which one spec cannot describe."""
     if config.mlp_only_layers or config.decoder_sparse_step != 1:
         return (
             "models of which only some layers have experts: found "

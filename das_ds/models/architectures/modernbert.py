@@ -1,4 +1,4 @@
-"""ModernBERT: fused queries, keys and values, and a gated MLP with both its maps in one matrix."""
+"""ModernBERT: fused query, key and value projection, and a gated MLP with fused gate and up projection."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite

@@ -1,6 +1,6 @@
-"""OPT: a decoder with BERT's plain layers.
+"""OPT: a decoder with plain layers like BERT's.
 
-Its position embedding has two rows more than `max_position_embeddings` says, so that no position is lost.
+Its position embedding has two more rows than `max_position_embeddings`, so that tokens can use all of these positions.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ LAYER = "{base}.decoder.layers.{layer}"
 
 
 def skips_layers(config: Any) -> str | None:
-    """Layer dropout: skipped layers would differ between ranks, which then wait for each other in vain."""
+    """Layer dropout would skip different layers on different ranks, whose collectives would then not match."""
     return f"layerdrop: found {config.layerdrop}, allowed: 0" if config.layerdrop else None
 
 

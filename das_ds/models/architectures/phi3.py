@@ -1,4 +1,4 @@
-"""Phi-3: Llama with queries, keys and values in one matrix, and gate and up projection in another."""
+"""Phi-3: Llama with fused query, key and value projection, and fused gate and up projection."""
 
 from dataclasses import replace
 
@@ -15,6 +15,6 @@ PHI3 = replace(
         UnitRule(INTERMEDIATE, f"{LAYER}.mlp.down_proj.weight", axis=1, consumer=True),
         UnitRule(OUTPUT, f"{LAYER}.mlp.down_proj.weight", axis=0),
     ),
-    # The config has a dropout of embeddings, which the network does not use.
+    # The config also has `embd_pdrop`, which the network does not use.
     dropouts=("attention_dropout", "resid_pdrop"),
 )

@@ -89,13 +89,15 @@ def test_blocks_index_select_item_and_pickle_agree(tmp_path: Path, data: DataCon
         valid[len(valid)]
 
 
-def token_blocks(tmp_path: Path, lengths: list[int], sequence_length: int, *, isolate: bool = True) -> TokenBlocks:
+def token_blocks(
+    tmp_path: Path, lengths: list[int], sequence_length: int, *, document_mask: bool = True
+) -> TokenBlocks:
     """Blocks of documents of the given lengths; document d holds nothing but token d."""
     tokens = np.repeat(np.arange(len(lengths)), lengths)
     token_file = TokenFile(tmp_path / "tokens.bin", "<u2", len(tokens), len(lengths))
     tokens.astype("<u2").tofile(token_file.path)
     (np.cumsum(lengths) - lengths).astype("<u8").tofile(token_file.starts_path)
-    return TokenBlocks(token_file, sequence_length, document_mask=isolate)
+    return TokenBlocks(token_file, sequence_length, document_mask=document_mask)
 
 
 def positions_by_hand(row: list[int]) -> list[int]:
@@ -136,15 +138,15 @@ def test_positions_of_splits_and_pickles(tmp_path: Path) -> None:
 
 
 def test_positions_without_document_mask_are_none(tmp_path: Path) -> None:
-    blocks = token_blocks(tmp_path, [5, 11], 8, isolate=False)
+    blocks = token_blocks(tmp_path, [5, 11], 8, document_mask=False)
     assert blocks.positions([0, 1]) is None
     assert all(part.positions([0]) is None for part in (*blocks.split(1), pickle.loads(pickle.dumps(blocks))))
 
 
 def test_prepare_corpus_causal_ends_documents(tmp_path: Path, data: DataConfig) -> None:
     tokenizer = tiny_tokenizer()
-    isolating = data.model_copy(update={"document_mask": True})
-    blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), isolating, tokenizer, objective="clm", progress=False).valid
+    masked = data.model_copy(update={"document_mask": True})
+    blocks = prepare_corpus(corpus(tmp_path, valid=TEXT), masked, tokenizer, objective="clm", progress=False).valid
     # This tokenizer begins every document with <s> and ends it with </s>, which is not doubled.
     assert rows(blocks) == brute_force_blocks()
     positions = blocks.positions(range(len(blocks)))

@@ -41,7 +41,7 @@ def documents(tmp_path: Path) -> TokenBlocks:
 def steps(
     blocks: TokenBlocks,
     *,
-    objective: Collator = MASKER,
+    collator: Collator = MASKER,
     rank: int = 0,
     world_size: int = 1,
     micro_batch_size: int = 4,
@@ -51,7 +51,7 @@ def steps(
 ) -> list[list[Batch]]:
     return list(
         training_steps(
-            SingleDomain(SampleDataset(blocks, objective, seed, "train/soup"), GLOBAL_BATCH),
+            SingleDomain(SampleDataset(blocks, collator, seed, "train/soup"), GLOBAL_BATCH),
             first_step=first_step,
             num_steps=7,
             global_batch_size=GLOBAL_BATCH,
@@ -66,7 +66,7 @@ def steps(
 def evaluation(
     blocks: TokenBlocks,
     *,
-    objective: Collator = MASKER,
+    collator: Collator = MASKER,
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 4,
@@ -75,7 +75,7 @@ def evaluation(
 ) -> EvaluationBatches:
     return evaluation_batches(
         blocks,
-        objective,
+        collator,
         seed=0,
         stream="evaluation/soup",
         batch_size=batch_size,
@@ -264,7 +264,7 @@ def test_training_steps_causal_independent_of_ranks(documents: TokenBlocks, worl
     def of(rank: int, ranks: int) -> list[list[Batch]]:
         return steps(
             documents,
-            objective=CausalLMCollator(),
+            collator=CausalLMCollator(),
             rank=rank,
             world_size=ranks,
             micro_batch_size=GLOBAL_BATCH // 2 // ranks,
@@ -280,8 +280,8 @@ def test_training_steps_causal_independent_of_ranks(documents: TokenBlocks, worl
 @pytest.mark.parametrize("first_step", [1, 4])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_training_steps_causal_resumed_with_workers(documents: TokenBlocks, first_step: int, num_workers: int) -> None:
-    tail = steps(documents, objective=CausalLMCollator())[first_step:]
-    resumed = steps(documents, objective=CausalLMCollator(), first_step=first_step, num_workers=num_workers)
+    tail = steps(documents, collator=CausalLMCollator())[first_step:]
+    resumed = steps(documents, collator=CausalLMCollator(), first_step=first_step, num_workers=num_workers)
     for left, right in zip(resumed, tail, strict=True):
         for one, other in zip(left, right, strict=True):
             assert_same(one, other)
@@ -293,7 +293,7 @@ def test_evaluation_batches_causal_predict_within_documents(documents: TokenBloc
         row
         for rank in range(world_size)
         for row in causal_predictions(
-            list(evaluation(documents, objective=CausalLMCollator(), rank=rank, world_size=world_size))
+            list(evaluation(documents, collator=CausalLMCollator(), rank=rank, world_size=world_size))
         )
     ]
     positions = documents.positions(range(len(documents)))

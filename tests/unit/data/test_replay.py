@@ -90,10 +90,10 @@ def load(
     micro_batch_size: int = 4,
     rank: int = 0,
     world_size: int = 1,
-    objectives: dict[str, Collator] | None = None,
+    collators: dict[str, Collator] | None = None,
     **options: Any,
 ) -> list[list[Batch]]:
-    made = objectives or MASKERS
+    made = collators or MASKERS
     sources = tuple((corpora[name], made[name]) for name in ("food", "news"))
     samples = SampleDataset(corpora["papers"], made["papers"], 0, "train/papers")
     return list(
@@ -165,8 +165,8 @@ def test_replay_resumed_with_workers(corpora: dict[str, TokenBlocks], first_step
 
 
 def test_replay_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
-    objectives: dict[str, Collator] = dict.fromkeys(NUM_BLOCKS, CausalLMCollator())
-    for step in load(corpora, num_replayed=3, objectives=objectives):
+    collators: dict[str, Collator] = dict.fromkeys(NUM_BLOCKS, CausalLMCollator())
+    for step in load(corpora, num_replayed=3, collators=collators):
         for batch in step:
             assert batch.corrupted_ids.equal(batch.input_ids)
             for row in rows_of(batch):
