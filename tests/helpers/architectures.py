@@ -1,4 +1,4 @@
-"""Steps of das and importance passes on every architecture, to compare numbers of ranks and ZeRO stages."""
+"""Training steps and importance measurement of every architecture, compared across ranks and ZeRO stages."""
 
 from __future__ import annotations
 

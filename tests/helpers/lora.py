@@ -1,4 +1,4 @@
-"""Networks with adapters of random A and B, and the same written out without peft."""
+"""Networks with random adapters, and the same networks written without peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token losses in chunks inside the product's engine on real ranks."""
+"""Chunked LM loss inside the product's engine on real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Six unlike architectures, whose modules ZeRO-3 gathers in different ways, on two ranks against one."""
+"""Six different architectures on two ranks at ZeRO 3, compared with one rank."""
 
 from __future__ import annotations
 

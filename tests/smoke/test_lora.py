@@ -1,4 +1,4 @@
-"""LoRA inside the engine at ZeRO 3 on two ranks, as written out without peft."""
+"""LoRA at ZeRO 3 on two ranks, compared with the same network written without peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token losses in chunks under ZeRO, where ranks predict different numbers of positions, against plain autograd."""
+"""Chunked LM loss under ZeRO, with different numbers of positions per rank, compared with plain autograd."""
 
 from __future__ import annotations
 

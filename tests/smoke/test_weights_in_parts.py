@@ -1,4 +1,4 @@
-"""However weights are stored, ZeRO-3 reads what the other stages read, and refuses what they refuse."""
+"""Stored weights at ZeRO 3: read and refused as at the other stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names on the hub: one question, one line, and what the cache holds where there is no answer."""
+"""Hub names: resolved with one question, reported in one line, served from the cache without an answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths and files that users name: expansion, and every kind of file that is not what it has to be."""
+"""Paths and files named by the user: expansion, and every kind of unusable file."""
 
 from __future__ import annotations
 

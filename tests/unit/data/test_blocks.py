@@ -1,4 +1,4 @@
-"""Blocks: slices of the brute-force concatenation, held-out part, errors of corpora that are too small."""
+"""Blocks: slices of the concatenated tokens, held-out blocks, corpora that are too small."""
 
 import pickle
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_blocks_index_select_item_and_pickle_agree(tmp_path: Path, data: DataCon
 def token_blocks(
     tmp_path: Path, lengths: list[int], sequence_length: int, *, document_mask: bool = True
 ) -> TokenBlocks:
-    """Blocks of documents of the given lengths; document d holds nothing but token d."""
+    """Blocks of documents of the given lengths; all tokens of document d are d."""
     tokens = np.repeat(np.arange(len(lengths)), lengths)
     token_file = TokenFile(tmp_path / "tokens.bin", "<u2", len(tokens), len(lengths))
     tokens.astype("<u2").tofile(token_file.path)

@@ -1,4 +1,4 @@
-"""Next tokens: equal to a loop and to the library's own loss; borders of documents; rows that only fill."""
+"""Causal collator: equal to a loop and to transformers' loss; document boundaries, padding rows."""
 
 from dataclasses import fields
 
@@ -90,7 +90,7 @@ def test_batch_to_moves_position_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = add_document_positions(next_tokens(random_ids(2, 8)), position_ids)
     moved = batch.to("meta")
     assert {getattr(moved, f.name).device.type for f in fields(moved)} == {"meta"}
-    # Page-locked memory needs an accelerator; what matters is that every tensor is asked for it.
+    # Page-locked memory needs an accelerator; the test checks that every tensor is asked for it.
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 1)
     for pinned, plain in ((batch.pin_memory(), batch), (next_tokens(random_ids(2, 8)).pin_memory(), None)):
         assert plain is None or all(

@@ -1,4 +1,4 @@
-"""SampleStream documents: every format gives the same documents, every fault its own message."""
+"""Corpus readers: every format gives the same documents, every fault has its message."""
 
 import gzip
 import json

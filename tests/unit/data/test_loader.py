@@ -1,4 +1,4 @@
-"""Loading: the joined batch of a micro-step is the same for every number of ranks, and position is the step alone."""
+"""Data loader: global batches do not depend on ranks or workers; resuming needs only the step."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +21,7 @@ MASKER = MLMCollator(mask_id=4, special_ids=(0, 1, 2, 3, 4), vocab_size=300, pro
 
 @pytest.fixture
 def blocks(tmp_path: Path) -> TokenBlocks:
-    """Block i holds nothing but token 5 + i, so that a row tells which block it is."""
+    """All tokens of block i are 5 + i, so that rows identify their block."""
     path = tmp_path / "tokens.bin"
     np.repeat(np.arange(5, 5 + NUM_BLOCKS), LENGTH).astype("<u2").tofile(path)
     return TokenBlocks(TokenFile(path, "<u2", NUM_BLOCKS * LENGTH, 1), LENGTH)
@@ -29,7 +29,7 @@ def blocks(tmp_path: Path) -> TokenBlocks:
 
 @pytest.fixture
 def documents(tmp_path: Path) -> TokenBlocks:
-    """Blocks of documents of 1 to 50 tokens, kept apart."""
+    """Blocks of documents of 1 to 50 tokens, with document mask."""
     lengths = np.random.default_rng(0).integers(1, 50, 60)
     tokens = np.random.default_rng(1).integers(5, 300, lengths.sum())
     token_file = TokenFile(tmp_path / "tokens.bin", "<u2", len(tokens), len(lengths))

@@ -1,4 +1,4 @@
-"""A pool: equal shares in every stretch of rows, the same for every split, and what a sequence would read, no more."""
+"""Mixed domains: balanced, independent of the number of ranks, with the samples of single domains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MASKER = MLMCollator(4, (0, 1, 2, 3, 4), 300, 0.3)
 NUM_STEPS = STEPS_PER_DOMAIN * len(NUM_BLOCKS)
 
 Row = tuple[str, int, tuple[int, ...]]
-"""Corpus, token of its block, what the model sees."""
+"""Corpus, token of its block, input of the model."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Corrupted batches: shares of the three treatments, determinism, special tokens, rows that only fill."""
+"""MLM collator: fractions of the three treatments, determinism, special tokens, padding rows."""
 
 from dataclasses import fields
 

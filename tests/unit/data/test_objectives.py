@@ -1,4 +1,4 @@
-"""Objectives by name, and what each refuses."""
+"""Collators by objective, and the settings that each refuses."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Replay: an exact share of every global batch, the same rows for every split of the work, each made as alone."""
+"""Replay: an exact fraction of every global batch, independent of ranks; rows equal those of single corpora."""
 
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ from das_ds.functional.sampling import replay_number
 LENGTH, NUM_STEPS, FIRST_TOKEN = 16, 6, 5
 SPECIAL = (0, 1, 2, 3, 4)
 NUM_BLOCKS = {"papers": 30, "food": 3, "news": 50}
-"""The domain, then what is replayed."""
+"""The domain, then the replayed corpora."""
 TOKEN = {"papers": 5, "food": 100, "news": 200}
 """Block i of a corpus holds nothing but its token + i."""
 MASKERS = {name: MLMCollator(4, SPECIAL, vocab, 0.3) for name, vocab in (("papers", 400), ("food", 300), ("news", 350))}
@@ -57,7 +57,7 @@ def corpora(tmp_path: Path) -> dict[str, TokenBlocks]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch, in terms of the row alone."""
+    """One row of a batch, with positions relative to the row."""
 
     token: int
     corrupted: tuple[int, ...]

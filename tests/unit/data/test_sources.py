@@ -1,4 +1,4 @@
-"""Names of text: which are files and which are hub datasets, and what is wrong with the others."""
+"""Text sources: files, globs and hub datasets, and errors of everything else."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Token files: equal to a brute-force concatenation, found again only for the same content and settings."""
+"""Token files: equal to the concatenated output of the tokenizer, cached by content and settings."""
 
 import errno
 import json

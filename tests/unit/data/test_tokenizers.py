@@ -1,4 +1,4 @@
-"""Tokens that domains add: which tokenizer reads which corpus, and what a user sees when a list is wrong."""
+"""Added tokens: the tokenizer of each corpus, and errors of token lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classifiers over exported models: what is kept, what is new, and folders that hold no model."""
+"""Classifiers on exported models: loaded weights, new head and markers, unusable folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning one job: toy tasks are learned, a seed gives the same twice, the best epoch is the one scored."""
+"""Fine-tuning: toy tasks are learned, results are deterministic by seed, the best epoch is scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a classifier against fractions counted by hand, and which epoch early stopping takes."""
+"""Metrics of a classifier and early stopping, compared with values computed by hand."""
 
 from __future__ import annotations
 

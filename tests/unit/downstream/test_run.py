@@ -1,4 +1,4 @@
-"""Tasks x seeds of a run's model: one command, what is done is not done again, mistakes are one line."""
+"""The finetune command: all tasks and seeds, finished jobs are skipped, mistakes are one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""end_tasks.json: what it adds up, how it grows, and every way in which it does not fit."""
+"""end_tasks.json: summaries over seeds, growth, and files that do not match."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of end tasks: what is read, and every way in which they can be wrong."""
+"""Files of end tasks: rows, labels, and every malformed input."""
 
 from __future__ import annotations
 

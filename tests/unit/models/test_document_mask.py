@@ -1,4 +1,4 @@
-"""Which architectures keep documents apart, on small models of the real classes (docs/methods/objectives.md)."""
+"""Document masks of small models of the real classes (docs/methods/objectives.md)."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_document_mask_without_position_ids_is_absent(model_type: str, attention
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_check_document_mask_ignored_by_architecture_raises(attention: str) -> None:
     model = tiny_decoder("opt", attention)
-    message = rf"data.document_mask: found true, but opt with {attention} attention lets .*; expected false, another model"
+    message = rf"data.document_mask: found true, but opt with {attention} attention lets .*; expected false, another"
     with pytest.raises(ConfigError, match=message):
         check_document_mask(
             lambda ids, positions: hidden_states(model, ids, positions), model_type="opt", attention=attention

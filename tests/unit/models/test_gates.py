@@ -1,4 +1,4 @@
-"""Gates against the written-out network, plain autograd and one sequence at a time."""
+"""Unit gates, compared with an explicit network and with autograd per sequence."""
 
 from __future__ import annotations
 

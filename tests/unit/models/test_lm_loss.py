@@ -1,4 +1,4 @@
-"""Token losses in chunks against all logits at once in float64, and what they keep in memory."""
+"""Chunked LM loss, compared with the unchunked loss in float64, and its memory."""
 
 from __future__ import annotations
 

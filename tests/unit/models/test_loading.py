@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, and what a user sees when that fails."""
+"""Loading models and tokenizers, and the errors of failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: units own the right slices by brute force, merging and files agree with peft, and what users see."""
+"""LoRA: owners by brute force, merging and files compared with peft, error messages."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tokens() -> torch.Tensor:
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2"])
 def test_adapt_layout_closed_unit_has_no_gradient(model_type: str, group: str, tmp_path: Path) -> None:
-    """As for whole weights: with one unit's gate at zero, exactly what it owns or is read by cannot matter."""
+    """With the gate of a unit at zero, exactly the entries that it owns or that read it have no gradient."""
     model, spec = network(model_type)
     whole = spec.layout(model)
     lora, _ = adapted(model, spec, LoraConfig(rank=RANK), tmp_path)

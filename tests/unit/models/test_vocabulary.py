@@ -1,4 +1,4 @@
-"""Rows of new tokens: the mean of the known, in every parameter of the vocabulary and nowhere else."""
+"""Reserved rows: the mean of the known rows, in every parameter with one row per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored weights are read as transformers reads them, or refused in one line; nothing in between."""
+"""Stored weights: read as by transformers, or refused with a one-line error."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_print_weights_summary_is_one_line(tmp_path: Path, capfd: pytest.Capture
     rewritten(tmp_path, {**body, "bert.pooler.dense.bias": torch.ones(24).half()})
     capfd.readouterr()
     model, _ = load_model(ModelConfig(name_or_path=str(tmp_path), allow_missing=["lm_head"]), seed=0, vocab_size=100)
-    # The report of transformers, and its bar, are not shown beside it.
+    # Without the report and progress bar of transformers.
     assert capfd.readouterr() == ("", "")
     print_weights_summary(model)
     expected = (

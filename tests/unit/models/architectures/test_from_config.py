@@ -1,4 +1,4 @@
-"""A user's own table: from the config, through YAML, into training, and every mistake in it."""
+"""Custom architecture specs: from YAML to training, and every mistake in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architecture tables are clear when they do not fit; that they are right is shown in `test_architectures.py`."""
+"""Errors of architecture specs that do not fit; `test_tables.py` tests that the registered ones are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every architecture's table, proved on a tiny random model of the real class."""
+"""Every registered architecture spec, verified on a tiny random model of the real class."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from helpers.tiny_models import random_importance, tiny_model, without_dropout
 
 pytestmark = pytest.mark.matrix
 
-# (label, model type, changes of its tiny config): what a switch of the config changes in the table is proved too.
+# (label, model type, changes of its tiny config): config switches that change the spec are tested too.
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     *((model_type, model_type, {}) for model_type in ARCHITECTURES),
     ("deberta-v2 own position maps", "deberta-v2", {"share_att_key": False}),

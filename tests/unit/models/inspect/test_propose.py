@@ -1,4 +1,4 @@
-"""Proposed tables against those written by hand, and verification against tables that are wrong on purpose."""
+"""Proposed specs compared with registered ones, and verification of specs that are wrong on purpose."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from das_ds.models.inspect.structure import guess_objective
 from das_ds.models.inspect.verify import verify_table
 from helpers.tiny_models import SIZES, tiny_model
 
-# Left out: experts are no linear maps, and a norm over all heads' queries leaves no query to one head alone.
+# Left out: experts are not linear layers, and a norm over the queries of all heads mixes the heads.
 PROPOSED = sorted(set(ARCHITECTURES) - {"mixtral", "qwen3_moe", "olmo2"})
 # Maps that serve words and relative positions at once are not discovered.
 VARIANTS: dict[str, dict[str, Any]] = {"deberta-v2": {"share_att_key": False}}
