@@ -12,8 +12,8 @@ from transformers import AutoModelForMaskedLM
 
 from das_ds.methods import METHODS
 from helpers.lora_checks import (
-    check_adapters_after_five_steps_equal_the_written_out_network,
-    check_bf16_keeps_what_full_units_own_still,
+    check_adapters_equal_explicit_network,
+    check_bf16_protected_units_do_not_move,
 )
 from helpers.run_ranks import run_ranks
 from helpers.runs import (
@@ -34,11 +34,11 @@ LINEAR_WEIGHTS = ("query.weight", "key.weight", "value.weight", "dense.weight")
 
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (2, 1), (2, 2)])
 def test_adapters_after_five_steps_equal_the_written_out_network(stage: int, world_size: int, tmp_path: Path) -> None:
-    check_adapters_after_five_steps_equal_the_written_out_network(stage, world_size, tmp_path)
+    check_adapters_equal_explicit_network(stage, world_size, tmp_path)
 
 
 def test_bf16_at_stage_0_keeps_what_full_units_own_still(tmp_path: Path) -> None:
-    check_bf16_keeps_what_full_units_own_still(0, tmp_path)
+    check_bf16_protected_units_do_not_move(0, tmp_path)
 
 
 def lora_run(folder: Path, name: str, **changes: Any) -> dict[str, Any]:

@@ -70,11 +70,15 @@ def to_dense(model: PreTrainedModel, lora: Lora, weights: dict[str, Tensor]) -> 
     return model
 
 
-def written_out_scales(
-    weights: dict[str, Tensor], importance: dict[str, Tensor], *, readers: bool = False, shared_scale: float = 1.0
+def explicit_scales(
+    weights: dict[str, Tensor],
+    importance: dict[str, Tensor],
+    *,
+    include_consumers: bool = False,
+    unowned_update_scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """1 - I of every element of A and B of a network of the BERT kind."""
-    scales = {name: torch.full_like(values, shared_scale) for name, values in weights.items()}
+    scales = {name: torch.full_like(values, unowned_update_scale) for name, values in weights.items()}
     num_layers, num_heads = importance["head"].shape
 
     def rows(name: str, unit_importance: Tensor) -> None:
@@ -86,16 +90,16 @@ def written_out_scales(
         values[:] = (1 - unit_importance)[None, :]
 
     for layer in range(num_layers):
-        place = f"roberta.encoder.layer.{layer}"
+        prefix = f"roberta.encoder.layer.{layer}"
         width = len(importance["output"][layer]) // num_heads
         head = importance["head"][layer].repeat_interleave(width)
         for kind in ("query", "key", "value"):
-            rows(f"{place}.attention.self.{kind}", head)
-        columns(f"{place}.attention.output.dense", head)
-        rows(f"{place}.intermediate.dense", importance["intermediate"][layer])
-        rows(f"{place}.output.dense", importance["output"][layer])
-        if readers:
-            columns(f"{place}.output.dense", importance["intermediate"][layer])
+            rows(f"{prefix}.attention.self.{kind}", head)
+        columns(f"{prefix}.attention.output.dense", head)
+        rows(f"{prefix}.intermediate.dense", importance["intermediate"][layer])
+        rows(f"{prefix}.output.dense", importance["output"][layer])
+        if include_consumers:
+            columns(f"{prefix}.output.dense", importance["intermediate"][layer])
     return scales
 
 

@@ -13,7 +13,7 @@ from das_ds.config import LoraConfig, RunConfig
 from das_ds.models.architectures.registry import spec_for
 from das_ds.models.lora import Lora
 from das_ds.softmask.importance_file import save_unit_importance
-from helpers.lora import adapted, random_weights, to_dense, to_double, written_out_scales
+from helpers.lora import adapted, explicit_scales, random_weights, to_dense, to_double
 from helpers.parity import ACCUMULATION, EPS, NUM_STEPS, ROWS, SETTINGS, relative_difference, steps
 from helpers.reference import reference_train
 from helpers.run_ranks import run_ranks
@@ -38,7 +38,7 @@ def reference(setting: int) -> Any:
         apply_to=SETTINGS[setting]["apply_to"],  # type: ignore[arg-type]
         eps=EPS,
         max_grad_norm=0.5,
-        scales=to_double(written_out_scales(weights, importance, **softmask)),  # type: ignore[arg-type]
+        scales=to_double(explicit_scales(weights, importance, **softmask)),  # type: ignore[arg-type]
         dtype=torch.float64,
     )
 
@@ -65,7 +65,7 @@ def configs(folder: Path, world_size: int, stage: int, precision: str = "fp32") 
     ]
 
 
-def check_adapters_after_five_steps_equal_the_written_out_network(stage: int, world_size: int, folder: Path) -> None:
+def check_adapters_equal_explicit_network(stage: int, world_size: int, folder: Path) -> None:
     results = run_ranks(train_all, world_size, configs(folder, world_size, stage), steps(), NO_DROPOUT)
     for setting, (weights, lines) in enumerate(results[0]):
         expected = reference(setting)
@@ -75,7 +75,7 @@ def check_adapters_after_five_steps_equal_the_written_out_network(stage: int, wo
         assert [line["grad_norm"] for line in lines] == pytest.approx(expected.grad_norms, rel=1e-4)
 
 
-def check_bf16_keeps_what_full_units_own_still(stage: int, folder: Path) -> None:
+def check_bf16_protected_units_do_not_move(stage: int, folder: Path) -> None:
     (update, *_) = run_ranks(train_all, 2, configs(folder, 2, stage, "bf16")[:1], steps(), NO_DROPOUT)[0]
     weights, lines = update
     assert [line["loss/mlm"] for line in lines] == pytest.approx(reference(0).mlm_losses, rel=0.03)
