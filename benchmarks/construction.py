@@ -1,6 +1,6 @@
-"""Peak host memory per rank while a model is built and sharded at ZeRO-3: whole on every rank, or born in shards.
+"""Peak host memory per rank while a model is built at ZeRO-3: complete on every rank, or initialized sharded.
 
-Every measurement is a fresh start of two processes; the baseline is what importing the packages takes.
+Every measurement starts two new processes; the baseline is the memory after importing the packages.
 
 Run: `python -m benchmarks.construction`
 """
@@ -30,16 +30,16 @@ MODEL = {
     "max_position_embeddings": 514,
 }
 MIB = 2**20
-# glibc gives large blocks back to the system at once, from 32 MiB on in any case. The matrices of this model are
-# smaller than those of the models that matter; without this the holes between them would be measured.
+# glibc returns large blocks to the system immediately, at the latest from 32 MiB on. The matrices of this model are
+# smaller than those of real models; without this setting, the holes between them would be measured.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 
 
 def main() -> None:
     """Measure and write the table."""
-    rows, size = [], 0.0
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        size = _save_model(Path(folder))
+        model_mib = _save_model(Path(folder))
         for source in ("random", "pretrained"):
             for way in ("nothing", "whole", "shards", "whole, engine", "shards, engine"):
                 peaks = _measure(way, source, folder)
@@ -49,7 +49,7 @@ def main() -> None:
         row["of which model MiB"] = row["peak MiB per rank"] - baseline["peak MiB per rank"]
     settings = {
         "model": MODEL,
-        "model_mib": round(size),
+        "model_mib": round(model_mib),
         "num_ranks": NUM_RANKS,
         "precision": "bf16",
         "zero_stage": 3,
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _save_model(folder: Path) -> float:
-    """Writes the weights; returns their size in MiB."""
+    """Write the weights and return their size in MiB."""
     model = _load("random", str(folder), None)
     model.save_pretrained(folder, max_shard_size="100MB")
     return sum(parameter.numel() * 4 for parameter in model.parameters()) / MIB
@@ -75,9 +75,9 @@ def _measure(way: str, source: str, folder: str) -> list[int]:
         "--no-python",
     ]
     command = [*launcher, sys.executable, "-m", "benchmarks.construction", way, source, folder]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
-    if done.returncode:
-        raise RuntimeError(f"{way}, {source}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
+    if process.returncode:
+        raise RuntimeError(f"{way}, {source}: exit code {process.returncode}\n{process.stderr[-2000:]}")
     return json.loads((Path(folder) / "peaks.json").read_text())
 
 
@@ -103,7 +103,7 @@ def _rank(way: str, source: str, folder: str) -> None:
     train = {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": NUM_RANKS}
     config = run_config(MODEL, train, {"name": "ncl"}, sequence_length=128, zero_stage=3)
     engine_config = build_engine_config(config, NUM_RANKS)
-    _tiny_model_to_import_everything()
+    _build_tiny_model()
     if way != "nothing":
         construction = sharded_init(engine_config, ranks) if way.startswith("shards") else None
         model = _load(source, folder, construction)
@@ -117,7 +117,8 @@ def _rank(way: str, source: str, folder: str) -> None:
     ranks.barrier()
 
 
-def _tiny_model_to_import_everything() -> None:
+def _build_tiny_model() -> None:
+    """Import everything that building a model imports, so that it counts in the baseline."""
     from transformers import RobertaConfig, RobertaForMaskedLM
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}

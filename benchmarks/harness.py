@@ -1,4 +1,4 @@
-"""The package's own way to an optimizer step, from a run config to a method over a DeepSpeed engine, without text."""
+"""Benchmark harness: builds a method over a DeepSpeed engine from a run config, as das_ds does, without text."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from das_ds.softmask.importance_file import save_unit_importance
 def run_config(
     model: dict[str, Any], train: dict[str, Any], method: dict[str, Any], *, sequence_length: int, zero_stage: int
 ) -> RunConfig:
-    """A run over a network with random weights, whose text is never read and which writes nothing.
+    """Config of a run with random weights that reads no text and writes nothing.
 
     Args:
-        model: Hugging Face config values, `vocab_size` among them; a RoBERTa where they name no `model_type`.
-        train, method: values of these sections; no gradient is clipped and the learning rate is constant.
+        model: Hugging Face config values including `vocab_size`; a RoBERTa unless they name a `model_type`.
+        train, method: values of these sections; by default gradients are not clipped and the learning rate is constant.
     """
     values: dict[str, Any] = {
         "output_dir": "unused",
@@ -44,19 +44,19 @@ def run_config(
 
 
 def build_model(config: RunConfig) -> Any:
-    """The run's network, as the package builds it."""
+    """The run's model, built as das_ds does."""
     assert config.model.config is not None, "benchmarks use random weights"
     model, _ = load_model(config.model, seed=config.seed, vocab_size=config.model.config["vocab_size"])
     return model
 
 
 def build_method(config: RunConfig, ranks: ProcessGroup, domain: DomainContext | None = None) -> Method:
-    """The run's method over an engine, ready for the first step of a domain.
+    """The run's method with its engine, ready for the first step of a domain.
 
     Args:
         config: of the run.
         ranks: the process group.
-        domain: with a sample to measure general knowledge on; None: a method that measures it reads it from a file.
+        domain: with a sample to measure general knowledge on; None: importance is read from a file instead.
     """
     model = build_model(config)
     spec = spec_for(model.config.model_type)
@@ -64,8 +64,8 @@ def build_method(config: RunConfig, ranks: ProcessGroup, domain: DomainContext |
     method = methods.build_method(build_context(config, model, spec, engine_config, ranks))
     with TemporaryDirectory() as folder:
         if domain is None:
-            nothing: ResumableLoop[Any] = ResumableLoop([])
-            domain = DomainContext(0, "random", lambda _: nothing, lambda _: nothing, Path(folder), Path(folder))
+            no_batches: ResumableLoop[Any] = ResumableLoop([])
+            domain = DomainContext(0, "random", lambda _: no_batches, lambda _: no_batches, Path(folder), Path(folder))
         method.before_domain(domain)
     method.run.engine.start_domain(config.train.steps_per_domain)
     method.on_train_start(domain)
@@ -74,7 +74,7 @@ def build_method(config: RunConfig, ranks: ProcessGroup, domain: DomainContext |
 
 
 def optimizer_step(method: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[None]:
-    """One step without accumulation, as `training.domain_trainer` does it; pauses after forward, backward, update."""
+    """One step without accumulation, like `training.domain_trainer`; yields after forward, backward and update."""
     with method.losses(batch, token_scale) as losses:
         yield
         method.run.engine.backward(torch.stack(list(losses.values())).sum())

@@ -1,11 +1,11 @@
 """Tokens per second and model FLOPs utilization (MFU) of a training step, by method, on one rank.
 
-Plain training (`ncl`), and das with importance of units (with its contrast), of single weights, and of directions; the
-masks are those that the method itself measures on the benchmark's batch, so the end of a domain is timed as well. Every
-method has a process of its own, so that its peak of memory is its own.
+Measured are plain training (`ncl`), and das with importance of units (with its contrastive loss), of single weights,
+and of directions. Masks are measured by the method itself on the benchmark's batch, so the end of a domain is timed as
+well. Every method runs in a separate process, so that its memory peak is measured separately.
 
-MFU (Chowdhery et al., *PaLM*, 2022, appendix B) is the FLOP/s that plain training would need for the tokens trained
-per second, over the device's peak: recomputation, contrast and masks are not useful work in its sense.
+MFU (Chowdhery et al., *PaLM*, 2022, appendix B) is the FLOP/s that plain training needs for the tokens trained per
+second, divided by the device's peak; recomputation, the contrastive loss and masks do not count as useful work.
 
 Run: `python -m benchmarks.mfu --model roberta-base [--batch-size 64 --sequence-length 512] [--precision bf16]`
 """
@@ -52,7 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 514,
         "type_vocab_size": 1,
     },
-    # The shape of Llama-3.2-1B with an LM head of its own: 1.50 B weights.
+    # The shape of Llama-3.2-1B with an untied LM head: 1.50 B weights.
     "llama-1.5b": {
         "model_type": "llama",
         "vocab_size": 128256,
@@ -101,11 +101,11 @@ class Workload:
     precision: str
     zero_stage: int
     steps: int
-    """Timed, after two that are not."""
+    """Timed steps, after two warm-up steps."""
 
 
 def build_config(work: Workload, method: str) -> RunConfig:
-    """A run of one method; the optimizer's settings are the package's own."""
+    """A run of one method with the default optimizer settings."""
     train = {
         "global_batch_size": work.batch_size,
         "micro_batch_size": work.batch_size,
@@ -122,7 +122,7 @@ def build_config(work: Workload, method: str) -> RunConfig:
 
 
 def build_batch(work: Workload, objective: str) -> Batch:
-    """Random words: every token predicts the next one (`clm`), or a share of them is masked (`mlm`)."""
+    """Random tokens: each predicts the next one (`clm`), or a fraction of them is masked (`mlm`)."""
     generator = torch.Generator().manual_seed(1)
     shape = (work.batch_size, work.sequence_length)
     input_ids = torch.randint(FIRST_WORD, LAST_WORD, shape, generator=generator)
@@ -145,11 +145,11 @@ def model_flops(model: Any, batch: Batch) -> int:
         6 T sum(body weights) + 6 P sum(head weights) + 12 T S sum over layers of heads x head size
 
     A weight of a linear layer takes 2 FLOPs per token forward and 4 backward; attention takes 4 S x width per token
-    and layer forward, and twice that backward. T tokens, S of them in a row, of which P are predicted, since the head
-    runs at those alone; causal attention is counted whole, as in PaLM.
+    and layer forward, and twice that backward. T is the number of tokens, S the sequence length, and P the number of
+    predicted tokens, the only ones at which the head runs. Causal attention counts in full, as in PaLM.
 
     Args:
-        model: a Hugging Face network with its LM head, on any device.
+        model: a Hugging Face model with its LM head, on any device.
         batch: of a plain step.
     """
     num_tokens, length = batch.input_ids.numel(), batch.input_ids.shape[1]
@@ -163,9 +163,10 @@ def model_flops(model: Any, batch: Batch) -> int:
     return 6 * num_tokens * body + 6 * batch.num_predicted * head + 12 * num_tokens * length * attention_width
 
 
-def measured(work: Workload, method_name: str) -> dict[str, Any]:
-    """One method: steps before and after what it protects is measured; to be called in a process of its own."""
-    ranks, device = init_process_group(), default_device()
+def measure(work: Workload, method_name: str) -> dict[str, Any]:
+    """Result row of one method: steps after its masks are measured; to be called in a new process."""
+    ranks = init_process_group()
+    device = default_device()
     config = build_config(work, method_name)
     with torch.device("meta"):
         skeleton = build_model(config)
@@ -176,10 +177,11 @@ def measured(work: Workload, method_name: str) -> dict[str, Any]:
         domain = _domain(batch, Path(folder))
         method = build_method(config, ranks, domain)
         token_scale = torch.tensor(1 / batch.num_predicted, device=device)
+        # One step first, to warm up libraries before the end of the domain is timed.
         _step_seconds(method, batch, token_scale, device)
-        begin = now(device)
+        start = now(device)
         method.after_domain(domain)
-        end_of_domain = now(device) - begin
+        end_of_domain = now(device) - start
         method.on_train_start(domain)
         if device.type == "cuda":
             end_peak = peak_memory_gib()
@@ -212,19 +214,19 @@ def _domain(batch: Batch, folder: Path) -> DomainContext:
 
 
 def _step_seconds(method: Method, batch: Batch, token_scale: torch.Tensor, device: torch.device) -> float:
-    begin = now(device)
+    start = now(device)
     for _ in optimizer_step(method, batch, token_scale):
         pass
-    return now(device) - begin
+    return now(device) - start
 
 
 def _child(work: Workload, method: str, results: Any) -> None:
-    results.put(measured(work, method))
+    results.put(measure(work, method))
 
 
-def in_own_process(work: Workload, method: str, timeout: float) -> dict[str, Any] | None:
-    """The row of one method; None where its process failed, which has then said why."""
-    # A forked process could not use a GPU that its parent has looked at.
+def measure_in_new_process(work: Workload, method: str, timeout: float) -> dict[str, Any] | None:
+    """Result row of one method; None if its process failed, which has then printed why."""
+    # A forked process cannot use a GPU that its parent has initialized.
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_child, args=(work, method, results))
@@ -240,7 +242,7 @@ def in_own_process(work: Workload, method: str, timeout: float) -> dict[str, Any
 
 
 def main() -> int:
-    """Measures all methods, prints the table and writes the result file after each of them."""
+    """Measure all methods and print the table; the result file is written after each of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=tuple(MODELS), default="roberta-base")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences per step")
@@ -252,14 +254,15 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each method")
     options = vars(parser.parse_args())
     methods, timeout = options.pop("methods"), options.pop("timeout")
-    work, device = Workload(**options), default_device()
+    work = Workload(**options)
+    device = default_device()
     peak = vendor_peak(device_name(device), work.precision)
     source = "data sheet"
     if peak is None:
         peak, source = measured_peak(device, work.precision, size=1024), "largest matrix product measured here"
     rows: list[dict[str, Any]] = []
     for method in methods:
-        row = in_own_process(work, method, timeout)
+        row = measure_in_new_process(work, method, timeout)
         if row is None:
             print(f"{method}: failed or ran past {timeout:g} s")
             continue

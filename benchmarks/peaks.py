@@ -1,6 +1,6 @@
-"""What devices can compute at most: dense matrix products on tensor cores, by the vendors' data sheets.
+"""Peak FLOP/s of devices: dense matrix products on tensor cores, from the vendors' data sheets.
 
-Numbers with sparsity, which data sheets print first, are twice as large and are not meant here.
+Data sheets often show values with sparsity first, which are twice as large and not used here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 
 import torch
+
+from benchmarks.timing import now
 
 TERA = 1e12
 
@@ -32,29 +34,29 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # AMD Instinct MI300X data sheet (2023).
     "MI300X": {"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp32": 163.4},
 }
-"""Part of the device's name -> precision -> TFLOP/s; of names that begin alike the longer one stands first."""
+"""Words of the device's name -> precision -> TFLOP/s; more specific names come first."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SECONDS = 1.0
-"""How long the fastest matrix product is looked for."""
+"""How long `measured_peak` measures."""
 
 
 def vendor_peak(name: str, precision: str) -> float | None:
-    """FLOP/s that the vendor states for a device; None for one that is not in the table, or has no such format.
+    """FLOP/s according to the vendor; None if the device is not in the table, or lacks the format.
 
     Args:
         name: as torch gives it, such as `NVIDIA H100 80GB HBM3`.
         precision: `bf16`, `fp16`, `tf32` or `fp32`.
     """
     words = name.replace("-", " ").split()
-    for part, peaks in PEAK_TFLOPS.items():
-        if all(word in words for word in part.split()):
+    for key, peaks in PEAK_TFLOPS.items():
+        if all(word in words for word in key.split()):
             return peaks[precision] * TERA if precision in peaks else None
     return None
 
 
 def measured_peak(device: torch.device, precision: str, size: int) -> float:
-    """FLOP/s of the fastest square matrix product that was seen here, for devices without a data sheet.
+    """FLOP/s of the fastest square matrix product measured here, for devices that are not in the table.
 
     Args:
         device: to measure.
@@ -62,16 +64,11 @@ def measured_peak(device: torch.device, precision: str, size: int) -> float:
         size: rows and columns of the factors.
     """
     factors = [torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2)]
-    fastest, deadline = float("inf"), time.perf_counter() + SECONDS
+    fastest = float("inf")
+    deadline = time.perf_counter() + SECONDS
     while True:
-        begin = _now(device)
+        start = now(device)
         torch.mm(*factors)
-        fastest = min(fastest, _now(device) - begin)
+        fastest = min(fastest, now(device) - start)
         if time.perf_counter() > deadline:
             return 2 * size**3 / fastest
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -1,10 +1,10 @@
-"""Tokens per second of plain training beside what one would use instead, in one run on this machine.
+"""Tokens per second of plain training with das_ds and with its alternatives, measured in one run.
 
-das_ds (`ncl`) and the Hugging Face `Trainer` with `DataCollatorForLanguageModeling`, plain, with DeepSpeed, and with
-PEFT's orthogonal subspace fine-tuning (OSF): the same text, network, batch, precision and ZeRO stage, each in a process
-of its own, in turns. All of them run as their users run them, with loading of data and logging.
+Compared are das_ds (`ncl`) and the Hugging Face `Trainer` with `DataCollatorForLanguageModeling`: plain, with
+DeepSpeed, and with PEFT's orthogonal subspace fine-tuning (OSF). All train the same model on the same text at the same
+batch size, precision and ZeRO stage, each in a separate process, in turns, and including data loading and logging.
 
-In bf16 das_ds and DeepSpeed hold weights in bf16 and an fp32 copy, `Trainer` alone computes in bf16 by autocast.
+In bf16, das_ds and DeepSpeed hold bf16 weights and an fp32 copy; plain `Trainer` uses autocast instead.
 
 Run: `python -m benchmarks.peers [--sizes encoder decoder] [--batch-sizes 4 16] [--rounds 2]`
 """
@@ -72,12 +72,12 @@ PEERS = (NCL, TRAINER, OSF, NCL_ZERO, TRAINER_ZERO)
 SPECIAL = ("<pad>", "<unk>", "<mask>", "<eos>", "<bos>")
 WARM_UP = 3
 TIMEOUT_S = 1800.0
-"""For one peer and round."""
+"""Per peer and round."""
 LEARNING_RATE = 1e-4
 
 
 class PeerError(RuntimeError):
-    """A peer could not train; the others are compared all the same."""
+    """A peer failed to train; the others are still compared."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,23 @@ class Workload:
     sequence_length: int
     precision: str
     zero_stage: int
-    """Of the forms with ZeRO; the others have stage 0, which is none."""
+    """Of the peers with ZeRO; the others use stage 0, which is none."""
     steps: int
 
     @property
     def is_causal(self) -> bool:
-        """Whether the network predicts the next token."""
+        """Whether the model predicts the next token."""
         return SIZES[self.size]["model_type"] in CAUSAL
 
 
 def write_text(folder: Path, vocabulary: int, num_words: int) -> None:
-    """Random words, a hundred in each line, and a tokenizer that has a token for each of them."""
+    """Write random words, a hundred per line, and a tokenizer with one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = [f"w{number}" for number in range(vocabulary - len(SPECIAL))]
-    draw = random.Random(0)
-    lines = [" ".join(draw.choices(words, k=100)) for _ in range(-(-num_words // 100))]
+    generator = random.Random(0)
+    lines = [" ".join(generator.choices(words, k=100)) for _ in range(-(-num_words // 100))]
     (folder / "train.txt").write_text("\n".join(lines), encoding="utf-8")
     (folder / "valid.txt").write_text("\n".join(lines[:20]), encoding="utf-8")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>"))
@@ -117,20 +117,20 @@ def write_text(folder: Path, vocabulary: int, num_words: int) -> None:
 
 
 def model_values(work: Workload) -> dict[str, Any]:
-    """Hugging Face config values; the special tokens are those of the tokenizer."""
+    """Hugging Face config values with the tokenizer's special tokens."""
     tokens = {"pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 4}
     return {**SIZES[work.size], **tokens}
 
 
 def write_run_config(work: Workload, folder: Path, name: str, domains: list[str], **sections: Any) -> Path:
-    """The config of a das_ds run over the text of `write_text`.
+    """Write the config of a das_ds run over the text of `write_text`.
 
     Args:
         work: sizes.
         folder: with text and tokenizer.
-        name: of the run folder and of the config file.
-        domains: all of the same text.
-        sections: of the config, besides those that follow from `work`.
+        name: of the run folder and the config file.
+        domains: names; all have the same text.
+        sections: additional sections of the config.
     """
     text = {"train": [str(folder / "train.txt")], "valid": [str(folder / "valid.txt")]}
     config = {
@@ -161,7 +161,7 @@ def write_run_config(work: Workload, folder: Path, name: str, domains: list[str]
 
 
 def run_das_ds(work: Workload, folder: Path, zero_stage: int) -> list[float]:
-    """Tokens per second of each logged step, from the run's own metrics."""
+    """Tokens per second of each step, from the run's metrics."""
     path = write_run_config(
         work,
         folder,
@@ -177,7 +177,7 @@ def run_das_ds(work: Workload, folder: Path, zero_stage: int) -> list[float]:
 
 
 def run_trainer(work: Workload, folder: Path, peer: str) -> list[float]:
-    """The same from a process that runs `train_with_trainer`."""
+    """Tokens per second of each step, from a process that runs `train_with_trainer`."""
     result = folder / "trainer.json"
     result.unlink(missing_ok=True)
     options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(work).items()]
@@ -187,7 +187,7 @@ def run_trainer(work: Workload, folder: Path, peer: str) -> list[float]:
 
 
 def train_with_trainer(work: Workload, folder: Path, peer: str) -> None:
-    """Trains and writes the seconds of every step."""
+    """Train with `Trainer` and write the seconds of every step."""
     if peer == TRAINER_ZERO:
         # Without a launcher's variables DeepSpeed looks for MPI.
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -222,7 +222,7 @@ def train_with_trainer(work: Workload, folder: Path, peer: str) -> None:
     stamps: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """Notes when steps begin and end."""
+        """Records when steps end."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if torch.cuda.is_available():
@@ -267,14 +267,14 @@ def _free_port() -> int:
 
 def _call(command: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    if done.returncode:
-        print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
-        raise PeerError(f"{' '.join(command[:4])} ... ended with {done.returncode}")
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    if process.returncode:
+        print(process.stdout[-2000:], process.stderr[-4000:], file=sys.stderr)
+        raise PeerError(f"{' '.join(command[:4])} ... exited with code {process.returncode}")
 
 
 def compare(work: Workload, rounds: int, peers: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A row per peer: the median over all steps of all rounds but the first steps of each."""
+    """One row per peer: the median over the steps of all rounds, without the first steps of each."""
     rates: dict[str, list[float]] = {peer: [] for peer in peers}
     for _, peer in product(range(rounds), peers):
         with TemporaryDirectory() as name:
@@ -283,14 +283,14 @@ def compare(work: Workload, rounds: int, peers: tuple[str, ...]) -> list[dict[st
             write_text(folder, SIZES[work.size]["vocab_size"], num_words)
             try:
                 if peer in (NCL, NCL_ZERO):
-                    found = run_das_ds(work, folder, work.zero_stage if peer == NCL_ZERO else 0)
+                    step_rates = run_das_ds(work, folder, work.zero_stage if peer == NCL_ZERO else 0)
                 else:
-                    found = run_trainer(work, folder, peer)
+                    step_rates = run_trainer(work, folder, peer)
             except (PeerError, subprocess.TimeoutExpired) as error:
                 print(f"{peer}: {error}", file=sys.stderr)
                 continue
-        rates[peer] += found[WARM_UP:]
-    medians = {peer: statistics.median(found) for peer, found in rates.items() if found}
+        rates[peer] += step_rates[WARM_UP:]
+    medians = {peer: statistics.median(peer_rates) for peer, peer_rates in rates.items() if peer_rates}
     rivals = {NCL: TRAINER, NCL_ZERO: TRAINER_ZERO}
 
     def ratio(peer: str, other: str | None) -> float | None:
@@ -310,17 +310,17 @@ def compare(work: Workload, rounds: int, peers: tuple[str, ...]) -> list[dict[st
 
 
 def main() -> int:
-    """Compares all, prints the table and writes the result file after each comparison."""
+    """Compare all peers and print the table; the result file is written after each comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=["encoder", "decoder"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16], help="sequences per step")
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=1, help="of the forms with ZeRO")
-    parser.add_argument("--steps", type=int, default=12, help="per round and peer, of which three warm up")
+    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=1, help="of the peers with ZeRO")
+    parser.add_argument("--steps", type=int, default=12, help="per round and peer, three of them for warm-up")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    # Of a child process, which trains once.
+    # Arguments of a child process, which trains once.
     for name, kind in (("child", str), ("folder", Path), ("size", str), ("batch-size", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -328,7 +328,8 @@ def main() -> int:
     if options.child is not None:
         train_with_trainer(Workload(options.size, options.batch_size, **shared), options.folder, options.child)
         return 0
-    device, rows = default_device(), []
+    device = default_device()
+    rows: list[dict[str, Any]] = []
     for size, batch_size in product(options.sizes, options.batch_sizes):
         rows += compare(Workload(size, batch_size, **shared), options.rounds, tuple(options.peers))
         path = write_result("peers", device, {**shared, "rounds": options.rounds}, rows)

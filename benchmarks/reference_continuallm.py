@@ -1,10 +1,10 @@
-"""One DAS step with the work that the released ContinualLM code does, as a point of comparison for `step.py`.
+"""Reference step: the work that the released ContinualLM code does in one DAS step, for comparison in `step.py`.
 
-Three forward calls (corrupted ids; clean ids twice; clean ids with gates), each with labels, so that the LM head and
-the cross-entropy run at every position of all 4B rows; eager attention with the head gate on the attention
-probabilities; the mask multiplied into full gradients. The language-modelling losses of the clean calls are computed
-and not used, so nothing is propagated back through their LM heads. The pairing of views is kept too: the repeated batch
-is viewed as (B, 2), which pairs neighbouring sequences.
+It makes three forward calls (corrupted ids; clean ids twice; clean ids with gates), each with labels, so the LM head
+and the cross-entropy run at every position of all 4B rows. It uses eager attention with the head gate on the attention
+probabilities, and multiplies the mask into full gradients. The language-modeling losses of the clean calls are computed
+but not used, so nothing is propagated back through their LM heads. The released pairing of views is reproduced too: the
+repeated batch is viewed as (B, 2), which pairs neighboring sequences.
 
 Source: https://github.com/UIC-Liu-Lab/ContinualLM (networks/posttrain/model.py, networks/baselines/softmask.py).
 """
@@ -50,7 +50,7 @@ def gated_eager_attention(
 
 
 def drop(probabilities: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout under another name than the argument that transformers prescribes for attention functions."""
+    """Dropout, renamed because transformers gives attention functions an argument called `dropout`."""
     return dropout(probabilities, p=p, training=training)
 
 
@@ -58,9 +58,9 @@ AttentionInterface.register(ATTENTION, gated_eager_attention)
 
 
 class ReferenceStep:
-    """The released step with full tensors, on a model whose attention implementation is `ATTENTION`.
+    """The released step on full tensors, for a model whose attention implementation is `ATTENTION`.
 
-    In bf16 the forward pass runs under autocast over fp32 weights, as the released code's `accelerate` does it.
+    In bf16 the forward pass runs under autocast over fp32 weights, as `accelerate` does in the released code.
     """
 
     def __init__(
@@ -71,13 +71,17 @@ class ReferenceStep:
         importance: UnitValues,
         precision: str,
     ) -> None:
-        self.model, self.optimizer, self.importance, self.precision = model, optimizer, importance, precision
-        self.clean, self.corrupted = batch.input_ids, batch.corrupted_ids
+        self.model = model
+        self.optimizer = optimizer
+        self.importance = importance
+        self.precision = precision
+        self.clean = batch.input_ids
+        self.corrupted = batch.corrupted_ids
         labels = torch.full_like(self.clean, IGNORED).flatten()
         self.labels = labels.index_put((batch.predicted,), batch.targets).view_as(self.clean)
 
     def step(self) -> Iterator[None]:
-        """One optimizer step; pauses after forward, backward (mask on the gradients included) and update."""
+        """One optimizer step; yields after forward, backward (including the mask on gradients) and update."""
         with torch.autocast(self.clean.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             loss = self._loss()
         yield
@@ -94,14 +98,14 @@ class ReferenceStep:
         with self._ffn_gates():
             previous = self._call(self.clean, self.labels, head_gates=self.importance["head"])
         pairs = twice.hidden_states[-1].unflatten(0, (-1, 2)).mean(dim=2)
-        loss: Tensor = masked.loss + contrast(pairs[:, 1], pairs[:, 0], previous.hidden_states[-1].mean(dim=1))
+        loss: Tensor = masked.loss + contrastive_loss(pairs[:, 1], pairs[:, 0], previous.hidden_states[-1].mean(dim=1))
         return loss
 
     def _call(self, input_ids: Tensor, labels: Tensor, **gates: Tensor) -> Any:
         return self.model(
             input_ids=input_ids,
             labels=labels,
-            # Additive, as old versions of transformers made it; version 5 would drop a mask of ones.
+            # Additive, as in older versions of transformers; version 5 would drop a mask of ones.
             attention_mask=torch.zeros(len(input_ids), 1, 1, input_ids.shape[1], device=input_ids.device),
             output_hidden_states=True,
             **gates,
@@ -111,9 +115,9 @@ class ReferenceStep:
     def _ffn_gates(self) -> Iterator[None]:
         handles = []
         for index, layer in enumerate(self.model.roberta.encoder.layer):
-            for part in ("intermediate", "output"):
-                gate = self.importance[part][index]
-                dense = getattr(layer, part).dense
+            for group in ("intermediate", "output"):
+                gate = self.importance[group][index]
+                dense = getattr(layer, group).dense
                 handles.append(dense.register_forward_hook(lambda _, __, output, gate=gate: output * gate))
         try:
             yield
@@ -129,14 +133,15 @@ class ReferenceStep:
             for dense in (attention.self.query, attention.self.key, attention.self.value, attention.output.dense):
                 dense.weight.grad *= heads
                 dense.bias.grad *= heads
-            for part in ("intermediate", "output"):
-                dense, scale = getattr(layer, part).dense, 1 - self.importance[part][index]
+            for group in ("intermediate", "output"):
+                dense = getattr(layer, group).dense
+                scale = 1 - self.importance[group][index]
                 dense.weight.grad *= scale[:, None]
                 dense.bias.grad *= scale
 
 
-def contrast(anchor: Tensor, positive: Tensor, previous: Tensor) -> Tensor:
-    """Cross-entropy of each anchor's own positive among all positives and all previous views; views (B, H)."""
+def contrastive_loss(anchor: Tensor, positive: Tensor, previous: Tensor) -> Tensor:
+    """Cross-entropy of each anchor's positive among all positives and all previous views; all views are (B, H)."""
     candidates = torch.cat([positive, previous])
     similarity = cosine_similarity(anchor[:, None], candidates[None], dim=-1) / TEMPERATURE
     return cross_entropy(similarity, torch.arange(len(anchor), device=anchor.device))

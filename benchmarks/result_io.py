@@ -1,4 +1,4 @@
-"""Where a measurement was made: every result file carries device, versions and date."""
+"""Result files of benchmarks, which record device, versions and date; and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 RESULTS = Path(os.environ.get("DAS_DS_BENCHMARK_RESULTS", Path(__file__).parent / "results"))
-"""Where result files are written: those of the repository, unless the environment names another folder."""
+"""Folder of result files: in the repository, unless the environment names another one."""
 PACKAGES = ("torch", "transformers", "deepspeed")
 
 
 def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
+    """The first GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, such as `NVIDIA H200` or `AMD EPYC 9354`."""
+    """Name of the device, such as `NVIDIA H200` or `AMD EPYC 9354`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
@@ -33,7 +33,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions, date (UTC) and load average, in which the measurement itself counts."""
+    """Device, threads, versions, date (UTC), and load average, which includes the measurement itself."""
     return {
         "device": device_name(device),
         "num_threads": torch.get_num_threads(),
@@ -45,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def write_result(name: str, device: torch.device, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Writes `results/<name>_<device type>.json` and returns its path."""
+    """Write `results/<name>_<device type>.json` and return its path."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}_{device.type}.json"
     content = {"environment": describe(device), "settings": settings, "rows": rows}
@@ -54,13 +54,13 @@ def write_result(name: str, device: torch.device, settings: dict[str, Any], rows
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints rows of equal keys as a Markdown table; numbers with three decimals, tiny ones as powers of ten."""
-    cells = [[_cell(value) for value in row.values()] for row in rows]
+    """Print rows with equal keys as a Markdown table; numbers with three decimals, tiny ones in scientific notation."""
+    cells = [[_format_cell(value) for value in row.values()] for row in rows]
     for line in (list(rows[0]), ["---"] * len(rows[0]), *cells):
         print("| " + " | ".join(line) + " |")
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""Timing of several forms of the same work in one run, in turns."""
+"""Timing of several implementations of the same work, in turns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def now(device: torch.device) -> float:
-    """The clock, once the device has caught up."""
+    """The clock, after all work queued on the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -18,13 +18,13 @@ def now(device: torch.device) -> float:
 def fastest_in_turns(
     forms: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, warm_up: int = 2
 ) -> dict[str, float]:
-    """Seconds of the fastest call of each form; in turns, so that other load falls on every form alike."""
+    """Seconds of the fastest call of each form; called in turns, so that other load affects all forms alike."""
     seconds = dict.fromkeys(forms, float("inf"))
     for round_number in range(warm_up + repeats):
         for name, form in forms.items():
-            began = now(device)
+            start = now(device)
             form()
-            elapsed = now(device) - began
+            elapsed = now(device) - start
             if round_number >= warm_up:
                 seconds[name] = min(seconds[name], elapsed)
     return seconds

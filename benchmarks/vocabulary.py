@@ -1,12 +1,12 @@
-"""Peak memory and seconds of a CLM step with a large vocabulary: all logits at once and in chunks.
+"""Peak memory and time of a CLM step with a large vocabulary: all logits at once, or in chunks.
 
 A two-layer Llama with random weights predicts every position of a batch; forward and backward pass, no update. The
-peak is what a step needs on top of weights and their gradients, in a process of its own for each form: on a CPU the
-growth of the resident set, on a GPU that of the allocator's peak. Seconds are of the fastest step, in turns.
+peak is the memory of a step in addition to weights and gradients, measured in a separate process per form: on a CPU the
+growth of the resident set, on a GPU that of the allocator's peak. Times are those of the fastest step, taken in turns.
 
-* at once: one chunk that holds every position;
-* in chunks: the package's default, whose projection is a plain linear map;
-* in chunks, wrapped: the same with a projection that is none, which is computed again under activation checkpointing.
+* at once: one chunk with every position;
+* in chunks: the package's default, for a projection that is a plain linear layer;
+* in chunks, wrapped: the same for any other projection, which is recomputed under activation checkpointing.
 
 Run: `python -m benchmarks.vocabulary [--precision bf16] [--logits-mib 256]`
 """
@@ -52,19 +52,19 @@ class Workload:
 
 
 class Wrapped(nn.Module):
-    """A projection that is no `nn.Linear` itself."""
+    """A projection that is not an `nn.Linear`."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The inner projection's logits."""
+        """Logits of the inner projection."""
         return self.inner(hidden)
 
 
 def build_model(work: Workload) -> PreTrainedModel:
-    """A Llama whose LM head is a weight of its own."""
+    """A Llama with an untied LM head."""
     config = AutoConfig.for_model(
         "llama",
         vocab_size=work.vocab_size,
@@ -79,16 +79,16 @@ def build_model(work: Workload) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=DTYPES[work.precision])
 
 
-def step(model: PreTrainedModel, losses_of: ChunkedLMLoss, input_ids: torch.Tensor) -> float:
+def step(model: PreTrainedModel, compute_losses: ChunkedLMLoss, input_ids: torch.Tensor) -> float:
     """Forward and backward pass over all positions; the mean loss."""
     hidden = model.base_model(input_ids=input_ids).last_hidden_state.flatten(0, 1)
-    loss = losses_of(hidden, input_ids.roll(-1, dims=1).flatten(), max_positions=input_ids.numel()).mean()
+    loss = compute_losses(hidden, input_ids.roll(-1, dims=1).flatten(), max_positions=input_ids.numel()).mean()
     loss.backward()
     return loss.item()
 
 
 def resident_mib(key: str) -> float:
-    """`VmRSS` (now) or `VmHWM` (at most so far) of this process."""
+    """`VmRSS` (current) or `VmHWM` (peak) of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
@@ -101,48 +101,48 @@ def chunk_size(form: str, work: Workload) -> int:
 
 
 def build_step(form: str, work: Workload, model: PreTrainedModel) -> Callable[[], float]:
-    """One form's step; it has been run once on a few positions, so that gradients and libraries are there."""
+    """The step of one form, after a warm-up on a few positions, which allocates gradients and loads libraries."""
     device = next(model.parameters()).device
     head = Wrapped(model.lm_head) if form == WRAPPED else model.lm_head
-    losses_of = ChunkedLMLoss(head, head, chunk=chunk_size(form, work))
+    compute_losses = ChunkedLMLoss(head, head, chunk=chunk_size(form, work))
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(work.vocab_size, (work.batch_size, work.sequence_length), generator=generator).to(device)
-    step(model, losses_of, input_ids[:1, :8])
-    return partial(step, model, losses_of, input_ids)
+    step(model, compute_losses, input_ids[:1, :8])
+    return partial(step, model, compute_losses, input_ids)
 
 
 def measure_peak(form: str, work: Workload) -> dict[str, Any]:
     """Peak memory and loss of one step, in a fresh process."""
     device = default_device()
-    run = build_step(form, work, build_model(work).to(device))
+    run_step = build_step(form, work, build_model(work).to(device))
     if device.type != "cuda":
         before = resident_mib("VmRSS")
-        loss = run()
+        loss = run_step()
         return {"peak MiB": round(resident_mib("VmHWM") - before), "loss": loss}
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    loss = run()
+    loss = run_step()
     return {"peak MiB": round((torch.cuda.max_memory_allocated(device) - before) / MIB), "loss": loss}
 
 
 def measure_seconds(work: Workload) -> dict[str, float]:
-    """Seconds of the fastest step of each form."""
+    """Form -> seconds of its fastest step."""
     device = default_device()
     model = build_model(work).to(device)
     steps = {form: build_step(form, work, model) for form in FORMS}
     return fastest_in_turns(steps, device, repeats=work.repeats, warm_up=0)
 
 
-def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of `function(*args)` in a fresh process: a resident set's peak is that of a whole process."""
+def run_in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of `function(*args)` in a new process, because the peak of a resident set is that of its process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def measure(work: Workload) -> list[dict[str, Any]]:
     """One row per form."""
-    peaks = {form: in_own_process(measure_peak, form, work) for form in FORMS}
-    seconds = in_own_process(measure_seconds, work)
+    peaks = {form: run_in_new_process(measure_peak, form, work) for form in FORMS}
+    seconds = run_in_new_process(measure_seconds, work)
     is_fused = use_liger("linear_cross_entropy", torch.empty(0, dtype=DTYPES[work.precision], device=default_device()))
     return [
         {

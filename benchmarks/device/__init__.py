@@ -1,1 +1,1 @@
-"""One script for a bare machine with a GPU: `run.sh`."""
+"""Benchmarks and tests for a bare machine with a GPU, started by `run.sh`."""

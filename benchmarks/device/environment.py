@@ -1,4 +1,4 @@
-"""Writes what a device run ran on: `environment_<device type>.json`."""
+"""Write the environment of a device run to `environment_<device type>.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPTIONAL = ("triton", "peft", "liger-kernel", "datasets", "tokenizers", "safeten
 
 
 def versions() -> list[dict[str, str]]:
-    """Packages that decide what runs, beside those of every result file."""
+    """Versions of optional packages, in addition to those in every result file."""
     rows = []
     for package in OPTIONAL:
         try:
@@ -23,7 +23,7 @@ def versions() -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Device, versions and date."""
+    """Write device, versions and date."""
     device = default_device()
     settings = {"cuda": torch.version.cuda, "num_gpus": torch.cuda.device_count()}
     if device.type == "cuda":

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything worth knowing about das_ds on a GPU, in one go on a bare machine: its tests, bandwidths, step times and
-# MFU, peers, a stop and a resume, and evidence in what is left of the time.
+# All GPU measurements of das_ds in one run on a bare machine: tests, bandwidths, step times and MFU, peers, stop and
+# resume, and evidence in the remaining time.
 #
 #   benchmarks/device/run.sh [--dry] [--minutes M] [--wheels FOLDER] [--out FOLDER] [--only PART]...
 #
-#   --dry      tiny sizes on the CPU: whether every part runs (`make bench-device-dry`)
-#   --minutes  of everything together; default 12
-#   --wheels   packages that the machine lacks, installed without an index
-#   --out      of results.tar.gz (result files and logs), summary.json and log.txt; default runs/device
-#   --only     a part by its name; may be repeated
+#   --dry      tiny sizes on the CPU, to check that every part runs (`make bench-device-dry`)
+#   --minutes  time limit of all parts together; default 12
+#   --wheels   missing packages, installed without an index
+#   --out      folder for results.tar.gz (result files and logs), summary.json and log.txt; default runs/device
+#   --only     run only this part; may be repeated
 #
-# Every part has a time limit of its own and results are written as they come. A part that fails is counted and named;
-# the others run all the same, and the exit code is 0 if all of them came to their end.
+# Every part has its own time limit, and results are written as they come. A part that fails is counted and named; the
+# others still run, and the exit code is 0 if all of them ended.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -42,7 +42,7 @@ python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 WANDB_MODE=disabled DAS_DS_BENCHMARK_RESULTS="$work/results"
 
-# What has come so far, in a form that survives an early end.
+# Publishes the results so far, so that they survive an early end.
 publish() {
   "$python" - "$work/parts.tsv" > "$out/summary.json" <<'PYTHON'
 import json, sys

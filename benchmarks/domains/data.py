@@ -23,7 +23,7 @@ TASKS: dict[str, dict[str, str]] = {
     "scierc": {"kind": "entities", "metric": "macro_f1"},
     "chemprot": {"kind": "entities", "metric": "micro_f1"},
 }
-"""End task -> its kind and the metric that is reported for it (Ke et al., ICLR 2023, section 4)."""
+"""End task -> its kind and reported metric (Ke et al., ICLR 2023, section 4)."""
 TASK_OF = {
     "restaurant": "restaurant_asc",
     "phone": "phone_asc",
@@ -32,14 +32,14 @@ TASK_OF = {
     "ai": "scierc",
     "pubmed": "chemprot",
 }
-"""Domain -> the end task of its field."""
+"""Domain -> its end task."""
 
 
 def data_folder() -> Path:
     """The folder of the corpora.
 
     Raises:
-        DataError: the variable is not set, or names no folder.
+        DataError: the variable is not set, or is not a folder.
     """
     value = os.environ.get(VARIABLE, "")
     if not value:
@@ -62,10 +62,10 @@ def task(folder: Path, name: str, seeds: Iterable[int]) -> dict[str, Any]:
 
 
 def check_files(folder: Path, corpora: Iterable[str], tasks: Iterable[str] = ()) -> None:
-    """Before hours of work.
+    """Check that all files exist, before hours of work.
 
     Raises:
-        DataError: files are missing; names them.
+        DataError: files are missing.
     """
     expected = [folder / name / f"{part}.txt.xz" for name in corpora for part in ("train", "valid")]
     expected += [folder / "tasks" / name / f"{part}.jsonl.xz" for name in tasks for part in ("train", "dev", "test")]

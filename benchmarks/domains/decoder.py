@@ -1,4 +1,4 @@
-"""The base decoder: a small LLaMA with random weights and a tokeniser of the general corpus, pre-trained on it."""
+"""The base decoder's tokenizer; the model is a small LLaMA pre-trained on the general corpus from random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOCAB_SIZE = 16_384
 
 
 def decoder_tokenizer(folder: Path, data: Path) -> Path:
-    """Folder of the tokeniser under `folder`; trained where it is not there."""
+    """Folder of the tokenizer, which is trained unless it exists."""
     tokenizer = folder / "decoder_tokenizer"
     if not tokenizer.exists():
         text = lzma.decompress(Path(corpus(data, GENERAL)["train"][0]).read_bytes()).decode()

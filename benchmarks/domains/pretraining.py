@@ -1,8 +1,8 @@
-"""Base models that das_ds itself pre-trains on the general corpus, as the only domain of a run.
+"""Pre-training of base models by das_ds on the general corpus, as the only domain of a run.
 
-The encoder's head is trained on a frozen body, which was tuned to give one vector per sentence: together they predict
-the general corpus at more than 6 nats, so that any further text would make them better at everything and nothing could
-be forgotten. A short pre-training of all weights makes of them a language model that has something to lose.
+The encoder's head is trained on a frozen body, which was tuned to give one vector per sentence. Together they predict
+the general corpus at more than 6 nats, so any further text would improve every corpus and nothing could be forgotten.
+A short pre-training of all weights turns them into a language model that can forget.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def pretraining_run(tier: Tier, name: BaseName, folder: Path, data: Path, cache:
         name: of the model.
         folder: of the tier's runs.
         data: of the corpora.
-        cache: of tokenised text.
-        start: keys of the run config that say what it starts from.
+        cache: of tokenized text.
+        start: keys of the run config for its initial weights or tokenizer.
     """
-    own = {"domains": [corpus(data, GENERAL)], "data": {"cache_dir": str(cache)}}
-    values = merge_values(own, tier.settings, tier.pretraining[name], start)
+    general = {"domains": [corpus(data, GENERAL)], "data": {"cache_dir": str(cache)}}
+    values = merge_values(general, tier.settings, tier.pretraining[name], start)
     return TrainingRun(folder / f"{name}_{tier.name}", values, keeps_models=True)

@@ -1,4 +1,4 @@
-"""The tiers."""
+"""The tiers of the benchmark: cpu, masks and gpu."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SHARED: Values = {
 }
 
 UP_TO_SIX = (2, 3, 4, 5)
-"""Seeds beside the two of every variant: six are the fewest with which a single test can have a p-value below 0.05."""
+"""Additional seeds: six in total are the fewest with which a single test can have a p-value below 0.05."""
 
-# Reviews, papers on language, medical abstracts: of the six domains the three that differ most.
+# Reviews, papers on language, medical abstracts: the three of the six domains that differ most.
 THREE = (Suite("encoder", "encoder", ("restaurant", "acl", "pubmed")),)
 
 CPU = Tier(
@@ -45,14 +45,14 @@ CPU = Tier(
     repeated="directions",
     contenders=("replay", "ewc 10000", "kd 1000", "directions", "directions, replay"),
     more_seeds=UP_TO_SIX,
-    # Two runs of one thread each wait less for each other than the threads of one run.
+    # Two runs of one thread each are faster than one run of two threads.
     threads=1,
     parallel=2,
     max_probes=3,
     pretraining={"encoder": {"train": {"steps_per_domain": 400, "learning_rate": 5e-4}, "method": {"name": NAIVE}}},
 )
 
-# In fp32, for any CPU, and small, since contrast costs several passes over each batch.
+# In fp32, for any CPU, and small, because the contrastive loss takes several passes over each batch.
 MASKS_TIER = replace(
     CPU,
     name="masks",
@@ -107,7 +107,7 @@ GPU = Tier(
     matched=("das", "directions"),
     repeated="directions",
     threads=4,
-    # A model this small leaves most of a large GPU idle.
+    # A model of this size leaves most of a large GPU idle.
     parallel=4,
     task_seeds=5,
     task_variants=(NAIVE, "replay", "das", "directions"),

@@ -1,4 +1,4 @@
-"""The variants that are compared; to add one, add a line."""
+"""The variants to compare; add a line to add one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def das(label: str, *sections: dict[str, Any]) -> Variant:
 
 
 def searched(*variants: Variant) -> list[Variant]:
-    """Other values of a method's own settings."""
+    """Variants that only take part in the learning-rate search: other values of a method's settings."""
     return [replace(variant, is_compared=False) for variant in variants]
 
 
@@ -45,7 +45,7 @@ def directions(label: str, half_saturation: float = 3.0, **common: dict[str, Any
 
 NAIVE_TRAINING = Variant(NAIVE, {"method": {"name": "ncl"}})
 FASTER, SLOWER = 4.0, 0.25
-"""Factors of the candidates of variants that are tried at other rates than the rest."""
+"""Factors of the candidate learning rates of some variants."""
 
 METHODS = (
     NAIVE_TRAINING,
@@ -69,7 +69,7 @@ MASKS = (
     NAIVE_TRAINING,
     *searched(
         replace(NAIVE_TRAINING, label="ncl, faster", rate_scale=FASTER),
-        # More of the line that the others are held against.
+        # Further points of the naive front that the others are compared with.
         replace(NAIVE_TRAINING, label="ncl, slower", rate_scale=SLOWER),
     ),
     Variant("dga", {"method": {"name": "dga"}}),
@@ -87,11 +87,11 @@ MASKS = (
         das("das weights shared", PARAMETER, NO_CONTRAST, {"softmask": {"unowned_update_scale": 0.25}}),
     ),
     directions("directions"),
-    # Whether a mask that blocks a part of the movement allows a higher rate.
+    # Does a mask that blocks part of each update allow a higher rate?
     *searched(replace(directions("directions, faster"), rate_scale=FASTER)),
     directions("directions, merging", **MERGING),
 )
-"""Forms of the mask of das beside each other."""
+"""Forms of the mask of das."""
 
 RIVALS = (
     Variant("replay", {"method": {"name": "replay", **REPLAY_IN_8}}),
@@ -101,5 +101,5 @@ RIVALS = (
     *searched(kd(100.0), kd(10_000.0)),
     directions("directions, replay", **REPLAY_IN_8),
 )
-"""What the best mask has to beat, and the mask with replay, for batches of 8. The strengths are those that were chosen
-among more for batches of 16, beside their neighbours."""
+"""Methods that the best mask has to beat, and the mask with replay, for batches of 8. The strengths are those chosen
+from a larger set for batches of 16, with their neighbors."""
