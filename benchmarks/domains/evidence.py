@@ -51,8 +51,6 @@ REPLAY = "replay"
 PROTECTING_METHODS = ("das", "directions")
 RIVALS = (REPLAY, "ewc", "kd", "derpp", "merge", "dga")
 """Methods with which a matched variant of das is compared."""
-DISPLAY_NAMES = {"das directions": "directions"}
-"""Beginning of a label in result files -> the method's name in das_ds."""
 
 
 def main() -> int:
@@ -74,7 +72,7 @@ def write_page(paths: Sequence[Path], page: Path) -> None:
     """
     if not paths:
         raise RunFolderError(f"{RESULTS}: found no domains_*.json, expected results of `make bench-domains`")
-    results = [sort_by_tier(use_display_names(read_result_file(path))) for path in paths]
+    results = [sort_by_tier(read_result_file(path)) for path in paths]
     (page.parent / IMAGES).mkdir(parents=True, exist_ok=True)
     for result in results:
         for suite in result.suites:
@@ -87,42 +85,13 @@ def page_text(results: Sequence[TierResult]) -> str:
     return "\n".join([INTRODUCTION, _summary(results), METHOD, *(_tier_section(result) for result in results)])
 
 
-def display_name(label: str) -> str:
-    """The label as the page shows it."""
-    for prefix, name in DISPLAY_NAMES.items():
-        if label.startswith(prefix):
-            return name + label[len(prefix) :]
-    return label
-
-
-def use_display_names(result: TierResult) -> TierResult:
-    """The same results with every label as the page shows it."""
-
-    def rename(labeled: Any) -> Any:
-        return type(labeled)(**{**vars(labeled), "label": display_name(labeled.label)})
-
-    suites = []
-    for suite in result.suites:
-        groups = [group.model_copy(update={"label": display_name(group.label)}) for group in suite.comparison.groups]
-        comparison = suite.comparison.model_copy(
-            update={"groups": groups, "reference": display_name(suite.comparison.reference)}
-        )
-        matches = [rename(match) for match in suite.matches]
-        suites.append(suite.model_copy(update={"comparison": comparison, "matches": matches}))
-    choices = {base: [rename(choice) for choice in of_base] for base, of_base in result.choices.items()}
-    repeated = result.repeated
-    if repeated is not None:
-        repeated = repeated.model_copy(update={"label": display_name(repeated.label)})
-    return result.model_copy(update={"suites": suites, "choices": choices, "repeated": repeated})
-
-
 def sort_by_tier(result: TierResult) -> TierResult:
     """Choices and groups in the order of the tier's variants, no matter when they were run; all others follow."""
     variants = TIERS[result.tier].variants if result.tier in TIERS else ()
-    position = {display_name(variant.label): index for index, variant in enumerate(variants)}
+    position = {variant.label: index for index, variant in enumerate(variants)}
 
     def key(labeled: Choice | Group) -> int:
-        return position.get(display_name(labeled.label), len(position))
+        return position.get(labeled.label, len(position))
 
     suites = []
     for suite in result.suites:
@@ -238,11 +207,10 @@ def _missing(result: TierResult) -> str:
     missing = []
     incomplete = []
     for variant in tier.variants:
-        label = display_name(variant.label)
-        if label not in (num_runs if variant.is_compared else searched):
-            missing.append(label)
-        elif variant.is_compared and num_runs[label] < len(tier.run_seeds(variant.label)):
-            incomplete.append(label)
+        if variant.label not in (num_runs if variant.is_compared else searched):
+            missing.append(variant.label)
+        elif variant.is_compared and num_runs[variant.label] < len(tier.run_seeds(variant.label)):
+            incomplete.append(variant.label)
     return _list_labels("Not run yet", missing) + _list_labels("Not run yet with all seeds", incomplete)
 
 
@@ -276,14 +244,14 @@ def _suite_section(result: TierResult, suite: SuiteResult) -> str:
 
 def _family(tier: str) -> tuple[str, ...]:
     """Labels of the variants that a tier was planned to test, whatever their results."""
-    return tuple(map(display_name, TIERS[tier].contenders)) if tier in TIERS else ()
+    return TIERS[tier].contenders if tier in TIERS else ()
 
 
 def _conclusions(suite: SuiteResult, family: Sequence[str]) -> str:
     """The goal, then every variant compared with the baseline, then matched variants compared with rivals."""
     comparison = suite.comparison
     labels = [group.label for group in comparison.groups]
-    protecting = [group.label for group in comparison.groups if group.method in (PROTECTING_METHODS, "directions")]
+    protecting = [group.label for group in comparison.groups if group.method in PROTECTING_METHODS]
     with_replay = [label for label in protecting if REPLAY in label]
     matched = [match.label for match in suite.matches if match.label in protecting]
     rivals = [label for label in labels if label.split()[0] in RIVALS]

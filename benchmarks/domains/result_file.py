@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from benchmarks.domains.ablation_groups import RestoredLosses
 from benchmarks.domains.jobs import TrainingRun
@@ -69,8 +69,7 @@ class TierResult(Section):
     choices: dict[str, list[Choice]]
     """Base model -> learning-rate choice of every variant."""
     repeated: Repeated | None
-    # Files written before the rename have `tracks`.
-    suites: list[SuiteResult] = Field(validation_alias=AliasChoices("suites", "tracks"))
+    suites: list[SuiteResult]
 
 
 def compare_finished_runs(runs: Mapping[str, Sequence[TrainingRun]]) -> Comparison:

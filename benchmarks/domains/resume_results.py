@@ -24,8 +24,9 @@ def check_tier(result: TierResult, tier: Tier) -> None:
     """
     if result.tier != tier.name:
         raise RunFolderError(f"--extend: found results of tier {result.tier}, expected those of {tier.name}")
-    keys = sorted({*result.settings, *tier.settings})
-    if differing := [key for key in keys if result.settings.get(key) != tier.settings.get(key)]:
+    expected = tier.recorded_settings
+    keys = sorted({*result.settings, *expected})
+    if differing := [key for key in keys if result.settings.get(key) != expected.get(key)]:
         raise RunFolderError(
             f"--extend: found results of other settings in {', '.join(differing)}, expected those of tier {tier.name}"
         )

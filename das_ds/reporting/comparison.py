@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
 from das_ds.reporting.score_matrix import RunScores, ScoreMatrix
 from das_ds.storage import Section, VersionedJson
@@ -27,8 +27,7 @@ class GroupOverlap(Section):
     """(D, D) units claimed by both sources over units claimed by either."""
     cosine: Matrix
     """(D, D) cosine between the importance of two sources."""
-    # Files written before the rename have `fullness`.
-    mask_saturation: list[float] = Field(validation_alias=AliasChoices("mask_saturation", "fullness"))
+    mask_saturation: list[float]
     """(L) mean accumulated importance of each layer; 1 minus this is the capacity left."""
 
 

@@ -12,7 +12,7 @@ from benchmarks.domains.conclusions import (
     compare_with_baseline,
     describe_difference,
 )
-from benchmarks.domains.evidence import page_text, sort_by_tier, summary_rows, use_display_names, write_page
+from benchmarks.domains.evidence import page_text, sort_by_tier, summary_rows, write_page
 from benchmarks.domains.lr_matching import Match, Probe
 from benchmarks.domains.lr_search import Candidate, Choice, naive_front
 from benchmarks.domains.result_file import (
@@ -122,31 +122,6 @@ def test_sort_by_tier_follows_the_variants() -> None:
     assert labels == ["ncl", "pool", "replay", "ewc", "ncl x 0.5", "das", "das weights", "das weights, replay"]
     unknown = record().model_copy(update={"tier": "another"})
     assert sort_by_tier(unknown) == unknown
-
-
-def test_use_display_names_renames_every_label() -> None:
-    """Result files say `das directions`; the method is called `directions`."""
-    old = naive_and_others()
-    groups = [
-        one.model_copy(update={"label": one.label.replace("das weights", "das directions")}) for one in old.groups
-    ]
-    suite = (
-        record()
-        .suites[0]
-        .model_copy(
-            update={
-                "comparison": old.model_copy(update={"groups": groups}),
-                "matches": [Match("das directions", 3.2, 0.01, (Probe(2e-4, 3.0),))],
-            }
-        )
-    )
-    choices = {"encoder": [Choice("das directions 3", (Candidate(1e-4, 3.4, 0.2),))]}
-    shown = use_display_names(record().model_copy(update={"suites": [suite], "choices": choices}))
-    labels = [one.label for one in shown.suites[0].comparison.groups]
-    assert "directions" in labels and "directions, replay" in labels and "das" in labels
-    assert shown.suites[0].matches == [Match("directions", 3.2, 0.01, (Probe(2e-4, 3.0),))]
-    assert shown.choices["encoder"][0].label == "directions 3"
-    assert "das directions" not in page_text([shown])
 
 
 def test_summary_rows_worked_example() -> None:
