@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from das_ds import cli
 from das_ds.config import RunConfig
@@ -104,18 +103,6 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(MINIMAL) | values
 
 
-def has_present_names() -> bool:
-    """Whether the config has the keys that the documents describe."""
-    try:
-        RunConfig.model_validate(complete({"method": "directions", "runtime": {}}))
-    except ValidationError:
-        return False
-    return True
-
-
-present_names = pytest.mark.skipif(not has_present_names(), reason="the config has other keys than the documents")
-
-
 def documents(block: str) -> Iterator[dict[str, Any]]:
     """The configs of a YAML block: one, or one per line where it shows alternatives for the same key."""
     keys = re.findall(r"^(\w+):", block, re.MULTILINE)
@@ -182,7 +169,6 @@ def test_modules_and_scripts_of_commands_exist(page: Path) -> None:
                 assert (ROOT / word).exists(), word
 
 
-@present_names
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_have_the_options_of_their_help(page: Path) -> None:
     for words in commands(page):
@@ -192,7 +178,6 @@ def test_commands_have_the_options_of_their_help(page: Path) -> None:
             assert used <= options(arguments[0]) | {"--help"}, words
 
 
-@present_names
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_overrides_of_commands_are_valid(page: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
@@ -204,7 +189,6 @@ def test_overrides_of_commands_are_valid(page: Path, tmp_path: Path) -> None:
             load_config(config, overrides)
 
 
-@present_names
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_yaml_blocks_are_run_configs(page: Path) -> None:
     for block in blocks(page, "yaml"):
