@@ -1,7 +1,7 @@
-"""DER++: old sequences are replayed together with what the model answered when it first saw them.
+"""DER++: replay of old sequences with the hidden states that the model had when it first saw them.
 
-Shape legend: B local sequences, k replayed ones among them, S positions, K positions with an answer, H hidden size, C
-sequences in the buffer, R of them per global batch, G global batch, W ranks, M micro-steps.
+Shape legend: B local sequences, k replayed ones beside them, S tokens, K stored positions of a sequence, H hidden size,
+C sequences in the buffer, R of them per global batch, G global batch, W ranks, M micro-steps.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from das_ds.context import DomainContext, RunContext
     from das_ds.data.batch import Batch
 
-ANSWER_LOSS, REHEARSAL_LOSS = "answers", "rehearsal"
-STREAM, RECORDS = "derpp", "records"
+DISTANCE_LOSS = "der"
+"""Term of alpha."""
+REPLAY_LOSS = "replay"
+"""Term of beta."""
+STREAM = "derpp"
+RECORDS = "records"
 
 
 class DerppConfig(MethodConfig):
@@ -62,16 +66,16 @@ class DERpp(Method[DerppConfig]):
 
         L = L_pretrain + alpha E |h(x') - h'|^2 / H + beta E L_pretrain(x', y')
 
-    (x', y', h') are drawn from a reservoir of all training sequences so far: the sequence as it was read, corrupted
-    where it was, with the tokens predicted at K of its positions and the final hidden states there. One draw serves
-    both terms, where eq. 6 has two: the same in expectation, at half the compute. Logits of 30 to 250 thousand tokens
-    cannot be stored; h' is what they are made of, all but the LM head.
+    (x', y', h') are drawn from a reservoir of all training sequences so far: the sequence as the model read it, with
+    its corruption, the tokens predicted at K of its positions, and the final hidden states there. One draw serves both
+    terms, where eq. 6 has two: equal in expectation, at half the compute. Logits over 30 to 250 thousand tokens cannot
+    be stored; h' determines them up to the LM head.
 
     Keeps C (4 S + 8 K + 2 H K) bytes over all ranks, row s of the buffer on rank s mod W: 50 KB a sequence for S = 128,
-    K = 32, H = 768. Extra compute: R / G rows more in each forward and backward pass, filled up to a whole number per
+    K = 32, H = 768. Extra compute: R / G more rows in each forward and backward pass, padded to an integer number per
     rank and micro-step, and one all-reduce of R rows per step.
 
-    What is kept and drawn depends on seed and step alone, the same on any number of ranks.
+    The stored and drawn sequences depend on seed and step only, not on the number of ranks.
     """
 
     Config = DerppConfig
@@ -81,12 +85,12 @@ class DERpp(Method[DerppConfig]):
         self._seen = 0
         """Sequences of all ranks so far."""
         self._step: int | None = None
-        self._table: ShardedBuffer | None = None
+        self._buffer: ShardedBuffer | None = None
         self._layout: RecordLayout | None = None
 
     @classmethod
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
-        """The buffer holds what a step replays: after one step it has a global batch, or is full."""
+        """The buffer holds enough to replay: after one step it has a global batch, or is full."""
         settings = cls.settings_in(config)
         global_batch_size = config.train.global_batch_size
         most = min(settings.capacity, global_batch_size)
@@ -110,147 +114,164 @@ class DERpp(Method[DerppConfig]):
         )
 
     def on_train_start(self, domain: DomainContext) -> None:
-        """Steps are counted anew."""
+        """Draw again at the next step: step numbers restart with the domain."""
         self._step = None
 
     def on_step_start(self, step: int) -> None:
-        """Draw what this step replays and where it stores; the same where it is tried again."""
+        """Draw the sequences that this step replays and the slots that it fills; repeated steps draw nothing new."""
         if step != self._step:
-            self._step, self._first = step, self._seen
+            self._step = step
+            self._first = self._seen
             size = self.run.config.train.global_batch_size
+            # The order of draws from this generator is part of the method: resumed runs repeat it.
             generator = sample_generator(self.run.config.seed, STREAM, self._first // size)
             self._slots = reservoir_slots(self._first, generator.random(size), self.settings.capacity)
             self._offsets = generator.random(size)
-            self._replayed = self._drawn(generator) if self._first else []
+            self._replay_batches = self._draw(generator) if self._first else []
         self._seen = self._first
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
-        """The pre-training loss of new and of replayed sequences and the distance to old answers, in one forward."""
-        number = (self._seen - self._first) // (len(batch.input_ids) * world_size())
-        if not self._replayed:
-            hidden, losses = self.run.engine(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
-            none = losses.new_zeros(())
-            parts = {self.run.objective: losses.sum() * token_scale, ANSWER_LOSS: none, REHEARSAL_LOSS: none}
+        """The pre-training loss of new and replayed sequences and the distance to stored states, in one forward."""
+        micro_step = (self._seen - self._first) // (len(batch.input_ids) * world_size())
+        if self._replay_batches:
+            hidden, losses = self._forward_with_replay(batch, token_scale, *self._replay_batches[micro_step])
         else:
-            hidden, parts = self._rehearsed(batch, token_scale, *self._replayed[number])
+            hidden, token_losses = self.run.engine(
+                batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids
+            )
+            zero = token_losses.new_zeros(())
+            losses = {self.run.objective: token_losses.sum() * token_scale, DISTANCE_LOSS: zero, REPLAY_LOSS: zero}
         self._store(batch, hidden[: len(batch.input_ids)].detach())
-        yield parts
+        yield losses
 
     def state_dict(self) -> ComponentState:
         """This rank's rows of the buffer."""
-        if self._table is None or self._layout is None:
+        if self._buffer is None or self._layout is None:
             return ComponentState(metadata={"seen": 0, "hidden_size": None})
-        numbers = {"seen": self._seen, "hidden_size": self._layout.hidden_size}
-        return ComponentState(rank_local={RECORDS: self._table.rows}, metadata=numbers)
+        metadata = {"seen": self._seen, "hidden_size": self._layout.hidden_size}
+        return ComponentState(rank_local={RECORDS: self._buffer.rows}, metadata=metadata)
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
-        """Continue with the buffer, divided anew where the ranks are others."""
-        self._step, self._seen = None, saved.metadata["seen"]
-        self._table = self._layout = None
+        """Continue with the buffer, resharded where the number of ranks has changed."""
+        self._step = None
+        self._seen = saved.metadata["seen"]
+        self._buffer = None
+        self._layout = None
         if (hidden_size := saved.metadata["hidden_size"]) is not None:
             self._build(hidden_size)[1].load(saved.all_rank_local(RECORDS))
 
     def _build(self, hidden_size: int) -> tuple[RecordLayout, ShardedBuffer]:
-        """The buffer, empty; how wide final hidden states are is known when there are some."""
-        if self._layout is None or self._table is None:
+        """The buffer, empty at first; the width of hidden states is known after the first forward pass."""
+        if self._layout is None or self._buffer is None:
             self._layout = record_layout(self.run.config, hidden_size)
             device = self.run.engine.ranks.info.device
-            self._table = ShardedBuffer(self.settings.capacity, self._layout.width, device)
-        return self._layout, self._table
+            self._buffer = ShardedBuffer(self.settings.capacity, self._layout.width, device)
+        return self._layout, self._buffer
 
-    def _drawn(self, generator: np.random.Generator) -> list[tuple[ReplayRecords, torch.Tensor]]:
-        """For each micro-step, this rank's replayed sequences and the weights (k, K) of their answers."""
-        assert self._table is not None and self._layout is not None, "the first step stores"
+    def _draw(self, generator: np.random.Generator) -> list[tuple[ReplayRecords, torch.Tensor]]:
+        """For each micro-step, this rank's replayed sequences and the weights (k, K) of their stored positions."""
+        assert self._buffer is not None and self._layout is not None, "the first step stores"
         num_replayed = self.settings.num_replayed(self.run.config.train.global_batch_size)
-        num_units = self.run.engine.accumulation_steps * world_size()
+        num_micro_batches = self.run.engine.accumulation_steps * world_size()
         filled = min(self._first, self.settings.capacity)
-        rows = self._layout.unpack(self._table.read(generator.choice(filled, num_replayed, replace=False)))
-        # The mean over answers becomes a sum that DeepSpeed divides by ranks and micro-steps.
-        weights = rows.weights * (num_units / rows.weights.sum().clamp_min(1.0))
-        per_unit = -(-num_replayed // num_units)
-        drawn = []
-        for first in range(rank() * per_unit, num_units * per_unit, world_size() * per_unit):
-            # Every rank passes equally many rows; those beyond the last count nothing.
-            index = torch.arange(first, first + per_unit, device=weights.device)
-            own = index.clamp_max(num_replayed - 1)
-            drawn.append((rows.take(own), weights[own] * (index < num_replayed)[:, None]))
-        return drawn
+        slots = generator.choice(filled, num_replayed, replace=False)
+        records = self._layout.unpack(self._buffer.read(slots))
+        # The mean over stored positions becomes a sum that DeepSpeed divides by ranks and micro-steps.
+        weights = records.weights * (num_micro_batches / records.weights.sum().clamp_min(1.0))
+        num_rows = math.ceil(num_replayed / num_micro_batches)
+        batches = []
+        for first in range(rank() * num_rows, num_micro_batches * num_rows, world_size() * num_rows):
+            # Every rank forwards the same number of rows; rows past the last record repeat it with weight 0.
+            indices = torch.arange(first, first + num_rows, device=weights.device)
+            clamped = indices.clamp_max(num_replayed - 1)
+            is_real = (indices < num_replayed)[:, None]
+            batches.append((records.index_select(clamped), weights[clamped] * is_real))
+        return batches
 
-    def _rehearsed(
-        self, batch: Batch, token_scale: torch.Tensor, old: ReplayRecords, weights: torch.Tensor
+    def _forward_with_replay(
+        self, batch: Batch, token_scale: torch.Tensor, records: ReplayRecords, weights: torch.Tensor
     ) -> tuple[torch.Tensor, Losses]:
         """Hidden states (B + k, S, H) and the losses."""
-        length = batch.input_ids.shape[1]
-        first_rows = torch.arange(len(old.input_ids), device=weights.device)[:, None] + len(batch.input_ids)
-        places = (old.places + first_rows * length).flatten()
-        positions = None
-        if batch.position_ids is not None and old.position_ids is not None:
-            positions = torch.cat((batch.position_ids, old.position_ids))
+        num_rows, length = batch.input_ids.shape
+        # Replayed rows follow the B new ones; (k, K) positions within rows -> (k * K,) positions in the flat batch.
+        rows = torch.arange(len(records.input_ids), device=weights.device)[:, None] + num_rows
+        positions = (records.positions + rows * length).flatten()
+        position_ids = None
+        if batch.position_ids is not None and records.position_ids is not None:
+            position_ids = torch.cat((batch.position_ids, records.position_ids))
         hidden, losses = self.run.engine(
-            torch.cat((batch.corrupted_ids, old.input_ids)),
-            torch.cat((batch.predicted, places)),
-            torch.cat((batch.targets, old.targets.clamp_min(0).flatten())),
-            positions,
+            torch.cat((batch.corrupted_ids, records.input_ids)),
+            torch.cat((batch.predicted, positions)),
+            # Positions without a target have weight 0; any token serves.
+            torch.cat((batch.targets, records.targets.clamp_min(0).flatten())),
+            position_ids,
         )
-        new, again = losses.split((batch.num_predicted, places.numel()))
-        answers = hidden.flatten(0, 1).index_select(0, places).view_as(old.answers)
-        distance = (answers.float() - old.answers.float()).square().mean(dim=-1)
+        new_losses, replay_losses = losses.split((batch.num_predicted, positions.numel()))
+        hidden_now = hidden.flatten(0, 1).index_select(0, positions).view_as(records.stored_hidden)
+        distance = (hidden_now.float() - records.stored_hidden.float()).square().mean(dim=-1)
         return hidden, {
-            self.run.objective: new.sum() * token_scale,
-            ANSWER_LOSS: self.settings.alpha * (weights * distance).sum(),
-            REHEARSAL_LOSS: self.settings.beta * (weights.flatten() * again).sum(),
+            self.run.objective: new_losses.sum() * token_scale,
+            DISTANCE_LOSS: self.settings.alpha * (weights * distance).sum(),
+            REPLAY_LOSS: self.settings.beta * (weights.flatten() * replay_losses).sum(),
         }
 
     def _store(self, batch: Batch, hidden: torch.Tensor) -> None:
-        """Put those of the micro-step's sequences that the reservoir takes into the buffer; a collective."""
-        layout, table = self._build(hidden.shape[-1])
-        size, begin = len(batch.input_ids), self._seen - self._first
+        """Write the micro-step's sequences that the reservoir accepts into the buffer; a collective."""
+        layout, buffer = self._build(hidden.shape[-1])
+        size = len(batch.input_ids)
+        begin = self._seen - self._first
         self._seen += size * world_size()
         slots = self._slots[begin : begin + size * world_size()]
-        kept = final_writes(slots)
-        if not len(kept):
+        # Indices into the micro-step's sequences of all ranks.
+        accepted = final_writes(slots)
+        if not len(accepted):
             return
-        given = np.flatnonzero(kept // size == rank())
+        # Rows of the write that this rank fills; the others are summed in from their ranks.
+        local_rows = np.flatnonzero(accepted // size == rank())
+        local_sequences = to_device_non_blocking(accepted[local_rows] % size, hidden.device)
         first = begin + rank() * size
         offsets = to_device_non_blocking(self._offsets[first : first + size], hidden.device)
-        own = answered(batch, hidden, layout, offsets).take(to_device_non_blocking(kept[given] % size, hidden.device))
-        rows = hidden.new_zeros(len(kept), layout.width, dtype=torch.int32)
-        rows.index_copy_(0, to_device_non_blocking(given, hidden.device), layout.pack(own))
-        table.write(slots[kept], rows)
+        records = with_stored_hidden(batch, hidden, layout, offsets).index_select(local_sequences)
+        rows = hidden.new_zeros(len(accepted), layout.width, dtype=torch.int32)
+        rows.index_copy_(0, to_device_non_blocking(local_rows, hidden.device), layout.pack(records))
+        buffer.write(slots[accepted], rows)
 
 
 def record_layout(config: RunConfig, hidden_size: int) -> RecordLayout:
     """Layout of a run's buffer; hidden states of 16-bit training keep their type, others become float16."""
     return RecordLayout(
         num_tokens=config.data.sequence_length,
-        num_answers=DERpp.settings_in(config).max_positions,
+        num_positions=DERpp.settings_in(config).max_positions,
         hidden_size=hidden_size,
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float16,
-        has_positions=config.data.document_mask,
+        has_position_ids=config.data.document_mask,
     )
 
 
-def answered(batch: Batch, hidden: torch.Tensor, layout: RecordLayout, offsets: torch.Tensor) -> ReplayRecords:
-    """A batch with the model's answers at K of each sequence's predicted positions.
+def with_stored_hidden(
+    batch: Batch, hidden: torch.Tensor, layout: RecordLayout, offsets: torch.Tensor
+) -> ReplayRecords:
+    """A batch with the model's hidden states at K of each sequence's predicted positions.
 
-    An answer that is not finite, or not in 16 bits, is none.
+    A hidden state that is not finite in 16 bits is left out.
 
     Args:
         batch: B sequences.
-        hidden: (B, S, H) final hidden states of these.
-        layout: K and the type of answers.
+        hidden: (B, S, H) their final hidden states.
+        layout: K and the type of stored hidden states.
         offsets: (B,) float64, see `evenly_spaced`.
     """
     size, length = batch.input_ids.shape
-    chosen, exists = evenly_spaced(batch.predicted, size, length, layout.num_answers, offsets)
-    places = append_zero_row(batch.predicted)[chosen]
-    answers = hidden.flatten(0, 1)[places].to(layout.dtype)
-    exists = exists & answers.isfinite().all(dim=-1)
+    # (B, K) indices into the predicted positions of the batch, and whether there is one.
+    chosen, exists = evenly_spaced(batch.predicted, size, length, layout.num_positions, offsets)
+    positions = append_zero_row(batch.predicted)[chosen]
+    stored_hidden = hidden.flatten(0, 1)[positions].to(layout.dtype)
+    exists = exists & stored_hidden.isfinite().all(dim=-1)
     return ReplayRecords(
         input_ids=batch.corrupted_ids,
-        places=torch.where(exists, places % length, 0),
+        positions=torch.where(exists, positions % length, 0),
         targets=torch.where(exists, append_zero_row(batch.targets)[chosen], NO_TARGET),
-        answers=torch.where(exists[..., None], answers, 0.0),
+        stored_hidden=torch.where(exists[..., None], stored_hidden, 0.0),
         position_ids=batch.position_ids,
     )

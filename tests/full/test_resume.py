@@ -254,7 +254,7 @@ def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
     run_ranks(run_all, 1, [causal("moved", 3, 4)])
     run_ranks(run_all, 2, [causal("still", 2, 2)])
     found, expected = (metrics_lines(tmp_path / name) for name in ("moved", "still"))
-    for part in ("clm", "answers", "rehearsal"):
+    for part in ("clm", "der", "replay"):
         losses = [[line[f"loss/{part}"] for line in lines] for lines in (found, expected)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[1][-1] > 1e-3
 

@@ -54,7 +54,7 @@ def _facts(config: RunConfig, steps: list[list[Batch]]) -> TeacherFacts:
     exact_after_loading = torch.equal(_output(engine, parts[0][0], loaded), expected)
     unmoved = torch.equal(_output(engine, parts[0][0]), moved)
     unmoved = unmoved and all(map(torch.equal, engine.weights.snapshot(), trained))
-    num_elements = sum(values.numel() for values in earlier._copies)
+    num_elements = sum(values.numel() for values in earlier._earlier)
     engine.close()
     alone = build(config, ranks).engine
     _train(alone, parts, None)
@@ -95,7 +95,7 @@ def _output(engine: Engine, batch: Batch, earlier: WeightSnapshot | None = None)
 
 
 def _knows_both_orders(engine: Engine, earlier: WeightSnapshot) -> bool:
-    if earlier._gathering is None:
+    if earlier._swap is None:
         return True
     present = engine._engine.optimizer.parameter_offload.param_coordinator
-    return present.is_complete_trace() and earlier._gathering._coordinator.is_complete_trace()
+    return present.is_complete_trace() and earlier._swap._coordinator.is_complete_trace()

@@ -119,4 +119,4 @@ def check_teachers_are_exact_and_methods_equal_plain_torch(stage: int, world_siz
     # Answers are rounded to 16 bits, here from float32 and there from float64.
     assert relative_difference(derpp_weights, weights) <= 1e-4
     assert lines[0][1:] == [0.0, 0.0] and lines[-1][1] > 0.01
-    assert_losses(derpp_lines, lines, ("mlm", "answers", "rehearsal"), 1e-3)
+    assert_losses(derpp_lines, lines, ("mlm", "der", "replay"), 1e-3)

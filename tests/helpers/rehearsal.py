@@ -27,7 +27,7 @@ DERPP: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class StoredSequence:
     """One stored sequence."""
 
     input_ids: torch.Tensor
@@ -40,7 +40,7 @@ class PlainBuffer:
     """The reservoir, sample by sample, and the losses on what is drawn from it."""
 
     def __init__(self) -> None:
-        self._slots: dict[int, MemoryEstimate] = {}
+        self._slots: dict[int, StoredSequence] = {}
         self._seen = 0
 
     def step(self, model: PreTrainedModel, step: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +61,7 @@ class PlainBuffer:
         return losses
 
     @staticmethod
-    def _losses(model: PreTrainedModel, memories: list[MemoryEstimate]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(model: PreTrainedModel, memories: list[StoredSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         distances, token_losses = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
         for memory in memories:
             hidden = model.base_model(input_ids=memory.input_ids[None]).last_hidden_state[0, memory.places]
@@ -73,10 +73,10 @@ class PlainBuffer:
 
 
 @torch.no_grad()
-def _memory(model: PreTrainedModel, batch: Batch, row: int, offset: float) -> MemoryEstimate:
+def _memory(model: PreTrainedModel, batch: Batch, row: int, offset: float) -> StoredSequence:
     own = (batch.predicted // LENGTH == row).nonzero().squeeze(1)
     if len(own) > POSITIONS:
         own = own[np.floor((np.arange(POSITIONS) + offset) * len(own) / POSITIONS).astype(int).tolist()]
     places = batch.predicted[own] - row * LENGTH
     hidden = model.base_model(input_ids=batch.corrupted_ids[row][None]).last_hidden_state[0]
-    return MemoryEstimate(batch.corrupted_ids[row], places, batch.targets[own], hidden[places].half())
+    return StoredSequence(batch.corrupted_ids[row], places, batch.targets[own], hidden[places].half())

@@ -29,5 +29,5 @@ def test_a_step_that_is_tried_again_rehearses_and_stores_the_same(tmp_path: Path
     ]
     (_, calm), (_, restless) = run_ranks(train_all, 2, runs, steps(), NO_DROPOUT)[0]
     assert calm[-1]["skipped_steps"] == 0 and restless[-1]["skipped_steps"] > 8
-    for name in ("loss/mlm", "loss/answers", "loss/rehearsal"):
+    for name in ("loss/mlm", "loss/der", "loss/replay"):
         assert [line[name] for line in restless] == pytest.approx([line[name] for line in calm], rel=5e-3)

@@ -1,4 +1,4 @@
-"""Stored sequences come back bit for bit, and answers that are none are left out."""
+"""Replay records: packing keeps bits, and hidden states that are not finite are left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from das_ds.methods.derpp import answered
+from das_ds.methods.derpp import with_stored_hidden
 from das_ds.methods.replay_records import NO_TARGET, RecordLayout, ReplayRecords
 from helpers.training import LENGTH, random_batch
 
@@ -18,7 +18,9 @@ HIDDEN = 5
 @pytest.mark.parametrize("num_rows", [0, 3])
 @pytest.mark.parametrize("has_positions", [False, True])
 def test_rows_keep_their_bits(dtype: torch.dtype, num_rows: int, has_positions: bool) -> None:
-    layout = RecordLayout(num_tokens=7, num_answers=4, hidden_size=HIDDEN, dtype=dtype, has_positions=has_positions)
+    layout = RecordLayout(
+        num_tokens=7, num_positions=4, hidden_size=HIDDEN, dtype=dtype, has_position_ids=has_positions
+    )
     rows = ReplayRecords(
         torch.randint(0, 250_000, (num_rows, 7)),
         torch.randint(0, 7, (num_rows, 4)),
@@ -28,7 +30,7 @@ def test_rows_keep_their_bits(dtype: torch.dtype, num_rows: int, has_positions: 
     )
     packed = layout.pack(rows)
     assert packed.shape == (num_rows, layout.width) and packed.dtype == torch.int32
-    # 4 bytes a token (and position id), 8 + 2 H an answer.
+    # 4 bytes a token (and position id), 8 + 2 H a stored position.
     assert 4 * layout.width == 4 * 7 * (1 + has_positions) + 4 * (8 + 2 * HIDDEN)
     found = layout.unpack(packed)
     for field in fields(ReplayRecords):
@@ -38,21 +40,21 @@ def test_rows_keep_their_bits(dtype: torch.dtype, num_rows: int, has_positions: 
 
 def test_answers_are_hidden_states_at_predicted_positions() -> None:
     batch = random_batch(4, 0)
-    layout = RecordLayout(LENGTH, num_answers=4, hidden_size=HIDDEN, dtype=torch.float16, has_positions=False)
+    layout = RecordLayout(LENGTH, num_positions=4, hidden_size=HIDDEN, dtype=torch.float16, has_position_ids=False)
     hidden = torch.randn(4, LENGTH, HIDDEN)
     first = batch.predicted[0]
     hidden.view(-1, HIDDEN)[first, 0] = 1e6
-    rows = answered(batch, hidden, layout, torch.zeros(4, dtype=torch.float64))
+    rows = with_stored_hidden(batch, hidden, layout, torch.zeros(4, dtype=torch.float64))
     assert rows.input_ids.equal(batch.corrupted_ids)
     found = 0
-    for row, places, targets, answers in zip(range(4), rows.places, rows.targets, rows.answers, strict=True):
+    for row, places, targets, answers in zip(range(4), rows.positions, rows.targets, rows.stored_hidden, strict=True):
         predicted = dict(zip(batch.predicted.tolist(), batch.targets.tolist(), strict=True))
         for place, target, answer in zip(places.tolist(), targets.tolist(), answers, strict=True):
             if target == NO_TARGET:
                 assert not answer.any()
                 continue
             found += 1
-            # What does not fit into 16 bits is no answer.
+            # A hidden state that overflows in 16 bits is left out.
             assert row * LENGTH + place != first
             assert predicted[row * LENGTH + place] == target and answer.equal(hidden[row, place].half())
     counts = (batch.predicted // LENGTH).bincount(minlength=4)
