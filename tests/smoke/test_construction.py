@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from das_ds.config import ModelConfig
+from das_ds.config.deepspeed import EngineConfig
 from das_ds.engine.sharded_init import sharded_init
 from das_ds.models.loading import load_model
 from helpers.construction import random_equal_to_plain, weights_of_loaded
@@ -87,4 +88,4 @@ def test_from_pretrained_experts_never_complete_on_a_rank(tmp_path: Path) -> Non
 
 def test_sharded_init_other_stages_none() -> None:
     for zero in ({"stage": 2}, {"stage": 3, "zero_hpz_partition_size": 2}):
-        assert sharded_init({"zero_optimization": zero}, None) is None  # type: ignore[arg-type]
+        assert sharded_init(EngineConfig.from_raw({"zero_optimization": zero}), None) is None  # type: ignore[arg-type]

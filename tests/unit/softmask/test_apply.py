@@ -1,0 +1,54 @@
+"""Masks reach the engine once, as updates or as gradients, after the earlier ones are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from das_ds.engine.mask import ElementwiseMask, UpdateMask
+from das_ds.kernels.protection import Protection
+from das_ds.softmask.apply import apply_masks
+from das_ds.softmask.direction_mask import DirectionMask
+
+
+class FakeEngine:
+    """The order of calls, with the number of masks."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def set_masks(self, masks: Mapping[torch.Tensor, UpdateMask]) -> None:
+        self.calls.append(("update", len(masks)))
+
+    def set_gradient_masks(self, masks: Mapping[torch.Tensor, ElementwiseMask]) -> None:
+        self.calls.append(("gradient", len(masks)))
+
+
+class FakeImportance:
+    """One mask, made from settings that are recorded."""
+
+    def __init__(self, engine: FakeEngine, mask: UpdateMask) -> None:
+        self.engine = engine
+        self.mask = mask
+
+    def masks(self, settings: str) -> dict[torch.Tensor, UpdateMask]:
+        self.engine.calls.append((settings, 1))
+        return {torch.zeros(4): self.mask}
+
+
+@pytest.mark.parametrize("apply_to", ["update", "gradient"])
+def test_apply_masks_clears_earlier_masks_before_new_are_made(apply_to: Any) -> None:
+    engine: Any = FakeEngine()
+    importance = FakeImportance(engine, ElementwiseMask(Protection(4)))
+    apply_masks(engine, importance, "settings", apply_to=apply_to)
+    assert engine.calls == [("update", 0), ("gradient", 0), ("settings", 1), (apply_to, 1)]
+
+
+def test_apply_masks_gradient_of_direction_mask_is_refused() -> None:
+    engine: Any = FakeEngine()
+    importance = FakeImportance(engine, DirectionMask(torch.device("cpu"), numel=4))
+    with pytest.raises(AssertionError, match="element by element"):
+        apply_masks(engine, importance, "settings", apply_to="gradient")
