@@ -30,7 +30,7 @@ pytestmark = pytest.mark.multirank
     ("stage", "granularity", "precision", "optimizer", "asynchronous"),
     [(3, "parameter", "fp32", "cpu_adam", True), (1, "parameter", "fp16", "adamw", False)],
 )
-def test_a_run_in_pieces_is_the_whole_run(
+def test_run_in_pieces_equals_uninterrupted_run(
     stage: int, granularity: str, precision: str, optimizer: str, asynchronous: bool, tmp_path: Path
 ) -> None:
     check_a_run_in_pieces_is_the_whole_run(stage, granularity, precision, optimizer, asynchronous, tmp_path)
@@ -38,7 +38,7 @@ def test_a_run_in_pieces_is_the_whole_run(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_in_pieces_is_the_whole_run_on_a_gpu(stage: int, tmp_path: Path) -> None:
+def test_run_in_pieces_equals_uninterrupted_run_gpu(stage: int, tmp_path: Path) -> None:
     """Its copies are made on a stream of their own; sums on a GPU may differ in their order."""
     runs = [run(tmp_path, name, stage=stage, precision="bf16") for name in ("whole", "parts")]
     run_ranks(run_all, 1, runs[:1])
@@ -49,7 +49,7 @@ def test_a_run_in_pieces_is_the_whole_run_on_a_gpu(stage: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("granularity", "places"), [("unit", {"train", "after"}), ("parameter", {"train"})])
-def test_a_run_continues_on_other_ranks_and_stages(granularity: str, places: set[str], tmp_path: Path) -> None:
+def test_run_resumes_on_other_ranks_and_stages(granularity: str, places: set[str], tmp_path: Path) -> None:
     """Within a domain, after one, and in an importance pass; without dropout, whose masks belong to ranks."""
     importance: dict[str, Any] = {"num_samples": 24, "granularity": granularity}
     if granularity == "parameter":
@@ -102,7 +102,7 @@ def broken_off(kept: tuple[dict[str, Any], Path]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("num_damaged", [1, 2])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(num_damaged: int, broken_off: dict[str, Any]) -> None:
+def test_corrupt_checkpoint_is_named_and_previous_used(num_damaged: int, broken_off: dict[str, Any]) -> None:
     folder = broken_off["output_dir"]
     names = checkpoints(folder)
     assert len(names) == 2
@@ -120,13 +120,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(num_damaged: i
             run_ranks(run_all, 2, [broken_off])
 
 
-def test_lost_checkpoints_are_no_new_run(broken_off: dict[str, Any]) -> None:
+def test_deleted_checkpoints_raise(broken_off: dict[str, Any]) -> None:
     shutil.rmtree(broken_off["output_dir"] / "checkpoints")
     with pytest.raises(RuntimeError, match=r"CheckpointError: .*found metrics.jsonl of training but no checkpoint"):
         run_ranks(run_all, 1, [broken_off])
 
 
-def test_each_domain_from_the_base_continues(tmp_path: Path) -> None:
+def test_method_one_resumes(tmp_path: Path) -> None:
     changes = {"lr_scheduler": "infinite", "decay_ratio": 0.5, "log_interval": 1}
     runs = [run(tmp_path, name, method={"name": "one"}, **changes) for name in ("whole", "parts")]
     run_ranks(run_all, 2, runs[:1])
@@ -137,7 +137,7 @@ def test_each_domain_from_the_base_continues(tmp_path: Path) -> None:
     assert found[:6] == found[6:] and found[5] < found[3]
 
 
-def test_a_run_with_replay_continues(tmp_path: Path) -> None:
+def test_replay_resumes(tmp_path: Path) -> None:
     """Beside das, with general text in the first domain and food and general text in the second."""
     method = {"importance": {"num_samples": 8}, "replay": {"fraction": 0.25, "general": True}}
     runs = [run(tmp_path, name, method=method) for name in ("whole", "parts", "without")]
@@ -153,7 +153,7 @@ def test_a_run_with_replay_continues(tmp_path: Path) -> None:
     assert all(line["loss"] != other["loss"] for line, other in zip(lines, without, strict=True))
 
 
-def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
+def test_dga_resumes(tmp_path: Path) -> None:
     """Method dga, with a mask that is not 1 - I itself and is made anew from what a checkpoint holds."""
     importance = {"num_samples": 8, "granularity": "parameter", "normalization": "rank_soft", "scope": "group"}
     method = {"name": "dga", "importance": importance, "softmask": {"exponent": 2.0, "unowned_update_scale": 0.5}}
@@ -164,7 +164,7 @@ def test_general_knowledge_alone_continues(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_what_ewc_merging_and_directions_keep_continues(tmp_path: Path) -> None:
+def test_ewc_merging_and_directions_resume(tmp_path: Path) -> None:
     """In pieces bit for bit, and from the middle of the second domain on another number of ranks and stage."""
     methods: dict[str, dict[str, Any]] = {
         "ewc": {"name": "ewc", "lambda": 1e4, "num_samples": 24},
@@ -205,7 +205,7 @@ def test_what_ewc_merging_and_directions_keep_continues(tmp_path: Path) -> None:
     assert max(line.get("loss/ewc", 0.0) for line in metrics_lines(others[0])) > 1e-3
 
 
-def test_a_teacher_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
+def test_kd_teacher_resumes_on_same_and_other_ranks(tmp_path: Path) -> None:
     def values(name: str, zero: dict[str, Any], micro_batch_size: int, **train: Any) -> dict[str, Any]:
         changes = {"log_interval": 1, "micro_batch_size": micro_batch_size, **train}
         base = run(tmp_path, name, method={"name": "kd", "weight": 10.0}, asynchronous=False, **changes)
@@ -229,7 +229,7 @@ def test_a_teacher_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-3) and expected[-1] > 1e-3
 
 
-def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
+def test_derpp_buffer_resumes_on_same_and_other_ranks(tmp_path: Path) -> None:
     """In fp16 with steps that are tried again; then a causal model on isolated documents, from two ranks to one."""
 
     def values(name: str, stage: int, micro_batch_size: int, **train: Any) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def test_a_buffer_continues_on_its_ranks_and_on_others(tmp_path: Path) -> None:
         assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[1][-1] > 1e-3
 
 
-def test_a_schedule_over_all_domains_continues(tmp_path: Path) -> None:
+def test_infinite_schedule_resumes(tmp_path: Path) -> None:
     changes = {"lr_scheduler": "infinite", "warmup_ratio": 0.5, "decay_ratio": 0.5, "log_interval": 1}
     runs = [run(tmp_path, name, method={"name": "ncl"}, **changes) for name in ("whole", "parts")]
     run_ranks(run_all, 1, runs[:1])
@@ -277,7 +277,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_weights_of_another_network_are_not_read_in_part(num_layers: int, tmp_path: Path) -> None:
+def test_resume_with_another_network_raises(num_layers: int, tmp_path: Path) -> None:
     values = headless_run(tmp_path, stage=2, steps=0, checkpoint={"interval": 1}, method={"name": "ncl"})
     message = run_ranks(continue_over_another_network, 1, values, num_layers)[0]
     assert message.startswith("CheckpointError: weights of a checkpoint: found"), message

@@ -15,7 +15,7 @@ from helpers.runs import last_step, metrics_lines, small_run
 pytestmark = pytest.mark.multirank
 
 
-def test_command_that_failed_and_was_mended_starts_the_run(tmp_path: Path) -> None:
+def test_start_after_fixed_config_error_runs(tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, train={"steps_per_domain": 2})
     path = write_config(tmp_path, values)
     for wrong in ("data.tokenizer=no/such/folder", "model.config.model_type=roberto", "data.sequence_length=4000"):
@@ -28,7 +28,7 @@ def test_command_that_failed_and_was_mended_starts_the_run(tmp_path: Path) -> No
     assert other.returncode == 2 and "belongs to another run" in other.stderr
 
 
-def test_second_start_over_one_folder_ends_with_2_and_the_first_is_undisturbed(tmp_path: Path) -> None:
+def test_second_start_in_same_folder_exits_2_and_first_completes(tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, train={"log_interval": 1})
     run, second_folder = values["output_dir"], tmp_path / "second"
     second_folder.mkdir()
@@ -46,7 +46,7 @@ def test_second_start_over_one_folder_ends_with_2_and_the_first_is_undisturbed(t
     assert not (run / LOCK_FILE).exists()
 
 
-def test_start_after_a_kill_is_not_locked_out(tmp_path: Path) -> None:
+def test_start_after_kill_acquires_lock(tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, train={"log_interval": 1})
     run = values["output_dir"]
     first = on_train_start(values, tmp_path, 2, take_half_a_second_per_step)

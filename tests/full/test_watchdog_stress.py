@@ -31,7 +31,7 @@ def busy_machine() -> Iterator[None]:
 
 @pytest.mark.usefixtures("busy_machine")
 @pytest.mark.parametrize("suspects", [False, True], ids=["healthy", "suspected"])
-def test_a_stressed_run_is_neither_ended_nor_crashed(suspects: bool, tmp_path: Path) -> None:
+def test_watchdog_stressed_run_completes(suspects: bool, tmp_path: Path) -> None:
     found = run_ranks(stressed_steps, 2, tmp_path, SECONDS / 2, suspects)
     for steps, heartbeats, inspections in found:
         assert steps > 100 and heartbeats > 100

@@ -53,7 +53,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
-def test_a_stopped_run_ends_with_75_and_continues_to_the_same_end(tmp_path: Path) -> None:
+def test_stopped_run_exits_75_and_resumes_to_same_result(tmp_path: Path) -> None:
     whole, stopped = (run(tmp_path, name, "das") for name in ("whole", "stopped"))
     assert exit_codes(on_train_start(whole, tmp_path, 2)) == [0, 0]
     folder = tmp_path / "stopped"
@@ -78,7 +78,7 @@ def test_a_stopped_run_ends_with_75_and_continues_to_the_same_end(tmp_path: Path
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_the_file_save_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_save_file_saves_once_and_run_continues(tmp_path: Path) -> None:
     values, folder = run(tmp_path, "run", keep_last=100), tmp_path / "run"
     processes = on_train_start(values, tmp_path, 2)
     wait_until(lambda: num_lines(folder) >= 2, "the second step")
@@ -89,7 +89,7 @@ def test_the_file_save_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
     assert len(within) == 1
 
 
-def test_a_stop_before_training_loses_nothing(tmp_path: Path) -> None:
+def test_stop_before_training_loses_nothing(tmp_path: Path) -> None:
     values, folder = run(tmp_path, "run"), tmp_path / "run"
     processes = on_train_start(values, tmp_path, 2)
     wait_until((folder / "config.yaml").exists, "the run folder")
@@ -98,7 +98,7 @@ def test_a_stop_before_training_loses_nothing(tmp_path: Path) -> None:
     assert exit_codes(on_train_start(values, tmp_path, 2)) == [0, 0]
 
 
-def test_a_killed_rank_is_named_and_the_run_continues(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_rank_is_named_and_run_resumes(undisturbed: Path, tmp_path: Path) -> None:
     killed = run(tmp_path, "killed", interval=5)
     processes = on_train_start(killed, tmp_path, 2, take_half_a_second_per_step)
     # Signs of life come once a second, and are read as often.
@@ -111,7 +111,7 @@ def test_a_killed_rank_is_named_and_the_run_continues(undisturbed: Path, tmp_pat
     assert_same_run(tmp_path / "killed", undisturbed)
 
 
-def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
+def test_hung_rank_is_named_by_all(tmp_path: Path) -> None:
     values = {**run(tmp_path, "run"), "runtime": {"hang_timeout": 4.0}}
     assert exit_codes(on_train_start(values, tmp_path, 2, hang_in_step_three_of_rank_one)) == [1, 1]
     for rank in (0, 1):
@@ -122,7 +122,7 @@ def test_a_rank_that_hangs_is_named_by_all(tmp_path: Path) -> None:
         assert "command_runs.py" in (tmp_path / "run" / "hang-rank1.txt").read_text()
 
 
-def test_a_full_disk_ends_the_run_with_the_checkpoint_before(undisturbed: Path, tmp_path: Path) -> None:
+def test_full_disk_ends_run_with_previous_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
     full = run(tmp_path, "full", interval=4)
     assert exit_codes(on_train_start(full, tmp_path, 2, fill_disk_in_step_three)) == [2, 2]
     assert re.search(

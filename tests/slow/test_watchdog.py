@@ -47,7 +47,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
 
 
 @pytest.mark.parametrize(("what", "bad_rank", "world_size"), FROZEN_OR_KILLED)
-def test_a_rank_that_is_frozen_or_killed_is_named(what: str, bad_rank: int, world_size: int, cases: Cases) -> None:
+def test_watchdog_frozen_or_killed_rank_is_named(what: str, bad_rank: int, world_size: int, cases: Cases) -> None:
     codes, folder = cases.result(what, bad_rank, world_size)
     assert codes[bad_rank] == (KILLED if what == "kill" else None)
     sign = "is gone" if what == "kill" else "has not sent a heartbeat"
@@ -60,7 +60,7 @@ def test_a_rank_that_is_frozen_or_killed_is_named(what: str, bad_rank: int, worl
         assert not any(f"rank {other} (pid " in text for other in others)
 
 
-def test_a_rank_that_hangs_ends_with_all_others_and_says_where(cases: Cases) -> None:
+def test_watchdog_hung_rank_exits_with_all_others_and_reports_location(cases: Cases) -> None:
     codes, folder = cases.result("sleep", 1, 3)
     assert codes == [EXIT_HANG] * 3
     for rank in range(3):
@@ -71,7 +71,7 @@ def test_a_rank_that_hangs_ends_with_all_others_and_says_where(cases: Cases) -> 
         assert "watching.py" in stacks.split("\n", 1)[1]
 
 
-def test_a_rank_that_waits_in_a_collective_of_deepspeed_is_not_blamed(cases: Cases) -> None:
+def test_watchdog_rank_in_deepspeed_collective_is_not_named(cases: Cases) -> None:
     codes, folder = cases.result("direct", 1, 2)
     assert codes == [EXIT_HANG] * 2
     for rank in range(2):
@@ -80,9 +80,7 @@ def test_a_rank_that_waits_in_a_collective_of_deepspeed_is_not_blamed(cases: Cas
 
 
 @pytest.mark.parametrize(("what", "bad_rank", "world_size"), HEALTHY)
-def test_training_goes_on_where_a_heartbeat_or_a_watchdog_fails(
-    what: str, bad_rank: int, world_size: int, cases: Cases
-) -> None:
+def test_watchdog_own_failure_does_not_end_training(what: str, bad_rank: int, world_size: int, cases: Cases) -> None:
     codes, folder = cases.result(what, bad_rank, world_size)
     said = [(folder / f"errors-{rank}").read_text() for rank in range(world_size)]
     assert codes == [0] * world_size, said
@@ -96,26 +94,26 @@ def test_training_goes_on_where_a_heartbeat_or_a_watchdog_fails(
         assert said[bad_rank].count("Traceback") == (2 if what == "broken" else 1)
 
 
-def test_a_rank_that_keeps_the_lock_of_python_is_named(cases: Cases) -> None:
+def test_watchdog_rank_holding_the_gil_is_named(cases: Cases) -> None:
     codes, folder = cases.result("lock", 1, 2)
     assert codes == [EXIT_HANG, None]
     text = (folder / "errors-0").read_text()
     assert "rank 1 (pid " in text and "has not sent a heartbeat" in text
 
 
-def test_a_rank_that_fails_is_named_with_its_error(cases: Cases) -> None:
+def test_watchdog_failed_rank_is_named_with_its_error(cases: Cases) -> None:
     codes, folder = cases.result("fail", 0, 2)
     assert codes == [1, EXIT_LOST]
     assert "rank 0 (pid " in (folder / "errors-1").read_text()
     assert "exited with ValueError: no such thing" in (folder / "errors-1").read_text()
 
 
-def test_patience_is_no_fault_and_a_watchdog_ends_without_a_word(cases: Cases) -> None:
+def test_watchdog_suspended_timeout_is_not_a_hang(cases: Cases) -> None:
     codes, folder = cases.result("patience", 0, 2)
     assert codes == [0, 0]
     assert [(folder / f"errors-{rank}").read_text() for rank in range(2)] == ["", ""]
     assert not list(folder.glob("hang*"))
 
 
-def test_a_job_that_is_suspended_as_a_whole_goes_on(cases: Cases) -> None:
+def test_watchdog_suspended_job_continues(cases: Cases) -> None:
     assert cases.suspended.result() == [0, 0]

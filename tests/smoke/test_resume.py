@@ -12,5 +12,5 @@ pytestmark = pytest.mark.multirank
 
 
 @pytest.mark.parametrize(("stage", "precision", "asynchronous"), [(0, "fp32", True), (2, "bf16", False)])
-def test_a_run_in_pieces_is_the_whole_run(stage: int, precision: str, asynchronous: bool, tmp_path: Path) -> None:
+def test_run_in_pieces_equals_uninterrupted_run(stage: int, precision: str, asynchronous: bool, tmp_path: Path) -> None:
     check_a_run_in_pieces_is_the_whole_run(stage, "unit", precision, "adamw", asynchronous, tmp_path)

@@ -27,14 +27,12 @@ def fail_on_the_second(how: str) -> None:
         time.sleep(60.0)
 
 
-def test_ranks_start_with_everything_loaded() -> None:
+def test_run_ranks_preloads_libraries() -> None:
     assert run_ranks(is_warm, 2) == [True, True]
 
 
 @pytest.mark.parametrize(("num_gpus", "method"), [(0, "forkserver"), (1, "spawn")])
-def test_process_context_with_a_gpu_starts_processes_anew(
-    num_gpus: int, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_context_with_gpu_spawns(num_gpus: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork of a process that has asked for the GPU may not use it."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     assert process_context().get_start_method() == method
@@ -48,6 +46,6 @@ def test_process_context_with_a_gpu_starts_processes_anew(
         ("hang", r"time ran out; no result from ranks \[1\]"),
     ],
 )
-def test_a_rank_that_does_not_answer_is_named(how: str, message: str) -> None:
+def test_run_ranks_hung_rank_is_named(how: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         run_ranks(fail_on_the_second, 2, how, timeout=5.0)

@@ -23,7 +23,7 @@ from helpers.runs import (
 pytestmark = pytest.mark.multirank
 
 
-def test_exported_model_has_the_losses_of_the_last_row(tmp_path: Path) -> None:
+def test_exported_model_has_losses_of_last_row(tmp_path: Path) -> None:
     values = small_run(tmp_path, deepspeed={"zero_optimization": {"stage": 3}})
     results = run_ranks(run_all, 1, [values])[0][0]
     folder = tmp_path / "run" / "domains" / "01_papers" / "model"
@@ -54,7 +54,7 @@ def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
     return losses
 
 
-def test_each_domain_from_the_base_forgets_the_one_before(tmp_path: Path) -> None:
+def test_method_one_starts_each_domain_from_base(tmp_path: Path) -> None:
     both = small_run(tmp_path, method={"name": "one"}, output_dir=tmp_path / "both")
     alone = small_run(tmp_path, method={"name": "ncl"}, output_dir=tmp_path / "alone", domains=both["domains"][1:])
     run_ranks(run_all, 2, [{**run, "train": {**run["train"], "micro_batch_size": 2}} for run in (both, alone)])

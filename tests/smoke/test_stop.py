@@ -18,7 +18,7 @@ from helpers.runs import last_step, run_all, small_run
 pytestmark = pytest.mark.multirank
 
 
-def test_run_stopped_by_a_signal_continues_to_the_same_end(tmp_path: Path) -> None:
+def test_run_stopped_by_signal_resumes_to_same_result(tmp_path: Path) -> None:
     base = small_run(tmp_path, method={"name": "ncl"}, checkpoint={"interval": 1000})
     base["train"] = {**base["train"], "micro_batch_size": 2, "steps_per_domain": 10, "log_interval": 1}
 

@@ -12,7 +12,7 @@ from helpers.watching import exit_codes
 pytestmark = pytest.mark.multirank
 
 
-def test_watch_of_a_rank_that_hangs_ends_all_and_names_it(tmp_path: Path) -> None:
+def test_watchdog_hung_rank_ends_all_and_is_named(tmp_path: Path) -> None:
     assert exit_codes(tmp_path, "sleep", 1) == [EXIT_HANG, EXIT_HANG]
     for rank in range(2):
         text = (tmp_path / f"errors-{rank}").read_text()

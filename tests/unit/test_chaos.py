@@ -44,14 +44,14 @@ def flip(path: Path, byte: int) -> None:
         (lambda run: (run / "metrics.jsonl").write_text('{"global_step": 3, "loss": 2.0}\n'), "metrics.jsonl: 2"),
     ],
 )
-def test_a_difference_is_found_and_named(tmp_path: Path, change, named: str) -> None:  # type: ignore[no-untyped-def]
+def test_differences_names_each_change(tmp_path: Path, change, named: str) -> None:  # type: ignore[no-untyped-def]
     expected, run = run_digest(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
     change(run)
     found = differences(expected, run_digest(run))
     assert len(found) == 1 and found[0].startswith(named)
 
 
-def test_time_is_no_difference(tmp_path: Path) -> None:
+def test_differences_ignores_time(tmp_path: Path) -> None:
     expected, run = run_digest(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
     (run / "results.json").write_text(json.dumps({"loss_matrix": [[1.5]], "wall_seconds": 9.0}))
     metrics = (run / "metrics.jsonl").read_text().replace('"tokens_per_s": 10.0', '"tokens_per_s": 3.0')
@@ -61,7 +61,7 @@ def test_time_is_no_difference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("corrupt", CORRUPTIONS)
-def test_every_corruption_alters_the_checkpoint(tmp_path: Path, corrupt, seed: int) -> None:  # type: ignore[no-untyped-def]
+def test_corruptions_alter_the_checkpoint(tmp_path: Path, corrupt, seed: int) -> None:  # type: ignore[no-untyped-def]
     for name, content in (("manifest.json", '{"files": {"a": 12}}'), ("a", "twelve bytes"), ("b", "others")):
         (tmp_path / name).write_text(content)
     before = contents(tmp_path)
@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_progress_log_is_read_back(tmp_path: Path) -> None:
+def test_progress_log_round_trip(tmp_path: Path) -> None:
     progress_log = ProgressLog(tmp_path / "progress")
     assert progress_log.last() is None
     progress_log.add(START, "start")
@@ -85,7 +85,7 @@ def test_progress_log_is_read_back(tmp_path: Path) -> None:
     progress_log.close()
 
 
-def test_what_is_lost_is_counted_from_where_the_run_resumed() -> None:
+def test_count_repeated_from_resumed_spot() -> None:
     evaluation = [Mark(1.0 + n, EVALUATION, "evaluate food", n) for n in range(2)]
     training = [Mark(3.0 + n, TRAINING, "train food", n) for n in range(3)]
     timeline = Timeline([Mark(0.0, START, "start", 0), *evaluation, *training], save_seconds=0.0)

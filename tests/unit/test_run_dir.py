@@ -13,14 +13,14 @@ from das_ds.run_dir import open_run_dir
 from helpers.training import run_config
 
 
-def test_new_folder_gets_the_resolved_config(tmp_path: Path) -> None:
+def test_open_run_dir_new_folder_gets_resolved_config(tmp_path: Path) -> None:
     config = run_config(tmp_path / "a" / "run")
     folder = open_run_dir(config)
     assert load_config(folder.root / "config.yaml") == config
     assert folder.model(3, "acl") == tmp_path / "a" / "run" / "domains" / "03_acl" / "model"
 
 
-def test_same_run_may_come_back(tmp_path: Path) -> None:
+def test_open_run_dir_same_run_passes(tmp_path: Path) -> None:
     open_run_dir(run_config(tmp_path / "run"))
     open_run_dir(run_config(tmp_path / "run", wandb={"mode": "offline"}))
 
@@ -28,7 +28,7 @@ def test_same_run_may_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "computed", ["metrics.jsonl", "results.json", "checkpoints/000000_acl_before_0/manifest.json", "domains/00_acl/x"]
 )
-def test_another_run_is_refused_with_the_differing_keys(tmp_path: Path, computed: str) -> None:
+def test_open_run_dir_another_run_raises_with_differing_keys(tmp_path: Path, computed: str) -> None:
     open_run_dir(run_config(tmp_path))
     (tmp_path / computed).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / computed).write_text("{}")
@@ -37,7 +37,7 @@ def test_another_run_is_refused_with_the_differing_keys(tmp_path: Path, computed
     assert load_config(tmp_path / "config.yaml").seed == 0
 
 
-def test_folder_of_starts_that_failed_takes_the_mended_config(tmp_path: Path) -> None:
+def test_open_run_dir_after_failed_starts_replaces_config(tmp_path: Path) -> None:
     first = run_config(tmp_path)
     open_run_dir(first)
     # What a start leaves that failed as late as possible, while the engine was built.
@@ -53,7 +53,7 @@ def test_folder_of_starts_that_failed_takes_the_mended_config(tmp_path: Path) ->
     assert not (tmp_path / "wandb_run_id").exists() and not (tmp_path / "revisions.json").exists()
 
 
-def test_config_of_another_version_is_replaced_or_named(tmp_path: Path) -> None:
+def test_open_run_dir_unreadable_config_is_replaced_or_named(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     open_run_dir(config)
     (tmp_path / "config.yaml").write_text("no_such_key: 1\n")
@@ -65,24 +65,24 @@ def test_config_of_another_version_is_replaced_or_named(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_start_that_was_killed_while_it_wrote_the_config_does_not_spoil_the_folder(tmp_path: Path) -> None:
+def test_open_run_dir_ignores_half_written_config(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.123").write_text("output_dir:")
     open_run_dir(run_config(tmp_path))
 
 
-def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_open_run_dir_folder_without_run_raises(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RunFolderError, match=r"not empty and holds no run \(no config.yaml\)"):
         open_run_dir(run_config(tmp_path))
 
 
-def test_file_in_place_of_the_folder(tmp_path: Path) -> None:
+def test_open_run_dir_file_in_place_of_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(RunFolderError, match="output_dir: cannot write"):
         open_run_dir(run_config(tmp_path / "run"))
 
 
-def test_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_run_dir_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -21,7 +21,7 @@ from das_ds.storage import (
 )
 
 
-def test_a_file_changes_only_when_all_is_written(tmp_path: Path) -> None:
+def test_atomic_write_failure_keeps_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(path) as partial:
@@ -34,7 +34,7 @@ def test_a_file_changes_only_when_all_is_written(tmp_path: Path) -> None:
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_changes_only_when_all_is_written(tmp_path: Path) -> None:
+def test_atomic_dir_failure_keeps_old_folder(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     for text in ("one", "two"):
         with atomic_dir(folder) as partial:
@@ -46,7 +46,7 @@ def test_a_folder_changes_only_when_all_is_written(tmp_path: Path) -> None:
     assert (folder / "part" / "weights").read_text() == "two" and list(tmp_path.iterdir()) == [folder]
 
 
-def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+def test_write_checksums_matches_sha256sum(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with atomic_dir(folder) as partial:
         (partial / "weights").write_bytes(b"\x00\x01")
@@ -70,7 +70,7 @@ def test_model_card_has_no_checksum(tmp_path: Path) -> None:
     assert find_corrupted(folder) == []
 
 
-def test_json_that_was_altered(tmp_path: Path) -> None:
+def test_read_json_with_checksum_altered_raises(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     content = {"loss": 0.1 + 0.2, "name": "Tromsø", "nested": {"a": [1, None]}}
     write_json_with_checksum(path, content)
@@ -81,7 +81,7 @@ def test_json_that_was_altered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_files_of_libraries_have_the_mode_that_the_umask_gives(umask: int, mode: int, tmp_path: Path) -> None:
+def test_atomic_dir_files_have_umask_mode(umask: int, mode: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
         save_file({"a": torch.zeros(1)}, tmp_path / "by_library")

@@ -11,7 +11,7 @@ from das_ds.thread_guard import ThreadGuard
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
-def test_thread_guard_after_an_error_logs_it_once_and_the_thread_goes_on(
+def test_thread_guard_logs_first_error_and_continues(
     error: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
     guard, rounds = ThreadGuard("the thread failed"), list[int]()

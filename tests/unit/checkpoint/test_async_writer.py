@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_file_holds_the_values_of_the_moment(asynchronous: bool, tmp_path: Path) -> None:
+def test_writer_file_holds_values_at_start(asynchronous: bool, tmp_path: Path) -> None:
     writer = BackgroundWriter(CPU, asynchronous=asynchronous)
     for number in range(3):
         live = {"weights": torch.randn(1000 + number), "moments": torch.randn(7).bfloat16()}
@@ -40,7 +40,7 @@ def test_a_file_holds_the_values_of_the_moment(asynchronous: bool, tmp_path: Pat
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_folder_that_cannot_be_written(asynchronous: bool, tmp_path: Path) -> None:
+def test_writer_unwritable_folder_raises_then_recovers(asynchronous: bool, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     writer = BackgroundWriter(CPU, asynchronous=asynchronous)
     writer.start(tmp_path / "file" / "a.safetensors", {"a": torch.ones(2)}, {})
@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written(asynchronous: bool, tmp_path: Path) -> 
     assert writer.finish().size > 0 and writer.failure is None
 
 
-def test_a_disk_that_gives_back_other_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_different_bytes_read_back_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save_wrongly(tensors: dict[str, torch.Tensor], path: Path) -> None:
         real_save({key: value + 1 for key, value in tensors.items()}, path)
 
@@ -65,7 +65,7 @@ def test_a_disk_that_gives_back_other_values(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
-def test_an_unexpected_error_beside_training_is_logged_and_raised_by_finish(
+def test_writer_unexpected_error_is_logged_and_raised_by_finish(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -80,7 +80,7 @@ def test_an_unexpected_error_beside_training_is_logged_and_raised_by_finish(
     assert "unexpected error" in caplog.text and "Traceback" in caplog.text
 
 
-def test_memory_of_the_copies_is_taken_by_the_thread_once_per_dtype(
+def test_writer_allocates_staging_buffers_in_thread_once_per_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[torch.dtype, int, str]] = []
@@ -110,7 +110,7 @@ def test_memory_of_the_copies_is_taken_by_the_thread_once_per_dtype(
     assert taken == [(torch.float32, 24, "checkpoint"), (torch.bfloat16, 7, "checkpoint")]
 
 
-def test_wait_for_copy_returns_when_the_copy_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_for_staging_returns_when_staging_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("no memory can be locked")
 
@@ -139,9 +139,7 @@ class RecordedStream:
         self.asked.append(f"host waits for {self.name}")
 
 
-def test_offloaded_values_beside_a_gpu_are_copied_by_the_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writer_offloaded_values_are_staged_by_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     gate = threading.Event()
 

@@ -45,7 +45,7 @@ def problems(store: CheckpointStore, name: str) -> list[str]:
         return [str(error)]
 
 
-def test_the_newest_and_the_end_of_every_domain_are_kept(tmp_path: Path) -> None:
+def test_store_publish_keeps_newest_and_domain_ends(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     for number in range(4):
         save(store, f"{number:06d}_food_train_{number}", phase="train")
@@ -57,7 +57,7 @@ def test_the_newest_and_the_end_of_every_domain_are_kept(tmp_path: Path) -> None
     assert sorted(path.name for path in store.folder.iterdir()) == store.names()
 
 
-def test_numbers_go_on_behind_one_that_was_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_store_quarantined_number_is_not_reused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     assert store.next_number == 0 and store.names() == []
     save(store, "000000_food_train_1", phase="train")
@@ -69,7 +69,7 @@ def test_numbers_go_on_behind_one_that_was_set_aside(tmp_path: Path, caplog: pyt
     assert store.names() == ["999999_food_train_2"] and store.next_number == 1000001 and store.has_corrupted
 
 
-def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path: Path) -> None:
+def test_store_unfinished_checkpoint_is_not_listed(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     partial = store.staging_dir("000000_food_train_1")
     partial.mkdir(parents=True)
@@ -110,7 +110,9 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_damage_is_found_and_named(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+def test_find_problems_corrupt_checkpoint_is_described(
+    damage: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     folder = save(store, "000000_food_train_7", phase="train", domain_step=7)
     assert problems(store, folder.name) == []
@@ -118,14 +120,14 @@ def test_damage_is_found_and_named(damage: Callable[[Path], object], message: st
     assert [message in problem for problem in problems(store, folder.name)] == [True]
 
 
-def test_a_manifest_belongs_to_its_folder(tmp_path: Path) -> None:
+def test_read_manifest_of_another_folder_raises(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     message = "manifest.json belongs to 000000_food_train_1, found in 000009_food_train_9"
     save(store, "000000_food_train_1", phase="train").rename(store.folder / "000009_food_train_9")
     assert problems(store, "000009_food_train_9") == [message]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_publish_on_full_disk_keeps_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     save(store, "000000_food_train_1", phase="train")
 
@@ -138,7 +140,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     assert store.names() == ["000000_food_train_1"] and problems(store, "000000_food_train_1") == []
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_said_once(
+def test_store_failed_removal_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(path: Path, ignore_errors: bool = False) -> None:

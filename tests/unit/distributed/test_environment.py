@@ -8,7 +8,7 @@ from das_ds.errors import ConfigError
 SOUND = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
 
 
-def test_environment_of_a_launcher_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_environment_of_a_launcher_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SOUND.items():
         monkeypatch.setenv(name, value)
     check_environment()
@@ -28,7 +28,9 @@ def test_environment_of_a_launcher_passes(monkeypatch: pytest.MonkeyPatch) -> No
         ("MASTER_PORT", "99999", "MASTER_PORT: found 99999, allowed: 0 to 65535"),
     ],
 )
-def test_odd_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str) -> None:
+def test_check_environment_invalid_value_raises(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
     for known, sound in SOUND.items():
         monkeypatch.setenv(known, sound)
     monkeypatch.setenv(name, value)
@@ -37,6 +39,6 @@ def test_odd_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value:
     assert str(caught.value).startswith(expected)
 
 
-def test_rank_without_a_device_is_refused() -> None:
+def test_check_device_missing_gpu_raises() -> None:
     with pytest.raises(ConfigError, match="LOCAL_RANK: found 4, allowed: 0 to 3, one rank for each of the GPUs"):
         check_device(4, 4)

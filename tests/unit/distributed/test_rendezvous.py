@@ -28,7 +28,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     return number
 
 
-def test_rank_0_says_how_many_are_here_and_that_the_others_did_not_come(
+def test_rendezvous_rank_0_reports_missing_ranks_and_raises(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "REPORT_AFTER_S", 1.5)
@@ -45,7 +45,7 @@ def test_rank_0_says_how_many_are_here_and_that_the_others_did_not_come(
     assert len(lines) == 2 and all(line.startswith(expected) for line in lines)
 
 
-def test_rank_whom_nobody_answers_speaks_for_itself(
+def test_rendezvous_unanswered_rank_reports_itself(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "2")
@@ -57,7 +57,7 @@ def test_rank_whom_nobody_answers_speaks_for_itself(
     assert lines[1].startswith("das_ds: the ranks do not find each other within 5 s ")
 
 
-def test_ranks_that_meet_say_nothing(
+def test_rendezvous_complete_prints_nothing(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rendezvous, "REPORT_AFTER_S", 0.3)

@@ -21,7 +21,9 @@ def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> Shar
 
 @pytest.mark.parametrize("before", [1, 2, 3, 9])
 @pytest.mark.parametrize("after", [1, 2, 4, 9])
-def test_rows_divided_anew_are_the_same_table(before: int, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_buffer_load_on_other_world_size_keeps_rows(
+    before: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts = [WHOLE[rank::before] for rank in range(before)]
     found = torch.zeros_like(WHOLE)
     for rank in range(after):
@@ -32,7 +34,7 @@ def test_rows_divided_anew_are_the_same_table(before: int, after: int, monkeypat
     assert found.equal(WHOLE)
 
 
-def test_rows_are_written_where_they_belong_and_read_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_buffer_write_then_read_returns_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, found = torch.tensor([4, 1, 6]).numpy(), []
     for rank in range(2):
         table = on_rank(monkeypatch, rank, 2)

@@ -75,7 +75,7 @@ def known(*beats: Heartbeat, **changes: Any) -> HeartbeatSnapshot:
     return replace(HeartbeatSnapshot(beats, num_answers=1), **changes)
 
 
-def test_diagnose_with_fresh_heartbeats_finds_nothing() -> None:
+def test_diagnose_fresh_heartbeats_returns_none() -> None:
     detector = HangDetector(1, TIMEOUT)
     for seq in range(100):
         beats = (beat(0, seq=seq, idle_s=0.0), beat(1, seq=seq, idle_s=0.0))
@@ -83,7 +83,7 @@ def test_diagnose_with_fresh_heartbeats_finds_nothing() -> None:
         assert detector.diagnose(beats[1], GRACE) is None and detector.find_lost_peers(3.0) is None
 
 
-def test_diagnose_a_silent_rank_ends_the_run_even_where_its_timeout_is_suspended() -> None:
+def test_diagnose_silent_rank_is_named_despite_suspended_timeout() -> None:
     snapshot = known(beat(0, idle_s=0.0, timeout_suspended=True, in_collective=None), beat(1))
     assert seen_by_rank_1(snapshot, TIMEOUT - 1).diagnose(beat(1), GRACE) is None
     for own in (beat(1), beat(1, in_collective=None), beat(1, timeout_suspended=True)):
@@ -104,14 +104,14 @@ def test_diagnose_a_silent_rank_ends_the_run_even_where_its_timeout_is_suspended
     ],
 )
 @pytest.mark.parametrize("silence", ["heartbeat", "store", "lost"])
-def test_diagnose_by_a_rank_that_does_not_wait_ends_no_run_for_silence(own: Heartbeat, silence: str) -> None:
+def test_diagnose_own_progress_ignores_silent_peer(own: Heartbeat, silence: str) -> None:
     snapshot = known(beat(0, idle_s=0.0), beat(1), is_lost=silence == "lost")
     detector = seen_by_rank_1(snapshot, 100 * TIMEOUT, answered=silence == "heartbeat")
     assert detector.diagnose(own, GRACE) is None
     assert detector.diagnose(beat(1), GRACE) is not None
 
 
-def test_diagnose_by_a_rank_that_sees_nothing_ends_no_run() -> None:
+def test_diagnose_blind_rank_returns_none() -> None:
     for own in (beat(1), beat(1, in_collective=False), beat(1, in_collective=None)):
         snapshot = known(beat(0), beat(1), is_blind=True)
         assert seen_by_rank_1(snapshot, 100 * TIMEOUT, answered=False).diagnose(own, GRACE) is None
@@ -119,7 +119,7 @@ def test_diagnose_by_a_rank_that_sees_nothing_ends_no_run() -> None:
         assert seen_by_rank_1(snapshot, 100 * TIMEOUT, answered=False).diagnose(own, GRACE) is None
 
 
-def test_diagnose_standing_still_is_a_fault_unless_the_timeout_is_suspended() -> None:
+def test_diagnose_stall_is_named_unless_timeout_suspended() -> None:
     snapshot = known(beat(0), beat(1))
     found = seen_by_rank_1(snapshot, 1.0).diagnose(beat(1, in_collective=False), GRACE)
     assert found == (
@@ -132,7 +132,7 @@ def test_diagnose_standing_still_is_a_fault_unless_the_timeout_is_suspended() ->
 
 @pytest.mark.parametrize("in_collective", [False, None])
 @pytest.mark.parametrize("busy", [{"idle_s": 0.1}, {"timeout_suspended": True}])
-def test_diagnose_waiting_for_a_rank_that_works_is_no_fault(busy: dict[str, Any], in_collective: bool | None) -> None:
+def test_diagnose_waiting_for_busy_peer_returns_none(busy: dict[str, Any], in_collective: bool | None) -> None:
     snapshot = known(beat(0, in_collective=in_collective, **busy), beat(1))
     # Its heartbeats may be late, as where a long call keeps Python's lock.
     for age in (1.0, TIMEOUT - 1):
@@ -141,7 +141,7 @@ def test_diagnose_waiting_for_a_rank_that_works_is_no_fault(busy: dict[str, Any]
     assert found is not None and found.startswith("rank 0 ")
 
 
-def test_diagnose_a_store_that_does_not_answer_blames_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnose_silent_store_names_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = known(beat(0, progress=(9, 9)), beat(1), beat(2))
     # Other heartbeats do not arrive either, which is not the fault of their ranks.
     found = seen_by_rank_1(snapshot, TIMEOUT + 1, answered=False).diagnose(beat(1), GRACE)
@@ -152,7 +152,7 @@ def test_diagnose_a_store_that_does_not_answer_blames_its_holder(monkeypatch: py
     assert found == "the launcher that holds the ranks' common store has not answered for 21 s"
 
 
-def test_a_store_that_is_gone_blames_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_lost_peers_lost_store_names_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = known(beat(0, idle_s=1.0), beat(1), is_lost=True)
     gone = "rank 0 (pid 100 on node1) is gone; last heartbeat: step 7 of food, forward and backward, {} s ago"
     assert seen_by_rank_1(snapshot, 2.0, answered=False).find_lost_peers(3.0) == gone.format(3)
@@ -163,7 +163,7 @@ def test_a_store_that_is_gone_blames_its_holder(monkeypatch: pytest.MonkeyPatch)
     assert late.find_lost_peers(3.0) == "the launcher that holds the ranks' common store is gone"
 
 
-def test_a_rank_that_has_left_with_an_error_is_named_with_it() -> None:
+def test_diagnose_exited_rank_is_named_with_its_error() -> None:
     snapshot = known(beat(0, exit_error="ValueError: x"), beat(1))
     text = "rank 0 (pid 100 on node1) exited with ValueError: x; last location: step 7 of food, forward and backward"
     assert seen_by_rank_1(snapshot, 0.0).find_lost_peers(3.0) == text
@@ -171,6 +171,6 @@ def test_a_rank_that_has_left_with_an_error_is_named_with_it() -> None:
     assert seen_by_rank_1(snapshot, GRACE + 1).diagnose(beat(1, idle_s=0.0), GRACE) == text
 
 
-def test_what_another_rank_has_found_stands() -> None:
+def test_diagnose_reported_failure_is_returned() -> None:
     detector = seen_by_rank_1(known(beat(0), beat(1), failure_reason="rank 3 is to blame"), TIMEOUT + 1)
     assert detector.diagnose(beat(1), GRACE) == detector.find_lost_peers(3.0) == "rank 3 is to blame"

@@ -87,7 +87,7 @@ def exchanging(rank: Rank) -> Iterator[HeartbeatStore]:
         exchange.close(20.0)
 
 
-def test_heartbeat_store_whose_heartbeat_fails_goes_on(store: FlakyStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_heartbeat_store_failing_heartbeat_still_reads(store: FlakyStore, caplog: pytest.LogCaptureFixture) -> None:
     rank = Rank()
     with caplog.at_level(logging.ERROR), exchanging(rank) as exchange:
         rank.failure = AttributeError("'tuple' object has no attribute 'f_code'")
@@ -101,7 +101,7 @@ def test_heartbeat_store_whose_heartbeat_fails_goes_on(store: FlakyStore, caplog
     assert len(caplog.records) == 1 and "Traceback" in caplog.text and "f_code" in caplog.text
 
 
-def test_heartbeat_store_that_cannot_read_is_blind_until_it_can(
+def test_heartbeat_store_failing_read_is_blind_until_it_succeeds(
     store: FlakyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR), exchanging(Rank()) as exchange:
@@ -112,9 +112,7 @@ def test_heartbeat_store_that_cannot_read_is_blind_until_it_can(
     assert any("can end no run" in message for message in caplog.messages) and "no such thing" in caplog.text
 
 
-def test_heartbeat_store_that_loses_its_connection_connects_anew(
-    store: FlakyStore, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_heartbeat_store_lost_connection_reconnects(store: FlakyStore, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), exchanging(Rank()) as exchange:
         store.failure = dist.DistNetworkError("Broken pipe")
         until(lambda: exchange.snapshot.is_lost and store.num_clones > 1)
@@ -123,9 +121,7 @@ def test_heartbeat_store_that_loses_its_connection_connects_anew(
     assert "lost its connection to the ranks' common store (Broken pipe)" in caplog.text
 
 
-def test_heartbeat_store_that_cannot_connect_anew_says_that_the_run_is_unwatched(
-    store: FlakyStore, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_heartbeat_store_failed_reconnect_is_logged(store: FlakyStore, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), exchanging(Rank()) as exchange:
         store.can_connect, store.failure = False, dist.DistNetworkError("Broken pipe")
         until(lambda: "cannot reach the ranks' common store: training continues without a watchdog" in caplog.text)

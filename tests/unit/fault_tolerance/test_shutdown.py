@@ -29,7 +29,7 @@ for rank in ranks: rank.wait()
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_is_noted_and_the_former_handler_comes_back(name: str, tmp_path: Path) -> None:
+def test_shutdown_handler_signal_requests_stop_and_restores_handler(name: str, tmp_path: Path) -> None:
     number = signal.Signals[name]
     former = signal.getsignal(number)
     with ShutdownHandler(RunDir(tmp_path), SIGNALS) as handler:
@@ -40,7 +40,7 @@ def test_a_signal_is_noted_and_the_former_handler_comes_back(name: str, tmp_path
     assert signal.getsignal(number) is former
 
 
-def test_only_configured_signals_are_taken_and_those_even_where_they_are_ignored(tmp_path: Path) -> None:
+def test_shutdown_handler_ignored_signal_is_handled_only_if_configured(tmp_path: Path) -> None:
     former = signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     try:
         with ShutdownHandler(RunDir(tmp_path), ["SIGUSR1"]) as handler:
@@ -54,7 +54,7 @@ def test_only_configured_signals_are_taken_and_those_even_where_they_are_ignored
         signal.signal(signal.SIGUSR2, former[1])
 
 
-def test_a_user_who_insists_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutdown_handler_second_interrupt_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(shutdown.time, "monotonic", lambda: now[0])
     with ShutdownHandler(RunDir(tmp_path), ["SIGINT"]) as handler:
@@ -67,7 +67,7 @@ def test_a_user_who_insists_interrupts(tmp_path: Path, monkeypatch: pytest.Monke
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_stop_file_is_a_request_until_it_is_removed(tmp_path: Path) -> None:
+def test_shutdown_handler_stop_file_requests_stop_until_removed(tmp_path: Path) -> None:
     handler = ShutdownHandler(RunDir(tmp_path), [])
     (tmp_path / "STOP").touch()
     assert handler.poll(files=False).stop is None
@@ -78,7 +78,7 @@ def test_the_stop_file_is_a_request_until_it_is_removed(tmp_path: Path) -> None:
     assert ShutdownHandler(RunDir(tmp_path), []).poll(files=True).stop is None
 
 
-def test_one_save_file_is_one_request_and_a_newer_one_another(tmp_path: Path) -> None:
+def test_shutdown_handler_save_file_requests_one_save(tmp_path: Path) -> None:
     handler, file = ShutdownHandler(RunDir(tmp_path), []), tmp_path / "SAVE"
     handler.remove_save_file()
     file.touch()
@@ -99,7 +99,7 @@ def test_one_save_file_is_one_request_and_a_newer_one_another(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("is_waited_for", [True, False])
-def test_a_launcher_that_is_gone_is_a_request(
+def test_shutdown_handler_launcher_gone_requests_stop(
     is_waited_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -130,7 +130,7 @@ def test_a_launcher_that_is_gone_is_a_request(
         ("", None),
     ],
 )
-def test_program_of_a_command_line(command: str, expected: str | None) -> None:
+def test_program_name_of_command_lines(command: str, expected: str | None) -> None:
     assert program_name(command.split()) == expected
 
 
@@ -149,7 +149,7 @@ def fake_launcher() -> Iterator[tuple[psutil.Process, list[psutil.Process]]]:
     started.stdout.close()
 
 
-def test_a_launcher_is_paused_until_its_ranks_have_ended(
+def test_suspend_launcher_until_ranks_have_ended(
     fake_launcher: tuple[psutil.Process, list[psutil.Process]],
 ) -> None:
     launcher, ranks = fake_launcher
@@ -163,7 +163,7 @@ def test_a_launcher_is_paused_until_its_ranks_have_ended(
     until(lambda: not is_alive(launcher))
 
 
-def test_a_launcher_is_paused_no_longer_than_the_limit(
+def test_suspend_launcher_until_limit(
     fake_launcher: tuple[psutil.Process, list[psutil.Process]],
 ) -> None:
     launcher, ranks = fake_launcher
@@ -173,7 +173,7 @@ def test_a_launcher_is_paused_no_longer_than_the_limit(
     assert all(is_alive(rank) for rank in ranks)
 
 
-def test_a_launcher_that_has_lost_a_rank_is_not_paused(
+def test_suspend_launcher_with_lost_rank_does_nothing(
     fake_launcher: tuple[psutil.Process, list[psutil.Process]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher, _ = fake_launcher
@@ -185,7 +185,7 @@ def test_a_launcher_that_has_lost_a_rank_is_not_paused(
     assert suspended == [launcher.pid]
 
 
-def test_a_launcher_that_cannot_be_paused_is_said_and_the_request_stands(
+def test_launcher_guard_failure_is_logged_and_stop_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:

@@ -42,9 +42,7 @@ def test_parse_stacks_gives_frames_by_thread() -> None:
         ("/x/torch/functional.py", "hold", False),
     ],
 )
-def test_inspect_stacks_knows_a_thread_that_waits_for_other_ranks(
-    file: str, function: str, in_collective: bool
-) -> None:
+def test_inspect_stacks_waiting_thread_is_in_collective(file: str, function: str, in_collective: bool) -> None:
     code: dict[str, Any] = {}
     exec(compile(f"def {function}(lock, began):\n    began.set()\n    lock.acquire()", file, "exec"), code)
     lock, began = threading.Lock(), threading.Event()

@@ -82,7 +82,7 @@ def run_over(folder: Path, model: Path) -> dict[str, Any]:
         ("config.json", POINTER, "found Git LFS pointers in place of config.json"),
     ],
 )
-def test_damaged_model_folder_is_one_line(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+def test_corrupt_model_folder_is_one_line(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     model = saved_model(tmp_path)
     (model / name).write_bytes(content)
     check_one_line(run_over(tmp_path, model), expected)
@@ -97,7 +97,7 @@ def test_damaged_model_folder_is_one_line(tmp_path: Path, name: str, content: by
         (b"", "cannot load the model"),
     ],
 )
-def test_damaged_weights_are_one_line(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_corrupt_weights_are_one_line(tmp_path: Path, content: bytes, expected: str) -> None:
     model = saved_model(tmp_path)
     (model / "model.safetensors").write_bytes(content)
     # Preflight reads no weights.
@@ -113,7 +113,7 @@ def test_damaged_weights_are_one_line(tmp_path: Path, content: bytes, expected: 
         ({"num_hidden_layers": -1.5}, "model.config.num_hidden_layers: found -1.5, allowed: at least 1"),
     ],
 )
-def test_odd_numbers_of_a_model_config_are_one_line(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+def test_invalid_model_config_is_one_line(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     values = small_run(tmp_path)
     values["model"]["config"] |= changes
     check_one_line(values, expected, in_preflight=False)
@@ -139,9 +139,7 @@ def as_fifo(path: Path) -> None:
         ("short.txt", lambda path: path.write_text("noodle soup\n"), "short.txt"),
     ],
 )
-def test_text_that_cannot_be_used_is_one_line(
-    tmp_path: Path, name: str, make: Callable[[Path], Any], expected: str
-) -> None:
+def test_unusable_text_is_one_line(tmp_path: Path, name: str, make: Callable[[Path], Any], expected: str) -> None:
     make(tmp_path / name)
     values = small_run(tmp_path)
     values["domains"][1]["train"] = [str(tmp_path / name)]
@@ -150,13 +148,13 @@ def test_text_that_cannot_be_used_is_one_line(
     assert failed and "corpus 'papers'" in failed[0] and expected in failed[0]
 
 
-def test_name_too_long_for_a_file_system_is_one_line(tmp_path: Path) -> None:
+def test_too_long_file_name_is_one_line(tmp_path: Path) -> None:
     values = small_run(tmp_path)
     values["domains"][1]["train"] = ["x" * 5000 + ".txt"]
     check_one_line(values, "cannot be read (File name too long)")
 
 
-def test_corpus_shorter_than_it_needs_is_found_before_training(tmp_path: Path) -> None:
+def test_too_short_corpus_fails_before_training(tmp_path: Path) -> None:
     values = small_run(tmp_path)
     path = tmp_path / "short.txt"
     path.write_text("noodle soup\n", encoding="utf-8")
@@ -168,7 +166,7 @@ def test_corpus_shorter_than_it_needs_is_found_before_training(tmp_path: Path) -
     assert "expected at least 16, 1 x data.sequence_length 16" in failed[0]
 
 
-def test_held_out_text_that_is_trained_on_is_refused(tmp_path: Path) -> None:
+def test_held_out_text_in_training_text_raises(tmp_path: Path) -> None:
     values = small_run(tmp_path)
     (tmp_path / "link.txt").symlink_to(values["domains"][1]["train"][0])
     for valid in (values["domains"][1]["train"], [str(tmp_path / "link.txt")], [f"{tmp_path}/p*.txt"]):
@@ -176,7 +174,7 @@ def test_held_out_text_that_is_trained_on_is_refused(tmp_path: Path) -> None:
         check_one_line(values, "in train and in valid; expected separate held-out text")
 
 
-def test_text_held_out_for_one_corpus_and_trained_on_by_another_is_doubted(tmp_path: Path) -> None:
+def test_held_out_text_of_another_corpus_warns(tmp_path: Path) -> None:
     values = small_run(tmp_path)
     values["general"]["valid"] = values["domains"][0]["train"]
     checks = silent_checks(Alone())
@@ -186,14 +184,14 @@ def test_text_held_out_for_one_corpus_and_trained_on_by_another_is_doubted(tmp_p
     assert "food.txt is held out for general, but domain food trains on it" in finding.found
 
 
-def test_importance_that_is_a_pointer_is_named(tmp_path: Path) -> None:
+def test_importance_as_lfs_pointer_is_named(tmp_path: Path) -> None:
     path = tmp_path / "importance.safetensors"
     path.write_bytes(POINTER)
     with pytest.raises(DasError, match="cannot read importance: is a Git LFS pointer"), stored_importance(path):
         pass
 
 
-def test_pointer_of_a_file_that_is_not_read_is_no_fault(tmp_path: Path) -> None:
+def test_unread_lfs_pointer_passes(tmp_path: Path) -> None:
     model = saved_model(tmp_path)
     for name in ("pytorch_model.bin", "tf_model.h5", "vocab.txt"):
         (model / name).write_bytes(POINTER)

@@ -39,7 +39,7 @@ def run_config(tmp_path: Path, *, isolate: bool, without: str | None = None) -> 
 
 
 @pytest.mark.parametrize("isolate", [False, True])
-def test_causal_run_predicts_the_next_tokens_of_its_corpus(tmp_path: Path, isolate: bool) -> None:
+def test_data_module_causal_predicts_next_tokens(tmp_path: Path, isolate: bool) -> None:
     text = prepare_data(run_config(tmp_path, isolate=isolate), INFO, "clm")
     tokenizer = tiny_tokenizer()
     pairs = set[tuple[int, int]]()
@@ -57,14 +57,14 @@ def test_causal_run_predicts_the_next_tokens_of_its_corpus(tmp_path: Path, isola
     assert (crossing in found) != isolate
 
 
-def test_objectives_name_the_token_they_miss(tmp_path: Path) -> None:
+def test_prepare_data_missing_token_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no end-of-text token"):
         prepare_data(run_config(tmp_path, isolate=False, without="eos_token"), INFO, "clm")
     with pytest.raises(ModelError, match="has no mask token"):
         prepare_data(run_config(tmp_path, isolate=False, without="mask_token"), INFO, "mlm")
 
 
-def test_isolation_in_a_masked_run(tmp_path: Path) -> None:
+def test_prepare_data_isolated_documents_in_masked_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.document_mask: found true with objective mlm"):
         prepare_data(run_config(tmp_path, isolate=True), INFO, "mlm")
 
@@ -72,7 +72,7 @@ def test_isolation_in_a_masked_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "world_size", "rows"), [(None, 1, [2, 2]), (1, 1, [1]), (3, 1, [1, 1, 1]), (12, 2, [2, 2, 2]), (2, 2, [1])]
 )
-def test_a_gradient_has_its_number_of_sequences(
+def test_importance_steps_have_gradient_batch_size(
     size: int | None, world_size: int, rows: list[int], tmp_path: Path
 ) -> None:
     config = run_config(tmp_path, isolate=False)

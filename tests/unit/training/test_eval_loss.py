@@ -24,10 +24,10 @@ def batch_of(predicted: list[int]) -> Batch:
     return Batch(ids, ids, places, places, torch.ones(1))
 
 
-def test_held_out_loss_is_the_mean_over_predicted_tokens() -> None:
+def test_eval_loss_is_mean_over_predicted_tokens() -> None:
     assert compute_eval_loss(Silent(), ResumableLoop([batch_of([1, 2]), batch_of([])]), torch.device("cpu")) == 2.0
 
 
-def test_held_out_loss_without_a_predicted_token_is_refused() -> None:
+def test_eval_loss_without_predicted_tokens_raises() -> None:
     with pytest.raises(DataError, match=r"found no predicted token in the held-out text.*data\.mlm_probability"):
         compute_eval_loss(Silent(), ResumableLoop([batch_of([])]), torch.device("cpu"))

@@ -12,7 +12,7 @@ from helpers.tiny_models import tiny_model
 from helpers.tiny_tokenizer import word_tokenizer
 
 
-def test_model_with_the_ids_of_another_tokeniser_is_refused(tmp_path: Path) -> None:
+def test_evaluate_model_with_other_token_ids_raises(tmp_path: Path) -> None:
     word_tokenizer(["soup", "bread"]).save_pretrained(tmp_path)
     _check_same_tokens(word_tokenizer(["soup", "bread"]).get_vocab(), tmp_path)
     # As after a run that added tokens.
@@ -27,6 +27,6 @@ def test_model_with_the_ids_of_another_tokeniser_is_refused(tmp_path: Path) -> N
         _check_same_tokens(word_tokenizer(["soup", "bread", "menu", "price"]).get_vocab(), tmp_path)
 
 
-def test_model_without_a_tokeniser_is_read_with_that_of_the_config(tmp_path: Path) -> None:
+def test_evaluate_model_without_tokenizer_uses_config(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     _check_same_tokens(word_tokenizer(["soup"]).get_vocab(), tmp_path)

@@ -21,18 +21,18 @@ def run(folder: Path, dtype: str, base: str | None = None) -> RunConfig:
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
-def test_base_is_the_type_of_the_model_that_is_trained_on(saved: torch.dtype, tmp_path: Path) -> None:
+def test_export_dtype_base_is_dtype_of_base_model(saved: torch.dtype, tmp_path: Path) -> None:
     tiny_model().to(saved).save_pretrained(tmp_path / "base")
     assert export_dtype(run(tmp_path, "base", str(tmp_path / "base"))) == saved
     assert export_dtype(run(tmp_path, "bf16", str(tmp_path / "base"))) == torch.bfloat16
     assert export_dtype(run(tmp_path, "fp32", str(tmp_path / "base"))) == torch.float32
 
 
-def test_base_without_a_type_is_exported_in_fp32(tmp_path: Path) -> None:
+def test_export_dtype_base_without_dtype_is_fp32(tmp_path: Path) -> None:
     assert export_dtype(run(tmp_path, "base")) == torch.float32
 
 
-def test_type_that_weights_are_not_exported_in(tmp_path: Path) -> None:
+def test_export_dtype_unsupported_raises(tmp_path: Path) -> None:
     config = run(tmp_path, "base")
     assert config.model.config is not None
     config.model.config["dtype"] = "float8_e4m3fn"
@@ -43,7 +43,7 @@ def test_type_that_weights_are_not_exported_in(tmp_path: Path) -> None:
     )
 
 
-def test_type_of_exports_may_change_when_a_run_is_continued(tmp_path: Path) -> None:
+def test_export_dtype_may_change_on_resume(tmp_path: Path) -> None:
     assert config_differences(run(tmp_path, "fp32"), run(tmp_path, "bf16")) == []
 
 

@@ -32,14 +32,14 @@ def saved_state(made: LossGuard) -> Any:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
-def test_loss_that_is_not_finite_follows_its_policy(loss: float, policy: str) -> None:
+def test_check_loss_nonfinite_follows_policy(loss: float, policy: str) -> None:
     verdict = guard(warm=False, nonfinite=policy).check_loss(loss, 3)
     assert verdict.action == policy
     assert verdict.message is not None and verdict.message.startswith(f"papers, step 3: loss is {loss}, expected")
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
-def test_gradient_norm_that_is_not_finite_follows_the_same_policy(policy: str) -> None:
+def test_check_gradient_nonfinite_follows_policy(policy: str) -> None:
     for verdict in (
         guard(nonfinite=policy).check_loss(2.0, 9, norm_is_finite=False),
         guard(nonfinite=policy).check_gradient(9),
@@ -52,7 +52,7 @@ def test_gradient_norm_that_is_not_finite_follows_the_same_policy(policy: str) -
 @pytest.mark.parametrize(
     ("policy", "action"), [("warn", "accept"), ("skip", "skip"), ("stop", "stop"), ("rewind", "rewind")]
 )
-def test_spike_follows_its_policy_and_is_explained(policy: str, action: str) -> None:
+def test_check_loss_spike_follows_policy_and_is_explained(policy: str, action: str) -> None:
     verdict = guard(spike=policy).check_loss(3.0, 9)
     assert verdict.action == action
     mean, deviation = np.mean(LOSSES), np.std(LOSSES)
@@ -61,7 +61,7 @@ def test_spike_follows_its_policy_and_is_explained(policy: str, action: str) -> 
         assert part in verdict.message
 
 
-def test_stop_says_what_helps() -> None:
+def test_stop_message_names_remedies() -> None:
     for verdict, key in (
         (guard(spike="stop").check_loss(3.0, 9), "faults.spike_sigma"),
         (guard(nonfinite="stop").check_loss(math.nan, 9), "train.max_grad_norm"),
@@ -70,7 +70,7 @@ def test_stop_says_what_helps() -> None:
         assert verdict.message is not None and key in verdict.message and "train.learning_rate" in verdict.message
 
 
-def test_bad_losses_stay_out_of_the_window() -> None:
+def test_check_loss_bad_losses_stay_out_of_window() -> None:
     made = guard(spike="warn", nonfinite="skip")
     made.check_loss(3.0, 9)
     made.check_loss(math.nan, 10)
@@ -80,19 +80,19 @@ def test_bad_losses_stay_out_of_the_window() -> None:
     assert made.state_dict().metadata["losses"] == [*LOSSES[1:], 2.2]
 
 
-def test_skipping_all_steps_ends() -> None:
+def test_skip_max_consecutive_stops() -> None:
     made = guard(nonfinite="skip")
     actions = [made.check_loss(math.nan, 9 + i).action for i in range(MAX_CONSECUTIVE)]
     assert actions == ["skip"] * (MAX_CONSECUTIVE - 1) + ["stop"]
 
 
-def test_good_steps_between_bad_ones_count() -> None:
+def test_skip_alternating_bad_steps_continues() -> None:
     made = guard(nonfinite="skip")
     actions = [made.check_loss(2.0 if i % 2 else math.nan, 9 + i).action for i in range(4 * MAX_CONSECUTIVE)]
     assert actions == ["skip", "accept"] * (2 * MAX_CONSECUTIVE)
 
 
-def test_gradients_that_are_never_finite_end_too_though_the_losses_are() -> None:
+def test_check_gradient_max_consecutive_stops() -> None:
     made, actions = guard(nonfinite="skip"), []
     for step in range(9, 9 + MAX_CONSECUTIVE):
         assert made.check_loss(2.0, step).action == "accept"
@@ -100,7 +100,7 @@ def test_gradients_that_are_never_finite_end_too_though_the_losses_are() -> None
     assert actions == ["skip"] * (MAX_CONSECUTIVE - 1) + ["stop"]
 
 
-def test_warnings_end_when_the_loss_stays_on_its_new_level() -> None:
+def test_warn_persistent_level_becomes_usual() -> None:
     made = guard(spike="warn")
     verdicts = [made.check_loss(3.0, 9 + i) for i in range(MAX_CONSECUTIVE + 2 * WINDOW)]
     assert all(verdict.action == "accept" for verdict in verdicts)
@@ -109,7 +109,7 @@ def test_warnings_end_when_the_loss_stays_on_its_new_level() -> None:
     assert "from now on this counts as the usual loss" in str(verdicts[MAX_CONSECUTIVE - 1].message)
 
 
-def test_rewound_step_is_left_out_when_it_comes_again() -> None:
+def test_rewind_step_is_skipped_afterwards() -> None:
     made = guard(spike="rewind")
     saved = saved_state(made)
     assert not made.is_skipped(9)
@@ -121,7 +121,7 @@ def test_rewound_step_is_left_out_when_it_comes_again() -> None:
     assert not made.is_skipped(9)
 
 
-def test_rewinds_are_counted_over_the_run_though_the_checkpoint_knows_of_none() -> None:
+def test_rewind_count_survives_load_of_older_state() -> None:
     made = guard(nonfinite="rewind", max_rewinds=2)
     saved = saved_state(made)
     for step in (9, 30):
@@ -131,7 +131,7 @@ def test_rewinds_are_counted_over_the_run_though_the_checkpoint_knows_of_none() 
     assert verdict.action == "stop" and "after 2 rewinds (faults.max_rewinds)" in str(verdict.message)
 
 
-def test_state_survives_json_and_a_new_process() -> None:
+def test_state_dict_round_trip_through_json() -> None:
     made = guard(spike="rewind", nonfinite="skip")
     made.check_loss(math.nan, 9)
     made.check_loss(3.0, 10)
@@ -142,7 +142,7 @@ def test_state_survives_json_and_a_new_process() -> None:
     assert continued.check_loss(3.0, 11) == made.check_loss(3.0, 11)
 
 
-def test_new_domain_begins_with_an_empty_window() -> None:
+def test_start_domain_empties_window() -> None:
     made = guard(spike="stop")
     made.start_domain("food")
     assert made.check_loss(50.0, 1) == Verdict("accept")

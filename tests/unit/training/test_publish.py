@@ -29,7 +29,9 @@ class Evaluations(Sink):
 
 
 @pytest.mark.parametrize(("method", "learned"), [("ncl", [["acl"], ["pubmed"]]), ("pool", [["acl", "pubmed"]])])
-def test_losses_stand_over_the_domains_learned(method: str, learned: list[list[str]], tmp_path: Path) -> None:
+def test_publish_results_logs_losses_over_domains_learned(
+    method: str, learned: list[list[str]], tmp_path: Path
+) -> None:
     config, sink = run_config(tmp_path, domains=DOMAINS, method={"name": method}), Evaluations()
     matrix: list[list[float]] = []
     for done in range(len(learned) + 1):

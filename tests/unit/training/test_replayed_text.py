@@ -42,7 +42,7 @@ def block_rows(text: DataModule, corpus: str) -> set[tuple[int, ...]]:
         ("papers", True, ["food", "general"]),
     ],
 )
-def test_each_step_has_its_share_of_what_came_before(
+def test_training_steps_replay_fraction_of_each_step(
     domain: str, general: bool, expected: list[str], add_tokens: dict[str, Any], tmp_path: Path
 ) -> None:
     text = run_text(tmp_path, add_tokens=add_tokens, fraction=0.25, general=general)
@@ -57,7 +57,7 @@ def test_each_step_has_its_share_of_what_came_before(
             assert sum(row in mine for row in replayed) == 2 // len(others), name
 
 
-def test_earlier_text_keeps_its_tokeniser(tmp_path: Path) -> None:
+def test_training_steps_replay_keeps_earlier_tokenizer(tmp_path: Path) -> None:
     text = run_text(tmp_path, add_tokens={"papers": TOKENS}, fraction=0.5)
     own = block_rows(text, "papers")
     batches = [batch for step in text.training_steps(text.config.stages[1]) for batch in step]
@@ -66,7 +66,7 @@ def test_earlier_text_keeps_its_tokeniser(tmp_path: Path) -> None:
     assert largest[torch.tensor(replayed)].max() < 300 <= largest[~torch.tensor(replayed)].max()
 
 
-def test_the_model_card_names_what_was_replayed(tmp_path: Path) -> None:
+def test_model_card_names_replayed_domains(tmp_path: Path) -> None:
     config = run_text(tmp_path, general=True).config
     assert "In the last domain 1 of these are from general." in model_card(config, 1, "mlm")
     assert "In the last domain 1 of these are from food, general." in model_card(config, 2, "mlm")

@@ -62,7 +62,7 @@ def without_file_system_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("das_ds.training.run_lock.SETTLE_S", 0.0)
 
 
-def test_second_start_is_refused_and_names_the_holder(tmp_path: Path) -> None:
+def test_run_lock_second_start_raises_and_names_holder(tmp_path: Path) -> None:
     with holding_process(tmp_path / "run") as pid, lock(tmp_path / "run") as second:
         since = holder_in(tmp_path / "run").since
         expected = (
@@ -76,7 +76,7 @@ def test_second_start_is_refused_and_names_the_holder(tmp_path: Path) -> None:
             second.acquire()
 
 
-def test_folder_of_a_killed_process_is_free_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_lock_of_killed_process_is_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with holding_process(tmp_path):
         pass
     assert (tmp_path / LOCK_FILE).exists()
@@ -86,23 +86,21 @@ def test_folder_of_a_killed_process_is_free_at_once(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err == ""
 
 
-def test_frozen_process_still_holds_the_folder(tmp_path: Path) -> None:
+def test_run_lock_of_frozen_process_is_held(tmp_path: Path) -> None:
     with holding_process(tmp_path) as pid, lock(tmp_path) as second:
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(RunFolderError, match=f"pid {pid}"):
             second.acquire()
 
 
-def test_released_folder_has_no_lock_file_and_is_free(tmp_path: Path) -> None:
+def test_run_lock_release_removes_lock_file(tmp_path: Path) -> None:
     for _ in range(2):
         with lock(tmp_path) as one:
             one.acquire()
         assert not list(tmp_path.iterdir())
 
 
-def test_holder_elsewhere_without_heartbeat_is_waited_for_then_gone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_lock_remote_holder_without_heartbeat_expires(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone = write_holder(tmp_path)
     with lock(tmp_path) as second:
         second.acquire()
@@ -112,7 +110,7 @@ def test_holder_elsewhere_without_heartbeat_is_waited_for_then_gone(
     )
 
 
-def test_heartbeat_of_a_holder_elsewhere_is_enough(tmp_path: Path) -> None:
+def test_run_lock_remote_holder_with_heartbeat_is_held(tmp_path: Path) -> None:
     holder, is_over = write_holder(tmp_path), threading.Event()
 
     def beat() -> None:
@@ -132,14 +130,14 @@ def test_heartbeat_of_a_holder_elsewhere_is_enough(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_lock_that_a_lost_node_left_in_the_file_system_is_passed_by(tmp_path: Path) -> None:
+def test_run_lock_stale_file_system_lock_of_lost_node_is_ignored(tmp_path: Path) -> None:
     write_holder(tmp_path)
     with holding_process(tmp_path, only_lock_of_file_system=True), lock(tmp_path) as second:
         second.acquire()
         assert holder_in(tmp_path).pid == os.getpid() and holder_in(tmp_path).locked
 
 
-def test_container_of_the_same_node_is_judged_by_its_heartbeat(tmp_path: Path, without_file_system_locks: None) -> None:
+def test_run_lock_other_container_is_judged_by_heartbeat(tmp_path: Path, without_file_system_locks: None) -> None:
     own = Holder.own()
     # This process, by a number that means nothing here.
     write_holder(tmp_path, kernel=own.kernel, pid=own.pid, pid_namespace="pid:[1]", locked=False)
@@ -147,14 +145,14 @@ def test_container_of_the_same_node_is_judged_by_its_heartbeat(tmp_path: Path, w
         second.acquire()
 
 
-def test_container_that_ended_on_the_same_node_frees_the_folder_at_once(tmp_path: Path) -> None:
+def test_run_lock_ended_container_is_free(tmp_path: Path) -> None:
     own = Holder.own()
     write_holder(tmp_path, kernel=own.kernel, pid=own.pid, pid_namespace="pid:[1]")
     with RunLock(tmp_path, pytest.fail, stale_s=1e9) as second:
         second.acquire()
 
 
-def test_without_file_system_locks_the_process_counts(tmp_path: Path, without_file_system_locks: None) -> None:
+def test_run_lock_without_file_system_locks_checks_process(tmp_path: Path, without_file_system_locks: None) -> None:
     own = Holder.own()
     write_holder(tmp_path, kernel=own.kernel, pid=own.pid, locked=False)
     with lock(tmp_path) as second, pytest.raises(RunFolderError, match=f"pid {own.pid} on node7"):
@@ -165,7 +163,7 @@ def test_without_file_system_locks_the_process_counts(tmp_path: Path, without_fi
             second.acquire()
 
 
-def test_heartbeat_that_cannot_be_written_is_said_once_and_ends_nothing(
+def test_run_lock_failed_heartbeat_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     attempts = []
@@ -188,7 +186,7 @@ def test_heartbeat_that_cannot_be_written_is_said_once_and_ends_nothing(
     ]
 
 
-def test_lock_file_that_somebody_removed_comes_back(tmp_path: Path) -> None:
+def test_run_lock_removed_file_is_rewritten(tmp_path: Path) -> None:
     with lock(tmp_path) as one:
         one.acquire()
         (tmp_path / LOCK_FILE).unlink()
@@ -199,7 +197,7 @@ def test_lock_file_that_somebody_removed_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_new_file", [False, True])
-def test_process_whose_folder_was_taken_is_told(tmp_path: Path, is_new_file: bool) -> None:
+def test_run_lock_lost_folder_calls_on_loss(tmp_path: Path, is_new_file: bool) -> None:
     said: list[str] = []
     with lock(tmp_path, on_loss=said.append) as one:
         one.acquire()
@@ -219,7 +217,7 @@ def take(folder: Path, is_new_file: bool) -> Holder:
     return holder
 
 
-def test_preflight_sees_who_holds_the_folder(tmp_path: Path) -> None:
+def test_run_lock_find_holder_for_preflight(tmp_path: Path) -> None:
     assert current_holder(tmp_path) is None
     with holding_process(tmp_path) as pid:
         holder = current_holder(tmp_path)
@@ -231,14 +229,14 @@ def test_preflight_sees_who_holds_the_folder(tmp_path: Path) -> None:
     assert current_holder(tmp_path) is None
 
 
-def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_run_lock_folder_that_cannot_be_created_raises(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with lock(tmp_path / "run") as one, pytest.raises(RunFolderError, match="output_dir: cannot write to"):
         one.acquire()
 
 
 @pytest.mark.parametrize("changes", [{"pid": "abc"}, {"pid": -5}, {"pid": 1.5}, {"create_time": "now"}])
-def test_lock_with_values_of_other_types_is_nobodys(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_run_lock_file_with_invalid_types_is_free(changes: dict[str, Any], tmp_path: Path) -> None:
     content = {**asdict(Holder.own()), "kernel": "another", "locked": False, **changes}
     (tmp_path / LOCK_FILE).write_text(json.dumps(content).ljust(RECORD_BYTES))
     assert current_holder(tmp_path) is None

@@ -17,7 +17,7 @@ def filled(losses: list[float], *, window: int, deviations: float = 6.0) -> Spik
 
 # A huge level with a tiny spread is where sums of squares lose every digit.
 @pytest.mark.parametrize(("level", "spread"), [(3.0, 0.5), (1e8, 1e-3), (0.0, 1e-9)])
-def test_mean_and_deviation_are_those_of_the_last_losses(level: float, spread: float) -> None:
+def test_spike_detector_mean_and_deviation_of_window(level: float, spread: float) -> None:
     losses = (level + spread * np.random.default_rng(0).standard_normal(200)).tolist()
     detector = SpikeDetector(16, 6.0)
     for number, loss in enumerate(losses, start=1):
@@ -29,7 +29,7 @@ def test_mean_and_deviation_are_those_of_the_last_losses(level: float, spread: f
         assert detector.deviation == pytest.approx(centred.std(), rel=1e-7, abs=1e-15)
 
 
-def test_spike_is_above_the_mean_by_the_given_deviations() -> None:
+def test_is_spike_above_threshold() -> None:
     losses = [1.0, 2.0, 3.0, 4.0]
     detector = filled(losses, window=4, deviations=3.0)
     edge = np.mean(losses) + 3.0 * np.std(losses)
@@ -37,7 +37,7 @@ def test_spike_is_above_the_mean_by_the_given_deviations() -> None:
     assert not detector.is_spike(-100.0)
 
 
-def test_nothing_is_a_spike_before_the_window_is_full() -> None:
+def test_is_spike_before_window_is_full_is_false() -> None:
     detector = filled([1.0] * 7, window=8)
     assert not detector.is_spike(1e9)
     detector.accept(1.0)
@@ -45,7 +45,7 @@ def test_nothing_is_a_spike_before_the_window_is_full() -> None:
 
 
 @pytest.mark.parametrize("level", [0.0, 2.5, 1e4])
-def test_equal_losses_allow_rounding_only(level: float) -> None:
+def test_is_spike_equal_losses_allow_rounding(level: float) -> None:
     detector = filled([level] * 8, window=8)
     assert detector.deviation == 0.0
     assert not detector.is_spike(level)
@@ -53,13 +53,13 @@ def test_equal_losses_allow_rounding_only(level: float) -> None:
     assert detector.is_spike(level + 7.0 * RESOLUTION * max(1.0, level))
 
 
-def test_oldest_loss_leaves_the_window() -> None:
+def test_accept_drops_oldest_loss() -> None:
     detector = filled([100.0, 1.0, 1.1, 0.9, 1.0], window=4)
     assert detector.state() == [1.0, 1.1, 0.9, 1.0]
     assert detector.is_spike(2.0)
 
 
-def test_state_continues_to_the_last_bit() -> None:
+def test_state_round_trip_is_bitwise() -> None:
     losses = np.random.default_rng(1).standard_normal(40).tolist()
     detector, continued = filled(losses[:20], window=8), SpikeDetector(8, 6.0)
     continued.load(detector.state())
@@ -71,12 +71,12 @@ def test_state_continues_to_the_last_bit() -> None:
     assert detector.state() == [] and not detector.is_spike(1e9)
 
 
-def test_longer_window_is_cut_to_its_newest_losses() -> None:
+def test_load_of_longer_window_keeps_newest() -> None:
     detector = SpikeDetector(2, 6.0)
     detector.load([1.0, 2.0, 3.0])
     assert detector.state() == [2.0, 3.0]
 
 
-def test_infinite_loss_cannot_enter_the_window() -> None:
+def test_accept_infinite_loss_fails() -> None:
     with pytest.raises(AssertionError, match="finite"):
         SpikeDetector(8, 6.0).accept(float("inf"))
