@@ -33,8 +33,10 @@ from das_ds.distributed.state import ComponentState
 from das_ds.versions import library_versions
 from tests.helpers.run_ranks import run_ranks
 
-ASYNCHRONOUS, SYNCHRONOUS = "asynchronous", "synchronous"
-DEEPSPEED, TORCH = "DeepSpeed save_checkpoint", "torch.save"
+ASYNCHRONOUS = "asynchronous"
+SYNCHRONOUS = "synchronous"
+DEEPSPEED = "DeepSpeed save_checkpoint"
+TORCH = "torch.save"
 ENGINE = "engine"
 DOMAIN = "engine_domain"
 METHOD = "method"
@@ -192,7 +194,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per step over all ranks")
     parser.add_argument("--sequence-length", type=int, default=64)
     options = vars(parser.parse_args())
-    repeats, world_sizes = options.pop("repeats"), options.pop("world_sizes")
+    repeats = options.pop("repeats")
+    world_sizes = options.pop("world_sizes")
     work = Workload(**options, zero_stage=2)
     rows = []
     for world_size in world_sizes:

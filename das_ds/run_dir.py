@@ -42,7 +42,9 @@ REPLACED_CONFIG_FILE = "config.replaced.yaml"
 """Config of an earlier start that failed before anything was computed and was replaced."""
 REVISIONS_FILE = "revisions.json"
 """Commits of the hub's models and data sets that the run began with."""
-WANDB_FOLDER, HANG_REPORT = "wandb", "hang-rank"
+WANDB_FOLDER = "wandb"
+HANG_REPORT = "hang-rank"
+"""Beginning of the names of the watchdog's stack dumps."""
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,8 @@ class VersionedJson(Section):
             raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected {cls.what}") from error
         except ValueError as error:
             raise RunFolderError(f"{path}: {error}; expected {cls.what}") from error
-        found, expected = content.get("format_version"), cls.model_fields["format_version"].default
+        found = content.get("format_version")
+        expected = cls.model_fields["format_version"].default
         if found != expected:
             raise RunFolderError(f"{path}: found format_version {found}, expected {cls.what}, {expected}")
         try:

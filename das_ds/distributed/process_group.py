@@ -114,7 +114,8 @@ class ProcessGroup:
         Raises:
             DasError: on every rank, when it was raised on rank 0.
         """
-        result, failure = None, None
+        result: T | None = None
+        failure: DasError | None = None
         if self.info.is_main:
             try:
                 result = do()

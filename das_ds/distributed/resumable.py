@@ -14,7 +14,7 @@ from das_ds.progress import Progress
 T = TypeVar("T", covariant=True)
 
 RNG = "rng/"
-"""Beginning of the names of the random generators' states, beside those of accumulators, which begin with a number."""
+"""Beginning of the names of the random generators' states; those of accumulators begin with a number."""
 
 
 class Batches(Protocol[T]):

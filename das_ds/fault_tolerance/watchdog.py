@@ -94,7 +94,7 @@ class Watchdog:
         self._num_locations = 0
 
     def beat(self, location: str, step: int) -> None:
-        """Report that this rank has reached `location` in `step`; takes well under a microsecond."""
+        """Report that this rank has reached `location` in `step`; cheap enough for every micro-step."""
         if step != self._step:
             self._step = step
             self._num_steps += 1

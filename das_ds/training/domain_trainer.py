@@ -210,7 +210,7 @@ class DomainTrainer:
                     self._engine.backward(torch.stack(list(losses.values())).sum())
                 for name, loss in losses.items():
                     totals[name] = totals.get(name, 0.0) + loss.detach()
-                # Checked before the last micro-step, which steps the optimizer; a repeated step was checked before.
+                # Before the optimizer steps, and once: a repeated step has the same losses.
                 if number == len(micro_batches) and attempt == 0:
                     verdict = self._check_losses(totals, len(micro_batches), step)
                 self._callbacks.on_progress("optimizer step", step)

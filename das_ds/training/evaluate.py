@@ -1,7 +1,4 @@
-"""Held-out loss per predicted token with fixed corruption: repeated evaluation gives the same number.
-
-Held-out losses on every corpus of a run.
-"""
+"""Evaluation: held-out loss per predicted token on every corpus, with fixed corruption, so that it is repeatable."""
 
 from __future__ import annotations
 
@@ -43,10 +40,11 @@ def compute_eval_loss(model: nn.Module, batches: ResumableLoop[Batch], device: t
         device: where the model is.
 
     Raises:
-        DataError: nothing is predicted on any rank.
+        DataError: there is no predicted token on any rank.
     """
     was_training = model.training
     model.eval()
+    # (sum of losses, number of tokens), in float64, so that sums over many batches do not lose digits.
     total = batches.accumulators.setdefault(TOTAL, torch.zeros(2, dtype=torch.float64, device=device))
     for batch in batches:
         batch = batch.to(device)
@@ -63,22 +61,22 @@ def compute_eval_loss(model: nn.Module, batches: ResumableLoop[Batch], device: t
     return float(loss_sum / count)
 
 
-def evaluate_corpora(network: LanguageModel, text: DataModule, loops: ResumableLoops) -> dict[str, float]:
+def evaluate_corpora(network: LanguageModel, data: DataModule, loops: ResumableLoops) -> dict[str, float]:
     """Corpus -> loss in nats per predicted token, equal on every rank.
 
-    Each corpus is read and predicted with its own vocabulary, whatever tokens the network has gained since, so that
-    its losses are always of the same text.
+    Each corpus is read and predicted with its own vocabulary, even if the network has gained tokens since, so that its
+    losses always refer to the same targets.
     """
     losses = {}
-    for corpus in text.blocks:
-        network.num_rows = text.num_rows(corpus)
-        batches = loops.start(text.evaluation_batches(corpus), f"evaluate {corpus}")
-        losses[corpus] = compute_eval_loss(network, batches, text.info.device)
+    for corpus in data.blocks:
+        network.num_rows = data.num_rows(corpus)
+        batches = loops.start(data.evaluation_batches(corpus), f"evaluate {corpus}")
+        losses[corpus] = compute_eval_loss(network, batches, data.info.device)
     return losses
 
 
 def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict[str, float]:
-    """Losses of an exported model in float32, its copies on all ranks sharing the work.
+    """Losses of an exported model in float32; the ranks share the batches.
 
     Raises:
         DasError: a model or corpus that cannot be used.
@@ -89,32 +87,37 @@ def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict
     )
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     ranks.run_on_main(lambda: check_files(source))
-    text = ranks.main_process_first(lambda: prepare_data(config, ranks.info, find_spec(source).objective))
-    ranks.run_on_main(lambda: _check_same_tokens(text.base_tokenizer.get_vocab(), folder))
-    model, spec = load_model(source, seed=config.seed, vocab_size=num_tokens(text.base_tokenizer.get_vocab()))
+    data = ranks.main_process_first(lambda: prepare_data(config, ranks.info, find_spec(source).objective))
+    vocabulary = data.base_tokenizer.get_vocab()
+    ranks.run_on_main(lambda: _check_same_tokens(vocabulary, folder))
+    model, spec = load_model(source, seed=config.seed, vocab_size=num_tokens(vocabulary))
     if ranks.info.is_main:
         print_weights_summary(model)
-    if text.vocabulary is not None:
-        reserve_embedding_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), text.vocabulary.total)
+    if data.vocabulary is not None:
+        reserve_embedding_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), data.vocabulary.total)
     check_sequence_length(model, spec, config.data.sequence_length)
     return evaluate_corpora(
         LanguageModel(model, spec, logits_mib=config.train.max_logits_mib).to(ranks.info.device),
-        text,
+        data,
         ResumableLoops(show_progress=ranks.info.is_main),
     )
 
 
 def _check_same_tokens(vocabulary: dict[str, int], folder: Path) -> None:
-    """Raises ModelError where a model's own tokeniser gives the config's tokens other ids, or lacks them."""
+    """Check that a model's own tokenizer gives the config's tokens the same ids.
+
+    Raises:
+        ModelError: a token has another id, or is missing.
+    """
     try:
         own = open_tokenizer(str(folder)).get_vocab()
     except ModelError:
-        # A model may come without a tokeniser; the config's is then all there is.
+        # A model may come without a tokenizer; then the config's is used.
         return
-    others = [token for token, number in vocabulary.items() if own.get(token) != number]
-    if others:
-        other = min(others, key=lambda token: vocabulary[token])
+    different = [token for token, token_id in vocabulary.items() if own.get(token) != token_id]
+    if different:
+        first = min(different, key=lambda token: vocabulary[token])
         raise ModelError(
-            f"{folder}: the model's tokeniser gives other ids than that of the config (data.tokenizer or "
-            f"model.name_or_path): found {own.get(other)} for {other!r}, expected {vocabulary[other]}"
+            f"{folder}: the model's tokenizer gives other ids than that of the config (data.tokenizer or "
+            f"model.name_or_path): found {own.get(first)} for {first!r}, expected {vocabulary[first]}"
         )

@@ -1,7 +1,6 @@
-"""Writing the model that the engine holds as Hugging Face files: weights, tokeniser, model card.
+"""Export: writes the engine's model as Hugging Face files: weights, tokenizer, model card.
 
-Nothing is read again from where it came from: the source may have changed since, and holds nothing of what was drawn at
-random.
+Nothing is read from the model's source again: it may have changed, and lacks weights that were initialized at random.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def export_model(
         folder: where to write; with LoRA the network with its adapters merged.
         engine: holds the weights.
         model: the network that the engine runs.
-        tokenizer: written beside the weights.
+        tokenizer: written to the same folder.
         card: README of the model.
         dtype: of the weights in the file, and named in config.json.
         num_rows: rows of the vocabulary to write; None: all.
@@ -60,7 +59,8 @@ def export_model(
     Raises:
         RunFolderError: the disk is full or a folder cannot be written.
     """
-    weights, adapters = _gathered(engine, model), Weights()
+    weights = _gather_weights(engine, model)
+    adapters = Weights()
     if lora is not None and engine.ranks.info.is_main:
         weights, adapters = lora.split(weights)
 
@@ -71,7 +71,7 @@ def export_model(
             weights[name] = weights[name][:num_rows].clone()
         _write(folder, model, tokenizer, weights, card, dtype)
         if lora is not None and adapter_folder is not None:
-            with _replaced(adapter_folder) as partial:
+            with _atomic_export(adapter_folder) as partial:
                 lora.save(partial, adapters, base)
 
     if num_rows is None:
@@ -147,9 +147,9 @@ model = {AUTO_MODELS[objective]}.from_pretrained("{folder}")
     )
 
 
-def _gathered(engine: Engine, model: PreTrainedModel) -> Weights:
-    """All that a file of the network holds, on rank 0: what is trained, what is not, and buffers."""
-    # Under ZeRO-3 only the fp32 shards are whole; on rank 0 the copy lives in host memory.
+def _gather_weights(engine: Engine, model: PreTrainedModel) -> Weights:
+    """The full state dict on rank 0, in host memory: trained and frozen weights, and buffers; a collective."""
+    # From the fp32 shards: under ZeRO-3 the parameters of the module are partitioned, and in 16 bits rounded.
     state: Weights = {}
     for name, weight in engine.weights.fp32_weights():
         if engine.ranks.info.is_main:
@@ -177,9 +177,9 @@ def _write(
 ) -> None:
     for name, weight in weights.items():
         weights[name] = weight.to(dtype) if weight.is_floating_point() else weight
-    with _replaced(folder) as partial:
+    with _atomic_export(folder) as partial:
         model.save_pretrained(partial, state_dict=weights)
-        # Written once more: save_pretrained names the type that the engine computes in, not that of the file.
+        # Written again, because save_pretrained records the dtype that the engine computes in, not that of the file.
         config = copy.deepcopy(model.config)
         config.dtype = dtype
         config.save_pretrained(partial)
@@ -188,12 +188,12 @@ def _write(
 
 
 @contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
+def _atomic_export(folder: Path) -> Iterator[Path]:
     try:
         with atomic_dir(folder) as partial:
             yield partial
     except Exception as error:
-        # What the system refuses to safetensors and tokenizers, both in Rust, comes as errors of their own.
+        # safetensors and tokenizers, written in Rust, raise their own classes for errors of the operating system.
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error

@@ -149,7 +149,7 @@ class LossGuard:
         """Check a step before the optimizer steps; an accepted loss enters the window.
 
         Args:
-            loss: of the whole step, over all ranks.
+            loss: mean over the step, all ranks included.
             step: its number in the domain.
             norm_is_finite: whether the gradient norm is finite; None: not measured, or not yet.
         """

@@ -1,4 +1,4 @@
-"""The commits of a run's hub models and data sets: looked up at its first start, recorded, and used ever after."""
+"""Pinned revisions: commits of a run's hub models and data sets, recorded at its first start and used from then on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from das_ds.data.sources import HUB_FORM, parse_hub_name
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import DataError, ModelError, RunFolderError
 from das_ds.hub import HubError, Kind, find_commit, is_local_path
-from das_ds.run_dir import REVISIONS_FILE
+from das_ds.run_dir import RunDir
 from das_ds.storage import read_json_with_checksum, write_json_with_checksum
 
 Commits = dict[str, str]
@@ -22,47 +22,48 @@ Find = Callable[[Kind, str, str | None], str | None]
 
 
 def pin_revisions(config: RunConfig, ranks: ProcessGroup) -> RunConfig:
-    """The config with the commit of everything that comes from the hub, the same on every rank and at every start.
+    """The config with the commit of everything that comes from the hub, equal on every rank and at every start.
 
     Raises:
-        DasError: the hub has no such thing, or does not answer and it was not fetched before; or the record is damaged.
+        DasError: the hub has no such entry, or does not answer and it is not cached; or the record is corrupt.
     """
-    found = ranks.run_on_main(lambda: _find_and_record(config))
-    # A hub that rank 0 did not reach is asked nothing by the others.
-    commits, constants.HF_HUB_OFFLINE = ranks.all_gather_object((found, constants.HF_HUB_OFFLINE))[0]
-    assert commits is not None, "rank 0 has them, or all have raised"
+    recorded = ranks.run_on_main(lambda: _find_and_record(config))
+    # If rank 0 cannot reach the hub, the other ranks do not try.
+    commits, constants.HF_HUB_OFFLINE = ranks.all_gather_object((recorded, constants.HF_HUB_OFFLINE))[0]
+    assert commits is not None, "rank 0 has the commits, or all ranks have raised"
     return _with_commits(config, lambda *name: commits[_key(*name)])
 
 
 def with_recorded_revisions(config: RunConfig) -> RunConfig:
-    """The config with the commits that its run folder records; unchanged where there is no record.
+    """The config with the commits that its run folder records; unchanged if there is no record.
 
     Raises:
-        RunFolderError: the record is damaged.
+        RunFolderError: the record is corrupt.
     """
-    commits = _recorded(config.output_dir / REVISIONS_FILE)
+    commits = _read_record(RunDir(config.output_dir).revisions_file)
     return _with_commits(config, lambda *name: commits.get(_key(*name), name[2]))
 
 
 def _find_and_record(config: RunConfig) -> Commits:
-    path = config.output_dir / REVISIONS_FILE
-    recorded, found = _recorded(path), Commits()
+    path = RunDir(config.output_dir).revisions_file
+    recorded = _read_record(path)
+    commits = Commits()
 
     def find(kind: Kind, name: str, revision: str | None) -> str:
         key = _key(kind, name, revision)
-        found[key] = recorded.get(key) or _looked_up(kind, name, revision)
-        return found[key]
+        commits[key] = recorded.get(key) or _look_up(kind, name, revision)
+        return commits[key]
 
     _with_commits(config, find)
-    if found and found != recorded:
+    if commits and commits != recorded:
         try:
-            write_json_with_checksum(path, found)
+            write_json_with_checksum(path, commits)
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return found
+    return commits
 
 
-def _looked_up(kind: Kind, name: str, revision: str | None) -> str:
+def _look_up(kind: Kind, name: str, revision: str | None) -> str:
     try:
         return find_commit(kind, name, revision)
     except HubError as error:
@@ -71,14 +72,14 @@ def _looked_up(kind: Kind, name: str, revision: str | None) -> str:
         raise DataError(f"{name}: {error}; expected a file, a glob with a match, or a hub name {HUB_FORM}") from error
 
 
-def _recorded(path: Path) -> Commits:
+def _read_record(path: Path) -> Commits:
     try:
         return read_json_with_checksum(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise RunFolderError(
-            f"{path}: {error}; put back a sound copy, or remove it to look the revisions up anew"
+            f"{path}: {error}; restore an intact copy, or remove it to look the revisions up again"
         ) from error
 
 
@@ -98,7 +99,8 @@ def _with_commits(config: RunConfig, find: Find) -> RunConfig:
             return name
         return f"{source}#{commit}"
 
-    model, data = config.model, config.data
+    model = config.model
+    data = config.data
     changes: dict[str, Any] = {"domains": [corpus(domain) for domain in config.domains]}
     if model.name_or_path is not None and not is_local_path(model.name_or_path):
         commit = find("model", model.name_or_path, model.revision)

@@ -1,13 +1,12 @@
-"""One start at a time in a run folder, by a lock that no killed process can leave behind.
+"""Run lock: only one start at a time trains in a run folder; the lock of a killed process expires.
 
-The file `run.lock` names the process that holds the folder and carries its heartbeat, a number that grows every few
-seconds. Whether a holder still lives is seen by the surest sign there is:
+The file `run.lock` names the process that holds the folder and contains its heartbeat, a number that increases every
+few seconds. Whether the holder is alive is decided by the most reliable evidence available:
 
-1. On the holder's node, whether its process is there; from another container of that node, the lock of the file system
+1. On the holder's node: whether its process exists; from another container of that node, the lock of the file system
    (`fcntl.lockf`), which ends with its process.
-2. On any other node, or where the file system has no locks, its heartbeat: one that stands still for `STALE_S` seconds
-   is that of a process that was killed or of a node that is gone. Numbers are compared, not times, so that clocks may
-   differ.
+2. On any other node, or if the file system has no locks: its heartbeat. If that does not change for `STALE_S` seconds,
+   the process was killed or its node is gone. Heartbeats are counters, not times, so that clocks may differ.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 STALE_S = 60.0
-"""Longer than a shared file system stalls, shorter than anybody wants to wait for a run that was killed."""
+"""Longer than stalls of a shared file system, shorter than an acceptable wait after a run was killed."""
 POLL_S = 0.5
 SETTLE_S = 1.0
-"""Where the file system has no locks: what two starts write at the same time is one of them after this."""
+"""Without file system locks: time after which one of two simultaneous writes has won."""
 RECORD_BYTES = 1024
 KERNEL_ID = Path("/proc/sys/kernel/random/boot_id")
 PID_NAMESPACE = Path("/proc/self/ns/pid")
@@ -58,11 +57,11 @@ class Holder:
     pid: Annotated[int, Field(gt=0)]
     since: str
     kernel: str
-    """Differs between nodes, and after a node has started anew."""
+    """Boot id: differs between nodes, and after a reboot."""
     pid_namespace: str
-    """Containers on one node see other processes under the same number."""
+    """Distinguishes the containers of a node, in which equal pids mean different processes."""
     create_time: float
-    """Of the process: a number is given again to another one."""
+    """Start time of the process, because pids are reused."""
     locked: bool
     """Whether the file system has locks."""
     beat: int = 0
@@ -86,35 +85,39 @@ class Holder:
         return f"pid {self.pid} on {self.host} since {self.since}"
 
 
-class Sign(Enum):
-    """What is known of a holder at one look."""
+class HolderStatus(Enum):
+    """Status of a holder after one check."""
 
     ALIVE = "alive"
     GONE = "gone"
-    UNKNOWN = "its heartbeat has to be watched"
+    UNKNOWN = "its heartbeat decides"
 
 
 class RunLock:
-    """Holds a run folder between `with` and its end; one process per run does so.
+    """Holds a run folder from `acquire` to the end of the `with` block; used by one process per run.
 
     Args:
-        root: the run folder, made where it is missing.
-        on_loss: called with a message, from a thread, when another process has taken the folder all the same, as may
-            happen to a process that was frozen; two must not go on.
-        beat_s, stale_s: seconds between heartbeats, and without one until a holder elsewhere counts as gone.
+        root: the run folder, created if it is missing.
+        on_loss: called from a thread, with a message, when another process has acquired the folder, as can happen to a
+            process that was frozen; it has to end this process.
+        beat_s: seconds between heartbeats.
+        stale_s: seconds without a heartbeat after which a holder on another node counts as gone.
     """
 
     def __init__(
         self, root: Path, on_loss: Callable[[str], None], *, beat_s: float = BEAT_S, stale_s: float = STALE_S
     ) -> None:
-        self._root, self._path, self._on_loss = root, root / LOCK_FILE, on_loss
-        self._beat_s, self._stale_s = beat_s, stale_s
+        self._root = root
+        self._path = root / LOCK_FILE
+        self._on_loss = on_loss
+        self._beat_s = beat_s
+        self._stale_s = stale_s
         self._descriptor: int | None = None
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the folder, if need be after waiting for the heartbeat of a holder elsewhere.
+        """Acquire the folder, if necessary after waiting for the heartbeat of a holder on another node.
 
         Raises:
             RunFolderError: another process holds it, or it cannot be written.
@@ -122,7 +125,7 @@ class RunLock:
         self._own = Holder.own()
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            self._take()
+            self._wait_and_acquire()
         except OSError as error:
             raise RunFolderError(f"output_dir: cannot write to {self._root}: {error.strerror or error}") from error
         self._thread = threading.Thread(target=self._renew_until_released, name="das-ds-run-lock", daemon=True)
@@ -137,7 +140,7 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Let others in; nothing is done where the folder is not held."""
+        """Release the folder; does nothing if it is not held."""
         self._released.set()
         if self._thread is not None:
             self._thread.join(self._beat_s)
@@ -150,42 +153,44 @@ class RunLock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _take(self) -> None:
+    def _wait_and_acquire(self) -> None:
         seen: tuple[str, int] | None = None
         deadline = 0.0
         while True:
-            descriptor, has_lock = _opened(self._path)
+            descriptor, has_lock = _open_and_lock(self._path)
             holder = _read(descriptor)
-            sign = _sign(holder, self._own, has_lock)
-            if sign is Sign.UNKNOWN:
-                now = (holder.token, holder.beat) if holder is not None else ("", 0)
-                if seen is None or now[0] != seen[0]:
-                    seen, deadline = now, time.monotonic() + self._stale_s
-                    self._say_waiting(holder)
-                elif now[1] != seen[1]:
-                    sign = Sign.ALIVE
+            status = _check_holder(holder, self._own, has_lock)
+            if status is HolderStatus.UNKNOWN:
+                current = (holder.token, holder.beat) if holder is not None else ("", 0)
+                if seen is None or current[0] != seen[0]:
+                    # A new holder: wait for its next heartbeat.
+                    seen = current
+                    deadline = time.monotonic() + self._stale_s
+                    self._report_waiting(holder)
+                elif current[1] != seen[1]:
+                    status = HolderStatus.ALIVE
                 elif time.monotonic() > deadline:
-                    sign = Sign.GONE
-            if sign is Sign.GONE and self._write_as_own(descriptor, has_lock):
+                    status = HolderStatus.GONE
+            if status is HolderStatus.GONE and self._write_as_own(descriptor, has_lock):
                 return
             os.close(descriptor)
-            if sign is Sign.ALIVE:
+            if status is HolderStatus.ALIVE:
                 raise RunFolderError(f"output_dir: {self._root} is held by another start, {holder}; wait until it ends")
             time.sleep(min(POLL_S, self._beat_s))
 
-    def _say_waiting(self, holder: Holder | None) -> None:
+    def _report_waiting(self, holder: Holder | None) -> None:
         if holder is not None and holder.kernel != self._own.kernel:
             print(
-                f"das_ds: output_dir: {self._root} was held by {holder}; waiting up to {self._stale_s:g} s for a sign "
-                "of its life",
+                f"das_ds: output_dir: {self._root} was held by {holder}; waiting up to {self._stale_s:g} s for its "
+                "next heartbeat",
                 file=sys.stderr,
                 flush=True,
             )
 
     def _write_as_own(self, descriptor: int, has_lock: bool | None) -> bool:
-        """Whether the folder is this process's now."""
+        """Write this process into the lock file; whether it holds the folder now."""
         if has_lock is False:
-            # Held on by a node that is gone: a new file has a lock of its own.
+            # A node that is gone still holds the lock of this file; a new file has a new lock.
             self._path.unlink(missing_ok=True)
             return False
         self._own = replace(self._own, locked=bool(has_lock))
@@ -205,11 +210,11 @@ class RunLock:
                 if (other := self._renew()) is not None:
                     self._on_loss(f"output_dir: {self._root} was taken by another start, {other}; this one ends")
                     return
-            # Whatever goes wrong with a file, the run does not end of it.
+            # No error of the lock file is worth ending the run.
             except Exception as error:
                 if not has_warned:
                     logger.warning(
-                        "%s cannot be renewed (%s: %s); training goes on, but after %g s a start on another node may "
+                        "%s cannot be renewed (%s: %s); training continues, but after %g s a start on another node may "
                         "take the folder",
                         self._path,
                         type(error).__name__,
@@ -219,25 +224,26 @@ class RunLock:
                 has_warned = True
 
     def _renew(self) -> Holder | None:
-        """Write the next heartbeat; gives the holder where it is another one."""
+        """Write the next heartbeat; returns the holder if it is another process."""
         assert self._descriptor is not None, "renewed after acquire()"
         holder = _holder_at(self._path, self._descriptor)
         if holder is not None and holder.token != self._own.token:
             return holder
         self._own = replace(self._own, beat=self._own.beat + 1)
         if not _is_same_file(self._descriptor, self._path):
-            # Somebody removed the file, and with it what keeps others out.
-            former, (self._descriptor, has_lock) = self._descriptor, _opened(self._path)
-            os.close(former)
+            # The file was removed, so the lock is on a file that no other process sees.
+            removed = self._descriptor
+            self._descriptor, has_lock = _open_and_lock(self._path)
+            os.close(removed)
             self._own = replace(self._own, locked=bool(has_lock))
         _write(self._descriptor, self._own)
         return None
 
 
 def current_holder(root: Path) -> Holder | None:
-    """The process that holds a run folder, by one look; None where none does.
+    """The process that holds a run folder, after a single check; None if there is none.
 
-    A heartbeat on another node counts by the age of the file, which is a guess where clocks differ.
+    On another node the age of the file has to stand in for the heartbeat, which is a guess if clocks differ.
     """
     path = root / LOCK_FILE
     try:
@@ -246,31 +252,32 @@ def current_holder(root: Path) -> Holder | None:
         return None
     try:
         holder = _read(descriptor)
-        sign = _sign(holder, Holder.own(), _locked(descriptor, fcntl.LOCK_SH))
+        status = _check_holder(holder, Holder.own(), _try_lock(descriptor, fcntl.LOCK_SH))
         is_fresh = time.time() - os.fstat(descriptor).st_mtime < STALE_S
     finally:
         os.close(descriptor)
-    return holder if sign is Sign.ALIVE or (sign is Sign.UNKNOWN and is_fresh) else None
+    is_held = status is HolderStatus.ALIVE or (status is HolderStatus.UNKNOWN and is_fresh)
+    return holder if is_held else None
 
 
-def _sign(holder: Holder | None, own: Holder, has_lock: bool | None) -> Sign:
-    """What one look tells.
+def _check_holder(holder: Holder | None, own: Holder, has_lock: bool | None) -> HolderStatus:
+    """Status of a holder as far as it can be seen without waiting.
 
     Args:
-        holder: named in the file; None: nobody.
+        holder: named in the file; None: no process.
         own: this process.
-        has_lock: whether this process has the file system's lock; None: the file system has none.
+        has_lock: whether this process has the file system's lock; None: the file system has no locks.
     """
     if holder is None:
-        return Sign.UNKNOWN if has_lock is False else Sign.GONE
+        return HolderStatus.UNKNOWN if has_lock is False else HolderStatus.GONE
     if holder.kernel != own.kernel:
-        return Sign.UNKNOWN
+        return HolderStatus.UNKNOWN
     if holder.pid_namespace != own.pid_namespace:
-        return Sign.GONE if holder.locked and has_lock else Sign.UNKNOWN
+        return HolderStatus.GONE if holder.locked and has_lock else HolderStatus.UNKNOWN
     if _is_running(holder):
-        return Sign.ALIVE
-    # Somebody else may have the lock and be about to write who.
-    return Sign.UNKNOWN if has_lock is False else Sign.GONE
+        return HolderStatus.ALIVE
+    # Another process may have the lock and be about to write its name.
+    return HolderStatus.UNKNOWN if has_lock is False else HolderStatus.GONE
 
 
 def _is_running(holder: Holder) -> bool:
@@ -282,19 +289,19 @@ def _is_running(holder: Holder) -> bool:
         return False
 
 
-def _opened(path: Path) -> tuple[int, bool | None]:
-    """The lock file, made where it is missing, and whether this process has its lock (None: there are no locks)."""
+def _open_and_lock(path: Path) -> tuple[int, bool | None]:
+    """(descriptor of the lock file, whether this process has its lock; None: the file system has no locks)."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        has_lock = _locked(descriptor, fcntl.LOCK_EX)
-        # A holder that ends removes the file, perhaps between these two lines.
+        has_lock = _try_lock(descriptor, fcntl.LOCK_EX)
+        # A holder that exits removes the file, perhaps between these two lines.
         if _is_same_file(descriptor, path):
             return descriptor, has_lock
         os.close(descriptor)
 
 
-def _locked(descriptor: int, kind: int) -> bool | None:
-    # Not flock: processes that a rank has forked would keep it after the rank's end.
+def _try_lock(descriptor: int, kind: int) -> bool | None:
+    # Not flock, which child processes of a rank would keep after the rank has exited.
     try:
         fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -312,9 +319,9 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def _holder_at(path: Path, descriptor: int) -> Holder | None:
-    """Who is named under a path, which may be another file than the one that is open."""
+    """The holder named in the file at `path`, which may no longer be the one that is open."""
     if _is_same_file(descriptor, path):
-        # To open and close it once more would end this process's lock.
+        # Opening and closing it again would release this process's lock (POSIX).
         return _read(descriptor)
     try:
         other = os.open(path, os.O_RDONLY)
@@ -327,15 +334,15 @@ def _holder_at(path: Path, descriptor: int) -> Holder | None:
 
 
 def _read(descriptor: int) -> Holder | None:
-    """Who is named in a lock file; None: nobody, or half a line of one who is being written."""
+    """The holder named in a lock file; None if there is none, or its line is incomplete."""
     try:
-        # Values of other types than a lock has are nobody's.
+        # Strict: values of wrong types name no holder.
         return TypeAdapter(Holder).validate_json(os.pread(descriptor, RECORD_BYTES, 0), strict=True)
     except ValueError:
         return None
 
 
 def _write(descriptor: int, holder: Holder) -> None:
-    # In place and at one length: a new file would lose the lock, and a reader sees the line whole.
+    # In place, because a new file would lose the lock; padded, so that a reader always finds a complete line.
     os.pwrite(descriptor, json.dumps(asdict(holder)).ljust(RECORD_BYTES - 1).encode() + b"\n", 0)
     os.fsync(descriptor)

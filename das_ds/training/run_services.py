@@ -23,4 +23,4 @@ class RunServices:
     shutdown: ShutdownHandler
     """Requests to stop or save."""
     watchdog: Watchdog
-    """Is told how far this rank is."""
+    """Gets the progress of this rank."""

@@ -44,7 +44,7 @@ class SavePoint:
         saveable: the run.
         checkpointer: writes checkpoints.
         shutdown: requests to this rank.
-        watchdog: is told that writing may take any time.
+        watchdog: its time-out is suspended while a checkpoint is written.
     """
 
     def __init__(

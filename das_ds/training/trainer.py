@@ -71,7 +71,7 @@ class ContinualTrainer(Callbacks):
     """The phases of a run over one engine: evaluate -> before -> train -> after, for every domain.
 
     A run resumes at the phase of its checkpoint. As `Callbacks` of the loops inside a phase the trainer saves, stops,
-    and tells the watchdog how far it is.
+    and reports its progress to the watchdog.
 
     Args:
         config: of the run.
@@ -334,7 +334,7 @@ class ContinualTrainer(Callbacks):
     # Callbacks of the loops inside a phase.
 
     def on_progress(self, location: str, step: int) -> None:
-        """Tell the watchdog how far this rank is."""
+        """Report progress to the watchdog."""
         self._watchdog.beat(location, step)
 
     def on_step_end(self, step: int) -> None:

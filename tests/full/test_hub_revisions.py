@@ -78,7 +78,7 @@ def test_ranks_agree_on_the_commits_of_the_first_start(served: FakeHub, upload: 
     assert set(json.loads(recorded.read_text())) - {"sha256"} == {f"model {MODEL}@main", "dataset owner/text@v2"}
     assert with_recorded_revisions(RunConfig(**values)).model.revision == FIRST
     recorded.write_text(recorded.read_text().replace(FIRST, SECOND))
-    with pytest.raises(RunFolderError, match=r"revisions.json: was altered.*remove it to look the revisions up anew"):
+    with pytest.raises(RunFolderError, match=r"revisions.json: was altered.*remove it to look the revisions up again"):
         with_recorded_revisions(RunConfig(**values))
 
 

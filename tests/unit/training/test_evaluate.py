@@ -20,7 +20,7 @@ def test_evaluate_model_with_other_token_ids_raises(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         _check_same_tokens(word_tokenizer(["bread", "soup"]).get_vocab(), tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: the model's tokeniser gives other ids than that of the config (data.tokenizer or "
+        f"{tmp_path}: the model's tokenizer gives other ids than that of the config (data.tokenizer or "
         "model.name_or_path): found 6 for 'bread', expected 5"
     )
     with pytest.raises(ModelError, match="found None for 'menu', expected 7"):

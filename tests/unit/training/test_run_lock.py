@@ -106,7 +106,7 @@ def test_run_lock_remote_holder_without_heartbeat_expires(tmp_path: Path, capsys
         second.acquire()
         assert holder_in(tmp_path).pid == os.getpid()
     assert capsys.readouterr().err == (
-        f"das_ds: output_dir: {tmp_path} was held by {gone}; waiting up to 0.6 s for a sign of its life\n"
+        f"das_ds: output_dir: {tmp_path} was held by {gone}; waiting up to 0.6 s for its next heartbeat\n"
     )
 
 
@@ -181,7 +181,7 @@ def test_run_lock_failed_heartbeat_is_logged_once(
         before = holder_in(tmp_path).beat
         until(lambda: holder_in(tmp_path).beat > before)
     assert [record.message for record in caplog.records] == [
-        f"{tmp_path / LOCK_FILE} cannot be renewed (OSError: [Errno 28] No space left on device); training goes on, "
+        f"{tmp_path / LOCK_FILE} cannot be renewed (OSError: [Errno 28] No space left on device); training continues, "
         "but after 0.6 s a start on another node may take the folder"
     ]
 
