@@ -73,7 +73,7 @@ def test_every_command_with_ranks_takes_its_time_outs_from_the_config(
         started.append((timeout, collective_timeout))
         raise ConfigError("seen enough")
 
-    monkeypatch.setattr("das_ds.distributed.process_group.ProcessGroup", start)
+    monkeypatch.setattr("das_ds.distributed.process_group.init_process_group", start)
     task = dict.fromkeys(("name", "train", "dev", "test"), "task")
     path = write_config(tmp_path, small_run(tmp_path, tasks=[task], runtime={"hang_timeout": 1000.0}))
     model = [] if command == "train" else ["--model", str(tmp_path)]
