@@ -87,7 +87,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 MLM_PROBABILITY = 0.15
-FIRST_WORD, LAST_WORD = 5, 499
+FIRST_WORD = 5
+LAST_WORD = 499
 WARM_UP = 2
 
 
@@ -152,7 +153,8 @@ def model_flops(model: Any, batch: Batch) -> int:
         model: a Hugging Face model with its LM head, on any device.
         batch: of a plain step.
     """
-    num_tokens, length = batch.input_ids.numel(), batch.input_ids.shape[1]
+    num_tokens = batch.input_ids.numel()
+    length = batch.input_ids.shape[1]
     in_body = {id(module) for module in model.base_model.modules()}
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     body = sum(module.weight.numel() for module in linear if id(module) in in_body)
@@ -253,13 +255,15 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each method")
     options = vars(parser.parse_args())
-    methods, timeout = options.pop("methods"), options.pop("timeout")
+    methods = options.pop("methods")
+    timeout = options.pop("timeout")
     work = Workload(**options)
     device = default_device()
     peak = vendor_peak(device_name(device), work.precision)
     source = "data sheet"
     if peak is None:
-        peak, source = measured_peak(device, work.precision, size=1024), "largest matrix product measured here"
+        peak = measured_peak(device, work.precision, size=1024)
+        source = "largest matrix product measured here"
     rows: list[dict[str, Any]] = []
     for method in methods:
         row = measure_in_new_process(work, method, timeout)

@@ -66,8 +66,11 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 CAUSAL = ("llama",)
-NCL, NCL_ZERO = "das_ds ncl", "das_ds ncl, ZeRO"
-TRAINER, TRAINER_ZERO, OSF = "Trainer", "Trainer, DeepSpeed ZeRO", "Trainer, PEFT OSF"
+NCL = "das_ds ncl"
+NCL_ZERO = "das_ds ncl, ZeRO"
+TRAINER = "Trainer"
+TRAINER_ZERO = "Trainer, DeepSpeed ZeRO"
+OSF = "Trainer, PEFT OSF"
 PEERS = (NCL, TRAINER, OSF, NCL_ZERO, TRAINER_ZERO)
 SPECIAL = ("<pad>", "<unk>", "<mask>", "<eos>", "<bos>")
 WARM_UP = 3

@@ -55,7 +55,7 @@ def packaged_body() -> Path:
     spec = util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"base encoder: the package {PACKAGE.replace('_', '-')} is not installed, expected it beside das_ds; "
+            f"base encoder: the package {PACKAGE.replace('_', '-')} is not installed, expected it next to das_ds; "
             "`make bench-domains` installs requirements-benchmarks.txt"
         )
     return Path(spec.submodule_search_locations[0]) / "model"

@@ -98,7 +98,8 @@ def join_comparisons(known: Comparison, new: Comparison) -> Comparison:
 
 
 def _check_settings(settings: Sequence[Settings], label: str) -> Settings:
-    expected, found = settings[0], settings[-1]
+    expected = settings[0]
+    found = settings[-1]
     if differing := [key for key in expected if expected[key] != found.get(key)]:
         key = differing[0]
         raise RunFolderError(

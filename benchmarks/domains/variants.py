@@ -44,7 +44,8 @@ def directions(label: str, half_saturation: float = 3.0, **common: dict[str, Any
 
 
 NAIVE_TRAINING = Variant(NAIVE, {"method": {"name": "ncl"}})
-FASTER, SLOWER = 4.0, 0.25
+FASTER = 4.0
+SLOWER = 0.25
 """Factors of the candidate learning rates of some variants."""
 
 METHODS = (

@@ -133,7 +133,7 @@ def _format_ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
 
 
-def readable(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """A size in bytes as text with a unit."""
     for unit, size in UNITS.items():
         if num_bytes >= size:

@@ -18,7 +18,7 @@ from das_ds.data.tokenize import UnknownCounter, UnknownTokens, build_backend, c
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.errors import DasError, DataError, PreflightError
 from das_ds.models.loading import find_spec, load_tokenizer
-from das_ds.preflight.checks import Checklist, CheckWarning, readable
+from das_ds.preflight.checks import Checklist, CheckWarning, format_bytes
 from das_ds.training.data_module import eval_corpora
 
 FIRST_DOCUMENTS = 200
@@ -57,7 +57,7 @@ def check_corpora(checks: Checklist, config: RunConfig) -> None:
         if any(list(map(str, scan.sources)) != list(map(str, first.sources)) for scan in scans):
             raise PreflightError("paths resolve to different files on different ranks")
         num_bytes = sum(source.stat().st_size for source in first.sources if isinstance(source, Path))
-        summary = f"{len(corpora)} corpora, {len(first.sources)} sources, {readable(num_bytes)} of files"
+        summary = f"{len(corpora)} corpora, {len(first.sources)} sources, {format_bytes(num_bytes)} of files"
         if first.unknown:
             shares = ", ".join(f"{name} {unknown.fraction:.1%}" for name, unknown in first.unknown.items())
             summary += f", unknown tokens in the first documents: {shares}"

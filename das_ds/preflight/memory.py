@@ -33,7 +33,7 @@ from das_ds.models.loading import (
 )
 from das_ds.models.lora import Lora
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
-from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, readable
+from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, format_bytes
 from das_ds.preflight.host_memory import free_memory
 from das_ds.preflight.memory_estimate import (
     NUM_MOMENTS,
@@ -134,10 +134,10 @@ def check_memory(checks: Checklist, config: RunConfig, info: RankInfo, size: Mod
         estimate = estimate.on_cpu()
     activations = activation_estimate(config, size)
     items = {**estimate.device, **estimate.host}
-    shown = ", ".join(f"{name} {readable(num_bytes)}" for name, num_bytes in items.items() if num_bytes)
-    host = f", {readable(estimate.host_bytes)} more in host memory" if estimate.host_bytes else ""
+    shown = ", ".join(f"{name} {format_bytes(num_bytes)}" for name, num_bytes in items.items() if num_bytes)
+    host = f", {format_bytes(estimate.host_bytes)} more in host memory" if estimate.host_bytes else ""
     expected = (
-        f"room for {readable(estimate.device_bytes)} per rank{host} and for roughly {readable(activations)} of "
+        f"room for {format_bytes(estimate.device_bytes)} per rank{host} and for roughly {format_bytes(activations)} of "
         f"activations: {shown}"
     )
 
@@ -168,18 +168,21 @@ def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activa
     needed[budgets[0].node] += estimate.host_export
     tightest = min(num_ranks_by_node, key=lambda node: free[node] - needed[node])
     num_ranks = num_ranks_by_node[tightest]
-    found = f"{readable(needed[tightest])} of {readable(free[tightest])} free on {tightest} (ranks there: {num_ranks})"
+    found = (
+        f"{format_bytes(needed[tightest])} of {format_bytes(free[tightest])} free on {tightest} (ranks there: "
+        f"{num_ranks})"
+    )
     if gpus:
-        found = f"{readable(estimate.device_bytes)} of {readable(min(gpus))} free on a GPU, {found}"
+        found = f"{format_bytes(estimate.device_bytes)} of {format_bytes(min(gpus))} free on a GPU, {found}"
     if needed[tightest] > free[tightest] or (gpus and estimate.device_bytes > min(gpus)):
         raise PreflightError(
             f"{found}; use more nodes, a higher ZeRO stage, bf16, or offload if host memory is available"
         )
     left = min(gpus) - estimate.device_bytes if gpus else (free[tightest] - needed[tightest]) // num_ranks
-    found = f"{found}, and roughly {readable(activations)} a rank for activations"
+    found = f"{found}, and roughly {format_bytes(activations)} a rank for activations"
     if activations > left:
         return CheckWarning(
-            f"{found}, for which {readable(left)} are left; lower train.micro_batch_size or set "
+            f"{found}, for which {format_bytes(left)} are left; lower train.micro_batch_size or set "
             "model.gradient_checkpointing"
         )
     return found
@@ -226,11 +229,11 @@ def _sharding(config: RunConfig, engine: EngineConfig, num_ranks: int) -> Shardi
 
 
 def activation_estimate(config: RunConfig, size: ModelSize) -> int:
-    """Activations and logits of one micro-step."""
+    """Estimated bytes of activations and logits of one micro-step."""
     num_rows = config.train.micro_batch_size + unsharded_use(config, size).extra_rows
     num_tokens = config.data.sequence_length
     is_masked = find_spec(config.model).objective == "mlm"
-    share = config.data.mlm_probability if is_masked else 1.0
+    predicted_fraction = config.data.mlm_probability if is_masked else 1.0
     return activation_bytes(
         size,
         num_rows=num_rows,
@@ -240,7 +243,7 @@ def activation_estimate(config: RunConfig, size: ModelSize) -> int:
         is_recomputed=config.model.gradient_checkpointing,
     ) + logits_bytes(
         size,
-        num_positions=round(config.train.micro_batch_size * num_tokens * share),
+        num_positions=round(config.train.micro_batch_size * num_tokens * predicted_fraction),
         largest_chunk=config.train.max_logits_mib * UNITS["MiB"],
     )
 

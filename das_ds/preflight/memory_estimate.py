@@ -20,9 +20,9 @@ NUM_MOMENTS = {"adamw": 2, "cpu_adam": 2, "lion": 1}
 
 
 def checkpoint_bytes(trained: int, optimizer: str) -> int:
-    """A checkpoint that training continues from, over all ranks and without the method's state: 4 P (1 + m).
+    """A full checkpoint without the method's state, over all ranks: 4 P (1 + m).
 
-    12 bytes a trained parameter for AdamW and 8 for Lion (fp32 weight and moments), for any precision of training.
+    12 bytes per trained parameter for AdamW and 8 for Lion (fp32 weight and moments), for any training precision.
 
     Args:
         trained: P.
@@ -91,7 +91,8 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
         method: what the method adds.
         copied_bytes: of a checkpoint that is staged in host memory, over all ranks; 0 for none.
     """
-    shards, weight_shards = sharding.optimizer_shards, sharding.weight_shards
+    shards = sharding.optimizer_shards
+    weight_shards = sharding.weight_shards
     is_replicated = sharding.stage == 0
     w = sharding.weight_bytes
     optimizer = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from das_ds.config import RunConfig
 from das_ds.errors import PreflightError
 from das_ds.models.size import ModelSize
-from das_ds.preflight.checks import Checklist, CheckWarning, readable
+from das_ds.preflight.checks import Checklist, CheckWarning, format_bytes
 from das_ds.preflight.memory import unsharded_use
 from das_ds.preflight.memory_estimate import checkpoint_bytes, domain_bytes
 from das_ds.preflight.peers import PeerCheck
@@ -78,23 +78,27 @@ def check_sharing(checks: Checklist, root: Path, peers: PeerCheck) -> None:
 
 
 def check_disk(checks: Checklist, config: RunConfig, size: ModelSize) -> None:
-    """Free space against all that the run is going to write there, less what it has written already."""
-    root, keep, num_domains = config.output_dir, config.checkpoint.keep_last, len(config.stages)
+    """Free space, compared with everything that the run will write, minus what it has written already."""
+    root = config.output_dir
+    keep = config.checkpoint.keep_last
+    num_domains = len(config.stages)
     method = unsharded_use(config, size)
     one = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint
     domain = domain_bytes(size) + method.domain
+    # While a checkpoint is written, those to keep are still there.
     needed = (keep + 1) * one + num_domains * domain + method.run
     expected = (
-        f"{readable(needed)} = {keep + 1} checkpoints of {readable(one)} (checkpoint.keep_last {keep}, and one in the "
-        f"making) + {num_domains} domains of {readable(domain)} + importance {readable(method.run)}"
+        f"{format_bytes(needed)} = {keep + 1} checkpoints of {format_bytes(one)} (checkpoint.keep_last {keep}, and one "
+        f"being written) + {num_domains} domains of {format_bytes(domain)} + importance {format_bytes(method.run)}"
     )
 
     def summarize(found: list[tuple[int, int]]) -> str:
-        free, present = min(free for free, _ in found), min(found[0][1], needed)
-        what = f"{readable(free)} free, {readable(present)} written already"
+        free = min(free for free, _ in found)
+        present = min(found[0][1], needed)
+        what = f"{format_bytes(free)} free, {format_bytes(present)} written already"
         if free < needed - present:
             raise PreflightError(
-                f"{what}; make room for {readable(needed - present - free)} or lower checkpoint.keep_last"
+                f"{what}; make room for {format_bytes(needed - present - free)} or lower checkpoint.keep_last"
             )
         return f"{what}, of {expected}"
 

@@ -85,7 +85,7 @@ class BackgroundWorker:
         # The trace of a full queue says nothing.
         trace = None if isinstance(error, queue.Full) else error
         logger.warning(
-            "%s %s failed (%s); training goes on, further failures are not shown",
+            "%s %s failed (%s); training continues, further failures are not shown",
             self._name,
             what,
             reason,

@@ -73,7 +73,7 @@ def test_base_encoder_is_cached_by_content_and_settings(
 
 def test_packaged_body_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "PACKAGE", "gt_no_such_package")
-    with pytest.raises(ModelError, match=r"the package gt-no-such-package is not installed, expected it beside das_ds"):
+    with pytest.raises(ModelError, match=r"package gt-no-such-package is not installed, expected it next to das_ds"):
         base.packaged_body()
 
 

@@ -17,7 +17,7 @@ from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.models.loading import load_model
 from das_ds.models.lora import Lora
-from das_ds.preflight.checks import CheckResult, CheckWarning, group_reasons, readable
+from das_ds.preflight.checks import CheckResult, CheckWarning, format_bytes, group_reasons
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.environment import check_settings
 from das_ds.preflight.host_memory import free_memory
@@ -58,7 +58,7 @@ def test_group_reasons_names_ranks_once() -> None:
 def test_check_result_line_shows_expected_only_if_not_ok() -> None:
     assert CheckResult("disk", "ok", "much", "little").line() == "ok       disk       much"
     assert CheckResult("disk", "failed", "little", "much").line() == "failed   disk       little | expected: much"
-    assert [readable(n) for n in (12, 2048, 3 * 2**20, 1.5 * GIB)] == ["12 bytes", "2.0 KiB", "3.0 MiB", "1.5 GiB"]
+    assert [format_bytes(n) for n in (12, 2048, 3 * 2**20, 1.5 * GIB)] == ["12 bytes", "2.0 KiB", "3.0 MiB", "1.5 GiB"]
 
 
 def test_check_folder_uncreatable_fails(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_check_disk_counts_written_and_planned_bytes(tmp_path: Path, monkeypatch
     assert found(needed).status == "ok"
     short = found(needed - 2048)
     assert short.status == "failed" and "make room for 2.0 KiB or lower checkpoint.keep_last" in short.found
-    assert short.expected.startswith(f"{readable(needed)} = 3 checkpoints of {readable(12 * size.trained)}")
+    assert short.expected.startswith(f"{format_bytes(needed)} = 3 checkpoints of {format_bytes(12 * size.trained)}")
     (run.output_dir / "checkpoint").write_bytes(bytes(2048))
     assert found(needed - 2048).status == "ok"
 

@@ -180,7 +180,7 @@ def test_failures_warn_once_and_are_contained(
     sink.close()
     sink.close()
     messages = warnings_of(caplog)
-    assert len(messages) == 1 and "training goes on" in messages[0]
+    assert len(messages) == 1 and "training continues" in messages[0]
     assert "Traceback" in caplog.text
 
 
