@@ -1,4 +1,4 @@
-"""Comparisons with numbers made by hand."""
+"""Comparisons with values made by hand."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def run_summary(
 
 
 def group(
-    label: str, places: Sequence[tuple[float, float]], *, importance: ImportanceSummary | None = None, **settings: str
+    label: str, points: Sequence[tuple[float, float]], *, importance: ImportanceSummary | None = None, **settings: str
 ) -> Group:
-    """One run per (loss when learned, forgetting), seeds from 0; the method is the first word of the label."""
-    runs = [run_summary(seed, *place, importance=importance) for seed, place in enumerate(places)]
+    """One run per (loss after learning, forgetting), seeds from 0; the method is the first word of the label."""
+    runs = [run_summary(seed, *point, importance=importance) for seed, point in enumerate(points)]
     keys = {key.replace("__", "."): value for key, value in settings.items()}
     return Group(label=label, method=label.split()[0], settings=keys, stages=STAGES, runs=runs)
 

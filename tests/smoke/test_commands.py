@@ -1,4 +1,4 @@
-"""The commands as users start them: DeepSpeed's launcher, exit codes, one line per error."""
+"""Commands as users start them: DeepSpeed's launcher, exit codes, one line per error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preflight on real ranks: one that is not like the other, and the command where a check fails."""
+"""Preflight on real ranks: ranks that differ, and the command with a failing check."""
 
 from __future__ import annotations
 

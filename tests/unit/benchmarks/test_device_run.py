@@ -1,4 +1,4 @@
-"""The script for a bare machine: its arguments, and that a part that fails is counted and stops nothing."""
+"""The device script: its arguments, and parts that fail without stopping the others."""
 
 from __future__ import annotations
 

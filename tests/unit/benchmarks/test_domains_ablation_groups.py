@@ -1,4 +1,4 @@
-"""Groups of parameters that are put back: every parameter in one, and what restoring a group does to the losses."""
+"""Ablation of parameter groups: every parameter has a group, and restoring one changes the losses."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The base encoder: a head is trained, the body stays, and what was trained is found again by its content."""
+"""The base encoder: only the head is trained, and results are cached by content."""
 
 import lzma
 from dataclasses import replace

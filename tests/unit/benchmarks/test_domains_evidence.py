@@ -1,4 +1,4 @@
-"""The page of evidence from results made by hand: every variant is in it, and its words follow from the numbers."""
+"""The evidence page: every variant is on it, and its conclusions follow from the values."""
 
 from pathlib import Path
 

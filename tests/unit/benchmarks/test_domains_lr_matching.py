@@ -1,4 +1,4 @@
-"""The search for the learning rate at which naive training learns as much as another method."""
+"""Learning-rate matching of naive training."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tiers, their corpora and the run configs that they give."""
+"""Tiers, their corpora and the run configs built from them."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Jobs are done once, stopped at a deadline, and told apart from those of another plan."""
+"""Job runner: jobs are done once, stopped at a deadline, and refused if they belong to another plan."""
 
 import json
 import sys
@@ -113,9 +113,9 @@ def test_training_run_finish_removes_checkpoints_and_models(tmp_path: Path) -> N
     assert run.is_done()
     run.finish()
     assert not (run.folder / "checkpoints").exists() and not list(run.folder.glob("domains/*/model"))
-    kept = TrainingRun(done_run(tmp_path / "kept").folder, run.values, keeps_models=True)
-    kept.finish()
-    assert kept.model(0).is_dir()
+    with_models = TrainingRun(done_run(tmp_path / "kept").folder, run.values, keeps_models=True)
+    with_models.finish()
+    assert with_models.model(0).is_dir()
 
 
 def test_training_run_of_another_plan_is_refused(tmp_path: Path) -> None:

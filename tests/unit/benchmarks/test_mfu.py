@@ -1,4 +1,4 @@
-"""FLOPs of a step against torch's own count, and peaks of devices."""
+"""FLOPs of a step, compared with torch's count, and peaks of devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes by formula against tensors that exist, and against sums done by hand."""
+"""Memory estimates, against real tensors and sums computed by hand."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_checkpoint_bytes_adamw_equals_its_state() -> None:
     model(torch.ones(1, 7)).sum().backward()
     optimizer.step()
     moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    kept = sum(tensor.nbytes for tensor in (*model.parameters(), *moments))
+    num_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *moments))
     trained = sum(parameter.numel() for parameter in model.parameters())
-    assert checkpoint_bytes(trained, "adamw") == kept == 12 * trained
-    assert checkpoint_bytes(trained, "cpu_adam") == kept
+    assert checkpoint_bytes(trained, "adamw") == num_bytes == 12 * trained
+    assert checkpoint_bytes(trained, "cpu_adam") == num_bytes
     assert checkpoint_bytes(trained, "lion") == 8 * trained
 
 
@@ -115,11 +115,11 @@ def test_activation_bytes_recomputed_layers_keep_inputs() -> None:
 
 
 def test_estimate_memory_rounded_frozen_weights_are_kept() -> None:
-    def kept(**changes: int) -> int:
+    def frozen_bytes(**changes: int) -> int:
         found = estimate_memory(
             replace(SIZE, trained=100), replace(SHARDING, **changes), method=NOTHING, copied_bytes=0
         )
         return found.host.get("frozen weights", 0)
 
-    assert kept(stage=3) == 4 * 900 // 4
-    assert kept(stage=3, weight_bytes=4) == kept(stage=2) == 0
+    assert frozen_bytes(stage=3) == 4 * 900 // 4
+    assert frozen_bytes(stage=3, weight_bytes=4) == frozen_bytes(stage=2) == 0

@@ -1,4 +1,4 @@
-"""Checks that one rank can make by itself: every way in which they fail, and what they say when all is well."""
+"""Preflight checks on one rank: their failures and their reports."""
 
 from __future__ import annotations
 

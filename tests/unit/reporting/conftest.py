@@ -1,4 +1,4 @@
-"""Results of a small run, whole or part of it."""
+"""Fixture: results of a small run, complete or unfinished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""comparison.json: written, read back, and every way in which it can be wrong."""
+"""The model of comparison.json: round trip, derived losses, and rejection of inconsistent files."""
 
 from __future__ import annotations
 

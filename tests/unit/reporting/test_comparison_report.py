@@ -1,4 +1,4 @@
-"""The report folder of a comparison: what it holds and says, and what its plots show."""
+"""The report of a comparison: files, text, and pixels of its plots."""
 
 from __future__ import annotations
 

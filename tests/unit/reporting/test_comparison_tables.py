@@ -1,4 +1,4 @@
-"""The tables of a comparison, cell by cell, against numbers made by hand."""
+"""Tables of a comparison, cell by cell, against values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs are one group, and what groups are called."""
+"""Run groups: membership, labels and rejected combinations."""
 
 from __future__ import annotations
 

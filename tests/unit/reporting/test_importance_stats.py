@@ -1,4 +1,4 @@
-"""Importance files of a run as numbers, against what was written into them."""
+"""Statistics of importance files, against the values written into them."""
 
 from __future__ import annotations
 

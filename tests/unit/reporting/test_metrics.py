@@ -1,4 +1,4 @@
-"""Means, paired differences and the distance from the line, against numbers made by hand."""
+"""Means, paired differences and the matched baseline, against values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overlap of claims against sets of units."""
+"""Overlap of claims, against set arithmetic."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def test_overlap_any_chunks_equals_set_arithmetic() -> None:
     importance = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))
     importance[2] = (importance[0] + importance[2]) / 2
     overlap = Overlap(3, 0.7)
-    for stretch in importance.split(384, dim=1):
-        overlap.add(stretch)
+    for chunk in importance.split(384, dim=1):
+        overlap.add(chunk)
     claims = [{unit for unit, value in enumerate(row.tolist()) if value >= 0.7} for row in importance.float()]
     for a, row in enumerate(importance.double()):
         assert overlap.unit_shares()[a].item() == pytest.approx(len(claims[a]) / 1000)

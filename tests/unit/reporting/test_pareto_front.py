@@ -1,4 +1,4 @@
-"""The front against a comparison of all pairs, and the line by hand."""
+"""Pareto front against a comparison of all pairs; interpolation by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""results.json: its keys and numbers, reading it back, and every way in which it can be wrong."""
+"""The model of results.json: keys, values, round trip, and rejection of damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`das-ds report` over run folders: what it compares, what it refuses, and what it tells W&B."""
+"""`das-ds report` on run folders: comparison, rejected input, and W&B logging."""
 
 from __future__ import annotations
 
@@ -162,30 +162,31 @@ def test_report_command_user_error_is_one_line(
     assert error.startswith("das_ds: ") and error.count("\n") == 1 and message in error
 
 
-class Kept(Sink):
-    """Keeps what it is told."""
+class RecordingSink(Sink):
+    """Records everything that is logged."""
 
     def __init__(self) -> None:
         self.tables: dict[str, tuple[list[str], list[Any]]] = {}
-        self.pictures: dict[str, Path] = {}
+        self.images: dict[str, Path] = {}
         self.summary: dict[str, Any] = {}
 
     def log_table(self, name: str, columns: Any, rows: Any) -> None:
         self.tables[name] = (list(columns), list(rows))
 
     def log_image(self, name: str, path: Path) -> None:
-        self.pictures[name] = path
+        self.images[name] = path
 
     def log_summary(self, metrics: Any) -> None:
         self.summary.update(metrics)
 
 
 def test_report_runs_wandb_gets_tables_plots_and_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs, kept = [], Kept()
+    jobs = []
+    sink = RecordingSink()
 
     def build(config: Any, job: Any, *, enabled: bool) -> Tracker:
         jobs.append((config.wandb.mode, job, enabled))
-        return Tracker([kept])
+        return Tracker([sink])
 
     monkeypatch.setattr(command, "build_job_tracker", build)
     ncl = write_run(tmp_path / "ncl", wandb={"mode": "disabled"})
@@ -194,12 +195,10 @@ def test_report_runs_wandb_gets_tables_plots_and_means(tmp_path: Path, monkeypat
     ((mode, job, enabled),) = jobs
     assert (mode, job.job_type, job.folder, enabled) == ("auto", "report", tmp_path / "out", True)
     assert job.config == {"runs": [f"{tmp_path.name}/ncl", f"{tmp_path.name}/pool"]}
-    assert set(kept.tables) == {"summary", "differences", "cost", "runs"}
-    columns, rows = kept.tables["runs"]
+    assert set(sink.tables) == {"summary", "differences", "cost", "runs"}
+    columns, rows = sink.tables["runs"]
     assert columns[:4] == ["group", "method", "seed", "loss after learning"]
     assert rows[0][:4] == ["ncl", "ncl", 0, pytest.approx(3.5)] and rows[1][columns.index("forgetting")] != 0.5
     assert all(isinstance(value, float) for row in rows for value in row[3:])
-    assert sorted(kept.pictures) == ["loss_matrices", "pareto"] and all(
-        path.exists() for path in kept.pictures.values()
-    )
-    assert kept.summary["ncl/forgetting"] == pytest.approx(0.5) and "pool/forgetting" not in kept.summary
+    assert sorted(sink.images) == ["loss_matrices", "pareto"] and all(path.exists() for path in sink.images.values())
+    assert sink.summary["ncl/forgetting"] == pytest.approx(0.5) and "pool/forgetting" not in sink.summary

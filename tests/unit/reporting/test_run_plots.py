@@ -1,4 +1,4 @@
-"""The pictures: their numbers against loops, and their pixels where a colour means something."""
+"""Plots of a run: their values against loops, and the colors of their pixels."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_plot_loss_matrix_forgetting_is_red(make_results: ResultsMaker, tmp_path
 def test_plot_importance_saturated_mask_is_dark(tmp_path: Path) -> None:
     def brightness(value: float) -> float:
         plot_importance({"head": torch.full((2, 4), value), "output": torch.full((2, 9), value)}, tmp_path / "mask.png")
-        picture = pixels(tmp_path / "mask.png")
-        return float(picture[:, : picture.shape[1] // 2].mean())
+        image = pixels(tmp_path / "mask.png")
+        return float(image[:, : image.shape[1] // 2].mean())
 
     assert brightness(0.0) - brightness(1.0) > 80
 

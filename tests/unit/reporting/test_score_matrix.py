@@ -1,4 +1,4 @@
-"""Scores of a run's models on end tasks: the matrix by hand, what is missing, and what does not belong together."""
+"""End-task score matrix: values computed by hand, missing scores, and incompatible files."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_read_run_scores_missing_score_is_none_and_noted(
     assert (matrix.forgetting.average is not None) == forgetting_is_known == (matrix.backward_transfer is not None)
     assert (matrix.forward_transfer is not None) == forward_is_known
     assert f"{name} was not measured {scores.stages[row]}" in scores.missing
-    # What the others give is still there.
+    # Other tasks are unaffected.
     assert matrix.forgetting.per_task.keys() == {"acl_arc", "chemprot"} - ({name} if not forgetting_is_known else set())
 
 

@@ -1,4 +1,4 @@
-"""Tables as text, letter by letter."""
+"""Text tables, character by character."""
 
 from __future__ import annotations
 

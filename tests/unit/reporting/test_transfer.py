@@ -1,4 +1,4 @@
-"""Transfer numbers against sums written out by hand and against plain loops over random matrices."""
+"""Forgetting and transfer, against values computed by hand and plain loops over random matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run config with two domains, whose run folder is the test's own."""
+"""Fixture: a run config with two domains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates against a clock that the test turns by hand."""
+"""Throughput meter with a manual clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fan-out, and the JSONL file read back with a strict parser."""
+"""Tracker fan-out, and the JSONL file parsed strictly."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The real W&B library: an offline run read back from its own files, and a server and a service that hang.
+"""The real W&B library: files of an offline run, an unreachable server and a frozen service.
 
-Every run has a process of its own: the library keeps its settings and its service for the life of a process.
+Every run has a separate process, because the library keeps its settings and its service for the life of a process.
 """
 
 from __future__ import annotations

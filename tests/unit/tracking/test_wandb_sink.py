@@ -1,4 +1,4 @@
-"""The W&B sink around libraries that fail, hang or are missing; the real one is in test_wandb_library.py."""
+"""The W&B sink with fake libraries that fail, hang or are missing; test_wandb_library.py uses the real one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEP: dict[str, float | int | str] = {"domain": "acl", "domain_step": 1, "loss":
 
 
 class FakeRun:
-    """Keeps what is logged; fails where it is told to."""
+    """Records what is logged; the calls in `failing` raise."""
 
     def __init__(self, failing: set[str]) -> None:
         self.failing = failing
@@ -49,7 +49,7 @@ class FakeRun:
 
 
 class FakeWandb:
-    """Stands for the module; `hanging` calls return only once `release` is set."""
+    """A fake `wandb` module; calls in `hanging` return only when `release` is set."""
 
     def __init__(self, *, has_key: bool = False, failing: tuple[str, ...] = (), hanging: tuple[str, ...] = ()) -> None:
         self.has_key, self.failing, self.hanging = has_key, set(failing), set(hanging)
@@ -110,12 +110,12 @@ def test_init_arguments_follow_the_config(make_config: ConfigMaker, tmp_path: Pa
     library = FakeWandb()
     config = make_config(tmp_path / "papers" / "seed0", "auto")
     WandbSink(config, library, init_timeout_s=4.0, close_timeout_s=10.0).close()
-    given = library.init_arguments
-    assert (given["name"], given["group"], given["job_type"]) == ("seed0", "papers", "ncl")
-    assert (given["project"], given["entity"]) == ("tests", None)
-    assert given["config"] == config.model_dump(mode="json")
-    assert given["dir"] == str(tmp_path / "papers" / "seed0")
-    assert given["settings"]["init_timeout"] == 4.0 and given["settings"]["finish_timeout"] == 5.0
+    arguments = library.init_arguments
+    assert (arguments["name"], arguments["group"], arguments["job_type"]) == ("seed0", "papers", "ncl")
+    assert (arguments["project"], arguments["entity"]) == ("tests", None)
+    assert arguments["config"] == config.model_dump(mode="json")
+    assert arguments["dir"] == str(tmp_path / "papers" / "seed0")
+    assert arguments["settings"]["init_timeout"] == 4.0 and arguments["settings"]["finish_timeout"] == 5.0
 
 
 def test_wandb_job_is_a_separate_run_in_the_group(make_config: ConfigMaker, tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_wandb_job_is_a_separate_run_in_the_group(make_config: ConfigMaker, tmp_
     folder = tmp_path / "papers" / "seed0" / "domains" / "00_acl"
     folder.mkdir(parents=True)
     WandbSink(config, library, job=WandbJob(folder, "finetune", "00_acl finetune")).close()
-    given = library.init_arguments
-    assert (given["name"], given["group"], given["job_type"]) == ("00_acl finetune", "papers", "finetune")
-    assert given["dir"] == str(folder) and given["id"] == (folder / WANDB_RUN_ID_FILE).read_text().strip()
+    arguments = library.init_arguments
+    assert (arguments["name"], arguments["group"], arguments["job_type"]) == ("00_acl finetune", "papers", "finetune")
+    assert arguments["dir"] == str(folder) and arguments["id"] == (folder / WANDB_RUN_ID_FILE).read_text().strip()
     assert not (config.output_dir / WANDB_RUN_ID_FILE).exists()
-    assert given["config"]["seed"] == config.seed
+    assert arguments["config"]["seed"] == config.seed
     WandbSink(config, library, job=WandbJob(folder, "report", "papers report", {"runs": ["a", "b"]})).close()
     assert library.init_arguments["config"] == {"runs": ["a", "b"]}
 
