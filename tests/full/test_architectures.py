@@ -63,7 +63,7 @@ def stage_3(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_train_what_one_rank_trains(
+def test_architecture_two_ranks_training_equals_one_rank(
     stage: int, model_type: str, one_rank: Results, request: pytest.FixtureRequest
 ) -> None:
     check_same_training(request.getfixturevalue(f"stage_{stage}"), one_rank, model_type)
@@ -72,7 +72,7 @@ def test_two_ranks_train_what_one_rank_trains(
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_bf16_moves_with_fp32(model_type: str, stage_3: Results, one_rank: Results) -> None:
+def test_architecture_bf16_updates_follow_fp32(model_type: str, stage_3: Results, one_rank: Results) -> None:
     weights, lines = result_of(stage_3, model_type, "bf16")
     expected, expected_lines = result_of(one_rank, model_type)
     check_that_full_units_rest(model_type, weights)
@@ -85,7 +85,9 @@ def test_bf16_moves_with_fp32(model_type: str, stage_3: Results, one_rank: Resul
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_activation_checkpointing_changes_nothing(model_type: str, stage_3: Results, one_rank: Results) -> None:
+def test_architecture_activation_checkpointing_same_weights(
+    model_type: str, stage_3: Results, one_rank: Results
+) -> None:
     weights, _ = result_of(stage_3, model_type, "checkpointing")
     check_that_full_units_rest(model_type, weights)
     assert relative_difference(weights, result_of(one_rank, model_type)[0]) <= 1e-4
@@ -93,7 +95,7 @@ def test_activation_checkpointing_changes_nothing(model_type: str, stage_3: Resu
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_low_rank_adapters_train_alone(model_type: str, stage_3: Results, one_rank: Results) -> None:
+def test_architecture_lora_two_ranks_equal_one_rank(model_type: str, stage_3: Results, one_rank: Results) -> None:
     weights, _ = result_of(stage_3, model_type, "lora")
     assert weights and all("lora" in name for name in weights)
     # B begins at zero.
@@ -103,21 +105,19 @@ def test_low_rank_adapters_train_alone(model_type: str, stage_3: Results, one_ra
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_two_ranks_of_shards_measure_what_one_rank_measures(
-    model_type: str, stage_3: Results, one_rank: Results
-) -> None:
+def test_architecture_zero3_importance_equals_one_rank(model_type: str, stage_3: Results, one_rank: Results) -> None:
     check_same_importance(stage_3, one_rank, model_type)
     record(model_type, "importance", "ZeRO 3")
 
 
-def test_a_head_that_reads_the_embeddings_gathers_them(tmp_path: Path) -> None:
+def test_embedding_head_zero3_gathers_embeddings(tmp_path: Path) -> None:
     (expected, _), *_ = run_ranks(train_head, 1, config_of(tmp_path, "deberta-v2", 1, 0))
     for weights, _ in run_ranks(train_head, 2, config_of(tmp_path, "deberta-v2", 2, 3)):
         assert "lm_predictions.lm_head.bias" in weights
         assert relative_difference(weights, expected) <= 1e-4
 
 
-def test_experts_that_run_gated_are_gathered_and_given_back(tmp_path: Path) -> None:
+def test_gated_experts_zero3_are_gathered_and_released(tmp_path: Path) -> None:
     """What takes the place of the forward of an expert layer runs inside the module call that ZeRO-3 gathers for."""
     model = tiny_model("mixtral", **without_dropout("mixtral"))
     importance = {group: values[:, None] for group, values in random_importance(model).items()}

@@ -1,4 +1,4 @@
-"""Commits of the hub: recorded at the first start, the same on all ranks, and used again without the hub."""
+"""Commits of hub models: recorded at the first start, equal on all ranks, reused without the hub."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def hub_run(folder: Path) -> dict[str, Any]:
     return values
 
 
-def test_ranks_agree_on_the_commits_of_the_first_start(served: FakeHub, upload: Path, tmp_path: Path) -> None:
+def test_hub_revisions_ranks_agree_on_first_commit(served: FakeHub, upload: Path, tmp_path: Path) -> None:
     values = hub_run(tmp_path)
     values["output_dir"].mkdir()
     values["domains"][0]["train"] = ["owner/text:part#v2"]
@@ -82,7 +82,7 @@ def test_ranks_agree_on_the_commits_of_the_first_start(served: FakeHub, upload: 
         with_recorded_revisions(RunConfig(**values))
 
 
-def test_run_continues_with_its_commit_and_another_begins_without_network(
+def test_hub_revisions_resume_keeps_commit_and_new_run_starts_offline(
     served: FakeHub, upload: Path, tmp_path: Path
 ) -> None:
     values = hub_run(tmp_path)

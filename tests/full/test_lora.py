@@ -1,4 +1,4 @@
-"""LoRA inside the engine: at every ZeRO stage as written out without peft, and in whole runs."""
+"""LoRA in the engine at every ZeRO stage, compared with the network written without peft, and in complete runs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ LINEAR_WEIGHTS = ("query.weight", "key.weight", "value.weight", "dense.weight")
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (2, 1), (2, 2)])
-def test_adapters_after_five_steps_equal_the_written_out_network(stage: int, world_size: int, tmp_path: Path) -> None:
+def test_lora_all_stages_equal_explicit_network(stage: int, world_size: int, tmp_path: Path) -> None:
     check_adapters_equal_explicit_network(stage, world_size, tmp_path)
 
 
-def test_bf16_at_stage_0_keeps_what_full_units_own_still(tmp_path: Path) -> None:
+def test_lora_zero0_bf16_protected_units_do_not_move(tmp_path: Path) -> None:
     check_bf16_protected_units_do_not_move(0, tmp_path)
 
 
@@ -48,7 +48,7 @@ def lora_run(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     return values
 
 
-def test_every_method_exports_merged_weights_and_adapters(tmp_path: Path) -> None:
+def test_lora_every_method_exports_merged_weights_and_adapters(tmp_path: Path) -> None:
     levels = {"das": {"name": "das"}, "spg": {"name": "das", "importance": {"granularity": "parameter"}}}
     # A pool has one stage, and so no two models that could differ.
     methods = {**{name: {"name": name} for name in METHODS if name != "pool"}, **levels}
@@ -67,7 +67,7 @@ def test_every_method_exports_merged_weights_and_adapters(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
-def test_export_is_what_the_run_held_though_its_source_is_gone(stage: int, precision: str, tmp_path: Path) -> None:
+def test_lora_export_without_source_equals_run(stage: int, precision: str, tmp_path: Path) -> None:
     base, source = tiny_model(vocab_size=300, **NO_DROPOUT), tmp_path / "base"
     base.save_pretrained(source)
     engine = {"zero_optimization": {"stage": stage}}
@@ -85,7 +85,7 @@ def test_export_is_what_the_run_held_though_its_source_is_gone(stage: int, preci
     assert AutoModelForMaskedLM.from_pretrained(model).dtype == torch.float32
 
 
-def test_run_continued_from_its_adapters_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_lora_init_from_adapter_equals_uninterrupted_run(tmp_path: Path) -> None:
     changes = {"method": {"name": "ncl"}, "deepspeed": {"zero_optimization": {"stage": 3}}}
     whole, parts = (lora_run(tmp_path, name, train={"precision": "bf16"}, **changes) for name in ("whole", "parts"))
     expected = run_ranks(run_all, 2, [whole])[0][0]

@@ -1,4 +1,4 @@
-"""Whole runs in which the second domain adds tokens, at ZeRO 2 and 3 on two ranks."""
+"""Complete runs whose second domain adds tokens, at ZeRO 2 and 3 on two ranks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Resul
     return folder, run_ranks(run_all, 2, [*grown, plain, one, alone])[0]
 
 
-def test_reserved_tokens_are_as_if_added_between_two_runs(finished: tuple[Path, list[Results]]) -> None:
+def test_added_tokens_equal_tokens_added_between_runs(finished: tuple[Path, list[Results]]) -> None:
     folder, results = finished
     check_as_if_added_between_two_runs(folder, results[0], results[2])
 
 
-def test_earlier_domains_keep_their_text_and_its_loss(finished: tuple[Path, list[Results]]) -> None:
+def test_added_tokens_earlier_domains_keep_text_and_loss(finished: tuple[Path, list[Results]]) -> None:
     """Until tokens are added, columns of other corpora are those of a run without tokens; exports give all of them."""
     folder, (grown, _, _, plain, *_) = finished
     for stage in (0, 1):
@@ -50,13 +50,14 @@ def test_earlier_domains_keep_their_text_and_its_loss(finished: tuple[Path, list
         assert list(losses.values()) == pytest.approx(grown.loss_matrix[stage], rel=1e-5)
 
 
-def test_each_domain_from_the_base_begins_with_its_own_tokens(finished: tuple[Path, list[Results]]) -> None:
+def test_added_tokens_per_domain_method_starts_with_own_tokens(finished: tuple[Path, list[Results]]) -> None:
     folder, _ = finished
-    mine, theirs = exported_weights(folder / "one", "01_papers"), exported_weights(folder / "alone", "00_papers")
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    weights = exported_weights(folder / "one", "01_papers")
+    expected = exported_weights(folder / "alone", "00_papers")
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
-def test_tokens_that_changed_since_they_were_learned(tmp_path: Path) -> None:
+def test_added_tokens_changed_after_start_raise(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("treebanks\n", encoding="utf-8")
     values = run(tmp_path, "run", 2, method={"name": "ncl"}, general=None)
@@ -68,7 +69,7 @@ def test_tokens_that_changed_since_they_were_learned(tmp_path: Path) -> None:
         run_ranks(run_all, 1, [values])
 
 
-def test_das_grows_and_continues_bitwise(tmp_path: Path) -> None:
+def test_added_tokens_das_resumes_bitwise(tmp_path: Path) -> None:
     method = {"name": "das", "importance": {"num_samples": 10, "granularity": "parameter"}}
     whole, parts = (run(tmp_path, name, 3, method=method) for name in ("whole", "parts"))
     expected = run_ranks(run_all, 2, [whole])[0][0]
@@ -85,7 +86,7 @@ def test_das_grows_and_continues_bitwise(tmp_path: Path) -> None:
         assert len(importance[EMBEDDING]) == 24 * num_tokens and len(importance[BIAS]) == num_tokens
 
 
-def test_run_with_a_tokeniser_whose_ids_have_holes(tmp_path: Path) -> None:
+def test_run_tokenizer_with_id_holes(tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, data={"tokenizer": str(tmp_path / "words")})
     word_tokenizer(WORDS, skipped=40).save_pretrained(tmp_path / "words")
     result = run_ranks(run_all, 1, [values])[0][0]
@@ -98,7 +99,7 @@ def test_run_with_a_tokeniser_whose_ids_have_holes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"), [({}, torch.float32), ({"export": {"dtype": "bf16"}}, torch.bfloat16)]
 )
-def test_exports_say_what_type_they_hold(changes: dict[str, Any], expected: torch.dtype, tmp_path: Path) -> None:
+def test_export_config_names_dtype(changes: dict[str, Any], expected: torch.dtype, tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, train={"precision": "bf16"}, **changes)
     run_ranks(run_all, 1, [values])
     folder = tmp_path / "run" / "domains" / "01_papers" / "model"
@@ -107,7 +108,7 @@ def test_exports_say_what_type_they_hold(changes: dict[str, Any], expected: torc
     assert model.dtype == model.config.dtype == expected
 
 
-def test_masks_of_directions_leave_new_tokens_alone(tmp_path: Path) -> None:
+def test_added_tokens_are_free_of_direction_masks(tmp_path: Path) -> None:
     """Where nothing known may change, logits of new tokens move over the first domain's inputs, and no others do."""
     method = {"name": "directions", "half_saturation": 1e-6, "num_samples": 10}
     values = run(tmp_path, "run", 2, method=method)
