@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError
-from das_ds.functional.units import UnitRule
+from das_ds.functional.units import UnitLayout, UnitRule
 from das_ds.models.architectures.from_config import spec_to_config
 from das_ds.models.architectures.registry import ARCHITECTURES
 from das_ds.models.architectures.spec import ArchitectureSpec
@@ -43,7 +43,7 @@ class UnitTable:
             )
 
     def section(self) -> str:
-        """YAML of `model: {adapter: ...}`, to be merged into a run config."""
+        """YAML of `model: {architecture: ...}`, to be merged into a run config."""
         return yaml.safe_dump({"model": {"architecture": spec_to_config(self.spec)}}, sort_keys=False, width=120)
 
     def describe(self) -> str:
@@ -51,32 +51,39 @@ class UnitTable:
         spec = self.spec
         model = skeleton(self.config, spec.objective)
         layout = spec.layout(model)
-        origin = "registered" if self.is_registered else "proposed"
-        base = model.base_model_prefix
-        name = lambda pattern: pattern.format(base=base, layer="{layer}")  # noqa: E731
-        shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-        owned: _Rows = [("parameter", "shape", "units", "axis", "layout", "role")]
-        for rule in spec.rules:
-            shape = _format_shape(rule, shapes, base, layout.num_layers)
-            owned.append((name(rule.parameter), shape, rule.group, str(rule.axis), rule.layout, _role(rule)))
-        gates: _Rows = [(site.group, f"{site.position} of {name(site.module)}") for site in spec.sites]
-        units: _Rows = [
-            (group, str(count), f"= {spec.units[group]}", self._verdict(group))
-            for group, count in layout.num_units.items()
-        ]
         masked = {item.parameter for item in layout.ownerships if not item.consumer}
-        num_masked = sum(layout.sizes[key] for key in masked)
-        parts = [
+        num_masked = sum(layout.sizes[name] for name in masked)
+        num_weights = sum(layout.sizes.values())
+        origin = "registered" if self.is_registered else "proposed"
+        blocks = [
             f"{spec.model_type}, {spec.objective}, {layout.num_layers} layers: {origin} table",
-            _format_block("units of a layer", units),
+            _format_block("units of a layer", self._unit_rows(layout)),
             _format_block(f"key/value heads: {spec.key_value_heads or 'as many as heads'}", []),
-            _format_block(f"parameters with units ({num_masked} of {sum(layout.sizes.values())} weights)", owned),
-            _format_block("gates", gates),
-            _format_block("stays unmasked", [(name(pattern),) for pattern in spec.unmasked]),
+            _format_block(f"parameters with units ({num_masked} of {num_weights} weights)", self._rule_rows(model)),
+            _format_block("gates", self._gate_rows(model)),
+            _format_block("stays unmasked", [(_fill_base(pattern, model),) for pattern in spec.unmasked]),
             _format_block("not classified", list(self.reasons.items())) if self.reasons else "",
             _format_block("LM head", [(module,) for module in spec.lm_head]),
         ]
-        return "\n\n".join(part for part in parts if part)
+        return "\n\n".join(block for block in blocks if block)
+
+    def _unit_rows(self, layout: UnitLayout) -> _Rows:
+        return [
+            (group, str(count), f"= {self.spec.units[group]}", self._verdict(group))
+            for group, count in layout.num_units.items()
+        ]
+
+    def _rule_rows(self, model: PreTrainedModel) -> _Rows:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        rows: _Rows = [("parameter", "shape", "units", "axis", "layout", "role")]
+        for rule in self.spec.rules:
+            name = _fill_base(rule.parameter, model)
+            shape = _format_shape(rule, shapes, model)
+            rows.append((name, shape, rule.group, str(rule.axis), rule.layout, _role(rule)))
+        return rows
+
+    def _gate_rows(self, model: PreTrainedModel) -> _Rows:
+        return [(site.group, f"{site.position} of {_fill_base(site.module, model)}") for site in self.spec.sites]
 
     def _verdict(self, group: str) -> str:
         contradictions = self.problems.get(group)
@@ -107,9 +114,15 @@ def inspect_model(config: PretrainedConfig, objective: ObjectiveName | None = No
     return UnitTable(config, spec, True, {}, verify_table(probe, spec))
 
 
-def _format_shape(rule: UnitRule, shapes: dict[str, tuple[int, ...]], base: str, num_layers: int) -> str:
+def _fill_base(pattern: str, model: PreTrainedModel) -> str:
+    """The pattern with the prefix of the base model, but with `{layer}`."""
+    return pattern.format(base=model.base_model_prefix, layer="{layer}")
+
+
+def _format_shape(rule: UnitRule, shapes: dict[str, tuple[int, ...]], model: PreTrainedModel) -> str:
     """The shape in the first layer that has the parameter."""
-    names = (rule.parameter.format(base=base, layer=layer) for layer in range(num_layers))
+    layers = range(model.config.num_hidden_layers)
+    names = (rule.parameter.format(base=model.base_model_prefix, layer=layer) for layer in layers)
     return next(("x".join(map(str, shapes[name])) for name in names if name in shapes), "absent")
 
 
