@@ -122,8 +122,11 @@ class UnitGates:
             The scalar to differentiate by: `torch.autograd.grad(loss, anchor)`, inside the context.
         """
         anchor = torch.zeros((), device=row_weights.device, requires_grad=True)
-        measure = lambda group, layer: MeasureGate(anchor, sums[group][layer], row_weights, num_views)  # noqa: E731
-        with self._hooked(measure, num_views * len(row_weights)):
+
+        def build_gate(group: str, layer: int) -> Gate:
+            return MeasureGate(anchor, sums[group][layer], row_weights, num_views)
+
+        with self._hooked(build_gate, num_views * len(row_weights)):
             yield anchor
 
     @contextmanager

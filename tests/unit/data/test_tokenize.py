@@ -208,9 +208,18 @@ def test_prepare_tokens_keeps_entry_of_concurrent_job(corpus_file: Path, monkeyp
     assert [entry.name for entry in tokens.path.parents[1].iterdir()] == [tokens.path.parent.name]
 
 
-def test_prepare_tokens_progress_bar(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("on_terminal", "expected"), [(True, "tokenize soup: 100%"), (False, "tokenized soup: 419 ")])
+def test_prepare_tokens_progress_bar_or_line(
+    on_terminal: bool,
+    expected: str,
+    corpus_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tokenize, "is_terminal", lambda: on_terminal)
     prepare(corpus_file, progress=True)
-    assert "tokenize soup: 100%" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert expected in error and ("\r" in error) == on_terminal
 
 
 @pytest.mark.parametrize("text", ["", "\n \n\t\n"])

@@ -75,3 +75,12 @@ def test_fine_tune_warns_of_truncated_rows(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         fine_tune(task, 0, source, CPU, show=True)
     assert "rows of more than 8 tokens are truncated: 40 of train, 12 of dev, 16 of test" in caplog.text
+
+
+def test_fine_tune_on_terminal_shows_task_seed_and_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("das_ds.progress.is_terminal", lambda: True)
+    task = read_task(TaskConfig(**small_task(tmp_path, epochs=1)))
+    fine_tune(task, 3, ModelConfig(name_or_path=str(save_model(tmp_path))), CPU, show=True)
+    assert "toy_text, seed 3, epoch 1" in capsys.readouterr().err
