@@ -39,6 +39,8 @@ class EngineConfig:
     zero_stage: int
     is_offloaded: bool
     """Whether the optimizer's weights and moments are in host memory."""
+    grad_accum_dtype: str
+    """In which the gradients of micro-steps are summed, `fp32` or `bf16`."""
     has_secondary_shards: bool
     """Whether ZeRO-3 keeps a second copy of the weights, sharded within a node (`zero_hpz_partition_size`)."""
 
@@ -55,6 +57,7 @@ class EngineConfig:
             raw=raw,
             zero_stage=_zero_stage(raw),
             is_offloaded=offload.get("device", "none") != "none",
+            grad_accum_dtype=_section(raw, "data_types").get("grad_accum_dtype", "fp32"),
             has_secondary_shards=zero.get("zero_hpz_partition_size", AUTO) not in (AUTO, 1),
         )
 

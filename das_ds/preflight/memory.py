@@ -219,7 +219,7 @@ def _sharding(config: RunConfig, engine: EngineConfig, num_ranks: int) -> Shardi
         stage=engine.zero_stage,
         num_ranks=num_ranks,
         weight_bytes=_weight_bytes(config),
-        gradient_bytes=2 if engine.raw["data_types"]["grad_accum_dtype"] == "bf16" else 4,
+        gradient_bytes=2 if engine.grad_accum_dtype == "bf16" else 4,
         num_moments=NUM_MOMENTS[config.train.optimizer],
         offloads_optimizer=engine.is_offloaded,
         offloads_weights=(zero.get("offload_param") or {}).get("device", "none") != "none",

@@ -285,8 +285,8 @@ def test_gradients_of_importance_are_shared_by_all_ranks(method: dict[str, Any],
 def test_gradients_are_summed_in_fp32_where_the_shards_allow_it(
     precision: str, zero: dict[str, Any], expected: str
 ) -> None:
-    engine = build_engine_config(run_config({"zero_optimization": zero}, precision=precision), world_size=1).raw
-    assert engine["data_types"] == {"grad_accum_dtype": expected}
+    engine = build_engine_config(run_config({"zero_optimization": zero}, precision=precision), world_size=1)
+    assert engine.raw["data_types"] == {"grad_accum_dtype": expected} and engine.grad_accum_dtype == expected
 
 
 def test_fp16_needs_shards() -> None:
