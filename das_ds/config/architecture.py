@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from das_ds.config.section import Section
 
 ObjectiveName = Literal["mlm", "clm"]
-"""Masked or causal language modelling."""
+"""Masked or causal language modeling."""
 GroupName = Literal["head", "intermediate", "output"]
 """Attention heads, neurons of the MLP, outputs of its second map."""
 
@@ -59,7 +59,7 @@ class ArchitectureConfig(Section):
     """A table of units: who owns what, where gates sit, what stays unmasked (docs/internals/architecture_specs.md)."""
 
     objective: ObjectiveName
-    """What these networks are pre-trained with."""
+    """Pre-training objective of these networks."""
     units: UnitCountsConfig
     rules: list[RuleConfig] = Field(min_length=1)
     """Parameters that units own or read."""

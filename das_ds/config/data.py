@@ -1,4 +1,4 @@
-"""Corpora, and how their text becomes blocks."""
+"""Data: corpora, and how their text becomes blocks of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from das_ds.user_files import expand_path
 
 
 class CorpusConfig(Section):
-    """One corpus: files, globs or hub data sets, for training and for held-out evaluation."""
+    """A corpus: files, globs or hub data sets, for training and for held-out evaluation."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """Name in folders, tables and metric names (letters, digits, - and _)."""
@@ -17,12 +17,12 @@ class CorpusConfig(Section):
     """Training text: .txt, .jsonl (also .gz, .xz) or .parquet files, globs, hub names
     `owner/name[:config][@split][#revision]`; without a revision the commit of the first start is recorded and kept."""
     valid: list[PathText] = Field(default=[])
-    """Held-out text in the same forms, no file of `train`; empty: `valid_fraction` of the blocks of `train` is cut off
-    its end."""
+    """Held-out text in the same forms, without files of `train`; empty: the last `valid_fraction` of the blocks of
+    `train`."""
     valid_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
-    """Share of the training blocks that is held out when `valid` is empty."""
+    """Fraction of the training blocks that is held out when `valid` is empty."""
     text_column: str = "text"
-    """Column that holds the text in .jsonl, .parquet and hub data sets."""
+    """Text column of .jsonl, .parquet and hub data sets."""
 
     @model_validator(mode="after")
     def _has_text(self) -> CorpusConfig:
@@ -42,24 +42,25 @@ class DomainConfig(CorpusConfig):
 
 
 class DataConfig(Section):
-    """How text becomes blocks of tokens."""
+    """Tokenization and blocks."""
 
     sequence_length: int = Field(default=128, ge=8)
     """Tokens per block."""
     tokenizer: PathText | None = None
-    """Folder or hub name of the tokeniser; null: that of `model.name_or_path`."""
+    """Folder or hub name of the tokenizer; null: that of `model.name_or_path`."""
     tokenizer_revision: str | None = None
-    """Branch, tag or commit of a tokeniser of the hub, recorded like `model.revision`; null: its default branch."""
+    """Branch, tag or commit of a hub tokenizer, recorded like `model.revision`; null: its default branch."""
     add_tokens: dict[str, list[str] | str] = Field(default={})
-    """Domain -> tokens, or a file with one a line, that tokeniser and model gain before the domain is learned."""
+    """Domain -> tokens that tokenizer and model gain before it is learned: a list, or a file with one per line."""
     mlm_probability: float = Field(default=0.15, gt=0.0, lt=1.0)
-    """Share of tokens that is predicted in masked language modelling."""
+    """Fraction of tokens that is predicted in masked language modeling."""
     document_mask: bool = False
-    """Causal only: positions start anew and attention stops at each document of a block, no prediction crosses one."""
+    """Causal only: positions restart and attention stops at document boundaries within a block, and no prediction
+    crosses them."""
     cache_dir: PathText | None = None
-    """Folder of tokenised corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
+    """Cache folder of tokenized corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
     num_workers: int = Field(default=0, ge=0)
-    """Loader processes per rank; 0 loads in the training process."""
+    """Data loader processes per rank; 0 loads in the training process."""
 
     @field_validator("add_tokens")
     @classmethod
@@ -70,7 +71,7 @@ class DataConfig(Section):
     def _revision_is_of_a_tokenizer(self) -> DataConfig:
         if self.tokenizer_revision is not None and self.tokenizer is None:
             raise ValueError(
-                f"tokenizer_revision: found {self.tokenizer_revision} without a tokenizer; the model's own follows "
-                "model.revision"
+                f"tokenizer_revision: found {self.tokenizer_revision} without a tokenizer; the model's tokenizer "
+                "follows model.revision"
             )
         return self

@@ -141,12 +141,12 @@ def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
         if engine.get(key, AUTO) != AUTO:
             raise ConfigError(
                 f"deepspeed {key}: found {engine[key]!r}, expected none: das_ds brings its own (train.learning_rate, "
-                "train.lr_scheduler and the keys beside them)"
+                "train.lr_scheduler and the other keys of train)"
             )
 
 
 def _refuse_misfits(engine: dict[str, Any], world_size: int) -> None:
-    """What DeepSpeed would leave out without a word, or fail over on some ranks."""
+    """Refuse settings that DeepSpeed would silently ignore, or that would fail on some ranks only."""
     zero, stage = _section(engine, "zero_optimization"), _zero_stage(engine)
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if zero.get(key, {}).get("device", "none") != "none" and stage < least:
@@ -196,8 +196,8 @@ def _accumulation_steps(global_batch_size: int, micro_batch_size: int, world_siz
 def _accumulation_dtype(engine: dict[str, Any], precision: str) -> str:
     """The dtype in which gradients of one step are summed: fp32 wherever DeepSpeed shards the optimizer with it.
 
-    With bf16 weights, fp32 sums do not exist at stage 0, and at stage 1 they select an optimizer that keeps the whole
-    gradient on every rank.
+    With bf16 weights, fp32 sums do not exist at stage 0, and at stage 1 they select an optimizer that keeps the
+    complete gradient on every rank.
     """
     return "bf16" if precision == "bf16" and _zero_stage(engine) < 2 else "fp32"
 

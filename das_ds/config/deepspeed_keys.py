@@ -1,7 +1,7 @@
-"""The keys that a DeepSpeed file may hold: an allow-list, since whatever else DeepSpeed has is untested under das_ds.
+"""Allow-list of the keys of a DeepSpeed file; everything else in DeepSpeed is untested under das_ds.
 
-DeepSpeed itself ignores most keys that it does not know, so that a misspelt section silently leaves ZeRO off. `"auto"`
-means what it means to DeepSpeed: the value of the run config where that owns the key, else DeepSpeed's default.
+DeepSpeed itself ignores most unknown keys, so that a misspelled section silently leaves ZeRO off. `"auto"` means the
+same as in DeepSpeed: the value of the run config where that owns the key, else DeepSpeed's default.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key may hold."""
+    """Allowed values of a key."""
 
     allowed: str
     """In words."""
-    holds: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]
 
 
 def one_of(*values: Any, reason: str = "") -> Kind:
     """One of these values, and of their type: JSON's true is not 1."""
     words = [json.dumps(value).strip('"') for value in values]
     allowed = " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
-    kept = [(type(value), value) for value in values]
-    return Kind(f"{allowed}{reason and f' ({reason})'}", lambda found: (type(found), found) in kept)
+    typed = [(type(value), value) for value in values]
+    return Kind(f"{allowed}{reason and f' ({reason})'}", lambda found: (type(found), found) in typed)
 
 
 def _is_number(found: Any) -> bool:
@@ -47,16 +47,16 @@ def number(least: float, most: float = 1e18) -> Kind:
 
 
 def count(least: int, most: float = 1e18) -> Kind:
-    """A whole number of this range, which JSON may write as 5e8."""
+    """An integer of this range, which JSON may write as 5e8."""
     return Kind(
-        f"a whole number from {least} to {most:g}",
+        f"an integer from {least} to {most:g}",
         lambda found: _is_number(found) and least <= found <= most and found == int(found),
     )
 
 
 SWITCH = one_of(True, False)
 NO_NVME = one_of(None, reason="offload to NVMe is not supported")
-OWNED = Kind("what the run config says", lambda found: True)
+OWNED = Kind("the value of the run config", lambda found: True)
 """Compared with the run config when both are merged."""
 
 KEYS: dict[str, Kind] = {
@@ -133,7 +133,7 @@ KEYS: dict[str, Kind] = {
     "zero_optimization.offload_param.device": one_of("none", "cpu", reason="offload to NVMe is not supported"),
     "zero_optimization.offload_param.pin_memory": SWITCH,
     "zero_optimization.offload_param.nvme_path": NO_NVME,
-    # What das_ds's own optimizer needs.
+    # Required by das_ds's own optimizer.
     "zero_allow_untested_optimizer": one_of(True, reason="the optimizer is das_ds's"),
     "zero_force_ds_cpu_optimizer": one_of(False, reason="train.optimizer names the optimizer"),
     # Communication and logs.
@@ -153,7 +153,7 @@ SECTIONS = {key.rpartition(".")[0] for key in KEYS if "." in key}
 OPTIONAL_SECTIONS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 """May be null."""
 MUST_BE_SAID = ("zero_optimization.stage", *(f"{section}.device" for section in OPTIONAL_SECTIONS))
-"""Where "auto" would leave open what is trained where."""
+"""Keys for which "auto" would leave the placement of weights or optimizer open."""
 
 REASONS = {
     "activation_checkpointing": "the networks' own is used (model.gradient_checkpointing)",
@@ -161,7 +161,7 @@ REASONS = {
     "amp": "precision is train.precision",
     "torch_autocast": "precision is train.precision",
     "bfloat16": "its name is bf16",
-    "autotuning": "it starts runs of its own",
+    "autotuning": "it starts its own runs",
     "compile": "DeepCompile is not supported",
     "compression_training": "compression is not supported",
     "csv_monitor": "metrics are das_ds's (metrics.jsonl, wandb)",
@@ -182,14 +182,14 @@ REASONS = {
         "leaf modules reduce gradients in importance passes too, which are to leave gradients alone"
     ),
 }
-"""Keys of DeepSpeed that users may well try, and why they are refused."""
+"""DeepSpeed keys that users may try -> why they are refused."""
 
 
 def checked_engine(engine: dict[str, Any]) -> dict[str, Any]:
-    """A copy without what is `"auto"` or null; every other key is one that das_ds knows, with a value it may hold.
+    """Validated copy without keys that are `"auto"` or null.
 
     Raises:
-        ConfigError: an unknown or unsupported key, or a value of another kind; names the nearest key.
+        ConfigError: an unknown or unsupported key, with the nearest known one, or a value that is not allowed.
     """
     return _checked_section(engine, "")
 
@@ -221,13 +221,13 @@ def _section_value(key: str, value: Any) -> dict[str, Any] | None:
 
 
 def _checked_value(key: str, value: Any) -> Any:
-    """The value, or "auto" where it is left open."""
+    """The value, or "auto"."""
     kind = KEYS.get(key)
     if kind is None:
         raise ConfigError(f"deepspeed {key}: {_why_not(key, value)}")
     if value == AUTO and key not in MUST_BE_SAID:
         return AUTO
-    if not kind.holds(value):
+    if not kind.accepts(value):
         raise ConfigError(f"deepspeed {key}: found {_shown(value)}, allowed: {kind.allowed}")
     return value
 
@@ -237,15 +237,15 @@ def _why_not(key: str, value: Any) -> str:
         return f"found {_shown(value)}, expected no such key: {REASONS[key]}"
     section, _, name = key.rpartition(".")
     known = sorted({*KEYS, *SECTIONS})
-    beside = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
-    # Long names that share most of their letters are no misspellings of each other.
-    if nearest := difflib.get_close_matches(name, beside, n=1, cutoff=0.75):
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    # A high cutoff: long names may share most of their letters without being misspellings.
+    if nearest := difflib.get_close_matches(name, siblings, n=1, cutoff=0.75):
         return f"unknown key; did you mean {f'{section}.' if section else ''}{nearest[0]}?"
     elsewhere = [other for other in known if other.rpartition(".")[2] in (name, f"stage3_{name}")]
     if elsewhere:
         return f"unknown key; did you mean {elsewhere[0]}?"
     where = f"in {section}" if section else "at the top"
-    return f"unknown or untested key; allowed {where}: {', '.join(beside)}"
+    return f"unknown or untested key; allowed {where}: {', '.join(siblings)}"
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Run configs in and out: YAML with `dotted.key=value` overrides to `RunConfig`, and back.
 
-Every mistake in a file or an override is a `ConfigError` of one line that names the dotted key, what was found and
-what is allowed; several mistakes are reported together.
+Every mistake in a file or an override becomes a one-line `ConfigError` with the dotted key, the value found and the
+allowed values; several mistakes are reported together.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MAX_FOUND_LENGTH = 80
 MAX_DEPTH = 50
 MAX_NODES = 1_000_000
 
-# Keys, or sections of them, that may change when a run is continued: they say where the run is, how fast text is read
-# and what is shown, how it is saved and stopped, or, as do stage and micro-batch, how the work is divided; none of them
-# touches the order of the data, nor a weight beyond the order of its sums. Training does not read `tasks`.
+# Keys, or sections of them, that may change when a run resumes: location, data loading speed, logging, saving and
+# stopping, and, with ZeRO stage and micro-batch, how the work is divided. None of them changes the order of the data,
+# nor a weight beyond the order of floating-point sums. Training does not read `tasks`.
 MUTABLE_KEYS = (
     "output_dir",
     "wandb",
@@ -94,12 +94,12 @@ def read_mapping(
     kind: str = "a run config in YAML",
     content: str = "a mapping with keys such as output_dir, model and domains",
 ) -> dict[str, Any]:
-    """What a YAML (or JSON) file holds at its top.
+    """The mapping at the top of a YAML (or JSON) file.
 
     Args:
         path: the file.
-        kind: what is expected, for messages.
-        content: the mapping that is expected, for messages.
+        kind: expected kind of file, for messages.
+        content: expected content, for messages.
 
     Raises:
         ConfigError: missing, unreadable, no YAML or no mapping.
@@ -117,12 +117,12 @@ def read_mapping(
 
 
 def resolved_dict(config: RunConfig) -> dict[str, Any]:
-    """The whole config, defaults included, as plain values that YAML and JSON can hold."""
+    """The complete config, defaults included, as plain values for YAML and JSON."""
     return config.model_dump(mode="json", by_alias=True)
 
 
 def dump_config(config: RunConfig, path: str | Path) -> None:
-    """Write the resolved config as YAML; the file is replaced at once, so that no reader sees half of it.
+    """Write the resolved config as YAML, atomically.
 
     Raises:
         RunFolderError: the file cannot be written.
@@ -143,7 +143,7 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [
         f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
         for key in dict.fromkeys([*before, *after])
-        if not _is_free(key) and _shown(before, key) != _shown(after, key)
+        if not _is_mutable(key) and _shown(before, key) != _shown(after, key)
     ]
 
 
@@ -155,7 +155,7 @@ def config_values(config: RunConfig) -> dict[str, str]:
 
 def identity_values(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> plain value, for every key that decides the numbers of a run: all but `MUTABLE_KEYS`."""
-    return {key: value for key, value in _flatten(resolved_dict(config)) if not _is_free(key)}
+    return {key: value for key, value in _flatten(resolved_dict(config)) if not _is_mutable(key)}
 
 
 def method_defaults(name: str) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         node = yaml.load(text, Loader=_Loader)
         _check_nesting(node)
         return node
-    # Values with explicit tags, such as `!!timestamp x`, make PyYAML raise whatever its conversion does.
+    # Explicit tags such as `!!timestamp x` make PyYAML raise any exception of the conversion.
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -227,46 +227,46 @@ def _children(node: Any) -> list[Any]:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if parts[0] == METHOD and len(parts) > 1 and isinstance(raw.get(METHOD), str):
+    names = key.strip().split(".")
+    if names[0] == METHOD and len(names) > 1 and isinstance(raw.get(METHOD), str):
         raw[METHOD] = {"name": raw[METHOD]}
-    if not equals or not all(parts):
+    if not equals or not all(names):
         raise ConfigError(f"override {override!r}: expected dotted.key=value, for example train.learning_rate=1e-4")
     value = _parse_yaml(text, source=f"override {override!r}")
     node: Any = raw
-    for depth, part in enumerate(parts[:-1], start=1):
-        node = _descend(node, part, ".".join(parts[:depth]), next_part=parts[depth])
-    _put(node, parts[-1], value, key.strip())
+    for depth, name in enumerate(names[:-1], start=1):
+        node = _descend(node, name, ".".join(names[:depth]), next_name=names[depth])
+    _put(node, names[-1], value, key.strip())
 
 
-def _descend(node: Any, part: str, key: str, next_part: str) -> Any:
-    """The mapping or list under `part`, put there first where it is not given or a default."""
-    child = _get(node, part)
+def _descend(node: Any, name: str, key: str, next_name: str) -> Any:
+    """The mapping or list under `name`; created, or copied from the default, where it is missing."""
+    child = _get(node, name)
     if child is None:
         row = config_keys().get(table_key(key))
         child = row.default if row is not None else None
     if child is None:
-        child = [] if next_part.isdecimal() else {}
+        child = [] if next_name.isdecimal() else {}
     if not isinstance(child, dict | list):
-        raise ConfigError(f"override {key}.{next_part}: {key} is {_found(child)}, a value without keys below it")
+        raise ConfigError(f"override {key}.{next_name}: {key} is {_found(child)}, a value without keys below it")
     child = child.copy()
-    _put(node, part, child, key)
+    _put(node, name, child, key)
     return child
 
 
-def _get(node: Any, part: str) -> Any:
+def _get(node: Any, name: str) -> Any:
     if isinstance(node, dict):
-        return node.get(part)
-    return node[int(part)] if part.isdecimal() and int(part) < len(node) else None
+        return node.get(name)
+    return node[int(name)] if name.isdecimal() and int(name) < len(node) else None
 
 
-def _put(node: Any, part: str, value: Any, key: str) -> None:
+def _put(node: Any, name: str, value: Any, key: str) -> None:
     if isinstance(node, dict):
-        node[part] = value
-    elif part.isdecimal() and int(part) <= len(node):
-        node[int(part) : int(part) + 1] = [value]
+        node[name] = value
+    elif name.isdecimal() and int(name) <= len(node):
+        node[int(name) : int(name) + 1] = [value]
     else:
-        raise ConfigError(f"override {key}: found position {part!r}, allowed: 0 to {len(node)} ({len(node)} appends)")
+        raise ConfigError(f"override {key}: found position {name!r}, allowed: 0 to {len(node)} ({len(node)} appends)")
 
 
 def _method_name(raw: dict[str, Any]) -> str | None:
@@ -319,8 +319,8 @@ def _found(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:
-        # Python does not write whole numbers of thousands of digits.
-        return "a whole number of thousands of digits"
+        # Python refuses to print integers with thousands of digits.
+        return "an integer of thousands of digits"
     return text if len(text) <= MAX_FOUND_LENGTH else text[:MAX_FOUND_LENGTH] + "..."
 
 
@@ -339,8 +339,8 @@ def _shown(values: dict[str, Any], key: str) -> str:
     return repr(values[key]) if key in values else "not given"
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in MUTABLE_KEYS)
+def _is_mutable(key: str) -> bool:
+    return any(key == mutable or key.startswith(f"{mutable}.") for mutable in MUTABLE_KEYS)
 
 
 def _summary(method: str) -> str:

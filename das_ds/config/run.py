@@ -1,4 +1,4 @@
-"""A whole run: all sections, and what has to fit between them."""
+"""Run config: all sections, and the checks between them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from das_ds.user_files import expand_path
 
 
 class RunConfig(Section):
-    """A whole run: a model, a sequence of domains, a method."""
+    """A run: a model, a sequence of domains, a method."""
 
     output_dir: FolderPath
-    """Run folder; a new one, an empty one, or that of the same run (which is then continued)."""
+    """Run folder: new, empty, or that of the same run, which then resumes."""
     model: ModelConfig
     domains: list[DomainConfig] = Field(min_length=1)
-    """Domains in the order in which they are learned."""
+    """Domains in training order."""
     general: CorpusConfig | None = None
-    """General-language corpus; evaluated, and trained on by `method.replay.general` alone (to pre-train a base on it,
-    list it as a domain)."""
+    """General-language corpus for evaluation; only `method.replay.general` trains on it (to pre-train a base model on
+    it, list it as a domain)."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: AnyMethodConfig = Field(default_factory=lambda: parse_method({}))
     evaluation: EvaluationConfig = EvaluationConfig()
     tasks: list[TaskConfig] = Field(default=[])
-    """End tasks that exported models are fine-tuned on, for `das-ds finetune`; training leaves them alone."""
+    """End tasks for `das-ds finetune`; training ignores them."""
     deepspeed: str | dict[str, Any] = "ds_configs/zero2.json"
     """DeepSpeed file (engine knobs only) or its content."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -122,7 +122,7 @@ class RunConfig(Section):
     def _replay_is_possible(self) -> RunConfig:
         replay, size = self.method.replay, self.train.global_batch_size
         if replay.fraction is not None:
-            _check_share(replay.fraction, size)
+            _check_fraction(replay.fraction, size)
         elif self.num_replayed >= size:
             raise ValueError(
                 f"method.name: found {self.method.name} with train.global_batch_size {size}, expected at least 2"
@@ -141,14 +141,14 @@ class RunConfig(Section):
         return self
 
 
-def _check_share(share: float, global_batch_size: int) -> None:
-    """A share is as good as whole where it was rounded to six digits."""
-    count = share * global_batch_size
+def _check_fraction(fraction: float, global_batch_size: int) -> None:
+    """Check that a fraction of a batch is an integer number of sequences, up to rounding to six digits."""
+    count = fraction * global_batch_size
     if math.isclose(count, round(count), rel_tol=1e-5) and round(count) < global_batch_size:
         return
     nearest = [number for number in (math.floor(count), math.floor(count) + 1) if number < global_batch_size]
     allowed = " or ".join(f"{number / global_batch_size:.6g} ({number} of them)" for number in nearest)
     raise ValueError(
-        f"method.replay.fraction: found {share}, {count:g} of {global_batch_size} sequences (train.global_batch_size); "
-        f"nearest allowed: {allowed}"
+        f"method.replay.fraction: found {fraction}, {count:g} of {global_batch_size} sequences "
+        f"(train.global_batch_size); nearest allowed: {allowed}"
     )

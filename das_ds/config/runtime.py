@@ -1,4 +1,4 @@
-"""How a run is saved, watched, stopped and shown."""
+"""Runtime: checkpoints, export, faults, hang watchdog, signals and W&B."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ SignalName = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]
 
 
 class CheckpointConfig(Section):
-    """Saving what is needed to continue."""
+    """Checkpoints for resuming."""
 
     interval: int = Field(default=500, ge=1)
-    """Optimizer steps between two checkpoints; also batches, within importance passes and evaluation."""
+    """Optimizer steps between two checkpoints; within importance passes and evaluation, batches."""
     keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept, besides the one at the end of every domain."""
+    """Number of latest checkpoints to keep, besides the one at the end of each domain."""
     async_save: bool = True
-    """Write while training goes on, from a copy in host memory (one checkpoint's size); false: wait for the disk."""
+    """Write in the background from a copy in host memory (the size of a checkpoint); false: wait for the disk."""
 
 
 class ExportConfig(Section):
-    """The model that is written after every domain."""
+    """The model that is exported after each domain."""
 
     dtype: Literal["fp32", "bf16", "base"] = "fp32"
-    """Type of the exported weights, which config.json names too; `base` is that of the model the run starts from (fp32
-    where its config names none)."""
+    """Type of the exported weights, also recorded in config.json; `base` is that of the base model (fp32 where its
+    config names none)."""
 
 
 class FaultsConfig(Section):
-    """What to do when training goes wrong."""
+    """Response to failures of training."""
 
     nonfinite: Literal["skip", "stop", "rewind"] = "stop"
-    """On a loss or gradient norm that is not finite: `skip` leaves the step out, `stop` ends with exit code 2, `rewind`
-    goes back to the newest checkpoint and leaves the step out when it comes again."""
+    """On a loss or gradient norm that is not finite: `skip` skips the step, `stop` exits with code 2, `rewind` rolls
+    back to the latest checkpoint and skips the step when it recurs."""
     spike: Literal["warn", "skip", "stop", "rewind"] = "warn"
-    """The same for a loss that rises suddenly; `warn` says so and takes the step."""
+    """The same for a loss spike; `warn` logs a warning and keeps the step."""
     spike_sigma: float = Field(default=6.0, gt=0.0)
-    """Standard deviations above the mean of the last steps that make a spike."""
+    """Standard deviations above the mean of the last steps that count as a spike."""
     spike_window: int = Field(default=128, ge=8)
-    """Steps over which mean and deviation are taken; until so many are seen nothing is a spike."""
+    """Steps of that mean and standard deviation; no step counts as a spike before the window is full."""
     max_rewinds: int = Field(default=3, ge=1)
-    """Rewinds of one run before it stops."""
+    """Rollbacks per run before it stops."""
 
 
 class RuntimeConfig(Section):
-    """How the processes of a run live and end."""
+    """Processes of a run: hang watchdog and stop signals."""
 
     hang_timeout: float = Field(default=600.0, ge=1.0, le=1e8)
-    """Seconds without progress after which all ranks end with a message that names the rank that is stuck; a rank that
-    makes progress itself ends no run because another is silent."""
+    """Seconds without progress after which all ranks exit with a message that names the stuck rank; a rank that makes
+    progress itself does not end the run because another is silent."""
     stop_signals: list[SignalName] = Field(default=["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
-    """Signals that make the run save a checkpoint at the next step and end with exit code 75."""
+    """Signals on which the run saves a checkpoint at the next step and exits with code 75."""
 
 
 class WandbConfig(Section):

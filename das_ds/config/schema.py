@@ -1,4 +1,4 @@
-"""The keys of a run config as one flat table: what each may hold, its default, its meaning.
+"""Config keys as one flat table: allowed values, default and meaning of each.
 
 The table is derived from the classes in `config/` and serves the help text and the error messages. A list of
 sections stands in it as its first entry (`domains.0.name`), which is also how an override addresses it.
@@ -69,12 +69,12 @@ class ConfigKey:
 
     @property
     def section(self) -> str:
-        """The dotted key of the group that holds this key; empty at the top."""
+        """Dotted key of the section of this key; empty at the top."""
         return self.key.rpartition(".")[0]
 
     @property
     def leaf(self) -> str:
-        """The last part of the key."""
+        """Last name of the key."""
         return self.key.rpartition(".")[2]
 
 
@@ -123,7 +123,7 @@ def table_key(key: str) -> str:
 
 
 def nearest_keys(key: str, method: str | None = None) -> list[str]:
-    """Known keys that a misspelt or misplaced `key` may mean, best first; may be empty.
+    """Known keys that a misspelled or misplaced `key` may mean, best first; may be empty.
 
     Args:
         key: dotted, as in the config.

@@ -1,4 +1,4 @@
-"""What every section of a run config is: frozen, typed, one docstring per field, checked when it is built."""
+"""Base of config sections: frozen, typed, one docstring per field, validated at construction."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 from das_ds.user_files import expand_path
 
 LARGEST_INTEGER = 2**32 - 1
-"""Of any key: products of two of them are numbers that every library can hold."""
+"""Limit of every integer, so that products of two fit every library."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
 PathText = Annotated[str, AfterValidator(expand_path)]
-"""A path, glob or name of text or a model: `~`, `$NAME` and `${NAME}` are replaced when a config is read."""
+"""Path, glob or hub name, in which `~`, `$NAME` and `${NAME}` are expanded."""
 FolderPath = Annotated[Path, AfterValidator(lambda path: Path(expand_path(str(path))))]
-"""The same as a path object."""
+"""`PathText` as a `Path`."""
 
 
 class Section(BaseModel):
-    """A group of keys; unknown keys are errors and values never change after construction."""
+    """A group of keys; unknown keys are errors, and values are immutable."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -36,7 +36,7 @@ class Section(BaseModel):
     def _integers_are_bounded(cls, value: Any) -> Any:
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, int) and abs(item) > LARGEST_INTEGER:
-                # Python does not write whole numbers of thousands of digits.
-                found = item if abs(item) < 10**30 else f"a whole number of {item.bit_length()} bits"
+                # Python refuses to print integers with thousands of digits.
+                found = item if abs(item) < 10**30 else f"an integer of {item.bit_length()} bits"
                 raise ValueError(f"found {found}, allowed: at most {LARGEST_INTEGER}")
         return value

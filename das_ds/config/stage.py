@@ -1,4 +1,4 @@
-"""The stages of a run: stretches of training that each end in an evaluation and an exported model."""
+"""Stages of a run: periods of training that each end with an evaluation and an exported model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 POOL = "pool"
-"""Name of a stage that learns several domains at once."""
+"""Name of a stage that trains on several domains jointly."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Some of a run's domains, learned together."""
+    """Domains of a run that are learned together."""
 
     index: int
     """Position in the run, from 0."""
     domains: tuple[str, ...]
-    """Domains in the order of the run; every global batch has text of each in equal shares."""
+    """Domains in the order of the run, in equal parts of every global batch."""
     num_steps: int
     """Optimizer steps."""
 
@@ -27,12 +27,12 @@ class Stage:
 
     @property
     def last_domain(self) -> str:
-        """Domain whose tokeniser has the tokens of all of them."""
+        """Domain whose tokenizer has the added tokens of all of them."""
         return self.domains[-1]
 
     @property
     def only_domain(self) -> str:
-        """Its one domain, for what is defined for one alone."""
+        """Its domain, for operations that are defined for one only."""
         assert len(self.domains) == 1, f"{self.name} is {len(self.domains)} domains, expected one"
         return self.domains[0]
 

@@ -1,4 +1,4 @@
-"""Optimisation and evaluation."""
+"""Training: optimization and held-out evaluation."""
 
 from __future__ import annotations
 
@@ -10,42 +10,44 @@ from das_ds.config.section import Section
 
 
 class TrainConfig(Section):
-    """Optimisation; the same for every domain."""
+    """Optimization, with the same settings for every domain."""
 
     steps_per_domain: int = Field(default=2500, ge=1)
-    """Optimizer steps on each domain; method `pool` makes as many steps as all domains together have."""
+    """Optimizer steps per domain; joint training takes as many as all domains together."""
     global_batch_size: int = Field(default=256, ge=1)
     """Sequences per optimizer step over all ranks and accumulation steps."""
     micro_batch_size: int = Field(default=32, ge=1)
     """Sequences per rank and forward pass."""
     optimizer: Literal["adamw", "cpu_adam", "lion"] = "adamw"
-    """`adamw` steps and masks in one pass; `cpu_adam` (DeepSpeed's, for offload) and `lion` are pulled back after."""
+    """`adamw` steps and masks in one pass; `cpu_adam` (DeepSpeed's, for offload) and `lion` take a full step, which the
+    mask then interpolates back toward the old weights."""
     learning_rate: float = Field(default=1e-4, gt=0.0)
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"] = "linear"
-    """Learning-rate schedule, started anew for each domain; `wsd`: warm-up, stable, decay; `infinite`: the same over
-    the whole run, with warm-up in the first domain and decay in the last."""
+    """Learning-rate schedule, restarted for each domain; `wsd`: warm-up, stable, decay; `infinite`: one such schedule
+    across all domains, with warm-up in the first and decay in the last."""
     warmup_ratio: float = Field(default=0.06, ge=0.0, lt=1.0)
-    """Share of a domain's steps over which the learning rate rises from 0."""
+    """Fraction of a domain's steps over which the learning rate rises from 0."""
     decay_ratio: float = Field(default=0.2, ge=0.0, le=1.0)
-    """Share of a domain's steps, its last, over which the learning rate falls to 0 in `wsd` and `infinite`."""
+    """Fraction of a domain's steps, at its end, over which the learning rate falls to 0 in `wsd` and `infinite`."""
     weight_decay: float = Field(default=0.01, ge=0.0)
-    """Decoupled weight decay; biases and normalisation layers are not decayed."""
+    """Decoupled weight decay; biases and normalization layers are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the optimizer's moments."""
     eps: float = Field(default=1e-8, gt=0.0)
     """AdamW's denominator offset."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Number format of weights and activations; the optimizer always keeps fp32. `fp16` scales the loss (ZeRO 1-3)."""
+    """Type of weights and activations; the optimizer always keeps fp32. `fp16` scales the loss (ZeRO 1-3)."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """`torch.set_float32_matmul_precision`: `high` lets float32 matrix products on GPUs use TF32 (10 bits of mantissa),
     5 to 10 times faster; also in `evaluate` and `finetune`."""
     max_grad_norm: float = Field(default=1.0, ge=0.0)
-    """Largest gradient norm; 0 does not clip."""
+    """Gradients are clipped to this norm; 0 disables clipping."""
     max_logits_mib: int = Field(default=256, ge=1)
-    """Largest chunk of float32 logits in MiB; more positions are done in chunks, each again in the backward pass."""
+    """Largest chunk of float32 logits in MiB; larger batches are split, and each chunk is recomputed in the backward
+    pass."""
     log_interval: int = Field(default=10, ge=1)
-    """Steps between two lines of metrics.jsonl."""
+    """Optimizer steps between two lines of metrics.jsonl."""
 
     @model_validator(mode="after")
     def _valid_betas(self) -> TrainConfig:
@@ -69,4 +71,4 @@ class EvaluationConfig(Section):
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences per rank and forward pass; null: `train.micro_batch_size`."""
     max_sequences: int | None = Field(default=None, ge=1)
-    """Use at most this many held-out sequences per corpus; null: all."""
+    """Maximum number of held-out sequences per corpus; null: all."""

@@ -1,8 +1,8 @@
 """Method contract: the hooks by which the training loop talks to a method; it never asks a method's name.
 
-A method is one file in this package and one line in `METHODS`: a class for its keys in the run config, and a `Method`
-that declares it, checks it, estimates the memory that it takes and implements the hooks that it needs. Modules of this
-package import DeepSpeed and transformers, and what imports these, inside functions only: the config loads the package.
+A method is one file in this package and one line in `METHODS`: a config class for its keys, and a `Method` with the
+checks, the memory estimate and the hooks that it needs. The config loads this package, so its modules import DeepSpeed,
+transformers, and modules that import these, inside functions only.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Method(Generic[C]):
     """
 
     Config: type[C]
-    """Keys of the section `method` of the run config. Its `name` is the method's, its docstring what
-    `das-ds methods` prints."""
+    """Keys of the section `method`; the default of `name` is the method's name, and the first line of the docstring is
+    its summary in `das-ds methods`."""
 
     starts_from_base = False
     """Each domain starts from the base model instead of the previous domain's."""
@@ -69,7 +69,7 @@ class Method(Generic[C]):
 
     @classmethod
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
-        """Memory and disk space that the method takes beside model and optimizer."""
+        """Memory and disk space that the method needs besides model and optimizer."""
         return MemoryUse()
 
     def before_domain(self, domain: DomainContext) -> None:

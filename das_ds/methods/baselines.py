@@ -43,7 +43,7 @@ class PerDomain(Method[PerDomainConfig]):
         if config.model.head_warmup_steps:
             raise ConfigError(
                 f"model.head_warmup_steps: found {config.model.head_warmup_steps} with method {config.method.name}, "
-                "whose domains all start from the stored weights; train it in a run of its own and start from the "
+                "whose domains all start from the stored weights; train it in a separate run and start from the "
                 "model that it exports"
             )
 
@@ -61,7 +61,7 @@ class Pool(Method[PoolConfig]):
     """Joint training on all domains, the upper bound of continual learning (`Pool` in DAS, Ke et al., ICLR 2023).
 
     The run has one stage (`RunConfig.stages`), in whose batches all domains take turns (`data/mixture.py`); each gives
-    the samples that it would give in a sequence. Keeps nothing in memory, no extra compute, but needs the text of all
+    as many samples as in a sequence of domains. Keeps nothing in memory, no extra compute, but needs the text of all
     domains from the beginning.
     """
 

@@ -1,4 +1,4 @@
-"""The contrast of all knowledge with earlier knowledge, in one forward pass with the pre-training loss.
+"""Contrastive loss: all knowledge against earlier knowledge, in one forward pass with the pre-training loss.
 
 Shape legend: B local sequences, S positions, H hidden size, L layers, U units.
 """
@@ -27,7 +27,7 @@ NUM_CLEAN_VIEWS = 3
 """Rows that the packed forward pass has for each sequence besides the corrupted one."""
 
 POOLING: dict[ObjectiveName, Pooling] = {"mlm": "mean", "clm": "last"}
-"""Under causal attention only the last token has read the whole text."""
+"""Under causal attention only the last token has read the complete text."""
 
 
 class ContrastiveConfig(Section):
@@ -59,7 +59,7 @@ class ContrastiveLoss:
 
         Args:
             batch, token_scale: as for `Method.losses`.
-            gates: group -> (L, U), what o^prev keeps of every unit.
+            gates: group -> (L, U), the factor of every unit in o^prev.
         """
         from das_ds.softmask.measure import duplicate_rows
 

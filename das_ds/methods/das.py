@@ -18,7 +18,7 @@ class DasConfig(SoftMaskedConfig):
 
 
 class DAS(SoftMasked[DasConfig]):
-    """Protects what is important to general knowledge and earlier domains, and contrasts full with previous knowledge.
+    """Protects units or weights that matter to general knowledge and earlier domains, and contrasts with both.
 
     Keeps (heads + intermediate + hidden) numbers per layer, or, at parameter level, one byte per weight divided over
     the ranks. Extra compute: three more rows per sequence in the packed forward pass, and one forward and backward

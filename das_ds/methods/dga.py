@@ -25,7 +25,7 @@ class DGA(SoftMasked[DgaConfig]):
     masked (`softmask.groups` chooses others) and gated in the contrasted view, o^gen. Importance and contrast are
     computed as in DAS. The published mask scales the gradient, which is `softmask.apply_to: gradient`.
 
-    Keeps what `das` keeps. Extra compute: three more rows per sequence in the packed forward pass, and one forward and
+    Keeps as much as `das`. Extra compute: three more rows per sequence in the packed forward pass, and one forward and
     backward pass over `importance.num_samples` sequences before the first domain.
     """
 
@@ -39,6 +39,6 @@ class DGA(SoftMasked[DgaConfig]):
         }
 
     def accumulated_importance(self) -> UnitValues | None:
-        """That of heads."""
+        """Importance of heads."""
         by_unit = super().accumulated_importance()
         return None if by_unit is None else {HEAD: by_unit[HEAD]}

@@ -35,7 +35,7 @@ class DirectionsConfig(MethodConfig):
 
     @property
     def sample_size(self) -> SampleSize:
-        """That of the inputs."""
+        """Size of the sample of inputs."""
         return SampleSize(self.num_samples, self.batch_size)
 
 
@@ -44,22 +44,22 @@ class Directions(Method[DirectionsConfig]):
 
         dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d)
 
-    A_k = E[x x^T] (d, d) is the second moment of the layer's input over `num_samples` sequences of domain k,
-    by the model that has just learned it; c is `half_saturation`. For an input x of earlier text, dW P x is
-    small, whatever dW is: the layer goes on answering as it did. Directions that only new text uses learn freely. dW is
-    the optimizer's whole step, since a mask on the gradient would be undone by Adam.
+    A_k = E[x x^T] (d, d) is the second moment of the layer's input over `num_samples` sequences of domain k, under the
+    model that has just learned it; c is `half_saturation`. For an input x of earlier text, dW P x is small for any dW:
+    the layer's output barely changes. Directions that only new text uses learn freely. dW is the optimizer's complete
+    step, since Adam would undo a mask on the gradient.
 
-    In the eigenvectors of M that is DAS's mask 1 - I of an importance I = a / (a + c). P is the projector of orthogonal
+    In the eigenvectors of M this is DAS's mask 1 - I with importance I = a / (a + c). P is the projector of orthogonal
     weight modification (Zeng et al., Nature Machine Intelligence 2019) with a larger constant; gradient projection
     memory (Saha et al., ICLR 2021) is its form with a threshold. Both modify the gradient.
 
-    What is not the weight of a linear layer (biases, normalisation, embeddings that are not tied to the LM head) is not
-    masked, nor are rows of tokens that no earlier domain had. Knowledge from before the first domain is known only from
-    `init_from`; there is no contrast, which needs units.
+    Only weights of linear layers are masked: not biases, normalization and embeddings that are not tied to the LM head,
+    nor rows of tokens that no earlier domain had. Knowledge from before the first domain is protected only by
+    `init_from`. There is no contrast, which needs units.
 
     Keeps an fp32 matrix M (d, d) per linear layer in every rank's host memory, P for the layers that the rank steps
-    where the optimizer is, and, while a flat tensor is stepped, a copy of it.
-    Extra compute: d / (3 * tokens of the global batch) of a step's, and a forward pass over the sample per domain.
+    beside the optimizer's state, and a copy of each flat tensor during its step. Extra compute: d / (3 * tokens of the
+    global batch) of a training step, and one forward pass over the sample per domain.
 
     Raises:
         ModelError: the network has layers whose directions cannot be masked.

@@ -1,6 +1,6 @@
 """EWC: elastic weight consolidation (Kirkpatrick et al., PNAS 2017), online (Schwarz et al., ICML 2018).
 
-N sequences of the sample.
+Shape legend: N sequences of the sample, b a batch of them that gives one gradient.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class EwcConfig(MethodConfig):
 
     @property
     def sample_size(self) -> SampleSize:
-        """That of Fisher information."""
+        """Size of the sample of Fisher information."""
         return SampleSize(self.num_samples, gradient_batch_size=self.gradient_batch_size)
 
 
@@ -54,19 +54,19 @@ class EWC(Method[EwcConfig]):
         L(theta) = L_pretrain(theta) + lambda / 2 * sum_i F_i (theta_i - theta*_i)^2      (Kirkpatrick et al., eq. 3)
         F after domain t = decay * F after domain t-1 + F of domain t                    (Schwarz et al., section 4)
 
-    theta* are the weights after the last domain alone, as in the online form; the further `decay` that its penalty has
-    is left to lambda. The Fisher information of a domain is the empirical one (targets from the text), of single
+    theta* are the weights after the last domain only, as in the online form; the additional `decay` of its penalty is
+    absorbed by lambda. The Fisher information of a domain is the empirical one (targets from the text), of single
     sequences, on `num_samples` of them after training:
 
         F_i = (1/N) sum_b (sum_{n in b} dL(x_n) / dtheta_i)^2       L(x_n): mean loss of the predicted tokens
 
-    With batches b of one sequence that is the definition; larger ones (`gradient_batch_size`) have the same
-    expectation up to the square of the mean gradient, which is small at the end of a domain, so that lambda means the
-    same at any batch size. In the first domain nothing is known and nothing is pulled.
+    With batches b of one sequence this is the definition; larger ones (`gradient_batch_size`) have the same expectation
+    up to the square of the mean gradient, which is small at the end of a domain, so that lambda is comparable across
+    batch sizes. There is no penalty in the first domain.
 
-    The pull lambda * F * (theta - theta*) is part of the gradient, as published: it is clipped with it and divided by
-    Adam's root of squared gradients with it. So lambda counts against the loss's own gradient, and a weight of whose
-    gradient the pull is the larger part goes back at the full learning rate, whatever lambda is.
+    The penalty's gradient lambda * F * (theta - theta*) is added to that of the loss, as published, and clipped and
+    normalized by Adam together with it. So lambda is relative to the gradient of the loss, and a weight whose gradient
+    is dominated by the penalty moves back at the full learning rate, for any larger lambda.
 
     Keeps two fp32 numbers per weight (F and theta*), sharded like the optimizer. Extra compute: one pass over them per
     step, and one forward and backward pass over the sample per domain.
@@ -101,7 +101,7 @@ class EWC(Method[EwcConfig]):
             self._anchor = {flat: weights.clone() for flat, weights in self.run.engine.weights.flats().items()}
 
     def on_train_start(self, domain: DomainContext) -> None:
-        """Penalise all further steps."""
+        """Penalize all further steps."""
         self._penalty = None
         if self._fisher is not None:
             assert self._anchor is not None, "before_domain comes before on_train_start"
@@ -109,7 +109,7 @@ class EWC(Method[EwcConfig]):
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
-        """The pre-training loss; the last micro-step of a step adds the penalty, whose gradient is the same in all."""
+        """The pre-training loss; the penalty, which does not depend on the batch, is added in the last micro-step."""
         with super().losses(batch, token_scale) as losses:
             yield losses
         if self._penalty is not None and self.run.engine.is_last_micro_step:
@@ -121,7 +121,7 @@ class EWC(Method[EwcConfig]):
         from das_ds.softmask.measure import PRETRAINING, TOTALS
         from das_ds.softmask.parameter import sum_over_gradients
 
-        # A checkpoint that is being written may still read what goes now, and what changes later.
+        # A checkpoint that is being written may still read the tensors that are released or changed here.
         self.run.engine.on_weights_will_change()
         self._anchor = self._penalty = None
         steps = domain.sample_steps(f"Fisher information of {domain.name}")
@@ -136,10 +136,10 @@ class EWC(Method[EwcConfig]):
 
     def state_dict(self) -> ComponentState:
         """Fisher information, and the anchor within a domain."""
-        kept = {FISHER: self._fisher, ANCHOR: self._anchor}
-        return ComponentState(sharded={name: flats for name, flats in kept.items() if flats is not None})
+        tensors = {FISHER: self._fisher, ANCHOR: self._anchor}
+        return ComponentState(sharded={name: flats for name, flats in tensors.items() if flats is not None})
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
-        """However they were divided."""
+        """Continue from any sharding."""
         self._fisher = saved.sharded(FISHER) if saved.has_sharded(FISHER) else None
         self._anchor = saved.sharded(ANCHOR) if saved.has_sharded(ANCHOR) else None

@@ -1,4 +1,4 @@
-"""Knowledge distillation: representations are to stay near those of the model before the domain.
+"""KD: distillation that keeps hidden states close to those of the model before the domain.
 
 Shape legend: B local sequences, S positions, H hidden size.
 """
@@ -46,11 +46,11 @@ class KD(Method[KdConfig]):
 
     h are the hidden states before the LM head, the softmax is over the hidden size and the mean over all positions: the
     form of the baseline KD of the DAS paper (Ke et al., ICLR 2023, section 4). The teacher is the model before the
-    domain, the base model in the first; it reads the same rows, corrupted as they are, without dropout.
+    domain, the base model in the first; it reads the same corrupted rows, without dropout.
 
-    Keeps a copy of the trained weights in the type of training, half the fp32 weights in 16 bits: whole at ZeRO 0 to
-    2, this rank's shard at 3; in checkpoints within a domain, too. Extra compute: one forward pass per micro-step,
-    about a third of a step, and at ZeRO 3 one gather of every layer more.
+    Keeps a copy of the trained weights in the type of training (in 16 bits half of fp32): complete at ZeRO 0 to 2, this
+    rank's shard at 3, also in checkpoints within a domain. Extra compute: one forward pass per micro-step, about a
+    third of a step, and at ZeRO 3 one more gather of every layer.
     """
 
     Config = KdConfig
@@ -61,7 +61,7 @@ class KD(Method[KdConfig]):
 
     @classmethod
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
-        """The teacher takes the place of the weights that ZeRO-3 gathers; a second copy of these would be read."""
+        """ZeRO-3 must gather the teacher where it gathers the weights, not from a second copy of these."""
         if engine_config.has_secondary_shards:
             copies = engine_config.raw["zero_optimization"]["zero_hpz_partition_size"]
             raise ConfigError(
@@ -77,18 +77,18 @@ class KD(Method[KdConfig]):
         return MemoryUse(device={"teacher": teacher // sharding.weight_shards}, checkpoint=teacher)
 
     def before_domain(self, domain: DomainContext) -> None:
-        """What the model knows now is what the domain is to keep."""
+        """The present model becomes the teacher."""
         self._teacher = self.run.engine.weights.weight_snapshot()
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """The pre-training loss plus the divergence from the teacher, over all positions of the batch."""
-        kd = self.settings
-        taught = self._taught(batch)
+        teacher_hidden = self._teach(batch)
         hidden, losses = self.run.engine(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+        divergence = distillation_loss(teacher_hidden, hidden, temperature=self.settings.temperature)
         yield {
             self.run.objective: losses.sum() * token_scale,
-            DISTILLATION_LOSS: kd.weight * distillation_loss(taught, hidden, temperature=kd.temperature),
+            DISTILLATION_LOSS: self.settings.weight * divergence,
         }
 
     def after_domain(self, domain: DomainContext) -> None:
@@ -107,7 +107,7 @@ class KD(Method[KdConfig]):
         self._teacher = self.run.engine.weights.weight_snapshot(saved.sharded(TEACHER)) if has_teacher else None
 
     @torch.no_grad()
-    def _taught(self, batch: Batch) -> torch.Tensor:
+    def _teach(self, batch: Batch) -> torch.Tensor:
         """(B, S, H) hidden states of the teacher."""
         assert self._teacher is not None, "a domain begins with a teacher"
         module = self.run.engine.module
@@ -115,5 +115,5 @@ class KD(Method[KdConfig]):
         with self._teacher.swapped_in():
             hidden, _ = module(batch.corrupted_ids, batch.predicted[:0], batch.targets[:0], batch.position_ids)
         module.train()
-        taught: torch.Tensor = hidden
-        return taught
+        teacher_hidden: torch.Tensor = hidden
+        return teacher_hidden

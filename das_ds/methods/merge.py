@@ -1,7 +1,4 @@
-"""Weights averaged with those from before the domain (CoMA: Marouf et al., ECCV 2024, arXiv 2312.08977).
-
-How much of the earlier model an average of weights keeps.
-"""
+"""Merging: weights averaged with those from before the domain (CoMA: Marouf et al., ECCV 2024, arXiv 2312.08977)."""
 
 from __future__ import annotations
 
@@ -45,15 +42,15 @@ class MergingWrapper(Method[MethodConfig]):
     The weight-space ensemble of Wortsman et al. (WiSE-FT, CVPR 2022), applied after each domain to the model that the
     domain started from (CoMA: Marouf et al., ECCV 2024; MC-WiSE: Stojanovski et al., 2022, arXiv 2211.03186). `average`
     is c = t / (t + 1) after domain t = 1, 2, ...: the mean of the base model and all models at the end of a domain, as
-    stochastic weight averaging keeps it (Izmailov et al., UAI 2018, algorithm 1). Merged weights are what importance is
-    measured on, what is exported and evaluated, and what the next domain starts from. With LoRA the factors are
-    averaged, not their product.
+    stochastic weight averaging keeps it (Izmailov et al., UAI 2018, algorithm 1). Importance is measured on the merged
+    weights, which are exported, evaluated and passed on to the next domain. With LoRA the factors are averaged, not
+    their product.
 
     Keeps one host copy of each rank's fp32 shard while a domain is learned. Extra compute: one pass over the weights
     per domain.
 
     Args:
-        method: what trains.
+        method: the method that trains.
         weight: c.
     """
 
@@ -66,26 +63,26 @@ class MergingWrapper(Method[MethodConfig]):
         self._before: Flats | None = None
 
     def before_domain(self, domain: DomainContext) -> None:
-        """Remember where the domain starts."""
+        """Copy the weights from which the domain starts."""
         self._before = {flat: weights.to("cpu", copy=True) for flat, weights in self.run.engine.weights.flats().items()}
         self._method.before_domain(domain)
 
     def on_train_start(self, domain: DomainContext) -> None:
-        """As the method does."""
+        """Delegates to the method."""
         self._method.on_train_start(domain)
 
     def on_step_start(self, step: int) -> None:
-        """As the method does."""
+        """Delegates to the method."""
         self._method.on_step_start(step)
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
-        """As the method does."""
+        """Delegates to the method."""
         with self._method.losses(batch, token_scale) as losses:
             yield losses
 
     def after_domain(self, domain: DomainContext) -> None:
-        """Merge, once; what was remembered goes, so that a checkpoint holds unmerged weights or nothing to merge."""
+        """Merge once, and drop the copy with it: a checkpoint has either unmerged weights or nothing to merge."""
         if self._before is not None:
             weight = merge_weight(self._weight, domain.index + 1)
             with self.run.engine.weights.writable_flats() as weights:
@@ -95,18 +92,18 @@ class MergingWrapper(Method[MethodConfig]):
         self._method.after_domain(domain)
 
     def state_dict(self) -> ComponentState:
-        """The method's, and where the present domain started, within one."""
+        """State of the method, and within a domain the weights from before it."""
         state = self._method.state_dict()
         return state if self._before is None else replace(state, sharded={**state.sharded, BEFORE: self._before})
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
-        """However it was divided."""
+        """Continue from any sharding."""
         self._method.load_state_dict(saved)
         before = saved.sharded(BEFORE) if saved.has_sharded(BEFORE) else None
         self._before = before and {flat: values.cpu() for flat, values in before.items()}
 
     def accumulated_importance(self) -> UnitValues | None:
-        """The method's."""
+        """Delegates to the method."""
         return self._method.accumulated_importance()
 
 
@@ -124,6 +121,6 @@ def merge_weight(weight: float | Literal["average"], num_learned: int) -> float:
 
     Args:
         weight: c, or `average`.
-        num_learned: t, domains learned so far, the present one included.
+        num_learned: t, domains learned so far, including the present one.
     """
     return num_learned / (num_learned + 1) if weight == "average" else weight

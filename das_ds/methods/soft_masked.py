@@ -42,7 +42,7 @@ class SoftMaskedConfig(MethodConfig):
 
     @property
     def sample_size(self) -> SampleSize:
-        """That of an importance pass."""
+        """Size of the sample of an importance pass."""
         importance = self.importance
         return SampleSize(importance.num_samples, importance.batch_size, importance.gradient_batch_size)
 
@@ -65,7 +65,7 @@ S = TypeVar("S", bound=SoftMaskedConfig)
 
 
 class SoftMasked(Method[S]):
-    """Protects what is important to general knowledge; a method adds what later domains are to be protected for.
+    """Protects units or weights that matter to general knowledge; subclasses add importance of domains.
 
     Raises:
         ConfigError: a masked group that the model's table of units lacks.
@@ -93,8 +93,8 @@ class SoftMasked(Method[S]):
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
         """Importance: 4 bytes a unit on every rank, or 1 byte a trained parameter, sharded like the optimizer.
 
-        At the end of a pass it exists twice, accumulated and new, beside the float32 sums of the pass; a mask that is
-        not the importance itself takes another byte per trained parameter.
+        At the end of a pass it exists twice, accumulated and new, plus the float32 sums of the pass; a mask that
+        differs from the importance takes another byte per trained parameter.
         """
         settings = cls.settings_in(config)
         of_parameters = settings.importance.granularity == "parameter"
@@ -119,7 +119,7 @@ class SoftMasked(Method[S]):
             self.accumulate(general)
 
     def on_train_start(self, domain: DomainContext) -> None:
-        """Protect what was learned so far."""
+        """Mask by the importance accumulated so far."""
         self._gates = self.gates()
         self.protect()
 
@@ -183,7 +183,7 @@ class SoftMasked(Method[S]):
 
     @classmethod
     def _has_own_mask(cls, softmask: SoftmaskConfig) -> bool:
-        """Whether the mask of single weights differs from their importance, and takes memory of its own."""
+        """Whether the mask of single weights differs from their importance and needs memory of its own."""
         masks_all = cls.default_groups is None and softmask.groups is None
         return not (masks_all and softmask.exponent == softmask.unowned_update_scale == 1.0)
 
