@@ -16,11 +16,11 @@ from helpers.training import train_all
 pytestmark = pytest.mark.multirank
 
 
-def test_teachers_at_stage_3_are_exact_and_methods_equal_plain_torch(tmp_path: Path) -> None:
+def test_kd_and_derpp_stage_3_equal_plain_torch(tmp_path: Path) -> None:
     check_teachers_are_exact_and_methods_equal_plain_torch(3, 2, tmp_path)
 
 
-def test_a_step_that_is_tried_again_rehearses_and_stores_the_same(tmp_path: Path) -> None:
+def test_derpp_repeated_step_replays_and_stores_the_same(tmp_path: Path) -> None:
     """In fp16, where the loss scale of the second run overflows all the time."""
     plain = configs_of(tmp_path, 2, {"stage": 2}, [DERPP], precision="fp16")[0]
     scalers = ({"initial_scale_power": 8}, {"initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 1})

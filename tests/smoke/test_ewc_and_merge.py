@@ -33,7 +33,7 @@ def merged() -> Expected:
     return learn_plainly(make_domains(), shares=(0.3, 0.3))
 
 
-def test_the_penalty_matters() -> None:
+def test_ewc_penalty_changes_second_domain_only() -> None:
     without = learn_plainly(make_domains())
     assert relative_difference(consolidated().weights[1], without.weights[1]) > 1e-2
     assert relative_difference(consolidated().weights[0], without.weights[0]) == 0.0
@@ -51,7 +51,7 @@ def test_the_penalty_matters() -> None:
         ({"stage": 3, **OFFLOAD}, 2, None),
     ],
 )
-def test_two_domains_equal_plain_torch(
+def test_ewc_and_merge_two_domains_equal_plain_torch(
     zero: dict[str, Any], world_size: int, precision: str | None, tmp_path: Path
 ) -> None:
     runs = configs_of(tmp_path, world_size, zero, [EWC, MERGE])
@@ -66,7 +66,7 @@ def test_two_domains_equal_plain_torch(
     assert not any(rank[1].sharded for rank in by_rank)
 
 
-def test_an_average_of_base_and_models_equals_plain_torch(tmp_path: Path) -> None:
+def test_merge_average_equals_plain_torch(tmp_path: Path) -> None:
     found = run_ranks(learn_all, 1, configs_of(tmp_path, 1, {"stage": 0}, [AVERAGE]), make_domains())[0][0]
     check(found, learn_plainly(make_domains(), shares=(1 / 2, 2 / 3)))
 

@@ -59,18 +59,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_run_broken_off_within_a_domain_is_the_whole_run(
-    case: str, finished: tuple[Path, dict[str, Place | str]]
-) -> None:
+def test_methods_resumed_run_equals_uninterrupted(case: str, finished: tuple[Path, dict[str, Place | str]]) -> None:
     folder, places = finished
     assert places[case] == (("train", 0, BREAK_STEP) if case == "pool" else ("train", 1, BREAK_STEP - STEPS_PER_DOMAIN))
     assert_same_run(folder / f"{case}-broken", folder / case)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_method_learns_two_domains_and_leaves_the_promised_files(
-    name: str, finished: tuple[Path, dict[str, Place | str]]
-) -> None:
+def test_methods_learn_two_domains_and_write_files(name: str, finished: tuple[Path, dict[str, Place | str]]) -> None:
     folder = finished[0] / name
     result = Results.read(folder / RESULTS_FILE)
     assert result.complete and result.method == name and result.world_size == 2 and result.zero_stage == 3
@@ -98,7 +94,7 @@ def _check_metrics(folder: Path, *, has_contrast: bool, is_pool: bool) -> None:
         assert line["grad_norm"] > 0 and line["tokens_per_s"] > 0
 
 
-def test_importance_of_a_run_is_the_maximum_of_its_parts(finished: tuple[Path, dict[str, Place | str]]) -> None:
+def test_das_importance_is_maximum_over_domains(finished: tuple[Path, dict[str, Place | str]]) -> None:
     folder = finished[0] / "das"
     model = AutoModelForMaskedLM.from_pretrained(folder / "domains" / "01_papers" / "model")
     layout = spec_for("roberta").layout(model)
@@ -110,7 +106,7 @@ def test_importance_of_a_run_is_the_maximum_of_its_parts(finished: tuple[Path, d
     assert total is not None and all(torch.equal(found[group], total[group]) for group in found)
 
 
-def test_files_are_those_of_what_a_run_uses(finished: tuple[Path, dict[str, Place | str]]) -> None:
+def test_methods_write_own_files_only(finished: tuple[Path, dict[str, Place | str]]) -> None:
     folder, _ = finished
     assert (folder / "das" / "wandb_run_id").exists()
     assert len(list((folder / "das" / "wandb").glob("offline-run-*/*.wandb"))) == 1

@@ -14,7 +14,7 @@ from helpers.commands import write_config
 from helpers.runs import small_run
 
 
-def test_wrong_key_is_one_line_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_config_wrong_key_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
     assert main(["check-config", "--config", str(path), "train.learning_rat=1"]) == 2
     error = capsys.readouterr().err
@@ -28,7 +28,7 @@ def test_check_config_prints_every_default(tmp_path: Path, capsys: pytest.Captur
     assert shown["seed"] == 5 and shown["method"]["contrastive"]["temperature"] == 0.05
 
 
-def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_keys(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
     text = capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("data.cache_dir=$NOT_SET_HERE", "data.cache_dir: found '$NOT_SET_HERE', but the variable NOT_SET_HERE is not"),
     ],
 )
-def test_check_config_refuses_what_training_would(
+def test_check_config_invalid_value_is_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str
 ) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
@@ -64,9 +64,7 @@ def test_check_config_refuses_what_training_would(
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "finetune"])
-def test_every_command_with_ranks_takes_its_time_outs_from_the_config(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_take_timeouts_from_config(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[timedelta, timedelta]] = []
 
     def start(timeout: timedelta, collective_timeout: timedelta) -> None:

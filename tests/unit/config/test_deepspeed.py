@@ -32,7 +32,7 @@ def message_of(deepspeed: str | dict[str, Any], world_size: int = 4, **train: An
     return str(caught.value)
 
 
-def test_run_config_sets_what_it_owns() -> None:
+def test_engine_config_sets_owned_values() -> None:
     engine = build_engine_config(run_config({}, max_grad_norm=0.5), world_size=4).raw
     assert engine["train_batch_size"] == 256
     assert engine["train_micro_batch_size_per_gpu"] == 32
@@ -44,7 +44,7 @@ def test_run_config_sets_what_it_owns() -> None:
     assert engine["zero_force_ds_cpu_optimizer"] is False
 
 
-def test_engine_knobs_pass_through() -> None:
+def test_engine_config_knobs_pass_through() -> None:
     knobs = {
         "zero_optimization": {"stage": 2, "overlap_comm": True},
         "steps_per_print": 5,
@@ -54,14 +54,14 @@ def test_engine_knobs_pass_through() -> None:
     assert {name: engine[name] for name in knobs} == knobs
 
 
-def test_content_in_the_run_config_is_not_changed() -> None:
+def test_engine_config_leaves_inline_content_unchanged() -> None:
     config = run_config({"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}})
     engine = build_engine_config(config, world_size=1).raw
     assert engine["bf16"]["check_grad_overflow"] is False
     assert config.deepspeed == {"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}}
 
 
-def test_auto_and_equal_values_are_no_contradiction() -> None:
+def test_engine_config_accepts_auto_and_equal_values() -> None:
     engine = build_engine_config(
         run_config(
             {
@@ -114,7 +114,7 @@ def test_auto_and_equal_values_are_no_contradiction() -> None:
         ),
     ],
 )
-def test_contradiction_is_refused(engine: dict[str, Any], expected: str) -> None:
+def test_engine_config_contradiction_is_error(engine: dict[str, Any], expected: str) -> None:
     assert expected in message_of(engine)
 
 
@@ -124,7 +124,7 @@ def test_contradiction_is_refused(engine: dict[str, Any], expected: str) -> None
         ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size: found 8 with method.name kd, allowed: 1"),
     ],
 )
-def test_a_teacher_needs_weights_that_can_be_replaced(zero: dict[str, Any], expected: str) -> None:
+def test_engine_config_kd_with_secondary_shards_is_error(zero: dict[str, Any], expected: str) -> None:
     config = run_config({"zero_optimization": {"stage": 3, **zero}})
     build_engine_config(config, world_size=1)
     with pytest.raises(ConfigError) as caught:
@@ -173,11 +173,11 @@ def test_a_teacher_needs_weights_that_can_be_replaced(zero: dict[str, Any], expe
         ({"communication_data_type": "fp8"}, "found 'fp8', allowed: fp32, fp16, bf16 or null"),
     ],
 )
-def test_key_or_value_off_the_list_is_refused(engine: dict[str, Any], expected: str) -> None:
+def test_engine_keys_unlisted_key_or_value_is_error(engine: dict[str, Any], expected: str) -> None:
     assert expected in message_of(engine)
 
 
-def test_every_listed_value_means_to_deepspeed_what_it_says() -> None:
+def test_engine_keys_listed_values_mean_the_same_to_deepspeed() -> None:
     """No key of the list is one that DeepSpeed does not know: each of its own models refuses or drops such."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime import config as constants
@@ -206,7 +206,7 @@ def test_every_listed_value_means_to_deepspeed_what_it_says() -> None:
             assert f'"{name}"' in source or f"'{name}'" in source, key
 
 
-def test_auto_is_the_run_configs_value_or_deepspeeds_default() -> None:
+def test_engine_config_auto_is_run_value_or_default() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     hugging_face = {
@@ -247,7 +247,7 @@ def test_auto_is_the_run_configs_value_or_deepspeeds_default() -> None:
 @pytest.mark.parametrize(
     ("global_batch_size", "nearest"), [(300, "256 or 384"), (100, "128"), (129, "128 or 256"), (255, "128 or 256")]
 )
-def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, nearest: str) -> None:
+def test_engine_config_indivisible_batch_names_nearest(global_batch_size: int, nearest: str) -> None:
     message = message_of({}, global_batch_size=global_batch_size)
     assert message == (
         f"train.global_batch_size: found {global_batch_size}, expected a multiple of train.micro_batch_size 32 "
@@ -262,7 +262,7 @@ def test_batch_that_does_not_divide_names_the_nearest(global_batch_size: int, ne
         ({"name": "ewc", "gradient_batch_size": 6}, "method.gradient_batch_size"),
     ],
 )
-def test_gradients_of_importance_are_shared_by_all_ranks(method: dict[str, Any], key: str) -> None:
+def test_engine_config_gradient_batch_size_is_multiple_of_ranks(method: dict[str, Any], key: str) -> None:
     config = run_config({}).model_copy(update={"method": parse_method(method)})
     assert build_engine_config(config, world_size=2).raw["gradient_accumulation_steps"] == 4
     with pytest.raises(ConfigError, match=rf"^{key}: found 6, expected a multiple of .* ranks, 4"):
@@ -282,20 +282,18 @@ def test_gradients_of_importance_are_shared_by_all_ranks(method: dict[str, Any],
         ("fp16", {"stage": 3}, "fp32"),
     ],
 )
-def test_gradients_are_summed_in_fp32_where_the_shards_allow_it(
-    precision: str, zero: dict[str, Any], expected: str
-) -> None:
+def test_accumulation_dtype_is_fp32_where_possible(precision: str, zero: dict[str, Any], expected: str) -> None:
     engine = build_engine_config(run_config({"zero_optimization": zero}, precision=precision), world_size=1)
     assert engine.raw["data_types"] == {"grad_accum_dtype": expected} and engine.grad_accum_dtype == expected
 
 
-def test_fp16_needs_shards() -> None:
+def test_engine_config_fp16_at_stage_0_is_error() -> None:
     message = message_of({"zero_optimization": {"stage": 0}}, precision="fp16")
     assert message.startswith("train.precision: found fp16 at zero_optimization.stage 0, where DeepSpeed divides")
     assert "allowed: fp16 at stage 1, 2 or 3, bf16 or fp32 at stage 0" in message
 
 
-def test_loss_scaler_is_the_files() -> None:
+def test_engine_config_loss_scaler_comes_from_file() -> None:
     knobs = {"initial_scale_power": 12, "loss_scale_window": 500, "hysteresis": 1, "min_loss_scale": 2}
     engine = build_engine_config(
         run_config({"zero_optimization": {"stage": 2}, "fp16": knobs}, precision="fp16"), world_size=1
@@ -305,7 +303,7 @@ def test_loss_scaler_is_the_files() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_shipped_file_holds_engine_knobs_only(path: Path) -> None:
+def test_ds_configs_hold_engine_knobs_only(path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     assert set(content) == {"zero_optimization"}
     zero = content["zero_optimization"]
@@ -315,7 +313,7 @@ def test_shipped_file_holds_engine_knobs_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_shipped_file_is_accepted_by_deepspeed(path: Path, precision: str) -> None:
+def test_ds_configs_are_accepted_by_deepspeed(path: Path, precision: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     engine = build_engine_config(run_config(f"ds_configs/{path.name}", precision=precision), world_size=1)
@@ -325,12 +323,12 @@ def test_shipped_file_is_accepted_by_deepspeed(path: Path, precision: str) -> No
     assert parsed.bfloat16_config.enabled == (precision == "bf16")
 
 
-def test_all_stages_are_shipped() -> None:
+def test_ds_configs_cover_all_stages() -> None:
     expected = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     assert [path.stem for path in FILES] == expected
 
 
-def test_working_directory_comes_before_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_file_working_directory_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = run_config("ds_configs/zero2.json")
     assert build_engine_config(config, world_size=1).zero_stage == 2
@@ -339,7 +337,7 @@ def test_working_directory_comes_before_the_repository(tmp_path: Path, monkeypat
     assert build_engine_config(config, world_size=1).zero_stage == 1
 
 
-def test_missing_file_names_the_shipped_ones() -> None:
+def test_engine_file_missing_lists_shipped_files() -> None:
     message = message_of("ds_configs/zero9.json")
     assert "found no file ds_configs/zero9.json" in message
     assert "ds_configs/zero3_offload.json" in message
@@ -356,7 +354,7 @@ def test_missing_file_names_the_shipped_ones() -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
     ],
 )
-def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_engine_file_unreadable_is_error(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "engine.json"
     path.write_bytes(content)
     message = message_of(str(path))
@@ -364,7 +362,7 @@ def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:
     assert expected in message
 
 
-def test_stage_defaults_to_zero() -> None:
+def test_zero_stage_default_is_0() -> None:
     assert EngineConfig.from_raw({}).zero_stage == 0
     assert EngineConfig.from_raw({"zero_optimization": {"stage": 3}}).zero_stage == 3
 
@@ -372,5 +370,5 @@ def test_stage_defaults_to_zero() -> None:
 @pytest.mark.parametrize(
     "engine", [{"zero_optimization.stage": 3}, {"zero_optimization": {"offload_optimizer.device": "cpu"}}]
 )
-def test_dotted_key_which_deepspeed_would_ignore_is_refused(engine: dict[str, Any]) -> None:
+def test_engine_keys_dotted_key_is_error(engine: dict[str, Any]) -> None:
     assert "found a dotted key, expected sections within each other" in message_of(engine)

@@ -51,7 +51,7 @@ def message_of(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_file_becomes_config(run_file: Path) -> None:
+def test_load_config_reads_file(run_file: Path) -> None:
     config = load_config(run_file)
     assert config.output_dir == Path("runs/papers")
     assert config.train.learning_rate == 2e-4
@@ -59,7 +59,7 @@ def test_file_becomes_config(run_file: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["1e-12", "1E-12", "1.e-12", "+1e-12", "1.0e-12"])
-def test_number_with_exponent_is_a_number_everywhere(run_file: Path, text: str) -> None:
+def test_load_config_exponents_are_numbers(run_file: Path, text: str) -> None:
     config = load_config(run_file, [f"model.config.layer_norm_eps={text}", f"train.eps={text}"])
     assert config.model.config == {"model_type": "roberta", "layer_norm_eps": 1e-12}
     assert config.train.eps == 1e-12
@@ -81,20 +81,20 @@ def test_number_with_exponent_is_a_number_everywhere(run_file: Path, text: str) 
         ("deepspeed={zero_optimization: {stage: 3}}", ("deepspeed", "zero_optimization", "stage"), 3),
     ],
 )
-def test_override(run_file: Path, override: str, key: tuple[str | int, ...], value: Any) -> None:
+def test_override_sets_key(run_file: Path, override: str, key: tuple[str | int, ...], value: Any) -> None:
     node: Any = resolved_dict(load_config(run_file, [override]))
     for part in key:
         node = node[part]
     assert node == value
 
 
-def test_renamed_keys_lead_to_keys_that_exist() -> None:
+def test_renamed_keys_lead_to_known_keys() -> None:
     keys = {key for method in METHODS for key in config_keys(method)}
     assert set(RENAMED_KEYS.values()) <= keys
     assert not set(RENAMED_KEYS) & keys
 
 
-def test_method_by_name_alone(run_file: Path) -> None:
+def test_load_config_method_name_is_short_form(run_file: Path) -> None:
     assert load_config(run_file, ["method=ewc"]) == load_config(run_file, ["method={name: ewc}"])
     assert load_config(run_file, ["method=ewc", "method.lambda=3"]) == load_config(
         run_file, ["method={name: ewc, lambda: 3}"]
@@ -102,7 +102,7 @@ def test_method_by_name_alone(run_file: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_recorded_config_lists_the_keys_of_its_method_only(run_file: Path, method: str) -> None:
+def test_resolved_config_lists_own_method_keys_only(run_file: Path, method: str) -> None:
     config = load_config(run_file, [f"method={method}"])
     leaves = {row.key for row in method_keys(method) if not row.is_section}
     assert set(leaf_keys(resolved_dict(config)["method"], "method")) == leaves
@@ -111,22 +111,22 @@ def test_recorded_config_lists_the_keys_of_its_method_only(run_file: Path, metho
     assert f"\n{method} " in f"\n{describe_methods()}"
 
 
-def test_help_of_an_unknown_method() -> None:
+def test_describe_method_unknown_name_is_error() -> None:
     with pytest.raises(ConfigError, match=r"^method.name: found 'dsa', allowed: das \| derpp"):
         describe_method("dsa")
 
 
-def test_later_override_wins(run_file: Path) -> None:
+def test_override_later_one_wins(run_file: Path) -> None:
     assert load_config(run_file, ["seed=1", "seed=2"]).seed == 2
 
 
-def test_overrides_can_build_a_section(run_file: Path) -> None:
+def test_override_builds_section(run_file: Path) -> None:
     config = load_config(run_file, ["general.name=g", "general.valid.0=g.txt", "general.valid.1=h.txt"])
     assert config.general is not None
     assert config.general.valid == ["g.txt", "h.txt"]
 
 
-def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
+def test_override_changes_one_alias_only(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         "output_dir: x\nmodel: {name_or_path: m}\ndomains:\n"
@@ -215,11 +215,11 @@ def test_override_leaves_the_rest_of_an_alias_alone(tmp_path: Path) -> None:
         ("domains.last.name=x", "override domains.last: found position 'last', allowed: 0 to 2"),
     ],
 )
-def test_mistake_names_the_key_and_what_is_allowed(run_file: Path, override: str, expected: str) -> None:
+def test_load_config_mistake_names_key_and_allowed(run_file: Path, override: str, expected: str) -> None:
     assert expected in message_of(run_file, override)
 
 
-def test_all_mistakes_are_reported_in_one_line(run_file: Path) -> None:
+def test_load_config_reports_all_mistakes_in_one_line(run_file: Path) -> None:
     message = message_of(run_file, "learning_rate=1", "seed=-1", "method.name=dsa")
     assert message.split("; ") == [
         f"method.name: found 'dsa', allowed: {' | '.join(METHODS)}",
@@ -229,7 +229,7 @@ def test_all_mistakes_are_reported_in_one_line(run_file: Path) -> None:
     ]
 
 
-def test_missing_keys_are_named(tmp_path: Path) -> None:
+def test_load_config_missing_keys_are_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("seed: 1\n", encoding="utf-8")
     message = message_of(path)
@@ -251,7 +251,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
         (b"a: !!python/object:os.system {}\n", "not valid YAML at line 1, column 4"),
     ],
 )
-def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_load_config_unreadable_file_is_error(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     message = message_of(path)
@@ -259,12 +259,12 @@ def test_unreadable_file(tmp_path: Path, content: bytes, expected: str) -> None:
     assert expected in message
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_load_config_missing_file_is_error(tmp_path: Path) -> None:
     assert message_of(tmp_path / "run.yaml").endswith("run.yaml: no such file; expected a run config in YAML")
     assert "cannot be read" in message_of(tmp_path)
 
 
-def test_written_config_reads_back_equal(run_file: Path, tmp_path: Path) -> None:
+def test_dump_config_reads_back_equal(run_file: Path, tmp_path: Path) -> None:
     config = load_config(run_file, ["general={name: g, valid: [g.txt]}", "deepspeed={zero_optimization: {stage: 1}}"])
     dump_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
@@ -273,7 +273,7 @@ def test_written_config_reads_back_equal(run_file: Path, tmp_path: Path) -> None
     assert written["method"]["contrastive"] == {"weight": 1.0, "temperature": 0.05, "pooling": "auto"}
 
 
-def test_writing_replaces_the_file_and_leaves_nothing_else(run_file: Path, tmp_path: Path) -> None:
+def test_dump_config_replaces_file(run_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for seed in (1, 2):
@@ -282,12 +282,14 @@ def test_writing_replaces_the_file_and_leaves_nothing_else(run_file: Path, tmp_p
     assert load_config(folder / "config.yaml").seed == 2
 
 
-def test_folder_that_cannot_be_written_is_refused(run_file: Path, tmp_path: Path) -> None:
+def test_dump_config_unwritable_folder_is_error(run_file: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"config.yaml: cannot be written \(No such file or directory\)"):
         dump_config(load_config(run_file), tmp_path / "missing" / "config.yaml")
 
 
-def test_failed_write_keeps_the_old_file(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dump_config_failed_write_keeps_old_file(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     dump_config(load_config(run_file), folder / "config.yaml")
@@ -302,7 +304,7 @@ def test_failed_write_keeps_the_old_file(run_file: Path, tmp_path: Path, monkeyp
     assert load_config(folder / "config.yaml").seed == 0
 
 
-def test_differences_name_key_and_both_values(run_file: Path) -> None:
+def test_config_differences_name_key_and_values(run_file: Path) -> None:
     old = load_config(run_file)
     new = load_config(run_file, ["train.learning_rate=1e-5", "domains.1.name=papers", "model.config.hidden_size=64"])
     assert config_differences(old, new) == [
@@ -312,13 +314,13 @@ def test_differences_name_key_and_both_values(run_file: Path) -> None:
     ]
 
 
-def test_added_domain_is_a_difference(run_file: Path) -> None:
+def test_config_differences_include_added_domain(run_file: Path) -> None:
     old, new = load_config(run_file), load_config(run_file, ["domains.2={name: c, train: [c.txt]}"])
     assert "domains.2.name: was not given, now 'c'" in config_differences(old, new)
     assert "domains.2.name: was 'c', now not given" in config_differences(new, old)
 
 
-def test_keys_that_touch_no_result_are_no_difference(run_file: Path) -> None:
+def test_config_differences_ignore_mutable_keys(run_file: Path) -> None:
     changes = [
         "wandb.mode=offline",
         "wandb.project=x",
@@ -331,7 +333,7 @@ def test_keys_that_touch_no_result_are_no_difference(run_file: Path) -> None:
     assert config_differences(load_config(run_file), new) == []
 
 
-def test_help_shows_every_key_once(run_file: Path) -> None:
+def test_describe_config_shows_every_key_once(run_file: Path) -> None:
     lines = describe_config().splitlines()
     assert max(map(len, lines)) <= 120
     first_words = [line.split()[0] for line in lines if line and not line.startswith(" ")]
@@ -340,7 +342,7 @@ def test_help_shows_every_key_once(run_file: Path) -> None:
             assert first_words.count(key) == 1, key
 
 
-def test_help_shows_choices_default_and_meaning() -> None:
+def test_describe_config_shows_choices_default_and_meaning() -> None:
     text = describe_config()
     assert "fp32 | bf16 | fp16; default bf16" in text
     assert "number > 0; default 0.0001" in text
@@ -359,13 +361,13 @@ def test_help_shows_choices_default_and_meaning() -> None:
         ("&a [*a]", "found more than 50 values within each other"),
     ],
 )
-def test_yaml_that_makes_its_library_fail_is_one_line(run_file: Path, text: str, expected: str) -> None:
+def test_load_config_invalid_yaml_is_one_line(run_file: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(run_file, [f"model.config={text}"])
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_aliases_that_repeat_without_end_are_refused(tmp_path: Path) -> None:
+def test_load_config_endless_aliases_are_error(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     path = tmp_path / "run.yaml"
@@ -374,7 +376,7 @@ def test_aliases_that_repeat_without_end_are_refused(tmp_path: Path) -> None:
         load_config(path)
 
 
-def test_byte_order_mark_and_line_ends_of_a_config_do_not_matter(run_file: Path) -> None:
+def test_load_config_ignores_bom_and_line_ends(run_file: Path) -> None:
     expected = load_config(run_file)
     text = run_file.read_text(encoding="utf-8")
     for end in ("\r\n", "\r"):
@@ -393,14 +395,14 @@ def test_byte_order_mark_and_line_ends_of_a_config_do_not_matter(run_file: Path)
         ("checkpoint.interval", "9223372036854775808"),
     ],
 )
-def test_numbers_beyond_reason_are_refused(run_file: Path, key: str, value: str) -> None:
+def test_load_config_huge_integer_is_error(run_file: Path, key: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(run_file, [f"{key}={value}"])
     assert str(caught.value).startswith(f"{key}: found ")
     assert str(caught.value).endswith(", allowed: at most 4294967295")
 
 
-def test_time_out_beyond_reason_is_refused(run_file: Path) -> None:
+def test_load_config_huge_timeout_is_error(run_file: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"runtime.hang_timeout: found 1e\+300, allowed: number >= 1 and <= 100000000"
     ):
@@ -451,9 +453,7 @@ def value_at(config: RunConfig, key: str) -> str:
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
-def test_home_and_variables_are_expanded_in_every_path_key(
-    run_file: Path, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_keys_expand_home_and_variables(run_file: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/reader")
     monkeypatch.setenv("SCRATCH", "/scratch")
     base = path_run("plain")
@@ -463,9 +463,7 @@ def test_home_and_variables_are_expanded_in_every_path_key(
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
-def test_variable_that_is_not_set_is_refused_in_every_path_key(
-    run_file: Path, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_keys_unset_variable_is_error(run_file: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET_HERE", raising=False)
     with pytest.raises(ConfigError) as caught:
         load_config(run_file, [*path_run("plain"), *method_with(key), f"{key}=$NOT_SET_HERE/x"])
@@ -473,7 +471,7 @@ def test_variable_that_is_not_set_is_refused_in_every_path_key(
     assert str(caught.value).startswith(f"{section}: found '$NOT_SET_HERE/x', but the variable NOT_SET_HERE is not set")
 
 
-def test_every_key_that_names_files_is_expanded() -> None:
+def test_path_keys_are_complete() -> None:
     """A new key that names a file or folder has to stand above, and to be of a type that is expanded."""
     known = {re.sub(r"\.0$", "", key) for key in PATH_KEYS}
     named = [

@@ -25,14 +25,14 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_three_keys_are_enough() -> None:
+def test_run_config_needs_three_keys() -> None:
     config = RunConfig.model_validate(SMALL)
     assert config.train.learning_rate == 1e-4
     assert config.method.name == DEFAULT_METHOD
     assert config.deepspeed == "ds_configs/zero2.json"
 
 
-def test_values_cannot_change() -> None:
+def test_run_config_is_frozen() -> None:
     config = RunConfig.model_validate(SMALL)
     with pytest.raises(ValidationError, match="frozen"):
         config.train.learning_rate = 1.0
@@ -56,11 +56,11 @@ def replaying(share: float | None, size: int = 256, name: str = "ncl", **changes
         ("ncl", 0.333333, 12, 4),
     ],
 )
-def test_share_of_replay_is_a_number_of_sequences(name: str, share: float | None, size: int, expected: int) -> None:
+def test_num_replayed_is_integer(name: str, share: float | None, size: int, expected: int) -> None:
     assert RunConfig.model_validate(replaying(share, size, name)).num_replayed == expected
 
 
-def test_earlier_domains_and_general_text_are_replayed() -> None:
+def test_replayed_lists_earlier_domains_and_general() -> None:
     domains = [{"name": name, "train": ["a.txt"]} for name in ("acl", "pubmed", "phone")]
     general = {"name": "general", "train": ["b.txt"]}
     values = replaying(0.5, domains=domains, general=general)
@@ -71,7 +71,7 @@ def test_earlier_domains_and_general_text_are_replayed() -> None:
     assert RunConfig.model_validate({**values, "method": {}}).replayed("phone") == []
 
 
-def test_stages_are_the_domains_one_by_one_or_all_at_once_in_as_many_steps() -> None:
+def test_stages_are_domains_or_their_pool() -> None:
     domains = [{"name": name, "train": ["a.txt"]} for name in ("acl", "pubmed", "phone")]
     values = {**SMALL, "domains": domains, "train": {"steps_per_domain": 7}}
     stages = RunConfig.model_validate(values).stages
@@ -145,13 +145,13 @@ def test_stages_are_the_domains_one_by_one_or_all_at_once_in_as_many_steps() -> 
         (RunConfig, {**SMALL, "epochs": 3}, "Extra inputs"),
     ],
 )
-def test_contradiction_is_refused(section: type[Any], values: dict[str, Any], message: str) -> None:
+def test_section_contradiction_is_error(section: type[Any], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         section.model_validate(values)
 
 
 @pytest.mark.parametrize("section", [RunConfig, *method_configs().values()])
-def test_every_key_says_what_it_means(section: type[BaseModel]) -> None:
+def test_section_every_key_has_docstring(section: type[BaseModel]) -> None:
     schema = section.model_json_schema()
     for definition in [schema, *schema["$defs"].values()]:
         assert definition["description"]

@@ -22,18 +22,18 @@ ORDINARY_WORDS = {"pool": "das_ds/config/stage.py"}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_config_has_the_name_of_its_method(name: str) -> None:
+def test_method_config_has_name_of_method(name: str) -> None:
     config = METHODS[name].Config
     assert issubclass(config, MethodConfig)
     assert config.model_fields["name"].default == name and config.model_validate({}).name == name
     assert str(config.__doc__).partition("\n")[0].endswith(".")
 
 
-def test_default_is_a_method() -> None:
+def test_default_method_is_listed() -> None:
     assert DEFAULT_METHOD in METHODS
 
 
-def test_package_loads_without_deepspeed_and_transformers() -> None:
+def test_methods_load_without_deepspeed_and_transformers() -> None:
     code = "import sys, das_ds.methods; print([name for name in ('deepspeed', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -45,7 +45,7 @@ def test_config_loads_without_methods() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_names_of_methods_are_written_in_their_package_only() -> None:
+def test_method_names_appear_in_methods_only() -> None:
     root = Path(das_ds.__file__).parents[1]
     found = {
         (str(path.relative_to(root)), node.value)
@@ -79,7 +79,7 @@ def run_config(method: dict[str, Any], **changes: Any) -> RunConfig:
         ({"name": "derpp", "batch_size": 5, "capacity": 4}, "method.batch_size: found 5, allowed: at most 4"),
     ],
 )
-def test_derpp_buffer_too_small_is_refused(method: dict[str, Any], expected: str) -> None:
+def test_derpp_small_buffer_is_error(method: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         build_engine_config(run_config(method), world_size=1)
 
@@ -87,12 +87,12 @@ def test_derpp_buffer_too_small_is_refused(method: dict[str, Any], expected: str
 @pytest.mark.parametrize(
     ("batch_size", "global_batch_size", "expected"), [(None, 256, 16), (None, 4, 1), (8, 8, 8), (None, 40, 2)]
 )
-def test_derpp_replays_one_in_sixteen(batch_size: int | None, global_batch_size: int, expected: int) -> None:
+def test_derpp_num_replayed_default_is_one_in_16(batch_size: int | None, global_batch_size: int, expected: int) -> None:
     settings = METHODS["derpp"].Config.model_validate({"batch_size": batch_size})
     assert settings.num_replayed(global_batch_size) == expected
 
 
-def test_one_with_head_warmup_is_refused() -> None:
+def test_one_with_head_warmup_is_error() -> None:
     model = {"name_or_path": "roberta-base", "allow_missing": ["lm_head"], "head_warmup_steps": 3}
     with pytest.raises(ConfigError, match=r"model.head_warmup_steps: found 3 with method one, whose domains all start"):
         build_engine_config(run_config({"name": "one"}, model=model), world_size=1)

@@ -44,7 +44,7 @@ def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "rob
     return SimpleNamespace(config=config, engine=engine, network=network, layout=spec.layout(model), tokens=())
 
 
-def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
+def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     whole, first = random_batch(4, 1), random_batch(4, 1)
     first.row_weights[2:] = 0.0
@@ -69,7 +69,7 @@ def test_rows_that_fill_a_batch_do_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in WITHOUT_LINEAR_LAYERS])
-def test_the_same_sample_in_other_batches_has_the_same_moments(model_type: str, tmp_path: Path) -> None:
+def test_second_moments_do_not_depend_on_batches(model_type: str, tmp_path: Path) -> None:
     run = run_of(tmp_path, model_type=model_type)
     batch = (causal_batch if spec_for(model_type).objective == "clm" else random_batch)(8, 1)
     expected = input_second_moments(run, ResumableLoop([batch]))
@@ -82,7 +82,7 @@ def test_the_same_sample_in_other_batches_has_the_same_moments(model_type: str, 
 
 
 @pytest.mark.parametrize("num_rows", [1, 4])
-def test_a_table_of_relative_positions_counts_once(num_rows: int, tmp_path: Path) -> None:
+def test_second_moments_count_relative_positions_once(num_rows: int, tmp_path: Path) -> None:
     """Also where it has as many rows as the batch has positions; by hand, from what the layers are given."""
     run = run_of(tmp_path, model_type="deberta-v2", position_buckets=LENGTH // 2)
     model, batch = run.network.model, random_batch(num_rows, 1)
@@ -100,7 +100,7 @@ def test_a_table_of_relative_positions_counts_once(num_rows: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_inputs_that_are_not_finite_end_the_run(value: float, tmp_path: Path) -> None:
+def test_second_moments_non_finite_input_is_error(value: float, tmp_path: Path) -> None:
     run = run_of(tmp_path)
     run.network.model.roberta.encoder.layer[0].output.LayerNorm.bias.data[3] = value
     message = (
@@ -113,7 +113,7 @@ def test_inputs_that_are_not_finite_end_the_run(value: float, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("value", "fault"), [(float("nan"), "not finite"), (-1.0, "negative"), (float("inf"), "not finite")]
 )
-def test_a_file_that_holds_no_second_moments_is_refused(value: float, fault: str, tmp_path: Path) -> None:
+def test_load_directions_invalid_moments_are_error(value: float, fault: str, tmp_path: Path) -> None:
     run, path = run_of(tmp_path), tmp_path / DIRECTIONS_FILE
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     moments = {name: torch.eye(width) for name, width in widths.items()}
@@ -129,7 +129,7 @@ def test_a_file_that_holds_no_second_moments_is_refused(value: float, fault: str
         load_directions(path, widths, run.layout)
 
 
-def test_files_come_back_and_others_are_refused(tmp_path: Path) -> None:
+def test_load_directions_reads_own_files_only(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     inputs = {name: torch.randn(width, width) for name, width in widths.items()}
@@ -144,7 +144,7 @@ def test_files_come_back_and_others_are_refused(tmp_path: Path) -> None:
         load_directions(tmp_path / "missing", widths, run.layout)
 
 
-def test_earlier_runs_protect_from_the_first_domain_on(tmp_path: Path) -> None:
+def test_directions_init_from_protects_first_domain(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     save_directions(tmp_path / DIRECTIONS_FILE, {name: torch.eye(width) for name, width in widths.items()}, run.layout)
@@ -153,24 +153,24 @@ def test_earlier_runs_protect_from_the_first_domain_on(tmp_path: Path) -> None:
     assert isinstance(method, Directions) and method.state_dict().replicated.keys() == widths.keys()
 
 
-def test_networks_whose_layers_are_no_linear_layers_are_refused(tmp_path: Path) -> None:
+def test_directions_without_linear_layers_is_error(tmp_path: Path) -> None:
     run = run_of(tmp_path, model_type="gpt2")
     with pytest.raises(ModelError, match=r"found directions, but .*c_attn.weight is no weight of a torch.nn.Linear"):
         build_method(run)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "merge"])
-def test_any_method_merges_where_it_is_told_to(name: str) -> None:
+def test_merge_weight_any_method_merges_on_request(name: str) -> None:
     assert parse_method(name).merge_weight is None
     assert parse_method({"name": name, "merge": {"weight": 0.25}}).merge_weight == 0.25
 
 
-def test_merge_has_a_default(tmp_path: Path) -> None:
+def test_merge_weight_default_of_merge(tmp_path: Path) -> None:
     assert parse_method("merge").merge_weight == 0.5
     assert isinstance(build_method(run_of(tmp_path, {"name": "merge"})), MergingWrapper)
 
 
 @pytest.mark.parametrize("key", ["contrastive", "softmask", "importance", "view_dropout"])
-def test_keys_of_das_are_refused(key: str) -> None:
+def test_directions_keys_of_das_are_error(key: str) -> None:
     with pytest.raises(ValidationError, match=rf"{key}\n +Extra inputs"):
         parse_method({**METHOD, key: {}})

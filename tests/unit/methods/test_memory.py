@@ -64,9 +64,7 @@ def importance(**softmask: Any) -> dict[str, Any]:
         (importance(), 0, "bf16", "importance", 6 * 1000),
     ],
 )
-def test_memory_of_a_rank_by_stage(
-    method: str | dict[str, Any], stage: int, precision: str, part: str, expected: int
-) -> None:
+def test_memory_by_stage(method: str | dict[str, Any], stage: int, precision: str, part: str, expected: int) -> None:
     run = config(method, stage, precision)
     found, plain = (
         estimate_run_memory(c, SIZE, build_engine_config(c, 4), 4) for c in (run, config("ncl", stage, precision))
@@ -86,21 +84,21 @@ def test_memory_of_a_rank_by_stage(
         ({**importance(), "name": "dga"}, True),
     ],
 )
-def test_memory_of_a_mask_that_is_not_the_importance(method: dict[str, Any], has_own_mask: bool) -> None:
+def test_memory_own_mask_is_counted(method: dict[str, Any], has_own_mask: bool) -> None:
     use = method_memory(config(method), SIZE, SHARDING)
     assert use.optimizer["importance"] == (7 if has_own_mask else 6) * 1000 // 4
     by_unit = {**method, "importance": {"granularity": "unit"}}
     assert method_memory(config(by_unit), SIZE, SHARDING).optimizer["importance"] == 3 * 4 * 50
 
 
-def test_memory_of_directions() -> None:
+def test_memory_directions_keep_moments_and_masks() -> None:
     run = config("directions")
     found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
     assert found.device["direction masks"] == found.host["moments of inputs"] == MOMENTS
     assert found.device["weights before the step"] == 1000
 
 
-def test_memory_in_host_memory() -> None:
+def test_memory_merge_and_offload_are_in_host_memory() -> None:
     run = config("merge")
     found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
     assert found.host["weights before the domain"] == 1000
@@ -126,7 +124,7 @@ def test_memory_in_host_memory() -> None:
         (importance(), (1000 + 4000, 1000, 2000)),
     ],
 )
-def test_disk_space(method: str | dict[str, Any], expected: tuple[int, int, int]) -> None:
+def test_memory_disk_space_by_method(method: str | dict[str, Any], expected: tuple[int, int, int]) -> None:
     use = unsharded_use(config(method), SIZE)
     assert (use.checkpoint, use.domain, use.run) == expected
 
@@ -136,13 +134,13 @@ def test_disk_space(method: str | dict[str, Any], expected: tuple[int, int, int]
     # 9 of 32 sequences are 1.125 of 4: two rows more.
     [("ncl", 4), ("das", 16), ({"name": "das", "contrastive": {"weight": 0.0}}, 4), ("directions", 4), (DERPP, 6)],
 )
-def test_rows_of_a_forward_pass(method: str | dict[str, Any], rows: int) -> None:
+def test_memory_extra_rows_of_forward_pass(method: str | dict[str, Any], rows: int) -> None:
     run = config(method)
     assert run.train.micro_batch_size + unsharded_use(run, SIZE).extra_rows == rows
     assert activation_estimate(run, SIZE) >= activation_estimate(config("ncl"), SIZE)
 
 
-def test_memory_uses_add_up() -> None:
+def test_memory_use_sum_adds_parts() -> None:
     first = MemoryUse({"a": 1}, {"b": 2}, {"c": 3}, checkpoint=4, domain=5, run=6, extra_rows=7)
     second = MemoryUse({"d": 8}, {}, {"e": 9}, checkpoint=10, domain=11, run=12, extra_rows=13)
     assert first + second == MemoryUse({"a": 1, "d": 8}, {"b": 2}, {"c": 3, "e": 9}, 14, 16, 18, 20)

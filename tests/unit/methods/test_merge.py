@@ -8,7 +8,7 @@ import torch
 from das_ds.methods.merge import merge_weight
 
 
-def test_average_is_the_mean_of_the_base_and_all_models() -> None:
+def test_merge_weight_average_is_mean_of_all_models() -> None:
     models = torch.randn(6, 5, dtype=torch.float64)
     merged = models[0]
     for num_learned, model in enumerate(models[1:], start=1):
@@ -18,5 +18,5 @@ def test_average_is_the_mean_of_the_base_and_all_models() -> None:
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
-def test_a_number_is_itself_after_any_domain(coefficient: float) -> None:
+def test_merge_weight_number_is_constant(coefficient: float) -> None:
     assert [merge_weight(coefficient, num_learned) for num_learned in (1, 7)] == [coefficient] * 2

@@ -17,7 +17,7 @@ HIDDEN = 5
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [0, 3])
 @pytest.mark.parametrize("has_positions", [False, True])
-def test_rows_keep_their_bits(dtype: torch.dtype, num_rows: int, has_positions: bool) -> None:
+def test_record_layout_round_trip_keeps_bits(dtype: torch.dtype, num_rows: int, has_positions: bool) -> None:
     layout = RecordLayout(
         num_tokens=7, num_positions=4, hidden_size=HIDDEN, dtype=dtype, has_position_ids=has_positions
     )
@@ -38,7 +38,7 @@ def test_rows_keep_their_bits(dtype: torch.dtype, num_rows: int, has_positions: 
         assert mine is theirs is None or (mine.equal(theirs) and mine.dtype == theirs.dtype), field.name
 
 
-def test_answers_are_hidden_states_at_predicted_positions() -> None:
+def test_with_stored_hidden_keeps_predicted_positions() -> None:
     batch = random_batch(4, 0)
     layout = RecordLayout(LENGTH, num_positions=4, hidden_size=HIDDEN, dtype=torch.float16, has_position_ids=False)
     hidden = torch.randn(4, LENGTH, HIDDEN)

@@ -24,7 +24,7 @@ def run_of(method: dict[str, Any], folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("method", [{"name": "dga"}, {"name": "das", "softmask": {"groups": ["output", "head"]}}])
-def test_groups_that_the_model_lacks_are_refused(method: dict[str, Any], tmp_path: Path) -> None:
+def test_soft_masked_unknown_group_is_error(method: dict[str, Any], tmp_path: Path) -> None:
     message = (
         "method.softmask.groups: found head, which the roberta architecture spec has no units of; "
         "allowed: intermediate, output, unowned"
@@ -34,5 +34,5 @@ def test_groups_that_the_model_lacks_are_refused(method: dict[str, Any], tmp_pat
 
 
 @pytest.mark.parametrize("groups", [None, ["output", "unowned"]])
-def test_das_masks_what_there_is(groups: list[str] | None, tmp_path: Path) -> None:
+def test_soft_masked_default_masks_existing_groups(groups: list[str] | None, tmp_path: Path) -> None:
     METHODS["das"](run_of({"name": "das", "softmask": {"groups": groups}}, tmp_path))
