@@ -10,7 +10,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         ConfigError: file missing or not a YAML mapping, key unknown or given twice, value of a wrong type or out of
             range, override that is not `dotted.key=value`.
     """
-    raw = read_mapping(Path(path))
-    for override in overrides or []:
+    return parse_config(read_mapping(Path(path)), overrides or [])
+
+
+def parse_config(values: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """A run config from its nested values and overrides; see `load_config`."""
+    raw = dict(values)
+    for override in overrides:
         _apply_override(raw, override)
     try:
         return RunConfig.model_validate(raw)

@@ -1,10 +1,42 @@
-"""Nested values of a run config, changed section by section."""
+"""Small run configs: one base, changed by the product's own overrides or by nested dictionaries of keys."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from das_ds.config import RunConfig
+from das_ds.config.io import parse_config
+
 DEFAULT_METHOD = "das"
+LENGTH = 12
+"""Tokens of a sequence."""
+
+
+def make_config(folder: str | Path, *overrides: str) -> RunConfig:
+    """A small run on text that is never read, such as `make_config(tmp_path, "method=ewc", "train.precision=bf16")`."""
+    return parse_config(base_values(folder), overrides)
+
+
+def base_values(folder: str | Path) -> dict[str, Any]:
+    """Values of the run of `make_config`."""
+    return {
+        "output_dir": folder,
+        "model": {"config": {"model_type": "roberta"}},
+        "domains": [{"name": "domain", "train": ["unused.txt"]}],
+        "data": {"sequence_length": LENGTH},
+        "train": {
+            "steps_per_domain": 5,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+            "log_interval": 1,
+            "max_grad_norm": 0.5,
+        },
+        "method": {"view_dropout": 0.0},
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from das_ds.models.architectures.registry import spec_for
 from das_ds.tracking.sinks import Metrics, Sink
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer
-from helpers.configs import changed
+from helpers.configs import LENGTH, base_values, changed
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import tiny_model
 
-LENGTH, VOCABULARY, MASK = 12, 100, 4
+VOCABULARY, MASK = 100, 4
 
 
 class Recorder(Sink):
@@ -68,25 +68,8 @@ def rank_part(batch: Batch, rank: int, world_size: int) -> Batch:
 
 
 def run_config(output_dir: Path, **changes: Any) -> RunConfig:
-    """A small run; `changes` are nested dictionaries of keys."""
-    values: dict[str, Any] = {
-        "output_dir": output_dir,
-        "model": {"config": {"model_type": "roberta"}},
-        "domains": [{"name": "domain", "train": ["unused.txt"]}],
-        "data": {"sequence_length": LENGTH},
-        "train": {
-            "steps_per_domain": 5,
-            "global_batch_size": 8,
-            "micro_batch_size": 4,
-            "learning_rate": 1e-2,
-            "precision": "fp32",
-            "log_interval": 1,
-            "max_grad_norm": 0.5,
-        },
-        "method": {"view_dropout": 0.0},
-        "deepspeed": {"zero_optimization": {"stage": 0}},
-    }
-    return RunConfig(**changed(values, changes))
+    """The run of `make_config`; `changes` are nested dictionaries of keys."""
+    return RunConfig(**changed(base_values(output_dir), changes))
 
 
 def build(config: RunConfig, ranks: ProcessGroup, **model_changes: Any) -> RunContext:

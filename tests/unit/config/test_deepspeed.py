@@ -10,20 +10,15 @@ from das_ds.config import RunConfig, parse_method
 from das_ds.config.deepspeed import REPOSITORY, EngineConfig, build_engine_config
 from das_ds.config.deepspeed_keys import KEYS
 from das_ds.errors import ConfigError
+from helpers.configs import make_config
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 
 def run_config(deepspeed: str | dict[str, Any], **train: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "output_dir": "run",
-            "model": {"name_or_path": "roberta-base"},
-            "domains": [{"name": "acl", "train": ["acl.txt"]}],
-            "train": {"global_batch_size": 256, "micro_batch_size": 32, **train},
-            "deepspeed": deepspeed,
-        }
-    )
+    sizes = {"global_batch_size": 256, "micro_batch_size": 32, "precision": "bf16", "max_grad_norm": 1.0}
+    overrides = [f"train.{key}={json.dumps(value)}" for key, value in {**sizes, **train}.items()]
+    return make_config("run", *overrides, f"deepspeed={json.dumps(deepspeed)}")
 
 
 def message_of(deepspeed: str | dict[str, Any], world_size: int = 4, **train: Any) -> str:

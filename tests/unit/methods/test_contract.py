@@ -6,16 +6,15 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import das_ds
-from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
 from das_ds.config.method import MethodConfig
 from das_ds.errors import ConfigError
 from das_ds.methods import DEFAULT_METHOD, METHODS
+from helpers.configs import make_config
 
 ORDINARY_WORDS = {"pool": "das_ds/config/stage.py"}
 """Name of a method that is also a word -> file that means another thing by it: a stage of several domains."""
@@ -57,31 +56,20 @@ def test_method_names_appear_in_methods_only() -> None:
     assert {(file, word) for file, word in found if ORDINARY_WORDS.get(word) != file} == set()
 
 
-def run_config(method: dict[str, Any], **changes: Any) -> RunConfig:
-    values: dict[str, Any] = {
-        "output_dir": "run",
-        "model": {"name_or_path": "roberta-base"},
-        "domains": [{"name": "acl", "train": ["acl.txt"]}],
-        "train": {"global_batch_size": 8, "micro_batch_size": 1},
-        "deepspeed": {"zero_optimization": {"stage": 2}},
-    }
-    return RunConfig.model_validate({**values, "method": method, **changes})
-
-
 @pytest.mark.parametrize(
-    ("method", "expected"),
+    ("overrides", "expected"),
     [
         (
-            {"name": "derpp", "batch_size": 9},
+            ["method.batch_size=9"],
             "method.batch_size: found 9, allowed: at most 8, the smaller of method.capacity 1000 and "
             "train.global_batch_size 8",
         ),
-        ({"name": "derpp", "batch_size": 5, "capacity": 4}, "method.batch_size: found 5, allowed: at most 4"),
+        (["method.batch_size=5", "method.capacity=4"], "method.batch_size: found 5, allowed: at most 4"),
     ],
 )
-def test_derpp_small_buffer_is_error(method: dict[str, Any], expected: str) -> None:
+def test_derpp_small_buffer_is_error(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        build_engine_config(run_config(method), world_size=1)
+        build_engine_config(make_config("run", "method=derpp", *overrides), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +81,7 @@ def test_derpp_num_replayed_default_is_one_in_16(batch_size: int | None, global_
 
 
 def test_one_with_head_warmup_is_error() -> None:
-    model = {"name_or_path": "roberta-base", "allow_missing": ["lm_head"], "head_warmup_steps": 3}
+    model = "model={name_or_path: roberta-base, allow_missing: [lm_head], head_warmup_steps: 3}"
     with pytest.raises(ConfigError, match=r"model.head_warmup_steps: found 3 with method one, whose domains all start"):
-        build_engine_config(run_config({"name": "one"}, model=model), world_size=1)
-    build_engine_config(run_config({"name": "ncl"}, model=model), world_size=1)
+        build_engine_config(make_config("run", "method=one", model), world_size=1)
+    build_engine_config(make_config("run", "method=ncl", model), world_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from das_ds.config.deepspeed import build_engine_config
 from das_ds.methods import method_memory
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
 from das_ds.preflight.memory import activation_estimate, estimate_run_memory, unsharded_use
+from helpers.configs import make_config
 
 SIZE = ModelSize(
     trained=1000,
@@ -31,17 +33,17 @@ ROW = 512
 MOMENTS = 4 * (2 * (5 * 24**2 + 40**2) + 2 * 24**2)
 
 
-def config(method: str | dict[str, Any], stage: int = 2, precision: str = "bf16") -> RunConfig:
-    values: dict[str, Any] = {
-        "output_dir": "run",
-        "model": {"config": {"model_type": "roberta"}},
-        "domains": [{"name": "acl", "train": ["acl.txt"]}],
-        "data": {"sequence_length": 16},
-        "train": {"global_batch_size": 32, "micro_batch_size": 4, "precision": precision},
-        "method": method,
-        "deepspeed": {"zero_optimization": {"stage": stage}},
-    }
-    return RunConfig.model_validate(values)
+def config(method: str | dict[str, Any], *overrides: str) -> RunConfig:
+    """A run of a method on batches of 32 in micro-batches of 4; at ZeRO 2 and in bf16 by default."""
+    return make_config(
+        "run",
+        "data.sequence_length=16",
+        "train.global_batch_size=32",
+        "train.precision=bf16",
+        "deepspeed.zero_optimization.stage=2",
+        f"method={json.dumps(method)}",
+        *overrides,
+    )
 
 
 def importance(**softmask: Any) -> dict[str, Any]:
@@ -65,9 +67,10 @@ def importance(**softmask: Any) -> dict[str, Any]:
     ],
 )
 def test_memory_by_stage(method: str | dict[str, Any], stage: int, precision: str, part: str, expected: int) -> None:
-    run = config(method, stage, precision)
+    overrides = (f"deepspeed.zero_optimization.stage={stage}", f"train.precision={precision}")
+    run = config(method, *overrides)
     found, plain = (
-        estimate_run_memory(c, SIZE, build_engine_config(c, 4), 4) for c in (run, config("ncl", stage, precision))
+        estimate_run_memory(c, SIZE, build_engine_config(c, 4), 4) for c in (run, config("ncl", *overrides))
     )
     assert found.device == {**plain.device, part: expected}
     copied = unsharded_use(run, SIZE).checkpoint // (1 if stage == 0 else 4)
@@ -102,8 +105,7 @@ def test_memory_merge_and_offload_are_in_host_memory() -> None:
     run = config("merge")
     found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
     assert found.host["weights before the domain"] == 1000
-    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    offloaded = config("ewc").model_copy(update={"deepspeed": {"zero_optimization": zero}})
+    offloaded = config("ewc", "deepspeed.zero_optimization.offload_optimizer.device=cpu")
     found = estimate_run_memory(offloaded, SIZE, build_engine_config(offloaded, 4), 4)
     assert found.host["Fisher information"] == 2000 and "Fisher information" not in found.device
 
