@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import yaml
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from das_ds.distributed.process_group import ProcessGroup
 
 LEAST_START_TIMEOUT = timedelta(minutes=2)
-"""Ranks import the same libraries, but not at the same speed."""
+"""Ranks import the same libraries at different speeds."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             options.action(options)
     except (DasError, StoppedError) as error:
-        if _speaks():
+        if _prints_errors():
             print(f"das_ds: {error}", file=sys.stderr)
         exit_code = EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_USER_ERROR
         if "das_ds.distributed.process_group" in sys.modules:
@@ -51,9 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _speaks() -> bool:
-    """Whether errors that all ranks have are this process's to print: rank 0's, or of one whose rank makes no sense."""
-    rank, world_size = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), os.environ.get("WORLD_SIZE", "")
+def _prints_errors() -> bool:
+    """Whether this process prints errors that all ranks have: it is rank 0, or its rank is invalid."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    world_size = os.environ.get("WORLD_SIZE", "")
     if not rank.isdecimal() or int(rank) == 0:
         return True
     return world_size.isdecimal() and int(rank) >= int(world_size)
@@ -63,12 +65,12 @@ def _start_ranks(config: RunConfig) -> ProcessGroup:
     from das_ds.distributed.process_group import init_process_group
 
     hang_timeout = timedelta(seconds=config.runtime.hang_timeout)
-    # Collectives wait far longer: the watchdog, which can name the rank that is stuck, is to end the run first.
+    # Collectives wait far longer, so that the watchdog, which can name the stuck rank, ends the run first.
     return init_process_group(max(hang_timeout, LEAST_START_TIMEOUT), 2 * hang_timeout + LEAST_START_TIMEOUT)
 
 
 def _train(config: RunConfig, _: argparse.Namespace) -> None:
-    # Importing the engine takes seconds, which --help and check-config must not cost.
+    # Importing the engine takes seconds, which --help and check-config need not pay for.
     from das_ds.distributed.process_group import hard_exit
     from das_ds.fault_tolerance.watchdog import EXIT_HANG, PeerLostError
     from das_ds.training.train import train
@@ -77,11 +79,11 @@ def _train(config: RunConfig, _: argparse.Namespace) -> None:
     try:
         results = train(config, ranks)
     except PeerLostError as error:
-        # Every rank says it: the one that usually speaks may be the one that is gone.
+        # Every rank prints it: rank 0 may be the lost one.
         print(f"das_ds: {error}", file=sys.stderr)
         hard_exit(EXIT_HANG)
         raise
-    # Only when all went well: a rank that failed alone would wait here for peers that wait for it.
+    # Only after success: a rank that failed alone would wait here for peers that wait for it.
     ranks.close()
     if ranks.info.is_main:
         state = "complete" if results.complete else "incomplete"
@@ -134,7 +136,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _check_config(config: RunConfig, _: argparse.Namespace) -> None:
-    # What does not fit one rank fits no number of them.
+    # A config that is invalid for one rank is invalid for any number.
     build_engine_config(config, world_size=1)
     print(yaml.safe_dump(resolved_dict(config), sort_keys=False), end="")
 
@@ -144,7 +146,7 @@ def _methods(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    # transformers reports what it misses as it builds networks; the answer is the table alone.
+    # transformers logs missing weights while it builds networks; only the table is printed.
     from transformers.utils import logging
 
     from das_ds.config import ModelConfig
@@ -182,70 +184,96 @@ class _CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
 
+_Commands: TypeAlias = "argparse._SubParsersAction[_CommandParser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _CommandParser(prog="das-ds", description="Continual pre-training without forgetting.")
-    # The DeepSpeed launcher puts it first where it starts a module (`deepspeed --module das_ds train ...`).
+    # The DeepSpeed launcher puts it first when it starts a module (`deepspeed --module das_ds train ...`).
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, action, text in (
-        ("train", _train, "run or continue a sequence of domains"),
-        ("evaluate", _evaluate, "print an exported model's held-out losses on the corpora of a config, as JSON"),
-        ("finetune", _finetune, "fine-tune an exported model on the tasks of a config and record its scores"),
-        (
-            "preflight",
-            _preflight,
-            "check ranks, folders, disk, text, model and memory before a run; start it like train",
-        ),
-        (
-            "check-config",
-            _check_config,
-            "check a config and its DeepSpeed file without ranks, text or model, and print it with every default",
-        ),
-    ):
-        command = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        command.lists_config_keys = True
-        command.set_defaults(action=action)
-        command.add_argument("--config", required=True, type=Path, help="run config (YAML)")
-        command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
-        # The DeepSpeed launcher passes it; LOCAL_RANK in the environment is what counts.
-        command.add_argument("--local_rank", help=argparse.SUPPRESS)
-        if name == "preflight":
-            command.add_argument("--json", action="store_true", help="print the findings as one JSON object")
-        if name in ("evaluate", "finetune"):
-            command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
-        if name == "finetune":
-            command.add_argument(
-                "--task",
-                action="append",
-                default=[],
-                metavar="NAME",
-                help="a task of the config, may be repeated; default: all",
-            )
-            text = "file of scores to begin or continue; default: end_tasks.json beside the model of a run, or in base/"
-            command.add_argument("--output", type=Path, metavar="FILE", help=text)
-    text = "compare runs: tables, pictures and comparison.json, with intervals over seeds"
-    report = commands.add_parser("report", help=text, description=text)
-    report.set_defaults(action=_report)
-    text = "run folder; those that differ in their seed alone are one group, or those given one LABEL"
-    report.add_argument("runs", nargs="*", metavar="[LABEL=]RUN", help=text)
-    text = "folder to write to; default: comparison"
-    report.add_argument("--output", type=Path, default=Path("comparison"), metavar="DIR", help=text)
-    text = "group that all others are compared with; default: the group of the first run"
-    report.add_argument("--baseline", metavar="LABEL", help=text)
-    report.add_argument("--wandb", action="store_true", help="also log tables and plots to W&B (job type report)")
-    text = "print all continual-learning methods, or the config keys of one"
-    methods = commands.add_parser("methods", help=text, description=text)
-    methods.set_defaults(action=_methods)
-    methods.add_argument("name", nargs="?", metavar="NAME", help="name of a method; default: list all")
-    text = "print a model's table of units: registered, or proposed and tried on a small network with random weights"
-    inspect = commands.add_parser("inspect", help=text, description=text)
-    inspect.set_defaults(action=_inspect)
-    inspect.add_argument("model", metavar="MODEL", help="model folder, hub name, or model config file (.yaml, .json)")
-    inspect.add_argument("--objective", choices=("mlm", "clm"), help="of a proposal; default: that of the architecture")
-    inspect.add_argument("--yaml", action="store_true", help="print the table as model.architecture of a run config")
+    commands: _Commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_config_command(commands, "train", _train, "run or resume a sequence of domains")
+    _add_evaluate(commands)
+    _add_finetune(commands)
+    _add_preflight(commands)
+    _add_config_command(
+        commands,
+        "check-config",
+        _check_config,
+        "check a config and its DeepSpeed file without ranks, text or model, and print it with all defaults",
+    )
+    _add_report(commands)
+    _add_methods(commands)
+    _add_inspect(commands)
     return parser
+
+
+def _add_config_command(
+    commands: _Commands, name: str, action: Callable[[RunConfig, argparse.Namespace], None], text: str
+) -> _CommandParser:
+    """A command that takes a run config and overrides."""
+    command = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.lists_config_keys = True
+    command.set_defaults(action=action)
+    command.add_argument("--config", required=True, type=Path, help="run config (YAML)")
+    command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
+    # Passed by the DeepSpeed launcher; the environment variable LOCAL_RANK counts.
+    command.add_argument("--local_rank", help=argparse.SUPPRESS)
+    return command
+
+
+def _add_evaluate(commands: _Commands) -> None:
+    text = "print an exported model's held-out losses on the corpora of a config, as JSON"
+    command = _add_config_command(commands, "evaluate", _evaluate, text)
+    command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
+
+
+def _add_finetune(commands: _Commands) -> None:
+    text = "fine-tune an exported model on the tasks of a config and record its scores"
+    command = _add_config_command(commands, "finetune", _finetune, text)
+    command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
+    text = "a task of the config, may be repeated; default: all"
+    command.add_argument("--task", action="append", default=[], metavar="NAME", help=text)
+    text = "file of scores to create or extend; default: end_tasks.json next to the model of a run, or in base/"
+    command.add_argument("--output", type=Path, metavar="FILE", help=text)
+
+
+def _add_preflight(commands: _Commands) -> None:
+    text = "check ranks, folders, disk, text, model and memory before a run; start it like train"
+    command = _add_config_command(commands, "preflight", _preflight, text)
+    command.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+
+
+def _add_report(commands: _Commands) -> None:
+    text = "compare runs: tables, pictures and comparison.json, with intervals over seeds"
+    command = commands.add_parser("report", help=text, description=text)
+    command.set_defaults(action=_report)
+    text = "run folder; runs that differ only in their seed are one group, as are those with the same LABEL"
+    command.add_argument("runs", nargs="*", metavar="[LABEL=]RUN", help=text)
+    text = "folder to write to; default: comparison"
+    command.add_argument("--output", type=Path, default=Path("comparison"), metavar="DIR", help=text)
+    text = "group that all others are compared with; default: the group of the first run"
+    command.add_argument("--baseline", metavar="LABEL", help=text)
+    command.add_argument("--wandb", action="store_true", help="also log tables and plots to W&B (job type report)")
+
+
+def _add_methods(commands: _Commands) -> None:
+    text = "print all continual-learning methods, or the config keys of one"
+    command = commands.add_parser("methods", help=text, description=text)
+    command.set_defaults(action=_methods)
+    command.add_argument("name", nargs="?", metavar="NAME", help="name of a method; default: list all")
+
+
+def _add_inspect(commands: _Commands) -> None:
+    text = "print a model's table of units: registered, or proposed and tested on a small network with random weights"
+    command = commands.add_parser("inspect", help=text, description=text)
+    command.set_defaults(action=_inspect)
+    command.add_argument("model", metavar="MODEL", help="model folder, hub name, or model config file (.yaml, .json)")
+    text = "objective of a proposal; default: that of the architecture"
+    command.add_argument("--objective", choices=("mlm", "clm"), help=text)
+    command.add_argument("--yaml", action="store_true", help="print the table as model.architecture of a run config")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def nearest_keys(key: str, method: str | None = None) -> list[str]:
 def _walk(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[ConfigKey]:
     for name, node in schema["properties"].items():
         key = prefix + name
-        section = _section_of(node, definitions)
+        section = _find_section(node, definitions)
         is_list = node.get("type") == "array" and section is not None
         yield ConfigKey(
             key=key,
@@ -167,8 +167,8 @@ def _walk(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> I
             yield from _walk(section, definitions, prefix=key + ".")
 
 
-def _section_of(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any] | None:
-    """The schema of the section that a key holds, alone, optionally or in a list; None for plain values."""
+def _find_section(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any] | None:
+    """Schema of the section under a key, alone, optional or in a list; None for plain values."""
     for candidate in (node, node.get("items", {}), *node.get("anyOf", [])):
         if "$ref" in candidate:
             definition: dict[str, Any] = definitions[candidate["$ref"].rpartition("/")[2]]
