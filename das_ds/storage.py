@@ -40,6 +40,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield partial
         # Some libraries replace this file by one that only its owner may read.
         partial.chmod(mode)
+        # Content first, then the name, then the folder's entry: in this order nothing half-written can appear.
         sync(partial)
         os.replace(partial, path)
     except BaseException:
@@ -81,6 +82,7 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
         _give_modes(partial)
         sync_all(partial)
         shutil.rmtree(old, ignore_errors=True)
+        # A folder cannot be replaced by a rename unless it is empty, so the old one is moved away first.
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)

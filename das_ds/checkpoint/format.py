@@ -48,6 +48,7 @@ def immutable_tensors(states: Mapping[str, ComponentState], *, is_main: bool) ->
     """Key -> copy in host memory of all other tensors; only rank 0 writes those that are equal on all ranks."""
     tensors = {}
     for component, state in states.items():
+        # Rank-local tensors of every rank; replicated ones once, in rank 0's file.
         for kind, values in ((RANK_LOCAL, state.rank_local), (REPLICATED, state.replicated if is_main else {})):
             for name, value in values.items():
                 tensors[SEPARATOR.join((kind, component, name))] = value.detach().cpu().clone().contiguous()

@@ -132,6 +132,7 @@ class AsyncCheckpointer:
         manifest = self._manifest
         self._manifest = None
         with self._stalling():
+            # Gathered also on failure, so that no rank waits for one that could not write.
             record, failure = self._finish_file()
             results = self._ranks.all_gather_object((record, failure, self._writer.write_seconds))
             failures = [failure for _, failure, _ in results if failure is not None]

@@ -155,6 +155,7 @@ def find_latest_valid(store: CheckpointStore, ranks: ProcessGroup) -> Manifest |
         CheckpointError: there are checkpoints, but no valid one.
     """
     names = ranks.all_gather_object(store.names() if ranks.info.is_main else [])[0]
+    # Newest first; usually the first one is valid.
     for name in reversed(names):
         manifest, problems = _validate(store, name, ranks)
         if not problems:

@@ -91,12 +91,14 @@ class ProcessGroup:
                     result = prepare()
                 except DasError as error:
                     failure = error
+            # Also the barrier between the turns.
             self.raise_on_all_ranks(failure)
         assert result is not None
         return result
 
     def raise_on_all_ranks(self, failure: DasError | None) -> None:
         """Raise on every rank the first error that any rank has."""
+        # Errors are gathered as objects, so that every rank raises the same class with the same message.
         for error in self.all_gather_object(failure):
             if error is not None:
                 raise error
@@ -133,6 +135,7 @@ class ProcessGroup:
         Returns:
             (world_size * size,).
         """
+        # all_gather_into_tensor needs shards of equal size.
         padded = nn.functional.pad(shard, (0, size - shard.numel())) if shard.numel() < size else shard
         gathered = torch.empty(self.info.world_size * size, dtype=shard.dtype)
         with in_collective():
@@ -189,6 +192,7 @@ def _set_default_environment() -> None:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    # A free port keeps single-rank runs on one host apart; several ranks have to agree on a fixed one.
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500"
 

@@ -125,6 +125,7 @@ class ResumableLoops:
         started = [(label, loop) for label, loop in self._loops.items() if loop.num_done]
         if not started:
             return ComponentState(metadata={"done": []})
+        # Taken between two batches, so this is the state with which the next batch begins.
         tensors = {f"{RNG}{name}": value for name, value in get_rng_state().items()}
         for number, (_, loop) in enumerate(started):
             tensors |= {f"{number}/{name}": value for name, value in loop.accumulators.items()}

@@ -35,6 +35,7 @@ class ShardedBuffer:
             indices: of n different rows of the buffer, equal on every rank.
             rows: (n, D) int32, each nonzero on at most one rank; overwritten.
         """
+        # One collective brings every row to the rank that stores it; all others contribute zeros.
         rows = all_reduce_sum(rows)
         positions, slots = self._local(indices)
         self.rows.index_copy_(0, slots, rows.index_select(0, positions))
@@ -50,6 +51,7 @@ class ShardedBuffer:
     def load(self, rows_by_rank: Sequence[torch.Tensor]) -> None:
         """Load the `rows` of all ranks that saved, in rank order; their number may differ from that of this run."""
         num_saved = len(rows_by_rank)
+        # Rank r of the W' that saved holds rows r, r + W', ...; this rank keeps those that are its own now.
         for saved_rank, rows in enumerate(rows_by_rank):
             indices = torch.arange(saved_rank, saved_rank + len(rows) * num_saved, num_saved)
             is_local = indices % world_size() == rank()

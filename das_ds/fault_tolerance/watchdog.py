@@ -183,6 +183,7 @@ class Watchdog:
             self._idle_since = self._clock
             self._stacks = StackReport()
         self._detector.update(self._store.snapshot, self._clock)
+        # Reading stacks stops all threads for a moment, so it is done only when a stall is suspected.
         if not self._num_suspensions and self._clock - self._idle_since > self._hang_timeout / 2:
             self._stacks = inspect_stacks(self._main_thread)
         if not self._main_decides and (reason := self._detector.diagnose(self._heartbeat(), EXIT_GRACE_S)):

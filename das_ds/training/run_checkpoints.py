@@ -113,6 +113,7 @@ class RunCheckpoints:
             self._engine.zero_stage,
             self._engine.weights.shards,
         )
+        # Rank-local state comes back empty if the world size or ZeRO stage changed; components handle that themselves.
         for name, component in self._components.items():
             component.load_state_dict(self._reader.component(name))
         return manifest.run
@@ -132,6 +133,7 @@ class RunCheckpoints:
 
     def find_rollback_target(self) -> Manifest:
         """The latest valid checkpoint, after the one that is being written is published."""
+        # The checkpoint in progress may be the latest valid one.
         self.save_point.wait()
         self.close_reader()
         manifest = find_latest_valid(self._services.checkpoints, self._services.process_group)

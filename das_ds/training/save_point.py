@@ -88,6 +88,7 @@ class SavePoint:
                 ends=failure is not None,
             )
         )
+        # All ranks read the same reduced flags, so all take the same branches, in which they meet in collectives.
         if flags.ends:
             self._ranks.raise_on_all_ranks(failure)
         # Flags from the save point at which this checkpoint began, before it was started, do not concern it.
@@ -116,6 +117,7 @@ class SavePoint:
         if self._checkpointer.is_open:
             self._publish()
         self._checkpointer.wait()
+        # No exchange may be pending when the process group is destroyed.
         self._flag_sync.wait()
         self._ranks.raise_on_all_ranks(self._saveable.failure())
 
@@ -133,6 +135,7 @@ class SavePoint:
         }
 
     def _start(self, run: RunState) -> None:
+        # One checkpoint at a time: if the disk is slower than the interval, training waits here.
         if self._checkpointer.is_open:
             self._publish()
         with self._watchdog.suspend_timeout("saving"):

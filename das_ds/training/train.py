@@ -39,12 +39,14 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
     run_dir = RunDir(config.output_dir)
     watchdog = Watchdog(ranks, config.runtime.hang_timeout, run_dir)
     lock = RunLock(config.output_dir, on_loss=_exit_without_writing)
+    # The lock is acquired inside: a start that waits for it is not hung, and a signal ends it cleanly.
     with watchdog, lock, ShutdownHandler(run_dir, config.runtime.stop_signals) as shutdown:
         with watchdog.suspend_timeout("opening the run folder"):
             ranks.run_on_main(lock.acquire)
             run_dir = ranks.main_process_first(lambda: open_run_dir(config))
             store = CheckpointStore(run_dir.checkpoints_dir, config.checkpoint.keep_last)
             manifest = find_latest_valid(store, ranks)
+        # Rank 0 alone: files on a network file system may appear later on other nodes.
         ranks.run_on_main(lambda: _check_run_dir(run_dir, manifest))
         if manifest is not None and manifest.run.phase == "finished":
             return _write_final_results(config, ranks, run_dir, manifest)

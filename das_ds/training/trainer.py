@@ -89,14 +89,16 @@ class ContinualTrainer(Callbacks):
         self._stages = config.stages
         self._start_time = time.monotonic()
         self._earlier_seconds = 0.0
-        # Before the model is built: an export that cannot be in the wanted type fails in the first second.
+        # Before the model is built, so that an unsupported export dtype fails in the first second.
         self._export_dtype = export_dtype(config)
         self._context = self._build_context(engine_config)
         self._network = self._context.network
         self.engine = self._context.engine
         self._state = self._initial_state()
+        # In host memory, and only for methods that train every domain from the base model.
         self._base = self.engine.weights.snapshot() if method_class(config.method).starts_from_base else None
         self._method = build_method(self._context)
+        # Rewinds are counted over the run, so one guard serves all domains.
         self._guard = LossGuard(config.faults)
         self._loops = ResumableLoops(
             self.on_batch_end, show_progress=self._ranks.info.is_main, device=self._ranks.info.device
@@ -111,6 +113,7 @@ class ContinualTrainer(Callbacks):
             "loops": self._loops,
             "loss_guard": self._guard,
         }
+        # Last: it makes process groups, which all ranks have to do in the same order.
         self._checkpoints = RunCheckpoints(config, services, self.engine, components)
         self._save_point = self._checkpoints.save_point
 
@@ -142,7 +145,9 @@ class ContinualTrainer(Callbacks):
         )
 
     def _initial_state(self) -> RunState:
+        """Start with the head warm-up if the LM head was initialized at random and the config asks for it."""
         record = get_weights_record(self._model)
+        # Weights that no file held and that were initialized at random.
         drawn = [] if record is None else record["drawn"]
         warms_up = bool(drawn) and self._config.model.head_warmup_steps > 0
         if self._config.model.head_warmup_steps and not warms_up and self._ranks.info.is_main:
@@ -169,6 +174,7 @@ class ContinualTrainer(Callbacks):
         elif self._state.phase == HEAD_WARMUP:
             # Steps come after a checkpoint, to which a rollback could return.
             self._save_point.save(self._state)
+        # Lines logged after the checkpoint would appear twice.
         self._checkpoints.truncate_metrics(self._state, manifest)
         if self._ranks.info.is_main:
             print_lines(self._summarize(manifest).lines())
@@ -187,17 +193,19 @@ class ContinualTrainer(Callbacks):
         return self._results()
 
     def _rollback(self) -> None:
+        """Return to the latest checkpoint; the loss guard remembers which step to skip."""
         manifest = self._checkpoints.find_rollback_target()
         self._loops.reset()
         self._state = self._checkpoints.load(manifest)
         self._checkpoints.truncate_metrics(self._state, manifest)
 
-    # Phases, in the order in which a domain passes them.
+    # Phases, in the order in which they run for a domain.
 
     def _warm_up_head(self) -> None:
         """Train the LM head alone on text of the first stage, which then begins with the same text."""
         model = self._config.model
         stage = replace(self._stage, num_steps=model.head_warmup_steps)
+        # Parameter names of the network below the head begin with its attribute name, such as `roberta.`.
         body = f"{self._model.base_model_prefix}."
         head = {name for name in self.engine.parameters if not name.startswith(body)}
         with self._network.training_head_only(), self.engine.training_only(head):
@@ -205,6 +213,7 @@ class ContinualTrainer(Callbacks):
         self._enter(self._state.model_copy(update={"phase": "evaluate", "domain_step": 0}))
 
     def _evaluate(self) -> None:
+        """Evaluate all corpora and publish the results so far."""
         losses = evaluate_corpora(self._network, self._data, self._loops)
         is_last = self._state.domains_done == len(self._stages)
         state = self._state.model_copy(
@@ -213,6 +222,7 @@ class ContinualTrainer(Callbacks):
                 "phase": "finished" if is_last else "before",
             }
         )
+        # Published before the checkpoint: a run that dies in between publishes the same results again.
         self._state = self._with_wall_time(state)
         with self._watchdog.suspend_timeout("writing results"):
             self._ranks.run_on_main(lambda: self._publish(losses))
@@ -224,6 +234,7 @@ class ContinualTrainer(Callbacks):
         self._enter(self._state)
 
     def _before_domain(self) -> None:
+        """Let the method prepare the domain, for example measure importance."""
         if self._base is not None:
             self.engine.weights.restore(self._base)
         self._network.num_rows = self._data.num_rows(self._stage.last_domain)
@@ -233,7 +244,9 @@ class ContinualTrainer(Callbacks):
         self._enter(self._state.model_copy(update={"phase": "train"}), save=self._loops.num_batches > 0)
 
     def _train_domain(self) -> None:
+        """Run the optimizer steps of the domain."""
         stage = self._stage
+        # Trained from the base model, a domain is the first and the last of its learning-rate schedule.
         is_alone = self._base is not None
         self._run_steps(
             stage,
@@ -245,6 +258,7 @@ class ContinualTrainer(Callbacks):
         self._enter(self._state.model_copy(update={"phase": "after"}))
 
     def _after_domain(self) -> None:
+        """Let the method finish the domain, then export the model."""
         stage = self._stage
         self._network.num_rows = self._data.num_rows(stage.last_domain)
         self._seed(AFTER_SEED)
@@ -293,6 +307,7 @@ class ContinualTrainer(Callbacks):
             num_steps=stage.num_steps,
         )
         self._progress = progress
+        # Logits cover only the tokens that this domain knows.
         self._network.num_rows = self._data.num_rows(stage.last_domain)
         trainer = DomainTrainer(
             self.engine,
@@ -302,6 +317,7 @@ class ContinualTrainer(Callbacks):
             guard=self._guard,
             callbacks=self,
         )
+        # Resets moments and schedule; `load_step_components` restores them when the run resumes within the domain.
         self.engine.start_domain(stage.num_steps, **schedule)
         method.on_train_start(self._domain_context())
         self._seed(STEP_SEEDS[self._state.phase])
@@ -318,6 +334,7 @@ class ContinualTrainer(Callbacks):
                 self._checkpoints.load_step_components()
             trainer.run(self._data.training_steps(stage, first_step), progress, first_step=first_step)
         finally:
+            # Also after a rollback or stop: later phases must not save the state of these steps.
             self._checkpoints.step_components = {}
         self._state = self._state_after(stage.num_steps)
 
