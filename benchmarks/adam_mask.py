@@ -42,7 +42,8 @@ WITH_TORCH = (
     replace(SGD, mask="update"),
 )
 ON_RANKS = (replace(ADAMW, mask="gradient"), replace(ADAMW, mask="update"))
-ZERO_STAGES, WORLD_SIZES = (0, 1, 2, 3), (1, 2)
+ZERO_STAGES = (0, 1, 2, 3)
+WORLD_SIZES = (1, 2)
 ONE_STEP_FACTOR = 500
 """A single step is this much larger, so that the rounding of the weights is small beside their movement."""
 
@@ -61,7 +62,8 @@ class Intention:
         single = one_step(training)
         ratio = moved[training] / moved[replace(training, mask=None)]
         single_ratio = moved[single] / moved[replace(single, mask=None)]
-        protected, scale = self.importance >= 0.9, 1 - self.importance
+        protected = self.importance >= 0.9
+        scale = 1 - self.importance
         return {
             "trained by": trained_by,
             "optimizer": "SGD" if training.optimizer == "sgd" else f"AdamW eps {training.eps:.0e}",

@@ -31,7 +31,8 @@ from das_ds.kernels.soft_update import soft_update_
 from das_ds.kernels.unit_gate import accumulate_, unit_gate
 
 Form = Callable[[], object]
-HIDDEN, INTERMEDIATE = 768, 3072
+HIDDEN = 768
+INTERMEDIATE = 3072
 LAYER = (
     *((HIDDEN, HIDDEN, "rows"), (HIDDEN, 1, "rows")) * 3,
     *((HIDDEN, HIDDEN, "columns"), (HIDDEN, 1, ""), (HIDDEN, 1, ""), (HIDDEN, 1, "")),
@@ -53,7 +54,9 @@ POSITIONS = 128
 
 def layer_segments(numel: int) -> tuple[Segment, ...]:
     """Segments of a partition of `numel` elements; row and column importances lie one after the other in the values."""
-    segments, position, value = [], 0, 0
+    segments = []
+    position = 0
+    value = 0
     for number, (rows, columns, axis) in enumerate(cycle(LAYER)):
         offset = SHIFT if number == 0 else 0
         length = min(rows * columns - offset, numel - position)
@@ -77,8 +80,10 @@ class Problem:
     """A flat tensor with gradient and moments, and every form of work on it."""
 
     def __init__(self, numel: int, device: torch.device) -> None:
-        self.numel, self.device = numel, device
-        self.param, self.grad = torch.randn(numel, device=device), torch.randn(numel, device=device)
+        self.numel = numel
+        self.device = device
+        self.param = torch.randn(numel, device=device)
+        self.grad = torch.randn(numel, device=device)
         self.moments = torch.zeros(numel, device=device), torch.zeros(numel, device=device)
         self.step = torch.tensor(3.0, device=device)
         self.units = unit_protection(numel, device)
@@ -93,7 +98,8 @@ class Problem:
         Args:
             without: forms to leave out, of `SLOW_TO_START`.
         """
-        old, grads = self.grad, list(self.grad.split(-(-self.numel // 64)))
+        old = self.grad
+        grads = list(self.grad.split(-(-self.numel // 64)))
         scale = MaskedScale([_part(self.units, start, len(g)) for start, g in _starts(grads)])
         return {
             COPY: (8, lambda: self.moments[0].copy_(self.grad)),
@@ -149,9 +155,11 @@ class Problem:
         param = torch.nn.Parameter(self.param)
         param.grad = self.grad
         if self.device.type == "cuda":
-            name, adam = "FusedAdam", FusedAdam([param], **ADAMW, adam_w_mode=True)
+            name = "FusedAdam"
+            adam = FusedAdam([param], **ADAMW, adam_w_mode=True)
         else:
-            name, adam = "CPUAdam", DeepSpeedCPUAdam([param], **ADAMW, adamw_mode=True)
+            name = "CPUAdam"
+            adam = DeepSpeedCPUAdam([param], **ADAMW, adamw_mode=True)
         return {
             f"AdamW: DeepSpeed {name}, unmasked": (28, adam.step),
             f"AdamW: DeepSpeed {name}, then a mask pass over the flat tensor": (28, self._then_pass(adam.step)),
@@ -159,12 +167,14 @@ class Problem:
 
     def _gate_forms(self) -> dict[str, tuple[int, Form]]:
         """Gates on heads of 64 features, of all rows; and the same in eager torch."""
-        num_rows, num_heads = max(1, self.numel // (POSITIONS * HIDDEN)), HIDDEN // 64
+        num_rows = max(1, self.numel // (POSITIONS * HIDDEN))
+        num_heads = HIDDEN // 64
         size = num_rows * POSITIONS * HIDDEN
         if size > self.numel:
             return {}
         x, dy = (t[:size].view(num_rows, POSITIONS, HIDDEN) for t in (self.param, self.grad))
-        gate, weights = torch.rand(1, num_heads, device=self.device), torch.ones(num_rows, device=self.device)
+        gate = torch.rand(1, num_heads, device=self.device)
+        weights = torch.ones(num_rows, device=self.device)
         sums = torch.zeros(num_rows, num_heads, device=self.device)
         by_head = (num_rows, POSITIONS, num_heads, 64)
 
@@ -180,7 +190,8 @@ class Problem:
 
     def _fused_and_broadcast(self) -> None:
         assert self.units.table is not None
-        old, values = self.param.clone(), self.units.table.values
+        old = self.param.clone()
+        values = self.units.table.values
         self._fused()
         for segment in self.units.segments:
             # Whole rows only: what a partition cuts off would need more code and hardly more time.
@@ -220,7 +231,8 @@ def _part(whole: Protection, start: int, numel: int) -> Protection:
     assert whole.table is not None
     parts = []
     for s in whole.segments:
-        first, stop = max(s.start, start), min(s.stop, start + numel)
+        first = max(s.start, start)
+        stop = min(s.stop, start + numel)
         if first < stop:
             offset = s.offset + first - s.start
             parts.append(Segment(first - start, stop - first, offset, s.num_columns, s.rows, s.columns))
@@ -267,7 +279,8 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", choices=SLOW_TO_START, default=[], help="forms to leave out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    device, rows = default_device(), []
+    device = default_device()
+    rows = []
     with compiled_apart():
         for numel in map(int, options.sizes):
             needed = BYTES_PER_ELEMENT * numel

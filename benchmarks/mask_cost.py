@@ -26,7 +26,9 @@ from das_ds.softmask.importance_file import save_parameter_importance, save_unit
 from das_ds.tracking.throughput import peak_memory_gib
 from tests.helpers.run_ranks import run_ranks
 
-UNMASKED, UNIT, PARAMETER = "no mask", "unit", "parameter"
+UNMASKED = "no mask"
+UNIT = "unit"
+PARAMETER = "parameter"
 STAGES = (2, 3)
 WARM_UP = 1
 
@@ -93,7 +95,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=Workload.precision)
     parser.add_argument("--world-size", type=int, default=1 if torch.cuda.is_available() else 2)
     options = vars(parser.parse_args())
-    repeats, world_size = options.pop("repeats"), options.pop("world_size")
+    repeats = options.pop("repeats")
+    world_size = options.pop("world_size")
     work = Workload(**options)
     with TemporaryDirectory() as folder:
         rows = measure(work, world_size, repeats, Path(folder))

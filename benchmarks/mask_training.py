@@ -86,7 +86,8 @@ def build_batches(sizes: Sizes, num_steps: int) -> list[Batch]:
     """One batch per step; word frequencies follow Zipf's law and 15 % of the tokens are masked."""
     generator = torch.Generator().manual_seed(1)
     weights = 1 / torch.arange(1, sizes.vocab_size - FIRST_WORD + 1)
-    shape, num_tokens = (sizes.batch_size, sizes.sequence_length), sizes.batch_size * sizes.sequence_length
+    shape = (sizes.batch_size, sizes.sequence_length)
+    num_tokens = sizes.batch_size * sizes.sequence_length
     batches: list[Batch] = []
     for _ in range(num_steps):
         flat = FIRST_WORD + torch.multinomial(weights, num_tokens, replacement=True, generator=generator)
@@ -146,7 +147,8 @@ def train_with_torch(sizes: Sizes, training: Training, importance: Path) -> Tens
 def train_on_ranks(sizes: Sizes, trainings: list[Training], importance: Path, zero_stage: int) -> list[Tensor]:
     """Movement of FFN rows in each training by the package's engine; to be called on every rank of a group."""
     ranks = init_process_group()
-    rank, world_size = ranks.info.rank, ranks.info.world_size
+    rank = ranks.info.rank
+    world_size = ranks.info.world_size
     movements = []
     for training in trainings:
         method = build_method(build_config(sizes, training, importance, zero_stage, world_size), ranks)

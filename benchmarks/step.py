@@ -31,7 +31,9 @@ from das_ds.config import RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup, init_process_group
 
-PLAIN, DAS, RELEASED = "plain MLM", "DAS as built", "DAS, released form"
+PLAIN = "plain MLM"
+DAS = "DAS as built"
+RELEASED = "DAS, released form"
 BUDGET = {"cpu": {PLAIN: 3.7, RELEASED: 0.6}, "cuda": {RELEASED: 0.5}}
 """Device type -> form -> largest ratio of a DAS step to it."""
 PHASES = ("forward", "backward", "update")
@@ -63,7 +65,8 @@ class ProductForm:
     """A method of the package over its engine."""
 
     def __init__(self, config: RunConfig, ranks: ProcessGroup, batch: Batch) -> None:
-        self._method, self._batch = build_method(config, ranks), batch
+        self._method = build_method(config, ranks)
+        self._batch = batch
         self._token_scale = torch.tensor(1 / batch.num_predicted, device=ranks.info.device)
 
     def step(self) -> Iterator[None]:
@@ -90,7 +93,8 @@ def build_config(work: Workload, method: dict[str, Any]) -> RunConfig:
 def build_batch(work: Workload) -> Batch:
     """Random words, a share of them masked."""
     generator = torch.Generator().manual_seed(1)
-    shape, num_tokens = (work.batch_size, work.sequence_length), work.batch_size * work.sequence_length
+    shape = (work.batch_size, work.sequence_length)
+    num_tokens = work.batch_size * work.sequence_length
     flat = torch.randint(FIRST_WORD, MASK_TOKEN, (num_tokens,), generator=generator)
     predicted = torch.randperm(num_tokens, generator=generator)[: round(work.mlm_probability * num_tokens)]
     return Batch(
@@ -128,13 +132,15 @@ def build_released(config: RunConfig, importance: dict[str, torch.Tensor], batch
 
 def builders(work: Workload, ranks: ProcessGroup, folder: Path) -> dict[str, Callable[[], Form]]:
     """Name of each form -> what builds it."""
-    device, path = ranks.info.device, folder / "importance.safetensors"
+    device = ranks.info.device
+    path = folder / "importance.safetensors"
     plain = build_config(work, {"name": "ncl"})
     das = build_config(work, {"name": "das", "importance": {"init_from": str(path)}})
     # Layout and sizes are all that is wanted of this model.
     with torch.device("meta"):
         skeleton = build_model(plain)
-    importance, batch = draw_importance(skeleton.config), build_batch(work).to(device)
+    importance = draw_importance(skeleton.config)
+    batch = build_batch(work).to(device)
     write_importance(path, skeleton, importance)
     return {
         PLAIN: partial(ProductForm, plain, ranks, batch),
@@ -193,7 +199,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=Workload.precision)
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2), default=Workload.zero_stage)
     options = vars(parser.parse_args())
-    repeats, work, ranks = options.pop("repeats"), Workload(**options), init_process_group()
+    repeats = options.pop("repeats")
+    work = Workload(**options)
+    ranks = init_process_group()
     with TemporaryDirectory() as folder:
         rows = measure(builders(work, ranks, Path(folder)), ranks.info.device, repeats)
     print_table(rows)

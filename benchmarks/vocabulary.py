@@ -32,7 +32,10 @@ from das_ds.config import TrainConfig
 from das_ds.kernels.dispatch import use_liger
 from das_ds.models.lm_loss import ChunkedLMLoss, positions_per_chunk
 
-AT_ONCE, IN_CHUNKS, WRAPPED = FORMS = "at once", "in chunks", "in chunks, wrapped"
+AT_ONCE = "at once"
+IN_CHUNKS = "in chunks"
+WRAPPED = "in chunks, wrapped"
+FORMS = (AT_ONCE, IN_CHUNKS, WRAPPED)
 MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

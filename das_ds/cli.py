@@ -107,7 +107,8 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.downstream.scores import summarize_scores
     from das_ds.downstream.tasks import select_tasks
 
-    tasks, path = select_tasks(config.tasks, options.task), resolve_scores_path(config, options.model, options.output)
+    tasks = select_tasks(config.tasks, options.task)
+    path = resolve_scores_path(config, options.model, options.output)
     # The head of a classifier is new by nature; transformers would report it for every job.
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from das_ds.data.corpus import read_documents
 
-MASKED, RANDOM, KEPT = 0.8, 0.1, 0.1
+MASKED = 0.8
+RANDOM = 0.1
+KEPT = 0.1
 SMOOTHING = 0.5
 
 
@@ -46,7 +48,8 @@ def context_free_bounds(train_ids: Tensor, valid_ids_N: Tensor, num_tokens: int)
     p = torch.bincount(train_ids, minlength=num_tokens).double() + SMOOTHING
     p /= p.sum()
     is_true = KEPT * p / (KEPT * p + RANDOM / num_tokens)
-    log_p, repeated = p[valid_ids_N].log(), is_true[valid_ids_N]
+    log_p = p[valid_ids_N].log()
+    repeated = is_true[valid_ids_N]
     unigram = -log_p.mean()
     kept = -(repeated + (1 - repeated) * log_p.exp()).log().mean()
     # Of the n tokens that may stand there by chance, one is the true one.

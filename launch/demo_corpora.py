@@ -21,7 +21,8 @@ from das_ds.errors import DataError
 from launch.demo_sources import cpp_documents, formula_documents, general_documents, python_documents
 
 MIN_BYTES = 1_000_000
-MIN_CHARACTERS, MAX_CHARACTERS = 80, 10_000
+MIN_CHARACTERS = 80
+MAX_CHARACTERS = 10_000
 VALID_FRACTION = 0.05
 VOCAB_SIZE = 512
 TOKENIZER_FRACTION = 0.1

@@ -17,7 +17,10 @@ from benchmarks.chaos.run_digest import differences, run_digest
 from benchmarks.chaos.timeline import first_batch, list_checkpoints
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
-NEWEST, NEWEST_TWO, OLDER, ALL = "the newest", "the newest two", "an older one", "all"
+NEWEST = "the newest"
+NEWEST_TWO = "the newest two"
+OLDER = "an older one"
+ALL = "all"
 STOP_AT = (TRAINING, f"train {DOMAINS[1]}", 15)
 TARGETS = (NEWEST, NEWEST_TWO, ALL, NEWEST, OLDER, NEWEST)
 PROBLEM = "is corrupt"

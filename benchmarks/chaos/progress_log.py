@@ -17,8 +17,13 @@ from das_ds.training.data_module import DataModule
 Spot = tuple[str, str, int]
 """Place, part and number of a batch or optimizer step: the same in every run of a job."""
 
-START, EVALUATION, TRAINING, BETWEEN, EXPORT = "start", "evaluation", "training", "between phases", "export"
-GENERAL, DOMAIN = "importance of general knowledge", "importance of a domain"
+START = "start"
+EVALUATION = "evaluation"
+TRAINING = "training"
+BETWEEN = "between phases"
+EXPORT = "export"
+GENERAL = "importance of general knowledge"
+DOMAIN = "importance of a domain"
 MAX_LINE_LENGTH = 256
 
 

@@ -8,7 +8,8 @@ from random import Random
 from benchmarks.chaos.progress_log import BETWEEN, DOMAIN, EVALUATION, EXPORT, GENERAL, START, TRAINING, Spot
 from benchmarks.chaos.timeline import Timeline
 
-SAVING, ANY = "saving", "any moment"
+SAVING = "saving"
+ANY = "any moment"
 BATCHES = (EVALUATION, GENERAL, TRAINING, DOMAIN)
 SPOTS = {
     EVALUATION: (EVALUATION,),

@@ -102,6 +102,7 @@ def next_rate(probes: tuple[Probe, ...], target: float) -> float | None:
         # No bracket yet: go down by halves.
         min_rate = MIN_RELATIVE_RATE * min(probes, key=lambda probe: probe.learned).learning_rate
         return upper.learning_rate / 2 if upper.learning_rate > min_rate else None
-    low, high = math.log(lower.learning_rate), math.log(upper.learning_rate)
+    low = math.log(lower.learning_rate)
+    high = math.log(upper.learning_rate)
     fraction = (lower.learned - target) / (lower.learned - upper.learned)
     return math.exp(low + min(max(fraction, MARGIN), 1 - MARGIN) * (high - low))

@@ -98,7 +98,8 @@ class ArchitectureConfig(Section):
     @model_validator(mode="after")
     def _groups_fit_together(self) -> ArchitectureConfig:
         counted = {group for group, count in self.units if count is not None}
-        ruled, gated = {rule.group for rule in self.rules}, [site.group for site in self.sites]
+        ruled = {rule.group for rule in self.rules}
+        gated = [site.group for site in self.sites]
         if not counted == ruled == set(gated) or len(gated) != len(set(gated)):
             raise ValueError(
                 f"units, rules and sites must name the same groups, each with one site; found units: "

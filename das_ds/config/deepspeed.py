@@ -147,7 +147,8 @@ def _refuse_unsupported(engine: dict[str, Any], precision: str) -> None:
 
 def _refuse_misfits(engine: dict[str, Any], world_size: int) -> None:
     """Refuse settings that DeepSpeed would silently ignore, or that would fail on some ranks only."""
-    zero, stage = _section(engine, "zero_optimization"), _zero_stage(engine)
+    zero = _section(engine, "zero_optimization")
+    stage = _zero_stage(engine)
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if zero.get(key, {}).get("device", "none") != "none" and stage < least:
             raise ConfigError(

@@ -144,7 +144,8 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """One text for each dotted key in which two configs differ, with both values; `MUTABLE_KEYS` are left out."""
-    before, after = dict(_flatten(resolved_dict(old))), dict(_flatten(resolved_dict(new)))
+    before = dict(_flatten(resolved_dict(old)))
+    after = dict(_flatten(resolved_dict(new)))
     return [
         f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
         for key in dict.fromkeys([*before, *after])
@@ -213,7 +214,8 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def _check_nesting(node: Any) -> None:
     """Raises ValueError where aliases make a node contain itself, or text of a few lines a tree without end."""
-    level, num_nodes = [node], 0
+    level = [node]
+    num_nodes = 0
     for _ in range(MAX_DEPTH):
         level = [child for parent in level for child in _children(parent)]
         num_nodes += len(level)
@@ -299,7 +301,8 @@ def _split_key(key: str, method: str | None) -> tuple[str, ConfigKey]:
     Below the row pydantic adds the position in a list of plain values, which is kept, or the type it tried for a value
     of several types, which is not.
     """
-    known, rows = key, config_keys(method)
+    known = key
+    rows = config_keys(method)
     while table_key(known) not in rows:
         known = known.rpartition(".")[0]
     position = key[len(known) + 1 :]

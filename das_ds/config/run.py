@@ -48,7 +48,8 @@ class RunConfig(Section):
     @property
     def stages(self) -> list[Stage]:
         """Stages in order: the domains one by one, or all at once in the same number of steps (`trains_jointly`)."""
-        names, num_steps = [domain.name for domain in self.domains], self.train.steps_per_domain
+        names = [domain.name for domain in self.domains]
+        num_steps = self.train.steps_per_domain
         if self.method.trains_jointly:
             return [Stage(0, tuple(names), len(names) * num_steps)]
         return [Stage(index, (name,), num_steps) for index, name in enumerate(names)]
@@ -120,7 +121,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _replay_is_possible(self) -> RunConfig:
-        replay, size = self.method.replay, self.train.global_batch_size
+        replay = self.method.replay
+        size = self.train.global_batch_size
         if replay.fraction is not None:
             _check_fraction(replay.fraction, size)
         elif self.num_replayed >= size:

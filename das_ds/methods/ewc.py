@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from das_ds.engine.quadratic_penalty import QuadraticPenalty
 
 EWC_LOSS = "ewc"
-FISHER, ANCHOR = "fisher", "anchor"
+FISHER = "fisher"
+ANCHOR = "anchor"
 
 
 class EwcConfig(MethodConfig):

@@ -107,7 +107,8 @@ def t_quantile(level: float, degrees_of_freedom: int) -> float:
         level: between 0 and 1.
         degrees_of_freedom: df >= 1.
     """
-    low, high = 0.0, math.pi / 2
+    low = 0.0
+    high = math.pi / 2
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if _t_probability(middle, degrees_of_freedom) < level:
@@ -119,7 +120,8 @@ def t_quantile(level: float, degrees_of_freedom: int) -> float:
 
 def _t_probability(theta: float, degrees_of_freedom: int) -> float:
     """P(|T| <= sqrt(df) tan(theta))."""
-    sine, cosine = math.sin(theta), math.cos(theta)
+    sine = math.sin(theta)
+    cosine = math.cos(theta)
     is_odd = degrees_of_freedom % 2 == 1
     # Odd: cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ...; even: 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...
     term = cosine if is_odd else 1.0
