@@ -216,12 +216,14 @@ def verdict(comparison: Comparison, matched_label: str) -> str:
     protected = comparison.group(PROTECTED).runs[0]
     matched = comparison.group(matched_label).runs[0]
     assert protected.forgetting is not None and matched.forgetting is not None, "the demo has several domains"
-    less = 1 - protected.forgetting / matched.forgetting
     losses = [run.loss_after_learning_later for run in (protected, matched)]
+    ratio = ""
+    if matched.forgetting > 0:  # a base model of too few steps still gains from every text
+        less = 1 - protected.forgetting / matched.forgetting
+        ratio = f"{abs(less):.0%} {'less' if less > 0 else 'more'}: "
     return (
         f"{PROTECTED} against {matched_label}: loss on new domains {losses[0]:.2f} against {losses[1]:.2f}; "
-        f"forgets {abs(less):.0%} {'less' if less > 0 else 'more'} "
-        f"({protected.forgetting:.2f} against {matched.forgetting:.2f}); "
+        f"forgets {ratio}{protected.forgetting:.2f} against {matched.forgetting:.2f}; "
         f"final loss {protected.final_loss:.2f} against {matched.final_loss:.2f}"
     )
 

@@ -107,7 +107,7 @@ def _group(*, learned: float, forgetting: float) -> SimpleNamespace:
     return SimpleNamespace(runs=[run])
 
 
-@pytest.mark.parametrize(("matched_forgetting", "expected"), [(1.0, "40% less"), (0.5, "20% more")])
+@pytest.mark.parametrize(("matched_forgetting", "expected"), [(1.0, "40% less: "), (0.5, "20% more: "), (-0.25, "")])
 def test_verdict_names_who_learned_and_who_forgot(matched_forgetting: float, expected: str) -> None:
     groups = {
         "directions": _group(learned=3.5, forgetting=0.6),
@@ -115,8 +115,8 @@ def test_verdict_names_who_learned_and_who_forgot(matched_forgetting: float, exp
     }
     comparison: Any = SimpleNamespace(group=groups.__getitem__)
     assert demo.verdict(comparison, "ncl 4e-4") == (
-        f"directions against ncl 4e-4: loss on new domains 3.50 against 3.25; forgets {expected} "
-        f"(0.60 against {matched_forgetting:.2f}); final loss 3.80 against {3.25 + matched_forgetting / 2:.2f}"
+        f"directions against ncl 4e-4: loss on new domains 3.50 against 3.25; forgets {expected}"
+        f"0.60 against {matched_forgetting:.2f}; final loss 3.80 against {3.25 + matched_forgetting / 2:.2f}"
     )
 
 
