@@ -1,7 +1,7 @@
 """The import rules of das_ds, read from the syntax trees; imports inside functions count too.
 
-A room is a folder or a file directly under das_ds. `ROOMS` lists them from the bottom up: a room imports only rooms
-listed before it, and modules of one room may import each other. `FORBIDDEN` adds what order alone does not say.
+A layer is a package or module directly under das_ds. `LAYERS` lists them from the bottom up: a layer imports only
+layers listed before it, and modules of one layer may import each other. `FORBIDDEN` adds what order alone cannot say.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ROOMS: tuple[str, ...] = (
+LAYERS: tuple[str, ...] = (
     "errors",
     "thread_guard",
     "progress",
@@ -40,7 +40,7 @@ ROOMS: tuple[str, ...] = (
     "cli",
     "__main__",
 )
-POSITION = {room: position for position, room in enumerate(ROOMS)}
+POSITION = {layer: position for position, layer in enumerate(LAYERS)}
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "kernels": ("config",),
     "distributed": ("config",),
@@ -51,10 +51,10 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "checkpoint": ("config", "data", "engine", "models", "softmask", "tracking"),
     "methods": ("checkpoint", "fault_tolerance", "tracking"),
 }
-"""Room -> rooms that it may not import although they stand lower."""
+"""Layer -> layers that it may not import although they stand lower."""
 WITHOUT_TORCH = ("config", "storage", "run_dir", "user_files", "hub", "versions")
-PROCESS_GROUP_ROOMS = ("distributed", "engine", "softmask", "fault_tolerance", "preflight")
-"""Rooms that call torch.distributed themselves; the others go through `distributed.ProcessGroup`."""
+PROCESS_GROUP_LAYERS = ("distributed", "engine", "softmask", "fault_tolerance", "preflight")
+"""Layers that call torch.distributed themselves; the others go through `distributed.ProcessGroup`."""
 LAZY = ("wandb", "datasets", "matplotlib", "triton", "liger_kernel", "peft")
 TRITON_FILE = "_triton"
 """Ending of the files that hold Triton kernels; nothing else imports Triton or them when it is loaded."""
@@ -95,18 +95,18 @@ def is_triton_file(name: str) -> bool:
     return any(file.endswith(TRITON_FILE) for file in name.split(".")[2:3])
 
 
-def room_breaches(room: str, source: str) -> set[str]:
-    """Rooms that a file of `room` imports and may not."""
-    rooms = {name.split(".")[1] for name in all_imports(source) if name.startswith("das_ds.")} & set(POSITION)
-    not_lower = {other for other in rooms if other != room and POSITION[other] >= POSITION[room]}
-    return not_lower | rooms & set(FORBIDDEN.get(room, ()))
+def layer_breaches(layer: str, source: str) -> set[str]:
+    """Layers that a file of `layer` imports and may not."""
+    layers = {name.split(".")[1] for name in all_imports(source) if name.startswith("das_ds.")} & set(POSITION)
+    not_lower = {other for other in layers if other != layer and POSITION[other] >= POSITION[layer]}
+    return not_lower | layers & set(FORBIDDEN.get(layer, ()))
 
 
 def product_files() -> list[Path]:
     return sorted((REPOSITORY / "das_ds").rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
+def layer_of(path: Path) -> str:
     """The file or folder directly under das_ds, or launch, that holds a file."""
     return path.relative_to(REPOSITORY).parts[1].removesuffix(".py")
 
@@ -117,17 +117,17 @@ def identity(path: Path) -> str:
 
 def sources(paths: Iterable[Path]) -> dict[str, tuple[str, str]]:
     """File -> its part of das_ds and its text."""
-    return {identity(path): (room_of(path), path.read_text(encoding="utf-8")) for path in paths}
+    return {identity(path): (layer_of(path), path.read_text(encoding="utf-8")) for path in paths}
 
 
-def test_rooms_import_lower_rooms_only() -> None:
+def test_layer_imports_lower_layers_only() -> None:
     breaches = {}
-    for file, (room, source) in sources(product_files()).items():
-        if room == "__init__":
+    for file, (layer, source) in sources(product_files()).items():
+        if layer == "__init__":
             assert not list(all_imports(source)), file
             continue
-        assert room in POSITION, f"{file}: found room {room}, expected one of {', '.join(ROOMS)}"
-        if found := room_breaches(room, source):
+        assert layer in POSITION, f"{file}: found layer {layer}, expected one of {', '.join(LAYERS)}"
+        if found := layer_breaches(layer, source):
             breaches[file] = found
     assert not breaches
 
@@ -143,13 +143,13 @@ def test_slow_libraries_are_imported_in_functions_only() -> None:
     assert not breaches
 
 
-def libraries_outside(rooms: tuple[str, ...], library: str) -> list[str]:
-    """Files outside `rooms` that import a library."""
+def libraries_outside(layers: tuple[str, ...], library: str) -> list[str]:
+    """Files outside `layers` that import a library."""
     files = sources([*product_files(), *(REPOSITORY / "launch").glob("*.py")])
     return [
         file
-        for file, (room, source) in files.items()
-        if room not in rooms and any(belongs_to(name, (library,)) for name in all_imports(source))
+        for file, (layer, source) in files.items()
+        if layer not in layers and any(belongs_to(name, (library,)) for name in all_imports(source))
     ]
 
 
@@ -158,17 +158,17 @@ def test_deepspeed_is_imported_by_the_engine_only() -> None:
     assert libraries_outside(("engine",), "deepspeed") == ["das_ds/distributed/process_group.py"]
 
 
-def test_torch_distributed_is_imported_by_few_rooms() -> None:
-    assert libraries_outside(PROCESS_GROUP_ROOMS, "torch.distributed") == []
+def test_torch_distributed_is_imported_by_few_layers() -> None:
+    assert libraries_outside(PROCESS_GROUP_LAYERS, "torch.distributed") == []
 
 
 def test_config_and_files_do_without_torch() -> None:
-    others = tuple(room for room in (*ROOMS, "demo", "demo_bounds") if room not in WITHOUT_TORCH)
+    others = tuple(layer for layer in (*LAYERS, "demo", "demo_bounds") if layer not in WITHOUT_TORCH)
     assert libraries_outside(others, "torch") == []
 
 
 @pytest.mark.parametrize(
-    ("room", "source", "breaches"),
+    ("layer", "source", "breaches"),
     [
         ("functional", "from das_ds.models.gates import gates", {"models"}),
         ("functional", "def f():\n    import das_ds.training", {"training"}),
@@ -178,8 +178,8 @@ def test_config_and_files_do_without_torch() -> None:
         ("data", "from das_ds.data.blocks import blocks\nfrom das_ds.errors import DataError\nimport torch", set()),
     ],
 )
-def test_room_breach_is_found(room: str, source: str, breaches: set[str]) -> None:
-    assert room_breaches(room, source) == breaches
+def test_layer_breach_is_found(layer: str, source: str, breaches: set[str]) -> None:
+    assert layer_breaches(layer, source) == breaches
 
 
 def test_imports_in_functions_do_not_run_at_load() -> None:
