@@ -23,7 +23,7 @@ class DirectionsConfig(MethodConfig):
     """Directions: linear layers learn least along the input directions that earlier domains use most."""
 
     name: Literal["directions"] = "directions"
-    half_saturation: float = Field(default=1.0, gt=0.0)
+    half_saturation: float = Field(default=3.0, gt=0.0)
     """c of the mask (I + M / c)^-1; larger protects less: a direction with c times the average share of the input keeps
     half of its update."""
     num_samples: int = Field(default=10_000, ge=1)

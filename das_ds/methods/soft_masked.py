@@ -18,8 +18,9 @@ from das_ds.errors import ConfigError
 from das_ds.functional.units import UNOWNED, UnitValues
 from das_ds.methods.base import Losses, Method, check_gradient_batch_size
 from das_ds.methods.contrastive import NUM_CLEAN_VIEWS, ContrastiveConfig, ContrastiveLoss
-from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
 from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
+from das_ds.softmask.granularities import GRANULARITIES, load_granularity
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
@@ -52,6 +53,14 @@ class SoftMaskedConfig(MethodConfig):
         return self.view_dropout
 
     @model_validator(mode="after")
+    def _granularity_is_known(self) -> SoftMaskedConfig:
+        found = self.importance.granularity
+        if found not in GRANULARITIES:
+            hint = "; directions are a method of their own, method: directions" if found == "direction" else ""
+            raise ValueError(f"importance.granularity: found {found!r}, allowed: {' | '.join(GRANULARITIES)}{hint}")
+        return self
+
+    @model_validator(mode="after")
     def _mask_fits_granularity(self) -> SoftMaskedConfig:
         if self.importance.granularity == "parameter" and self.softmask.include_consumers:
             raise ValueError(
@@ -76,9 +85,7 @@ class SoftMasked(Method[S]):
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        from das_ds.softmask.importance import GRANULARITIES
-
-        self._granularity = GRANULARITIES[self.settings.importance.granularity]
+        self._granularity = load_granularity(self.settings.importance.granularity)
         self._softmask = self._resolved_softmask()
         self._contrast = ContrastiveLoss(run, self.settings.contrastive)
         self._accumulated: Importance[SoftmaskConfig] | None = None
@@ -91,25 +98,12 @@ class SoftMasked(Method[S]):
 
     @classmethod
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
-        """Importance: 4 bytes a unit on every rank, or 1 byte a trained parameter, sharded like the optimizer.
-
-        At the end of a pass it exists twice, accumulated and new, plus the float32 sums of the pass; a mask that
-        differs from the importance takes another byte per trained parameter.
-        """
+        """Importance, and the views of the contrast."""
         settings = cls.settings_in(config)
-        of_parameters = settings.importance.granularity == "parameter"
-        numbers = size.trained if of_parameters else size.num_units
-        stored = numbers if of_parameters else FP32 * numbers
-        mask = size.trained if of_parameters and cls._has_own_mask(settings.softmask) else 0
-        in_memory = (2 * stored + FP32 * numbers + mask) // (sharding.optimizer_shards if of_parameters else 1)
-        return MemoryUse(
-            optimizer={"importance": in_memory},
-            checkpoint=stored + FP32 * numbers,
-            domain=stored,
-            # Importance of general knowledge, and the accumulated one.
-            run=2 * stored,
-            extra_rows=NUM_CLEAN_VIEWS * config.train.micro_batch_size if settings.contrastive.weight > 0.0 else 0,
-        )
+        granularity = load_granularity(settings.importance.granularity)
+        views = NUM_CLEAN_VIEWS * config.train.micro_batch_size if settings.contrastive.weight > 0.0 else 0
+        importance = granularity.memory(size, sharding, has_own_mask=cls._has_own_mask(settings.softmask))
+        return importance + MemoryUse(extra_rows=views)
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: importance of general knowledge."""

@@ -1,4 +1,7 @@
-"""Importance protocol: what a method needs of importance, whatever it belongs to (units of DAS, weights of SPG)."""
+"""Importance protocol: what a method needs of importance, whatever it belongs to (units of DAS, weights of SPG).
+
+A class that follows it is one module of this package and one line in `softmask.granularities`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
-from das_ds.config import ImportanceConfig, SoftmaskConfig
+from das_ds.config import ImportanceConfig
 from das_ds.context import DomainContext, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.engine.mask import UpdateMasks
 from das_ds.functional.units import UnitValues
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
 from das_ds.softmask.measure import ImportanceLoss
-from das_ds.softmask.parameter import ParameterImportance
-from das_ds.softmask.unit import UnitImportance
 
 Settings = TypeVar("Settings", contravariant=True)
 
@@ -36,6 +38,18 @@ class Importance(Protocol[Settings]):
             label: of the progress bar.
             loss: what is differentiated.
             settings: score and normalization.
+        """
+
+    @classmethod
+    def memory(cls, size: ModelSize, sharding: Sharding, *, has_own_mask: bool) -> MemoryUse:
+        """Bytes that importance takes in memory, in checkpoints and in files.
+
+        At the end of a pass it exists twice, accumulated and new, plus the float32 sums of the pass.
+
+        Args:
+            size: of the network.
+            sharding: how ZeRO shards it.
+            has_own_mask: whether the mask differs from the importance and may take memory of its own.
         """
 
     def accumulate(self, earlier: Self | None) -> Self:
@@ -72,10 +86,3 @@ class Importance(Protocol[Settings]):
         Raises:
             ImportanceError: missing or damaged file, or importance of another model, vocabulary or granularity.
         """
-
-
-GRANULARITIES: dict[str, type[Importance[SoftmaskConfig]]] = {
-    "unit": UnitImportance,
-    "parameter": ParameterImportance,
-}
-"""`importance.granularity` -> what is measured, accumulated and masked."""

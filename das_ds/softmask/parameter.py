@@ -18,6 +18,7 @@ from das_ds.distributed.resumable import ResumableLoop
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
 from das_ds.engine.mask import ElementwiseMasks
 from das_ds.functional.units import UnitValues
+from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 from das_ds.softmask.apply import parameter_masks
 from das_ds.softmask.importance_file import load_parameter_importance, save_parameter_importance
 from das_ds.softmask.measure import TOTALS, ImportanceLoss, count_and_sum, is_above_noise_floor
@@ -55,6 +56,19 @@ class ParameterImportance:
             settings,
         )
         return cls(run, sharded)
+
+    @classmethod
+    def memory(cls, size: ModelSize, sharding: Sharding, *, has_own_mask: bool) -> MemoryUse:
+        """1 byte a trained parameter, sharded like the optimizer; a mask of its own takes another."""
+        sums = FP32 * size.trained
+        mask = size.trained if has_own_mask else 0
+        return MemoryUse(
+            optimizer={"importance": (2 * size.trained + sums + mask) // sharding.optimizer_shards},
+            checkpoint=size.trained + sums,
+            domain=size.trained,
+            # Importance of general knowledge, and the accumulated one.
+            run=2 * size.trained,
+        )
 
     def accumulate(self, earlier: ParameterImportance | None) -> ParameterImportance:
         """EMax in the shards."""

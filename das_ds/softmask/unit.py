@@ -11,6 +11,7 @@ from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.engine.mask import ElementwiseMasks
 from das_ds.functional.importance import elementwise_maximum, normalize_units
 from das_ds.functional.units import UnitValues
+from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 from das_ds.softmask.apply import unit_masks
 from das_ds.softmask.importance_file import load_unit_importance, save_unit_importance
 from das_ds.softmask.measure import ImportanceLoss, measure_unit_importance
@@ -35,6 +36,18 @@ class UnitImportance:
         """One forward and backward pass over the sample, gradients of the gates only."""
         raw = measure_unit_importance(run, domain.sample_batches(label), loss, settings.score)
         return cls(run, normalize_units(raw, settings))
+
+    @classmethod
+    def memory(cls, size: ModelSize, sharding: Sharding, *, has_own_mask: bool) -> MemoryUse:
+        """4 bytes a unit, on every rank; masks are made from the importance as it is."""
+        importance = FP32 * size.num_units
+        return MemoryUse(
+            optimizer={"importance": 3 * importance},
+            checkpoint=2 * importance,
+            domain=importance,
+            # Importance of general knowledge, and the accumulated one.
+            run=2 * importance,
+        )
 
     def accumulate(self, earlier: UnitImportance | None) -> UnitImportance:
         """EMax per unit."""

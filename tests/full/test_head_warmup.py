@@ -27,7 +27,8 @@ def by_plain_torch(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     config = RunConfig(**values)
     model, _ = load_model(config.model, seed=config.seed, vocab_size=config_size(values))
     text = prepare_data(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
-    train, head = config.train, dict(model.lm_head.named_parameters())
+    train = config.train
+    head = dict(model.lm_head.named_parameters())
     head = {name: p for name, p in head.items() if p is not model.get_input_embeddings().weight}
     groups = [
         {"params": [p for p in head.values() if p.dim() > 1], "weight_decay": train.weight_decay},

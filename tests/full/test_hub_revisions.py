@@ -24,7 +24,8 @@ from helpers.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = pytest.mark.multirank
 
-FIRST, SECOND = "a" * 40, "b" * 40
+FIRST = "a" * 40
+SECOND = "b" * 40
 MODEL = "owner/tiny"
 
 

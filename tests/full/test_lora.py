@@ -68,7 +68,8 @@ def test_lora_every_method_exports_merged_weights_and_adapters(tmp_path: Path) -
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
 def test_lora_export_without_source_equals_run(stage: int, precision: str, tmp_path: Path) -> None:
-    base, source = tiny_model(vocab_size=300, **NO_DROPOUT), tmp_path / "base"
+    source = tmp_path / "base"
+    base = tiny_model(vocab_size=300, **NO_DROPOUT)
     base.save_pretrained(source)
     engine = {"zero_optimization": {"stage": stage}}
     values = lora_run(tmp_path, "run", method={"name": "ncl"}, deepspeed=engine, train={"precision": precision})
@@ -94,5 +95,6 @@ def test_lora_init_from_adapter_equals_uninterrupted_run(tmp_path: Path) -> None
     for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         mine, theirs = (load_file(tmp_path / run / "domains" / "01_papers" / name) for run in ("whole", "parts"))
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    mine, theirs = metrics_lines(tmp_path / "whole"), metrics_lines(tmp_path / "parts")
+    mine = metrics_lines(tmp_path / "whole")
+    theirs = metrics_lines(tmp_path / "parts")
     assert [line["loss"] for line in mine] == [line["loss"] for line in theirs]

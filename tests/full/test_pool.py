@@ -36,7 +36,8 @@ def test_a_pool_continues_and_is_the_same_on_other_ranks(tmp_path: Path) -> None
     assert sum(phase == "train" and step > 0 for phase, _, step in breaks) > 1
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     run_ranks(run_all, 1, [values("alone", 3, 8)])
-    lines, expected = metrics_lines(tmp_path / "whole"), metrics_lines(tmp_path / "alone")
+    lines = metrics_lines(tmp_path / "whole")
+    expected = metrics_lines(tmp_path / "alone")
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
     _check_budget_and_schedule(lines)
     whole, alone = (Results.read(tmp_path / name / "results.json") for name in ("whole", "alone"))
@@ -57,7 +58,8 @@ def _check_budget_and_schedule(lines: list[dict[str, Any]]) -> None:
 def _check_model(root: Path) -> None:
     assert [path.name for path in (root / "domains").iterdir()] == ["00_pool"]
     folder = root / "domains" / "00_pool" / "model"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForMaskedLM.from_pretrained(folder)
     # It has the tokens of the last domain, which no other has.
     assert TOKEN in tokenizer.get_vocab() and model.config.vocab_size == len(tokenizer)
     embedding = exported_weights(root, "00_pool")["roberta.embeddings.word_embeddings.weight"]

@@ -75,7 +75,8 @@ def test_run_resumes_on_other_ranks_and_stages(granularity: str, places: set[str
     assert mine.complete
     for row, expected in zip(mine.loss_matrix, theirs.loss_matrix, strict=True):
         assert row == pytest.approx(expected, abs=1e-4)
-    lines, expected_lines = metrics_lines(tmp_path / "parts"), metrics_lines(tmp_path / "whole")
+    lines = metrics_lines(tmp_path / "parts")
+    expected_lines = metrics_lines(tmp_path / "whole")
     assert [line["global_step"] for line in lines] == list(range(1, 13))
     for line, expected_line in zip(lines, expected_lines, strict=True):
         assert line["loss"] == pytest.approx(expected_line["loss"], abs=1e-4)
@@ -148,7 +149,8 @@ def test_replay_resumes(tmp_path: Path) -> None:
     _, breaks = run_ranks(run_in_pieces, 2, runs[1], 9)[0]
     assert any(phase == "train" and step > 0 for phase, _, step in breaks)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    lines, without = metrics_lines(tmp_path / "whole"), metrics_lines(tmp_path / "without")
+    lines = metrics_lines(tmp_path / "whole")
+    without = metrics_lines(tmp_path / "without")
     assert [line["tokens_seen"] for line in lines] == [line["global_step"] * 8 * 16 for line in lines]
     assert all(line["loss"] != other["loss"] for line, other in zip(lines, without, strict=True))
 
@@ -182,7 +184,8 @@ def test_ewc_merging_and_directions_resume(tmp_path: Path) -> None:
     run_ranks(run_all, 2, [values(f"{name}_whole", name) for name in methods])
     others = []
     for name in methods:
-        whole, parts = tmp_path / f"{name}_whole", tmp_path / f"{name}_parts"
+        whole = tmp_path / f"{name}_whole"
+        parts = tmp_path / f"{name}_parts"
         _, breaks = run_ranks(run_in_pieces, 2, values(parts.name, name), limits[name])[0]
         assert {phase for phase, *_ in breaks} >= {"train", "after"}, breaks
         assert_same_run(parts, whole)
@@ -195,7 +198,8 @@ def test_ewc_merging_and_directions_resume(tmp_path: Path) -> None:
     zero3 = {"zero_optimization": {"stage": 3}}
     run_ranks(run_all, 1, [values(f"{name}_other", name, deepspeed=zero3) for name in methods])
     for name, other in zip(methods, others, strict=True):
-        lines, expected = metrics_lines(other), metrics_lines(tmp_path / f"{name}_whole")
+        lines = metrics_lines(other)
+        expected = metrics_lines(tmp_path / f"{name}_whole")
         assert [line["global_step"] for line in lines] == list(range(1, 13))
         for part in ("loss", "grad_norm"):
             assert [line[part] for line in lines] == pytest.approx([line[part] for line in expected], rel=1e-4)

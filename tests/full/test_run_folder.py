@@ -30,7 +30,8 @@ def test_start_after_fixed_config_error_runs(tmp_path: Path) -> None:
 
 def test_second_start_in_same_folder_exits_2_and_first_completes(tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, train={"log_interval": 1})
-    run, second_folder = values["output_dir"], tmp_path / "second"
+    run = values["output_dir"]
+    second_folder = tmp_path / "second"
     second_folder.mkdir()
     first = on_train_start(values, tmp_path, 2, take_half_a_second_per_step)
     try:

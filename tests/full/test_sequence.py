@@ -80,7 +80,8 @@ def test_a_run_stopped_between_domains_continues_bitwise(precision: str, zero: i
     weights = exported_weights(tmp_path / "whole", "01_papers")
     continued = exported_weights(tmp_path / "parts", "01_papers")
     assert all(torch.equal(weights[name], continued[name]) for name in weights)
-    mine, theirs = metrics_lines(tmp_path / "whole"), metrics_lines(tmp_path / "parts")
+    mine = metrics_lines(tmp_path / "whole")
+    theirs = metrics_lines(tmp_path / "parts")
     for name in ("loss", "skipped_steps"):
         assert [line[name] for line in mine] == [line[name] for line in theirs]
     assert all((line["skipped_steps"] > 0) == (precision == "fp16") for line in mine)

@@ -42,7 +42,8 @@ def test_added_tokens_earlier_domains_keep_text_and_loss(finished: tuple[Path, l
     """Until tokens are added, columns of other corpora are those of a run without tokens; exports give all of them."""
     folder, (grown, _, _, plain, *_) = finished
     for stage in (0, 1):
-        row, same = grown.loss_matrix[stage], plain.loss_matrix[stage]
+        row = grown.loss_matrix[stage]
+        same = plain.loss_matrix[stage]
         assert [row[0], row[2]] == pytest.approx([same[0], same[2]], rel=1e-6) and row[1] != same[1]
     values = run(folder, "both", 2, method={"name": "ncl"})
     for stage, domain in ((1, "00_food"), (2, "01_papers")):

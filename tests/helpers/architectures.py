@@ -22,7 +22,8 @@ from helpers.run_ranks import run_ranks
 from helpers.tiny_models import random_importance, tiny_model, without_dropout
 from helpers.training import LENGTH, VOCABULARY, build, random_batch, run_config, train
 
-NUM_STEPS, ROWS = 2, 4
+NUM_STEPS = 2
+ROWS = 4
 # A persistence threshold of 0 makes ZeRO-3 divide and gather even the smallest parameter.
 EVERYTHING_SHARDED = {"stage3_param_persistence_threshold": 0}
 PLAIN: tuple[str, dict[str, Any]] = ("train", {})
@@ -86,7 +87,8 @@ def run_each(jobs: list[tuple[str, RunConfig]]) -> list[Any]:
     for kind, config in jobs:
         assert config.model.config is not None
         model_type = config.model.config["model_type"]
-        steps, changes = steps_of(model_type), without_dropout(model_type)
+        steps = steps_of(model_type)
+        changes = without_dropout(model_type)
         try:
             if kind == "train":
                 results.append(train(config, steps, **changes))

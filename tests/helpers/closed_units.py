@@ -101,7 +101,8 @@ def gradients_of_gates(model: PreTrainedModel, spec: ArchitectureSpec, loss: Any
     """
     layout = spec.layout(model)
     gates = {g: torch.ones(layout.num_layers, units, requires_grad=True) for g, units in layout.num_units.items()}
-    hooks, experts = [], []
+    hooks = []
+    experts = []
     for site, layer, module in spec.gate_modules(model):
         gate = gates[site.group][layer]
         if site.position == "experts":

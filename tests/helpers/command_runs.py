@@ -136,7 +136,8 @@ def _on_full_disk(write: Callable[..., T], num_bytes: int = 64) -> Callable[...,
 
 def _before_micro_steps(act: Callable[[int], None]) -> None:
     """Have this process do something with the number, counted from 1, of each micro-step of its before it is made."""
-    original, numbers = Method.losses, itertools.count(1)
+    original = Method.losses
+    numbers = itertools.count(1)
 
     @contextmanager
     def disturbed(self: Method, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:

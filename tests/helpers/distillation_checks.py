@@ -70,12 +70,14 @@ def _token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def _distillation(first: PreTrainedModel) -> Callable[[PreTrainedModel, list[Batch]], Losses]:
     teacher = copy.deepcopy(first).eval().requires_grad_(False)
-    weight, temperature = 3.0, 2.0
+    weight = 3.0
+    temperature = 2.0
 
     def losses(student: PreTrainedModel, step: list[Batch]) -> Losses:
         ids = torch.cat([batch.corrupted_ids for batch in step])
         old, new = (model.base_model(input_ids=ids).last_hidden_state for model in (teacher, student))
-        p, q = functional.softmax(old / temperature, dim=-1), functional.softmax(new / temperature, dim=-1)
+        p = functional.softmax(old / temperature, dim=-1)
+        q = functional.softmax(new / temperature, dim=-1)
         return (weight * temperature**2 * (p * (p / q).log()).sum(dim=-1).mean(),)
 
     return losses

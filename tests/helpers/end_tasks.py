@@ -80,7 +80,8 @@ def scores_on_ranks(config: RunConfig, folder: Path) -> EndTaskScores:
 
 def jobs_of_a_start(config: RunConfig, folder: Path) -> list[tuple[str, int]]:
     """Tasks and seeds that a start trains on this rank."""
-    jobs, fine_tune = [], finetune.fine_tune
+    jobs = []
+    fine_tune = finetune.fine_tune
 
     def noted(task: EndTask, seed: int, *args: Any, **options: Any) -> SeedScores:
         jobs.append((task.config.name, seed))

@@ -45,9 +45,11 @@ def faulty_run(folder: Path, name: str, stage: int, **faults: Any) -> dict[str, 
 def run_with_fault(values: dict[str, Any], kind: str, at: int) -> Results:
     """A run whose optimizer step number `at` (from 0, as it is first reached) has a bad loss or gradient on rank 1."""
     allow_fp16_on_cpu()
-    ranks, config = init_process_group(), RunConfig(**values)
+    ranks = init_process_group()
+    config = RunConfig(**values)
     method = METHODS[config.method.name]
-    original, calls = method.losses, 0
+    original = method.losses
+    calls = 0
     per_step = config.train.global_batch_size // config.train.micro_batch_size // ranks.info.world_size
 
     @contextmanager
@@ -89,7 +91,8 @@ def check_a_bad_step_is_left_out(stage: int, kind: str, folder: Path) -> None:
     """A step that goes wrong changes neither weights nor schedule."""
     run_ranks(run_with_fault, 2, faulty_run(folder, "run", stage, nonfinite="skip", spike="skip"), kind, STEP)
     lines = metrics_lines(folder / "run")
-    bad, after = lines[STEP], lines[STEP + 1]
+    bad = lines[STEP]
+    after = lines[STEP + 1]
     assert [line["skipped_steps"] for line in lines] == [0] * STEP + [1] * 3
     # The schedule waits, the data go on, and nothing that follows is touched.
     assert after["lr"] == bad["lr"] and after["tokens_seen"] > bad["tokens_seen"]

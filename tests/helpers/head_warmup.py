@@ -17,7 +17,9 @@ from helpers.half import allow_fp16_on_cpu
 from helpers.runs import small_run
 from helpers.tiny_tokenizer import tiny_tokenizer
 
-SEED, STEPS, RATE = 3, 5, 2e-3
+SEED = 3
+STEPS = 5
+RATE = 2e-3
 
 
 class WarmedUpError(Exception):
@@ -51,7 +53,9 @@ def headless_run(folder: Path, *, stage: int, steps: int = STEPS, **changes: Any
 def weights_after_warmup(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The fp32 weights when the base model is about to be evaluated."""
     allow_fp16_on_cpu()
-    ranks, evaluate, found = init_process_group(), ContinualTrainer._evaluate, dict[str, torch.Tensor]()
+    ranks = init_process_group()
+    evaluate = ContinualTrainer._evaluate
+    found = dict[str, torch.Tensor]()
 
     def leave(self: ContinualTrainer) -> None:
         found.update({name: weight.clone() for name, weight in self.engine.weights.fp32_weights()})

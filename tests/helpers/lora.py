@@ -46,7 +46,8 @@ class WrittenOut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        a = self.lora_A["default"].weight
+        b = self.lora_B["default"].weight
         return nn.functional.linear(x, self.weight + self._scale * (b @ a), self.bias)  # type: ignore[operator]
 
 

@@ -28,7 +28,8 @@ def reference(setting: int) -> Any:
     """Five steps on A and B of a network without peft, in float64."""
     model = tiny_model(**NO_DROPOUT)
     lora = Lora.plan(model, spec_for("roberta").layout(model), LORA)
-    weights, importance = random_weights(lora), random_importance(model)
+    weights = random_weights(lora)
+    importance = random_importance(model)
     softmask = {key: value for key, value in SETTINGS[setting].items() if key != "apply_to"}
     return reference_train(
         to_dense(model, lora, weights),
@@ -45,7 +46,8 @@ def reference(setting: int) -> Any:
 
 def configs(folder: Path, world_size: int, stage: int, precision: str = "fp32") -> list[RunConfig]:
     """One run per soft mask, from saved adapters whose B is not zero."""
-    model, spec = tiny_model(), spec_for("roberta")
+    model = tiny_model()
+    spec = spec_for("roberta")
     save_unit_importance(folder / "importance.safetensors", random_importance(model), spec.layout(model))
     adapted(model, spec, LORA, folder / "adapter")
     small = run_config(folder)

@@ -52,7 +52,8 @@ def by_form(raw: torch.Tensor, form: ImportanceConfig) -> torch.Tensor:
     if form.normalization == "rank_soft":
         return rank ** ((1 - form.protected_fraction) / form.protected_fraction)
     # Adding up from the top, whole sets of equal values as long as they fit.
-    protected, room = torch.zeros_like(raw), round(form.protected_fraction * len(raw))
+    protected = torch.zeros_like(raw)
+    room = round(form.protected_fraction * len(raw))
     for value, size in zip(*(part.flip(0) for part in raw.unique(return_counts=True)), strict=True):
         room -= int(size)
         if room < 0:
@@ -62,7 +63,8 @@ def by_form(raw: torch.Tensor, form: ImportanceConfig) -> torch.Tensor:
 
 
 def whole(form: ImportanceConfig) -> Weights:
-    raw, owner_of = {name: values.double() for name, values in magnitudes().items()}, owners()
+    raw = {name: values.double() for name, values in magnitudes().items()}
+    owner_of = owners()
     keys = {"tensor": {n: n for n in raw}, "group": owner_of, "model": dict.fromkeys(raw, "all")}[form.scope]
     found = {}
     for key in set(keys.values()):
@@ -74,7 +76,8 @@ def whole(form: ImportanceConfig) -> Weights:
 
 def units_masked(softmask: dict[str, Any]) -> Weights:
     """1 - I' of every weight; the random importance of units that are not masked counts as 0."""
-    model, importance = tiny_model(), random_importance(tiny_model())
+    model = tiny_model()
+    importance = random_importance(tiny_model())
     masked = {
         group: 1 - (1 - values) ** softmask.get("exponent", 1.0) if group in softmask["groups"] else 0 * values
         for group, values in importance.items()
@@ -91,10 +94,12 @@ def units_masked(softmask: dict[str, Any]) -> Weights:
 def expected(granularity: str, number: int) -> Any:
     model = tiny_model(**NO_DROPOUT)
     if granularity == "unit":
-        method, gates = UNITS[number], random_importance(model)
+        method = UNITS[number]
+        gates = random_importance(model)
         scales = units_masked({"groups": ["head"], **method["softmask"]})
     else:
-        method, levels = PARAMETERS[number], random_weights_importance()
+        method = PARAMETERS[number]
+        levels = random_weights_importance()
         gates = unit_means(levels)
         softmask = method["softmask"]
         scales = to_dense(levels, softmask["groups"], softmask.get("exponent", 1.0), softmask["unowned_update_scale"])

@@ -21,7 +21,8 @@ Weights = dict[str, Tensor]
 
 def owners() -> dict[str, str]:
     """Parameter of the tiny model -> the group whose units own it, found by masking nothing but that group."""
-    model, found = tiny_model(), dict.fromkeys(dict(tiny_model().named_parameters()), "unowned")
+    model = tiny_model()
+    found = dict.fromkeys(dict(tiny_model().named_parameters()), "unowned")
     ones = unit_ones(model)
     for group in ones:
         only = {g: v if g == group else torch.zeros_like(v) for g, v in ones.items()}
@@ -67,7 +68,9 @@ def normalised_and_trained(
     for name, shard in shards.items():
         part = drawn[name][shard.param_span]
         sums[shard.flat][shard.span] = part
-    sizes, device, layout = run.layout.sizes, ranks.info.device, run.layout
+    sizes = run.layout.sizes
+    device = ranks.info.device
+    layout = run.layout
     made = [ShardedImportance.from_magnitudes(shards, sizes, device, sums, layout.owners, form) for form in forms]
     found = [stretches_of(run, importance.flats) for importance in made]
     run.engine.close()

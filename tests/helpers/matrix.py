@@ -28,7 +28,8 @@ FEATURES = {
     "lora": "LoRA",
 }
 """Feature -> column of the table."""
-BEGIN, END = "<!-- matrix: made by `make matrix` -->", "<!-- end of matrix -->"
+BEGIN = "<!-- matrix: made by `make matrix` -->"
+END = "<!-- end of matrix -->"
 NOT_RUN = "-"
 
 Results = dict[str, dict[str, str]]

@@ -21,7 +21,8 @@ from helpers.construction import engine_settings
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 
 Tensors = dict[str, torch.Tensor]
-SAFE, TORCH = "model.safetensors", "pytorch_model.bin"
+SAFE = "model.safetensors"
+TORCH = "pytorch_model.bin"
 OLD_EXPERTS: dict[str, Any] = {"num_hidden_layers": 2}
 
 
@@ -315,7 +316,8 @@ def _other_type(folder: Path) -> None:
 
 def loaded_in_parts(folders: dict[str, Path], allow_missing: list[Any] | None = None) -> dict[str, Tensors | str]:
     """Of every folder the weights and buffers that ZeRO-3 makes on these ranks, or the refusal."""
-    ranks, settings = init_process_group(), engine_settings(Path(), "bf16", 2)[1]
+    ranks = init_process_group()
+    settings = engine_settings(Path(), "bf16", 2)[1]
     found: dict[str, Tensors | str] = {}
     for name, folder in folders.items():
         construction = sharded_init(settings, ranks)

@@ -14,7 +14,8 @@ from das_ds.engine.optimizer import MaskedUpdateWrapper
 from das_ds.kernels.cpu_tiles import CPU_TILE_ELEMENTS
 from das_ds.kernels.protection import Protection
 
-NUMEL, NUM_STEPS = 2 * CPU_TILE_ELEMENTS + 1003, 4
+NUMEL = 2 * CPU_TILE_ELEMENTS + 1003
+NUM_STEPS = 4
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
@@ -34,10 +35,14 @@ def run_steps(
 def check_pulled_back_in_chunks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps under a mask, chunk by chunk, are those of complete tensors."""
     monkeypatch.setattr(masks, "CHUNK_TILES", 1)
-    start, importance = torch.randn(NUMEL), torch.rand(NUMEL)
-    importance[::7], importance[1::7] = 0.0, 1.0
-    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    found, expected = MaskedUpdateWrapper(make([{"params": [param]}])), make([{"params": [twin]}])
+    start = torch.randn(NUMEL)
+    importance = torch.rand(NUMEL)
+    importance[::7] = 0.0
+    importance[1::7] = 1.0
+    param = torch.nn.Parameter(start.clone())
+    twin = torch.nn.Parameter(start.clone())
+    found = MaskedUpdateWrapper(make([{"params": [param]}]))
+    expected = make([{"params": [twin]}])
     largest = []
     inner = masks.soft_update_
 

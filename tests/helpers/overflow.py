@@ -45,7 +45,9 @@ def _attempts(config: RunConfig, batch: Batch) -> list[Attempt]:
     found: list[Attempt] = []
     for step in range(NUM_STEPS):
         for _ in engine.retry_on_overflow():
-            before, rate, scale = _weights(engine), engine.learning_rate(), engine.loss_scale
+            before = _weights(engine)
+            rate = engine.learning_rate()
+            scale = engine.loss_scale
             for _ in range(engine.accumulation_steps):
                 _backward(engine, part)
                 engine.step()
@@ -80,12 +82,14 @@ def _left_out(config: RunConfig, batch: Batch) -> tuple[int, bool, str]:
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
     engine.start_domain(NUM_STEPS)
-    before, rate = _weights(engine), engine.learning_rate()
+    before = _weights(engine)
+    rate = engine.learning_rate()
     for _ in engine.retry_on_overflow():
         _step(engine, part, torch.inf)
     after = _weights(engine)
     moved = rate != engine.learning_rate() or any(not torch.equal(before[name], after[name]) for name in before)
-    skipped, error = engine.skipped_steps, "none"
+    skipped = engine.skipped_steps
+    error = "none"
     try:
         with engine.accumulate_importance("abs_grad"):
             for _ in engine.retry_on_overflow():

@@ -38,7 +38,8 @@ def _measured(
 ) -> tuple[Stretches, Stretches, UnitValues]:
     ranks = init_process_group()
     run = build(config, ranks, **changes)
-    info, engine = ranks.info, run.engine
+    info = ranks.info
+    engine = run.engine
     before = {name: weight.clone() for name, weight in engine.weights.fp32_weights()}
     if kind == "proxy":
         batches = [batch for step in steps for batch in step]
@@ -46,7 +47,8 @@ def _measured(
         fix_noise(engine.module.model, 2 * num_sequences, LENGTH)  # type: ignore[arg-type]
         NoisePerBatch(engine.module, batches, num_sequences, info.rank, info.world_size)
     parts = [[rank_part(batch, info.rank, info.world_size) for batch in step] for step in steps]
-    steps, folder = ResumableLoop(parts), config.output_dir
+    steps = ResumableLoop(parts)
+    folder = config.output_dir
     domain = DomainContext(0, "domain", lambda label: ResumableLoop([]), lambda label: steps, folder, folder)
     settings = DAS.settings_in(config).importance
     importance = ParameterImportance.measure(run, domain, "", LOSSES[kind], settings)

@@ -24,7 +24,9 @@ from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.training import LENGTH, run_config, train_all
 
-NUM_GLOBAL_BATCHES, ACCUMULATION, MICRO_ROWS = 2, 2, 4
+NUM_GLOBAL_BATCHES = 2
+ACCUMULATION = 2
+MICRO_ROWS = 4
 # Each form of normalisation over another sum.
 MEASURES = (("abs_grad", "abs_tanh"), ("squared_grad", "tanh_positive"), ("grad_x_weight", "abs_tanh"))
 Weights = dict[str, torch.Tensor]
@@ -160,7 +162,8 @@ def check_files_are_read_and_written_by_any_number_of_ranks(world_size: int, sta
     train = {"micro_batch_size": 1, "global_batch_size": world_size, "precision": "fp32"}
     config = run_config(folder, train=train, deepspeed={"zero_optimization": {"stage": stage}})
     found = run_ranks(read_and_write, world_size, config, source, folder / "again.safetensors")
-    first, again = load_file(source), load_file(folder / "again.safetensors")
+    first = load_file(source)
+    again = load_file(folder / "again.safetensors")
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
     expected = unit_means({name: value.float() / 255 for name, value in random_weights_importance().items()})
     for rank in found:

@@ -16,7 +16,8 @@ from helpers.reference import reference_train
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
 from helpers.training import random_batch, run_config
 
-NUM_STEPS, ROWS = 5, 4
+NUM_STEPS = 5
+ROWS = 4
 ACCUMULATION = 2
 # The gradient of key biases is zero but for rounding (softmax ignores a constant added to all keys); a smaller eps
 # would let Adam blow that rounding up to whole steps.

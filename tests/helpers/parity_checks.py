@@ -24,7 +24,8 @@ from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
 from helpers.training import random_batch, run_config, train_all
 
-LONG_RUN, LONG_RATE = 100, 1e-3
+LONG_RUN = 100
+LONG_RATE = 1e-3
 
 
 @cache

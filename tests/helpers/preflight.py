@@ -69,13 +69,16 @@ def preflight(values: dict[str, Any]) -> list[CheckResult]:
 def different_ranks(values: dict[str, Any]) -> list[CheckResult]:
     """Rank 1 has another clock, library, config, DeepSpeed file, corpus and folder than rank 0."""
     peers = PeerCheck(TIMEOUT)
-    checks, rank, config = silent_checks(peers), peers.ranks.info.rank, RunConfig(**values)
+    checks = silent_checks(peers)
+    rank = peers.ranks.info.rank
+    config = RunConfig(**values)
     check_clocks(checks, peers, lambda: time.time() + 60.0 * rank)
     check_versions(checks, config, lambda: library_versions() | ({"torch": "9.9"} if rank else {}))
     check_versions(checks, config.model_copy(update={"seed": rank}))
     engine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000 + rank}}
     check_settings(checks, config.model_copy(update={"deepspeed": engine}), peers.ranks.info.world_size)
-    one, other = config.domains[0], config.domains[1]
+    one = config.domains[0]
+    other = config.domains[1]
     check_corpora(checks, config.model_copy(update={"domains": [other if rank else one]}))
     folder.VISIBLE_WITHIN_S = 0.1
     own = config.output_dir / str(rank)
@@ -88,8 +91,11 @@ def different_ranks(values: dict[str, Any]) -> list[CheckResult]:
 def failing_rank(values: dict[str, Any]) -> list[CheckResult]:
     """Rank 1 cannot rename, and its sums are wrong; then no rank can talk over the run's backend at all."""
     peers = PeerCheck(TIMEOUT)
-    checks, rank, config = silent_checks(peers), peers.ranks.info.rank, RunConfig(**values)
-    rename, all_reduce = os.replace, dist.all_reduce
+    checks = silent_checks(peers)
+    rank = peers.ranks.info.rank
+    config = RunConfig(**values)
+    rename = os.replace
+    all_reduce = dist.all_reduce
 
     def cannot_rename(source: Path, target: Path) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
@@ -105,20 +111,23 @@ def failing_rank(values: dict[str, Any]) -> list[CheckResult]:
 
     try:
         if rank == 1:
-            os.replace, dist.all_reduce = cannot_rename, wrong_sum
+            os.replace = cannot_rename
+            dist.all_reduce = wrong_sum
         check_folder(checks, config, peers)
         check_network(checks, peers)
         dist.all_reduce = broken
         check_network(checks, peers)
     finally:
-        os.replace, dist.all_reduce = rename, all_reduce
+        os.replace = rename
+        dist.all_reduce = all_reduce
     return checks.results
 
 
 def rank_without_backend(timeout: float) -> list[CheckResult]:
     """Rank 1 cannot talk over the run's backend, so rank 0 waits for it there in vain."""
     peers = PeerCheck(timedelta(seconds=timeout))
-    checks, all_reduce = silent_checks(peers), dist.all_reduce
+    checks = silent_checks(peers)
+    all_reduce = dist.all_reduce
 
     def broken(tensor: torch.Tensor, **options: Any) -> Any:
         raise RuntimeError("no route to host")

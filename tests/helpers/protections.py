@@ -41,7 +41,8 @@ def _segments(kind: str, numel: int, generator: torch.Generator) -> tuple[list[S
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     while position < numel:
-        num_rows, num_columns = draw(1, 9), draw(1, 70)
+        num_rows = draw(1, 9)
+        num_columns = draw(1, 70)
         offset = draw(0, num_rows * num_columns - 1)
         length = min(num_rows * num_columns - offset, numel - position)
         where: dict[str, Any] = {"rows": ABSENT, "columns": ABSENT}
@@ -58,7 +59,8 @@ def _segments(kind: str, numel: int, generator: torch.Generator) -> tuple[list[S
 
 def _values(numel: int, generator: torch.Generator) -> torch.Tensor:
     values = torch.rand(numel, generator=generator)
-    values[::5], values[3::5] = 0.0, 1.0
+    values[::5] = 0.0
+    values[3::5] = 1.0
     return values
 
 

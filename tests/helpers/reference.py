@@ -32,7 +32,8 @@ def backbone(model: PreTrainedModel) -> Any:
 
 def unit_ones(model: PreTrainedModel, *, requires_grad: bool = False) -> Units:
     """Gates that change nothing."""
-    config, like = model.config, next(model.parameters())
+    config = model.config
+    like = next(model.parameters())
     sizes = {
         "head": config.num_attention_heads,
         "intermediate": config.intermediate_size,
@@ -70,7 +71,9 @@ def attend(attention: Any, hidden: Tensor, num_heads: int) -> Tensor:
         projected: Tensor = projection(hidden)
         return projected.view(*projected.shape[:-1], num_heads, -1).transpose(1, 2)
 
-    query, key, value = heads(attention.query), heads(attention.key), heads(attention.value)
+    query = heads(attention.query)
+    key = heads(attention.key)
+    value = heads(attention.value)
     return (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1) @ value
 
 
@@ -197,7 +200,8 @@ def sequence_loss(
 
 def hidden_kl(first: Tensor, second: Tensor) -> Tensor:
     """KL(softmax(first) || softmax(second)) over the hidden dimension, mean over tokens; both (B, S, H)."""
-    p, q = first.softmax(-1), second.softmax(-1)
+    p = first.softmax(-1)
+    q = second.softmax(-1)
     return (p * (p.log() - q.log())).sum(-1).mean()
 
 
@@ -278,7 +282,8 @@ def step_losses(
     """MLM loss over all predicted tokens of the step, and contrastive loss averaged over its micro-batches."""
     ones = unit_ones(model)
     num_predicted = sum(len(batch["targets"]) for batch in micro_batches)
-    mlm, contrastive = torch.zeros(()), torch.zeros(())
+    mlm = torch.zeros(())
+    contrastive = torch.zeros(())
     for batch in micro_batches:
         predicted = encode(model, batch["corrupted_ids"], ones).flatten(0, 1)[batch["predicted"]]
         mlm = mlm + cross_entropy(lm_logits(model, predicted), batch["targets"], reduction="sum") / num_predicted
@@ -359,5 +364,6 @@ def adamw_step(
     """
     m.copy_(betas[0] * m + (1 - betas[0]) * gradient)
     v.copy_(betas[1] * v + (1 - betas[1]) * gradient**2)
-    m_hat, v_hat = m / (1 - betas[0] ** number), v / (1 - betas[1] ** number)
+    m_hat = m / (1 - betas[0] ** number)
+    v_hat = v / (1 - betas[1] ** number)
     return -learning_rate * (m_hat / (v_hat.sqrt() + eps) + weight_decay * parameter)

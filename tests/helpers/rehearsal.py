@@ -14,7 +14,11 @@ from das_ds.data.batch import Batch
 from das_ds.functional.sampling import sample_generator
 from helpers.training import LENGTH
 
-CAPACITY, REPLAYED, POSITIONS, ALPHA, BETA = 10, 3, 2, 2.0, 0.5
+CAPACITY = 10
+REPLAYED = 3
+POSITIONS = 2
+ALPHA = 2.0
+BETA = 0.5
 # Three sequences over two ranks and two micro-steps: one place is filled up. Rows predict more and fewer than two.
 DERPP: dict[str, Any] = {
     "name": "derpp",
@@ -47,7 +51,8 @@ class PlainBuffer:
         """Losses of this step by the buffer before it; then its sequences go through the reservoir."""
         size = sum(len(batch.input_ids) for batch in step)
         generator = sample_generator(0, "derpp", self._seen // size)
-        uniforms, offsets = generator.random(size), generator.random(size)
+        uniforms = generator.random(size)
+        offsets = generator.random(size)
         drawn: list[int] = []
         if self._slots:
             drawn = generator.choice(len(self._slots), REPLAYED, replace=False).tolist()
@@ -62,7 +67,8 @@ class PlainBuffer:
 
     @staticmethod
     def _losses(model: PreTrainedModel, memories: list[StoredSequence]) -> tuple[torch.Tensor, torch.Tensor]:
-        distances, token_losses = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
+        distances = [torch.zeros(0, dtype=torch.float64)]
+        token_losses = [torch.zeros(0, dtype=torch.float64)]
         for memory in memories:
             hidden = model.base_model(input_ids=memory.input_ids[None]).last_hidden_state[0, memory.places]
             logits = model(input_ids=memory.input_ids[None]).logits[0, memory.places]

@@ -55,7 +55,9 @@ def resumable_run(
 def run_in_pieces(values: dict[str, Any], limit: int) -> tuple[Results, list[Place]]:
     """Every start breaks off at its boundary number `limit` until one comes to the end; where each of them stood."""
     allow_fp16_on_cpu()
-    ranks, config, breaks = init_process_group(), RunConfig(**values), list[Place]()
+    ranks = init_process_group()
+    config = RunConfig(**values)
+    breaks = list[Place]()
     while len(breaks) < MOST_BREAKS:
         with suppress(BrokenOffError):
             return _limited_run(config, ranks, limit, breaks), breaks
@@ -131,7 +133,9 @@ def break_off(values: dict[str, Any], limit: int) -> Place | None:
 def continue_over_another_network(values: dict[str, Any], num_layers: int) -> str:
     """A run that broke off is started again when the folder of its model holds one of other layers: what it says."""
     allow_fp16_on_cpu()
-    ranks, source, config = init_process_group(), Path(values["model"]["name_or_path"]), RunConfig(**values)
+    ranks = init_process_group()
+    source = Path(values["model"]["name_or_path"])
+    config = RunConfig(**values)
     with suppress(BrokenOffError):
         _limited_run(config, ranks, 4, [])
     network = AutoConfig.from_pretrained(source)
@@ -150,7 +154,8 @@ def assert_same_run(mine: Path, theirs: Path) -> None:
     files = sorted(path for path in found_files if path.parts[0] != "checkpoints")
     assert files, f"found nothing in {theirs}"
     for file in files:
-        found, expected = load_file(mine / file), load_file(theirs / file)
+        found = load_file(mine / file)
+        expected = load_file(theirs / file)
         assert found.keys() == expected.keys(), file
         for name, value in expected.items():
             assert found[name].equal(value), f"{file}: {name}"

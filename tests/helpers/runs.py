@@ -92,7 +92,9 @@ def run_all(runs: list[dict[str, Any]]) -> list[Results]:
 def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Results:
     """The first start breaks off at the second domain, after which the same command continues."""
     allow_fp16_on_cpu()
-    ranks, config, kind = init_process_group(), RunConfig(**values), METHODS[method]
+    ranks = init_process_group()
+    config = RunConfig(**values)
+    kind = METHODS[method]
     before_domain = kind.before_domain
 
     def fail_at_second(self: Method, domain: DomainContext) -> None:
@@ -113,7 +115,8 @@ def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Re
 def run_whose_source_vanishes(values: dict[str, Any], source: Path, world_size: int) -> Results:
     """The folder that the model was read from is removed as soon as the first domain begins, by the last rank."""
     allow_fp16_on_cpu()
-    ranks, before_domain = init_process_group(), Method.before_domain
+    ranks = init_process_group()
+    before_domain = Method.before_domain
 
     def remove_first(self: Method, domain: DomainContext) -> None:
         ranks.barrier()

@@ -119,5 +119,6 @@ def random_importance(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.
     sizes = {group: layout.num_units[group] for group in ("head", "intermediate", "output")}
     importance = {g: torch.rand(layout.num_layers, size, generator=generator) for g, size in sizes.items()}
     for values in importance.values():
-        values[0, 0], values[-1, -1] = 0.0, 1.0
+        values[0, 0] = 0.0
+        values[-1, -1] = 1.0
     return importance

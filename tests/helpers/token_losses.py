@@ -14,7 +14,10 @@ from das_ds.engine.zero import get_gradients
 from das_ds.models.lm_loss import ChunkedLMLoss
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 
-ROWS, LENGTH, VOCABULARY, CHUNK = 3, 12, 100, 5
+ROWS = 3
+LENGTH = 12
+VOCABULARY = 100
+CHUNK = 5
 POSITIONS = (17, 0), (4, 13), (36, 36)
 """Predicted positions of the two ranks, in one chunk and in several, in every micro-step."""
 

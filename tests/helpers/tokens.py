@@ -14,7 +14,8 @@ from das_ds.reporting.results import Results
 from helpers.runs import small_run
 
 TOKENS = ["treebanks", "baseline", "weeks"]
-EMBEDDING, BIAS = "roberta.embeddings.word_embeddings.weight", "lm_head.bias"
+EMBEDDING = "roberta.embeddings.word_embeddings.weight"
+BIAS = "lm_head.bias"
 
 
 def run_with_tokens(folder: Path, name: str, stage: int, **changes: Any) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from helpers.configs import LENGTH, base_values, changed
 from helpers.half import allow_fp16_on_cpu
 from helpers.tiny_models import tiny_model
 
-VOCABULARY, MASK = 100, 4
+VOCABULARY = 100
+MASK = 4
 
 
 class Recorder(Sink):

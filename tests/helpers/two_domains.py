@@ -58,7 +58,9 @@ def learn_all(configs: list[RunConfig], domains: list[Steps]) -> list[Learned]:
 def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
     ranks = init_process_group()
     run = build(config, ranks, **NO_DROPOUT)
-    engine, method, recorder = run.engine, build_method(run), Recorder()
+    engine = run.engine
+    method = build_method(run)
+    recorder = Recorder()
     weights = []
     for index, steps in enumerate(domains):
         parts = [[rank_part(batch, ranks.info.rank, ranks.info.world_size) for batch in step] for step in steps]
@@ -125,7 +127,8 @@ def learn_plainly(
             penalty = strength / 2 * torch.stack(list(distances)).sum()
             gradients = torch.autograd.grad(loss + penalty, list(parameters.values()))
             norm = torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().sqrt().item()
-            clip, rate = min(1.0, 0.5 / (norm + 1e-6)), 1e-2 * (len(steps) - number) / len(steps)
+            clip = min(1.0, 0.5 / (norm + 1e-6))
+            rate = 1e-2 * (len(steps) - number) / len(steps)
             for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
                 weight_decay = 0.01 if value.ndim > 1 else 0.0
                 step = adamw_step(

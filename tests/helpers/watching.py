@@ -160,7 +160,10 @@ def stressed_steps(folder: Path, seconds: float, suspects: bool) -> tuple[int, i
     watchdog_module.inspect_stacks = inspect
     # Nobody walks the frames of another thread in Python.
     sys._current_frames = break_down  # type: ignore[assignment]
-    ranks, main, ended, step = init_process_group(), threading.get_ident(), threading.Event(), 0
+    ranks = init_process_group()
+    main = threading.get_ident()
+    ended = threading.Event()
+    step = 0
     with patch.object(watchdog_module, "PERIOD_S", 0.01), Watchdog(ranks, 60.0, folder) as watchdog:
         suspecting = threading.Thread(target=lambda: [inspect(main) for _ in iter(ended.is_set, True)])
         if suspects:

@@ -36,16 +36,19 @@ def _shards_and_restore(config: RunConfig, batch: Batch) -> dict[str, Any]:
         (shard.name, shard.param_start, shard.flat.detach().view(-1)[shard.span].clone())
         for shard in engine.weights.shards
     ]
-    before, output = _weights(engine), _output(engine, part)
+    before = _weights(engine)
+    output = _output(engine, part)
     snapshot = engine.weights.snapshot()
     engine.start_domain(4)
     for _ in range(2 * engine.accumulation_steps):
         _, losses = engine(part.corrupted_ids, part.predicted, part.targets)
         engine.backward(losses.mean())
         engine.step()
-    moved, moved_output = _weights(engine), _output(engine, part)
+    moved = _weights(engine)
+    moved_output = _output(engine, part)
     engine.weights.restore(snapshot)
-    after, after_output = _weights(engine), _output(engine, part)
+    after = _weights(engine)
+    after_output = _output(engine, part)
     engine.close()
     return {
         "stretches": stretches,

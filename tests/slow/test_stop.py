@@ -79,7 +79,8 @@ def test_stopped_run_exits_75_and_resumes_to_same_result(tmp_path: Path) -> None
 
 
 def test_save_file_saves_once_and_run_continues(tmp_path: Path) -> None:
-    values, folder = run(tmp_path, "run", keep_last=100), tmp_path / "run"
+    values = run(tmp_path, "run", keep_last=100)
+    folder = tmp_path / "run"
     processes = on_train_start(values, tmp_path, 2)
     wait_until(lambda: num_lines(folder) >= 2, "the second step")
     (folder / "SAVE").touch()
@@ -90,7 +91,8 @@ def test_save_file_saves_once_and_run_continues(tmp_path: Path) -> None:
 
 
 def test_stop_before_training_loses_nothing(tmp_path: Path) -> None:
-    values, folder = run(tmp_path, "run"), tmp_path / "run"
+    values = run(tmp_path, "run")
+    folder = tmp_path / "run"
     processes = on_train_start(values, tmp_path, 2)
     wait_until((folder / "config.yaml").exists, "the run folder")
     (folder / "STOP").touch()

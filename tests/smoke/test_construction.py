@@ -30,7 +30,8 @@ def random_roberta(**changes: Any) -> ModelConfig:
 
 def check(found: list[dict[str, Any]], expected: torch.nn.Module) -> None:
     """Every weight is exact in every precision; the network computes with it."""
-    weights, buffers = dict(expected.named_parameters()), dict(expected.named_buffers())
+    weights = dict(expected.named_parameters())
+    buffers = dict(expected.named_buffers())
     for loaded in found:
         assert loaded["weights"].keys() == weights.keys()
         assert all(torch.equal(value, weights[name]) for name, value in loaded["weights"].items())

@@ -16,7 +16,8 @@ from helpers.two_domains import NUM_STEPS, Expected, Learned, learn_all, learn_p
 
 pytestmark = pytest.mark.multirank
 
-STRENGTH, DECAY = 3000.0, 0.5
+STRENGTH = 3000.0
+DECAY = 0.5
 # Gradients for Fisher information are those of single micro-batches, unlike those of training.
 EWC: dict[str, Any] = {"name": "ewc", "lambda": STRENGTH, "decay": DECAY, "gradient_batch_size": ROWS}
 MERGE: dict[str, Any] = {"name": "merge", "merge": {"weight": 0.3}}

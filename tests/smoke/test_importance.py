@@ -14,7 +14,8 @@ from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.training import LENGTH, run_config
 
-NUM_BATCHES, ROWS = 2, 4
+NUM_BATCHES = 2
+ROWS = 4
 
 
 POWERS = {"abs_grad": 1, "squared_grad": 2}

@@ -23,7 +23,8 @@ from helpers.runs import metrics_lines
 
 pytestmark = pytest.mark.multirank
 
-STEPS_PER_DOMAIN, BREAK_STEP = 6, 9
+STEPS_PER_DOMAIN = 6
+BREAK_STEP = 9
 IMPORTANCE = {"num_samples": 10}
 SETTINGS: dict[str, dict[str, Any]] = {
     "das": {"importance": IMPORTANCE},
@@ -82,7 +83,8 @@ def test_methods_learn_two_domains_and_write_files(name: str, finished: tuple[Pa
 
 
 def _check_metrics(folder: Path, *, has_contrast: bool, is_pool: bool) -> None:
-    lines, steps = metrics_lines(folder), list(range(1, STEPS_PER_DOMAIN + 1))
+    lines = metrics_lines(folder)
+    steps = list(range(1, STEPS_PER_DOMAIN + 1))
     assert [line["global_step"] for line in lines] == list(range(1, 2 * STEPS_PER_DOMAIN + 1))
     assert [line["domain_step"] for line in lines] == (list(range(1, 13)) if is_pool else steps * 2)
     assert [line["domain"] for line in lines] == (["pool"] * 12 if is_pool else ["food"] * 6 + ["papers"] * 6)

@@ -40,7 +40,8 @@ def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
     text = prepare_data(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
     losses = []
     for corpus in text.blocks:
-        total, count = 0.0, 0
+        total = 0.0
+        count = 0
         for batch in text.evaluation_batches(corpus):
             labels = torch.full_like(batch.input_ids, -100).flatten()
             labels[batch.predicted] = batch.targets
@@ -58,5 +59,6 @@ def test_method_one_starts_each_domain_from_base(tmp_path: Path) -> None:
     both = small_run(tmp_path, method={"name": "one"}, output_dir=tmp_path / "both")
     alone = small_run(tmp_path, method={"name": "ncl"}, output_dir=tmp_path / "alone", domains=both["domains"][1:])
     run_ranks(run_all, 2, [{**run, "train": {**run["train"], "micro_batch_size": 2}} for run in (both, alone)])
-    mine, theirs = exported_weights(tmp_path / "both", "01_papers"), exported_weights(tmp_path / "alone", "00_papers")
+    mine = exported_weights(tmp_path / "both", "01_papers")
+    theirs = exported_weights(tmp_path / "alone", "00_papers")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -45,14 +45,16 @@ def flip(path: Path, byte: int) -> None:
     ],
 )
 def test_differences_names_each_change(tmp_path: Path, change, named: str) -> None:  # type: ignore[no-untyped-def]
-    expected, run = run_digest(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
+    expected = run_digest(finished_run(tmp_path / "a"))
+    run = finished_run(tmp_path / "b")
     change(run)
     found = differences(expected, run_digest(run))
     assert len(found) == 1 and found[0].startswith(named)
 
 
 def test_differences_ignores_time(tmp_path: Path) -> None:
-    expected, run = run_digest(finished_run(tmp_path / "a")), finished_run(tmp_path / "b")
+    expected = run_digest(finished_run(tmp_path / "a"))
+    run = finished_run(tmp_path / "b")
     (run / "results.json").write_text(json.dumps({"loss_matrix": [[1.5]], "wall_seconds": 9.0}))
     metrics = (run / "metrics.jsonl").read_text().replace('"tokens_per_s": 10.0', '"tokens_per_s": 3.0')
     (run / "metrics.jsonl").write_text(metrics.replace('"loss": 1.0', '"loss": 1.0, "checkpoint_stall_s": 0.1'))

@@ -31,7 +31,8 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("objective", demo.DEMOS)
 def test_configs_match_the_corpora_and_each_other(objective: str) -> None:
     which = demo.DEMOS[objective]
-    base, continued = load_config(which.base_config), load_config(which.config)
+    base = load_config(which.base_config)
+    continued = load_config(which.config)
     assert base.output_dir == which.folder / demo.BASE_RUN
     assert continued.output_dir == which.folder / demo.PROTECTED
     general, *domains = [corpus.name for corpus in CORPORA]
@@ -150,7 +151,8 @@ def test_environment_divides_threads_unless_the_user_sets_them(monkeypatch: pyte
 
 def test_context_free_bounds_equal_sums_over_all_tokens_of_a_position() -> None:
     num_tokens = 5
-    train, valid = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3]), torch.tensor([0, 1, 1, 3, 2, 4])
+    train = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
+    valid = torch.tensor([0, 1, 1, 3, 2, 4])
     bounds = context_free_bounds(train, valid, num_tokens)
     p = [(train.tolist().count(token) + 0.5) / (len(train) + 0.5 * num_tokens) for token in range(num_tokens)]
 

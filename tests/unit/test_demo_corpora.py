@@ -90,7 +90,8 @@ def test_chunks_keep_every_paragraph_complete() -> None:
 
 
 def test_documents_come_from_installed_packages() -> None:
-    formula, header = next(formula_documents()), next(cpp_documents())
+    formula = next(formula_documents())
+    header = next(cpp_documents())
     assert "assert" not in formula
     assert header
 
@@ -126,7 +127,8 @@ def test_build_corpora_complete_folder_is_kept(built: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "broken manifest", "other versions"])
 def test_build_corpora_incomplete_folder_is_rebuilt(built: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, manifest = built / "first" / "train.jsonl", built / "manifest.json"
+    train = built / "first" / "train.jsonl"
+    manifest = built / "manifest.json"
     content = train.read_bytes()
     if damage == "truncated":
         train.write_bytes(content[:100])

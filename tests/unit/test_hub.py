@@ -19,7 +19,8 @@ from helpers.fake_hub import FakeHub, fake_hub
 from helpers.tiny_models import tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 
-FIRST, SECOND = "a" * 40, "b" * 40
+FIRST = "a" * 40
+SECOND = "b" * 40
 MODEL = "owner/tiny"
 
 

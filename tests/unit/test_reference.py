@@ -70,7 +70,8 @@ def movement(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, Tenso
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_open_gates_give_the_network_itself(kind: str) -> None:
-    model, input_ids = tiny(kind), ids(2, 11)
+    model = tiny(kind)
+    input_ids = ids(2, 11)
     expected = model(input_ids=input_ids, output_hidden_states=True)
     hidden = ref.encode(model, input_ids, ref.unit_ones(model))
     torch.testing.assert_close(hidden, expected.hidden_states[-1])
@@ -78,7 +79,8 @@ def test_open_gates_give_the_network_itself(kind: str) -> None:
 
 
 def test_a_closed_gate_equals_removed_weights() -> None:
-    model, input_ids = tiny(), ids(2, 11)
+    model = tiny()
+    input_ids = ids(2, 11)
     gates = ref.unit_ones(model)
     gates["head"][0, 1] = gates["intermediate"][1, 7] = gates["output"][0, 3] = 0.0
     gated = ref.encode(model, input_ids, gates)
@@ -95,7 +97,8 @@ def test_a_closed_gate_equals_removed_weights() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("group", "layer", "unit"), [("head", 0, 2), ("intermediate", 1, 39), ("output", 0, 23)])
 def test_mlm_importance_is_the_finite_difference(kind: str, group: str, layer: int, unit: int) -> None:
-    model, (sequences, corrupted, labels) = tiny(kind), corrupted_sequences()
+    model = tiny(kind)
+    (sequences, corrupted, labels) = corrupted_sequences()
     importance = ref.reference_importance(model, sequences, corrupted, labels)[group][layer, unit]
     total = 0.0
     for index in range(len(sequences)):
@@ -111,7 +114,8 @@ def test_mlm_importance_is_the_finite_difference(kind: str, group: str, layer: i
 
 
 def test_a_sequence_without_predicted_tokens_counts_with_zero() -> None:
-    model, (sequences, corrupted, labels) = tiny(), corrupted_sequences()
+    model = tiny()
+    (sequences, corrupted, labels) = corrupted_sequences()
     labels[2] = -100
     with_empty = ref.reference_importance(model, sequences, corrupted, labels)
     without = ref.reference_importance(model, sequences[:2], corrupted[:2], labels[:2])
@@ -120,7 +124,8 @@ def test_a_sequence_without_predicted_tokens_counts_with_zero() -> None:
 
 
 def test_proxy_importance_follows_the_noise() -> None:
-    model, (sequences, corrupted, labels) = tiny(), corrupted_sequences()
+    model = tiny()
+    (sequences, corrupted, labels) = corrupted_sequences()
     ref.fix_noise(model, 2 * len(sequences), 11)
     noisy = ref.reference_importance(model, sequences, corrupted, labels, kind="proxy")
     again = ref.reference_importance(model, sequences, corrupted, labels, kind="proxy")
@@ -134,7 +139,8 @@ def test_proxy_importance_follows_the_noise() -> None:
 
 
 def test_fixed_noise_gives_the_network_with_that_dropout() -> None:
-    model, input_ids = tiny(), ids(2, 11)
+    model = tiny()
+    input_ids = ids(2, 11)
     clean = ref.encode(model, input_ids, ref.unit_ones(model))
     ref.fix_noise(model, 4, 11)
     ref.select_noise(model, [3, 1])
@@ -208,7 +214,8 @@ def test_contrast_of_two_by_two_by_hand() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_unmasked_training_is_adamw_of_torch(kind: str) -> None:
     model = tiny(kind)
-    steps, rates = [[batch(seed=seed)] for seed in range(3)], [1e-3, 2e-3, 1e-3]
+    steps = [[batch(seed=seed)] for seed in range(3)]
+    rates = [1e-3, 2e-3, 1e-3]
     run = ref.reference_train(
         model, steps, None, learning_rates=rates, max_grad_norm=0.5, contrast_weight=0.0, dtype=torch.float64
     )
@@ -234,7 +241,8 @@ def test_unmasked_training_is_adamw_of_torch(kind: str) -> None:
 
 
 def test_update_mode_scales_the_whole_first_step() -> None:
-    model, steps = tiny(), [[batch(seed=1), batch(seed=2)]]
+    model = tiny()
+    steps = [[batch(seed=1), batch(seed=2)]]
     importance = random_units(model)
     options: dict[str, Any] = {
         "learning_rates": [1e-3],
@@ -249,7 +257,8 @@ def test_update_mode_scales_the_whole_first_step() -> None:
 
 
 def test_gradient_mode_masks_before_clipping_and_adam_cancels_it() -> None:
-    model, steps = tiny(), [[batch()]]
+    model = tiny()
+    steps = [[batch()]]
     importance = random_units(model)
     importance["output"][1, 5] = 1.0
     options: dict[str, Any] = {"learning_rates": [1e-3], "weight_decay": 0.0, "contrast_weight": 0.0, "eps": 1e-14}
@@ -257,21 +266,24 @@ def test_gradient_mode_masks_before_clipping_and_adam_cancels_it() -> None:
     free = ref.reference_train(model, steps, None, dtype=torch.float64, **options)
     assert masked.grad_norms[0] < free.grad_norms[0]
     name = "roberta.encoder.layer.1.output.dense.weight"
-    moved, unmasked = movement(model, masked.model)[name], movement(model, free.model)[name]
+    moved = movement(model, masked.model)[name]
+    unmasked = movement(model, free.model)[name]
     assert moved[5].abs().max() == 0 and unmasked[5].abs().min() > 0
     others = torch.arange(len(moved)) != 5
     torch.testing.assert_close(moved[others], unmasked[others], rtol=1e-6, atol=0.0)
 
 
 def test_full_importance_protects_every_unit() -> None:
-    model, steps = tiny(), [[batch(seed=seed)] for seed in range(2)]
+    model = tiny()
+    steps = [[batch(seed=seed)] for seed in range(2)]
     run = ref.reference_train(model, steps, ref.unit_ones(model), learning_rates=[1e-3] * 2, shared_scale=0.0)
     before = torch.nn.Module.to(copy.deepcopy(model), torch.float32)
     assert all(value.abs().max() == 0 for value in movement(before, run.model).values())
 
 
 def test_accumulation_normalises_by_all_predicted_tokens() -> None:
-    model, parts = tiny(), [batch(2, 9, seed=1), batch(2, 3, seed=2)]
+    model = tiny()
+    parts = [batch(2, 9, seed=1), batch(2, 3, seed=2)]
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     joined["predicted"][9:] += parts[0]["input_ids"].numel()
     options: dict[str, Any] = {"learning_rates": [1e-3], "contrast_weight": 0.0, "dtype": torch.float64}
@@ -282,7 +294,8 @@ def test_accumulation_normalises_by_all_predicted_tokens() -> None:
 
 
 def test_contrast_is_averaged_over_micro_batches_and_weighted() -> None:
-    model, parts = tiny(), [batch(seed=1), batch(seed=2)]
+    model = tiny()
+    parts = [batch(seed=1), batch(seed=2)]
     importance = random_units(model)
     options: dict[str, Any] = {"learning_rates": [1e-3], "weight_decay": 0.0, "dtype": torch.float64}
     both = ref.reference_train(model, [parts], importance, **options)

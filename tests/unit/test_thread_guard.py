@@ -14,7 +14,8 @@ from das_ds.thread_guard import ThreadGuard
 def test_thread_guard_logs_first_error_and_continues(
     error: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
-    guard, rounds = ThreadGuard("the thread failed"), list[int]()
+    guard = ThreadGuard("the thread failed")
+    rounds = list[int]()
 
     def work() -> None:
         for number in range(5):

@@ -30,7 +30,9 @@ class Job:
 
     def __init__(self, cluster: SlurmCluster, folder: Path, file: str, **changes: Any) -> None:
         folder.mkdir(exist_ok=True)
-        self.cluster, self.run, self._log = cluster, folder / "run", folder / "log"
+        self.cluster = cluster
+        self.run = folder / "run"
+        self._log = folder / "log"
         values = small_run(folder, train=TRAIN, checkpoint=CHECKPOINT, **changes)
         config = write_config(folder, {**values, "domains": values["domains"][:1]})
         self.id = cluster.submit(*ON_TWO_NODES, "--output", self._log, f"launch/slurm/{file}", "--config", config)

@@ -71,7 +71,8 @@ def record() -> TierResult:
 
 
 def test_write_page_from_stored_result(tmp_path: Path) -> None:
-    path, page = tmp_path / "domains_cpu.json", tmp_path / "docs" / "evidence.md"
+    path = tmp_path / "domains_cpu.json"
+    page = tmp_path / "docs" / "evidence.md"
     write_result_file(path, record())
     assert read_result_file(path) == record()
     page.parent.mkdir()

@@ -34,7 +34,8 @@ def test_model_flops_need_no_weights() -> None:
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     assert 1.3e9 < num_weights < 1.6e9
     batch = build_batch(work, "clm")
-    embedding, head = model.get_input_embeddings().weight.numel(), model.get_output_embeddings().weight.numel()
+    embedding = model.get_input_embeddings().weight.numel()
+    head = model.get_output_embeddings().weight.numel()
     # The last token of the row predicts nothing.
     expected = 6 * 8 * (num_weights - embedding - head) + 6 * 7 * head
     assert model_flops(model, batch) == pytest.approx(expected, rel=0.01)

@@ -126,7 +126,8 @@ class RecordedStream:
     """A stream without a GPU: what was asked of it, in order."""
 
     def __init__(self, asked: list[str], name: str) -> None:
-        self.asked, self.name = asked, name
+        self.asked = asked
+        self.name = name
 
     def record_event(self) -> RecordedStream:
         self.asked.append(f"{self.name} records")

@@ -315,7 +315,8 @@ def test_config_differences_name_key_and_values(run_file: Path) -> None:
 
 
 def test_config_differences_include_added_domain(run_file: Path) -> None:
-    old, new = load_config(run_file), load_config(run_file, ["domains.2={name: c, train: [c.txt]}"])
+    old = load_config(run_file)
+    new = load_config(run_file, ["domains.2={name: c, train: [c.txt]}"])
     assert "domains.2.name: was not given, now 'c'" in config_differences(old, new)
     assert "domains.2.name: was 'c', now not given" in config_differences(new, old)
 

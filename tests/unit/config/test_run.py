@@ -134,6 +134,11 @@ def test_stages_are_domains_or_their_pool() -> None:
             },
             "softmask.include_consumers needs importance.granularity: unit, found true with parameter",
         ),
+        (
+            RunConfig,
+            {**SMALL, "method": {"importance": {"granularity": "direction"}}},
+            r"importance.granularity: found 'direction', allowed: unit \| parameter; .* method: directions",
+        ),
         (SoftmaskConfig, {"groups": ["heads"]}, "should be 'head', 'intermediate', 'output' or 'unowned'"),
         (
             ImportanceConfig,

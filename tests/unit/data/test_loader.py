@@ -15,7 +15,9 @@ from das_ds.data.objectives import CausalLMCollator, Collator, MLMCollator
 from das_ds.data.tokenize import TokenFile
 from das_ds.errors import ConfigError
 
-LENGTH, NUM_BLOCKS, GLOBAL_BATCH = 32, 21, 8
+LENGTH = 32
+NUM_BLOCKS = 21
+GLOBAL_BATCH = 8
 MASKER = MLMCollator(mask_id=4, special_ids=(0, 1, 2, 3, 4), vocab_size=300, probability=0.3)
 
 
@@ -93,7 +95,8 @@ def block_numbers(batch: Batch) -> list[int]:
 
 def assert_same(left: Batch, right: Batch) -> None:
     for field in fields(Batch):
-        one, other = getattr(left, field.name), getattr(right, field.name)
+        one = getattr(left, field.name)
+        other = getattr(right, field.name)
         assert one is other is None or torch.equal(one, other), field.name
 
 
@@ -127,7 +130,8 @@ def test_training_steps_independent_of_ranks(blocks: TokenBlocks, world_size: in
 
 def test_training_steps_epoch_visits_each_block_once(blocks: TokenBlocks) -> None:
     order = [number for step in steps(blocks) for batch in step for number in block_numbers(batch)]
-    first, second = order[:NUM_BLOCKS], order[NUM_BLOCKS : 2 * NUM_BLOCKS]
+    first = order[:NUM_BLOCKS]
+    second = order[NUM_BLOCKS : 2 * NUM_BLOCKS]
     assert sorted(first) == sorted(second) == list(range(NUM_BLOCKS))
     assert first != second != sorted(second)
 
@@ -164,7 +168,8 @@ def test_training_steps_seed_changes_order(blocks: TokenBlocks) -> None:
 
 
 def test_training_steps_leave_global_rng_unchanged(blocks: TokenBlocks) -> None:
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
+    torch_state = torch.get_rng_state()
+    numpy_state = np.random.get_state(legacy=False)["state"]["key"]
     steps(blocks)
     list(evaluation(blocks))
     assert torch.equal(torch.get_rng_state(), torch_state)

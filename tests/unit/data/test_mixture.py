@@ -17,7 +17,9 @@ from das_ds.data.objectives import MLMCollator
 from das_ds.data.tokenize import TokenFile
 from das_ds.functional import sampling
 
-LENGTH, GLOBAL_BATCH, STEPS_PER_DOMAIN = 16, 8, 5
+LENGTH = 16
+GLOBAL_BATCH = 8
+STEPS_PER_DOMAIN = 5
 FIRST_TOKEN = {"papers": 5, "food": 100, "news": 200}
 """Block i of a corpus holds nothing but its token + i."""
 NUM_BLOCKS = {"papers": 30, "food": 3, "news": 50}
@@ -123,7 +125,8 @@ def test_mixed_domains_shuffle_each_epoch_once(
     samples: dict[str, SampleDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Orders of large corpora are slow to make; many domains in turn may not drive each other's out of memory."""
-    made, epoch_order = [], sampling.epoch_order
+    made = []
+    epoch_order = sampling.epoch_order
 
     def noted(num_samples: int, seed: int, stream: str, epoch: int) -> np.ndarray:
         made.append((stream, epoch))

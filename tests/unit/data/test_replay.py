@@ -18,7 +18,9 @@ from das_ds.data.replay import Replay, interleave
 from das_ds.data.tokenize import TokenFile
 from das_ds.functional.sampling import replay_number
 
-LENGTH, NUM_STEPS, FIRST_TOKEN = 16, 6, 5
+LENGTH = 16
+NUM_STEPS = 6
+FIRST_TOKEN = 5
 SPECIAL = (0, 1, 2, 3, 4)
 NUM_BLOCKS = {"papers": 30, "food": 3, "news": 50}
 """The domain, then the replayed corpora."""

@@ -113,7 +113,8 @@ def test_prepare_tokens_end_of_text_inside_document(corpus_file: Path) -> None:
     corpus_file.write_text("warm</s>bread\nsoup</s>\nmenu\n")
     tokenizer = with_template("A")
     tokens = prepare(corpus_file, tokenizer, end_of_text=2)
-    ids, starts = stored_ids(tokens), stored_starts(tokens)
+    ids = stored_ids(tokens)
+    starts = stored_starts(tokens)
     assert [ids[a:b].count(2) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)] == [2, 1, 1]
 
 
@@ -178,7 +179,8 @@ def test_prepare_tokens_cache_key_covers_content_and_settings(corpus_file: Path)
 )
 def test_prepare_tokens_rewrites_damaged_entry(corpus_file: Path, damage: str) -> None:
     tokens = prepare(corpus_file)
-    expected, meta = stored_ids(tokens), tokens.path.with_name("meta.json")
+    expected = stored_ids(tokens)
+    meta = tokens.path.with_name("meta.json")
     if damage == "short tokens":
         os.truncate(tokens.path, 10)
     elif damage == "no tokens":
@@ -193,7 +195,8 @@ def test_prepare_tokens_rewrites_damaged_entry(corpus_file: Path, damage: str) -
 
 
 def test_prepare_tokens_keeps_entry_of_concurrent_job(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish, order = tokenize._publish, list[str]()
+    publish = tokenize._publish
+    order = list[str]()
 
     def publish_after_another(partial: Path, folder: Path) -> None:
         if not order:

@@ -8,7 +8,8 @@ import torch
 from das_ds.distributed import sharded_buffer as divided_table
 from das_ds.distributed.sharded_buffer import ShardedBuffer
 
-NUM_ROWS, WIDTH = 7, 3
+NUM_ROWS = 7
+WIDTH = 3
 WHOLE = torch.arange(1, 1 + NUM_ROWS * WIDTH, dtype=torch.int32).view(NUM_ROWS, WIDTH)
 
 
@@ -35,7 +36,8 @@ def test_sharded_buffer_load_on_other_world_size_keeps_rows(
 
 
 def test_sharded_buffer_write_then_read_returns_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers, found = torch.tensor([4, 1, 6]).numpy(), []
+    numbers = torch.tensor([4, 1, 6]).numpy()
+    found = []
     for rank in range(2):
         table = on_rank(monkeypatch, rank, 2)
         table.write(numbers, WHOLE[numbers].clone())

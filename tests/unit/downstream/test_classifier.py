@@ -22,7 +22,8 @@ WEIGHTS = "model.safetensors"
 def test_load_classifier_keeps_encoder_and_labels(tmp_path: Path, model_type: str) -> None:
     folder = save_model(tmp_path, model_type)
     model, _ = load_classifier(ModelConfig(name_or_path=str(folder)), ["a", "b", "c"])
-    stored, loaded = load_file(folder / WEIGHTS), model.state_dict()
+    stored = load_file(folder / WEIGHTS)
+    loaded = model.state_dict()
     common = set(stored) & set(loaded)
     assert len(common) > len(stored) / 2
     for name in common:

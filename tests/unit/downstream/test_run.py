@@ -31,7 +31,8 @@ def two_tasks(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.multirank
 def test_finetune_model_two_ranks_equal_one(tmp_path: Path) -> None:
     model = save_model(tmp_path)
-    config, path = task_run(tmp_path, two_tasks(tmp_path)), model.parent / END_TASKS_FILE
+    config = task_run(tmp_path, two_tasks(tmp_path))
+    path = model.parent / END_TASKS_FILE
     (alone,) = run_ranks(scores_on_ranks, 1, config, model)
     assert EndTaskScores.read(path) == alone
     assert {name: [done.seed for done in entry.seeds] for name, entry in alone.tasks.items()} == {
@@ -75,7 +76,8 @@ def test_finetune_model_modified_export_raises(tmp_path: Path) -> None:
 
 
 def test_finetune_command_prints_and_records_scores(tmp_path: Path) -> None:
-    model, config = save_model(tmp_path), tmp_path / "run.yaml"
+    model = save_model(tmp_path)
+    config = tmp_path / "run.yaml"
     dump_config(task_run(tmp_path, two_tasks(tmp_path)), config)
     words = ("launch/finetune.py", "--config", config, "--model", model, "--task", "toy_pair")
     done = program(*words, "tasks.1.metric=accuracy", "wandb.mode=offline")
@@ -108,7 +110,8 @@ def test_finetune_command_mistakes_are_one_line(
 
 
 def test_resolve_scores_path(tmp_path: Path) -> None:
-    config, model = task_run(tmp_path, []), tmp_path / "domains" / "01_acl" / "model"
+    config = task_run(tmp_path, [])
+    model = tmp_path / "domains" / "01_acl" / "model"
     assert resolve_scores_path(config, model, None) == tmp_path / "domains" / "01_acl" / END_TASKS_FILE
     assert resolve_scores_path(config, tmp_path, tmp_path / "base.json") == tmp_path / "base.json"
     # Also where the base is a domain's model of another run.

@@ -67,7 +67,8 @@ def test_mean_scores_and_score_table_for_tracker(tmp_path: Path) -> None:
 
 
 def test_open_scores_round_trip(tmp_path: Path) -> None:
-    path, scores = tmp_path / END_TASKS_FILE, two_seeds(tmp_path)
+    path = tmp_path / END_TASKS_FILE
+    scores = two_seeds(tmp_path)
     scores.write(path)
     assert EndTaskScores.read(path) == open_scores(path, "abc", [task_of(tmp_path)]) == scores
     # Seeds may be added, and files may move as long as their content stays.
@@ -98,7 +99,8 @@ def test_open_scores_other_weights_or_settings_raise(tmp_path: Path) -> None:
 
 
 def test_with_domains_updates_domain(tmp_path: Path) -> None:
-    path, scores = tmp_path / END_TASKS_FILE, two_seeds(tmp_path)
+    path = tmp_path / END_TASKS_FILE
+    scores = two_seeds(tmp_path)
     scores.write(path)
     task = task_of(tmp_path, domain="acl")
     moved = open_scores(path, "abc", [task]).with_domains([task, task_of(tmp_path, name="other", domain="acl")])

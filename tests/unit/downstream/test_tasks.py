@@ -112,7 +112,8 @@ def read_pairs(folder: Path) -> EndTask:
 def test_encode_examples_truncates_longer_of_pair(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     task = read_pairs(tmp_path)
-    whole, cut = encode_examples(task.dev, tokenizer, 64), encode_examples(task.dev, tokenizer, 12)
+    whole = encode_examples(task.dev, tokenizer, 64)
+    cut = encode_examples(task.dev, tokenizer, 12)
     assert task.dev.pairs is not None
     text = tokenizer.decode(whole.rows[0]["input_ids"])
     assert text.find(task.dev.pairs[0]) < text.find(task.dev.texts[0])
@@ -122,7 +123,8 @@ def test_encode_examples_truncates_longer_of_pair(tmp_path: Path) -> None:
 
 
 def test_batches_contain_every_row_once(tmp_path: Path) -> None:
-    tokenizer, task = tiny_tokenizer(), read_pairs(tmp_path)
+    tokenizer = tiny_tokenizer()
+    task = read_pairs(tmp_path)
     encoded = encode_examples(task.train, tokenizer, 64)
     generator = torch.Generator().manual_seed(0)
     orders = []

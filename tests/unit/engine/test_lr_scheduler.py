@@ -10,8 +10,10 @@ import torch
 from das_ds.config import TrainConfig
 from das_ds.engine.lr_scheduler import build_lr_scheduler
 
-PEAK, NUM_STEPS = 0.5, 20
-WARMUP, DECAY = 4, 10
+PEAK = 0.5
+NUM_STEPS = 20
+WARMUP = 4
+DECAY = 10
 """Steps of the two at the ratios below."""
 
 

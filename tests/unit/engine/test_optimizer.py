@@ -33,7 +33,8 @@ def test_wrapper_any_optimizer_blends_in_chunks(name: str, monkeypatch: pytest.M
 def test_wrapper_without_mask_equals_inner_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "CHUNK_TILES", 1)
     start = torch.randn(NUMEL)
-    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    param = torch.nn.Parameter(start.clone())
+    twin = torch.nn.Parameter(start.clone())
     run(MaskedUpdateWrapper(INNER[name]([{"params": [param]}])), param)
     run(INNER[name]([{"params": [twin]}]), twin)
     assert torch.equal(param.data, twin.data)
@@ -44,8 +45,10 @@ def masked_adamw(groups: list[dict[str, Any]]) -> MaskedOptimizer:
 
 
 def test_masked_adamw_equals_scaled_adamw_steps() -> None:
-    start, importance = torch.randn(6, 50), torch.rand(300)
-    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    start = torch.randn(6, 50)
+    importance = torch.rand(300)
+    param = torch.nn.Parameter(start.clone())
+    twin = torch.nn.Parameter(start.clone())
     found = masked_adamw([{"params": [param]}])
     found.set_masks({param: ElementwiseMask(Protection(300, importance=importance))})
     run(found, param)
@@ -109,7 +112,8 @@ class HalfMask:
 @pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
 def test_set_masks_any_update_mask_blends_chunks(make: Callable[..., MaskedOptimizer]) -> None:
     start = torch.randn(300)
-    param, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    param = torch.nn.Parameter(start.clone())
+    twin = torch.nn.Parameter(start.clone())
     masked = make([{"params": [param]}])
     masked.set_masks({param: HalfMask()})
     run(masked, param)
@@ -119,7 +123,8 @@ def test_set_masks_any_update_mask_blends_chunks(make: Callable[..., MaskedOptim
 
 def test_set_masks_replaces_earlier_masks() -> None:
     param, twin = (torch.nn.Parameter(torch.ones(300)) for _ in range(2))
-    masked, free = masked_adamw([{"params": [param]}]), masked_adamw([{"params": [twin]}])
+    masked = masked_adamw([{"params": [param]}])
+    free = masked_adamw([{"params": [twin]}])
     masked.set_masks({param: HalfMask()})
     masked.set_masks({})
     run(masked, param)

@@ -96,7 +96,8 @@ def test_heartbeat_store_failing_heartbeat_still_reads(store: FlakyStore, caplog
         # It reads all the same.
         until(lambda: exchange.snapshot.num_answers > answers + 5)
         assert not exchange.snapshot.is_blind and not exchange.snapshot.is_lost
-        seq, rank.failure = exchange.snapshot.heartbeats[0].seq, None
+        seq = exchange.snapshot.heartbeats[0].seq
+        rank.failure = None
         until(lambda: exchange.snapshot.heartbeats[0].seq > seq)
     assert len(caplog.records) == 1 and "Traceback" in caplog.text and "f_code" in caplog.text
 
@@ -123,6 +124,7 @@ def test_heartbeat_store_lost_connection_reconnects(store: FlakyStore, caplog: p
 
 def test_heartbeat_store_failed_reconnect_is_logged(store: FlakyStore, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), exchanging(Rank()) as exchange:
-        store.can_connect, store.failure = False, dist.DistNetworkError("Broken pipe")
+        store.can_connect = False
+        store.failure = dist.DistNetworkError("Broken pipe")
         until(lambda: "cannot reach the ranks' common store: training continues without a watchdog" in caplog.text)
         assert exchange.snapshot.is_lost

@@ -79,7 +79,8 @@ def test_shutdown_handler_stop_file_requests_stop_until_removed(tmp_path: Path) 
 
 
 def test_shutdown_handler_save_file_requests_one_save(tmp_path: Path) -> None:
-    handler, file = ShutdownHandler(RunDir(tmp_path), []), tmp_path / "SAVE"
+    handler = ShutdownHandler(RunDir(tmp_path), [])
+    file = tmp_path / "SAVE"
     handler.remove_save_file()
     file.touch()
     assert [handler.poll(files=False).save, handler.poll(files=True).save] == [False, True]

@@ -45,7 +45,8 @@ def test_parse_stacks_gives_frames_by_thread() -> None:
 def test_inspect_stacks_waiting_thread_is_in_collective(file: str, function: str, in_collective: bool) -> None:
     code: dict[str, Any] = {}
     exec(compile(f"def {function}(lock, began):\n    began.set()\n    lock.acquire()", file, "exec"), code)
-    lock, began = threading.Lock(), threading.Event()
+    lock = threading.Lock()
+    began = threading.Event()
     lock.acquire()
     thread = threading.Thread(target=code[function], args=(lock, began), daemon=True)
     thread.start()

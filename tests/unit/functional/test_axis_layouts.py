@@ -9,7 +9,11 @@ import torch
 
 from das_ds.functional.axis_layouts import AXIS_LAYOUTS, NO_OWNER, Axis
 
-HEADS, KEY_VALUE_HEADS, WIDTH, EXPERTS, OWN = 6, 2, 3, 4, 5
+HEADS = 6
+KEY_VALUE_HEADS = 2
+WIDTH = 3
+EXPERTS = 4
+OWN = 5
 
 
 def sharers(head: int) -> list[int]:

@@ -35,7 +35,8 @@ def test_direction_projector_equals_saturating_mask(saturation: float) -> None:
 def test_direction_projector_small_saturation_frees_unused_directions() -> None:
     of_three = moment(rank=3)
     _, vectors = torch.linalg.eigh(of_three.double())
-    new, old = vectors[:, :3].float(), vectors[:, 3:].float()
+    new = vectors[:, :3].float()
+    old = vectors[:, 3:].float()
     mask = direction_projector(normalized_second_moment(of_three), 1e-3)
     torch.testing.assert_close(new.T @ mask, new.T, rtol=0, atol=1e-3)
     assert (old.T @ mask).abs().max() < 1e-2

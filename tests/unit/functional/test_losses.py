@@ -24,7 +24,9 @@ def test_contrastive_loss_two_by_two_by_hand() -> None:
 
 
 def test_contrastive_loss_pairs_anchor_with_positive() -> None:
-    anchors, positives, previous = torch.randn(2, 5), torch.randn(6, 5), torch.randn(6, 5)
+    anchors = torch.randn(2, 5)
+    positives = torch.randn(6, 5)
+    previous = torch.randn(6, 5)
     total = 0.0
     for n in range(2):
         similarity = torch.stack(
@@ -44,7 +46,8 @@ def test_contrastive_loss_equal_and_zero_rows_finite() -> None:
 
 
 def test_representation_kl_equals_torch() -> None:
-    first, second = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
+    first = torch.randn(3, 4, 7)
+    second = torch.randn(3, 4, 7)
     expected = functional.kl_div(second.log_softmax(-1), first.log_softmax(-1), log_target=True, reduction="none")
     torch.testing.assert_close(representation_kl(first, second), expected.sum(-1).mean(1))
     assert representation_kl(first, first).abs().max() == 0
@@ -52,15 +55,18 @@ def test_representation_kl_equals_torch() -> None:
 
 def test_distillation_loss_by_hand() -> None:
     """Two of two numbers: the teacher's softmax at T = 2 is (3/4, 1/4), the student's (1/2, 1/2)."""
-    teacher, student = torch.tensor([[[2 * math.log(3), 0.0]]]), torch.tensor([[[5.0, 5.0]]])
+    teacher = torch.tensor([[[2 * math.log(3), 0.0]]])
+    student = torch.tensor([[[5.0, 5.0]]])
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert distillation_loss(teacher, student, temperature=2.0).item() == pytest.approx(4 * kl, rel=1e-6)
-    rows, equal = torch.cat((teacher, student)), torch.cat((student, student))
+    rows = torch.cat((teacher, student))
+    equal = torch.cat((student, student))
     assert distillation_loss(rows, equal, temperature=2.0).item() == pytest.approx(2 * kl, rel=1e-6)
 
 
 def test_sequence_token_loss_is_mean_per_sequence() -> None:
-    losses, rows = torch.rand(6), torch.tensor([2, 0, 2, 2, 0, 3])
+    losses = torch.rand(6)
+    rows = torch.tensor([2, 0, 2, 2, 0, 3])
     found = sequence_token_loss(losses, rows, 5)
     for row in range(5):
         mine = losses[rows == row]

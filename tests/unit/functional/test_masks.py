@@ -19,7 +19,8 @@ from das_ds.models.architectures.registry import spec_for
 from helpers.reference import full_masks
 from helpers.tiny_models import CONFIGS, random_importance, tiny_model
 
-ROWS, COLUMNS = 7, 5
+ROWS = 7
+COLUMNS = 5
 
 
 @pytest.mark.parametrize("axes", ["rows", "columns", "both"])
@@ -69,7 +70,9 @@ def test_mask_table_equals_reference_masks(model_type: str, readers: bool, share
             torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-7, msg=name)
 
 
-HEAD_WIDTH, SHARERS, INNER = 8, 3, {"llama": 40, "phi3": 40, "mixtral": 16}
+HEAD_WIDTH = 8
+SHARERS = 3
+INNER = {"llama": 40, "phi3": 40, "mixtral": 16}
 
 
 def importance_by_hand(

@@ -11,7 +11,8 @@ from das_ds.functional.sampling import NOT_STORED, append_zero_row, evenly_space
 
 def stored(num_samples: int, capacity: int, chunk: int, seed: int) -> list[int]:
     """Numbers of the samples in each slot after a stream, taken in chunks."""
-    uniforms, slots = np.random.default_rng(seed).random(num_samples), np.full(capacity, NOT_STORED)
+    uniforms = np.random.default_rng(seed).random(num_samples)
+    slots = np.full(capacity, NOT_STORED)
     for first in range(0, num_samples, chunk):
         found = reservoir_slots(first, uniforms[first : first + chunk], capacity)
         last = final_writes(found)
@@ -22,7 +23,8 @@ def stored(num_samples: int, capacity: int, chunk: int, seed: int) -> list[int]:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_reservoir_slots_any_chunks_equal_loop(chunk: int) -> None:
-    uniforms, expected = np.random.default_rng(0).random(64), list[int]()
+    uniforms = np.random.default_rng(0).random(64)
+    expected = list[int]()
     for number, u in enumerate(uniforms):
         slot = int(u * (number + 1))
         if number < 5:
@@ -60,7 +62,8 @@ def test_evenly_spaced_without_positions() -> None:
 
 
 def test_evenly_spaced_positions_equally_likely() -> None:
-    num_rows, count = 7000, 3
+    num_rows = 7000
+    count = 3
     predicted = torch.arange(num_rows)[:, None] * 10 + torch.arange(7)
     offsets = torch.rand(num_rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     indices, exists = evenly_spaced(predicted.flatten(), num_rows, 10, count, offsets)

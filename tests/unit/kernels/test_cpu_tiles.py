@@ -20,11 +20,13 @@ def test_cpu_tiles_cover_tensor_with_its_importance(kind: str, most: int, monkey
     monkeypatch.setattr(cpu_tiles, "CPU_TILE_ELEMENTS", most)
     seed = new_seed()
     protection = random_protection(kind, NUMEL, torch.Generator().manual_seed(seed))
-    found, position = torch.full((NUMEL,), torch.nan), 0
+    found = torch.full((NUMEL,), torch.nan)
+    position = 0
     for tile in protection.cpu_tiles:
         assert tile.start == position and 0 < len(tile) <= most, seed
         position = tile.stop
-        new, old = torch.zeros(len(tile)), torch.ones(len(tile))
+        new = torch.zeros(len(tile))
+        old = torch.ones(len(tile))
         protection.lerp_toward_(new, old, tile, protection.scratch())
         found[tile.start : tile.stop] = new
     assert position == NUMEL
@@ -37,11 +39,13 @@ def test_triton_tiles_cover_every_element_once(kind: str, tile_elements: int, mo
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile_elements)
     seed = new_seed()
     protection = random_protection(kind, NUMEL, torch.Generator().manual_seed(seed))
-    table, counts = protection.triton_tiles(torch.device("cpu")), torch.zeros(NUMEL, dtype=torch.long)
+    table = protection.triton_tiles(torch.device("cpu"))
+    counts = torch.zeros(NUMEL, dtype=torch.long)
     for tile, number in zip(table.tile.tolist(), table.segment.tolist(), strict=True):
         segment = Segment(**dict(zip(SEGMENT_FIELDS, table.segments[number].tolist(), strict=True)))
         assert segment == protection.segments[number]
-        begin, end = max(segment.start, tile * tile_elements), min(segment.stop, (tile + 1) * tile_elements)
+        begin = max(segment.start, tile * tile_elements)
+        end = min(segment.stop, (tile + 1) * tile_elements)
         assert begin < end, f"seed {seed}: a tile without elements"
         counts[begin:end] += 1
     assert bool((counts == 1).all()), seed

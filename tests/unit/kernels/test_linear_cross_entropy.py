@@ -15,7 +15,10 @@ from torch.nn import functional
 from das_ds.kernels import dispatch
 from das_ds.kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy_liger
 
-P, H, V, CHUNK = 13, 8, 37, 5
+P = 13
+H = 8
+V = 37
+CHUNK = 5
 
 
 def case(device: str, dtype: torch.dtype, *, bias: bool) -> tuple[list[torch.Tensor | None], torch.Tensor]:

@@ -64,13 +64,15 @@ def test_masked_adamw_equals_float64(form: str, kind: str, scaled: bool, device:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["none", "all 0"])
 def test_masked_adamw_unprotected_equals_torch(form: str, kind: str, device: str) -> None:
-    numel, seed = 1003, new_seed()
+    numel = 1003
+    seed = new_seed()
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(numel, generator=generator)
     twin = torch.nn.Parameter(start.clone())
     other = torch.optim.AdamW([twin], **SETTINGS)
     protection = random_protection(kind, numel, generator, device)
-    param, moments = start.clone().to(device), [torch.zeros(numel, device=device) for _ in range(2)]
+    param = start.clone().to(device)
+    moments = [torch.zeros(numel, device=device) for _ in range(2)]
     for step in range(100):
         twin.grad = torch.randn(numel, generator=generator)
         other.step()

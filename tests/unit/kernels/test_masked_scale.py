@@ -51,7 +51,8 @@ def test_masked_scale_equals_float64(form: str, kind: str, dtype: torch.dtype, d
     for before, (whole, view), protection in zip(start, poisoned, protections, strict=True):
         share = 1 - protection.to_dense().double().cpu()
         message = f"{kind}, {dtype}, {protection.numel} elements, seed {seed}"
-        found, expected = view.double().cpu(), before.double() * share
+        found = view.double().cpu()
+        expected = before.double() * share
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=1e-6, msg=message)
         assert torch.equal(found[share == 1], before.double()[share == 1]), message
         assert not found[share == 0].any(), message

@@ -39,7 +39,8 @@ def test_library_without_compiler_falls_back_to_torch(
     with caplog.at_level(logging.INFO):
         assert not native.use_native(torch.zeros(1))
     assert "torch, because there is no C++ compiler" in caplog.text
-    param, start = torch.randn(100), torch.zeros(100)
+    param = torch.randn(100)
+    start = torch.zeros(100)
     start.copy_(param)
     moments = torch.zeros(100), torch.zeros(100)
     protection = Protection(100, importance=torch.ones(100))
@@ -65,11 +66,14 @@ def test_run_any_number_of_threads_bitwise_equal(kind: str) -> None:
     numel = 3 * native.PARALLEL_ELEMENTS + 1003
     generator = torch.Generator().manual_seed(new_seed())
     protection = random_protection(kind, numel, generator)
-    start, grad = torch.randn(numel, generator=generator), torch.randn(numel, generator=generator)
-    ends, threads = [], torch.get_num_threads()
+    start = torch.randn(numel, generator=generator)
+    grad = torch.randn(numel, generator=generator)
+    ends = []
+    threads = torch.get_num_threads()
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
-        param, moments = start.clone(), (torch.zeros(numel), torch.zeros(numel))
+        param = start.clone()
+        moments = (torch.zeros(numel), torch.zeros(numel))
         masked_adamw_(param, grad, *moments, protection, num_steps=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8,
                       weight_decay=0.1)  # fmt: skip
         ends.append((param, *moments))

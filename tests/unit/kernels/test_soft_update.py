@@ -44,7 +44,8 @@ def test_soft_update_equals_float64(form: str, kind: str, device: str, monkeypat
         new, old = (torch.randn(stop - start, generator=generator) for _ in range(2))
         whole, param = inside_poison(new.to(device))
         FORMS[form](param, old.to(device), protection, start)
-        expected, part = new.double(), importance[start:stop]
+        expected = new.double()
+        part = importance[start:stop]
         reference_(expected, old.double(), part)
         message = f"{kind}, [{start}, {stop}), seed {seed}"
         torch.testing.assert_close(param.double().cpu(), expected, rtol=1e-5, atol=1e-6, msg=message)

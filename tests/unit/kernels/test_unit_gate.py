@@ -36,7 +36,8 @@ def test_unit_gate_equals_float64(
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(num_rows, positions, units * features, generator=generator).to(dtype)
         gate = torch.rand(1 if rows_in_gate == "one" else num_rows - first_row, units, generator=generator)
-        gate[0, 0], gate[-1, -1] = 0.0, 1.0
+        gate[0, 0] = 0.0
+        gate[-1, -1] = 1.0
         found = scale(x.to(device), gate.to(device), first_row).cpu()
         full = torch.cat((torch.ones(first_row, units), gate.expand(num_rows - first_row, units)))
         expected = x.double() * full.double().repeat_interleave(features, dim=1)[:, None, :]
@@ -73,15 +74,18 @@ def test_measure_gate_sums_equal_float64(
 
 def test_unit_gate_gradients_equal_autograd() -> None:
     x = torch.randn(5, 3, 12, requires_grad=True)
-    gate, upstream = torch.rand(3, 4), torch.randn(5, 3, 12)
+    gate = torch.rand(3, 4)
+    upstream = torch.randn(5, 3, 12)
     (found,) = torch.autograd.grad(unit_gate(x, gate, 2), x, upstream)
     full = torch.cat((torch.ones(2, 4), gate)).repeat_interleave(3, dim=1)[:, None, :]
     torch.testing.assert_close(found, upstream * full)
 
 
 def test_measure_gate_is_identity_and_adds_gate_gradient() -> None:
-    x, upstream = torch.randn(4, 3, 12, requires_grad=True), torch.randn(4, 3, 12)
-    sums, anchor = torch.zeros(2, 4), torch.zeros((), requires_grad=True)
+    x = torch.randn(4, 3, 12, requires_grad=True)
+    upstream = torch.randn(4, 3, 12)
+    sums = torch.zeros(2, 4)
+    anchor = torch.zeros((), requires_grad=True)
     y = measure_gate(x, anchor, sums, torch.tensor([1.0, 0.0]), 2)
     assert torch.equal(y, x)
     # An expanded upstream gradient, as a mean gives, is no plain memory.

@@ -46,7 +46,8 @@ def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "rob
 
 def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    whole, first = random_batch(4, 1), random_batch(4, 1)
+    whole = random_batch(4, 1)
+    first = random_batch(4, 1)
     first.row_weights[2:] = 0.0
     is_first = first.predicted < 2 * first.input_ids.shape[1]
     first = type(first)(
@@ -55,10 +56,8 @@ def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
     alone = type(whole)(
         *(v[:2] for v in (first.input_ids, first.corrupted_ids)), first.predicted, first.targets, torch.ones(2)
     )
-    filled, expected = (
-        input_second_moments(run, ResumableLoop([first])),
-        input_second_moments(run, ResumableLoop([alone])),
-    )
+    filled = input_second_moments(run, ResumableLoop([first]))
+    expected = input_second_moments(run, ResumableLoop([alone]))
     assert filled.keys() == linear_layers(run).keys()
     for name, moment in filled.items():
         torch.testing.assert_close(moment, expected[name])
@@ -85,7 +84,8 @@ def test_second_moments_do_not_depend_on_batches(model_type: str, tmp_path: Path
 def test_second_moments_count_relative_positions_once(num_rows: int, tmp_path: Path) -> None:
     """Also where it has as many rows as the batch has positions; by hand, from what the layers are given."""
     run = run_of(tmp_path, model_type="deberta-v2", position_buckets=LENGTH // 2)
-    model, batch = run.network.model, random_batch(num_rows, 1)
+    model = run.network.model
+    batch = random_batch(num_rows, 1)
     table = model.base_model.encoder.get_rel_embedding()
     assert len(table) == LENGTH
     states = model.base_model(batch.corrupted_ids, output_hidden_states=True).hidden_states
@@ -114,7 +114,8 @@ def test_second_moments_non_finite_input_is_error(value: float, tmp_path: Path) 
     ("value", "fault"), [(float("nan"), "not finite"), (-1.0, "negative"), (float("inf"), "not finite")]
 )
 def test_load_directions_invalid_moments_are_error(value: float, fault: str, tmp_path: Path) -> None:
-    run, path = run_of(tmp_path), tmp_path / DIRECTIONS_FILE
+    run = run_of(tmp_path)
+    path = tmp_path / DIRECTIONS_FILE
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     moments = {name: torch.eye(width) for name, width in widths.items()}
     name = "roberta.encoder.layer.1.output.dense.weight"

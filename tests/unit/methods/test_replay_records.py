@@ -34,7 +34,8 @@ def test_record_layout_round_trip_keeps_bits(dtype: torch.dtype, num_rows: int, 
     assert 4 * layout.width == 4 * 7 * (1 + has_positions) + 4 * (8 + 2 * HIDDEN)
     found = layout.unpack(packed)
     for field in fields(ReplayRecords):
-        mine, theirs = getattr(found, field.name), getattr(rows, field.name)
+        mine = getattr(found, field.name)
+        theirs = getattr(rows, field.name)
         assert mine is theirs is None or (mine.equal(theirs) and mine.dtype == theirs.dtype), field.name
 
 

@@ -14,7 +14,10 @@ from das_ds.models.lm_loss import ChunkedLMLoss, positions_per_chunk
 from helpers.token_losses import Wrapped
 
 # H below the chunk: the transposed gradient of the (V, H) weight would pass for logits of H positions.
-H, V, CHUNK, MOST = 3, 37, 4, 16
+H = 3
+V = 37
+CHUNK = 4
+MOST = 16
 POSITIONS = [0, 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 3]
 
 

@@ -71,11 +71,14 @@ def test_adapt_layout_closed_unit_has_no_gradient(model_type: str, group: str, t
     model, spec = network(model_type)
     whole = spec.layout(model)
     lora, _ = adapted(model, spec, LoraConfig(rank=RANK), tmp_path)
-    layout, gates = lora.layout(whole), UnitGates(model, spec)
+    layout = lora.layout(whole)
+    gates = UnitGates(model, spec)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert layout.sizes == {name: p.numel() for name, p in parameters.items()}
     assert len(layout.ownerships) == sum(item.parameter.endswith("weight") for item in whole.ownerships)
-    layer, unit, ids = 1, 2, tokens()
+    layer = 1
+    unit = 2
+    ids = tokens()
     values = {name: torch.ones(layout.num_layers, 1, units) for name, units in layout.num_units.items()}
     values[group][layer, :, unit] = 0.0
     with gates.active(values, num_rows=3):
@@ -219,7 +222,8 @@ def stacked(model: PreTrainedModel) -> UnitLayout:
 class Stacked(torch.nn.Module):
     def __init__(self, linear: torch.nn.Module) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = linear.weight
+        self.bias = linear.bias
 
 
 def test_plan_stacked_experts_stay_frozen_with_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,7 +31,8 @@ def test_stored_weights_equal_transformers(case: str, tmp_path: Path) -> None:
     expected = auto.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     model = load(tmp_path)
     assert not model.training and not expected.training
-    mine, theirs = model.state_dict(), expected.state_dict()
+    mine = model.state_dict()
+    theirs = expected.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]) for name, value in mine.items())
     buffers = dict(expected.named_buffers())

@@ -303,7 +303,8 @@ def test_compare_memory_uses_the_tightest_node_and_gpu(
 
 def test_check_memory_too_little_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(tmp_path)
-    size, engine = check_model(silent_checks(Alone()), run), check_settings(silent_checks(Alone()), run, 1)
+    size = check_model(silent_checks(Alone()), run)
+    engine = check_settings(silent_checks(Alone()), run, 1)
     assert only(check_memory, run, CPU, size, engine).status == "ok"
     monkeypatch.setattr("das_ds.preflight.memory.free_memory", lambda: 1000)
     result = only(check_memory, run, CPU, size, engine)
@@ -311,7 +312,8 @@ def test_check_memory_too_little_fails(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_free_memory_cgroup_limit_counts(tmp_path: Path) -> None:
-    own, mounted = tmp_path / "own", tmp_path / "mounted"
+    own = tmp_path / "own"
+    mounted = tmp_path / "mounted"
     job = mounted / "slurm" / "job"
     job.mkdir(parents=True)
 

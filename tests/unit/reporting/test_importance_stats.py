@@ -15,7 +15,8 @@ from das_ds.softmask.importance_file import save_parameter_importance, stored_im
 from helpers.run_folders import write_unit_importance, write_weight_importance
 from helpers.tiny_models import tiny_model
 
-GENERAL, ACCUMULATED = "importance_general.safetensors", "importance.safetensors"
+GENERAL = "importance_general.safetensors"
+ACCUMULATED = "importance.safetensors"
 ACL, PUBMED = (f"domains/{name}/importance.safetensors" for name in ("00_acl", "01_pub_med"))
 MODEL = ModelConfig(name_or_path="unused")
 

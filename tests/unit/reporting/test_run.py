@@ -86,7 +86,8 @@ def test_compare_runs_omissions_are_noted(tmp_path: Path) -> None:
 
 
 def test_compare_runs_incomparable_runs_are_rejected(tmp_path: Path) -> None:
-    ncl, half = write_run(tmp_path / "ncl"), write_run(tmp_path / "half", num_rows=2)
+    ncl = write_run(tmp_path / "ncl")
+    half = write_run(tmp_path / "half", num_rows=2)
     with pytest.raises(RunFolderError, match=r"nowhere: found no such folder, expected the folder of a run"):
         compare(ncl, tmp_path / "nowhere")
     with pytest.raises(RunFolderError, match=r"found no results\.json in it"):
@@ -101,10 +102,8 @@ def test_compare_runs_incomparable_runs_are_rejected(tmp_path: Path) -> None:
     turned = write_run(tmp_path / "turned", domains=("pubmed", "acl"))
     with pytest.raises(RunFolderError, match=r"turned: .*their order differs"):
         compare(ncl, turned)
-    pool, das = (
-        write_run(tmp_path / "pool", method={"name": "pool"}, seed=1),
-        write_run(tmp_path / "das", **DAS, seed=1),
-    )
+    pool = write_run(tmp_path / "pool", method={"name": "pool"}, seed=1)
+    das = write_run(tmp_path / "das", **DAS, seed=1)
     with pytest.raises(
         RunFolderError, match=r"pool: found other stages than in .*ncl, so group 'one' cannot be averaged"
     ):

@@ -50,7 +50,8 @@ def test_plot_loss_matrix_forgetting_is_red(make_results: ResultsMaker, tmp_path
         red, green, _ = pixels(tmp_path / "losses.png").transpose(2, 0, 1)
         return int((red - green > 60).sum())
 
-    nothing_forgotten, something_forgotten = num_red(2), num_red(4)
+    nothing_forgotten = num_red(2)
+    something_forgotten = num_red(4)
     assert something_forgotten > 2 * nothing_forgotten
 
 

@@ -29,7 +29,8 @@ def test_t_interval_equals_scipy(size: int) -> None:
 
 @pytest.mark.parametrize("size", [3, 6, 9])
 def test_paired_difference_interval_equals_scipy_ttest_rel(size: int) -> None:
-    values, reference = VALUES[:size], VALUES[::-1][:size]
+    values = VALUES[:size]
+    reference = VALUES[::-1][:size]
     expected = stats.ttest_rel(values, reference).confidence_interval(0.95)
     found = paired_difference(values, reference)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
@@ -69,7 +70,8 @@ def test_estimate_of_one_seed_has_no_interval() -> None:
 
 
 def test_paired_difference_common_seed_effect_cancels() -> None:
-    seed_effect, effect = numpy.array([5.0, -3.0, 8.0, 0.5]), numpy.array([0.1, 0.2, 0.1, 0.2])
+    seed_effect = numpy.array([5.0, -3.0, 8.0, 0.5])
+    effect = numpy.array([0.1, 0.2, 0.1, 0.2])
     found = paired_difference(seed_effect + effect, seed_effect)
     alone = estimate(effect)
     assert (found.mean, found.low, found.high) == pytest.approx((0.15, alone.low, alone.high))

@@ -23,7 +23,8 @@ IN_ORDER = torch.tensor([1, 2, 3, 0])
 
 
 def averages(matrix: torch.Tensor, learned: torch.Tensor) -> tuple[float | None, float | None]:
-    forgotten, helped = transfer.forgetting(matrix, learned), transfer.forward_transfer(matrix, learned)
+    forgotten = transfer.forgetting(matrix, learned)
+    helped = transfer.forward_transfer(matrix, learned)
     return (
         transfer.average(forgotten, learned, transfer.has_forgetting(matrix, learned)),
         transfer.average(helped, learned, transfer.has_forward_transfer(matrix, learned)),
@@ -43,7 +44,8 @@ def test_transfer_scores_flip_every_sign() -> None:
 
 
 def test_transfer_single_stage_counts_nothing() -> None:
-    matrix, learned = BY_HAND[:2], torch.tensor([1, 1, 1, 0])
+    matrix = BY_HAND[:2]
+    learned = torch.tensor([1, 1, 1, 0])
     assert (
         not transfer.has_forgetting(matrix, learned).any() and not transfer.has_forward_transfer(matrix, learned).any()
     )

@@ -12,7 +12,9 @@ from das_ds.engine.loss_scaler import tf32
 from das_ds.softmask import direction_mask
 from das_ds.softmask.direction_mask import DirectionMask, build_direction_masks
 
-ROWS, WIDTH, NARROW = 5, 7, 3
+ROWS = 5
+WIDTH = 7
+NARROW = 3
 
 
 def test_blend_row_fragments_of_one_rank_are_combined() -> None:
@@ -54,7 +56,9 @@ def check(cuts: list[int]) -> None:
         "whole": torch.randn(NARROW, NARROW, generator=generator),
     }
     # In one flat tensor: a gap, the shards in reverse order with gaps, the other parameter, one that is not masked.
-    pieces, places, shards = [torch.zeros(2)], 2, []
+    pieces = [torch.zeros(2)]
+    places = 2
+    shards = []
     flat = torch.nn.Parameter(torch.empty(2 + ROWS * WIDTH + len(cuts) + 4 * NARROW + 3))
     for first, last in reversed(list(pairwise(cuts))):
         shards.append(Shard("cut", flat, places, first, last - first))

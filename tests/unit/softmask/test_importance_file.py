@@ -34,7 +34,8 @@ from helpers.tiny_models import random_importance, tiny_model
 
 def test_unit_importance_round_trip(tmp_path: Path) -> None:
     model = tiny_model()
-    layout, importance = spec_for("roberta").layout(model), random_importance(model)
+    layout = spec_for("roberta").layout(model)
+    importance = random_importance(model)
     save_unit_importance(tmp_path / "importance.safetensors", importance, layout)
     found = load_unit_importance(tmp_path / "importance.safetensors", layout)
     assert all(torch.equal(found[group], importance[group]) for group in importance)
@@ -43,7 +44,8 @@ def test_unit_importance_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [{"model_type": "bert"}, {"intermediate_size": 44}, {"num_hidden_layers": 3}])
 def test_load_unit_importance_other_model_raises(other: dict[str, object], tmp_path: Path) -> None:
-    model, another = tiny_model(), tiny_model(**other)  # type: ignore[arg-type]
+    model = tiny_model()
+    another = tiny_model(**other)  # type: ignore[arg-type]
     path = tmp_path / "importance.safetensors"
     save_unit_importance(path, random_importance(model), spec_for("roberta").layout(model))
     with pytest.raises(ImportanceError, match=r"another model: found roberta .*expected (bert|roberta)"):
@@ -51,7 +53,8 @@ def test_load_unit_importance_other_model_raises(other: dict[str, object], tmp_p
 
 
 def test_load_importance_fewer_tokens_fits_grown_vocabulary(tmp_path: Path) -> None:
-    small, path = spec_for("roberta").layout(tiny_model()), tmp_path / "importance.safetensors"
+    small = spec_for("roberta").layout(tiny_model())
+    path = tmp_path / "importance.safetensors"
     weights = {name: torch.full((size,), 7, dtype=torch.uint8) for name, size in small.sizes.items()}
     save_parameter_importance(path, weights, small)
     model = tiny_model()
@@ -62,7 +65,8 @@ def test_load_importance_fewer_tokens_fits_grown_vocabulary(tmp_path: Path) -> N
         assert read("lm_head.bias", 101, 2).tolist() == [0, 0]
         assert read("lm_head.dense.bias", 0, 24).tolist() == [7] * 24
     # More tokens than the model has, or part of a row, or fewer rows of anything else.
-    embedding, position = "roberta.embeddings.word_embeddings.weight", "roberta.embeddings.position_embeddings.weight"
+    embedding = "roberta.embeddings.word_embeddings.weight"
+    position = "roberta.embeddings.position_embeddings.weight"
     for name, size in ((embedding, 101 * 24), (embedding, 99 * 24 + 1), (position, 39 * 24)):
         save_parameter_importance(path, {**weights, name: torch.zeros(size, dtype=torch.uint8)}, small)
         with pytest.raises(ImportanceError, match=rf"another model.*{name}"), load_parameter_importance(path, small):
@@ -98,7 +102,8 @@ def test_parameter_importance_round_trip_in_slices(tmp_path: Path) -> None:
 
 def test_load_importance_other_granularity_raises(tmp_path: Path) -> None:
     model = tiny_model()
-    layout, path = spec_for("roberta").layout(model), tmp_path / "importance.safetensors"
+    layout = spec_for("roberta").layout(model)
+    path = tmp_path / "importance.safetensors"
     save_unit_importance(path, random_importance(model), layout)
     with (
         pytest.raises(ImportanceError, match="by unit, expected by parameter"),
@@ -112,7 +117,8 @@ def test_load_importance_other_granularity_raises(tmp_path: Path) -> None:
 
 
 def test_load_parameter_importance_other_model_raises(tmp_path: Path) -> None:
-    model, another = tiny_model(), tiny_model(intermediate_size=44)
+    model = tiny_model()
+    another = tiny_model(intermediate_size=44)
     path = tmp_path / "importance.safetensors"
     weights = {name: torch.zeros(weight.numel(), dtype=torch.uint8) for name, weight in model.named_parameters()}
     save_parameter_importance(path, weights, spec_for("roberta").layout(model))
@@ -149,7 +155,8 @@ def load_any(kind: str, path: Path, tokens: tuple[str, ...], layout: Any = None)
 
 @pytest.mark.parametrize("kind", ["unit", "parameter", "direction"])
 def test_load_importance_other_tokenizer_raises(kind: str, tmp_path: Path) -> None:
-    path, tokens = tmp_path / "importance.safetensors", ("<s>", "bread", "soup")
+    path = tmp_path / "importance.safetensors"
+    tokens = ("<s>", "bread", "soup")
     save_any(kind, path, tokens)
     load_any(kind, path, tokens)
     load_any(kind, path, (*tokens, "treebank"))
@@ -161,7 +168,8 @@ def test_load_importance_other_tokenizer_raises(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["unit", "parameter", "direction"])
 def test_load_importance_other_layers_or_table_raises(kind: str, tmp_path: Path) -> None:
-    path, layout = tmp_path / "importance.safetensors", spec_for("roberta").layout(tiny_model())
+    path = tmp_path / "importance.safetensors"
+    layout = spec_for("roberta").layout(tiny_model())
     save_any(kind, path)
     reversed_layers = [replace(item, layer=layout.num_layers - 1 - item.layer) for item in layout.ownerships]
     other_units = [replace(item, units=item.units.flip(0)) for item in layout.ownerships]
@@ -188,7 +196,8 @@ def test_checksum_covers_complete_tensors_without_copies(monkeypatch: pytest.Mon
 
 
 def test_link_importance_links_or_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = tmp_path / "domain" / "importance.safetensors", tmp_path / "importance.safetensors"
+    first = tmp_path / "domain" / "importance.safetensors"
+    second = tmp_path / "importance.safetensors"
     save_any("unit", first)
     for _ in range(2):
         link_importance(first, second)

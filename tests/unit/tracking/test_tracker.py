@@ -70,7 +70,8 @@ def report_everything(tracker: Tracker) -> None:
 
 
 def test_tracker_forwards_every_call_to_every_sink() -> None:
-    first, second = Recorder(), Recorder()
+    first = Recorder()
+    second = Recorder()
     with Tracker([first, second]) as tracker:
         report_everything(tracker)
     assert first.calls == second.calls

@@ -86,7 +86,9 @@ def run_program(text: str, folder: Path, mode: str, **environment: str) -> subpr
 
 def read_records(path: Path) -> Iterator[Any]:
     """Records of a .wandb file: a LevelDB log of 32 KiB blocks, whose first block starts with a header of 7 bytes."""
-    data, position, record = path.read_bytes(), 7, b""
+    data = path.read_bytes()
+    position = 7
+    record = b""
     while position + 7 <= len(data):
         left_in_block = 2**15 - position % 2**15
         if left_in_block < 7:

@@ -52,7 +52,9 @@ class FakeWandb:
     """A fake `wandb` module; calls in `hanging` return only when `release` is set."""
 
     def __init__(self, *, has_key: bool = False, failing: tuple[str, ...] = (), hanging: tuple[str, ...] = ()) -> None:
-        self.has_key, self.failing, self.hanging = has_key, set(failing), set(hanging)
+        self.has_key = has_key
+        self.failing = set(failing)
+        self.hanging = set(hanging)
         self.release = threading.Event()
         self.run = FakeRun(self.failing)
         self.calls: list[str] = []
@@ -119,7 +121,8 @@ def test_init_arguments_follow_the_config(make_config: ConfigMaker, tmp_path: Pa
 
 
 def test_wandb_job_is_a_separate_run_in_the_group(make_config: ConfigMaker, tmp_path: Path) -> None:
-    library, config = FakeWandb(), make_config(tmp_path / "papers" / "seed0", "auto")
+    library = FakeWandb()
+    config = make_config(tmp_path / "papers" / "seed0", "auto")
     folder = tmp_path / "papers" / "seed0" / "domains" / "00_acl"
     folder.mkdir(parents=True)
     WandbSink(config, library, job=WandbJob(folder, "finetune", "00_acl finetune")).close()

@@ -78,7 +78,8 @@ def test_step_line_has_loss_rate_speed_and_time_left() -> None:
 
 
 def test_evaluation_line_has_the_change_since_the_row_before() -> None:
-    before, after = {"acl": 6.08, "general": 4.2}, {"acl": 5.61, "general": 4.25}
+    before = {"acl": 6.08, "general": 4.2}
+    after = {"acl": 5.61, "general": 4.25}
     assert evaluation_line("before training", before, None) == "held-out loss before training: acl 6.080, general 4.200"
     assert evaluation_line("after acl", after, before) == (
         "held-out loss after acl: acl 5.610 (-0.470), general 4.250 (+0.050)"

@@ -41,7 +41,8 @@ def saved_model(folder: Path) -> Path:
 
 def said(values: dict[str, Any]) -> tuple[list[str], str]:
     """What preflight finds failed, and what training stops with before its first step."""
-    config, checks = RunConfig(**values), silent_checks(Alone())
+    config = RunConfig(**values)
+    checks = silent_checks(Alone())
     check_model(checks, config)
     check_corpora(checks, config)
     failed = [finding.found for finding in checks.results if finding.status == "failed"]

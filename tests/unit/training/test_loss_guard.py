@@ -55,7 +55,8 @@ def test_check_gradient_nonfinite_follows_policy(policy: str) -> None:
 def test_check_loss_spike_follows_policy_and_is_explained(policy: str, action: str) -> None:
     verdict = guard(spike=policy).check_loss(3.0, 9)
     assert verdict.action == action
-    mean, deviation = np.mean(LOSSES), np.std(LOSSES)
+    mean = np.mean(LOSSES)
+    deviation = np.std(LOSSES)
     assert verdict.message is not None
     for part in ("papers, step 9", "rose to 3", f"mean {mean:.4g}", f"standard deviation {deviation:.3g})", "8 steps"):
         assert part in verdict.message
@@ -93,7 +94,8 @@ def test_skip_alternating_bad_steps_continues() -> None:
 
 
 def test_check_gradient_max_consecutive_stops() -> None:
-    made, actions = guard(nonfinite="skip"), []
+    made = guard(nonfinite="skip")
+    actions = []
     for step in range(9, 9 + MAX_CONSECUTIVE):
         assert made.check_loss(2.0, step).action == "accept"
         actions.append(made.check_gradient(step).action)

@@ -32,7 +32,8 @@ class Evaluations(Sink):
 def test_publish_results_logs_losses_over_domains_learned(
     method: str, learned: list[list[str]], tmp_path: Path
 ) -> None:
-    config, sink = run_config(tmp_path, domains=DOMAINS, method={"name": method}), Evaluations()
+    config = run_config(tmp_path, domains=DOMAINS, method={"name": method})
+    sink = Evaluations()
     matrix: list[list[float]] = []
     for done in range(len(learned) + 1):
         matrix.append([3.0 - done, 4.0 - done])

@@ -48,7 +48,8 @@ def test_training_steps_replay_fraction_of_each_step(
     text = run_text(tmp_path, add_tokens=add_tokens, fraction=0.25, general=general)
     assert text.config.replayed(domain) == expected
     stage = next(stage for stage in text.config.stages if stage.name == domain)
-    own, others = block_rows(text, domain), {name: block_rows(text, name) for name in expected}
+    own = block_rows(text, domain)
+    others = {name: block_rows(text, name) for name in expected}
     for step in text.training_steps(stage):
         rows = [tuple(row) for batch in step for row in batch.input_ids.tolist()]
         replayed = [row for row in rows if row not in own]

@@ -26,7 +26,8 @@ from das_ds.training.run_lock import RECORD_BYTES, Holder, RunLock, current_hold
 from helpers.locking import holding_process
 from helpers.waiting import until
 
-BEAT_S, STALE_S = 0.05, 0.6
+BEAT_S = 0.05
+STALE_S = 0.6
 
 
 @contextmanager
@@ -111,7 +112,8 @@ def test_run_lock_remote_holder_without_heartbeat_expires(tmp_path: Path, capsys
 
 
 def test_run_lock_remote_holder_with_heartbeat_is_held(tmp_path: Path) -> None:
-    holder, is_over = write_holder(tmp_path), threading.Event()
+    holder = write_holder(tmp_path)
+    is_over = threading.Event()
 
     def beat() -> None:
         number = 0

@@ -61,7 +61,8 @@ def test_accept_drops_oldest_loss() -> None:
 
 def test_state_round_trip_is_bitwise() -> None:
     losses = np.random.default_rng(1).standard_normal(40).tolist()
-    detector, continued = filled(losses[:20], window=8), SpikeDetector(8, 6.0)
+    detector = filled(losses[:20], window=8)
+    continued = SpikeDetector(8, 6.0)
     continued.load(detector.state())
     for loss in losses[20:]:
         detector.accept(loss)

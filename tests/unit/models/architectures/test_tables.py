@@ -218,7 +218,8 @@ def test_language_model_losses_equal_hugging_face(label: str, chunk: int, monkey
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_max_sequence_length_runs(model_type: str) -> None:
-    model, spec = tiny_model(model_type), spec_for(model_type)
+    model = tiny_model(model_type)
+    spec = spec_for(model_type)
     longest = spec.max_sequence_length(model)
     assert longest == 38 if "roberta" in model_type else 40
     assert model(torch.full((1, longest), 7)).logits.isfinite().all()

@@ -48,7 +48,8 @@ def owners(spec: ArchitectureSpec, model: PreTrainedModel) -> dict[tuple[Any, ..
 
 @pytest.mark.parametrize("model_type", PROPOSED)
 def test_propose_table_equals_registered(model_type: str) -> None:
-    model, known = tiny_model(model_type, **VARIANTS.get(model_type, {})), spec_for(model_type)
+    model = tiny_model(model_type, **VARIANTS.get(model_type, {}))
+    known = spec_for(model_type)
     proposal = propose_table(model.config, known.objective)
     assert not proposal.problems
     found = proposal.spec
