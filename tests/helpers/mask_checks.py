@@ -82,7 +82,7 @@ def units_masked(softmask: dict[str, Any]) -> Weights:
         group: 1 - (1 - values) ** softmask.get("exponent", 1.0) if group in softmask["groups"] else 0 * values
         for group, values in importance.items()
     }
-    scales = full_masks(model, masked, readers=softmask.get("include_consumers", False))
+    scales = full_masks(model, masked, include_consumers=softmask.get("include_consumers", False))
     for name, owner in owners().items():
         scales[name] = scales[name].double() * (
             softmask.get("unowned_update_scale", 1.0) if owner == "unowned" else 1.0

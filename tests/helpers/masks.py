@@ -30,14 +30,14 @@ def owners() -> dict[str, str]:
     return found
 
 
-def to_dense(importance: Weights, groups: list[str], strength: float, shared_scale: float) -> Weights:
+def to_dense(importance: Weights, groups: list[str], strength: float, unowned_update_scale: float) -> Weights:
     """1 - I' of every weight, (1 - I)^strength where its owner is masked, in 255ths as I is."""
     scales = {}
     for name, owner in owners().items():
         kept = (
             (1 - importance[name].double() / 255) ** strength if owner in groups else torch.ones_like(importance[name])
         )
-        scale = kept * (shared_scale if owner == "unowned" else 1.0)
+        scale = kept * (unowned_update_scale if owner == "unowned" else 1.0)
         scales[name] = 1 - ((1 - scale) * 255).round() / 255
     return scales
 

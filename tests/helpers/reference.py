@@ -220,15 +220,15 @@ def normalize(values: Tensor, form: Literal["abs_tanh", "tanh_positive"] = "abs_
 
 
 def full_masks(
-    model: PreTrainedModel, importance: Units, *, readers: bool = False, shared_scale: float = 1.0
+    model: PreTrainedModel, importance: Units, *, include_consumers: bool = False, unowned_update_scale: float = 1.0
 ) -> dict[str, Tensor]:
     """1 - I spelled out for each parameter, in the parameter's shape.
 
     Head h owns its rows of W_q, W_k, W_v and their biases and its columns of W_o; intermediate i owns row i of W_in
-    and b_in; output o owns row o of W_out and b_out. Every other parameter (b_o among them) has `shared_scale`.
-    With `readers`, entry (o, i) of W_out takes the larger importance of output o and intermediate i.
+    and b_in; output o owns row o of W_out and b_out. Every other parameter (b_o among them) has `unowned_update_scale`.
+    With `include_consumers`, entry (o, i) of W_out takes the larger importance of output o and intermediate i.
     """
-    scales = {name: torch.full_like(value, shared_scale).detach() for name, value in model.named_parameters()}
+    scales = {name: torch.full_like(value, unowned_update_scale).detach() for name, value in model.named_parameters()}
     head_size = model.config.hidden_size // model.config.num_attention_heads
     for index in range(model.config.num_hidden_layers):
         layer = f"{model.base_model_prefix}.encoder.layer.{index}"
@@ -244,7 +244,7 @@ def full_masks(
         for o, value in enumerate(importance["output"][index].tolist()):
             scales[f"{layer}.output.dense.weight"][o, :] = 1 - value
             scales[f"{layer}.output.dense.bias"][o] = 1 - value
-            if readers:
+            if include_consumers:
                 for i, read in enumerate(importance["intermediate"][index].tolist()):
                     scales[f"{layer}.output.dense.weight"][o, i] = 1 - max(value, read)
     return scales
@@ -307,8 +307,8 @@ def reference_train(
     max_grad_norm: float = 1.0,
     temperature: float = 0.05,
     contrast_weight: float = 1.0,
-    readers: bool = False,
-    shared_scale: float = 1.0,
+    include_consumers: bool = False,
+    unowned_update_scale: float = 1.0,
     scales: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ReferenceRun:
@@ -324,7 +324,7 @@ def reference_train(
     gates = unit_ones(model) if importance is None else {group: value.to(dtype) for group, value in importance.items()}
     unmasked = {group: torch.zeros_like(value) for group, value in gates.items()}
     if scales is None:
-        scales = full_masks(model, importance or unmasked, readers=readers, shared_scale=shared_scale)
+        scales = full_masks(model, importance or unmasked, include_consumers=include_consumers, unowned_update_scale=unowned_update_scale)
     moments = {name: (torch.zeros_like(scale), torch.zeros_like(scale)) for name, scale in scales.items()}
     run = ReferenceRun(model, [], [], [])
     for number, (micro_batches, learning_rate) in enumerate(zip(steps, learning_rates, strict=True), start=1):

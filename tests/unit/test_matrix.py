@@ -10,7 +10,7 @@ import pytest
 from das_ds.models.architectures.registry import ARCHITECTURES
 from helpers.matrix import BEGIN, END, VARIABLE, record, set_into
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "internals" / "architectures.md"
 
 
 def test_records_are_kept_where_the_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

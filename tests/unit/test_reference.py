@@ -172,7 +172,7 @@ def test_masks_of_owned_and_shared_parameters() -> None:
     model = tiny()
     importance = random_units(model)
     layer = "roberta.encoder.layer.1"
-    scales = ref.full_masks(model, importance, shared_scale=0.25)
+    scales = ref.full_masks(model, importance, unowned_update_scale=0.25)
     keep = {group: 1 - value[1] for group, value in importance.items()}
     heads = keep["head"].repeat_interleave(8)
     assert scales.keys() == dict(model.named_parameters()).keys()
@@ -195,7 +195,7 @@ def test_masks_of_owned_and_shared_parameters() -> None:
 def test_readers_take_the_larger_importance() -> None:
     model = tiny()
     importance = random_units(model)
-    scale = ref.full_masks(model, importance, readers=True)["roberta.encoder.layer.0.output.dense.weight"]
+    scale = ref.full_masks(model, importance, include_consumers=True)["roberta.encoder.layer.0.output.dense.weight"]
     larger = torch.maximum(importance["output"][0][:, None], importance["intermediate"][0][None, :])
     torch.testing.assert_close(scale, 1 - larger)
 
@@ -276,7 +276,7 @@ def test_gradient_mode_masks_before_clipping_and_adam_cancels_it() -> None:
 def test_full_importance_protects_every_unit() -> None:
     model = tiny()
     steps = [[batch(seed=seed)] for seed in range(2)]
-    run = ref.reference_train(model, steps, ref.unit_ones(model), learning_rates=[1e-3] * 2, shared_scale=0.0)
+    run = ref.reference_train(model, steps, ref.unit_ones(model), learning_rates=[1e-3] * 2, unowned_update_scale=0.0)
     before = torch.nn.Module.to(copy.deepcopy(model), torch.float32)
     assert all(value.abs().max() == 0 for value in movement(before, run.model).values())
 
