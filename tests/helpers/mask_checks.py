@@ -135,7 +135,9 @@ def check_forms_and_masks_equal_those_of_whole_tensors(stage: int, folder: Path)
     """Every form of importance, and a training under every mask, on two ranks."""
     save_random_importance(folder)
     units = {"granularity": "unit", "init_from": str(folder / "importance.safetensors")}
-    runs = configs_of(folder, 2, {"stage": stage}, [{**method, "importance": units} for method in UNITS])
+    runs = configs_of(
+        folder, 2, {"stage": stage}, [{**method, "importance": units, "view_dropout": 0.0} for method in UNITS]
+    )
     weights_folder = folder / "weights"
     weights_folder.mkdir()
     weights = {"granularity": "parameter", "init_from": str(save_random_weights_importance(weights_folder))}

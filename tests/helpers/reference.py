@@ -324,7 +324,12 @@ def reference_train(
     gates = unit_ones(model) if importance is None else {group: value.to(dtype) for group, value in importance.items()}
     unmasked = {group: torch.zeros_like(value) for group, value in gates.items()}
     if scales is None:
-        scales = full_masks(model, importance or unmasked, include_consumers=include_consumers, unowned_update_scale=unowned_update_scale)
+        scales = full_masks(
+            model,
+            importance or unmasked,
+            include_consumers=include_consumers,
+            unowned_update_scale=unowned_update_scale,
+        )
     moments = {name: (torch.zeros_like(scale), torch.zeros_like(scale)) for name, scale in scales.items()}
     run = ReferenceRun(model, [], [], [])
     for number, (micro_batches, learning_rate) in enumerate(zip(steps, learning_rates, strict=True), start=1):
