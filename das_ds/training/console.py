@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from das_ds.progress import format_duration, say
+from das_ds.checkpoint.manifest import RunState
+from das_ds.config.stage import Stage
+from das_ds.progress import format_duration, is_terminal, say
 from das_ds.training.callbacks import LoggedStep
 
 
@@ -142,10 +145,76 @@ def evaluation_line(stage: str, losses: dict[str, float], before: dict[str, floa
     return f"held-out loss {stage}: {', '.join(parts)}"
 
 
-def print_lines(lines: Sequence[str]) -> None:
-    """Print on this rank."""
-    for line in lines:
-        say(line)
+class RunConsole:
+    """Prints the progress of a run on rank 0, and estimates when the run ends.
+
+    Args:
+        stages: of the run.
+        is_main: whether this is rank 0.
+    """
+
+    def __init__(self, stages: Sequence[Stage], *, is_main: bool) -> None:
+        self._stages = stages
+        self._is_main = is_main
+        self._clock = RunClock()
+
+    def run_started(self, summary: RunSummary) -> None:
+        """Print the summary of the run."""
+        for line in summary.lines():
+            self._say(line)
+
+    def phase_ended(self, phase: str, seconds: float) -> None:
+        """Note how long a phase took, for the estimate."""
+        self._clock.add_phase(phase, seconds)
+
+    def step_logged(self, logged: LoggedStep, state: RunState) -> str:
+        """Print a logged step where there is no progress bar; returns the text to show behind one.
+
+        Args:
+            logged: the step.
+            state: of the run before it.
+        """
+        self._clock.add_steps(logged.steps_since_last, logged.seconds)
+        steps_left = logged.num_steps - logged.step + self._later_steps(state)
+        seconds_left = self._clock.seconds_left(steps_left, self._phases_left(state))
+        if not is_terminal():
+            self._say(step_line(logged, seconds_left))
+        text = f"loss={logged.loss:.3f}"
+        return text if seconds_left is None else f"{text}, run ends in {format_duration(seconds_left)}"
+
+    def evaluated(self, stage: str, losses: dict[str, float], loss_matrix: Sequence[Sequence[float]]) -> None:
+        """Print held-out losses.
+
+        Args:
+            stage: row name of the loss matrix.
+            losses: corpus -> loss, the last row.
+            loss_matrix: all rows.
+        """
+        before = dict(zip(losses, loss_matrix[-2], strict=True)) if len(loss_matrix) > 1 else None
+        self._say(evaluation_line(stage, losses, before))
+
+    def exported(self, stage: str, folder: Path) -> None:
+        """Print where a model was exported to."""
+        self._say(f"exported {stage} to {folder}")
+
+    def _later_steps(self, state: RunState) -> int:
+        """Optimizer steps of all stages after the current one; a warm-up of the head comes before the first."""
+        is_warmup = state.phase == "head_warmup"
+        later = self._stages[state.domains_done + (0 if is_warmup else 1) :]
+        return sum(stage.num_steps for stage in later)
+
+    def _phases_left(self, state: RunState) -> dict[str, int]:
+        """Phases without optimizer steps that come after the current one, which has steps."""
+        stages_left = len(self._stages) - state.domains_done
+        return {
+            "before": stages_left - 1 if state.phase == "train" else stages_left,
+            "after": stages_left,
+            "evaluate": len(self._stages) + 1 - len(state.loss_matrix),
+        }
+
+    def _say(self, text: str) -> None:
+        if self._is_main:
+            say(text)
 
 
 def _count(number: int) -> str:

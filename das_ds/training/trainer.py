@@ -20,18 +20,16 @@ from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
 from das_ds.distributed.rng import RngState
 from das_ds.distributed.state import Stateful
 from das_ds.engine.sharded_init import sharded_init
-from das_ds.engine.zero import full_numel
 from das_ds.functional.token_ids import num_tokens
 from das_ds.methods import build_method, method_class
 from das_ds.methods.base import Method
 from das_ds.models.loading import check_sequence_length, get_weights_record, load_model, print_weights_summary
 from das_ds.models.vocabulary import mean_init_rows, reserve_embedding_rows, vocabulary_parameters
-from das_ds.progress import format_duration, is_terminal, say
 from das_ds.reporting.results import Results
 from das_ds.storage import MODEL_CARD, atomic_write
 from das_ds.training.callbacks import Callbacks, LoggedStep
-from das_ds.training.console import DomainSummary, RunClock, RunSummary, evaluation_line, print_lines, step_line
-from das_ds.training.data_module import DataModule, eval_corpora
+from das_ds.training.console import RunConsole, RunSummary
+from das_ds.training.data_module import DataModule
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype, export_model, model_card
@@ -39,6 +37,7 @@ from das_ds.training.loss_guard import LossGuard
 from das_ds.training.publish import collect_results, publish_results
 from das_ds.training.run_checkpoints import EngineDomainState, RunCheckpoints, current_stage
 from das_ds.training.run_services import RunServices
+from das_ds.training.run_summary import summarize_run
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class ContinualTrainer(Callbacks):
             self.on_batch_end, show_progress=self._ranks.info.is_main, device=self._ranks.info.device
         )
         self._progress: DomainProgress | None = None
-        self._clock = RunClock()
+        self._console = RunConsole(config.stages, is_main=self._ranks.info.is_main)
         components: dict[str, Stateful] = {
             # First, so that changed text is reported before anything is restored.
             "data": data,
@@ -176,8 +175,7 @@ class ContinualTrainer(Callbacks):
             self._save_point.save(self._state)
         # Lines logged after the checkpoint would appear twice.
         self._checkpoints.truncate_metrics(self._state, manifest)
-        if self._ranks.info.is_main:
-            print_lines(self._summarize(manifest).lines())
+        self._console.run_started(self._summary(manifest))
         while self._state.phase != "finished":
             stage = current_stage(self._stages, self._state)
             self._watchdog.set_phase(f"{stage.name}, {self._state.phase}")
@@ -188,7 +186,7 @@ class ContinualTrainer(Callbacks):
             except RollbackError:
                 self._rollback()
             else:
-                self._clock.add_phase(phase, time.monotonic() - phase_start)
+                self._console.phase_ended(phase, time.monotonic() - phase_start)
         self._save_point.wait()
         return self._results()
 
@@ -226,11 +224,7 @@ class ContinualTrainer(Callbacks):
         self._state = self._with_wall_time(state)
         with self._watchdog.suspend_timeout("writing results"):
             self._ranks.run_on_main(lambda: self._publish(losses))
-        if self._ranks.info.is_main:
-            stage_name = self._results().stages[-1]
-            rows = self._state.loss_matrix
-            before = dict(zip(losses, rows[-2], strict=True)) if len(rows) > 1 else None
-            say(evaluation_line(stage_name, losses, before))
+        self._console.evaluated(self._results().stages[-1], losses, self._state.loss_matrix)
         self._enter(self._state)
 
     def _before_domain(self) -> None:
@@ -360,14 +354,8 @@ class ContinualTrainer(Callbacks):
         self._check_save_point(save=step % self._config.checkpoint.interval == 0)
 
     def on_step_logged(self, logged: LoggedStep) -> str:
-        """Estimate when the run ends, and print the step where there is no progress bar."""
-        self._clock.add_steps(logged.steps_since_last, logged.seconds)
-        seconds_left = self._clock.seconds_left(self._steps_left(logged.step), self._phases_left())
-        if self._ranks.info.is_main and not is_terminal():
-            say(step_line(logged, seconds_left))
-        return f"loss={logged.loss:.3f}" + (
-            "" if seconds_left is None else f", run ends in {format_duration(seconds_left)}"
-        )
+        """Print the step, or show it behind the progress bar."""
+        return self._console.step_logged(logged, self._state)
 
     def on_batch_end(self) -> None:
         """Save or stop after a batch of an importance pass or an evaluation, if that is due."""
@@ -433,55 +421,9 @@ class ContinualTrainer(Callbacks):
             names = vocabulary_parameters(self._model)
             self.engine.weights.map_weights(names, lambda weight: mean_init_rows(weight, known, vocabulary.total))
 
-    def _steps_left(self, step: int) -> int:
-        """Optimizer steps that are still to come.
-
-        Args:
-            step: number of the last step of the current phase.
-        """
-        later = self._stages[self._state.domains_done + (self._state.phase != HEAD_WARMUP) :]
-        assert self._progress is not None, "steps are running"
-        return self._progress.num_steps - step + sum(stage.num_steps for stage in later)
-
-    def _phases_left(self) -> dict[str, int]:
-        """Phases without optimizer steps that come after the current one."""
-        stages_left = len(self._stages) - self._state.domains_done
-        is_prepared = self._state.phase == "train"
-        return {
-            "before": stages_left - is_prepared,
-            "after": stages_left,
-            "evaluate": len(self._stages) + 1 - len(self._state.loss_matrix),
-        }
-
-    def _summarize(self, manifest: Manifest | None) -> RunSummary:
-        """Description of the run for its start."""
-        config = self._config
-        spec_source = config.model.name_or_path or "random weights"
+    def _summary(self, manifest: Manifest | None) -> RunSummary:
         resumes = None if manifest is None else f"{manifest.name}: {self._checkpoints.describe(self._state)}"
-        return RunSummary(
-            method=config.method.name,
-            model=f"{spec_source} ({self._model.config.model_type})",
-            num_parameters=sum(full_numel(parameter) for parameter in self._model.parameters()),
-            num_trained=sum(full_numel(parameter) for parameter in self.engine.parameters.values()),
-            objective=self._context.objective,
-            device=self._ranks.info.device.type,
-            num_ranks=self._ranks.info.world_size,
-            zero_stage=self.engine.zero_stage,
-            precision=config.train.precision,
-            optimizer=config.train.optimizer,
-            micro_batch_size=config.train.micro_batch_size,
-            global_batch_size=config.train.global_batch_size,
-            sequence_length=config.data.sequence_length,
-            domains=[
-                DomainSummary(
-                    stage.name, sum(self._data.num_training_blocks(name) for name in stage.domains), stage.num_steps
-                )
-                for stage in self._stages
-            ],
-            eval_corpora=[corpus.name for corpus in eval_corpora(config)],
-            output_dir=str(config.output_dir),
-            resumes=resumes,
-        )
+        return summarize_run(self._config, self._context, self._data, resumes)
 
     def _export(self, stage: Stage) -> None:
         corpus = stage.last_domain
@@ -498,8 +440,7 @@ class ContinualTrainer(Callbacks):
             adapter_folder=run_dir.adapter(stage.index, stage.name),
             base=self._config.model.name_or_path,
         )
-        if self._ranks.info.is_main:
-            say(f"exported {stage.name} to {run_dir.model(stage.index, stage.name)}")
+        self._console.exported(stage.name, run_dir.model(stage.index, stage.name))
 
     def _with_wall_time(self, state: RunState) -> RunState:
         seconds = self._earlier_seconds + time.monotonic() - self._start_time

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from das_ds.checkpoint.manifest import RunState
+from das_ds.config.stage import Stage
 from das_ds.training.callbacks import LoggedStep
-from das_ds.training.console import DomainSummary, RunClock, RunSummary, evaluation_line, step_line
+from das_ds.training.console import DomainSummary, RunClock, RunConsole, RunSummary, evaluation_line, step_line
 
 
 def summary(resumes: str | None = None) -> RunSummary:
@@ -84,3 +90,30 @@ def test_evaluation_line_has_the_change_since_the_row_before() -> None:
     assert evaluation_line("after acl", after, before) == (
         "held-out loss after acl: acl 5.610 (-0.470), general 4.250 (+0.050)"
     )
+
+
+def test_run_console_estimates_the_end_of_all_domains(capsys: pytest.CaptureFixture[str]) -> None:
+    console = RunConsole([Stage(0, ("acl",), 75), Stage(1, ("restaurants",), 25)], is_main=True)
+    console.phase_ended("evaluate", 10.0)
+    logged = LoggedStep(
+        domain="acl",
+        step=25,
+        num_steps=75,
+        steps_since_last=25,
+        seconds=50.0,
+        loss=5.5,
+        learning_rate=1e-4,
+        tokens_per_s=512.0,
+    )
+    state = RunState(phase="train", loss_matrix=[[6.0, 6.5]])
+    # 50 + 25 steps of 2 s, and two evaluations of 10 s.
+    assert console.step_logged(logged, state) == "loss=5.500, run ends in 2m50s"
+    assert capsys.readouterr().err == "acl 25/75 | loss 5.500 | lr 1.00e-04 | 512 tokens/s | run ends in 2m50s\n"
+
+
+def test_run_console_of_other_ranks_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    console = RunConsole([Stage(0, ("acl",), 75)], is_main=False)
+    console.run_started(summary())
+    console.evaluated("after acl", {"acl": 5.0}, [[6.0], [5.0]])
+    console.exported("acl", Path("model"))
+    assert capsys.readouterr().err == ""

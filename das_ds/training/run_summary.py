@@ -1,0 +1,50 @@
+"""Description of a run for its first lines on the screen."""
+
+from __future__ import annotations
+
+from das_ds.config import RunConfig
+from das_ds.context import RunContext
+from das_ds.engine.zero import full_numel
+from das_ds.training.console import DomainSummary, RunSummary
+from das_ds.training.data_module import DataModule, eval_corpora
+
+
+def summarize_run(config: RunConfig, context: RunContext, data: DataModule, resumes: str | None) -> RunSummary:
+    """Describe a run.
+
+    Args:
+        config: of the run.
+        context: its engine and network.
+        data: its text.
+        resumes: where it resumes, in words; None: it starts.
+    """
+    engine = context.engine
+    model = context.network.model
+    domains = [
+        DomainSummary(
+            name=stage.name,
+            num_blocks=sum(data.num_training_blocks(domain) for domain in stage.domains),
+            num_steps=stage.num_steps,
+        )
+        for stage in config.stages
+    ]
+    return RunSummary(
+        method=config.method.name,
+        model=f"{config.model.name_or_path or 'random weights'} ({model.config.model_type})",
+        # Under ZeRO-3 a parameter is an empty vector whose complete size DeepSpeed knows.
+        num_parameters=sum(full_numel(parameter) for parameter in model.parameters()),
+        num_trained=sum(full_numel(parameter) for parameter in engine.parameters.values()),
+        objective=context.objective,
+        device=engine.ranks.info.device.type,
+        num_ranks=engine.ranks.info.world_size,
+        zero_stage=engine.zero_stage,
+        precision=config.train.precision,
+        optimizer=config.train.optimizer,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        sequence_length=config.data.sequence_length,
+        domains=domains,
+        eval_corpora=[corpus.name for corpus in eval_corpora(config)],
+        output_dir=str(config.output_dir),
+        resumes=resumes,
+    )
