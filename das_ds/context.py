@@ -117,12 +117,12 @@ def build_context(
         {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad},
     )
     if config.data.document_mask:
-        _check_isolation(engine, model, spec, ranks)
+        _check_document_mask(engine, model, spec, ranks)
     view_dropout = 0.0 if has_dropout(model.config, spec.dropouts) else config.method.view_noise
     return RunContext(config, engine, layout, gates, spec.objective, network, view_dropout, lora, tokens)
 
 
-def _check_isolation(engine: Engine, model: PreTrainedModel, spec: ArchitectureSpec, ranks: ProcessGroup) -> None:
+def _check_document_mask(engine: Engine, model: PreTrainedModel, spec: ArchitectureSpec, ranks: ProcessGroup) -> None:
     nothing = torch.zeros(0, dtype=torch.int64, device=ranks.info.device)
     engine.module.eval()
     check_document_mask(

@@ -312,10 +312,10 @@ def _split_key(key: str, method: str | None) -> tuple[str, ConfigKey]:
 def _hint(key: str, method: str | None) -> str:
     section, _, leaf = key.rpartition(".")
     if section == METHOD and leaf == method:
-        own = [row.key for row in method_keys(method) if row not in method_keys()]
-        return f"the keys of {leaf} are in method itself: {', '.join(own)}"
-    if others := methods_with_key(key):
-        return f"method is {method}, this key belongs to {', '.join(others)}; method=NAME replaces the section"
+        keys = [row.key for row in method_keys(method) if row not in method_keys()]
+        return f"the keys of {leaf} are in method itself: {', '.join(keys)}"
+    if methods := methods_with_key(key):
+        return f"method is {method}, this key belongs to {', '.join(methods)}; method=NAME replaces the section"
     nearest = nearest_keys(key, method)
     if nearest:
         return f"did you mean {' or '.join(nearest)}?"

@@ -90,25 +90,25 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 state[key] = value.zero_() if torch.is_tensor(value) else 0
 
     def moments(self) -> tuple[dict[str, Flats], dict[str, Any]]:
-        """(key -> flat tensor -> (F,) moment as a view, key -> number that all flat tensors share)."""
+        """(key -> flat tensor -> (F,) moment as a view, key -> scalar that all flat tensors share)."""
         by_key: dict[str, Flats] = {}
-        numbers: dict[str, Any] = {}
+        scalars: dict[str, Any] = {}
         for param, state in self.state.items():
             for key, value in state.items():
                 if _is_elementwise(value, param.numel()):
                     by_key.setdefault(key, {})[param] = value.view(-1)
                 else:
-                    numbers[key] = value.item() if torch.is_tensor(value) else value
-        return by_key, numbers
+                    scalars[key] = value.item() if torch.is_tensor(value) else value
+        return by_key, scalars
 
-    def load_moments(self, by_key: dict[str, Flats], numbers: dict[str, Any]) -> None:
-        """Continue with these moments, (F,) each; numbers become what this optimizer keeps (a host scalar or int)."""
+    def load_moments(self, by_key: dict[str, Flats], scalars: dict[str, Any]) -> None:
+        """Continue with these moments, (F,) each; scalars become what this optimizer keeps (a host scalar or int)."""
         for key, flats in by_key.items():
             for param, values in flats.items():
                 self.state[param][key] = values.view_as(param)
         for param, state in self.state.items():
             if param in next(iter(by_key.values()), {}):
-                state.update({key: self._as_state_value(value) for key, value in numbers.items()})
+                state.update({key: self._as_state_value(value) for key, value in scalars.items()})
 
     def _as_state_value(self, value: float) -> Any:
         return int(value)

@@ -155,7 +155,7 @@ class _MetaParameters:
         # Weak: when a placeholder is replaced by one it is tied to, its slice is freed with it.
         self._slices: Any = WeakIdKeyDictionary()
         # A weight that two modules share occurs in both.
-        self._placeholder_of: Any = WeakIdKeyDictionary()
+        self._placeholders: Any = WeakIdKeyDictionary()
 
     def build(self, construct: Construct, *, keep_values: bool = True) -> PreTrainedModel:
         """The model of `construct()` with placeholders for parameters; buffers are real."""
@@ -197,12 +197,12 @@ class _MetaParameters:
             for name, parameter in module._parameters.items():
                 if parameter is None or parameter.is_meta:
                     continue
-                if parameter not in self._placeholder_of:
+                if parameter not in self._placeholders:
                     meta = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-                    self._placeholder_of[parameter] = meta
+                    self._placeholders[parameter] = meta
                     if keep_values:
                         self._keep(meta, parameter)
-                module._parameters[name] = self._placeholder_of[parameter]
+                module._parameters[name] = self._placeholders[parameter]
 
     def _keep(self, placeholder: nn.Parameter, values: torch.Tensor) -> None:
         offset, numel = self._own(values.numel())

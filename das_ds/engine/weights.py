@@ -35,7 +35,7 @@ class ShardedWeights:
         engine: DeepSpeed's.
         parameters: name -> parameter of everything that is trained.
         ranks: the process group.
-        before_change: called before weights are written.
+        on_weights_will_change: called before weights are written.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class ShardedWeights:
         engine: DeepSpeedEngine,
         parameters: dict[str, nn.Parameter],
         ranks: ProcessGroup,
-        before_change: Callable[[], None],
+        on_weights_will_change: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._parameters = parameters
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._ranks = ranks
-        self._before_change = before_change
+        self._on_weights_will_change = on_weights_will_change
         self.shards: list[Shard] = list(shards(engine, self._names))
         """This rank's shards, at most one per parameter."""
 
@@ -71,7 +71,7 @@ class ShardedWeights:
     @contextmanager
     def writable_flats(self) -> Iterator[Flats]:
         """Flat tensor -> (F,) view of its fp32 weights, for writing; afterwards the forward pass reads the new ones."""
-        self._before_change()
+        self._on_weights_will_change()
         yield self.flats()
         refresh_weights(self._engine)
 
@@ -91,7 +91,7 @@ class ShardedWeights:
             names: the same on every rank.
             change: weight -> weight of the same shape, with the same result on every rank; does not write its input.
         """
-        self._before_change()
+        self._on_weights_will_change()
         for name in names:
             weight = full_fp32_weight(self._engine, self._parameters[name])
             changed = change(weight.cpu()).view(-1)
@@ -118,14 +118,14 @@ class ShardedWeights:
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
         """Restore all weights from a snapshot."""
-        self._before_change()
+        self._on_weights_will_change()
         for shard, saved in zip(self.shards, snapshot, strict=True):
             shard.values.copy_(saved)
         refresh_weights(self._engine)
 
     def load(self, saved: Flats) -> None:
         """Replace all weights by saved ones, flat tensor -> (F,) values of any float type."""
-        self._before_change()
+        self._on_weights_will_change()
         for flat, values in saved.items():
             flat.data.view(-1).copy_(values)
         refresh_weights(self._engine)
@@ -140,7 +140,7 @@ class ShardedWeights:
             return WeightSnapshot(self._engine, self._parameters, self.shards)
         # The copy is made of what the forward pass reads, which has to be the saved weights for that moment.
         present = self.snapshot()
-        self._before_change()
+        self._on_weights_will_change()
         for flat, values in saved.items():
             flat.data.view(-1).copy_(values)
         earlier = WeightSnapshot(self._engine, self._parameters, self.shards)

@@ -35,13 +35,13 @@ class HangDetector:
         self._changed: dict[int, tuple[int, float]] = {}
         self._exited_since: dict[int, float] = {}
         self._now = 0.0
-        self._answered = 0.0
+        self._answered_at = 0.0
 
     def update(self, snapshot: HeartbeatSnapshot, now: float) -> None:
         """Process the last answer of the store; `now` is in seconds on this rank's clock."""
         with self._lock:
             if snapshot.num_answers != self._snapshot.num_answers:
-                self._answered = now
+                self._answered_at = now
             for beat in snapshot.heartbeats:
                 if self._changed.get(beat.rank, (None, 0.0))[0] != beat.seq:
                     self._changed[beat.rank] = (beat.seq, now)
@@ -105,7 +105,7 @@ class HangDetector:
 
     @property
     def _store_silence_s(self) -> float:
-        return self._now - self._answered
+        return self._now - self._answered_at
 
     def _describe_store_failure(self) -> str:
         """Message for a store whose process has ended or is frozen."""
@@ -120,7 +120,7 @@ class HangDetector:
     def _peers(self) -> list[PeerStatus]:
         # Ages are measured up to the store's last answer: while it does not answer, no heartbeat can arrive.
         return [
-            PeerStatus(beat, self._answered - self._changed[beat.rank][1])
+            PeerStatus(beat, self._answered_at - self._changed[beat.rank][1])
             for beat in self._snapshot.heartbeats
             if beat.rank != self._rank
         ]

@@ -111,8 +111,8 @@ class LauncherGuard:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         guard = ThreadGuard("the launcher cannot be suspended: it may kill ranks before they have saved")
         with guard, self._reader:
-            while numbers := self._reader.recv(64):
-                if ENDING_SIGNALS & set(numbers):
+            while signal_numbers := self._reader.recv(64):
+                if ENDING_SIGNALS & set(signal_numbers):
                     suspend_launcher(self._launcher, self._num_ranks, self._limit_s)
                     return
 

@@ -46,7 +46,7 @@ def describe_invalid_moment(moment: torch.Tensor) -> str | None:
     return None
 
 
-def direction_projector(relative: torch.Tensor, saturation: float) -> torch.Tensor:
+def direction_projector(relative: torch.Tensor, half_saturation: float) -> torch.Tensor:
     """P = (I + M / c)^-1, by which every row of an update dW (o, d) is multiplied: dW <- dW P.
 
     In the eigenvectors of M, which belong to shares a of the input's energy, that is the mask 1 - I with the saturating
@@ -61,13 +61,13 @@ def direction_projector(relative: torch.Tensor, saturation: float) -> torch.Tens
 
     Args:
         relative: (d, d), M; of several domains their sum.
-        saturation: c; at c = 0 only directions that never came in would learn, without limit all learn freely.
+        half_saturation: c; at c = 0 only directions that never came in would learn, without limit all learn freely.
 
     Returns:
         (d, d) float32, symmetric, with eigenvalues in (0, 1] up to `NEGLIGIBLE_EIGENVALUE`.
     """
     # M / c, whose eigenvalues must not be below -1 for the Cholesky factor of I + M / c to exist.
-    scaled = relative.double() / saturation
+    scaled = relative.double() / half_saturation
     identity = torch.eye(len(relative), dtype=torch.float64, device=relative.device)
     _, failed = torch.linalg.cholesky_ex(scaled + NEGLIGIBLE_EIGENVALUE * identity)
     if not failed:

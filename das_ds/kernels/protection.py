@@ -15,7 +15,7 @@ from das_ds.functional.masks import Segment, SegmentTable, dense_importance
 from das_ds.kernels.cpu_tiles import CpuTile, split_into_cpu_tiles
 from das_ds.kernels.tiles import Tiles, segment_fields, split_into_tiles
 
-LEVELS = 255
+NUM_LEVELS = 255
 """Importance stored as uint8 counts 255ths: rounding errs by at most 1/510, and 0 and 1 are exact."""
 
 
@@ -129,7 +129,7 @@ class Protection:
         """(n,) float32 importance of a tile, in the scratch buffer."""
         assert self.importance is not None, "called for parameter importance alone"
         stored = self.importance[tile.start : tile.stop]
-        return torch.div(stored, LEVELS if stored.dtype == torch.uint8 else 1, out=scratch[: len(tile)])
+        return torch.div(stored, NUM_LEVELS if stored.dtype == torch.uint8 else 1, out=scratch[: len(tile)])
 
     def to_dense(self) -> torch.Tensor:
         """(F,) float32: the importance of every element."""
@@ -142,4 +142,4 @@ class Protection:
 
 def as_float(importance: torch.Tensor) -> torch.Tensor:
     """Importance as float32 in [0, 1], whatever it is stored as."""
-    return importance / LEVELS if importance.dtype == torch.uint8 else importance.float()
+    return importance / NUM_LEVELS if importance.dtype == torch.uint8 else importance.float()

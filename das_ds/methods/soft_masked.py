@@ -87,7 +87,7 @@ class SoftMasked(Method[S]):
         super().__init__(run)
         self._granularity = load_granularity(self.settings.importance.granularity)
         self._softmask = self._resolved_softmask()
-        self._contrast = ContrastiveLoss(run, self.settings.contrastive)
+        self._contrastive = ContrastiveLoss(run, self.settings.contrastive)
         self._accumulated: Importance[SoftmaskConfig] | None = None
         self._unit_gates: UnitValues | None = None
 
@@ -139,7 +139,7 @@ class SoftMasked(Method[S]):
         if self.settings.contrastive.weight == 0.0:
             step = super().losses(batch, token_scale)
         else:
-            step = self._contrast.losses(batch, token_scale, self._gates)
+            step = self._contrastive.losses(batch, token_scale, self._gates)
         with step as losses:
             yield losses
 

@@ -30,7 +30,7 @@ OTHERS = "others"
 CHUNK = 1 << 21
 """Weights converted to float at a time."""
 LORA = re.compile(r"\.lora_[AB]\.default(?=\.)")
-LEVELS = 255
+NUM_LEVELS = 255
 """Importance of weights is stored as uint8 in [0, 255]."""
 DIGITS = 6
 """Decimals kept in the file."""
@@ -121,7 +121,7 @@ def _iterate_weights(
         tensors = [file.values(name) for file in [*files, accumulated]]
         values = torch.stack([functional.pad(tensor, (0, size - len(tensor))) for tensor in tensors])
         for chunk in values.split(CHUNK, dim=1):
-            yield group, layer, chunk.float() / LEVELS
+            yield group, layer, chunk.float() / NUM_LEVELS
 
 
 def _find_owner(name: str, owners: list[tuple[re.Pattern[str], str]]) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from das_ds.engine.engine import Engine
 from das_ds.engine.mask import ElementwiseMask, ElementwiseMasks, UpdateMasks
 from das_ds.functional.masks import MaskTable, SegmentTable, build_lookup_tables, fill_gaps
 from das_ds.functional.units import UnitLayout, UnitValues
-from das_ds.kernels.protection import LEVELS, Protection
+from das_ds.kernels.protection import NUM_LEVELS, Protection
 from das_ds.softmask.direction_mask import build_direction_masks
 from das_ds.softmask.sharded_importance import ShardedImportance, apply_lookup
 
@@ -91,7 +91,7 @@ def parameter_masks(
         groups=softmask.groups,
         unowned_update_scale=softmask.unowned_update_scale,
         exponent=softmask.exponent,
-        num_levels=LEVELS,
+        num_levels=NUM_LEVELS,
     )
     flats = importance.flats
     if tables is not None:

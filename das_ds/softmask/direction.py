@@ -46,13 +46,13 @@ class DirectionImportance:
         total = {name: moment + moments.get(name, 0.0) for name, moment in self.moments.items()}
         return DirectionImportance(self.run, total, self.num_tokens)
 
-    def masks(self, saturation: float) -> UpdateMasks:
-        """dW <- dW P with P = (I + M / c)^-1, c being the saturation.
+    def masks(self, half_saturation: float) -> UpdateMasks:
+        """dW <- dW P with P = (I + M / c)^-1, c being the half_saturation.
 
         Rows of tokens that were added since are not masked: no earlier text has them.
         """
         device = self.run.engine.ranks.info.device
-        projectors = _Projectors(self.moments, saturation, device)
+        projectors = _Projectors(self.moments, half_saturation, device)
         widths = {name: layer.in_features for name, layer in linear_layers(self.run).items()}
         sizes = self.run.layout.sizes_with(self.num_tokens)
         return direction_masks(self.run.engine, widths, projectors.compute, sizes)
@@ -88,9 +88,9 @@ class _Projectors:
     Layers that follow each other and read the same input (queries, keys, values; gate, up) share one projector.
     """
 
-    def __init__(self, moments: dict[str, torch.Tensor], saturation: float, device: torch.device) -> None:
+    def __init__(self, moments: dict[str, torch.Tensor], half_saturation: float, device: torch.device) -> None:
         self._moments = moments
-        self._saturation = saturation
+        self._half_saturation = half_saturation
         self._device = device
         self._last_moment: torch.Tensor | None = None
         self._last_projector: torch.Tensor | None = None
@@ -99,6 +99,6 @@ class _Projectors:
         """P of a layer, (d, d) float32."""
         moment = self._moments[name]
         if self._last_moment is None or self._last_projector is None or not torch.equal(moment, self._last_moment):
-            self._last_projector = direction_projector(moment.to(self._device), self._saturation)
+            self._last_projector = direction_projector(moment.to(self._device), self._half_saturation)
             self._last_moment = moment
         return self._last_projector

@@ -88,7 +88,7 @@ class DirectionMask:
 
 def build_direction_masks(
     shards: Iterable[Shard],
-    flat_of: dict[str, torch.Tensor],
+    flats: dict[str, torch.Tensor],
     widths: dict[str, int],
     projector: Callable[[str], torch.Tensor],
     device: torch.device,
@@ -97,7 +97,7 @@ def build_direction_masks(
 
     Args:
         shards: this rank's, without rows that are not masked.
-        flat_of: parameter -> flat tensor that it lies in, also where this rank has no shard of it.
+        flats: parameter -> flat tensor that it lies in, also where this rank has no shard of it.
         widths: parameter -> d, of all that are masked, in the same order on every rank.
         projector: parameter -> P, float32, the same on every rank; called only for parameters that this rank has a
             shard of, since all together are as large as the model.
@@ -109,7 +109,7 @@ def build_direction_masks(
     # Every rank numbers the cut rows of a flat tensor in the same order.
     indices: dict[tuple[str, int], int] = {}
     for name, width in widths.items():
-        flat = flat_of[name]
+        flat = flats[name]
         mask = masks.setdefault(flat, DirectionMask(device, numel=flat.numel()))
         for row in cut_rows[name]:
             mask.width = max(mask.width, width)

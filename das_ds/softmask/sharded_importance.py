@@ -14,7 +14,7 @@ from das_ds.config import ImportanceConfig
 from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
 from das_ds.distributed.state import Shard, zeros_by_flat
 from das_ds.functional.units import Ownership, UnitLayout, UnitValues
-from das_ds.kernels.protection import LEVELS
+from das_ds.kernels.protection import NUM_LEVELS
 from das_ds.softmask.sharded_normalize import CHUNK_ELEMENTS, Comparison, quantize
 
 
@@ -106,7 +106,7 @@ class ShardedImportance:
         owners = item.units.to(self._device)
         position = shard.param_start
         for chunk in self._crop(shard).split(CHUNK_ELEMENTS):
-            values = chunk.to(self._device).double() / LEVELS
+            values = chunk.to(self._device).double() / NUM_LEVELS
             # (n,): elements of the flattened parameter, then the entries of the axis that they lie at.
             index = position + torch.arange(chunk.numel(), device=self._device)
             if item.axis == 0:

@@ -14,7 +14,7 @@ import torch
 from das_ds.config import ImportanceConfig
 from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
 from das_ds.functional.importance import RANK_FORMS, histogram, normalize_by_value
-from das_ds.kernels.protection import LEVELS
+from das_ds.kernels.protection import NUM_LEVELS
 
 CHUNK_ELEMENTS = 1 << 24
 """Elements whose values or indices, 8 bytes each, exist at a time."""
@@ -26,14 +26,14 @@ CUT_BITS = 12
 Magnitudes = dict[str, torch.Tensor]
 """Parameter -> (n,) float32, not negative: this rank's shard of what is normalized."""
 ToLevel = Callable[[torch.Tensor, int], torch.Tensor]
-"""(chunk of a shard, number of its comparison) -> importance in 255ths."""
+"""(chunk of a shard, index of its comparison) -> importance in 255ths."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Which parameters' entries are compared with each other; the same on every rank."""
 
-    number_of: dict[str, int]
+    indices: dict[str, int]
     """Every parameter -> its comparison, 0 .. C - 1."""
     num_entries: tuple[int, ...]
     """Entries of each comparison over all ranks, (C,)."""
@@ -56,8 +56,8 @@ class Comparison:
         totals: dict[str, int] = {}
         for name, size in sizes.items():
             totals[keys[name]] = totals.get(keys[name], 0) + size
-        numbers = {key: number for number, key in enumerate(totals)}
-        return cls({name: numbers[key] for name, key in keys.items()}, tuple(totals.values()))
+        indices = {key: index for index, key in enumerate(totals)}
+        return cls({name: indices[key] for name, key in keys.items()}, tuple(totals.values()))
 
 
 def quantize(
@@ -77,7 +77,7 @@ def quantize(
     for name, shard in magnitudes.items():
         levels = torch.empty(shard.numel(), dtype=torch.uint8, device=shard.device)
         for target, chunk in zip(levels.split(CHUNK_ELEMENTS), shard.split(CHUNK_ELEMENTS), strict=True):
-            target.copy_(to_level(chunk, comparison.number_of[name]))
+            target.copy_(to_level(chunk, comparison.indices[name]))
         yield name, levels
 
 
@@ -86,10 +86,10 @@ def _build_level_by_value(
 ) -> ToLevel:
     statistics = _compute_statistics(magnitudes, comparison, device)
 
-    def to_level(chunk: torch.Tensor, number: int) -> torch.Tensor:
-        mean, std, largest = statistics[number].to(chunk.device)
+    def to_level(chunk: torch.Tensor, index: int) -> torch.Tensor:
+        mean, std, largest = statistics[index].to(chunk.device)
         importance = normalize_by_value(chunk.double(), mean, std, largest, settings)
-        return (importance * LEVELS).round_()
+        return (importance * NUM_LEVELS).round_()
 
     return to_level
 
@@ -98,14 +98,14 @@ def _build_level_by_rank(
     magnitudes: Magnitudes, comparison: Comparison, settings: ImportanceConfig, device: torch.device
 ) -> ToLevel:
     # (C, Q): how many entries must be less for an entry to reach each level.
-    counts = torch.stack([histogram(size, settings, LEVELS) for size in comparison.num_entries]).to(device)
+    counts = torch.stack([histogram(size, settings, NUM_LEVELS) for size in comparison.num_entries]).to(device)
     thresholds = find_quantile_thresholds(magnitudes, comparison, counts, device).int()
     # One threshold for each level, or a single one between 0 and 1.
-    step = LEVELS // counts.shape[1]
+    step = NUM_LEVELS // counts.shape[1]
 
-    def to_level(chunk: torch.Tensor, number: int) -> torch.Tensor:
+    def to_level(chunk: torch.Tensor, index: int) -> torch.Tensor:
         # Compared as integers: floats that are not negative have the same order.
-        return torch.bucketize(chunk.view(torch.int32), thresholds[number].to(chunk.device), right=True) * step
+        return torch.bucketize(chunk.view(torch.int32), thresholds[index].to(chunk.device), right=True) * step
 
     return to_level
 
@@ -115,19 +115,19 @@ def _compute_statistics(magnitudes: Magnitudes, comparison: Comparison, device: 
     num_comparisons = len(comparison.num_entries)
     count, sums, largest, squares = torch.zeros(4, num_comparisons, dtype=torch.float64, device=device)
     for name, shard in magnitudes.items():
-        number = comparison.number_of[name]
-        count[number] += shard.numel()
-        sums[number] += shard.sum(dtype=torch.float64).to(device)
-        largest[number] = torch.maximum(largest[number], shard.amax().double().to(device))
+        index = comparison.indices[name]
+        count[index] += shard.numel()
+        sums[index] += shard.sum(dtype=torch.float64).to(device)
+        largest[index] = torch.maximum(largest[index], shard.amax().double().to(device))
     # Counts include every copy of an entry (all ranks have all at stage 0), as the sums do.
     all_reduce_sum(count)
     mean = all_reduce_sum(sums) / count
     # A second pass around the mean: sums of squares alone would cancel.
     for name, shard in magnitudes.items():
-        number = comparison.number_of[name]
-        center = mean[number].to(shard.device)
+        index = comparison.indices[name]
+        center = mean[index].to(shard.device)
         for chunk in shard.split(CHUNK_ELEMENTS):
-            squares[number] += (chunk.double() - center).square_().sum().to(device)
+            squares[index] += (chunk.double() - center).square_().sum().to(device)
     std = (all_reduce_sum(squares) / count).sqrt()
     return torch.stack((mean, std, all_reduce_max(largest)), dim=1)
 
@@ -176,11 +176,11 @@ def _count_less(
     # (C, K + 1): entries between neighboring cuts, below the first and above the last.
     between = torch.zeros(len(cuts), num_cuts + 1, dtype=torch.int64, device=device)
     for name, shard in magnitudes.items():
-        number = comparison.number_of[name]
-        edges = sorted_cuts[number].int().to(shard.device)
+        index = comparison.indices[name]
+        edges = sorted_cuts[index].int().to(shard.device)
         for chunk in shard.view(torch.int32).split(CHUNK_ELEMENTS):
             bins = torch.bucketize(chunk, edges, right=True)
-            between[number] += torch.bincount(bins, minlength=num_cuts + 1).to(device)
+            between[index] += torch.bincount(bins, minlength=num_cuts + 1).to(device)
     num_less = all_reduce_sum(between).cumsum(dim=1)[:, :-1]
     # Back to the order in which the cuts came.
     return torch.empty_like(cuts).scatter_(1, order, num_less)
@@ -190,5 +190,5 @@ def _count_copies(magnitudes: Magnitudes, comparison: Comparison, device: torch.
     """(C,): on how many ranks each entry is, one or, at ZeRO stage 0, all; a collective."""
     stored = torch.zeros(len(comparison.num_entries), dtype=torch.int64, device=device)
     for name, shard in magnitudes.items():
-        stored[comparison.number_of[name]] += shard.numel()
+        stored[comparison.indices[name]] += shard.numel()
     return all_reduce_sum(stored) // torch.tensor(comparison.num_entries, device=device)

@@ -28,10 +28,10 @@ def test_blend_equals_product_at_any_cut(cuts: list[int]) -> None:
 
 
 def build_masks(
-    shards: list[Shard], flat_of: dict[str, torch.Tensor], matrices: dict[str, torch.Tensor]
+    shards: list[Shard], flats: dict[str, torch.Tensor], matrices: dict[str, torch.Tensor]
 ) -> dict[torch.Tensor, DirectionMask]:
     widths = {name: len(matrix) for name, matrix in matrices.items()}
-    return build_direction_masks(shards, flat_of, widths, matrices.__getitem__, torch.device("cpu"))
+    return build_direction_masks(shards, flats, widths, matrices.__getitem__, torch.device("cpu"))
 
 
 def test_build_direction_masks_calls_projector_once_where_needed() -> None:

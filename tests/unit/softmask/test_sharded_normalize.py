@@ -34,7 +34,7 @@ def test_find_quantile_thresholds_equal_sort(
     parts = {name: draw(kind, size) for name, size in SIZES.items()}
     comparison = Comparison.by_scope(scope, OWNERS, SIZES)
     by_comparison = [
-        torch.cat([parts[name] for name in SIZES if comparison.number_of[name] == number])
+        torch.cat([parts[name] for name in SIZES if comparison.indices[name] == number])
         for number in range({"tensor": 4, "group": 2, "model": 1}[scope])
     ]
     assert comparison.num_entries == tuple(len(values) for values in by_comparison)
