@@ -45,8 +45,8 @@ def test_loads_and_stores_are_16_bytes_wide_and_nothing_is_spilt(code: dict[str,
 
 
 def test_quantised_importance_is_divided_exactly(code: dict[str, Any]) -> None:
-    quantised = {name: form["instructions"] for name, form in code.items() if " u8 " in name}
-    assert quantised and all(instructions.get("div.rn.f32", 0) > 0 for instructions in quantised.values())
+    quantized = {name: form["instructions"] for name, form in code.items() if " u8 " in name}
+    assert quantized and all(instructions.get("div.rn.f32", 0) > 0 for instructions in quantized.values())
     # AdamW has a quotient of its own, which may be approximate; nothing else divides floats.
-    others = {name: found for name, found in quantised.items() if not name.startswith("masked_adamw")}
+    others = {name: found for name, found in quantized.items() if not name.startswith("masked_adamw")}
     assert not any("div.full" in instruction for found in others.values() for instruction in found)

@@ -14,7 +14,7 @@ from helpers.command_runs import (
     fill_disk_of_importance,
     fill_disk_of_metrics,
     fill_disk_of_tokenizers,
-    on_train_start,
+    start_training,
 )
 from helpers.runs import small_run
 
@@ -47,7 +47,7 @@ def test_a_full_disk_of_rank_0_is_one_error_on_all_ranks(
 ) -> None:
     values = small_run(tmp_path, method=method, general=None)
     values["train"] = {**values["train"], "steps_per_domain": 4, "log_interval": 1}
-    assert exit_codes(on_train_start(values, tmp_path, 2, disturb)) == [2, 2]
+    assert exit_codes(start_training(values, tmp_path, 2, disturb)) == [2, 2]
     errors, others = ((tmp_path / f"stderr_{rank}").read_text() for rank in (0, 1))
     (line,) = [line for line in errors.splitlines() if line.startswith("das_ds: ")]
     assert said in line

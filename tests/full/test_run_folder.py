@@ -8,7 +8,7 @@ import pytest
 
 from das_ds.reporting.results import Results
 from das_ds.run_dir import LOCK_FILE, RESULTS_FILE
-from helpers.command_runs import exit_codes, on_train_start, take_half_a_second_per_step, wait_until
+from helpers.command_runs import exit_codes, start_training, take_half_a_second_per_step, wait_until
 from helpers.commands import program, write_config
 from helpers.runs import last_step, metrics_lines, small_run
 
@@ -33,10 +33,10 @@ def test_second_start_in_same_folder_exits_2_and_first_completes(tmp_path: Path)
     run = values["output_dir"]
     second_folder = tmp_path / "second"
     second_folder.mkdir()
-    first = on_train_start(values, tmp_path, 2, take_half_a_second_per_step)
+    first = start_training(values, tmp_path, 2, take_half_a_second_per_step)
     try:
         wait_until(lambda: last_step(run) > 0, "the first step")
-        second = exit_codes(on_train_start(values, second_folder, 2))
+        second = exit_codes(start_training(values, second_folder, 2))
         assert second == [2, 2]
         (line,) = (second_folder / "stderr_0").read_text().splitlines()[-1:]
         assert line.startswith(f"das_ds: output_dir: {run} is held by another start, pid {first[0].pid} on ")
@@ -50,7 +50,7 @@ def test_second_start_in_same_folder_exits_2_and_first_completes(tmp_path: Path)
 def test_start_after_kill_acquires_lock(tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, train={"log_interval": 1})
     run = values["output_dir"]
-    first = on_train_start(values, tmp_path, 2, take_half_a_second_per_step)
+    first = start_training(values, tmp_path, 2, take_half_a_second_per_step)
     try:
         wait_until(lambda: last_step(run) > 0, "the first step")
     finally:
@@ -58,5 +58,5 @@ def test_start_after_kill_acquires_lock(tmp_path: Path) -> None:
             process.kill()
             process.join()
     assert (run / LOCK_FILE).exists()
-    assert exit_codes(on_train_start(values, tmp_path, 2)) == [0, 0]
+    assert exit_codes(start_training(values, tmp_path, 2)) == [0, 0]
     assert not (run / LOCK_FILE).exists()

@@ -34,7 +34,7 @@ T = TypeVar("T")
 PATIENCE_S = 120.0
 
 
-def on_train_start(
+def start_training(
     values: dict[str, Any], folder: Path, world_size: int, disturb: Callable[[], None] | None = None
 ) -> list[Any]:
     """Processes of `das-ds train` over this config, which say to `folder/stderr_<rank>` what users would read.

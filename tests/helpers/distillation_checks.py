@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from das_ds.data.batch import Batch
 from helpers.distillation import TeacherFacts, teach_and_train
 from helpers.parity import EPS, NUM_STEPS, OFFLOAD, configs_of, relative_difference, steps
-from helpers.rehearsal import DERPP, PlainBuffer
+from helpers.replay import DERPP, PlainBuffer
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 

@@ -1,4 +1,4 @@
-"""Forms of the mask on two ranks: normalised over shards, and trained, against whole tensors."""
+"""Forms of the mask on two ranks: normalized over shards, and trained, against whole tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from das_ds.config import ImportanceConfig
-from helpers.masks import Weights, magnitudes, normalised_and_trained, owners, to_dense
+from helpers.masks import Weights, magnitudes, normalized_and_trained, owners, to_dense
 from helpers.parameter_importance import joined, random_weights_importance, save_random_weights_importance
 from helpers.parity import EPS, NUM_STEPS, configs_of, relative_difference, save_random_importance, steps
 from helpers.reference import full_masks, reference_train, unit_ones
@@ -142,7 +142,7 @@ def check_forms_and_masks_equal_those_of_whole_tensors(stage: int, folder: Path)
     weights_folder.mkdir()
     weights = {"granularity": "parameter", "init_from": str(save_random_weights_importance(weights_folder))}
     runs += configs_of(folder, 2, {"stage": stage}, [{**method, "importance": weights} for method in PARAMETERS])
-    results = run_ranks(normalised_and_trained, 2, runs[0], FORMS, runs, steps(), NO_DROPOUT)
+    results = run_ranks(normalized_and_trained, 2, runs[0], FORMS, runs, steps(), NO_DROPOUT)
     shapes = {name: values.shape for name, values in magnitudes().items()}
     for number, form in enumerate(FORMS):
         found = joined([rank[0][number] for rank in results], shapes)

@@ -30,12 +30,12 @@ def owners() -> dict[str, str]:
     return found
 
 
-def to_dense(importance: Weights, groups: list[str], strength: float, unowned_update_scale: float) -> Weights:
-    """1 - I' of every weight, (1 - I)^strength where its owner is masked, in 255ths as I is."""
+def to_dense(importance: Weights, groups: list[str], exponent: float, unowned_update_scale: float) -> Weights:
+    """1 - I' of every weight, (1 - I)^exponent where its owner is masked, in 255ths as I is."""
     scales = {}
     for name, owner in owners().items():
         kept = (
-            (1 - importance[name].double() / 255) ** strength if owner in groups else torch.ones_like(importance[name])
+            (1 - importance[name].double() / 255) ** exponent if owner in groups else torch.ones_like(importance[name])
         )
         scale = kept * (unowned_update_scale if owner == "unowned" else 1.0)
         scales[name] = 1 - ((1 - scale) * 255).round() / 255
@@ -52,16 +52,16 @@ def magnitudes(seed: int = 0) -> Weights:
     return drawn
 
 
-def normalised_and_trained(
-    normalising: RunConfig,
+def normalized_and_trained(
+    normalizing: RunConfig,
     forms: list[ImportanceConfig],
     training: list[RunConfig],
     steps: list[list[Batch]],
     model_changes: dict[str, Any],
 ) -> tuple[list[Stretches], list[Any]]:
-    """Per form, this rank's stretches of `magnitudes` normalised; and what `train_all` gives."""
+    """Per form, this rank's stretches of `magnitudes` normalized; and what `train_all` gives."""
     ranks = init_process_group()
-    run = build(normalising, ranks)
+    run = build(normalizing, ranks)
     shards = run.engine.weights.named_shards
     sums = zeros_by_flat(shards.values(), torch.float32)
     drawn = magnitudes()

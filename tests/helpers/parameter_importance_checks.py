@@ -27,7 +27,7 @@ from helpers.training import LENGTH, run_config, train_all
 NUM_GLOBAL_BATCHES = 2
 ACCUMULATION = 2
 MICRO_ROWS = 4
-# Each form of normalisation over another sum.
+# Each form of normalization over another sum.
 MEASURES = (("abs_grad", "abs_tanh"), ("squared_grad", "tanh_positive"), ("grad_x_weight", "abs_tanh"))
 Weights = dict[str, torch.Tensor]
 
@@ -60,8 +60,8 @@ def brute_force(kind: str) -> dict[str, Weights]:
     return sums
 
 
-def normalised(magnitudes: torch.Tensor, form: str) -> torch.Tensor:
-    """tanh of the standardised values of one tensor, spelled out."""
+def normalized(magnitudes: torch.Tensor, form: str) -> torch.Tensor:
+    """tanh of the standardized values of one tensor, spelled out."""
     if magnitudes.max() == magnitudes.min():
         return torch.zeros_like(magnitudes)
     z = (magnitudes - magnitudes.mean()) / magnitudes.var(correction=0).sqrt()
@@ -109,7 +109,7 @@ def check(results: list[Any], kind: str, tolerance: float) -> None:
             allowed = tolerance * (2 if summed == "squared_grad" else 1)
             assert (sums[name] - value).abs().max() <= allowed * value.abs().max(), (summed, name)
             # What is stored belongs to the sums that were found, to within half of a 255th.
-            error = (levels[name] / 255 - normalised(sums[name], form)).abs().max()
+            error = (levels[name] / 255 - normalized(sums[name], form)).abs().max()
             assert error <= 1 / 510 + 1e-9, (name, error)
         means = unit_means({name: (value / 255).float() for name, value in levels.items()})
         for rank in results:

@@ -130,7 +130,7 @@ def reference_importance(
     kind: Literal["mlm", "proxy"] = "mlm",
     power: int = 1,
 ) -> Units:
-    """I = (1/N) sum_n |d L(x_n) / d g|^power, one sequence at a time (paper, eq. 2), before normalisation.
+    """I = (1/N) sum_n |d L(x_n) / d g|^power, one sequence at a time (paper, eq. 2), before normalization.
 
     `mlm`: L is the mean cross-entropy over the sequence's predicted tokens (labels != -100), of `corrupted`; a
     sequence without any counts with gradient 0. `proxy`: L is `hidden_kl` of two passes over `sequences` with common
@@ -207,13 +207,13 @@ def hidden_kl(first: Tensor, second: Tensor) -> Tensor:
 
 def normalize(values: Tensor, form: Literal["abs_tanh", "tanh_positive"] = "abs_tanh") -> Tensor:
     """|tanh z| or tanh(max(z, 0)) with z = (x - mean) / std (population) in each row of (L, U); 0 where std is 0."""
-    normalised = torch.zeros_like(values)
+    normalized = torch.zeros_like(values)
     for row, x in enumerate(values):
         deviation = ((x - x.mean()) ** 2).mean().sqrt()
         if x.max() > x.min():
             z = (x - x.mean()) / deviation
-            normalised[row] = z.tanh().abs() if form == "abs_tanh" else z.clamp(min=0).tanh()
-    return normalised
+            normalized[row] = z.tanh().abs() if form == "abs_tanh" else z.clamp(min=0).tanh()
+    return normalized
 
 
 # Soft mask.

@@ -1,4 +1,4 @@
-"""Whole runs of the product on real ranks, over text and a tokeniser made by the test."""
+"""Whole runs of the product on real ranks, over text and a tokenizer made by the test."""
 
 from __future__ import annotations
 

@@ -143,12 +143,12 @@ def learn_plainly(
             result.fisher[name].mul_(decay).add_(gradients_squared)
             parameters[name].data.lerp_(before[name], share)
         result.weights.append({name: value.detach().clone() for name, value in parameters.items()})
-        for name, moment in _relative_moments(model, [batch for step in steps for batch in step]).items():
+        for name, moment in _normalized_moments(model, [batch for step in steps for batch in step]).items():
             moments_of_inputs[name] = moments_of_inputs.get(name, 0.0) + moment
     return result
 
 
-def _relative_moments(model: Any, batches: list[Batch]) -> Weights:
+def _normalized_moments(model: Any, batches: list[Batch]) -> Weights:
     """d / tr(A) * A, A = sum of x x^T over the inputs of every linear layer, one position at a time."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     total: Weights = {}

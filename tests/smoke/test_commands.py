@@ -25,9 +25,9 @@ def test_train_two_ranks_agrees_with_evaluate(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = Results.read(values["output_dir"] / RESULTS_FILE)
     assert results.complete and results.world_size == 2 and results.zero_stage == 3
-    pictures = [values["output_dir"] / "report" / name for name in ("loss_matrix.png", "importance.png")]
+    plots = [values["output_dir"] / "report" / name for name in ("loss_matrix.png", "importance.png")]
     # Programs and ranks that come from the fork server draw no more than one pixel.
-    assert all(min(Image.open(picture).size) > 100 for picture in pictures)
+    assert all(min(Image.open(plot).size) > 100 for plot in plots)
     model = values["output_dir"] / "domains" / "01_papers" / "model"
     shown = command(sys.executable, "launch/evaluate.py", "--config", path, "--model", model)
     assert shown.returncode == 0, shown.stderr

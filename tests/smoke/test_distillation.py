@@ -8,7 +8,7 @@ import pytest
 
 from helpers.distillation_checks import check_teachers_are_exact_and_methods_equal_plain_torch
 from helpers.parity import configs_of, steps
-from helpers.rehearsal import DERPP
+from helpers.replay import DERPP
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import train_all

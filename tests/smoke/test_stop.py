@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from das_ds.errors import EXIT_STOPPED
-from helpers.command_runs import exit_codes, on_train_start, take_half_a_second_per_step, wait_until
+from helpers.command_runs import exit_codes, start_training, take_half_a_second_per_step, wait_until
 from helpers.resume import assert_same_run
 from helpers.run_ranks import run_ranks
 from helpers.runs import last_step, run_all, small_run
@@ -27,10 +27,10 @@ def test_run_stopped_by_signal_resumes_to_same_result(tmp_path: Path) -> None:
 
     run_ranks(run_all, 2, [values("whole")])
     folder = tmp_path / "stopped"
-    processes = on_train_start(values("stopped"), tmp_path, 2, take_half_a_second_per_step)
+    processes = start_training(values("stopped"), tmp_path, 2, take_half_a_second_per_step)
     wait_until(lambda: last_step(folder) >= 3, "the third step")
     os.kill(processes[1].pid, signal.SIGUSR2)
     assert exit_codes(processes) == [EXIT_STOPPED, EXIT_STOPPED]
     assert 3 <= last_step(folder) < 20
-    assert exit_codes(on_train_start(values("stopped"), tmp_path, 2)) == [0, 0]
+    assert exit_codes(start_training(values("stopped"), tmp_path, 2)) == [0, 0]
     assert_same_run(folder, tmp_path / "whole")

@@ -60,10 +60,10 @@ def test_main_process_first_slow_preparation_no_timeout(tmp_path: Path) -> None:
 def test_process_groups_have_collective_timeout(stage: int, tmp_path: Path) -> None:
     config = run_config(tmp_path, deepspeed={"zero_optimization": {"stage": stage}})
     for found in run_ranks(timeouts, 2, config, timedelta(seconds=777), timedelta(seconds=999)):
-        patient = [timeout for timeout in found if timeout == LONG_TIMEOUT]
+        long = [timeout for timeout in found if timeout == LONG_TIMEOUT]
         others = [timeout for timeout in found if timeout != LONG_TIMEOUT]
         # torch's and DeepSpeed's, at the least.
-        assert len(patient) == 2 and len(others) >= 2
+        assert len(long) == 2 and len(others) >= 2
         assert set(others) == {timedelta(seconds=999)}
 
 

@@ -20,7 +20,7 @@ CODE = '''class Box:
     def size(self):
         """Its size.
 
-        In metres."""
+        In meters."""
 
         def inner():
             "Helps."

@@ -159,7 +159,7 @@ def test_hidden_kl_is_that_of_torch() -> None:
     torch.testing.assert_close(ref.hidden_kl(first, second), expected)
 
 
-def test_normalise_by_hand() -> None:
+def test_normalize_by_hand() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0], [0.3, 0.3, 0.3]], dtype=torch.float64)
     extreme = math.tanh(math.sqrt(1.5))
     expected = torch.tensor([[extreme, 0.0, extreme], [0.0, 0.0, 0.0]], dtype=torch.float64)
@@ -281,7 +281,7 @@ def test_full_importance_protects_every_unit() -> None:
     assert all(value.abs().max() == 0 for value in movement(before, run.model).values())
 
 
-def test_accumulation_normalises_by_all_predicted_tokens() -> None:
+def test_accumulation_normalizes_by_all_predicted_tokens() -> None:
     model = tiny()
     parts = [batch(2, 9, seed=1), batch(2, 3, seed=2)]
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

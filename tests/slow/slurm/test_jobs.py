@@ -60,16 +60,16 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run that one job took from beginning to end."""
-    job = Job(cluster, tmp_path_factory.mktemp("undisturbed"), "train.sbatch")
+    job = Job(cluster, tmp_path_factory.mktemp("uninterrupted"), "train.sbatch")
     job.finish(restarts=0)
     assert job.places() == ["start"]
     return job.run
 
 
-def test_job_on_two_nodes_finishes(undisturbed: Path) -> None:
-    results = Results.read(undisturbed / RESULTS_FILE)
+def test_job_on_two_nodes_finishes(uninterrupted: Path) -> None:
+    results = Results.read(uninterrupted / RESULTS_FILE)
     assert results.complete and results.world_size == 2
 
 
@@ -79,7 +79,7 @@ def test_job_on_two_nodes_finishes(undisturbed: Path) -> None:
     [("train.sbatch", ["--signal=USR1"]), ("train_deepspeed.sbatch", ["--batch", "--signal=USR1"])],
 )
 def test_signal_leads_to_a_checkpoint_a_requeue_and_the_same_run(
-    file: str, words: list[str], cluster: SlurmCluster, undisturbed: Path, tmp_path: Path
+    file: str, words: list[str], cluster: SlurmCluster, uninterrupted: Path, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path, file)
     job.wait_for_step(10)
@@ -90,20 +90,22 @@ def test_signal_leads_to_a_checkpoint_a_requeue_and_the_same_run(
     assert first == "start" and re.fullmatch(r"food_train_\d+", second)
     # Not at one of the steps that are saved without being asked: no step is done twice.
     assert 10 <= int(second.rpartition("_")[2]) < 150 and not (job.run / "STOP").exists()
-    assert_same_run(job.run, undisturbed)
+    assert_same_run(job.run, uninterrupted)
 
 
-def test_node_launcher_outlives_a_signal_to_its_ranks(cluster: SlurmCluster, undisturbed: Path, tmp_path: Path) -> None:
+def test_node_launcher_outlives_a_signal_to_its_ranks(
+    cluster: SlurmCluster, uninterrupted: Path, tmp_path: Path
+) -> None:
     job = Job(cluster, tmp_path, "train_deepspeed.sbatch")
     job.wait_for_step(10)
     cluster.call("scancel", "--signal=USR1", job.id)
     job.finish(restarts=1)
     assert "ranks ended with exit code 75" in job.log
-    assert_same_run(job.run, undisturbed)
+    assert_same_run(job.run, uninterrupted)
 
 
 def test_killed_rank_ends_the_attempt_and_the_next_goes_on(
-    cluster: SlurmCluster, undisturbed: Path, tmp_path: Path
+    cluster: SlurmCluster, uninterrupted: Path, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path, "train.sbatch", runtime={"hang_timeout": 20.0})
     job.wait_for_step(60)
@@ -112,7 +114,7 @@ def test_killed_rank_ends_the_attempt_and_the_next_goes_on(
     assert "ranks ended with exit code 137" in job.log and "did not finish; requeued" in job.log
     assert "rank 1 (pid " in job.log
     assert job.places()[1].startswith("food_train_")
-    assert_same_run(job.run, undisturbed)
+    assert_same_run(job.run, uninterrupted)
 
 
 def test_sweep_trains_every_element_in_a_folder_of_its_own(cluster: SlurmCluster, tmp_path: Path) -> None:

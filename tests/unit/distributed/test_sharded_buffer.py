@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.distributed import sharded_buffer as divided_table
+from das_ds.distributed import sharded_buffer
 from das_ds.distributed.sharded_buffer import ShardedBuffer
 
 NUM_ROWS = 7
@@ -14,9 +14,9 @@ WHOLE = torch.arange(1, 1 + NUM_ROWS * WIDTH, dtype=torch.int32).view(NUM_ROWS, 
 
 
 def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> ShardedBuffer:
-    monkeypatch.setattr(divided_table, "rank", lambda: rank)
-    monkeypatch.setattr(divided_table, "world_size", lambda: world_size)
-    monkeypatch.setattr(divided_table, "all_reduce_sum", lambda tensor: tensor)
+    monkeypatch.setattr(sharded_buffer, "rank", lambda: rank)
+    monkeypatch.setattr(sharded_buffer, "world_size", lambda: world_size)
+    monkeypatch.setattr(sharded_buffer, "all_reduce_sum", lambda tensor: tensor)
     return ShardedBuffer(NUM_ROWS, WIDTH, torch.device("cpu"))
 
 

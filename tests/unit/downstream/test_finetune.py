@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from das_ds.config import ModelConfig, TaskConfig
-from das_ds.downstream import finetune as fine_tuning
+from das_ds.downstream import finetune
 from das_ds.downstream.finetune import fine_tune
 from das_ds.downstream.scores import Scores, SeedScores
 from das_ds.downstream.tasks import read_task
@@ -46,15 +46,15 @@ def test_fine_tune_scores_best_epoch_and_stops_early(tmp_path: Path, monkeypatch
     # Dev scores as if written down: epoch 2 is the best, two worse ones follow.
     dev_scores = iter([0.4, 0.7, 0.6, 0.5, 0.9])
     weights_at: list[dict[str, torch.Tensor]] = []
-    score = fine_tuning._FineTuning._score
+    score = finetune._FineTuning._score
 
-    def scripted(job: fine_tuning._FineTuning, encoded: object) -> Scores:
+    def scripted(job: finetune._FineTuning, encoded: object) -> Scores:
         weights_at.append({name: value.clone() for name, value in job._model.state_dict().items()})
         if encoded is job._dev:
             return Scores(accuracy=0.0, macro_f1=next(dev_scores), micro_f1=1.0)
         return score(job, encoded)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fine_tuning._FineTuning, "_score", scripted)
+    monkeypatch.setattr(finetune._FineTuning, "_score", scripted)
     scores = tuned(tmp_path, save_model(tmp_path), epochs=5, patience=2)
     assert (scores.epochs, scores.best_epoch, scores.dev.macro_f1) == (4, 2, 0.7)
     tested = weights_at[-1]

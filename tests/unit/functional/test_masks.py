@@ -55,15 +55,23 @@ def test_fill_gaps_overlapping_segments_raise() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "bert"])
-@pytest.mark.parametrize("readers", [False, True])
-@pytest.mark.parametrize("shared_scale", [1.0, 0.25])
-def test_mask_table_equals_reference_masks(model_type: str, readers: bool, shared_scale: float) -> None:
+@pytest.mark.parametrize("include_consumers", [False, True])
+@pytest.mark.parametrize("unowned_update_scale", [1.0, 0.25])
+def test_mask_table_equals_reference_masks(
+    model_type: str, include_consumers: bool, unowned_update_scale: float
+) -> None:
     model = tiny_model(model_type)
-    table = MaskTable(spec_for(model_type).layout(model), include_consumers=readers, unowned_update_scale=shared_scale)
+    table = MaskTable(
+        spec_for(model_type).layout(model),
+        include_consumers=include_consumers,
+        unowned_update_scale=unowned_update_scale,
+    )
     for seed in (1, 2):
         importance = random_importance(model, seed)
         table.load(importance)
-        for name, scale in full_masks(model, importance, readers=readers, shared_scale=shared_scale).items():
+        for name, scale in full_masks(
+            model, importance, include_consumers=include_consumers, unowned_update_scale=unowned_update_scale
+        ).items():
             numel = scale.numel()
             segments = table.segments(name, start=0, offset=0, numel=numel)
             found = 1.0 - dense_importance(SegmentTable(numel, tuple(segments), table.values))
@@ -76,7 +84,7 @@ INNER = {"llama": 40, "phi3": 40, "mixtral": 16}
 
 
 def importance_by_hand(
-    model_type: str, name: str, place: tuple[int, ...], importance: UnitValues, readers: bool
+    model_type: str, name: str, place: tuple[int, ...], importance: UnitValues, include_consumers: bool
 ) -> float | None:
     """Importance of one weight, read off the architecture's description; None: no unit owns it.
 
@@ -85,7 +93,7 @@ def importance_by_hand(
         name: parameter of layer `name.split(".")[2]`.
         place: (row,), (row, column) or (expert, row, column).
         importance: group -> (L, U).
-        readers: columns of the down projection are protected too.
+        include_consumers: columns of the down projection are protected too.
     """
     if ".layers." not in name or "norm" in name or "mlp.gate." in name:
         return None
@@ -109,15 +117,15 @@ def importance_by_hand(
     if "gate" in name or "up" in name:
         return intermediate[own + row % INNER[model_type]]
     assert "down_proj" in name
-    return max(output[row], intermediate[own + column] if readers and column >= 0 else 0.0)
+    return max(output[row], intermediate[own + column] if include_consumers and column >= 0 else 0.0)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
-@pytest.mark.parametrize("readers", [False, True])
-def test_mask_table_equals_loop_over_weights(model_type: str, readers: bool) -> None:
+@pytest.mark.parametrize("include_consumers", [False, True])
+def test_mask_table_equals_loop_over_weights(model_type: str, include_consumers: bool) -> None:
     model = tiny_model(model_type)
     layout = spec_for(model_type).layout(model)
-    table = MaskTable(layout, include_consumers=readers, unowned_update_scale=0.75)
+    table = MaskTable(layout, include_consumers=include_consumers, unowned_update_scale=0.75)
     importance = random_importance(model)
     table.load(importance)
     for name, parameter in model.named_parameters():
@@ -125,7 +133,9 @@ def test_mask_table_equals_loop_over_weights(model_type: str, readers: bool) -> 
             # Both layers are made by the same code; one of them and everything outside is enough.
             continue
         places = torch.cartesian_prod(*(torch.arange(size) for size in parameter.shape)).view(-1, parameter.dim())
-        by_hand = [importance_by_hand(model_type, name, tuple(p), importance, readers) for p in places.tolist()]
+        by_hand = [
+            importance_by_hand(model_type, name, tuple(p), importance, include_consumers) for p in places.tolist()
+        ]
         whole = torch.tensor([0.25 if value is None else value for value in by_hand])
         numel = len(whole)
         for offset, length in [(0, numel), (1, numel - 2), (numel // 3, numel // 2), (numel // 2 + 1, 5)]:
@@ -136,18 +146,22 @@ def test_mask_table_equals_loop_over_weights(model_type: str, readers: bool) -> 
 
 
 @pytest.mark.parametrize("groups", [["head"], ["intermediate", "unowned"], []])
-@pytest.mark.parametrize("readers", [False, True])
-def test_mask_table_units_outside_groups_are_free(groups: list[str], readers: bool) -> None:
+@pytest.mark.parametrize("include_consumers", [False, True])
+def test_mask_table_units_outside_groups_are_free(groups: list[str], include_consumers: bool) -> None:
     model = tiny_model()
     layout = spec_for("roberta").layout(model)
-    table = MaskTable(layout, include_consumers=readers, unowned_update_scale=0.25, groups=groups, exponent=3.0)
+    table = MaskTable(
+        layout, include_consumers=include_consumers, unowned_update_scale=0.25, groups=groups, exponent=3.0
+    )
     importance = random_importance(model)
     table.load(importance)
     masked = {
         group: 1 - (1 - values) ** 3 if group in groups else torch.zeros_like(values)
         for group, values in importance.items()
     }
-    for name, scale in full_masks(model, masked, readers=readers, shared_scale=0.25).items():
+    for name, scale in full_masks(
+        model, masked, include_consumers=include_consumers, unowned_update_scale=0.25
+    ).items():
         segments = fill_gaps(table.segments(name, start=0, offset=0, numel=scale.numel()), scale.numel())
         found = 1.0 - dense_importance(SegmentTable(scale.numel(), segments, table.values))
         torch.testing.assert_close(found.view_as(scale), scale, rtol=0, atol=1e-6, msg=name)

@@ -1,4 +1,4 @@
-"""Every form of normalisation against closed forms, loops and a sort."""
+"""Every form of normalization against closed forms, loops and a sort."""
 
 from __future__ import annotations
 

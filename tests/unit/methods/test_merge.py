@@ -17,6 +17,6 @@ def test_merge_weight_average_is_mean_of_all_models() -> None:
         torch.testing.assert_close(merged, models[: num_learned + 1].mean(0))
 
 
-@pytest.mark.parametrize("coefficient", [0.0, 0.3])
-def test_merge_weight_number_is_constant(coefficient: float) -> None:
-    assert [merge_weight(coefficient, num_learned) for num_learned in (1, 7)] == [coefficient] * 2
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_merge_weight_number_is_constant(weight: float) -> None:
+    assert [merge_weight(weight, num_learned) for num_learned in (1, 7)] == [weight] * 2

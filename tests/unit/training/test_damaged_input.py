@@ -29,7 +29,7 @@ CPU = RankInfo(0, 0, 1, torch.device("cpu"))
 
 
 def saved_model(folder: Path) -> Path:
-    """A whole model folder with its tokeniser."""
+    """A whole model folder with its tokenizer."""
     values = small_run(folder)
     model, _ = load_model(RunConfig(**values).model, seed=0, vocab_size=300)
     path = folder / "model"
@@ -61,7 +61,7 @@ def check_one_line(values: dict[str, Any], expected: str, *, in_preflight: bool 
 
 
 def run_over(folder: Path, model: Path) -> dict[str, Any]:
-    """A run that starts from a model folder and its tokeniser."""
+    """A run that starts from a model folder and its tokenizer."""
     values = small_run(folder, model={"config": None, "name_or_path": str(model)})
     values["data"]["tokenizer"] = None
     return values

@@ -20,7 +20,7 @@ def run_config(tmp_path: Path, *, isolate: bool, without: str | None = None) -> 
     tokenizer = tiny_tokenizer()
     if without is not None:
         setattr(tokenizer, without, None)
-    tokenizer.save_pretrained(tmp_path / "tokeniser")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "soup.txt").write_text(TEXT)
     return RunConfig.model_validate(
         {
@@ -28,7 +28,7 @@ def run_config(tmp_path: Path, *, isolate: bool, without: str | None = None) -> 
             "model": {"config": {"model_type": "gpt2"}},
             "domains": [{"name": "soup", "train": [str(tmp_path / "soup.txt")]}],
             "data": {
-                "tokenizer": str(tmp_path / "tokeniser"),
+                "tokenizer": str(tmp_path / "tokenizer"),
                 "sequence_length": LENGTH,
                 "cache_dir": str(tmp_path / "cache"),
                 "document_mask": isolate,

@@ -24,9 +24,9 @@ def test_spike_detector_mean_and_deviation_of_window(level: float, spread: float
         detector.accept(loss)
         window = np.array(losses[max(0, number - 16) : number])
         # Once the level is taken off, numpy loses no digits; the mean itself is rounded at its own size.
-        centred = window - window[0]
-        assert detector.mean == pytest.approx(window[0] + centred.mean(), rel=1e-15, abs=1e-24)
-        assert detector.deviation == pytest.approx(centred.std(), rel=1e-7, abs=1e-15)
+        centered = window - window[0]
+        assert detector.mean == pytest.approx(window[0] + centered.mean(), rel=1e-15, abs=1e-24)
+        assert detector.deviation == pytest.approx(centered.std(), rel=1e-7, abs=1e-15)
 
 
 def test_is_spike_above_threshold() -> None:
