@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A script finds only its own folder; the package, the tests' helpers and this package lie beside it.
+# A script finds only its own folder; the package, the tests' helpers and this package are siblings of it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import build_model, write_importance
@@ -45,7 +45,7 @@ ON_RANKS = (replace(ADAMW, mask="gradient"), replace(ADAMW, mask="update"))
 ZERO_STAGES = (0, 1, 2, 3)
 WORLD_SIZES = (1, 2)
 ONE_STEP_FACTOR = 500
-"""A single step is this much larger, so that the rounding of the weights is small beside their movement."""
+"""A single step is this much larger, so that the rounding of the weights is small compared with their movement."""
 
 Movements = dict[Training, Tensor]
 TrainAll = Callable[[list[Training]], list[Tensor]]
@@ -98,7 +98,7 @@ def measure(
 
 
 def measure_all(sizes: Sizes, folder: Path) -> list[dict[str, Any]]:
-    """The whole table."""
+    """The complete table."""
     path = folder / "importance.safetensors"
     model = build_model(build_config(sizes, ADAMW, path, zero_stage=0, world_size=1))
     units = draw_importance(model)

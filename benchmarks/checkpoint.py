@@ -53,7 +53,7 @@ class Checkpointed:
 
     Args:
         work: sizes, of the global batch.
-        folder: holds `importance.safetensors` and takes the checkpoints.
+        folder: contains `importance.safetensors` and receives the checkpoints.
     """
 
     def __init__(self, work: Workload, folder: Path) -> None:

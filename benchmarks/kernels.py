@@ -1,7 +1,7 @@
-"""Seconds, GB/s and share of the copy bandwidth of the kernels, beside what one would write without them.
+"""Seconds, GB/s and share of the copy bandwidth of the kernels, compared with code that one would write without them.
 
 The flat tensor is cut from a RoBERTa-base: as many of its layers as fit, from the middle of a row on, as a ZeRO
-partition is. Bandwidth counts what has to be read and written at the least.
+partition is. Bandwidth counts what has to be read and written at least.
 
 Run: `python -m benchmarks.kernels [--sizes 1e6 1e7 1e8] [--repeats 10]`
 """
@@ -194,7 +194,7 @@ class Problem:
         values = self.units.table.values
         self._fused()
         for segment in self.units.segments:
-            # Whole rows only: what a partition cuts off would need more code and hardly more time.
+            # Complete rows only: what a partition cuts off would need more code and hardly more time.
             rows = segment.numel // segment.num_columns
             if not segment.is_protected or not rows:
                 continue
@@ -226,17 +226,17 @@ def _starts(tensors: list[Tensor]) -> list[tuple[int, Tensor]]:
     return list(zip(starts, tensors, strict=True))
 
 
-def _part(whole: Protection, start: int, numel: int) -> Protection:
+def _part(full: Protection, start: int, numel: int) -> Protection:
     """Protection of elements [start, start + numel) of a flat tensor."""
-    assert whole.table is not None
+    assert full.table is not None
     parts = []
-    for s in whole.segments:
+    for s in full.segments:
         first = max(s.start, start)
         stop = min(s.stop, start + numel)
         if first < stop:
             offset = s.offset + first - s.start
             parts.append(Segment(first - start, stop - first, offset, s.num_columns, s.rows, s.columns))
-    return Protection(numel, table=SegmentTable(numel, fill_gaps(parts, numel), whole.table.values))
+    return Protection(numel, table=SegmentTable(numel, fill_gaps(parts, numel), full.table.values))
 
 
 def available_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""What the soft mask costs a whole DAS step: seconds and peak memory at RoBERTa-base sizes, ZeRO 2 and 3.
+"""Cost of the soft mask in a complete DAS step: seconds and peak memory at RoBERTa-base sizes, ZeRO 2 and 3.
 
 The same step (one packed forward pass with contrast) without a mask, with unit importance, and with the importance of
 every weight. Every form has processes of its own, so that the peaks are its own.

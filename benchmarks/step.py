@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-# A script finds only its own folder; the package and this one lie beside it.
+# A script finds only its own folder; the package and this one are siblings of it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import build_method, build_model, optimizer_step, run_config, write_importance

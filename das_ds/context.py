@@ -1,4 +1,4 @@
-"""Run context: what a method works with, the engine over a network, its units and its gates."""
+"""Run context: the objects that a method works with, the engine over a network, its units and its gates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from das_ds.models.lora import Lora
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a method may use during a run."""
+    """Objects that a method may use during a run."""
 
     config: RunConfig
     engine: Engine
@@ -37,7 +37,7 @@ class RunContext:
     objective: ObjectiveName
     """Pre-training loss, and its name in metrics."""
     network: LanguageModel
-    """What the engine runs."""
+    """The module that the engine runs."""
     view_dropout: float
     """Dropout at the units where views are made; 0 for networks that have dropout of their own."""
     lora: Lora | None = None
@@ -52,7 +52,7 @@ def _do_not_suspend(_: str) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class DomainContext:
-    """What a method may use while it learns one domain."""
+    """Objects that a method may use while it learns one domain."""
 
     index: int
     name: str

@@ -56,14 +56,14 @@ class Progress(Iterable[T]):
     """Iterates over a loop's items and shows how far it is.
 
     Args:
-        items: what is iterated over.
-        label: what the loop does; "" shows nothing.
+        items: the iterable.
+        label: text in front of the bar; "" shows nothing.
         total: number of items, those before `initial` included.
         initial: items that were done before.
-        unit: what one item is.
+        unit: name of one item.
         show: whether anything is shown, as on rank 0.
         leave: whether the finished bar stays on the terminal.
-        plain_lines: whether lines are printed where there is no terminal; a caller that logs its own says no.
+        plain_lines: whether lines are printed where there is no terminal; false for a caller that logs its own.
         clock: seconds.
     """
 
@@ -92,7 +92,7 @@ class Progress(Iterable[T]):
         self._bar: tqdm[T] | None = None
 
     def set_postfix(self, text: str) -> None:
-        """What stands behind the bar."""
+        """Text shown after the bar."""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
 

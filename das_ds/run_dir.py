@@ -123,7 +123,7 @@ def open_run_dir(config: RunConfig) -> RunDir:
     In a folder whose starts all failed before anything was computed, this start's config replaces theirs.
 
     Raises:
-        RunFolderError: it holds something else, another run, or cannot be written.
+        RunFolderError: it contains something else, another run, or cannot be written.
     """
     run_dir = RunDir(config.output_dir)
     root = run_dir.root
@@ -143,10 +143,10 @@ def open_run_dir(config: RunConfig) -> RunDir:
 
 
 def holds_same_run(config: RunConfig) -> bool:
-    """Whether the folder holds this run; False: the run may start there.
+    """Whether the folder contains this run; False: the run may start there.
 
     Raises:
-        RunFolderError: the folder holds something else or another run.
+        RunFolderError: the folder contains something else or another run.
         OSError: it cannot be read.
     """
     root = config.output_dir
@@ -154,7 +154,9 @@ def holds_same_run(config: RunConfig) -> bool:
     if recorded.exists():
         return _is_same_run(config, recorded)
     if not all(_may_come_first(path) for path in root.iterdir()):
-        raise RunFolderError(f"output_dir: {root} is not empty and holds no run (no {CONFIG_FILE}); use another folder")
+        raise RunFolderError(
+            f"output_dir: {root} is not empty and contains no run (no {CONFIG_FILE}); use another folder"
+        )
     return False
 
 

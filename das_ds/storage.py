@@ -50,7 +50,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def link_file(source: Path, path: Path) -> None:
-    """Give a file a second name, replacing what was there; a copy where the file system has no hard links.
+    """Give a file a second name, replacing an existing file; a copy where the file system has no hard links.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; `path` is unchanged.
@@ -102,7 +102,7 @@ def _give_modes(folder: Path) -> None:
 
 
 def write_json_with_checksum(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as JSON with a checksum of itself, replacing what was there.
+    """Write an object as JSON with a checksum of itself, replacing an existing file.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.

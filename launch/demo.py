@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Demo:
-    """One demo: a base model and what is learned on top of it."""
+    """One demo: a base model and the domains it learns."""
 
     folder: Path
     base_config: Path

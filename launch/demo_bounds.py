@@ -1,4 +1,4 @@
-"""What a model that ignores its context can reach in masked language modeling: the plateau to improve on.
+"""The best loss of a model that ignores its context in masked language modeling: the plateau to improve on.
 
 Such a model knows the frequency of every token and, at a predicted position, sees only the token there: the mask
 (80 %), a random token (10 %) or the true one (10 %). Both bounds are exact up to the estimate of the frequencies; V =

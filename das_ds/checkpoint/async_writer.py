@@ -189,7 +189,7 @@ class BackgroundWriter:
 
 
 def _verify(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Read a file back and compare it with what was to be written."""
+    """Read a file back and compare it with the intended content."""
     with safe_open(path, framework="pt") as file:
         for key, value in tensors.items():
             if not torch.equal(_bytes(file.get_tensor(key)), _bytes(value)):

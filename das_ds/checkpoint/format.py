@@ -1,4 +1,4 @@
-"""Checkpoint file format: one safetensors file per rank, and a reader that reshards what other ranks wrote.
+"""Checkpoint file format: one safetensors file per rank, and a reader that reshards the tensors of other ranks.
 
 Key of a tensor: `sharded|component|name|parameter|offset`, `replicated|component|name` or `rank_local|component|name`.
 """

@@ -50,7 +50,7 @@ class RunState(Section):
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a manifest records besides the state of the run and of its components."""
+    """Facts that a manifest records in addition to the state of the run and of its components."""
 
     domain: str
     """Name of the current domain, part of the checkpoint's name."""

@@ -114,7 +114,7 @@ class AsyncCheckpointer:
             self._writer.start(path, mutable_tensors(states, self._shards), immutable)
 
     def wait_for_staging(self) -> None:
-        """Wait until the state is copied, so that it may change."""
+        """Wait until the state is copied and may change."""
         with self._stalling():
             self._writer.wait_for_staging()
 

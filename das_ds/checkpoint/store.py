@@ -123,7 +123,7 @@ class CheckpointStore:
         with self._removing:
             shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():
-                # Once more, so that the error is raised.
+                # Again, so that the error is raised.
                 shutil.rmtree(folder)
 
     def _is_end_of_domain(self, name: str) -> bool:

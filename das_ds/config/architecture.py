@@ -76,7 +76,7 @@ class ArchitectureConfig(Section):
     logit_cap_attribute: str | None = None
     """Attribute of the model config with the cap c of logits c * tanh(logits / c); null: no cap."""
     position_offset: Annotated[int, Field(ge=0)] | Literal["pad_token_id"] = 0
-    """Rows of the position embedding that no token of a block can use; `pad_token_id` where positions begin behind that
+    """Rows of the position embedding that no token of a block can use; `pad_token_id` where positions begin after that
     id, as in RoBERTa: pad_token_id + 1 of the model's config."""
     dropouts: list[str] | None = None
     """Attributes of the model config that are dropout probabilities of the network; null: the usual names."""

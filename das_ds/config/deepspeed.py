@@ -73,7 +73,7 @@ class EngineConfig:
 
 
 def build_engine_config(config: RunConfig, world_size: int) -> EngineConfig:
-    """The engine's config: engine knobs of `config.deepspeed` plus what the run config owns.
+    """The engine's config: engine knobs of `config.deepspeed` plus the keys that the run config owns.
 
     Raises:
         ConfigError: file missing or not a JSON object, a key or value that is not listed in `config/deepspeed_keys.py`,
@@ -110,7 +110,9 @@ def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"deepspeed: {path} is not a readable JSON file: {error}") from None
     if not isinstance(engine, dict):
-        raise ConfigError(f"deepspeed: {path} holds a {type(engine).__name__}, expected a JSON object of engine knobs")
+        raise ConfigError(
+            f"deepspeed: {path} contains a {type(engine).__name__}, expected a JSON object of engine knobs"
+        )
     return engine
 
 

@@ -143,7 +143,7 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """One text for each dotted key in which two configs differ, with both values; `MUTABLE_KEYS` are left out."""
+    """One text for each dotted key in which two configs differ, with both values; `MUTABLE_KEYS` are omitted."""
     before = dict(_flatten(resolved_dict(old)))
     after = dict(_flatten(resolved_dict(new)))
     return [

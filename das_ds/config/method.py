@@ -24,8 +24,8 @@ class MergeConfig(Section):
 
     weight: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["average"] | None = None
     """Weight of the model from before the domain; the trained model has the rest. `average` is t / (t + 1) after domain
-    t = 1, 2, ..., so that the base model and all models so far weigh the same; null: the method's default, which is no
-    merging for all but the method that does nothing else."""
+    t = 1, 2, ..., so that the base model and all models so far have equal weight; null: the method's default, which is
+    no merging for all but the method that does nothing else."""
 
 
 class ReplayConfig(Section):
@@ -84,7 +84,7 @@ class MethodConfig(Section):
 
 
 class MethodClass(Protocol):
-    """What the config needs of a method."""
+    """The part of a method class that the config uses."""
 
     Config: type[MethodConfig]
 
@@ -93,7 +93,7 @@ class MethodClass(Protocol):
 
 
 class MethodRegistry(Protocol):
-    """What the config needs of the package of methods."""
+    """The part of the methods package that the config uses."""
 
     METHODS: dict[str, MethodClass]
     DEFAULT_METHOD: str

@@ -35,10 +35,10 @@ class ImportanceConfig(Section):
     """Score that is summed over gradients g: `abs_grad` |g|; `squared_grad` g^2, the diagonal of the empirical Fisher
     matrix; `grad_x_weight` |g * weight|, at parameter level only."""
     granularity: str = "unit"
-    """What has an importance of its own: `unit`, every head, neuron and output (DAS); `parameter`, every weight (SPG),
-    sharded, 1 byte each."""
+    """The objects whose importance is measured: `unit`, every head, neuron and output (DAS); `parameter`, every weight
+    (SPG), sharded, 1 byte each."""
     normalization: Literal["abs_tanh", "tanh_positive", "rank_hard", "rank_soft", "saturating"] = "abs_tanh"
-    """`abs_tanh` = |tanh z| (the paper); `tanh_positive` = tanh(max(z, 0)) protects only what is above the average;
+    """`abs_tanh` = |tanh z| (the paper); `tanh_positive` = tanh(max(z, 0)) protects only entries above the average;
     `rank_hard` = 1 for the most important `protected_fraction`, else 0; `rank_soft` = a power of the rank whose mean is
     `protected_fraction`; `saturating` = a / (a + `half_saturation` * mean a)."""
     protected_fraction: float = Field(default=0.5, gt=0.0, lt=1.0)

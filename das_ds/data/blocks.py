@@ -42,7 +42,7 @@ class TokenBlocks:
         With `document_mask` the blocks know the position of each token in its document.
 
         Raises:
-            DataError: the file holds less than one block.
+            DataError: the file contains less than one block.
         """
         num_blocks = token_file.num_tokens // sequence_length
         if num_blocks == 0:

@@ -113,7 +113,7 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[tuple[list[str], int]]
 
 
 def parse_json_object(line: str, location: str) -> dict[str, Any]:
-    """Parse one line of JSON that holds an object.
+    """Parse one line of JSON that contains an object.
 
     Raises:
         DataError: not JSON or not an object; names `location`.
@@ -138,7 +138,9 @@ def _validate_text(value: object, text_column: str, location: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{location}: text column '{text_column}' holds {type(value).__name__}; expected text or null")
+        raise DataError(
+            f"{location}: text column '{text_column}' contains {type(value).__name__}; expected text or null"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -43,7 +43,7 @@ def _read_int(name: str, *, least: int) -> int:
     # int() would also accept " 1_0 ", which the libraries that read the variable later do not.
     if not found.isascii() or not found.isdecimal() or int(found[:10]) < least:
         raise ConfigError(
-            f"{name}: found {found!r} in the environment, expected a whole number from {least}; unset it to run one "
+            f"{name}: found {found!r} in the environment, expected an integer from {least}; unset it to run one "
             "rank without a launcher"
         )
     return int(found[:10])

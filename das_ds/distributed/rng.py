@@ -16,7 +16,7 @@ def get_rng_state() -> dict[str, torch.Tensor]:
     version, words, gauss = random.getstate()
     generator: dict[str, Any] = numpy.random.get_state(legacy=False)
     assert version == 3 and generator["bit_generator"] == "MT19937", "the generators that this format is made for"
-    # As tensors, because safetensors files hold nothing else; int64 holds the unsigned words of both generators.
+    # As tensors, because safetensors files contain nothing else; int64 fits the unsigned words of both generators.
     state = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),

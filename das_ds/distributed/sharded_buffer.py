@@ -51,7 +51,7 @@ class ShardedBuffer:
     def load(self, rows_by_rank: Sequence[torch.Tensor]) -> None:
         """Load the `rows` of all ranks that saved, in rank order; their number may differ from that of this run."""
         num_saved = len(rows_by_rank)
-        # Rank r of the W' that saved holds rows r, r + W', ...; this rank keeps those that are its own now.
+        # Rank r of the W' that saved has rows r, r + W', ...; this rank keeps those that are its own now.
         for saved_rank, rows in enumerate(rows_by_rank):
             indices = torch.arange(saved_rank, saved_rank + len(rows) * num_saved, num_saved)
             is_local = indices % world_size() == rank()

@@ -14,7 +14,7 @@ Flats = dict[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank's optimizer steps of one parameter: a range of the parameter that lies in a flat tensor."""
+    """The part of one parameter that this rank's optimizer steps: a range of it that lies in a flat tensor."""
 
     name: str
     flat: torch.Tensor
@@ -32,7 +32,7 @@ class Shard:
 
     @property
     def param_span(self) -> slice:
-        """Which elements of the flattened parameter it holds."""
+        """Its elements of the flattened parameter."""
         return slice(self.param_start, self.param_start + self.numel)
 
     @property
@@ -80,7 +80,7 @@ class SavedComponentState(Protocol):
     def sharded(self, name: str) -> Flats:
         """Values by weight for this rank's flat tensors, on their devices; 0 where a weight had none.
 
-        Flat tensors without any saved value are left out.
+        Flat tensors without any saved value are omitted.
         """
 
     def replicated(self) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Private functions of torch.distributed, all in one file: nothing public offers what they do."""
+"""Private functions of torch.distributed, all in one file: no public function replaces them."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def _value(config: TaskConfig, key: str, column: str, row: dict[str, Any], locat
     if key == "label_column" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{location}: column '{column}' holds {value!r}; expected text that is not empty")
+        raise DataError(f"{location}: column '{column}' contains {value!r}; expected text that is not empty")
     return value
 
 

@@ -60,13 +60,13 @@ class Engine:
     """A model under DeepSpeed, stepped by an optimizer that soft-masks.
 
     Args:
-        module: what the engine runs forward.
+        module: the module that the engine runs.
         parameters: name -> parameter, the names of the architecture's tables.
         train: optimization settings.
         config: DeepSpeed's settings.
         ranks: the process group.
         exact: this rank's exact values where the model was initialized sharded; they are taken.
-        frozen: name -> parameter of what is not trained.
+        frozen: name -> parameter that is not trained.
 
     Raises:
         ConfigError: a precision or an optimizer that does not run here.
@@ -133,7 +133,7 @@ class Engine:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage in force."""
+        """ZeRO stage that the engine uses."""
         return int(self._engine.zero_optimization_stage())
 
     def start_domain(
@@ -183,7 +183,7 @@ class Engine:
             return None
         if not self._is_measuring:
             self.on_weights_will_change()
-            # Before the norm: gradients are clipped by what the mask leaves of them.
+            # Before the norm: clipping uses the norm of the masked gradients.
             self._mask_gradients()
         norm = self._norm.measure_unwrapped()
         refuse = refuse or (norm is not None and not bool(norm.isfinite()))

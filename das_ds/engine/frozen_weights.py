@@ -65,7 +65,7 @@ class FrozenWeights:
             shape = full_shape(parameter)
             slice_numel = -(-shape.numel() // self._ranks.info.world_size)
             slices = self._ranks.all_gather_cpu(self._slices[name].values, slice_numel)
-            # Behind the last element there is padding of the last slices.
+            # The last slices are padded after the last element.
             return slices[: shape.numel()].view(shape) if is_main else None
         if name in self._names_on_main:
             return self._complete.get(name)

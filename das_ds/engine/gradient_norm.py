@@ -143,7 +143,7 @@ def total_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
 
 
 def _row_norms(gradient: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Norms of a flat gradient's rows of `ROW_ELEMENTS`, and of what is left at its end."""
+    """Norms of a flat gradient's rows of `ROW_ELEMENTS`, and of the remainder at its end."""
     end_of_rows = gradient.numel() // ROW_ELEMENTS * ROW_ELEMENTS
     if end_of_rows:
         yield torch.linalg.vector_norm(gradient[:end_of_rows].view(-1, ROW_ELEMENTS), dim=1, dtype=torch.float32)

@@ -87,7 +87,7 @@ class LossScaler:
 
     @property
     def value(self) -> float:
-        """What the next loss is multiplied by."""
+        """The factor of the next loss."""
         return float(getattr(self._optimizer, "loss_scale", 1.0))
 
     def update(self, *, overflowed: bool) -> None:

@@ -277,7 +277,7 @@ def _is_elementwise(value: Any, numel: int) -> bool:
 
 
 def _crop_state(value: Any, chunk: slice, numel: int) -> Any:
-    """The chunk's view of a moment; a copy of what all chunks share, such as the step count."""
+    """The chunk's view of a moment; a copy of values that all chunks share, such as the step count."""
     if _is_elementwise(value, numel):
         return value.view(-1)[chunk]
     return value.clone() if torch.is_tensor(value) else value

@@ -24,7 +24,7 @@ CHUNK_ELEMENTS = 1 << 24
 class QuadraticPenalty:
     """strength / 2 * sum_i c_i (theta_i - a_i)^2 over all weights, with curvature c and anchor a.
 
-    Not part of the autograd graph: no rank ever holds all of c or a, and gradients are touched once per optimizer step,
+    Not part of the autograd graph: no rank ever has all of c or a, and gradients are touched once per optimizer step,
     however many micro-steps it has.
 
     Args:

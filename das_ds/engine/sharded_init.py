@@ -43,7 +43,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank holds of a flattened parameter."""
+    """One rank's part of a flattened parameter."""
 
     offset: int
     values: torch.Tensor
@@ -61,7 +61,7 @@ class ExactWeights:
     """This rank's exact values of parameters that DeepSpeed rounds to 16 bits, each given away once.
 
     Args:
-        slices: parameter name -> what this rank has of it.
+        slices: parameter name -> this rank's slice of it.
     """
 
     def __init__(self, slices: dict[str, Slice] | None = None) -> None:
@@ -76,7 +76,7 @@ class ExactWeights:
         return {name: self._slices.pop(name) for name in list(names) if name in self._slices}
 
     def rename(self, old_names: dict[str, str]) -> ExactWeights:
-        """All values by new names (new name -> old name); none are held here any more."""
+        """All values by new names (new name -> old name); none are held here afterwards."""
         renamed = {new: self._slices.pop(old) for new, old in old_names.items() if old in self._slices}
         self._slices = {}
         return ExactWeights(renamed)
@@ -245,6 +245,6 @@ class _MetaParameters:
     def _all_gather(self, placeholder: nn.Parameter) -> nn.Parameter:
         slice_numel = -(-placeholder.numel() // self._ranks.info.world_size)
         slices = self._ranks.all_gather_cpu(self._slices[placeholder].values, slice_numel)
-        # Behind the last element there is padding of the last slices.
+        # The last slices are padded after the last element.
         values = slices[: placeholder.numel()].view(placeholder.shape)
         return nn.Parameter(values, requires_grad=placeholder.requires_grad)

@@ -20,7 +20,7 @@ from das_ds.engine.zero import Zero3Swap, is_zero3, refresh_weights
 
 @dataclass(frozen=True)
 class _Copy:
-    """What was copied of one parameter."""
+    """The copied values of one parameter."""
 
     values: torch.Tensor
     param_start: int

@@ -157,7 +157,7 @@ def _stage3_shards(optimizer: Any, names: dict[Any, str]) -> Iterator[Shard]:
     for parameter, name in names.items():
         group, flat_start, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
         param_start = optimizer._get_param_partition_rank(parameter) * padded
-        # The last rank's partition is padded behind the end of the parameter.
+        # The last rank's partition is padded after the end of the parameter.
         numel = min(padded, parameter.ds_numel - param_start)
         if numel > 0:
             yield Shard(name, optimizer.fp32_partitioned_groups_flat[group], flat_start, param_start, numel)
@@ -392,7 +392,7 @@ class Zero3Swap:
         self._offload.param_coordinator, self._coordinator = self._coordinator, self._offload.param_coordinator
 
     def _release(self) -> None:
-        """Free what a pass left gathered, which the next would take for its own weights."""
+        """Free weights that a pass left gathered, which the next would take for its own."""
         for parameter in self._parameters:
             if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_persist:
                 parameter.partition()

@@ -112,7 +112,7 @@ class HangDetector:
         is_gone = self._snapshot.is_lost
         if not store_is_on_rank_0():
             state = "is gone" if is_gone else f"has not answered for {self._store_silence_s:.0f} s"
-            return f"the launcher that holds the ranks' common store {state}"
+            return f"the launcher that hosts the ranks' common store {state}"
         beat = next(beat for beat in self._snapshot.heartbeats if beat.rank == 0)
         status = PeerStatus(beat, self._now - self._changed[0][1])
         return describe_lost(status) if is_gone else describe_unresponsive(status)

@@ -34,7 +34,7 @@ class HeartbeatSnapshot:
     num_answers: int = 0
     """Counts the store's answers."""
     is_lost: bool = False
-    """Whether the connection to the store is broken: the process that holds it has ended."""
+    """Whether the connection to the store is broken: the process that hosts it has ended."""
     is_blind: bool = False
     """Whether the last read failed on this rank, so that the heartbeats are outdated."""
 
@@ -156,7 +156,7 @@ class HeartbeatStore:
 def _connect() -> Any:
     store = default_store().clone()
     # A long time-out: a late answer would be read as that to the next call, and answers are late whenever the process
-    # that holds the store is suspended together with this one.
+    # that hosts the store is suspended together with this one.
     store.set_timeout(LONG_TIMEOUT)
     return store
 

@@ -23,7 +23,7 @@ SUSPEND_LIMIT_S = 3600.0
 
 @dataclass(frozen=True)
 class ShutdownRequest:
-    """What is requested of the run at a save point."""
+    """The requests to be served at a save point."""
 
     stop: str | None
     """Why it should save and stop; None: it should continue."""

@@ -215,7 +215,7 @@ class Watchdog:
         if self._store.snapshot.is_lost:
             return reason
         self._store.report_failure(reason)
-        # The process that holds the store exits last.
+        # The process that hosts the store exits last.
         time.sleep((AGREEMENT_ROUNDS + (1.0 if self._holds_store else 0.0)) * self._round_s)
         return self._store.snapshot.failure_reason or reason
 

@@ -70,13 +70,13 @@ def qkv(axis: Axis) -> torch.Tensor:
 
 
 def experts(axis: Axis) -> torch.Tensor:
-    """Block e holds units [e * U / E, (e + 1) * U / E), each a run of its axis."""
+    """Block e has units [e * U / E, (e + 1) * U / E), each a run of its axis."""
     units_per_block = _divide(axis.num_units, axis.num_blocks, "experts")
     return _number_by_block(_equal_runs(axis.size, units_per_block), units_per_block, axis.num_blocks)
 
 
 def experts_gate_up(axis: Axis) -> torch.Tensor:
-    """Block e holds its units twice: gate projection, then up projection of an expert."""
+    """Block e has its units twice: gate projection, then up projection of an expert."""
     units_per_block = _divide(axis.num_units, axis.num_blocks, "experts")
     width = _divide(axis.size, 2, "gate and up projections")
     owners = _equal_runs(width, units_per_block).repeat(2)

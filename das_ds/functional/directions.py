@@ -50,7 +50,7 @@ def direction_projector(relative: torch.Tensor, half_saturation: float) -> torch
     """P = (I + M / c)^-1, by which every row of an update dW (o, d) is multiplied: dW <- dW P.
 
     In the eigenvectors of M, which belong to shares a of the input's energy, that is the mask 1 - I with the saturating
-    importance I = a / (a + c): `functional.importance.saturating` where what is important is a direction and not a
+    importance I = a / (a + c): `functional.importance.saturating` where a direction is important and not a
     weight. With A A^T in place of M it is I - A (A^T A + alpha I)^-1 A^T, the projector of orthogonal weight
     modification (Zeng et al., Continual learning of context-dependent processing in neural networks, Nature Machine
     Intelligence 2019), whose alpha is small; gradient projection memory (Saha et al., ICLR 2021) gives the largest

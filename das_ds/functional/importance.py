@@ -104,7 +104,7 @@ def normalize_by_value(
 
         abs_tanh: |tanh z|      tanh_positive: tanh(max(z, 0))      saturating: a / (a + c * mean)
 
-    `abs_tanh` is the paper's (Ke et al. 2023, section 3.1); `tanh_positive` protects only what is above the average.
+    `abs_tanh` is the paper's (Ke et al. 2023, section 3.1); `tanh_positive` protects only entries above the average.
     Where all entries are equal (std = 0) both give 0: nothing stands out.
 
     `saturating`, with c = `half_saturation`, approaches 0 and 1 more slowly than an exponential, and is 0 at a = 0.
@@ -166,7 +166,7 @@ def histogram(num_entries: int, settings: ImportanceConfig, num_levels: int) -> 
         num_levels: steps between 0 and 1.
 
     Returns:
-        (1,) int64 for `rank_hard`, else (num_levels,), not falling; E stands for a level that nothing reaches.
+        (1,) int64 for `rank_hard`, else (num_levels,), not falling; E marks a level that nothing reaches.
     """
     if settings.normalization == "rank_hard":
         return torch.tensor([_least_protected(num_entries, settings.protected_fraction)])

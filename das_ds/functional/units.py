@@ -95,7 +95,7 @@ class UnitLayout:
 
 
 def block_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
-    """(E, R, C) of a parameter: a vector has one column, and what comes before the last two dimensions are blocks."""
+    """(E, R, C) of a parameter: a vector has one column, and dimensions before the last two are blocks."""
     sizes = [int(size) for size in shape]
     if len(sizes) < 2:
         return 1, math.prod(sizes), 1

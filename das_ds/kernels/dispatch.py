@@ -70,7 +70,7 @@ def check_flat(
     """Tensors of one kernel call: contiguous, one-dimensional, of `numel` elements, of one device and allowed type.
 
     Raises:
-        ValueError: what was found, expected and allowed.
+        ValueError: a tensor has another shape, type or device, or is not contiguous.
     """
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():

@@ -70,7 +70,7 @@ def store(pointer, value, inside, FULL: tl.constexpr):  # type: ignore[no-untype
 def as_importance(stored, QUANTIZED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Stored importance as float32 in [0, 1]; uint8 counts 255ths.
 
-    A plain division is approximate on a GPU, where 255 / 255 may miss 1; what has importance 1 must not move.
+    A plain division is approximate on a GPU, where 255 / 255 may miss 1; weights with importance 1 must not move.
     """
     if QUANTIZED:
         return tl.div_rn(stored.to(tl.float32), 255.0)

@@ -57,7 +57,7 @@ def split_into_tiles(segments: tuple[Segment, ...], numel: int, device: torch.de
     last_tiles = (starts + numels - 1) // TILE_ELEMENTS
     num_entries = last_tiles - first_tiles + 1
     segment = torch.repeat_interleave(torch.arange(len(segments)), num_entries)
-    # Entry number within its segment, then the tile that it stands for.
+    # Entry number within its segment, then the tile that it is in.
     first_entries = num_entries.cumsum(0) - num_entries
     entry_in_segment = torch.arange(len(segment)) - first_entries[segment]
     tile = first_tiles[segment] + entry_in_segment

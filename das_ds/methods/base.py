@@ -85,7 +85,7 @@ class Method(Generic[C]):
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
         """Named losses of one micro-batch; the backward pass runs inside the context.
 
-        In fp16 a step whose gradient overflowed is repeated: the same micro-batches come once more.
+        In fp16 a step whose gradient overflowed is repeated: its micro-batches are passed again.
 
         Args:
             batch: this rank's sequences.

@@ -1,6 +1,6 @@
 """DER++: replay of old sequences with the hidden states that the model had when it first saw them.
 
-Shape legend: B local sequences, k replayed ones beside them, S tokens, K stored positions of a sequence, H hidden size,
+Shape legend: B local sequences, k replayed ones with them, S tokens, K stored positions of a sequence, H hidden size,
 C sequences in the buffer, R of them per global batch, G global batch, W ranks, M micro-steps.
 """
 
@@ -90,7 +90,7 @@ class DERpp(Method[DerppConfig]):
 
     @classmethod
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
-        """The buffer holds enough to replay: after one step it has a global batch, or is full."""
+        """The buffer has enough sequences to replay: after one step it has a global batch, or is full."""
         settings = cls.settings_in(config)
         global_batch_size = config.train.global_batch_size
         most = min(settings.capacity, global_batch_size)
@@ -254,7 +254,7 @@ def with_stored_hidden(
 ) -> ReplayRecords:
     """A batch with the model's hidden states at K of each sequence's predicted positions.
 
-    A hidden state that is not finite in 16 bits is left out.
+    A hidden state that is not finite in 16 bits is skipped.
 
     Args:
         batch: B sequences.

@@ -58,7 +58,7 @@ class Directions(Method[DirectionsConfig]):
     `init_from`. There is no contrast, which needs units.
 
     Keeps an fp32 matrix M (d, d) per linear layer in every rank's host memory, P for the layers that the rank steps
-    beside the optimizer's state, and a copy of each flat tensor during its step. Extra compute: d / (3 * tokens of the
+    next to the optimizer's state, and a copy of each flat tensor during its step. Extra compute: d / (3 * tokens of the
     global batch) of a training step, and one forward pass over the sample per domain.
 
     Raises:
@@ -103,7 +103,7 @@ class Directions(Method[DirectionsConfig]):
                 self._importance.num_tokens = None
 
     def on_train_start(self, domain: DomainContext) -> None:
-        """Protect what was learned so far; rows of tokens that were added since are left free."""
+        """Protect the domains learned so far; rows of tokens added since are not masked."""
         if self._importance is not None:
             from das_ds.softmask.apply import apply_masks
 

@@ -78,7 +78,7 @@ class MemoryUse:
     checkpoint: int = 0
     """Of a checkpoint within a domain, over all ranks."""
     domain: int = 0
-    """On disk for every domain, over all ranks: in the checkpoint at its end, and in files of its own."""
+    """On disk for every domain, over all ranks: in the checkpoint at its end, and in separate files."""
     run: int = 0
     """On disk once: files of the complete run."""
     extra_rows: int = 0

@@ -90,7 +90,7 @@ class TorchFile(TensorFile):
     """A state dict saved by torch; memory-mapped, or loaded completely if the file has torch's old format.
 
     Raises:
-        ModelError: it holds anything but tensors.
+        ModelError: it contains anything but tensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -137,7 +137,7 @@ class TensorFiles:
 
     Raises:
         OSError: no weight file found, or one is missing.
-        ModelError: a file holds no state dict, or two files hold a tensor of the same name.
+        ModelError: a file contains no state dict, or two files contain a tensor of the same name.
     """
 
     def __init__(self, source: str, *, name: str | None = None, local_only: bool = False) -> None:
@@ -153,7 +153,7 @@ class TensorFiles:
                 self.path_by_tensor[key] = path
 
     def file_with(self, key: str) -> TensorFile:
-        """The open file that holds a tensor."""
+        """The open file that contains a tensor."""
         return self.open(self.path_by_tensor[key])
 
     def open(self, path: Path) -> TensorFile:

@@ -85,7 +85,7 @@ class StoredWeights:
         }
         self._stored_as = {name: alias for name, alias in stored_as.items() if alias is not None}
         self.missing = [name for name, alias in stored_as.items() if alias is None]
-        """Parameters that no file holds."""
+        """Parameters that no file contains."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored_as or (name in self._sources and name not in self._aliases)
@@ -286,7 +286,7 @@ class StoredWeights:
         return str(self._files.path_by_tensor[key]), key
 
     def _hint(self, lost: list[str]) -> str:
-        """A guess at what is wrong with the names in the files."""
+        """The probable error in the names in the files."""
         # Unrenamed names first: transformers tolerates a doubled prefix, so that only a part of the foreign prefix
         # would be named.
         renamings: tuple[Callable[[str], str], ...] = (str, self._fix_base_prefix)

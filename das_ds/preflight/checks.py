@@ -72,7 +72,7 @@ class Checklist:
             name: of the check, one word.
             expected: what should be found.
             probe: called on this rank; raises DasError or OSError if the check fails here.
-            summarize: values of all ranks -> what was found; raises DasError if they are inconsistent.
+            summarize: values of all ranks -> text of the finding; raises DasError if they are inconsistent.
 
         Returns:
             The values of all ranks; None, on every rank, if the check failed.

@@ -30,7 +30,7 @@ Tokenization = tuple[dict[str, PreTrainedTokenizerBase], bool]
 
 @dataclass(frozen=True)
 class CorpusScan:
-    """What one rank found in the corpora."""
+    """Findings of one rank in the corpora."""
 
     sources: list[Source]
     unknown: dict[str, UnknownTokens]

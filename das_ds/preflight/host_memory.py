@@ -1,4 +1,4 @@
-"""Free host memory: what the machine and the control groups (cgroups) of a batch job leave to this process."""
+"""Free host memory for this process, limited by the machine and by the control groups (cgroups) of a batch job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 
 
 def free_memory(own_groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free bytes: the smallest of what the machine and each control group around this process has left.
+    """Free bytes: the least that the machine and the control groups around this process have left.
 
     Args:
         own_groups: file in which Linux lists the control groups of this process.

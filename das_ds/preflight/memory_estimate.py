@@ -88,7 +88,7 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
     Args:
         size: of the model.
         sharding: how it is sharded.
-        method: what the method adds.
+        method: memory that the method adds.
         copied_bytes: of a checkpoint that is staged in host memory, over all ranks; 0 for none.
     """
     shards = sharding.optimizer_shards
@@ -129,7 +129,7 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
 
 
 def _full_gradients(size: ModelSize, sharding: Sharding) -> int:
-    """Gradients that a rank holds of all trained parameters."""
+    """Gradients of all trained parameters that a rank keeps."""
     if sharding.stage >= 2:
         return 0
     fp32_copy = FP32 if sharding.stage == 0 and sharding.weight_bytes != FP32 else 0

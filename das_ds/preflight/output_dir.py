@@ -78,7 +78,7 @@ def check_sharing(checks: Checklist, root: Path, peers: PeerCheck) -> None:
 
 
 def check_disk(checks: Checklist, config: RunConfig, size: ModelSize) -> None:
-    """Free space, compared with everything that the run will write, minus what it has written already."""
+    """Free space, compared with the files that the run still has to write."""
     root = config.output_dir
     keep = config.checkpoint.keep_last
     num_domains = len(config.stages)
@@ -120,8 +120,8 @@ def _describe_owner(config: RunConfig, rank: int) -> str | CheckWarning:
     if (holder := current_holder(root)) is not None:
         return CheckWarning(f"{root} is held by another start, {holder}; training is refused until it ends")
     if is_resumed:
-        return f"{root} holds this run, which will be resumed"
-    return f"{root} holds no training yet, so the run starts there"
+        return f"{root} contains this run, which will be resumed"
+    return f"{root} contains no training yet, so the run starts there"
 
 
 def _try_writing(root: Path, rank: int) -> None:

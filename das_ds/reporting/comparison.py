@@ -39,7 +39,7 @@ class ImportanceSummary(Section):
     threshold: float
     """A source claims a unit of at least this importance."""
     sources: list[str]
-    """What was important before training, if measured, then the domains."""
+    """General knowledge before training, if measured, then the domains."""
     groups: dict[str, GroupOverlap]
     """By unit group. At parameter level: the parameters that the group owns; those of no group are under `others`."""
 

@@ -62,7 +62,7 @@ def report_text(comparison: Comparison) -> str:
 
 
 def explain_intervals(comparison: Comparison) -> str:
-    """What the brackets in the tables mean, given the number of seeds."""
+    """Meaning of the brackets in the tables, given the number of seeds."""
     counts = sorted({len(group.runs) for group in comparison.groups})
     if counts[-1] == 1:
         return "One seed per group: no confidence interval; do not interpret small differences.\n"

@@ -80,7 +80,7 @@ def group_runs(runs: Sequence[LoadedRun]) -> list[RunGroup]:
     for run in runs:
         identity = repr(sorted(configs[id(run)].items())) if run.label is None else f"={run.label}"
         members.setdefault(identity, []).append(run)
-    # The first run stands for its group.
+    # The first run represents its group.
     group_configs = [configs[id(group[0])] for group in members.values()]
     differing = _differing_keys(group_configs)
     groups = []
@@ -160,7 +160,7 @@ def _summarize_group(group: RunGroup) -> Group:
 
 
 def _check_equal(group: RunGroup, kind: str, values: Sequence[object]) -> None:
-    """Runs with one label may differ, but not in the shape of what is averaged; a run without a value is ignored."""
+    """Runs with one label may differ, but not in the shape of the averaged values; a run without a value is ignored."""
     known = [(run, value) for run, value in zip(group.runs, values, strict=True) if value is not None]
     for run, value in known[1:]:
         first, expected = known[0]

@@ -1,7 +1,7 @@
 """Forgetting and transfer, computed from a matrix of held-out losses or of end-task scores.
 
 R (t + 1, C): row 0 before training, row r after stage r, one column per corpus or task; NaN where not measured. While
-stages remain, everything refers to the last row so far. `learned` (C,) holds for every column the row l_i right after
+stages remain, everything refers to the last row so far. `learned` (C,) gives for every column the row l_i right after
 the stage that learned its domain (which may not exist yet), or 0 for a column of no domain, such as general text.
 
 Each function returns one value per column: NaN where the column does not count (its `has_` mask tells), or where a
@@ -35,7 +35,7 @@ def forgetting(matrix: torch.Tensor, learned: torch.Tensor, *, higher_is_better:
     Args:
         matrix: R (t + 1, C), floating point.
         learned: (C,) int64.
-        higher_is_better: whether R holds scores.
+        higher_is_better: whether R contains scores.
 
     Returns:
         (C,); positive means forgotten.

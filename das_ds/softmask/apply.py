@@ -43,7 +43,7 @@ def apply_masks(
 
     Args:
         engine: whose steps are masked.
-        importance: what makes the masks.
+        importance: source of the masks.
         settings: from which, with importance, they are made.
         apply_to: `gradient` needs element-wise masks of all flat tensors.
     """

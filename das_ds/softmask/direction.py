@@ -71,7 +71,7 @@ class DirectionImportance:
         return cls(run, saved.replicated(), saved.metadata["num_tokens"])
 
     def save(self, path: Path, tokens: Sequence[str]) -> None:
-        """Rank 0 writes what every rank has."""
+        """Rank 0 writes; all ranks have equal values."""
         ranks = self.run.engine.ranks
         ranks.run_on_main(lambda: save_directions(path, self.moments, self.run.layout, tokens))
 

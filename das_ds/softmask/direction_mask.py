@@ -33,7 +33,7 @@ class _RowFragment:
     """Of the row among the C cut rows."""
     flat_slice: slice
     columns: slice
-    """Which of the row's d columns it holds."""
+    """Its columns, of the row's d."""
     matrix: torch.Tensor
     """P, (d, d)."""
 
@@ -63,7 +63,7 @@ class DirectionMask:
 
     def blend_(self, new: torch.Tensor, old: torch.Tensor, chunk: slice) -> None:
         """new <- old + (new - old) P row by row; a collective of the ranks that share the parameters."""
-        # TF32 errs by 5e-4 of the update, where the mask leaves a hundredth at the least.
+        # TF32 errs by 5e-4 of the update, where the mask leaves at least a hundredth.
         with tf32(new.device):
             for rows in self.rows:
                 # (r, d): the same matrix for all rows, in one product; `after` is a view and is overwritten.

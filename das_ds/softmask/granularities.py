@@ -16,7 +16,7 @@ GRANULARITIES = {
     "unit": "das_ds.softmask.unit:UnitImportance",
     "parameter": "das_ds.softmask.parameter:ParameterImportance",
 }
-"""`importance.granularity` -> module and class of what is measured, accumulated and masked."""
+"""`importance.granularity` -> module and class of its importance."""
 
 
 def load_granularity(name: str) -> type[Importance[SoftmaskConfig]]:

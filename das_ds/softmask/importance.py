@@ -1,4 +1,4 @@
-"""Importance protocol: what a method needs of importance, whatever it belongs to (units of DAS, weights of SPG).
+"""Importance protocol: the interface of importance for methods, for every granularity (units of DAS, weights of SPG).
 
 A class that follows it is one module of this package and one line in `softmask.granularities`.
 """
@@ -36,7 +36,7 @@ class Importance(Protocol[Settings]):
             run: the engine and its network.
             domain: whose sample is read.
             label: of the progress bar.
-            loss: what is differentiated.
+            loss: the loss to differentiate.
             settings: score and normalization.
         """
 

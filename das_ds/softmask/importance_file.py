@@ -303,7 +303,7 @@ def _digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
 
 
 def _is_shorter(found: tuple[int, ...], shape: tuple[int, int, int]) -> bool:
-    """Whether a flat tensor holds the first rows of a parameter with one row per token, but not all of them."""
+    """Whether a flat tensor contains the first rows of a parameter with one row per token, but not all of them."""
     _, num_rows, num_columns = shape
     return len(found) == 1 and found[0] % num_columns == 0 and found[0] < num_rows * num_columns
 

@@ -78,7 +78,7 @@ def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict
     with PRETRAINING.mode(run), torch.no_grad():
         for batch in batches:
             batch = batch.to(device)
-            # Tables are equal in all batches and on all ranks: the first batch of rank 0 stands for all.
+            # Tables are equal in all batches and on all ranks: the first batch of rank 0 is enough.
             inputs = _BatchInputs(sums, batch, with_tables=batches.num_done == 0 and rank() == 0)
             with _forward_hooks(layers, inputs.add):
                 run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)

@@ -98,7 +98,7 @@ def measure_unit_importance(
     Args:
         run: the engine, its gates and unit counts.
         batches: this rank's batches, all with the same number of rows; every rank has the same number of them.
-        loss: what is differentiated.
+        loss: the loss to differentiate.
         kind: which score is averaged.
 
     Returns:

@@ -59,7 +59,7 @@ class ParameterImportance:
 
     @classmethod
     def memory(cls, size: ModelSize, sharding: Sharding, *, has_own_mask: bool) -> MemoryUse:
-        """1 byte a trained parameter, sharded like the optimizer; a mask of its own takes another."""
+        """1 byte a trained parameter, sharded like the optimizer; a separate mask takes another."""
         sums = FP32 * size.trained
         mask = size.trained if has_own_mask else 0
         return MemoryUse(
@@ -128,7 +128,7 @@ def sum_over_gradients(
     Args:
         run: the engine.
         steps: this rank's micro-batches of each batch b.
-        loss: what is differentiated.
+        loss: the loss to differentiate.
         kind: which score is summed.
 
     Returns:

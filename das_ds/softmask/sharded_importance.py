@@ -24,7 +24,7 @@ class ShardedImportance:
     Args:
         shards: this rank's shards, at most one per parameter; those of all ranks cover every parameter, at stage 0 each
             rank has all.
-        sizes: name -> N of every parameter, in the same order on every rank; elements behind N have importance 0.
+        sizes: name -> N of every parameter, in the same order on every rank; elements after N have importance 0.
         device: where collectives run.
         flats: importance by flat tensor, (F,) uint8; None: 0 everywhere.
     """
@@ -64,7 +64,7 @@ class ShardedImportance:
 
         Args:
             shards, sizes, device: as for the class.
-            sums: flat tensor -> (F,) float32, not negative: what is normalized.
+            sums: flat tensor -> (F,) float32, not negative: the values to normalize.
             owners: name -> group whose units own the parameter, of which `settings.scope` makes comparisons.
             settings: form, its parameters, and scope.
         """
@@ -85,8 +85,8 @@ class ShardedImportance:
     def mean_by_unit(self, layout: UnitLayout) -> UnitValues:
         """Mean importance of the weights each unit owns, group -> (L, U) float32, equal on every rank; a collective.
 
-        Weights that only consume a unit do not count. Where all weights of a unit have one importance, this is it. A
-        unit that owns no trained weight (one without adapter under LoRA) gets 1: it still is what it was.
+        Weights that only consume a unit do not count. Where all weights of a unit have one importance, the mean equals
+        it. A unit that owns no trained weight (one without adapter under LoRA) gets 1, as it has not changed.
         """
         totals = {group: values.double() for group, values in layout.zeros(self._device).items()}
         counts = {group: values.double() for group, values in layout.zeros(self._device).items()}

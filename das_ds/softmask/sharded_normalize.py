@@ -24,7 +24,7 @@ CUT_BITS = 12
 """Binary logarithm of the number of cuts below which entries are counted at a time, for each comparison."""
 
 Magnitudes = dict[str, torch.Tensor]
-"""Parameter -> (n,) float32, not negative: this rank's shard of what is normalized."""
+"""Parameter -> (n,) float32, not negative: this rank's shard of the values to normalize."""
 ToLevel = Callable[[torch.Tensor, int], torch.Tensor]
 """(chunk of a shard, index of its comparison) -> importance in 255ths."""
 
@@ -66,7 +66,7 @@ def quantize(
     """(parameter, (n,) uint8 importance in 255ths) of this rank's shards in turn; a collective.
 
     Args:
-        magnitudes: what is normalized; those of all ranks are every entry, each on the same number of ranks.
+        magnitudes: the values to normalize; together the ranks have every entry, each on the same number of ranks.
         comparison: which entries are compared.
         settings: form and its parameters.
         device: where collectives run.

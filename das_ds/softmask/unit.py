@@ -72,7 +72,7 @@ class UnitImportance:
         return cls(run, _to_device(run, saved.replicated()))
 
     def save(self, path: Path, tokens: Sequence[str]) -> None:
-        """Rank 0 writes what every rank has."""
+        """Rank 0 writes; all ranks have equal values."""
         ranks = self.run.engine.ranks
         ranks.run_on_main(lambda: save_unit_importance(path, self.values, self.run.layout, tokens))
 

@@ -167,7 +167,7 @@ class WandbSink(Sink):
                 return self._init("online")
             except Exception as error:
                 logger.warning("W&B cannot be reached (%s); the run is kept offline, for `wandb sync`", error)
-                # The service holds the id of a run that failed to start until it is torn down.
+                # The service keeps the id of a run that failed to start until it is torn down.
                 self._wandb.teardown()
         return self._init("offline")
 

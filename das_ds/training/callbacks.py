@@ -30,7 +30,7 @@ class Callbacks:
         """Called several times per step.
 
         Args:
-            location: what the loop does next, in words.
+            location: the next action of the loop, in words.
             step: number of the current step, from 1.
         """
 

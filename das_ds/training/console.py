@@ -1,4 +1,4 @@
-"""What rank 0 prints during a run: a start-up summary, one line per logged step, and one after every evaluation.
+"""Output of rank 0 during a run: a start-up summary, one line per logged step, and one after every evaluation.
 
 Everything goes to standard error, so that the standard output of a command stays what scripts read.
 """
@@ -17,7 +17,7 @@ from das_ds.training.callbacks import LoggedStep
 
 @dataclass(frozen=True)
 class DomainSummary:
-    """What a run trains on in one stage."""
+    """The training text of one stage."""
 
     name: str
     num_blocks: int
@@ -28,7 +28,7 @@ class DomainSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run is about to do, for `lines`."""
+    """The plan of a run, for `lines`."""
 
     method: str
     model: str
@@ -83,7 +83,7 @@ class RunSummary:
 
 @dataclass
 class RunClock:
-    """Estimates the time that a whole run still takes.
+    """Estimates the remaining time of a run.
 
     The remaining steps cost what steps of this start cost on average; every other phase that is still to come
     costs what the last one of its kind did. A kind that has not been seen yet counts nothing, so that the first

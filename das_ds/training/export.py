@@ -46,7 +46,7 @@ def export_model(
 
     Args:
         folder: where to write; with LoRA the network with its adapters merged.
-        engine: holds the weights.
+        engine: has the weights.
         model: the network that the engine runs.
         tokenizer: written to the same folder.
         card: README of the model.
@@ -54,7 +54,7 @@ def export_model(
         num_rows: rows of the vocabulary to write; None: all.
         lora: the adapters.
         adapter_folder: where to write the adapters alone, in float32.
-        base: what the adapters' file names as their network.
+        base: name of the network in the adapters' file.
 
     Raises:
         RunFolderError: the disk is full or a folder cannot be written.

@@ -14,7 +14,7 @@ from das_ds.training.data_module import eval_corpora
 
 
 def collect_results(config: RunConfig, state: RunState, world_size: int, zero_stage: int) -> Results:
-    """What is known after the evaluations that the state counts.
+    """Results of all evaluations so far.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -41,14 +41,14 @@ def publish_results(
     state: RunState,
     importance: UnitValues | None,
 ) -> None:
-    """Write results and report to the run folder, and tell the tracker.
+    """Write results and report to the run folder, and log them to the tracker.
 
     Args:
         results: after the newest evaluation.
         run_dir: of the run.
         tracker: of the run.
         row: corpus -> loss of the newest evaluation.
-        state: where the run stands.
+        state: position and history of the run.
         importance: by unit; None where the method has none.
 
     Raises:

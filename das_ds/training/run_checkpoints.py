@@ -79,7 +79,7 @@ class RunCheckpoints:
         return {name: component.state_dict() for name, component in components.items()}
 
     def checkpoint_metadata(self, run: RunState) -> CheckpointMetadata:
-        """What the manifest records besides the state of the run and of its components."""
+        """Facts for the manifest in addition to the state of the run and of its components."""
         return CheckpointMetadata(
             domain=current_stage(self._stages, run).name,
             metrics_bytes=self._services.tracker.num_bytes(),

@@ -25,7 +25,7 @@ class Saveable(Protocol):
         """Component -> its state; called only where a checkpoint begins."""
 
     def checkpoint_metadata(self, run: RunState) -> CheckpointMetadata:
-        """What the manifest records besides."""
+        """Further facts for the manifest."""
 
     def describe(self, run: RunState) -> str:
         """Where the run is, in words: the domain and the step."""

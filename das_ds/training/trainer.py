@@ -370,7 +370,7 @@ class ContinualTrainer(Callbacks):
     def _check_save_point(self, *, save: bool) -> None:
         self._save_point.check(self._with_wall_time(self._state), save=save)
 
-    # What the phases consist of.
+    # The phases.
 
     @property
     def _stage(self) -> Stage:

@@ -73,7 +73,7 @@ find_python() {
   unset RANK WORLD_SIZE LOCAL_RANK
 }
 
-# Where the newest checkpoint stands, without its number: one that was saved again at the same place is no progress.
+# Place of the newest checkpoint, without its number: one that was saved again at the same place is no progress.
 newest_place() {
   local folders=("$output_dir"/checkpoints/[0-9]*_*/)
   local name=${folders[-1]%/}
@@ -81,8 +81,8 @@ newest_place() {
   if [[ -d ${folders[-1]} ]]; then echo "${name#*_}"; else echo start; fi
 }
 
-# Count the attempts in a row that began at the same place. Sets record, place, stalls. The record lies beside the run
-# folder, which must not hold anything before the run has begun it.
+# Count the attempts in a row that began at the same place. Sets record, place, stalls. The record lies next to the
+# run folder, which must be empty until the run has started in it.
 begin_attempt() {
   record=$output_dir.slurm_attempts
   place=$(newest_place)
@@ -127,7 +127,7 @@ finish_job() {
       exit 0
       ;;
     "$exit_user_error")
-      say "not requeued: the message above says what has to be mended"
+      say "not requeued: the message above says what has to be fixed"
       exit "$code"
       ;;
   esac
@@ -138,7 +138,7 @@ finish_job() {
   [[ $(newest_place) == "$place" ]] || stalls=-1
   [[ $((stalls + 1)) -le $max_stalls ]] || give_up "$code"
   if [[ $code == "$exit_stopped" ]]; then say "stopped on request; requeued"; else say "did not finish; requeued"; fi
-  scontrol requeue "$job" || say "requeue refused, see above; to go on submit the same command again"
+  scontrol requeue "$job" || say "requeue refused, see above; to continue submit the same command again"
   exit "$code"
 }
 

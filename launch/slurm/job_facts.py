@@ -1,4 +1,4 @@
-"""What a batch file has to know of a run config: prints the run folder, then versions, a line each."""
+"""Facts of a run config that a batch file needs: prints the run folder, then versions, a line each."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One element of a sweep over method x seed x order of the domains: prints the arguments of its run, a line each.
 
-The run is the config with a method, a seed, an order of the domains, and a run folder of its own inside the config's.
+The run is the config with a method, a seed, an order of the domains, and its own run folder inside the config's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def sweep_overrides(config: RunConfig, methods: str, seeds: str, orders: str) ->
     """Overrides of every element, methods outermost, orders innermost.
 
     Args:
-        config: what all elements share.
+        config: common to all elements.
         methods: names with commas between; empty: the config's.
         seeds: numbers with commas between; empty: the config's.
         orders: names of all domains with commas between, orders with colons between; empty: the config's.

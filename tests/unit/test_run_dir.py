@@ -72,7 +72,7 @@ def test_open_run_dir_ignores_half_written_config(tmp_path: Path) -> None:
 
 def test_open_run_dir_folder_without_run_raises(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(RunFolderError, match=r"not empty and holds no run \(no config.yaml\)"):
+    with pytest.raises(RunFolderError, match=r"not empty and contains no run \(no config.yaml\)"):
         open_run_dir(run_config(tmp_path))
 
 

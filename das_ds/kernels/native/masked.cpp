@@ -26,7 +26,7 @@ float stored(const void* importance, int32_t kind, int64_t i) {
 }
 
 // Writes the importance of elements [begin, end) to `shares`, row by row of the segments they lie in; `segment` is
-// moved on to the one that holds `end`.
+// moved on to the one that contains `end`.
 void expand(const Segment*& segment, const float* values, int64_t begin, int64_t end, float* shares) {
     for (int64_t i = begin; i < end;) {
         while (i >= segment->start + segment->numel) ++segment;

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: one matrix holds the query, key and value rows of each head, head by head."""
+"""GPT-NeoX and Pythia: one matrix contains the query, key and value rows of each head, head by head."""
 
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite

@@ -4,7 +4,7 @@ They differ in biases, whose rules are optional, and in norms:
 
 * Norms over a head's queries and keys (Qwen3, Gemma 3) are shared by all heads and stay unmasked; those of OLMo 2 have
   one entry per row of W_q and W_k, which scales only that row and belongs to its head.
-* A norm behind the MLP (OLMo 2, Gemma 2 and 3) has one entry per output unit, which reads only that unit.
+* A norm after the MLP (OLMo 2, Gemma 2 and 3) has one entry per output unit, which reads only that unit.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""RoBERTa and XLM-RoBERTa: BERT's layers, another LM head, and positions that start behind the padding index."""
+"""RoBERTa and XLM-RoBERTa: BERT's layers, another LM head, and positions that start after the padding index."""
 
 from dataclasses import replace
 

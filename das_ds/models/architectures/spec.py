@@ -75,7 +75,7 @@ class ArchitectureSpec:
     logit_cap_attribute: str | None = None
     """Attribute of the model config with the soft cap c of logits, c * tanh(logits / c); None: no such attribute."""
     position_offset: int | Literal["pad_token_id"] = 0
-    """Rows of the position embedding that no token can use; `pad_token_id`: positions begin behind that id."""
+    """Rows of the position embedding that no token can use; `pad_token_id`: positions begin after that id."""
     dropouts: tuple[str, ...] = DROPOUT_ATTRIBUTES
     """Attributes of the model config that are dropout probabilities of the model."""
     unsupported: Callable[[Any], str | None] = lambda config: None
@@ -90,7 +90,7 @@ class ArchitectureSpec:
         """Largest number of tokens that the model's position embedding allows; no limit without one.
 
         Raises:
-            ModelError: positions begin behind a padding index that the model's config lacks, or leave none.
+            ModelError: positions begin after a padding index that the model's config lacks, or leave none.
         """
         num_positions = int(getattr(model.config, "max_position_embeddings", sys.maxsize))
         if self.position_offset != "pad_token_id":
@@ -99,7 +99,7 @@ class ArchitectureSpec:
         if padding is None or not 0 <= padding < num_positions - 1:
             raise ModelError(
                 f"pad_token_id of the model's config: found {padding}, allowed: 0 to {num_positions - 2}, because "
-                f"positions of {self.model_type} begin behind it (max_position_embeddings: {num_positions})"
+                f"positions of {self.model_type} begin after it (max_position_embeddings: {num_positions})"
             )
         return num_positions - int(padding) - 1
 

@@ -18,12 +18,12 @@ from das_ds.models.inspect.probe import probe_models, skeleton
 from das_ds.models.inspect.propose import propose_table
 from das_ds.models.inspect.verify import verify_table
 
-_Rows = list[tuple[str, ...]]
+_TableRows = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class UnitTable:
-    """A registered or proposed spec with the verdict of its verification."""
+    """A registered or proposed spec and the result of its verification."""
 
     config: PretrainedConfig
     spec: ArchitectureSpec
@@ -67,22 +67,22 @@ class UnitTable:
         ]
         return "\n\n".join(block for block in blocks if block)
 
-    def _unit_rows(self, layout: UnitLayout) -> _Rows:
+    def _unit_rows(self, layout: UnitLayout) -> _TableRows:
         return [
             (group, str(count), f"= {self.spec.units[group]}", self._verdict(group))
             for group, count in layout.num_units.items()
         ]
 
-    def _rule_rows(self, model: PreTrainedModel) -> _Rows:
+    def _rule_rows(self, model: PreTrainedModel) -> _TableRows:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        rows: _Rows = [("parameter", "shape", "units", "axis", "layout", "role")]
+        rows: _TableRows = [("parameter", "shape", "units", "axis", "layout", "role")]
         for rule in self.spec.rules:
             name = _fill_base(rule.parameter, model)
             shape = _format_shape(rule, shapes, model)
             rows.append((name, shape, rule.group, str(rule.axis), rule.layout, _role(rule)))
         return rows
 
-    def _gate_rows(self, model: PreTrainedModel) -> _Rows:
+    def _gate_rows(self, model: PreTrainedModel) -> _TableRows:
         return [(site.group, f"{site.position} of {_fill_base(site.module, model)}") for site in self.spec.sites]
 
     def _verdict(self, group: str) -> str:

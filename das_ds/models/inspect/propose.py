@@ -1,9 +1,9 @@
-"""Step 1, propose: an architecture spec from what the layers of a network compute, not from what they are called.
+"""Step 1, propose: an architecture spec from the computation of the layers of a network, not from their names.
 
 In a small network of the same class (`probe.py`) the output projection of attention is the first linear layer whose
 input mixes positions; an output feature of the linear layers that feed it belongs to the heads whose context it
 reaches. The down projection of the MLP is the linear layer that is fed neuron by neuron. Linear layers that fit no
-axis layout are left out, with the reason.
+axis layout are omitted, with the reason.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _propose(model: PreTrainedModel, objective: ObjectiveName) -> Proposal:
 def _add_vector_rules(model: PreTrainedModel, spec: ArchitectureSpec, prefix: str) -> ArchitectureSpec:
     """The spec with rules for vectors, such as the weights of norms, whose entries serve single units.
 
-    A vector behind the gate of an output unit reads that unit and does not make it.
+    A vector after the gate of an output unit reads that unit and does not make it.
     """
     layout = spec.layout(model)
     names = {

@@ -41,7 +41,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """Pattern of a layer's name, and the first layer.
 
     Raises:
-        ModelError: the model is not one stack of layers behind a head.
+        ModelError: the model is not one stack of layers followed by a head.
     """
     base = model.base_model_prefix
     num_layers = getattr(model.config, "num_hidden_layers", None)
@@ -131,7 +131,7 @@ def find_lm_head(model: PreTrainedModel, objective: ObjectiveName) -> tuple[tupl
 def find_position_offset(model: PreTrainedModel) -> int | Literal["pad_token_id"]:
     """Rows of the position embedding that no token can use, found by running ever shorter blocks until one fits.
 
-    Models that number positions from behind the padding index (RoBERTa) also set it in their position embedding.
+    Models that number positions from after the padding index (RoBERTa) also set it in their position embedding.
 
     Raises:
         ModelError: no block runs.

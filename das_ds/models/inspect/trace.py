@@ -70,7 +70,7 @@ class LayerFlow:
             units: the units to test.
 
         Returns:
-            Name of a feeding linear layer -> (len(units), A) bool; those that reach none of the units are left out.
+            Name of a feeding linear layer -> (len(units), A) bool; those that reach none of the units are omitted.
         """
         feeders = [linear for linear in self.linears if linear is not consumer]
         # Random weights, so that the gradients of the features of a unit do not cancel in its sum.

@@ -58,7 +58,7 @@ def broken_vectors(
     """Which entries of 1-D parameters lose their gradient when single units of the first layer are closed.
 
     Returns:
-        Parameter -> (len(units), A) bool; parameters that lose none are left out.
+        Parameter -> (len(units), A) bool; parameters that lose none are omitted.
     """
     experiment = _GateExperiment(model, spec, spec.layout(model))
     broken_by_unit = [experiment.find_broken(experiment.gradients((group, 0, (unit,)))) for unit in units]

@@ -126,7 +126,7 @@ def test_users_error_of_the_ranks_is_not_requeued(
     job = cluster.wait(submit("exit 2"))
     log = (tmp_path / "log").read_text()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
-    assert "not requeued: the message above says what has to be mended" in log
+    assert "not requeued: the message above says what has to be fixed" in log
 
 
 def test_two_nodes_see_each_other_and_one_address(

@@ -343,7 +343,7 @@ def test_engine_file_missing_lists_shipped_files() -> None:
     [
         (b"{", "is not a readable JSON file"),
         (b"\xff", "is not a readable JSON file"),
-        (b"[1]", "holds a list, expected a JSON object"),
+        (b"[1]", "contains a list, expected a JSON object"),
         (b'{"steps_per_print": 1, "steps_per_print": 2}', "found key steps_per_print twice"),
         (b"[" * 100_000, "too many values within each other"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),

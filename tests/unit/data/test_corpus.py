@@ -109,7 +109,7 @@ def test_read_documents_missing_file_raises(tmp_path: Path, name: str) -> None:
         ("[" * 100_000, "line 3: not JSON"),
         ('["text"]', "line 3: found list; expected one object per line"),
         ('{"body": "x", "id": 1}', r"line 3: no text column 'text'; found columns: body, id"),
-        ('{"text": 5}', "line 3: text column 'text' holds int; expected text or null"),
+        ('{"text": 5}', "line 3: text column 'text' contains int; expected text or null"),
         ('{"text": "\\ud800"}', "line 3: text column 'text' has a lone surrogate"),
     ],
 )
@@ -134,7 +134,7 @@ def test_read_documents_parquet_missing_column_raises(tmp_path: Path) -> None:
 def test_read_documents_parquet_number_column_raises(tmp_path: Path) -> None:
     path = tmp_path / "documents.parquet"
     pq.write_table(pa.table({"text": [1, 2]}), path)
-    with pytest.raises(DataError, match="text column 'text' holds int"):
+    with pytest.raises(DataError, match="text column 'text' contains int"):
         read(path)
 
 

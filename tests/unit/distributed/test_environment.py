@@ -18,10 +18,10 @@ def test_check_environment_of_a_launcher_passes(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("WORLD_SIZE", "abc", "WORLD_SIZE: found 'abc' in the environment, expected a whole number from 1"),
+        ("WORLD_SIZE", "abc", "WORLD_SIZE: found 'abc' in the environment, expected an integer from 1"),
         ("WORLD_SIZE", "", "WORLD_SIZE: found '' in the environment"),
-        ("WORLD_SIZE", "0", "WORLD_SIZE: found '0' in the environment, expected a whole number from 1"),
-        ("RANK", "-1", "RANK: found '-1' in the environment, expected a whole number from 0"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE: found '0' in the environment, expected an integer from 1"),
+        ("RANK", "-1", "RANK: found '-1' in the environment, expected an integer from 0"),
         ("RANK", "2", "RANK: found 2, allowed: 0 to 1 with WORLD_SIZE 2"),
         ("LOCAL_RANK", "1_0", "LOCAL_RANK: found '1_0' in the environment"),
         ("MASTER_PORT", "http", "MASTER_PORT: found 'http' in the environment"),

@@ -149,7 +149,7 @@ def test_diagnose_silent_store_names_its_holder(monkeypatch: pytest.MonkeyPatch)
     assert "rank 2" not in found
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     found = seen_by_rank_1(snapshot, TIMEOUT + 1, answered=False).diagnose(beat(1), GRACE)
-    assert found == "the launcher that holds the ranks' common store has not answered for 21 s"
+    assert found == "the launcher that hosts the ranks' common store has not answered for 21 s"
 
 
 def test_find_lost_peers_lost_store_names_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_find_lost_peers_lost_store_names_its_holder(monkeypatch: pytest.MonkeyP
     late = seen_by_rank_1(snapshot, TIMEOUT + 1, answered=False)
     assert late.diagnose(beat(1), GRACE) == gone.format(22)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert late.find_lost_peers(3.0) == "the launcher that holds the ranks' common store is gone"
+    assert late.find_lost_peers(3.0) == "the launcher that hosts the ranks' common store is gone"
 
 
 def test_diagnose_exited_rank_is_named_with_its_error() -> None:

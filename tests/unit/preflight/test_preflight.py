@@ -81,7 +81,7 @@ def test_check_folder_of_another_run_fails(tmp_path: Path) -> None:
     (run.output_dir / "config.yaml").rename(run.output_dir / "notes.txt")
     checks = silent_checks(Alone())
     assert not check_folder(checks, run, Alone())
-    assert "is not empty and holds no run" in checks.results[0].found
+    assert "is not empty and contains no run" in checks.results[0].found
 
 
 def test_check_folder_of_same_run_is_resumed_unchanged(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_check_folder_of_same_run_is_resumed_unchanged(tmp_path: Path) -> None:
     (run.output_dir / ".preflight-0-0").mkdir()
     checks = silent_checks(Alone())
     assert check_folder(checks, run, Alone())
-    assert "holds this run" in checks.results[0].found
+    assert "contains this run" in checks.results[0].found
     assert [path.name for path in run.output_dir.iterdir()] == ["config.yaml"]
 
 
@@ -103,7 +103,7 @@ def test_check_folder_of_failed_start_is_unchanged(tmp_path: Path) -> None:
     dump_config(failed, run.output_dir / "config.yaml")
     checks = silent_checks(Alone())
     assert check_folder(checks, run, Alone())
-    assert checks.results[0].found == f"{run.output_dir} holds no training yet, so the run starts there"
+    assert checks.results[0].found == f"{run.output_dir} contains no training yet, so the run starts there"
     assert load_config(run.output_dir / "config.yaml") == failed
 
 
