@@ -1,4 +1,4 @@
-"""The commands under other launchers, and what comes out of them."""
+"""The commands under other launchers, and their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels for NVIDIA GPUs; compiling takes no GPU."""
+"""Code that Triton compiles the kernels to for NVIDIA GPUs; compiling takes no GPU."""
 
 from __future__ import annotations
 

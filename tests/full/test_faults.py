@@ -1,4 +1,4 @@
-"""Losses and gradients that go wrong within a run: left out, an error, or back to the newest checkpoint."""
+"""Losses and gradients that go wrong within a run: skipped, an error, or a rollback to the newest checkpoint."""
 
 from __future__ import annotations
 

@@ -81,18 +81,20 @@ def test_a_warmup_in_pieces_is_the_whole_warmup(stage: int, tmp_path: Path) -> N
         "evaluation": {"batch_size": 1, "max_sequences": 4},
         "method": {"name": "ncl"},
     }
-    runs = [headless_run(tmp_path, stage=stage, output_dir=tmp_path / name, **changes) for name in ("whole", "parts")]
+    runs = [
+        headless_run(tmp_path, stage=stage, output_dir=tmp_path / name, **changes) for name in ("complete", "parts")
+    ]
     run_ranks(run_all, 2, runs[:1])
     _, breaks = run_ranks(run_in_pieces, 2, runs[1], 2)[0]
     assert [place for place in breaks if place[0] == "head_warmup"]
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    lines = metrics_lines(tmp_path / "whole")
+    assert_same_run(tmp_path / "parts", tmp_path / "complete")
+    lines = metrics_lines(tmp_path / "complete")
     assert [(line["domain"], line["global_step"]) for line in lines[:3]] == [
         ("head_warmup", 2),
         ("head_warmup", 4),
         ("head_warmup", 5),
     ]
-    weights = Results.read(tmp_path / "whole" / "results.json").weights
+    weights = Results.read(tmp_path / "complete" / "results.json").weights
     assert weights is not None and "lm_head.dense.weight" in weights.drawn and weights.dtypes == ["float32"]
 
 

@@ -72,7 +72,7 @@ def test_hub_revisions_ranks_agree_on_first_commit(served: FakeHub, upload: Path
     served.put("models", MODEL, SECOND, upload)
     served.put("datasets", "owner/text", SECOND, upload)
     assert [config.model.revision for config, _, _ in pinned(served.endpoint, only_rank_0=True)] == [FIRST, FIRST]
-    # Neither without any hub; nobody asks twice.
+    # Nor does it without any hub; no request is repeated.
     for config, weights, _ in pinned("http://127.0.0.1:1"):
         assert config.domains[0].train == [f"owner/text:part@train#{FIRST}"] and weights == folder
     recorded = values["output_dir"] / "revisions.json"

@@ -88,13 +88,15 @@ def test_lora_export_without_source_equals_run(stage: int, precision: str, tmp_p
 
 def test_lora_init_from_adapter_equals_uninterrupted_run(tmp_path: Path) -> None:
     changes = {"method": {"name": "ncl"}, "deepspeed": {"zero_optimization": {"stage": 3}}}
-    whole, parts = (lora_run(tmp_path, name, train={"precision": "bf16"}, **changes) for name in ("whole", "parts"))
-    expected = run_ranks(run_all, 2, [whole])[0][0]
+    complete, parts = (
+        lora_run(tmp_path, name, train={"precision": "bf16"}, **changes) for name in ("complete", "parts")
+    )
+    expected = run_ranks(run_all, 2, [complete])[0][0]
     found = run_ranks(run_stopped_and_continued, 2, parts)[0]
     assert found.loss_matrix == expected.loss_matrix
     for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
-        mine, theirs = (load_file(tmp_path / run / "domains" / "01_papers" / name) for run in ("whole", "parts"))
+        mine, theirs = (load_file(tmp_path / run / "domains" / "01_papers" / name) for run in ("complete", "parts"))
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    mine = metrics_lines(tmp_path / "whole")
+    mine = metrics_lines(tmp_path / "complete")
     theirs = metrics_lines(tmp_path / "parts")
     assert [line["loss"] for line in mine] == [line["loss"] for line in theirs]

@@ -1,4 +1,4 @@
-"""Forms of the mask on two ranks at the other ZeRO stages, against whole tensors."""
+"""Forms of the mask on two ranks at the other ZeRO stages, against full tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run over all domains at once: continued bit for bit, the same on other ranks and stages, one whole model."""
+"""A run over all domains at once: resumed bit for bit, equal on other ranks and stages, one complete model."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def test_a_pool_continues_and_is_the_same_on_other_ranks(tmp_path: Path) -> None
             "checkpoint": {"interval": 2},
         }
 
-    run_ranks(run_all, 2, [values("whole", 2, 2)])
+    run_ranks(run_all, 2, [values("complete", 2, 2)])
     _, breaks = run_ranks(run_in_pieces, 2, values("parts", 2, 2), 6)[0]
     assert sum(phase == "train" and step > 0 for phase, _, step in breaks) > 1
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert_same_run(tmp_path / "parts", tmp_path / "complete")
     run_ranks(run_all, 1, [values("alone", 3, 8)])
-    lines = metrics_lines(tmp_path / "whole")
+    lines = metrics_lines(tmp_path / "complete")
     expected = metrics_lines(tmp_path / "alone")
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
     _check_budget_and_schedule(lines)
-    whole, alone = (Results.read(tmp_path / name / "results.json") for name in ("whole", "alone"))
-    for row, other in zip(whole.loss_matrix, alone.loss_matrix, strict=True):
+    complete, alone = (Results.read(tmp_path / name / "results.json") for name in ("complete", "alone"))
+    for row, other in zip(complete.loss_matrix, alone.loss_matrix, strict=True):
         assert row == pytest.approx(other, rel=1e-4)
-    assert whole.learned == [["food", "papers"]] and whole.forgetting.average is None
-    _check_model(tmp_path / "whole")
+    assert complete.learned == [["food", "papers"]] and complete.forgetting.average is None
+    _check_model(tmp_path / "complete")
 
 
 def _check_budget_and_schedule(lines: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Starts over one run folder on real ranks: failed and mended, two at once, and one after another that was killed."""
+"""Starts over one run folder on real ranks: failed and fixed, two at once, and one after another that was killed."""
 
 from __future__ import annotations
 

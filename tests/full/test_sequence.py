@@ -1,4 +1,4 @@
-"""Whole runs: any number of ranks, continuing after a stop, and both at the level of parameters."""
+"""Complete runs: any number of ranks, resuming after a stop, and both with importance of parameters."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def test_a_run_stopped_between_domains_continues_bitwise(precision: str, zero: i
     model = {"config": {**base["model"]["config"], **dropout}}
     # fp16 overflows at first in each domain, at a scale that may not depend on the domain before.
     deepspeed = {"zero_optimization": {"stage": zero}, "fp16": {"initial_scale_power": 22}}
-    whole = {**base, "model": model, "deepspeed": deepspeed, "output_dir": tmp_path / "whole"}
-    parts = {**whole, "output_dir": tmp_path / "parts"}
-    expected = run_ranks(run_all, 2, [whole])[0][0]
+    complete = {**base, "model": model, "deepspeed": deepspeed, "output_dir": tmp_path / "complete"}
+    parts = {**complete, "output_dir": tmp_path / "parts"}
+    expected = run_ranks(run_all, 2, [complete])[0][0]
     found = run_ranks(run_stopped_and_continued, 2, parts)[0]
     assert found.loss_matrix == expected.loss_matrix and found.tokens_seen == expected.tokens_seen
-    weights = exported_weights(tmp_path / "whole", "01_papers")
+    weights = exported_weights(tmp_path / "complete", "01_papers")
     continued = exported_weights(tmp_path / "parts", "01_papers")
     assert all(torch.equal(weights[name], continued[name]) for name in weights)
-    mine = metrics_lines(tmp_path / "whole")
+    mine = metrics_lines(tmp_path / "complete")
     theirs = metrics_lines(tmp_path / "parts")
     for name in ("loss", "skipped_steps"):
         assert [line[name] for line in mine] == [line[name] for line in theirs]

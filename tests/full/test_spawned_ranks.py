@@ -1,4 +1,4 @@
-"""Ranks that are started anew, as on a machine with a GPU, instead of being forked."""
+"""Spawned ranks, as on a machine with a GPU, instead of forked ones."""
 
 from __future__ import annotations
 

@@ -72,18 +72,18 @@ def test_added_tokens_changed_after_start_raise(tmp_path: Path) -> None:
 
 def test_added_tokens_das_resumes_bitwise(tmp_path: Path) -> None:
     method = {"name": "das", "importance": {"num_samples": 10, "granularity": "parameter"}}
-    whole, parts = (run(tmp_path, name, 3, method=method) for name in ("whole", "parts"))
-    expected = run_ranks(run_all, 2, [whole])[0][0]
+    complete, parts = (run(tmp_path, name, 3, method=method) for name in ("complete", "parts"))
+    expected = run_ranks(run_all, 2, [complete])[0][0]
     found = run_ranks(run_stopped_and_continued, 2, parts, "das")[0]
     assert found.loss_matrix == expected.loss_matrix
-    mine, theirs = (exported_weights(tmp_path / name, "01_papers") for name in ("whole", "parts"))
+    mine, theirs = (exported_weights(tmp_path / name, "01_papers") for name in ("complete", "parts"))
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     for place, num_tokens in (
         ("importance_general", 300),
         ("domains/00_food/importance", 300),
         ("importance", 303),
     ):
-        importance = load_file(tmp_path / "whole" / f"{place}.safetensors")
+        importance = load_file(tmp_path / "complete" / f"{place}.safetensors")
         assert len(importance[EMBEDDING]) == 24 * num_tokens and len(importance[BIAS]) == num_tokens
 
 

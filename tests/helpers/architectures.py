@@ -65,7 +65,7 @@ def config_of(
         "global_batch_size": ROWS,
         "steps_per_domain": NUM_STEPS,
         "precision": precision,
-        # Key biases have gradients of rounding alone, which a smaller eps would blow up to whole steps.
+        # Key biases have gradients of rounding alone, which a smaller eps would blow up to full steps.
         "eps": 1e-4,
     }
     return run_config(
@@ -103,7 +103,7 @@ def run_each(jobs: list[tuple[str, RunConfig]]) -> list[Any]:
 def run_architectures(
     folder: Path, world_size: int, stage: int, model_types: Iterable[str], runs: dict[str, tuple[str, dict[str, Any]]]
 ) -> Results:
-    """All in one process group of its own, as ZeRO-3 changes torch for a whole process.
+    """All in one process group of its own, as ZeRO-3 changes torch for the entire process.
 
     Args:
         folder: for importance files.

@@ -16,7 +16,7 @@ from das_ds.models.language_model import LanguageModel
 Units = set[tuple[str, int, int]]
 """(group, layer, unit)."""
 NEGLIGIBLE = 1e-7
-"""Gradients this small beside the largest are rounding."""
+"""Gradients this small relative to the largest are rounding."""
 
 
 class Slice(NamedTuple):

@@ -22,7 +22,7 @@ INSTRUCTION = re.compile(r"\b(?:div|ld\.local|st\.local|ld\.global|st\.global)[\
 TABLES = {"tiles": "*i32", "owners": "*i32", "segments": "*i64", "values": "*fp32"}
 SCALARS = ("step_size", "root_correction", "share1", "share2", "eps", "decay")
 MULTIPLES_OF_16 = ("start", "stop", "features", "num_units")
-"""Sizes that are so in real models; Triton looks at every launch and compiles anew where they are not."""
+"""Sizes that are so in real models; Triton looks at every launch and recompiles where they are not."""
 ELEMENTS = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16, "u8": triton.language.uint8}
 
 

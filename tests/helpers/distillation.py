@@ -25,7 +25,7 @@ class TeacherFacts:
     is_exact_after_loading: bool
     """So did what was loaded from a state, and loading moved no present weight."""
     is_undisturbed: bool
-    """Training beside them, with dropout, ends bit for bit where training without them ends."""
+    """With dropout, training with them ends bit for bit where training without them ends."""
     knows_both_orders: bool
     """ZeRO-3 gathers ahead in passes with either weights."""
     num_elements: int

@@ -1,4 +1,4 @@
-"""Old answers: teachers are bit for bit the model of their time and no larger than they have to be; kd and derpp."""
+"""Teachers equal the model of their time bit for bit and are no larger than necessary; methods kd and derpp."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
 
 KD = {"name": "kd", "weight": 3.0, "temperature": 2.0}
-# With a threshold of 0 every parameter is divided, with 30 vectors of up to that size stay whole.
+# With a threshold of 0 every parameter is divided, with 30 vectors of up to that size are not divided.
 THRESHOLDS = (0, 30)
 
 

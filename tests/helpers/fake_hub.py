@@ -97,7 +97,7 @@ def fake_hub() -> Iterator[FakeHub]:
 
 
 def pin_on_rank(values: dict[str, Any], endpoint: str, cache: str, only_rank_0: bool) -> tuple[RunConfig, str, bool]:
-    """The config that a run goes on with, the folder of its weights, and whether this rank asks the hub nothing more.
+    """Config that a run continues with, folder of its weights, and whether this rank sends the hub no more requests.
 
     Args:
         values: config of the run, whose folder is there.

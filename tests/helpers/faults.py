@@ -94,17 +94,17 @@ def check_a_bad_step_is_left_out(stage: int, kind: str, folder: Path) -> None:
     bad = lines[STEP]
     after = lines[STEP + 1]
     assert [line["skipped_steps"] for line in lines] == [0] * STEP + [1] * 3
-    # The schedule waits, the data go on, and nothing that follows is touched.
+    # The schedule waits, the data advance, and later steps are unaffected.
     assert after["lr"] == bad["lr"] and after["tokens_seen"] > bad["tokens_seen"]
     assert all(math.isfinite(float(line["loss"])) for line in lines if line is not bad)
     assert all(weight.isfinite().all() for weight in exported_weights(folder / "run", "00_food").values())
 
 
 def check_by_default_what_is_not_finite_ends_the_run(kind: str, what: str, folder: Path) -> None:
-    """An error that names the step, after which the same command goes on."""
+    """An error that names the step, after which the same command continues."""
     values = faulty_run(folder, "run", 2)
     with pytest.raises(RuntimeError, match=rf"TrainingError: food, step {STEP + 1}: {what}.*lower train.learning_rate"):
         run_ranks(run_with_fault, 2, values, kind, STEP)
-    # The fault was passing: the same command goes on from before it.
+    # The fault was transient: the same command continues from before it.
     assert run_ranks(run_all, 2, [values])[0][0].complete
     assert [line["global_step"] for line in metrics_lines(folder / "run")] == list(range(1, 17))

@@ -62,7 +62,7 @@ class NoisePerBatch:
             mine = list(range(first + rank * size, first + (rank + 1) * size))
             rows.append([*mine, *(num_sequences + row for row in mine)])
             first += len(batch.input_ids)
-        # A second pass over the batches begins anew.
+        # A second pass over the batches starts from the beginning.
         self._rows = cycle(rows)
         module.register_forward_pre_hook(self._next)
 

@@ -1,4 +1,4 @@
-"""A process that holds a run folder and nothing else."""
+"""A process that only locks a run folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def holding_process(folder: Path, *, only_lock_of_file_system: bool = False) -> 
     """Its number; it is killed at the end, as by SIGKILL.
 
     Args:
-        folder: that it holds.
+        folder: the locked one.
         only_lock_of_file_system: it writes nothing into the lock file, which has to be there.
     """
     script = _HOLD_LOCK_OF_THE_FILE_SYSTEM if only_lock_of_file_system else _HOLD

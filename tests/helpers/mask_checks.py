@@ -1,4 +1,4 @@
-"""Forms of the mask on two ranks: normalized over shards, and trained, against whole tensors."""
+"""Forms of the mask on two ranks: normalized over shards, and trained, against full tensors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def by_form(raw: torch.Tensor, form: ImportanceConfig) -> torch.Tensor:
     rank = torch.searchsorted(raw.sort().values, raw).double() / len(raw)
     if form.normalization == "rank_soft":
         return rank ** ((1 - form.protected_fraction) / form.protected_fraction)
-    # Adding up from the top, whole sets of equal values as long as they fit.
+    # Adding up from the top, complete sets of equal values as long as they fit.
     protected = torch.zeros_like(raw)
     room = round(form.protected_fraction * len(raw))
     for value, size in zip(*(part.flip(0) for part in raw.unique(return_counts=True)), strict=True):
@@ -62,7 +62,7 @@ def by_form(raw: torch.Tensor, form: ImportanceConfig) -> torch.Tensor:
     return protected
 
 
-def whole(form: ImportanceConfig) -> Weights:
+def full(form: ImportanceConfig) -> Weights:
     raw = {name: values.double() for name, values in magnitudes().items()}
     owner_of = owners()
     keys = {"tensor": {n: n for n in raw}, "group": owner_of, "model": dict.fromkeys(raw, "all")}[form.scope]
@@ -146,7 +146,7 @@ def check_forms_and_masks_equal_those_of_whole_tensors(stage: int, folder: Path)
     shapes = {name: values.shape for name, values in magnitudes().items()}
     for number, form in enumerate(FORMS):
         found = joined([rank[0][number] for rank in results], shapes)
-        for name, importance in whole(form).items():
+        for name, importance in full(form).items():
             assert (found[name] / 255 - importance).abs().max() <= 1 / 510 + 1e-9, (form, name)
     numbers = [*(("unit", n) for n in range(len(UNITS))), *(("parameter", n) for n in range(len(PARAMETERS)))]
     for (granularity, number), (trained, lines) in zip(numbers, results[0][1], strict=True):

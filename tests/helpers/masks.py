@@ -11,7 +11,7 @@ from das_ds.config import ImportanceConfig, RunConfig
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import init_process_group
 from das_ds.softmask.sharded_importance import ShardedImportance, zeros_by_flat
-from helpers.parameter_importance import Stretches, stretches_of
+from helpers.parameter_importance import ShardValues, shard_values
 from helpers.reference import full_masks, unit_ones
 from helpers.tiny_models import tiny_model
 from helpers.training import build, train_all
@@ -58,8 +58,8 @@ def normalized_and_trained(
     training: list[RunConfig],
     steps: list[list[Batch]],
     model_changes: dict[str, Any],
-) -> tuple[list[Stretches], list[Any]]:
-    """Per form, this rank's stretches of `magnitudes` normalized; and what `train_all` gives."""
+) -> tuple[list[ShardValues], list[Any]]:
+    """Per form, this rank's shards of `magnitudes` normalized; and what `train_all` gives."""
     ranks = init_process_group()
     run = build(normalizing, ranks)
     shards = run.engine.weights.named_shards
@@ -72,6 +72,6 @@ def normalized_and_trained(
     device = ranks.info.device
     layout = run.layout
     made = [ShardedImportance.from_magnitudes(shards, sizes, device, sums, layout.owners, form) for form in forms]
-    found = [stretches_of(run, importance.flats) for importance in made]
+    found = [shard_values(run, importance.flats) for importance in made]
     run.engine.close()
     return found, train_all(training, steps, model_changes)

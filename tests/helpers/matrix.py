@@ -1,4 +1,4 @@
-"""What was run for which architecture: written by the tests that ran it, set into docs/internals/architectures.md.
+"""Which tests ran for which architecture: written by the tests that ran it, set into docs/internals/architectures.md.
 
 `make matrix` runs the tests marked `matrix` and then this module, `python -m helpers.matrix RESULTS PAGE`.
 """

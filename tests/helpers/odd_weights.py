@@ -139,7 +139,7 @@ ACCEPTED: dict[str, Callable[[Path], None]] = {
     "old torch file": lambda folder: _torch_file(folder, _use_new_zipfile_serialization=False),
     "torch shards": _torch_shards,
     "both kinds": _both_kinds,
-    "a variant beside": _beside_a_variant,
+    "with a variant": _beside_a_variant,
     "surplus": changed(
         _with(
             bert__pooler__dense__weight=torch.ones(24, 24),
@@ -235,7 +235,7 @@ def _compiled_layers(name: str) -> str:
 
 
 def _peft(folder: Path) -> None:
-    """A network with its adapters not merged, stored whole."""
+    """A network with its adapters not merged, stored completely."""
     model = tiny_model("bert", **NO_DROPOUT)
     model.save_pretrained(folder)
     rewritten(folder, dict(get_peft_model(model, LoraConfig(target_modules=["query"])).state_dict()))
@@ -247,8 +247,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         config_changed(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         r"found weights quantized by bitsandbytes",
     ),
-    "an adapter beside": (_adapter_beside, r"found adapter_config.json in .*expected a complete model"),
-    "whole numbers": (
+    "with an adapter": (_adapter_beside, r"found adapter_config.json in .*expected a complete model"),
+    "integers": (
         changed(lambda t: {k: v.to(torch.int8) if k.endswith("query.weight") else v for k, v in t.items()}),
         r"query.weight of type I8 .*expected one of bfloat16, float16, float32, float64",
     ),
@@ -329,9 +329,9 @@ def loaded_in_parts(folders: dict[str, Path], allow_missing: list[Any] | None = 
             found[name] = str(error)
             continue
         shapes = {key: parameter.ds_shape for key, parameter in model.named_parameters()}
-        whole = {}
+        full = {}
         for key, piece in construction.take_exact_weights().take(shapes).items():
             part = -(-shapes[key].numel() // ranks.info.world_size)
-            whole[key] = ranks.all_gather_cpu(piece.values, part)[: shapes[key].numel()].view(shapes[key])
-        found[name] = {**whole, **{key: buffer.clone() for key, buffer in model.named_buffers()}}
+            full[key] = ranks.all_gather_cpu(piece.values, part)[: shapes[key].numel()].view(shapes[key])
+        found[name] = {**full, **{key: buffer.clone() for key, buffer in model.named_buffers()}}
     return found

@@ -23,19 +23,19 @@ from helpers.reference import fix_noise
 from helpers.tiny_models import tiny_model
 from helpers.training import LENGTH, build, rank_part
 
-Stretches = list[tuple[str, int, Tensor]]
+ShardValues = list[tuple[str, int, Tensor]]
 
 
 def measured_all(
     configs: list[RunConfig], kind: str, steps: list[list[Batch]], changes: dict[str, Any]
-) -> list[tuple[Stretches, Stretches, UnitValues]]:
-    """Per config: this rank's stretches of the sums over gradients and of the importance, and its means by unit."""
+) -> list[tuple[ShardValues, ShardValues, UnitValues]]:
+    """Per config: this rank's shards of the sums over gradients and of the importance, and its means by unit."""
     return [_measured(config, kind, steps, changes) for config in configs]
 
 
 def _measured(
     config: RunConfig, kind: str, steps: list[list[Batch]], changes: dict[str, Any]
-) -> tuple[Stretches, Stretches, UnitValues]:
+) -> tuple[ShardValues, ShardValues, UnitValues]:
     ranks = init_process_group()
     run = build(config, ranks, **changes)
     info = ranks.info
@@ -56,23 +56,23 @@ def _measured(
     assert engine.module.training
     # The pass is complete: its sums are given back without any batch.
     sums = sum_over_gradients(run, steps, LOSSES[kind], settings.score)
-    found = stretches_of(run, sums), stretches_of(run, importance.sharded.flats), importance.unit_gates()
+    found = shard_values(run, sums), shard_values(run, importance.sharded.flats), importance.unit_gates()
     engine.close()
     return found
 
 
-def stretches_of(run: Any, flats: dict[Tensor, Tensor]) -> Stretches:
-    """(name, first element, elements) of what this rank has of flat tensors."""
+def shard_values(run: Any, flats: dict[Tensor, Tensor]) -> ShardValues:
+    """(name, first element, elements) of this rank's shards of flat tensors."""
     return [(s.name, s.param_start, flats[s.flat][s.span].clone()) for s in run.engine.weights.shards]
 
 
-def joined(ranks: list[Stretches], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Whole tensors from the stretches of all ranks; what no rank has stays NaN."""
-    whole = {name: torch.full((shape.numel(),), torch.nan, dtype=torch.float64) for name, shape in shapes.items()}
-    for stretches in ranks:
-        for name, offset, part in stretches:
-            whole[name][offset : offset + part.numel()] = part.double()
-    return {name: values.view(shapes[name]) for name, values in whole.items()}
+def joined(ranks: list[ShardValues], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Full tensors from the shards of all ranks; elements that no rank has stay NaN."""
+    full = {name: torch.full((shape.numel(),), torch.nan, dtype=torch.float64) for name, shape in shapes.items()}
+    for shards in ranks:
+        for name, offset, part in shards:
+            full[name][offset : offset + part.numel()] = part.double()
+    return {name: values.view(shapes[name]) for name, values in full.items()}
 
 
 def random_weights_importance(seed: int = 0) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ NUM_STEPS = 5
 ROWS = 4
 ACCUMULATION = 2
 # The gradient of key biases is zero but for rounding (softmax ignores a constant added to all keys); a smaller eps
-# would let Adam blow that rounding up to whole steps.
+# would let Adam blow that rounding up to full steps.
 EPS = 1e-4
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SETTINGS = (

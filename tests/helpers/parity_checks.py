@@ -1,4 +1,4 @@
-"""What 16 bits and a long run are held against."""
+"""Reference values for 16 bits and for a long run."""
 
 from __future__ import annotations
 

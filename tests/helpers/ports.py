@@ -9,7 +9,7 @@ _held: deque[socket.socket] = deque(maxlen=256)
 
 
 def reserve_port() -> int:
-    """A port that the system gives to nobody else, however many test processes ask at once.
+    """A port that the system gives to no other process, however many test processes ask at once.
 
     A socket that is bound, does not listen and allows its address to be used again keeps the port from being handed
     out, while a server that asks for it by number, and allows the same, as torch's store does, can listen there. The

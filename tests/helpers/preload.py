@@ -1,4 +1,4 @@
-"""What every rank of a test imports, loaded once by the fork server, and what ranks leave out."""
+"""What every rank of a test imports, loaded once by the fork server, and the parts that ranks skip."""
 
 import gc
 from pathlib import Path
@@ -22,7 +22,7 @@ def _one_pixel(_: object, path: Path) -> None:
     Image.new("L", (1, 1)).save(path)
 
 
-# Both pictures of a report take longer than all else in a tiny run. They have tests of their own, and runs that are
+# Both plots of a report take longer than the rest of a tiny run. They have their own tests, and runs that are
 # started as commands draw them.
 run_report.plot_loss_matrix = run_report.plot_importance = _one_pixel
 

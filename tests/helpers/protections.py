@@ -65,13 +65,13 @@ def _values(numel: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def inside_poison(values: torch.Tensor, margin: int = 13) -> tuple[torch.Tensor, torch.Tensor]:
-    """(whole, view): the values as a contiguous view inside NaNs, which nothing may touch."""
-    whole = torch.full((values.numel() + 2 * margin,), torch.nan, dtype=values.dtype, device=values.device)
-    view = whole[margin : margin + values.numel()]
+    """(full, view): the values as a contiguous view inside NaNs, which nothing may touch."""
+    full = torch.full((values.numel() + 2 * margin,), torch.nan, dtype=values.dtype, device=values.device)
+    view = full[margin : margin + values.numel()]
     view.copy_(values)
-    return whole, view
+    return full, view
 
 
-def is_poison_untouched(whole: torch.Tensor, view: torch.Tensor) -> bool:
+def is_poison_untouched(full: torch.Tensor, view: torch.Tensor) -> bool:
     """Whether everything around the view still is NaN, and nothing in it."""
-    return bool(whole.isnan().sum() == whole.numel() - view.numel()) and not bool(view.isnan().any())
+    return bool(full.isnan().sum() == full.numel() - view.numel()) and not bool(view.isnan().any())

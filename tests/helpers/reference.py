@@ -314,7 +314,7 @@ def reference_train(
 ) -> ReferenceRun:
     """Trains a copy of `model`, in evaluation mode (no dropout), on `steps` of micro-batches joined over all ranks.
 
-    L = L_mlm + contrast_weight * L_con; `update`: theta <- theta + (1 - I) * Delta, where Delta is AdamW's whole step
+    L = L_mlm + contrast_weight * L_con; `update`: theta <- theta + (1 - I) * Delta, where Delta is AdamW's full step
     with decoupled decay (not for tensors of one dimension); `gradient`: g <- (1 - I) * g before clipping.
     Clipping as in DeepSpeed: g <- g * min(1, max_grad_norm / (|g| + 1e-6)); 0 does not clip.
     Importance None masks nothing and gates nothing; `contrast_weight` 0 leaves the contrast out. `scales` is 1 - I of

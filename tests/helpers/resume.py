@@ -31,7 +31,7 @@ Place = tuple[str, int, int]
 
 
 class BrokenOffError(DasError):
-    """Nothing is saved, closed or told to anybody."""
+    """Ends a run without saving, closing or reporting anything."""
 
 
 def resumable_run(
@@ -53,7 +53,7 @@ def resumable_run(
 
 
 def run_in_pieces(values: dict[str, Any], limit: int) -> tuple[Results, list[Place]]:
-    """Every start breaks off at its boundary number `limit` until one comes to the end; where each of them stood."""
+    """Interrupt every start at its boundary number `limit` until one completes; the places of the interruptions."""
     allow_fp16_on_cpu()
     ranks = init_process_group()
     config = RunConfig(**values)
@@ -101,18 +101,21 @@ def run_whole_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], glo
         Where each second run broke off, or the traceback of a pair that failed.
     """
     ranks = init_process_group()
-    return [_whole_and_broken(RunConfig(**whole), RunConfig(**broken), global_step, ranks) for whole, broken in pairs]
+    return [
+        _complete_and_broken(RunConfig(**complete), RunConfig(**broken), global_step, ranks)
+        for complete, broken in pairs
+    ]
 
 
-def _whole_and_broken(whole: RunConfig, broken: RunConfig, global_step: int, ranks: ProcessGroup) -> Place | str:
+def _complete_and_broken(complete: RunConfig, broken: RunConfig, global_step: int, ranks: ProcessGroup) -> Place | str:
     breaks: list[Place] = []
-    steps_per_domain = whole.train.steps_per_domain
+    steps_per_domain = complete.train.steps_per_domain
 
     def is_there(run: RunState) -> bool:
         return run.phase == "train" and run.domains_done * steps_per_domain + run.domain_step == global_step
 
     try:
-        train(whole, ranks)
+        train(complete, ranks)
         with suppress(BrokenOffError):
             _breaking_run(broken, ranks, is_there, breaks)
         train(broken, ranks)
@@ -122,7 +125,7 @@ def _whole_and_broken(whole: RunConfig, broken: RunConfig, global_step: int, ran
 
 
 def break_off(values: dict[str, Any], limit: int) -> Place | None:
-    """One start that breaks off at boundary number `limit`: where it stood; None where it came to the end before."""
+    """Interrupt one start at boundary number `limit`; its place there, None if it completed before."""
     allow_fp16_on_cpu()
     breaks: list[Place] = []
     with suppress(BrokenOffError):
@@ -131,7 +134,7 @@ def break_off(values: dict[str, Any], limit: int) -> Place | None:
 
 
 def continue_over_another_network(values: dict[str, Any], num_layers: int) -> str:
-    """A run that broke off is started again when the folder of its model holds one of other layers: what it says."""
+    """Restart an interrupted run after the folder of its model has another number of layers; the error message."""
     allow_fp16_on_cpu()
     ranks = init_process_group()
     source = Path(values["model"]["name_or_path"])
@@ -145,7 +148,7 @@ def continue_over_another_network(values: dict[str, Any], num_layers: int) -> st
         train(config, ranks)
     except DasError as error:
         return f"{type(error).__name__}: {error}"
-    return "went on"
+    return "continued"
 
 
 def assert_same_run(mine: Path, theirs: Path) -> None:
@@ -168,16 +171,16 @@ def assert_same_run(mine: Path, theirs: Path) -> None:
     assert lines[0] == lines[1]
 
 
-def check_a_run_in_pieces_is_the_whole_run(
+def check_a_run_in_pieces_equals_the_complete_run(
     stage: int, granularity: str, precision: str, optimizer: str, asynchronous: bool, folder: Path
 ) -> None:
     """On two ranks; each start breaks off at its fifth boundary."""
     changes = {"precision": precision, "optimizer": optimizer, "asynchronous": asynchronous}
     method = {"importance": {"num_samples": 24, "granularity": granularity}}
-    runs = [resumable_run(folder, name, stage=stage, method=method, **changes) for name in ("whole", "parts")]
+    runs = [resumable_run(folder, name, stage=stage, method=method, **changes) for name in ("complete", "parts")]
     run_ranks(run_all, 2, runs[:1])
     _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]
-    # How far a start comes beyond its newest checkpoint is chance where these are written beside it.
+    # How far a start comes beyond its newest checkpoint is chance where these are written in the background.
     met = {phase for phase, _, _ in breaks}
     assert met == {"evaluate", "before", "train", "after"} if not asynchronous else "train" in met
-    assert_same_run(folder / "parts", folder / "whole")
+    assert_same_run(folder / "parts", folder / "complete")

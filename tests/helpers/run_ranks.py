@@ -27,13 +27,13 @@ def process_context() -> Any:
 
     A server imports the slow libraries once, and ranks are forked from it in a fraction of a second. Where there is a
     GPU, DeepSpeed asks for it when it is imported, after which no forked process may use CUDA: there every rank is
-    started anew.
+    spawned.
     """
     if torch.cuda.device_count() > 0:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    # Python 3.11 does not tell the server where to import from, and what it cannot import it leaves out without a word:
+    # Python 3.11 does not tell the server where to import from, and it silently skips what it cannot import:
     # every rank would then do so by itself, for ten seconds.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
         forkserver.ensure_running()

@@ -1,4 +1,4 @@
-"""Whole runs of the product on real ranks, over text and a tokenizer made by the test."""
+"""Complete runs of the product on real ranks, over text and a tokenizer made by the test."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def metrics_lines(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def last_step(run_folder: Path) -> int:
-    """Step of the last whole line of metrics.jsonl, which a run may be writing; 0 where there is none."""
+    """Step of the last complete line of metrics.jsonl, which a run may be writing; 0 where there is none."""
     path = run_folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return next((json.loads(line)["global_step"] for line in reversed(lines) if line.endswith("\n")), 0)

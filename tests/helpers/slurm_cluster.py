@@ -104,7 +104,7 @@ class SlurmCluster:
         return self.fields(job)
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 240.0) -> None:
-        """Return as soon as a condition holds.
+        """Return as soon as a condition is true.
 
         Raises:
             RuntimeError: the time ran out; with the state of all jobs and what the controller last said.

@@ -1,4 +1,4 @@
-"""What an optimizer step costs the host, counted, and the norm that it clips by beside one in float64."""
+"""Host operations of an optimizer step, counted, and the norm that it clips by, compared with one in float64."""
 
 from __future__ import annotations
 

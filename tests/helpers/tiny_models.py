@@ -22,7 +22,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Six query heads of eight dimensions share two key/value heads; together they are wider than the hidden states.
 GROUPED = {**SIZES, **SPECIAL_TOKENS, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
-# Products of many experts at once ask for rows of whole 16 bytes, in bfloat16 too.
+# Products of many experts at once ask for rows of multiples of 16 bytes, in bfloat16 too.
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SIZES,

@@ -46,7 +46,7 @@ def grown_and_in_two_runs(folder: Path, stage: int, precision: str) -> list[dict
     return [both, first, {**second, "data": {**both["data"], "tokenizer": str(model)}}]
 
 
-def check_as_if_added_between_two_runs(folder: Path, whole: Results, alone: Results) -> None:
+def check_as_if_added_between_two_runs(folder: Path, complete: Results, alone: Results) -> None:
     """Weights, tokenizers and losses of a run in one piece against those of two runs."""
     for mine, theirs, num_tokens in (
         ("both/domains/00_food", "first/domains/00_food", 300),
@@ -60,4 +60,6 @@ def check_as_if_added_between_two_runs(folder: Path, whole: Results, alone: Resu
         loaded, tokenizer = (kind.from_pretrained(exported) for kind in (AutoModelForMaskedLM, AutoTokenizer))
         assert len(tokenizer) == loaded.config.vocab_size == num_tokens
     # Columns: papers before and after it was learned, in its own tokens.
-    assert [row[1] for row in whole.loss_matrix[1:]] == pytest.approx([row[0] for row in alone.loss_matrix], rel=1e-4)
+    assert [row[1] for row in complete.loss_matrix[1:]] == pytest.approx(
+        [row[0] for row in alone.loss_matrix], rel=1e-4
+    )

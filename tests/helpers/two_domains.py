@@ -1,4 +1,4 @@
-"""A method over two domains of given batches on real ranks, and the same in plain torch on one process.
+"""A method over two domains of given batches on real ranks, and in plain torch on one process.
 
 G sequences of a global batch, N of a domain.
 """
@@ -29,7 +29,7 @@ from helpers.training import LENGTH, Recorder, build, random_batch, rank_part
 NUM_STEPS = 3
 Weights = dict[str, Tensor]
 Steps = list[list[Batch]]
-Stretch = tuple[str, int, Tensor]
+ShardSlice = tuple[str, int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Learned:
 
     weights: list[Weights]
     lines: list[Metrics]
-    sharded: dict[str, list[Stretch]]
-    """This rank's stretches of what the method would save at the end."""
+    sharded: dict[str, list[ShardSlice]]
+    """This rank's shards of the tensors that the method would save at the end."""
 
 
 def make_domains() -> list[Steps]:

@@ -50,7 +50,7 @@ def exit_codes(folder: Path, what: str, bad_rank: int, world_size: int = 2) -> l
 
 
 def suspended_exit_codes(folder: Path) -> list[int | None]:
-    """Exit codes of two ranks that are suspended together for longer than the hang timeout, and then go on."""
+    """Exit codes of two ranks that are suspended together for longer than the hang timeout, and then continue."""
     processes = start_ranks(steps, 2, folder, "patience", 0)
     try:
         until(lambda: all((folder / f"started-{rank}").exists() for rank in range(2)), 60.0)
@@ -100,7 +100,7 @@ def steps(folder: Path, what: str, bad_rank: int) -> None:
 
 def misbehave(what: str, watchdog: Watchdog) -> None:
     """Sleep for ever, be stopped or killed, keep Python's lock, fail, be slow where that is due, or lose a thread."""
-    # The others know where this rank stands from what it says once in a while.
+    # The others know the location of this rank from its heartbeats, which are sent once in a while.
     time.sleep(1.5)
     if what in ("sleep", "direct"):
         sleep_for_ever()
@@ -127,7 +127,7 @@ def misbehave(what: str, watchdog: Watchdog) -> None:
 
 
 def break_down() -> None:
-    """An error that nobody foresaw, as that of Python 3.11 once was."""
+    """An unexpected error, like one that Python 3.11 once caused."""
     raise AttributeError("'tuple' object has no attribute 'f_code'")
 
 
@@ -158,7 +158,7 @@ def stressed_steps(folder: Path, seconds: float, suspects: bool) -> tuple[int, i
         return inspect_stacks(thread)
 
     watchdog_module.inspect_stacks = inspect
-    # Nobody walks the frames of another thread in Python.
+    # No Python code may walk the frames of another thread.
     sys._current_frames = break_down  # type: ignore[assignment]
     ranks = init_process_group()
     main = threading.get_ident()

@@ -20,7 +20,7 @@ from das_ds.errors import DataError
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import build, rank_part
 
-Stretch = tuple[str, int, torch.Tensor]
+ShardSlice = tuple[str, int, torch.Tensor]
 
 
 def shards_and_restore(configs: list[RunConfig], batch: Batch) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def _shards_and_restore(config: RunConfig, batch: Batch) -> dict[str, Any]:
     ranks = init_process_group()
     engine = build(config, ranks, **NO_DROPOUT).engine
     part = rank_part(batch, ranks.info.rank, ranks.info.world_size)
-    stretches: list[Stretch] = [
+    shards: list[ShardSlice] = [
         (shard.name, shard.param_start, shard.flat.detach().view(-1)[shard.span].clone())
         for shard in engine.weights.shards
     ]
@@ -51,7 +51,7 @@ def _shards_and_restore(config: RunConfig, batch: Batch) -> dict[str, Any]:
     after_output = _output(engine, part)
     engine.close()
     return {
-        "stretches": stretches,
+        "shards": shards,
         "weights": before,
         "moved": any(not torch.equal(before[n], moved[n]) for n in before) and not torch.equal(output, moved_output),
         "restored": all(torch.equal(before[n], after[n]) for n in before) and torch.equal(output, after_output),

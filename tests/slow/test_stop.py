@@ -49,13 +49,13 @@ def checkpoints(folder: Path) -> list[str]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `ncl` from beginning to end."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert exit_codes(start_training(run(folder, "whole"), folder, 2)) == [0, 0]
-    return folder / "whole"
+    assert exit_codes(start_training(run(folder, "complete"), folder, 2)) == [0, 0]
+    return folder / "complete"
 
 
 def test_stopped_run_exits_75_and_resumes_to_same_result(tmp_path: Path) -> None:
-    whole, stopped = (run(tmp_path, name, "das") for name in ("whole", "stopped"))
-    assert exit_codes(start_training(whole, tmp_path, 2)) == [0, 0]
+    complete, stopped = (run(tmp_path, name, "das") for name in ("complete", "stopped"))
+    assert exit_codes(start_training(complete, tmp_path, 2)) == [0, 0]
     folder = tmp_path / "stopped"
 
     processes = start_training(stopped, tmp_path, 2, take_half_a_second_per_step)
@@ -72,10 +72,10 @@ def test_stopped_run_exits_75_and_resumes_to_same_result(tmp_path: Path) -> None
     assert not (folder / "STOP").exists()
 
     assert exit_codes(start_training(stopped, tmp_path, 2)) == [0, 0]
-    assert_same_run(folder, tmp_path / "whole")
+    assert_same_run(folder, tmp_path / "complete")
     # Once more: there is nothing left to do, and nothing changes.
     assert exit_codes(start_training(stopped, tmp_path, 2)) == [0, 0]
-    assert_same_run(folder, tmp_path / "whole")
+    assert_same_run(folder, tmp_path / "complete")
 
 
 def test_save_file_saves_once_and_run_continues(tmp_path: Path) -> None:

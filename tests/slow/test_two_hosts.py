@@ -52,8 +52,8 @@ def test_a_pulled_cable_ends_both_sides_and_a_restart_is_the_undisturbed_run(hos
         ranks = _start(hosts, stack, config, tmp_path, "again", port=29501)
         codes = [rank.wait(BOUND_S) for rank in ranks]
     assert codes == [0, 0], (tmp_path / "again-0").read_text()[-3000:]
-    run_ranks(run_all, 2, [{**values, "output_dir": tmp_path / "whole"}])
-    assert_same_run(values["output_dir"], tmp_path / "whole")
+    run_ranks(run_all, 2, [{**values, "output_dir": tmp_path / "complete"}])
+    assert_same_run(values["output_dir"], tmp_path / "complete")
 
 
 def _start(

@@ -1,4 +1,4 @@
-"""Models born as ZeRO-3 shards are those of the plain construction, random or pre-trained, at any precision."""
+"""Sharded initialization at ZeRO 3 equals the plain construction, random or pre-trained, at any precision."""
 
 from __future__ import annotations
 

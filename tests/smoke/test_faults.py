@@ -1,4 +1,4 @@
-"""A loss that is not a number, on two ranks: the step is left out, or the run ends and can be started again."""
+"""A loss that is not a number, on two ranks: the step is skipped, or the run ends and can be restarted."""
 
 from __future__ import annotations
 

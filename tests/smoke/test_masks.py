@@ -1,4 +1,4 @@
-"""Forms of the mask on two ranks at ZeRO 3, against whole tensors."""
+"""Forms of the mask on two ranks at ZeRO 3, against full tensors."""
 
 from __future__ import annotations
 

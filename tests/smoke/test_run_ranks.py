@@ -1,4 +1,4 @@
-"""The harness of the tests of several ranks: how ranks start, and what is said of one that fails or hangs."""
+"""The harness of the tests of several ranks: how ranks start, and the report of one that fails or hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports of whole runs: what plain transformers makes of one, and where each domain begins."""
+"""Exports of complete runs: loaded by plain transformers, and the start of each domain."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def test_run_stopped_by_signal_resumes_to_same_result(tmp_path: Path) -> None:
     def values(name: str) -> dict[str, Any]:
         return {**base, "output_dir": tmp_path / name}
 
-    run_ranks(run_all, 2, [values("whole")])
+    run_ranks(run_all, 2, [values("complete")])
     folder = tmp_path / "stopped"
     processes = start_training(values("stopped"), tmp_path, 2, take_half_a_second_per_step)
     wait_until(lambda: last_step(folder) >= 3, "the third step")
@@ -33,4 +33,4 @@ def test_run_stopped_by_signal_resumes_to_same_result(tmp_path: Path) -> None:
     assert exit_codes(processes) == [EXIT_STOPPED, EXIT_STOPPED]
     assert 3 <= last_step(folder) < 20
     assert exit_codes(start_training(values("stopped"), tmp_path, 2)) == [0, 0]
-    assert_same_run(folder, tmp_path / "whole")
+    assert_same_run(folder, tmp_path / "complete")

@@ -41,19 +41,19 @@ def reference(model_type: str) -> dict[str, torch.Tensor]:
 
 
 def errors(found: list[Gradients], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Relative error of the gradient, put together from the shards of all ranks: as a whole and of the worst parameter.
+    """Relative error of the gradient, put together from the shards of all ranks: overall and of the worst parameter.
 
-    The softmax of attention does not see a key's bias, so that its gradient is rounding and nothing else: left out.
+    The softmax of attention does not see a key's bias, so that its gradient is only rounding: excluded.
     """
-    whole = {name: torch.zeros(value.numel(), dtype=torch.float64) for name, value in expected.items()}
+    full = {name: torch.zeros(value.numel(), dtype=torch.float64) for name, value in expected.items()}
     for shards in found:
         for name, offset, values in shards:
-            whole[name][offset : offset + values.numel()] = values.view(-1).double()
+            full[name][offset : offset + values.numel()] = values.view(-1).double()
     seen = {name: value.flatten() for name, value in expected.items() if not name.endswith("key.bias")}
-    of_all = torch.cat([whole[name] for name in seen]) - torch.cat(list(seen.values()))
+    of_all = torch.cat([full[name] for name in seen]) - torch.cat(list(seen.values()))
     return (
         float(of_all.norm() / torch.cat(list(seen.values())).norm()),
-        max(float((whole[name] - value).norm() / value.norm()) for name, value in seen.items()),
+        max(float((full[name] - value).norm() / value.norm()) for name, value in seen.items()),
     )
 
 
@@ -64,7 +64,7 @@ def errors(found: list[Gradients], expected: dict[str, torch.Tensor]) -> tuple[f
 def test_chunked_lm_loss_zero_gradients_equal_unchunked(
     stage: int, precision: str, allowed: float, tmp_path: Path
 ) -> None:
-    # Persistent vectors would stay whole and hide what is left gathered.
+    # Persistent vectors would stay complete and hide weights left gathered.
     zero = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
     train = {
         "micro_batch_size": 3,
@@ -85,8 +85,8 @@ def test_chunked_lm_loss_zero_gradients_equal_unchunked(
     ]
     results = run_ranks(gradients_in_engine, 2, config, forms)
     for index, (model_type, *_) in enumerate(forms):
-        as_a_whole, worst = errors([rank[index][0] for rank in results], reference(model_type))
-        assert as_a_whole <= allowed and worst <= 3.0 * allowed, (forms[index], as_a_whole, worst)
+        as_a_complete, worst = errors([rank[index][0] for rank in results], reference(model_type))
+        assert as_a_complete <= allowed and worst <= 3.0 * allowed, (forms[index], as_a_complete, worst)
     for rank in results:
         for form in (1, 2, 3):
             torch.testing.assert_close(rank[form][1], rank[0][1], rtol=10 * allowed, atol=10 * allowed)

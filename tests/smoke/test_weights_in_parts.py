@@ -16,7 +16,7 @@ from helpers.run_ranks import run_ranks
 pytestmark = pytest.mark.multirank
 
 
-def whole(folder: Path, **options: object) -> Tensors | str:
+def full(folder: Path, **options: object) -> Tensors | str:
     config = ModelConfig.model_validate({"name_or_path": str(folder), "attention": "eager", **options})
     try:
         model, _ = load_model(config, seed=7, vocab_size=100)
@@ -49,7 +49,7 @@ def check(expected: dict[str, Tensors | str], found: dict[str, Tensors | str]) -
 
 def test_stored_weights_zero3_equal_other_stages(tmp_path: Path) -> None:
     paths = folders(tmp_path, [*ACCEPTED, *REFUSED])
-    expected = {name: whole(path) for name, path in paths.items()}
+    expected = {name: full(path) for name, path in paths.items()}
     assert {name for name, found in expected.items() if isinstance(found, str)} == REFUSED.keys()
     for found in run_ranks(loaded_in_parts, 2, paths):
         check(expected, found)
@@ -57,8 +57,8 @@ def test_stored_weights_zero3_equal_other_stages(tmp_path: Path) -> None:
 
 def test_stored_weights_missing_head_is_random_by_seed_at_every_stage(tmp_path: Path) -> None:
     paths = folders(tmp_path, ["no head", "half a head", "no head of a decoder"])
-    expected = {name: whole(path, allow_missing=["lm_head"]) for name, path in paths.items()}
-    again = {name: whole(path, allow_missing=["lm_head"]) for name, path in paths.items()}
+    expected = {name: full(path, allow_missing=["lm_head"]) for name, path in paths.items()}
+    again = {name: full(path, allow_missing=["lm_head"]) for name, path in paths.items()}
     check(expected, again)
     for found in run_ranks(loaded_in_parts, 2, paths, ["lm_head"]):
         check(expected, found)

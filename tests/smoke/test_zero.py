@@ -41,7 +41,7 @@ def test_shards_cover_parameters_and_snapshot_restores(stage: int, tmp_path: Pat
             assert found["moved"] and found["restored"], (config.train.precision, rank)
             for name, weight in found["weights"].items():
                 assert torch.equal(weight, expected[name]), name
-            for name, offset, values in found["stretches"]:
+            for name, offset, values in found["shards"]:
                 assert torch.equal(
                     values.view(-1), found["weights"][name].view(-1)[offset : offset + len(values.view(-1))]
                 )

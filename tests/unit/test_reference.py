@@ -288,9 +288,9 @@ def test_accumulation_normalizes_by_all_predicted_tokens() -> None:
     joined["predicted"][9:] += parts[0]["input_ids"].numel()
     options: dict[str, Any] = {"learning_rates": [1e-3], "contrast_weight": 0.0, "dtype": torch.float64}
     split = ref.reference_train(model, [parts], None, **options)
-    whole = ref.reference_train(model, [[joined]], None, **options)
-    assert split.mlm_losses == pytest.approx(whole.mlm_losses, rel=1e-12)
-    assert split.grad_norms == pytest.approx(whole.grad_norms, rel=1e-9)
+    full = ref.reference_train(model, [[joined]], None, **options)
+    assert split.mlm_losses == pytest.approx(full.mlm_losses, rel=1e-12)
+    assert split.grad_norms == pytest.approx(full.grad_norms, rel=1e-9)
 
 
 def test_contrast_is_averaged_over_micro_batches_and_weighted() -> None:

@@ -45,9 +45,9 @@ def test_open_run_dir_after_failed_starts_replaces_config(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     (tmp_path / "wandb").mkdir()
     (tmp_path / "checkpoints" / ".partial-000000_acl_before_0").mkdir(parents=True)
-    mended = run_config(tmp_path, seed=1)
-    open_run_dir(mended)
-    assert load_config(tmp_path / "config.yaml") == mended
+    fixed = run_config(tmp_path, seed=1)
+    open_run_dir(fixed)
+    assert load_config(tmp_path / "config.yaml") == fixed
     assert load_config(tmp_path / "config.replaced.yaml") == first
     # They belong to the config that is gone.
     assert not (tmp_path / "wandb_run_id").exists() and not (tmp_path / "revisions.json").exists()

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and their checksums."""
+"""Atomic writes of files and folders, and their checksums."""
 
 from __future__ import annotations
 
@@ -93,6 +93,6 @@ def test_atomic_dir_files_have_umask_mode(umask: int, mode: int, tmp_path: Path)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
-    # The library alone leaves a file that nobody else may read.
+    # The library alone leaves a file that other users cannot read.
     assert modes.pop("by_library") == 0o600
     assert modes == {"file": mode, "weights": mode, CHECKSUM_FILE: mode}

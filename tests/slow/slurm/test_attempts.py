@@ -1,4 +1,4 @@
-"""What the batch files do at the end of an attempt, with a stand-in for Python that ends as a test wants."""
+"""The batch files at the end of an attempt, with a stand-in for Python that ends as a test wants."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_cancelled_element_is_not_requeued_while_another_runs(
     options = ("--nodes=1", "--array=0-1")
     id_ = submit(does, "--seeds", "0,1", file="sweep.sbatch", options=options)
     cluster.wait_until(lambda: all((tmp_path / f"started-{element}").exists() for element in (0, 1)), "both elements")
-    # The last one: its id is that of the whole array.
+    # The last one: its id is that of the entire array.
     cluster.call("scancel", f"{id_}_1")
     ended = cluster.wait(f"{id_}_1")
     (tmp_path / "started-end").touch()

@@ -76,7 +76,7 @@ def record(tier: Tier = CPU) -> TierResult:
 
 
 def new() -> Comparison:
-    """Seed 1 of naive training again and a seed of its own, and a method whose contrast tells it apart."""
+    """Seed 1 of naive training again and its own seed, and a method that differs in its contrast."""
     first = group(NAIVE, [(9.0, 9.0), (9.0, 9.0), (3.2, 1.2)], **{RATE: "4e-4", "method__contrastive__weight": "1"})
     first = first.model_copy(update={"runs": first.runs[1:]})
     return comparison(first, group("das", [(3.4, 0.3)], **{RATE: "4e-4", "method__contrastive__weight": "0"}))

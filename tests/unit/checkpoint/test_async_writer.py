@@ -1,4 +1,4 @@
-"""Writing beside training: the values of the moment, whatever happens to them afterwards, or an error."""
+"""Writing during training: the values at the start of the write, or an error."""
 
 from __future__ import annotations
 

@@ -128,10 +128,10 @@ def test_positions_restart_at_documents_and_blocks(tmp_path: Path, lengths: list
 
 def test_positions_of_splits_and_pickles(tmp_path: Path) -> None:
     blocks = token_blocks(tmp_path, LENGTHS["random"], 8)
-    whole = blocks.positions(range(len(blocks)))
+    full = blocks.positions(range(len(blocks)))
     first, last = blocks.split(3)
-    assert whole is not None
-    for part, expected in ((first, whole[:-3]), (last, whole[-3:])):
+    assert full is not None
+    for part, expected in ((first, full[:-3]), (last, full[-3:])):
         for copy in (part, pickle.loads(pickle.dumps(part))):
             found = copy.positions(range(len(copy)))
             assert found is not None and torch.equal(found, expected)

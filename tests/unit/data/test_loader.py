@@ -122,9 +122,9 @@ def test_training_steps_independent_of_ranks(blocks: TokenBlocks, world_size: in
     one = steps(blocks, micro_batch_size=4)
     ranks = [steps(blocks, rank=r, world_size=world_size, micro_batch_size=4 // world_size) for r in range(world_size)]
     for number, step in enumerate(one):
-        for losses, whole in enumerate(step):
+        for losses, full in enumerate(step):
             parts = joined([rank[number][losses] for rank in ranks])
-            for found, expected in zip(parts, joined([whole]), strict=True):
+            for found, expected in zip(parts, joined([full]), strict=True):
                 assert torch.equal(found, expected)
 
 
@@ -277,9 +277,9 @@ def test_training_steps_causal_independent_of_ranks(documents: TokenBlocks, worl
 
     ranks = [of(rank, world_size) for rank in range(world_size)]
     for number, step in enumerate(of(0, 1)):
-        for losses, whole in enumerate(step):
+        for losses, full in enumerate(step):
             parts = [rank[number][losses] for rank in ranks]
-            assert causal_predictions(parts) == causal_predictions([whole])
+            assert causal_predictions(parts) == causal_predictions([full])
 
 
 @pytest.mark.parametrize("first_step", [1, 4])

@@ -104,11 +104,11 @@ def test_mixed_domains_samples_equal_single_domains(samples: dict[str, SampleDat
 def test_mixed_domains_independent_of_ranks(
     samples: dict[str, SampleDataset], world_size: int, micro_batch_size: int
 ) -> None:
-    whole = [batch for (batch,) in load(samples)]
+    full = [batch for (batch,) in load(samples)]
     ranks = [
         load(samples, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
-    for step, expected in zip(zip(*ranks, strict=True), whole, strict=True):
+    for step, expected in zip(zip(*ranks, strict=True), full, strict=True):
         found = [row for losses in zip(*step, strict=True) for batch in losses for row in batch]
         # In the order of the global batch, not only as a set.
         assert found == expected

@@ -115,12 +115,12 @@ def load(
 def test_replay_independent_of_ranks(
     corpora: dict[str, TokenBlocks], world_size: int, micro_batch_size: int, num_replayed: int
 ) -> None:
-    whole = [rows_of(batch) for (batch,) in load(corpora, num_replayed=num_replayed, micro_batch_size=16)]
+    full = [rows_of(batch) for (batch,) in load(corpora, num_replayed=num_replayed, micro_batch_size=16)]
     ranks = [
         load(corpora, num_replayed=num_replayed, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    for step, expected in zip(zip(*ranks, strict=True), whole, strict=True):
+    for step, expected in zip(zip(*ranks, strict=True), full, strict=True):
         found = [rows_of(batch) for losses in zip(*step, strict=True) for batch in losses]
         # In the order of the global batch, not only as a set.
         assert [row for rows in found for row in rows] == expected
@@ -159,10 +159,10 @@ def test_replay_rows_use_their_collator(corpora: dict[str, TokenBlocks]) -> None
 
 @pytest.mark.parametrize(("first_step", "num_workers"), [(1, 0), (4, 0), (6, 0), (0, 2), (3, 2)])
 def test_replay_resumed_with_workers(corpora: dict[str, TokenBlocks], first_step: int, num_workers: int) -> None:
-    whole = load(corpora, num_replayed=3)
+    full = load(corpora, num_replayed=3)
     found = load(corpora, num_replayed=3, first_step=first_step, num_workers=num_workers)
     assert len(found) == NUM_STEPS - first_step
-    for left, right in zip(found, whole[first_step:], strict=True):
+    for left, right in zip(found, full[first_step:], strict=True):
         assert [rows_of(batch) for batch in left] == [rows_of(batch) for batch in right]
 
 

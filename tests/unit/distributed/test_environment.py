@@ -1,4 +1,4 @@
-"""Environment variables of launchers: what is refused before a library stumbles over it."""
+"""Environment variables of launchers: invalid values are refused before a library fails on them."""
 
 import pytest
 

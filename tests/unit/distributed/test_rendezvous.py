@@ -1,4 +1,4 @@
-"""The meeting of ranks: who is here is said while the others are waited for."""
+"""Rendezvous of ranks: those present are reported while the others are awaited."""
 
 from __future__ import annotations
 

@@ -117,12 +117,12 @@ def read_pairs(folder: Path) -> EndTask:
 def test_encode_examples_truncates_longer_of_pair(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     task = read_pairs(tmp_path)
-    whole = encode_examples(task.dev, tokenizer, 64)
+    full = encode_examples(task.dev, tokenizer, 64)
     cut = encode_examples(task.dev, tokenizer, 12)
     assert task.dev.pairs is not None
-    text = tokenizer.decode(whole.rows[0]["input_ids"])
+    text = tokenizer.decode(full.rows[0]["input_ids"])
     assert text.find(task.dev.pairs[0]) < text.find(task.dev.texts[0])
-    assert whole.num_truncated == 0 and cut.num_truncated == len(task.dev.texts)
+    assert full.num_truncated == 0 and cut.num_truncated == len(task.dev.texts)
     assert max(len(row["input_ids"]) for row in cut.rows) == 12
     assert task.dev.pairs[0] in tokenizer.decode(cut.rows[0]["input_ids"])
 

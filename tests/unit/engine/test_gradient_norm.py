@@ -1,4 +1,4 @@
-"""The norm of many gradients together, beside one in float64."""
+"""The norm of many gradients together, compared with one in float64."""
 
 from __future__ import annotations
 

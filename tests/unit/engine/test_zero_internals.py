@@ -1,4 +1,4 @@
-"""DeepSpeed's internals are known to `engine/zero.py` alone."""
+"""DeepSpeed's internals are used in `engine/zero.py` only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is to blame, from heartbeats made by hand."""
+"""Stalled ranks, from heartbeats made by hand."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def status(rank: int, age_s: float = 0.0, **changes: Any) -> PeerStatus:
         ([status(0, progress=(1, 1), in_collective=False), status(1, 11.0)], [1]),
         # One that is late by what a busy machine costs is not silent.
         ([status(0, in_collective=False), status(1, 9.0)], [0]),
-        # One that stands still outside a collective, though it is ahead.
+        # One that is idle outside a collective, though it is ahead.
         ([status(0, progress=(1, 1)), status(1, in_collective=False), status(2)], [1]),
         ([status(0, progress=(1, 1)), status(1, in_collective=None), status(2)], [1]),
         # Of several outside, those that are least far.
         ([status(0, in_collective=False), status(1, in_collective=False, progress=(7, 1))], [1]),
         ([status(rank, in_collective=False) for rank in range(2)], [0, 1]),
-        # One that works outside holds nobody up.
+        # One that works outside does not stall the others.
         ([status(0, in_collective=False, idle_s=0.1), status(1, in_collective=False)], [1]),
         ([status(0, in_collective=False, timeout_suspended=True), status(1, in_collective=False)], [1]),
         # All inside one.
@@ -96,7 +96,7 @@ def test_diagnose_silent_rank_is_named_despite_suspended_timeout() -> None:
     "own",
     [
         beat(1, idle_s=0.0, in_collective=None),
-        # It waits, but not yet for the whole time-out.
+        # It waits, but not yet for the full timeout.
         beat(1, idle_s=TIMEOUT - 1),
         # It works, as on an export.
         beat(1, timeout_suspended=True, in_collective=None),

@@ -91,7 +91,7 @@ def test_shutdown_handler_save_file_requests_one_save(tmp_path: Path) -> None:
         file.touch()
         os.utime(file, (second, second))
         assert handler.poll(files=True).save
-        # Written anew while the checkpoint was saved.
+        # Written again while the checkpoint was saved.
         os.utime(file, (second + 10, second + 10))
         handler.remove_save_file()
         assert file.exists() and handler.poll(files=True).save

@@ -1,4 +1,4 @@
-"""Where threads stand, from what `faulthandler` writes."""
+"""Locations of threads, from the output of `faulthandler`."""
 
 from __future__ import annotations
 

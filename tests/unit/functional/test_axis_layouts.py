@@ -1,4 +1,4 @@
-"""Spreads against loops over the parts that a parameter is made of."""
+"""Axis layouts against loops over the parts of a parameter."""
 
 from __future__ import annotations
 

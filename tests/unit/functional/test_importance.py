@@ -1,4 +1,4 @@
-"""EMax does not care for order or repetition."""
+"""The elementwise maximum does not depend on order or repetition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one gradient contributes, on numbers done by hand, and sensitivity as the gradient of a gate."""
+"""The score of one gradient, on numbers computed by hand, and `grad_x_weight` as the gradient of a gate."""
 
 from __future__ import annotations
 

@@ -30,12 +30,12 @@ def test_segments_of_any_range_equal_slice_of_full_mask(axes: str) -> None:
     chosen = where if axes == "both" else {axes: where[axes]}
     rows = values[:ROWS] if "rows" in chosen else torch.zeros(ROWS)
     columns = values[ROWS:] if "columns" in chosen else torch.zeros(COLUMNS)
-    whole = torch.tensor([[max(r, c) for c in columns.tolist()] for r in rows.tolist()]).flatten()
+    full = torch.tensor([[max(r, c) for c in columns.tolist()] for r in rows.tolist()]).flatten()
     for offset in range(ROWS * COLUMNS):
         for numel in range(1, ROWS * COLUMNS - offset + 1):
             segment = Segment(2, numel, offset, COLUMNS, **chosen)
             found = dense_importance(SegmentTable(numel + 5, fill_gaps([segment], numel + 5), values))
-            assert torch.equal(found[2 : 2 + numel], whole[offset : offset + numel])
+            assert torch.equal(found[2 : 2 + numel], full[offset : offset + numel])
             assert not found[:2].any() and not found[2 + numel :].any()
 
 
@@ -136,12 +136,12 @@ def test_mask_table_equals_loop_over_weights(model_type: str, include_consumers:
         by_hand = [
             importance_by_hand(model_type, name, tuple(p), importance, include_consumers) for p in places.tolist()
         ]
-        whole = torch.tensor([0.25 if value is None else value for value in by_hand])
-        numel = len(whole)
+        full = torch.tensor([0.25 if value is None else value for value in by_hand])
+        numel = len(full)
         for offset, length in [(0, numel), (1, numel - 2), (numel // 3, numel // 2), (numel // 2 + 1, 5)]:
             segments = table.segments(name, start=3, offset=offset, numel=length)
             found = dense_importance(SegmentTable(length + 4, fill_gaps(segments, length + 4), table.values))
-            assert torch.equal(found[3 : 3 + length], whole[offset : offset + length]), name
+            assert torch.equal(found[3 : 3 + length], full[offset : offset + length]), name
             assert not found[:3].any() and not found[3 + length :].any()
 
 

@@ -44,7 +44,7 @@ def brute_force(
 
 
 @pytest.mark.parametrize("kind", ["mean", "last"])
-@pytest.mark.parametrize("positions", [None, POSITIONS], ids=["whole", "packed"])
+@pytest.mark.parametrize("positions", [None, POSITIONS], ids=["full", "packed"])
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["full", "padded"])
 def test_pooling_equals_loop(kind: Pooling, positions: torch.Tensor | None, padding: torch.Tensor | None) -> None:
     hidden = torch.randn(4, 6, 5)

@@ -57,7 +57,7 @@ def test_masked_adamw_equals_float64(form: str, kind: str, scaled: bool, device:
         message = f"{kind}, {numel} elements, seed {seed}"
         for index in (0, 2, 3):
             torch.testing.assert_close(views[index].double().cpu(), expected[index], rtol=1e-5, atol=1e-6, msg=message)
-        assert all(is_poison_untouched(whole, view) for whole, view in poisoned), message
+        assert all(is_poison_untouched(full, view) for full, view in poisoned), message
         assert torch.equal(views[0].cpu()[importance == 1], start[0][importance == 1]), message
 
 

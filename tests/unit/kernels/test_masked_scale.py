@@ -48,7 +48,7 @@ def test_masked_scale_equals_float64(form: str, kind: str, dtype: torch.dtype, d
     start = [torch.randn(numel, generator=generator).to(dtype) for numel in SIZES]
     poisoned = [inside_poison(values.to(device)) for values in start]
     FORMS[form]([view for _, view in poisoned], protections)
-    for before, (whole, view), protection in zip(start, poisoned, protections, strict=True):
+    for before, (full, view), protection in zip(start, poisoned, protections, strict=True):
         share = 1 - protection.to_dense().double().cpu()
         message = f"{kind}, {dtype}, {protection.numel} elements, seed {seed}"
         found = view.double().cpu()
@@ -56,7 +56,7 @@ def test_masked_scale_equals_float64(form: str, kind: str, dtype: torch.dtype, d
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=1e-6, msg=message)
         assert torch.equal(found[share == 1], before.double()[share == 1]), message
         assert not found[share == 0].any(), message
-        assert is_poison_untouched(whole, view), message
+        assert is_poison_untouched(full, view), message
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The C++ kernels: compiled or explained, and the same on any number of threads."""
+"""The C++ kernels: compiled, or the reason logged; equal on any number of threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.protections import new_seed, random_protection
 
 
 @pytest.fixture
-def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache and no decision yet."""
     monkeypatch.setenv("DAS_DS_CACHE", str(tmp_path))
     native.library.cache_clear()
@@ -24,16 +24,16 @@ def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     native.library.cache_clear()
 
 
-def test_library_compiles_once_without_leftovers(anew: Path) -> None:
+def test_library_compiles_once_without_leftovers(cache: Path) -> None:
     assert native.use_native(torch.zeros(1)) and not native.use_native(torch.zeros(1, device="meta"))
-    (built,) = (anew / "kernels").iterdir()
+    (built,) = (cache / "kernels").iterdir()
     when = built.stat().st_mtime_ns
     native.library.cache_clear()
     assert native.library() is not None and built.stat().st_mtime_ns == when
 
 
 def test_library_without_compiler_falls_back_to_torch(
-    anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.INFO):
@@ -50,15 +50,15 @@ def test_library_without_compiler_falls_back_to_torch(
 
 
 def test_library_compiler_failure_is_logged(
-    anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = anew / "c++"
+    broken = cache / "c++"
     broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho out of order >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     assert native.library() is None
     assert "could not compile or load" in caplog.text and "out of order" in caplog.text
-    assert not list((anew / "kernels").iterdir())
+    assert not list((cache / "kernels").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["units", "uint8"])

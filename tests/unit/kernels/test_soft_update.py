@@ -42,7 +42,7 @@ def test_soft_update_equals_float64(form: str, kind: str, device: str, monkeypat
     starts = [tile.start for tile in protection.cpu_tiles]
     for start, stop in ((0, NUMEL), (0, starts[1]), (starts[2], starts[4]), (starts[-1], NUMEL)):
         new, old = (torch.randn(stop - start, generator=generator) for _ in range(2))
-        whole, param = inside_poison(new.to(device))
+        full, param = inside_poison(new.to(device))
         FORMS[form](param, old.to(device), protection, start)
         expected = new.double()
         part = importance[start:stop]
@@ -51,7 +51,7 @@ def test_soft_update_equals_float64(form: str, kind: str, device: str, monkeypat
         torch.testing.assert_close(param.double().cpu(), expected, rtol=1e-5, atol=1e-6, msg=message)
         assert torch.equal(param.cpu()[part == 1], old[part == 1]), message
         assert torch.equal(param.cpu()[part == 0], new[part == 0]), message
-        assert is_poison_untouched(whole, param), message
+        assert is_poison_untouched(full, param), message
 
 
 def test_soft_update_wrong_tensors_and_chunks_raise() -> None:

@@ -61,7 +61,7 @@ def test_measure_gate_sums_equal_float64(
     x, dy = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
     weights = (torch.rand(sequences, generator=generator) < 0.7).float()
     before = torch.rand(sequences, units, generator=generator)
-    whole, flat = inside_poison(before.flatten().to(device))
+    full, flat = inside_poison(before.flatten().to(device))
     accumulate_(x.to(device), dy.to(device), flat.view(sequences, units), weights.to(device), num_views)
     products = (x.double() * dy.double()).view(num_views, sequences, positions, units, features).sum(dim=(0, 2, 4))
     expected = before.double() + weights.double()[:, None] * products.abs()
@@ -69,7 +69,7 @@ def test_measure_gate_sums_equal_float64(
     found = flat.view(sequences, units).double().cpu()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, msg=f"seed {seed}")
     assert torch.equal(found[weights == 0], before.double()[weights == 0])
-    assert is_poison_untouched(whole, flat)
+    assert is_poison_untouched(full, flat)
 
 
 def test_unit_gate_gradients_equal_autograd() -> None:

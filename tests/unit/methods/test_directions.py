@@ -1,4 +1,4 @@
-"""What directions are measured on, kept in, and refused for."""
+"""Directions: the inputs measured, the state kept, and the networks refused."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "rob
 
 def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    whole = random_batch(4, 1)
+    full = random_batch(4, 1)
     first = random_batch(4, 1)
     first.row_weights[2:] = 0.0
     is_first = first.predicted < 2 * first.input_ids.shape[1]
     first = type(first)(
         first.input_ids, first.corrupted_ids, first.predicted[is_first], first.targets[is_first], first.row_weights
     )
-    alone = type(whole)(
+    alone = type(full)(
         *(v[:2] for v in (first.input_ids, first.corrupted_ids)), first.predicted, first.targets, torch.ones(2)
     )
     filled = input_second_moments(run, ResumableLoop([first]))
@@ -62,8 +62,7 @@ def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
     for name, moment in filled.items():
         torch.testing.assert_close(moment, expected[name])
     assert any(
-        not torch.allclose(filled[n], m, rtol=1e-3)
-        for n, m in input_second_moments(run, ResumableLoop([whole])).items()
+        not torch.allclose(filled[n], m, rtol=1e-3) for n, m in input_second_moments(run, ResumableLoop([full])).items()
     )
 
 

@@ -1,4 +1,4 @@
-"""The share of the earlier model, against the mean of all models written out."""
+"""The weight of the earlier model, against the mean of all models written out."""
 
 from __future__ import annotations
 

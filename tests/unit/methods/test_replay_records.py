@@ -1,4 +1,4 @@
-"""Replay records: packing keeps bits, and hidden states that are not finite are left out."""
+"""Replay records: packing keeps bits, and hidden states that are not finite are skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is masked where the config does not say, and groups that a model lacks."""
+"""Default groups to mask, and groups that a model lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers.training import run_config
 
 
 def run_of(method: dict[str, Any], folder: Path) -> Any:
-    """As much of a run as is read before training, over a model whose table has no heads."""
+    """The part of a run that is read before training, over a model whose table has no heads."""
     layout = spec_for("roberta").layout(tiny_model())
     units = {group: size for group, size in layout.num_units.items() if group != "head"}
     return SimpleNamespace(config=run_config(folder, method=method), layout=replace(layout, num_units=units))

@@ -69,13 +69,13 @@ def tokens() -> torch.Tensor:
 def test_adapt_layout_closed_unit_has_no_gradient(model_type: str, group: str, tmp_path: Path) -> None:
     """With the gate of a unit at zero, exactly the entries that it owns or that read it have no gradient."""
     model, spec = network(model_type)
-    whole = spec.layout(model)
+    full = spec.layout(model)
     lora, _ = adapted(model, spec, LoraConfig(rank=RANK), tmp_path)
-    layout = lora.layout(whole)
+    layout = lora.layout(full)
     gates = UnitGates(model, spec)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert layout.sizes == {name: p.numel() for name, p in parameters.items()}
-    assert len(layout.ownerships) == sum(item.parameter.endswith("weight") for item in whole.ownerships)
+    assert len(layout.ownerships) == sum(item.parameter.endswith("weight") for item in full.ownerships)
     layer = 1
     unit = 2
     ids = tokens()

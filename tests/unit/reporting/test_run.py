@@ -18,7 +18,7 @@ from das_ds.tracking.tracker import Tracker
 from helpers.run_folders import write_run, write_task, write_unit_importance
 
 DAS = {"method": {"name": "das"}}
-WHOLE, ACL, PUBMED = (f"{place}importance.safetensors" for place in ("", "domains/00_acl/", "domains/01_pubmed/"))
+OVERALL, ACL, PUBMED = (f"{place}importance.safetensors" for place in ("", "domains/00_acl/", "domains/01_pubmed/"))
 
 
 def compare(*arguments: object, baseline: str | None = None) -> Comparison:
@@ -27,7 +27,7 @@ def compare(*arguments: object, baseline: str | None = None) -> Comparison:
 
 def test_compare_runs_has_all_values_of_a_run(tmp_path: Path) -> None:
     das = write_run(tmp_path / "das" / "seed0", shift=0.5, **DAS)
-    write_unit_importance(das, {WHOLE: 0.8, ACL: 0.8, PUBMED: 0.8})
+    write_unit_importance(das, {OVERALL: 0.8, ACL: 0.8, PUBMED: 0.8})
     pool = write_run(tmp_path / "pool", method={"name": "pool"})
     found = compare(write_run(tmp_path / "ncl"), write_run(tmp_path / "ncl1", seed=1), das, pool, baseline="das")
     assert found.domains == ["acl", "pubmed"] and found.reference == "das" and found.notes == []
@@ -74,7 +74,7 @@ def test_compare_runs_omissions_are_noted(tmp_path: Path) -> None:
         "a/silent has no metrics.jsonl: its speed and memory are omitted.",
     ]
     with_files, without = (write_run(tmp_path / "das" / str(seed), seed=seed, **DAS) for seed in (0, 1))
-    write_unit_importance(with_files, {WHOLE: 0.8, ACL: 0.8})
+    write_unit_importance(with_files, {OVERALL: 0.8, ACL: 0.8})
     assert compare(with_files, without).notes == [
         "das/1 has no importance files, unlike other runs of its group: it is omitted from means of importance."
     ]
@@ -108,9 +108,9 @@ def test_compare_runs_incomparable_runs_are_rejected(tmp_path: Path) -> None:
         RunFolderError, match=r"pool: found other stages than in .*ncl, so group 'one' cannot be averaged"
     ):
         compare(f"one={ncl}", f"one={pool}")
-    write_unit_importance(das, {WHOLE: 0.5, ACL: 0.5})
+    write_unit_importance(das, {OVERALL: 0.5, ACL: 0.5})
     again = write_run(tmp_path / "again", **DAS, seed=2)
-    write_unit_importance(again, {WHOLE: 0.5, ACL: 0.5, PUBMED: 0.5})
+    write_unit_importance(again, {OVERALL: 0.5, ACL: 0.5, PUBMED: 0.5})
     with pytest.raises(
         RunFolderError, match=r"again: found other importance than in .*das, .* give one of them another"
     ):

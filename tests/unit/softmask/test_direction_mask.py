@@ -53,7 +53,7 @@ def check(cuts: list[int]) -> None:
     other, other_step = (torch.randn(4, NARROW, generator=generator) for _ in range(2))
     masks = {
         "cut": torch.randn(WIDTH, WIDTH, generator=generator),
-        "whole": torch.randn(NARROW, NARROW, generator=generator),
+        "full": torch.randn(NARROW, NARROW, generator=generator),
     }
     # In one flat tensor: a gap, the shards in reverse order with gaps, the other parameter, one that is not masked.
     pieces = [torch.zeros(2)]
@@ -64,25 +64,25 @@ def check(cuts: list[int]) -> None:
         shards.append(Shard("cut", flat, places, first, last - first))
         pieces += [before.flatten()[first:last], torch.zeros(1)]
         places += last - first + 1
-    shards.append(Shard("whole", flat, places, 0, 4 * NARROW))
+    shards.append(Shard("full", flat, places, 0, 4 * NARROW))
     pieces.append(other.flatten())
     shards.append(Shard("free", flat, places + 4 * NARROW, 0, 3))
     pieces.append(torch.zeros(flat.numel() - places - 4 * NARROW))
     flat.data.copy_(torch.cat(pieces))
 
-    mask = build_masks(shards, {"cut": flat, "whole": flat}, masks)[flat]
+    mask = build_masks(shards, {"cut": flat, "full": flat}, masks)[flat]
     assert list(mask.chunks()) == [slice(0, flat.numel())]
     old = flat.data.clone()
     for shard in shards:
-        moved = {"cut": step.flatten(), "whole": other_step.flatten(), "free": torch.ones(3)}[shard.name]
+        moved = {"cut": step.flatten(), "full": other_step.flatten(), "free": torch.ones(3)}[shard.name]
         flat.data[shard.span] += moved[shard.param_span]
     mask.blend_(flat.data, old, slice(0, flat.numel()))
 
-    found = {"cut": torch.zeros(ROWS * WIDTH), "whole": torch.zeros(4 * NARROW), "free": torch.zeros(3)}
+    found = {"cut": torch.zeros(ROWS * WIDTH), "full": torch.zeros(4 * NARROW), "free": torch.zeros(3)}
     for shard in shards:
         found[shard.name][shard.param_span] = flat.data[shard.flat_start :][: shard.numel]
     torch.testing.assert_close(found["cut"].view(ROWS, WIDTH), before + step @ masks["cut"])
-    torch.testing.assert_close(found["whole"].view(4, NARROW), other + other_step @ masks["whole"])
+    torch.testing.assert_close(found["full"].view(4, NARROW), other + other_step @ masks["full"])
     torch.testing.assert_close(found["free"], torch.ones(3))
 
 

@@ -1,4 +1,4 @@
-"""Importance files: written whole, read back exactly, refused to another model."""
+"""Importance files: written atomically, read back exactly, refused to another model."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def test_parameter_importance_round_trip_in_slices(tmp_path: Path) -> None:
         name: torch.randint(0, 256, (weight.numel(),), dtype=torch.uint8) for name, weight in model.named_parameters()
     }
     save_parameter_importance(tmp_path / "importance.safetensors", importance, layout)
-    with load_parameter_importance(tmp_path / "importance.safetensors", layout) as stretch:
+    with load_parameter_importance(tmp_path / "importance.safetensors", layout) as read:
         for name, values in importance.items():
-            assert torch.equal(stretch(name, 0, values.numel()), values)
-            assert torch.equal(stretch(name, 3, 5), values[3:8])
+            assert torch.equal(read(name, 0, values.numel()), values)
+            assert torch.equal(read(name, 3, 5), values[3:8])
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -203,7 +203,7 @@ def test_link_importance_links_or_copies(tmp_path: Path, monkeypatch: pytest.Mon
         link_importance(first, second)
         assert second.samefile(first)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [second.name]
-    # A file that is written anew leaves the other name's alone.
+    # Rewriting a file does not change the one of the other name.
     content = first.read_bytes()
     save_any("unit", second, tokens=("<s>",))
     assert first.read_bytes() == content != second.read_bytes()

@@ -1,4 +1,4 @@
-"""Thresholds of ranks against a sort, on one rank; `multirank/test_masks.py` has whole forms on several."""
+"""Thresholds of ranks against a sort, on one rank; `tests/smoke/test_masks.py` has complete forms on several."""
 
 from __future__ import annotations
 

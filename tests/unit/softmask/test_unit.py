@@ -1,4 +1,4 @@
-"""Importance of units: what the config asks for is what is measured and normalized."""
+"""Importance of units: measured and normalized as the config says."""
 
 from __future__ import annotations
 

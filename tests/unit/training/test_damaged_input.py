@@ -1,4 +1,4 @@
-"""Files that users may well have, and what libraries make of them: always one line, in preflight and in training."""
+"""Damaged files, and the errors libraries raise on them: always one line, in preflight and in training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = RankInfo(0, 0, 1, torch.device("cpu"))
 
 
 def saved_model(folder: Path) -> Path:
-    """A whole model folder with its tokenizer."""
+    """A complete model folder with its tokenizer."""
     values = small_run(folder)
     model, _ = load_model(RunConfig(**values).model, seed=0, vocab_size=300)
     path = folder / "model"

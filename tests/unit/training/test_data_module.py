@@ -1,4 +1,4 @@
-"""The text of a causal run, from config to batches, against the same by hand."""
+"""The text of a causal run, from config to batches, compared with batches made by hand."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -83,6 +83,6 @@ def test_importance_steps_have_gradient_batch_size(
         steps = prepare_data(config, RankInfo(rank, rank, world_size, INFO.device), "clm").importance_steps("soup")
         assert all([len(batch.input_ids) for batch in step] == rows for step in steps)
         measured += [batch.input_ids[batch.row_weights > 0] for step in steps for batch in step]
-    whole = prepare_data(config, INFO, "clm").importance_batches("soup")
-    expected = torch.cat([batch.input_ids[batch.row_weights > 0] for batch in whole])
+    full = prepare_data(config, INFO, "clm").importance_batches("soup")
+    expected = torch.cat([batch.input_ids[batch.row_weights > 0] for batch in full])
     assert sorted(torch.cat(measured).tolist()) == sorted(expected.tolist())

@@ -1,4 +1,4 @@
-"""Held-out loss of nothing is no loss."""
+"""A held-out text without predicted tokens is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `evaluate` refuses to compare."""
+"""Comparisons that `evaluate` refuses."""
 
 from __future__ import annotations
 

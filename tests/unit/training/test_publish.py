@@ -1,4 +1,4 @@
-"""What is told of a run after an evaluation, for domains in order and for all at once."""
+"""Results published after an evaluation, for domains in order and for all at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run replays, from config to batches, also where domains add tokens."""
+"""Replayed text of a run, from config to batches, also where domains add tokens."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one start at a time, and none that was killed locks anybody out."""
+"""The lock of a run folder: one start at a time, and a killed one leaves no lock."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ KEY_BIASES = ("key.bias", "k_lin.bias", "k_proj.bias", "pos_key_proj.bias", "c_a
 EMBEDDINGS = ("embeddings", "embed_tokens", "embed_in", "wte", "wpe", "embed_positions")
 
 
-# With other seeds a ReLU of OPT is dead on the whole batch.
+# With other seeds a ReLU of OPT is dead on the complete batch.
 SEEDS = {"opt": 1}
 
 
