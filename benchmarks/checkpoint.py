@@ -164,7 +164,7 @@ def deepspeed_row(run: Checkpointed, folder: Path) -> dict[str, Any]:
 
 
 def torch_row(run: Checkpointed, folder: Path) -> dict[str, Any]:
-    """The same tensors in one pickle per rank."""
+    """The tensors in one pickle per rank."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{run.ranks.info.rank}.pt"
     tensors = mutable_tensors(run.state_dicts(), run.engine.weights.checkpoint_shards())

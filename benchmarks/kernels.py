@@ -166,7 +166,7 @@ class Problem:
         }
 
     def _gate_forms(self) -> dict[str, tuple[int, Form]]:
-        """Gates on heads of 64 features, of all rows; and the same in eager torch."""
+        """Gates on heads of 64 features, of all rows; and their forms in eager torch."""
         num_rows = max(1, self.numel // (POSITIONS * HIDDEN))
         num_heads = HIDDEN // 64
         size = num_rows * POSITIONS * HIDDEN

@@ -33,14 +33,14 @@ STAGES = (2, 3)
 WARM_UP = 1
 
 
-def method_of(mask: str, folder: Path) -> dict[str, Any]:
+def method_config(mask: str, folder: Path) -> dict[str, Any]:
     """The method section of one form."""
     importance = {"init_from": str(folder / f"{mask}.safetensors")}
     return {"name": "das", "importance": {**importance, "granularity": PARAMETER if mask == PARAMETER else UNIT}}
 
 
 def write_importance_files(work: Workload, folder: Path) -> None:
-    """Random importance of units and of weights, where `method_of` looks for it."""
+    """Random importance of units and of weights, where `method_config` looks for it."""
     # Sizes are all that is wanted of this model.
     with torch.device("meta"):
         model = build_model(build_config(work, {"name": "ncl"}))
@@ -62,7 +62,7 @@ def train(work: Workload, mask: str, folder: Path, repeats: int) -> dict[str, fl
     if mask == UNMASKED:
         DAS.protect = lambda self: None  # type: ignore[method-assign]
     rank_work = Workload(**{**vars(work), "batch_size": work.batch_size // ranks.info.world_size})
-    config = build_config(work, method_of(mask, folder))
+    config = build_config(work, method_config(mask, folder))
     micro = {"micro_batch_size": rank_work.batch_size}
     config = config.model_copy(update={"train": config.train.model_copy(update=micro)})
     step = ProductForm(config, ranks, build_batch(rank_work).to(ranks.info.device))

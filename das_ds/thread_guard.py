@@ -29,7 +29,7 @@ class ThreadGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        # SystemExit too: in a thread it would silently end that thread alone.
+        # SystemExit too: in a thread it would silently end only that thread.
         self.has_failed = error is not None
         if error is not None and not self._was_logged:
             self._was_logged = True

@@ -29,7 +29,7 @@ class CheckpointStore:
 
     Args:
         folder: for all checkpoints of the run.
-        keep: newest checkpoints to keep, besides the one at the end of every domain.
+        keep: newest checkpoints to keep, in addition to the one at the end of every domain.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:

@@ -22,7 +22,7 @@ class UnitCountsConfig(Section):
     head: str | None = None
     """Attention heads: an attribute of the model config, a product `a*b`, or alternatives `a|b` (the first it has)."""
     intermediate: str | None = None
-    """Neurons of the MLP, written like heads; numbers may stand in a product, as in `4*hidden_size`."""
+    """Neurons of the MLP, written like heads; numbers may occur in a product, as in `4*hidden_size`."""
     output: str | None = None
     """Outputs of the MLP's second map, written like heads."""
 

@@ -49,7 +49,7 @@ MUTABLE_KEYS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key may stand once only and 1e-4 is a number, as in YAML 1.2."""
+    """Safe YAML in which a key may occur only once and 1e-4 is a number, as in YAML 1.2."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -172,7 +172,7 @@ def method_defaults(name: str) -> dict[str, Any]:
 def describe_config() -> str:
     """Every key that all runs have, with its allowed values, default and meaning, as the text of `--help`."""
     intro = (
-        "Keys of the run config; in a list of domains, 0 stands for the position. The other keys of `method` depend on "
+        "Keys of the run config; in a list of domains, 0 is the position. The other keys of `method` depend on "
         "its name:\n`das-ds methods` lists the methods, `das-ds methods NAME` the keys of one."
     )
     return _table(intro, list(config_keys().values()))

@@ -102,8 +102,8 @@ class MethodRegistry(Protocol):
 def load_methods() -> MethodRegistry:
     """The package of methods, loaded at its first use.
 
-    This is a plug-in lookup, by name: methods stand above the config and build on it, and yet each declares the keys of
-    its own section. The package imports torch, but neither DeepSpeed nor transformers.
+    This is a plug-in lookup, by name: methods are a layer above the config and build on it, and yet each declares the
+    keys of its own section. The package imports torch, but neither DeepSpeed nor transformers.
     """
     registry: Any = importlib.import_module("das_ds.methods")
     return registry
@@ -115,7 +115,7 @@ def method_configs() -> dict[str, type[MethodConfig]]:
 
 
 def parse_method(value: Any) -> MethodConfig:
-    """The section `method` from its values, or from a name alone.
+    """The section `method` from its values, or from only a name.
 
     Raises:
         ValidationError: unknown name, or values that this method does not take.

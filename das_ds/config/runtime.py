@@ -17,7 +17,7 @@ class CheckpointConfig(Section):
     interval: int = Field(default=500, ge=1)
     """Optimizer steps between two checkpoints; within importance passes and evaluation, batches."""
     keep_last: int = Field(default=2, ge=1)
-    """Number of latest checkpoints to keep, besides the one at the end of each domain."""
+    """Number of latest checkpoints to keep, in addition to the one at the end of each domain."""
     async_save: bool = True
     """Write in the background from a copy in host memory (the size of a checkpoint); false: wait for the disk."""
 
@@ -37,7 +37,7 @@ class FaultsConfig(Section):
     """On a loss or gradient norm that is not finite: `skip` skips the step, `stop` exits with code 2, `rewind` rolls
     back to the latest checkpoint and skips the step when it recurs."""
     spike: Literal["warn", "skip", "stop", "rewind"] = "warn"
-    """The same for a loss spike; `warn` logs a warning and keeps the step."""
+    """Response to a loss spike, as for `nonfinite`; `warn` logs a warning and keeps the step."""
     spike_sigma: float = Field(default=6.0, gt=0.0)
     """Standard deviations above the mean of the last steps that count as a spike."""
     spike_window: int = Field(default=128, ge=8)

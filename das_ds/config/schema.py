@@ -1,7 +1,7 @@
 """Config keys as one flat table: allowed values, default and meaning of each.
 
 The table is derived from the classes in `config/` and serves the help text and the error messages. A list of
-sections stands in it as its first entry (`domains.0.name`), which is also how an override addresses it.
+sections is in it as its first entry (`domains.0.name`), which is also how an override addresses it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def methods_with_key(key: str) -> list[str]:
 
 
 def table_key(key: str) -> str:
-    """The row that stands for `key`: every list index becomes 0, as only first entries are in the table."""
+    """The row of `key`: every list index becomes 0, as only first entries are in the table."""
     return re.sub(r"\.\d+(?=\.|$)", ".0", key)
 
 

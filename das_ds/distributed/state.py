@@ -59,7 +59,7 @@ class ComponentState:
     replicated: dict[str, torch.Tensor] = field(default_factory=dict)
     """Tensors that are equal on every rank."""
     rank_local: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Tensors of this rank alone; another number of ranks, or another ZeRO stage, can only read those of all ranks."""
+    """Tensors of this rank only; another number of ranks, or another ZeRO stage, can only read those of all ranks."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """JSON values that are equal on every rank."""
 

@@ -36,7 +36,7 @@ MOMENT = "moment/"
 
 
 def stage_hint(config: EngineConfig, train: TrainConfig, world_size: int) -> str:
-    """A hint that stage 0 would train the same in less time; "" where it would not.
+    """A hint that stage 0 would give the same result in less time; "" where it would not.
 
     Stage 0 cannot offload, has no loss scale for fp16, and in bf16 sums micro-steps in bf16, which stages 2 and 3 do
     not.

@@ -231,7 +231,7 @@ class MaskedUpdateWrapper(MaskedOptimizer):
     own keys, as if it had stepped all of it at once.
 
     Args:
-        inner: optimizer whose update of an element depends on that element's history alone.
+        inner: optimizer whose update of an element depends only on that element's history.
         before_step: called before each flat tensor is stepped.
     """
 

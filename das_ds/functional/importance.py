@@ -56,7 +56,7 @@ def elementwise_maximum(new: UnitValues, accumulated: UnitValues | None) -> Unit
 
 
 RANK_FORMS = ("rank_hard", "rank_soft")
-"""Forms that need the order of the entries; the others need statistics alone."""
+"""Forms that need the order of the entries; the others need only statistics."""
 
 
 def normalize_units(raw: UnitValues, settings: ImportanceConfig) -> UnitValues:
@@ -100,7 +100,7 @@ def normalize(raw: torch.Tensor, settings: ImportanceConfig) -> torch.Tensor:
 def normalize_by_value(
     values: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, largest: torch.Tensor, settings: ImportanceConfig
 ) -> torch.Tensor:
-    """The forms that need statistics alone, with z = (a - mean) / std of raw importance a:
+    """The forms that need only statistics, with z = (a - mean) / std of raw importance a:
 
         abs_tanh: |tanh z|      tanh_positive: tanh(max(z, 0))      saturating: a / (a + c * mean)
 

@@ -105,7 +105,7 @@ def pooling_weights(
 
     `mean`: 1/n at each of the row's n tokens. `last`: 1/d at the last token of each of the row's d documents, which
     under causal attention is the only one that has read all of its document. Padding is not a token and has weight 0; a
-    document of padding alone does not count, and a row of padding alone has weight 0 everywhere.
+    document of only padding does not count, and a row of only padding has weight 0 everywhere.
 
     Args:
         kind: which tokens count.

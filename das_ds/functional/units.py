@@ -28,7 +28,7 @@ class UnitRule:
 
     group: str
     parameter: str
-    """Parameter name; `{base}` stands for the base model's prefix and `{layer}` for the layer number."""
+    """Parameter name; `{base}` is the base model's prefix and `{layer}` the layer number."""
     axis: int
     """0: units own rows; 1: units own columns."""
     layout: str = "contiguous"

@@ -51,7 +51,7 @@ def linear_cross_entropy_liger(
     targets: torch.Tensor,
     soft_cap: float | None,
 ) -> torch.Tensor:
-    """The same by Liger's fused kernel, whose weights have to stay gathered until the end of the backward pass."""
+    """Cross-entropy by Liger's fused kernel, whose weights have to stay gathered until the end of the backward pass."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss(reduction="none", softcap=soft_cap, accum_dtype=torch.float32)

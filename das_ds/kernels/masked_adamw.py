@@ -55,14 +55,14 @@ def masked_adamw_(
 
 
 def masked_adamw_native_(step: AdamWStep, protection: Protection) -> None:
-    """The same in C++, in one pass."""
+    """Masked AdamW in C++, in one pass."""
     scale = 1.0 if step.grad_scale is None else 1.0 / float(step.grad_scale)
     pointers = (*(tensor.data_ptr() for tensor in step.tensors), *protection_arguments(protection))
     run("masked_adamw", 0, step.param.numel(), pointers, (scale, *step.hyperparameters))
 
 
 def masked_adamw_torch_(step: AdamWStep, protection: Protection) -> None:
-    """The same with torch's fused AdamW, tile by tile, so that a step is masked while its output is in the cache."""
+    """Masked AdamW in torch, fused and tile by tile, so that a step is masked while its output is in the cache."""
     num_steps = torch.tensor(float(step.num_steps), device=step.param.device)
     # Allocated once: fresh pages for every tile would cost more than the work on them.
     old = protection.scratch()

@@ -58,7 +58,7 @@ class MaskedScale:
 
 
 def masked_scale_torch_(tensors: Sequence[torch.Tensor], protections: Sequence[Protection]) -> None:
-    """The same, tile by tile."""
+    """Masked scaling in torch, tile by tile."""
     for tensor, protection in zip(tensors, protections, strict=True):
         scratch = protection.scratch()
         for tile in protection.cpu_tiles:

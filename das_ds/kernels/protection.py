@@ -127,7 +127,7 @@ class Protection:
 
     def _importance_in(self, tile: CpuTile, scratch: torch.Tensor) -> torch.Tensor:
         """(n,) float32 importance of a tile, in the scratch buffer."""
-        assert self.importance is not None, "called for parameter importance alone"
+        assert self.importance is not None, "called only for parameter importance"
         stored = self.importance[tile.start : tile.stop]
         return torch.div(stored, NUM_LEVELS if stored.dtype == torch.uint8 else 1, out=scratch[: len(tile)])
 

@@ -38,7 +38,7 @@ def soft_update_(param: torch.Tensor, old: torch.Tensor, protection: Protection,
 
 
 def soft_update_native_(param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int) -> None:
-    """The same in C++, in one pass."""
+    """The soft update in C++, in one pass."""
     before = (param.data_ptr(), old.data_ptr(), start, *protection_arguments(protection))
     run("soft_update", start, start + param.numel(), before)
 
@@ -46,7 +46,7 @@ def soft_update_native_(param: torch.Tensor, old: torch.Tensor, protection: Prot
 def soft_update_torch_(
     param: torch.Tensor, old: torch.Tensor, protection: Protection, start: int, cpu_tiles: tuple[CpuTile, ...]
 ) -> None:
-    """The same, tile by tile."""
+    """The soft update in torch, tile by tile."""
     scratch = protection.scratch()
     for tile in cpu_tiles:
         within_chunk = slice(tile.start - start, tile.stop - start)

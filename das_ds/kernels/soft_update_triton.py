@@ -21,7 +21,7 @@ def soft_update_triton_(param: torch.Tensor, old: torch.Tensor, protection: Prot
         return
     stop = start + param.numel()
     tiles = protection.triton_tiles(param.device)
-    # The chunk may begin and end within a tile: its programs work on the elements inside alone.
+    # The chunk may begin and end within a tile: its programs work only on the elements inside.
     entries = tiles.entries(start, stop)
     _soft_update[(len(entries),)](
         param,

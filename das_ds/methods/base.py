@@ -69,7 +69,7 @@ class Method(Generic[C]):
 
     @classmethod
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
-        """Memory and disk space that the method needs besides model and optimizer."""
+        """Memory and disk space that the method needs in addition to model and optimizer."""
         return MemoryUse()
 
     def before_domain(self, domain: DomainContext) -> None:

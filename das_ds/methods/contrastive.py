@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CONTRAST_LOSS = "contrast"
 NUM_CLEAN_VIEWS = 3
-"""Rows that the packed forward pass has for each sequence besides the corrupted one."""
+"""Rows that the packed forward pass has for each sequence in addition to the corrupted one."""
 
 POOLING: dict[ObjectiveName, Pooling] = {"mlm": "mean", "clm": "last"}
 """Under causal attention only the last token has read the complete text."""

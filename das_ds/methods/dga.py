@@ -1,4 +1,4 @@
-"""DGA: general knowledge alone is masked and contrasted (Ke et al., EMNLP 2022, arXiv 2301.08986)."""
+"""DGA: only general knowledge is masked and contrasted (Ke et al., EMNLP 2022, arXiv 2301.08986)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class DGA(SoftMasked[DgaConfig]):
 
     From Ke et al., Adapting a Language Model While Preserving its General Knowledge, EMNLP 2022, which adapts to one
     domain. It differs from DAS, which grew out of it, in two things: no domain's own importance is measured, so that
-    all domains are learned under the mask of general knowledge, and of the three groups of units heads alone are
+    all domains are learned under the mask of general knowledge, and of the three groups of units only heads are
     masked (`softmask.groups` chooses others) and gated in the contrasted view, o^gen. Importance and contrast are
     computed as in DAS. The published mask scales the gradient, which is `softmask.apply_to: gradient`.
 
-    Keeps as much as `das`. Extra compute: three more rows per sequence in the packed forward pass, and one forward and
+    Memory as for `das`. Extra compute: three more rows per sequence in the packed forward pass, and one forward and
     backward pass over `importance.num_samples` sequences before the first domain.
     """
 

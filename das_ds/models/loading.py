@@ -111,7 +111,7 @@ def load_model(
         config: the model to load.
         seed: seed of random weights.
         vocab_size: tokens of the tokenizer; sets the embedding of a random model, checked against a pre-trained one.
-        construction: builds the network sharded; its weights are the same.
+        construction: builds the network sharded, with equal weights.
 
     Raises:
         ModelError: the model cannot be loaded, has no architecture spec, has weights of another network, or has fewer

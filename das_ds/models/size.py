@@ -82,7 +82,7 @@ class MemoryUse:
     run: int = 0
     """On disk once: files of the complete run."""
     extra_rows: int = 0
-    """Rows that one forward pass of a rank has besides those of its micro-batch."""
+    """Rows that one forward pass of a rank has in addition to those of its micro-batch."""
 
     def __add__(self, other: MemoryUse) -> MemoryUse:
         return MemoryUse(

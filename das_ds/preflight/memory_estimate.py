@@ -1,4 +1,4 @@
-"""Memory and disk estimate of a run, computed from sizes alone.
+"""Memory and disk estimate of a run, computed from sizes only.
 
 Legend: P trained and A all parameters, R ranks, m moments per parameter, w bytes of a weight in training, g bytes of an
 accumulated gradient.
@@ -62,7 +62,7 @@ class MemoryEstimate:
         return max(sum(self.host.values()), self.host_start)
 
     def on_cpu(self) -> MemoryEstimate:
-        """The same for ranks that compute in host memory: everything counts as device memory."""
+        """The estimate for ranks that compute in host memory: everything counts as device memory."""
         items = {name: self.device.get(name, 0) + self.host.get(name, 0) for name in {**self.device, **self.host}}
         return MemoryEstimate(items, {}, max(self.device_start, self.host_start), 0, self.host_export)
 

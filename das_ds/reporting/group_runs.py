@@ -35,7 +35,7 @@ class RunGroup:
     runs: list[LoadedRun]
     """Sorted by seed."""
     mixed_keys: list[str]
-    """Keys besides the seed in which its runs differ; only possible if a label was given to different runs."""
+    """Keys other than the seed in which its runs differ; only possible if a label was given to different runs."""
 
 
 def compare_runs(runs: Sequence[LoadedRun], baseline: str | None = None) -> Comparison:
@@ -172,7 +172,7 @@ def _check_equal(group: RunGroup, kind: str, values: Sequence[object]) -> None:
 
 
 def _differing_keys(configs: Sequence[Values]) -> list[str]:
-    """Keys in which configs differ; where a method lacks a key of another, the default stands for its value."""
+    """Keys in which configs differ; where a method lacks a key of another, its default is used."""
     defaults: dict[str, Any] = {}
     for config in configs:
         defaults = method_defaults(config[METHOD_NAME]) | defaults

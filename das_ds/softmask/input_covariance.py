@@ -55,7 +55,7 @@ def input_second_moments(run: RunContext, batches: ResumableLoop[Batch]) -> dict
     """M = A / (tr(A) / d), A = E[x x^T], of the inputs x of every trained linear layer.
 
     The expectation is over all positions of the sample that reach the layer, on all ranks, without dropout, of the text
-    as training corrupts it; the LM head sees predicted positions alone. A table that a layer reads in every forward
+    as training corrupts it; the LM head sees predicted positions only. A table that a layer reads in every forward
     pass, such as that of relative positions, counts once, however many passes the sample needs.
 
     Args:

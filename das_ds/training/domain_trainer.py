@@ -131,7 +131,7 @@ class DomainTrainer:
 
         Raises:
             TrainingError: a loss or gradient that is not finite, or a spike, where the guard says stop.
-            RollbackError: the same where it says rewind.
+            RollbackError: one of these where it says rewind.
         """
         num_steps = progress.num_steps
         self._engine.module.train()

@@ -53,7 +53,7 @@ def export_model(
         dtype: of the weights in the file, and named in config.json.
         num_rows: rows of the vocabulary to write; None: all.
         lora: the adapters.
-        adapter_folder: where to write the adapters alone, in float32.
+        adapter_folder: where to write only the adapters, in float32.
         base: name of the network in the adapters' file.
 
     Raises:

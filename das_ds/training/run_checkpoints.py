@@ -96,7 +96,7 @@ class RunCheckpoints:
         return f"{text}, step {run.domain_step} of {stage.num_steps}" if run.phase == "train" else text
 
     def failure(self) -> DasError | None:
-        """Why metrics can no longer be logged; known to rank 0 alone."""
+        """Why metrics can no longer be logged; known only to rank 0."""
         return self._services.tracker.failure
 
     def load(self, manifest: Manifest) -> RunState:

@@ -243,7 +243,7 @@ class RunLock:
 def current_holder(root: Path) -> Holder | None:
     """The process that holds a run folder, after a single check; None if there is none.
 
-    On another node the age of the file has to stand in for the heartbeat, which is a guess if clocks differ.
+    On another node the age of the file replaces the heartbeat, which is a guess if clocks differ.
     """
     path = root / LOCK_FILE
     try:

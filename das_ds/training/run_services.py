@@ -14,7 +14,7 @@ from das_ds.tracking.tracker import Tracker
 
 @dataclass(frozen=True)
 class RunServices:
-    """Everything a run needs besides its config, data and model."""
+    """Everything a run needs in addition to its config, data and model."""
 
     process_group: ProcessGroup
     run_dir: RunDir

@@ -31,7 +31,7 @@ class Saveable(Protocol):
         """Where the run is, in words: the domain and the step."""
 
     def failure(self) -> DasError | None:
-        """An error of this rank alone that has to end the run, such as a full disk where metrics are written."""
+        """An error of only this rank that has to end the run, such as a full disk where metrics are written."""
 
 
 class SavePoint:

@@ -46,7 +46,7 @@ HEAD_WARMUP: Phase = "head_warmup"
 BEFORE_SEED = 0
 AFTER_SEED = 2
 STEP_SEEDS = {"train": 1, HEAD_WARMUP: 3}
-"""Phase of optimizer steps -> the number in the seed of its generators, besides those before and after a domain."""
+"""Phase of optimizer steps -> number in the seed of its generators; those before and after a domain have others."""
 
 
 @dataclass(frozen=True)

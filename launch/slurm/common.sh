@@ -132,7 +132,7 @@ finish_job() {
       ;;
   esac
   if ! is_wanted; then
-    say "not requeued by the batch file: the job was cancelled, or SLURM has requeued it already"
+    say "not requeued by the batch file: the job was canceled, or SLURM has requeued it already"
     exit "$code"
   fi
   [[ $(newest_place) == "$place" ]] || stalls=-1
@@ -142,7 +142,7 @@ finish_job() {
   exit "$code"
 }
 
-# Whether the job still runs or has met its time limit. SLURM would also take back one that a user has cancelled.
+# Whether the job still runs or has met its time limit. SLURM would also take back one that a user has canceled.
 is_wanted() {
   scontrol show job --oneliner "$job" | grep -qE ' (JobState=RUNNING|Reason=TimeLimit) '
 }

@@ -14,12 +14,12 @@ from helpers.architectures import (
     IMPORTANCE,
     PLAIN,
     Results,
+    architecture_config,
     check_same_importance,
     check_same_training,
     check_that_full_units_rest,
-    config_of,
     gated_experts,
-    result_of,
+    get_result,
     run_architectures,
     train_head,
 )
@@ -73,8 +73,8 @@ def test_architecture_two_ranks_training_equals_one_rank(
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_architecture_bf16_updates_follow_fp32(model_type: str, stage_3: Results, one_rank: Results) -> None:
-    weights, lines = result_of(stage_3, model_type, "bf16")
-    expected, expected_lines = result_of(one_rank, model_type)
+    weights, lines = get_result(stage_3, model_type, "bf16")
+    expected, expected_lines = get_result(one_rank, model_type)
     check_that_full_units_rest(model_type, weights)
     name = f"loss/{spec_for(model_type).objective}"
     assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected_lines], rel=0.03)
@@ -88,19 +88,19 @@ def test_architecture_bf16_updates_follow_fp32(model_type: str, stage_3: Results
 def test_architecture_activation_checkpointing_same_weights(
     model_type: str, stage_3: Results, one_rank: Results
 ) -> None:
-    weights, _ = result_of(stage_3, model_type, "checkpointing")
+    weights, _ = get_result(stage_3, model_type, "checkpointing")
     check_that_full_units_rest(model_type, weights)
-    assert relative_difference(weights, result_of(one_rank, model_type)[0]) <= 1e-4
+    assert relative_difference(weights, get_result(one_rank, model_type)[0]) <= 1e-4
     record(model_type, "checkpointing", "ZeRO 3")
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_architecture_lora_two_ranks_equal_one_rank(model_type: str, stage_3: Results, one_rank: Results) -> None:
-    weights, _ = result_of(stage_3, model_type, "lora")
+    weights, _ = get_result(stage_3, model_type, "lora")
     assert weights and all("lora" in name for name in weights)
     # B begins at zero.
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
-    assert relative_difference(weights, result_of(one_rank, model_type, "lora")[0]) <= 1e-4
+    assert relative_difference(weights, get_result(one_rank, model_type, "lora")[0]) <= 1e-4
     record(model_type, "lora", "ZeRO 3")
 
 
@@ -111,8 +111,8 @@ def test_architecture_zero3_importance_equals_one_rank(model_type: str, stage_3:
 
 
 def test_embedding_head_zero3_gathers_embeddings(tmp_path: Path) -> None:
-    (expected, _), *_ = run_ranks(train_head, 1, config_of(tmp_path, "deberta-v2", 1, 0))
-    for weights, _ in run_ranks(train_head, 2, config_of(tmp_path, "deberta-v2", 2, 3)):
+    (expected, _), *_ = run_ranks(train_head, 1, architecture_config(tmp_path, "deberta-v2", 1, 0))
+    for weights, _ in run_ranks(train_head, 2, architecture_config(tmp_path, "deberta-v2", 2, 3)):
         assert "lm_predictions.lm_head.bias" in weights
         assert relative_difference(weights, expected) <= 1e-4
 
@@ -124,6 +124,8 @@ def test_gated_experts_zero3_are_gathered_and_released(tmp_path: Path) -> None:
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
     with UnitGates(model, spec_for("mixtral")).active(importance, num_rows=4), torch.no_grad():
         expected = model.base_model(input_ids=ids).last_hidden_state
-    for before, hidden, after in run_ranks(gated_experts, 2, config_of(tmp_path, "mixtral", 2, 3), importance, ids):
+    for before, hidden, after in run_ranks(
+        gated_experts, 2, architecture_config(tmp_path, "mixtral", 2, 3), importance, ids
+    ):
         assert before == after == [0, 0]
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)

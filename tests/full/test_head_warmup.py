@@ -74,7 +74,7 @@ def test_the_head_alone_moves_and_as_torch_moves_it(stage: int, optimizer: str, 
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_warmup_in_pieces_is_the_whole_warmup(stage: int, tmp_path: Path) -> None:
+def test_a_warmup_in_pieces_equals_the_complete_warmup(stage: int, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "train": {"micro_batch_size": 2, "steps_per_domain": 2, "precision": "bf16"},
         "checkpoint": {"interval": 1, "async_save": False},

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers.mask_checks import check_forms_and_masks_equal_those_of_whole_tensors
+from helpers.mask_checks import check_forms_and_masks_equal_those_of_full_tensors
 
 pytestmark = pytest.mark.multirank
 
 
 @pytest.mark.parametrize("stage", range(3))
-def test_forms_and_masks_equal_those_of_whole_tensors(stage: int, tmp_path: Path) -> None:
-    check_forms_and_masks_equal_those_of_whole_tensors(stage, tmp_path)
+def test_forms_and_masks_equal_those_of_full_tensors(stage: int, tmp_path: Path) -> None:
+    check_forms_and_masks_equal_those_of_full_tensors(stage, tmp_path)

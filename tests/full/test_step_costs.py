@@ -11,7 +11,7 @@ import pytest
 from das_ds.config import RunConfig
 from helpers.parity import OFFLOAD
 from helpers.run_ranks import run_ranks
-from helpers.step_costs import costs_of, norms_of, shares_beyond_bf16
+from helpers.step_costs import measure_costs, measure_norms, shares_beyond_bf16
 from helpers.training import random_batch, run_config
 
 pytestmark = pytest.mark.multirank
@@ -45,7 +45,7 @@ def runs(folder: Path, stage: int, extra: dict[str, Any], precisions: tuple[str,
 def test_a_step_waits_for_the_device_once(
     stage: int, extra: dict[str, Any], precisions: tuple[str, ...], tmp_path: Path
 ) -> None:
-    for costs in run_ranks(costs_of, 2, runs(tmp_path, stage, extra, precisions), random_batch(4, 0))[0]:
+    for costs in run_ranks(measure_costs, 2, runs(tmp_path, stage, extra, precisions), random_batch(4, 0))[0]:
         print(stage, extra, costs)
         assert (costs.reads_in_backward, costs.reads_in_step) == (0, 1)
 
@@ -54,7 +54,7 @@ def test_a_step_waits_for_the_device_once(
 def test_the_norm_is_that_of_all_gradients(
     stage: int, extra: dict[str, Any], precisions: tuple[str, ...], tmp_path: Path
 ) -> None:
-    results = run_ranks(norms_of, 2, runs(tmp_path, stage, extra, precisions), random_batch(4, 0))
+    results = run_ranks(measure_norms, 2, runs(tmp_path, stage, extra, precisions), random_batch(4, 0))
     for (norm, square), (other_norm, other_square) in zip(*results, strict=True):
         assert norm == other_norm
         expected = math.sqrt(square + other_square if stage > 0 else square)

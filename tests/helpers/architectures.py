@@ -40,13 +40,13 @@ def causal_batch(num_rows: int, seed: int) -> Batch:
     return Batch(ids, ids, predicted, ids[:, 1:].flatten(), torch.ones(num_rows))
 
 
-def steps_of(model_type: str) -> list[list[Batch]]:
+def make_steps(model_type: str) -> list[list[Batch]]:
     """Joined batches of every optimizer step, of the objective that the architecture is pre-trained with."""
     batch = causal_batch if spec_for(model_type).objective == "clm" else random_batch
     return [[batch(ROWS, step)] for step in range(NUM_STEPS)]
 
 
-def config_of(
+def architecture_config(
     folder: Path,
     model_type: str,
     world_size: int,
@@ -87,7 +87,7 @@ def run_each(jobs: list[tuple[str, RunConfig]]) -> list[Any]:
     for kind, config in jobs:
         assert config.model.config is not None
         model_type = config.model.config["model_type"]
-        steps = steps_of(model_type)
+        steps = make_steps(model_type)
         changes = without_dropout(model_type)
         try:
             if kind == "train":
@@ -113,11 +113,11 @@ def run_architectures(
         runs: name -> kind of job and changes of the config's model section and precision.
     """
     keys = [(model_type, name) for model_type in model_types for name in runs]
-    jobs = [(runs[name][0], config_of(folder, t, world_size, stage, **runs[name][1])) for t, name in keys]
+    jobs = [(runs[name][0], architecture_config(folder, t, world_size, stage, **runs[name][1])) for t, name in keys]
     return dict(zip(keys, run_ranks(run_each, world_size, jobs, timeout=540.0)[0], strict=True))
 
 
-def result_of(results: Results, model_type: str, name: str = "plain") -> Any:
+def get_result(results: Results, model_type: str, name: str = "plain") -> Any:
     """What a run gave: (weights, logged lines) of one that trains, importance by group of one that measures."""
     found = results[model_type, name]
     assert not isinstance(found, str), found
@@ -126,7 +126,7 @@ def result_of(results: Results, model_type: str, name: str = "plain") -> Any:
 
 def check_same_training(found: Results, expected: Results, model_type: str) -> None:
     """Weights and losses agree, and what is of full importance has not moved."""
-    (weights, lines), (true_weights, true_lines) = (result_of(results, model_type) for results in (found, expected))
+    (weights, lines), (true_weights, true_lines) = (get_result(results, model_type) for results in (found, expected))
     for trained in (weights, true_weights):
         check_that_full_units_rest(model_type, trained)
     assert relative_difference(weights, true_weights) <= 1e-4
@@ -136,7 +136,7 @@ def check_same_training(found: Results, expected: Results, model_type: str) -> N
 
 def check_same_importance(found: Results, expected: Results, model_type: str) -> None:
     """Importance by group agrees, and no layer has none."""
-    importance, true_importance = (result_of(results, model_type, "importance") for results in (found, expected))
+    importance, true_importance = (get_result(results, model_type, "importance") for results in (found, expected))
     for group, values in true_importance.items():
         assert (values.amax(dim=1) > 0).all()
         torch.testing.assert_close(importance[group], values, rtol=1e-3, atol=1e-5 * values.max().item())
@@ -162,7 +162,7 @@ def check_that_full_units_rest(model_type: str, weights: dict[str, torch.Tensor]
 
 def train_head(config: RunConfig) -> Any:
     """(weights, logged lines) of a DeBERTa whose LM head is given the input embeddings."""
-    return train(config, steps_of("deberta-v2"), **without_dropout("deberta-v2"), legacy=False)
+    return train(config, make_steps("deberta-v2"), **without_dropout("deberta-v2"), legacy=False)
 
 
 def gated_experts(config: RunConfig, gates: UnitValues, ids: torch.Tensor) -> tuple[list[int], torch.Tensor, list[int]]:

@@ -66,7 +66,7 @@ def gradient_sizes(
     return {where: size / largest for where, size in sizes.items()}
 
 
-def slices_of(layout: UnitLayout, units: Units) -> set[Slice]:
+def list_slices(layout: UnitLayout, units: Units) -> set[Slice]:
     """Slices that these units alone own or read, by the table; what several own counts when all of them are here."""
     found = set()
     for item in layout.ownerships:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from das_ds.data.batch import Batch
 from helpers.distillation import TeacherFacts, teach_and_train
-from helpers.parity import EPS, NUM_STEPS, OFFLOAD, configs_of, relative_difference, steps
+from helpers.parity import EPS, NUM_STEPS, OFFLOAD, parity_configs, relative_difference, steps
 from helpers.replay import DERPP, PlainBuffer
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
@@ -37,14 +37,14 @@ Reference = tuple[dict[str, torch.Tensor], list[list[float]]]
 """Weights at the end, and per step the losses: mlm and those of the method."""
 
 
-def trained(losses_of: Callable[[PreTrainedModel], Callable[[PreTrainedModel, list[Batch]], Losses]]) -> Reference:
+def trained(compute_losses: Callable[[PreTrainedModel], Callable[[PreTrainedModel, list[Batch]], Losses]]) -> Reference:
     """Plain torch in float64 on one process.
 
     Args:
-        losses_of: first model -> (model, joined micro-batches of a step) -> losses of the method.
+        compute_losses: first model -> (model, joined micro-batches of a step) -> losses of the method.
     """
     model = tiny_model(**NO_DROPOUT).double()
-    method = losses_of(model)
+    method = compute_losses(model)
     parameters = dict(model.named_parameters())
     matrices, vectors = ([p for p in parameters.values() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
@@ -103,8 +103,8 @@ def check_teachers_are_exact_and_methods_equal_plain_torch(stage: int, world_siz
     zeros = [{"stage": stage, "stage3_param_persistence_threshold": threshold} for threshold in THRESHOLDS]
     offloaded = {**zeros[1], **(OFFLOAD if stage > 1 else {})}
     settings = [(zeros[0], "bf16"), (zeros[1], "fp32"), (offloaded, "fp16")][: 2 if stage == 0 else 3]
-    beside = [configs_of(folder, world_size, zero, [KD], precision)[0] for zero, precision in settings]
-    methods = configs_of(folder, world_size, zeros[1], [KD, DERPP])
+    beside = [parity_configs(folder, world_size, zero, [KD], precision)[0] for zero, precision in settings]
+    methods = parity_configs(folder, world_size, zeros[1], [KD, DERPP])
     results = run_ranks(teach_and_train, world_size, beside, methods, steps(), NO_DROPOUT)
     for facts, _ in results:
         for found, (zero, precision) in zip(facts, settings, strict=True):

@@ -12,7 +12,7 @@ import torch
 from das_ds.config import ImportanceConfig
 from helpers.masks import Weights, magnitudes, normalized_and_trained, owners, to_dense
 from helpers.parameter_importance import joined, random_weights_importance, save_random_weights_importance
-from helpers.parity import EPS, NUM_STEPS, configs_of, relative_difference, save_random_importance, steps
+from helpers.parity import EPS, NUM_STEPS, parity_configs, relative_difference, save_random_importance, steps
 from helpers.reference import full_masks, reference_train, unit_ones
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, random_importance, tiny_model
@@ -131,17 +131,17 @@ def unit_means(levels: Weights) -> Weights:
     return means
 
 
-def check_forms_and_masks_equal_those_of_whole_tensors(stage: int, folder: Path) -> None:
+def check_forms_and_masks_equal_those_of_full_tensors(stage: int, folder: Path) -> None:
     """Every form of importance, and a training under every mask, on two ranks."""
     save_random_importance(folder)
     units = {"granularity": "unit", "init_from": str(folder / "importance.safetensors")}
-    runs = configs_of(
+    runs = parity_configs(
         folder, 2, {"stage": stage}, [{**method, "importance": units, "view_dropout": 0.0} for method in UNITS]
     )
     weights_folder = folder / "weights"
     weights_folder.mkdir()
     weights = {"granularity": "parameter", "init_from": str(save_random_weights_importance(weights_folder))}
-    runs += configs_of(folder, 2, {"stage": stage}, [{**method, "importance": weights} for method in PARAMETERS])
+    runs += parity_configs(folder, 2, {"stage": stage}, [{**method, "importance": weights} for method in PARAMETERS])
     results = run_ranks(normalized_and_trained, 2, runs[0], FORMS, runs, steps(), NO_DROPOUT)
     shapes = {name: values.shape for name, values in magnitudes().items()}
     for number, form in enumerate(FORMS):

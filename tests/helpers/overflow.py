@@ -32,7 +32,7 @@ class Attempt:
     skipped: int
 
 
-def attempts_of(configs: list[RunConfig], batch: Batch) -> list[list[Attempt]]:
+def run_attempts(configs: list[RunConfig], batch: Batch) -> list[list[Attempt]]:
     """Every attempt at `NUM_STEPS` steps on the same batch, per config."""
     return [_attempts(config, batch) for config in configs]
 
@@ -60,7 +60,7 @@ def _attempts(config: RunConfig, batch: Batch) -> list[Attempt]:
     return found
 
 
-def errors_of(configs: list[RunConfig], batch: Batch) -> list[str]:
+def collect_errors(configs: list[RunConfig], batch: Batch) -> list[str]:
     """The error that ends the attempts, per config."""
     errors = []
     for config in configs:

@@ -18,7 +18,7 @@ from helpers.parameter_importance import (
     read_and_write,
     save_random_weights_importance,
 )
-from helpers.parity import EPS, NUM_STEPS, ROWS, configs_of, relative_difference, steps
+from helpers.parity import EPS, NUM_STEPS, ROWS, parity_configs, relative_difference, steps
 from helpers.reference import fix_noise, full_masks, reference_batch_gradients, reference_train
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT, tiny_model
@@ -143,7 +143,7 @@ def masked_reference(apply_to: str) -> Any:
 def check_training_equals_the_reference(zero: dict[str, Any], world_size: int, folder: Path) -> None:
     method = {"importance": {"granularity": "parameter", "init_from": str(save_random_weights_importance(folder))}}
     modes = ("update", "gradient")
-    runs = configs_of(folder, world_size, zero, [{**method, "softmask": {"apply_to": mode}} for mode in modes])
+    runs = parity_configs(folder, world_size, zero, [{**method, "softmask": {"apply_to": mode}} for mode in modes])
     assert runs[0].train.global_batch_size == ROWS * 2
     results = run_ranks(train_all, world_size, runs, steps(), NO_DROPOUT)
     start = dict(tiny_model().named_parameters())

@@ -40,10 +40,10 @@ def configs(folder: Path, world_size: int, zero: dict[str, Any], precision: str 
     """One run per entry of `SETTINGS`."""
     initial = {"init_from": str(folder / "importance.safetensors")}
     methods = [{"softmask": softmask, "importance": initial} for softmask in SETTINGS]
-    return configs_of(folder, world_size, zero, methods, precision)
+    return parity_configs(folder, world_size, zero, methods, precision)
 
 
-def configs_of(
+def parity_configs(
     folder: Path, world_size: int, zero: dict[str, Any], methods: list[dict[str, Any]], precision: str = "fp32"
 ) -> list[RunConfig]:
     """One run per method section."""

@@ -94,7 +94,7 @@ def _breaking_run(
         SavePoint.check = check  # type: ignore[method-assign]
 
 
-def run_whole_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], global_step: int) -> list[Place | str]:
+def run_complete_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], global_step: int) -> list[Place | str]:
     """Of each pair the first config run at once, the second broken off at a step of training and started again.
 
     Returns:

@@ -45,7 +45,7 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def costs_of(configs: list[RunConfig], batch: Batch) -> list[StepCosts]:
+def measure_costs(configs: list[RunConfig], batch: Batch) -> list[StepCosts]:
     """Of a step that is not the first, per config; one ZeRO stage in all of them."""
     return [_costs(config, batch) for config in configs]
 
@@ -75,7 +75,7 @@ def _uncounted(do: Callable[[], Any]) -> Any:
         return do()
 
 
-def norms_of(configs: list[RunConfig], batch: Batch) -> list[tuple[float, float]]:
+def measure_norms(configs: list[RunConfig], batch: Batch) -> list[tuple[float, float]]:
     """Per config, (norm that a step gives, square of this rank's part of it in float64)."""
     return [_norms(config, batch) for config in configs]
 

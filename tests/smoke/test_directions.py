@@ -22,8 +22,8 @@ from das_ds.softmask import direction
 from das_ds.softmask.direction import DirectionImportance
 from das_ds.softmask.direction_mask import build_direction_masks
 from das_ds.softmask.input_covariance import input_second_moments
-from helpers.architectures import config_of, steps_of
-from helpers.parity import OFFLOAD, configs_of, relative_difference
+from helpers.architectures import architecture_config, make_steps
+from helpers.parity import OFFLOAD, parity_configs, relative_difference
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import without_dropout
 from helpers.training import build, no_text_domain, rank_part
@@ -81,9 +81,9 @@ def test_blend_rows_shared_by_ranks_are_combined(cuts: list[int]) -> None:
 def test_directions_two_domains_equal_plain_torch(
     zero: dict[str, Any], world_size: int, precision: str | None, tmp_path: Path
 ) -> None:
-    runs = configs_of(tmp_path, world_size, zero, [METHOD])
+    runs = parity_configs(tmp_path, world_size, zero, [METHOD])
     if precision is not None:
-        runs += configs_of(tmp_path, world_size, zero, [METHOD], precision)
+        runs += parity_configs(tmp_path, world_size, zero, [METHOD], precision)
     found = run_ranks(learn_all, world_size, runs, make_domains())[0]
     for mine, theirs in zip(found[0].weights, expected().weights, strict=True):
         assert relative_difference(mine, theirs) <= 2e-5
@@ -95,7 +95,7 @@ def test_directions_two_domains_equal_plain_torch(
         assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.97
 
 
-def moments_of(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
+def measure_moments(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
     """Of this rank's rows of one batch of DeBERTa."""
     ranks = init_process_group()
     run = build(config, ranks, **without_dropout("deberta-v2"))
@@ -105,9 +105,9 @@ def moments_of(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def test_second_moments_tables_read_by_every_rank_count_once(tmp_path: Path) -> None:
-    batch = steps_of("deberta-v2")[0][0]
-    alone = run_ranks(moments_of, 1, config_of(tmp_path, "deberta-v2", 1, 2), batch)[0]
-    for found in run_ranks(moments_of, 2, config_of(tmp_path, "deberta-v2", 2, 2), batch):
+    batch = make_steps("deberta-v2")[0][0]
+    alone = run_ranks(measure_moments, 1, architecture_config(tmp_path, "deberta-v2", 1, 2), batch)[0]
+    for found in run_ranks(measure_moments, 2, architecture_config(tmp_path, "deberta-v2", 2, 2), batch):
         for name, moment in found.items():
             torch.testing.assert_close(moment, alone[name], rtol=1e-4, atol=1e-5)
 
@@ -126,7 +126,7 @@ def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
 
     with patch.object(direction, "direction_projector", counted):
         domain = no_text_domain(config.output_dir)
-        moments = input_second_moments(run, ResumableLoop([steps_of("roberta")[0][0]]))
+        moments = input_second_moments(run, ResumableLoop([make_steps("roberta")[0][0]]))
         method._importance = DirectionImportance(run, moments, None)
         method.on_train_start(domain)
     distinct = {moment.numpy().tobytes() for moment in moments.values()}
@@ -141,7 +141,7 @@ def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_projectors_are_computed_for_own_shards_only(stage: int, tmp_path: Path) -> None:
-    config = config_of(tmp_path, "roberta", 2, stage)
+    config = architecture_config(tmp_path, "roberta", 2, stage)
     config = config.model_copy(update={"method": parse_method(METHOD)})
     found = run_ranks(masks_made, 2, config)
     for made, own, distinct in found:

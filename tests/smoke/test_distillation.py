@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.distillation_checks import check_teachers_are_exact_and_methods_equal_plain_torch
-from helpers.parity import configs_of, steps
+from helpers.parity import parity_configs, steps
 from helpers.replay import DERPP
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT
@@ -22,7 +22,7 @@ def test_kd_and_derpp_stage_3_equal_plain_torch(tmp_path: Path) -> None:
 
 def test_derpp_repeated_step_replays_and_stores_the_same(tmp_path: Path) -> None:
     """In fp16, where the loss scale of the second run overflows all the time."""
-    plain = configs_of(tmp_path, 2, {"stage": 2}, [DERPP], precision="fp16")[0]
+    plain = parity_configs(tmp_path, 2, {"stage": 2}, [DERPP], precision="fp16")[0]
     scalers = ({"initial_scale_power": 8}, {"initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 1})
     runs = [
         plain.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 2}, "fp16": fp16}}) for fp16 in scalers

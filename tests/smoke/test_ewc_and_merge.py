@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.parameter_importance import joined
-from helpers.parity import OFFLOAD, ROWS, configs_of, relative_difference
+from helpers.parity import OFFLOAD, ROWS, parity_configs, relative_difference
 from helpers.run_ranks import run_ranks
 from helpers.two_domains import NUM_STEPS, Expected, Learned, learn_all, learn_plainly, make_domains
 
@@ -55,9 +55,9 @@ def test_ewc_penalty_changes_second_domain_only() -> None:
 def test_ewc_and_merge_two_domains_equal_plain_torch(
     zero: dict[str, Any], world_size: int, precision: str | None, tmp_path: Path
 ) -> None:
-    runs = configs_of(tmp_path, world_size, zero, [EWC, MERGE])
+    runs = parity_configs(tmp_path, world_size, zero, [EWC, MERGE])
     if precision is not None:
-        runs += configs_of(tmp_path, world_size, zero, [EWC, MERGE], precision)
+        runs += parity_configs(tmp_path, world_size, zero, [EWC, MERGE], precision)
     by_rank = run_ranks(learn_all, world_size, runs, make_domains())
     for found, true in zip(by_rank[0], (consolidated(), merged()), strict=False):
         check(found, true)
@@ -68,7 +68,7 @@ def test_ewc_and_merge_two_domains_equal_plain_torch(
 
 
 def test_merge_average_equals_plain_torch(tmp_path: Path) -> None:
-    found = run_ranks(learn_all, 1, configs_of(tmp_path, 1, {"stage": 0}, [AVERAGE]), make_domains())[0][0]
+    found = run_ranks(learn_all, 1, parity_configs(tmp_path, 1, {"stage": 0}, [AVERAGE]), make_domains())[0][0]
     check(found, learn_plainly(make_domains(), shares=(1 / 2, 2 / 3)))
 
 

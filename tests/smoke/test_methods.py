@@ -17,7 +17,7 @@ from das_ds.reporting.results import Results
 from das_ds.run_dir import RESULTS_FILE
 from das_ds.softmask.importance_file import load_unit_importance
 from das_ds.tracking.names import STEP_METRICS
-from helpers.resume import Place, assert_same_run, resumable_run, run_whole_and_broken
+from helpers.resume import Place, assert_same_run, resumable_run, run_complete_and_broken
 from helpers.run_ranks import run_ranks
 from helpers.runs import metrics_lines
 
@@ -55,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("methods")
     pairs = [(values(folder, case, case), values(folder, f"{case}-broken", case)) for case in CASES]
     pairs[list(CASES).index("das")][0]["wandb"] = {"mode": "offline"}
-    places = run_ranks(run_whole_and_broken, 2, pairs, BREAK_STEP, timeout=540.0)[0]
+    places = run_ranks(run_complete_and_broken, 2, pairs, BREAK_STEP, timeout=540.0)[0]
     return folder, dict(zip(CASES, places, strict=True))
 
 

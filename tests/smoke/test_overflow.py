@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from das_ds.config import RunConfig
-from helpers.overflow import NUM_STEPS, attempts_of, errors_of, infinite_importance, left_out
-from helpers.parity import OFFLOAD, configs_of, relative_difference, save_random_importance, steps
+from helpers.overflow import NUM_STEPS, collect_errors, infinite_importance, left_out, run_attempts
+from helpers.parity import OFFLOAD, parity_configs, relative_difference, save_random_importance, steps
 from helpers.run_ranks import run_ranks
 from helpers.tiny_models import NO_DROPOUT
 from helpers.training import random_batch, run_config, train_all
@@ -27,7 +27,7 @@ def fp16_run(folder: Path, zero: dict[str, Any], fp16: dict[str, Any]) -> RunCon
 
 @pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, **OFFLOAD}, {"stage": 3}])
 def test_step_overflow_moves_nothing(zero: dict[str, Any], tmp_path: Path) -> None:
-    results = run_ranks(attempts_of, 2, [fp16_run(tmp_path, zero, HUGE)], random_batch(4, 0))
+    results = run_ranks(run_attempts, 2, [fp16_run(tmp_path, zero, HUGE)], random_batch(4, 0))
     assert results[0] == results[1]
     attempts = results[0][0]
     failed = [attempt for attempt in attempts if not attempt.moved]
@@ -45,7 +45,7 @@ def test_step_overflow_moves_nothing(zero: dict[str, Any], tmp_path: Path) -> No
 def test_run_with_overflow_equals_run_without(stage: int, tmp_path: Path) -> None:
     save_random_importance(tmp_path)
     initial = {"init_from": str(tmp_path / "importance.safetensors")}
-    plain = configs_of(tmp_path, 2, {"stage": stage}, [{"importance": initial}], precision="fp16")[0]
+    plain = parity_configs(tmp_path, 2, {"stage": stage}, [{"importance": initial}], precision="fp16")[0]
     zero = plain.deepspeed["zero_optimization"]  # type: ignore[index]
     # The second rises and overflows all the time: a step at which the scale rises must not divide by the new one.
     scalers = ({"initial_scale_power": 8}, {**HUGE, "loss_scale_window": 1})
@@ -63,7 +63,7 @@ def test_run_with_overflow_equals_run_without(stage: int, tmp_path: Path) -> Non
 def test_retry_on_overflow_smallest_scale_raises(tmp_path: Path) -> None:
     scalers = ({"loss_scale": 2**24}, {**HUGE, "min_loss_scale": 2**22})
     runs = [fp16_run(tmp_path, {"stage": 2}, fp16) for fp16 in scalers]
-    errors = run_ranks(errors_of, 1, runs, random_batch(2, 0))[0]
+    errors = run_ranks(collect_errors, 1, runs, random_batch(2, 0))[0]
     for error, scale in zip(errors, (2**24, 2**22), strict=True):
         assert f"the gradient is not finite at loss scale {scale:g}, which cannot fall further" in error
 

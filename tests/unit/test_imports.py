@@ -106,7 +106,7 @@ def product_files() -> list[Path]:
     return sorted((REPOSITORY / "das_ds").rglob("*.py"))
 
 
-def layer_of(path: Path) -> str:
+def layer_name(path: Path) -> str:
     """The file or folder directly under das_ds, or launch, that holds a file."""
     return path.relative_to(REPOSITORY).parts[1].removesuffix(".py")
 
@@ -117,7 +117,7 @@ def identity(path: Path) -> str:
 
 def sources(paths: Iterable[Path]) -> dict[str, tuple[str, str]]:
     """File -> its part of das_ds and its text."""
-    return {identity(path): (layer_of(path), path.read_text(encoding="utf-8")) for path in paths}
+    return {identity(path): (layer_name(path), path.read_text(encoding="utf-8")) for path in paths}
 
 
 def test_layer_imports_lower_layers_only() -> None:

@@ -82,7 +82,7 @@ def test_new_checkpoints_start_the_count_anew_but_not_one_at_the_same_place(
 
 
 @pytest.mark.parametrize("file", ["train.sbatch", "train_deepspeed.sbatch"])
-def test_cancelled_job_is_not_requeued_though_its_ranks_saved(
+def test_canceled_job_is_not_requeued_though_its_ranks_saved(
     file: str, cluster: SlurmCluster, submit: Callable[..., str], tmp_path: Path
 ) -> None:
     id_ = submit("while true; do sleep 0.1; done", file=file)
@@ -91,10 +91,10 @@ def test_cancelled_job_is_not_requeued_though_its_ranks_saved(
     job = cluster.wait(id_)
     log = (tmp_path / "log").read_text()
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), log
-    assert "ranks ended with exit code" in log and "not requeued by the batch file: the job was cancelled" in log
+    assert "ranks ended with exit code" in log and "not requeued by the batch file: the job was canceled" in log
 
 
-def test_cancelled_element_is_not_requeued_while_another_runs(
+def test_canceled_element_is_not_requeued_while_another_runs(
     cluster: SlurmCluster, submit: Callable[..., str], tmp_path: Path
 ) -> None:
     does = 'touch "$STARTED-$SLURM_ARRAY_TASK_ID"; while [[ ! -e $STARTED-end ]]; do sleep 0.1; done'

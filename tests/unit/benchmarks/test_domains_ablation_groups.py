@@ -66,7 +66,7 @@ def finished_run(folder: Path) -> TrainingRun:
     return run
 
 
-def losses_of(run: TrainingRun, index: int) -> dict[str, float]:
+def compute_losses(run: TrainingRun, index: int) -> dict[str, float]:
     """Held-out losses of an exported model as it is."""
     config = load_config(run.config)
     text = prepare_data(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
@@ -78,7 +78,7 @@ def losses_of(run: TrainingRun, index: int) -> dict[str, float]:
 def test_measure_restored_losses_restores_the_earlier_model(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
     found = {row.group: row.losses for row in measure_restored_losses(run, torch.device("cpu"))}
-    before, after = (losses_of(run, index) for index in range(2))
+    before, after = (compute_losses(run, index) for index in range(2))
     assert before != after
     assert found.pop("LM-head transform") == pytest.approx(before)
     assert set(found) == {NOTHING, "layer norms", "embeddings", "attention", "FFN", "decoder bias", "attention + FFN"}

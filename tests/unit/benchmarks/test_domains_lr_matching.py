@@ -7,19 +7,19 @@ import pytest
 from benchmarks.domains.lr_matching import Match, Probe, match, next_rate
 
 
-def loss_of(rate: float) -> float:
+def loss_at_rate(rate: float) -> float:
     """A curve as learning has it: steep at small rates, flat at large ones."""
     return 4.0 + 1.5 * math.exp(-1.2 * math.log(rate / 1e-5))
 
 
-KNOWN = [Probe(8e-4, loss_of(8e-4)), Probe(4e-4, loss_of(4e-4)), Probe(2e-4, loss_of(2e-4))]
+KNOWN = [Probe(8e-4, loss_at_rate(8e-4)), Probe(4e-4, loss_at_rate(4e-4)), Probe(2e-4, loss_at_rate(2e-4))]
 
 
 @pytest.mark.parametrize("sought", [3e-5, 7e-5, 1.5e-4, 3e-4, 6e-4])
 def test_match_finds_rate_between_or_below_known_ones(sought: float) -> None:
-    found = match("das", loss_of(sought), KNOWN, loss_of, tolerance=1e-3, max_probes=12)
+    found = match("das", loss_at_rate(sought), KNOWN, loss_at_rate, tolerance=1e-3, max_probes=12)
     assert found.is_met
-    assert loss_of(found.best.learning_rate) == found.best.learned == pytest.approx(loss_of(sought), abs=1e-3)
+    assert loss_at_rate(found.best.learning_rate) == found.best.learned == pytest.approx(loss_at_rate(sought), abs=1e-3)
     assert found.probes[:3] == tuple(KNOWN)
 
 
@@ -27,23 +27,23 @@ def test_match_known_rate_within_tolerance_runs_nothing() -> None:
     def unused(_: float) -> float:
         raise AssertionError
 
-    assert match("das", loss_of(4e-4) + 0.005, KNOWN, unused, tolerance=0.01, max_probes=4).best == KNOWN[1]
+    assert match("das", loss_at_rate(4e-4) + 0.005, KNOWN, unused, tolerance=0.01, max_probes=4).best == KNOWN[1]
 
 
 def test_match_method_that_learns_more_runs_nothing() -> None:
-    found = match("das", loss_of(8e-4) - 0.1, KNOWN, loss_of, tolerance=0.01, max_probes=4)
+    found = match("das", loss_at_rate(8e-4) - 0.1, KNOWN, loss_at_rate, tolerance=0.01, max_probes=4)
     assert not found.needs_lowering and not found.is_met
     assert len(found.probes) == len(KNOWN)
 
 
 def test_match_ignores_rates_that_are_too_high() -> None:
-    found = match("das", loss_of(1e-4), [Probe(1e-2, 9.0), *KNOWN], loss_of, tolerance=1e-3, max_probes=6)
+    found = match("das", loss_at_rate(1e-4), [Probe(1e-2, 9.0), *KNOWN], loss_at_rate, tolerance=1e-3, max_probes=6)
     assert found.needs_lowering and found.is_met
     assert found.best.learning_rate == pytest.approx(1e-4, rel=0.05)
 
 
 def test_match_probes_and_rates_are_bounded() -> None:
-    few = match("das", loss_of(4.6e-5), KNOWN, loss_of, tolerance=1e-9, max_probes=2)
+    few = match("das", loss_at_rate(4.6e-5), KNOWN, loss_at_rate, tolerance=1e-9, max_probes=2)
     assert len(few.probes) == len(KNOWN) + 2 and not few.is_met
     endless = match("das", 99.0, KNOWN, lambda rate: 4.5, tolerance=0.01, max_probes=50)
     assert min(probe.learning_rate for probe in endless.probes) >= 8e-4 / 64

@@ -21,7 +21,7 @@ def run_config(deepspeed: str | dict[str, Any], **train: Any) -> RunConfig:
     return make_config("run", *overrides, f"deepspeed={json.dumps(deepspeed)}")
 
 
-def message_of(deepspeed: str | dict[str, Any], world_size: int = 4, **train: Any) -> str:
+def error_message(deepspeed: str | dict[str, Any], world_size: int = 4, **train: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         build_engine_config(run_config(deepspeed, **train), world_size)
     return str(caught.value)
@@ -110,7 +110,7 @@ def test_engine_config_accepts_auto_and_equal_values() -> None:
     ],
 )
 def test_engine_config_contradiction_is_error(engine: dict[str, Any], expected: str) -> None:
-    assert expected in message_of(engine)
+    assert expected in error_message(engine)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_engine_config_kd_with_secondary_shards_is_error(zero: dict[str, Any], e
     ],
 )
 def test_engine_keys_unlisted_key_or_value_is_error(engine: dict[str, Any], expected: str) -> None:
-    assert expected in message_of(engine)
+    assert expected in error_message(engine)
 
 
 def test_engine_keys_listed_values_mean_the_same_to_deepspeed() -> None:
@@ -243,7 +243,7 @@ def test_engine_config_auto_is_run_value_or_default() -> None:
     ("global_batch_size", "nearest"), [(300, "256 or 384"), (100, "128"), (129, "128 or 256"), (255, "128 or 256")]
 )
 def test_engine_config_indivisible_batch_names_nearest(global_batch_size: int, nearest: str) -> None:
-    message = message_of({}, global_batch_size=global_batch_size)
+    message = error_message({}, global_batch_size=global_batch_size)
     assert message == (
         f"train.global_batch_size: found {global_batch_size}, expected a multiple of train.micro_batch_size 32 "
         f"x 4 ranks; nearest allowed: {nearest}"
@@ -283,7 +283,7 @@ def test_accumulation_dtype_is_fp32_where_possible(precision: str, zero: dict[st
 
 
 def test_engine_config_fp16_at_stage_0_is_error() -> None:
-    message = message_of({"zero_optimization": {"stage": 0}}, precision="fp16")
+    message = error_message({"zero_optimization": {"stage": 0}}, precision="fp16")
     assert message.startswith("train.precision: found fp16 at zero_optimization.stage 0, where DeepSpeed divides")
     assert "allowed: fp16 at stage 1, 2 or 3, bf16 or fp32 at stage 0" in message
 
@@ -333,7 +333,7 @@ def test_engine_file_working_directory_comes_first(tmp_path: Path, monkeypatch: 
 
 
 def test_engine_file_missing_lists_shipped_files() -> None:
-    message = message_of("ds_configs/zero9.json")
+    message = error_message("ds_configs/zero9.json")
     assert "found no file ds_configs/zero9.json" in message
     assert "ds_configs/zero3_offload.json" in message
 
@@ -352,7 +352,7 @@ def test_engine_file_missing_lists_shipped_files() -> None:
 def test_engine_file_unreadable_is_error(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "engine.json"
     path.write_bytes(content)
-    message = message_of(str(path))
+    message = error_message(str(path))
     assert str(path) in message
     assert expected in message
 
@@ -366,4 +366,4 @@ def test_zero_stage_default_is_0() -> None:
     "engine", [{"zero_optimization.stage": 3}, {"zero_optimization": {"offload_optimizer.device": "cpu"}}]
 )
 def test_engine_keys_dotted_key_is_error(engine: dict[str, Any]) -> None:
-    assert "found a dotted key, expected sections within each other" in message_of(engine)
+    assert "found a dotted key, expected sections within each other" in error_message(engine)

@@ -44,7 +44,7 @@ def leaf_keys(node: Any, prefix: str = "") -> list[str]:
     return [key for name, child in node.items() for key in leaf_keys(child, f"{prefix}.{name}".lstrip("."))]
 
 
-def message_of(path: Path, *overrides: str) -> str:
+def error_message(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(path, list(overrides))
     assert "\n" not in str(caught.value)
@@ -216,11 +216,11 @@ def test_override_changes_one_alias_only(tmp_path: Path) -> None:
     ],
 )
 def test_load_config_mistake_names_key_and_allowed(run_file: Path, override: str, expected: str) -> None:
-    assert expected in message_of(run_file, override)
+    assert expected in error_message(run_file, override)
 
 
 def test_load_config_reports_all_mistakes_in_one_line(run_file: Path) -> None:
-    message = message_of(run_file, "learning_rate=1", "seed=-1", "method.name=dsa")
+    message = error_message(run_file, "learning_rate=1", "seed=-1", "method.name=dsa")
     assert message.split("; ") == [
         f"method.name: found 'dsa', allowed: {' | '.join(METHODS)}",
         "seed: found -1, allowed: integer >= 0 and < 4294967296",
@@ -232,7 +232,7 @@ def test_load_config_reports_all_mistakes_in_one_line(run_file: Path) -> None:
 def test_load_config_missing_keys_are_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("seed: 1\n", encoding="utf-8")
-    message = message_of(path)
+    message = error_message(path)
     assert "output_dir: not given, expected: text" in message
     assert "model: not given, expected: mapping" in message
     assert "domains: not given, expected: list of mappings, at least 1" in message
@@ -254,14 +254,14 @@ def test_load_config_missing_keys_are_named(tmp_path: Path) -> None:
 def test_load_config_unreadable_file_is_error(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
-    message = message_of(path)
+    message = error_message(path)
     assert message.startswith(f"{path}: ")
     assert expected in message
 
 
 def test_load_config_missing_file_is_error(tmp_path: Path) -> None:
-    assert message_of(tmp_path / "run.yaml").endswith("run.yaml: no such file; expected a run config in YAML")
-    assert "cannot be read" in message_of(tmp_path)
+    assert error_message(tmp_path / "run.yaml").endswith("run.yaml: no such file; expected a run config in YAML")
+    assert "cannot be read" in error_message(tmp_path)
 
 
 def test_dump_config_reads_back_equal(run_file: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def samples(tmp_path: Path) -> dict[str, SampleDataset]:
     return made
 
 
-def rows_of(batch: Batch) -> list[Row]:
+def list_rows(batch: Batch) -> list[Row]:
     rows = zip(batch.input_ids[:, 0].tolist(), batch.corrupted_ids.tolist(), strict=True)
     return [(_corpus(token), token, tuple(seen)) for token, seen in rows]
 
@@ -70,7 +70,7 @@ def load(
         world_size=world_size,
         num_workers=num_workers,
     )
-    return [[rows_of(batch) for batch in step] for step in steps]
+    return [[list_rows(batch) for batch in step] for step in steps]
 
 
 def test_mixed_domains_consecutive_rows_are_balanced(samples: dict[str, SampleDataset]) -> None:
@@ -96,7 +96,7 @@ def test_mixed_domains_samples_equal_single_domains(samples: dict[str, SampleDat
             rank=0,
             world_size=1,
         )
-        expected = [row for (batch,) in alone for row in rows_of(batch)]
+        expected = [row for (batch,) in alone for row in list_rows(batch)]
         assert [row for row in pooled if row[0] == name] == expected
 
 

@@ -70,7 +70,7 @@ class Row:
         return next(name for name in ("news", "food", "papers") if self.token >= TOKEN[name])
 
 
-def rows_of(batch: Batch) -> list[Row]:
+def list_rows(batch: Batch) -> list[Row]:
     assert batch.predicted.equal(batch.predicted.sort().values)
     assert (batch.input_ids == batch.input_ids[:, :1]).all() and batch.row_weights.bool().all()
     pairs = list(zip(batch.predicted.tolist(), batch.targets.tolist(), strict=True))
@@ -115,13 +115,13 @@ def load(
 def test_replay_independent_of_ranks(
     corpora: dict[str, TokenBlocks], world_size: int, micro_batch_size: int, num_replayed: int
 ) -> None:
-    full = [rows_of(batch) for (batch,) in load(corpora, num_replayed=num_replayed, micro_batch_size=16)]
+    full = [list_rows(batch) for (batch,) in load(corpora, num_replayed=num_replayed, micro_batch_size=16)]
     ranks = [
         load(corpora, num_replayed=num_replayed, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for step, expected in zip(zip(*ranks, strict=True), full, strict=True):
-        found = [rows_of(batch) for losses in zip(*step, strict=True) for batch in losses]
+        found = [list_rows(batch) for losses in zip(*step, strict=True) for batch in losses]
         # In the order of the global batch, not only as a set.
         assert [row for rows in found for row in rows] == expected
         assert sum(row.corpus != "papers" for row in expected) == num_replayed
@@ -130,26 +130,26 @@ def test_replay_independent_of_ranks(
 
 
 def test_replay_round_robin_over_corpora(corpora: dict[str, TokenBlocks]) -> None:
-    rows = [row for step in load(corpora, num_replayed=4) for batch in step for row in rows_of(batch)]
+    rows = [row for step in load(corpora, num_replayed=4) for batch in step for row in list_rows(batch)]
     replayed = [row for row in rows if row.corpus != "papers"]
     assert [row.corpus for row in replayed] == ["food", "news"] * (2 * NUM_STEPS)
     assert len({row.token for row in replayed if row.corpus == "news"}) > 8
     own = [row.token for row in rows if row.corpus == "papers"]
     assert sorted(own[:30]) == sorted(own[30:60]) == list(range(5, 35))
-    plain = [row for step in load(corpora, num_replayed=0, num_steps=5) for batch in step for row in rows_of(batch)]
+    plain = [row for step in load(corpora, num_replayed=0, num_steps=5) for batch in step for row in list_rows(batch)]
     # The domain's own samples are those of a run without replay, corruption included.
     assert [row for row in rows if row.corpus == "papers"] == plain[: len(own)]
 
 
 def test_replay_repeated_block_has_new_corruption(corpora: dict[str, TokenBlocks]) -> None:
-    rows = [row for step in load(corpora, num_replayed=8) for batch in step for row in rows_of(batch)]
+    rows = [row for step in load(corpora, num_replayed=8) for batch in step for row in list_rows(batch)]
     same = [row for row in rows if row.token == TOKEN["food"]]
     assert len({row.corrupted for row in same}) == len(same) > 1
 
 
 def test_replay_rows_use_their_collator(corpora: dict[str, TokenBlocks]) -> None:
     """Random replacements come from the vocabulary of the row's corpus."""
-    rows = [row for step in load(corpora, num_replayed=8) for batch in step for row in rows_of(batch)]
+    rows = [row for step in load(corpora, num_replayed=8) for batch in step for row in list_rows(batch)]
     largest = {name: max(max(row.corrupted) for row in rows if row.corpus == name) for name in MASKERS}
     assert largest["food"] < 300 and largest["news"] < 350 < largest["papers"] < 400
     assert all(target == row.token for row in rows for _, target in row.predicted)
@@ -163,7 +163,7 @@ def test_replay_resumed_with_workers(corpora: dict[str, TokenBlocks], first_step
     found = load(corpora, num_replayed=3, first_step=first_step, num_workers=num_workers)
     assert len(found) == NUM_STEPS - first_step
     for left, right in zip(found, full[first_step:], strict=True):
-        assert [rows_of(batch) for batch in left] == [rows_of(batch) for batch in right]
+        assert [list_rows(batch) for batch in left] == [list_rows(batch) for batch in right]
 
 
 def test_replay_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
@@ -171,7 +171,7 @@ def test_replay_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
     for step in load(corpora, num_replayed=3, collators=collators):
         for batch in step:
             assert batch.corrupted_ids.equal(batch.input_ids)
-            for row in rows_of(batch):
+            for row in list_rows(batch):
                 assert row.predicted == tuple((place, row.token) for place in range(LENGTH - 1))
 
 

@@ -34,18 +34,18 @@ def seed_scores(seed: int, dev: float, test: float) -> SeedScores:
     )
 
 
-def task_of(folder: Path, **changes: object) -> EndTask:
+def make_task(folder: Path, **changes: object) -> EndTask:
     return read_task(TaskConfig(**small_task(folder, metric="accuracy", **changes)))
 
 
 def two_seeds(folder: Path) -> EndTaskScores:
-    task = task_of(folder)
+    task = make_task(folder)
     scores = EndTaskScores(model="abc").with_seed(task, seed_scores(4, 0.5, 0.25))
     return scores.with_seed(task, seed_scores(1, 1.0, 0.75))
 
 
 def test_with_seed_sorts_and_summarizes_reported_metric(tmp_path: Path) -> None:
-    one = EndTaskScores(model="abc").with_seed(task_of(tmp_path), seed_scores(0, 0.5, 0.25))
+    one = EndTaskScores(model="abc").with_seed(make_task(tmp_path), seed_scores(0, 0.5, 0.25))
     assert one.tasks["toy_text"].test.model_dump() == {"mean": 0.25, "deviation": None}
     scores = two_seeds(tmp_path)
     entry = scores.tasks["toy_text"]
@@ -54,7 +54,7 @@ def test_with_seed_sorts_and_summarizes_reported_metric(tmp_path: Path) -> None:
     assert (entry.dev.mean, entry.test.mean) == (0.75, 0.5)
     assert entry.test.deviation == pytest.approx(statistics.stdev([0.25, 0.75]))
     assert scores.has("toy_text", 4) and not scores.has("toy_text", 0) and not scores.has("other", 4)
-    summary = summarize_scores(scores, [task_of(tmp_path).config])["toy_text"]
+    summary = summarize_scores(scores, [make_task(tmp_path).config])["toy_text"]
     assert (summary["metric"], summary["seeds"], summary["test"]["mean"]) == ("accuracy", 2, 0.5)
 
 
@@ -70,10 +70,10 @@ def test_open_scores_round_trip(tmp_path: Path) -> None:
     path = tmp_path / END_TASKS_FILE
     scores = two_seeds(tmp_path)
     scores.write(path)
-    assert EndTaskScores.read(path) == open_scores(path, "abc", [task_of(tmp_path)]) == scores
+    assert EndTaskScores.read(path) == open_scores(path, "abc", [make_task(tmp_path)]) == scores
     # Seeds may be added, and files may move as long as their content stays.
     (tmp_path / "moved").mkdir()
-    assert open_scores(path, "abc", [task_of(tmp_path / "moved", seeds=[1, 2, 3])]) == scores
+    assert open_scores(path, "abc", [make_task(tmp_path / "moved", seeds=[1, 2, 3])]) == scores
 
 
 def test_open_scores_missing_file_or_folder(tmp_path: Path) -> None:
@@ -92,18 +92,18 @@ def test_open_scores_other_weights_or_settings_raise(tmp_path: Path) -> None:
     with pytest.raises(
         RunFolderError, match=r"toy_text was scored with other settings \(learning_rate: was 0\.003, now 0\.5\)"
     ):
-        open_scores(path, "abc", [task_of(tmp_path, learning_rate=0.5)])
-    task = task_of(tmp_path)
+        open_scores(path, "abc", [make_task(tmp_path, learning_rate=0.5)])
+    task = make_task(tmp_path)
     with pytest.raises(RunFolderError, match=r"files: was .*, now "):
-        open_scores(path, "abc", [task_of(tmp_path, test=task.config.dev)])
+        open_scores(path, "abc", [make_task(tmp_path, test=task.config.dev)])
 
 
 def test_with_domains_updates_domain(tmp_path: Path) -> None:
     path = tmp_path / END_TASKS_FILE
     scores = two_seeds(tmp_path)
     scores.write(path)
-    task = task_of(tmp_path, domain="acl")
-    moved = open_scores(path, "abc", [task]).with_domains([task, task_of(tmp_path, name="other", domain="acl")])
+    task = make_task(tmp_path, domain="acl")
+    moved = open_scores(path, "abc", [task]).with_domains([task, make_task(tmp_path, name="other", domain="acl")])
     assert list(moved.tasks) == ["toy_text"] and moved.tasks["toy_text"].domain == "acl"
     assert scores.with_seed(task, seed_scores(9, 0.5, 0.5)).tasks["toy_text"].domain == "acl"
 

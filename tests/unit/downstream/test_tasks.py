@@ -20,13 +20,13 @@ ROWS = [{"text": "good soup", "label": "plus"}, {"text": "cold soup", "label": "
 MARKED = "a [[ parser ]] for << trees >>"
 
 
-def task_of(folder: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]], **changes: Any) -> TaskConfig:
+def make_task(folder: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]], **changes: Any) -> TaskConfig:
     files = {"train": train, "dev": dev, "test": ROWS}
     names = {part: write_rows(folder / f"{part}.jsonl", rows) for part, rows in files.items()}
     return TaskConfig(**{"name": "toy", **names, **changes})
 
 
-def message_of(config: TaskConfig) -> str:
+def error_message(config: TaskConfig) -> str:
     with pytest.raises(DataError) as caught:
         read_task(config)
     assert "\n" not in str(caught.value)
@@ -34,7 +34,7 @@ def message_of(config: TaskConfig) -> str:
 
 
 def test_read_task_keeps_order_and_sorts_labels(tmp_path: Path) -> None:
-    task = read_task(task_of(tmp_path, ROWS, ROWS[:1]))
+    task = read_task(make_task(tmp_path, ROWS, ROWS[:1]))
     assert task.labels == ["minus", "plus"]
     assert task.train.texts == ["good soup", "cold soup"] and task.train.pairs is None
     assert task.train.labels == [1, 0] and task.dev.labels == [1]
@@ -52,7 +52,7 @@ def test_read_task_compressed_columns_and_integer_labels(tmp_path: Path) -> None
 
 
 def test_read_task_configured_labels_keep_order(tmp_path: Path) -> None:
-    assert read_task(task_of(tmp_path, ROWS, ROWS, labels=["plus", "minus"])).train.labels == [0, 1]
+    assert read_task(make_task(tmp_path, ROWS, ROWS, labels=["plus", "minus"])).train.labels == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_read_task_configured_labels_keep_order(tmp_path: Path) -> None:
 def test_read_task_bad_row_raises(
     tmp_path: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]], changes: dict[str, Any], expected: str
 ) -> None:
-    assert expected in message_of(task_of(tmp_path, train, dev, **changes))
+    assert expected in error_message(make_task(tmp_path, train, dev, **changes))
 
 
 def test_read_task_bad_file_raises(tmp_path: Path) -> None:
-    assert "train.jsonl has no rows; expected one object" in message_of(task_of(tmp_path, [], ROWS))
-    named = task_of(tmp_path, ROWS, ROWS)
+    assert "train.jsonl has no rows; expected one object" in error_message(make_task(tmp_path, [], ROWS))
+    named = make_task(tmp_path, ROWS, ROWS)
     (tmp_path / "rows.txt").write_text("text\n")
     (tmp_path / "list.jsonl").write_text("[]\n")
     for name, expected in (
@@ -96,7 +96,7 @@ def test_read_task_bad_file_raises(tmp_path: Path) -> None:
         ("rows.txt", "rows.txt: unknown file type; allowed are .jsonl, .jsonl.gz, .jsonl.xz"),
         ("list.jsonl", "list.jsonl, line 1: found list"),
     ):
-        assert expected in message_of(named.model_copy(update={"dev": str(tmp_path / name)}))
+        assert expected in error_message(named.model_copy(update={"dev": str(tmp_path / name)}))
 
 
 def test_select_tasks_by_name_in_config_order() -> None:

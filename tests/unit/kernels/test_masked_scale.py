@@ -28,7 +28,7 @@ def in_triton(tensors: Sequence[torch.Tensor], protections: Sequence[Protection]
 FORMS = {"torch": masked_scale_torch_, "triton": in_triton}
 
 
-def protections_of(kind: str, generator: torch.Generator, device: str) -> list[Protection]:
+def make_protections(kind: str, generator: torch.Generator, device: str) -> list[Protection]:
     """One per size; those by units share one vector of values, as a run's do."""
     drawn = [random_protection(kind, numel, generator, device) for numel in SIZES]
     tables = [protection.table for protection in drawn if protection.table is not None]
@@ -44,7 +44,7 @@ def protections_of(kind: str, generator: torch.Generator, device: str) -> list[P
 def test_masked_scale_equals_float64(form: str, kind: str, dtype: torch.dtype, device: str) -> None:
     seed = new_seed()
     generator = torch.Generator().manual_seed(seed)
-    protections = protections_of(kind, generator, device)
+    protections = make_protections(kind, generator, device)
     start = [torch.randn(numel, generator=generator).to(dtype) for numel in SIZES]
     poisoned = [inside_poison(values.to(device)) for values in start]
     FORMS[form]([view for _, view in poisoned], protections)

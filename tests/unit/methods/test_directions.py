@@ -30,7 +30,7 @@ WITHOUT_LINEAR_LAYERS = ("gpt2", "mixtral", "qwen3_moe")
 METHOD: dict[str, Any] = {"name": "directions", "half_saturation": 2.0}
 
 
-def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
+def make_run(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
     """As much of a run as directions need before training, without an engine; `changes` are keys of the model's."""
     model = tiny_model(model_type, **without_dropout(model_type), **changes)
     spec = spec_for(model_type)
@@ -45,7 +45,7 @@ def run_of(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "rob
 
 
 def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
-    run = run_of(tmp_path)
+    run = make_run(tmp_path)
     full = random_batch(4, 1)
     first = random_batch(4, 1)
     first.row_weights[2:] = 0.0
@@ -68,7 +68,7 @@ def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in WITHOUT_LINEAR_LAYERS])
 def test_second_moments_do_not_depend_on_batches(model_type: str, tmp_path: Path) -> None:
-    run = run_of(tmp_path, model_type=model_type)
+    run = make_run(tmp_path, model_type=model_type)
     batch = (causal_batch if spec_for(model_type).objective == "clm" else random_batch)(8, 1)
     expected = input_second_moments(run, ResumableLoop([batch]))
     for num_batches in (2, 8):
@@ -82,7 +82,7 @@ def test_second_moments_do_not_depend_on_batches(model_type: str, tmp_path: Path
 @pytest.mark.parametrize("num_rows", [1, 4])
 def test_second_moments_count_relative_positions_once(num_rows: int, tmp_path: Path) -> None:
     """Also where it has as many rows as the batch has positions; by hand, from what the layers are given."""
-    run = run_of(tmp_path, model_type="deberta-v2", position_buckets=LENGTH // 2)
+    run = make_run(tmp_path, model_type="deberta-v2", position_buckets=LENGTH // 2)
     model = run.network.model
     batch = random_batch(num_rows, 1)
     table = model.base_model.encoder.get_rel_embedding()
@@ -100,7 +100,7 @@ def test_second_moments_count_relative_positions_once(num_rows: int, tmp_path: P
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_second_moments_non_finite_input_is_error(value: float, tmp_path: Path) -> None:
-    run = run_of(tmp_path)
+    run = make_run(tmp_path)
     run.network.model.roberta.encoder.layer[0].output.LayerNorm.bias.data[3] = value
     message = (
         r"importance: found an input of roberta\.\S+ that is not finite, expected finite numbers; the model diverged"
@@ -113,7 +113,7 @@ def test_second_moments_non_finite_input_is_error(value: float, tmp_path: Path) 
     ("value", "fault"), [(float("nan"), "not finite"), (-1.0, "negative"), (float("inf"), "not finite")]
 )
 def test_load_directions_invalid_moments_are_error(value: float, fault: str, tmp_path: Path) -> None:
-    run = run_of(tmp_path)
+    run = make_run(tmp_path)
     path = tmp_path / DIRECTIONS_FILE
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     moments = {name: torch.eye(width) for name, width in widths.items()}
@@ -130,7 +130,7 @@ def test_load_directions_invalid_moments_are_error(value: float, fault: str, tmp
 
 
 def test_load_directions_reads_own_files_only(tmp_path: Path) -> None:
-    run = run_of(tmp_path)
+    run = make_run(tmp_path)
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     inputs = {name: torch.randn(width, width) for name, width in widths.items()}
     moments = {name: values.T @ values for name, values in inputs.items()}
@@ -145,16 +145,16 @@ def test_load_directions_reads_own_files_only(tmp_path: Path) -> None:
 
 
 def test_directions_init_from_protects_first_domain(tmp_path: Path) -> None:
-    run = run_of(tmp_path)
+    run = make_run(tmp_path)
     widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
     save_directions(tmp_path / DIRECTIONS_FILE, {name: torch.eye(width) for name, width in widths.items()}, run.layout)
-    method = build_method(run_of(tmp_path, {**METHOD, "init_from": str(tmp_path / DIRECTIONS_FILE)}))
+    method = build_method(make_run(tmp_path, {**METHOD, "init_from": str(tmp_path / DIRECTIONS_FILE)}))
     method.before_domain(no_text_domain(tmp_path))
     assert isinstance(method, Directions) and method.state_dict().replicated.keys() == widths.keys()
 
 
 def test_directions_without_linear_layers_is_error(tmp_path: Path) -> None:
-    run = run_of(tmp_path, model_type="gpt2")
+    run = make_run(tmp_path, model_type="gpt2")
     with pytest.raises(ModelError, match=r"found directions, but .*c_attn.weight is no weight of a torch.nn.Linear"):
         build_method(run)
 
@@ -167,7 +167,7 @@ def test_merge_weight_any_method_merges_on_request(name: str) -> None:
 
 def test_merge_weight_default_of_merge(tmp_path: Path) -> None:
     assert parse_method("merge").merge_weight == 0.5
-    assert isinstance(build_method(run_of(tmp_path, {"name": "merge"})), MergingWrapper)
+    assert isinstance(build_method(make_run(tmp_path, {"name": "merge"})), MergingWrapper)
 
 
 @pytest.mark.parametrize("key", ["contrastive", "softmask", "importance", "view_dropout"])

@@ -16,7 +16,7 @@ from helpers.tiny_models import tiny_model
 from helpers.training import run_config
 
 
-def run_of(method: dict[str, Any], folder: Path) -> Any:
+def make_run(method: dict[str, Any], folder: Path) -> Any:
     """The part of a run that is read before training, over a model whose table has no heads."""
     layout = spec_for("roberta").layout(tiny_model())
     units = {group: size for group, size in layout.num_units.items() if group != "head"}
@@ -30,9 +30,9 @@ def test_soft_masked_unknown_group_is_error(method: dict[str, Any], tmp_path: Pa
         "allowed: intermediate, output, unowned"
     )
     with pytest.raises(ConfigError, match=message):
-        METHODS[method["name"]](run_of(method, tmp_path))
+        METHODS[method["name"]](make_run(method, tmp_path))
 
 
 @pytest.mark.parametrize("groups", [None, ["output", "unowned"]])
 def test_soft_masked_default_masks_existing_groups(groups: list[str] | None, tmp_path: Path) -> None:
-    METHODS["das"](run_of({"name": "das", "softmask": {"groups": groups}}, tmp_path))
+    METHODS["das"](make_run({"name": "das", "softmask": {"groups": groups}}, tmp_path))

@@ -59,12 +59,12 @@ def case(num_positions: int, dtype: torch.dtype = torch.float32) -> tuple[torch.
 
 
 def losses_and_gradients(
-    losses_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], head: nn.Module, num_positions: int
+    compute_losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], head: nn.Module, num_positions: int
 ) -> list[torch.Tensor]:
     """Losses and the gradients of hidden states and of all weights."""
     dtype = next(head.parameters()).dtype
     hidden, targets, upstream = case(num_positions, dtype)
-    losses = losses_of(hidden, targets)
+    losses = compute_losses(hidden, targets)
     return [losses, *torch.autograd.grad(losses, [hidden, *head.parameters()], upstream.to(losses.dtype))]
 
 
@@ -73,13 +73,13 @@ def reference(head: nn.Module, soft_cap: float | None, num_positions: int) -> li
     double = Head(bias=any("decoder" in n and "bias" in n for n, _ in head.named_parameters()), wrapped=False).double()
     double.load_state_dict({name.replace("inner.", ""): weight for name, weight in head.state_dict().items()})
 
-    def losses_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def compute_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = double(hidden)
         if soft_cap is not None:
             logits = torch.tanh(logits / soft_cap) * soft_cap
         return -logits.log_softmax(dim=1)[torch.arange(len(targets)), targets]
 
-    return losses_and_gradients(losses_of, double, num_positions)
+    return losses_and_gradients(compute_losses, double, num_positions)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -90,8 +90,8 @@ def test_chunked_lm_loss_equals_unchunked(
     num_positions: int, bias: bool, soft_cap: float | None, wrapped: bool
 ) -> None:
     head = Head(bias=bias, wrapped=wrapped)
-    losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap)
-    found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=MOST), head, num_positions)
+    compute_losses = ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap)
+    found = losses_and_gradients(lambda h, t: compute_losses(h, t, max_positions=MOST), head, num_positions)
     assert found[0].dtype == torch.float32 and found[0].shape == (num_positions,)
     for value, expected in zip(found, reference(head, soft_cap, num_positions), strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=2e-6)
@@ -100,8 +100,8 @@ def test_chunked_lm_loss_equals_unchunked(
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_chunked_lm_loss_float64_is_exact(soft_cap: float | None) -> None:
     head = Head(bias=True, wrapped=False, dtype=torch.float64)
-    losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap)
-    found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=MOST), head, 2 * CHUNK + 1)
+    compute_losses = ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap)
+    found = losses_and_gradients(lambda h, t: compute_losses(h, t, max_positions=MOST), head, 2 * CHUNK + 1)
     for value, expected in zip(found, reference(head, soft_cap, 2 * CHUNK + 1), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
 
@@ -109,8 +109,8 @@ def test_chunked_lm_loss_float64_is_exact(soft_cap: float | None) -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_chunked_lm_loss_bf16_error_is_rounding(wrapped: bool) -> None:
     head = Head(bias=True, wrapped=wrapped, dtype=torch.bfloat16)
-    losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK)
-    found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=MOST), head, MOST)
+    compute_losses = ChunkedLMLoss(head, head.decoder, chunk=CHUNK)
+    found = losses_and_gradients(lambda h, t: compute_losses(h, t, max_positions=MOST), head, MOST)
     assert found[0].dtype == torch.float32
     assert all(value.dtype == torch.bfloat16 for value in found[1:])
     for value, expected in zip(found, reference(head, None, MOST), strict=True):
@@ -123,8 +123,8 @@ def test_chunked_lm_loss_bf16_gradients_independent_of_chunks() -> None:
     expected = reference(head, None, 512)
 
     def error(chunk: int) -> list[float]:
-        losses_of = ChunkedLMLoss(head, head.decoder, chunk=chunk)
-        found = losses_and_gradients(lambda h, t: losses_of(h, t, max_positions=512), head, 512)
+        compute_losses = ChunkedLMLoss(head, head.decoder, chunk=chunk)
+        found = losses_and_gradients(lambda h, t: compute_losses(h, t, max_positions=512), head, 512)
         return [float((value.double() - e).norm() / e.norm()) for value, e in zip(found[2:], expected[2:], strict=True)]
 
     for one_by_one, at_once in zip(error(1), error(512), strict=True):
@@ -135,10 +135,10 @@ def test_chunked_lm_loss_bf16_gradients_independent_of_chunks() -> None:
 def test_chunked_lm_loss_memory_is_one_chunk(wrapped: bool) -> None:
     head = Head(bias=True, wrapped=wrapped)
     for chunk, largest in ((CHUNK, CHUNK), (MOST, MOST)):
-        losses_of = ChunkedLMLoss(head, head.decoder, chunk=chunk, soft_cap=2.0)
+        compute_losses = ChunkedLMLoss(head, head.decoder, chunk=chunk, soft_cap=2.0)
         hidden, targets, upstream = case(MOST)
         with LargestLogits() as seen:
-            losses_of(hidden, targets, max_positions=MOST).backward(upstream)
+            compute_losses(hidden, targets, max_positions=MOST).backward(upstream)
         assert seen.positions == largest
 
 
@@ -159,8 +159,8 @@ def test_chunked_lm_loss_head_calls_independent_of_positions() -> None:
             calls: list[int] = []
             handle = head.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             hidden, targets, upstream = case(num_positions)
-            losses_of = ChunkedLMLoss(head, head.decoder, chunk=CHUNK)
-            losses_of(hidden, targets, max_positions=MOST).backward(upstream)
+            compute_losses = ChunkedLMLoss(head, head.decoder, chunk=CHUNK)
+            compute_losses(hidden, targets, max_positions=MOST).backward(upstream)
             handle.remove()
             assert len(calls) == expected, (wrapped, num_positions)
 

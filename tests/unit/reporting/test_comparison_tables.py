@@ -122,7 +122,7 @@ def test_cost_rows_worked_example(several: Comparison) -> None:
     assert by_label(tables.cost_rows(comparison(several.group("ncl"), das)))["das"][:2] == ["-", "-"]
 
 
-def scores_of(last: float | None) -> RunScores:
+def make_scores(last: float | None) -> RunScores:
     matrix = ScoreMatrix(
         scores=[[None, 0.3], [0.8, 0.4], [last, 0.7]],
         forgetting=TaskForgetting(
@@ -144,7 +144,7 @@ def scores_of(last: float | None) -> RunScores:
 
 def test_task_rows_worked_example() -> None:
     runs = [run_summary(seed, 3.0, 0.1) for seed in (0, 1)]
-    scored = [run.model_copy(update={"end_tasks": scores_of(0.5 + 0.1 * run.seed)}) for run in runs]
+    scored = [run.model_copy(update={"end_tasks": make_scores(0.5 + 0.1 * run.seed)}) for run in runs]
     both = comparison(group("das", [(3.0, 0.1)]).model_copy(update={"runs": scored}), group("ncl", [(3.0, 0.2)]))
     assert tables.task_rows(both)[1:] == [
         [
@@ -171,7 +171,7 @@ def test_task_rows_worked_example() -> None:
     assert header[-3:] == ["end-task score", "end-task forgetting", "end-task forward transfer"]
     assert das[-3:-1] == [bracket(0.6, 0.65), bracket(0.3, 0.2, "+")] and ncl[-3:] == ["-"] * 3
     # A mean over some of the tasks would be another number.
-    missing = runs[0].model_copy(update={"end_tasks": scores_of(None)})
+    missing = runs[0].model_copy(update={"end_tasks": make_scores(None)})
     lacking = comparison(group("das", [(3.0, 0.1)]).model_copy(update={"runs": [missing]}))
     assert "end-task score" not in tables.summary_rows(lacking)[0]
     assert tables.task_rows(lacking)[1][6:] == ["-", "-"]

@@ -84,7 +84,7 @@ class FakeWandb:
         return settings
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+def list_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -156,7 +156,7 @@ def test_unreachable_server_falls_back_to_offline(
     sink.close()
     assert library.calls == ["login", "init online", "teardown", "init offline"]
     assert library.run.rows == [{"global_step": 1, "acl/step": 1, "acl/loss": 1.0}]
-    assert len(warnings_of(caplog)) == 1 and "kept offline" in caplog.text
+    assert len(list_warnings(caplog)) == 1 and "kept offline" in caplog.text
 
 
 @pytest.mark.parametrize(("method", "names"), [("ncl", ["acl", "pub-med"]), ("pool", ["pool"])])
@@ -182,7 +182,7 @@ def test_failures_warn_once_and_are_contained(
     sink.log_image("losses", tmp_path / "missing.png")
     sink.close()
     sink.close()
-    messages = warnings_of(caplog)
+    messages = list_warnings(caplog)
     assert len(messages) == 1 and "training continues" in messages[0]
     assert "Traceback" in caplog.text
 
@@ -203,7 +203,7 @@ def test_system_exit_does_not_end_the_worker(
         sink.log(STEP, global_step=step)
     sink.close()
     assert [row["global_step"] for row in library.run.rows] == [1, 2]
-    assert len(warnings_of(caplog)) == 1 and "SystemExit" in warnings_of(caplog)[0]
+    assert len(list_warnings(caplog)) == 1 and "SystemExit" in list_warnings(caplog)[0]
 
 
 @pytest.mark.parametrize("hanging", ["login", "init online", "finish"])
@@ -224,7 +224,7 @@ def test_hanging_library_blocks_neither_log_nor_close(
     closing.start()
     closing.join(30)
     assert not closing.is_alive()
-    assert "did not finish within 0.2 s" in warnings_of(caplog)[-1]
+    assert "did not finish within 0.2 s" in list_warnings(caplog)[-1]
     library.release.set()
 
 

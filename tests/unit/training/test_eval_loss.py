@@ -18,16 +18,16 @@ class Silent(torch.nn.Module):
         return ids, torch.full((len(predicted),), 2.0)
 
 
-def batch_of(predicted: list[int]) -> Batch:
+def make_batch(predicted: list[int]) -> Batch:
     ids = torch.zeros(1, 4, dtype=torch.int64)
     places = torch.tensor(predicted, dtype=torch.int64)
     return Batch(ids, ids, places, places, torch.ones(1))
 
 
 def test_eval_loss_is_mean_over_predicted_tokens() -> None:
-    assert compute_eval_loss(Silent(), ResumableLoop([batch_of([1, 2]), batch_of([])]), torch.device("cpu")) == 2.0
+    assert compute_eval_loss(Silent(), ResumableLoop([make_batch([1, 2]), make_batch([])]), torch.device("cpu")) == 2.0
 
 
 def test_eval_loss_without_predicted_tokens_raises() -> None:
     with pytest.raises(DataError, match=r"found no predicted token in the held-out text.*data\.mlm_probability"):
-        compute_eval_loss(Silent(), ResumableLoop([batch_of([])]), torch.device("cpu"))
+        compute_eval_loss(Silent(), ResumableLoop([make_batch([])]), torch.device("cpu"))

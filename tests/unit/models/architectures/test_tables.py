@@ -22,8 +22,8 @@ from helpers.closed_units import (
     gradient_sizes,
     gradients_of_gates,
     hold_statistics,
+    list_slices,
     sequence_losses,
-    slices_of,
     token_ids,
 )
 from helpers.matrix import record
@@ -94,7 +94,7 @@ def test_spec_closed_unit_only_its_weights_lose_gradient(label: str) -> None:
     closings += [{(HEAD, 0, sharers + head) for head in range(count)} for count in (sharers, sharers - 1)]
     for closed in closings:
         sizes = gradient_sizes(model, spec, layout, closed)
-        expected = slices_of(layout, closed)
+        expected = list_slices(layout, closed)
         assert {where for where in expected if sizes[where] != 0.0} == set()
         assert {where for where, size in sizes.items() if size == 0.0} - never <= expected, closed
     if label == model_type:
@@ -104,9 +104,9 @@ def test_spec_closed_unit_only_its_weights_lose_gradient(label: str) -> None:
 
 def test_spec_shared_kv_head_keeps_gradient_until_all_queries_close() -> None:
     layout = spec_for("llama").layout(tiny_model("llama"))
-    alone = {where.parameter.split(".", 3)[3] for where in slices_of(layout, {(HEAD, 0, 3)})}
+    alone = {where.parameter.split(".", 3)[3] for where in list_slices(layout, {(HEAD, 0, 3)})}
     assert alone == {"self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.o_proj.weight"}
-    together = slices_of(layout, {(HEAD, 0, head) for head in (3, 4, 5)})
+    together = list_slices(layout, {(HEAD, 0, head) for head in (3, 4, 5)})
     rows = {where.entry for where in together if where.parameter == "model.layers.0.self_attn.v_proj.weight"}
     assert rows == set(range(8, 16))
 
@@ -117,7 +117,7 @@ def test_spec_olmo2_qk_norms_mix_heads_by_statistics_only() -> None:
     layout = spec.layout(model)
     closed: Units = {(HEAD, 1, head) for head in (3, 4, 5)}
     sizes = gradient_sizes(model, spec, layout, closed)
-    moving = {where.parameter.split("self_attn.")[1] for where in slices_of(layout, closed) if sizes[where] != 0.0}
+    moving = {where.parameter.split("self_attn.")[1] for where in list_slices(layout, closed) if sizes[where] != 0.0}
     assert moving == {"q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias"}
 
 
