@@ -214,14 +214,14 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def _check_nesting(node: Any) -> None:
     """Raises ValueError where aliases make a node contain itself, or text of a few lines a tree without end."""
-    level = [node]
+    nodes = [node]
     num_nodes = 0
     for _ in range(MAX_DEPTH):
-        level = [child for parent in level for child in _children(parent)]
-        num_nodes += len(level)
+        nodes = [child for parent in nodes for child in _children(parent)]
+        num_nodes += len(nodes)
         if num_nodes > MAX_NODES:
             raise ValueError(f"found more than {MAX_NODES} values, which aliases repeat")
-        if not level:
+        if not nodes:
             return
     raise ValueError(f"found more than {MAX_DEPTH} values within each other; does an alias contain itself?")
 

@@ -135,7 +135,7 @@ class LossGuard:
         self._skipped: set[tuple[str, int]] = set()
 
     def start_domain(self, name: str) -> None:
-        """Forget the losses of the domain before, which are on another level."""
+        """Forget the losses of the domain before, which have another mean."""
         self._domain = name
         self._last_bad_step = -1
         self._num_consecutive = 0

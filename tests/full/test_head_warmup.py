@@ -1,4 +1,4 @@
-"""An LM head that no file has is trained alone first, whatever the ZeRO stage, and can be stopped in between."""
+"""A missing LM head is trained alone first, at every ZeRO stage, and can be stopped in between."""
 
 from __future__ import annotations
 

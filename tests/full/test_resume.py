@@ -1,4 +1,4 @@
-"""A run that breaks off anywhere continues there, and ends as if nothing had happened."""
+"""A run that is interrupted anywhere resumes there and ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_ewc_merging_and_directions_resume(tmp_path: Path) -> None:
         "merge": {"name": "merge"},
         "directions": {"name": "directions", "num_samples": 24, "merge": {"weight": 0.25}},
     }
-    # So that a start also breaks off where weights are still to be merged, or within a pass over a sample.
+    # So that a start is also interrupted where weights are still to be merged, or within a pass over a sample.
     limits = {"ewc": 8, "merge": 7, "directions": 7}
 
     def values(name: str, method: str, **changes: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ PATIENCE_S = 120.0
 def start_training(
     values: dict[str, Any], folder: Path, world_size: int, disturb: Callable[[], None] | None = None
 ) -> list[Any]:
-    """Processes of `das-ds train` over this config, which say to `folder/stderr_<rank>` what users would read.
+    """Processes of `das-ds train` over this config, whose messages to users are in `folder/stderr_<rank>`.
 
     Args:
         values: config of the run.

@@ -48,7 +48,7 @@ def keep_compiled_ops() -> None:
 
 
 def _folder() -> Path:
-    """What was compiled by other versions, or for another processor, lies elsewhere."""
+    """Libraries compiled by other versions, or for another processor, are in other folders."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     compiled_by = "none"
     if compiler is not None:

@@ -1,4 +1,4 @@
-"""A hub on this machine: what the client of the real one asks for a model or data set, at one commit each."""
+"""A hub on this machine: the requests of the real client for a model or data set, at one commit each."""
 
 from __future__ import annotations
 

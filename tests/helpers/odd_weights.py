@@ -44,7 +44,7 @@ def changed(change: Callable[[Tensors], Tensors], model_type: str = "bert", **ch
 
 
 def config_changed(model_type: str = "bert", **values: Any) -> Callable[[Path], None]:
-    """Writes a folder whose config says something else than its file."""
+    """Writes a folder whose config contradicts its file."""
 
     def write(folder: Path) -> None:
         saved(folder, model_type)
@@ -305,7 +305,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "only a variant": (_only_variant, r"found no weights, expected model.safetensors .*found model.fp16.safetensors"),
     "not a state dict": (_nested, r"found step: int, expected a state dict"),
 }
-"""What is refused, with what the message says."""
+"""Refused folders, with the message."""
 
 
 def _other_type(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs that break off at chosen boundaries, as a killed process does, and are started again."""
+"""Runs that are interrupted at chosen boundaries, as if killed, and restarted."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _limited_run(config: RunConfig, ranks: ProcessGroup, limit: int, breaks: lis
 def _breaking_run(
     config: RunConfig, ranks: ProcessGroup, is_last: Callable[[RunState], bool], breaks: list[Place]
 ) -> Results:
-    """A start that breaks off at the first boundary for which `is_last` is true; asked once at each."""
+    """A start that is interrupted at the first boundary for which `is_last` is true; asked once at each."""
     check = SavePoint.check
 
     def breaking(self: SavePoint, run: RunState, *, save: bool) -> None:
@@ -98,7 +98,7 @@ def run_complete_and_broken(pairs: list[tuple[dict[str, Any], dict[str, Any]]], 
     """Of each pair the first config run at once, the second broken off at a step of training and started again.
 
     Returns:
-        Where each second run broke off, or the traceback of a pair that failed.
+        Where each second run was interrupted, or the traceback of a pair that failed.
     """
     ranks = init_process_group()
     return [
@@ -174,7 +174,7 @@ def assert_same_run(mine: Path, theirs: Path) -> None:
 def check_a_run_in_pieces_equals_the_complete_run(
     stage: int, granularity: str, precision: str, optimizer: str, asynchronous: bool, folder: Path
 ) -> None:
-    """On two ranks; each start breaks off at its fifth boundary."""
+    """On two ranks; each start is interrupted at its fifth boundary."""
     changes = {"precision": precision, "optimizer": optimizer, "asynchronous": asynchronous}
     method = {"importance": {"num_samples": 24, "granularity": granularity}}
     runs = [resumable_run(folder, name, stage=stage, method=method, **changes) for name in ("complete", "parts")]

@@ -1,4 +1,4 @@
-"""Run folders as a run leaves them behind, with results made by hand."""
+"""Run folders as a run leaves them, with results made by hand."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def run_all(runs: list[dict[str, Any]]) -> list[Results]:
 
 
 def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Results:
-    """The first start breaks off at the second domain, after which the same command continues."""
+    """The first start is interrupted at the second domain, after which the same command continues."""
     allow_fp16_on_cpu()
     ranks = init_process_group()
     config = RunConfig(**values)

@@ -93,7 +93,7 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
 
 @dataclass(frozen=True)
 class Expected:
-    """The same in float64; one penalty per step, nothing in the first domain."""
+    """Results in float64; one penalty per step, nothing in the first domain."""
 
     weights: list[Weights]
     penalties: list[float]

@@ -189,7 +189,7 @@ def descend(depth: int) -> list[Any]:
 
 
 def agreed_flags() -> dict[str, Any]:
-    """What a rank reads at each boundary: rank 1 asks for a save at the second, rank 0 for a stop at the third."""
+    """Flags read at each boundary: rank 1 asks for a save at the second, rank 0 for a stop at the third."""
     ranks = init_process_group()
     rank = ranks.info.rank
     flag_sync = FlagSync(ranks)

@@ -1,4 +1,4 @@
-"""What `zero.py` says about shards and weights, collected on real ranks."""
+"""Shards and weights as `zero.py` sees them, collected on real ranks."""
 
 from __future__ import annotations
 

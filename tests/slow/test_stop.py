@@ -1,4 +1,4 @@
-"""A run that is asked to stop or to save, or that a rank, a disk or a network fails: how its processes end."""
+"""Ends of the processes of a run that is asked to stop or save, or whose rank, disk or network fails."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_stopped_run_exits_75_and_resumes_to_same_result(tmp_path: Path) -> None
 
     assert exit_codes(start_training(stopped, tmp_path, 2)) == [0, 0]
     assert_same_run(folder, tmp_path / "complete")
-    # Once more: there is nothing left to do, and nothing changes.
+    # Again: there is nothing left to do, and nothing changes.
     assert exit_codes(start_training(stopped, tmp_path, 2)) == [0, 0]
     assert_same_run(folder, tmp_path / "complete")
 

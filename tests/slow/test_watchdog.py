@@ -35,7 +35,7 @@ class Cases:
         self.suspended = pool.submit(suspended_exit_codes, folder)
 
     def result(self, what: str, bad_rank: int, world_size: int) -> tuple[list[int | None], Path]:
-        """Exit codes of all ranks, and the folder of what they said."""
+        """Exit codes of all ranks, and the folder of their messages."""
         case = what, bad_rank, world_size
         return self._codes[case].result(), self._folders[case]
 

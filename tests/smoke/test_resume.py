@@ -1,4 +1,4 @@
-"""A run that breaks off at every fifth boundary, in each of its phases, ends as if nothing had happened."""
+"""A run that is interrupted at every fifth boundary, in each of its phases, ends like an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_exported_model_has_losses_of_last_row(tmp_path: Path) -> None:
 
 
 def _plain_losses(values: dict[str, Any], folder: Path) -> list[float]:
-    """The same with nothing but transformers' own model and loss, one sequence at a time."""
+    """Losses by transformers' own model and loss only, one sequence at a time."""
     config = RunConfig(**values)
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size

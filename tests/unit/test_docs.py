@@ -73,7 +73,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def product_call(words: list[str]) -> list[str] | None:
-    """Arguments of the `das-ds` command that a shell command runs, by whatever launcher; None: it runs none."""
+    """Arguments of the `das-ds` command that a shell command runs, under any launcher; None: it runs none."""
     if words[0] == "das-ds":
         return words[1:]
     for position, word in enumerate(words):

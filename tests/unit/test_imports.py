@@ -107,7 +107,7 @@ def product_files() -> list[Path]:
 
 
 def layer_name(path: Path) -> str:
-    """The file or folder directly under das_ds, or launch, that holds a file."""
+    """The file or folder directly under das_ds, or launch, that contains a file."""
     return path.relative_to(REPOSITORY).parts[1].removesuffix(".py")
 
 

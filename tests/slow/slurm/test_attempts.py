@@ -27,7 +27,7 @@ exec {python} "$@"
 
 @pytest.fixture
 def submit(cluster: SlurmCluster, tmp_path: Path) -> Callable[..., str]:
-    """Submits a job of two nodes whose ranks do what the given commands say; its log is `tmp_path/log`."""
+    """Submits a job of two nodes whose ranks run the given commands; its log is `tmp_path/log`."""
     python = tmp_path / "python"
     python.write_text(STAND_IN.format(python=sys.executable), encoding="utf-8")
     python.chmod(0o755)

@@ -145,7 +145,7 @@ def test_page_text_extended_results_are_named() -> None:
 def test_page_text_missing_variants_are_listed() -> None:
     lines = page_text([record()]).splitlines()
     missing = next(line for line in lines if line.startswith("Not run yet: "))
-    # Compared are ncl, replay and pool; of what is only searched nothing has a choice.
+    # ncl, replay and pool are compared; variants that are only searched have no choice.
     assert "`kd 1000`" in missing and "`directions 10`" in missing
     assert not any(f"`{label}`" in missing for label in ("ncl", "replay", "pool"))
     assert "Not run yet with all seeds: `ncl`, `pool`, `replay`." in lines

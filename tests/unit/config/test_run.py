@@ -1,4 +1,4 @@
-"""The run config checks itself: what one field cannot say about another."""
+"""Checks of the run config between its fields."""
 
 from typing import Any
 

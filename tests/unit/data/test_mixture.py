@@ -21,7 +21,7 @@ LENGTH = 16
 GLOBAL_BATCH = 8
 STEPS_PER_DOMAIN = 5
 FIRST_TOKEN = {"papers": 5, "food": 100, "news": 200}
-"""Block i of a corpus holds nothing but its token + i."""
+"""Block i of a corpus contains only its token + i."""
 NUM_BLOCKS = {"papers": 30, "food": 3, "news": 50}
 MASKER = MLMCollator(4, (0, 1, 2, 3, 4), 300, 0.3)
 NUM_STEPS = STEPS_PER_DOMAIN * len(NUM_BLOCKS)

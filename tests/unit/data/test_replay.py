@@ -25,7 +25,7 @@ SPECIAL = (0, 1, 2, 3, 4)
 NUM_BLOCKS = {"papers": 30, "food": 3, "news": 50}
 """The domain, then the replayed corpora."""
 TOKEN = {"papers": 5, "food": 100, "news": 200}
-"""Block i of a corpus holds nothing but its token + i."""
+"""Block i of a corpus contains only its token + i."""
 MASKERS = {name: MLMCollator(4, SPECIAL, vocab, 0.3) for name, vocab in (("papers", 400), ("food", 300), ("news", 350))}
 
 

@@ -91,7 +91,7 @@ def test_prepare_tokens_equal_tokenizer(
     assert stored_starts(tokens) == joined_by_hand(tokenizer, LINES, None)[1]
 
 
-# Nothing added (GPT-2), a token in front (Llama), one behind, both, and in front the very token that ends (OPT).
+# Nothing added (GPT-2), a token before (Llama), one after, both, and before it the token that also ends (OPT).
 @pytest.mark.parametrize(
     ("template", "front"), [("A", []), ("<s> A", [0]), ("A </s>", []), ("<s> A </s>", [0]), ("</s> A", [2])]
 )

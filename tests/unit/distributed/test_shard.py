@@ -1,4 +1,4 @@
-"""Where a shard lies in its flat tensor, its parameter, and a chunk."""
+"""Position of a shard in its flat tensor, its parameter, and a chunk."""
 
 import torch
 

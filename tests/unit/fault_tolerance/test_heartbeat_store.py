@@ -43,7 +43,7 @@ class FlakyStore:
 
 
 class Rank:
-    """What a single rank says about itself."""
+    """A heartbeat of one rank."""
 
     def __init__(self) -> None:
         self.seq = 0

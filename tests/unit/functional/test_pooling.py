@@ -56,7 +56,7 @@ def test_pooling_equals_loop(kind: Pooling, positions: torch.Tensor | None, padd
 
 def test_pooling_last_token_of_documents_by_hand() -> None:
     weights = pooling_weights("last", num_rows=4, num_positions=6, position_ids=POSITIONS, padding=PADDING)
-    # Row 1 holds documents of tokens [0], [] (padding only), [2, 3] (the last one is padding) and [5].
+    # Row 1 has documents of tokens [0], [] (padding only), [2, 3] (the last one is padding) and [5].
     third = 1 / 3
     half = 1 / 2
     expected = [[0, 0, 0, 0, 0, 1], [third, 0, 0, third, 0, third], [0, 0, 0, half, half, 0], [0, half, 0, 0, half, 0]]

@@ -31,7 +31,7 @@ METHOD: dict[str, Any] = {"name": "directions", "half_saturation": 2.0}
 
 
 def make_run(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
-    """As much of a run as directions need before training, without an engine; `changes` are keys of the model's."""
+    """The part of a run that directions need before training, without an engine; `changes` are keys of the model's."""
     model = tiny_model(model_type, **without_dropout(model_type), **changes)
     spec = spec_for(model_type)
     network = LanguageModel(model, spec)

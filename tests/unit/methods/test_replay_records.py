@@ -55,7 +55,7 @@ def test_with_stored_hidden_keeps_predicted_positions() -> None:
                 assert not answer.any()
                 continue
             found += 1
-            # A hidden state that overflows in 16 bits is left out.
+            # A hidden state that overflows in 16 bits is skipped.
             assert row * LENGTH + place != first
             assert predicted[row * LENGTH + place] == target and answer.equal(hidden[row, place].half())
     counts = (batch.predicted // LENGTH).bincount(minlength=4)

@@ -67,7 +67,7 @@ def test_summarize_importance_weights_count_for_their_owner(tmp_path: Path, own_
     assert found.groups["intermediate"].cosine[0][2] == pytest.approx(0.5**0.5, abs=1e-6)
     assert found.groups["head"].mask_saturation == [0.0, 0.0]
     embeddings = sum(size for name, size in sizes.items() if "embeddings" in name)
-    # The bias behind the heads belongs to none of them.
+    # The bias after the heads belongs to none of them.
     unowned = ("LayerNorm", "attention.output.dense.bias")
     owned = sum(size for name, size in sizes.items() if "layer." in name and not any(u in name for u in unowned))
     assert found.groups["others"].mask_saturation == [

@@ -177,7 +177,7 @@ def test_load_importance_other_layers_or_table_raises(kind: str, tmp_path: Path)
     for ownerships in (reversed_layers, other_units, fewer):
         with pytest.raises(ImportanceError, match=r"importance of another table of units: found layers or units"):
             load_any(kind, path, (), replace(layout, ownerships=tuple(ownerships)))
-    # The order in which a table lists its rules says nothing.
+    # The order of the rules of a table has no meaning.
     load_any(kind, path, (), replace(layout, ownerships=tuple(reversed(layout.ownerships))))
 
 

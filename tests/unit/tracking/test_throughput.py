@@ -10,7 +10,7 @@ from das_ds.tracking.throughput import GIB, Throughput, peak_memory_gib
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that is advanced by hand."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
