@@ -33,10 +33,10 @@ class TeacherFacts:
 
 
 def teach_and_train(
-    beside: list[RunConfig], trained: list[RunConfig], steps: list[list[Batch]], no_dropout: dict[str, float]
+    with_teacher: list[RunConfig], trained: list[RunConfig], steps: list[list[Batch]], no_dropout: dict[str, float]
 ) -> tuple[list[TeacherFacts], list[Any]]:
-    """Facts of earlier weights per config of `beside`, and what `train_all` gives for those of `trained`."""
-    return [_facts(config, steps) for config in beside], train_all(trained, steps, no_dropout)
+    """Facts of earlier weights per config of `with_teacher`, and what `train_all` gives for those of `trained`."""
+    return [_facts(config, steps) for config in with_teacher], train_all(trained, steps, no_dropout)
 
 
 def _facts(config: RunConfig, steps: list[list[Batch]]) -> TeacherFacts:

@@ -103,9 +103,9 @@ def check_teachers_are_exact_and_methods_equal_plain_torch(stage: int, world_siz
     zeros = [{"stage": stage, "stage3_param_persistence_threshold": threshold} for threshold in THRESHOLDS]
     offloaded = {**zeros[1], **(OFFLOAD if stage > 1 else {})}
     settings = [(zeros[0], "bf16"), (zeros[1], "fp32"), (offloaded, "fp16")][: 2 if stage == 0 else 3]
-    beside = [parity_configs(folder, world_size, zero, [KD], precision)[0] for zero, precision in settings]
+    with_teacher = [parity_configs(folder, world_size, zero, [KD], precision)[0] for zero, precision in settings]
     methods = parity_configs(folder, world_size, zeros[1], [KD, DERPP])
-    results = run_ranks(teach_and_train, world_size, beside, methods, steps(), NO_DROPOUT)
+    results = run_ranks(teach_and_train, world_size, with_teacher, methods, steps(), NO_DROPOUT)
     for facts, _ in results:
         for found, (zero, precision) in zip(facts, settings, strict=True):
             size = expected_elements(stage, world_size, zero["stage3_param_persistence_threshold"])
