@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import build_model, write_importance
 from benchmarks.mask_training import Sizes, Training, build_config, train_on_ranks, train_with_torch
 from benchmarks.result_io import print_table, write_result
-from tests.helpers.reference import Units, normalize, unit_ones
-from tests.helpers.run_ranks import run_ranks
+from helpers.reference import Units, normalize, unit_ones
+from helpers.run_ranks import run_ranks
 
 # After the first step the masked and the free training see different gradients, so their ratio is only near 1 - I.
 NUM_STEPS = 60

@@ -31,7 +31,7 @@ from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.rng import RngState
 from das_ds.distributed.state import ComponentState
 from das_ds.versions import library_versions
-from tests.helpers.run_ranks import run_ranks
+from helpers.run_ranks import run_ranks
 
 ASYNCHRONOUS = "asynchronous"
 SYNCHRONOUS = "synchronous"

@@ -24,7 +24,7 @@ from das_ds.methods.das import DAS
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import save_parameter_importance, save_unit_importance
 from das_ds.tracking.throughput import peak_memory_gib
-from tests.helpers.run_ranks import run_ranks
+from helpers.run_ranks import run_ranks
 
 UNMASKED = "no mask"
 UNIT = "unit"

@@ -21,7 +21,7 @@ from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import init_process_group
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask.importance_file import load_unit_importance
-from tests.helpers.reference import full_masks
+from helpers.reference import full_masks
 
 MASK_TOKEN = 4
 FIRST_WORD = 5

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
+from helpers.tiny_tokenizer import TEXT, tiny_tokenizer
 
 DOMAINS = ("food", "papers", "pubmed")
 EVERY_STEPS = 4
