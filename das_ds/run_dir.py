@@ -81,11 +81,6 @@ class RunDir:
         return self.root / REVISIONS_FILE
 
     @property
-    def lock_file(self) -> Path:
-        """Held by the start that trains."""
-        return self.root / LOCK_FILE
-
-    @property
     def stop_file(self) -> Path:
         """Its presence asks the run to save and stop."""
         return self.root / STOP_FILE

@@ -311,9 +311,10 @@ def _split_key(key: str, method: str | None) -> tuple[str, ConfigKey]:
 
 def _hint(key: str, method: str | None) -> str:
     section, _, leaf = key.rpartition(".")
-    if section == METHOD and leaf == method:
-        keys = [row.key for row in method_keys(method) if row not in method_keys()]
-        return f"the keys of {leaf} are in method itself: {', '.join(keys)}"
+    if section == METHOD and leaf in method_configs():
+        keys = [row.key for row in method_keys(leaf) if row not in method_keys()]
+        place = "method itself" if leaf == method else f"method itself, with method.name {leaf}"
+        return f"the keys of {leaf} are in {place}: {', '.join(keys)}"
     if methods := methods_with_key(key):
         return f"method is {method}, this key belongs to {', '.join(methods)}; method=NAME replaces the section"
     nearest = nearest_keys(key, method)

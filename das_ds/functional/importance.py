@@ -107,7 +107,7 @@ def normalize_by_value(
     `abs_tanh` is the paper's (Ke et al. 2023, section 3.1); `tanh_positive` protects only entries above the average.
     Where all entries are equal (std = 0) both give 0: nothing stands out.
 
-    `saturating`, with c = `half_saturation`, approaches 0 and 1 more slowly than an exponential, and is 0 at a = 0.
+    `saturating` (c is `half_saturation`) approaches 0 and 1 more slowly than an exponential, and is 0 at a = 0.
     With a the diagonal Fisher information F of a weight (that of EWC, Kirkpatrick et al., PNAS 2017), 1 - I is the
     variance that a Laplace approximation with prior precision c * mean F leaves the weight, 1 / (F + c * mean F), as a
     share of the prior's.

@@ -120,7 +120,7 @@ def sum_over_gradients(
 ) -> Flats:
     """sum_b s(g_b, theta), g_b = (1/G) sum_{n in b} dL(x_n) / dtheta, over batches b of all ranks.
 
-    with s = `importance_score`; for `abs_grad` that is N/G times the mean absolute gradient.
+    Here s is `importance_score`; for `abs_grad` the sum is N/G times the mean absolute gradient.
 
     DeepSpeed accumulates, averages and shards these gradients as in training, at any stage; weights, moments and
     schedule do not change.

@@ -10,9 +10,11 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from das_ds.config import RunConfig
 from das_ds.config.io import load_config, resolved_dict
+from das_ds.config.method import MethodConfig, method_configs
 from das_ds.errors import EXIT_USER_ERROR, ConfigError, DasError
 
 
@@ -43,14 +45,23 @@ def sweep_overrides(config: RunConfig, methods: str, seeds: str, orders: str) ->
         folder = config.output_dir / f"{method}-seed{seed}-{'+'.join(chosen)}"
         elements.append(
             [
-                # Another method has other keys.
-                f"method.name={method}" if method == config.method.name else f"method={method}",
+                f"method={json.dumps(_method_section(config.method, method))}",
                 f"seed={seed}",
                 f"domains={json.dumps([domains[name] for name in chosen])}",
                 f"output_dir={json.dumps(str(folder))}",
             ]
         )
     return elements
+
+
+def _method_section(settings: MethodConfig, name: str) -> dict[str, Any]:
+    """The config's section for another method: the settings that both methods take in the same sense."""
+    other = method_configs().get(name, MethodConfig)
+    # Methods may have keys of one name, such as `batch_size`, and mean different things by them.
+    shared = next(base for base in type(settings).__mro__ if issubclass(other, base))
+    kept = settings.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    names = {field.alias or key for key, field in shared.model_fields.items()}
+    return {key: value for key, value in kept.items() if key in names} | {"name": name}
 
 
 def _distinct(key: str, values: list[str]) -> list[str]:

@@ -23,7 +23,6 @@ from helpers.tiny_models import NO_DROPOUT, tiny_model
 Tensors = dict[str, torch.Tensor]
 SAFE = "model.safetensors"
 TORCH = "pytorch_model.bin"
-OLD_EXPERTS: dict[str, Any] = {"num_hidden_layers": 2}
 
 
 def saved(folder: Path, model_type: str = "bert", **changes: Any) -> Tensors:

@@ -27,6 +27,16 @@ def test_elements_are_the_product_and_each_is_a_run_of_its_own(tmp_path: Path) -
     assert all(domain.train == texts[domain.name] for run in runs for domain in run.domains)
 
 
+def test_other_methods_keep_the_settings_that_they_share(tmp_path: Path) -> None:
+    method = {"name": "das", "importance": {"num_samples": 7}, "merge": {"weight": 0.25}, "replay": {"fraction": 0.25}}
+    path = write_config(tmp_path, small_run(tmp_path, method=method))
+    elements = sweep_overrides(load_config(path), "das,dga,ncl,derpp", "", "")
+    das, dga, *others = [load_config(path, overrides).method for overrides in elements]
+    assert das == load_config(path).method
+    assert dga.model_dump(exclude={"name"}) == das.model_dump(exclude={"name"})
+    assert all(other.merge == das.merge and other.replay == das.replay for other in others)
+
+
 def test_without_axes_there_is_the_config_itself(tmp_path: Path) -> None:
     config = RunConfig(**small_run(tmp_path, seed=3))
     path = write_config(tmp_path, small_run(tmp_path, seed=3))

@@ -161,6 +161,10 @@ def test_override_changes_one_alias_only(tmp_path: Path) -> None:
             "method.ewc: unknown key; the keys of ewc are in method itself: method.lambda, method.decay",
         ),
         (
+            "method.ewc.decay=1.0",
+            "method.ewc: unknown key; the keys of ewc are in method itself, with method.name ewc: method.lambda",
+        ),
+        (
             "method={name: kd, alpha: 1}",
             "method.alpha: unknown key; method is kd, this key belongs to derpp; method=NAME replaces the section",
         ),

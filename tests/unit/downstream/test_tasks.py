@@ -17,7 +17,6 @@ from helpers.end_tasks import small_task, write_rows
 from helpers.tiny_tokenizer import tiny_tokenizer
 
 ROWS = [{"text": "good soup", "label": "plus"}, {"text": "cold soup", "label": "minus"}]
-MARKED = "a [[ parser ]] for << trees >>"
 
 
 def make_task(folder: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]], **changes: Any) -> TaskConfig:
