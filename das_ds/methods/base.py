@@ -37,7 +37,7 @@ class Method(Generic[C]):
     hook's measurements find their sums, and everything else that it does must give the same result when repeated.
     """
 
-    Config: type[C]
+    Config: type[C] = MethodConfig  # type: ignore[assignment]
     """Keys of the section `method`; the default of `name` is the method's name, and the first line of the docstring is
     its summary in `das-ds methods`."""
 

@@ -90,6 +90,8 @@ class Directions(Method[DirectionsConfig]):
             host={"moments of inputs": moments},
             checkpoint=moments,
             domain=moments,
+            # The sum over all domains.
+            run=moments,
         )
 
     def before_domain(self, domain: DomainContext) -> None:

@@ -34,7 +34,8 @@ class EwcConfig(MethodConfig):
 
     name: Literal["ewc"] = "ewc"
     lambda_: float = Field(default=10.0, ge=0.0, alias="lambda")
-    """Factor of the penalty lambda / 2 * sum_i F_i (theta_i - theta*_i)^2, F being that of single sequences."""
+    """Factor of the penalty lambda / 2 * sum_i F_i (theta_i - theta*_i)^2, F being that of single sequences.
+    With a small learning rate the default hardly protects; values from 1e4 on did in docs/results/evidence.md."""
     decay: float = Field(default=1.0, ge=0.0, le=1.0)
     """Factor of the Fisher information of all earlier domains when a domain's is added; 1 forgets none."""
     num_samples: int = Field(default=10_000, ge=1)

@@ -89,7 +89,8 @@ def check_disk(checks: Checklist, config: RunConfig, size: ModelSize) -> None:
     needed = (keep + 1) * one + num_domains * domain + method.run
     expected = (
         f"{format_bytes(needed)} = {keep + 1} checkpoints of {format_bytes(one)} (checkpoint.keep_last {keep}, and one "
-        f"being written) + {num_domains} domains of {format_bytes(domain)} + importance {format_bytes(method.run)}"
+        f"being written) + {num_domains} domains of {format_bytes(domain)} + files of the method "
+        f"{format_bytes(method.run)}"
     )
 
     def summarize(found: list[tuple[int, int]]) -> str:

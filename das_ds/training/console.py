@@ -72,12 +72,12 @@ class RunSummary:
                 f"step ({ranks} x {self.micro_batch_size} sequences x {micro_steps} micro-steps)",
             ),
             *(("domains" if not number else "", line) for number, line in enumerate(domains)),
-            ("phases", "evaluate; then per domain: prepare, train, measure importance, export, evaluate"),
+            ("phases", "evaluate; then per domain: prepare, train, update the method, export, evaluate"),
             ("evaluates", ", ".join(self.eval_corpora)),
             ("results", f"{self.output_dir} (results.json, report/, domains/*/model)"),
             ("start", "from the beginning" if self.resumes is None else f"resuming from {self.resumes}"),
         ]
-        title = f"das_ds: continual pre-training, method {self.method}"
+        title = f"Continual pre-training with das_ds, method {self.method}"
         return [title, *(f"  {name:<11}{text}" for name, text in facts)]
 
 
@@ -92,10 +92,16 @@ class RunClock:
 
     _step_seconds: float = 0.0
     _steps_seen: int = 0
+    _num_intervals: int = 0
     _phase_seconds: dict[str, float] = field(default_factory=dict)
 
     def add_steps(self, num_steps: int, seconds: float) -> None:
         """Steps that were taken since the last call, and the time they took."""
+        if self._num_intervals == 1:
+            # The first interval includes start-up, so it counts only until there is another.
+            self._steps_seen = 0
+            self._step_seconds = 0.0
+        self._num_intervals += 1
         self._steps_seen += num_steps
         self._step_seconds += seconds
 

@@ -20,7 +20,7 @@ from das_ds.errors import ConfigError, RunFolderError
 from das_ds.models.loading import model_config
 from das_ds.models.lora import Lora
 from das_ds.models.vocabulary import override_vocab_size, vocabulary_parameters
-from das_ds.storage import MODEL_CARD, atomic_dir
+from das_ds.storage import MODEL_CARD, atomic_dir, atomic_write
 
 PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
 AUTO_MODELS: dict[ObjectiveName, str] = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM"}
@@ -198,3 +198,18 @@ def _atomic_export(folder: Path) -> Iterator[Path]:
             raise
         reason = getattr(error, "strerror", None) or error
         raise RunFolderError(f"cannot write the model to {folder}: {reason}") from error
+
+
+def write_model_card(folder: Path, card: str) -> None:
+    """Replace the card of an exported model; nothing is written where the user has moved the model away.
+
+    Raises:
+        RunFolderError: the disk is full, or the folder cannot be written.
+    """
+    if not folder.is_dir():
+        return
+    try:
+        with atomic_write(folder / MODEL_CARD) as partial:
+            partial.write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{folder / MODEL_CARD}: cannot be written ({error.strerror})") from error

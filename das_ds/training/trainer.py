@@ -26,13 +26,12 @@ from das_ds.methods.base import Method
 from das_ds.models.loading import check_sequence_length, get_weights_record, load_model, print_weights_summary
 from das_ds.models.vocabulary import mean_init_rows, reserve_embedding_rows, vocabulary_parameters
 from das_ds.reporting.results import Results
-from das_ds.storage import MODEL_CARD, atomic_write
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.console import RunConsole, RunSummary
 from das_ds.training.data_module import DataModule
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
 from das_ds.training.evaluate import evaluate_corpora
-from das_ds.training.export import export_dtype, export_model, model_card
+from das_ds.training.export import export_dtype, export_model, model_card, write_model_card
 from das_ds.training.loss_guard import LossGuard
 from das_ds.training.publish import collect_results, publish_results
 from das_ds.training.run_checkpoints import EngineDomainState, RunCheckpoints, current_stage
@@ -408,8 +407,7 @@ class ContinualTrainer(Callbacks):
         before = dict(zip(losses, self._state.loss_matrix[0], strict=True))
         pairs = {corpus: (before[corpus], loss) for corpus, loss in losses.items()}
         card = model_card(self._config, self._state.domains_done, self._context.objective, pairs)
-        with atomic_write(self._services.run_dir.model(stage.index, stage.name) / MODEL_CARD) as partial:
-            partial.write_text(card, encoding="utf-8")
+        write_model_card(self._services.run_dir.model(stage.index, stage.name), card)
 
     def _results(self) -> Results:
         return collect_results(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)

@@ -13,6 +13,7 @@ from das_ds.config import RunConfig
 from das_ds.distributed.process_group import init_process_group
 from das_ds.training.train import train
 from das_ds.training.trainer import ContinualTrainer
+from helpers.configs import changed
 from helpers.half import allow_fp16_on_cpu
 from helpers.runs import small_run
 from helpers.tiny_tokenizer import tiny_tokenizer
@@ -45,9 +46,7 @@ def headless_run(folder: Path, *, stage: int, steps: int = STEPS, **changes: Any
         "head_warmup_learning_rate": RATE,
     }
     values["deepspeed"] = {"zero_optimization": {"stage": stage}}
-    for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
-    return values
+    return changed(values, changes)
 
 
 def weights_after_warmup(values: dict[str, Any]) -> dict[str, torch.Tensor]:

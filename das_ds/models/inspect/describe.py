@@ -127,7 +127,7 @@ def _format_shape(rule: UnitRule, shapes: dict[str, tuple[int, ...]], model: Pre
 
 
 def _role(rule: UnitRule) -> str:
-    return ("reads" if rule.consumer else "owned") + (", optional" if rule.optional else "")
+    return ("consumer" if rule.consumer else "owned") + (", optional" if rule.optional else "")
 
 
 def _format_block(title: str, rows: Any) -> str:

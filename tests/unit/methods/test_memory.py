@@ -117,7 +117,7 @@ def test_memory_merge_and_offload_are_in_host_memory() -> None:
         ("ewc", (8000, 4000, 0)),
         ("kd", (2000, 0, 0)),
         (DERPP, (11 * ROW, 11 * ROW, 0)),
-        ("directions", (MOMENTS, MOMENTS, 0)),
+        ("directions", (MOMENTS, MOMENTS, MOMENTS)),
         ("merge", (4000, 0, 0)),
         ({"name": "ewc", "merge": {"weight": 0.5}}, (12_000, 4000, 0)),
         ("ncl", (0, 0, 0)),

@@ -37,7 +37,7 @@ def summary(resumes: str | None = None) -> RunSummary:
 
 def test_run_summary_says_what_is_trained_on_what() -> None:
     text = "\n".join(summary().lines())
-    assert text.startswith("das_ds: continual pre-training, method directions\n")
+    assert text.startswith("Continual pre-training with das_ds, method directions\n")
     for part in (
         "roberta-base (roberta), 125 M parameters, mlm",
         "2 ranks on cpu, ZeRO 2, bf16, adamw",
@@ -65,6 +65,15 @@ def test_run_clock_adds_steps_and_phases_that_are_to_come() -> None:
     assert clock.seconds_left(80, phases) == 180.0
     clock.add_phase("after", 5.0)
     assert clock.seconds_left(80, phases) == 185.0
+
+
+def test_run_clock_leaves_out_the_first_interval_which_includes_start_up() -> None:
+    clock = RunClock()
+    clock.add_steps(10, 100.0)
+    assert clock.seconds_left(50, {}) == 500.0
+    clock.add_steps(10, 20.0)
+    clock.add_steps(10, 10.0)
+    assert clock.seconds_left(30, {}) == 45.0
 
 
 def test_step_line_has_loss_rate_speed_and_time_left() -> None:

@@ -9,8 +9,9 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.config.io import config_differences
-from das_ds.errors import ConfigError
-from das_ds.training.export import export_dtype, model_card
+from das_ds.errors import ConfigError, RunFolderError
+from das_ds.storage import MODEL_CARD
+from das_ds.training.export import export_dtype, model_card, write_model_card
 from helpers.runs import small_run
 from helpers.tiny_models import tiny_model
 
@@ -62,3 +63,14 @@ def test_model_card_has_losses_once_the_model_was_evaluated(tmp_path: Path) -> N
         "| corpus | before training | after papers |\n|---|---:|---:|\n"
         "| food | 5.7000 | 5.6000 |\n| general | 4.0000 | 4.2500 |\n"
     )
+
+
+def test_write_model_card_without_model_writes_nothing(tmp_path: Path) -> None:
+    write_model_card(tmp_path / "moved", "card")
+    assert not (tmp_path / "moved").exists()
+
+
+def test_write_model_card_unwritable_is_error_of_the_run_folder(tmp_path: Path) -> None:
+    (tmp_path / MODEL_CARD / "taken").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match=rf"{MODEL_CARD}: cannot be written \("):
+        write_model_card(tmp_path, "card")
