@@ -1,1 +1,4 @@
-"""Checkpoints: format, asynchronous writing, and finding the latest valid one."""
+"""Checkpoints: format, asynchronous writing, and finding the latest valid one.
+
+`training.trainer` and `training.run_checkpoints` list the components that are saved.
+"""

@@ -1,4 +1,7 @@
-"""Training loop over the optimizer steps of one domain: the method's losses, loss checks, and logged metrics."""
+"""Training loop over the optimizer steps of one domain: the method's losses, loss checks, and logged metrics.
+
+`trainer.ContinualTrainer` has what comes before and after these steps: importance, export, evaluation.
+"""
 
 from __future__ import annotations
 
