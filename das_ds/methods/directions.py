@@ -47,7 +47,7 @@ class Directions(Method[DirectionsConfig]):
     A_k = E[x x^T] (d, d) is the second moment of the layer's input over `num_samples` sequences of domain k, under the
     model that has just learned it; c is `half_saturation`. For an input x of earlier text, dW P x is small for any dW:
     the layer's output barely changes. Directions that only new text uses learn freely. dW is the optimizer's complete
-    step, since Adam would undo a mask on the gradient.
+    step. (Adam undoes a mask on the gradient that scales single weights; P mixes columns, so it would not undo P.)
 
     In the eigenvectors of M this is DAS's mask 1 - I with importance I = a / (a + c). P is the projector of orthogonal
     weight modification (Zeng et al., Nature Machine Intelligence 2019) with a larger constant; gradient projection
