@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,8 @@ import torch
 from torch.utils import cpp_extension
 
 from das_ds.kernels.native import processor
+
+LONGEST_COMPILATION_S = 900.0
 
 
 class ProcessLock:
@@ -43,8 +46,18 @@ class ProcessLock:
 
 def keep_compiled_ops() -> None:
     """Have this process and those it starts compile into, and load from, a folder of the user's cache."""
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(_folder())
+    folder = _folder()
+    remove_stale_locks(folder)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     cpp_extension.FileBaton = ProcessLock  # type: ignore[assignment,misc]
+
+
+def remove_stale_locks(folder: Path) -> None:
+    """Remove torch's own lock files of commands that were killed while they compiled: later ones would wait
+    forever."""
+    for lock in folder.glob("*/lock"):
+        if time.time() - lock.stat().st_mtime > LONGEST_COMPILATION_S:
+            lock.unlink(missing_ok=True)
 
 
 def _folder() -> Path:

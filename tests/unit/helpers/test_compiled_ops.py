@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-from helpers.compiled_ops import ProcessLock
+from helpers.compiled_ops import LONGEST_COMPILATION_S, ProcessLock, remove_stale_locks
 
 
 def hold(path: Path) -> None:
@@ -55,3 +55,14 @@ def test_process_lock_has_one_holder(tmp_path: Path) -> None:
 def test_keep_compiled_ops_has_torch_compile_under_the_lock_into_the_cache() -> None:
     assert cpp_extension.FileBaton is ProcessLock
     assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).parent.name == "torch_extensions"
+
+
+def test_remove_stale_locks_keeps_those_of_compilations_that_may_run(tmp_path: Path) -> None:
+    for name, age in (("killed", LONGEST_COMPILATION_S + 60), ("running", 60.0)):
+        lock = tmp_path / name / "lock"
+        lock.parent.mkdir()
+        lock.touch()
+        then = time.time() - age
+        os.utime(lock, (then, then))
+    remove_stale_locks(tmp_path)
+    assert [lock.parent.name for lock in tmp_path.glob("*/lock")] == ["running"]
