@@ -12,6 +12,7 @@ from pathlib import Path
 from das_ds.checkpoint.manifest import RunState
 from das_ds.config.stage import Stage
 from das_ds.progress import format_duration, is_terminal, say
+from das_ds.reporting.results import BEFORE_TRAINING
 from das_ds.training.callbacks import LoggedStep
 
 
@@ -188,16 +189,19 @@ class RunConsole:
         text = f"loss={logged.loss:.3f}"
         return text if seconds_left is None else f"{text}, run ends in {format_duration(seconds_left)}"
 
-    def evaluated(self, stage: str, losses: dict[str, float], loss_matrix: Sequence[Sequence[float]]) -> None:
+    def evaluated(self, losses: dict[str, float], loss_matrix: Sequence[Sequence[float]]) -> None:
         """Print held-out losses.
 
         Args:
-            stage: row name of the loss matrix.
             losses: corpus -> loss, the last row.
-            loss_matrix: all rows.
+            loss_matrix: all rows so far: before training, then one per stage.
         """
-        before = dict(zip(losses, loss_matrix[-2], strict=True)) if len(loss_matrix) > 1 else None
-        self._say(evaluation_line(stage, losses, before))
+        if len(loss_matrix) == 1:
+            self._say(evaluation_line(BEFORE_TRAINING, losses, None))
+            return
+        stage = self._stages[len(loss_matrix) - 2]
+        before = dict(zip(losses, loss_matrix[-2], strict=True))
+        self._say(evaluation_line(f"after {stage.name}", losses, before))
 
     def exported(self, stage: str, folder: Path) -> None:
         """Print where a model was exported to."""

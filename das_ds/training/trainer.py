@@ -13,18 +13,16 @@ from das_ds.checkpoint.manifest import Manifest, Phase, RunState
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import EngineConfig
 from das_ds.config.stage import Stage
-from das_ds.context import DomainContext, RunContext, build_context
+from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import seed_everything
 from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
 from das_ds.distributed.rng import RngState
 from das_ds.distributed.state import Stateful
-from das_ds.engine.sharded_init import sharded_init
-from das_ds.functional.token_ids import num_tokens
 from das_ds.methods import build_method, method_class
 from das_ds.methods.base import Method
-from das_ds.models.loading import check_sequence_length, get_weights_record, load_model, print_weights_summary
-from das_ds.models.vocabulary import mean_init_rows, reserve_embedding_rows, vocabulary_parameters
+from das_ds.models.loading import get_weights_record
+from das_ds.models.vocabulary import mean_init_rows, vocabulary_parameters
 from das_ds.reporting.results import Results
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.console import RunConsole, RunSummary
@@ -32,6 +30,7 @@ from das_ds.training.data_module import DataModule
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype, export_model, model_card, write_model_card
+from das_ds.training.load_context import load_context
 from das_ds.training.loss_guard import LossGuard
 from das_ds.training.publish import collect_results, publish_results
 from das_ds.training.run_checkpoints import EngineDomainState, RunCheckpoints, current_stage
@@ -89,8 +88,9 @@ class ContinualTrainer(Callbacks):
         self._earlier_seconds = 0.0
         # Before the model is built, so that an unsupported export dtype fails in the first second.
         self._export_dtype = export_dtype(config)
-        self._context = self._build_context(engine_config)
+        self._context = load_context(config, data, engine_config, self._ranks)
         self._network = self._context.network
+        self._model = self._network.model
         self.engine = self._context.engine
         self._state = self._initial_state()
         # In host memory, and only for methods that train every domain from the base model.
@@ -114,33 +114,6 @@ class ContinualTrainer(Callbacks):
         # Last: it makes process groups, which all ranks have to do in the same order.
         self._checkpoints = RunCheckpoints(config, services, self.engine, components)
         self._save_point = self._checkpoints.save_point
-
-    def _build_context(self, engine_config: EngineConfig) -> RunContext:
-        """Load the model, sharded while it is built where possible, and put it under an engine."""
-        config = self._config
-        vocabulary = self._data.vocabulary
-        # Sharded parameters cannot be resized, so runs that add tokens build the full model first.
-        construction = sharded_init(engine_config, self._ranks) if vocabulary is None else None
-        self._model, spec = load_model(
-            config.model,
-            seed=config.seed,
-            vocab_size=num_tokens(self._data.base_tokenizer.get_vocab()),
-            construction=construction,
-        )
-        if self._ranks.info.is_main:
-            print_weights_summary(self._model)
-        check_sequence_length(self._model, spec, config.data.sequence_length)
-        if vocabulary is not None:
-            reserve_embedding_rows(self._model, vocabulary.base_tokens, vocabulary.total)
-        return build_context(
-            config,
-            self._model,
-            spec,
-            engine_config,
-            self._ranks,
-            exact=construction.take_exact_weights() if construction else None,
-            tokens=self._data.all_tokens,
-        )
 
     def _initial_state(self) -> RunState:
         """Start with the head warm-up if the LM head was initialized at random and the config asks for it."""
@@ -223,7 +196,7 @@ class ContinualTrainer(Callbacks):
         self._state = self._with_wall_time(state)
         with self._watchdog.suspend_timeout("writing results"):
             self._ranks.run_on_main(lambda: self._publish(losses))
-        self._console.evaluated(self._results().stages[-1], losses, self._state.loss_matrix)
+        self._console.evaluated(losses, self._state.loss_matrix)
         self._enter(self._state)
 
     def _before_domain(self) -> None:

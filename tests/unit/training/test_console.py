@@ -123,6 +123,15 @@ def test_run_console_estimates_the_end_of_all_domains(capsys: pytest.CaptureFixt
 def test_run_console_of_other_ranks_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     console = RunConsole([Stage(0, ("acl",), 75)], is_main=False)
     console.run_started(summary())
-    console.evaluated("after acl", {"acl": 5.0}, [[6.0], [5.0]])
+    console.evaluated({"acl": 5.0}, [[6.0], [5.0]])
     console.exported("acl", Path("model"))
     assert capsys.readouterr().err == ""
+
+
+def test_run_console_names_the_stage_that_was_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    console = RunConsole([Stage(0, ("acl",), 75)], is_main=True)
+    console.evaluated({"acl": 6.0}, [[6.0]])
+    console.evaluated({"acl": 5.0}, [[6.0], [5.0]])
+    assert capsys.readouterr().err == (
+        "held-out loss before training: acl 6.000\nheld-out loss after acl: acl 5.000 (-1.000)\n"
+    )
