@@ -1,6 +1,7 @@
 """Checkpoint file format: one safetensors file per rank, and a reader that reshards the tensors of other ranks.
 
-Key of a tensor: `sharded|component|name|parameter|offset`, `replicated|component|name` or `rank_local|component|name`.
+Key of a tensor: `sharded|component|name|parameter|offset`, or `kind|component|name` for the kinds `replicated`,
+`rank_local` and `owned`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import torch
 from safetensors import safe_open
 
 from das_ds.distributed.state import ComponentState, Flats, Shard
+from das_ds.errors import CheckpointError
 
 SHARDED = "sharded"
 REPLICATED = "replicated"
 RANK_LOCAL = "rank_local"
+OWNED = "owned"
 SEPARATOR = "|"
 
 
@@ -45,13 +48,21 @@ def mutable_tensors(states: Mapping[str, ComponentState], shards: Iterable[Shard
 
 
 def immutable_tensors(states: Mapping[str, ComponentState], *, is_main: bool) -> dict[str, torch.Tensor]:
-    """Key -> copy in host memory of all other tensors; only rank 0 writes those that are equal on all ranks."""
+    """Key -> all other tensors in host memory; only rank 0 writes those that are equal on all ranks.
+
+    They are copies, but for owned tensors, which may be as large as the model and are never changed.
+    """
     tensors = {}
     for component, state in states.items():
         # Rank-local tensors of every rank; replicated ones once, in rank 0's file.
         for kind, values in ((RANK_LOCAL, state.rank_local), (REPLICATED, state.replicated if is_main else {})):
             for name, value in values.items():
-                tensors[SEPARATOR.join((kind, component, name))] = value.detach().cpu().clone().contiguous()
+                # One copy, also of a tensor on a GPU.
+                copied = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+                tensors[SEPARATOR.join((kind, component, name))] = copied
+        for name, value in state.owned.items():
+            assert value.device.type == "cpu" and value.is_contiguous(), f"{name}: owned tensors are in host memory"
+            tensors[SEPARATOR.join((OWNED, component, name))] = value.detach()
     return tensors
 
 
@@ -82,6 +93,7 @@ class RankFileReader:
         self._sharded: dict[tuple[str, str], dict[str, list[_SavedShard]]] = {}
         self._inline: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
         self._rank_local: dict[tuple[str, str], list[tuple[Any, str]]] = {}
+        self._owned: dict[str, dict[str, tuple[Any, str]]] = {}
         for rank in range(world_size):
             file = self._files.enter_context(safe_open(folder / file_name(rank, world_size), framework="pt"))
             for key in file.keys():  # noqa: SIM118 (no dictionary)
@@ -95,6 +107,9 @@ class RankFileReader:
             numel = file.get_slice(key).get_shape()[0]
             by_parameter = self._sharded.setdefault((component, name), {})
             by_parameter.setdefault(parameter, []).append(_SavedShard(file, key, int(offset), numel))
+            return
+        if kind == OWNED:
+            self._owned.setdefault(component, {})[name] = (file, key)
             return
         if kind == RANK_LOCAL:
             self._rank_local.setdefault((component, name), []).append((file, key))
@@ -112,6 +127,25 @@ class RankFileReader:
     def read_all_rank_local(self, component: str, name: str) -> list[torch.Tensor]:
         """The rank-local tensors of this name of all ranks, in rank order."""
         return [file.get_tensor(key) for file, key in self._rank_local.get((component, name), ())]
+
+    def owned_names(self, component: str) -> list[str]:
+        """Names of the owned tensors of a component, sorted."""
+        return sorted(self._owned.get(component, {}))
+
+    def read_owned(self, component: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """See `SavedComponentState.owned`."""
+        found = self._owned.get(component, {})
+        tensors = {}
+        for name in names:
+            if name not in found:
+                raise CheckpointError(
+                    f"{component}: found no tensor {name} in the checkpoint, expected one that a rank owned; "
+                    f"there are {', '.join(sorted(found)[:3]) or 'none'}{' ...' if len(found) > 3 else ''}"
+                )
+            file, key = found[name]
+            # A copy: the file may be removed while the run needs the tensor.
+            tensors[name] = file.get_tensor(key).clone()
+        return tensors
 
     def has_sharded(self, component: str, name: str) -> bool:
         """Whether there are values by weight of this name."""
@@ -168,6 +202,14 @@ class StoredComponentState:
     def rank_local(self) -> dict[str, torch.Tensor]:
         """See `SavedComponentState`."""
         return self.reader.read_inline(RANK_LOCAL, self.component)
+
+    def owned_names(self) -> list[str]:
+        """See `SavedComponentState`."""
+        return self.reader.owned_names(self.component)
+
+    def owned(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """See `SavedComponentState`."""
+        return self.reader.read_owned(self.component, names)
 
     def all_rank_local(self, name: str) -> list[torch.Tensor]:
         """See `SavedComponentState`."""

@@ -16,7 +16,7 @@ from das_ds.errors import CheckpointError
 from das_ds.storage import Section, read_json_with_checksum, write_json_with_checksum
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 
 Phase = Literal["head_warmup", "evaluate", "before", "train", "after", "finished"]
 """Training a fresh LM head alone; evaluating all corpora; preparing a domain; its optimizer steps; its importance and
@@ -74,7 +74,7 @@ class FileRecord(Section):
 class Manifest(Section):
     """Everything of a checkpoint but its tensors."""
 
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     name: str
     """Name of the folder: number, domain, phase and step."""
     run: RunState

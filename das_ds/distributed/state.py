@@ -60,6 +60,9 @@ class ComponentState:
     """Tensors that are equal on every rank."""
     rank_local: dict[str, torch.Tensor] = field(default_factory=dict)
     """Tensors of this rank only; another number of ranks, or another ZeRO stage, can only read those of all ranks."""
+    owned: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors that exactly one rank has, in host memory and never changed afterwards: they are written without a copy,
+    each by its owner. Any rank, of any number of ranks, can read any of them."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """JSON values that are equal on every rank."""
 
@@ -88,6 +91,16 @@ class SavedComponentState(Protocol):
 
     def rank_local(self) -> dict[str, torch.Tensor]:
         """This rank's own tensors, in host memory; none where world size or ZeRO stage differ from the checkpoint."""
+
+    def owned_names(self) -> list[str]:
+        """Names of the tensors that one rank each had, those of all ranks, sorted."""
+
+    def owned(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tensors of these names, in host memory of their own; nothing else is read.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
 
     def all_rank_local(self, name: str) -> list[torch.Tensor]:
         """The tensors of this name that each rank saved, in rank order, in host memory."""

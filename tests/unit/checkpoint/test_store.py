@@ -104,7 +104,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / MANIFEST_FILE).write_text(""), "manifest.json is no JSON object"),
     (lambda folder: (folder / MANIFEST_FILE).unlink(), "manifest.json cannot be read"),
     (lambda folder: (folder / MANIFEST_FILE).write_text(json.dumps({"sha256": 1})), "manifest.json was altered"),
-    (lambda folder: rewrite(folder, format_version=1), "found format_version 1, expected 2; another version of das_ds"),
+    (lambda folder: rewrite(folder, format_version=1), "found format_version 1, expected 3; another version of das_ds"),
     (lambda folder: rewrite(folder, zero_stage="two"), "manifest.json: zero_stage: Input should be a valid integer"),
 ]
 
