@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,3 +95,41 @@ class _AllGatherWithGrad(torch.autograd.Function):
         # All-reduce instead of reduce-scatter: the rows are pooled vectors, so it is cheap, and gloo supports it.
         total = all_reduce_sum(grad_outputs[0].clone(memory_format=torch.contiguous_format))
         return total[rank() * ctx.num_rows : (rank() + 1) * ctx.num_rows]
+
+
+def reduce_sum(tensor: torch.Tensor, destination: int) -> torch.Tensor:
+    """Sum of `tensor` over ranks on one of them, in place; undefined on the others. Returned for convenience.
+
+    A rank sends n bytes for a tensor of n, where an all-reduce would send twice as many.
+    """
+    if world_size() > 1:
+        with in_collective():
+            dist.reduce(tensor, destination)
+    return tensor
+
+
+def broadcast_among(tensor: torch.Tensor, source: int, receivers: Sequence[int]) -> None:
+    """Copy the source's tensor into those of the receivers, in place; other ranks may call it and do nothing.
+
+    One broadcast where that is all ranks; otherwise the source sends the tensor to each of the receivers, which are
+    few. A collective of those ranks, which call it in the same order.
+
+    Args:
+        tensor: (...), contiguous, of the same shape and dtype on all these ranks.
+        source: rank.
+        receivers: ranks, the source among them or not; the same on every rank.
+    """
+    others = [receiver for receiver in receivers if receiver != source]
+    if not others or rank() not in (source, *others):
+        return
+    with in_collective():
+        if len(others) == world_size() - 1:
+            dist.broadcast(tensor, source)
+            return
+        if rank() == source:
+            operations = [dist.P2POp(dist.isend, tensor, receiver) for receiver in others]
+        else:
+            operations = [dist.P2POp(dist.irecv, tensor, source)]
+        # Batched, so that NCCL uses the communicator of all ranks and makes none for each pair.
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
