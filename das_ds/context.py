@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -46,6 +47,18 @@ class RunContext:
     """The vocabulary by id, with the tokens that domains are to add at its end."""
 
 
+class SampleBatches(Protocol):
+    """Passes over this rank's batches of a sample of training sequences."""
+
+    def __call__(self, label: str, *, num_samples: int | None = None) -> ResumableLoop[Batch]:
+        """The pass of this label, always over the same sequences.
+
+        Args:
+            label: of the loop, by which a run that resumes finds it.
+            num_samples: sequences, where the config gives no number; None: that of the config.
+        """
+
+
 def _do_not_suspend(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -56,8 +69,8 @@ class DomainContext:
 
     index: int
     name: str
-    sample_batches: Callable[[str], ResumableLoop[Batch]]
-    """Label -> a pass over this rank's batches of `importance.num_samples` training sequences, always the same."""
+    sample_batches: SampleBatches
+    """A pass over this rank's batches of `importance.num_samples` training sequences."""
     sample_steps: Callable[[str], ResumableLoop[list[Batch]]]
     """The same sequences as this rank's micro-batches of `gradient_batch_size` sequences of all ranks together."""
     run_folder: Path

@@ -42,8 +42,8 @@ class ReplayConfig(Section):
 class SampleSize:
     """How many training sequences a method measures on, and how they are batched."""
 
-    num_samples: int
-    """Sequences (at most the complete corpus is used)."""
+    num_samples: int | None
+    """Sequences (at most the complete corpus is used); None: the method says how many when it measures."""
     batch_size: int | None = None
     """Sequences per rank and forward pass; None: `train.micro_batch_size`."""
     gradient_batch_size: int | None = None

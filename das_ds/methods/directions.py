@@ -11,12 +11,18 @@ from das_ds.config import MethodConfig, RunConfig, SampleSize
 from das_ds.config.section import PathText
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.methods.base import Method
-from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
+from das_ds.models.size import MemoryUse, ModelSize, Sharding
 from das_ds.run_dir import DIRECTIONS_FILE
 
 if TYPE_CHECKING:
     from das_ds.context import DomainContext, RunContext
     from das_ds.softmask.direction import DirectionImportance
+
+
+TOTAL = "total/"
+"""Beginning of the names of the sum over domains in checkpoints."""
+LATEST = "latest/"
+"""Beginning of the names of the present domain's moments there."""
 
 
 class DirectionsConfig(MethodConfig):
@@ -26,8 +32,9 @@ class DirectionsConfig(MethodConfig):
     half_saturation: float = Field(default=3.0, gt=0.0)
     """c of the mask (I + M / c)^-1; larger protects less: a direction with c times the average share of the input keeps
     half of its update."""
-    num_samples: int = Field(default=10_000, ge=1)
-    """Sequences per domain on which the inputs are measured (at most the complete corpus is used)."""
+    num_samples: int | None = Field(default=None, ge=1)
+    """Sequences per domain on which the inputs are measured, at most the complete corpus; null: as many as have 20
+    tokens for each element of the widest input of a layer, and at least 512."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences per rank and forward pass of that measurement; null: `train.micro_batch_size`."""
     init_from: PathText | None = None
@@ -57,9 +64,10 @@ class Directions(Method[DirectionsConfig]):
     nor rows of tokens that no earlier domain had. Knowledge from before the first domain is protected only by
     `init_from`. There is no contrast, which needs units.
 
-    Keeps an fp32 matrix M (d, d) per linear layer in every rank's host memory, P for the layers that the rank steps
-    next to the optimizer's state, and a copy of each flat tensor during its step. Extra compute: d / (3 * tokens of the
-    global batch) of a training step, and one forward pass over the sample per domain.
+    Each input of layers (queries, keys and values share one) has an fp32 matrix M (d, d), in the host memory of one
+    rank. P is next to the optimizer's state of the ranks that step a layer of that input, and each flat tensor is
+    copied during its step. Extra compute: d / (3 * tokens of the global batch) of a training step, and per domain one
+    forward pass over the sample for every 4 GiB of moments.
 
     Raises:
         ModelError: the network has layers whose directions cannot be masked.
@@ -68,31 +76,28 @@ class Directions(Method[DirectionsConfig]):
     Config = DirectionsConfig
 
     def __init__(self, run: RunContext) -> None:
-        from das_ds.softmask.input_covariance import linear_layers
+        from das_ds.softmask.input_layout import build_input_layout
+        from das_ds.softmask.linear_inputs import find_masked_matrices
 
         super().__init__(run)
         # Before anything is measured: a network whose layers cannot be masked is refused.
-        linear_layers(run)
+        matrices = find_masked_matrices(run)
+        self._inputs = build_input_layout(matrices, run.engine.weights.shards, run.engine.ranks)
         self._importance: DirectionImportance | None = None
+        self._latest: DirectionImportance | None = None
 
     @classmethod
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
-        """Moments and masks of all linear layers, and the weights before the step.
+        """Moments, masks, the weights before the step, and what exists only between two domains.
 
-        Roughly: per layer five matrices read the hidden states and one the neurons; two more belong to the LM head.
+        See `directions_memory`, whose widths are those of a common network: per layer three inputs as wide as the
+        hidden states and one as wide as the neurons, and two more of the LM head.
         """
-        moments = FP32 * (size.num_layers * (5 * size.hidden**2 + size.inner**2) + 2 * size.hidden**2)
-        return MemoryUse(
-            optimizer={
-                "direction masks": moments,
-                "weights before the step": FP32 * size.trained // sharding.optimizer_shards,
-            },
-            host={"moments of inputs": moments},
-            checkpoint=moments,
-            domain=moments,
-            # The sum over all domains.
-            run=moments,
-        )
+        from das_ds.softmask.direction_memory import directions_memory
+
+        widths = {size.hidden: 3 * size.num_layers + 2}
+        widths[size.inner] = widths.get(size.inner, 0) + size.num_layers
+        return directions_memory(widths, size.trained, sharding)
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: the directions that earlier runs protect."""
@@ -100,7 +105,7 @@ class Directions(Method[DirectionsConfig]):
         if path is not None and self._importance is None:
             from das_ds.softmask.direction import DirectionImportance
 
-            self._importance = DirectionImportance.load(self.run, Path(path))
+            self._importance = DirectionImportance.load(self.run, self._inputs, Path(path))
             if domain.num_tokens is None:
                 self._importance.num_tokens = None
 
@@ -114,37 +119,50 @@ class Directions(Method[DirectionsConfig]):
     def after_domain(self, domain: DomainContext) -> None:
         """Add the directions that the domain's text uses in every layer."""
         from das_ds.softmask.direction import DirectionImportance
+        from das_ds.softmask.input_moments import default_num_samples
 
-        latest = DirectionImportance.measure(self.run, domain, f"inputs of {domain.name}")
-        is_first = self._importance is None
-        self._importance = latest.accumulate(self._importance)
+        if self._latest is None:
+            self._latest = DirectionImportance(self.run, self._inputs, {}, domain.num_tokens)
+        num_samples = self.settings.num_samples
+        if num_samples is None:
+            num_samples = default_num_samples(self._inputs.widest, self.run.config.data.sequence_length)
+        self._latest.measure(domain, f"inputs of {domain.name}", num_samples)
         with domain.suspend_timeout("writing directions"):
-            self._save(domain, latest, self._importance, is_first=is_first)
+            self._accumulate(domain)
 
     def state_dict(self) -> ComponentState:
-        """Sum of the moments, equal on every rank."""
-        if self._importance is None:
-            return ComponentState(metadata={"num_tokens": None})
-        return self._importance.state_dict()
+        """Sum of the moments, and those of the present domain that are measured; each with its owner."""
+        states = [
+            importance.state_dict(prefix)
+            for prefix, importance in ((TOTAL, self._importance), (LATEST, self._latest))
+            if importance is not None
+        ]
+        return ComponentState(
+            owned={name: moment for state in states for name, moment in state.owned.items()},
+            metadata={key: value for state in states for key, value in state.metadata.items()},
+        )
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
-        """In host memory, where nothing but the next domain's mask needs it."""
+        """In host memory of the owners, where nothing but the next domain's mask needs it."""
         from das_ds.softmask.direction import DirectionImportance
 
-        importance = DirectionImportance.load_state_dict(self.run, saved)
-        self._importance = importance if importance.moments else None
+        self._importance = DirectionImportance.load_state_dict(self.run, self._inputs, saved, TOTAL)
+        self._latest = DirectionImportance.load_state_dict(self.run, self._inputs, saved, LATEST)
 
-    def _save(
-        self, domain: DomainContext, latest: DirectionImportance, total: DirectionImportance, *, is_first: bool
-    ) -> None:
+    def _accumulate(self, domain: DomainContext) -> None:
+        """Save the latest moments and the sum, of which only the sum is kept."""
+        assert self._latest is not None, "the domain was measured"
         tokens = self.run.tokens[: domain.num_tokens]
         domain_path = domain.folder / DIRECTIONS_FILE
         run_path = domain.run_folder / DIRECTIONS_FILE
-        latest.save(domain_path, tokens)
+        self._latest.save(domain_path, tokens)
+        is_first = self._importance is None
+        self._importance = self._latest.accumulate(self._importance)
+        self._latest = None
         if is_first:
             from das_ds.softmask.importance_file import link_importance
 
             # The sum over one domain is its file.
             self.run.engine.ranks.run_on_main(lambda: link_importance(domain_path, run_path))
         else:
-            total.save(run_path, tokens)
+            self._importance.save(run_path, tokens)

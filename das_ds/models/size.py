@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 FP32 = 4
 """Bytes of a float32."""
+
+Measurement = Literal["none", "forward", "backward", "gradients"]
+"""What a method runs over its sample at the end of a domain: nothing, forward passes, passes whose gradients are those
+of few tensors, or passes with the gradients of all weights."""
+MEASUREMENTS: tuple[Measurement, ...] = ("none", "forward", "backward", "gradients")
+"""From the least memory to the most."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,22 @@ class MemoryUse:
     """Name -> bytes of one rank, in host memory."""
     checkpoint: int = 0
     """Of a checkpoint within a domain, over all ranks."""
+    checkpoint_in_place: int = 0
+    """Of these, what is written from where it is, without a copy in host memory."""
     domain: int = 0
     """On disk for every domain, over all ranks: in the checkpoint at its end, and in separate files."""
     run: int = 0
     """On disk once: files of the complete run."""
     extra_rows: int = 0
     """Rows that one forward pass of a rank has in addition to those of its micro-batch."""
+    device_at_start: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank on the device that exist only while a domain starts, between two steps."""
+    device_at_end: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank on the device that exist only while a domain is measured at its end."""
+    host_at_end: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank in host memory that exist only then."""
+    measurement: Measurement = "none"
+    """What runs at the end of a domain, which decides on the gradients and activations that exist then."""
 
     def __add__(self, other: MemoryUse) -> MemoryUse:
         return MemoryUse(
@@ -90,7 +107,12 @@ class MemoryUse:
             optimizer={**self.optimizer, **other.optimizer},
             host={**self.host, **other.host},
             checkpoint=self.checkpoint + other.checkpoint,
+            checkpoint_in_place=self.checkpoint_in_place + other.checkpoint_in_place,
             domain=self.domain + other.domain,
             run=self.run + other.run,
             extra_rows=self.extra_rows + other.extra_rows,
+            device_at_start={**self.device_at_start, **other.device_at_start},
+            device_at_end={**self.device_at_end, **other.device_at_end},
+            host_at_end={**self.host_at_end, **other.host_at_end},
+            measurement=max(self.measurement, other.measurement, key=MEASUREMENTS.index),
         )

@@ -192,7 +192,7 @@ def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig
     """Memory of one rank without activations, by the merged DeepSpeed config."""
     sharding = _sharding(config, engine, num_ranks)
     method = method_memory(config, size, sharding)
-    copied = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint
+    copied = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint - method.checkpoint_in_place
     return estimate_memory(size, sharding, method=method, copied_bytes=copied if config.checkpoint.async_save else 0)
 
 

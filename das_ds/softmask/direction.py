@@ -1,11 +1,11 @@
-"""Direction importance: how much earlier domains use each direction of the inputs of a linear layer.
+"""Direction importance: how much earlier domains use each direction of the inputs of masked matrices.
 
-Shape legend: d width of the input of a linear layer, o of its output.
+Shape legend: d width of an input, o of an output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,92 +13,179 @@ import torch
 from das_ds.context import DomainContext, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.engine.mask import UpdateMasks
+from das_ds.errors import DasError
 from das_ds.functional.directions import direction_projector
+from das_ds.functional.projectors import DenseProjector, Projector
 from das_ds.softmask.apply import direction_masks
-from das_ds.softmask.importance_file import load_directions, save_directions
-from das_ds.softmask.input_covariance import input_second_moments, linear_layers
+from das_ds.softmask.directions_file import load_directions, save_directions
+from das_ds.softmask.input_layout import InputLayout
+from das_ds.softmask.input_moments import measure_moments
+from das_ds.softmask.projector_exchange import share_projector
+
+MEASURED = "measured"
+NUM_TOKENS = "num_tokens"
 
 
 class DirectionImportance:
-    """M of every linear layer: the sum over domains of the normalized second moments of its input.
+    """M of every input: the sum over domains of its normalized second moments. Each is held by one rank, its owner.
 
-    See `softmask.importance.Importance`, of which only `measure` differs: a forward pass needs no loss.
+    See `softmask.importance.Importance`, of which `measure` and `load_state_dict` differ: a forward pass needs no loss,
+    and where a moment is depends on the layout of the inputs over the ranks.
 
     Args:
         run: the engine and its network.
-        moments: name of the weight -> M, (d, d) float32 in host memory, equal on every rank.
+        inputs: layout of the inputs.
+        moments: input -> M, (d, d) float32 in host memory on its owner, None on other ranks; with the same names on
+            every rank. The tensors are never changed, as a checkpoint that is being written may still read them.
         num_tokens: of the vocabulary that the moments were measured with; None: the vocabulary does not grow.
     """
 
-    def __init__(self, run: RunContext, moments: dict[str, torch.Tensor], num_tokens: int | None) -> None:
+    def __init__(
+        self,
+        run: RunContext,
+        inputs: InputLayout,
+        moments: dict[str, torch.Tensor | None],
+        num_tokens: int | None,
+    ) -> None:
         self.run = run
-        self.moments = moments
+        self.inputs = inputs
+        self._moments = moments
         self.num_tokens = num_tokens
 
-    @classmethod
-    def measure(cls, run: RunContext, domain: DomainContext, label: str) -> DirectionImportance:
-        """Of one domain, by a forward pass over its sample."""
-        return cls(run, input_second_moments(run, domain.sample_batches(label)), domain.num_tokens)
+    @property
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Input -> M, of the inputs that this rank owns."""
+        return {name: moment for name, moment in self._moments.items() if moment is not None}
+
+    @property
+    def names(self) -> list[str]:
+        """The inputs that have a moment, on whichever rank; all but where measuring was interrupted."""
+        return list(self._moments)
+
+    def measure(self, domain: DomainContext, label: str, num_samples: int | None = None) -> None:
+        """Add the moments of a domain that are missing, by forward passes over its sample; see `measure_moments`.
+
+        A run that is saved meanwhile saves those that are complete with this object, and the others in the loop.
+
+        Args:
+            domain: whose sample is read.
+            label: of the progress bar.
+            num_samples: see `DomainContext.sample_batches`.
+        """
+        measure_moments(
+            self.run,
+            self.inputs,
+            lambda part: domain.sample_batches(part, num_samples=num_samples),
+            label,
+            self._moments,
+        )
 
     def accumulate(self, earlier: DirectionImportance | None) -> DirectionImportance:
-        """The sum, in new tensors: a checkpoint that is being written may still read the earlier ones."""
-        moments = {} if earlier is None else earlier.moments
-        total = {name: moment + moments.get(name, 0.0) for name, moment in self.moments.items()}
-        return DirectionImportance(self.run, total, self.num_tokens)
+        """The sum with the moments of earlier domains, which is all that is left: both are used up.
+
+        A sum takes the place of what it adds, one at a time: new tensors, because a checkpoint that is being written
+        may still read the others.
+        """
+        if earlier is None:
+            return self
+        total: dict[str, torch.Tensor | None] = {}
+        for name in self.names:
+            latest = self._moments.pop(name)
+            before = earlier._moments.pop(name)
+            total[name] = None if latest is None or before is None else latest + before
+        return DirectionImportance(self.run, self.inputs, total, self.num_tokens)
+
+    def projectors(self, compute: Callable[[torch.Tensor], Projector]) -> Iterator[tuple[str, Projector]]:
+        """(input, projector) of each input that this rank steps a matrix of, in turn; a collective.
+
+        All ranks walk through the inputs in one order. An owner computes the projector on its device, one at a time,
+        and sends it to the other ranks that step a matrix of the input: 4 d^2 bytes to each where it is dense.
+        At ZeRO stages 1 and 2 these are the few ranks whose shards meet there, at 0 and 3 all ranks (a broadcast). The
+        caller has to take all: ranks wait for each other.
+
+        Args:
+            compute: M, (d, d) on the device -> its projector, there.
+        """
+        device = self.run.engine.ranks.info.device
+        for name, moment in self._moments.items():
+            own = None if moment is None else compute(moment.to(device))
+            projector = share_projector(own, self.inputs.owners[name], self.inputs.users[name], device)
+            if projector is not None:
+                yield name, projector
 
     def masks(self, half_saturation: float) -> UpdateMasks:
-        """dW <- dW P with P = (I + M / c)^-1, c being the half_saturation.
+        """dW <- dW P with P = (I + M / c)^-1, c being the half_saturation; a collective.
 
         Rows of tokens that were added since are not masked: no earlier text has them.
         """
-        device = self.run.engine.ranks.info.device
-        projectors = _Projectors(self.moments, half_saturation, device)
-        widths = {name: layer.in_features for name, layer in linear_layers(self.run).items()}
-        sizes = self.run.layout.sizes_with(self.num_tokens)
-        return direction_masks(self.run.engine, widths, projectors.compute, sizes)
+        held = dict(self.projectors(lambda moment: DenseProjector(direction_projector(moment, half_saturation))))
+        return _build_masks(self.run, self.inputs, held, self.run.layout.sizes_with(self.num_tokens))
 
     def unit_gates(self) -> None:
         """None: directions belong to no unit."""
         return
 
-    def state_dict(self) -> ComponentState:
-        """Equal on every rank."""
-        return ComponentState(replicated=self.moments, metadata={"num_tokens": self.num_tokens})
+    def state_dict(self, prefix: str = "") -> ComponentState:
+        """Each owner its moments, under names that begin with `prefix`."""
+        return ComponentState(
+            owned={f"{prefix}{name}": moment for name, moment in self.moments.items()},
+            metadata={f"{prefix}{MEASURED}": self.names, f"{prefix}{NUM_TOKENS}": self.num_tokens},
+        )
 
     @classmethod
-    def load_state_dict(cls, run: RunContext, saved: SavedComponentState) -> DirectionImportance:
-        """In host memory, where nothing but the next domain's mask needs it."""
-        return cls(run, saved.replicated(), saved.metadata["num_tokens"])
+    def load_state_dict(
+        cls, run: RunContext, inputs: InputLayout, saved: SavedComponentState, prefix: str = ""
+    ) -> DirectionImportance | None:
+        """Each owner reads its moments, whoever owned them; None where nothing was saved under this prefix."""
+        names: list[str] = saved.metadata.get(f"{prefix}{MEASURED}", [])
+        if not names:
+            return None
+        own = [name for name in inputs.owned_by(run.engine.ranks.info.rank) if name in names]
+        found = saved.owned(f"{prefix}{name}" for name in own)
+        moments = {name: found.get(f"{prefix}{name}") for name in names}
+        return cls(run, inputs, moments, saved.metadata[f"{prefix}{NUM_TOKENS}"])
 
     def save(self, path: Path, tokens: Sequence[str]) -> None:
-        """Rank 0 writes; all ranks have equal values."""
-        ranks = self.run.engine.ranks
-        ranks.run_on_main(lambda: save_directions(path, self.moments, self.run.layout, tokens))
+        """Owners write their moments into one file; see `save_directions`."""
+        save_directions(path, self.moments, self.inputs, self.run.layout, self.run.engine.ranks, tokens)
 
     @classmethod
-    def load(cls, run: RunContext, path: Path) -> DirectionImportance:
-        """In host memory."""
-        widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
-        return cls(run, *load_directions(path, widths, run.layout, run.tokens))
+    def load(cls, run: RunContext, inputs: InputLayout, path: Path) -> DirectionImportance:
+        """Each owner reads its moments; a collective.
+
+        Raises:
+            ImportanceError: on every rank, when any cannot read them.
+        """
+        ranks = run.engine.ranks
+        own = inputs.owned_by(ranks.info.rank)
+        failure: DasError | None = None
+        found: dict[str, torch.Tensor] = {}
+        num_tokens = 0
+        try:
+            found, num_tokens = load_directions(path, own, inputs.widths, run.layout, run.tokens)
+        except DasError as error:
+            failure = error
+        ranks.raise_on_all_ranks(failure)
+        return cls(run, inputs, {name: found.get(name) for name in inputs.widths}, num_tokens)
 
 
-class _Projectors:
-    """Projectors of moments, one at a time.
+def _build_masks(
+    run: RunContext, inputs: InputLayout, held: Mapping[str, Projector], sizes: dict[str, int]
+) -> UpdateMasks:
+    """Masks of updates that multiply by dense projectors, parameter by parameter.
 
-    Layers that follow each other and read the same input (queries, keys, values; gate, up) share one projector.
+    Args:
+        run: the engine.
+        inputs: layout of the inputs.
+        held: input -> projector, of those that this rank steps a matrix of.
+        sizes: parameter -> number of its weights that are masked.
     """
+    by_name = {matrix.parameter: matrix for matrix in inputs.matrices}
 
-    def __init__(self, moments: dict[str, torch.Tensor], half_saturation: float, device: torch.device) -> None:
-        self._moments = moments
-        self._half_saturation = half_saturation
-        self._device = device
-        self._last_moment: torch.Tensor | None = None
-        self._last_projector: torch.Tensor | None = None
+    def matrix_of(parameter: str) -> torch.Tensor:
+        projector = held[by_name[parameter].input]
+        assert isinstance(projector, DenseProjector), "masks of updates multiply by a dense matrix"
+        return projector.matrix
 
-    def compute(self, name: str) -> torch.Tensor:
-        """P of a layer, (d, d) float32."""
-        moment = self._moments[name]
-        if self._last_moment is None or self._last_projector is None or not torch.equal(moment, self._last_moment):
-            self._last_projector = direction_projector(moment.to(self._device), self._half_saturation)
-            self._last_moment = moment
-        return self._last_projector
+    widths = {name: matrix.width for name, matrix in by_name.items()}
+    return direction_masks(run.engine, widths, matrix_of, sizes)

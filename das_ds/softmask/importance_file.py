@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from das_ds.errors import ImportanceError, RunFolderError
-from das_ds.functional.directions import describe_invalid_moment
 from das_ds.functional.units import UnitLayout, UnitValues
 from das_ds.storage import CHECKSUM, atomic_write, link_file
 from das_ds.user_files import require_file
@@ -115,41 +114,6 @@ def load_parameter_importance(
         yield read
 
 
-def save_directions(
-    path: Path, moments: dict[str, torch.Tensor], layout: UnitLayout, tokens: Sequence[str] = ()
-) -> None:
-    """Write weight name -> (d, d) float32 atomically; `tokens` as in `save_unit_importance`."""
-    tensors = {name: moment.detach().cpu().contiguous() for name, moment in moments.items()}
-    _save(path, tensors, layout, DIRECTION, tokens)
-
-
-def load_directions(
-    path: Path, widths: dict[str, int], layout: UnitLayout, tokens: Sequence[str] | None = None
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Read weight name -> (d, d) and check that they belong to this network.
-
-    Args:
-        path: of the file.
-        widths: weight name -> d.
-        layout: of the network.
-        tokens: the run's vocabulary, by id; it may have gained tokens at its end since. None: it is not compared.
-
-    Returns:
-        The moments, and the number of tokens that there were when they were measured.
-
-    Raises:
-        ImportanceError: missing or damaged file, another format, granularity, model type, table of units or vocabulary,
-            or other layers; a matrix that is no second moment.
-    """
-    expected: Shapes = {name: (width, width) for name, width in widths.items()}
-    with _open_for_run(path, layout, DIRECTION, expected, tokens) as (file, header):
-        moments: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in expected}
-    for name, moment in moments.items():
-        if fault := describe_invalid_moment(moment):
-            raise ImportanceError(f"{path}: {name}: found {fault}, expected a second moment (symmetric, not negative)")
-    return moments, int(header[NUM_TOKENS])
-
-
 @contextmanager
 def stored_importance(path: Path) -> Iterator[StoredImportance]:
     """Open a file without the model that it belongs to, for reports.
@@ -167,7 +131,7 @@ def link_importance(source: Path, path: Path) -> None:
     Raises:
         RunFolderError: the disk is full, or the folder cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         link_file(source, path)
 
 
@@ -178,17 +142,22 @@ def _save(
         "format_version": FORMAT_VERSION,
         "granularity": granularity,
         "model_type": layout.model_type,
-        STRUCTURE: _structure(layout),
+        STRUCTURE: structure_digest(layout),
         NUM_TOKENS: str(len(tokens)),
-        TOKENS: _token_digest(tokens),
+        TOKENS: token_digest(tokens),
         CHECKSUM: _digest(tensors, tensors.__getitem__),
     }
-    with _writing(path), atomic_write(path) as partial:
+    with writing(path), atomic_write(path) as partial:
         save_file(tensors, partial, metadata=header)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Inside, the file of this path is written; its folder exists.
+
+    Raises:
+        RunFolderError: the disk is full, or the folder cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -201,8 +170,8 @@ def _open_for_run(
     path: Path, layout: UnitLayout, granularity: str, expected: Shapes, tokens: Sequence[str] | None
 ) -> Iterator[tuple[Any, dict[str, str]]]:
     with _open_checked(path) as (file, header, found):
-        _check_model(path, header, found, layout, granularity, expected)
-        _check_origin(path, header, layout, tokens)
+        check_model(path, header, found, layout, granularity, expected)
+        check_origin(path, header, layout, tokens)
         yield file, header
 
 
@@ -225,7 +194,7 @@ def _open_checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
         raise ImportanceError(f"{path}: cannot read importance: {error}") from error
 
 
-def _check_model(
+def check_model(
     path: Path,
     header: dict[str, str],
     found: Shapes,
@@ -233,6 +202,19 @@ def _check_model(
     granularity: str,
     expected: Shapes,
 ) -> None:
+    """Check that a file is of this granularity, architecture and size.
+
+    Args:
+        path: of the file, for messages.
+        header: of the file.
+        found: its tensors.
+        layout: of the run's network.
+        granularity: that the run needs.
+        expected: the tensors that the run needs.
+
+    Raises:
+        ImportanceError: it is not.
+    """
     if header["granularity"] != granularity:
         raise ImportanceError(
             f"{path}: importance by {header['granularity']}, expected by {granularity} (method.importance.granularity)"
@@ -248,9 +230,19 @@ def _check_model(
         )
 
 
-def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens: Sequence[str] | None) -> None:
-    """Equal shapes are not enough: another table may number units differently, and rows may be of other tokens."""
-    if header[STRUCTURE] != _structure(layout):
+def check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens: Sequence[str] | None) -> None:
+    """Check the table of units and the vocabulary, which equal shapes say nothing of.
+
+    Args:
+        path: of the file, for messages.
+        header: of the file.
+        layout: of the run's network.
+        tokens: see `load_unit_importance`.
+
+    Raises:
+        ImportanceError: another table numbers units differently, or rows are of other tokens.
+    """
+    if header[STRUCTURE] != structure_digest(layout):
         raise ImportanceError(
             f"{path}: importance of another table of units: found layers or units of {header['model_type']} that own "
             "other weights, expected those of this run (model.architecture)"
@@ -258,14 +250,14 @@ def _check_origin(path: Path, header: dict[str, str], layout: UnitLayout, tokens
     if tokens is None:
         return
     num_tokens = int(header[NUM_TOKENS])
-    if header[TOKENS] != _token_digest(tokens[:num_tokens]) or num_tokens > len(tokens):
+    if header[TOKENS] != token_digest(tokens[:num_tokens]) or num_tokens > len(tokens):
         raise ImportanceError(
             f"{path}: importance of another tokenizer: found {num_tokens} tokens, expected the first of this run's "
             f"{len(tokens)} in the same order (data.tokenizer, data.add_tokens)"
         )
 
 
-def _structure(layout: UnitLayout) -> str:
+def structure_digest(layout: UnitLayout) -> str:
     """Checksum of which unit of which layer owns or consumes which weights; sizes are in the shapes.
 
     With LoRA the weights are those of the network without adapters, so that importance of its units fits both.
@@ -288,7 +280,8 @@ def _structure(layout: UnitLayout) -> str:
     return digest.hexdigest()
 
 
-def _token_digest(tokens: Sequence[str]) -> str:
+def token_digest(tokens: Sequence[str]) -> str:
+    """Checksum of a vocabulary in the order of its ids."""
     return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
 
 

@@ -36,9 +36,7 @@ class InputLayout:
         return max(self.widths.values(), default=0)
 
 
-def build_input_layout(
-    matrices: Sequence[MaskedMatrix], shards: Iterable[Shard], ranks: ProcessGroup
-) -> InputLayout:
+def build_input_layout(matrices: Sequence[MaskedMatrix], shards: Iterable[Shard], ranks: ProcessGroup) -> InputLayout:
     """The layout of these matrices over the ranks; a collective.
 
     Args:

@@ -106,15 +106,15 @@ class DataModule:
             pin_memory=self.info.device.type == "cuda",
         )
 
-    def importance_batches(self, corpus: str) -> EvaluationBatches:
-        """A fixed random subset of the training sequences, of the size that the method measures on."""
+    def importance_batches(self, corpus: str, num_samples: int | None = None) -> EvaluationBatches:
+        """A fixed random subset of the training sequences, of the size that the config gives; else of `num_samples`."""
         blocks = self._training_blocks(corpus)
         return self._batches(
             corpus,
             blocks,
             f"importance/{corpus}",
             self._sample_size.batch_size,
-            indices=self._importance_subset(blocks),
+            indices=self._importance_subset(blocks, num_samples),
         )
 
     def importance_steps(self, corpus: str) -> AccumulatedBatches:
@@ -145,8 +145,9 @@ class DataModule:
             max_sequences=evaluation.max_sequences,
         )
 
-    def _importance_subset(self, blocks: TokenBlocks) -> Sequence[int]:
-        return subset_indices(len(blocks), self._sample_size.num_samples, self.config.seed)
+    def _importance_subset(self, blocks: TokenBlocks, num_samples: int | None = None) -> Sequence[int]:
+        size = self._sample_size.num_samples or num_samples or len(blocks)
+        return subset_indices(len(blocks), size, self.config.seed)
 
     @property
     def _sample_size(self) -> SampleSize:

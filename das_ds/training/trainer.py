@@ -55,9 +55,9 @@ class _DomainSamples:
     loops: ResumableLoops
     stage: Stage
 
-    def batches(self, label: str) -> ResumableLoop[Batch]:
+    def batches(self, label: str, *, num_samples: int | None = None) -> ResumableLoop[Batch]:
         """A loop over batches of single sequences."""
-        return self.loops.start(self.data.importance_batches(self.stage.only_domain), label)
+        return self.loops.start(self.data.importance_batches(self.stage.only_domain, num_samples), label)
 
     def steps(self, label: str) -> ResumableLoop[list[Batch]]:
         """A loop over the same sequences as micro-batches of optimizer steps."""

@@ -88,7 +88,7 @@ def build(config: RunConfig, ranks: ProcessGroup, **model_changes: Any) -> RunCo
 def no_text_domain(folder: Path) -> DomainContext:
     """A first domain whose sample is empty."""
     return DomainContext(
-        0, "domain", lambda label: ResumableLoop([]), lambda label: ResumableLoop([]), folder, folder / "domain"
+        0, "domain", lambda label, **_: ResumableLoop([]), lambda label: ResumableLoop([]), folder, folder / "domain"
     )
 
 

@@ -70,7 +70,7 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
         domain = DomainContext(
             index,
             "domain",
-            lambda _, b=batches: ResumableLoop(b),
+            lambda _, b=batches, **__: ResumableLoop(b),
             lambda _, m=measured: ResumableLoop(m),
             folder,
             folder,

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from das_ds.softmask.input_covariance import input_second_moments
 
 from das_ds.config import RunConfig, parse_method
 from das_ds.data.batch import Batch
@@ -21,7 +22,6 @@ from das_ds.methods import build_method, directions
 from das_ds.softmask import direction
 from das_ds.softmask.direction import DirectionImportance
 from das_ds.softmask.direction_mask import build_direction_masks
-from das_ds.softmask.input_covariance import input_second_moments
 from helpers.architectures import architecture_config, make_steps
 from helpers.parity import OFFLOAD, parity_configs, relative_difference
 from helpers.run_ranks import run_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,17 +12,22 @@ import torch
 from pydantic import ValidationError
 
 from das_ds.config import parse_method
+from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import RankInfo
 from das_ds.distributed.resumable import ResumableLoop
-from das_ds.errors import ImportanceError, ModelError, TrainingError
+from das_ds.distributed.state import Shard
+from das_ds.errors import ModelError, TrainingError
 from das_ds.methods import METHODS, build_method
 from das_ds.methods.directions import Directions
 from das_ds.methods.merge import MergingWrapper
 from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.language_model import LanguageModel
 from das_ds.run_dir import DIRECTIONS_FILE
-from das_ds.softmask.importance_file import load_directions, save_directions
-from das_ds.softmask.input_covariance import input_second_moments, linear_layers
+from das_ds.softmask import input_moments
+from das_ds.softmask.directions_file import save_directions
+from das_ds.softmask.input_layout import InputLayout, build_input_layout
+from das_ds.softmask.input_moments import default_num_samples, measure_moments
+from das_ds.softmask.linear_inputs import find_masked_matrices
 from helpers.architectures import causal_batch
 from helpers.tiny_models import tiny_model, without_dropout
 from helpers.training import LENGTH, no_text_domain, random_batch, rank_part, run_config
@@ -30,18 +36,49 @@ WITHOUT_LINEAR_LAYERS = ("gpt2", "mixtral", "qwen3_moe")
 METHOD: dict[str, Any] = {"name": "directions", "half_saturation": 2.0}
 
 
+class SingleRank:
+    """A process group of one rank."""
+
+    info = RankInfo(0, 0, 1, torch.device("cpu"))
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value]
+
+    def run_on_main(self, do: Callable[[], Any]) -> Any:
+        return do()
+
+    def raise_on_all_ranks(self, failure: Exception | None) -> None:
+        if failure is not None:
+            raise failure
+
+
 def make_run(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
     """The part of a run that directions need before training, without an engine; `changes` are keys of the model's."""
     model = tiny_model(model_type, **without_dropout(model_type), **changes)
     spec = spec_for(model_type)
     network = LanguageModel(model, spec)
+    parameters = dict(model.named_parameters())
     engine = SimpleNamespace(
-        parameters=dict(model.named_parameters()),
+        parameters=parameters,
         module=network,
-        ranks=SimpleNamespace(info=RankInfo(0, 0, 1, torch.device("cpu"))),
+        ranks=SingleRank(),
+        weights=SimpleNamespace(shards=[Shard(n, p, 0, 0, p.numel()) for n, p in parameters.items()]),
     )
     config = run_config(folder, method=method)
     return SimpleNamespace(config=config, engine=engine, network=network, layout=spec.layout(model), tokens=())
+
+
+def layout_of(run: Any) -> InputLayout:
+    return build_input_layout(find_masked_matrices(run), run.engine.weights.shards, run.engine.ranks)
+
+
+def measured(run: Any, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """Weight -> the moment of its input."""
+    layout = layout_of(run)
+    moments: dict[str, torch.Tensor | None] = {}
+    measure_moments(run, layout, lambda _: ResumableLoop(batches), "inputs", moments)
+    found = {matrix.name: moments[matrix.input] for matrix in layout.matrices}
+    return {name: moment for name, moment in found.items() if moment is not None}
 
 
 def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
@@ -56,25 +93,21 @@ def test_second_moments_ignore_padding_rows(tmp_path: Path) -> None:
     alone = type(full)(
         *(v[:2] for v in (first.input_ids, first.corrupted_ids)), first.predicted, first.targets, torch.ones(2)
     )
-    filled = input_second_moments(run, ResumableLoop([first]))
-    expected = input_second_moments(run, ResumableLoop([alone]))
-    assert filled.keys() == linear_layers(run).keys()
+    filled = measured(run, [first])
+    expected = measured(run, [alone])
+    assert filled.keys() == {matrix.name for matrix in find_masked_matrices(run)}
     for name, moment in filled.items():
         torch.testing.assert_close(moment, expected[name])
-    assert any(
-        not torch.allclose(filled[n], m, rtol=1e-3) for n, m in input_second_moments(run, ResumableLoop([full])).items()
-    )
+    assert any(not torch.allclose(filled[n], m, rtol=1e-3) for n, m in measured(run, [full]).items())
 
 
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in WITHOUT_LINEAR_LAYERS])
 def test_second_moments_do_not_depend_on_batches(model_type: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, model_type=model_type)
     batch = (causal_batch if spec_for(model_type).objective == "clm" else random_batch)(8, 1)
-    expected = input_second_moments(run, ResumableLoop([batch]))
+    expected = measured(run, [batch])
     for num_batches in (2, 8):
-        found = input_second_moments(
-            run, ResumableLoop([rank_part(batch, number, num_batches) for number in range(num_batches)])
-        )
+        found = measured(run, [rank_part(batch, number, num_batches) for number in range(num_batches)])
         for name, moment in found.items():
             torch.testing.assert_close(moment, expected[name], rtol=1e-4, atol=1e-5, msg=f"{num_batches}: {name}")
 
@@ -88,7 +121,7 @@ def test_second_moments_count_relative_positions_once(num_rows: int, tmp_path: P
     table = model.base_model.encoder.get_rel_embedding()
     assert len(table) == LENGTH
     states = model.base_model(batch.corrupted_ids, output_hidden_states=True).hidden_states
-    found = input_second_moments(run, ResumableLoop([rank_part(batch, row, num_rows) for row in range(num_rows)]))
+    found = measured(run, [rank_part(batch, row, num_rows) for row in range(num_rows)])
     for layer, hidden in enumerate(states[:-1]):
         inputs = torch.cat((hidden.flatten(0, 1), table)).detach().double()
         moment = inputs.T @ inputs
@@ -106,51 +139,82 @@ def test_second_moments_non_finite_input_is_error(value: float, tmp_path: Path) 
         r"importance: found an input of roberta\.\S+ that is not finite, expected finite numbers; the model diverged"
     )
     with pytest.raises(TrainingError, match=message):
-        input_second_moments(run, ResumableLoop([random_batch(2, 1)]))
-
-
-@pytest.mark.parametrize(
-    ("value", "fault"), [(float("nan"), "not finite"), (-1.0, "negative"), (float("inf"), "not finite")]
-)
-def test_load_directions_invalid_moments_are_error(value: float, fault: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    path = tmp_path / DIRECTIONS_FILE
-    widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
-    moments = {name: torch.eye(width) for name, width in widths.items()}
-    name = "roberta.encoder.layer.1.output.dense.weight"
-    moments[name][3, 3] = value
-    save_directions(path, moments, run.layout)
-    with pytest.raises(ImportanceError, match=rf"{path}: {name}: found .*{fault}.*, expected a second moment"):
-        load_directions(path, widths, run.layout)
-    moments[name] = torch.eye(widths[name])
-    moments[name][3, 4] = 0.5
-    save_directions(path, moments, run.layout)
-    with pytest.raises(ImportanceError, match=r"found a matrix that is not symmetric, expected"):
-        load_directions(path, widths, run.layout)
-
-
-def test_load_directions_reads_own_files_only(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
-    inputs = {name: torch.randn(width, width) for name, width in widths.items()}
-    moments = {name: values.T @ values for name, values in inputs.items()}
-    path = tmp_path / DIRECTIONS_FILE
-    save_directions(path, moments, run.layout)
-    for name, moment in load_directions(path, widths, run.layout)[0].items():
-        assert torch.equal(moment, moments[name])
-    with pytest.raises(ImportanceError, match="importance of another model: found roberta with"):
-        load_directions(path, {**widths, next(iter(widths)): 7}, run.layout)
-    with pytest.raises(ImportanceError, match="cannot read importance"):
-        load_directions(tmp_path / "missing", widths, run.layout)
+        measured(run, [random_batch(2, 1)])
 
 
 def test_directions_init_from_protects_first_domain(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
-    save_directions(tmp_path / DIRECTIONS_FILE, {name: torch.eye(width) for name, width in widths.items()}, run.layout)
+    layout = layout_of(run)
+    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
+    save_directions(tmp_path / DIRECTIONS_FILE, moments, layout, run.layout, run.engine.ranks)
     method = build_method(make_run(tmp_path, {**METHOD, "init_from": str(tmp_path / DIRECTIONS_FILE)}))
     method.before_domain(no_text_domain(tmp_path))
-    assert isinstance(method, Directions) and method.state_dict().replicated.keys() == widths.keys()
+    assert isinstance(method, Directions)
+    assert method.state_dict().owned.keys() == {f"total/{name}" for name in moments}
+
+
+def test_queries_keys_and_values_share_one_input(tmp_path: Path) -> None:
+    matrices = find_masked_matrices(make_run(tmp_path))
+    prefix = "roberta.encoder.layer.1.attention.self."
+    inputs = {matrix.name.removeprefix(prefix): matrix.input for matrix in matrices if prefix in matrix.name}
+    assert inputs == dict.fromkeys((f"{kind}.weight" for kind in ("query", "key", "value")), f"{prefix}query.weight")
+    # Two layers of four inputs, the LM head's dense layer, and its decoder.
+    assert len({matrix.input for matrix in matrices}) == 10
+
+
+@pytest.mark.parametrize("budget", [1, 3 * 4 * 24**2, 4 * (24**2 + 40**2)])
+def test_several_passes_equal_one_bitwise(budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    batches = [random_batch(4, seed) for seed in range(3)]
+    expected = measured(run, batches)
+    monkeypatch.setattr(input_moments, "SUMS_BYTES", budget)
+    labels: list[str] = []
+
+    def start(label: str) -> ResumableLoop[Batch]:
+        labels.append(label)
+        return ResumableLoop(batches)
+
+    layout = layout_of(run)
+    found: dict[str, torch.Tensor | None] = {}
+    measure_moments(run, layout, start, "inputs", found)
+    assert len(labels) > 1 and labels[0] == f"inputs, part 1 of {len(labels)}"
+    for matrix in layout.matrices:
+        moment = found[matrix.input]
+        assert moment is not None and moment.equal(expected[matrix.name])
+
+
+def test_measured_inputs_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that resumes in a later pass finds those before it complete, and reads the sample for the others only."""
+    monkeypatch.setattr(input_moments, "SUMS_BYTES", 3 * 4 * 24**2)
+    run = make_run(tmp_path)
+    layout = layout_of(run)
+    batches = [random_batch(4, 1)]
+    all_labels: list[str] = []
+    labels: list[str] = []
+    complete: dict[str, torch.Tensor | None] = {}
+    loops: list[ResumableLoop[Batch]] = []
+
+    def start(label: str) -> ResumableLoop[Batch]:
+        all_labels.append(label)
+        loops.append(ResumableLoop(batches))
+        return loops[-1]
+
+    measure_moments(run, layout, start, "inputs", complete)
+    # The sums are gone as soon as their owners have them.
+    assert all(loop.accumulators == {} for loop in loops)
+    resumed = dict(list(complete.items())[:3])
+    measure_moments(run, layout, lambda label: labels.append(label) or ResumableLoop(batches), "inputs", resumed)
+    assert labels == all_labels[1:]
+    for name, moment in resumed.items():
+        again = complete[name]
+        assert moment is not None and again is not None and moment.equal(again)
+
+
+@pytest.mark.parametrize(
+    ("widest", "length", "expected"), [(1536, 64, 512), (14_336, 2048, 512), (14_336, 512, 560), (768, 1, 15_360)]
+)
+def test_default_sample_has_20_tokens_per_width(widest: int, length: int, expected: int) -> None:
+    assert default_num_samples(widest, length) == expected
 
 
 def test_directions_without_linear_layers_is_error(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""Exchange of projectors: from the rank that computed one to those that need it, whatever its form is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from das_ds.distributed.collectives import broadcast_among, rank
+from das_ds.functional import projectors
+from das_ds.functional.projectors import Projector
+
+
+def share_projector(
+    projector: Projector | None, owner: int, users: Sequence[int], device: torch.device
+) -> Projector | None:
+    """A projector on the ranks that use it; a collective of these and its owner, which others may call too.
+
+    Every tensor is sent as it is: its bytes to each user but the owner, and about a hundred bytes before. The ranks
+    that receive it wait for their device.
+
+    Args:
+        projector: on its owner, a dataclass of `functional.projectors` with tensors on the device, and JSON values.
+        owner: rank.
+        users: ranks, the same on every rank.
+        device: where it is received.
+
+    Returns:
+        The projector on users, None elsewhere.
+    """
+    if rank() == owner:
+        _send(projector, owner, users, device)
+        return projector if owner in users else None
+    return _receive(owner, users, device) if rank() in users else None
+
+
+def _send(projector: Any, owner: int, users: Sequence[int], device: torch.device) -> None:
+    header = _encode_header(projector)
+    broadcast_among(torch.tensor([len(header)], device=device), owner, users)
+    broadcast_among(torch.tensor(list(header), dtype=torch.uint8, device=device), owner, users)
+    for tensor in _tensors(projector).values():
+        broadcast_among(tensor, owner, users)
+
+
+def _receive(owner: int, users: Sequence[int], device: torch.device) -> Projector:
+    length = torch.zeros(1, dtype=torch.int64, device=device)
+    broadcast_among(length, owner, users)
+    header = torch.empty(int(length), dtype=torch.uint8, device=device)
+    broadcast_among(header, owner, users)
+    form, values, shapes = json.loads(bytes(header.cpu().numpy()))
+    for name, (shape, dtype) in shapes.items():
+        values[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        broadcast_among(values[name], owner, users)
+    received: Projector = getattr(projectors, form)(**values)
+    return received
+
+
+def _encode_header(projector: Any) -> bytes:
+    """[name of the class, values of its fields that are no tensors, shapes and dtypes of the others] as JSON."""
+    tensors = _tensors(projector)
+    names = [field.name for field in dataclasses.fields(projector)]
+    values = {name: getattr(projector, name) for name in names if name not in tensors}
+    shapes = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    return json.dumps([type(projector).__name__, values, shapes]).encode()
+
+
+def _tensors(projector: Any) -> dict[str, torch.Tensor]:
+    """Field -> its tensor, contiguous."""
+    values = {field.name: getattr(projector, field.name) for field in dataclasses.fields(projector)}
+    return {name: value.contiguous() for name, value in values.items() if isinstance(value, torch.Tensor)}
