@@ -40,6 +40,8 @@ def find_masked_matrices(run: RunContext) -> list[MaskedMatrix]:
     with torch.no_grad(), _forward_hooks(layers, lambda name, inputs: read[name].append(inputs)):
         run.engine.module(ids, first, first, None)
     run.engine.module.train()
+    # By address: DeepSpeed's hooks at ZeRO 3 give each layer another object of the same memory. `read` keeps all tensors
+    # until the end, so that no two inputs have one address.
     inputs: dict[tuple[int, ...], str] = {}
     return [
         MaskedMatrix(
@@ -48,8 +50,7 @@ def find_masked_matrices(run: RunContext) -> list[MaskedMatrix]:
             start=0,
             num_outputs=layer.out_features,
             width=layer.in_features,
-            # `read` keeps all tensors until the end, so that no two have one identity.
-            input=inputs.setdefault(tuple(id(tensor) for tensor in read[name]), name),
+            input=inputs.setdefault(tuple(tensor.data_ptr() for tensor in read[name]), name),
         )
         for name, layer in layers.items()
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ from pydantic import ValidationError
 
 from das_ds.config import parse_method
 from das_ds.data.batch import Batch
-from das_ds.distributed.process_group import RankInfo
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.distributed.state import Shard
 from das_ds.errors import ModelError, TrainingError
@@ -29,27 +27,12 @@ from das_ds.softmask.input_layout import InputLayout, build_input_layout
 from das_ds.softmask.input_moments import default_num_samples, measure_moments
 from das_ds.softmask.linear_inputs import find_masked_matrices
 from helpers.architectures import causal_batch
+from helpers.single_rank import SingleRank
 from helpers.tiny_models import tiny_model, without_dropout
 from helpers.training import LENGTH, no_text_domain, random_batch, rank_part, run_config
 
 WITHOUT_LINEAR_LAYERS = ("gpt2", "mixtral", "qwen3_moe")
 METHOD: dict[str, Any] = {"name": "directions", "half_saturation": 2.0}
-
-
-class SingleRank:
-    """A process group of one rank."""
-
-    info = RankInfo(0, 0, 1, torch.device("cpu"))
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return [value]
-
-    def run_on_main(self, do: Callable[[], Any]) -> Any:
-        return do()
-
-    def raise_on_all_ranks(self, failure: Exception | None) -> None:
-        if failure is not None:
-            raise failure
 
 
 def make_run(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:

@@ -22,10 +22,8 @@ from das_ds.models.vocabulary import reserve_embedding_rows
 from das_ds.softmask import importance_file
 from das_ds.softmask.importance_file import (
     link_importance,
-    load_directions,
     load_parameter_importance,
     load_unit_importance,
-    save_directions,
     save_parameter_importance,
     save_unit_importance,
 )
@@ -135,25 +133,21 @@ def save_any(kind: str, path: Path, tokens: tuple[str, ...] = (), model: Any = N
     layout = spec_for("roberta").layout(model)
     if kind == "unit":
         save_unit_importance(path, random_importance(model), layout, tokens)
-    elif kind == "parameter":
+    else:
         weights = {name: torch.zeros(size, dtype=torch.uint8) for name, size in layout.sizes.items()}
         save_parameter_importance(path, weights, layout, tokens)
-    else:
-        save_directions(path, {"lm_head.dense.weight": torch.eye(24)}, layout, tokens)
 
 
 def load_any(kind: str, path: Path, tokens: tuple[str, ...], layout: Any = None) -> None:
     layout = spec_for("roberta").layout(tiny_model()) if layout is None else layout
     if kind == "unit":
         load_unit_importance(path, layout, tokens)
-    elif kind == "parameter":
+    else:
         with load_parameter_importance(path, layout, tokens):
             pass
-    else:
-        load_directions(path, {"lm_head.dense.weight": 24}, layout, tokens)
 
 
-@pytest.mark.parametrize("kind", ["unit", "parameter", "direction"])
+@pytest.mark.parametrize("kind", ["unit", "parameter"])
 def test_load_importance_other_tokenizer_raises(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "importance.safetensors"
     tokens = ("<s>", "bread", "soup")
@@ -166,7 +160,7 @@ def test_load_importance_other_tokenizer_raises(kind: str, tmp_path: Path) -> No
             load_any(kind, path, others)
 
 
-@pytest.mark.parametrize("kind", ["unit", "parameter", "direction"])
+@pytest.mark.parametrize("kind", ["unit", "parameter"])
 def test_load_importance_other_layers_or_table_raises(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "importance.safetensors"
     layout = spec_for("roberta").layout(tiny_model())
