@@ -113,9 +113,7 @@ def _multiply(experts: Any, name: str, expert: int, x: torch.Tensor) -> torch.Te
     """(n, inputs) -> (n, outputs) by one of an expert's matrices, and its bias if it has one."""
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias", None)
-    return functional.linear(
-        x, weight.T if is_transposed(experts) else weight, None if bias is None else bias[expert]
-    )
+    return functional.linear(x, weight.T if is_transposed(experts) else weight, None if bias is None else bias[expert])
 
 
 def measure_routed(

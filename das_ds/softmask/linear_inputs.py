@@ -1,14 +1,13 @@
-"""Inputs of matrices: every trained matrix that multiplies an input, which of them read the same one, and its values.
+"""Linear inputs: the masked matrices of a run, and the values that they multiply in each forward pass.
 
-Shape legend: R rows of a batch, S positions, T = R S tokens, P predicted positions, d width of an input; n vectors.
+Shape legend: d width of an input, n vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -19,139 +18,14 @@ from das_ds.context import RunContext
 from das_ds.data.batch import Batch
 from das_ds.engine.zero import full_shape
 from das_ds.errors import ModelError
-from das_ds.models.matrix_readers import MatrixReader, Remove, StoredMatrix, embedding_names, find_readers
+from das_ds.models.find_readers import embedding_names, find_readers
+from das_ds.models.matrix_readers import MatrixReader, Remove
 from das_ds.models.moe import RoutedTokens
+from das_ds.softmask.layer_inputs import InputKind, LayerInputs
 from das_ds.softmask.masked_matrix import MaskedMatrix
 
 ReceiveInput = Callable[[str, torch.Tensor, torch.Tensor | None, bool], None]
 """(name of an input, vectors x (n, d), weights (n,) float32 or None: all 1, whether x is a table)."""
-
-TRACED_ROWS = 2
-TRACED_POSITIONS = 3
-"""Of the batch that inputs are traced with, which predicts one position: no two kinds of inputs have equal shapes."""
-
-
-class InputKind(StrEnum):
-    """What the vectors of an input belong to."""
-
-    TOKENS = "tokens"
-    """All tokens, row by row: (R, ..., d) or (T, ..., d)."""
-    PREDICTED = "predicted"
-    """Predicted positions: (P, d)."""
-    TABLE = "table"
-    """No token: the same in every forward pass, (1, ..., d)."""
-    ROUTED = "routed"
-    """The tokens of one expert."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Site:
-    """One matrix of one reader."""
-
-    reader: MatrixReader
-    index: int
-
-
-@dataclass(frozen=True, eq=False)
-class LayerInputs:
-    """The masked matrices of a network, and where their inputs can be recorded."""
-
-    matrices: list[MaskedMatrix]
-    """In a fixed order."""
-    _sites: dict[str, list[_Site]]
-    """Input -> the readers of the matrix that it is named after; several where modules share one parameter."""
-    _kinds: dict[str, list[InputKind]]
-    """Input -> of each call in a forward pass."""
-
-    @classmethod
-    def trace(cls, readers: Iterable[MatrixReader], run_network: Callable[[Batch], object]) -> LayerInputs:
-        """Find out which matrices read the same input by one forward pass.
-
-        Two inputs are the same if they are the same elements in memory, unchanged in between; equal values are not
-        enough. Where a layer runs several times in a forward pass, the inputs of all calls have to be the same.
-
-        Args:
-            readers: of the network, in the order that the matrices are to have.
-            run_network: runs the network on a tiny batch, without gradients and dropout. A forward pass on the meta
-                device is enough.
-
-        Raises:
-            ModelError: a layer that does not run, or whose input belongs neither to tokens nor to predicted positions
-                nor to a table.
-        """
-        stored: dict[str, StoredMatrix] = {}
-        sites: dict[str, list[_Site]] = {}
-        calls: dict[str, list[_Call]] = {}
-        removes: list[Remove] = []
-        try:
-            for reader in readers:
-                names = [matrix.name for matrix in reader.matrices]
-                for index, matrix in enumerate(reader.matrices):
-                    stored.setdefault(matrix.name, matrix)
-                    sites.setdefault(matrix.name, []).append(_Site(reader, index))
-                removes.append(reader.trace(partial(_note_call, calls, names)))
-            run_network(_traced_batch())
-        finally:
-            for remove in removes:
-                remove()
-        return cls._group(stored, sites, calls)
-
-    @classmethod
-    def _group(
-        cls, stored: dict[str, StoredMatrix], sites: dict[str, list[_Site]], calls: dict[str, list[_Call]]
-    ) -> LayerInputs:
-        matrices = []
-        inputs: dict[tuple[object, ...], str] = {}
-        for name, matrix in stored.items():
-            if name not in calls:
-                raise ModelError(
-                    f"{name}: found no call of its layer in a forward pass, expected that every trained layer runs; "
-                    "its input cannot be measured"
-                )
-            # The first matrix that reads an input gives it its name.
-            read = inputs.setdefault(tuple(call.identity for call in calls[name]), name)
-            matrices.append(
-                MaskedMatrix(
-                    name=name,
-                    parameter=matrix.parameter,
-                    start=matrix.start,
-                    num_outputs=matrix.num_outputs,
-                    width=matrix.width,
-                    input=read,
-                    transposed=matrix.transposed,
-                )
-            )
-        kinds = {name: [call.kind(name) for call in calls[name]] for name in inputs.values()}
-        return cls(matrices, {name: sites[name] for name in kinds}, kinds)
-
-    @contextmanager
-    def record(self, inputs: Iterable[str], receive: ReceiveInput) -> Iterator[InputRecorder]:
-        """Inside, each forward pass gives `receive` these inputs; see `record_inputs`."""
-        recorder = InputRecorder(receive)
-        wanted = set(inputs)
-        unknown = wanted - set(self._sites)
-        assert not unknown, f"found inputs {sorted(unknown)}, expected names of inputs of masked matrices"
-        # A reader is hooked once, also where several of its matrices are wanted, as with experts.
-        names: dict[MatrixReader, dict[int, str]] = {}
-        for name, sites in self._sites.items():
-            for site in sites:
-                if name in wanted:
-                    names.setdefault(site.reader, {})[site.index] = name
-        removes: list[Remove] = []
-        try:
-            for reader, names_by_index in names.items():
-                removes.append(reader.hook(partial(self._pass_on, recorder, names_by_index)))
-            yield recorder
-        finally:
-            for remove in removes:
-                remove()
-
-    def _pass_on(
-        self, recorder: InputRecorder, names: dict[int, str], index: int, x: torch.Tensor, routed: RoutedTokens | None
-    ) -> None:
-        name = names.get(index)
-        if name is not None:
-            recorder.add(name, self._kinds[name], x, routed)
 
 
 class InputRecorder:
@@ -198,48 +72,40 @@ class InputRecorder:
         return batch.row_weights.repeat_interleave(per_row)
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """The input of one call of a layer; it is kept, so that no other one gets its memory."""
-
-    x: torch.Tensor
-    version: int
-    """How often its elements had been changed in place."""
-    is_routed: bool
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Equal for equal elements in memory, also of views that merely flatten rows and positions."""
-        x = self.x
-        # Address of the storage's record, not of its elements: meta tensors have none.
-        elements = (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.shape[-1], x.dtype, self.version)
-        return elements if x.is_contiguous() else (*elements, x.shape, x.stride())
-
-    def kind(self, name: str) -> InputKind:
-        """What the vectors belong to, from the shape that it has for the traced batch."""
-        shape = tuple(self.x.shape)
-        if self.is_routed:
-            return InputKind.ROUTED
-        if shape[0] in (TRACED_ROWS, TRACED_ROWS * TRACED_POSITIONS):
-            return InputKind.TOKENS
-        if shape[0] == 1:
-            return InputKind.PREDICTED if len(shape) == 2 else InputKind.TABLE
-        raise ModelError(
-            f"{name}: found an input of shape {shape} for {TRACED_ROWS} rows of {TRACED_POSITIONS} tokens that predict "
-            "one position, expected (rows, ..., d), (tokens, ..., d), (predicted, d) or a table (1, ..., d)"
-        )
+@contextmanager
+def record_layer_inputs(layers: LayerInputs, inputs: Iterable[str], receive: ReceiveInput) -> Iterator[InputRecorder]:
+    """`record_inputs` for a network that was traced."""
+    recorder = InputRecorder(receive)
+    wanted = set(inputs)
+    unknown = wanted - set(layers.sites)
+    assert not unknown, f"found inputs {sorted(unknown)}, expected names of inputs of masked matrices"
+    # A reader is hooked once, also where several of its matrices are wanted, as with experts.
+    names: dict[MatrixReader, dict[int, str]] = {}
+    for name, sites in layers.sites.items():
+        for site in sites:
+            if name in wanted:
+                names.setdefault(site.reader, {})[site.index] = name
+    removes: list[Remove] = []
+    try:
+        for reader, names_by_index in names.items():
+            removes.append(reader.hook(partial(_pass_on, recorder, layers.kinds, names_by_index)))
+        yield recorder
+    finally:
+        for remove in removes:
+            remove()
 
 
-def _note_call(
-    calls: dict[str, list[_Call]], names: list[str], index: int, x: torch.Tensor, routed: RoutedTokens | None
+def _pass_on(
+    recorder: InputRecorder,
+    kinds: dict[str, list[InputKind]],
+    names: dict[int, str],
+    index: int,
+    x: torch.Tensor,
+    routed: RoutedTokens | None,
 ) -> None:
-    calls.setdefault(names[index], []).append(_Call(x, x._version, routed is not None))
-
-
-def _traced_batch() -> Batch:
-    ids = torch.zeros(TRACED_ROWS, TRACED_POSITIONS, dtype=torch.int64)
-    nothing = torch.zeros(1, dtype=torch.int64)
-    return Batch(ids, ids, nothing, nothing, torch.ones(TRACED_ROWS))
+    name = names.get(index)
+    if name is not None:
+        recorder.add(name, kinds[name], x, routed)
 
 
 _TRACED: WeakKeyDictionary[nn.Module, LayerInputs] = WeakKeyDictionary()
@@ -296,7 +162,7 @@ def record_inputs(run: RunContext, inputs: Iterable[str], receive: ReceiveInput)
         inputs: names, `MaskedMatrix.input`.
         receive: gets (name, x (n, d) as the layer reads it, w (n,) float32 or None for 1, is_table).
     """
-    with _layer_inputs(run).record(inputs, receive) as recorder:
+    with record_layer_inputs(_layer_inputs(run), inputs, receive) as recorder:
         yield recorder
 
 
