@@ -181,6 +181,8 @@ def _build_masks(
         sizes: parameter -> number of its weights that are masked.
     """
     by_name = {matrix.parameter: matrix for matrix in inputs.matrices}
+    assert len(by_name) == len(inputs.matrices), "masks of updates are made for one matrix per parameter"
+    assert not any(matrix.transposed for matrix in inputs.matrices), "masks of updates multiply rows"
 
     def matrix_of(parameter: str) -> torch.Tensor:
         projector = held[by_name[parameter].input]

@@ -49,8 +49,9 @@ def measure_moments(
     """M = A / (tr(A) / d), A = E[x x^T], of every input x that is not measured yet; a collective.
 
     The expectation is over all positions of the sample that reach a layer, on all ranks, without dropout, of the text
-    as training corrupts it; the LM head sees predicted positions only. A table that a layer reads in every forward
-    pass, such as that of relative positions, counts once, however many passes the sample needs.
+    as training corrupts it, with the weights of `record_inputs`; the LM head sees predicted positions only. A table
+    that a layer reads in every forward pass, such as that of relative positions, counts once, however many passes the
+    sample needs.
 
     The sample is read once for each group of inputs whose sums fit into `SUMS_BYTES`. The sums of all ranks are then
     reduced to the owner of each input, one matrix at a time, so that a rank's device never has more than one group's
@@ -85,20 +86,17 @@ def _sum_over_sample(run: RunContext, layout: InputLayout, batches: ResumableLoo
     for name in group:
         if name not in sums:
             sums[name] = torch.zeros(layout.widths[name], layout.widths[name], device=device)
-    with PRETRAINING.mode(run), torch.no_grad():
+
+    # Tables are equal in all batches and on all ranks: the first batch of rank 0 is enough.
+    def add(name: str, x: torch.Tensor, weights: torch.Tensor | None, is_table: bool) -> None:
+        if not is_table or (batches.num_done == 0 and rank() == 0):
+            add_second_moment_(sums[name], x, weights)
+
+    with PRETRAINING.mode(run), torch.no_grad(), record_inputs(run, group, add) as recorder:
         for batch in batches:
-            # Tables are equal in all batches and on all ranks: the first batch of rank 0 is enough.
-            counts_tables = batches.num_done == 0 and rank() == 0
-
-            def add(
-                name: str, x: torch.Tensor, weights: torch.Tensor | None, is_table: bool, tables: bool = counts_tables
-            ) -> None:
-                if tables or not is_table:
-                    add_second_moment_(sums[name], x, weights)
-
             batch = batch.to(device)
-            with record_inputs(run, set(group), add, batch):
-                run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+            recorder.start(batch)
+            run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
 
 
 def add_second_moment_(total: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None) -> None:

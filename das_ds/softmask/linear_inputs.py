@@ -1,119 +1,202 @@
-"""Inputs of linear layers: which matrices of a network read the same input, and a record of it in forward passes.
+"""Linear inputs: the masked matrices of a run, and the values that they multiply in each forward pass.
 
-Shape legend: n vectors, d width of an input, o of an output; R rows of a batch, S positions.
+Shape legend: d width of an input, n vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from das_ds.context import RunContext
 from das_ds.data.batch import Batch
+from das_ds.engine.zero import full_shape
 from das_ds.errors import ModelError
+from das_ds.models.find_readers import embedding_names, find_readers
+from das_ds.models.matrix_readers import MatrixReader, Remove
+from das_ds.models.moe import RoutedTokens
+from das_ds.softmask.layer_inputs import InputKind, LayerInputs
 from das_ds.softmask.masked_matrix import MaskedMatrix
 
-Receive = Callable[[str, torch.Tensor, torch.Tensor | None, bool], None]
-"""(input, x (n, d), weights (n,) or None: all count once, whether it is the same in every forward pass) -> None."""
+ReceiveInput = Callable[[str, torch.Tensor, torch.Tensor | None, bool], None]
+"""(name of an input, vectors x (n, d), weights (n,) float32 or None: all 1, whether x is a table)."""
 
 
-def find_masked_matrices(run: RunContext) -> list[MaskedMatrix]:
-    """Every trained weight of a linear layer, in the order of the modules; the same on every rank.
+class InputRecorder:
+    """Gives the inputs of a forward pass to a function, with the weights of their vectors."""
 
-    Embeddings are included where the LM head shares them. Layers share an input if they are given the same tensors
-    in one forward pass; its name is that of the first weight that reads it.
+    def __init__(self, receive: ReceiveInput) -> None:
+        self._receive = receive
+        self._batch: Batch | None = None
+        self._num_calls: dict[str, int] = {}
 
-    Raises:
-        ModelError: a matrix of the network's layers is not the weight of a linear layer, and would stay unprotected.
-    """
-    layers = _linear_layers(run)
-    device = run.engine.ranks.info.device
-    read: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    first = torch.zeros(1, dtype=torch.int64, device=device)
-    run.engine.module.eval()
-    with torch.no_grad(), _forward_hooks(layers, lambda name, inputs: read[name].append(inputs)):
-        run.engine.module(ids, first, first, None)
-    run.engine.module.train()
-    # By address: DeepSpeed's hooks at ZeRO 3 give each layer another object of the same memory. `read` keeps all tensors
-    # until the end, so that no two inputs have one address.
-    inputs: dict[tuple[int, ...], str] = {}
-    return [
-        MaskedMatrix(
-            name=name,
-            parameter=name,
-            start=0,
-            num_outputs=layer.out_features,
-            width=layer.in_features,
-            input=inputs.setdefault(tuple(tensor.data_ptr() for tensor in read[name]), name),
-        )
-        for name, layer in layers.items()
-    ]
+    def start(self, batch: Batch) -> None:
+        """Begin a forward pass on this batch, which is on the network's device."""
+        self._batch = batch
+        self._num_calls.clear()
+
+    def add(self, name: str, kinds: list[InputKind], x: torch.Tensor, routed: RoutedTokens | None) -> None:
+        """Pass on what one call of a layer multiplies.
+
+        Args:
+            name: of the input.
+            kinds: of its calls in one forward pass; further calls are like the last: a head runs in chunks.
+            x: (..., d).
+            routed: the tokens that x belongs to; None: x was not routed.
+        """
+        assert self._batch is not None, "start(batch) comes before each forward pass"
+        assert not torch.is_grad_enabled(), "activation checkpointing would run layers a second time"
+        call = self._num_calls.get(name, 0)
+        self._num_calls[name] = call + 1
+        kind = kinds[min(call, len(kinds) - 1)]
+        vectors = x.detach().flatten(0, -2)
+        self._receive(name, vectors, self._weights(self._batch, kind, len(vectors), routed), kind is InputKind.TABLE)
+
+    @staticmethod
+    def _weights(batch: Batch, kind: InputKind, num_vectors: int, routed: RoutedTokens | None) -> torch.Tensor | None:
+        """(n,) float32, or None for 1."""
+        if routed is not None:
+            rows = routed.tokens // batch.input_ids.shape[1]
+            return batch.row_weights[rows] * routed.weights.float().square()
+        if kind is not InputKind.TOKENS:
+            return None
+        # Vectors of one row follow each other, however many a layer makes of a token.
+        per_row, rest = divmod(num_vectors, len(batch.row_weights))
+        assert rest == 0, f"found {num_vectors} vectors of {len(batch.row_weights)} rows, expected as many in each"
+        return batch.row_weights.repeat_interleave(per_row)
 
 
 @contextmanager
-def record_inputs(run: RunContext, inputs: set[str], receive: Receive, batch: Batch) -> Iterator[None]:
-    """Inside, every forward pass gives `receive` each of these inputs, once.
+def record_layer_inputs(layers: LayerInputs, inputs: Iterable[str], receive: ReceiveInput) -> Iterator[InputRecorder]:
+    """`record_inputs` for a network that was traced."""
+    recorder = InputRecorder(receive)
+    wanted = set(inputs)
+    unknown = wanted - set(layers.sites)
+    assert not unknown, f"found inputs {sorted(unknown)}, expected names of inputs of masked matrices"
+    # A reader is hooked once, also where several of its matrices are wanted, as with experts.
+    names: dict[MatrixReader, dict[int, str]] = {}
+    for name, sites in layers.sites.items():
+        for site in sites:
+            if name in wanted:
+                names.setdefault(site.reader, {})[site.index] = name
+    removes: list[Remove] = []
+    try:
+        for reader, names_by_index in names.items():
+            removes.append(reader.hook(partial(_pass_on, recorder, layers.kinds, names_by_index)))
+        yield recorder
+    finally:
+        for remove in removes:
+            remove()
 
-    Rows that only fill the batch have weight 0. The LM head sees predicted positions only, all of which count. A table
-    that layers read in every forward pass, such as that of relative positions, is given as such.
+
+def _pass_on(
+    recorder: InputRecorder,
+    kinds: dict[str, list[InputKind]],
+    names: dict[int, str],
+    index: int,
+    x: torch.Tensor,
+    routed: RoutedTokens | None,
+) -> None:
+    name = names.get(index)
+    if name is not None:
+        recorder.add(name, kinds[name], x, routed)
+
+
+_TRACED: WeakKeyDictionary[nn.Module, LayerInputs] = WeakKeyDictionary()
+"""Network -> its inputs: they are traced once."""
+
+
+def find_masked_matrices(run: RunContext, num_tokens: int | None = None) -> list[MaskedMatrix]:
+    """Every trained matrix that multiplies an input, in the order of the network's modules; a collective at first.
+
+    These are linear layers (`nn.Linear`, `Conv1D`; LoRA's A and B; routers of experts), each expert of a layer,
+    convolutions over positions, and embeddings that the LM head shares. Other embeddings are not: a row that is taken
+    from a table is not multiplied by an input. An input is named after the first matrix that reads it, on every rank
+    and at every ZeRO stage.
 
     Args:
         run: the engine and its network.
-        inputs: names of inputs, see `MaskedMatrix.input`.
-        receive: what is to be done with them.
-        batch: of the forward pass.
+        num_tokens: rows of the vocabulary that were there when the inputs were measured; None: all.
+
+    Raises:
+        ModelError: a trained matrix in a layer of a kind that das_ds does not know, which would stay unprotected; see
+            `LayerInputs.trace` for others.
     """
-    called: set[str] = set()
-    num_rows, num_positions = batch.input_ids.shape
-
-    def pass_on(name: str, tensor: torch.Tensor) -> None:
-        shape = tensor.shape[:-1]
-        # A table can have as many rows as the batch has positions, but a layer reads it after the tokens.
-        is_first_call = name not in called
-        called.add(name)
-        is_of_tokens = is_first_call and shape in ((num_rows, num_positions), (num_rows * num_positions,))
-        weights = batch.row_weights.repeat_interleave(num_positions) if is_of_tokens else None
-        receive(name, tensor.detach().flatten(0, -2), weights, tensor.dim() == 3 and not is_of_tokens)
-
-    layers = {name: layer for name, layer in _linear_layers(run).items() if name in inputs}
-    with _forward_hooks(layers, pass_on):
-        yield
-
-
-def _linear_layers(run: RunContext) -> dict[str, nn.Linear]:
-    """Name of a trained weight (o, d) -> the linear layer that multiplies by it."""
-    trained = {id(parameter): name for name, parameter in run.engine.parameters.items()}
-    layers = {
-        trained[id(module.weight)]: module
-        for module in run.network.model.modules()
-        if isinstance(module, nn.Linear) and id(module.weight) in trained
-    }
-    for item in run.layout.ownerships:
-        _, num_rows, num_columns = run.layout.shapes[item.parameter]
-        is_vector = min(num_rows, num_columns) == 1
-        if item.parameter in run.engine.parameters and item.parameter not in layers and not is_vector:
-            raise ModelError(
-                f"method.name: found {run.config.method.name}, but {item.parameter} is no weight of a "
-                "torch.nn.Linear (a convolution, or stacked experts); allowed for this network: "
-                "masks of units or weights"
-            )
-    return layers
+    matrices = _layer_inputs(run).matrices
+    if num_tokens is None:
+        return list(matrices)
+    vocabulary = run.layout.vocabulary
+    return [replace(m, num_outputs=num_tokens) if m.parameter in vocabulary else m for m in matrices]
 
 
 @contextmanager
-def _forward_hooks(layers: dict[str, nn.Linear], receive: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    def hook(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        receive(name, inputs[0])
+def record_inputs(run: RunContext, inputs: Iterable[str], receive: ReceiveInput) -> Iterator[InputRecorder]:
+    """Inside, each forward pass calls `receive` once for every call of a layer that reads one of these inputs.
 
-    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
+    The input's second moment over a sample is A = sum_i w_i x_i x_i^T / sum_i w_i over the vectors x_i of all calls.
+
+    - An input of tokens: w = 1, or 0 in rows that only fill the batch. A layer that makes several vectors of a token
+      counts each of them.
+    - The LM head's: the predicted positions, w = 1. Where its loss is computed in chunks, there are several calls.
+    - A table, which is the same in every forward pass (DeBERTa's relative positions): w = 1, and `is_table` is true.
+      The caller counts it once in all.
+    - An expert's: the tokens that are routed to it. Its output is multiplied by the routing weight p before it is added
+      to the layer's, and so is the change p dW x of a change dW; hence the squared change is weighted by w = p^2 (times
+      0 in rows that fill the batch). n may be 0.
+
+    To be used without gradients and without dropout; a batch is announced by `start`:
+
+        with record_inputs(run, inputs, receive) as recorder, torch.no_grad():
+            for batch in batches:
+                recorder.start(batch)
+                run.engine.module(batch.corrupted_ids, batch.predicted, batch.targets, batch.position_ids)
+
+    Args:
+        run: the engine and its network.
+        inputs: names, `MaskedMatrix.input`.
+        receive: gets (name, x (n, d) as the layer reads it, w (n,) float32 or None for 1, is_table).
+    """
+    with record_layer_inputs(_layer_inputs(run), inputs, receive) as recorder:
+        yield recorder
+
+
+def _layer_inputs(run: RunContext) -> LayerInputs:
+    if run.network not in _TRACED:
+        trained = run.engine.parameters
+        readers = find_readers(run.network.model, trained, run.lora, full_shape)
+        _check_complete(run, readers)
+        _TRACED[run.network] = LayerInputs.trace(readers, partial(_run_network, run))
+    return _TRACED[run.network]
+
+
+def _check_complete(run: RunContext, readers: Iterable[MatrixReader]) -> None:
+    known = {matrix.parameter for reader in readers for matrix in reader.matrices}
+    known |= embedding_names(run.network.model, run.engine.parameters)
+    for name, parameter in run.engine.parameters.items():
+        shape = tuple(full_shape(parameter))
+        if name not in known and sum(size > 1 for size in shape) > 1:
+            raise ModelError(
+                f"method.name: found {run.config.method.name}, but {name} {shape} is a matrix of a kind of layer that "
+                "has no directions; allowed are linear layers, stacked experts with gate_up_proj and down_proj, and "
+                "convolutions over positions that are padded with zeros, by a number; for this network: masks of units "
+                "or weights"
+            )
+
+
+def _run_network(run: RunContext, batch: Batch) -> None:
+    module = run.engine.module
+    batch = batch.to(run.engine.ranks.info.device)
+    was_training = module.training
+    module.eval()
     try:
-        yield
+        with torch.no_grad():
+            module(batch.corrupted_ids, batch.predicted, batch.targets)
     finally:
-        for handle in handles:
-            handle.remove()
+        module.train(was_training)
+    run.engine.weights.release_gathered()

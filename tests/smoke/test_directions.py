@@ -9,7 +9,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from das_ds.softmask.input_covariance import input_second_moments
 
 from das_ds.config import RunConfig, parse_method
 from das_ds.data.batch import Batch
@@ -22,6 +21,9 @@ from das_ds.methods import build_method, directions
 from das_ds.softmask import direction
 from das_ds.softmask.direction import DirectionImportance
 from das_ds.softmask.direction_mask import build_direction_masks
+from das_ds.softmask.input_layout import build_input_layout
+from das_ds.softmask.input_moments import measure_moments
+from das_ds.softmask.linear_inputs import find_masked_matrices
 from helpers.architectures import architecture_config, make_steps
 from helpers.parity import OFFLOAD, parity_configs, relative_difference
 from helpers.run_ranks import run_ranks
@@ -95,58 +97,57 @@ def test_directions_two_domains_equal_plain_torch(
         assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.97
 
 
-def measure_moments(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
-    """Of this rank's rows of one batch of DeBERTa."""
+def measure_inputs(config: RunConfig, batch: Batch) -> dict[str, torch.Tensor]:
+    """The moments that this rank owns, of its rows of one batch of DeBERTa."""
     ranks = init_process_group()
     run = build(config, ranks, **without_dropout("deberta-v2"))
-    found = input_second_moments(run, ResumableLoop([rank_part(batch, ranks.info.rank, ranks.info.world_size)]))
+    inputs = build_input_layout(find_masked_matrices(run), run.engine.weights.shards, ranks)
+    moments: dict[str, torch.Tensor | None] = {}
+    own = rank_part(batch, ranks.info.rank, ranks.info.world_size)
+    measure_moments(run, inputs, lambda _: ResumableLoop([own]), "inputs", moments)
     run.engine.close()
-    return found
+    return {name: moment for name, moment in moments.items() if moment is not None}
 
 
 def test_second_moments_tables_read_by_every_rank_count_once(tmp_path: Path) -> None:
     batch = make_steps("deberta-v2")[0][0]
-    alone = run_ranks(measure_moments, 1, architecture_config(tmp_path, "deberta-v2", 1, 2), batch)[0]
-    for found in run_ranks(measure_moments, 2, architecture_config(tmp_path, "deberta-v2", 2, 2), batch):
+    alone = run_ranks(measure_inputs, 1, architecture_config(tmp_path, "deberta-v2", 1, 2), batch)[0]
+    both = run_ranks(measure_inputs, 2, architecture_config(tmp_path, "deberta-v2", 2, 2), batch)
+    assert sorted(name for found in both for name in found) == sorted(alone)
+    for found in both:
         for name, moment in found.items():
             torch.testing.assert_close(moment, alone[name], rtol=1e-4, atol=1e-5)
 
 
-def masks_made(config: RunConfig) -> tuple[list[int], list[int], int]:
-    """Widths of the masks that this rank makes, those of the layers it steps, and masks at the most that exist."""
+def masks_made(config: RunConfig) -> tuple[list[str], list[str], list[int]]:
+    """Inputs whose projector this rank computes, those that it owns, and widths of those that it computes."""
     ranks = init_process_group()
     run = build(config, ranks, **without_dropout("roberta"))
     method = build_method(run)
     assert isinstance(method, directions.Directions)
-    made: list[torch.Tensor] = []
+    made: list[int] = []
 
     def counted(moment: torch.Tensor, saturation: float) -> torch.Tensor:
-        made.append(direction_projector(moment, saturation))
-        return made[-1]
+        made.append(len(moment))
+        return direction_projector(moment, saturation)
 
+    inputs = method._inputs
+    own = inputs.owned_by(ranks.info.rank)
+    moments = {name: torch.eye(width) if name in own else None for name, width in inputs.widths.items()}
     with patch.object(direction, "direction_projector", counted):
-        domain = no_text_domain(config.output_dir)
-        moments = input_second_moments(run, ResumableLoop([make_steps("roberta")[0][0]]))
-        method._importance = DirectionImportance(run, moments, None)
-        method.on_train_start(domain)
-    distinct = {moment.numpy().tobytes() for moment in moments.values()}
-    own = {
-        moments[shard.name].numpy().tobytes(): len(moments[shard.name])
-        for shard in run.engine.weights.shards
-        if shard.name in moments
-    }
+        method._importance = DirectionImportance(run, inputs, moments, None)
+        method.on_train_start(no_text_domain(config.output_dir))
     run.engine.close()
-    return sorted(len(mask) for mask in made), sorted(own.values()), len(distinct)
+    return list(inputs.widths), own, made
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_projectors_are_computed_for_own_shards_only(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [1, 3])
+def test_projectors_are_computed_by_owners_only(stage: int, tmp_path: Path) -> None:
     config = architecture_config(tmp_path, "roberta", 2, stage)
     config = config.model_copy(update={"method": parse_method(METHOD)})
     found = run_ranks(masks_made, 2, config)
-    for made, own, distinct in found:
-        # Queries, keys and values share one; four a layer, the LM head's dense layer, and the embeddings.
-        assert distinct == 10
-        assert made == own and len(made) < distinct
-    # Where the ranks meet within a layer both need its mask.
-    assert sum(len(made) for made, *_ in found) <= 11
+    # Queries, keys and values share one; four a layer, the LM head's dense layer, and the embeddings.
+    assert all(len(names) == 10 for names, *_ in found)
+    assert sorted(name for _, own, _ in found for name in own) == sorted(found[0][0])
+    for _, own, made in found:
+        assert len(made) == len(own) > 0

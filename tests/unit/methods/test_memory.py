@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,8 +30,9 @@ SHARDING = Sharding(stage=2, num_ranks=4, weight_bytes=2, gradient_bytes=4, num_
 DERPP: dict[str, Any] = {"name": "derpp", "capacity": 11, "max_positions": 8, "batch_size": 9}
 # 16 tokens and 8 answers: 4 x 16 + 8 x (8 + 2 x 24).
 ROW = 512
-# Two layers of five matrices that read 24 numbers and one that reads 40, and two of the LM head.
-MOMENTS = 4 * (2 * (5 * 24**2 + 40**2) + 2 * 24**2)
+# Two layers of three inputs of 24 numbers and one of 40, and two of the LM head.
+MOMENTS = 4 * (2 * (3 * 24**2 + 40**2) + 2 * 24**2)
+LARGEST = 4 * 40**2
 
 
 def config(method: str | dict[str, Any], *overrides: str) -> RunConfig:
@@ -94,11 +96,35 @@ def test_memory_own_mask_is_counted(method: dict[str, Any], has_own_mask: bool) 
     assert method_memory(config(by_unit), SIZE, SHARDING).optimizer["importance"] == 3 * 4 * 50
 
 
-def test_memory_directions_keep_moments_and_masks() -> None:
-    run = config("directions")
+@pytest.mark.parametrize(
+    ("stage", "held", "weights"),
+    [(0, MOMENTS, 4000), (1, MOMENTS // 4 + LARGEST, 1000), (2, MOMENTS // 4 + LARGEST, 1000), (3, MOMENTS, 1000)],
+)
+def test_memory_directions_keep_own_moments_and_masks(stage: int, held: int, weights: int) -> None:
+    run = config("directions", f"deepspeed.zero_optimization.stage={stage}")
     found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
-    assert found.device["direction masks"] == found.host["moments of inputs"] == MOMENTS
-    assert found.device["weights before the step"] == 1000
+    assert found.device["direction masks"] == held
+    assert found.host["moments of inputs"] == MOMENTS // 4
+    assert found.device["weights before the step"] == weights
+    # Moments are written from where they are; only the sums of a pass are copied, on every rank.
+    plain = config("ncl", f"deepspeed.zero_optimization.stage={stage}")
+    without = estimate_run_memory(plain, SIZE, build_engine_config(plain, 4), 4)
+    copied = found.host["copy of a checkpoint"] - without.host["copy of a checkpoint"]
+    assert copied == (4 * MOMENTS if stage == 0 else MOMENTS)
+
+
+def test_memory_directions_peaks_between_domains() -> None:
+    use = method_memory(config("directions"), SIZE, SHARDING)
+    # All sums fit at once, and a product of 16-bit inputs comes on top.
+    assert use.device_at_end == {"sums of inputs": MOMENTS + LARGEST} and use.measurement == "forward"
+    assert use.host_at_end == {"moments of one domain": MOMENTS // 4 + LARGEST}
+    assert use.device_at_start == {"projector of one input": 12 * LARGEST}
+    # Large networks are measured in groups, of 4 GiB or of one input.
+    large = replace(SIZE, hidden=4096, inner=14_336, num_layers=32)
+    single = replace(SHARDING, weight_bytes=4)
+    assert method_memory(config("directions"), large, single).device_at_end == {"sums of inputs": 4 << 30}
+    wide = replace(large, inner=1 << 16)
+    assert method_memory(config("directions"), wide, single).device_at_end == {"sums of inputs": 4 << 32}
 
 
 def test_memory_merge_and_offload_are_in_host_memory() -> None:
@@ -117,7 +143,7 @@ def test_memory_merge_and_offload_are_in_host_memory() -> None:
         ("ewc", (8000, 4000, 0)),
         ("kd", (2000, 0, 0)),
         (DERPP, (11 * ROW, 11 * ROW, 0)),
-        ("directions", (MOMENTS, MOMENTS, MOMENTS)),
+        ("directions", (3 * MOMENTS, 2 * MOMENTS, MOMENTS)),
         ("merge", (4000, 0, 0)),
         ({"name": "ewc", "merge": {"weight": 0.5}}, (12_000, 4000, 0)),
         ("ncl", (0, 0, 0)),
@@ -144,5 +170,17 @@ def test_memory_extra_rows_of_forward_pass(method: str | dict[str, Any], rows: i
 
 def test_memory_use_sum_adds_parts() -> None:
     first = MemoryUse({"a": 1}, {"b": 2}, {"c": 3}, checkpoint=4, domain=5, run=6, extra_rows=7)
-    second = MemoryUse({"d": 8}, {}, {"e": 9}, checkpoint=10, domain=11, run=12, extra_rows=13)
-    assert first + second == MemoryUse({"a": 1, "d": 8}, {"b": 2}, {"c": 3, "e": 9}, 14, 16, 18, 20)
+    second = MemoryUse(
+        {"d": 8}, {}, {"e": 9}, checkpoint=10, checkpoint_in_place=3, domain=11, run=12, measurement="forward"
+    )
+    assert first + second == MemoryUse(
+        {"a": 1, "d": 8},
+        {"b": 2},
+        {"c": 3, "e": 9},
+        checkpoint=14,
+        checkpoint_in_place=3,
+        domain=16,
+        run=18,
+        extra_rows=7,
+        measurement="forward",
+    )
