@@ -23,7 +23,7 @@ from das_ds.config.io import resolved_dict
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank
 from das_ds.methods.base import Losses, Method
-from das_ds.softmask import importance_file
+from das_ds.softmask import directions_file, importance_file
 from das_ds.tracking.sinks import JsonlSink
 from das_ds.training import export
 from das_ds.training.save_point import SavePoint
@@ -101,6 +101,7 @@ def fill_disk_in_step_three() -> None:
 def fill_disk_of_importance() -> None:
     """For `disturb`: the system refuses to write importance on rank 0."""
     importance_file.save_file = _on_full_disk(importance_file.save_file)
+    directions_file._create = _on_full_disk(directions_file._create)
 
 
 def fill_disk_of_exports() -> None:
