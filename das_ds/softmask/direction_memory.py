@@ -8,9 +8,9 @@ from das_ds.models.size import FP32, MemoryUse, Sharding
 from das_ds.softmask.input_layout import moment_bytes
 from das_ds.softmask.input_moments import SUMS_BYTES
 
-PROJECTOR_BYTES = 48
-"""Of an entry of a moment while its dense projector is computed, at the most: the moment in float32, and in float64
-M / c, the identity, I + M / c and factors; the projector itself is counted as held."""
+PROJECTOR_BYTES = 40
+"""Of an entry of a moment while its dense projector is computed: the moment in float32; in float64 M / c, the identity,
+I + M / c and two factors. Workspaces of the solver come on top; the projector itself is counted as held."""
 
 
 def directions_memory(widths: Mapping[int, int], num_trained: int, sharding: Sharding) -> MemoryUse:

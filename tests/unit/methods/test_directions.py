@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +12,11 @@ from pydantic import ValidationError
 from das_ds.config import parse_method
 from das_ds.data.batch import Batch
 from das_ds.distributed.resumable import ResumableLoop
-from das_ds.distributed.state import Shard
 from das_ds.errors import TrainingError
 from das_ds.methods import METHODS, build_method
 from das_ds.methods.directions import Directions
 from das_ds.methods.merge import MergingWrapper
 from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
-from das_ds.models.language_model import LanguageModel
 from das_ds.run_dir import DIRECTIONS_FILE
 from das_ds.softmask import input_moments
 from das_ds.softmask.directions_file import save_directions
@@ -27,32 +24,14 @@ from das_ds.softmask.input_layout import InputLayout, build_input_layout
 from das_ds.softmask.input_moments import default_num_samples, measure_moments
 from das_ds.softmask.linear_inputs import find_masked_matrices
 from helpers.architectures import causal_batch
-from helpers.single_rank import SingleRank
-from helpers.tiny_models import tiny_model, without_dropout
-from helpers.training import LENGTH, no_text_domain, random_batch, rank_part, run_config
+from helpers.fake_run import make_run as make_fake_run
+from helpers.training import LENGTH, no_text_domain, random_batch, rank_part
 
 METHOD: dict[str, Any] = {"name": "directions", "half_saturation": 2.0}
 
 
 def make_run(folder: Path, method: dict[str, Any] = METHOD, model_type: str = "roberta", **changes: Any) -> Any:
-    """The part of a run that directions need before training, without an engine; `changes` are keys of the model's."""
-    model = tiny_model(model_type, **without_dropout(model_type), **changes)
-    spec = spec_for(model_type)
-    network = LanguageModel(model, spec)
-    parameters = dict(model.named_parameters())
-    engine = SimpleNamespace(
-        parameters=parameters,
-        module=network,
-        ranks=SingleRank(),
-        weights=SimpleNamespace(
-            release_gathered=lambda: None,
-            shards=[Shard(n, p, 0, 0, p.numel()) for n, p in parameters.items()],
-        ),
-    )
-    config = run_config(folder, method=method)
-    return SimpleNamespace(
-        config=config, engine=engine, network=network, layout=spec.layout(model), tokens=(), lora=None
-    )
+    return make_fake_run(folder, method, model_type, **changes)
 
 
 def layout_of(run: Any) -> InputLayout:

@@ -1,0 +1,145 @@
+"""Estimated memory of directions against counted allocations of a small network, on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from das_ds.checkpoint.format import immutable_tensors
+from das_ds.context import DomainContext
+from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
+from das_ds.functional.directions import direction_projector
+from das_ds.functional.projectors import DenseProjector
+from das_ds.methods import method_memory
+from das_ds.models.architectures.registry import spec_for
+from das_ds.models.size import MemoryUse, Sharding
+from das_ds.preflight.memory import count_parameters
+from das_ds.softmask import direction_memory, input_moments
+from das_ds.softmask.direction import DirectionImportance
+from das_ds.softmask.input_layout import build_input_layout
+from das_ds.softmask.linear_inputs import find_masked_matrices
+from helpers.allocations import AllocationCounter
+from helpers.fake_run import make_run
+from helpers.training import random_batch
+
+# Wide inputs and few tokens, so that moments are larger than activations.
+NETWORK = {"hidden_size": 96, "intermediate_size": 160}
+SHARDING = Sharding(stage=2, num_ranks=1, weight_bytes=4, gradient_bytes=4, num_moments=2)
+METHOD = {"name": "directions", "half_saturation": 2.0}
+
+
+def make_estimate(run: Any) -> MemoryUse:
+    size = count_parameters(run.config, run.network.model, spec_for("roberta"), 100)
+    return method_memory(run.config, size, SHARDING)
+
+
+def make_domain(run: Any, loops: ResumableLoops) -> DomainContext:
+    batches = [random_batch(1, seed) for seed in range(2)]
+    folder = run.config.output_dir
+    return DomainContext(
+        0,
+        "domain",
+        lambda label, **_: loops.start(batches, label),
+        lambda label: ResumableLoop([]),
+        folder,
+        folder,
+    )
+
+
+def measure(run: Any, loops: ResumableLoops | None = None) -> DirectionImportance:
+    layout = build_input_layout(find_masked_matrices(run), run.engine.weights.shards, run.engine.ranks)
+    importance = DirectionImportance(run, layout, {}, None)
+    importance.measure(make_domain(run, loops or ResumableLoops(show_progress=False)), "inputs")
+    return importance
+
+
+def assert_close(found: int, estimated: int) -> None:
+    assert found == pytest.approx(estimated, rel=0.1)
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 4 * (3 * 96**2 + 160**2), 1])
+def test_memory_while_measuring_is_as_estimated(budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (input_moments, direction_memory):
+        monkeypatch.setattr(module, "SUMS_BYTES", budget)
+    run = make_run(tmp_path, METHOD, **NETWORK)
+    estimate = make_estimate(run)
+    find_masked_matrices(run)
+    counter = AllocationCounter()
+    counter.ignore([*run.network.parameters(), *run.network.buffers()])
+    # The forward pass alone.
+    batch = random_batch(1, 0)
+    forward = AllocationCounter()
+    forward.ignore([*run.network.parameters(), *run.network.buffers()])
+    with forward, torch.no_grad():
+        run.network(batch.corrupted_ids, batch.predicted, batch.targets)
+    with counter:
+        importance = measure(run)
+    assert_close(sum(moment.nbytes for moment in importance.moments.values()), estimate.host["moments of inputs"])
+    # On a CPU the moments that are complete are in the same memory as the sums of the others.
+    complete = estimate.host["moments of inputs"] if budget < estimate.host["moments of inputs"] else 0
+    sums = estimate.device_at_end["sums of inputs"]
+    assert counter.peak - forward.peak <= 1.1 * (complete + sums)
+    assert counter.peak >= 0.9 * max(complete, sums)
+    assert_close(counter.num_bytes, estimate.host["moments of inputs"])
+
+
+def test_memory_of_projectors_is_as_estimated(tmp_path: Path) -> None:
+    run = make_run(tmp_path, METHOD, **NETWORK)
+    estimate = make_estimate(run)
+    importance = measure(run)
+    counter = AllocationCounter()
+    counter.ignore(importance.moments.values())
+
+    def compute(moment: torch.Tensor) -> DenseProjector:
+        # A copy, as on a GPU.
+        return DenseProjector(direction_projector(moment.clone(), 2.0))
+
+    with counter:
+        held = dict(importance.projectors(compute))
+    assert_close(sum(projector.num_bytes for projector in held.values()), estimate.optimizer["direction masks"])
+    assert counter.num_bytes == sum(projector.num_bytes for projector in held.values())
+    at_start = estimate.optimizer["direction masks"] + estimate.device_at_start["projector of one input"]
+    assert_close(counter.peak, at_start)
+
+
+def test_memory_of_sums_over_domains_is_as_estimated(tmp_path: Path) -> None:
+    """Two sets of moments and one sum, of which only the sum is left; nothing is changed in place."""
+    run = make_run(tmp_path, METHOD, **NETWORK)
+    estimate = make_estimate(run)
+    counter = AllocationCounter()
+    counter.ignore([*run.network.parameters(), *run.network.buffers()])
+    with counter:
+        earlier = measure(run)
+        kept = dict(earlier.moments)
+        copies = {name: moment.clone() for name, moment in kept.items()}
+        total = measure(run).accumulate(earlier)
+        assert all(kept[name].equal(copy) for name, copy in copies.items())
+        assert all(moment.equal(kept[name] * 2) for name, moment in total.moments.items())
+        del kept, copies, earlier, total
+        first = measure(run)
+        latest = measure(run)
+        counter.peak = counter.num_bytes
+        total = latest.accumulate(first)
+        del latest, first
+    assert_close(counter.peak, estimate.host["moments of inputs"] + estimate.host_at_end["moments of one domain"])
+    assert_close(counter.num_bytes, estimate.host["moments of inputs"])
+    assert len(total.moments) == 10
+
+
+def test_disk_space_is_as_estimated(tmp_path: Path) -> None:
+    run = make_run(tmp_path, METHOD, **NETWORK)
+    estimate = make_estimate(run)
+    importance = measure(run)
+    importance.save(tmp_path / "directions.safetensors", ())
+    assert_close((tmp_path / "directions.safetensors").stat().st_size, estimate.run)
+    # The largest checkpoint: the sum, the latest moments, and the sums of a group that is being measured.
+    loops = ResumableLoops(show_progress=False)
+    loop = loops.start([0, 1], "inputs")
+    loop.num_done = 1
+    loop.accumulators = {name: torch.zeros_like(moment) for name, moment in importance.moments.items()}
+    states = {"total": importance.state_dict(), "latest": importance.state_dict(), "loops": loops.state_dict()}
+    written = immutable_tensors(states, is_main=True)
+    assert_close(sum(t.nbytes for key, t in written.items() if "rng/" not in key), estimate.checkpoint)
