@@ -110,20 +110,25 @@ def add_second_moment_(total: torch.Tensor, x: torch.Tensor, weights: torch.Tens
         x: (n, d), of any float type.
         weights: (n,), not negative; None: all 1.
     """
-    dtype = x.dtype if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_mixed_products() else None
-    rows = x.to(dtype or torch.float32)
+    is_mixed = multiplies_16_bits(x)
+    rows = x if is_mixed else x.float()
     if weights is not None:
         # Both factors get the root, so that the sum stays symmetric where they are rounded.
         rows = (rows * weights.sqrt()[:, None]).to(rows.dtype)
-    if dtype is None:
-        total.addmm_(rows.T, rows)
-    else:
+    if is_mixed:
         total += torch.mm(rows.T, rows, out_dtype=torch.float32)
+    else:
+        total.addmm_(rows.T, rows)
+
+
+def multiplies_16_bits(x: torch.Tensor) -> bool:
+    """Whether products of x are made of its 16 bits: on a GPU, by a torch that sums them in float32."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_mixed_products()
 
 
 @cache
 def has_mixed_products() -> bool:
-    """Whether torch multiplies 16-bit matrices into a float32 one (from 2.8 on)."""
+    """Whether this torch multiplies 16-bit matrices into a float32 one, on a GPU."""
     return "dtype" in torch.ops.aten.mm.overloads()
 
 
