@@ -38,6 +38,7 @@ class Traced:
     model: PreTrainedModel
     network: LanguageModel
     layers: LayerInputs
+    lora: Lora | None = None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -82,7 +83,7 @@ def traced(model_type: str, lora: LoraConfig | None = None, folder: Path | None 
         with torch.no_grad():
             network(batch.corrupted_ids, batch.predicted, batch.targets)
 
-    return Traced(model, network, LayerInputs.trace(find_readers(model, trained, adapters), run_network))
+    return Traced(model, network, LayerInputs.trace(find_readers(model, trained, adapters), run_network), adapters)
 
 
 def padded_batch(seed: int = 0) -> Batch:

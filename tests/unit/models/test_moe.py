@@ -19,7 +19,7 @@ NUM_EXPERTS = 4
 
 
 def make_experts(kind: str) -> Any:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_local_experts": NUM_EXPERTS}
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_local_experts": NUM_EXPERTS}
     experts: Any
     if kind == "mixtral":
         experts = MixtralExperts(MixtralConfig(**sizes, experts_implementation="eager"))

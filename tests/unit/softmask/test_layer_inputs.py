@@ -135,6 +135,18 @@ def test_trace_lora_matrices_that_adapt_one_input_share_it(tmp_path: Path) -> No
     assert {m.parameter for m in run.layers.matrices} == set(run.parameters)
 
 
+def test_trace_lora_in_float32_on_bf16_weights_shares_inputs(tmp_path: Path) -> None:
+    """Each adapter converts the input for itself, into memory of its own."""
+    config = LoraConfig(rank=2, target_modules=["query", "key", "value"], dropout=0.1)
+    run = traced("roberta", config, tmp_path)
+    for parameter in run.model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.bfloat16)
+    found = LayerInputs.trace(find_readers(run.model, run.parameters, run.lora), run.run)
+    assert found.matrices == run.layers.matrices
+    a = [m for m in found.matrices if ".lora_A." in m.name]
+    assert len({matrix.input for matrix in a}) == len(a) / 3 == 2
+
+
 def test_trace_lora_of_conv1d_is_not_transposed(tmp_path: Path) -> None:
     run = traced("gpt2", LoraConfig(rank=2, target_modules=["c_attn"]), tmp_path)
     a, b = (run.matrices[f"transformer.h.1.attn.c_attn.lora_{side}.default.weight"] for side in "AB")

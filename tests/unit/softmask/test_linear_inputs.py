@@ -169,7 +169,8 @@ def test_record_convolution_windows_give_its_output() -> None:
     expected = torch.cat(groups, dim=1) + module.bias.detach()
     torch.testing.assert_close(outputs[0].transpose(1, 2).flatten(0, 1), expected)
     for group in range(2):
-        assert torch.equal(weights[f"{name}.weight[{group}]"], padded_batch().row_weights.repeat_interleave(12))
+        found = weights[f"{name}.weight[{group}]"]
+        assert found is not None and torch.equal(found, padded_batch().row_weights.repeat_interleave(12))
 
 
 def test_record_newer_deberta_head_reads_what_the_embeddings_multiply() -> None:

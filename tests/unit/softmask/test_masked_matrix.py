@@ -62,7 +62,11 @@ def inner_of_expert(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def check_changes(run: Traced) -> int:
     """Number of matrices whose module was compared with the formula."""
     vectors: dict[str, torch.Tensor] = {}
-    run.record(padded_batch(), lambda name, x, *_: vectors.setdefault(name, x))
+
+    def keep_first(name: str, x: torch.Tensor, *_: object) -> None:
+        vectors.setdefault(name, x)
+
+    run.record(padded_batch(), keep_first)
     num_compared = 0
     for matrix, values, step, changed in changes(run):
         x = vectors[matrix.input]
