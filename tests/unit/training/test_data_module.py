@@ -86,3 +86,16 @@ def test_importance_steps_have_gradient_batch_size(
     full = prepare_data(config, INFO, "clm").importance_batches("soup")
     expected = torch.cat([batch.input_ids[batch.row_weights > 0] for batch in full])
     assert sorted(torch.cat(measured).tolist()) == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize(
+    ("in_config", "given", "expected"), [(None, 5, 5), (3, 5, 3), (None, None, None), (3, None, 3)]
+)
+def test_importance_batches_size_is_that_of_the_config_or_given(
+    in_config: int | None, given: int | None, expected: int | None, tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, isolate=False)
+    config = config.model_copy(update={"method": parse_method({"name": "directions", "num_samples": in_config})})
+    data = prepare_data(config, INFO, "clm")
+    batches = data.importance_batches("soup", given)
+    assert len(batches.indices) == (data.num_training_blocks("soup") if expected is None else expected)
