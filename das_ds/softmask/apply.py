@@ -1,12 +1,11 @@
 """Importance -> masks of an engine: on the optimizer's update, or on the gradient before it.
 
-Shape legend: F elements of a flat tensor of the optimizer, L layers, U units, d columns of a parameter.
+Shape legend: F elements of a flat tensor of the optimizer, L layers, U units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Literal, Protocol, TypeVar
 
@@ -15,11 +14,15 @@ import torch
 from das_ds.config import SoftmaskConfig
 from das_ds.distributed.state import Shard
 from das_ds.engine.engine import Engine
+from das_ds.engine.gradient_mask import ElementwiseGradientMask
 from das_ds.engine.mask import ElementwiseMask, ElementwiseMasks, UpdateMasks
 from das_ds.functional.masks import MaskTable, SegmentTable, build_lookup_tables, fill_gaps
+from das_ds.functional.projectors import Projector
 from das_ds.functional.units import UnitLayout, UnitValues
 from das_ds.kernels.protection import NUM_LEVELS, Protection
-from das_ds.softmask.direction_mask import build_direction_masks
+from das_ds.softmask.direction_mask import build_decay_masks, build_direction_mask
+from das_ds.softmask.direction_update_mask import build_update_masks
+from das_ds.softmask.masked_matrix import MaskedMatrix
 from das_ds.softmask.sharded_importance import ShardedImportance, apply_lookup
 
 Settings = TypeVar("Settings", contravariant=True)
@@ -47,16 +50,20 @@ def apply_masks(
         settings: from which, with importance, they are made.
         apply_to: `gradient` needs element-wise masks of all flat tensors.
     """
-    # Earlier masks may be as large as the new ones: both need not fit in memory.
-    engine.set_masks({})
-    engine.set_gradient_masks({})
+    clear_masks(engine)
     masks = importance.masks(settings)
     if apply_to == "update":
         engine.set_masks(masks)
         return
     elementwise = {flat: mask for flat, mask in masks.items() if isinstance(mask, ElementwiseMask)}
     assert len(elementwise) == len(masks), "gradients are masked element by element"
-    engine.set_gradient_masks(elementwise)
+    engine.set_gradient_mask(ElementwiseGradientMask(engine.weights.shards, elementwise))
+
+
+def clear_masks(engine: Engine) -> None:
+    """Mask nothing: earlier masks may be as large as the next ones, and both need not fit in memory."""
+    engine.set_masks({})
+    engine.set_gradient_mask(None)
 
 
 def unit_masks(
@@ -99,26 +106,42 @@ def parameter_masks(
     return {flat: ElementwiseMask(Protection(len(levels), importance=levels)) for flat, levels in flats.items()}
 
 
-def direction_masks(
-    engine: Engine, widths: dict[str, int], projector: Callable[[str], torch.Tensor], sizes: dict[str, int]
-) -> UpdateMasks:
-    """Masks that multiply the rows of updates of these parameters (o, d) by a matrix each, (d, d) float32.
+def mask_directions(
+    engine: Engine,
+    matrices: Sequence[MaskedMatrix],
+    projectors: Mapping[str, Projector],
+    *,
+    apply_to: Literal["update", "gradient"],
+) -> None:
+    """Multiply gradients or updates of matrices by projectors in all further steps; a collective.
 
-    They take another fp32 number per weight of the largest flat tensor while it is stepped.
+    The caller calls `clear_masks` before it makes the projectors. Where gradients are masked and weights decay, their
+    decay is masked as well, which doubles the operations. A mask of updates contains the decay.
 
     Args:
-        engine: whose updates are masked.
-        widths: parameter -> d.
-        projector: parameter -> its matrix; called only for parameters that this rank has a shard of.
-        sizes: parameter -> number of its weights that are masked, full rows from the first on.
+        engine: whose steps are masked, and by nothing else.
+        matrices: all that are masked, in the same order on every rank.
+        projectors: input -> P on the device of the process group, equal on all ranks that have it; those of
+            `mask_layout.stepped_inputs` are needed.
+        apply_to: what is multiplied.
     """
-    masked = [
-        replace(shard, numel=min(shard.numel, sizes[shard.name] - shard.param_start))
-        for shard in engine.weights.shards
-        if shard.name in widths and shard.param_start < sizes[shard.name]
-    ]
+    shards = engine.weights.shards
+    device = engine.ranks.info.device
+    if apply_to == "update":
+        engine.set_masks(direction_update_masks(engine, matrices, projectors))
+        return
+    decay = None
+    if engine.decays_weights:
+        decay = build_decay_masks(shards, engine.weights.flats_by_parameter(), matrices, projectors, device)
+    engine.set_gradient_mask(build_direction_mask(shards, matrices, projectors, device), decay)
+
+
+def direction_update_masks(
+    engine: Engine, matrices: Sequence[MaskedMatrix], projectors: Mapping[str, Projector]
+) -> UpdateMasks:
+    """Masks of updates, as `mask_directions` sets them; a collective."""
     flats = engine.weights.flats_by_parameter()
-    return build_direction_masks(masked, flats, widths, projector, engine.ranks.info.device)
+    return build_update_masks(engine.weights.shards, flats, matrices, projectors, engine.ranks.info.device)
 
 
 def _unit_protection(table: MaskTable, numel: int, shards: list[Shard]) -> Protection:

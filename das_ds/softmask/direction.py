@@ -5,6 +5,7 @@ Shape legend: d width of the input of a linear layer, o of its output.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from das_ds.context import DomainContext, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.engine.mask import UpdateMasks
 from das_ds.functional.directions import direction_projector
-from das_ds.softmask.apply import direction_masks
+from das_ds.functional.projectors import DenseProjector
+from das_ds.softmask.apply import direction_update_masks
 from das_ds.softmask.importance_file import load_directions, save_directions
 from das_ds.softmask.input_covariance import input_second_moments, linear_layers
+from das_ds.softmask.mask_layout import stepped_inputs
+from das_ds.softmask.masked_matrix import MaskedMatrix
 
 
 class DirectionImportance:
@@ -51,11 +55,26 @@ class DirectionImportance:
 
         Rows of tokens that were added since are not masked: no earlier text has them.
         """
-        device = self.run.engine.ranks.info.device
-        projectors = _Projectors(self.moments, half_saturation, device)
-        widths = {name: layer.in_features for name, layer in linear_layers(self.run).items()}
+        engine = self.run.engine
         sizes = self.run.layout.sizes_with(self.num_tokens)
-        return direction_masks(self.run.engine, widths, projectors.compute, sizes)
+        inputs = self._shared_inputs()
+        matrices = [
+            MaskedMatrix(name, name, 0, sizes[name] // layer.in_features, layer.in_features, inputs[name])
+            for name, layer in linear_layers(self.run).items()
+        ]
+        projectors = {
+            name: DenseProjector(direction_projector(self.moments[name].to(engine.ranks.info.device), half_saturation))
+            for name in stepped_inputs(engine.weights.shards, matrices)
+        }
+        return direction_update_masks(engine, matrices, projectors)
+
+    def _shared_inputs(self) -> dict[str, str]:
+        """Weight -> the first of the weights with the same moment (queries, keys and values; gate and up)."""
+        first: dict[bytes, str] = {}
+        return {
+            name: first.setdefault(hashlib.sha256(moment.numpy().tobytes()).digest(), name)
+            for name, moment in self.moments.items()
+        }
 
     def unit_gates(self) -> None:
         """None: directions belong to no unit."""
@@ -80,25 +99,3 @@ class DirectionImportance:
         """In host memory."""
         widths = {name: layer.in_features for name, layer in linear_layers(run).items()}
         return cls(run, *load_directions(path, widths, run.layout, run.tokens))
-
-
-class _Projectors:
-    """Projectors of moments, one at a time.
-
-    Layers that follow each other and read the same input (queries, keys, values; gate, up) share one projector.
-    """
-
-    def __init__(self, moments: dict[str, torch.Tensor], half_saturation: float, device: torch.device) -> None:
-        self._moments = moments
-        self._half_saturation = half_saturation
-        self._device = device
-        self._last_moment: torch.Tensor | None = None
-        self._last_projector: torch.Tensor | None = None
-
-    def compute(self, name: str) -> torch.Tensor:
-        """P of a layer, (d, d) float32."""
-        moment = self._moments[name]
-        if self._last_moment is None or self._last_projector is None or not torch.equal(moment, self._last_moment):
-            self._last_projector = direction_projector(moment.to(self._device), self._half_saturation)
-            self._last_moment = moment
-        return self._last_projector
