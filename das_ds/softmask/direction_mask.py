@@ -14,11 +14,13 @@ from functools import partial
 
 import torch
 
+from das_ds.distributed.collectives import rank, world_size
 from das_ds.distributed.neighbor_exchange import Exchanges, run_exchanges
 from das_ds.distributed.state import Shard
 from das_ds.engine.loss_scaler import tf32
 from das_ds.functional.projectors import Projector
-from das_ds.softmask.mask_layout import Batch, MaskLayout, gather_cut_elements, plan_layouts
+from das_ds.softmask.fragments import find_fragments
+from das_ds.softmask.mask_layout import Batch, MaskLayout, gather_cut_elements, plan_layout
 from das_ds.softmask.masked_matrix import MaskedMatrix
 from das_ds.softmask.matrix_blocks import Block, find_held_elements
 from das_ds.softmask.projection import project_views
@@ -109,7 +111,8 @@ def build_direction_mask(
     """
     listed = list(matrices)
     held = find_held_elements(shards, listed)
-    layout = plan_layouts(listed, held, gather_cut_elements(held, listed), [range(len(listed))])[0]
+    fragments = find_fragments(listed, gather_cut_elements(held, listed))
+    layout = plan_layout(listed, held, fragments.values(), rank(), world_size())
     return DirectionMask(shards, layout, projectors, device)
 
 
@@ -169,8 +172,10 @@ def plan_by_flat(
     # Numbers of shards are those within their flat tensor.
     held = {flat: find_held_elements(in_flat[flat], listed) for flat in by_flat}
     cut_by_rank = gather_cut_elements([item for items in held.values() for item in items], listed)
+    fragments = find_fragments(listed, cut_by_rank)
     for flat, group in by_flat.items():
-        yield flat, in_flat[flat], plan_layouts(listed, held[flat], cut_by_rank, [group])[0]
+        cut = [fragments[number] for number in group if number in fragments]
+        yield flat, in_flat[flat], plan_layout(listed, held[flat], cut, rank(), world_size())
 
 
 def _lerp(views: list[torch.Tensor], products: list[torch.Tensor], weight: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,12 +110,15 @@ def _overlap(first: range, second: range) -> range:
 
 def _assign(parts: list[_Part], owners: list[_Owned]) -> Iterator[Fragment]:
     num_missing = sum(len(owned.vectors) for owned in owners) * parts[0].block.matrix.width
+    # In order and apart from each other.
+    starts = [owned.vectors.start for owned in owners]
     for part in parts:
-        for owned in owners:
-            if vectors := _overlap(part.block.vectors, owned.vectors):
-                block = part.block.with_vectors(vectors)
-                num_missing -= block.numel
-                yield Fragment(part.rank, part.shard, owned.rank, owned.vectors, block)
+        number = bisect_right(starts, part.block.vectors.start) - 1
+        while number < len(owners) and (vectors := _overlap(part.block.vectors, owners[number].vectors)):
+            block = part.block.with_vectors(vectors)
+            num_missing -= block.numel
+            yield Fragment(part.rank, part.shard, owners[number].rank, owners[number].vectors, block)
+            number += 1
     assert num_missing == 0, f"{parts[0].block.matrix.name}: every element of a cut vector lies in one shard"
 
 

@@ -5,15 +5,15 @@ Computed once for a mask, never in a step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from das_ds.distributed.collectives import in_collective, rank, world_size
+from das_ds.distributed.collectives import in_collective, world_size
 from das_ds.distributed.state import Shard
 from das_ds.softmask.cut_vectors import CutVectors
-from das_ds.softmask.fragments import MAX_ROUND_ELEMENTS, find_fragments, split_into_rounds
+from das_ds.softmask.fragments import MAX_ROUND_ELEMENTS, Fragment, split_into_rounds
 from das_ds.softmask.masked_matrix import MaskedMatrix
 from das_ds.softmask.matrix_blocks import Block, HeldElements, find_held_elements
 from das_ds.softmask.projection import num_vectors_at_once
@@ -66,41 +66,25 @@ def gather_cut_elements(held: Iterable[HeldElements], matrices: list[MaskedMatri
     return gathered
 
 
-def plan_layouts(
+def plan_layout(
     matrices: list[MaskedMatrix],
-    held: Sequence[HeldElements],
-    cut_by_rank: Sequence[Sequence[HeldElements]],
-    groups: Iterable[Collection[int]],
-    *,
-    this_rank: int | None = None,
-) -> list[MaskLayout]:
-    """The layout of each group of matrices, which are multiplied at one time on all ranks; not a collective.
+    held: Iterable[HeldElements],
+    fragments: Iterable[list[Fragment]],
+    rank: int,
+    num_ranks: int,
+) -> MaskLayout:
+    """The layout of one rank; not a collective.
 
     Args:
         matrices: in the order that numbers refer to.
-        held: what this rank's shards hold.
-        cut_by_rank: see `gather_cut_elements`.
-        groups: numbers of matrices, the same on every rank.
-        this_rank: None: that of the process.
+        held: what the rank's shards hold of those that are multiplied.
+        fragments: of these on all ranks, in the same order on every rank; see `find_fragments`.
+        rank: whose layout it is.
+        num_ranks: all of them.
     """
-    own_rank = rank() if this_rank is None else this_rank
-    fragments = find_fragments(matrices, cut_by_rank)
-    layouts = []
-    for group in groups:
-        members = set(group)
-        cut = (of_matrix for number, of_matrix in fragments.items() if number in members)
-        rounds = [
-            CutVectors(of_round, own_rank, len(cut_by_rank)) for of_round in split_into_rounds(cut, MAX_ROUND_ELEMENTS)
-        ]
-        complete = [
-            PlacedBlock(item.shard, block)
-            for item in held
-            if item.matrix in members
-            for block in item.blocks(matrices)
-            if block.is_complete
-        ]
-        layouts.append(MaskLayout(make_batches(complete), rounds))
-    return layouts
+    rounds = split_into_rounds(fragments, MAX_ROUND_ELEMENTS)
+    complete = (PlacedBlock(item.shard, block) for item in held for block in item.blocks(matrices) if block.is_complete)
+    return MaskLayout(make_batches(complete), [CutVectors(of_round, rank, num_ranks) for of_round in rounds])
 
 
 def make_batches(blocks: Iterable[PlacedBlock]) -> list[Batch]:

@@ -12,11 +12,14 @@ from das_ds.distributed.neighbor_exchange import Exchanges, Outgoing
 from das_ds.distributed.state import Shard
 from das_ds.functional.projectors import DenseProjector, Projector
 from das_ds.softmask.direction_mask import DirectionMask
-from das_ds.softmask.mask_layout import MaskLayout, plan_layouts
+from das_ds.softmask.fragments import find_fragments
+from das_ds.softmask.mask_layout import MaskLayout, plan_layout
 from das_ds.softmask.masked_matrix import MaskedMatrix
 from das_ds.softmask.matrix_blocks import find_held_elements
 
 CPU = torch.device("cpu")
+# Of products of up to 31 numbers of size 1.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -162,12 +165,10 @@ def lay_out(parts: Sequence[tuple[str, int, int]]) -> list[Shard]:
 
 
 def layouts_of(shards_by_rank: list[list[Shard]]) -> list[MaskLayout]:
-    """The layout of every rank, of one group of all matrices."""
+    """The layout of every rank."""
     held_by_rank = [find_held_elements(shards, MATRICES) for shards in shards_by_rank]
-    groups = [range(len(MATRICES))]
-    return [
-        plan_layouts(MATRICES, held, held_by_rank, groups, this_rank=rank)[0] for rank, held in enumerate(held_by_rank)
-    ]
+    fragments = find_fragments(MATRICES, held_by_rank).values()
+    return [plan_layout(MATRICES, held, fragments, rank, len(held_by_rank)) for rank, held in enumerate(held_by_rank)]
 
 
 def masks_of(shards_by_rank: list[list[Shard]], projectors: dict[str, Projector]) -> list[DirectionMask]:
@@ -206,3 +207,53 @@ def collect(shards_by_rank: list[list[Shard]], tensors: list[list[torch.Tensor]]
         for shard, tensor in zip(shards, own, strict=True):
             values[shard.name].view(-1)[shard.param_span] = tensor.double()
     return values
+
+
+def cut_values(shards_by_rank: list[list[Shard]], values: dict[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+    """A tensor of its own for every shard."""
+    return [[values[shard.name].flatten()[shard.param_span].clone() for shard in shards] for shards in shards_by_rank]
+
+
+def mask_gradients(
+    cut: str, num_ranks: int, values: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Complete gradients from all ranks' masked ones; (ranks, ranks) elements of each exchange."""
+    shards_by_rank = CUTS[cut](num_ranks)
+    masks = masks_of(shards_by_rank, make_projectors())
+    gradients = cut_values(shards_by_rank, values)
+    volumes = run_together([m.steps(g, torch._foreach_copy_) for m, g in zip(masks, gradients, strict=True)])
+    return collect(shards_by_rank, gradients), volumes
+
+
+def check_gradients(cut: str, num_ranks: int) -> None:
+    """Masked gradients are complete products; of vectors that are cut travels only what their owners lack."""
+    values = random_values(1)
+    found, volumes = mask_gradients(cut, num_ranks, values)
+    for name, value in multiply(values, make_projectors()).items():
+        torch.testing.assert_close(found[name], value, **TOLERANCE, msg=f"{name} on {num_ranks} ranks")
+    of_rows, of_columns = _count_travelling(CUTS[cut](num_ranks))
+    if not of_rows and not of_columns:
+        assert not volumes, "no exchange where nothing is cut"
+        return
+    there, back = volumes
+    assert torch.equal(there, back.T)
+    travelling = int(there.sum() - there.diagonal().sum())
+    assert of_rows <= travelling <= of_rows + of_columns
+
+
+def _count_travelling(shards_by_rank: list[list[Shard]]) -> tuple[int, int]:
+    """(of rows all elements but those of the largest fragment, all elements of transposed matrices that are cut)."""
+    holders = {name: torch.zeros(torch.Size(shape).numel(), dtype=torch.int64) for name, shape in SHAPES.items()}
+    for rank, shards in enumerate(shards_by_rank):
+        for shard in shards:
+            holders[shard.name][shard.param_span] = rank
+    of_rows = 0
+    of_columns = 0
+    for matrix in MATRICES:
+        ranks = holders[matrix.parameter][matrix.start : matrix.start + matrix.numel]
+        if matrix.transposed:
+            of_columns += matrix.numel if len(ranks.unique()) > 1 else 0
+        else:
+            rows = ranks.view(matrix.num_outputs, matrix.width)
+            of_rows += sum(matrix.width - int(row.bincount().max()) for row in rows)
+    return of_rows, of_columns
