@@ -39,21 +39,22 @@ class CutVectors:
         """Elements to every rank; E together."""
         self.receive_sizes = _sizes(((f.sender, f.block.numel) for f in self._arriving), num_ranks)
         """Elements from every rank; R together."""
-        self.num_vectors = self._place_vectors()
+        self.num_vectors: dict[str, int] = {}
         """Input -> n vectors that this rank completes, all matrices with this input together."""
-
-    def _place_vectors(self) -> dict[str, int]:
+        self.widths: dict[str, int] = {}
+        """Input of these -> d."""
         self._first_rows: dict[tuple[str, int], int] = {}
-        num_vectors: dict[str, int] = {}
-        self._widths: dict[str, int] = {}
+        """(matrix, first of consecutive vectors) -> their first row among the n."""
+        self._place_vectors()
+
+    def _place_vectors(self) -> None:
         for fragment in self._arriving:
             matrix = fragment.block.matrix
             key = (matrix.name, fragment.owned.start)
             if key not in self._first_rows:
-                self._first_rows[key] = num_vectors.get(matrix.input, 0)
-                num_vectors[matrix.input] = self._first_rows[key] + len(fragment.owned)
-                self._widths[matrix.input] = matrix.width
-        return num_vectors
+                self._first_rows[key] = self.num_vectors.get(matrix.input, 0)
+                self.num_vectors[matrix.input] = self._first_rows[key] + len(fragment.owned)
+                self.widths[matrix.input] = matrix.width
 
     def complete(
         self,
@@ -85,10 +86,10 @@ class CutVectors:
 
     def _project_(self, received: torch.Tensor, projectors: Mapping[str, Projector]) -> None:
         """Fragments that arrived (R,) -> these fragments of the products, in place."""
-        sizes = [self.num_vectors[name] * self._widths[name] for name in self.num_vectors]
+        sizes = [self.num_vectors[name] * self.widths[name] for name in self.num_vectors]
         complete = received.new_empty(sum(sizes)).split(sizes)
         by_input = {
-            name: vectors.view(-1, self._widths[name]) for name, vectors in zip(self.num_vectors, complete, strict=True)
+            name: vectors.view(-1, self.widths[name]) for name, vectors in zip(self.num_vectors, complete, strict=True)
         }
         pieces = _split(received, self._arriving)
         places = [self._place(by_input, fragment) for fragment in self._arriving]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from das_ds.distributed.neighbor_exchange import Exchanges
 from das_ds.distributed.state import Shard
@@ -20,6 +23,7 @@ from helpers.direction_masks import (
     TOLERANCE,
     check_gradients,
     collect,
+    cut_values,
     layouts_of,
     make_projectors,
     mask_gradients,
@@ -216,3 +220,22 @@ def test_products_are_in_tf32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = build_direction_mask(shards, matrices, {"x": DenseProjector(torch.eye(2))}, CPU)
     mask.apply_([torch.ones(3), torch.ones(1)])
     assert seen == ["high", "high"] and torch.get_float32_matmul_precision() == "highest"
+
+
+class SyncCounter(TorchDispatchMode):
+    """Counts what makes a host wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default or func is torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_apply_waits_for_no_device() -> None:
+    shards_by_rank = CUTS["flat"](3)
+    masks = masks_of(shards_by_rank, make_projectors())
+    gradients = cut_values(shards_by_rank, random_values(1))
+    with SyncCounter() as counter:
+        run_together([m.steps(g, torch._foreach_copy_) for m, g in zip(masks, gradients, strict=True)])
+    assert counter.count == 0
