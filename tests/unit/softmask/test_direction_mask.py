@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from das_ds.distributed.neighbor_exchange import Exchanges
 from das_ds.distributed.state import Shard
 from das_ds.engine.loss_scaler import tf32
+from das_ds.engine.optimizer import MaskedAdamW, MaskedOptimizer, MaskedUpdateWrapper
 from das_ds.functional.projectors import DenseProjector
 from das_ds.softmask import cut_vectors, direction_mask, mask_layout, projection, update_chunks
 from das_ds.softmask.direction_mask import DirectionDecayMask, build_decay_masks, build_direction_mask
@@ -20,6 +22,7 @@ from helpers.direction_masks import (
     CPU,
     CUTS,
     MATRICES,
+    SHAPES,
     TOLERANCE,
     check_gradients,
     collect,
@@ -239,3 +242,38 @@ def test_apply_waits_for_no_device() -> None:
     with SyncCounter() as counter:
         run_together([m.steps(g, torch._foreach_copy_) for m, g in zip(masks, gradients, strict=True)])
     assert counter.count == 0
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], MaskedOptimizer]] = {
+    "fused": lambda groups: MaskedAdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1),
+    "wrapped": lambda groups: MaskedUpdateWrapper(torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)),
+    "sgd": lambda groups: MaskedUpdateWrapper(torch.optim.SGD(groups, lr=1e-2, momentum=0.9, weight_decay=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_update_mask_steps_of_any_optimizer_are_multiplied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update_chunks, "MAX_CHUNK_ELEMENTS", 16)
+    shards = CUTS["flat"](1)[0]
+    flat = shards[0].flat
+    assert isinstance(flat, torch.nn.Parameter)
+    projectors = make_projectors()
+    before = random_values(1)
+    for shard in shards:
+        shard.values.copy_(before[shard.name].flatten())
+    twin = torch.nn.Parameter(flat.detach().clone())
+    flats = {shard.name: flat for shard in shards}
+    masked = OPTIMIZERS[name]([{"params": [flat]}])
+    plain = OPTIMIZERS[name]([{"params": [twin]}])
+    masked.set_masks(build_update_masks(shards, flats, MATRICES, projectors, CPU))
+    for seed in (5, 6, 7):
+        flat.grad = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed))
+        twin.grad = flat.grad.clone()
+        old = twin.detach().clone()
+        masked.step()
+        plain.step()
+        steps = {shard.name: (twin.data - old)[shard.span].view(SHAPES[shard.name]) for shard in shards}
+        masked_steps = multiply(steps, projectors)
+        for shard in shards:
+            twin.data[shard.span] = old[shard.span] + masked_steps[shard.name].flatten().float()
+            torch.testing.assert_close(shard.values, twin.data[shard.span], **TOLERANCE)
