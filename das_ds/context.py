@@ -59,6 +59,17 @@ class SampleBatches(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class CorpusSample:
+    """A sample of the training text of one corpus."""
+
+    label: str
+    """Of loops over it, by which a run that resumes finds them; unique within a phase of the run."""
+    batches: SampleBatches
+    num_tokens: int | None
+    """Tokens that the corpus is read with; None: the vocabulary does not grow."""
+
+
 def _do_not_suspend(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -81,6 +92,8 @@ class DomainContext:
     """Description of the work -> a context in which it may take any time; for writing while other ranks wait."""
     num_tokens: int | None = None
     """Tokens that the domain is read with; None: the vocabulary does not grow."""
+    general: CorpusSample | None = None
+    """The general corpus, where it has training text."""
 
 
 def build_context(

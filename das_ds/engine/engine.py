@@ -17,16 +17,15 @@ from das_ds.config.deepspeed import EngineConfig
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState, zeros_by_flat
 from das_ds.engine.frozen_weights import FrozenWeights
-from das_ds.engine.gradient_mask import GradientMask
 from das_ds.engine.gradient_norm import GradientNorm
 from das_ds.engine.loss_scaler import LossScaler, check_precision, emulated_precision_warning
 from das_ds.engine.lr_scheduler import build_lr_scheduler
-from das_ds.engine.mask import ElementwiseMasks, UpdateMasks
+from das_ds.engine.mask import DecayMasks, GradientMask, UpdateMasks
 from das_ds.engine.optimizer import MaskedAdamW, build_optimizer
 from das_ds.engine.quadratic_penalty import QuadraticPenalty
 from das_ds.engine.sharded_init import ExactWeights, Slice
 from das_ds.engine.weights import ShardedWeights
-from das_ds.engine.zero import drop_gradients, gradient_accumulation, without_clipping
+from das_ds.engine.zero import drop_gradients, get_gradients, gradient_accumulation, without_clipping
 from das_ds.errors import CheckpointError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -111,7 +110,8 @@ class Engine:
         self.weights = ShardedWeights(self._engine, parameters, ranks, lambda: self.on_weights_will_change())
         """The fp32 weights, sharded over the ranks."""
         self.weights.set_exact(exact_trained)
-        self._mask_gradients: Callable[[], None] = _do_nothing
+        self._gradient_mask: GradientMask | None = None
+        self._gradients = get_gradients(self._engine, self.weights.shards, parameters)
         # AdamW's kernel divides gradients as it reads them; other optimizers get divided gradients.
         set_grad_scale = self._optimizer.set_grad_scale if isinstance(self._optimizer, MaskedAdamW) else None
         self._norm = GradientNorm(self._engine, parameters.values(), set_grad_scale)
@@ -130,6 +130,11 @@ class Engine:
     def is_last_micro_step(self) -> bool:
         """Whether the next `step` ends an accumulation; the gradient is then complete after the backward pass."""
         return bool(self._engine.is_gradient_accumulation_boundary())
+
+    @property
+    def decays_weights(self) -> bool:
+        """Whether steps multiply weights by 1 - learning rate * weight decay."""
+        return any(group["weight_decay"] > 0.0 for group in self._optimizer.param_groups)
 
     @property
     def zero_stage(self) -> int:
@@ -184,7 +189,8 @@ class Engine:
         if not self._is_measuring:
             self.on_weights_will_change()
             # Before the norm: clipping uses the norm of the masked gradients.
-            self._mask_gradients()
+            if self._gradient_mask is not None:
+                self._gradient_mask.apply_(self._gradients())
         norm = self._norm.measure_unwrapped()
         refuse = refuse or (norm is not None and not bool(norm.isfinite()))
         # DeepSpeed also drops the gradients of a step that is refused, and advances its counters.
@@ -246,11 +252,15 @@ class Engine:
         """Mask the updates of these flat tensors from now on, and of no others."""
         self._optimizer.set_masks(masks)
 
-    def set_gradient_masks(self, masks: ElementwiseMasks) -> None:
-        """Mask the gradients of these flat tensors from now on, before they are clipped; {}: no longer."""
-        self._mask_gradients = _do_nothing
-        if masks:
-            self._mask_gradients = GradientMask(self._engine, self.weights.shards, self.parameters, masks).apply
+    def set_gradient_mask(self, mask: GradientMask | None, decay: DecayMasks | None = None) -> None:
+        """Mask the gradients of `weights.shards` from now on, before they are clipped; None: no longer.
+
+        Args:
+            mask: of gradients.
+            decay: flat tensor -> mask of its weight decay, which needs none where the weight decay is 0.
+        """
+        self._gradient_mask = mask
+        self._optimizer.set_decay_masks(decay or {})
 
     def add_quadratic_penalty(self, strength: float, curvature: Flats, anchor: Flats) -> QuadraticPenalty:
         """A penalty on the distance of the weights from an anchor; the caller adds its gradient before each step."""

@@ -1,18 +1,19 @@
-"""Update masks: how much of an optimizer's step each weight takes.
+"""Masks: how much of an optimizer's step each weight takes.
 
-Every soft mask of das_ds (by unit, by parameter, by direction) is one equation on a flat tensor of the optimizer,
+Every soft mask of das_ds (by unit, by parameter, by direction) is a linear map M, of the optimizer's update of a flat
+tensor or of the gradient before it is clipped:
 
-    new <- old + M (new - old)
+    new <- old + M (new - old)        gradient <- M gradient
 
-with a linear map M. Where M is diagonal, M = diag(1 - I) with an importance I of each element, the step and the mask
-are one fused kernel; `gradient_mask.py` multiplies gradients by the same diagonal.
+Where M is diagonal, M = diag(1 - I) with an importance I of each element, the step and the mask of the update are one
+fused kernel.
 
 Shape legend: F elements of a flat tensor, n elements of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -36,7 +37,38 @@ class UpdateMask(Protocol):
         Args:
             new: (n,) float32 after the step.
             old: (n,) float32 before it.
-            chunk: one of `chunks`. A mask may be collective: every rank then blends it in the same step.
+            chunk: one of `chunks`.
+        """
+
+    def finish_(self, flat: torch.Tensor) -> None:
+        """Complete the update once every chunk was blended: what depends on other ranks.
+
+        Args:
+            flat: (F,) float32. A mask may be collective: every rank then steps the flat tensor at the same time.
+        """
+
+
+class GradientMask(Protocol):
+    """Masks the averaged gradients of this rank's shards between the backward pass and the step."""
+
+    def apply_(self, gradients: Sequence[torch.Tensor]) -> None:
+        """gradient <- M gradient, in place, without waiting for the device; may be a collective.
+
+        Args:
+            gradients: (numel,) of each shard of the engine's weights, in their order, times the loss scale; all of one
+                type, float32 or 16 bits, on the device where the optimizer steps.
+        """
+
+
+class DecayMask(Protocol):
+    """Masks the decoupled weight decay of one flat tensor, W <- W - r M W, where gradients are masked by M."""
+
+    def compensate_(self, weights: torch.Tensor, decay: float) -> None:
+        """W <- W + r / (1 - r) (W - M W), after which a step with the decay r has decayed M W; may be a collective.
+
+        Args:
+            weights: (F,) float32, before the step, which multiplies them by 1 - r.
+            decay: r, learning rate times weight decay.
         """
 
 
@@ -61,7 +93,11 @@ class ElementwiseMask:
         """new <- new + (old - new) * I; exact at I = 0 and I = 1."""
         soft_update_(new, old, self.protection, start=chunk.start)
 
+    def finish_(self, flat: torch.Tensor) -> None:
+        """Nothing: every element is masked by itself."""
+
 
 UpdateMasks = Mapping[torch.Tensor, UpdateMask]
 """Flat tensor of the optimizer -> the mask of its updates; flat tensors without one take their full steps."""
+DecayMasks = Mapping[torch.Tensor, DecayMask]
 ElementwiseMasks = Mapping[torch.Tensor, ElementwiseMask]

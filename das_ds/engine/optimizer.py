@@ -15,7 +15,7 @@ from torch import nn
 
 from das_ds.config import ImportanceScore, TrainConfig
 from das_ds.distributed.state import Flats
-from das_ds.engine.mask import CHUNK_TILES, ElementwiseMask, UpdateMask, UpdateMasks
+from das_ds.engine.mask import CHUNK_TILES, DecayMask, DecayMasks, ElementwiseMask, UpdateMask, UpdateMasks
 from das_ds.engine.zero import full_shape
 from das_ds.errors import ConfigError
 from das_ds.functional.importance import importance_score
@@ -39,6 +39,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self._masks: dict[int, UpdateMask] = {}
+        self._decay_masks: dict[int, DecayMask] = {}
         self._frozen: dict[int, list[tuple[slice, torch.Tensor]]] = {}
         self._sums: Flats | None = None
         self._kind: ImportanceScore = "abs_grad"
@@ -50,6 +51,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """Mask the updates of these flat tensors from now on, and of no others."""
         self._masks = {id(flat): mask for flat, mask in masks.items()}
         self._old = None
+
+    def set_decay_masks(self, masks: DecayMasks) -> None:
+        """Mask the weight decay of these flat tensors from now on, and of no others."""
+        self._decay_masks = {id(flat): mask for flat, mask in masks.items()}
 
     @contextmanager
     def freezing(self, frozen: dict[torch.Tensor, list[tuple[slice, torch.Tensor]]]) -> Iterator[None]:
@@ -126,11 +131,22 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 if self._sums is not None:
                     self._add_score(param, self._sums[param])
                     continue
-                self._step_flat(param, group, self._masks.get(id(param)))
+                self._mask_decay(param, group)
+                mask = self._masks.get(id(param))
+                self._step_flat(param, group, mask)
+                if mask is not None:
+                    mask.finish_(param.data.view(-1))
                 # Last, whatever optimizer and mask did.
                 for frozen, values in self._frozen.get(id(param), ()):
                     param.data.view(-1)[frozen] = values
         return loss
+
+    def _mask_decay(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        """Before a step, so that its decoupled decay moves weights as far as their mask allows."""
+        mask = self._decay_masks.get(id(param))
+        decay = group["lr"] * group.get("weight_decay", 0.0)
+        if mask is not None and decay > 0.0:
+            mask.compensate_(param.data.view(-1), decay)
 
     def _add_score(self, param: torch.Tensor, total: torch.Tensor) -> None:
         gradient = param.grad.view(-1)  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -97,8 +98,35 @@ def get_gradients(
 ) -> Callable[[], list[torch.Tensor]]:
     """A function that gives the averaged gradient (n,) of each shard's elements, between backward pass and step.
 
-    They are views of what norm and update are computed from: writing to them changes both.
+    They are views of what norm and update are computed from: writing to them changes both. Under offload they are in
+    host memory, and the host waits until they have arrived.
     """
+    find = _find_gradients(engine, shards, parameters)
+    if not _offloads_gradients(engine.optimizer):
+        return find
+
+    def find_arrived() -> list[torch.Tensor]:
+        _wait_for_copies()
+        return find()
+
+    return find_arrived
+
+
+def _offloads_gradients(optimizer: Any) -> bool:
+    return bool(
+        (isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and optimizer.offload_optimizer)
+        or (isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload)
+    )
+
+
+def _wait_for_copies() -> None:
+    """DeepSpeed copies gradients to pinned memory without waiting, and waited where it measured their norms itself."""
+    get_accelerator().synchronize()
+
+
+def _find_gradients(
+    engine: DeepSpeedEngine, shards: list[Shard], parameters: dict[str, torch.nn.Parameter]
+) -> Callable[[], list[torch.Tensor]]:
     optimizer: Any = engine.optimizer
     owners: list[Any] = [parameters[shard.name] for shard in shards]
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and optimizer.offload_optimizer:
@@ -271,6 +299,7 @@ def _replace_norm_stage12(optimizer: Any, measure: MeasureNorm) -> None:
 
     def gradients() -> Iterator[torch.Tensor | None]:
         if optimizer.cpu_offload:
+            _wait_for_copies()
             return (flat.grad for flat in flats)
         return (g for i in range(len(flats)) for g in optimizer.averaged_gradients[i] if not _is_padding(g))
 
@@ -287,6 +316,7 @@ def _replace_norm_stage3(optimizer: Any, measure: MeasureNorm) -> None:
 
     def gradients() -> Iterator[torch.Tensor | None]:
         if optimizer.offload_optimizer:
+            _wait_for_copies()
             return (flat.grad for flat in flats)
         return (gradient for i in range(len(flats)) for gradient in optimizer.averaged_gradients[i])
 

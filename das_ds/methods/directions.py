@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from das_ds.config import MethodConfig, RunConfig, SampleSize
 from das_ds.config.section import PathText
 from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.errors import ConfigError
 from das_ds.methods.base import Method
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
 from das_ds.run_dir import DIRECTIONS_FILE
 
 if TYPE_CHECKING:
+    from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import DomainContext, RunContext
     from das_ds.softmask.direction import DirectionImportance
 
@@ -22,23 +24,33 @@ if TYPE_CHECKING:
 TOTAL = "total/"
 """Beginning of the names of the sum over domains in checkpoints."""
 LATEST = "latest/"
-"""Beginning of the names of the present domain's moments there."""
+"""Beginning of the names of the moments there that are being measured."""
+PREPARED = "is_prepared"
 
 
 class DirectionsConfig(MethodConfig):
     """Directions: linear layers learn least along the input directions that earlier domains use most."""
 
     name: Literal["directions"] = "directions"
-    half_saturation: float = Field(default=3.0, gt=0.0)
-    """c of the mask (I + M / c)^-1; larger protects less: a direction with c times the average share of the input keeps
-    half of its update."""
+    half_saturation: float = Field(default=1.0, gt=0.0)
+    """c of the mask P = (I + M / c)^-1; larger protects less: a direction with c times the average share of the input
+    is halved."""
+    apply_to: Literal["gradient", "update", "both"] = "both"
+    """What P multiplies: `gradient` before the optimizer, `update` after it, or `both`, which forgets least at equal
+    learning and costs twice as much as one of them."""
+    rank: Literal["auto", "full"] | Annotated[int, Field(ge=1)] = "full"
+    """Directions of each input that have a factor of their own, all others sharing one; `auto`: as few as change no
+    factor by more than a hundredth; `full`: all."""
     num_samples: int | None = Field(default=None, ge=1)
     """Sequences per domain on which the inputs are measured, at most the complete corpus; null: as many as have 20
     tokens for each element of the widest input of a layer, and at least 512."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences per rank and forward pass of that measurement; null: `train.micro_batch_size`."""
+    general: bool | None = None
+    """Whether the inputs are also measured on the training text of `general` before the first domain, which then
+    protects what the model knew; null: where `general.train` is given."""
     init_from: PathText | None = None
-    """Accumulated directions file of an earlier run; null: protect nothing in the first domain."""
+    """Accumulated directions file of an earlier run, which the first domain protects; null: none."""
 
     @property
     def sample_size(self) -> SampleSize:
@@ -85,6 +97,20 @@ class Directions(Method[DirectionsConfig]):
         self._inputs = build_input_layout(matrices, run.engine.weights.shards, run.engine.ranks)
         self._importance: DirectionImportance | None = None
         self._latest: DirectionImportance | None = None
+        self._is_prepared = False
+        """Whether `_importance` has what was known before the first domain."""
+
+    @classmethod
+    def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
+        """Check that text to measure and an optimizer to mask are there."""
+        settings = cls.settings_in(config)
+        if settings.general and not _has_general_text(config):
+            raise ConfigError("method.general: found true without training text, expected general: {train: ...}")
+        if config.train.optimizer == "lion" and settings.apply_to == "gradient":
+            raise ConfigError(
+                "method.apply_to: found gradient with train.optimizer: lion, which steps by the sign of each element and "
+                "so undoes the mask; allowed with it: update, both"
+            )
 
     @classmethod
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
@@ -100,35 +126,33 @@ class Directions(Method[DirectionsConfig]):
         return directions_memory(widths, size.trained, sharding)
 
     def before_domain(self, domain: DomainContext) -> None:
-        """Before the first domain: the directions that earlier runs protect."""
-        path = self.settings.init_from
-        if path is not None and self._importance is None:
-            from das_ds.softmask.direction import DirectionImportance
+        """Before the first domain: the directions that earlier runs protect, and those that general text uses."""
+        from das_ds.softmask.direction import DirectionImportance
 
-            self._importance = DirectionImportance.load(self.run, self._inputs, Path(path))
+        if self._is_prepared:
+            return
+        importance: DirectionImportance | None = None
+        if self.settings.init_from is not None:
+            importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
             if domain.num_tokens is None:
-                self._importance.num_tokens = None
+                importance.num_tokens = None
+        if domain.general is not None and self.settings.general is not False:
+            importance = self._measure(domain.general).accumulate(importance)
+            self._latest = None
+        self._importance = importance
+        self._is_prepared = True
 
     def on_train_start(self, domain: DomainContext) -> None:
-        """Protect the domains learned so far; rows of tokens added since are not masked."""
+        """Protect what was learned so far; rows of tokens added since are not masked."""
+        settings = self.settings
         if self._importance is not None:
-            from das_ds.softmask.apply import apply_masks
-
-            apply_masks(self.run.engine, self._importance, self.settings.half_saturation)
+            self._importance.mask(settings.half_saturation, rank=settings.rank, apply_to=settings.apply_to)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add the directions that the domain's text uses in every layer."""
-        from das_ds.softmask.direction import DirectionImportance
-        from das_ds.softmask.input_moments import default_num_samples
-
-        if self._latest is None:
-            self._latest = DirectionImportance(self.run, self._inputs, {}, domain.num_tokens)
-        num_samples = self.settings.num_samples
-        if num_samples is None:
-            num_samples = default_num_samples(self._inputs.widest, self.run.config.data.sequence_length)
-        self._latest.measure(domain, f"inputs of {domain.name}", num_samples)
+        latest = self._measure(CorpusSample(f"inputs of {domain.name}", domain.sample_batches, domain.num_tokens))
         with domain.suspend_timeout("writing directions"):
-            self._accumulate(domain)
+            self._accumulate(domain, latest)
 
     def state_dict(self) -> ComponentState:
         """Sum of the moments, and those of the present domain that are measured; each with its owner."""
@@ -139,7 +163,8 @@ class Directions(Method[DirectionsConfig]):
         ]
         return ComponentState(
             owned={name: moment for state in states for name, moment in state.owned.items()},
-            metadata={key: value for state in states for key, value in state.metadata.items()},
+            metadata={PREPARED: self._is_prepared}
+            | {key: value for state in states for key, value in state.metadata.items()},
         )
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
@@ -148,16 +173,29 @@ class Directions(Method[DirectionsConfig]):
 
         self._importance = DirectionImportance.load_state_dict(self.run, self._inputs, saved, TOTAL)
         self._latest = DirectionImportance.load_state_dict(self.run, self._inputs, saved, LATEST)
+        self._is_prepared = saved.metadata[PREPARED]
 
-    def _accumulate(self, domain: DomainContext) -> None:
+    def _measure(self, corpus: CorpusSample) -> DirectionImportance:
+        """Moments of a sample; what a run that is stopped has of them is in its checkpoint, as `_latest`."""
+        from das_ds.softmask.direction import DirectionImportance
+        from das_ds.softmask.input_moments import default_num_samples
+
+        if self._latest is None:
+            self._latest = DirectionImportance(self.run, self._inputs, {}, corpus.num_tokens)
+        num_samples = self.settings.num_samples
+        if num_samples is None:
+            num_samples = default_num_samples(self._inputs.widest, self.run.config.data.sequence_length)
+        self._latest.measure(corpus, num_samples)
+        return self._latest
+
+    def _accumulate(self, domain: DomainContext, latest: DirectionImportance) -> None:
         """Save the latest moments and the sum, of which only the sum is kept."""
-        assert self._latest is not None, "the domain was measured"
         tokens = self.run.tokens[: domain.num_tokens]
         domain_path = domain.folder / DIRECTIONS_FILE
         run_path = domain.run_folder / DIRECTIONS_FILE
-        self._latest.save(domain_path, tokens)
+        latest.save(domain_path, tokens)
         is_first = self._importance is None
-        self._importance = self._latest.accumulate(self._importance)
+        self._importance = latest.accumulate(self._importance)
         self._latest = None
         if is_first:
             from das_ds.softmask.importance_file import link_importance
@@ -166,3 +204,7 @@ class Directions(Method[DirectionsConfig]):
             self.run.engine.ranks.run_on_main(lambda: link_importance(domain_path, run_path))
         else:
             self._importance.save(run_path, tokens)
+
+
+def _has_general_text(config: RunConfig) -> bool:
+    return config.general is not None and bool(config.general.train)

@@ -1,12 +1,11 @@
 """Importance -> masks of an engine: on the optimizer's update, or on the gradient before it.
 
-Shape legend: F elements of a flat tensor of the optimizer, L layers, U units, d columns of a parameter.
+Shape legend: F elements of a flat tensor of the optimizer, L layers, U units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Literal, Protocol, TypeVar
 
@@ -15,14 +14,21 @@ import torch
 from das_ds.config import SoftmaskConfig
 from das_ds.distributed.state import Shard
 from das_ds.engine.engine import Engine
+from das_ds.engine.gradient_mask import ElementwiseGradientMask
 from das_ds.engine.mask import ElementwiseMask, ElementwiseMasks, UpdateMasks
 from das_ds.functional.masks import MaskTable, SegmentTable, build_lookup_tables, fill_gaps
+from das_ds.functional.projectors import Projector
 from das_ds.functional.units import UnitLayout, UnitValues
 from das_ds.kernels.protection import NUM_LEVELS, Protection
-from das_ds.softmask.direction_mask import build_direction_masks
+from das_ds.softmask.direction_mask import build_decay_masks, build_direction_mask
+from das_ds.softmask.direction_update_mask import build_update_masks
+from das_ds.softmask.masked_matrix import MaskedMatrix
 from das_ds.softmask.sharded_importance import ShardedImportance, apply_lookup
 
 Settings = TypeVar("Settings", contravariant=True)
+DirectionTarget = Literal["gradient", "update", "both"]
+"""What masks of directions multiply: the gradient before the optimizer, the optimizer's update, or one after the other.
+"""
 
 
 class Maskable(Protocol[Settings]):
@@ -47,16 +53,20 @@ def apply_masks(
         settings: from which, with importance, they are made.
         apply_to: `gradient` needs element-wise masks of all flat tensors.
     """
-    # Earlier masks may be as large as the new ones: both need not fit in memory.
-    engine.set_masks({})
-    engine.set_gradient_masks({})
+    clear_masks(engine)
     masks = importance.masks(settings)
     if apply_to == "update":
         engine.set_masks(masks)
         return
     elementwise = {flat: mask for flat, mask in masks.items() if isinstance(mask, ElementwiseMask)}
     assert len(elementwise) == len(masks), "gradients are masked element by element"
-    engine.set_gradient_masks(elementwise)
+    engine.set_gradient_mask(ElementwiseGradientMask(engine.weights.shards, elementwise))
+
+
+def clear_masks(engine: Engine) -> None:
+    """Mask nothing: earlier masks may be as large as the next ones, and both need not fit in memory."""
+    engine.set_masks({})
+    engine.set_gradient_mask(None)
 
 
 def unit_masks(
@@ -99,26 +109,35 @@ def parameter_masks(
     return {flat: ElementwiseMask(Protection(len(levels), importance=levels)) for flat, levels in flats.items()}
 
 
-def direction_masks(
-    engine: Engine, widths: dict[str, int], projector: Callable[[str], torch.Tensor], sizes: dict[str, int]
-) -> UpdateMasks:
-    """Masks that multiply the rows of updates of these parameters (o, d) by a matrix each, (d, d) float32.
+def mask_directions(
+    engine: Engine,
+    matrices: Sequence[MaskedMatrix],
+    projectors: Mapping[str, Projector],
+    *,
+    apply_to: DirectionTarget,
+) -> None:
+    """Multiply gradients, updates or both by projectors in all further steps, and by nothing else; a collective.
 
-    They take another fp32 number per weight of the largest flat tensor while it is stepped.
+    The caller calls `clear_masks` before it makes the projectors. Where only gradients are masked and weights decay,
+    their decay is masked as well, which doubles the operations. A mask of updates contains the decay.
 
     Args:
-        engine: whose updates are masked.
-        widths: parameter -> d.
-        projector: parameter -> its matrix; called only for parameters that this rank has a shard of.
-        sizes: parameter -> number of its weights that are masked, full rows from the first on.
+        engine: whose steps are masked.
+        matrices: all that are masked, in the same order on every rank.
+        projectors: input -> P on the device of the process group, equal on all ranks that have it; those of
+            `mask_layout.stepped_inputs` are needed.
+        apply_to: what is multiplied.
     """
-    masked = [
-        replace(shard, numel=min(shard.numel, sizes[shard.name] - shard.param_start))
-        for shard in engine.weights.shards
-        if shard.name in widths and shard.param_start < sizes[shard.name]
-    ]
+    shards = engine.weights.shards
     flats = engine.weights.flats_by_parameter()
-    return build_direction_masks(masked, flats, widths, projector, engine.ranks.info.device)
+    device = engine.ranks.info.device
+    if apply_to in ("update", "both"):
+        engine.set_masks(build_update_masks(shards, flats, matrices, projectors, device))
+    if apply_to in ("gradient", "both"):
+        decay = None
+        if apply_to == "gradient" and engine.decays_weights:
+            decay = build_decay_masks(shards, flats, matrices, projectors, device)
+        engine.set_gradient_mask(build_direction_mask(shards, matrices, projectors, device), decay)
 
 
 def _unit_protection(table: MaskTable, numel: int, shards: list[Shard]) -> Protection:

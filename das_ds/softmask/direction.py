@@ -5,21 +5,21 @@ Shape legend: d width of an input, o of an output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from das_ds.context import DomainContext, RunContext
+from das_ds.context import CorpusSample, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
-from das_ds.engine.mask import UpdateMasks
 from das_ds.errors import DasError
-from das_ds.functional.directions import direction_projector
-from das_ds.functional.projectors import DenseProjector, Projector
-from das_ds.softmask.apply import direction_masks
+from das_ds.functional.directions import Rank, build_projector
+from das_ds.functional.projectors import Projector
+from das_ds.softmask.apply import DirectionTarget, clear_masks, mask_directions
 from das_ds.softmask.directions_file import load_directions, save_directions
 from das_ds.softmask.input_layout import InputLayout
 from das_ds.softmask.input_moments import measure_moments
+from das_ds.softmask.linear_inputs import find_masked_matrices
 from das_ds.softmask.projector_exchange import share_projector
 
 MEASURED = "measured"
@@ -62,21 +62,20 @@ class DirectionImportance:
         """The inputs that have a moment, on whichever rank; all but where measuring was interrupted."""
         return list(self._moments)
 
-    def measure(self, domain: DomainContext, label: str, num_samples: int | None = None) -> None:
-        """Add the moments of a domain that are missing, by forward passes over its sample; see `measure_moments`.
+    def measure(self, corpus: CorpusSample, num_samples: int | None = None) -> None:
+        """Add the moments of a corpus that are missing, by forward passes over its sample; see `measure_moments`.
 
         A run that is saved meanwhile saves those that are complete with this object, and the others in the loop.
 
         Args:
-            domain: whose sample is read.
-            label: of the progress bar.
-            num_samples: see `DomainContext.sample_batches`.
+            corpus: whose sample is read.
+            num_samples: see `SampleBatches`.
         """
         measure_moments(
             self.run,
             self.inputs,
-            lambda part: domain.sample_batches(part, num_samples=num_samples),
-            label,
+            lambda part: corpus.batches(part, num_samples=num_samples),
+            corpus.label,
             self._moments,
         )
 
@@ -113,13 +112,23 @@ class DirectionImportance:
             if projector is not None:
                 yield name, projector
 
-    def masks(self, half_saturation: float) -> UpdateMasks:
-        """dW <- dW P with P = (I + M / c)^-1, c being the half_saturation; a collective.
+    def mask(
+        self, half_saturation: float, *, rank: Rank = "full", apply_to: DirectionTarget = "gradient"
+    ) -> None:
+        """Mask all further steps of the engine, and by nothing else: P = (I + M / c)^-1; a collective.
 
         Rows of tokens that were added since are not masked: no earlier text has them.
+
+        Args:
+            half_saturation: c.
+            rank: of the projectors, see `build_projector`.
+            apply_to: what P multiplies, see `mask_directions`.
         """
-        held = dict(self.projectors(lambda moment: DenseProjector(direction_projector(moment, half_saturation))))
-        return _build_masks(self.run, self.inputs, held, self.run.layout.sizes_with(self.num_tokens))
+        # Earlier masks may be as large as the new ones: both need not fit in memory.
+        clear_masks(self.run.engine)
+        matrices = find_masked_matrices(self.run, self.num_tokens)
+        projectors = dict(self.projectors(lambda moment: build_projector(moment, half_saturation, rank)))
+        mask_directions(self.run.engine, matrices, projectors, apply_to=apply_to)
 
     def unit_gates(self) -> None:
         """None: directions belong to no unit."""
@@ -167,27 +176,3 @@ class DirectionImportance:
             failure = error
         ranks.raise_on_all_ranks(failure)
         return cls(run, inputs, {name: found.get(name) for name in inputs.widths}, num_tokens)
-
-
-def _build_masks(
-    run: RunContext, inputs: InputLayout, held: Mapping[str, Projector], sizes: dict[str, int]
-) -> UpdateMasks:
-    """Masks of updates that multiply by dense projectors, parameter by parameter.
-
-    Args:
-        run: the engine.
-        inputs: layout of the inputs.
-        held: input -> projector, of those that this rank steps a matrix of.
-        sizes: parameter -> number of its weights that are masked.
-    """
-    by_name = {matrix.parameter: matrix for matrix in inputs.matrices}
-    assert len(by_name) == len(inputs.matrices), "masks of updates are made for one matrix per parameter"
-    assert not any(matrix.transposed for matrix in inputs.matrices), "masks of updates multiply rows"
-
-    def matrix_of(parameter: str) -> torch.Tensor:
-        projector = held[by_name[parameter].input]
-        assert isinstance(projector, DenseProjector), "masks of updates multiply by a dense matrix"
-        return projector.matrix
-
-    widths = {name: matrix.width for name, matrix in by_name.items()}
-    return direction_masks(run.engine, widths, matrix_of, sizes)

@@ -1,176 +1,182 @@
-"""Direction mask: the rows of an optimizer's update times one matrix per parameter, wherever shards cut the rows.
+"""Mask of directions: every vector of masked matrices in a rank's shards times the projector of its input.
 
-Shape legend: F elements of a flat tensor, d columns of a parameter, r full rows of it in a shard, C cut rows.
+Applied to gradients, it is a mask of the engine: G <- G P before the norm is taken for clipping and before the
+optimizer. An optimizer that divides by the size of each element undoes a mask that scales elements, but not P, which
+mixes columns. `direction_update_mask` multiplies the optimizer's update by the same code.
+
+Shape legend: n vectors, d elements of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
-import torch.distributed as dist
 
-from das_ds.distributed.collectives import all_reduce_sum, in_collective, world_size
+from das_ds.distributed.collectives import rank, world_size
+from das_ds.distributed.neighbor_exchange import Exchanges, run_exchanges
 from das_ds.distributed.state import Shard
 from das_ds.engine.loss_scaler import tf32
+from das_ds.functional.projectors import Projector
+from das_ds.softmask.fragments import find_fragments
+from das_ds.softmask.mask_layout import Batch, MaskLayout, gather_cut_elements, plan_layout
+from das_ds.softmask.masked_matrix import MaskedMatrix
+from das_ds.softmask.matrix_blocks import Block, find_held_elements
+from das_ds.softmask.projection import project_views
+
+Write = Callable[[list[torch.Tensor], list[torch.Tensor]], None]
+"""(views of vectors x or of fragments of them, the same of x P) -> None; changes the views."""
 
 
-@dataclass(frozen=True)
-class _FullRows:
-    """Consecutive complete rows of one parameter in this rank's flat tensor."""
-
-    flat_slice: slice
-    matrix: torch.Tensor
-    """P, (d, d)."""
-
-
-@dataclass(frozen=True)
-class _RowFragment:
-    """This rank's fragment of a row that several ranks share."""
-
-    index: int
-    """Of the row among the C cut rows."""
-    flat_slice: slice
-    columns: slice
-    """Its columns, of the row's d."""
-    matrix: torch.Tensor
-    """P, (d, d)."""
-
-
-@dataclass
 class DirectionMask:
-    """Mask of one flat tensor: dW <- dW P for every masked parameter W (o, d) in it, with its P (d, d).
+    """Multiplies vectors by projectors; a mask of gradients.
 
-    A row of the result needs the complete row of the update. Ranks that have fragments of a row each multiply theirs
-    by the matching rows of P and add up: one small all-reduce per flat tensor and step, none where no row is cut.
-    """
-
-    device: torch.device
-    """Where collectives run."""
-    rows: list[_FullRows] = field(default_factory=list)
-    fragments: list[_RowFragment] = field(default_factory=list)
-    num_cut: int = 0
-    """C, of all ranks."""
-    width: int = 0
-    """The largest d of the parameters with cut rows."""
-    numel: int = 0
-    """F."""
-
-    def chunks(self) -> Iterator[slice]:
-        """The complete flat tensor: every rank takes part in the all-reduce once."""
-        yield slice(0, self.numel)
-
-    def blend_(self, new: torch.Tensor, old: torch.Tensor, chunk: slice) -> None:
-        """new <- old + (new - old) P row by row; a collective of the ranks that share the parameters."""
-        # TF32 errs by 5e-4 of the update, where the mask leaves at least a hundredth.
-        with tf32(new.device):
-            for rows in self.rows:
-                # (r, d): the same matrix for all rows, in one product; `after` is a view and is overwritten.
-                after = new[rows.flat_slice].view(-1, len(rows.matrix))
-                before = old[rows.flat_slice].view(-1, len(rows.matrix))
-                torch.addmm(before, after - before, rows.matrix, out=after)
-            if self.num_cut:
-                self._blend_fragments(new, old)
-
-    def _blend_fragments(self, new: torch.Tensor, old: torch.Tensor) -> None:
-        # (C, largest d): this rank's contribution to every cut row, also of ranks that have no fragment.
-        products = torch.zeros(self.num_cut, self.width, device=new.device)
-        for fragment in self.fragments:
-            update = new[fragment.flat_slice] - old[fragment.flat_slice]
-            # A fragment of the row reaches all columns through its rows of P.
-            products[fragment.index, : len(fragment.matrix)] += update @ fragment.matrix[fragment.columns]
-        summed = all_reduce_sum(products.to(self.device)).to(new.device)
-        for fragment in self.fragments:
-            own = summed[fragment.index, fragment.columns]
-            new[fragment.flat_slice] = old[fragment.flat_slice] + own
-
-
-def build_direction_masks(
-    shards: Iterable[Shard],
-    flats: dict[str, torch.Tensor],
-    widths: dict[str, int],
-    projector: Callable[[str], torch.Tensor],
-    device: torch.device,
-) -> dict[torch.Tensor, DirectionMask]:
-    """Flat tensor -> its mask, for all that hold a masked parameter on any rank; a collective.
+    Extra memory: what `projection` and `cut_vectors` state. Where nothing is cut on any rank there is no collective.
 
     Args:
-        shards: this rank's, without rows that are not masked.
-        flats: parameter -> flat tensor that it lies in, also where this rank has no shard of it.
-        widths: parameter -> d, of all that are masked, in the same order on every rank.
-        projector: parameter -> P, float32, the same on every rank; called only for parameters that this rank has a
-            shard of, since all together are as large as the model.
-        device: where collectives run.
+        shards: this rank's.
+        layout: which vectors of them are multiplied, and where.
+        projectors: input -> P, of all inputs that this rank needs, on `device`.
+        device: where products and collectives run; tensors on another one are streamed through it.
     """
-    masked = [shard for shard in shards if shard.name in widths]
-    cut_rows = _find_cut_rows([(shard.name, shard.param_start, shard.numel) for shard in masked], widths)
-    masks: dict[torch.Tensor, DirectionMask] = {}
-    # Every rank numbers the cut rows of a flat tensor in the same order.
-    indices: dict[tuple[str, int], int] = {}
-    for name, width in widths.items():
-        flat = flats[name]
-        mask = masks.setdefault(flat, DirectionMask(device, numel=flat.numel()))
-        for row in cut_rows[name]:
-            mask.width = max(mask.width, width)
-            indices[name, row] = mask.num_cut
-            mask.num_cut += 1
-    matrices: dict[str, torch.Tensor] = {}
-    for shard in masked:
-        if shard.name not in matrices:
-            matrices[shard.name] = projector(shard.name).to(shard.flat.device)
-        mask = masks[shard.flat]
-        mask.rows += _full_rows(shard, matrices[shard.name])
-        mask.fragments += _row_fragments(shard, matrices[shard.name], indices)
+
+    def __init__(
+        self, shards: Sequence[Shard], layout: MaskLayout, projectors: Mapping[str, Projector], device: torch.device
+    ) -> None:
+        self.layout = layout
+        self._first_elements = [shard.param_start for shard in shards]
+        self._numels = [shard.numel for shard in shards]
+        self._projectors = projectors
+        self._device = device
+
+    def apply_(self, gradients: Sequence[torch.Tensor]) -> None:
+        """x <- x P for every vector x; a collective where shards of any rank cut vectors.
+
+        Args:
+            gradients: (numel,) of each shard, all of one type, float32 or 16 bits.
+
+        Raises:
+            ValueError: tensors of another number, size or type.
+        """
+        run_exchanges(self.steps(gradients, torch._foreach_copy_))
+
+    def interpolate_(self, tensors: Sequence[torch.Tensor], weight: float) -> None:
+        """x <- x + weight (x P - x) for every vector x; a collective, with errors, like `apply_`."""
+        run_exchanges(self.steps(tensors, partial(_lerp, weight=weight)))
+
+    @torch.no_grad()
+    def steps(self, tensors: Sequence[torch.Tensor], write: Write) -> Exchanges:
+        """Write the products of all vectors; a generator, so that exchanges need not be real."""
+        self._check(tensors)
+        with tf32(self._device):
+            for batch in self.layout.batches:
+                self._write_complete(batch, tensors, write)
+        for cut in self.layout.rounds:
+            views = [self._view(tensors, fragment.shard, fragment.block) for fragment in cut.sent]
+            dtype = tensors[0].dtype if tensors else torch.float32
+            returned = yield from cut.complete(views, dtype, self._projectors, self._device)
+            if views:
+                write([view.squeeze(0) for view in views], returned)
+
+    def _check(self, tensors: Sequence[torch.Tensor]) -> None:
+        found = [tensor.numel() for tensor in tensors]
+        if found != self._numels:
+            raise ValueError(f"tensors: found sizes {found}, expected {self._numels}, one tensor per shard")
+        types = {tensor.dtype for tensor in tensors}
+        if len(types) > 1:
+            raise ValueError(f"tensors: found types {', '.join(sorted(map(str, types)))}, expected one type")
+
+    def _view(self, tensors: Sequence[torch.Tensor], shard: int, block: Block) -> torch.Tensor:
+        return block.view(tensors[shard], self._first_elements[shard])
+
+    def _write_complete(self, batch: Batch, tensors: Sequence[torch.Tensor], write: Write) -> None:
+        views = [self._view(tensors, placed.shard, placed.block) for placed in batch.blocks]
+        write(views, project_views(views, self._projectors[batch.input], self._device))
+
+
+def build_direction_mask(
+    shards: Sequence[Shard],
+    matrices: Sequence[MaskedMatrix],
+    projectors: Mapping[str, Projector],
+    device: torch.device,
+) -> DirectionMask:
+    """Mask of the vectors of these matrices in all of this rank's shards; a collective.
+
+    Args:
+        shards: this rank's, in the order of the tensors that are to be masked.
+        matrices: all that are masked, in the same order on every rank.
+        projectors: input -> P, equal on all ranks that have it; those of `mask_layout.stepped_inputs` are read.
+        device: see `DirectionMask`.
+    """
+    listed = list(matrices)
+    held = find_held_elements(shards, listed)
+    fragments = find_fragments(listed, gather_cut_elements(held, listed))
+    layout = plan_layout(listed, held, fragments.values(), rank(), world_size())
+    return DirectionMask(shards, layout, projectors, device)
+
+
+class DirectionDecayMask:
+    """Decoupled weight decay of one flat tensor that moves weights along open directions only.
+
+    AdamW and Lion step W <- (1 - r) W - U with the decay r = learning rate * weight decay. W <- (1 - r) W + r (W - W P)
+    - U = W - r W P - U is the decay through P; the weights that give it are W + r / (1 - r) (W - W P) before the step.
+
+    Args:
+        shards: this rank's in the flat tensor.
+        mask: of the same shards.
+    """
+
+    def __init__(self, shards: Sequence[Shard], mask: DirectionMask) -> None:
+        self._spans = [shard.span for shard in shards]
+        self._mask = mask
+
+    def compensate_(self, weights: torch.Tensor, decay: float) -> None:
+        """W <- W + r / (1 - r) (W - W P); as many operations as the mask of the gradient, and as large an exchange.
+
+        Args:
+            weights: (F,), before a step that multiplies them by 1 - r.
+            decay: r.
+        """
+        self._mask.interpolate_([weights[span] for span in self._spans], -decay / (1.0 - decay))
+
+
+def build_decay_masks(
+    shards: Sequence[Shard],
+    flats: Mapping[str, torch.Tensor],
+    matrices: Sequence[MaskedMatrix],
+    projectors: Mapping[str, Projector],
+    device: torch.device,
+) -> dict[torch.Tensor, DirectionDecayMask]:
+    """Flat tensor -> mask of its weight decay, of all that hold a masked matrix on any rank; a collective.
+
+    Args:
+        shards, matrices, projectors, device: see `build_direction_mask`.
+        flats: parameter -> flat tensor that it lies in, also where this rank has no shard of it.
+    """
+    masks = {}
+    for flat, in_flat, layout in plan_by_flat(shards, flats, matrices):
+        masks[flat] = DirectionDecayMask(in_flat, DirectionMask(in_flat, layout, projectors, device))
     return masks
 
 
-def _full_rows(shard: Shard, matrix: torch.Tensor) -> list[_FullRows]:
-    """The rows that lie in a shard completely, none or one entry."""
-    width = len(matrix)
-    # In elements of the parameter: the first row that begins in the shard, and the end of the last that ends in it.
-    begin = -(-shard.param_start // width) * width
-    end = shard.param_span.stop // width * width
-    return [_FullRows(_to_flat(shard, begin, end), matrix)] if begin < end else []
+def plan_by_flat(
+    shards: Sequence[Shard], flats: Mapping[str, torch.Tensor], matrices: Sequence[MaskedMatrix]
+) -> Iterator[tuple[torch.Tensor, list[Shard], MaskLayout]]:
+    """(flat tensor, this rank's shards in it, their layout) of all with a masked matrix on any rank; a collective."""
+    listed = list(matrices)
+    by_flat: dict[torch.Tensor, list[int]] = {}
+    for number, matrix in enumerate(listed):
+        by_flat.setdefault(flats[matrix.parameter], []).append(number)
+    in_flat = {flat: [shard for shard in shards if shard.flat is flat] for flat in by_flat}
+    # Numbers of shards are those within their flat tensor.
+    held = {flat: find_held_elements(in_flat[flat], listed) for flat in by_flat}
+    cut_by_rank = gather_cut_elements([item for items in held.values() for item in items], listed)
+    fragments = find_fragments(listed, cut_by_rank)
+    for flat, group in by_flat.items():
+        cut = [fragments[number] for number in group if number in fragments]
+        yield flat, in_flat[flat], plan_layout(listed, held[flat], cut, rank(), world_size())
 
 
-def _row_fragments(shard: Shard, matrix: torch.Tensor, indices: dict[tuple[str, int], int]) -> list[_RowFragment]:
-    """The fragments of cut rows at the ends of a shard, at most two."""
-    width = len(matrix)
-    first_row = shard.param_start // width
-    last_row = (shard.param_span.stop - 1) // width
-    fragments = []
-    for row in sorted({first_row, last_row}):
-        begin = max(shard.param_start, row * width)
-        end = min(shard.param_span.stop, (row + 1) * width)
-        # Where masked rows end within a parameter, the shard ends with a full row that no rank continues.
-        if (shard.name, row) in indices and end - begin < width:
-            columns = slice(begin - row * width, end - row * width)
-            fragments.append(_RowFragment(indices[shard.name, row], _to_flat(shard, begin, end), columns, matrix))
-    return fragments
-
-
-def _to_flat(shard: Shard, begin: int, end: int) -> slice:
-    """Elements [begin, end) of the flattened parameter as a slice of the flat tensor."""
-    distance = shard.flat_start - shard.param_start
-    return slice(begin + distance, end + distance)
-
-
-def _find_cut_rows(own: list[tuple[str, int, int]], widths: dict[str, int]) -> dict[str, list[int]]:
-    """Parameter -> rows that shards of any rank end within, in the same order on every rank; a collective.
-
-    Args:
-        own: (parameter, first element, number of elements) of this rank's shards.
-        widths: parameter -> d.
-    """
-    shards_by_rank: list[list[tuple[str, int, int]]] = [own]
-    if world_size() > 1:
-        shards_by_rank = [[] for _ in range(world_size())]
-        with in_collective():
-            dist.all_gather_object(shards_by_rank, own)
-    cut: dict[str, set[int]] = {name: set() for name in widths}
-    for shards in shards_by_rank:
-        for name, start, numel in shards:
-            width = widths[name]
-            cut[name] |= {edge // width for edge in (start, start + numel) if edge % width}
-    return {name: sorted(rows) for name, rows in cut.items()}
+def _lerp(views: list[torch.Tensor], products: list[torch.Tensor], weight: float) -> None:
+    torch._foreach_lerp_(views, products, weight)

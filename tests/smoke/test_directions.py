@@ -20,10 +20,12 @@ from das_ds.functional.directions import direction_projector
 from das_ds.methods import build_method, directions
 from das_ds.softmask import direction
 from das_ds.softmask.direction import DirectionImportance
-from das_ds.softmask.direction_mask import build_direction_masks
+from das_ds.softmask.direction_mask import build_direction_mask
+from das_ds.softmask.direction_update_mask import build_update_masks
 from das_ds.softmask.input_layout import build_input_layout
 from das_ds.softmask.input_moments import measure_moments
 from das_ds.softmask.linear_inputs import find_masked_matrices
+from das_ds.softmask.masked_matrix import MaskedMatrix
 from helpers.architectures import architecture_config, make_steps
 from helpers.parity import OFFLOAD, parity_configs, relative_difference
 from helpers.run_ranks import run_ranks
@@ -54,10 +56,18 @@ def mask_shard(cuts: list[int], before: torch.Tensor, step: torch.Tensor, matrix
     own = slice(cuts[rank()], cuts[rank() + 1])
     flat = torch.nn.Parameter(before.flatten()[own].clone())
     shards = [Shard("w", flat, 0, own.start, flat.numel())] if flat.numel() else []
-    masks = build_direction_masks(shards, {"w": flat}, {"w": len(matrix)}, lambda _: matrix, ranks.info.device)
+    masked = [MaskedMatrix("w", "w", 0, *before.shape, "x")]
+    projectors = {"x": DenseProjector(matrix)}
+    mask = build_update_masks(shards, {"w": flat}, masked, projectors, ranks.info.device)[flat]
     old = flat.data.clone()
     flat.data += step.flatten()[own]
-    masks[flat].blend_(flat.data, old, slice(0, flat.numel()))
+    for chunk in mask.chunks():
+        mask.blend_(flat.data[chunk], old[chunk], chunk)
+    mask.finish_(flat.data)
+    gradients = [step.flatten()[own].clone()] if shards else []
+    build_direction_mask(shards, masked, projectors, ranks.info.device).apply_(gradients)
+    if gradients:
+        torch.testing.assert_close(flat.data, before.flatten()[own] + gradients[0])
     return flat.data
 
 

@@ -13,7 +13,7 @@ from das_ds.engine import mask as masks
 from das_ds.engine.mask import ElementwiseMask
 from das_ds.engine.optimizer import MaskedAdamW, MaskedOptimizer, MaskedUpdateWrapper
 from das_ds.kernels.protection import Protection
-from helpers.optimizers import NUMEL, Make, check_pulled_back_in_chunks
+from helpers.optimizers import NUM_STEPS, NUMEL, Make, check_pulled_back_in_chunks
 from helpers.optimizers import run_steps as run
 
 INNER: dict[str, Make] = {
@@ -102,11 +102,16 @@ def test_reset_state_repeats_first_steps(make: Callable[..., MaskedOptimizer]) -
 class HalfMask:
     """Half of every update, stepped in two chunks."""
 
+    finished = 0
+
     def chunks(self) -> Iterator[slice]:
         yield from (slice(0, 150), slice(150, 300))
 
     def blend_(self, new: torch.Tensor, old: torch.Tensor, chunk: slice) -> None:
         new.lerp_(old, 0.5)
+
+    def finish_(self, flat: torch.Tensor) -> None:
+        self.finished += flat.numel()
 
 
 @pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
@@ -130,3 +135,45 @@ def test_set_masks_replaces_earlier_masks() -> None:
     run(masked, param)
     run(free, twin)
     assert torch.equal(param.data, twin.data)
+
+
+@pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
+def test_step_finishes_mask_once_after_its_chunks(make: Callable[..., MaskedOptimizer]) -> None:
+    param = torch.nn.Parameter(torch.ones(300))
+    masked = make([{"params": [param]}])
+    mask = HalfMask()
+    masked.set_masks({param: mask})
+    run(masked, param)
+    assert mask.finished == 300 * NUM_STEPS
+
+
+class QuarterDecay:
+    """Three of four elements do not decay."""
+
+    def compensate_(self, weights: torch.Tensor, decay: float) -> None:
+        kept = weights.clone()
+        kept[::4] = 0.0
+        weights += decay / (1.0 - decay) * kept
+
+
+@pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
+def test_set_decay_masks_decay_is_that_of_open_elements(make: Callable[..., MaskedOptimizer]) -> None:
+    start = torch.randn(300)
+    param, open_twin, closed_twin = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    masked = make([{"params": [param]}])
+    masked.set_decay_masks({param: QuarterDecay()})
+    run(masked, param)
+    run(INNER["adamw"]([{"params": [open_twin]}]), open_twin)
+    run(torch.optim.AdamW([closed_twin], lr=1e-2, weight_decay=0.0), closed_twin)
+    torch.testing.assert_close(param.data[::4], open_twin.data[::4], rtol=1e-5, atol=1e-6)
+    for first in (1, 2, 3):
+        torch.testing.assert_close(param.data[first::4], closed_twin.data[first::4], rtol=1e-5, atol=1e-6)
+
+
+def test_decay_mask_without_weight_decay_is_not_used() -> None:
+    param = torch.nn.Parameter(torch.ones(8))
+    masked = MaskedAdamW([{"params": [param]}], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    masked.set_decay_masks({param: None})  # type: ignore[dict-item]
+    param.grad = torch.ones(8)
+    masked.step()
+    assert (param != 1.0).all()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from das_ds.engine.mask import ElementwiseMask, UpdateMask
+from das_ds.engine.mask import ElementwiseMask, GradientMask, UpdateMask
 from das_ds.kernels.protection import Protection
 from das_ds.softmask.apply import apply_masks
-from das_ds.softmask.direction_mask import DirectionMask
+from das_ds.softmask.direction_update_mask import DirectionUpdateMask
+from das_ds.softmask.mask_layout import MaskLayout
 
 
 class FakeEngine:
@@ -19,12 +21,13 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
+        self.weights = SimpleNamespace(shards=[])
 
     def set_masks(self, masks: Mapping[torch.Tensor, UpdateMask]) -> None:
         self.calls.append(("update", len(masks)))
 
-    def set_gradient_masks(self, masks: Mapping[torch.Tensor, ElementwiseMask]) -> None:
-        self.calls.append(("gradient", len(masks)))
+    def set_gradient_mask(self, mask: GradientMask | None) -> None:
+        self.calls.append(("gradient", 0 if mask is None else 1))
 
 
 class FakeImportance:
@@ -49,6 +52,6 @@ def test_apply_masks_clears_earlier_masks_before_new_are_made(apply_to: Any) -> 
 
 def test_apply_masks_gradient_of_direction_mask_is_refused() -> None:
     engine: Any = FakeEngine()
-    importance = FakeImportance(engine, DirectionMask(torch.device("cpu"), numel=4))
+    importance = FakeImportance(engine, DirectionUpdateMask([], MaskLayout([], []), {}, torch.device("cpu"), 4))
     with pytest.raises(AssertionError, match="element by element"):
         apply_masks(engine, importance, "settings", apply_to="gradient")
