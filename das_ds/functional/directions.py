@@ -16,8 +16,8 @@ Rank = int | Literal["full", "auto"]
 """`full`: P as a matrix; or a number of directions with a factor of their own, which `auto` chooses."""
 
 MAX_FACTOR_ERROR = 0.1
-"""Largest error of a factor under rank `auto`, which is the error of P in the spectral norm: what a mask lets through of
-any gradient is off by at most a tenth of that gradient."""
+"""Largest error of a factor under rank `auto`, which is the error of P in the spectral norm: what a mask lets through
+of any gradient is off by at most a tenth of that gradient."""
 
 NEGLIGIBLE_EIGENVALUE = 1e-5
 """Of M / c, below 0: a mask may exceed 1 by this where rounding made a moment in float32 not quite positive."""

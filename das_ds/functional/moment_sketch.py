@@ -3,8 +3,8 @@
     Y = A Omega,  A = sum of x x^T;  A is about Y (Omega^T Y)^+ Y^T  (Nystroem)
 
 Y is linear in A: sketches with the same Omega are added over batches, ranks and domains as moments are. On average the
-error in the nuclear norm is at most 1 + r / (l - r - 1) times that of the best approximation of rank r (Tropp,
-Yurtsever, Udell & Cevher, Fixed-rank approximation of a positive-semidefinite matrix from streaming data, NeurIPS 2017).
+error in the nuclear norm is at most 1 + r / (l - r - 1) times that of the best approximation of rank r (Tropp et al.,
+Fixed-rank approximation of a positive-semidefinite matrix from streaming data, NeurIPS 2017).
 
 Only the largest eigenvalues are known. All other directions share one factor, also those that earlier text does not
 use: with c well below 1, where these matter, use the exact moment.
