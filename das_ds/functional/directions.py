@@ -131,10 +131,9 @@ def build_projector(
         return DenseProjector(direction_projector(moment, half_saturation))
     # In float64: float32 would err by 1e-6 of the largest eigenvalue, divided by c, and is not faster on a CPU.
     eigenvalues, vectors = torch.linalg.eigh(moment.double())
-    # Searched in host memory, where many short operations wait for nothing.
     ascending = eigenvalues.clamp_min(0.0).cpu()
     if rank == "auto":
-        flat = _smallest_enough(ascending, half_saturation)
+        flat = smallest_flattening(ascending, half_saturation)
     else:
         flat = best_flattening(ascending, half_saturation, rank)
     if flat is None:
@@ -164,7 +163,16 @@ def best_flattening(ascending: torch.Tensor, half_saturation: float, rank: int) 
     return Flattening(start, start + length, float(tails[start]), float(errors[start]))
 
 
-def _smallest_enough(ascending: torch.Tensor, half_saturation: float) -> Flattening | None:
+def smallest_flattening(ascending: torch.Tensor, half_saturation: float) -> Flattening | None:
+    """The best flattening of the smallest rank whose error is at most `MAX_FACTOR_ERROR`.
+
+    Args:
+        ascending: (d,) float64, eigenvalues of M from 0 on.
+        half_saturation: c.
+
+    Returns:
+        None where the rank would be above d / 2.
+    """
     # From 1 on, as ranks that share a vector could not exchange an empty code.
     for rank in range(1, len(ascending) // 2 + 1):
         flat = best_flattening(ascending, half_saturation, rank)
@@ -181,8 +189,7 @@ def plasticity(projector: Projector) -> float:
 def passing_energy(projector: Projector, moment: torch.Tensor, block_size: int = 1024) -> float:
     """tr(P A P) / tr(A) = E|x P|^2 / E|x|^2: the share of an input's energy that passes; 1 for an input of zeros.
 
-    For text that M was measured on it says how much of it an update can still disturb, for the next domain's how much
-    of it can be learned.
+    Of earlier text an update can still disturb as much, of the next domain's it can use as much.
 
     Args:
         projector: P, on the device of A.
