@@ -1,11 +1,23 @@
 """Direction masks (as in orthogonal weight modification): how much of an update each direction of the input takes.
 
-Shape legend: d width of the input of a linear layer, o of its output.
+Shape legend: d width of the input of a linear layer, o of its output, r rank, b rows of a block.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
+
+from das_ds.functional.projectors import DenseProjector, LowRankProjector, Projector
+
+Rank = int | Literal["full", "auto"]
+"""`full`: P as a matrix; or a number of directions with a factor of their own, which `auto` chooses."""
+
+MAX_FACTOR_ERROR = 0.1
+"""Largest error of a factor under rank `auto`, which is the error of P in the spectral norm: what a mask lets through
+of any gradient is off by at most a tenth of that gradient."""
 
 NEGLIGIBLE_EIGENVALUE = 1e-5
 """Of M / c, below 0: a mask may exceed 1 by this where rounding made a moment in float32 not quite positive."""
@@ -75,3 +87,168 @@ def direction_projector(relative: torch.Tensor, half_saturation: float) -> torch
     shares, vectors = torch.linalg.eigh(scaled)
     mask = (vectors / (1.0 + shares.clamp_min(0.0))) @ vectors.T
     return ((mask + mask.T) / 2.0).float()
+
+
+@dataclass(frozen=True)
+class Flattening:
+    """The eigenvalues of M, in ascending order, that share one factor: those in [start, stop)."""
+
+    start: int
+    stop: int
+    tail: float
+    """tau = c / (c + mean of these eigenvalues); below their mean factor, because c / (c + a) is convex in a."""
+    error: float
+    """Largest difference of tau from the factor c / (c + a) of one of them."""
+
+
+def build_projector(
+    moment: torch.Tensor, half_saturation: float, rank: Rank, dtype: torch.dtype = torch.float32
+) -> DenseProjector | LowRankProjector:
+    """P = (I + M / c)^-1, exact or with the factor of most directions flattened to one, tau.
+
+    The directions that share tau are a run of eigenvalues, the one of that length whose largest error is least. With a
+    large c it is that of the smallest eigenvalues, and directions that earlier text uses keep their own factors; with
+    a small c nearly all factors are close to 0, and it is rather the few open directions that keep theirs.
+
+    Above r = d / 2 the exact form multiplies in fewer operations and is used.
+
+    Args:
+        moment: (d, d), M, on the device to compute on.
+        half_saturation: c.
+        rank: r of the directions that keep their factors; see `Rank`.
+        dtype: of their basis, float32 or bfloat16.
+
+    Returns:
+        On the device of M.
+
+    Raises:
+        ValueError: a rank below 1, or another dtype.
+    """
+    width = len(moment)
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"rank: found {rank}, expected 1 or more, full or auto")
+    if rank == "full" or (isinstance(rank, int) and 2 * rank > width):
+        return DenseProjector(direction_projector(moment, half_saturation))
+    # In float64: float32 would err by 1e-6 of the largest eigenvalue, divided by c, and is not faster on a CPU.
+    eigenvalues, vectors = torch.linalg.eigh(moment.double())
+    ascending = eigenvalues.clamp_min(0.0).cpu()
+    if rank == "auto":
+        flat = smallest_flattening(ascending, half_saturation)
+    else:
+        flat = best_flattening(ascending, half_saturation, rank)
+    if flat is None:
+        return DenseProjector(direction_projector(moment, half_saturation))
+    kept = torch.cat([torch.arange(flat.start), torch.arange(flat.stop, width)])
+    factors = half_saturation / (half_saturation + ascending[kept])
+    device = moment.device
+    return LowRankProjector.from_factors(vectors[:, kept.to(device)], factors.to(device), flat.tail, dtype)
+
+
+def best_flattening(ascending: torch.Tensor, half_saturation: float, rank: int) -> Flattening:
+    """The run of d - r eigenvalues that one factor fits best.
+
+    Args:
+        ascending: (d,) float64, eigenvalues of M from 0 on.
+        half_saturation: c.
+        rank: r < d.
+    """
+    length = len(ascending) - rank
+    # Of the runs that start at 0, 1 ... r.
+    totals = torch.cat([ascending.new_zeros(1), ascending.cumsum(0)])
+    means = (totals[length:] - totals[: rank + 1]) / length
+    tails = half_saturation / (half_saturation + means)
+    factors = half_saturation / (half_saturation + ascending)
+    errors = torch.maximum(factors[: rank + 1] - tails, tails - factors[length - 1 :])
+    start = int(errors.argmin())
+    return Flattening(start, start + length, float(tails[start]), float(errors[start]))
+
+
+def smallest_flattening(ascending: torch.Tensor, half_saturation: float) -> Flattening | None:
+    """The best flattening of the smallest rank whose error is at most `MAX_FACTOR_ERROR`.
+
+    Args:
+        ascending: (d,) float64, eigenvalues of M from 0 on.
+        half_saturation: c.
+
+    Returns:
+        None where the rank would be above d / 2.
+    """
+    # From 1 on, as ranks that share a vector could not exchange an empty code.
+    for rank in range(1, len(ascending) // 2 + 1):
+        flat = best_flattening(ascending, half_saturation, rank)
+        if flat.error <= MAX_FACTOR_ERROR:
+            return flat
+    return None
+
+
+def plasticity(projector: Projector) -> float:
+    """tr(P) / d: the share of a gradient without preferred directions that passes; 1 where nothing is masked."""
+    return projector.trace / projector.width
+
+
+def passing_energy(projector: Projector, moment: torch.Tensor, block_size: int = 1024) -> float:
+    """tr(P A P) / tr(A) = E|x P|^2 / E|x|^2: the share of an input's energy that passes; 1 for an input of zeros.
+
+    Of earlier text an update can still disturb as much, of the next domain's it can use as much.
+
+    Args:
+        projector: P, on the device of A.
+        moment: (d, d), A = E[x x^T], up to a factor.
+        block_size: b, rows of A and P that are multiplied at once.
+    """
+    energy = moment.diagonal().double().sum()
+    passing = torch.zeros_like(energy)
+    for start, rows in zip(range(0, len(moment), block_size), moment.float().split(block_size), strict=True):
+        unit_vectors = torch.zeros_like(rows)
+        unit_vectors.diagonal(start).fill_(1.0)
+        # tr(P A P) = sum over entries of (A P) times P, as P is symmetric.
+        passing += (projector.project(rows) * projector.project(unit_vectors)).sum(dtype=torch.float64)
+    return float(torch.where(energy == 0, 1.0, passing / energy))
+
+
+def half_saturation_for(moment: torch.Tensor, share: float) -> float:
+    """c with which the plasticity tr(P) / d of the exact mask is `share`.
+
+    Args:
+        moment: (d, d), M.
+        share: between 0 and 1.
+
+    Returns:
+        c > 0, in the units of M; 1 for a moment of zeros, where P = I for any c. Where more than this share of the
+        directions never came in, none is small enough, and c is 1e-9 of what it would be at most.
+
+    Raises:
+        ValueError: a share outside (0, 1).
+    """
+    eigenvalues = torch.linalg.eigvalsh(moment.double()).clamp_min(0.0).cpu()
+    return half_saturation_of_spectrum(eigenvalues, torch.ones_like(eigenvalues), share)
+
+
+def half_saturation_of_spectrum(eigenvalues: torch.Tensor, counts: torch.Tensor, share: float) -> float:
+    """c with which sum_i n_i c / (c + a_i) = share * sum_i n_i; see `half_saturation_for`.
+
+    Args:
+        eigenvalues: a, (k,) float64 in host memory, from 0 on.
+        counts: n, (k,), how many directions have this eigenvalue.
+        share: between 0 and 1.
+
+    Raises:
+        ValueError: a share outside (0, 1).
+    """
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"share: found {share}, expected a number between 0 and 1, both excluded")
+    largest = float(eigenvalues.max())
+    if largest == 0.0:
+        return 1.0
+    # With this c even the largest eigenvalue has a factor of `share`.
+    upper = largest * share / (1.0 - share)
+    lower = upper * 1e-9
+    for _ in range(60):
+        # The middle of the logarithms, as c may be of any magnitude.
+        middle = (lower * upper) ** 0.5
+        found = float((counts * middle / (middle + eigenvalues)).sum() / counts.sum())
+        if found < share:
+            lower = middle
+        else:
+            upper = middle
+    return (lower * upper) ** 0.5

@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from das_ds.functional.directions import describe_invalid_moment, direction_projector, normalized_second_moment
+from das_ds.functional.directions import (
+    MAX_FACTOR_ERROR,
+    best_flattening,
+    build_projector,
+    describe_invalid_moment,
+    direction_projector,
+    half_saturation_for,
+    half_saturation_of_spectrum,
+    normalized_second_moment,
+    passing_energy,
+    plasticity,
+)
+from das_ds.functional.projectors import DenseProjector, LowRankProjector
+
+WIDTH = 96
 
 
 def moment(*, rank: int, width: int = 6) -> torch.Tensor:
@@ -85,3 +99,156 @@ def test_describe_invalid_moment_names_fault() -> None:
     broken = sound.clone()
     broken[2, 3] = broken[3, 2] = 100.0
     assert "larger than those on the diagonal allow" in str(describe_invalid_moment(broken))
+
+
+def spectrum(width: int = WIDTH) -> torch.Tensor:
+    """Eigenvalues with mean 3, descending as 1 / i and then steeply: as those of an encoder's inputs over 3 domains."""
+    numbers = torch.arange(1, width + 1, dtype=torch.float64)
+    values = torch.exp(-6.0 * (numbers / width) ** 4) / numbers
+    return 3.0 * values / values.mean()
+
+
+def rotation(width: int = WIDTH) -> torch.Tensor:
+    """Random eigenvectors (d, d) float64."""
+    normal = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return torch.linalg.qr(normal)[0]
+
+
+def encoder_moment(width: int = WIDTH) -> torch.Tensor:
+    vectors = rotation(width)
+    return ((vectors * spectrum(width)) @ vectors.T).float()
+
+
+def as_matrix(projector: DenseProjector | LowRankProjector) -> torch.Tensor:
+    return projector.project(torch.eye(projector.width)).double()
+
+
+def all_flattenings(saturation: float, rank: int) -> list[tuple[float, list[int], float]]:
+    """Error, flattened directions and tail of every run of d - r neighbors in the order of eigenvalues."""
+    values = spectrum()
+    found = []
+    for start in range(rank + 1):
+        run = list(range(start, start + WIDTH - rank))
+        tail = saturation / (saturation + float(values[run].mean()))
+        error = max(abs(tail - saturation / (saturation + float(values[i]))) for i in run)
+        found.append((error, run, tail))
+    return found
+
+
+def test_build_projector_full_is_exact() -> None:
+    built = build_projector(encoder_moment(), 3.0, "full")
+    assert isinstance(built, DenseProjector)
+    torch.testing.assert_close(built.matrix, direction_projector(encoder_moment(), 3.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("saturation", [0.05, 0.2, 1.0, 3.0])
+@pytest.mark.parametrize("rank", [1, 16, 48])
+def test_build_projector_rank_flattens_best_run(saturation: float, rank: int) -> None:
+    built = build_projector(encoder_moment(), saturation, rank)
+    assert isinstance(built, LowRankProjector) and built.code_width == rank
+    _, run, tail = min(all_flattenings(saturation, rank))
+    factors = saturation / (saturation + spectrum())
+    factors[run] = tail
+    vectors = rotation()
+    # Eigenvalues of M in float32 err by 1e-6 of the largest, which a small saturation multiplies.
+    torch.testing.assert_close(as_matrix(built), (vectors * factors) @ vectors.T, rtol=0, atol=2e-5 / saturation)
+
+
+@pytest.mark.parametrize("saturation", [0.05, 1.0, 3.0, 30.0])
+def test_build_projector_auto_is_smallest_rank_within_bound(saturation: float) -> None:
+    built = build_projector(encoder_moment(), saturation, "auto")
+    enough = [r for r in range(1, WIDTH // 2 + 1) if min(all_flattenings(saturation, r))[0] <= MAX_FACTOR_ERROR]
+    assert isinstance(built, LowRankProjector if enough else DenseProjector)
+    assert built.code_width == (enough[0] if enough else WIDTH)
+    exact = direction_projector(encoder_moment(), saturation).double()
+    assert torch.linalg.matrix_norm(as_matrix(built) - exact, 2) <= MAX_FACTOR_ERROR + 1e-5
+
+
+def test_build_projector_auto_covers_low_rank_and_dense() -> None:
+    """A saturation far from all eigenvalues needs few directions, one amid them more than the dense form has."""
+    assert isinstance(build_projector(encoder_moment(), 30.0, "auto"), LowRankProjector)
+    assert isinstance(build_projector(encoder_moment(), 1.0, "auto"), DenseProjector)
+
+
+def test_build_projector_keeps_used_or_open_directions() -> None:
+    """With a large c the smallest eigenvalues share a factor near 1, with a small one the largest one near 0."""
+    ascending = spectrum().flip(0)
+    open_ones = best_flattening(ascending, 30.0, 12)
+    assert open_ones.start == 0 and open_ones.tail > 0.9
+    closed_ones = best_flattening(ascending, 0.005, 12)
+    assert closed_ones.stop == WIDTH and closed_ones.tail < 0.1
+
+
+def test_build_projector_rank_above_half_is_dense() -> None:
+    assert isinstance(build_projector(encoder_moment(), 3.0, WIDTH // 2), LowRankProjector)
+    built = build_projector(encoder_moment(), 3.0, WIDTH // 2 + 1)
+    assert isinstance(built, DenseProjector)
+    torch.testing.assert_close(built.matrix, direction_projector(encoder_moment(), 3.0), rtol=0, atol=0)
+
+
+def test_build_projector_zero_moment_is_identity() -> None:
+    for rank in (1, 2, "auto", "full"):
+        torch.testing.assert_close(as_matrix(build_projector(torch.zeros(4, 4), 0.5, rank)), torch.eye(4).double())
+
+
+def test_build_projector_negative_rounding_factors_at_most_one() -> None:
+    relative = normalized_second_moment(moment(rank=5, width=64))
+    built = build_projector(relative, 1e-6, 8)
+    factors = torch.linalg.eigvalsh(as_matrix(built))
+    assert factors[-1] <= 1.0 + 1e-5 and factors[0] >= -1e-5
+
+
+@pytest.mark.parametrize("rank", [0, -3])
+def test_build_projector_rank_below_one_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match=f"rank: found {rank}, expected 1 or more, full or auto"):
+        build_projector(encoder_moment(), 3.0, rank)
+
+
+@pytest.mark.parametrize("rank", ["full", 16])
+def test_plasticity_is_mean_factor(rank: int | str) -> None:
+    built = build_projector(encoder_moment(), 3.0, rank)
+    assert plasticity(built) == pytest.approx(float(torch.linalg.eigvalsh(as_matrix(built)).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("rank", ["full", 16])
+@pytest.mark.parametrize("block_size", [1024, 40])
+def test_passing_energy_is_that_of_projected_inputs(rank: int | str, block_size: int) -> None:
+    built = build_projector(encoder_moment(), 1.0, rank)
+    inputs = torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(8)) * torch.linspace(0, 2, WIDTH)
+    passing = passing_energy(built, inputs.T @ inputs, block_size)
+    expected = (inputs.double() @ as_matrix(built)).square().sum() / inputs.double().square().sum()
+    assert passing == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_passing_energy_of_zero_input_is_one() -> None:
+    assert passing_energy(build_projector(encoder_moment(), 3.0, "full"), torch.zeros(WIDTH, WIDTH)) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_half_saturation_for_gives_share(share: float) -> None:
+    saturation = half_saturation_for(encoder_moment(), share)
+    assert float((saturation / (saturation + spectrum())).mean()) == pytest.approx(share, rel=1e-5)
+    assert plasticity(build_projector(encoder_moment(), saturation, "full")) == pytest.approx(share, rel=1e-5)
+
+
+def test_half_saturation_for_equal_eigenvalues_is_closed_form() -> None:
+    # c / (c + a) = q where c = a q / (1 - q).
+    assert half_saturation_for(2.0 * torch.eye(5), 0.2) == pytest.approx(0.5, rel=1e-9)
+
+
+def test_half_saturation_for_unused_directions_above_share_is_tiny() -> None:
+    unused = torch.diag(torch.tensor([4.0, 0.0, 0.0, 0.0]))
+    assert half_saturation_for(unused, 0.5) == pytest.approx(4e-9, rel=1e-6)
+    assert half_saturation_for(torch.zeros(3, 3), 0.5) == 1.0
+
+
+def test_half_saturation_of_spectrum_counts_equal_eigenvalues() -> None:
+    values = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    repeated = half_saturation_of_spectrum(values[[0, 1, 1, 1]], torch.ones(4), 0.4)
+    assert half_saturation_of_spectrum(values, torch.tensor([1.0, 3.0]), 0.4) == pytest.approx(repeated, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
+def test_half_saturation_for_share_outside_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"share: found .*, expected a number between 0 and 1"):
+        half_saturation_for(encoder_moment(), share)
