@@ -17,7 +17,7 @@ from das_ds.run_dir import DIRECTIONS_FILE
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
-    from das_ds.context import DomainContext, RunContext
+    from das_ds.context import CorpusSample, DomainContext, RunContext
     from das_ds.softmask.direction import DirectionImportance
 
 
@@ -108,8 +108,8 @@ class Directions(Method[DirectionsConfig]):
             raise ConfigError("method.general: found true without training text, expected general: {train: ...}")
         if config.train.optimizer == "lion" and settings.apply_to == "gradient":
             raise ConfigError(
-                "method.apply_to: found gradient with train.optimizer: lion, which steps by the sign of each element and "
-                "so undoes the mask; allowed with it: update, both"
+                "method.apply_to: found gradient with train.optimizer: lion, which steps by the sign of each element "
+                "and so undoes the mask; allowed with it: update, both"
             )
 
     @classmethod
@@ -150,6 +150,8 @@ class Directions(Method[DirectionsConfig]):
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add the directions that the domain's text uses in every layer."""
+        from das_ds.context import CorpusSample
+
         latest = self._measure(CorpusSample(f"inputs of {domain.name}", domain.sample_batches, domain.num_tokens))
         with domain.suspend_timeout("writing directions"):
             self._accumulate(domain, latest)

@@ -112,9 +112,7 @@ class DirectionImportance:
             if projector is not None:
                 yield name, projector
 
-    def mask(
-        self, half_saturation: float, *, rank: Rank = "full", apply_to: DirectionTarget = "gradient"
-    ) -> None:
+    def mask(self, half_saturation: float, *, rank: Rank = "full", apply_to: DirectionTarget = "gradient") -> None:
         """Mask all further steps of the engine, and by nothing else: P = (I + M / c)^-1; a collective.
 
         Rows of tokens that were added since are not masked: no earlier text has them.

@@ -13,7 +13,7 @@ from das_ds.checkpoint.manifest import Manifest, Phase, RunState
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import EngineConfig
 from das_ds.config.stage import Stage
-from das_ds.context import DomainContext
+from das_ds.context import CorpusSample, DomainContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import seed_everything
 from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
@@ -62,6 +62,18 @@ class _DomainSamples:
     def steps(self, label: str) -> ResumableLoop[list[Batch]]:
         """A loop over the same sequences as micro-batches of optimizer steps."""
         return self.loops.start(self.data.importance_steps(self.stage.only_domain), label)
+
+    @property
+    def general(self) -> CorpusSample | None:
+        """The sample of the general corpus; None where it is only evaluated, or there is none."""
+        corpus = self.data.config.general
+        if corpus is None or not corpus.train:
+            return None
+
+        def batches(label: str, *, num_samples: int | None = None) -> ResumableLoop[Batch]:
+            return self.loops.start(self.data.importance_batches(corpus.name, num_samples), label)
+
+        return CorpusSample(f"inputs of {corpus.name}", batches, self.data.num_tokens(corpus.name))
 
 
 class ContinualTrainer(Callbacks):
@@ -360,6 +372,7 @@ class ContinualTrainer(Callbacks):
             folder=self._services.run_dir.domain(stage.index, stage.name),
             suspend_timeout=self._watchdog.suspend_timeout,
             num_tokens=self._data.num_tokens(stage.last_domain),
+            general=samples.general,
         )
 
     def _publish(self, losses: dict[str, float]) -> None:

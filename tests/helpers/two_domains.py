@@ -108,10 +108,12 @@ def learn_plainly(
     decay: float = 1.0,
     shares: tuple[float, ...] = (0.0, 0.0),
     saturation: float | None = None,
+    apply_to: str = "update",
 ) -> Expected:
     """AdamW on the loss and its penalty by autograd, then theta <- (1 - share) theta + share theta_before.
 
-    With a saturation c the steps of linear layers are multiplied by (I + M / c)^-1.
+    With a saturation c gradients or steps of linear layers, or both, are multiplied by (I + M / c)^-1, and so is their
+    weight decay.
     """
     moments_of_inputs: Weights = {}
     model = nn.Module.to(copy.deepcopy(tiny_model(**NO_DROPOUT)), torch.float64).train(False)
@@ -126,17 +128,26 @@ def learn_plainly(
             distances = ((result.fisher[n] * (parameters[n] - before[n]) ** 2).sum() for n in parameters)
             penalty = strength / 2 * torch.stack(list(distances)).sum()
             gradients = torch.autograd.grad(loss + penalty, list(parameters.values()))
+            masks = {
+                name: torch.linalg.inv(torch.eye(len(moment)).double() + moment / saturation)
+                for name, moment in moments_of_inputs.items()
+                if saturation is not None
+            }
+            if apply_to != "update":
+                pairs = zip(parameters, gradients, strict=True)
+                gradients = tuple(gradient @ masks[name] if name in masks else gradient for name, gradient in pairs)
             norm = torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().sqrt().item()
             clip = min(1.0, 0.5 / (norm + 1e-6))
             rate = 1e-2 * (len(steps) - number) / len(steps)
             for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
                 weight_decay = 0.01 if value.ndim > 1 else 0.0
-                step = adamw_step(
-                    value, gradient * clip, *moments[name], number + 1, rate, (0.9, 0.999), EPS, weight_decay
-                )
-                if (moment := moments_of_inputs.get(name)) is not None and saturation is not None:
-                    step = step @ torch.linalg.inv(torch.eye(len(moment)).double() + moment / saturation)
-                value.data += step
+                # Without decay, which the mask holds back wherever it acts.
+                step = adamw_step(value, gradient * clip, *moments[name], number + 1, rate, (0.9, 0.999), EPS, 0.0)
+                decay_step = -rate * weight_decay * value.data
+                if name in masks:
+                    decay_step = decay_step @ masks[name]
+                    step = step if apply_to == "gradient" else step @ masks[name]
+                value.data += step + decay_step
             result.penalties.append(penalty.item())
             result.grad_norms.append(norm)
         for name, gradients_squared in _squares(model, steps).items():

@@ -16,7 +16,8 @@ from das_ds.distributed.collectives import rank
 from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.distributed.state import Shard
-from das_ds.functional.directions import direction_projector
+from das_ds.functional.directions import Rank, build_projector
+from das_ds.functional.projectors import DenseProjector, Projector
 from das_ds.methods import build_method, directions
 from das_ds.softmask import direction
 from das_ds.softmask.direction import DirectionImportance
@@ -36,18 +37,20 @@ from helpers.two_domains import Expected, learn_all, learn_plainly, make_domains
 pytestmark = pytest.mark.multirank
 
 SATURATION = 0.5
+APPLY_TO = ("gradient", "update", "both")
 METHOD: dict[str, Any] = {"name": "directions", "half_saturation": SATURATION}
 
 
 @cache
-def expected() -> Expected:
-    return learn_plainly(make_domains(), saturation=SATURATION)
+def expected(apply_to: str) -> Expected:
+    return learn_plainly(make_domains(), saturation=SATURATION, apply_to=apply_to)
 
 
 def test_direction_mask_changes_second_domain_only() -> None:
     without = learn_plainly(make_domains())
-    assert relative_difference(expected().weights[1], without.weights[1]) > 1e-2
-    assert relative_difference(expected().weights[0], without.weights[0]) == 0.0
+    for apply_to in APPLY_TO:
+        assert relative_difference(expected(apply_to).weights[1], without.weights[1]) > 1e-2
+        assert relative_difference(expected(apply_to).weights[0], without.weights[0]) == 0.0
 
 
 def mask_shard(cuts: list[int], before: torch.Tensor, step: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -93,16 +96,18 @@ def test_blend_rows_shared_by_ranks_are_combined(cuts: list[int]) -> None:
 def test_directions_two_domains_equal_plain_torch(
     zero: dict[str, Any], world_size: int, precision: str | None, tmp_path: Path
 ) -> None:
-    runs = parity_configs(tmp_path, world_size, zero, [METHOD])
+    methods = [{**METHOD, "apply_to": apply_to} for apply_to in APPLY_TO]
+    runs = parity_configs(tmp_path, world_size, zero, methods)
     if precision is not None:
-        runs += parity_configs(tmp_path, world_size, zero, [METHOD], precision)
+        runs += parity_configs(tmp_path, world_size, zero, methods, precision)
     found = run_ranks(learn_all, world_size, runs, make_domains())[0]
-    for mine, theirs in zip(found[0].weights, expected().weights, strict=True):
-        assert relative_difference(mine, theirs) <= 2e-5
-    for rounded in found[1:]:
+    for apply_to, exact in zip(APPLY_TO, found[: len(APPLY_TO)], strict=True):
+        for mine, theirs in zip(exact.weights, expected(apply_to).weights, strict=True):
+            assert relative_difference(mine, theirs) <= 2e-5
+    for apply_to, rounded in zip(APPLY_TO, found[len(APPLY_TO) :], strict=False):
         mine, theirs = (
             torch.cat([(second[n] - first[n]).flatten().double() for n in first if "key.bias" not in n])
-            for first, second in (rounded.weights, expected().weights)
+            for first, second in (rounded.weights, expected(apply_to).weights)
         )
         assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.97
 
@@ -137,14 +142,14 @@ def masks_made(config: RunConfig) -> tuple[list[str], list[str], list[int]]:
     assert isinstance(method, directions.Directions)
     made: list[int] = []
 
-    def counted(moment: torch.Tensor, saturation: float) -> torch.Tensor:
+    def counted(moment: torch.Tensor, saturation: float, form: Rank) -> Projector:
         made.append(len(moment))
-        return direction_projector(moment, saturation)
+        return build_projector(moment, saturation, form)
 
     inputs = method._inputs
     own = inputs.owned_by(ranks.info.rank)
     moments = {name: torch.eye(width) if name in own else None for name, width in inputs.widths.items()}
-    with patch.object(direction, "direction_projector", counted):
+    with patch.object(direction, "build_projector", counted):
         method._importance = DirectionImportance(run, inputs, moments, None)
         method.on_train_start(no_text_domain(config.output_dir))
     run.engine.close()
