@@ -1,12 +1,20 @@
-"""Sizes for memory estimates: counts of a network, how ZeRO shards it, and the bytes that a method adds."""
+"""Sizes for estimates: counts of a network, how ZeRO shards it, and the bytes and operations that a method adds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 FP32 = 4
 """Bytes of a float32."""
+
+Measurement = Literal["none", "forward", "backward", "gradients"]
+"""What a method runs over its sample at the end of a domain: nothing, forward passes, passes whose gradients are those
+of few tensors, or passes with the gradients of all weights."""
+MEASUREMENTS: tuple[Measurement, ...] = ("none", "forward", "backward", "gradients")
+"""From the least memory to the most."""
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,14 @@ class MemoryUse:
     """On disk once: files of the complete run."""
     extra_rows: int = 0
     """Rows that one forward pass of a rank has in addition to those of its micro-batch."""
+    device_at_start: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank on the device that exist only while a domain starts, between two steps."""
+    device_at_end: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank on the device that exist only while a domain is measured at its end."""
+    host_at_end: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank in host memory that exist only then."""
+    measurement: Measurement = "none"
+    """What runs at the end of a domain, which decides on the gradients and activations that exist then."""
 
     def __add__(self, other: MemoryUse) -> MemoryUse:
         return MemoryUse(
@@ -93,4 +109,41 @@ class MemoryUse:
             domain=self.domain + other.domain,
             run=self.run + other.run,
             extra_rows=self.extra_rows + other.extra_rows,
+            device_at_start={**self.device_at_start, **other.device_at_start},
+            device_at_end={**self.device_at_end, **other.device_at_end},
+            host_at_end={**self.host_at_end, **other.host_at_end},
+            measurement=max(self.measurement, other.measurement, key=MEASUREMENTS.index),
+        )
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange between all ranks, summed over an optimizer step."""
+
+    kind: CollectiveKind
+    content: str
+    """What is exchanged, in words."""
+    num_bytes: int
+    """Of the complete tensors: what is reduced, or gathered from all ranks; what a rank sends, for `all_to_all`."""
+
+
+@dataclass(frozen=True)
+class StepUse:
+    """What a method adds to each optimizer step, besides the rows of `MemoryUse.extra_rows`."""
+
+    flops: int = 0
+    """Floating-point operations of all ranks together, as few large matrix products."""
+    forward_passes: int = 0
+    """Further forward passes over the rows of the batch."""
+    collectives: tuple[Collective, ...] = ()
+    """What ranks exchange, without what DeepSpeed gathers for the passes."""
+    num_losses: int = 0
+    """Losses in addition to that of pre-training; ranks exchange each for the log."""
+
+    def __add__(self, other: StepUse) -> StepUse:
+        return StepUse(
+            flops=self.flops + other.flops,
+            forward_passes=self.forward_passes + other.forward_passes,
+            collectives=(*self.collectives, *other.collectives),
+            num_losses=self.num_losses + other.num_losses,
         )
