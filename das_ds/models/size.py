@@ -59,6 +59,8 @@ class Sharding:
     offloads_weights: bool = False
     bucket: int = 0
     """Gradients that are reduced together."""
+    num_buckets: int = 2
+    """Buffers of that size."""
     live: int = 0
     """Gathered weights that ZeRO-3 may keep."""
 

@@ -262,6 +262,7 @@ def zero_sharding(config: RunConfig, engine: EngineConfig, num_ranks: int) -> Sh
         offloads_optimizer=engine.is_offloaded,
         offloads_weights=(zero.get("offload_param") or {}).get("device", "none") != "none",
         bucket=int(zero.get("reduce_bucket_size", 5 * 10**8)),
+        num_buckets=2 if zero.get("overlap_comm") and engine.zero_stage in (1, 2) else 1,
         live=int(live),
     )
 

@@ -102,13 +102,15 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
     | fp32 weights | 4 P, fp32: the weights | 4 P / R       | 4 P / R         | 4 P / R             |
     | moments      | 4 m P                  | 4 m P / R     | 4 m P / R       | 4 m P / R           |
     | gradients    | w P, 16 bits: + 4 P    | w P + 4 P / R | (g + 4) P / R   | (g + 4) P / R       |
-    | buckets      | w P, at most 5e8       | 2 w bucket    | 2 w bucket      | 2 w bucket          |
+    | buckets      | w P, at most 5e8       | b w bucket    | b w bucket      | w bucket            |
     | frozen       |                        |               |                 | 4 (A - P) / R       |
 
-    During a step, gradients exist both as accumulated and as passed to the optimizer. Between steps there are no
-    gradients and buckets but those that stage 3 keeps: g P / R, and one bucket. Offload moves weights, or fp32
-    weights, moments, sharded gradients and the method's state, to host memory. The unrounded copy of frozen weights is
-    always in host memory; below stage 3 only rank 0 has it, as part of the complete model that it exports, 4 A.
+    DeepSpeed allocates b buckets in full, also for a small model: two where it reduces beside the backward pass
+    (`overlap_comm`) at stages 1 and 2, else one. During a step, gradients exist both as accumulated and as passed to
+    the optimizer. Between steps there are no gradients and buckets but those that stage 3 keeps: g P / R, and its
+    bucket. Offload moves weights, or fp32 weights, moments, sharded gradients and the method's state, to host memory.
+    The unrounded copy of frozen weights is always in host memory; below stage 3 only rank 0 has it, as part of the
+    complete model that it exports, 4 A.
     Libraries and fragmentation of the allocator are not included.
 
     Args:
@@ -133,7 +135,7 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
         "gradients": _full_gradients(size, sharding),
         "buckets": w * min(STAGE_0_BUCKET, size.trained)
         if is_replicated
-        else 2 * w * min(sharding.bucket, size.trained),
+        else sharding.num_buckets * w * sharding.bucket,
     }
     host: dict[str, int] = {"copy of a checkpoint": copied_bytes // shards, **method.host}
     if sharding.stage == 3 and w != FP32 and size.has_adapters:
@@ -174,7 +176,7 @@ def _temporary_at_rest(size: ModelSize, sharding: Sharding) -> dict[str, int]:
         "gathered weights": 0,
         "gradients": 0,
         "gradients of the shard": gradients if is_stage_3 else 0,
-        "buckets": sharding.weight_bytes * min(sharding.bucket, size.trained) if is_stage_3 else 0,
+        "buckets": sharding.num_buckets * sharding.weight_bytes * sharding.bucket if is_stage_3 else 0,
     }
 
 

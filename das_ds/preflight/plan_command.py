@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 
 from das_ds.config import RunConfig
 from das_ds.preflight.cluster import Cluster, describe_cluster
@@ -18,6 +20,13 @@ def run_plan(config: RunConfig, options: argparse.Namespace) -> None:
     Raises:
         ConfigError, ModelError, DataError: options, a config or a model that cannot be.
     """
+    # Libraries that are loaded on the way print warnings, which must not end up among the results.
+    with redirect_stdout(sys.stderr):
+        text = _describe(config, options)
+    print(text)
+
+
+def _describe(config: RunConfig, options: argparse.Namespace) -> str:
     cluster = _cluster(config, options)
     if options.gpus is not None:
         # Before the model is built, which takes a while.
@@ -25,15 +34,12 @@ def run_plan(config: RunConfig, options: argparse.Namespace) -> None:
     model = read_model(config)
     if options.gpus is None:
         if options.json:
-            print(json.dumps(format_values_of_table(config, model, cluster)))
-        else:
-            print(format_table(config, model, cluster))
-        return
+            return json.dumps(format_values_of_table(config, model, cluster))
+        return format_table(config, model, cluster)
     plan = plan_run(config, model, cluster, options.gpus)
     if options.json:
-        print(json.dumps(plan_values(config, model, cluster, plan)))
-    else:
-        print(format_plan(config, model, cluster, plan))
+        return json.dumps(plan_values(config, model, cluster, plan))
+    return format_plan(config, model, cluster, plan)
 
 
 def _cluster(config: RunConfig, options: argparse.Namespace) -> Cluster:
