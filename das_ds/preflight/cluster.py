@@ -74,7 +74,7 @@ def describe_cluster(
     """
     if gpu is not None and gpu_tflops is not None:
         raise ConfigError(
-            f"--gpu-tflops: found {gpu_tflops:g} with --gpu {gpu}, which has its own; allowed: one of them"
+            f"--gpu-tflops: found {gpu_tflops:g} with --gpu {gpu}, which has a peak; allowed: one of them"
         )
     for name, value in (
         ("--gpu-memory", gpu_memory),

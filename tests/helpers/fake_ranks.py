@@ -9,7 +9,7 @@ import gc
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +122,19 @@ def _fake_group(rank: int, world_size: int) -> Iterator[ProcessGroup]:
     with (
         patch.object(dist, "new_group", lambda *args, **options: make_group(*args, **{**options, "backend": "fake"})),
         patch.object(ProcessGroup, "all_gather_object", lambda self, value: [value] * world_size),
+        # What other ranks would send is zero, and not what happens to be in memory, such as NaN.
+        patch.object(torch, "empty", _zeroed(torch.empty)),
     ):
         yield init_process_group()
+
+
+def _zeroed(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make_zeros(*args: Any, **options: Any) -> torch.Tensor:
+        tensor = make(*args, **options)
+        tensor.detach().zero_()
+        return tensor
+
+    return make_zeros
 
 
 @dataclass
