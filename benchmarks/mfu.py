@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.harness import build_method, build_model, optimizer_step, run_config
 from benchmarks.peaks import TERA, measured_peak, vendor_peak
@@ -36,6 +35,7 @@ from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods.base import Method
 from das_ds.models.architectures.registry import spec_for
+from das_ds.models.flops import step_flops
 from das_ds.tracking.throughput import peak_memory_gib
 
 NAIVE = "ncl"
@@ -141,28 +141,18 @@ def build_batch(work: Workload, objective: str) -> Batch:
 
 
 def model_flops(model: Any, batch: Batch) -> int:
-    """FLOPs of the matrix products of a plain step, forward and backward.
-
-        6 T sum(body weights) + 6 P sum(head weights) + 12 T S sum over layers of heads x head size
-
-    A weight of a linear layer takes 2 FLOPs per token forward and 4 backward; attention takes 4 S x width per token
-    and layer forward, and twice that backward. T is the number of tokens, S the sequence length, and P the number of
-    predicted tokens, the only ones at which the head runs. Causal attention counts in full, as in PaLM.
+    """FLOPs of the matrix products of a plain step, forward and backward; see `das_ds.models.flops`.
 
     Args:
         model: a Hugging Face model with its LM head, on any device.
         batch: of a plain step.
     """
-    num_tokens = batch.input_ids.numel()
-    length = batch.input_ids.shape[1]
-    in_body = {id(module) for module in model.base_model.modules()}
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    body = sum(module.weight.numel() for module in linear if id(module) in in_body)
-    head = sum(module.weight.numel() for module in linear if id(module) not in in_body)
-    config = model.config
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention_width = config.num_hidden_layers * config.num_attention_heads * head_size
-    return 6 * num_tokens * body + 6 * batch.num_predicted * head + 12 * num_tokens * length * attention_width
+    return step_flops(
+        model,
+        num_tokens=batch.input_ids.numel(),
+        num_predicted=batch.num_predicted,
+        sequence_length=batch.input_ids.shape[1],
+    ).total
 
 
 def measure(work: Workload, method_name: str) -> dict[str, Any]:

@@ -130,6 +130,12 @@ def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     peers.ranks.close()
 
 
+def _plan(config: RunConfig, options: argparse.Namespace) -> None:
+    from das_ds.preflight.plan_command import run_plan
+
+    run_plan(config, options)
+
+
 def _report(options: argparse.Namespace) -> None:
     from das_ds.reporting.run import report_runs
 
@@ -197,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_finetune(commands)
     _add_preflight(commands)
+    _add_plan(commands)
     _add_config_command(
         commands,
         "check-config",
@@ -245,6 +252,28 @@ def _add_preflight(commands: _Commands) -> None:
     text = "check ranks, folders, disk, text, model and memory before a run; start it like train"
     command = _add_config_command(commands, "preflight", _preflight, text)
     command.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+
+
+def _add_plan(commands: _Commands) -> None:
+    text = "memory, traffic, time and cost of a run on GPUs that need not be there, from its config alone"
+    command = _add_config_command(commands, "plan", _plan, text)
+    text = "number of GPUs; default: a table over 1 to 512 GPUs and all ZeRO stages"
+    command.add_argument("--gpus", type=int, metavar="N", help=text)
+    command.add_argument("--gpu", metavar="NAME", help="data sheet, such as h100, a100, l40s; default: h100")
+    command.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU; default: of the data sheet")
+    command.add_argument("--gpu-tflops", type=float, metavar="TFLOPS", help="peak of a GPU in the training precision")
+    text = "share of the peak that plain training reaches, with all waiting and recomputation; default: 0.4"
+    command.add_argument("--mfu", type=float, default=0.4, help=text)
+    command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    text = "GB/s that a GPU sends within its node; default: of the data sheet"
+    command.add_argument("--link-bandwidth", type=float, metavar="GB/S", help=text)
+    text = "GB/s that a GPU sends to other nodes; default: 50, 400 Gbit/s for each GPU"
+    command.add_argument("--network-bandwidth", type=float, default=50.0, metavar="GB/S", help=text)
+    text = "GB/s at which rank 0 exports a model; default: 1"
+    command.add_argument("--disk-bandwidth", type=float, default=1.0, metavar="GB/S", help=text)
+    command.add_argument("--host-memory", type=float, metavar="GIB", help="host memory of a node; default: not checked")
+    command.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in any currency; default: no cost")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_report(commands: _Commands) -> None:

@@ -91,6 +91,17 @@ def build_engine_config(config: RunConfig, world_size: int) -> EngineConfig:
     return engine_config
 
 
+def with_zero_stage(config: RunConfig, stage: int) -> RunConfig:
+    """The run with all engine knobs of its DeepSpeed file but the ZeRO stage.
+
+    Raises:
+        ConfigError: the file is missing or not a JSON object.
+    """
+    engine = _read_engine(config.deepspeed)
+    engine["zero_optimization"] = {**_section(engine, "zero_optimization"), "stage": stage}
+    return config.model_copy(update={"deepspeed": engine})
+
+
 def _zero_stage(engine: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed config; 0 where none is given."""
     stage = _section(engine, "zero_optimization").get("stage", 0)

@@ -17,7 +17,7 @@ from das_ds.methods.directions import Directions
 from das_ds.methods.ewc import EWC
 from das_ds.methods.kd import KD
 from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
+from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
     from das_ds.context import RunContext
@@ -58,3 +58,8 @@ def method_memory(config: RunConfig, size: ModelSize, sharding: Sharding) -> Mem
     """Memory and disk space of a run's method, with merging where its config asks for it."""
     use = method_class(config.method).memory(config, size, sharding)
     return use if config.method.merge_weight is None else use + merging_memory(size, sharding)
+
+
+def method_step_use(config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
+    """Operations and exchanges of a run's method in each optimizer step; merging adds none."""
+    return method_class(config.method).step_use(config, size, sharding)

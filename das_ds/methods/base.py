@@ -17,7 +17,7 @@ from das_ds.config import MethodConfig, RunConfig
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.functional.units import UnitValues
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
+from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
@@ -71,6 +71,11 @@ class Method(Generic[C]):
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
         """Memory and disk space that the method needs in addition to model and optimizer."""
         return MemoryUse()
+
+    @classmethod
+    def step_use(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
+        """Operations and exchanges that the method adds to each optimizer step."""
+        return StepUse()
 
     def before_domain(self, domain: DomainContext) -> None:
         """Called before the first step on a domain, not when a run continues within its steps."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
-from das_ds.config import ObjectiveName, Section
+from das_ds.config import ObjectiveName, RunConfig, Section
 from das_ds.distributed.collectives import all_gather_with_grad, rank
 from das_ds.functional.losses import Pooling, contrastive_loss, pool, pooling_weights
 from das_ds.functional.units import UnitValues
 from das_ds.methods.base import Losses
+from das_ds.models.size import FP32, Collective, ModelSize, StepUse
 
 if TYPE_CHECKING:
     from das_ds.context import RunContext
@@ -93,3 +94,18 @@ class ContrastiveLoss:
             device=hidden.device,
         )
         return pool(hidden, weights)
+
+
+def contrastive_step_use(config: RunConfig, size: ModelSize) -> StepUse:
+    """Vectors (B, H) of two views of all sequences, gathered in the forward pass; their gradients, in the backward.
+
+    One number per sequence and hidden unit in float32, over all micro-steps.
+    """
+    views = 2 * FP32 * config.train.global_batch_size * size.hidden
+    return StepUse(
+        collectives=(
+            Collective("all_gather", "views of the contrast", views),
+            Collective("all_reduce", "gradients of the views", views),
+        ),
+        num_losses=1,
+    )

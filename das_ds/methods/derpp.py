@@ -24,7 +24,7 @@ from das_ds.errors import ConfigError
 from das_ds.functional.sampling import append_zero_row, evenly_spaced, final_writes, reservoir_slots, sample_generator
 from das_ds.methods.base import Losses, Method
 from das_ds.methods.replay_records import NO_TARGET, RecordLayout, ReplayRecords
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
+from das_ds.models.size import Collective, MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
@@ -111,6 +111,20 @@ class DERpp(Method[DerppConfig]):
             checkpoint=settings.capacity * row,
             domain=settings.capacity * row,
             extra_rows=math.ceil(replayed / config.train.global_batch_size),
+        )
+
+    @classmethod
+    def step_use(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
+        """Rows of the buffer that are read, and those that are written while it fills; later ever fewer are written."""
+        settings = cls.settings_in(config)
+        row = 4 * record_layout(config, size.hidden).width
+        num_read = settings.num_replayed(config.train.global_batch_size)
+        return StepUse(
+            collectives=(
+                Collective("all_reduce", "replayed rows", num_read * row),
+                Collective("all_reduce", "stored rows", config.train.global_batch_size * row),
+            ),
+            num_losses=2,
         )
 
     def on_train_start(self, domain: DomainContext) -> None:

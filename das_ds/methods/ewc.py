@@ -16,7 +16,7 @@ from das_ds.config import MethodConfig, RunConfig, SampleSize
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
 from das_ds.methods.base import Losses, Method, check_gradient_batch_size
-from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
+from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
@@ -95,7 +95,13 @@ class EWC(Method[EwcConfig]):
             optimizer={"Fisher information": 2 * fisher // sharding.optimizer_shards},
             checkpoint=2 * fisher,
             domain=fisher,
+            measurement="gradients",
         )
+
+    @classmethod
+    def step_use(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
+        """The penalty's value, for the log; its gradient is that of each rank's own shard."""
+        return StepUse(num_losses=1)
 
     def before_domain(self, domain: DomainContext) -> None:
         """Anchor the weights where the last domain left them."""

@@ -17,7 +17,7 @@ from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.functional.losses import distillation_loss
 from das_ds.methods.base import Losses, Method
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
+from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
@@ -76,6 +76,11 @@ class KD(Method[KdConfig]):
         """The teacher, in the type of training."""
         teacher = sharding.weight_bytes * size.trained
         return MemoryUse(device={"teacher": teacher // sharding.weight_shards}, checkpoint=teacher)
+
+    @classmethod
+    def step_use(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
+        """The teacher's forward pass."""
+        return StepUse(forward_passes=1, num_losses=1)
 
     def before_domain(self, domain: DomainContext) -> None:
         """The present model becomes the teacher."""

@@ -17,8 +17,8 @@ from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.functional.units import UNOWNED, UnitValues
 from das_ds.methods.base import Losses, Method, check_gradient_batch_size
-from das_ds.methods.contrastive import NUM_CLEAN_VIEWS, ContrastiveConfig, ContrastiveLoss
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
+from das_ds.methods.contrastive import NUM_CLEAN_VIEWS, ContrastiveConfig, ContrastiveLoss, contrastive_step_use
+from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
 from das_ds.softmask.granularities import GRANULARITIES, load_granularity
 
@@ -104,6 +104,13 @@ class SoftMasked(Method[S]):
         views = NUM_CLEAN_VIEWS * config.train.micro_batch_size if settings.contrastive.weight > 0.0 else 0
         importance = granularity.memory(size, sharding, has_own_mask=cls._has_own_mask(settings.softmask))
         return importance + MemoryUse(extra_rows=views)
+
+    @classmethod
+    def step_use(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
+        """The contrast over the views of all ranks; the mask itself is part of the optimizer's pass over the shard."""
+        if cls.settings_in(config).contrastive.weight == 0.0:
+            return StepUse()
+        return contrastive_step_use(config, size)
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: importance of general knowledge."""

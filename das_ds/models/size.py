@@ -1,4 +1,4 @@
-"""Sizes for memory estimates: counts of a network, how ZeRO shards it, and the bytes that a method adds."""
+"""Sizes for estimates: counts of a network, how ZeRO shards it, and the bytes and operations that a method adds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Measurement = Literal["none", "forward", "backward", "gradients"]
 of few tensors, or passes with the gradients of all weights."""
 MEASUREMENTS: tuple[Measurement, ...] = ("none", "forward", "backward", "gradients")
 """From the least memory to the most."""
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Sharding:
     offloads_weights: bool = False
     bucket: int = 0
     """Gradients that are reduced together."""
+    num_buckets: int = 2
+    """Buffers of that size."""
     live: int = 0
     """Gathered weights that ZeRO-3 may keep."""
 
@@ -115,4 +118,37 @@ class MemoryUse:
             device_at_end={**self.device_at_end, **other.device_at_end},
             host_at_end={**self.host_at_end, **other.host_at_end},
             measurement=max(self.measurement, other.measurement, key=MEASUREMENTS.index),
+        )
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange between all ranks, summed over an optimizer step."""
+
+    kind: CollectiveKind
+    content: str
+    """What is exchanged, in words."""
+    num_bytes: int
+    """Of the complete tensors: what is reduced, or gathered from all ranks; what a rank sends, for `all_to_all`."""
+
+
+@dataclass(frozen=True)
+class StepUse:
+    """What a method adds to each optimizer step, besides the rows of `MemoryUse.extra_rows`."""
+
+    flops: int = 0
+    """Floating-point operations of all ranks together, as few large matrix products."""
+    forward_passes: int = 0
+    """Further forward passes over the rows of the batch."""
+    collectives: tuple[Collective, ...] = ()
+    """What ranks exchange, without what DeepSpeed gathers for the passes."""
+    num_losses: int = 0
+    """Losses in addition to that of pre-training; ranks exchange each for the log."""
+
+    def __add__(self, other: StepUse) -> StepUse:
+        return StepUse(
+            flops=self.flops + other.flops,
+            forward_passes=self.forward_passes + other.forward_passes,
+            collectives=(*self.collectives, *other.collectives),
+            num_losses=self.num_losses + other.num_losses,
         )

@@ -6,7 +6,7 @@ import re
 import socket
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from das_ds.config import RunConfig
 from das_ds.config.deepspeed import EngineConfig
 from das_ds.data.objectives import build_collator
 from das_ds.data.tokenizers import build_tokenizers
-from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import HEAD, INTERMEDIATE
@@ -40,9 +39,14 @@ from das_ds.preflight.memory_estimate import (
     MemoryEstimate,
     activation_bytes,
     checkpoint_bytes,
+    domain_bytes,
     estimate_memory,
     logits_bytes,
 )
+
+if TYPE_CHECKING:
+    # It loads DeepSpeed, which takes seconds that an estimate need not wait for.
+    from das_ds.distributed.process_group import RankInfo
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activa
 
 def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig, num_ranks: int) -> MemoryEstimate:
     """Memory of one rank without activations, by the merged DeepSpeed config."""
-    sharding = _sharding(config, engine, num_ranks)
+    sharding = zero_sharding(config, engine, num_ranks)
     method = method_memory(config, size, sharding)
     copied = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint - method.checkpoint_in_place
     return estimate_memory(size, sharding, method=method, copied_bytes=copied if config.checkpoint.async_save else 0)
@@ -212,7 +216,41 @@ def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
     )
 
 
-def _sharding(config: RunConfig, engine: EngineConfig, num_ranks: int) -> Sharding:
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes that a run writes, over all ranks."""
+
+    checkpoint: int
+    """A checkpoint within a domain."""
+    domain: int
+    """Every domain: the checkpoint at its end, the exported model, and the method's files."""
+    run: int
+    """The method's files of the complete run."""
+    num_checkpoints: int
+    """Checkpoints that exist at once: those that are kept, and the one that is being written."""
+    num_domains: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.num_checkpoints * self.checkpoint + self.num_domains * self.domain + self.run
+
+
+def disk_use(config: RunConfig, size: ModelSize) -> DiskUse:
+    """Disk space of a run."""
+    method = unsharded_use(config, size)
+    return DiskUse(
+        checkpoint=checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint,
+        domain=domain_bytes(size) + method.domain,
+        run=method.run,
+        # While a checkpoint is written, those to keep are still there.
+        num_checkpoints=config.checkpoint.keep_last + 1,
+        num_domains=len(config.stages),
+    )
+
+
+def zero_sharding(config: RunConfig, engine: EngineConfig, num_ranks: int) -> Sharding:
+    """How the merged DeepSpeed config divides the network."""
     zero = engine.raw.get("zero_optimization", {})
     live = min(zero.get("stage3_max_live_parameters", 10**9), zero.get("stage3_max_reuse_distance", 10**9))
     return Sharding(
@@ -224,6 +262,7 @@ def _sharding(config: RunConfig, engine: EngineConfig, num_ranks: int) -> Shardi
         offloads_optimizer=engine.is_offloaded,
         offloads_weights=(zero.get("offload_param") or {}).get("device", "none") != "none",
         bucket=int(zero.get("reduce_bucket_size", 5 * 10**8)),
+        num_buckets=2 if zero.get("overlap_comm") and engine.zero_stage in (1, 2) else 1,
         live=int(live),
     )
 

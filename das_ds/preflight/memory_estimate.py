@@ -9,7 +9,8 @@ this estimate adds importance, masks, LoRA, checkpoint copies, and the peaks of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 
@@ -50,21 +51,45 @@ class MemoryEstimate:
     host_start: int
     host_export: int
     """Additional host memory on rank 0 while a model is exported."""
+    at_domain_start: Mapping[str, int] = field(default_factory=dict)
+    """Item -> bytes on the device between two steps, while a domain starts."""
+    at_domain_end: Mapping[str, int] = field(default_factory=dict)
+    """Item -> bytes on the device while a domain is measured at its end."""
+    host_at_domain_end: int = 0
+    """Additional host memory of a rank then."""
+
+    @property
+    def device_peaks(self) -> dict[str, int]:
+        """Phase -> bytes on the device."""
+        return {
+            "building the model": self.device_start,
+            "a step": sum(self.device.values()),
+            "the start of a domain": sum(self.at_domain_start.values()),
+            "the end of a domain": sum(self.at_domain_end.values()),
+        }
 
     @property
     def device_bytes(self) -> int:
         """Peak on the device."""
-        return max(sum(self.device.values()), self.device_start)
+        return max(self.device_peaks.values())
 
     @property
     def host_bytes(self) -> int:
         """Peak in host memory, without what counts as device memory."""
-        return max(sum(self.host.values()), self.host_start)
+        return max(sum(self.host.values()) + self.host_at_domain_end, self.host_start)
 
     def on_cpu(self) -> MemoryEstimate:
         """The estimate for ranks that compute in host memory: everything counts as device memory."""
-        items = {name: self.device.get(name, 0) + self.host.get(name, 0) for name in {**self.device, **self.host}}
-        return MemoryEstimate(items, {}, max(self.device_start, self.host_start), 0, self.host_export)
+        host_at_end = {"measurement in host memory": self.host_at_domain_end} if self.host_at_domain_end else {}
+        return MemoryEstimate(
+            _sum_of_items(self.device, self.host),
+            {},
+            max(self.device_start, self.host_start),
+            0,
+            self.host_export,
+            _sum_of_items(self.at_domain_start, self.host) if self.at_domain_start else {},
+            _sum_of_items(self.at_domain_end, self.host, host_at_end) if self.at_domain_end else {},
+        )
 
 
 def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, copied_bytes: int) -> MemoryEstimate:
@@ -77,12 +102,15 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
     | fp32 weights | 4 P, fp32: the weights | 4 P / R       | 4 P / R         | 4 P / R             |
     | moments      | 4 m P                  | 4 m P / R     | 4 m P / R       | 4 m P / R           |
     | gradients    | w P, 16 bits: + 4 P    | w P + 4 P / R | (g + 4) P / R   | (g + 4) P / R       |
-    | buckets      | w P, at most 5e8       | 2 w bucket    | 2 w bucket      | 2 w bucket          |
+    | buckets      | w P, at most 5e8       | b w bucket    | b w bucket      | w bucket            |
     | frozen       |                        |               |                 | 4 (A - P) / R       |
 
-    During a step, gradients exist both as accumulated and as passed to the optimizer. Offload moves weights, or fp32
-    weights, moments, sharded gradients and the method's state, to host memory. The unrounded copy of frozen weights is
-    always in host memory; below stage 3 only rank 0 has it, as part of the complete model that it exports, 4 A.
+    DeepSpeed allocates b buckets in full, also for a small model: two where it reduces beside the backward pass
+    (`overlap_comm`) at stages 1 and 2, else one. During a step, gradients exist both as accumulated and as passed to
+    the optimizer. Between steps there are no gradients and buckets but those that stage 3 keeps: g P / R, and its
+    bucket. Offload moves weights, or fp32 weights, moments, sharded gradients and the method's state, to host memory.
+    The unrounded copy of frozen weights is always in host memory; below stage 3 only rank 0 has it, as part of the
+    complete model that it exports, 4 A.
     Libraries and fragmentation of the allocator are not included.
 
     Args:
@@ -107,7 +135,7 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
         "gradients": _full_gradients(size, sharding),
         "buckets": w * min(STAGE_0_BUCKET, size.trained)
         if is_replicated
-        else 2 * w * min(sharding.bucket, size.trained),
+        else sharding.num_buckets * w * sharding.bucket,
     }
     host: dict[str, int] = {"copy of a checkpoint": copied_bytes // shards, **method.host}
     if sharding.stage == 3 and w != FP32 and size.has_adapters:
@@ -116,6 +144,10 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
     host |= weights if sharding.offloads_weights else {}
     on_device = {**weights, **temporary, **optimizer, **method.device}
     device = {name: num_bytes for name, num_bytes in on_device.items() if name not in host}
+    at_rest = {**device, **_temporary_at_rest(size, sharding)}
+    with_gradients = method.measurement == "gradients"
+    # Any pass at the end of a domain gathers weights; only one that measures gradients has these.
+    gathered = {"gathered weights": temporary["gathered weights"]} if method.measurement != "none" else {}
     # The model is loaded in fp32; in 16 bits the engine also gets an fp32 copy of the values before rounding.
     start = FP32 * size.total // weight_shards
     exact = FP32 * size.trained // weight_shards if w != FP32 else 0
@@ -125,7 +157,27 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
         device_start=0 if sharding.stage == 3 else start,
         host_start=start + exact,
         host_export=FP32 * size.total,
+        at_domain_start={**at_rest, **method.device_at_start},
+        at_domain_end={**(device if with_gradients else at_rest | gathered), **method.device_at_end},
+        host_at_domain_end=sum(method.host_at_end.values()),
     )
+
+
+def _sum_of_items(*parts: Mapping[str, int]) -> dict[str, int]:
+    names = dict.fromkeys(name for items in parts for name in items)
+    return {name: sum(items.get(name, 0) for items in parts) for name in names}
+
+
+def _temporary_at_rest(size: ModelSize, sharding: Sharding) -> dict[str, int]:
+    """What is left between steps of that which a step fills."""
+    is_stage_3 = sharding.stage == 3
+    gradients = 0 if sharding.offloads_optimizer else sharding.gradient_bytes * size.trained // sharding.num_ranks
+    return {
+        "gathered weights": 0,
+        "gradients": 0,
+        "gradients of the shard": gradients if is_stage_3 else 0,
+        "buckets": sharding.num_buckets * sharding.weight_bytes * sharding.bucket if is_stage_3 else 0,
+    }
 
 
 def _full_gradients(size: ModelSize, sharding: Sharding) -> int:

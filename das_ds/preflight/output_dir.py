@@ -13,8 +13,7 @@ from das_ds.config import RunConfig
 from das_ds.errors import PreflightError
 from das_ds.models.size import ModelSize
 from das_ds.preflight.checks import Checklist, CheckWarning, format_bytes
-from das_ds.preflight.memory import unsharded_use
-from das_ds.preflight.memory_estimate import checkpoint_bytes, domain_bytes
+from das_ds.preflight.memory import disk_use
 from das_ds.preflight.peers import PeerCheck
 from das_ds.run_dir import PROBE, holds_same_run
 from das_ds.storage import sync
@@ -80,17 +79,12 @@ def check_sharing(checks: Checklist, root: Path, peers: PeerCheck) -> None:
 def check_disk(checks: Checklist, config: RunConfig, size: ModelSize) -> None:
     """Free space, compared with the files that the run still has to write."""
     root = config.output_dir
-    keep = config.checkpoint.keep_last
-    num_domains = len(config.stages)
-    method = unsharded_use(config, size)
-    one = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint
-    domain = domain_bytes(size) + method.domain
-    # While a checkpoint is written, those to keep are still there.
-    needed = (keep + 1) * one + num_domains * domain + method.run
+    use = disk_use(config, size)
+    needed = use.total
     expected = (
-        f"{format_bytes(needed)} = {keep + 1} checkpoints of {format_bytes(one)} (checkpoint.keep_last {keep}, and one "
-        f"being written) + {num_domains} domains of {format_bytes(domain)} + files of the method "
-        f"{format_bytes(method.run)}"
+        f"{format_bytes(needed)} = {use.num_checkpoints} checkpoints of {format_bytes(use.checkpoint)} "
+        f"(checkpoint.keep_last {config.checkpoint.keep_last}, and one being written) + {use.num_domains} domains of "
+        f"{format_bytes(use.domain)} + files of the method {format_bytes(use.run)}"
     )
 
     def summarize(found: list[tuple[int, int]]) -> str:

@@ -68,6 +68,7 @@ class ParameterImportance:
             domain=size.trained,
             # Importance of general knowledge, and the accumulated one.
             run=2 * size.trained,
+            measurement="gradients",
         )
 
     def accumulate(self, earlier: ParameterImportance | None) -> ParameterImportance:

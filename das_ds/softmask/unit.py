@@ -47,6 +47,7 @@ class UnitImportance:
             domain=importance,
             # Importance of general knowledge, and the accumulated one.
             run=2 * importance,
+            measurement="backward",
         )
 
     def accumulate(self, earlier: UnitImportance | None) -> UnitImportance:
