@@ -63,3 +63,8 @@ def method_memory(config: RunConfig, size: ModelSize, sharding: Sharding) -> Mem
 def method_step_use(config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
     """Operations and exchanges of a run's method in each optimizer step; merging adds none."""
     return method_class(config.method).step_use(config, size, sharding)
+
+
+def method_num_measured(config: RunConfig, size: ModelSize) -> int:
+    """Sequences that a run's method measures on after each domain, at most."""
+    return method_class(config.method).num_measured(config, size)

@@ -77,6 +77,12 @@ class Method(Generic[C]):
         """Operations and exchanges that the method adds to each optimizer step."""
         return StepUse()
 
+    @classmethod
+    def num_measured(cls, config: RunConfig, size: ModelSize) -> int:
+        """Sequences that the method measures on after each domain, at most; 0: it measures nothing."""
+        sample = config.method.sample_size
+        return 0 if sample is None or sample.num_samples is None else sample.num_samples
+
     def before_domain(self, domain: DomainContext) -> None:
         """Called before the first step on a domain, not when a run continues within its steps."""
 

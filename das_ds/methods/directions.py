@@ -125,6 +125,15 @@ class Directions(Method[DirectionsConfig]):
         widths[size.inner] = widths.get(size.inner, 0) + size.num_layers
         return directions_memory(widths, size.trained, sharding)
 
+    @classmethod
+    def num_measured(cls, config: RunConfig, size: ModelSize) -> int:
+        """`num_samples`, or its default for the widest input."""
+        from das_ds.softmask.input_moments import default_num_samples
+
+        return cls.settings_in(config).num_samples or default_num_samples(
+            max(size.hidden, size.inner), config.data.sequence_length
+        )
+
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: the directions that earlier runs protect, and those that general text uses."""
         from das_ds.softmask.direction import DirectionImportance

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import EngineConfig, build_engine_config
-from das_ds.methods import method_memory, method_step_use
+from das_ds.methods import method_memory, method_num_measured, method_step_use
 from das_ds.models.size import Collective, MemoryUse, StepUse
 from das_ds.preflight.cluster import Cluster
 from das_ds.preflight.memory import (
@@ -165,10 +165,7 @@ def _executed_flops(config: RunConfig, model: PlannedModel, use: MemoryUse, step
 
 def _measurement_flops(config: RunConfig, model: PlannedModel, use: MemoryUse) -> float:
     """Operations of the passes over the method's sample, at most."""
-    sample = config.method.sample_size
-    if sample is None:
-        return 0.0
-    share = sample.num_samples / config.train.global_batch_size
+    share = method_num_measured(config, model.size) / config.train.global_batch_size
     return MEASUREMENT_PASSES[use.measurement] * share * model.flops.total
 
 
