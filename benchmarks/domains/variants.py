@@ -39,8 +39,9 @@ def kd(weight: float) -> Variant:
 
 
 def directions(label: str, half_saturation: float = 3.0, **common: dict[str, Any]) -> Variant:
-    """directions with a c of its mask, and keys that all methods have."""
-    return Variant(label, {"method": {"name": "directions", "half_saturation": half_saturation, **common}})
+    """directions with a c of its mask on updates, the form of all recorded results, and keys that all methods have."""
+    form = {"apply_to": "update", "half_saturation": half_saturation, "general": False}
+    return Variant(label, {"method": {"name": "directions", **form, **common}})
 
 
 NAIVE_TRAINING = Variant(NAIVE, {"method": {"name": "ncl"}})
