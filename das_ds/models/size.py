@@ -35,6 +35,8 @@ class ModelSize:
     """Neurons of an MLP that one token uses."""
     heads: int
     vocabulary: int
+    largest_trained: int = 0
+    """Elements of the largest trained parameter, whose gradient is complete before it is reduced."""
 
     @property
     def has_adapters(self) -> bool:

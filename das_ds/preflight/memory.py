@@ -109,8 +109,10 @@ def count_parameters(
     # A new token adds a row to every parameter with one row per token.
     added = max(0, num_rows - num_embeddings) * sum(layout.shapes[name][2] for name in layout.vocabulary)
     total = trained = sum(layout.sizes.values()) + added
+    largest_trained = max(layout.sizes.values())
     if config.model.lora is not None:
         linears = Lora.plan(model, layout, config.model.lora).linears
+        largest_trained = max(linear.rank * max(linear.num_inputs, linear.num_outputs) for linear in linears)
         trained = sum(linear.rank * (linear.num_inputs + linear.num_outputs) for linear in linears)
         total += trained
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)
@@ -128,6 +130,7 @@ def count_parameters(
         inner=inner,
         heads=layout.num_units.get(HEAD, getattr(model.config, "num_attention_heads", 1)),
         vocabulary=max(num_embeddings, num_rows),
+        largest_trained=largest_trained,
     )
 
 

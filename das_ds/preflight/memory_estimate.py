@@ -101,12 +101,13 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
     | gathered     |                        |               |                 | w max(layer, live)  |
     | fp32 weights | 4 P, fp32: the weights | 4 P / R       | 4 P / R         | 4 P / R             |
     | moments      | 4 m P                  | 4 m P / R     | 4 m P / R       | 4 m P / R           |
-    | gradients    | w P, 16 bits: + 4 P    | w P + 4 P / R | (g + 4) P / R   | (g + 4) P / R       |
+    | gradients    | w P, 16 bits: + 4 P    | w P + 4 P / R | w l + G / R     | w l + G / R         |
     | buckets      | w P, at most 5e8       | b w bucket    | b w bucket      | w bucket            |
     | frozen       |                        |               |                 | 4 (A - P) / R       |
 
     DeepSpeed allocates b buckets in full, also for a small model: two where it reduces beside the backward pass
-    (`overlap_comm`) at stages 1 and 2, else one. During a step, gradients exist both as accumulated and as passed to
+    (`overlap_comm`) at stages 1 and 2, else one; the gradient of the largest parameter, l elements, is complete before
+    it is reduced. G = (g + 4) P. During a step, gradients exist both as accumulated and as passed to
     the optimizer. Between steps there are no gradients and buckets but those that stage 3 keeps: g P / R, and its
     bucket. Offload moves weights, or fp32 weights, moments, sharded gradients and the method's state, to host memory.
     The unrounded copy of frozen weights is always in host memory; below stage 3 only rank 0 has it, as part of the
@@ -181,9 +182,9 @@ def _temporary_at_rest(size: ModelSize, sharding: Sharding) -> dict[str, int]:
 
 
 def _full_gradients(size: ModelSize, sharding: Sharding) -> int:
-    """Gradients of all trained parameters that a rank keeps."""
+    """Complete gradients on a rank: of all trained parameters, or of the one that is to be reduced."""
     if sharding.stage >= 2:
-        return 0
+        return sharding.weight_bytes * size.largest_trained
     fp32_copy = FP32 if sharding.stage == 0 and sharding.weight_bytes != FP32 else 0
     return (sharding.weight_bytes + fp32_copy) * size.trained
 

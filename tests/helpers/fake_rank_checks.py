@@ -88,13 +88,12 @@ def check_rank(config: RunConfig, rank: int, world_size: int, stage: int, *, gat
 
 
 def check_memory(config: RunConfig, found: Observation, world_size: int) -> None:
-    """Held memory within 2 % of the estimate, and the estimated peak of a step from 10 % below to 25 % above it.
+    """Held memory within 2 % of the estimate, and the estimated peak of a step 0 to 40 % above the real one.
 
-    The estimate adds up what exists at different times of a step. It leaves out the gradient of one parameter before it
-    is reduced, which is a tenth of this network at stages 2 and 3.
+    The estimate adds up what exists at different times of a step.
     """
     estimate = estimate_run_memory(config, read_model(config).size, build_engine_config(config, world_size), world_size)
     held = sum(estimate.at_domain_start.values())
     assert found.held - NOT_ESTIMATED <= 1.02 * held and found.held >= 0.98 * held
     peak = sum(estimate.device.values()) + activation_estimate(config, read_model(config).size)
-    assert 0.9 * found.peak <= peak <= 1.25 * found.peak
+    assert found.peak <= peak <= 1.4 * found.peak, peak / found.peak

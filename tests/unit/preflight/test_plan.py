@@ -67,8 +67,9 @@ def test_memory_of_plain_training_agrees_with_formulas(name: str, stage: int, nu
         # A billion gathered weights, or the embedding if that is larger.
         3: (2 + 8 + 12) * weights / num_ranks + 2 * max(BILLION, 128256 * (8192 if name == "70b" else 4096)),
     }[stage]
-    without_buckets = sum(estimate.device.values()) - estimate.device["buckets"]
-    assert without_buckets == pytest.approx(expected, rel=0.02)
+    # Buckets, and at stages 2 and 3 the gradient of the embedding before it is reduced, are beyond these formulas.
+    beyond = estimate.device["buckets"] + (estimate.device["gradients"] if stage > 1 else 0)
+    assert sum(estimate.device.values()) - beyond == pytest.approx(expected, rel=0.02)
 
 
 def test_time_and_cost_by_hand() -> None:
