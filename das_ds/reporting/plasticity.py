@@ -124,7 +124,8 @@ def _share(share: float | None) -> str:
 def _spread(spread: Spread | None) -> str:
     if spread is None:
         return NONE
-    return f"{format_share(spread.median)} ({format_share(spread.least)} to {format_share(spread.most)})"
+    median, least, most = (format_share(share) for share in (spread.median, spread.least, spread.most))
+    return median if least == most else f"{median} ({least} to {most})"
 
 
 def _median(reading: PlasticityReading, group: str, quantity: str) -> float:
