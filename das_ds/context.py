@@ -70,6 +70,18 @@ class CorpusSample:
     """Tokens that the corpus is read with; None: the vocabulary does not grow."""
 
 
+class ProbeBatches(Protocol):
+    """Passes over a few training sequences that every rank reads in full."""
+
+    def __call__(self, label: str, num_sequences: int) -> ResumableLoop[Batch]:
+        """The pass of this label, the same batches on every rank and for any number of ranks.
+
+        Args:
+            label: of the loop, by which a run that resumes finds it.
+            num_sequences: at most.
+        """
+
+
 def _do_not_suspend(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -94,6 +106,8 @@ class DomainContext:
     """Tokens that the domain is read with; None: the vocabulary does not grow."""
     general: CorpusSample | None = None
     """The general corpus, where it has training text."""
+    probe_batches: ProbeBatches | None = None
+    """A pass over a few training sequences of the domain; None: it has no text to look at."""
 
 
 def build_context(

@@ -30,10 +30,13 @@ DIRECTIONS_FILE = "directions.safetensors"
 END_TASKS_FILE = "end_tasks.json"
 BASE_FOLDER = "base"
 """Folder in a run folder for the scores of the model that the run starts from."""
+PLASTICITY_FILE = "plasticity.json"
+"""What earlier domains leave one domain to learn, in its folder."""
 METRICS_FILE = "metrics.jsonl"
 WANDB_RUN_ID_FILE = "wandb_run_id"
 LOSS_MATRIX_PLOT = "loss_matrix.png"
 IMPORTANCE_PLOT = "importance.png"
+PLASTICITY_PLOT = "plasticity.png"
 REPORT_FILE = "report.md"
 CHECKPOINTS_DIR = "checkpoints"
 STAGING_PREFIX = ".partial-"
@@ -54,7 +57,7 @@ class RunDir:
     output_dir/
       config.yaml, results.json, metrics.jsonl, importance.safetensors ...
       checkpoints/<number>_<domain>_<phase>_<step>/
-      domains/<ii>_<name>/model/, adapter/
+      domains/<ii>_<name>/model/, adapter/, plasticity.json
       report/
     """
 

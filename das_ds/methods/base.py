@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import DomainContext, RunContext
     from das_ds.data.batch import Batch
+    from das_ds.softmask.plasticity import DomainPlasticity
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -118,6 +119,13 @@ class Method(Generic[C]):
 
     def accumulated_importance(self) -> UnitValues | None:
         """Importance by unit that protects the next domain, for the report; None where the method has none."""
+        return None
+
+    def plasticity(self) -> DomainPlasticity | None:
+        """What earlier domains leave free to learn, for console, metrics and report; None: the method measures none.
+
+        Asked after `before_domain`, with every logged step, and after `after_domain`; equal on all ranks.
+        """
         return None
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from das_ds.config import MethodConfig, RunConfig, SampleSize
@@ -18,14 +21,21 @@ from das_ds.run_dir import DIRECTIONS_FILE
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import CorpusSample, DomainContext, RunContext
+    from das_ds.functional.projectors import Projector
     from das_ds.softmask.direction import DirectionImportance
+    from das_ds.softmask.plasticity import DomainPlasticity, InputPlasticity, PlasticityReading
 
+logger = logging.getLogger(__name__)
 
 TOTAL = "total/"
 """Beginning of the names of the sum over domains in checkpoints."""
 LATEST = "latest/"
 """Beginning of the names of the moments there that are being measured."""
 PREPARED = "is_prepared"
+PLASTICITY = "plasticity"
+NUM_PROBED = 64
+"""Sequences of a domain by which it is measured how much of its input energy passes: a share of a sum over thousands
+of tokens, which few of them tell to two digits."""
 
 
 class DirectionsConfig(MethodConfig):
@@ -51,6 +61,9 @@ class DirectionsConfig(MethodConfig):
     protects what the model knew; null: where `general.train` is given."""
     init_from: PathText | None = None
     """Accumulated directions file of an earlier run, which the first domain protects; null: none."""
+    min_passing: float | None = Field(default=0.05, gt=0.0, lt=1.0)
+    """Share of a domain's input energy that has to pass the masks of earlier domains, or else a warning says what to
+    change; null: never."""
 
     @property
     def sample_size(self) -> SampleSize:
@@ -99,6 +112,9 @@ class Directions(Method[DirectionsConfig]):
         self._latest: DirectionImportance | None = None
         self._is_prepared = False
         """Whether `_importance` has what was known before the first domain."""
+        self._projectors: dict[str, Projector] | None = None
+        """Those of `_importance`, from the time when they are measured until the engine has them."""
+        self._plasticity: DomainPlasticity | None = None
 
     @classmethod
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
@@ -135,11 +151,17 @@ class Directions(Method[DirectionsConfig]):
         )
 
     def before_domain(self, domain: DomainContext) -> None:
-        """Before the first domain: the directions that earlier runs protect, and those that general text uses."""
+        """Measure what earlier domains leave free; before the first one also what is known already.
+
+        That are the directions that earlier runs protect, and those that general text uses.
+        """
+        if not self._is_prepared:
+            self._prepare(domain)
+        self._measure_open(domain)
+
+    def _prepare(self, domain: DomainContext) -> None:
         from das_ds.softmask.direction import DirectionImportance
 
-        if self._is_prepared:
-            return
         importance: DirectionImportance | None = None
         if self.settings.init_from is not None:
             importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
@@ -153,17 +175,19 @@ class Directions(Method[DirectionsConfig]):
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; rows of tokens added since are not masked."""
-        settings = self.settings
         if self._importance is not None:
-            self._importance.mask(settings.half_saturation, rank=settings.rank, apply_to=settings.apply_to)
+            self._importance.mask(self._take_projectors(self._importance), apply_to=self.settings.apply_to)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add the directions that the domain's text uses in every layer."""
         from das_ds.context import CorpusSample
 
         latest = self._measure(CorpusSample(f"inputs of {domain.name}", domain.sample_batches, domain.num_tokens))
+        # Tensors that the sum does not change, so that no moment is copied.
+        moments = latest.moments
         with domain.suspend_timeout("writing directions"):
             self._accumulate(domain, latest)
+        self._measure_protected(domain, moments)
 
     def state_dict(self) -> ComponentState:
         """Sum of the moments, and those of the present domain that are measured; each with its owner."""
@@ -174,17 +198,28 @@ class Directions(Method[DirectionsConfig]):
         ]
         return ComponentState(
             owned={name: moment for state in states for name, moment in state.owned.items()},
-            metadata={PREPARED: self._is_prepared}
+            metadata={
+                PREPARED: self._is_prepared,
+                PLASTICITY: None if self._plasticity is None else self._plasticity.model_dump(mode="json"),
+            }
             | {key: value for state in states for key, value in state.metadata.items()},
         )
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
         """In host memory of the owners, where nothing but the next domain's mask needs it."""
         from das_ds.softmask.direction import DirectionImportance
+        from das_ds.softmask.plasticity import DomainPlasticity
 
         self._importance = DirectionImportance.load_state_dict(self.run, self._inputs, saved, TOTAL)
         self._latest = DirectionImportance.load_state_dict(self.run, self._inputs, saved, LATEST)
         self._is_prepared = saved.metadata[PREPARED]
+        self._projectors = None
+        measured = saved.metadata.get(PLASTICITY)
+        self._plasticity = None if measured is None else DomainPlasticity.model_validate(measured)
+
+    def plasticity(self) -> DomainPlasticity | None:
+        """tr(P) / d, and the energy of the domain's inputs that passes, by kind of layer."""
+        return self._plasticity
 
     def _measure(self, corpus: CorpusSample) -> DirectionImportance:
         """Moments of a sample; what a run that is stopped has of them is in its checkpoint, as `_latest`."""
@@ -215,6 +250,67 @@ class Directions(Method[DirectionsConfig]):
             self.run.engine.ranks.run_on_main(lambda: link_importance(domain_path, run_path))
         else:
             self._importance.save(run_path, tokens)
+
+    def _take_projectors(self, importance: DirectionImportance) -> dict[str, Projector]:
+        """Those that were kept, else new ones; a collective. They are computed once, and then belong to the caller."""
+        projectors = self._projectors
+        self._projectors = None
+        if projectors is None:
+            projectors = importance.build_projectors(self.settings.half_saturation, self.settings.rank)
+        return projectors
+
+    def _measure_open(self, domain: DomainContext) -> None:
+        """What earlier domains leave of the domain's inputs, by a forward pass over a few of its sequences."""
+        from das_ds.softmask.direction_plasticity import everything_open, measure_plasticity
+        from das_ds.softmask.plasticity import DomainPlasticity
+
+        if self._importance is None:
+            inputs = everything_open(self._inputs)
+        else:
+            self._projectors = self._take_projectors(self._importance)
+            label = f"energy of {domain.name} that passes"
+            probe = None if domain.probe_batches is None else domain.probe_batches(label, NUM_PROBED)
+            inputs = measure_plasticity(self.run, self._inputs, self._projectors, probe)
+        self._plasticity = DomainPlasticity(domain=domain.name, before=self._summarize(inputs))
+        if self.run.engine.ranks.info.is_main:
+            _warn_of_little_passing(self._plasticity, self.settings)
+
+    def _measure_protected(self, domain: DomainContext, moments: Mapping[str, torch.Tensor]) -> None:
+        """What is left of the domain's inputs now that it is protected itself, from their moments."""
+        from das_ds.softmask.direction_plasticity import measure_protected
+        from das_ds.softmask.plasticity import DomainPlasticity
+
+        assert self._importance is not None, "the domain is in the sum"
+        if domain.index + 1 < len(self.run.config.stages):
+            # The next domain's, which are kept until it begins: in place of this one's, which the engine drops.
+            self._projectors = self._take_projectors(self._importance)
+            projectors: Iterator[tuple[str, Projector]] = iter(self._projectors.items())
+        else:
+            projectors = self._importance.own_projectors(self.settings.half_saturation, self.settings.rank)
+        after = self._summarize(measure_protected(self.run, self._inputs, projectors, moments))
+        before = after if self._plasticity is None else self._plasticity.before
+        self._plasticity = DomainPlasticity(domain=domain.name, before=before, after=after)
+
+    def _summarize(self, inputs: Mapping[str, InputPlasticity]) -> PlasticityReading:
+        from das_ds.softmask.layer_groups import layer_groups
+        from das_ds.softmask.plasticity import PlasticityReading
+
+        groups = layer_groups(self._inputs.matrices, self.run.layout, self.run.lora)
+        return PlasticityReading.summarize(inputs, groups)
+
+
+def _warn_of_little_passing(measured: DomainPlasticity, settings: DirectionsConfig) -> None:
+    passing = measured.before.passing
+    if settings.min_passing is not None and passing is not None and passing < settings.min_passing:
+        logger.warning(
+            "method.min_passing: %.1f%% of the input energy of %s passes the masks of earlier domains, expected at "
+            "least %g%%; it may learn little. Use a larger method.half_saturation (now %g), fewer earlier domains in "
+            "the sum (method.init_from, method.general), or a higher train.learning_rate",
+            100 * passing,
+            measured.domain,
+            100 * settings.min_passing,
+            settings.half_saturation,
+        )
 
 
 def _has_general_text(config: RunConfig) -> bool:

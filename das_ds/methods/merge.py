@@ -18,6 +18,7 @@ from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 if TYPE_CHECKING:
     from das_ds.context import DomainContext
     from das_ds.data.batch import Batch
+    from das_ds.softmask.plasticity import DomainPlasticity
 
 BEFORE = "before"
 
@@ -105,6 +106,10 @@ class MergingWrapper(Method[MethodConfig]):
     def accumulated_importance(self) -> UnitValues | None:
         """Delegates to the method."""
         return self._method.accumulated_importance()
+
+    def plasticity(self) -> DomainPlasticity | None:
+        """Delegates to the method."""
+        return self._method.plasticity()
 
 
 def merging_memory(size: ModelSize, sharding: Sharding) -> MemoryUse:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.functional.units import UnitValues
+from das_ds.reporting.plasticity import plasticity_section, plot_plasticity, read_plasticity
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_plots import plot_importance, plot_loss_matrix
 from das_ds.reporting.tables import format_duration, format_markdown
-from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, REPORT_FILE, REPORT_FOLDER
+from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, PLASTICITY_PLOT, REPORT_FILE, REPORT_FOLDER
+from das_ds.softmask.plasticity import DomainPlasticity
 
 PROTECTED = 0.9
 """Units of at least this importance hardly change."""
@@ -18,10 +21,10 @@ NONE = "-"
 
 
 def write_report(run_folder: Path, results: Results, importance: UnitValues | None) -> Path:
-    """Write `report/` into the run folder: report.md, loss_matrix.png and, with importance, importance.png.
+    """Write `report/` into the run folder: report.md, loss_matrix.png, and importance and plasticity if there are any.
 
     Args:
-        run_folder: of the run.
+        run_folder: of the run; in the folders of its domains may be files of what was left free to learn.
         results: complete or not.
         importance: accumulated importance, unit group -> (L, U); None for methods without it.
 
@@ -29,15 +32,18 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
         The folder.
 
     Raises:
-        RunFolderError: the folder cannot be written or is full.
+        RunFolderError: the folder cannot be written or is full, or a file of a domain is damaged.
     """
+    plasticity = read_plasticity(run_folder)
     folder = run_folder / REPORT_FOLDER
     try:
         folder.mkdir(exist_ok=True)
         plot_loss_matrix(results, folder / LOSS_MATRIX_PLOT)
         if importance:
             plot_importance(importance, folder / IMPORTANCE_PLOT)
-        (folder / REPORT_FILE).write_text(report_text(results, importance), encoding="utf-8")
+        if plasticity:
+            plot_plasticity(plasticity, folder / PLASTICITY_PLOT)
+        (folder / REPORT_FILE).write_text(report_text(results, importance, plasticity), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
             f"{folder}: cannot be written ({error.strerror}); the run folder must be writable and have free space"
@@ -45,11 +51,13 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
     return folder
 
 
-def report_text(results: Results, importance: UnitValues | None) -> str:
+def report_text(results: Results, importance: UnitValues | None, plasticity: Sequence[DomainPlasticity] = ()) -> str:
     """The Markdown text of a report."""
     sections = [_heading(results), _losses(results), _transfer(results)]
     if importance:
         sections.append(_mask_saturation(importance))
+    if plasticity:
+        sections.append(plasticity_section(plasticity))
     return "\n".join([*sections, _cost(results)])
 
 

@@ -5,7 +5,7 @@ Shape legend: d width of an input, o of an output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -112,20 +112,39 @@ class DirectionImportance:
             if projector is not None:
                 yield name, projector
 
-    def mask(self, half_saturation: float, *, rank: Rank = "full", apply_to: DirectionTarget = "gradient") -> None:
-        """Mask all further steps of the engine, and by nothing else: P = (I + M / c)^-1; a collective.
+    def build_projectors(self, half_saturation: float, rank: Rank = "full") -> dict[str, Projector]:
+        """P = (I + M / c)^-1 of each input that this rank steps a matrix of; a collective.
 
-        Rows of tokens that were added since are not masked: no earlier text has them.
+        Further steps of the engine are not masked until `mask` is called.
 
         Args:
             half_saturation: c.
             rank: of the projectors, see `build_projector`.
-            apply_to: what P multiplies, see `mask_directions`.
         """
         # Earlier masks may be as large as the new ones: both need not fit in memory.
         clear_masks(self.run.engine)
+        return dict(self.projectors(lambda moment: build_projector(moment, half_saturation, rank)))
+
+    def own_projectors(self, half_saturation: float, rank: Rank = "full") -> Iterator[tuple[str, Projector]]:
+        """(input, P) of each input that this rank owns, in turn; no other rank is asked.
+
+        Args:
+            half_saturation, rank: as for `build_projectors`.
+        """
+        device = self.run.engine.ranks.info.device
+        for name, moment in self.moments.items():
+            yield name, build_projector(moment.to(device), half_saturation, rank)
+
+    def mask(self, projectors: Mapping[str, Projector], *, apply_to: DirectionTarget = "gradient") -> None:
+        """Mask all further steps of the engine, and by nothing else; a collective.
+
+        Rows of tokens that were added since are not masked: no earlier text has them.
+
+        Args:
+            projectors: of `build_projectors`.
+            apply_to: what P multiplies, see `mask_directions`.
+        """
         matrices = find_masked_matrices(self.run, self.num_tokens)
-        projectors = dict(self.projectors(lambda moment: build_projector(moment, half_saturation, rank)))
         mask_directions(self.run.engine, matrices, projectors, apply_to=apply_to)
 
     def unit_gates(self) -> None:

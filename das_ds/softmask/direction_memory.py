@@ -27,7 +27,8 @@ def directions_memory(widths: Mapping[int, int], num_trained: int, sharding: Sha
     | checkpoint | disk | 2 S and, while a group is measured, its sums on every rank |
     | files | disk | S for each domain, and S |
 
-    Moments in checkpoints are written from where they are.
+    Moments in checkpoints are written from where they are. Projectors of the next domain are computed at the end of a
+    domain, when the sums and the old ones are gone, and are kept: that takes what the start of a domain takes.
 
     Args:
         widths: d -> number of inputs of that width.

@@ -41,6 +41,10 @@ HARDWARE_METRICS = (
 DOMAINS_LEARNED = "domains_learned"
 LOSS_MATRIX = "loss_matrix"
 IMPORTANCE = "importance"
+PLASTICITY = "plasticity"
+"""Share of all directions that earlier domains left open when the domain began, in its lines; and of the plot."""
+PASSING_ENERGY = "passing_energy"
+"""Share of the energy of the domain's inputs that passed the masks of earlier domains then."""
 
 
 def loss_part(name: str) -> str:

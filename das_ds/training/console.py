@@ -12,7 +12,9 @@ from pathlib import Path
 from das_ds.checkpoint.manifest import RunState
 from das_ds.config.stage import Stage
 from das_ds.progress import format_duration, is_terminal, say
+from das_ds.reporting.plasticity import format_share
 from das_ds.reporting.results import BEFORE_TRAINING
+from das_ds.softmask.plasticity import DomainPlasticity, PlasticityReading
 from das_ds.training.callbacks import LoggedStep
 
 
@@ -152,6 +154,28 @@ def evaluation_line(stage: str, losses: dict[str, float], before: dict[str, floa
     return f"held-out loss {stage}: {', '.join(parts)}"
 
 
+def plasticity_line(measured: DomainPlasticity) -> str:
+    """What is free before a domain, or after it what is left of that.
+
+    `plasticity before acl: 61% of all directions are open; 24% of the input energy of acl passes (least: MLP output
+    12%)`.
+    """
+    if measured.after is None:
+        return f"plasticity before {measured.domain}: {_open_text(measured.before, measured.domain, 'passes')}"
+    return f"plasticity after {measured.domain}: {_open_text(measured.after, measured.domain, 'still passes')}"
+
+
+def _open_text(reading: PlasticityReading, domain: str, verb: str) -> str:
+    text = f"{format_share(reading.plasticity)} of all directions are open"
+    if reading.passing is None or reading.least_passing is None:
+        return text
+    group, least = reading.least_passing
+    return (
+        f"{text}; {format_share(reading.passing)} of the input energy of {domain} {verb} "
+        f"(least: {group} {format_share(least)})"
+    )
+
+
 class RunConsole:
     """Prints the progress of a run on rank 0, and estimates when the run ends.
 
@@ -202,6 +226,10 @@ class RunConsole:
         stage = self._stages[len(loss_matrix) - 2]
         before = dict(zip(losses, loss_matrix[-2], strict=True))
         self._say(evaluation_line(f"after {stage.name}", losses, before))
+
+    def plasticity_measured(self, measured: DomainPlasticity) -> None:
+        """Print what a method measured of the capacity left."""
+        self._say(plasticity_line(measured))
 
     def exported(self, stage: str, folder: Path) -> None:
         """Print where a model was exported to."""

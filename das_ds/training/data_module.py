@@ -117,6 +117,20 @@ class DataModule:
             indices=self._importance_subset(blocks, num_samples),
         )
 
+    def probe_batches(self, corpus: str, num_sequences: int) -> EvaluationBatches:
+        """A fixed random subset of at most so many training sequences, all of which every rank reads."""
+        blocks = self._training_blocks(corpus)
+        return evaluation_batches(
+            blocks,
+            self.objectives[corpus],
+            seed=self.config.seed,
+            stream=f"importance/{corpus}",
+            batch_size=self._sample_size.batch_size or self.config.train.micro_batch_size,
+            rank=0,
+            world_size=1,
+            indices=subset_indices(len(blocks), num_sequences, self.config.seed),
+        )
+
     def importance_steps(self, corpus: str) -> AccumulatedBatches:
         """The same subset as micro-batches of `gradient_batch_size` sequences together, as large as in training."""
         blocks = self._training_blocks(corpus)

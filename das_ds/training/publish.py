@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from das_ds.checkpoint.manifest import RunState
 from das_ds.config import RunConfig
+from das_ds.errors import RunFolderError
 from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results, build_results
 from das_ds.reporting.run_report import write_report
-from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, RunDir
-from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX
+from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, PLASTICITY_FILE, PLASTICITY_PLOT, RunDir
+from das_ds.softmask.plasticity import DomainPlasticity, PlasticityReading
+from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX, PASSING_ENERGY, PLASTICITY
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.data_module import eval_corpora
 
@@ -61,4 +65,27 @@ def publish_results(
     tracker.log_image(LOSS_MATRIX, report / LOSS_MATRIX_PLOT)
     if importance is not None:
         tracker.log_image(IMPORTANCE, report / IMPORTANCE_PLOT)
+    if (report / PLASTICITY_PLOT).exists():
+        tracker.log_image(PLASTICITY, report / PLASTICITY_PLOT)
     tracker.log_summary(results.summary)
+
+
+def write_plasticity(folder: Path, measured: DomainPlasticity) -> None:
+    """Write what was measured of a domain to its folder.
+
+    Raises:
+        RunFolderError: the folder cannot be written or is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder}: cannot be made ({error.strerror}); the run folder must be writable and have free space"
+        ) from error
+    measured.write(folder / PLASTICITY_FILE)
+
+
+def plasticity_metrics(reading: PlasticityReading) -> dict[str, float]:
+    """Metrics of all layers together, for the lines of metrics.jsonl; those that were not measured are missing."""
+    metrics = {PLASTICITY: reading.plasticity, PASSING_ENERGY: reading.passing}
+    return {name: value for name, value in metrics.items() if value is not None}

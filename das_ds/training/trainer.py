@@ -32,7 +32,7 @@ from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype, export_model, model_card, write_model_card
 from das_ds.training.load_context import load_context
 from das_ds.training.loss_guard import LossGuard
-from das_ds.training.publish import collect_results, publish_results
+from das_ds.training.publish import collect_results, plasticity_metrics, publish_results, write_plasticity
 from das_ds.training.run_checkpoints import EngineDomainState, RunCheckpoints, current_stage
 from das_ds.training.run_services import RunServices
 from das_ds.training.run_summary import summarize_run
@@ -58,6 +58,10 @@ class _DomainSamples:
     def batches(self, label: str, *, num_samples: int | None = None) -> ResumableLoop[Batch]:
         """A loop over batches of single sequences."""
         return self.loops.start(self.data.importance_batches(self.stage.only_domain, num_samples), label)
+
+    def probe(self, label: str, num_sequences: int) -> ResumableLoop[Batch]:
+        """A loop over a few sequences that every rank reads."""
+        return self.loops.start(self.data.probe_batches(self.stage.only_domain, num_sequences), label)
 
     def steps(self, label: str) -> ResumableLoop[list[Batch]]:
         """A loop over the same sequences as micro-batches of optimizer steps."""
@@ -218,6 +222,7 @@ class ContinualTrainer(Callbacks):
         self._network.num_rows = self._data.num_rows(self._stage.last_domain)
         self._seed(BEFORE_SEED)
         self._method.before_domain(self._domain_context())
+        self._report_plasticity()
         # A phase that measured nothing is repeated in no time, so it needs no checkpoint.
         self._enter(self._state.model_copy(update={"phase": "train"}), save=self._loops.num_batches > 0)
 
@@ -241,6 +246,7 @@ class ContinualTrainer(Callbacks):
         self._network.num_rows = self._data.num_rows(stage.last_domain)
         self._seed(AFTER_SEED)
         self._method.after_domain(self._domain_context())
+        self._report_plasticity()
         with self._watchdog.suspend_timeout("exporting"):
             self._reset_new_tokens(stage.last_domain)
             self._export(stage)
@@ -348,8 +354,13 @@ class ContinualTrainer(Callbacks):
         self._check_save_point(save=num_batches % self._config.checkpoint.interval == 0)
 
     def extra_metrics(self) -> dict[str, float]:
-        """Costs of the checkpoints saved since the last logged line."""
-        return self._save_point.pop_metrics()
+        """Costs of the checkpoints saved since the last logged line, and what earlier domains leave free to learn.
+
+        The latter is in every line of a domain, so that it does not matter where a run was stopped.
+        """
+        metrics = self._save_point.pop_metrics()
+        measured = self._method.plasticity() if self._state.phase == "train" else None
+        return metrics if measured is None else metrics | plasticity_metrics(measured.before)
 
     def _check_save_point(self, *, save: bool) -> None:
         self._save_point.check(self._with_wall_time(self._state), save=save)
@@ -373,7 +384,17 @@ class ContinualTrainer(Callbacks):
             suspend_timeout=self._watchdog.suspend_timeout,
             num_tokens=self._data.num_tokens(stage.last_domain),
             general=samples.general,
+            probe_batches=samples.probe,
         )
+
+    def _report_plasticity(self) -> None:
+        """Print and write what the method's last hook measured of the capacity left; a collective."""
+        measured = self._method.plasticity()
+        if measured is None:
+            return
+        folder = self._services.run_dir.domain(self._stage.index, self._stage.name)
+        self._ranks.run_on_main(lambda: write_plasticity(folder, measured))
+        self._console.plasticity_measured(measured)
 
     def _publish(self, losses: dict[str, float]) -> None:
         publish_results(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from das_ds.config import parse_method
+from das_ds.context import DomainContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import TrainingError
@@ -18,7 +21,8 @@ from das_ds.methods.directions import Directions
 from das_ds.methods.merge import MergingWrapper
 from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.run_dir import DIRECTIONS_FILE
-from das_ds.softmask import input_moments
+from das_ds.softmask import direction, input_moments
+from das_ds.softmask.direction import DirectionImportance
 from das_ds.softmask.directions_file import save_directions
 from das_ds.softmask.input_layout import InputLayout, build_input_layout
 from das_ds.softmask.input_moments import default_num_samples, measure_moments
@@ -198,3 +202,101 @@ def test_merge_weight_default_of_merge(tmp_path: Path) -> None:
 def test_directions_keys_of_das_are_error(key: str) -> None:
     with pytest.raises(ValidationError, match=rf"{key}\n +Extra inputs"):
         parse_method({**METHOD, key: {}})
+
+
+def protecting(folder: Path, strength: float, **settings: Any) -> Directions:
+    """A method that protects every direction of every input alike: P = c / (c + strength) I."""
+    method = build_method(make_run(folder, {**METHOD, **settings}))
+    assert isinstance(method, Directions)
+    moments: dict[str, torch.Tensor | None] = {n: strength * torch.eye(w) for n, w in method._inputs.widths.items()}
+    method._importance = DirectionImportance(method.run, method._inputs, moments, None)
+    method._is_prepared = True
+    return method
+
+
+def probed_domain(folder: Path) -> DomainContext:
+    return replace(no_text_domain(folder), probe_batches=lambda label, number: ResumableLoop([random_batch(2, number)]))
+
+
+def test_plasticity_of_equal_directions_is_their_factor(tmp_path: Path) -> None:
+    method = protecting(tmp_path, 6.0)
+    assert method.plasticity() is None
+    method.before_domain(probed_domain(tmp_path))
+    measured = method.plasticity()
+    # c = 2: a quarter of any update passes, and a sixteenth of any energy.
+    assert measured is not None and measured.domain == "domain" and measured.after is None
+    assert measured.before.plasticity == pytest.approx(1 / 4)
+    assert measured.before.passing == pytest.approx(1 / 16)
+    assert sum(group.num_inputs for group in measured.before.groups.values()) == 10
+
+
+def test_plasticity_nothing_learned_is_all(tmp_path: Path) -> None:
+    method = build_method(make_run(tmp_path))
+    method.before_domain(probed_domain(tmp_path))
+    measured = method.plasticity()
+    assert measured is not None and measured.before.plasticity == measured.before.passing == 1.0
+
+
+def test_plasticity_domain_without_text_has_no_energy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method = protecting(tmp_path, 1e6)
+    method.before_domain(no_text_domain(tmp_path))
+    measured = method.plasticity()
+    assert measured is not None and measured.before.passing is None and caplog.messages == []
+
+
+def test_little_passing_energy_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method = protecting(tmp_path, 6.0, min_passing=0.07)
+    method.before_domain(probed_domain(tmp_path))
+    method._importance = None
+    method.on_train_start(probed_domain(tmp_path))
+    assert caplog.messages == [
+        "method.min_passing: 6.2% of the input energy of domain passes the masks of earlier domains, expected at least "
+        "7%; it may learn little. Use a larger method.half_saturation (now 2), fewer earlier domains in the sum "
+        "(method.init_from, method.general), or a higher train.learning_rate"
+    ]
+
+
+@pytest.mark.parametrize("min_passing", [0.06, None])
+def test_enough_passing_energy_or_no_limit_does_not_warn(
+    min_passing: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    protecting(tmp_path, 6.0, min_passing=min_passing).before_domain(probed_domain(tmp_path))
+    assert caplog.messages == []
+
+
+def test_projectors_are_computed_once_for_measuring_and_masking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    masked: list[Any] = []
+    build_projector = direction.build_projector
+    monkeypatch.setattr(direction, "build_projector", lambda m, *a: made.append(len(m)) or build_projector(m, *a))
+    monkeypatch.setattr(DirectionImportance, "mask", lambda self, projectors, **_: masked.append(projectors))
+    method = protecting(tmp_path, 6.0)
+    method.before_domain(probed_domain(tmp_path))
+    method.on_train_start(probed_domain(tmp_path))
+    assert len(made) == len(masked[0]) == 10 and method._projectors is None
+    # A run that continues within the domain has to compute them again, but measures nothing.
+    method.on_train_start(probed_domain(tmp_path))
+    assert len(made) == 20 and masked[1].keys() == masked[0].keys()
+
+
+def test_plasticity_is_saved_with_the_state_and_missing_in_older_ones(tmp_path: Path) -> None:
+    method = protecting(tmp_path, 6.0)
+    method.before_domain(probed_domain(tmp_path))
+    state = method.state_dict()
+    saved: Any = SimpleNamespace(
+        metadata=state.metadata, owned=lambda names: {name: state.owned[name] for name in names}
+    )
+    resumed = build_method(make_run(tmp_path))
+    resumed.load_state_dict(saved)
+    assert resumed.plasticity() == method.plasticity() is not None
+    del saved.metadata["plasticity"]
+    resumed.load_state_dict(saved)
+    assert resumed.plasticity() is None
+
+
+def test_merging_passes_plasticity_on(tmp_path: Path) -> None:
+    method = MergingWrapper(protecting(tmp_path, 6.0), 0.5)
+    method._method.before_domain(probed_domain(tmp_path))
+    assert method.plasticity() == method._method.plasticity() is not None

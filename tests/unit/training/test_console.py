@@ -8,8 +8,17 @@ import pytest
 
 from das_ds.checkpoint.manifest import RunState
 from das_ds.config.stage import Stage
+from das_ds.softmask.plasticity import DomainPlasticity, InputPlasticity, PlasticityReading
 from das_ds.training.callbacks import LoggedStep
-from das_ds.training.console import DomainSummary, RunClock, RunConsole, RunSummary, evaluation_line, step_line
+from das_ds.training.console import (
+    DomainSummary,
+    RunClock,
+    RunConsole,
+    RunSummary,
+    evaluation_line,
+    plasticity_line,
+    step_line,
+)
 
 
 def summary(resumes: str | None = None) -> RunSummary:
@@ -99,6 +108,24 @@ def test_evaluation_line_has_the_change_since_the_row_before() -> None:
     assert evaluation_line("after acl", after, before) == (
         "held-out loss after acl: acl 5.610 (-0.470), general 4.250 (+0.050)"
     )
+
+
+def test_plasticity_line_before_and_after_a_domain() -> None:
+    def reading(open_: float, passing: float | None) -> PlasticityReading:
+        inputs = {"q": InputPlasticity(2, open_, passing), "f": InputPlasticity(2, open_, passing and passing / 2)}
+        return PlasticityReading.summarize(inputs, {"q": "attention input", "f": "MLP output"})
+
+    measured = DomainPlasticity(domain="acl", before=reading(0.614, 0.24))
+    assert plasticity_line(measured) == (
+        "plasticity before acl: 61% of all directions are open; 18% of the input energy of acl passes (least: MLP "
+        "output 12%)"
+    )
+    assert plasticity_line(measured.model_copy(update={"after": reading(0.3, 0.04)})) == (
+        "plasticity after acl: 30% of all directions are open; 3.0% of the input energy of acl still passes (least: "
+        "MLP output 2.0%)"
+    )
+    without = DomainPlasticity(domain="acl", before=reading(0.5, None))
+    assert plasticity_line(without) == "plasticity before acl: 50% of all directions are open"
 
 
 def test_run_console_estimates_the_end_of_all_domains(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,3 +99,16 @@ def test_importance_batches_size_is_that_of_the_config_or_given(
     data = prepare_data(config, INFO, "clm")
     batches = data.importance_batches("soup", given)
     assert len(batches.indices) == (data.num_training_blocks("soup") if expected is None else expected)
+
+
+def test_data_module_probe_is_the_same_on_every_rank(tmp_path: Path) -> None:
+    config = run_config(tmp_path, isolate=False).model_copy(update={"method": parse_method("directions")})
+    texts = [prepare_data(config, RankInfo(rank, rank, 2, torch.device("cpu")), "clm") for rank in range(2)]
+    num_blocks = texts[0].num_training_blocks("soup")
+    assert num_blocks > 3
+    for number in (3, num_blocks + 1):
+        found = [[*text.probe_batches("soup", number)] for text in texts]
+        for mine, theirs in zip(*found, strict=True):
+            assert mine.input_ids.equal(theirs.input_ids) and mine.row_weights.equal(theirs.row_weights)
+        # Rows that fill the last batch have no weight.
+        assert sum(batch.row_weights.sum().item() for batch in found[0]) == min(number, num_blocks)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from das_ds.checkpoint.manifest import RunState
+from das_ds.errors import RunFolderError
 from das_ds.reporting.results import Results
 from das_ds.run_dir import RESULTS_FILE, RunDir
+from das_ds.softmask.plasticity import DomainPlasticity, InputPlasticity, PlasticityReading
 from das_ds.tracking.sinks import Sink
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.publish import collect_results, publish_results
+from das_ds.training.publish import collect_results, plasticity_metrics, publish_results, write_plasticity
 from helpers.training import run_config
 
 DOMAINS = [{"name": name, "train": ["unused.txt"]} for name in ("acl", "pubmed")]
@@ -43,3 +45,25 @@ def test_publish_results_logs_losses_over_domains_learned(
         assert Results.read(tmp_path / RESULTS_FILE) == results
         assert results.learned == learned and results.complete == (done == len(learned))
     assert sink.domains_learned == [sum(map(len, learned[:done])) for done in range(len(learned) + 1)]
+
+
+def reading(passing: float | None) -> PlasticityReading:
+    return PlasticityReading.summarize({"q": InputPlasticity(2, 0.5, passing)}, {"q": "attention input"})
+
+
+def test_plasticity_metrics_leave_out_what_was_not_measured() -> None:
+    assert plasticity_metrics(reading(0.25)) == {"plasticity": 0.5, "passing_energy": 0.25}
+    assert plasticity_metrics(reading(None)) == {"plasticity": 0.5}
+
+
+def test_write_plasticity_replaces_the_file_and_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    measured = DomainPlasticity(domain="acl", before=reading(0.25))
+    folder = tmp_path / "domains" / "00_acl"
+    write_plasticity(folder, measured)
+    write_plasticity(folder, measured.model_copy(update={"after": reading(0.1)}))
+    assert DomainPlasticity.read(folder / "plasticity.json").after == reading(0.1)
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        RunFolderError, match=r"file/00_acl: cannot be made \(Not a directory\); the run folder must be"
+    ):
+        write_plasticity(tmp_path / "file" / "00_acl", measured)
