@@ -17,9 +17,8 @@ RANKS = (8, 24, 64, 96, 512)
 METHODS = (
     "method=das",
     "method={name: das, importance: {granularity: parameter}, contrastive: {weight: 0.0}}",
-    "method=ewc",
 )
-"""Methods with exchanges of their own, or with none; naive training is in every other test."""
+"""Methods with exchanges of their own, and with none; naive training is in every other test."""
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

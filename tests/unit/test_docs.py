@@ -96,7 +96,7 @@ def options(command: str) -> frozenset[str]:
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
     assert ended.value.code == 0, f"das-ds {command}: unknown command"
-    return frozenset(re.findall(r"--[a-z_]+", "".join(printed)))
+    return frozenset(re.findall(r"--[a-z][a-z_-]*", "".join(printed)))
 
 
 def complete(values: dict[str, Any]) -> dict[str, Any]:
