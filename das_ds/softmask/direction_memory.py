@@ -35,13 +35,15 @@ class DirectionForm:
     decays: bool
     """Whether weights decay."""
 
-    def passes(self, sharding: Sharding) -> Iterator[int]:
-        """Bytes of an element in each pass over all vectors in a step: of gradients, of updates, or of weights that
-        decay where only gradients are masked."""
-        if self.apply_to in ("gradient", "both"):
-            yield gradient_element_bytes(sharding)
-        if self.apply_to in ("update", "both") or self.decays:
-            yield FP32
+    def passes(self, sharding: Sharding) -> Iterator[tuple[int, bool]]:
+        """(bytes of an element, whether updates are masked) of each pass over all vectors in a step: gradients,
+        updates, or weights that decay where only gradients are masked."""
+        if self.apply_to != "update":
+            yield gradient_element_bytes(sharding), False
+        if self.apply_to != "gradient":
+            yield FP32, True
+        elif self.decays:
+            yield FP32, False
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,13 @@ def directions_memory(size: ModelSize, sharding: Sharding, form: DirectionForm) 
     own_moments = _most_owned(widths, loads, sharding.num_ranks)
     # At stage 3 the first rank has no less of anything than others.
     busiest = loads[:1] if sharding.stage == 3 else loads
+    # Without ZeRO every parameter is a flat tensor of its own.
+    numel = max(n for n, _ in size.parameters) if sharding.stage == 0 else -(-size.trained // sharding.num_ranks)
     return MemoryUse(
         device={"direction masks": max(sum(projectors[name].num_bytes for name in load.stepped) for load in busiest)},
-        device_in_step={"products of masks": max(scratch_bytes(load, projectors, sharding, form) for load in busiest)},
+        device_in_step={
+            "products of masks": max(scratch_bytes(load, projectors, sharding, form, numel) for load in busiest)
+        },
         host={"moments of inputs": own_moments},
         device_at_start={
             "projector of one input": max(
@@ -137,31 +143,33 @@ def _most_owned(widths: Mapping[str, int], loads: Sequence[RankLoad], num_ranks:
 
 
 def scratch_bytes(
-    load: RankLoad, projectors: Mapping[str, PlannedProjector], sharding: Sharding, form: DirectionForm
+    load: RankLoad, projectors: Mapping[str, PlannedProjector], sharding: Sharding, form: DirectionForm, numel: int
 ) -> int:
     """What exists for a while in a step: the largest product, or the largest exchange of cut vectors.
 
-    Vectors of 16 bits are multiplied in float32. A mask of updates has the old values and the update of a chunk of the
-    flat tensor in addition, and the updates of cut vectors from one chunk to the last.
+    A mask of updates has the old values of a chunk of the flat tensor and the update of a product in addition, and the
+    updates of cut vectors until the last chunk.
+
+    Args:
+        load: of the rank.
+        projectors: input -> its sizes.
+        sharding: of the optimizer.
+        form: of the masks.
+        numel: elements of the rank's largest flat tensor.
     """
     most = 0
-    for element_bytes in form.passes(sharding):
-        is_update = element_bytes == FP32 and form.apply_to != "gradient"
-        limit = MAX_CHUNK_ELEMENTS if is_update else None
+    for element_bytes, is_update in form.passes(sharding):
         products = [
-            _product_bytes(
-                projectors[name], numel, load.num_matrices[name] > 1 and not is_update, element_bytes, sharding, limit
-            )
-            for name, numel in load.stepped.items()
+            _product_bytes(projectors[name], elements, load.num_matrices[name] > 1, element_bytes, sharding, is_update)
+            for name, elements in load.stepped.items()
         ]
         exchange = element_bytes * 2 * sum(min(n, MAX_ROUND_ELEMENTS) for n in (load.fragments, load.completed))
-        kept = 0
         if is_update:
-            # Old values and updates of a chunk of complete vectors.
-            chunk = min(max(load.stepped.values(), default=0), MAX_CHUNK_ELEMENTS)
-            products = [product + 2 * FP32 * chunk for product in products]
+            chunk = FP32 * min(numel, MAX_CHUNK_ELEMENTS)
             kept = FP32 * load.fragments
-        most = max(most, kept + max([exchange, *products]))
+            most = max(most, kept + max(exchange, chunk + max(products, default=0)))
+        else:
+            most = max(most, exchange, *products)
     return most
 
 
@@ -171,15 +179,19 @@ def _product_bytes(
     is_stacked: bool,
     element_bytes: int,
     sharding: Sharding,
-    limit: int | None,
+    is_update: bool,
 ) -> int:
-    """Of one product of vectors: their copies in one place and in float32, the product, and it in the vectors' type."""
-    at_once = num_vectors_at_once(projector.width) * projector.width
-    n = min(numel, at_once, at_once if limit is None else limit)
-    stacked = element_bytes * n if is_stacked else 0
-    codes = FP32 * n // projector.width * projector.code_width
+    """Of one product of n elements: their copy in one place, the product in float32, and it in the vectors' own type.
+
+    A dense projector multiplies a copy of 16-bit vectors in float32. One of low rank has the codes twice, and on its
+    way to float32 vectors a copy of a 16-bit basis. Of a mask of updates come the updates themselves.
+    """
+    limit = MAX_CHUNK_ELEMENTS if is_update else num_vectors_at_once(projector.width) * projector.width
+    n = min(numel, limit)
+    copies = element_bytes * n * (is_stacked + is_update)
+    is_short = element_bytes != FP32
     if projector.is_dense:
-        own = max(FP32, element_bytes) if element_bytes != FP32 else 0
-        return stacked + FP32 * n + own * n
-    basis = FP32 * projector.width * projector.code_width if sharding.weight_bytes != FP32 else 0
-    return stacked + FP32 * n + 2 * codes + max(basis, element_bytes * n if element_bytes != FP32 else 0)
+        return copies + FP32 * n + (FP32 * n if is_short else 0)
+    codes = 2 * FP32 * (n // projector.width) * projector.code_width
+    basis = FP32 * projector.width * projector.code_width if sharding.weight_bytes != FP32 and not is_short else 0
+    return copies + FP32 * n + codes + max(basis, element_bytes * n if is_short else 0)

@@ -24,7 +24,7 @@ def directions_step_use(size: ModelSize, sharding: Sharding, form: DirectionForm
     for matrix in size.matrices:
         projector = PlannedProjector.plan(matrix.width, form.rank, sharding.weight_bytes)
         flops += matrix.num_outputs * flop_of_vector(projector)
-    passes = list(form.passes(sharding))
+    passes = [element_bytes for element_bytes, _ in form.passes(sharding)]
     sent = max(load.sent for load in plan_loads(size, sharding))
     return StepUse(
         flops=flops * len(passes) * (sharding.num_ranks if sharding.stage == 0 else 1),
