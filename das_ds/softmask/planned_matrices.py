@@ -8,7 +8,7 @@ from das_ds.functional.units import UnitLayout
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.find_readers import find_readers
 from das_ds.models.language_model import LanguageModel
-from das_ds.models.lora import Lora
+from das_ds.models.lora import AdaptedLinear, Lora
 from das_ds.models.size import MatrixSize
 from das_ds.softmask.layer_inputs import trace_without_values
 from das_ds.softmask.masked_matrix import MaskedMatrix
@@ -38,7 +38,8 @@ def plan_matrices(
     if lora is not None:
         adapted = {linear.weight: parameters[linear.weight] for linear in lora.linears}
         traced = trace_without_values(LanguageModel(network, architecture), find_readers(network, adapted))
-        return _adapters(lora, {matrix.parameter: matrix.input for matrix in traced.matrices})
+        inputs = {matrix.parameter: matrix.input for matrix in traced.matrices}
+        return _adapters([linear for name in parameters for linear in lora.linears if linear.weight == name], inputs)
     traced = trace_without_values(LanguageModel(network, architecture), find_readers(network, parameters))
     added = {name: added_tokens if name in layout.vocabulary else 0 for name in parameters}
     sizes = []
@@ -55,16 +56,16 @@ def _describe(matrix: MaskedMatrix, parameter: int, added_rows: int) -> MatrixSi
     return MatrixSize(parameter, matrix.start, num_outputs, matrix.width, matrix.input, matrix.transposed)
 
 
-def _adapters(lora: Lora, inputs: dict[str, str]) -> tuple[Parameters, tuple[MatrixSize, ...]]:
+def _adapters(linears: list[AdaptedLinear], inputs: dict[str, str]) -> tuple[Parameters, tuple[MatrixSize, ...]]:
     """A (r, d) reads what the adapted layer does, and B (o, r) what A returns.
 
     Args:
-        lora: the adapters.
+        linears: in the order of the network's modules.
         inputs: adapted weight -> its input.
     """
     sizes: list[tuple[int, bool]] = []
     matrices = []
-    for linear in lora.linears:
+    for linear in linears:
         for width, num_outputs, name in (
             (linear.num_inputs, linear.rank, inputs[linear.weight]),
             (linear.rank, linear.num_outputs, linear.b),
