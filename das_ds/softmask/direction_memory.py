@@ -83,6 +83,7 @@ def directions_memory(size: ModelSize, sharding: Sharding, form: DirectionForm) 
     | moments | host memory of their owners | about S / W, at least that of the widest input where it owns one |
     | projectors | device | of the inputs that it steps a matrix of: at stages 1 and 2 some, at 0 and 3 all |
     | in a step | device | `scratch_bytes` |
+    | old values, where updates are masked | with the optimizer's state | 16 MiB at most |
     | start of a domain | device | `projector_work_bytes` of the widest input |
     | end of a domain | device | sums of one group of inputs; where inputs have 16 bits, one moment more |
     | end of a domain | host | the moments of the domain, and one sum with earlier ones |
@@ -106,13 +107,14 @@ def directions_memory(size: ModelSize, sharding: Sharding, form: DirectionForm) 
     own_moments = _most_owned(widths, loads, sharding.num_ranks)
     # At stage 3 the first rank has no less of anything than others.
     busiest = loads[:1] if sharding.stage == 3 else loads
+    masks_updates = form.apply_to != "gradient"
     # Without ZeRO every parameter is a flat tensor of its own.
     numel = max(n for n, _ in size.parameters) if sharding.stage == 0 else -(-size.trained // sharding.num_ranks)
     return MemoryUse(
         device={"direction masks": max(sum(projectors[name].num_bytes for name in load.stepped) for load in busiest)},
-        device_in_step={
-            "products of masks": max(scratch_bytes(load, projectors, sharding, form, numel) for load in busiest)
-        },
+        device_in_step={"products of masks": max(scratch_bytes(load, projectors, sharding, form) for load in busiest)},
+        # The optimizer keeps their memory from step to step.
+        optimizer={"old values of a chunk": FP32 * min(numel, MAX_CHUNK_ELEMENTS)} if masks_updates else {},
         host={"moments of inputs": own_moments},
         device_at_start={
             "projector of one input": max(
@@ -143,19 +145,17 @@ def _most_owned(widths: Mapping[str, int], loads: Sequence[RankLoad], num_ranks:
 
 
 def scratch_bytes(
-    load: RankLoad, projectors: Mapping[str, PlannedProjector], sharding: Sharding, form: DirectionForm, numel: int
+    load: RankLoad, projectors: Mapping[str, PlannedProjector], sharding: Sharding, form: DirectionForm
 ) -> int:
     """What exists for a while in a step: the largest product, or the largest exchange of cut vectors.
 
-    A mask of updates has the old values of a chunk of the flat tensor and the update of a product in addition, and the
-    updates of cut vectors until the last chunk.
+    A mask of updates has the update of a product in addition, and the updates of cut vectors until the last chunk.
 
     Args:
         load: of the rank.
         projectors: input -> its sizes.
         sharding: of the optimizer.
         form: of the masks.
-        numel: elements of the rank's largest flat tensor.
     """
     most = 0
     for element_bytes, is_update in form.passes(sharding):
@@ -165,9 +165,8 @@ def scratch_bytes(
         ]
         exchange = element_bytes * 2 * sum(min(n, MAX_ROUND_ELEMENTS) for n in (load.fragments, load.completed))
         if is_update:
-            chunk = FP32 * min(numel, MAX_CHUNK_ELEMENTS)
             kept = FP32 * load.fragments
-            most = max(most, kept + max(exchange, chunk + max(products, default=0)))
+            most = max(most, kept + max(exchange, *products))
         else:
             most = max(most, exchange, *products)
     return most
