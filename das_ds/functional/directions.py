@@ -58,7 +58,9 @@ def describe_invalid_moment(moment: torch.Tensor) -> str | None:
     return None
 
 
-def direction_projector(relative: torch.Tensor, half_saturation: float) -> torch.Tensor:
+def direction_projector(
+    relative: torch.Tensor, half_saturation: float, device: torch.device | None = None
+) -> torch.Tensor:
     """P = (I + M / c)^-1, by which every row of an update dW (o, d) is multiplied: dW <- dW P.
 
     In the eigenvectors of M, which belong to shares a of the input's energy, that is the mask 1 - I with the saturating
@@ -71,22 +73,68 @@ def direction_projector(relative: torch.Tensor, half_saturation: float) -> torch
     Rounded to float32, M has eigenvalues slightly below 0. Where c is so small that they matter, they are set to 0,
     which needs the eigenvectors; elsewhere a Cholesky factor is enough, in a tenth of the time.
 
+    Memory: one float64 matrix, in which factor and inverse replace each other, `projector_work_bytes`.
+
     Args:
         relative: (d, d), M; of several domains their sum.
         half_saturation: c; at c = 0 only directions that never came in would learn, without limit all learn freely.
+        device: where P is computed and returned; None: where M is.
 
     Returns:
         (d, d) float32, symmetric, with eigenvalues in (0, 1] up to `NEGLIGIBLE_EIGENVALUE`.
     """
+    matrix = _scaled(relative, half_saturation, device)
     # M / c, whose eigenvalues must not be below -1 for the Cholesky factor of I + M / c to exist.
-    scaled = relative.double() / half_saturation
-    identity = torch.eye(len(relative), dtype=torch.float64, device=relative.device)
-    _, failed = torch.linalg.cholesky_ex(scaled + NEGLIGIBLE_EIGENVALUE * identity)
-    if not failed:
-        return torch.cholesky_inverse(torch.linalg.cholesky(identity + scaled)).float()
-    shares, vectors = torch.linalg.eigh(scaled)
-    mask = (vectors / (1.0 + shares.clamp_min(0.0))) @ vectors.T
-    return ((mask + mask.T) / 2.0).float()
+    matrix.diagonal().add_(NEGLIGIBLE_EIGENVALUE)
+    if _factorize_(matrix):
+        _scaled(relative, half_saturation, device, out=matrix).diagonal().add_(1.0)
+        _factorize_(matrix)
+        torch.cholesky_inverse(matrix, out=matrix)
+        return matrix.float()
+    shares, vectors = _decompose_(_scaled(relative, half_saturation, device, out=matrix))
+    # P = V S V^T with S = 1 / (1 + a): as the square of V S^(1/2), which is symmetric as computed.
+    vectors.mul_((1.0 + shares.clamp_min_(0.0)).rsqrt_())
+    return (vectors @ vectors.T).float()
+
+
+def projector_work_bytes(width: int, *, is_dense: bool) -> int:
+    """Bytes on its device while a projector is computed, without the projector.
+
+    Dense: a float64 matrix in which factor and inverse replace each other, and on a GPU cuSOLVER's right-hand side,
+    16 d^2. Low rank: a float64 matrix in which eigenvectors replace the moment, and the work space of `syevd`, two more
+    (1 + 6 d + 2 d^2 numbers in LAPACK), 24 d^2. Where a moment has negative eigenvalues that matter, a dense projector
+    takes as much, and one product.
+
+    Args:
+        width: d.
+        is_dense: whether P is exact.
+    """
+    return (16 if is_dense else 24) * width**2
+
+
+def _scaled(
+    moment: torch.Tensor, scale: float, device: torch.device | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """M / scale in float64, stored by columns: solvers work in such a matrix itself, and copy any other."""
+    if out is None:
+        out = torch.empty(moment.shape, dtype=torch.float64, device=device or moment.device).mT
+    # Row by row of the memory, as M is symmetric.
+    out.mT.copy_(moment)
+    return out.div_(scale)
+
+
+def _factorize_(matrix: torch.Tensor) -> bool:
+    """A <- L with A = L L^T, in the memory of A; whether A has one."""
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
+    return not failed
+
+
+def _decompose_(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(eigenvalues (d,) in ascending order, eigenvectors (d, d)) of A, in the memory of A."""
+    eigenvalues = torch.empty(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    torch.linalg.eigh(matrix, out=(eigenvalues, matrix))
+    return eigenvalues, matrix
 
 
 @dataclass(frozen=True)
@@ -102,7 +150,11 @@ class Flattening:
 
 
 def build_projector(
-    moment: torch.Tensor, half_saturation: float, rank: Rank, dtype: torch.dtype = torch.float32
+    moment: torch.Tensor,
+    half_saturation: float,
+    rank: Rank,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> DenseProjector | LowRankProjector:
     """P = (I + M / c)^-1, exact or with the factor of most directions flattened to one, tau.
 
@@ -113,13 +165,11 @@ def build_projector(
     Above r = d / 2 the exact form multiplies in fewer operations and is used.
 
     Args:
-        moment: (d, d), M, on the device to compute on.
+        moment: (d, d), M, on any device.
         half_saturation: c.
         rank: r of the directions that keep their factors; see `Rank`.
         dtype: of their basis, float32 or bfloat16.
-
-    Returns:
-        On the device of M.
+        device: where P is computed and returned; None: where M is.
 
     Raises:
         ValueError: a rank below 1, or another dtype.
@@ -127,21 +177,29 @@ def build_projector(
     width = len(moment)
     if isinstance(rank, int) and rank < 1:
         raise ValueError(f"rank: found {rank}, expected 1 or more, full or auto")
-    if rank == "full" or (isinstance(rank, int) and 2 * rank > width):
-        return DenseProjector(direction_projector(moment, half_saturation))
+    if is_dense(rank, width):
+        return DenseProjector(direction_projector(moment, half_saturation, device))
     # In float64: float32 would err by 1e-6 of the largest eigenvalue, divided by c, and is not faster on a CPU.
-    eigenvalues, vectors = torch.linalg.eigh(moment.double())
+    eigenvalues, vectors = _decompose_(_scaled(moment, 1.0, device))
     ascending = eigenvalues.clamp_min(0.0).cpu()
     if rank == "auto":
         flat = smallest_flattening(ascending, half_saturation)
     else:
+        assert isinstance(rank, int)
         flat = best_flattening(ascending, half_saturation, rank)
     if flat is None:
-        return DenseProjector(direction_projector(moment, half_saturation))
+        del vectors
+        return DenseProjector(direction_projector(moment, half_saturation, device))
     kept = torch.cat([torch.arange(flat.start), torch.arange(flat.stop, width)])
     factors = half_saturation / (half_saturation + ascending[kept])
-    device = moment.device
-    return LowRankProjector.from_factors(vectors[:, kept.to(device)], factors.to(device), flat.tail, dtype)
+    # The two ranges that are kept, rounded one after the other: no copy of them in float64.
+    basis = torch.cat([part.to(dtype) for part in (vectors[:, : flat.start], vectors[:, flat.stop :])], dim=1)
+    return LowRankProjector.from_factors(basis, factors.to(vectors.device), flat.tail, dtype)
+
+
+def is_dense(rank: Rank, width: int) -> bool:
+    """Whether a projector of this rank is exact for any moment: above d / 2 that takes fewer operations."""
+    return rank == "full" or (isinstance(rank, int) and 2 * rank > width)
 
 
 def best_flattening(ascending: torch.Tensor, half_saturation: float, rank: int) -> Flattening:

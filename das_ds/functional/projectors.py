@@ -134,7 +134,10 @@ class LowRankProjector:
         # The layout in which a fragment's rows of V are contiguous.
         basis = vectors.to(dtype).contiguous()
         # Rounding changes a column's length, which would add to the smallest factors as much as they are.
-        lengths = basis.double().square().sum(dim=0)
+        lengths = torch.stack(
+            [torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64) for rows in basis.split(1024)]
+        )
+        lengths = lengths.square().sum(dim=0)
         return cls(basis, ((factors.double() - tail) / lengths).float(), tail)
 
     @property

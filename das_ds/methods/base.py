@@ -45,6 +45,9 @@ class Method(Generic[C]):
     starts_from_base = False
     """Each domain starts from the base model instead of the previous domain's."""
 
+    measures_inputs = False
+    """Whether `memory` and `step_use` need to know the trained matrices of the network and their inputs."""
+
     def __init__(self, run: RunContext) -> None:
         self.run = run
         self.settings = self.settings_in(run.config)

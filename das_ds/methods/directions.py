@@ -15,7 +15,7 @@ from das_ds.config.section import PathText
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.methods.base import Method
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
+from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 from das_ds.run_dir import DIRECTIONS_FILE
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from das_ds.context import CorpusSample, DomainContext, RunContext
     from das_ds.functional.projectors import Projector
     from das_ds.softmask.direction import DirectionImportance
+    from das_ds.softmask.direction_memory import DirectionForm
     from das_ds.softmask.plasticity import DomainPlasticity, InputPlasticity, PlasticityReading
 
 logger = logging.getLogger(__name__)
@@ -90,15 +91,16 @@ class Directions(Method[DirectionsConfig]):
     `init_from`. There is no contrast, which needs units.
 
     Each input of layers (queries, keys and values share one) has an fp32 matrix M (d, d), in the host memory of one
-    rank. P is next to the optimizer's state of the ranks that step a layer of that input, and each flat tensor is
-    copied during its step. Extra compute: d / (3 * tokens of the global batch) of a training step, and per domain one
-    forward pass over the sample for every 4 GiB of moments.
+    rank. P is on the device of the ranks that step a layer of that input. Extra compute: d / (3 * tokens of the global
+    batch) of a training step for each of gradient and update, and per domain one forward pass over the sample for every
+    4 GiB of moments.
 
     Raises:
         ModelError: the network has layers whose directions cannot be masked.
     """
 
     Config = DirectionsConfig
+    measures_inputs = True
 
     def __init__(self, run: RunContext) -> None:
         from das_ds.softmask.input_layout import build_input_layout
@@ -130,25 +132,32 @@ class Directions(Method[DirectionsConfig]):
 
     @classmethod
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
-        """Moments, masks, the weights before the step, and what exists only between two domains.
-
-        See `directions_memory`, whose widths are those of a common network: per layer three inputs as wide as the
-        hidden states and one as wide as the neurons, and two more of the LM head.
-        """
+        """Moments, projectors, products in a step, and what exists only between two domains; `directions_memory`."""
         from das_ds.softmask.direction_memory import directions_memory
 
-        widths = {size.hidden: 3 * size.num_layers + 2}
-        widths[size.inner] = widths.get(size.inner, 0) + size.num_layers
-        return directions_memory(widths, size.trained, sharding)
+        return directions_memory(size, sharding, cls._form(config))
+
+    @classmethod
+    def step_use(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
+        """Products of gradients, updates or both, and exchanges of cut vectors; see `directions_step_use`."""
+        from das_ds.softmask.direction_step import directions_step_use
+
+        return directions_step_use(size, sharding, cls._form(config))
+
+    @classmethod
+    def _form(cls, config: RunConfig) -> DirectionForm:
+        from das_ds.softmask.direction_memory import DirectionForm
+
+        settings = cls.settings_in(config)
+        return DirectionForm(settings.rank, settings.apply_to, config.train.weight_decay > 0.0)
 
     @classmethod
     def num_measured(cls, config: RunConfig, size: ModelSize) -> int:
         """`num_samples`, or its default for the widest input."""
         from das_ds.softmask.input_moments import default_num_samples
 
-        return cls.settings_in(config).num_samples or default_num_samples(
-            max(size.hidden, size.inner), config.data.sequence_length
-        )
+        widest = max(matrix.width for matrix in size.matrices)
+        return cls.settings_in(config).num_samples or default_num_samples(widest, config.data.sequence_length)
 
     def before_domain(self, domain: DomainContext) -> None:
         """Measure what earlier domains leave free; before the first one also what is known already.

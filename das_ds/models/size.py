@@ -18,6 +18,29 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_a
 
 
 @dataclass(frozen=True)
+class MatrixSize:
+    """One trained matrix W (o, d) that multiplies an input; see `softmask.masked_matrix.MaskedMatrix`."""
+
+    parameter: int
+    """Which of `ModelSize.parameters` it lies in."""
+    start: int
+    """First element of the matrix in the flattened parameter."""
+    num_outputs: int
+    """o."""
+    width: int
+    """d."""
+    input: str
+    """Name of the input; matrices with the same one share what is measured of it."""
+    transposed: bool = False
+    """Whether it is stored as (d, o)."""
+
+    @property
+    def numel(self) -> int:
+        """Number of its elements."""
+        return self.num_outputs * self.width
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """Counts of a network."""
 
@@ -37,6 +60,11 @@ class ModelSize:
     vocabulary: int
     largest_trained: int = 0
     """Elements of the largest trained parameter, whose gradient is complete before it is reduced."""
+    parameters: tuple[tuple[int, bool], ...] = ()
+    """(elements, whether it has more than one dimension) of every trained parameter in the order of the engine; like
+    `matrices` only where the method asks for it."""
+    matrices: tuple[MatrixSize, ...] = ()
+    """Every trained matrix that multiplies an input, in the order in which masks have them."""
 
     @property
     def has_adapters(self) -> bool:
@@ -89,6 +117,8 @@ class MemoryUse:
     """Name -> bytes of one rank, in host memory."""
     checkpoint: int = 0
     """Of a checkpoint within a domain, over all ranks."""
+    checkpoint_of_rank: int = 0
+    """Of such a checkpoint in addition, from each rank: what is different on every one of them."""
     checkpoint_in_place: int = 0
     """Of these, what is written from where it is, without a copy in host memory."""
     domain: int = 0
@@ -97,6 +127,8 @@ class MemoryUse:
     """On disk once: files of the complete run."""
     extra_rows: int = 0
     """Rows that one forward pass of a rank has in addition to those of its micro-batch."""
+    device_in_step: Mapping[str, int] = field(default_factory=dict)
+    """Name -> bytes of one rank on the device that exist only during a step."""
     device_at_start: Mapping[str, int] = field(default_factory=dict)
     """Name -> bytes of one rank on the device that exist only while a domain starts, between two steps."""
     device_at_end: Mapping[str, int] = field(default_factory=dict)
@@ -112,10 +144,12 @@ class MemoryUse:
             optimizer={**self.optimizer, **other.optimizer},
             host={**self.host, **other.host},
             checkpoint=self.checkpoint + other.checkpoint,
+            checkpoint_of_rank=self.checkpoint_of_rank + other.checkpoint_of_rank,
             checkpoint_in_place=self.checkpoint_in_place + other.checkpoint_in_place,
             domain=self.domain + other.domain,
             run=self.run + other.run,
             extra_rows=self.extra_rows + other.extra_rows,
+            device_in_step={**self.device_in_step, **other.device_in_step},
             device_at_start={**self.device_at_start, **other.device_at_start},
             device_at_end={**self.device_at_end, **other.device_at_end},
             host_at_end={**self.host_at_end, **other.host_at_end},

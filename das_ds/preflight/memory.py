@@ -19,7 +19,7 @@ from das_ds.data.tokenizers import build_tokenizers
 from das_ds.errors import PreflightError
 from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import HEAD, INTERMEDIATE
-from das_ds.methods import method_memory
+from das_ds.methods import method_class, method_memory
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import (
@@ -31,7 +31,7 @@ from das_ds.models.loading import (
     model_config,
 )
 from das_ds.models.lora import Lora
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
+from das_ds.models.size import MatrixSize, MemoryUse, ModelSize, Sharding
 from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, format_bytes
 from das_ds.preflight.host_memory import free_memory
 from das_ds.preflight.memory_estimate import (
@@ -43,6 +43,7 @@ from das_ds.preflight.memory_estimate import (
     estimate_memory,
     logits_bytes,
 )
+from das_ds.softmask.planned_matrices import Parameters, plan_matrices
 
 if TYPE_CHECKING:
     # It loads DeepSpeed, which takes seconds that an estimate need not wait for.
@@ -99,6 +100,8 @@ def count_parameters(
 ) -> ModelSize:
     """Sizes of a model whose embedding has at least `num_rows` rows, LoRA included.
 
+    For a method that measures inputs of layers the model has to be on the meta device.
+
     Raises:
         ModelError: the architecture does not fit the model.
         ConfigError: LoRA does not fit the model.
@@ -110,12 +113,17 @@ def count_parameters(
     added = max(0, num_rows - num_embeddings) * sum(layout.shapes[name][2] for name in layout.vocabulary)
     total = trained = sum(layout.sizes.values()) + added
     largest_trained = max(layout.sizes.values())
-    if config.model.lora is not None:
-        linears = Lora.plan(model, layout, config.model.lora).linears
+    lora = None if config.model.lora is None else Lora.plan(model, layout, config.model.lora)
+    if lora is not None:
+        linears = lora.linears
         largest_trained = max(linear.rank * max(linear.num_inputs, linear.num_outputs) for linear in linears)
         trained = sum(linear.rank * (linear.num_inputs + linear.num_outputs) for linear in linears)
         total += trained
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)
+    parameters: Parameters = ()
+    matrices: tuple[MatrixSize, ...] = ()
+    if method_class(config.method).measures_inputs:
+        parameters, matrices = plan_matrices(model, architecture, layout, lora, max(0, num_rows - num_embeddings))
     if architecture.has_experts:
         # One token uses only some of the experts.
         num_experts = max(shape[0] for shape in layout.shapes.values())
@@ -131,6 +139,8 @@ def count_parameters(
         heads=layout.num_units.get(HEAD, getattr(model.config, "num_attention_heads", 1)),
         vocabulary=max(num_embeddings, num_rows),
         largest_trained=largest_trained,
+        parameters=parameters,
+        matrices=matrices,
     )
 
 
@@ -200,7 +210,14 @@ def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig
     sharding = zero_sharding(config, engine, num_ranks)
     method = method_memory(config, size, sharding)
     copied = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint - method.checkpoint_in_place
-    return estimate_memory(size, sharding, method=method, copied_bytes=copied if config.checkpoint.async_save else 0)
+    is_copied = config.checkpoint.async_save
+    return estimate_memory(
+        size,
+        sharding,
+        method=method,
+        copied_bytes=copied if is_copied else 0,
+        copied_of_rank=method.checkpoint_of_rank if is_copied else 0,
+    )
 
 
 def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
@@ -239,11 +256,12 @@ class DiskUse:
         return self.num_checkpoints * self.checkpoint + self.num_domains * self.domain + self.run
 
 
-def disk_use(config: RunConfig, size: ModelSize) -> DiskUse:
-    """Disk space of a run."""
+def disk_use(config: RunConfig, size: ModelSize, num_ranks: int) -> DiskUse:
+    """Disk space of a run on so many ranks."""
     method = unsharded_use(config, size)
+    method_checkpoint = method.checkpoint + num_ranks * method.checkpoint_of_rank
     return DiskUse(
-        checkpoint=checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint,
+        checkpoint=checkpoint_bytes(size.trained, config.train.optimizer) + method_checkpoint,
         domain=domain_bytes(size) + method.domain,
         run=method.run,
         # While a checkpoint is written, those to keep are still there.

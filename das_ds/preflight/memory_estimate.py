@@ -92,7 +92,9 @@ class MemoryEstimate:
         )
 
 
-def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, copied_bytes: int) -> MemoryEstimate:
+def estimate_memory(
+    size: ModelSize, sharding: Sharding, *, method: MemoryUse, copied_bytes: int, copied_of_rank: int = 0
+) -> MemoryEstimate:
     """Memory of one rank; R = 1 for what its ZeRO stage does not shard.
 
     | item         | stage 0                | stage 1       | stage 2         | stage 3             |
@@ -119,6 +121,7 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
         sharding: how it is sharded.
         method: memory that the method adds.
         copied_bytes: of a checkpoint that is staged in host memory, over all ranks; 0 for none.
+        copied_of_rank: of this rank in addition.
     """
     shards = sharding.optimizer_shards
     weight_shards = sharding.weight_shards
@@ -138,14 +141,15 @@ def estimate_memory(size: ModelSize, sharding: Sharding, *, method: MemoryUse, c
         if is_replicated
         else sharding.num_buckets * w * sharding.bucket,
     }
-    host: dict[str, int] = {"copy of a checkpoint": copied_bytes // shards, **method.host}
+    host: dict[str, int] = {"copy of a checkpoint": copied_bytes // shards + copied_of_rank, **method.host}
     if sharding.stage == 3 and w != FP32 and size.has_adapters:
         host["frozen weights"] = FP32 * (size.total - size.trained) // weight_shards
     host |= optimizer if sharding.offloads_optimizer else {}
     host |= weights if sharding.offloads_weights else {}
     on_device = {**weights, **temporary, **optimizer, **method.device}
-    device = {name: num_bytes for name, num_bytes in on_device.items() if name not in host}
-    at_rest = {**device, **_temporary_at_rest(size, sharding)}
+    between_steps = {name: num_bytes for name, num_bytes in on_device.items() if name not in host}
+    device = {**between_steps, **method.device_in_step}
+    at_rest = {**between_steps, **_temporary_at_rest(size, sharding)}
     with_gradients = method.measurement == "gradients"
     # Any pass at the end of a domain gathers weights; only one that measures gradients has these.
     gathered = {"gathered weights": temporary["gathered weights"]} if method.measurement != "none" else {}

@@ -76,10 +76,10 @@ def check_sharing(checks: Checklist, root: Path, peers: PeerCheck) -> None:
     checks.run("sharing", "one folder, seen by all ranks", probe, summarize)
 
 
-def check_disk(checks: Checklist, config: RunConfig, size: ModelSize) -> None:
-    """Free space, compared with the files that the run still has to write."""
+def check_disk(checks: Checklist, config: RunConfig, size: ModelSize, num_ranks: int) -> None:
+    """Free space, compared with the files that the run still has to write on so many ranks."""
     root = config.output_dir
-    use = disk_use(config, size)
+    use = disk_use(config, size, num_ranks)
     needed = use.total
     expected = (
         f"{format_bytes(needed)} = {use.num_checkpoints} checkpoints of {format_bytes(use.checkpoint)} "

@@ -133,7 +133,7 @@ def plan_run(config: RunConfig, model: PlannedModel, cluster: Cluster, num_gpus:
         activations=activations,
         peaks=_peaks(memory, activations, use),
         host_per_node=ranks_of_node * memory.host_bytes + memory.host_export,
-        disk=disk_use(config, model.size),
+        disk=disk_use(config, model.size, num_gpus),
         collectives=tuple(collectives),
         flops=flops,
         compute_seconds=compute_seconds,

@@ -76,7 +76,7 @@ def format_plan(config: RunConfig, model: PlannedModel, cluster: Cluster, plan: 
 def plan_values(config: RunConfig, model: PlannedModel, cluster: Cluster, plan: Plan) -> dict[str, Any]:
     """One plan as JSON values; bytes, seconds and FLOPs without prefixes."""
     return {
-        "model": asdict(model.size),
+        "model": {key: value for key, value in asdict(model.size).items() if key not in ("parameters", "matrices")},
         "method": config.method.name,
         "cluster": asdict(cluster),
         "gpus": plan.num_gpus,

@@ -39,7 +39,7 @@ def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list
     size = check_model(checks, pinned)
     check_corpora(checks, pinned)
     if size is not None and is_usable:
-        check_disk(checks, config, size)
+        check_disk(checks, config, size, info.world_size)
     else:
         checks.skip("disk", "room for all checkpoints and models", needs=("folder", "writing", "model"))
     if size is not None and engine is not None:

@@ -13,14 +13,14 @@ import torch
 from das_ds.context import CorpusSample, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import DasError
-from das_ds.functional.directions import Rank, build_projector
+from das_ds.functional.directions import Rank, build_projector, is_dense, projector_work_bytes
 from das_ds.functional.projectors import Projector
 from das_ds.softmask.apply import DirectionTarget, clear_masks, mask_directions
 from das_ds.softmask.directions_file import load_directions, save_directions
 from das_ds.softmask.input_layout import InputLayout
 from das_ds.softmask.input_moments import measure_moments
 from das_ds.softmask.linear_inputs import find_masked_matrices
-from das_ds.softmask.projector_exchange import share_projector
+from das_ds.softmask.projector_exchange import find_room, move_projector, share_projector
 
 MEASURED = "measured"
 NUM_TOKENS = "num_tokens"
@@ -103,11 +103,11 @@ class DirectionImportance:
         caller has to take all: ranks wait for each other.
 
         Args:
-            compute: M, (d, d) on the device -> its projector, there.
+            compute: M, (d, d) in host memory -> its projector on the device.
         """
         device = self.run.engine.ranks.info.device
         for name, moment in self._moments.items():
-            own = None if moment is None else compute(moment.to(device))
+            own = None if moment is None else compute(moment)
             projector = share_projector(own, self.inputs.owners[name], self.inputs.users[name], device)
             if projector is not None:
                 yield name, projector
@@ -123,7 +123,7 @@ class DirectionImportance:
         """
         # Earlier masks may be as large as the new ones: both need not fit in memory.
         clear_masks(self.run.engine)
-        return dict(self.projectors(lambda moment: build_projector(moment, half_saturation, rank)))
+        return dict(self.projectors(lambda moment: self._compute(moment, half_saturation, rank)))
 
     def own_projectors(self, half_saturation: float, rank: Rank = "full") -> Iterator[tuple[str, Projector]]:
         """(input, P) of each input that this rank owns, in turn; no other rank is asked.
@@ -131,9 +131,8 @@ class DirectionImportance:
         Args:
             half_saturation, rank: as for `build_projectors`.
         """
-        device = self.run.engine.ranks.info.device
         for name, moment in self.moments.items():
-            yield name, build_projector(moment.to(device), half_saturation, rank)
+            yield name, self._compute(moment, half_saturation, rank)
 
     def mask(self, projectors: Mapping[str, Projector], *, apply_to: DirectionTarget = "gradient") -> None:
         """Mask all further steps of the engine, and by nothing else; a collective.
@@ -146,6 +145,14 @@ class DirectionImportance:
         """
         matrices = find_masked_matrices(self.run, self.num_tokens)
         mask_directions(self.run.engine, matrices, projectors, apply_to=apply_to)
+
+    def _compute(self, moment: torch.Tensor, half_saturation: float, rank: Rank) -> Projector:
+        """The projector of a moment in host memory, on this rank's device."""
+        device = self.run.engine.ranks.info.device
+        # Gradients in 16 bits have no more digits than a basis in bfloat16.
+        dtype = torch.float32 if self.run.config.train.precision == "fp32" else torch.bfloat16
+        where = find_room(device, projector_work_bytes(len(moment), is_dense=is_dense(rank, len(moment))))
+        return move_projector(build_projector(moment, half_saturation, rank, dtype, where), device)
 
     def unit_gates(self) -> None:
         """None: directions belong to no unit."""

@@ -71,7 +71,7 @@ def count_mask_cost(
     product_bytes = FP32 + FP32 + element_bytes
     largest_product = max((vectors * projectors[name].width for name, vectors in products), default=0)
     return MaskCost(
-        flop=sum(vectors * _flop_of_vector(projectors[name]) for name, vectors in products),
+        flop=sum(vectors * flop_of_vector(projectors[name]) for name, vectors in products),
         memory_bytes=2 * num_elements * element_bytes + sum(projectors[name].num_bytes for name, _ in products),
         sent_bytes=element_bytes * sum(_sent_to_others(cut, rank) for cut in layout.rounds),
         num_exchanges=2 * len(layout.rounds),
@@ -93,7 +93,8 @@ def _products(layout: MaskLayout) -> Iterator[tuple[str, int]]:
                 yield name, min(at_once, num_vectors - first)
 
 
-def _flop_of_vector(projector: ProjectorSize) -> int:
+def flop_of_vector(projector: ProjectorSize) -> int:
+    """2 d^2 with a dense projector, 4 d k with one of rank k."""
     is_dense = projector.code_width == projector.width
     return 2 * projector.width**2 if is_dense else 4 * projector.width * projector.code_width
 

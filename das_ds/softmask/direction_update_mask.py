@@ -15,7 +15,7 @@ from das_ds.engine.loss_scaler import tf32
 from das_ds.functional.projectors import Projector
 from das_ds.softmask.direction_mask import plan_by_flat
 from das_ds.softmask.fragments import Fragment
-from das_ds.softmask.mask_layout import MaskLayout
+from das_ds.softmask.mask_layout import Batch, MaskLayout
 from das_ds.softmask.masked_matrix import MaskedMatrix
 from das_ds.softmask.matrix_blocks import Block
 from das_ds.softmask.projection import project_views
@@ -61,19 +61,21 @@ class DirectionUpdateMask:
         planned = self._chunks[chunk.start]
         with tf32(self._device):
             for batch in planned.batches:
-                after, before = (
-                    [self._view(values, p.shard, p.block, chunk) for p in batch.blocks] for values in (new, old)
-                )
-                updates = torch._foreach_sub(after, before)
-                products = project_views(list(updates), self._projectors[batch.input], self._device)
-                torch._foreach_copy_(after, before)
-                torch._foreach_add_(after, products)
+                self._blend_batch(batch, new, old, chunk)
         for fragment in planned.fragments:
             after_part, before_part = (
                 self._view(values, fragment.shard, fragment.block, chunk) for values in (new, old)
             )
             self._updates[fragment] = after_part - before_part
             after_part.copy_(before_part)
+
+    def _blend_batch(self, batch: Batch, new: torch.Tensor, old: torch.Tensor, chunk: slice) -> None:
+        # A function of its own, so that its tensors are freed before the next batch.
+        after, before = ([self._view(values, p.shard, p.block, chunk) for p in batch.blocks] for values in (new, old))
+        updates = torch._foreach_sub(after, before)
+        products = project_views(list(updates), self._projectors[batch.input], self._device)
+        torch._foreach_copy_(after, before)
+        torch._foreach_add_(after, products)
 
     def finish_(self, flat: torch.Tensor) -> None:
         """Blend cut vectors; a collective where there are any on any rank.

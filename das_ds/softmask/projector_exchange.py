@@ -1,4 +1,4 @@
-"""Exchange of projectors: from the rank that computed one to those that need it, whatever its form is."""
+"""Where projectors are: computed where there is room, and sent to the ranks that need them, whatever their form is."""
 
 from __future__ import annotations
 
@@ -35,6 +35,28 @@ def share_projector(
         _send(projector, owner, users, device)
         return projector if owner in users else None
     return _receive(owner, users, device) if rank() in users else None
+
+
+def find_room(device: torch.device, num_bytes: int) -> torch.device:
+    """The device, or the host where the device is a GPU that lacks this memory.
+
+    Args:
+        device: of this rank.
+        num_bytes: that are needed there for a while.
+    """
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    # What the allocator keeps and nobody uses.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return device if num_bytes <= free else torch.device("cpu")
+
+
+def move_projector(projector: Any, device: torch.device) -> Projector:
+    """The same projector with its tensors on a device; they are not copied where they are there."""
+    moved = {name: tensor.to(device) for name, tensor in _tensors(projector).items()}
+    result: Projector = dataclasses.replace(projector, **moved)
+    return result
 
 
 def _send(projector: Any, owner: int, users: Sequence[int], device: torch.device) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.fake_rank_checks import NO_REUSE, check_memory, check_rank, fake_run
+from helpers.fake_rank_checks import NO_REUSE, busiest_rank, check_memory, check_rank, fake_run
 
 pytestmark = pytest.mark.multirank
 
@@ -57,3 +57,19 @@ def test_stage_3_gathers_less_what_it_reuses(reuse: int, is_recomputed: str, tmp
 def test_stage_3_gathers_small_parameters_once(tmp_path: Path) -> None:
     overrides = (*NO_REUSE, "deepspeed.zero_optimization.stage3_param_persistence_threshold=500")
     check_rank(fake_run(tmp_path, 8, 3, "method=ncl", *overrides, micro_steps=2), 0, 8, 3)
+
+
+@pytest.mark.parametrize("form", ["{apply_to: both}", "{apply_to: gradient, rank: 12}", "{apply_to: update, rank: 12}"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [8, 64, 512])
+def test_directions_exchange_cut_vectors_only(world_size: int, stage: int, form: str, tmp_path: Path) -> None:
+    """Bytes of the rank that sends most, no collective of another kind, and held memory."""
+    method = f"method={{name: directions, {form[1:]}"
+    config = fake_run(tmp_path, world_size, stage, method, *NO_REUSE)
+    rank = busiest_rank(config, world_size)
+    check_memory(config, check_rank(config, rank, world_size, stage), world_size)
+
+
+def test_directions_at_stage_0_exchange_nothing(tmp_path: Path) -> None:
+    config = fake_run(tmp_path, 8, 0, "method=directions")
+    check_memory(config, check_rank(config, 3, 8, 0), 8)

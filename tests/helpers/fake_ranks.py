@@ -31,8 +31,10 @@ from das_ds.distributed.process_group import ProcessGroup, init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.engine.zero import full_numel, full_shape
 from das_ds.methods import build_method
+from das_ds.methods.directions import Directions
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.domain_trainer import DomainTrainer
+from helpers.fake_directions import protect_directions
 from helpers.run_ranks import run_ranks
 from helpers.training import build, random_batch
 
@@ -78,6 +80,8 @@ def _observe(config: RunConfig, rank: int, world_size: int, model_changes: dict[
         run = build(config, ranks, **model_changes)
         method = build_method(run)
         domain = _domain(Path(config.output_dir))
+        if isinstance(method, Directions):
+            protect_directions(method, world_size)
         method.before_domain(domain)
         run.engine.start_domain(3)
         method.on_train_start(domain)
@@ -88,7 +92,7 @@ def _observe(config: RunConfig, rank: int, world_size: int, model_changes: dict[
             trainer.train_step(step, batches, measure_norm=False)
         gc.collect()
         held = sum(storage.nbytes() for storage in _live_storages())
-        with _Recorder() as recorder:
+        with _Recorder(rank) as recorder:
             trainer.train_step(3, batches, measure_norm=False)
         return Observation(
             sizes={n: (full_numel(p), len(full_shape(p)) > 1) for n, p in run.engine.parameters.items()},
@@ -141,6 +145,7 @@ def _zeroed(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 class _Recorder(TorchDispatchMode):
     """Counts bytes of collectives, and of tensors that are made while it is active."""
 
+    rank: int
     collectives: Counter[str] = field(default_factory=Counter)
     peak: int = 0
     _present: int = 0
@@ -154,6 +159,9 @@ class _Recorder(TorchDispatchMode):
         if name.startswith("c10d."):
             kind, argument = KINDS.get(name, (name, 0))
             self.collectives[kind] += sum(t.nbytes for t in tree_leaves(args[argument]) if torch.is_tensor(t))
+            if kind == "all_to_all":
+                # What the rank keeps; the values are bytes.
+                self.collectives[kind] -= args[4][self.rank]
         results = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
             if torch.is_tensor(tensor):

@@ -142,9 +142,9 @@ def masks_made(config: RunConfig) -> tuple[list[str], list[str], list[int]]:
     assert isinstance(method, directions.Directions)
     made: list[int] = []
 
-    def counted(moment: torch.Tensor, saturation: float, form: Rank) -> Projector:
+    def counted(moment: torch.Tensor, saturation: float, form: Rank, *options: Any) -> Projector:
         made.append(len(moment))
-        return build_projector(moment, saturation, form)
+        return build_projector(moment, saturation, form, *options)
 
     inputs = method._inputs
     own = inputs.owned_by(ranks.info.rank)

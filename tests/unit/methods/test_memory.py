@@ -10,9 +10,9 @@ import pytest
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
-from das_ds.methods import method_memory
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
-from das_ds.preflight.memory import activation_estimate, estimate_run_memory, unsharded_use
+from das_ds.methods import method_memory, method_step_use
+from das_ds.models.size import MatrixSize, MemoryUse, ModelSize, Sharding
+from das_ds.preflight.memory import activation_estimate, disk_use, estimate_run_memory, unsharded_use
 from helpers.configs import make_config
 
 SIZE = ModelSize(
@@ -31,6 +31,17 @@ DERPP: dict[str, Any] = {"name": "derpp", "capacity": 11, "max_positions": 8, "b
 # 16 tokens and 8 answers: 4 x 16 + 8 x (8 + 2 x 24).
 ROW = 512
 # Two layers of three inputs of 24 numbers and one of 40, and two of the LM head.
+MATRICES = [
+    (num_outputs, width, f"{layer}.{name}")
+    for layer in range(2)
+    for num_outputs, width, name in [(24, 24, "q"), (24, 24, "q"), (24, 24, "o"), (40, 24, "up"), (24, 40, "down")]
+] + [(24, 24, "head"), (100, 24, "vocabulary")]
+WITH_MATRICES = replace(
+    SIZE,
+    parameters=tuple((o * d, True) for o, d, _ in MATRICES),
+    matrices=tuple(MatrixSize(number, 0, o, d, name) for number, (o, d, name) in enumerate(MATRICES)),
+)
+TRAINED = sum(o * d for o, d, _ in MATRICES)
 MOMENTS = 4 * (2 * (3 * 24**2 + 40**2) + 2 * 24**2)
 LARGEST = 4 * 40**2
 
@@ -96,35 +107,92 @@ def test_memory_own_mask_is_counted(method: dict[str, Any], has_own_mask: bool) 
     assert method_memory(config(by_unit), SIZE, SHARDING).optimizer["importance"] == 3 * 4 * 50
 
 
-@pytest.mark.parametrize(
-    ("stage", "held", "weights"),
-    [(0, MOMENTS, 4000), (1, MOMENTS // 4 + LARGEST, 1000), (2, MOMENTS // 4 + LARGEST, 1000), (3, MOMENTS, 1000)],
-)
-def test_memory_directions_keep_own_moments_and_masks(stage: int, held: int, weights: int) -> None:
+def widest_sets(stage: int) -> tuple[int, int]:
+    """(bytes of dense projectors, of moments) of the rank that has most, of four."""
+    held: list[set[str]] = [set() for _ in range(4)]
+    counts: list[dict[str, int]] = [{} for _ in range(4)]
+    position = 0
+    for o, d, name in MATRICES:
+        for element in range(o * d):
+            # In equal parts: of all matrices in a row, or of each.
+            rank = (position + element) * 4 // TRAINED if stage in (1, 2) else element * 4 // (o * d)
+            held[rank].add(name)
+            counts[rank][name] = counts[rank].get(name, 0) + 1
+        position += o * d
+    size = {name: 4 * d**2 for _, d, name in MATRICES}
+    owned = [0] * 4
+    for name in size:
+        most = max(found.get(name, 0) for found in counts)
+        owner = min((r for r in range(4) if counts[r].get(name, 0) == most), key=lambda r: owned[r])
+        owned[owner] += size[name]
+    return max(sum(size[name] for name in names) for names in held), max(owned)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_memory_directions_keep_own_moments_and_masks(stage: int) -> None:
     run = config("directions", f"deepspeed.zero_optimization.stage={stage}")
-    found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
-    assert found.device["direction masks"] == held
-    assert found.host["moments of inputs"] == MOMENTS // 4
-    assert found.device["weights before the step"] == weights
+    found = estimate_run_memory(run, WITH_MATRICES, build_engine_config(run, 4), 4)
+    held, owned = widest_sets(stage)
+    assert found.device["direction masks"] == (held if stage in (1, 2) else MOMENTS)
+    assert found.host["moments of inputs"] == owned
     # Moments are written from where they are; only the sums of a pass are copied, on every rank.
     plain = config("ncl", f"deepspeed.zero_optimization.stage={stage}")
-    without = estimate_run_memory(plain, SIZE, build_engine_config(plain, 4), 4)
-    copied = found.host["copy of a checkpoint"] - without.host["copy of a checkpoint"]
-    assert copied == (4 * MOMENTS if stage == 0 else MOMENTS)
+    without = estimate_run_memory(plain, WITH_MATRICES, build_engine_config(plain, 4), 4)
+    assert found.host["copy of a checkpoint"] - without.host["copy of a checkpoint"] == MOMENTS
+
+
+def test_memory_directions_form_of_projectors() -> None:
+    def held(method: dict[str, Any], precision: str = "bf16") -> int:
+        sharding = replace(SHARDING, stage=3, weight_bytes=4 if precision == "fp32" else 2)
+        run = config({"name": "directions", **method}, f"train.precision={precision}")
+        return method_memory(run, WITH_MATRICES, sharding).device["direction masks"]
+
+    # Eight inputs of 24 numbers and two of 40; above half the width, projectors are exact.
+    assert held({"rank": 5}, "fp32") == 4 * 5 * (8 * 24 + 2 * 40 + 10)
+    assert held({"rank": 5}) == 2 * 5 * (8 * 24 + 2 * 40) + 4 * 5 * 10
+    assert held({"rank": 13}) == 8 * 4 * 24**2 + 2 * (2 * 13 * 40 + 4 * 13)
+    assert held({"rank": "auto"}) == held({"rank": "full"}) == MOMENTS
+
+
+def test_memory_directions_stay_on_the_device_under_offload() -> None:
+    run = config("directions", "deepspeed.zero_optimization.offload_optimizer.device=cpu")
+    found = estimate_run_memory(run, WITH_MATRICES, build_engine_config(run, 4), 4)
+    assert "direction masks" in found.device and "moments" not in found.device
 
 
 def test_memory_directions_peaks_between_domains() -> None:
-    use = method_memory(config("directions"), SIZE, SHARDING)
+    use = method_memory(config("directions"), WITH_MATRICES, SHARDING)
     # All sums fit at once, and a product of 16-bit inputs comes on top.
     assert use.device_at_end == {"sums of inputs": MOMENTS + LARGEST} and use.measurement == "forward"
-    assert use.host_at_end == {"moments of one domain": MOMENTS // 4 + LARGEST}
-    assert use.device_at_start == {"projector of one input": 10 * LARGEST}
+    assert use.host_at_end == {"moments of one domain": widest_sets(2)[1] + LARGEST}
+    assert use.device_at_start == {"projector of one input": 16 * 40**2}
+    low_rank = config({"name": "directions", "rank": 3})
+    assert method_memory(low_rank, WITH_MATRICES, SHARDING).device_at_start == {"projector of one input": 24 * 40**2}
     # Large networks are measured in groups, of 4 GiB or of one input.
-    large = replace(SIZE, hidden=4096, inner=14_336, num_layers=32)
     single = replace(SHARDING, weight_bytes=4)
-    assert method_memory(config("directions"), large, single).device_at_end == {"sums of inputs": 4 << 30}
-    wide = replace(large, inner=1 << 16)
-    assert method_memory(config("directions"), wide, single).device_at_end == {"sums of inputs": 4 << 32}
+    for width, sums in ((1 << 13, 4 << 30), (1 << 16, 4 << 32)):
+        matrices = tuple(MatrixSize(number, 0, 1, width, f"{number}") for number in range(64))
+        large = replace(SIZE, parameters=((width, True),) * 64, matrices=matrices)
+        assert method_memory(config("directions"), large, single).device_at_end == {"sums of inputs": sums}
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [("gradient", 2), ("update", 1), ("both", 2)],
+)
+@pytest.mark.parametrize(("rank", "operations"), [("full", 2), (5, 4)])
+def test_step_of_directions_by_hand(method: str, passes: int, rank: str | int, operations: int) -> None:
+    """A pass of gradients, one of updates, and one of decay where only gradients are masked."""
+    run = config({"name": "directions", "apply_to": method, "rank": rank})
+    found = method_step_use(run, WITH_MATRICES, replace(SHARDING, num_ranks=1))
+    assert found.flops == passes * sum(operations * o * d * (d if rank == "full" else 5) for o, d, _ in MATRICES)
+    assert found.collectives == ()
+    without_decay = config({"name": "directions", "apply_to": method, "rank": rank}, "train.weight_decay=0.0")
+    fewer = passes - (method == "gradient")
+    assert method_step_use(without_decay, WITH_MATRICES, SHARDING).flops == found.flops // passes * fewer
+    # Without ZeRO every rank does everything.
+    everywhere = replace(SHARDING, stage=0)
+    assert method_step_use(run, WITH_MATRICES, everywhere).flops == 4 * found.flops
 
 
 def test_memory_merge_and_offload_are_in_host_memory() -> None:
@@ -143,7 +211,7 @@ def test_memory_merge_and_offload_are_in_host_memory() -> None:
         ("ewc", (8000, 4000, 0)),
         ("kd", (2000, 0, 0)),
         (DERPP, (11 * ROW, 11 * ROW, 0)),
-        ("directions", (3 * MOMENTS, 2 * MOMENTS, MOMENTS)),
+        ("directions", (2 * MOMENTS, 2 * MOMENTS, MOMENTS)),
         ("merge", (4000, 0, 0)),
         ({"name": "ewc", "merge": {"weight": 0.5}}, (12_000, 4000, 0)),
         ("ncl", (0, 0, 0)),
@@ -153,7 +221,7 @@ def test_memory_merge_and_offload_are_in_host_memory() -> None:
     ],
 )
 def test_memory_disk_space_by_method(method: str | dict[str, Any], expected: tuple[int, int, int]) -> None:
-    use = unsharded_use(config(method), SIZE)
+    use = unsharded_use(config(method), WITH_MATRICES)
     assert (use.checkpoint, use.domain, use.run) == expected
 
 
@@ -164,8 +232,16 @@ def test_memory_disk_space_by_method(method: str | dict[str, Any], expected: tup
 )
 def test_memory_extra_rows_of_forward_pass(method: str | dict[str, Any], rows: int) -> None:
     run = config(method)
-    assert run.train.micro_batch_size + unsharded_use(run, SIZE).extra_rows == rows
-    assert activation_estimate(run, SIZE) >= activation_estimate(config("ncl"), SIZE)
+    assert run.train.micro_batch_size + unsharded_use(run, WITH_MATRICES).extra_rows == rows
+    assert activation_estimate(run, WITH_MATRICES) >= activation_estimate(config("ncl"), SIZE)
+
+
+def test_memory_sums_of_every_rank_are_in_a_checkpoint() -> None:
+    run = config("directions")
+    plain = config("ncl")
+    for num_ranks in (1, 64):
+        found = disk_use(run, WITH_MATRICES, num_ranks).checkpoint - disk_use(plain, SIZE, num_ranks).checkpoint
+        assert found == 2 * MOMENTS + num_ranks * MOMENTS
 
 
 def test_memory_use_sum_adds_parts() -> None:

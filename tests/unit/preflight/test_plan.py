@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -182,5 +183,5 @@ def test_table_of_the_page_is_what_the_command_prints(
     command: str, table: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(command.split()[1:]) == 0
+    assert main(shlex.split(command)[1:]) == 0
     assert capsys.readouterr().out == table

@@ -131,7 +131,7 @@ def test_check_disk_counts_written_and_planned_bytes(tmp_path: Path, monkeypatch
 
     def found(free: int) -> CheckResult:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        return only(check_disk, run, size)
+        return only(check_disk, run, size, 1)
 
     assert found(needed).status == "ok"
     short = found(needed - 2048)

@@ -1,0 +1,59 @@
+"""Masks of directions as one rank of many has them, where others neither send their moments nor say what they hold.
+
+What ranks tell each other once, when masks are made, is computed for all of them; exchanges of a step are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from das_ds.distributed.state import Shard
+from das_ds.engine.zero import full_numel, full_shape
+from das_ds.functional.directions import build_projector
+from das_ds.functional.projectors import Projector
+from das_ds.methods.directions import Directions
+from das_ds.softmask import direction_mask
+from das_ds.softmask.direction import DirectionImportance
+from das_ds.softmask.input_layout import InputLayout, assign_owners, count_stepped
+from das_ds.softmask.masked_matrix import MaskedMatrix
+from das_ds.softmask.matrix_blocks import HeldElements, find_held_elements
+from helpers.zero_layout import owned
+
+
+def protect_directions(method: Directions, world_size: int) -> None:
+    """Give a method moments and, when it masks, projectors of all inputs that this rank steps; in a process alone."""
+    engine = method.run.engine
+    stage = engine.zero_stage
+    sizes = {name: (full_numel(p), len(full_shape(p)) > 1) for name, p in engine.parameters.items()}
+    nowhere = torch.empty(0)
+    shards = [
+        engine.weights.shards
+        if stage == 0
+        else [Shard(name, nowhere, 0, first, numel) for name, first, numel in owned(sizes, stage, rank, world_size)]
+        for rank in range(world_size)
+    ]
+    matrices = method._inputs.matrices
+    stepped = [count_stepped(matrices, of_rank) for of_rank in shards]
+    widths = method._inputs.widths
+    users = {name: tuple(r for r, counts in enumerate(stepped) if counts.get(name)) for name in widths}
+    inputs = InputLayout(matrices, widths, assign_owners(widths, stepped), users)
+    own = inputs.owned_by(engine.ranks.info.rank)
+
+    def gather(_: Any, listed: list[MaskedMatrix]) -> list[list[HeldElements]]:
+        return [find_held_elements(of_rank, listed) for of_rank in shards]
+
+    def projectors(importance: DirectionImportance, _: Any) -> Iterator[tuple[str, Projector]]:
+        dtype = torch.float32 if method.run.config.train.precision == "fp32" else torch.bfloat16
+        for name in widths:
+            if engine.ranks.info.rank in users[name]:
+                yield name, build_projector(torch.eye(widths[name]), 2.0, method.settings.rank, dtype)
+
+    direction_mask.gather_cut_elements = gather  # type: ignore[assignment]
+    DirectionImportance.projectors = projectors  # type: ignore[method-assign]
+    moments = {name: torch.eye(width) if name in own else None for name, width in widths.items()}
+    method._inputs = inputs
+    method._importance = DirectionImportance(method.run, inputs, moments, None)
+    method._is_prepared = True
