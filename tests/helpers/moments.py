@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.context import DomainContext, RunContext
+from das_ds.context import CorpusSample, RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup, init_process_group
 from das_ds.distributed.resumable import ResumableLoop
@@ -83,12 +83,8 @@ def hold_moments(config: RunConfig, batches: list[Batch], budget: int, path: Pat
 
 
 def _measure(run: RunContext, inputs: InputLayout, batches: list[Batch]) -> DirectionImportance:
-    folder = run.config.output_dir
-    domain = DomainContext(
-        0, "domain", lambda label, **_: ResumableLoop(batches), lambda label: ResumableLoop([]), folder, folder
-    )
     importance = DirectionImportance(run, inputs, {}, None)
-    importance.measure(domain, "inputs")
+    importance.measure(CorpusSample("inputs", lambda label, **_: ResumableLoop(batches), None))
     return importance
 
 
