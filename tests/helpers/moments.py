@@ -104,6 +104,8 @@ def share_shrink(owner: int, users: tuple[int, ...]) -> tuple[torch.Tensor, floa
     if ranks.info.rank == owner:
         own = Shrink(torch.arange(6, dtype=torch.bfloat16).view(3, 2).T, 0.25)
     found: Any = share_projector(own, owner, users, ranks.info.device)
+    # Rank 0 has the store by which others still connect, and may have nothing to send.
+    ranks.barrier()
     return None if found is None else (found.vector, found.factor)
 
 
