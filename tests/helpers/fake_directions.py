@@ -1,4 +1,4 @@
-"""Masks of directions as one rank of many has them, where other ranks neither send their moments nor say what they hold.
+"""Masks of directions as one rank of many has them, where others neither send their moments nor say what they hold.
 
 What ranks tell each other once, when masks are made, is computed for all of them; exchanges of a step are not touched.
 """
