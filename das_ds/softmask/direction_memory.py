@@ -167,7 +167,7 @@ def scratch_bytes(
         exchange = element_bytes * 2 * sum(min(n, MAX_ROUND_ELEMENTS) for n in (load.fragments, load.completed))
         if is_update:
             kept = FP32 * load.fragments
-            most = max(most, kept + max(exchange, *products))
+            most = max(most, kept + max([exchange, *products]))
         else:
             most = max(most, exchange, *products)
     return most
