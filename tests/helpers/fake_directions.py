@@ -5,7 +5,7 @@ What ranks tell each other once, when masks are made, is computed for all of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,8 +42,11 @@ def protect_directions(method: Directions, world_size: int) -> None:
     inputs = InputLayout(matrices, widths, assign_owners(widths, stepped), users)
     own = inputs.owned_by(engine.ranks.info.rank)
 
-    def gather(_: Any, listed: list[MaskedMatrix]) -> list[list[HeldElements]]:
-        return [find_held_elements(of_rank, listed) for of_rank in shards]
+    def gather(held: Iterable[HeldElements], listed: list[MaskedMatrix]) -> list[list[HeldElements]]:
+        gathered = [find_held_elements(of_rank, listed) for of_rank in shards]
+        # Numbers of this rank's shards are those that its masks have.
+        gathered[engine.ranks.info.rank] = list(held)
+        return gathered
 
     def projectors(importance: DirectionImportance, _: Any) -> Iterator[tuple[str, Projector]]:
         dtype = torch.float32 if method.run.config.train.precision == "fp32" else torch.bfloat16
