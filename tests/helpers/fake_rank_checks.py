@@ -109,7 +109,9 @@ def check_rank(config: RunConfig, rank: int, world_size: int, stage: int, *, gat
 
 
 def check_memory(config: RunConfig, found: Observation, world_size: int, rank: int = 0) -> None:
-    """Held memory within 2 % of the estimate (3 % where that is of the rank with most memory of a method), and the estimated peak of a step from 10 % below to 25 % above it.
+    """Held memory within 2 % of the estimate, and the estimated peak of a step from 10 % below to 25 % above it.
+
+    Within 3 % where a method holds something on the device: that is estimated for the rank that has most.
 
     The estimate adds up what exists at different times of a step. It leaves out the gradient of one parameter before it
     is reduced, which is a tenth of this network at stages 2 and 3.
