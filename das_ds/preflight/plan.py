@@ -148,8 +148,11 @@ def _micro_steps(engine: EngineConfig) -> int:
 
 
 def _peaks(memory: MemoryEstimate, activations: int, use: MemoryUse) -> dict[str, int]:
-    """Phase -> bytes; passes without gradients keep no activations of one layer for the next."""
-    in_phase = {"a step": activations}
+    """Phase -> bytes; passes without gradients keep no activations of one layer for the next.
+
+    What a method has only in a step is there after the backward pass, when activations are gone.
+    """
+    in_phase = {"a step": max(activations - sum(use.device_in_step.values()), 0)}
     if use.measurement in ("backward", "gradients"):
         in_phase["the end of a domain"] = activations
     return {phase: num_bytes + in_phase.get(phase, 0) for phase, num_bytes in memory.device_peaks.items()}

@@ -67,9 +67,9 @@ def test_directions_exchange_cut_vectors_only(world_size: int, stage: int, form:
     method = f"method={{name: directions, {form[1:]}"
     config = fake_run(tmp_path, world_size, stage, method, *NO_REUSE)
     rank = busiest_rank(config, world_size)
-    check_memory(config, check_rank(config, rank, world_size, stage), world_size)
+    check_memory(config, check_rank(config, rank, world_size, stage), world_size, rank)
 
 
 def test_directions_at_stage_0_exchange_nothing(tmp_path: Path) -> None:
     config = fake_run(tmp_path, 8, 0, "method=directions")
-    check_memory(config, check_rank(config, 3, 8, 0), 8)
+    check_memory(config, check_rank(config, 3, 8, 0), 8, 3)
