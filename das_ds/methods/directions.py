@@ -51,7 +51,7 @@ class DirectionsConfig(MethodConfig):
     learning and costs twice as much as one of them."""
     rank: Literal["auto", "full"] | Annotated[int, Field(ge=1)] = "full"
     """Directions of each input that have a factor of their own, all others sharing one; `auto`: as few as change no
-    factor by more than a hundredth; `full`: all."""
+    factor by more than a tenth; `full`: all."""
     num_samples: int | None = Field(default=None, ge=1)
     """Sequences per domain on which the inputs are measured, at most the complete corpus; null: as many as have 20
     tokens for each element of the widest input of a layer, and at least 512."""
@@ -73,22 +73,24 @@ class DirectionsConfig(MethodConfig):
 
 
 class Directions(Method[DirectionsConfig]):
-    """Lets a linear layer W (o, d) learn least along the directions of its input that earlier domains use most:
+    """Lets a layer W (o, d) learn least along the directions of its input that earlier domains use most:
 
-        dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d)
+        G <- G P, dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d)
 
     A_k = E[x x^T] (d, d) is the second moment of the layer's input over `num_samples` sequences of domain k, under the
     model that has just learned it; c is `half_saturation`. For an input x of earlier text, dW P x is small for any dW:
-    the layer's output barely changes. Directions that only new text uses learn freely. dW is the optimizer's complete
-    step. (Adam undoes a mask on the gradient that scales single weights; P mixes columns, so it would not undo P.)
+    the layer's output barely changes. Directions that only new text uses learn freely. G is the gradient before it is
+    clipped, dW the optimizer's complete step; `apply_to` can leave one of them as it is. (Adam undoes a mask on the
+    gradient that scales single weights; P mixes columns, of which it undoes only a common factor.)
 
-    In the eigenvectors of M this is DAS's mask 1 - I with importance I = a / (a + c). P is the projector of orthogonal
-    weight modification (Zeng et al., Nature Machine Intelligence 2019) with a larger constant; gradient projection
-    memory (Saha et al., ICLR 2021) is its form with a threshold. Both modify the gradient.
+    In the eigenvectors of M this is DAS's mask 1 - I with importance I = a / (a + c): the complement of a conceptor (He
+    & Jaeger, ICLR 2018). P is the projector of orthogonal weight modification (Zeng et al., Nature Machine Intelligence
+    2019) with a larger constant; gradient projection memory (Saha et al., ICLR 2021) is its form with a threshold.
 
-    Only weights of linear layers are masked: not biases, normalization and embeddings that are not tied to the LM head,
-    nor rows of tokens that no earlier domain had. Knowledge from before the first domain is protected only by
-    `init_from`. There is no contrast, which needs units.
+    Every trained matrix that multiplies an input is masked: not biases, normalization and embeddings that are not tied
+    to the LM head, nor rows of tokens that no earlier domain had. What was known before the first domain is protected
+    by the moments of general text (`general`) and of an earlier run (`init_from`). There is no contrast, which needs
+    units.
 
     Each input of layers (queries, keys and values share one) has an fp32 matrix M (d, d), in the host memory of one
     rank. P is on the device of the ranks that step a layer of that input. Extra compute: d / (3 * tokens of the global
