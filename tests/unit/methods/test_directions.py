@@ -12,10 +12,11 @@ import torch
 from pydantic import ValidationError
 
 from das_ds.config import parse_method
-from das_ds.context import DomainContext
+from das_ds.config.deepspeed import build_engine_config
+from das_ds.context import CorpusSample, DomainContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.resumable import ResumableLoop
-from das_ds.errors import TrainingError
+from das_ds.errors import ConfigError, TrainingError
 from das_ds.methods import METHODS, build_method
 from das_ds.methods.directions import Directions
 from das_ds.methods.merge import MergingWrapper
@@ -28,6 +29,7 @@ from das_ds.softmask.input_layout import InputLayout, build_input_layout
 from das_ds.softmask.input_moments import default_num_samples, measure_moments
 from das_ds.softmask.linear_inputs import find_masked_matrices
 from helpers.architectures import causal_batch
+from helpers.configs import make_config
 from helpers.fake_run import make_run as make_fake_run
 from helpers.training import LENGTH, no_text_domain, random_batch, rank_part
 
@@ -121,6 +123,53 @@ def test_directions_init_from_protects_first_domain(tmp_path: Path) -> None:
     method.before_domain(no_text_domain(tmp_path))
     assert isinstance(method, Directions)
     assert method.state_dict().owned.keys() == {f"total/{name}" for name in moments}
+
+
+def test_general_text_is_protected_from_first_domain_on(tmp_path: Path) -> None:
+    """Its moments come before those of any domain, are added to an earlier run's, and are not measured again."""
+    run = make_run(tmp_path)
+    general = random_batch(4, 3)
+    sample = CorpusSample("inputs of general", lambda label, **_: ResumableLoop([general]), None)
+    domain = replace(no_text_domain(tmp_path), general=sample)
+    method = build_method(run)
+    assert isinstance(method, Directions)
+    method.before_domain(domain)
+    assert method._importance is not None
+    expected = measured(run, [general])
+    for name, moment in method._importance.moments.items():
+        torch.testing.assert_close(moment, expected[name])
+    first = method._importance
+    method.before_domain(domain)
+    assert method._importance is first
+
+
+def test_general_text_is_ignored_on_request(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {**METHOD, "general": False})
+    sample = CorpusSample("inputs of general", lambda label, **_: ResumableLoop([random_batch(4, 3)]), None)
+    method = build_method(run)
+    assert isinstance(method, Directions)
+    method.before_domain(replace(no_text_domain(tmp_path), general=sample))
+    assert method._importance is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["method={name: directions, general: true}"], "method.general: found true without training text"),
+        (
+            ["method={name: directions, general: true}", "general={name: general, valid: [unused.txt]}"],
+            "method.general: found true without training text",
+        ),
+        (
+            ["method={name: directions, apply_to: gradient}", "train.optimizer=lion"],
+            "method.apply_to: found gradient with train.optimizer: lion",
+        ),
+    ],
+)
+def test_directions_without_text_or_optimizer_is_refused(changes: list[str], message: str, tmp_path: Path) -> None:
+    config = make_config(tmp_path, *changes)
+    with pytest.raises(ConfigError, match=message):
+        Directions.validate(config, build_engine_config(config, 1))
 
 
 def test_queries_keys_and_values_share_one_input(tmp_path: Path) -> None:
