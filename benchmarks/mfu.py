@@ -166,7 +166,7 @@ def measure(work: Workload, method_name: str) -> dict[str, Any]:
     flops = model_flops(skeleton, batch)
     batch = batch.to(device)
     with TemporaryDirectory() as folder:
-        domain = _domain(batch, Path(folder))
+        domain = build_domain(batch, Path(folder))
         method = build_method(config, ranks, domain)
         token_scale = torch.tensor(1 / batch.num_predicted, device=device)
         # One step first, to warm up libraries before the end of the domain is timed.
@@ -198,10 +198,10 @@ def measure(work: Workload, method_name: str) -> dict[str, Any]:
     return row
 
 
-def _domain(batch: Batch, folder: Path) -> DomainContext:
+def build_domain(batch: Batch, folder: Path) -> DomainContext:
     """A domain whose sample is the benchmark's batch."""
     return DomainContext(
-        0, "random", lambda label: ResumableLoop([batch]), lambda label: ResumableLoop([[batch]]), folder, folder
+        0, "random", lambda label, **_: ResumableLoop([batch]), lambda label: ResumableLoop([[batch]]), folder, folder
     )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import build_model
-from benchmarks.mfu import METHODS, MODELS, Workload, build_batch, build_config, model_flops
+from benchmarks.mfu import METHODS, MODELS, Workload, build_batch, build_config, build_domain, model_flops
 from benchmarks.peaks import PEAK_TFLOPS, TERA, measured_peak, vendor_peak
 from das_ds.models.architectures.registry import spec_for
 from das_ds.models.language_model import LanguageModel
+from helpers.training import random_batch
 
 
 @pytest.mark.parametrize("name", ["tiny-encoder", "tiny-decoder"])
@@ -78,3 +81,10 @@ def test_build_config_every_method_is_valid() -> None:
     for model, method in ((model, method) for model in MODELS for method in METHODS):
         work = Workload(model, batch_size=2, sequence_length=16, precision="fp32", zero_stage=1, steps=1)
         assert build_config(work, method).method.name in ("ncl", "das", "directions")
+
+
+def test_domain_has_batch_as_sample_of_any_size(tmp_path: Path) -> None:
+    batch = random_batch(2, 1)
+    domain = build_domain(batch, tmp_path)
+    assert list(domain.sample_batches("inputs", num_samples=512)) == [batch]
+    assert list(domain.sample_batches("inputs")) == [batch]
