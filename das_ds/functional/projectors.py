@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 
 
-class Projector(Protocol):
-    """A symmetric matrix P (d, d) with eigenvalues in [0, 1]."""
+class ProjectorSize(Protocol):
+    """What estimates count of a projector, which need not exist."""
 
     @property
     def width(self) -> int:
@@ -23,11 +23,15 @@ class Projector(Protocol):
 
     @property
     def code_width(self) -> int:
-        """k."""
+        """k; d where P is dense."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it occupies."""
+
+
+class Projector(ProjectorSize, Protocol):
+    """A symmetric matrix P (d, d) with eigenvalues in [0, 1]."""
 
     @property
     def trace(self) -> float:

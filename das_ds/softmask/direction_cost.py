@@ -7,30 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
+from das_ds.functional.projectors import ProjectorSize
 from das_ds.softmask.cut_vectors import CutVectors
 from das_ds.softmask.mask_layout import MaskLayout
 from das_ds.softmask.projection import num_vectors_at_once
 
 FP32 = 4
 """Bytes; products are computed in float32."""
-
-
-class ProjectorSize(Protocol):
-    """What is counted of a projector; every `Projector` is one."""
-
-    @property
-    def width(self) -> int:
-        """d."""
-
-    @property
-    def code_width(self) -> int:
-        """k; d where P is dense."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it occupies."""
 
 
 @dataclass(frozen=True)

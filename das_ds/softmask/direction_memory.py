@@ -48,7 +48,7 @@ class DirectionForm:
 
 @dataclass(frozen=True)
 class PlannedProjector:
-    """Sizes of a projector; see `direction_cost.ProjectorSize`."""
+    """Sizes of a projector; see `functional.projectors.ProjectorSize`."""
 
     width: int
     code_width: int

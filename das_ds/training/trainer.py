@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -13,10 +13,9 @@ from das_ds.checkpoint.manifest import Manifest, Phase, RunState
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import EngineConfig
 from das_ds.config.stage import Stage
-from das_ds.context import CorpusSample, DomainContext
-from das_ds.data.batch import Batch
+from das_ds.context import DomainContext
 from das_ds.distributed.process_group import seed_everything
-from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
+from das_ds.distributed.resumable import ResumableLoops
 from das_ds.distributed.rng import RngState
 from das_ds.distributed.state import Stateful
 from das_ds.methods import build_method, method_class
@@ -27,6 +26,7 @@ from das_ds.reporting.results import Results
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.console import RunConsole, RunSummary
 from das_ds.training.data_module import DataModule
+from das_ds.training.domain_samples import DomainSamples
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype, export_model, model_card, write_model_card
@@ -45,39 +45,6 @@ BEFORE_SEED = 0
 AFTER_SEED = 2
 STEP_SEEDS = {"train": 1, HEAD_WARMUP: 3}
 """Phase of optimizer steps -> number in the seed of its generators; those before and after a domain have others."""
-
-
-@dataclass(frozen=True)
-class _DomainSamples:
-    """Resumable loops over the importance sample of one domain, as a method asks for them."""
-
-    data: DataModule
-    loops: ResumableLoops
-    stage: Stage
-
-    def batches(self, label: str, *, num_samples: int | None = None) -> ResumableLoop[Batch]:
-        """A loop over batches of single sequences."""
-        return self.loops.start(self.data.importance_batches(self.stage.only_domain, num_samples), label)
-
-    def probe(self, label: str, num_sequences: int) -> ResumableLoop[Batch]:
-        """A loop over a few sequences that every rank reads."""
-        return self.loops.start(self.data.probe_batches(self.stage.only_domain, num_sequences), label)
-
-    def steps(self, label: str) -> ResumableLoop[list[Batch]]:
-        """A loop over the same sequences as micro-batches of optimizer steps."""
-        return self.loops.start(self.data.importance_steps(self.stage.only_domain), label)
-
-    @property
-    def general(self) -> CorpusSample | None:
-        """The sample of the general corpus; None where it is only evaluated, or there is none."""
-        corpus = self.data.config.general
-        if corpus is None or not corpus.train:
-            return None
-
-        def batches(label: str, *, num_samples: int | None = None) -> ResumableLoop[Batch]:
-            return self.loops.start(self.data.importance_batches(corpus.name, num_samples), label)
-
-        return CorpusSample(f"inputs of {corpus.name}", batches, self.data.num_tokens(corpus.name))
 
 
 class ContinualTrainer(Callbacks):
@@ -373,7 +340,7 @@ class ContinualTrainer(Callbacks):
 
     def _domain_context(self) -> DomainContext:
         stage = self._stage
-        samples = _DomainSamples(self._data, self._loops, stage)
+        samples = DomainSamples(self._data, self._loops, stage)
         return DomainContext(
             index=stage.index,
             name=stage.name,
