@@ -29,9 +29,11 @@ def share_projector(
         device: where it is received.
 
     Returns:
-        The projector on users, None elsewhere.
+        The projector on users, None elsewhere; its tensors are contiguous on all of them, so that their products are
+        bitwise equal: kernels sum a transposed matrix in another order.
     """
     if rank() == owner:
+        projector = move_projector(projector, device)
         _send(projector, owner, users, device)
         return projector if owner in users else None
     return _receive(owner, users, device) if rank() in users else None
@@ -53,7 +55,7 @@ def find_room(device: torch.device, num_bytes: int) -> torch.device:
 
 
 def move_projector(projector: Any, device: torch.device) -> Projector:
-    """The same projector with its tensors on a device; they are not copied where they are there."""
+    """The same projector with contiguous tensors on a device; they are not copied where they are so already."""
     moved = {name: tensor.to(device) for name, tensor in _tensors(projector).items()}
     result: Projector = dataclasses.replace(projector, **moved)
     return result

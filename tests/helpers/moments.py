@@ -15,7 +15,7 @@ from das_ds.data.batch import Batch
 from das_ds.distributed.process_group import ProcessGroup, init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.functional import projectors
-from das_ds.functional.directions import direction_projector
+from das_ds.functional.directions import build_projector, direction_projector
 from das_ds.functional.projectors import DenseProjector
 from das_ds.softmask import input_moments
 from das_ds.softmask.direction import DirectionImportance
@@ -107,6 +107,16 @@ def share_shrink(owner: int, users: tuple[int, ...]) -> tuple[torch.Tensor, floa
     # Rank 0 has the store by which others still connect, and may have nothing to send.
     ranks.barrier()
     return None if found is None else (found.vector, found.factor)
+
+
+def project_with_shared(owner: int, moment: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """The product of vectors (n, d) with the projector of a moment that one rank computes for all."""
+    ranks = init_process_group()
+    own = build_projector(moment, SATURATION, "full") if ranks.info.rank == owner else None
+    everyone = tuple(range(ranks.info.world_size))
+    shared = share_projector(own, owner, everyone, ranks.info.device)
+    assert shared is not None
+    return shared.project(vectors)
 
 
 def run_in_passes(values: list[dict[str, Any]], budget: int) -> None:

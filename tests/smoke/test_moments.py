@@ -11,7 +11,14 @@ import torch
 from safetensors import safe_open
 
 from helpers.moment_checks import NUM_ROWS, ONE_PASS, SMALL_BUDGET, check_moments, make_batches
-from helpers.moments import break_off_measuring, hold_moments, moments_config, run_in_passes, share_shrink
+from helpers.moments import (
+    break_off_measuring,
+    hold_moments,
+    moments_config,
+    project_with_shared,
+    run_in_passes,
+    share_shrink,
+)
 from helpers.resume import assert_same_run, resumable_run
 from helpers.run_ranks import run_ranks
 
@@ -55,6 +62,15 @@ def test_share_projector_reaches_users_only(owner: int, users: tuple[int, ...]) 
         assert (received is not None) == (rank in users)
         if received is not None:
             assert received[0].equal(expected) and received[0].dtype == torch.bfloat16 and received[1] == 0.25
+
+
+def test_products_with_a_shared_projector_are_bitwise_equal_on_all_ranks() -> None:
+    """At ZeRO 0 every rank steps a copy of all weights, and nothing makes the copies equal again."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(40, 8, generator=generator)
+    vectors = torch.randn(100, 8, generator=generator)
+    found = run_ranks(project_with_shared, 2, 1, inputs.T @ inputs / 40, vectors)
+    assert found[0].equal(found[1])
 
 
 def keys_of(checkpoint: Path) -> dict[str, set[str]]:
