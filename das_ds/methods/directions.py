@@ -176,7 +176,8 @@ class Directions(Method[DirectionsConfig]):
         importance: DirectionImportance | None = None
         if self.settings.init_from is not None:
             importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
-            if domain.num_tokens is None:
+            # Without new tokens all rows are masked, also those that no token has.
+            if domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
                 importance.num_tokens = None
         if domain.general is not None and self.settings.general is not False:
             importance = self._measure(domain.general).accumulate(importance)

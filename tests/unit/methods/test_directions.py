@@ -28,6 +28,7 @@ from das_ds.softmask.directions_file import save_directions
 from das_ds.softmask.input_layout import InputLayout, build_input_layout
 from das_ds.softmask.input_moments import default_num_samples, measure_moments
 from das_ds.softmask.linear_inputs import find_masked_matrices
+from das_ds.softmask.masked_matrix import MaskedMatrix
 from helpers.architectures import causal_batch
 from helpers.configs import make_config
 from helpers.fake_run import make_run as make_fake_run
@@ -123,6 +124,28 @@ def test_directions_init_from_protects_first_domain(tmp_path: Path) -> None:
     method.before_domain(no_text_domain(tmp_path))
     assert isinstance(method, Directions)
     assert method.state_dict().owned.keys() == {f"total/{name}" for name in moments}
+
+
+@pytest.mark.parametrize(("num_measured", "num_masked"), [(90, 90), (95, 100)])
+def test_directions_init_from_tokens_without_text_are_not_masked(
+    num_measured: int, num_masked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of tokens that the tokenizer has gained since; where it has gained none, rows without token are masked."""
+    run = make_run(tmp_path)
+    layout = layout_of(run)
+    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
+    path = tmp_path / DIRECTIONS_FILE
+    tokens = tuple(f"token {number}" for number in range(95))
+    save_directions(path, moments, layout, run.layout, run.engine.ranks, tokens[:num_measured])
+    run = make_run(tmp_path, {**METHOD, "init_from": str(path)})
+    run.tokens = tokens
+    masked: list[MaskedMatrix] = []
+    monkeypatch.setattr(direction, "mask_directions", lambda _, matrices, *args, **kwargs: masked.extend(matrices))
+    method = build_method(run)
+    method.before_domain(no_text_domain(tmp_path))
+    method.on_train_start(no_text_domain(tmp_path))
+    rows = {matrix.name: matrix.num_outputs for matrix in masked}
+    assert rows["roberta.embeddings.word_embeddings.weight"] == num_masked
 
 
 def test_general_text_is_protected_from_first_domain_on(tmp_path: Path) -> None:
