@@ -1,9 +1,6 @@
 """Projectors of directions: the matrix P (d, d) that every vector of a gradient or an update is multiplied by.
 
-A projector multiplies complete vectors, and vectors of which each rank has a fragment. For these a rank encodes its
-fragment, codes are summed over the ranks that share the vector, and the sum is decoded into the rank's own elements.
-
-Shape legend: n vectors, d elements of a vector, m elements of a fragment of it, k elements of a code, r rank.
+Shape legend: n vectors, d elements of a vector, r rank.
 """
 
 from __future__ import annotations
@@ -14,48 +11,28 @@ from typing import Protocol
 import torch
 
 
-class ProjectorSize(Protocol):
-    """What estimates count of a projector, which need not exist."""
+class Projector(Protocol):
+    """A symmetric matrix P (d, d) with eigenvalues in [0, 1]."""
 
     @property
     def width(self) -> int:
         """d."""
 
     @property
-    def code_width(self) -> int:
-        """k; d where P is dense."""
-
-    @property
     def num_bytes(self) -> int:
         """Bytes that it occupies."""
-
-
-class Projector(ProjectorSize, Protocol):
-    """A symmetric matrix P (d, d) with eigenvalues in [0, 1]."""
 
     @property
     def trace(self) -> float:
         """tr(P); waits for the device."""
 
     def project(self, vectors: torch.Tensor) -> torch.Tensor:
-        """x P of complete vectors x, (n, d) -> (n, d) in the dtype of the vectors."""
-
-    def encode(self, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
-        """Code of the fragments (n, m) of vectors at these columns, (n, k) float32; linear in the fragment."""
-
-    def decode(self, codes: torch.Tensor, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
-        """The columns of x P, (n, m) in the dtype of the fragments, from the sum of the codes of all fragments of x.
-
-        Args:
-            codes: (n, k) float32.
-            fragments: (n, m), x at these columns.
-            columns: of the m elements among the d.
-        """
+        """x P of vectors x, (n, d) -> (n, d) in the dtype of the vectors."""
 
 
 @dataclass(frozen=True)
 class DenseProjector:
-    """P as it is; the code of a vector is the vector.
+    """P as it is.
 
     Args:
         matrix: P, (d, d) float32.
@@ -65,11 +42,6 @@ class DenseProjector:
 
     @property
     def width(self) -> int:
-        """d."""
-        return len(self.matrix)
-
-    @property
-    def code_width(self) -> int:
         """d."""
         return len(self.matrix)
 
@@ -87,26 +59,16 @@ class DenseProjector:
         """x P."""
         return (vectors.float() @ self.matrix).to(vectors.dtype)
 
-    def encode(self, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
-        """The fragment at its place among zeros."""
-        codes = fragments.new_zeros(len(fragments), self.width, dtype=torch.float32)
-        codes[:, columns] = fragments.float()
-        return codes
-
-    def decode(self, codes: torch.Tensor, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
-        """Complete vectors times the columns of P."""
-        return (codes @ self.matrix[:, columns]).to(fragments.dtype)
-
 
 @dataclass(frozen=True)
 class LowRankProjector:
-    """P = tau I + V diag(g) V^T: r directions with a factor of their own, tau for all others; the code of x is x V.
+    """P = tau I + V diag(g) V^T: r directions with a factor of their own, tau for all others.
 
-    4 n d r operations for n vectors instead of 2 n d^2, and r numbers of a vector that shards cut instead of d.
+    4 n d r operations for n vectors instead of 2 n d^2.
 
     Error: with V in bfloat16, P as a matrix is off by up to 2^-8 max |g|, in the spectral norm. Float32 vectors are
     multiplied in float32 (TF32 where the caller allows it), bfloat16 vectors on a GPU in bfloat16 with float32 sums,
-    where the rounding of the code adds 2^-9 |x| max |g|, as much as the rounding of the vector had cost.
+    where the rounding of x V adds 2^-9 |x| max |g|, as much as the rounding of the vector had cost.
 
     Args:
         basis: V, (d, r), float32 or bfloat16, with orthogonal columns.
@@ -134,8 +96,9 @@ class LowRankProjector:
             ValueError: another dtype.
         """
         if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype: found {dtype}, expected torch.float32 or torch.bfloat16 (codes overflow float16)")
-        # The layout in which a fragment's rows of V are contiguous.
+            raise ValueError(
+                f"dtype: found {dtype}, expected torch.float32 or torch.bfloat16 (products overflow float16)"
+            )
         basis = vectors.to(dtype).contiguous()
         # Rounding changes a column's length, which would add to the smallest factors as much as they are.
         lengths = torch.stack(
@@ -150,11 +113,6 @@ class LowRankProjector:
         return self.basis.shape[0]
 
     @property
-    def code_width(self) -> int:
-        """r."""
-        return self.basis.shape[1]
-
-    @property
     def num_bytes(self) -> int:
         """2 d r or 4 d r, and 4 r."""
         return self.basis.nbytes + self.gains.nbytes
@@ -167,21 +125,10 @@ class LowRankProjector:
 
     def project(self, vectors: torch.Tensor) -> torch.Tensor:
         """x P = tau x + ((x V) g) V^T."""
-        columns = slice(0, self.width)
-        return self.decode(self.encode(vectors, columns), vectors, columns)
-
-    def encode(self, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
-        """The fragment times its rows of V."""
-        return multiply(fragments, self.basis[columns])
-
-    def decode(self, codes: torch.Tensor, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
-        """tau x + (code g) V^T at these columns."""
-        basis = self.basis[columns]
-        weighted = codes * self.gains
-        if runs_in_16_bits(fragments, basis):
+        weighted = multiply(vectors, self.basis) * self.gains
+        if runs_in_16_bits(vectors, self.basis):
             weighted = weighted.bfloat16()
-        result = multiply(weighted, basis.T).add_(fragments, alpha=self.tail)
-        return result.to(fragments.dtype)
+        return multiply(weighted, self.basis.T).add_(vectors, alpha=self.tail).to(vectors.dtype)
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

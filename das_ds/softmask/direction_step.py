@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from das_ds.models.size import Collective, ModelSize, Sharding, StepUse
-from das_ds.softmask.direction_cost import flop_of_vector
 from das_ds.softmask.direction_memory import DirectionForm, PlannedProjector
 from das_ds.softmask.planned_shards import plan_loads
 
@@ -23,7 +22,7 @@ def directions_step_use(size: ModelSize, sharding: Sharding, form: DirectionForm
     flops = 0
     for matrix in size.matrices:
         projector = PlannedProjector.plan(matrix.width, form.rank, sharding.weight_bytes)
-        flops += matrix.num_outputs * flop_of_vector(projector)
+        flops += matrix.numel * (2 * matrix.width if projector.is_dense else 4 * projector.code_width)
     passes = [element_bytes for element_bytes, _ in form.passes(sharding)]
     sent = max(load.sent for load in plan_loads(size, sharding))
     return StepUse(

@@ -35,22 +35,12 @@ class TailProjector:
         return len(self.basis)
 
     @property
-    def code_width(self) -> int:
-        return len(self.gains)
-
-    @property
     def num_bytes(self) -> int:
         return self.basis.nbytes + self.gains.nbytes
 
     def project(self, vectors: torch.Tensor) -> torch.Tensor:
-        return self.decode(self.encode(vectors, slice(None)), vectors, slice(None))
-
-    def encode(self, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
-        return fragments.float() @ self.basis[columns]
-
-    def decode(self, codes: torch.Tensor, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
-        products = self.tail * fragments.float() + (codes * self.gains) @ self.basis[columns].T
-        return products.to(fragments.dtype)
+        x = vectors.float()
+        return (self.tail * x + ((x @ self.basis) * self.gains) @ self.basis.T).to(vectors.dtype)
 
 
 SHAPES = {

@@ -145,7 +145,7 @@ def test_build_projector_full_is_exact() -> None:
 @pytest.mark.parametrize("rank", [1, 16, 48])
 def test_build_projector_rank_flattens_best_run(saturation: float, rank: int) -> None:
     built = build_projector(encoder_moment(), saturation, rank)
-    assert isinstance(built, LowRankProjector) and built.code_width == rank
+    assert isinstance(built, LowRankProjector) and built.gains.numel() == rank
     _, run, tail = min(all_flattenings(saturation, rank))
     factors = saturation / (saturation + spectrum())
     factors[run] = tail
@@ -158,8 +158,10 @@ def test_build_projector_rank_flattens_best_run(saturation: float, rank: int) ->
 def test_build_projector_auto_is_smallest_rank_within_bound(saturation: float) -> None:
     built = build_projector(encoder_moment(), saturation, "auto")
     enough = [r for r in range(1, WIDTH // 2 + 1) if min(all_flattenings(saturation, r))[0] <= MAX_FACTOR_ERROR]
-    assert isinstance(built, LowRankProjector if enough else DenseProjector)
-    assert built.code_width == (enough[0] if enough else WIDTH)
+    if enough:
+        assert isinstance(built, LowRankProjector) and built.gains.numel() == enough[0]
+    else:
+        assert isinstance(built, DenseProjector)
     exact = direction_projector(encoder_moment(), saturation).double()
     assert torch.linalg.matrix_norm(as_matrix(built) - exact, 2) <= MAX_FACTOR_ERROR + 1e-5
 

@@ -1,8 +1,6 @@
-"""Projectors against matrices in float64, whole and from fragments."""
+"""Projectors against matrices in float64."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import pytest
 import torch
@@ -77,20 +75,6 @@ def test_low_rank_16_bit_vectors_round_result_only(dtype: torch.dtype, basis: to
     torch.testing.assert_close(result, expected.to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("cuts", [(0, 192), (0, 1, 192), (0, 64, 65, 130, 192)])
-def test_fragments_add_up_to_whole_vectors(cuts: tuple[int, ...]) -> None:
-    vectors = drawn_vectors()
-    spans = [slice(start, stop) for start, stop in pairwise(cuts)]
-    for projector in projectors():
-        codes = torch.zeros(len(vectors), projector.code_width)
-        for span in spans:
-            code = projector.encode(vectors[:, span], span)
-            assert code.dtype == torch.float32 and code.shape == codes.shape
-            codes += code
-        parts = [projector.decode(codes, vectors[:, span], span) for span in spans]
-        torch.testing.assert_close(torch.cat(parts, dim=1), projector.project(vectors), rtol=0, atol=5e-6)
-
-
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_trace_and_size_are_those_of_matrix(index: int) -> None:
     projector = projectors()[index]
@@ -98,7 +82,7 @@ def test_trace_and_size_are_those_of_matrix(index: int) -> None:
     assert projector.trace == pytest.approx(float(matrix.trace()), rel=1e-6)
     expected = (4 * WIDTH**2, 4 * WIDTH * RANK + 4 * RANK, 2 * WIDTH * RANK + 4 * RANK)[index]
     assert projector.num_bytes == expected
-    assert projector.width == WIDTH and projector.code_width == (WIDTH, RANK, RANK)[index]
+    assert projector.width == WIDTH
 
 
 def test_low_rank_never_forms_a_square_matrix() -> None:

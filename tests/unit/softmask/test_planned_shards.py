@@ -1,4 +1,4 @@
-"""Planned loads of ranks, against the layouts that masks have on shards of as many elements."""
+"""Planned loads and steps of ranks, against masks on shards of as many elements, run or laid out."""
 
 from __future__ import annotations
 
@@ -7,19 +7,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from das_ds.distributed.state import Shard
+from das_ds.functional.directions import Rank, build_projector
+from das_ds.functional.projectors import Projector
 from das_ds.models.architectures.registry import spec_for
 from das_ds.models.find_readers import find_readers
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import Lora
 from das_ds.models.size import MatrixSize, ModelSize, Sharding
 from das_ds.preflight.memory import count_parameters
-from das_ds.softmask.direction_cost import count_mask_cost
+from das_ds.softmask.direction_memory import DirectionForm
+from das_ds.softmask.direction_step import directions_step_use
 from das_ds.softmask.input_layout import count_stepped
 from das_ds.softmask.layer_inputs import LayerInputs
 from das_ds.softmask.planned_shards import plan_loads
 from helpers.configs import make_config
-from helpers.direction_masks import MATRICES, SHAPES, lay_out, layouts_of, make_projectors
+from helpers.direction_masks import (
+    MATRICES,
+    SHAPES,
+    cut_values,
+    lay_out,
+    layouts_of,
+    masks_of,
+    random_values,
+    run_together,
+)
 from helpers.tiny_models import tiny_model
 from helpers.zero_layout import owned
 
@@ -42,23 +56,49 @@ SIZE = ModelSize(
 )
 
 
+def sharding(stage: int, num_ranks: int) -> Sharding:
+    return Sharding(stage, num_ranks, weight_bytes=4, gradient_bytes=4, num_moments=2)
+
+
+def shards_of_ranks(stage: int, num_ranks: int) -> list[list[Shard]]:
+    sizes = {name: (NUMELS[name], len(shape) > 1) for name, shape in SHAPES.items()}
+    return [lay_out(owned(sizes, stage, rank, num_ranks)) for rank in range(num_ranks)]
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 24, 97])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_loads_are_those_of_layouts(stage: int, num_ranks: int) -> None:
-    sizes = {name: (NUMELS[name], len(shape) > 1) for name, shape in SHAPES.items()}
-    shards = [lay_out(owned(sizes, stage, rank, num_ranks)) for rank in range(num_ranks)]
-    loads = plan_loads(SIZE, Sharding(stage, num_ranks, weight_bytes=4, gradient_bytes=4, num_moments=2))
+    shards = shards_of_ranks(stage, num_ranks)
+    loads = plan_loads(SIZE, sharding(stage, num_ranks))
     assert len(loads) == num_ranks
     for rank, (load, layout) in enumerate(zip(loads, layouts_of(shards), strict=True)):
-        cost = count_mask_cost(layout, make_projectors(), rank=rank, element_bytes=1)
         assert load.stepped == count_stepped(MATRICES, shards[rank])
-        assert load.sent == cost.sent_bytes
         assert load.fragments == sum(sum(cut.send_sizes) for cut in layout.rounds)
         assert load.completed == sum(sum(cut.receive_sizes) for cut in layout.rounds)
 
 
+@pytest.mark.parametrize("rank", ["full", 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 7, 24])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_step_use_is_that_of_a_run(stage: int, num_ranks: int, rank: Rank) -> None:
+    """Operations of all ranks, and what each of them is seen to send."""
+    shards = shards_of_ranks(stage, num_ranks)
+    projectors: dict[str, Projector] = {
+        matrix.input: build_projector(torch.diag(torch.arange(1.0, matrix.width + 1)), 1.0, rank) for matrix in MATRICES
+    }
+    masks = masks_of(shards, projectors)
+    gradients = cut_values(shards, random_values(1))
+    with FlopCounterMode(display=False) as counter:
+        volumes = run_together([m.steps(g, torch._foreach_copy_) for m, g in zip(masks, gradients, strict=True)])
+    planned = directions_step_use(SIZE, sharding(stage, num_ranks), DirectionForm(rank, "gradient", decays=False))
+    assert planned.flops == counter.get_total_flops()
+    sent = [sum(int(v[own].sum() - v[own, own]) for v in volumes) for own in range(num_ranks)]
+    assert [load.sent for load in plan_loads(SIZE, sharding(stage, num_ranks))] == sent
+    assert [collective.num_bytes for collective in planned.collectives] == ([4 * max(sent)] if any(sent) else [])
+
+
 def test_loads_without_zero_are_everything() -> None:
-    (load,) = plan_loads(SIZE, Sharding(0, 8, weight_bytes=4, gradient_bytes=4, num_moments=2))
+    (load,) = plan_loads(SIZE, sharding(0, 8))
     assert sum(load.stepped.values()) == sum(matrix.numel for matrix in MATRICES)
     assert load.sent == load.fragments == 0
 
