@@ -29,10 +29,10 @@ from benchmarks.domains.data import corpus, data_folder
 from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.plan import merge_values
 from benchmarks.domains.tiers import CPU as TIER
+from benchmarks.moment_sketch import OVERSAMPLING, decompose_sketch, random_signs
 from benchmarks.result_io import print_table, write_result
 from das_ds.errors import TrainingError
 from das_ds.functional.directions import MAX_FACTOR_ERROR, Flattening, best_flattening, smallest_flattening
-from das_ds.functional.moment_sketch import OVERSAMPLING, MomentSketch, RandomSigns
 from das_ds.run_dir import DIRECTIONS_FILE
 
 DOMAINS = ("restaurant", "acl", "pubmed")
@@ -123,9 +123,9 @@ def relative_numbers(ascending: Tensor, saturation: float, rank: int, leak: Tens
 def sketched(moment: Tensor, part: str, rank: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Form, eigenvalues and v^T M v of their vectors v, from what sketches hold after all inputs."""
     for form, num_columns in {"sketch": rank + OVERSAMPLING, "sketch of 2 r columns": 2 * rank}.items():
-        signs = RandomSigns(len(moment), num_columns, seed=0)
-        sketch = MomentSketch(signs, moment @ signs.on(CPU).float(), moment.diagonal().double().sum())
-        eigenvalues, vectors = sketch.decompose(rank)
+        signs = random_signs(len(moment), num_columns)
+        trace = float(moment.diagonal().double().sum())
+        eigenvalues, vectors = decompose_sketch(signs, moment @ signs, trace, rank)
         yield f"{part}, {form}", eigenvalues, (vectors * (moment.double() @ vectors)).sum(dim=0)
 
 

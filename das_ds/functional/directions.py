@@ -23,19 +23,6 @@ NEGLIGIBLE_EIGENVALUE = 1e-5
 """Of M / c, below 0: a mask may exceed 1 by this where rounding made a moment in float32 not quite positive."""
 
 
-def normalized_second_moment(moment: torch.Tensor) -> torch.Tensor:
-    """M = A / (tr(A) / d): the second moment of an input, divided by its mean over directions.
-
-    Args:
-        moment: (d, d), A = E[x x^T], symmetric.
-
-    Returns:
-        (d, d) float32 with trace d; 0 where all inputs were 0, and not finite where an input was not.
-    """
-    mean = moment.diagonal().double().mean()
-    return torch.where(mean == 0, 0.0, moment.double() / mean).float()
-
-
 def describe_invalid_moment(moment: torch.Tensor) -> str | None:
     """Why a matrix cannot be a second moment; None: it may be one.
 
@@ -231,7 +218,7 @@ def smallest_flattening(ascending: torch.Tensor, half_saturation: float) -> Flat
     Returns:
         None where the rank would be above d / 2.
     """
-    # From 1 on, as ranks that share a vector could not exchange an empty code.
+    # From 1 on, as ranks that are given are.
     for rank in range(1, len(ascending) // 2 + 1):
         flat = best_flattening(ascending, half_saturation, rank)
         if flat.error <= MAX_FACTOR_ERROR:
@@ -262,51 +249,3 @@ def passing_energy(projector: Projector, moment: torch.Tensor, block_size: int =
         # tr(P A P) = sum over entries of (A P) times P, as P is symmetric.
         passing += (projector.project(rows) * projector.project(unit_vectors)).sum(dtype=torch.float64)
     return float(torch.where(energy == 0, 1.0, passing / energy))
-
-
-def half_saturation_for(moment: torch.Tensor, share: float) -> float:
-    """c with which the plasticity tr(P) / d of the exact mask is `share`.
-
-    Args:
-        moment: (d, d), M.
-        share: between 0 and 1.
-
-    Returns:
-        c > 0, in the units of M; 1 for a moment of zeros, where P = I for any c. Where more than this share of the
-        directions never came in, none is small enough, and c is 1e-9 of what it would be at most.
-
-    Raises:
-        ValueError: a share outside (0, 1).
-    """
-    eigenvalues = torch.linalg.eigvalsh(moment.double()).clamp_min(0.0).cpu()
-    return half_saturation_of_spectrum(eigenvalues, torch.ones_like(eigenvalues), share)
-
-
-def half_saturation_of_spectrum(eigenvalues: torch.Tensor, counts: torch.Tensor, share: float) -> float:
-    """c with which sum_i n_i c / (c + a_i) = share * sum_i n_i; see `half_saturation_for`.
-
-    Args:
-        eigenvalues: a, (k,) float64 in host memory, from 0 on.
-        counts: n, (k,), how many directions have this eigenvalue.
-        share: between 0 and 1.
-
-    Raises:
-        ValueError: a share outside (0, 1).
-    """
-    if not 0.0 < share < 1.0:
-        raise ValueError(f"share: found {share}, expected a number between 0 and 1, both excluded")
-    largest = float(eigenvalues.max())
-    if largest == 0.0:
-        return 1.0
-    # With this c even the largest eigenvalue has a factor of `share`.
-    upper = largest * share / (1.0 - share)
-    lower = upper * 1e-9
-    for _ in range(60):
-        # The middle of the logarithms, as c may be of any magnitude.
-        middle = (lower * upper) ** 0.5
-        found = float((counts * middle / (middle + eigenvalues)).sum() / counts.sum())
-        if found < share:
-            lower = middle
-        else:
-            upper = middle
-    return (lower * upper) ** 0.5
