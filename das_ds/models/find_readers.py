@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from das_ds.models.lora import Lora
 from das_ds.models.matrix_readers import (
     ConvolutionReader,
-    EmbeddingHeadReader,
     ExpertsReader,
     LinearReader,
     MatrixReader,
+    OutputReader,
     StoredMatrix,
 )
 from das_ds.models.moe import is_transposed
@@ -83,7 +83,7 @@ class _Finder:
         if name is not None:
             num_outputs, width = reversed(self._shape(module)) if transposed else self._shape(module)
             matrix = StoredMatrix(name, None, num_outputs, width, transposed)
-            yield LinearReader(self._adapted.get(name, module), matrix)
+            yield LinearReader(self._adapted.get(name, module), (matrix,))
 
     def _shape(self, module: Any, attribute: str = "weight") -> tuple[int, ...]:
         return tuple(self._full_shape(getattr(module, attribute)))
@@ -128,7 +128,7 @@ class _Finder:
         name = self._trained_name(embeddings)
         if name is not None:
             num_tokens, width = self._shape(embeddings)
-            yield EmbeddingHeadReader(module.LayerNorm, StoredMatrix(name, None, num_tokens, width))
+            yield OutputReader(module.LayerNorm, (StoredMatrix(name, None, num_tokens, width),))
 
 
 def _has_stacked_experts(module: nn.Module) -> bool:

@@ -10,10 +10,11 @@ size, I units of an expert, n tokens of one expert; k size of a convolution's ke
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,72 +52,49 @@ class StoredMatrix:
         return (self.index or 0) * self.num_outputs * self.width
 
 
-class MatrixReader(Protocol):
+@dataclass(frozen=True, eq=False)
+class MatrixReader(ABC):
     """A module, and the matrices that it multiplies by."""
 
-    @property
-    def matrices(self) -> tuple[StoredMatrix, ...]:
-        """In a fixed order."""
+    module: nn.Module
+    matrices: tuple[StoredMatrix, ...]
+    """In a fixed order."""
 
+    @abstractmethod
     def hook(self, receive: Receive) -> Remove:
         """From now on every call of the module gives `receive` what each of the matrices multiplies."""
 
     def trace(self, receive: Receive) -> Remove:
         """Like `hook`, but for the shapes only: what the module returns has to be of the right shape and no more."""
+        return self.hook(receive)
 
 
-@dataclass(frozen=True, eq=False)
-class LinearReader:
-    """A module that multiplies its input (..., d) by one matrix: a linear layer, or the router of experts."""
+class LinearReader(MatrixReader):
+    """A module that multiplies its input (..., d) by one matrix: a linear layer, or the router of experts.
 
-    module: nn.Module
-    """The module whose input it is. For LoRA's A it is the adapted layer: A reads a copy of that layer's input."""
-    matrix: StoredMatrix
-
-    @property
-    def matrices(self) -> tuple[StoredMatrix, ...]:
-        """The one matrix."""
-        return (self.matrix,)
+    For LoRA's A the module is the adapted layer: A reads a copy of that layer's input.
+    """
 
     def hook(self, receive: Receive) -> Remove:
         """See `MatrixReader`."""
         return self.module.register_forward_pre_hook(lambda _, inputs: receive(0, inputs[0], None)).remove
 
-    def trace(self, receive: Receive) -> Remove:
-        """See `MatrixReader`."""
-        return self.hook(receive)
 
-
-@dataclass(frozen=True, eq=False)
-class EmbeddingHeadReader:
-    """A module whose output (..., d) its caller multiplies by the input embeddings, as DeBERTa's newer LM head does."""
-
-    module: nn.Module
-    matrix: StoredMatrix
-
-    @property
-    def matrices(self) -> tuple[StoredMatrix, ...]:
-        """The embeddings."""
-        return (self.matrix,)
+class OutputReader(MatrixReader):
+    """A module whose output (..., d) its caller multiplies by one matrix: in DeBERTa's newer LM head the embeddings."""
 
     def hook(self, receive: Receive) -> Remove:
         """See `MatrixReader`."""
         return self.module.register_forward_hook(lambda _, __, output: receive(0, output, None)).remove
 
-    def trace(self, receive: Receive) -> Remove:
-        """See `MatrixReader`."""
-        return self.hook(receive)
 
-
-@dataclass(frozen=True, eq=False)
-class ConvolutionReader:
+class ConvolutionReader(MatrixReader):
     """A convolution over positions: a linear layer whose input are windows, d = (C / G) k, one matrix for each group.
 
     A window has its channels one after the other, and the k positions of a channel in a row, like the stored weight.
     """
 
     module: nn.Conv1d
-    matrices: tuple[StoredMatrix, ...]
 
     def hook(self, receive: Receive) -> Remove:
         """See `MatrixReader`."""
@@ -136,17 +114,11 @@ class ConvolutionReader:
 
         return self.module.register_forward_pre_hook(give_windows).remove
 
-    def trace(self, receive: Receive) -> Remove:
-        """See `MatrixReader`."""
-        return self.hook(receive)
 
-
-@dataclass(frozen=True, eq=False)
-class ExpertsReader:
+class ExpertsReader(MatrixReader):
     """A module that keeps all experts of a layer in two parameters: E gate and up matrices, then E down matrices."""
 
     module: Any
-    matrices: tuple[StoredMatrix, ...]
 
     def hook(self, receive: Receive) -> Remove:
         """See `MatrixReader`."""

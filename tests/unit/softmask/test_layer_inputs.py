@@ -179,7 +179,8 @@ def trace_toy(
     a = nn.Linear(4, 4)
     b = nn.Linear(4, 4)
     readers = [
-        LinearReader(module, StoredMatrix("a" if shared else name, None, 4, 4)) for name, module in (("a", a), ("b", b))
+        LinearReader(module, (StoredMatrix("a" if shared else name, None, 4, 4),))
+        for name, module in (("a", a), ("b", b))
     ]
 
     def run_network(batch: Batch) -> None:
