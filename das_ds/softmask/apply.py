@@ -124,8 +124,8 @@ def mask_directions(
     Args:
         engine: whose steps are masked.
         matrices: all that are masked, in the same order on every rank.
-        projectors: input -> P on the device of the process group, equal on all ranks that have it; those of
-            `mask_layout.stepped_inputs` are needed.
+        projectors: input -> P on the device of the process group, equal on all ranks that have it; those of the
+            inputs that this rank steps a matrix of are needed.
         apply_to: what is multiplied.
     """
     shards = engine.weights.shards

@@ -29,8 +29,8 @@ NUM_TOKENS = "num_tokens"
 class DirectionImportance:
     """M of every input: the sum over domains of its normalized second moments. Each is held by one rank, its owner.
 
-    See `softmask.importance.Importance`, of which `measure` and `load_state_dict` differ: a forward pass needs no loss,
-    and where a moment is depends on the layout of the inputs over the ranks.
+    It is to `methods.directions` what an `Importance` is to other methods, but measured by forward passes without a
+    loss, and where a moment is depends on the layout of the inputs over the ranks.
 
     Args:
         run: the engine and its network.
@@ -153,10 +153,6 @@ class DirectionImportance:
         dtype = torch.float32 if self.run.config.train.precision == "fp32" else torch.bfloat16
         where = find_room(device, projector_work_bytes(len(moment), is_dense=is_dense(rank, len(moment))))
         return move_projector(build_projector(moment, half_saturation, rank, dtype, where), device)
-
-    def unit_gates(self) -> None:
-        """None: directions belong to no unit."""
-        return
 
     def state_dict(self, prefix: str = "") -> ComponentState:
         """Each owner its moments, under names that begin with `prefix`."""

@@ -45,8 +45,7 @@ class DirectionMask:
         self, shards: Sequence[Shard], layout: MaskLayout, projectors: Mapping[str, Projector], device: torch.device
     ) -> None:
         self.layout = layout
-        self._first_elements = [shard.param_start for shard in shards]
-        self._numels = [shard.numel for shard in shards]
+        self._shards = shards
         self._projectors = projectors
         self._device = device
 
@@ -81,14 +80,15 @@ class DirectionMask:
 
     def _check(self, tensors: Sequence[torch.Tensor]) -> None:
         found = [tensor.numel() for tensor in tensors]
-        if found != self._numels:
-            raise ValueError(f"tensors: found sizes {found}, expected {self._numels}, one tensor per shard")
+        expected = [shard.numel for shard in self._shards]
+        if found != expected:
+            raise ValueError(f"tensors: found sizes {found}, expected {expected}, one tensor per shard")
         types = {tensor.dtype for tensor in tensors}
         if len(types) > 1:
             raise ValueError(f"tensors: found types {', '.join(sorted(map(str, types)))}, expected one type")
 
     def _view(self, tensors: Sequence[torch.Tensor], shard: int, block: Block) -> torch.Tensor:
-        return block.view(tensors[shard], self._first_elements[shard])
+        return block.view(tensors[shard], self._shards[shard].param_start)
 
     def _write_complete(self, batch: Batch, tensors: Sequence[torch.Tensor], write: Write) -> None:
         views = [self._view(tensors, placed.shard, placed.block) for placed in batch.blocks]
@@ -106,7 +106,8 @@ def build_direction_mask(
     Args:
         shards: this rank's, in the order of the tensors that are to be masked.
         matrices: all that are masked, in the same order on every rank.
-        projectors: input -> P, equal on all ranks that have it; those of `mask_layout.stepped_inputs` are read.
+        projectors: input -> P, equal on all ranks that have it; those of inputs that this rank steps a matrix of are
+            read.
         device: see `DirectionMask`.
     """
     listed = list(matrices)

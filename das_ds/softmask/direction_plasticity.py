@@ -57,7 +57,8 @@ def measure_plasticity(
     Raises:
         TrainingError: an input that is not finite, on every rank.
     """
-    own = {name: projectors[name] for name in _measured_here(run, inputs) if name in projectors}
+    # An owner steps most of the elements of an input's matrices, so it is one of the ranks that have its projector.
+    own = {name: projectors[name] for name in inputs.owned_by(run.engine.ranks.info.rank) if name in projectors}
     rows = torch.zeros(len(inputs.widths), 3, dtype=torch.float64, device=run.engine.ranks.info.device)
     if batches is not None:
         rows[:, 1:] = _sum_energies(run, inputs, own, batches)
@@ -90,11 +91,6 @@ def measure_protected(
             passing = passing_energy(projector, moments[name].to(device)) * energy
             rows[numbers[name]] = torch.tensor([plasticity(projector), energy, passing], dtype=torch.float64)
     return _combine(inputs, rows)
-
-
-def _measured_here(run: RunContext, inputs: InputLayout) -> list[str]:
-    """An owner steps most of the elements of an input's matrices, so it is one of the ranks that have its projector."""
-    return inputs.owned_by(run.engine.ranks.info.rank)
 
 
 def _numbers(inputs: InputLayout) -> dict[str, int]:

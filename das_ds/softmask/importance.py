@@ -21,10 +21,7 @@ Settings = TypeVar("Settings", contravariant=True)
 
 
 class Importance(Protocol[Settings]):
-    """Importance in [0, 1], normalized, of everything that a granularity masks; all methods run on all ranks.
-
-    `softmask.direction.DirectionImportance` follows it too, but is measured without loss and settings.
-    """
+    """Importance in [0, 1], normalized, of everything that a granularity masks; all methods run on all ranks."""
 
     @classmethod
     def measure(

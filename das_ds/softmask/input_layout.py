@@ -12,6 +12,7 @@ from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.state import Shard
 from das_ds.models.size import FP32
 from das_ds.softmask.masked_matrix import MaskedMatrix
+from das_ds.softmask.matrix_blocks import find_held_elements
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,11 @@ def build_input_layout(matrices: Sequence[MaskedMatrix], shards: Iterable[Shard]
 
 def count_stepped(matrices: Iterable[MaskedMatrix], shards: Iterable[Shard]) -> dict[str, int]:
     """Input -> elements of the matrices reading it that lie in these shards; inputs without any are missing."""
-    by_parameter: dict[str, list[Shard]] = {}
-    for shard in shards:
-        by_parameter.setdefault(shard.name, []).append(shard)
+    listed = list(matrices)
     counts: dict[str, int] = {}
-    for matrix in matrices:
-        for shard in by_parameter.get(matrix.parameter, ()):
-            first = max(shard.param_start, matrix.start)
-            last = min(shard.param_span.stop, matrix.start + matrix.numel)
-            if first < last:
-                counts[matrix.input] = counts.get(matrix.input, 0) + last - first
+    for held in find_held_elements(shards, listed):
+        name = listed[held.matrix].input
+        counts[name] = counts.get(name, 0) + held.end - held.begin
     return counts
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from das_ds.distributed.collectives import in_collective, world_size
-from das_ds.distributed.state import Shard
 from das_ds.softmask.cut_vectors import CutVectors
 from das_ds.softmask.fragments import MAX_ROUND_ELEMENTS, Fragment, split_into_rounds
 from das_ds.softmask.masked_matrix import MaskedMatrix
-from das_ds.softmask.matrix_blocks import Block, HeldElements, find_held_elements
+from das_ds.softmask.matrix_blocks import Block, HeldElements
 from das_ds.softmask.projection import num_vectors_at_once
 
 
@@ -33,11 +32,6 @@ class Batch:
 
     input: str
     blocks: list[PlacedBlock]
-
-    @property
-    def num_vectors(self) -> int:
-        """All blocks together."""
-        return sum(len(placed.block.vectors) for placed in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -104,9 +98,3 @@ def make_batches(blocks: Iterable[PlacedBlock]) -> list[Batch]:
                 batches[-1].blocks.append(PlacedBlock(placed.shard, part))
                 room -= len(part.vectors)
     return batches
-
-
-def stepped_inputs(shards: Iterable[Shard], matrices: Iterable[MaskedMatrix]) -> set[str]:
-    """Inputs whose projectors a rank needs: those of the matrices that its shards hold anything of."""
-    listed = list(matrices)
-    return {listed[item.matrix].input for item in find_held_elements(shards, listed)}

@@ -16,7 +16,7 @@ from das_ds.distributed.process_group import init_process_group
 from das_ds.functional.projectors import DenseProjector, Projector
 from das_ds.methods import build_method
 from das_ds.softmask.apply import clear_masks, mask_directions
-from das_ds.softmask.mask_layout import stepped_inputs
+from das_ds.softmask.input_layout import count_stepped
 from das_ds.softmask.masked_matrix import MaskedMatrix
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer
@@ -105,7 +105,7 @@ def _train_masked(config: RunConfig, form: Form) -> tuple[dict[str, torch.Tensor
     engine = run.engine
     engine.start_domain(NUM_STEPS)
     matrices = masked_matrices()
-    needed = stepped_inputs(engine.weights.shards, matrices)
+    needed = count_stepped(matrices, engine.weights.shards)
     projectors = {name: value for name, value in random_projectors(matrices).items() if name in needed}
     clear_masks(engine)
     mask_directions(engine, matrices, projectors, apply_to=form)

@@ -176,17 +176,6 @@ def test_build_masks_group_flat_tensors_with_masked_matrices() -> None:
     assert list(build_decay_masks(shards, flats, matrices, projectors, CPU)) == [flat]
 
 
-def test_stepped_inputs_are_those_of_own_shards() -> None:
-    flat = torch.nn.Parameter(torch.zeros(12))
-    shards = [Shard("w", flat, 0, 0, 4), Shard("e", flat, 6, 6, 2)]
-    matrices = [
-        MaskedMatrix("w", "w", 0, 2, 2, "x"),
-        MaskedMatrix("v", "v", 0, 2, 2, "y"),
-        *(MaskedMatrix(f"e[{i}]", "e", 4 * i, 2, 2, f"z{i}") for i in range(3)),
-    ]
-    assert mask_layout.stepped_inputs(shards, matrices) == {"x", "z1"}
-
-
 def test_matrices_with_one_input_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     project = DenseProjector.project
