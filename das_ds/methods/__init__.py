@@ -17,7 +17,7 @@ from das_ds.methods.directions import Directions
 from das_ds.methods.ewc import EWC
 from das_ds.methods.kd import KD
 from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
-from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
+from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
     from das_ds.context import RunContext
@@ -65,6 +65,6 @@ def method_step_use(config: RunConfig, size: ModelSize, sharding: Sharding) -> S
     return method_class(config.method).step_use(config, size, sharding)
 
 
-def method_num_measured(config: RunConfig, size: ModelSize) -> int:
-    """Sequences that a run's method measures on after each domain, at most."""
-    return method_class(config.method).num_measured(config, size)
+def method_measured_sequences(config: RunConfig, size: ModelSize, num_ranks: int) -> MeasuredSequences:
+    """Sequences that a run's method measures on before and after domains."""
+    return method_class(config.method).measured_sequences(config, size, num_ranks)

@@ -17,7 +17,7 @@ from das_ds.config import MethodConfig, RunConfig
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.functional.units import UnitValues
-from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
+from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
@@ -82,10 +82,10 @@ class Method(Generic[C]):
         return StepUse()
 
     @classmethod
-    def num_measured(cls, config: RunConfig, size: ModelSize) -> int:
-        """Sequences that the method measures on after each domain, at most; 0: it measures nothing."""
+    def measured_sequences(cls, config: RunConfig, size: ModelSize, num_ranks: int) -> MeasuredSequences:
+        """Sequences that the method measures on; unless it says otherwise, its sample after each domain."""
         sample = config.method.sample_size
-        return 0 if sample is None or sample.num_samples is None else sample.num_samples
+        return MeasuredSequences(after=0 if sample is None or sample.num_samples is None else sample.num_samples)
 
     def before_domain(self, domain: DomainContext) -> None:
         """Called before the first step on a domain, not when a run continues within its steps."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from das_ds.config import RunConfig
 from das_ds.methods.soft_masked import SoftMasked, SoftMaskedConfig
+from das_ds.models.size import MeasuredSequences, ModelSize
 from das_ds.run_dir import IMPORTANCE_FILE
 
 if TYPE_CHECKING:
@@ -26,6 +29,12 @@ class DAS(SoftMasked[DasConfig]):
     """
 
     Config = DasConfig
+
+    @classmethod
+    def measured_sequences(cls, config: RunConfig, size: ModelSize, num_ranks: int) -> MeasuredSequences:
+        """The sample after each domain too."""
+        general = super().measured_sequences(config, size, num_ranks)
+        return replace(general, after=cls.settings_in(config).importance.num_samples)
 
     def after_domain(self, domain: DomainContext) -> None:
         """Importance of the domain just learned, and EMax with all before."""

@@ -15,7 +15,7 @@ from das_ds.config.section import PathText
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.methods.base import Method
-from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
+from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, Sharding, StepUse
 from das_ds.run_dir import DIRECTIONS_FILE
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Directions(Method[DirectionsConfig]):
     Each input of layers (queries, keys and values share one) has an fp32 matrix M (d, d), in the host memory of one
     rank. P is on the device of the ranks that step a layer of that input. Extra compute: d / (3 * tokens of the global
     batch) of a training step for each of gradient and update, and per domain one forward pass over the sample for every
-    4 GiB of moments.
+    2 GiB of moments.
 
     Raises:
         ModelError: the network has layers whose directions cannot be masked.
@@ -154,12 +154,21 @@ class Directions(Method[DirectionsConfig]):
         return DirectionForm(settings.rank, settings.apply_to, config.train.weight_decay > 0.0)
 
     @classmethod
-    def num_measured(cls, config: RunConfig, size: ModelSize) -> int:
-        """`num_samples`, or its default for the widest input."""
-        from das_ds.softmask.input_moments import default_num_samples
+    def measured_sequences(cls, config: RunConfig, size: ModelSize, num_ranks: int) -> MeasuredSequences:
+        """The sample once for every group of inputs, also that of general text, and on each rank what is probed."""
+        from das_ds.softmask.input_layout import group_inputs
+        from das_ds.softmask.input_moments import SUMS_BYTES, default_num_samples
 
-        widest = max(matrix.width for matrix in size.matrices)
-        return cls.settings_in(config).num_samples or default_num_samples(widest, config.data.sequence_length)
+        settings = cls.settings_in(config)
+        widths = {matrix.input: matrix.width for matrix in size.matrices}
+        num_samples = settings.num_samples
+        if num_samples is None:
+            num_samples = default_num_samples(max(widths.values()), config.data.sequence_length)
+        sample = num_samples * len(group_inputs(widths, SUMS_BYTES))
+        probe = NUM_PROBED * num_ranks
+        general = sample if _has_general_text(config) and settings.general is not False else 0
+        protects_first = general > 0 or settings.init_from is not None
+        return MeasuredSequences(general + probe * protects_first, probe, sample)
 
     def before_domain(self, domain: DomainContext) -> None:
         """Measure what earlier domains leave free; before the first one also what is known already.

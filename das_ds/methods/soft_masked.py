@@ -18,7 +18,7 @@ from das_ds.errors import ConfigError
 from das_ds.functional.units import UNOWNED, UnitValues
 from das_ds.methods.base import Losses, Method, check_gradient_batch_size
 from das_ds.methods.contrastive import NUM_CLEAN_VIEWS, ContrastiveConfig, ContrastiveLoss, contrastive_step_use
-from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
+from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, Sharding, StepUse
 from das_ds.run_dir import GENERAL_IMPORTANCE_FILE
 from das_ds.softmask.granularities import GRANULARITIES, load_granularity
 
@@ -111,6 +111,13 @@ class SoftMasked(Method[S]):
         if cls.settings_in(config).contrastive.weight == 0.0:
             return StepUse()
         return contrastive_step_use(config, size)
+
+    @classmethod
+    def measured_sequences(cls, config: RunConfig, size: ModelSize, num_ranks: int) -> MeasuredSequences:
+        """Two views of every sequence of the sample for general knowledge, unless a file has its importance."""
+        importance = cls.settings_in(config).importance
+        is_measured = importance.init_from is None
+        return MeasuredSequences(before_first=2 * importance.num_samples if is_measured else 0)
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: importance of general knowledge."""

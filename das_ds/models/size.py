@@ -158,6 +158,19 @@ class MemoryUse:
 
 
 @dataclass(frozen=True)
+class MeasuredSequences:
+    """Sequences that a method passes through the network outside of steps: over all ranks, each as often as it is
+    passed, at most. What a pass is says `MemoryUse.measurement`."""
+
+    before_first: int = 0
+    """Before the first domain."""
+    before_later: int = 0
+    """Before each further domain."""
+    after: int = 0
+    """After each domain."""
+
+
+@dataclass(frozen=True)
 class Collective:
     """One kind of exchange between all ranks, summed over an optimizer step."""
 

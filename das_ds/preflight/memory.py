@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -306,6 +306,23 @@ def activation_estimate(config: RunConfig, size: ModelSize) -> int:
         num_positions=round(config.train.micro_batch_size * num_tokens * predicted_fraction),
         largest_chunk=config.train.max_logits_mib * UNITS["MiB"],
     )
+
+
+def forward_estimate(config: RunConfig, size: ModelSize) -> int:
+    """Estimated bytes of activations and logits of a forward pass over a method's sample, without gradients."""
+    sample = config.method.sample_size
+    num_rows = (sample and sample.batch_size) or config.train.micro_batch_size
+    num_tokens = config.data.sequence_length
+    activations = activation_bytes(
+        replace(size, num_layers=1),
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        weight_bytes=_weight_bytes(config),
+        is_eager=config.model.attention == "eager",
+        is_recomputed=False,
+    )
+    largest_chunk = config.train.max_logits_mib * UNITS["MiB"]
+    return activations + logits_bytes(size, num_positions=num_rows * num_tokens, largest_chunk=largest_chunk)
 
 
 def _weight_bytes(config: RunConfig) -> int:

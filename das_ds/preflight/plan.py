@@ -6,28 +6,32 @@ at a stated share of the GPUs' peak (MFU), and traffic at stated bandwidths.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import EngineConfig, build_engine_config
-from das_ds.methods import method_memory, method_num_measured, method_step_use
-from das_ds.models.size import Collective, MemoryUse, StepUse
+from das_ds.methods import method_measured_sequences, method_memory, method_step_use
+from das_ds.models.size import Collective, Measurement, MemoryUse, Sharding, StepUse
 from das_ds.preflight.cluster import Cluster
 from das_ds.preflight.memory import (
     DiskUse,
     activation_estimate,
     disk_use,
     estimate_run_memory,
+    forward_estimate,
     zero_sharding,
 )
 from das_ds.preflight.memory_estimate import MemoryEstimate
 from das_ds.preflight.planned_model import PlannedModel
-from das_ds.preflight.traffic import bytes_sent, step_collectives
+from das_ds.preflight.traffic import bytes_sent, forward_collectives, step_collectives
 
 HEADROOM = 0.1
 """Share of a GPU's memory left to libraries (CUDA context, NCCL, workspaces) and to what the allocator cannot use."""
-MEASUREMENT_PASSES = {"none": 0.0, "forward": 1 / 3, "backward": 1.0, "gradients": 1.0}
+MEASUREMENT_PASSES: dict[Measurement, float] = {"none": 0.0, "forward": 1 / 3, "backward": 1.0, "gradients": 1.0}
 """What a method runs over its sample -> its share of the operations of training on it."""
+MEASUREMENT_GATHERS: dict[Measurement, int] = {"none": 0, "forward": 1, "backward": 2, "gradients": 2}
+"""The same -> how often ZeRO 3 gathers the weights for a micro-batch."""
 GIB = 2**30
 
 
@@ -39,7 +43,9 @@ class DomainPlan:
     steps: int
     tokens: int
     seconds: float
-    """Of its steps, the measurement at its end and the exported model."""
+    """Of its steps, what the method measures before and after them, and the exported model."""
+    measured_seconds: float
+    """Of what the method measures."""
     gpu_hours: float
     cost: float | None
 
@@ -124,14 +130,14 @@ def plan_run(config: RunConfig, model: PlannedModel, cluster: Cluster, num_gpus:
     traffic_seconds = traffic / cluster.bandwidth(num_gpus)
     ranks_of_node = min(num_gpus, cluster.gpus_per_node)
     tokens = config.train.global_batch_size * config.data.sequence_length
-    after_domain = _measurement_flops(config, model, use) / rate + _export_bytes(config, model) / cluster.disk
+    measured = _measured_seconds(config, model, use.measurement, rate, sharding, engine, cluster)
     return Plan(
         num_gpus=num_gpus,
         zero_stage=engine.zero_stage,
         micro_steps=_micro_steps(engine),
         memory=memory,
         activations=activations,
-        peaks=_peaks(memory, activations, use),
+        peaks=_peaks(config, model, memory, activations, use),
         host_per_node=ranks_of_node * memory.host_bytes + memory.host_export,
         disk=disk_use(config, model.size, num_gpus),
         collectives=tuple(collectives),
@@ -139,7 +145,7 @@ def plan_run(config: RunConfig, model: PlannedModel, cluster: Cluster, num_gpus:
         compute_seconds=compute_seconds,
         traffic_seconds=traffic_seconds,
         tokens_per_step=tokens,
-        domains=_domains(config, cluster, num_gpus, max(compute_seconds, traffic_seconds), after_domain),
+        domains=_domains(config, model, cluster, num_gpus, max(compute_seconds, traffic_seconds), measured),
     )
 
 
@@ -147,13 +153,17 @@ def _micro_steps(engine: EngineConfig) -> int:
     return int(engine.raw["gradient_accumulation_steps"])
 
 
-def _peaks(memory: MemoryEstimate, activations: int, use: MemoryUse) -> dict[str, int]:
-    """Phase -> bytes; passes without gradients keep no activations of one layer for the next.
+def _peaks(
+    config: RunConfig, model: PlannedModel, memory: MemoryEstimate, activations: int, use: MemoryUse
+) -> dict[str, int]:
+    """Phase -> bytes; passes without gradients have the activations of one layer at a time.
 
     What a method has only in a step is there after the backward pass, when activations are gone.
     """
     in_phase = {"a step": max(activations - sum(use.device_in_step.values()), 0)}
-    if use.measurement in ("backward", "gradients"):
+    if use.measurement == "forward":
+        in_phase["the end of a domain"] = forward_estimate(config, model.size)
+    elif use.measurement != "none":
         in_phase["the end of a domain"] = activations
     return {phase: num_bytes + in_phase.get(phase, 0) for phase, num_bytes in memory.device_peaks.items()}
 
@@ -166,10 +176,27 @@ def _executed_flops(config: RunConfig, model: PlannedModel, use: MemoryUse, step
     return plain.total + round(extra_rows * body) + step.forward_passes * plain.forward + step.flops
 
 
-def _measurement_flops(config: RunConfig, model: PlannedModel, use: MemoryUse) -> float:
-    """Operations of the passes over the method's sample, at most."""
-    share = method_num_measured(config, model.size) / config.train.global_batch_size
-    return MEASUREMENT_PASSES[use.measurement] * share * model.flops.total
+def _measured_seconds(
+    config: RunConfig,
+    model: PlannedModel,
+    measurement: Measurement,
+    rate: float,
+    sharding: Sharding,
+    engine: EngineConfig,
+    cluster: Cluster,
+) -> list[float]:
+    """Of what the method measures before and after each domain: the larger of operations and gathered weights."""
+    num_ranks = sharding.num_ranks
+    sample = config.method.sample_size
+    rows = num_ranks * ((sample and sample.batch_size) or config.train.micro_batch_size)
+    gathered = sum(bytes_sent(item, num_ranks) for item in forward_collectives(model.weights, sharding, engine))
+    seconds = max(
+        MEASUREMENT_PASSES[measurement] * model.flops.total / config.train.global_batch_size / rate,
+        MEASUREMENT_GATHERS[measurement] * gathered / rows / cluster.bandwidth(num_ranks),
+    )
+    found = method_measured_sequences(config, model.size, num_ranks)
+    before = [found.before_first, *[found.before_later] * (len(config.stages) - 1)]
+    return [seconds * (num_sequences + found.after) for num_sequences in before]
 
 
 def _export_bytes(config: RunConfig, model: PlannedModel) -> int:
@@ -178,13 +205,21 @@ def _export_bytes(config: RunConfig, model: PlannedModel) -> int:
 
 
 def _domains(
-    config: RunConfig, cluster: Cluster, num_gpus: int, step_seconds: float, after_domain: float
+    config: RunConfig,
+    model: PlannedModel,
+    cluster: Cluster,
+    num_gpus: int,
+    step_seconds: float,
+    measured_seconds: Sequence[float],
 ) -> tuple[DomainPlan, ...]:
     tokens = config.train.global_batch_size * config.data.sequence_length
+    export = _export_bytes(config, model) / cluster.disk
     planned = []
-    for stage in config.stages:
-        seconds = stage.num_steps * step_seconds + after_domain
+    for stage, measured in zip(config.stages, measured_seconds, strict=True):
+        seconds = stage.num_steps * step_seconds + measured + export
         gpu_hours = num_gpus * seconds / 3600
         cost = None if cluster.price is None else cluster.price * gpu_hours
-        planned.append(DomainPlan(stage.name, stage.num_steps, stage.num_steps * tokens, seconds, gpu_hours, cost))
+        planned.append(
+            DomainPlan(stage.name, stage.num_steps, stage.num_steps * tokens, seconds, measured, gpu_hours, cost)
+        )
     return tuple(planned)

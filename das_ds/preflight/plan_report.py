@@ -59,9 +59,11 @@ def format_plan(config: RunConfig, model: PlannedModel, cluster: Cluster, plan: 
         ),
     }
     for domain in plan.domains:
+        measured = domain.measured_seconds / plan.step_seconds
         lines[domain.name] = (
             f"{domain.steps} steps, {domain.tokens / GIGA:.3g} billion tokens, {_hours(domain.seconds)}, "
             f"{domain.gpu_hours:,.1f} GPU hours{_cost(domain.cost)}"
+            + (f", of which measuring takes the time of {measured:.2g} steps" if measured else "")
         )
     seconds = sum(domain.seconds for domain in plan.domains)
     costs = [domain.cost for domain in plan.domains if domain.cost is not None]

@@ -121,6 +121,13 @@ def step_collectives(
     return [*found, *method.collectives]
 
 
+def forward_collectives(weights: WeightSizes, sharding: Sharding, engine: EngineConfig) -> list[Collective]:
+    """What ranks exchange in a forward pass alone: the weights that stage 3 gathers, each once."""
+    if sharding.num_ranks == 1 or sharding.stage != 3:
+        return []
+    return [_stage3_gathers(weights, sharding, engine.raw["zero_optimization"], 0, 1, is_recomputed=False)]
+
+
 def bytes_sent(collective: Collective, num_ranks: int) -> float:
     """Bytes that one rank sends, in a ring: 2 (W - 1) / W of what is reduced for all, (W - 1) / W of what is gathered
     or scattered; all of what it sends to single ranks."""

@@ -13,7 +13,7 @@ import torch
 from das_ds.context import CorpusSample, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import DasError
-from das_ds.functional.directions import Rank, build_projector, is_dense, projector_work_bytes
+from das_ds.functional.directions import Rank, build_projector, projector_work_bytes
 from das_ds.functional.projectors import Projector
 from das_ds.softmask.apply import DirectionTarget, clear_masks, mask_directions
 from das_ds.softmask.directions_file import load_directions, save_directions
@@ -151,7 +151,7 @@ class DirectionImportance:
         device = self.run.engine.ranks.info.device
         # Gradients in 16 bits have no more digits than a basis in bfloat16.
         dtype = torch.float32 if self.run.config.train.precision == "fp32" else torch.bfloat16
-        where = find_room(device, projector_work_bytes(len(moment), is_dense=is_dense(rank, len(moment))))
+        where = find_room(device, projector_work_bytes(len(moment)))
         return move_projector(build_projector(moment, half_saturation, rank, dtype, where), device)
 
     def state_dict(self, prefix: str = "") -> ComponentState:

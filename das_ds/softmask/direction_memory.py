@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from das_ds.functional.directions import Rank, is_dense, projector_work_bytes
 from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 from das_ds.softmask.fragments import MAX_ROUND_ELEMENTS
-from das_ds.softmask.input_layout import assign_owners, moment_bytes
-from das_ds.softmask.input_moments import SUMS_BYTES
+from das_ds.softmask.input_layout import assign_owners, group_inputs, moment_bytes
+from das_ds.softmask.input_moments import PRODUCT_BYTES, SUMS_BYTES
 from das_ds.softmask.planned_shards import RankLoad, plan_loads
 from das_ds.softmask.projection import num_vectors_at_once
 from das_ds.softmask.update_chunks import MAX_CHUNK_ELEMENTS
@@ -84,15 +84,19 @@ def directions_memory(size: ModelSize, sharding: Sharding, form: DirectionForm) 
     | projectors | device | of the inputs that it steps a matrix of: at stages 1 and 2 some, at 0 and 3 all |
     | in a step | device | `scratch_bytes` |
     | old values, where updates are masked | with the optimizer's state | 16 MiB at most |
-    | start of a domain | device | `projector_work_bytes` of the widest input |
-    | end of a domain | device | sums of one group of inputs; where inputs have 16 bits, one moment more |
-    | end of a domain | host | the moments of the domain, and one sum with earlier ones |
+    | start of a domain | device | `projector_work_bytes` of the widest input, in place of its projector |
+    | end of a domain | device | sums of one group of inputs; where inputs have 16 bits, a block of a product |
+    | end of a domain | host | moments of the domain, and sums with earlier ones beside a checkpoint of those |
     | checkpoint | disk | 2 S and, while a group is measured, its sums from every rank |
     | files | disk | S for each domain, and S |
 
-    Moments in checkpoints are written from where they are. Projectors of the next domain are computed at the end of a
-    domain, when the sums and the old ones are gone, and are kept: that takes what the start of a domain takes. Before
-    the first domain general text is measured with the memory of the end of a domain.
+    Moments in checkpoints are written from where they are, so a checkpoint that is still being written keeps earlier
+    sums. Those of the domain are kept until it is known what its masks let through.
+
+    Projectors of the next domain are computed at the end of a domain, when the sums and the old ones are gone, and are
+    kept through export and evaluation: that takes what the start of a domain takes. Before the first domain general
+    text is measured with the memory of the end of a domain; what is probed before any takes less, blocks of 64 MiB in
+    place of the sums.
 
     Args:
         size: of the network, with its matrices.
@@ -104,7 +108,8 @@ def directions_memory(size: ModelSize, sharding: Sharding, form: DirectionForm) 
     loads = plan_loads(size, sharding)
     moments = sum(map(moment_bytes, widths.values()))
     largest = moment_bytes(max(widths.values()))
-    sums = max(largest, min(moments, SUMS_BYTES))
+    sums = max(sum(moment_bytes(widths[name]) for name in group) for group in group_inputs(widths, SUMS_BYTES))
+    product = min(largest, PRODUCT_BYTES) if sharding.weight_bytes < FP32 else 0
     own_moments = _most_owned(widths, loads, sharding.num_ranks)
     # At stage 3 the first rank has no less of anything than others.
     busiest = loads[:1] if sharding.stage == 3 else loads
@@ -119,12 +124,11 @@ def directions_memory(size: ModelSize, sharding: Sharding, form: DirectionForm) 
         host={"moments of inputs": own_moments},
         device_at_start={
             "projector of one input": max(
-                projector_work_bytes(projector.width, is_dense=projector.is_dense and form.rank != "auto")
-                for projector in projectors.values()
+                projector_work_bytes(projector.width) - projector.num_bytes for projector in projectors.values()
             )
         },
-        device_at_end={"sums of inputs": sums + (largest if sharding.weight_bytes < FP32 else 0)},
-        host_at_end={"moments of one domain": own_moments + largest},
+        device_at_end={"sums of inputs": sums + product},
+        host_at_end={"moments of one domain": own_moments, "sums over domains": own_moments},
         measurement="forward",
         checkpoint=2 * moments,
         checkpoint_of_rank=sums,

@@ -92,19 +92,22 @@ def moment_bytes(width: int) -> int:
 def group_inputs(widths: Mapping[str, int], budget: int) -> list[list[str]]:
     """The inputs in groups that are measured one after the other.
 
-    Each group is as many of the following inputs as fit, at least one.
+    Each input joins the first group that has room for it. The sum of the widest input has to fit in any case, so that
+    groups of narrow inputs may be as large.
 
     Args:
-        widths: input -> d.
+        widths: input -> d, in the same order on every rank.
         budget: bytes that the sums of a group, 4 d^2 each, may take.
     """
+    sizes = {name: moment_bytes(width) for name, width in widths.items()}
+    budget = max([budget, *sizes.values()])
     groups: list[list[str]] = []
-    used = 0
-    for name, width in widths.items():
-        needed = moment_bytes(width)
-        if not groups or used + needed > budget:
+    used: list[int] = []
+    for name, needed in sizes.items():
+        number = next((n for n, num_bytes in enumerate(used) if num_bytes + needed <= budget), len(groups))
+        if number == len(groups):
             groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += needed
+            used.append(0)
+        groups[number].append(name)
+        used[number] += needed
     return groups

@@ -16,12 +16,17 @@ from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank, reduce_sum
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import TrainingError
+from das_ds.models.size import FP32
 from das_ds.softmask.input_layout import InputLayout, group_inputs
 from das_ds.softmask.linear_inputs import record_inputs
 from das_ds.softmask.measure import PRETRAINING
 
-SUMS_BYTES = 4 << 30
-"""Of the sums that a rank has on its device at a time, 4 d^2 bytes for each input; a larger one is alone."""
+SUMS_BYTES = 2 << 30
+"""Of the sums that a rank has on its device at a time, 4 d^2 bytes for each input, or those of the widest input. It
+does not depend on the number of ranks, so a run that resumes on others has the same groups; with 8 billion weights
+sharded over 64 ranks it is less than what is free between steps, and the sample is read 16 times."""
+PRODUCT_BYTES = 64 << 20
+"""Of a product of 16-bit inputs, before it is added to a sum: as many rows of the sum as fit, at least one."""
 TOKENS_PER_WIDTH = 20
 """Tokens of a sample for each element of the widest input: the error of a moment of n Gaussian vectors is about
 sqrt(d / n) of its largest eigenvalue (Vershynin, High-Dimensional Probability, 2018, theorem 4.7.1), here a fifth."""
@@ -53,9 +58,10 @@ def measure_moments(
     that a layer reads in every forward pass, such as that of relative positions, counts once, however many passes the
     sample needs.
 
-    The sample is read once for each group of inputs whose sums fit into `SUMS_BYTES`. The sums of all ranks are then
-    reduced to the owner of each input, one matrix at a time, so that a rank's device never has more than one group's
-    sums, and its host memory only the moments that it owns. A run that resumes within a group continues with its sums.
+    The sample is read once for each group of inputs whose sums fit into `SUMS_BYTES`; see `group_inputs`. The sums of
+    all ranks are then reduced to the owner of each input, one matrix at a time, so that a rank's device never has more
+    than one group's sums, and its host memory only the moments that it owns. A run that resumes within a group
+    continues with its sums.
 
     Args:
         run: the engine and its network.
@@ -103,7 +109,8 @@ def add_second_moment_(total: torch.Tensor, x: torch.Tensor, weights: torch.Tens
     """total <- total + sum_n w_n x_n x_n^T, accumulated in float32.
 
     On a GPU 16-bit inputs are multiplied as they are (with weights: rounded again), ten times as fast as in float32;
-    products of two 16-bit numbers are exact in float32. Elsewhere the inputs are cast to float32.
+    products of two 16-bit numbers are exact in float32. Their product is a float32 matrix of its own before
+    it is added, so it is made by blocks of rows, of `PRODUCT_BYTES` each. Elsewhere the inputs are cast to float32.
 
     Args:
         total: (d, d) float32.
@@ -113,10 +120,12 @@ def add_second_moment_(total: torch.Tensor, x: torch.Tensor, weights: torch.Tens
     is_mixed = multiplies_16_bits(x)
     rows = x if is_mixed else x.float()
     if weights is not None:
-        # Both factors get the root, so that the sum stays symmetric where they are rounded.
-        rows = (rows * weights.sqrt()[:, None]).to(rows.dtype)
+        # Both factors get the root, so that the sum stays symmetric where they are rounded. Never a float32 copy.
+        rows = torch.mul(rows, weights.sqrt()[:, None], out=torch.empty_like(rows))
     if is_mixed:
-        total += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        block = max(1, PRODUCT_BYTES // (FP32 * len(total)))
+        for start, part in zip(range(0, len(total), block), total.split(block), strict=True):
+            part += torch.mm(rows[:, start : start + block].T, rows, out_dtype=torch.float32)
     else:
         total.addmm_(rows.T, rows)
 

@@ -164,16 +164,20 @@ def test_memory_directions_peaks_between_domains() -> None:
     use = method_memory(config("directions"), WITH_MATRICES, SHARDING)
     # All sums fit at once, and a product of 16-bit inputs comes on top.
     assert use.device_at_end == {"sums of inputs": MOMENTS + LARGEST} and use.measurement == "forward"
-    assert use.host_at_end == {"moments of one domain": widest_sets(2)[1] + LARGEST}
-    assert use.device_at_start == {"projector of one input": 16 * 40**2}
-    low_rank = config({"name": "directions", "rank": 3})
-    assert method_memory(low_rank, WITH_MATRICES, SHARDING).device_at_start == {"projector of one input": 24 * 40**2}
-    # Large networks are measured in groups, of 4 GiB or of one input.
-    single = replace(SHARDING, weight_bytes=4)
-    for width, sums in ((1 << 13, 4 << 30), (1 << 16, 4 << 32)):
+    owned = widest_sets(2)[1]
+    assert use.host_at_end == {"moments of one domain": owned, "sums over domains": owned}
+    # A float64 and a float32 matrix and three columns, of which the projector remains.
+    work = 12 * 40**2 + 8 * 3 * 40
+    assert use.device_at_start == {"projector of one input": work - 4 * 40**2}
+    low_rank = method_memory(config({"name": "directions", "rank": 3}), WITH_MATRICES, SHARDING)
+    assert low_rank.device_at_start == {"projector of one input": work - 2 * 3 * 40 - 4 * 3}
+    # Large networks are measured in groups, of 2 GiB or of one input; a product takes 64 MiB on top.
+    for width, sums in ((1 << 13, 2 << 30), (1 << 16, 4 << 32)):
         matrices = tuple(MatrixSize(number, 0, 1, width, f"{number}") for number in range(64))
         large = replace(SIZE, parameters=((width, True),) * 64, matrices=matrices)
-        assert method_memory(config("directions"), large, single).device_at_end == {"sums of inputs": sums}
+        for weight_bytes, product in ((4, 0), (2, 64 << 20)):
+            found = method_memory(config("directions"), large, replace(SHARDING, weight_bytes=weight_bytes))
+            assert found.device_at_end == {"sums of inputs": sums + product}
 
 
 @pytest.mark.parametrize(

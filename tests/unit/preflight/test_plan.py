@@ -14,14 +14,17 @@ from das_ds.cli import main
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config, with_zero_stage
 from das_ds.config.io import load_config
+from das_ds.methods import method_measured_sequences
+from das_ds.models.size import MeasuredSequences
 from das_ds.preflight.cluster import Cluster
 from das_ds.preflight.memory import estimate_run_memory
-from das_ds.preflight.plan import GIB, plan_run
+from das_ds.preflight.plan import GIB, Plan, plan_run
 from das_ds.preflight.planned_model import PlannedModel, read_model
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "guide" / "clusters.md"
 GENERATED = re.compile(r"^```\n(das-ds plan [^\n]+)\n```\n\n((?:\|[^\n]*\n)+)", re.MULTILINE)
+OVERHEADS = re.compile(r"^\| `(full|\d+)` \|([^\n]+)\|$", re.MULTILINE)
 BILLION = 1e9
 
 
@@ -111,6 +114,77 @@ def test_fits_leaves_a_tenth_of_the_gpu_and_checks_the_host() -> None:
     assert plan.host_per_node == 8 * plan.memory.host_bytes + plan.memory.host_export
     assert not plan.fits(cluster(host_memory_gib=plan.host_per_node / GIB))
     assert plan.fits(cluster(host_memory_gib=1.2 * plan.host_per_node / GIB))
+
+
+def plan_directions(name: str, rank: str | int | None, num_gpus: int, stage: int, *overrides: str) -> Plan:
+    """Of masks of directions; rank None: of plain training."""
+    method = "method=ncl" if rank is None else f"method={{name: directions, rank: {rank}}}"
+    config = load_config(ROOT / "launch" / "configs" / f"llama_{name}.yaml", [method, *overrides])
+    return plan_run(with_zero_stage(config, stage), directions_model(name, *overrides), cluster(), num_gpus)
+
+
+@cache
+def directions_model(name: str, *overrides: str) -> PlannedModel:
+    config = load_config(ROOT / "launch" / "configs" / f"llama_{name}.yaml", ["method=directions", *overrides])
+    return read_model(config)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("name", "num_gpus"), [("8b", 8), ("8b", 64), ("70b", 64)])
+def test_directions_keep_within_a_tenth_of_plain_training(name: str, num_gpus: int, stage: int) -> None:
+    """In every phase of a run."""
+    plain = plan_directions(name, None, num_gpus, stage)
+    masked = plan_directions(name, 256, num_gpus, stage)
+    assert masked.peaks.keys() == plain.peaks.keys() and len(plain.peaks) == 4
+    for phase, num_bytes in masked.peaks.items():
+        assert num_bytes <= 1.1 * plain.peak, phase
+
+
+@pytest.mark.parametrize(("rank", "cells"), OVERHEADS.findall(PAGE.read_text(encoding="utf-8")))
+def test_overheads_of_the_page_are_those_of_plans(rank: str, cells: str) -> None:
+    found = []
+    for stage in (2, 3):
+        for num_gpus in (8, 64):
+            plain = plan_directions("8b", None, num_gpus, stage)
+            found.append(plan_directions("8b", rank, num_gpus, stage).peak / plain.peak - 1)
+    batch = "train.global_batch_size=32"
+    flops = [plan_directions("8b", each, 8, 3, batch).flops for each in (None, rank)]
+    found.append(flops[1] / flops[0] - 1)
+    assert [cell.strip() for cell in cells.split("|")] == [f"{100 * value:.1f} %" for value in found]
+
+
+def test_directions_measured_before_and_after_domains() -> None:
+    """Sequences by hand: 16 groups of inputs, general text, and 64 that every rank reads."""
+    sizes = directions_model("8b").size
+    config = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", ["method=directions"])
+    # 97 inputs of 64 MiB, LM head included, and 32 of 784 MiB: two of these and seven others fit into 2 GiB.
+    assert method_measured_sequences(config, sizes, 64) == MeasuredSequences(0, 64 * 64, 16 * 512)
+    overrides = ["method={name: directions, num_samples: 100}", "general={name: g, train: [g.txt]}"]
+    general = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", overrides)
+    assert method_measured_sequences(general, sizes, 8) == MeasuredSequences(1600 + 512, 512, 1600)
+    plan = plan_directions("8b", "full", 64, 3)
+    # A forward pass gathers all weights, two bytes each, for 2 sequences of every rank: longer than it computes.
+    seconds = 63 / 64 * 2 * sizes.total / (2 * 64) / 50e9
+    expected = [16 * 512 * seconds, (64 * 64 + 16 * 512) * seconds]
+    assert [domain.measured_seconds for domain in plan.domains] == pytest.approx(expected, rel=1e-3)
+    # At stage 2 there is nothing to gather: a third of the operations of as many steps.
+    stage_2 = plan_directions("8b", "full", 64, 2)
+    plain = directions_model("8b").flops.total / (64 * 0.5 * 1e15)
+    assert stage_2.domains[0].measured_seconds == pytest.approx(16 * 512 / 1024 / 3 * plain)
+
+
+def test_das_measures_general_knowledge_before_the_first_domain() -> None:
+    def sequences(method: str) -> MeasuredSequences:
+        config = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", [f"method={method}"])
+        return method_measured_sequences(config, model("8b").size, 8)
+
+    # Two views of each.
+    assert sequences("{name: das, importance: {num_samples: 100}}") == MeasuredSequences(200, 0, 100)
+    assert sequences("{name: dga, importance: {num_samples: 100}}") == MeasuredSequences(200, 0, 0)
+    known = "{name: das, importance: {num_samples: 100, init_from: file.safetensors}}"
+    assert sequences(known) == MeasuredSequences(0, 0, 100)
+    assert sequences("{name: ewc, num_samples: 100}") == MeasuredSequences(0, 0, 100)
+    assert sequences("ncl") == MeasuredSequences()
 
 
 def run_plan(*arguments: str) -> int:

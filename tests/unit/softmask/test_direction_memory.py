@@ -13,8 +13,8 @@ import torch
 from das_ds.checkpoint.format import immutable_tensors
 from das_ds.context import CorpusSample
 from das_ds.distributed.resumable import ResumableLoops
-from das_ds.functional.directions import build_projector
-from das_ds.methods import method_memory
+from das_ds.functional.directions import build_projector, projector_work_bytes
+from das_ds.methods import build_method, method_memory
 from das_ds.models.architectures.registry import spec_for
 from das_ds.models.size import MemoryUse, Sharding
 from das_ds.preflight.memory import count_parameters
@@ -27,7 +27,7 @@ from das_ds.softmask.linear_inputs import find_masked_matrices
 from helpers.allocations import AllocationCounter
 from helpers.fake_run import make_run
 from helpers.tiny_models import tiny_model, without_dropout
-from helpers.training import random_batch
+from helpers.training import no_text_domain, random_batch
 
 # Wide inputs and few tokens, so that moments are larger than activations.
 NETWORK = {"hidden_size": 96, "intermediate_size": 160}
@@ -83,9 +83,8 @@ def test_memory_while_measuring_is_as_estimated(budget: int, tmp_path: Path, mon
     assert_close(counter.num_bytes, estimate.host["moments of inputs"])
 
 
-@pytest.mark.parametrize(("rank", "work"), [("full", 8), (24, 8), ("auto", 8)])
-def test_memory_of_projectors_is_as_estimated(rank: Any, work: int, tmp_path: Path) -> None:
-    """One float64 matrix at a time; the rest of the estimate are work spaces of solvers, which a CPU does not count."""
+@pytest.mark.parametrize("rank", ["full", 24, "auto"])
+def test_memory_of_projectors_is_as_estimated(rank: Any, tmp_path: Path) -> None:
     run = make_run(tmp_path, {**METHOD, "rank": rank}, **NETWORK)
     estimate = make_estimate(run)
     importance = measure(run)
@@ -99,10 +98,27 @@ def test_memory_of_projectors_is_as_estimated(rank: Any, work: int, tmp_path: Pa
         assert num_bytes <= estimate.device["direction masks"]
     else:
         assert_close(num_bytes, estimate.device["direction masks"])
-    # All projectors, the last of which replaces nothing: it is computed while the others are there.
-    assert counter.peak <= 1.1 * (num_bytes + work * 160**2)
-    assert work * 160**2 < estimate.device_at_start["projector of one input"]
-    assert estimate.device_at_start["projector of one input"] == (16 if rank == "full" else 24) * 160**2
+    # The last is computed while the others are there.
+    estimated = estimate.device["direction masks"] + estimate.device_at_start["projector of one input"]
+    assert counter.peak <= 1.01 * estimated
+    if rank == "full":
+        assert counter.peak >= 0.8 * estimated
+
+
+@pytest.mark.parametrize("rank", ["full", 24, "auto"])
+def test_memory_of_one_projector_with_work_spaces(rank: Any) -> None:
+    """By torch's allocator, which counts what operations have for a while, those of LAPACK too."""
+    width = 512
+    vectors, _ = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))
+    moment = (vectors / torch.arange(1, width + 1)) @ vectors.T
+    moment = moment * width / moment.trace()
+    build_projector(moment, 1.0, rank)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        projector = build_projector(moment, 1.0, rank)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert max(accumulate(changes)) == pytest.approx(projector_work_bytes(width), rel=0.03)
+    assert sum(changes) == pytest.approx(projector.num_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("apply_to", ["gradient", "update", "both"])
@@ -143,7 +159,7 @@ def test_memory_of_a_step_is_as_estimated(apply_to: Any, rank: Any, tmp_path: Pa
 
 
 def test_memory_of_sums_over_domains_is_as_estimated(tmp_path: Path) -> None:
-    """Two sets of moments and one sum, of which only the sum is left; nothing is changed in place."""
+    """Nothing is changed in place, and only the sum is left."""
     run = make_run(tmp_path, METHOD, **NETWORK)
     estimate = make_estimate(run)
     counter = AllocationCounter()
@@ -155,15 +171,36 @@ def test_memory_of_sums_over_domains_is_as_estimated(tmp_path: Path) -> None:
         total = measure(run).accumulate(earlier)
         assert all(kept[name].equal(copy) for name, copy in copies.items())
         assert all(moment.equal(kept[name] * 2) for name, moment in total.moments.items())
-        del kept, copies, earlier, total
-        first = measure(run)
-        latest = measure(run)
-        counter.peak = counter.num_bytes
-        total = latest.accumulate(first)
-        del latest, first
-    assert_close(counter.peak, estimate.host["moments of inputs"] + estimate.host_at_end["moments of one domain"])
+        del kept, copies, earlier
     assert_close(counter.num_bytes, estimate.host["moments of inputs"])
     assert len(total.moments) == 10
+
+
+def test_memory_at_the_end_of_a_domain_is_as_estimated(tmp_path: Path) -> None:
+    """The method's hook on one rank, while a checkpoint of what it had before is still being written.
+
+    In one memory: sums over domains, before and after, and the domain's own moments; then a projector at a time.
+    """
+    run = make_run(tmp_path, METHOD, **NETWORK)
+    estimate = make_estimate(run)
+    method = build_method(run)
+    loops = ResumableLoops(show_progress=False)
+    domain = replace(no_text_domain(tmp_path), sample_batches=make_sample(loops).batches)
+    domain.folder.mkdir()
+    method.after_domain(domain)
+    loops.reset()
+    method.before_domain(replace(domain, probe_batches=None))
+    counter = AllocationCounter()
+    counter.ignore([*run.network.parameters(), *run.network.buffers()])
+    written = method.state_dict().owned
+    before = sum(moment.nbytes for moment in written.values())
+    counter.ignore(written.values())
+    with counter:
+        method.after_domain(domain)
+    host = estimate.host["moments of inputs"] + sum(estimate.host_at_end.values())
+    one_projector = 4 * 160**2 + estimate.device_at_start["projector of one input"]
+    assert before + counter.peak >= 0.95 * (host + one_projector)
+    assert before + counter.peak <= 1.05 * (host + one_projector)
 
 
 def test_disk_space_is_as_estimated(tmp_path: Path) -> None:

@@ -119,8 +119,10 @@ def test_count_stepped_of_experts_and_cropped_rows() -> None:
 
 def test_group_inputs_fits_budget() -> None:
     widths = {"a": 1, "b": 2, "c": 1, "d": 3, "e": 1}
-    assert group_inputs(widths, 4 * 6) == [["a", "b", "c"], ["d"], ["e"]]
-    # One that is larger than the budget is a group of its own.
-    assert group_inputs(widths, 4) == [["a"], ["b"], ["c"], ["d"], ["e"]]
+    # In the first group with room: 4 + 16 + 4 + 4 and 36 bytes.
+    assert group_inputs(widths, 40) == [["a", "b", "c", "e"], ["d"]]
+    # One that is larger than the budget makes room for as many bytes in every group.
+    assert group_inputs(widths, 4) == [["a", "b", "c", "e"], ["d"]]
+    assert group_inputs({"a": 2, "b": 2, "c": 1}, 4) == [["a"], ["b"], ["c"]]
     assert group_inputs(widths, 10**9) == [list(widths)]
     assert group_inputs({}, 1) == []

@@ -45,15 +45,18 @@ def test_add_second_moment_mixed_product_equals_float64(
         return a.to(out_dtype) @ b.to(out_dtype)
 
     monkeypatch.setattr(input_moments, "multiplies_16_bits", lambda x: x.dtype == torch.bfloat16)
-    monkeypatch.setattr(input_moments, "torch", SimpleNamespace(mm=mixed, float32=torch.float32))
+    functions = SimpleNamespace(mm=mixed, float32=torch.float32, mul=torch.mul, empty_like=torch.empty_like)
+    monkeypatch.setattr(input_moments, "torch", functions)
+    # Three rows of the sum at a time.
+    monkeypatch.setattr(input_moments, "PRODUCT_BYTES", 3 * 4 * 7)
     x = torch.randn(5, 7).bfloat16()
     total = torch.zeros(7, 7)
     add_second_moment_(total, x, weights)
-    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert dtypes == 3 * [torch.bfloat16, torch.bfloat16, torch.float32]
     # Weights of 0 and 1 leave the inputs as they are; others round each of two factors to 2^-9.
     tolerance = 1e-6 if weights is not WEIGHTS else 2**-7
     torch.testing.assert_close(total.double(), brute_force(x, weights), rtol=tolerance, atol=tolerance)
-    assert total.equal(total.T)
+    torch.testing.assert_close(total, total.T)
 
 
 def test_mixed_products_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
