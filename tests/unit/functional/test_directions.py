@@ -246,8 +246,8 @@ def test_plasticity_is_mean_factor(rank: int | str) -> None:
 
 
 @pytest.mark.parametrize("rank", ["full", 16])
-@pytest.mark.parametrize("block_size", [1024, 40])
-def test_passing_energy_is_that_of_projected_inputs(rank: int | str, block_size: int) -> None:
+@pytest.mark.parametrize("block_size", [None, 1024, 40])
+def test_passing_energy_is_that_of_projected_inputs(rank: int | str, block_size: int | None) -> None:
     built = build_projector(encoder_moment(), 1.0, rank)
     inputs = torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(8)) * torch.linspace(0, 2, WIDTH)
     passing = passing_energy(built, inputs.T @ inputs, block_size)
