@@ -22,6 +22,7 @@ from das_ds.engine.zero import full_shape
 from das_ds.functional.units import UnitLayout
 from das_ds.models.architectures.spec import ArchitectureSpec, has_dropout
 from das_ds.models.document_mask import check_document_mask
+from das_ds.models.freezing import frozen_parameters
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import Lora
@@ -120,7 +121,7 @@ def build_context(
     exact: ExactWeights | None = None,
     tokens: tuple[str, ...] = (),
 ) -> RunContext:
-    """Put a network under an engine, with LoRA where the config asks for it.
+    """Put a network under an engine, with LoRA or frozen layers where the config asks for them.
 
     Args:
         config, model, spec: of the run; LoRA changes the network.
@@ -130,8 +131,8 @@ def build_context(
         tokens: see `RunContext`.
 
     Raises:
-        ConfigError: LoRA that does not fit the network, or without peft; documents are to be isolated, and the network
-            does not.
+        ConfigError: LoRA that does not fit the network, or without peft; layers to be frozen that it lacks; documents
+            are to be isolated, and the network does not.
         ModelError: an architecture spec, or LoRA weights, that do not fit the network.
     """
     layout = spec.layout(model, full_shape)
@@ -143,6 +144,10 @@ def build_context(
         layout = lora.layout(layout)
         if exact is not None:
             exact = exact.rename(lora.base_names(model))
+    elif frozen := frozen_parameters(model, spec, config.method.frozen_part):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        layout = layout.without(frozen)
     # Not earlier: LoRA wraps the modules that have gates.
     gates = UnitGates(model, spec)
     network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib)

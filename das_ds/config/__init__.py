@@ -12,7 +12,7 @@ from das_ds.config.architecture import (
     UnitCountsConfig,
 )
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
-from das_ds.config.method import MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
+from das_ds.config.method import FrozenPart, MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
 from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.run import RunConfig
 from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
@@ -30,6 +30,7 @@ __all__ = [
     "EvaluationConfig",
     "ExportConfig",
     "FaultsConfig",
+    "FrozenPart",
     "GroupName",
     "ImportanceConfig",
     "ImportanceScore",

@@ -262,8 +262,12 @@ class Engine:
         self._gradient_mask = mask
         self._optimizer.set_decay_masks(decay or {})
 
-    def add_quadratic_penalty(self, strength: float, curvature: Flats, anchor: Flats) -> QuadraticPenalty:
-        """A penalty on the distance of the weights from an anchor; the caller adds its gradient before each step."""
+    def add_quadratic_penalty(self, strength: float, curvature: Flats | None, anchor: Flats) -> QuadraticPenalty:
+        """A penalty on the distance of the weights from an anchor; the caller adds its gradient before each step.
+
+        Args:
+            strength, curvature, anchor: see `QuadraticPenalty`.
+        """
         return QuadraticPenalty(
             self._engine, self.weights.shards, self.parameters, self._loss_scale, strength, curvature, anchor
         )

@@ -15,7 +15,9 @@ from das_ds.methods.derpp import DERpp
 from das_ds.methods.dga import DGA
 from das_ds.methods.directions import Directions
 from das_ds.methods.ewc import EWC
+from das_ds.methods.freeze import Freeze
 from das_ds.methods.kd import KD
+from das_ds.methods.l2 import L2
 from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
 from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 
@@ -28,7 +30,9 @@ METHODS: dict[str, type[Method[Any]]] = {
     "dga": DGA,
     "directions": Directions,
     "ewc": EWC,
+    "freeze": Freeze,
     "kd": KD,
+    "l2": L2,
     "merge": ModelMerging,
     "ncl": NCL,
     "one": PerDomain,

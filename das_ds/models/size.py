@@ -45,7 +45,7 @@ class ModelSize:
     """Counts of a network."""
 
     trained: int
-    """P: all parameters, or those of LoRA."""
+    """P: all parameters but frozen ones, or those of LoRA."""
     total: int
     """A: all parameters, LoRA's included."""
     largest_layer: int
@@ -58,6 +58,8 @@ class ModelSize:
     """Neurons of an MLP that one token uses."""
     heads: int
     vocabulary: int
+    has_adapters: bool = False
+    """Whether LoRA is trained instead of the weights."""
     largest_trained: int = 0
     """Elements of the largest trained parameter, whose gradient is complete before it is reduced."""
     parameters: tuple[tuple[int, bool], ...] = ()
@@ -67,8 +69,8 @@ class ModelSize:
     """Every trained matrix that multiplies an input, in the order in which masks have them."""
 
     @property
-    def has_adapters(self) -> bool:
-        """Whether the weights are frozen and LoRA is trained."""
+    def has_frozen(self) -> bool:
+        """Whether some weights are not trained."""
         return self.trained < self.total
 
 

@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dga": {"importance": IMPORTANCE},
     "directions": {"num_samples": 10, "merge": {"weight": 0.25}},
     "ewc": {"lambda": 1e4, "num_samples": 10},
+    "freeze": {"num_layers": 1},
     "kd": {"weight": 10.0},
 }
 VARIANTS: dict[str, dict[str, Any]] = {

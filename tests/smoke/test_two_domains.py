@@ -1,4 +1,4 @@
-"""EWC and merging over two domains against plain torch, at every stage, in 16 bits and under offload."""
+"""EWC, L2-SP, freezing and merging over two domains against plain torch, at every stage, in 16 bits, offloaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from helpers.parameter_importance import joined
 from helpers.parity import OFFLOAD, ROWS, parity_configs, relative_difference
 from helpers.run_ranks import run_ranks
+from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.two_domains import NUM_STEPS, Expected, Learned, learn_all, learn_plainly, make_domains
 
 pytestmark = pytest.mark.multirank
@@ -20,6 +21,10 @@ STRENGTH = 3000.0
 DECAY = 0.5
 # Gradients for Fisher information are those of single micro-batches, unlike those of training.
 EWC: dict[str, Any] = {"name": "ewc", "lambda": STRENGTH, "decay": DECAY, "gradient_batch_size": ROWS}
+L2_STRENGTH = 0.3
+L2: dict[str, Any] = {"name": "l2", "lambda": L2_STRENGTH}
+FREEZE: dict[str, Any] = {"name": "freeze", "num_layers": 1}
+FROZEN = ("roberta.embeddings.", "roberta.encoder.layer.0.")
 MERGE: dict[str, Any] = {"name": "merge", "merge": {"weight": 0.3}}
 AVERAGE: dict[str, Any] = {"name": "merge", "merge": {"weight": "average"}}
 
@@ -32,6 +37,16 @@ def consolidated() -> Expected:
 @cache
 def merged() -> Expected:
     return learn_plainly(make_domains(), shares=(0.3, 0.3))
+
+
+@cache
+def pulled() -> Expected:
+    return learn_plainly(make_domains(), l2=L2_STRENGTH)
+
+
+@cache
+def frozen() -> Expected:
+    return learn_plainly(make_domains(), frozen=FROZEN)
 
 
 def test_ewc_penalty_changes_second_domain_only() -> None:
@@ -52,19 +67,25 @@ def test_ewc_penalty_changes_second_domain_only() -> None:
         ({"stage": 3, **OFFLOAD}, 2, None),
     ],
 )
-def test_ewc_and_merge_two_domains_equal_plain_torch(
+def test_two_domains_equal_plain_torch(
     zero: dict[str, Any], world_size: int, precision: str | None, tmp_path: Path
 ) -> None:
-    runs = parity_configs(tmp_path, world_size, zero, [EWC, MERGE])
+    methods = [EWC, MERGE, L2, FREEZE]
+    runs = parity_configs(tmp_path, world_size, zero, methods)
     if precision is not None:
-        runs += parity_configs(tmp_path, world_size, zero, [EWC, MERGE], precision)
+        runs += parity_configs(tmp_path, world_size, zero, methods, precision)
     by_rank = run_ranks(learn_all, world_size, runs, make_domains())
-    for found, true in zip(by_rank[0], (consolidated(), merged()), strict=False):
+    all_true = (consolidated(), merged(), pulled(), frozen())
+    for found, true in zip(by_rank[0], all_true, strict=False):
         check(found, true)
-    for found, true in zip(by_rank[0][2:], (consolidated(), merged()), strict=False):
+    for found, true in zip(by_rank[0][len(methods) :], all_true, strict=False):
         check_16_bits(found, true)
     check_penalty([rank[0] for rank in by_rank])
-    assert not any(rank[1].sharded for rank in by_rank)
+    check_l2_penalty([rank[2] for rank in by_rank])
+    assert not any(rank[number].sharded for rank in by_rank for number in (1, 2, 3))
+    check_frozen(by_rank[0][3])
+    if precision is not None:
+        check_frozen(by_rank[0][len(methods) + 3])
 
 
 def test_merge_average_equals_plain_torch(tmp_path: Path) -> None:
@@ -95,14 +116,30 @@ def check_penalty(ranks: list[Learned]) -> None:
             assert (found[name] - value).abs().max() <= 1e-4 * value.abs().max(), name
 
 
+def check_l2_penalty(ranks: list[Learned]) -> None:
+    """The logged penalty is 0 at the start of both domains, and then what autograd had."""
+    penalties = [line["loss/l2"] for line in ranks[0].lines]
+    assert penalties[0] == penalties[NUM_STEPS] == 0.0
+    assert penalties == pytest.approx(pulled().penalties, rel=1e-4) and penalties[-1] > 1e-3
+
+
+def check_frozen(found: Learned) -> None:
+    """Embeddings and the first layer have the bits of the base model; the second layer and the head learned."""
+    base = tiny_model(**NO_DROPOUT).state_dict()
+    for weights in found.weights:
+        stayed = {name for name, weight in weights.items() if weight.equal(base[name])}
+        assert stayed == {name for name in weights if name.startswith(FROZEN)}
+
+
 def check_16_bits(found: Learned, true: Expected) -> None:
     """In the second domain all weights move as in float64, but for what 8 or 11 bits of gradient lose.
 
     Without the pull the cosine of the two movements would be 0.942.
     """
     mine, theirs = (
-        torch.cat([(second[n] - first[n]).flatten().double() for n in first if "key.bias" not in n])
+        torch.cat([(second[n] - first[n]).flatten().double() for n in true.weights[0] if "key.bias" not in n])
         for first, second in (found.weights, true.weights)
     )
     assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.97
-    assert found.lines[-1].get("loss/ewc", 0.0) == pytest.approx(true.penalties[-1], rel=0.1)
+    penalty = sum(found.lines[-1].get(key, 0.0) for key in ("loss/ewc", "loss/l2"))
+    assert penalty == pytest.approx(true.penalties[-1], rel=0.1)
