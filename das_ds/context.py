@@ -21,8 +21,8 @@ from das_ds.engine.sharded_init import ExactWeights
 from das_ds.engine.zero import full_shape
 from das_ds.functional.units import UnitLayout
 from das_ds.models.architectures.spec import ArchitectureSpec, has_dropout
+from das_ds.models.depths import frozen_parameters, known_depths
 from das_ds.models.document_mask import check_document_mask
-from das_ds.models.freezing import frozen_parameters
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import Lora
@@ -131,8 +131,8 @@ def build_context(
         tokens: see `RunContext`.
 
     Raises:
-        ConfigError: LoRA that does not fit the network, or without peft; layers to be frozen that it lacks; documents
-            are to be isolated, and the network does not.
+        ConfigError: LoRA that does not fit the network, or without peft; layers to be frozen that it lacks; rates
+            by layer in an architecture without embeddings; documents are to be isolated, and the network does not.
         ModelError: an architecture spec, or LoRA weights, that do not fit the network.
     """
     layout = spec.layout(model, full_shape)
@@ -152,6 +152,8 @@ def build_context(
     gates = UnitGates(model, spec)
     network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib)
     parameters = dict(model.named_parameters())
+    decay = config.train.layer_lr_decay
+    depths = known_depths(model, spec, f"train.layer_lr_decay: found {decay:g}") if decay < 1.0 else None
     engine = Engine(
         network,
         {name: parameter for name, parameter in parameters.items() if parameter.requires_grad},
@@ -160,6 +162,7 @@ def build_context(
         ranks,
         exact,
         {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad},
+        depths,
     )
     if config.data.document_mask:
         _check_document_mask(engine, model, spec, ranks)

@@ -6,7 +6,7 @@ Shape legend: F elements of a flat tensor, n elements of a chunk of it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,7 +103,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 if _is_elementwise(value, param.numel()):
                     by_key.setdefault(key, {})[param] = value.view(-1)
                 else:
-                    scalars[key] = value.item() if torch.is_tensor(value) else value
+                    # A resumed run counts anew in flat tensors with only padding, of which nothing was saved.
+                    scalars[key] = max(value.item() if torch.is_tensor(value) else value, scalars.get(key, 0))
         return by_key, scalars
 
     def load_moments(self, by_key: dict[str, Flats], scalars: dict[str, Any]) -> None:
@@ -129,7 +130,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 if param.grad is None:
                     continue
                 if self._sums is not None:
-                    self._add_score(param, self._sums[param])
+                    # A flat tensor in which this rank has only padding has no sum.
+                    if param in self._sums:
+                        self._add_score(param, self._sums[param])
                     continue
                 self._mask_decay(param, group)
                 mask = self._masks.get(id(param))
@@ -299,7 +302,13 @@ def _crop_state(value: Any, chunk: slice, numel: int) -> Any:
     return value.clone() if torch.is_tensor(value) else value
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, on_host: bool) -> MaskedOptimizer:
+def build_optimizer(
+    parameters: dict[str, nn.Parameter],
+    train: TrainConfig,
+    *,
+    on_host: bool,
+    depths: Mapping[str, int] | None = None,
+) -> MaskedOptimizer:
     """The optimizer that `train.optimizer` names, with learning rate 0: the scheduler of a domain sets it.
 
     Stage 0 in bf16 takes a step with zero gradients while the engine is built; without a learning rate it moves
@@ -309,11 +318,12 @@ def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, 
         parameters: name -> parameter.
         train: optimization settings.
         on_host: whether the fp32 shards are in host memory.
+        depths: name -> depth of every parameter of the network, trained or not; only `train.layer_lr_decay` needs it.
 
     Raises:
         ConfigError: an optimizer that cannot step them.
     """
-    groups = _decay_groups(parameters, train.weight_decay)
+    groups = _parameter_groups(parameters, train, depths or {})
     if train.optimizer == "adamw":
         return MaskedAdamW(groups, lr=0.0, betas=train.betas, eps=train.eps, weight_decay=0.0)
     if train.optimizer == "cpu_adam":
@@ -345,9 +355,31 @@ def _lion(groups: list[dict[str, Any]], train: TrainConfig, *, on_host: bool) ->
     return lion(groups, lr=0.0, betas=train.betas, weight_decay=0.0)
 
 
-def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, normalization) do not."""
-    matrices = [parameter for parameter in parameters.values() if len(full_shape(parameter)) > 1]
-    vectors = [parameter for parameter in parameters.values() if len(full_shape(parameter)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _parameter_groups(
+    parameters: dict[str, nn.Parameter], train: TrainConfig, depths: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors (biases, normalization), which do not; each by depth where rates differ.
+
+    Layer-wise learning-rate decay, discriminative fine-tuning in Howard & Ruder, *Universal Language Model Fine-tuning
+    for Text Classification* (ACL 2018, section 3.2, which divides the rate by 2.6 from layer to layer):
+
+        rate of depth d = rate * layer_lr_decay^(D - d)          D: depth of the LM head, 0 that of embeddings
+
+    The first group has the highest rate. `lr_scale` is a group's factor of the scheduled rate.
+    """
+    if train.layer_lr_decay == 1.0:
+        depths = {}
+    else:
+        assert depths, "rates by layer need depths"
+    top = max(depths.values(), default=0)
+    groups = []
+    for weight_decay, is_matrix in ((train.weight_decay, True), (0.0, False)):
+        for depth in range(top, -1, -1):
+            members = [
+                parameter
+                for name, parameter in parameters.items()
+                if (len(full_shape(parameter)) > 1) is is_matrix and depths.get(name, 0) == depth
+            ]
+            scale = train.layer_lr_decay ** (top - depth)
+            groups.append({"params": members, "weight_decay": weight_decay, "lr_scale": scale})
     return [group for group in groups if group["params"]]

@@ -62,9 +62,9 @@ class ModelSize:
     """Whether LoRA is trained instead of the weights."""
     largest_trained: int = 0
     """Elements of the largest trained parameter, whose gradient is complete before it is reduced."""
-    parameters: tuple[tuple[int, bool], ...] = ()
-    """(elements, whether it has more than one dimension) of every trained parameter in the order of the engine; like
-    `matrices` only where the method asks for it."""
+    parameters: tuple[tuple[int, int], ...] = ()
+    """(elements, group of the optimizer) of every trained parameter in the order of the engine; like `matrices` only
+    where the method asks for it."""
     matrices: tuple[MatrixSize, ...] = ()
     """Every trained matrix that multiplies an input, in the order in which masks have them."""
 

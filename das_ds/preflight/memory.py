@@ -21,7 +21,7 @@ from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import HEAD, INTERMEDIATE
 from das_ds.methods import method_class, method_memory
 from das_ds.models.architectures.spec import ArchitectureSpec
-from das_ds.models.freezing import frozen_parameters
+from das_ds.models.depths import frozen_parameters, known_depths
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import (
     check_embeddings,
@@ -105,7 +105,7 @@ def count_parameters(
 
     Raises:
         ModelError: the architecture does not fit the model.
-        ConfigError: LoRA, or a number of frozen layers, does not fit the model.
+        ConfigError: LoRA, or a number of frozen layers, does not fit the model, or rates by layer its architecture.
     """
     layout = architecture.layout(model)
     embedding: Any = model.get_input_embeddings()
@@ -123,11 +123,21 @@ def count_parameters(
         largest_trained = max(linear.rank * max(linear.num_inputs, linear.num_outputs) for linear in linears)
         trained = sum(linear.rank * (linear.num_inputs + linear.num_outputs) for linear in linears)
         total += trained
+    decay = config.train.layer_lr_decay
+    if decay < 1.0:
+        known_depths(model, architecture, f"train.layer_lr_decay: found {decay:g}")
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)
     parameters: Parameters = ()
     matrices: tuple[MatrixSize, ...] = ()
     if method_class(config.method).measures_inputs:
-        parameters, matrices = plan_matrices(model, architecture, layout, lora, max(0, num_rows - num_embeddings))
+        parameters, matrices = plan_matrices(
+            model,
+            architecture,
+            layout,
+            lora,
+            max(0, num_rows - num_embeddings),
+            by_depth=decay < 1.0,
+        )
     if architecture.has_experts:
         # One token uses only some of the experts.
         num_experts = max(shape[0] for shape in layout.shapes.values())

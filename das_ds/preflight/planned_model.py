@@ -11,8 +11,8 @@ from das_ds.config import RunConfig
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import UnitLayout
+from das_ds.models.depths import frozen_parameters
 from das_ds.models.flops import StepFlops, step_flops
-from das_ds.models.freezing import frozen_parameters
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import check_sequence_length, find_spec, load_tokenizer, model_config
 from das_ds.models.lora import Lora

@@ -98,7 +98,8 @@ def step_collectives(
 
     At stage 3 every parameter is padded to a multiple of W. In addition: the squared norm in float64 at stages 1 to 3,
     the number of predicted tokens and each loss in float32, and what the method exchanges. With
-    `zero_hpz_partition_size` part of the gathering stays within nodes, which is not considered.
+    `zero_hpz_partition_size` part of the gathering stays within nodes, which is not considered, nor is the padding of
+    the additional groups that `train.layer_lr_decay` makes, 2 W elements each at most.
 
     Args:
         weights: sizes of the parameters.

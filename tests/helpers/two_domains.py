@@ -109,13 +109,15 @@ def learn_plainly(
     decay: float = 1.0,
     l2: float = 0.0,
     frozen: tuple[str, ...] = (),
+    rates: dict[str, float] | None = None,
     shares: tuple[float, ...] = (0.0, 0.0),
     saturation: float | None = None,
     apply_to: str = "update",
 ) -> Expected:
     """AdamW on the loss and its penalties by autograd, then theta <- (1 - share) theta + share theta_before.
 
-    `strength` is that of EWC, `l2` that of the plain distance; parameters that begin with `frozen` stay as they are.
+    `strength` is that of EWC, `l2` that of the plain distance; parameters that begin with `frozen` stay as they are;
+    `rates` are factors of the learning rate, by the beginning of a name, 1 for all others.
     With a saturation c gradients or steps of linear layers, or both, are multiplied by (I + M / c)^-1, and so is their
     weight decay.
     """
@@ -146,8 +148,10 @@ def learn_plainly(
                 gradients = tuple(gradient @ masks[name] if name in masks else gradient for name, gradient in pairs)
             norm = torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().sqrt().item()
             clip = min(1.0, 0.5 / (norm + 1e-6))
-            rate = 1e-2 * (len(steps) - number) / len(steps)
+            scheduled = 1e-2 * (len(steps) - number) / len(steps)
             for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
+                factors = [factor for start, factor in (rates or {}).items() if name.startswith(start)]
+                rate = scheduled * (factors[0] if factors else 1.0)
                 weight_decay = 0.01 if value.ndim > 1 and not (frozen and name.startswith(frozen)) else 0.0
                 # Without decay, which the mask holds back wherever it acts.
                 step = adamw_step(value, gradient * clip, *moments[name], number + 1, rate, (0.9, 0.999), EPS, 0.0)

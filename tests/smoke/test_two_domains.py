@@ -1,4 +1,7 @@
-"""EWC, L2-SP, freezing and merging over two domains against plain torch, at every stage, in 16 bits, offloaded."""
+"""EWC, L2-SP, freezing, merging and rates by layer over two domains against plain torch.
+
+At every stage, in 16 bits and under offload.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ L2_STRENGTH = 0.3
 L2: dict[str, Any] = {"name": "l2", "lambda": L2_STRENGTH}
 FREEZE: dict[str, Any] = {"name": "freeze", "num_layers": 1}
 FROZEN = ("roberta.embeddings.", "roberta.encoder.layer.0.")
+LAYER_LR_DECAY = 0.5
+RATES = {"roberta.embeddings.": 0.125, "roberta.encoder.layer.0.": 0.25, "roberta.encoder.layer.1.": 0.5}
 MERGE: dict[str, Any] = {"name": "merge", "merge": {"weight": 0.3}}
 AVERAGE: dict[str, Any] = {"name": "merge", "merge": {"weight": "average"}}
 
@@ -49,6 +54,11 @@ def frozen() -> Expected:
     return learn_plainly(make_domains(), frozen=FROZEN)
 
 
+@cache
+def with_rates_by_layer() -> Expected:
+    return learn_plainly(make_domains(), rates=RATES)
+
+
 def test_ewc_penalty_changes_second_domain_only() -> None:
     without = learn_plainly(make_domains())
     assert relative_difference(consolidated().weights[1], without.weights[1]) > 1e-2
@@ -71,21 +81,24 @@ def test_two_domains_equal_plain_torch(
     zero: dict[str, Any], world_size: int, precision: str | None, tmp_path: Path
 ) -> None:
     methods = [EWC, MERGE, L2, FREEZE]
+    decay = {"layer_lr_decay": LAYER_LR_DECAY}
     runs = parity_configs(tmp_path, world_size, zero, methods)
+    runs += parity_configs(tmp_path, world_size, zero, [{"name": "ncl"}], **decay)
     if precision is not None:
         runs += parity_configs(tmp_path, world_size, zero, methods, precision)
+        runs += parity_configs(tmp_path, world_size, zero, [{"name": "ncl"}], precision, **decay)
     by_rank = run_ranks(learn_all, world_size, runs, make_domains())
-    all_true = (consolidated(), merged(), pulled(), frozen())
+    all_true = (consolidated(), merged(), pulled(), frozen(), with_rates_by_layer())
     for found, true in zip(by_rank[0], all_true, strict=False):
         check(found, true)
-    for found, true in zip(by_rank[0][len(methods) :], all_true, strict=False):
+    for found, true in zip(by_rank[0][len(all_true) :], all_true, strict=False):
         check_16_bits(found, true)
     check_penalty([rank[0] for rank in by_rank])
     check_l2_penalty([rank[2] for rank in by_rank])
     assert not any(rank[number].sharded for rank in by_rank for number in (1, 2, 3))
     check_frozen(by_rank[0][3])
     if precision is not None:
-        check_frozen(by_rank[0][len(methods) + 3])
+        check_frozen(by_rank[0][len(all_true) + 3])
 
 
 def test_merge_average_equals_plain_torch(tmp_path: Path) -> None:
@@ -98,6 +111,9 @@ def check(found: Learned, true: Expected) -> None:
     for mine, theirs in zip(found.weights, true.weights, strict=True):
         assert relative_difference(mine, theirs) <= 2e-5
     assert [line["grad_norm"] for line in found.lines] == pytest.approx(true.grad_norms, rel=1e-4)
+    # The logged rate is the scheduled one, without decay by layer.
+    scheduled = [1e-2 * (NUM_STEPS - step) / NUM_STEPS for step in range(NUM_STEPS)]
+    assert [line["lr"] for line in found.lines] == pytest.approx(scheduled * 2)
 
 
 def check_penalty(ranks: list[Learned]) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters a frozen part of a network has, and what it refuses."""
+"""Depths of parameters, which of them a frozen part of a network has, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from das_ds.config import ArchitectureConfig, FrozenPart
 from das_ds.errors import ConfigError
 from das_ds.models.architectures.from_config import spec_from_config, spec_to_config
 from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
-from das_ds.models.freezing import frozen_parameters
+from das_ds.models.depths import frozen_parameters, known_depths
 from helpers.tiny_models import tiny_model
 
 
@@ -60,3 +60,5 @@ def test_frozen_parameters_unknown_embeddings_raises() -> None:
     with pytest.raises(ConfigError, match=r"model.architecture.embeddings names no parameter of the network; list its"):
         frozen_parameters(model, spec, FrozenPart(True, 1))
     assert frozen_parameters(model, spec, FrozenPart(False, 1)) == frozenset(frozen(model, False, 1))
+    with pytest.raises(ConfigError, match=r"train.layer_lr_decay: found 0.9, but model.architecture.embeddings names"):
+        known_depths(model, spec, "train.layer_lr_decay: found 0.9")
