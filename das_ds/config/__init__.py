@@ -17,7 +17,7 @@ from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.run import RunConfig
 from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
 from das_ds.config.section import Section
-from das_ds.config.softmask import ImportanceConfig, ImportanceScore, SoftmaskConfig
+from das_ds.config.softmask import ImportanceConfig, ImportanceScore, MaskTarget, SoftmaskConfig
 from das_ds.config.tasks import TaskConfig
 from das_ds.config.train import EvaluationConfig, TrainConfig
 
@@ -35,6 +35,7 @@ __all__ = [
     "ImportanceConfig",
     "ImportanceScore",
     "LoraConfig",
+    "MaskTarget",
     "MergeConfig",
     "MethodConfig",
     "ModelConfig",

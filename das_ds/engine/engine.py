@@ -251,9 +251,9 @@ class Engine:
         """Factor of the next loss that keeps fp16 gradients from underflow; 1 in other precisions."""
         return self._loss_scale.value
 
-    def set_masks(self, masks: UpdateMasks) -> None:
-        """Mask the updates of these flat tensors from now on, and of no others."""
-        self._optimizer.set_masks(masks)
+    def set_masks(self, masks: UpdateMasks, *, masks_decay: bool = True) -> None:
+        """Mask the updates of these flat tensors from now on, and of no others; see `MaskedOptimizer.set_masks`."""
+        self._optimizer.set_masks(masks, masks_decay=masks_decay)
 
     def set_gradient_mask(self, mask: GradientMask | None, decay: DecayMasks | None = None) -> None:
         """Mask the gradients of `weights.shards` from now on, before they are clipped; None: no longer.

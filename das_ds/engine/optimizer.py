@@ -39,6 +39,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self._masks: dict[int, UpdateMask] = {}
+        self._masks_decay = True
         self._decay_masks: dict[int, DecayMask] = {}
         self._frozen: dict[int, list[tuple[slice, torch.Tensor]]] = {}
         self._sums: Flats | None = None
@@ -47,9 +48,15 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._old: torch.Tensor | None = None
         self.grad_scale: torch.Tensor | None = None
 
-    def set_masks(self, masks: UpdateMasks) -> None:
-        """Mask the updates of these flat tensors from now on, and of no others."""
+    def set_masks(self, masks: UpdateMasks, *, masks_decay: bool = True) -> None:
+        """Mask the updates of these flat tensors from now on, and of no others.
+
+        Args:
+            masks: flat tensor -> its mask.
+            masks_decay: whether the decoupled weight decay is masked with the rest of the update.
+        """
         self._masks = {id(flat): mask for flat, mask in masks.items()}
+        self._masks_decay = masks_decay
         self._old = None
 
     def set_decay_masks(self, masks: DecayMasks) -> None:
@@ -136,7 +143,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                     continue
                 self._mask_decay(param, group)
                 mask = self._masks.get(id(param))
-                self._step_flat(param, group, mask)
+                settings = group if mask is None or self._masks_decay else self._decay_in_full(param, group)
+                self._step_flat(param, settings, mask)
                 if mask is not None:
                     mask.finish_(param.data.view(-1))
                 # Last, whatever optimizer and mask did.
@@ -150,6 +158,14 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         decay = group["lr"] * group.get("weight_decay", 0.0)
         if mask is not None and decay > 0.0:
             mask.compensate_(param.data.view(-1), decay)
+
+    def _decay_in_full(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Decay before the step, outside its mask, as decoupled decay comes first; the settings of a step without."""
+        decay = group["lr"] * group.get("weight_decay", 0.0)
+        if decay == 0.0:
+            return group
+        param.data.mul_(1.0 - decay)
+        return {**group, "weight_decay": 0.0}
 
     def _add_score(self, param: torch.Tensor, total: torch.Tensor) -> None:
         gradient = param.grad.view(-1)  # type: ignore[union-attr]

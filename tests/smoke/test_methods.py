@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},
+    "das-first-moment": {"name": "das", "importance": IMPORTANCE, "softmask": {"apply_to": "first_moment"}},
     "das-replay": {"name": "das", "importance": IMPORTANCE, "replay": {"fraction": 0.25}},
 }
 CASES = {**{name: {"name": name, **SETTINGS.get(name, {})} for name in METHODS}, **VARIANTS}

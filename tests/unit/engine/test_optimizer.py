@@ -59,6 +59,32 @@ def test_masked_adamw_equals_scaled_adamw_steps() -> None:
 
 
 @pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
+def test_mask_without_decay_is_that_of_the_first_moment(make: Callable[..., MaskedOptimizer]) -> None:
+    """Masked gradients in the first moment, unmasked ones in the second, and complete decay, written out in float64."""
+    start = torch.randn(6, 50)
+    importance = torch.rand(300)
+    importance[:20] = 1.0
+    importance[20:40] = 0.0
+    param = torch.nn.Parameter(start.clone())
+    optimizer = make([{"params": [param]}])
+    optimizer.set_masks({param: ElementwiseMask(Protection(300, importance=importance))}, masks_decay=False)
+    run(optimizer, param)
+    expected, scale = start.double(), 1 - importance.view(6, 50).double()
+    m, v = torch.zeros_like(expected), torch.zeros_like(expected)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, NUM_STEPS + 1):
+        gradient = torch.randn(6, 50, generator=generator).double()
+        m = 0.9 * m + 0.1 * scale * gradient
+        v = 0.999 * v + 0.001 * gradient**2
+        expected -= 1e-2 * 0.1 * expected
+        expected -= 1e-2 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(param.data.double(), expected, rtol=1e-5, atol=1e-6)
+    # Protected weights decay, and do nothing else.
+    decayed = start.flatten()[:20] * (1 - 1e-3) ** NUM_STEPS
+    torch.testing.assert_close(param.data.flatten()[:20], decayed, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
 @pytest.mark.parametrize("kind", ["abs_grad", "squared_grad", "grad_x_weight"])
 def test_accumulate_importance_sums_scores_and_steps_nothing(make: Callable[..., MaskedOptimizer], kind: Any) -> None:
     start = torch.randn(40)

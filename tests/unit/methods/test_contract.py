@@ -105,3 +105,12 @@ def test_freeze_of_nothing_is_error() -> None:
         ConfigError, match=r"num_layers: found 0 with embeddings: false, expected at least 1, or method"
     ):
         make_config("run", "method={name: freeze, embeddings: false}")
+
+
+def test_mask_of_first_moment_with_lion_is_error() -> None:
+    method = "method={name: dga, softmask: {apply_to: first_moment}}"
+    with pytest.raises(
+        ConfigError, match=r"softmask.apply_to: found first_moment with train.optimizer lion, which takes"
+    ):
+        build_engine_config(make_config("run", method, "train.optimizer=lion"), world_size=1)
+    build_engine_config(make_config("run", method), world_size=1)
