@@ -379,7 +379,7 @@ def _parameter_groups(
     Layer-wise learning-rate decay, discriminative fine-tuning in Howard & Ruder, *Universal Language Model Fine-tuning
     for Text Classification* (ACL 2018, section 3.2, which divides the rate by 2.6 from layer to layer):
 
-        rate of depth d = rate * layer_lr_decay^(D - d)          D: depth of the LM head, 0 that of embeddings
+        rate of depth d = rate * layer_lr_decay^(D - d)          D: largest depth, that of the LM head; 0: embeddings
 
     The first group has the highest rate. `lr_scale` is a group's factor of the scheduled rate.
     """

@@ -158,7 +158,11 @@ class ArchitectureSpec:
             is_embedding = any(pattern.fullmatch(name) for pattern in embeddings)
             return 0 if is_embedding else int(model.config.num_hidden_layers) + 1
 
-        return {name: depth(name) for name, _ in model.named_parameters()}
+        # A tied parameter is listed once, in some networks under its name in the LM head.
+        lowest: dict[nn.Parameter, int] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            lowest[parameter] = min(depth(name), lowest.get(parameter, depth(name)))
+        return {name: lowest[parameter] for name, parameter in model.named_parameters()}
 
     def gate_modules(self, model: PreTrainedModel) -> Iterator[tuple[GateSite, int, nn.Module]]:
         """(site, layer, module) of every gate of a model."""

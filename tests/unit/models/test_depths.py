@@ -43,6 +43,8 @@ def test_frozen_parameters_leave_something_to_train(model_type: str) -> None:
     names = [name for name, _ in model.named_parameters()]
     everything = frozen(model, True, 2)
     assert frozen(model, True, 0) and set(names) - everything
+    tables = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    assert tables <= {id(parameter) for name, parameter in model.named_parameters() if name in frozen(model, True, 0)}
     layers = {name for name in names if re.search(r"\.(0|1)\.", name)}
     assert everything - frozen(model, True, 0) == frozen(model, False, 2) == layers
 

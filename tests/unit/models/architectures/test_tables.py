@@ -283,5 +283,6 @@ def test_spec_depth_is_the_first_layer_whose_output_changes(label: str) -> None:
         assert first == max(depths[name], 1), name
     for handle in handles:
         handle.remove()
-    assert set(depths.values()) == {0, 1, 2, 3}
+    # Nothing follows the layers where norms come after them and the LM head is tied.
+    assert set(depths.values()) == {0, 1, 2} | ({3} if label != "opt post norm" else set())
     assert all(depths[name] == 0 for name in depths if ".conv." in name)
