@@ -19,6 +19,7 @@ from das_ds.methods.freeze import Freeze
 from das_ds.methods.kd import KD
 from das_ds.methods.l2 import L2
 from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
+from das_ds.methods.stm import STM
 from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "one": PerDomain,
     "pool": Pool,
     "replay": ExperienceReplay,
+    "stm": STM,
 }
 DEFAULT_METHOD = "das"
 

@@ -110,6 +110,7 @@ def learn_plainly(
     l2: float = 0.0,
     frozen: tuple[str, ...] = (),
     rates: dict[str, float] | None = None,
+    max_perplexity: float | None = None,
     shares: tuple[float, ...] = (0.0, 0.0),
     saturation: float | None = None,
     apply_to: str = "update",
@@ -117,7 +118,8 @@ def learn_plainly(
     """AdamW on the loss and its penalties by autograd, then theta <- (1 - share) theta + share theta_before.
 
     `strength` is that of EWC, `l2` that of the plain distance; parameters that begin with `frozen` stay as they are;
-    `rates` are factors of the learning rate, by the beginning of a name, 1 for all others.
+    `rates` are factors of the learning rate, by the beginning of a name, 1 for all others; tokens of a higher
+    perplexity than `max_perplexity` at the start of a domain have no loss.
     With a saturation c gradients or steps of linear layers, or both, are multiplied by (I + M / c)^-1, and so is their
     weight decay.
     """
@@ -127,10 +129,15 @@ def learn_plainly(
     result = Expected([], [], [], {name: torch.zeros_like(value) for name, value in parameters.items()})
     for steps, share in zip(domains, shares, strict=True):
         before = {name: value.detach().clone() for name, value in parameters.items()}
+        teacher = copy.deepcopy(model)
         moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in before.items()}
         for number, micro_batches in enumerate(steps):
             inputs = [vars(batch) for batch in micro_batches]
+            num_predicted = sum(batch.num_predicted for batch in micro_batches)
+            if max_perplexity is not None:
+                inputs = [_without_surprising(teacher, batch, max_perplexity) for batch in inputs]
             loss, _ = step_losses(model, inputs, unit_ones(model), 1.0, contrast=False)
+            loss = loss * (sum(len(batch["targets"]) for batch in inputs) / num_predicted)
             squares = {n: (parameters[n] - before[n]) ** 2 for n in parameters}
             distances = [((strength * result.fisher[n] + l2) / 2 * squares[n]).sum() for n in parameters]
             penalty = torch.stack(distances).sum()
@@ -169,6 +176,14 @@ def learn_plainly(
         for name, moment in _normalized_moments(model, [batch for step in steps for batch in step]).items():
             moments_of_inputs[name] = moments_of_inputs.get(name, 0.0) + moment
     return result
+
+
+@torch.no_grad()
+def _without_surprising(teacher: Any, batch: dict[str, Any], max_perplexity: float) -> dict[str, Any]:
+    """The batch without the predictions whose inverse probability is above `max_perplexity`."""
+    probabilities = teacher(input_ids=batch["corrupted_ids"]).logits.flatten(0, 1)[batch["predicted"]].softmax(-1)
+    kept = 1 / probabilities[torch.arange(len(probabilities)), batch["targets"]] <= max_perplexity
+    return {**batch, "predicted": batch["predicted"][kept], "targets": batch["targets"][kept]}
 
 
 def _normalized_moments(model: Any, batches: list[Batch]) -> Weights:

@@ -34,6 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ewc": {"lambda": 1e4, "num_samples": 10},
     "freeze": {"num_layers": 1},
     "kd": {"weight": 10.0},
+    "l2": {"lambda": 0.1},
+    "stm": {"max_perplexity": 1e3},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},

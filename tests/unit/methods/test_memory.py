@@ -72,6 +72,7 @@ def importance(**softmask: Any) -> dict[str, Any]:
         ("l2", 0, "fp32", "anchor", 4000),
         ("kd", 2, "bf16", "teacher", 2000),
         ("kd", 0, "fp32", "teacher", 4000),
+        ("stm", 3, "bf16", "teacher", 500),
         ("kd", 3, "fp16", "teacher", 500),
         # Eleven rows on four ranks are three on the first.
         (DERPP, 3, "bf16", "buffer", 3 * ROW),
