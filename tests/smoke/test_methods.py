@@ -40,14 +40,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},
     "das-first-moment": {"name": "das", "importance": IMPORTANCE, "softmask": {"apply_to": "first_moment"}},
+    "ncl-rates-by-layer": {"name": "ncl"},
     "das-replay": {"name": "das", "importance": IMPORTANCE, "replay": {"fraction": 0.25}},
 }
+TRAIN: dict[str, dict[str, Any]] = {"ncl-rates-by-layer": {"layer_lr_decay": 0.7}}
 CASES = {**{name: {"name": name, **SETTINGS.get(name, {})} for name in METHODS}, **VARIANTS}
 
 
 def values(folder: Path, name: str, case: str) -> dict[str, Any]:
     """Few and large batches: at ZeRO 3 most of the time goes into the number of forward passes."""
-    changes = {"log_interval": 1, "micro_batch_size": 4}
+    changes = {"log_interval": 1, "micro_batch_size": 4, **TRAIN.get(case, {})}
     run = resumable_run(folder, name, stage=3, method=CASES[case], asynchronous=False, **changes)
     evaluation = {"batch_size": 12, "max_sequences": 24}
     return {**run, "checkpoint": {**run["checkpoint"], "interval": 3}, "evaluation": evaluation}
