@@ -78,7 +78,10 @@ def find_embedding_patterns(model: PreTrainedModel, prefix: str) -> tuple[str, .
     """Parameters before the first layer: of the embedding tables outside the layers, and those next to them."""
     base = model.base_model_prefix
     layers = prefix.format(base=base, layer="")
-    outside = [name for name, pattern in _match_parameters(model, prefix) if pattern is None]
+    # With all names of tied parameters, which may be listed under their names in the LM head.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    inside = {name for name, pattern in _match_parameters(model, prefix) if pattern is not None}
+    outside = [name for name in names if name not in inside]
     tables = [
         name
         for name, module in model.named_modules()
