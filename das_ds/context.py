@@ -21,6 +21,7 @@ from das_ds.engine.sharded_init import ExactWeights
 from das_ds.engine.zero import full_shape
 from das_ds.functional.units import UnitLayout
 from das_ds.models.architectures.spec import ArchitectureSpec, has_dropout
+from das_ds.models.depths import frozen_parameters, known_depths
 from das_ds.models.document_mask import check_document_mask
 from das_ds.models.gates import UnitGates
 from das_ds.models.language_model import LanguageModel
@@ -120,7 +121,7 @@ def build_context(
     exact: ExactWeights | None = None,
     tokens: tuple[str, ...] = (),
 ) -> RunContext:
-    """Put a network under an engine, with LoRA where the config asks for it.
+    """Put a network under an engine, with LoRA or frozen layers where the config asks for them.
 
     Args:
         config, model, spec: of the run; LoRA changes the network.
@@ -130,8 +131,8 @@ def build_context(
         tokens: see `RunContext`.
 
     Raises:
-        ConfigError: LoRA that does not fit the network, or without peft; documents are to be isolated, and the network
-            does not.
+        ConfigError: LoRA that does not fit the network, or without peft; layers to be frozen that it lacks; rates
+            by layer in an architecture without embeddings; documents are to be isolated, and the network does not.
         ModelError: an architecture spec, or LoRA weights, that do not fit the network.
     """
     layout = spec.layout(model, full_shape)
@@ -143,10 +144,16 @@ def build_context(
         layout = lora.layout(layout)
         if exact is not None:
             exact = exact.rename(lora.base_names(model))
+    elif frozen := frozen_parameters(model, spec, config.method.frozen_part):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        layout = layout.without(frozen)
     # Not earlier: LoRA wraps the modules that have gates.
     gates = UnitGates(model, spec)
     network = LanguageModel(model, spec, logits_mib=config.train.max_logits_mib)
     parameters = dict(model.named_parameters())
+    decay = config.train.layer_lr_decay
+    depths = known_depths(model, spec, f"train.layer_lr_decay: found {decay:g}") if decay < 1.0 else None
     engine = Engine(
         network,
         {name: parameter for name, parameter in parameters.items() if parameter.requires_grad},
@@ -155,6 +162,7 @@ def build_context(
         ranks,
         exact,
         {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad},
+        depths,
     )
     if config.data.document_mask:
         _check_document_mask(engine, model, spec, ranks)

@@ -12,12 +12,12 @@ from das_ds.config.architecture import (
     UnitCountsConfig,
 )
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
-from das_ds.config.method import MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
+from das_ds.config.method import FrozenPart, MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
 from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.run import RunConfig
 from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
 from das_ds.config.section import Section
-from das_ds.config.softmask import ImportanceConfig, ImportanceScore, SoftmaskConfig
+from das_ds.config.softmask import ImportanceConfig, ImportanceScore, MaskTarget, SoftmaskConfig
 from das_ds.config.tasks import TaskConfig
 from das_ds.config.train import EvaluationConfig, TrainConfig
 
@@ -30,10 +30,12 @@ __all__ = [
     "EvaluationConfig",
     "ExportConfig",
     "FaultsConfig",
+    "FrozenPart",
     "GroupName",
     "ImportanceConfig",
     "ImportanceScore",
     "LoraConfig",
+    "MaskTarget",
     "MergeConfig",
     "MethodConfig",
     "ModelConfig",

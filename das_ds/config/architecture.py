@@ -69,6 +69,9 @@ class ArchitectureConfig(Section):
     """Parameters that no unit owns, on purpose; placeholders as in rules, `*` matches anything."""
     lm_head: list[str] = Field(min_length=1)
     """Modules that turn hidden states into logits, one after the other."""
+    embeddings: list[str] = Field(default=[])
+    """Parameters between token ids and the first layer, for method freeze and `train.layer_lr_decay`; written like
+    those of `unmasked`."""
     embedding_head: str | None = None
     """Module that does so in place of `lm_head` in models that have it, given the input embeddings as well."""
     key_value_heads: str | None = None
@@ -93,6 +96,8 @@ class ArchitectureConfig(Section):
                     raise ValueError(f"{key}.{index}: found {name!r}, expected a name with the placeholder {{layer}}")
         for index, name in enumerate(self.unmasked):
             _check_placeholders(f"unmasked.{index}", name, {"base", "layer"})
+        for index, name in enumerate(self.embeddings):
+            _check_placeholders(f"embeddings.{index}", name, {"base"})
         return self
 
     @model_validator(mode="after")

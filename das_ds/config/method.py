@@ -50,6 +50,16 @@ class SampleSize:
     """Sequences per gradient, over all ranks; None: `train.global_batch_size`."""
 
 
+@dataclass(frozen=True)
+class FrozenPart:
+    """The part of a network that a method does not train."""
+
+    embeddings: bool
+    """Embeddings, and an LM head that is tied to them."""
+    num_layers: int
+    """Layers from the first one on."""
+
+
 class MethodConfig(Section):
     """The continual-learning method; `method: NAME` is short for `method: {name: NAME}`."""
 
@@ -76,6 +86,11 @@ class MethodConfig(Section):
     def view_noise(self) -> float:
         """Dropout at the units where the method makes views of a sequence, for networks without dropout."""
         return 0.0
+
+    @property
+    def frozen_part(self) -> FrozenPart | None:
+        """What the method does not train; None: it trains everything."""
+        return None
 
     @property
     def merge_weight(self) -> float | Literal["average"] | None:

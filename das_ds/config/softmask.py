@@ -8,14 +8,16 @@ from pydantic import Field, model_validator
 
 from das_ds.config.section import PathText, Section
 
+MaskTarget = Literal["update", "first_moment", "gradient"]
 ImportanceScore = Literal["abs_grad", "squared_grad", "grad_x_weight"]
 
 
 class SoftmaskConfig(Section):
     """How important units or weights are protected."""
 
-    apply_to: Literal["update", "gradient"] = "update"
-    """`update` scales the optimizer's step by 1 - I; `gradient` is the published form, which Adam cancels."""
+    apply_to: MaskTarget = "update"
+    """`update` scales the optimizer's step by 1 - I; `first_moment` scales what enters Adam's first moment, and not
+    weight decay (Hu et al., 2026); `gradient` is the published form, which Adam cancels."""
     groups: list[Literal["head", "intermediate", "output", "unowned"]] | None = None
     """Groups whose weights are masked by their importance; null: the method's default. `unowned`, the weights that
     belong to no unit, have importance at parameter level only."""

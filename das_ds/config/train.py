@@ -23,6 +23,9 @@ class TrainConfig(Section):
     mask then interpolates back toward the old weights."""
     learning_rate: float = Field(default=1e-4, gt=0.0)
     """Peak learning rate."""
+    layer_lr_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Layer-wise learning-rate decay: ratio of the rate of each layer to that of the layer above it; the LM head has
+    the full rate, embeddings the lowest; 1: one rate for all."""
     lr_scheduler: Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"] = "linear"
     """Learning-rate schedule, restarted for each domain; `wsd`: warm-up, stable, decay; `infinite`: one such schedule
     across all domains, with warm-up in the first and decay in the last."""

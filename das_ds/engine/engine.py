@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any
@@ -66,6 +66,7 @@ class Engine:
         ranks: the process group.
         exact: this rank's exact values where the model was initialized sharded; they are taken.
         frozen: name -> parameter that is not trained.
+        depths: see `build_optimizer`.
 
     Raises:
         ConfigError: a precision or an optimizer that does not run here.
@@ -80,6 +81,7 @@ class Engine:
         ranks: ProcessGroup,
         exact: ExactWeights | None = None,
         frozen: dict[str, nn.Parameter] | None = None,
+        depths: Mapping[str, int] | None = None,
     ) -> None:
         check_precision(train.precision)
         if ranks.info.is_main:
@@ -91,7 +93,7 @@ class Engine:
         self.ranks = ranks
         exact = ExactWeights() if exact is None else exact
         on_host = ranks.info.device.type == "cpu" or config.is_offloaded
-        self._optimizer = build_optimizer(parameters, train, on_host=on_host)
+        self._optimizer = build_optimizer(parameters, train, on_host=on_host, depths=depths)
         # Both keep fp32 values, and DeepSpeed rounds the parameters as soon as it has them.
         self._frozen = FrozenWeights(frozen or {}, exact, train.precision, ranks)
         exact_trained = _take_exact(parameters, exact, train.precision)
@@ -158,7 +160,7 @@ class Engine:
         self._loss_scale.reset()
         self.skipped_steps = 0
         for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = peak
+            group["lr"] = group["initial_lr"] = peak * group["lr_scale"]
         self._scheduler = build_lr_scheduler(
             self._optimizer, self._train, num_steps, is_first=is_first, is_last=is_last
         )
@@ -240,17 +242,18 @@ class Engine:
                 return
 
     def learning_rate(self) -> float:
-        """Learning rate of the next optimizer step."""
-        return float(self._optimizer.param_groups[0]["lr"])
+        """Learning rate of the next optimizer step, before `train.layer_lr_decay`."""
+        group = self._optimizer.param_groups[0]
+        return float(group["lr"] / group["lr_scale"])
 
     @property
     def loss_scale(self) -> float:
         """Factor of the next loss that keeps fp16 gradients from underflow; 1 in other precisions."""
         return self._loss_scale.value
 
-    def set_masks(self, masks: UpdateMasks) -> None:
-        """Mask the updates of these flat tensors from now on, and of no others."""
-        self._optimizer.set_masks(masks)
+    def set_masks(self, masks: UpdateMasks, *, masks_decay: bool = True) -> None:
+        """Mask the updates of these flat tensors from now on, and of no others; see `MaskedOptimizer.set_masks`."""
+        self._optimizer.set_masks(masks, masks_decay=masks_decay)
 
     def set_gradient_mask(self, mask: GradientMask | None, decay: DecayMasks | None = None) -> None:
         """Mask the gradients of `weights.shards` from now on, before they are clipped; None: no longer.
@@ -262,8 +265,12 @@ class Engine:
         self._gradient_mask = mask
         self._optimizer.set_decay_masks(decay or {})
 
-    def add_quadratic_penalty(self, strength: float, curvature: Flats, anchor: Flats) -> QuadraticPenalty:
-        """A penalty on the distance of the weights from an anchor; the caller adds its gradient before each step."""
+    def add_quadratic_penalty(self, strength: float, curvature: Flats | None, anchor: Flats) -> QuadraticPenalty:
+        """A penalty on the distance of the weights from an anchor; the caller adds its gradient before each step.
+
+        Args:
+            strength, curvature, anchor: see `QuadraticPenalty`.
+        """
         return QuadraticPenalty(
             self._engine, self.weights.shards, self.parameters, self._loss_scale, strength, curvature, anchor
         )

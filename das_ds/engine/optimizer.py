@@ -6,7 +6,7 @@ Shape legend: F elements of a flat tensor, n elements of a chunk of it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self._masks: dict[int, UpdateMask] = {}
+        self._masks_decay = True
         self._decay_masks: dict[int, DecayMask] = {}
         self._frozen: dict[int, list[tuple[slice, torch.Tensor]]] = {}
         self._sums: Flats | None = None
@@ -47,9 +48,15 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._old: torch.Tensor | None = None
         self.grad_scale: torch.Tensor | None = None
 
-    def set_masks(self, masks: UpdateMasks) -> None:
-        """Mask the updates of these flat tensors from now on, and of no others."""
+    def set_masks(self, masks: UpdateMasks, *, masks_decay: bool = True) -> None:
+        """Mask the updates of these flat tensors from now on, and of no others.
+
+        Args:
+            masks: flat tensor -> its mask.
+            masks_decay: whether the decoupled weight decay is masked with the rest of the update.
+        """
         self._masks = {id(flat): mask for flat, mask in masks.items()}
+        self._masks_decay = masks_decay
         self._old = None
 
     def set_decay_masks(self, masks: DecayMasks) -> None:
@@ -103,7 +110,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 if _is_elementwise(value, param.numel()):
                     by_key.setdefault(key, {})[param] = value.view(-1)
                 else:
-                    scalars[key] = value.item() if torch.is_tensor(value) else value
+                    # A resumed run counts anew in flat tensors with only padding, of which nothing was saved.
+                    scalars[key] = max(value.item() if torch.is_tensor(value) else value, scalars.get(key, 0))
         return by_key, scalars
 
     def load_moments(self, by_key: dict[str, Flats], scalars: dict[str, Any]) -> None:
@@ -129,11 +137,14 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 if param.grad is None:
                     continue
                 if self._sums is not None:
-                    self._add_score(param, self._sums[param])
+                    # A flat tensor in which this rank has only padding has no sum.
+                    if param in self._sums:
+                        self._add_score(param, self._sums[param])
                     continue
                 self._mask_decay(param, group)
                 mask = self._masks.get(id(param))
-                self._step_flat(param, group, mask)
+                settings = group if mask is None or self._masks_decay else self._decay_in_full(param, group)
+                self._step_flat(param, settings, mask)
                 if mask is not None:
                     mask.finish_(param.data.view(-1))
                 # Last, whatever optimizer and mask did.
@@ -147,6 +158,14 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         decay = group["lr"] * group.get("weight_decay", 0.0)
         if mask is not None and decay > 0.0:
             mask.compensate_(param.data.view(-1), decay)
+
+    def _decay_in_full(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Decay before the step, outside its mask, as decoupled decay comes first; the settings of a step without."""
+        decay = group["lr"] * group.get("weight_decay", 0.0)
+        if decay == 0.0:
+            return group
+        param.data.mul_(1.0 - decay)
+        return {**group, "weight_decay": 0.0}
 
     def _add_score(self, param: torch.Tensor, total: torch.Tensor) -> None:
         gradient = param.grad.view(-1)  # type: ignore[union-attr]
@@ -299,7 +318,13 @@ def _crop_state(value: Any, chunk: slice, numel: int) -> Any:
     return value.clone() if torch.is_tensor(value) else value
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, on_host: bool) -> MaskedOptimizer:
+def build_optimizer(
+    parameters: dict[str, nn.Parameter],
+    train: TrainConfig,
+    *,
+    on_host: bool,
+    depths: Mapping[str, int] | None = None,
+) -> MaskedOptimizer:
     """The optimizer that `train.optimizer` names, with learning rate 0: the scheduler of a domain sets it.
 
     Stage 0 in bf16 takes a step with zero gradients while the engine is built; without a learning rate it moves
@@ -309,11 +334,12 @@ def build_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig, *, 
         parameters: name -> parameter.
         train: optimization settings.
         on_host: whether the fp32 shards are in host memory.
+        depths: name -> depth of every parameter of the network, trained or not; only `train.layer_lr_decay` needs it.
 
     Raises:
         ConfigError: an optimizer that cannot step them.
     """
-    groups = _decay_groups(parameters, train.weight_decay)
+    groups = _parameter_groups(parameters, train, depths or {})
     if train.optimizer == "adamw":
         return MaskedAdamW(groups, lr=0.0, betas=train.betas, eps=train.eps, weight_decay=0.0)
     if train.optimizer == "cpu_adam":
@@ -345,9 +371,31 @@ def _lion(groups: list[dict[str, Any]], train: TrainConfig, *, on_host: bool) ->
     return lion(groups, lr=0.0, betas=train.betas, weight_decay=0.0)
 
 
-def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, normalization) do not."""
-    matrices = [parameter for parameter in parameters.values() if len(full_shape(parameter)) > 1]
-    vectors = [parameter for parameter in parameters.values() if len(full_shape(parameter)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _parameter_groups(
+    parameters: dict[str, nn.Parameter], train: TrainConfig, depths: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors (biases, normalization), which do not; each by depth where rates differ.
+
+    Layer-wise learning-rate decay, discriminative fine-tuning in Howard & Ruder, *Universal Language Model Fine-tuning
+    for Text Classification* (ACL 2018, section 3.2, which divides the rate by 2.6 from layer to layer):
+
+        rate of depth d = rate * layer_lr_decay^(D - d)          D: largest depth, that of the LM head; 0: embeddings
+
+    The first group has the highest rate. `lr_scale` is a group's factor of the scheduled rate.
+    """
+    if train.layer_lr_decay == 1.0:
+        depths = {}
+    else:
+        assert depths, "rates by layer need depths"
+    top = max(depths.values(), default=0)
+    groups = []
+    for weight_decay, is_matrix in ((train.weight_decay, True), (0.0, False)):
+        for depth in range(top, -1, -1):
+            members = [
+                parameter
+                for name, parameter in parameters.items()
+                if (len(full_shape(parameter)) > 1) is is_matrix and depths.get(name, 0) == depth
+            ]
+            scale = train.layer_lr_decay ** (top - depth)
+            groups.append({"params": members, "weight_decay": weight_decay, "lr_scale": scale})
     return [group for group in groups if group["params"]]

@@ -33,7 +33,8 @@ class QuadraticPenalty:
         parameters: name -> parameter.
         loss_scale: what DeepSpeed multiplies gradients by.
         strength: factor of the penalty.
-        curvature, anchor: flat tensor -> (F,) float32; read at every step.
+        curvature: flat tensor -> (F,) float32, read at every step; None: 1 for every weight.
+        anchor: flat tensor -> (F,) float32, read at every step.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class QuadraticPenalty:
         parameters: dict[str, torch.nn.Parameter],
         loss_scale: LossScaler,
         strength: float,
-        curvature: Flats,
+        curvature: Flats | None,
         anchor: Flats,
     ) -> None:
         self._engine = engine
@@ -70,7 +71,7 @@ class QuadraticPenalty:
             span = chunk.span
             weights = chunk.flat.data.view(-1)[span]
             distance = weights - self._anchor[chunk.flat][span]
-            pull = self._curvature[chunk.flat][span] * distance
+            pull = distance.clone() if self._curvature is None else self._curvature[chunk.flat][span] * distance
             # Under offload the shards are on the host and the total on the device.
             total += torch.dot(pull, distance).to(total.device, non_blocking=True)
             pull *= self._strength * self._loss_scale.value

@@ -7,7 +7,8 @@ C columns (a vector of R entries is a matrix with C = 1); A entries of an axis o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,6 +75,15 @@ class UnitLayout:
         if num_rows is None:
             return self.sizes
         return {**self.sizes, **{name: num_rows * self.shapes[name][2] for name in self.vocabulary}}
+
+    def without(self, frozen: Collection[str]) -> UnitLayout:
+        """The layout without these parameters, which are not trained."""
+        return replace(
+            self,
+            ownerships=tuple(item for item in self.ownerships if item.parameter not in frozen),
+            shapes={name: shape for name, shape in self.shapes.items() if name not in frozen},
+            vocabulary=self.vocabulary.difference(frozen),
+        )
 
     @property
     def owners(self) -> dict[str, str]:

@@ -15,8 +15,11 @@ from das_ds.methods.derpp import DERpp
 from das_ds.methods.dga import DGA
 from das_ds.methods.directions import Directions
 from das_ds.methods.ewc import EWC
+from das_ds.methods.freeze import Freeze
 from das_ds.methods.kd import KD
+from das_ds.methods.l2 import L2
 from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
+from das_ds.methods.stm import STM
 from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
@@ -28,12 +31,15 @@ METHODS: dict[str, type[Method[Any]]] = {
     "dga": DGA,
     "directions": Directions,
     "ewc": EWC,
+    "freeze": Freeze,
     "kd": KD,
+    "l2": L2,
     "merge": ModelMerging,
     "ncl": NCL,
     "one": PerDomain,
     "pool": Pool,
     "replay": ExperienceReplay,
+    "stm": STM,
 }
 DEFAULT_METHOD = "das"
 

@@ -93,8 +93,13 @@ class SoftMasked(Method[S]):
 
     @classmethod
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
-        """The sequences of a gradient are divided over the ranks."""
+        """The sequences of a gradient are divided over the ranks, and the update has to be linear in the moment."""
         check_gradient_batch_size("method.importance.gradient_batch_size", config, engine_config)
+        if cls.settings_in(config).softmask.apply_to == "first_moment" and config.train.optimizer == "lion":
+            raise ConfigError(
+                "method.softmask.apply_to: found first_moment with train.optimizer lion, which takes the sign of its "
+                "moment, so that no factor changes the update; allowed there: update, gradient"
+            )
 
     @classmethod
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:

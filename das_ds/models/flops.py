@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from das_ds.config import FrozenPart
+
 
 @dataclass(frozen=True)
 class StepFlops:
@@ -31,6 +33,16 @@ class StepFlops:
     def forward(self) -> int:
         """Of the forward pass through the layers, without the head."""
         return (self.body + self.attention) // 3
+
+    def without_frozen(self, part: FrozenPart, num_layers: int) -> StepFlops:
+        """With part of `num_layers` equal layers frozen: they have no gradients of weights, a third of the operations
+        of their weights, and above frozen embeddings no backward pass at all, two thirds of all their operations.
+        """
+        body = self.body * part.num_layers // num_layers
+        attention = self.attention * part.num_layers // num_layers
+        if part.embeddings:
+            return StepFlops(self.body - 2 * body // 3, self.attention - 2 * attention // 3, self.head)
+        return StepFlops(self.body - body // 3, self.attention, self.head)
 
 
 def step_flops(model: Any, *, num_tokens: int, num_predicted: int, sequence_length: int) -> StepFlops:

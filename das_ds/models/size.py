@@ -45,7 +45,7 @@ class ModelSize:
     """Counts of a network."""
 
     trained: int
-    """P: all parameters, or those of LoRA."""
+    """P: all parameters but frozen ones, or those of LoRA."""
     total: int
     """A: all parameters, LoRA's included."""
     largest_layer: int
@@ -58,17 +58,19 @@ class ModelSize:
     """Neurons of an MLP that one token uses."""
     heads: int
     vocabulary: int
+    has_adapters: bool = False
+    """Whether LoRA is trained instead of the weights."""
     largest_trained: int = 0
     """Elements of the largest trained parameter, whose gradient is complete before it is reduced."""
-    parameters: tuple[tuple[int, bool], ...] = ()
-    """(elements, whether it has more than one dimension) of every trained parameter in the order of the engine; like
-    `matrices` only where the method asks for it."""
+    parameters: tuple[tuple[int, int], ...] = ()
+    """(elements, group of the optimizer) of every trained parameter in the order of the engine; like `matrices` only
+    where the method asks for it."""
     matrices: tuple[MatrixSize, ...] = ()
     """Every trained matrix that multiplies an input, in the order in which masks have them."""
 
     @property
-    def has_adapters(self) -> bool:
-        """Whether the weights are frozen and LoRA is trained."""
+    def has_frozen(self) -> bool:
+        """Whether some weights are not trained."""
         return self.trained < self.total
 
 

@@ -21,6 +21,7 @@ from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import HEAD, INTERMEDIATE
 from das_ds.methods import method_class, method_memory
 from das_ds.models.architectures.spec import ArchitectureSpec
+from das_ds.models.depths import frozen_parameters, known_depths
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import (
     check_embeddings,
@@ -88,7 +89,7 @@ def check_model(checks: Checklist, config: RunConfig) -> ModelSize | None:
             totals = ", ".join(str(size.total) for size in sizes[:8])
             raise PreflightError(f"ranks find models of different sizes: {totals}")
         size, weights = outcomes[0]
-        trained = f", of which {size.trained:,} are trained" if size.has_adapters else ""
+        trained = f", of which {size.trained:,} are trained" if size.has_frozen else ""
         return f"{size.total:,} parameters{trained}, {size.num_layers} layers, {size.vocabulary} tokens{weights}"
 
     outcomes = checks.run("model", "a tokenizer, and a model of a known architecture that fits it", probe, summarize)
@@ -104,26 +105,39 @@ def count_parameters(
 
     Raises:
         ModelError: the architecture does not fit the model.
-        ConfigError: LoRA does not fit the model.
+        ConfigError: LoRA, or a number of frozen layers, does not fit the model, or rates by layer its architecture.
     """
     layout = architecture.layout(model)
     embedding: Any = model.get_input_embeddings()
     num_embeddings, hidden = embedding.weight.shape
-    # A new token adds a row to every parameter with one row per token.
-    added = max(0, num_rows - num_embeddings) * sum(layout.shapes[name][2] for name in layout.vocabulary)
-    total = trained = sum(layout.sizes.values()) + added
-    largest_trained = max(layout.sizes.values())
+    trained_layout = layout.without(frozen_parameters(model, architecture, config.method.frozen_part))
+    total, trained = (
+        # A new token adds a row to every parameter with one row per token.
+        sum(part.sizes.values()) + max(0, num_rows - num_embeddings) * sum(part.shapes[n][2] for n in part.vocabulary)
+        for part in (layout, trained_layout)
+    )
+    largest_trained = max(trained_layout.sizes.values())
     lora = None if config.model.lora is None else Lora.plan(model, layout, config.model.lora)
     if lora is not None:
         linears = lora.linears
         largest_trained = max(linear.rank * max(linear.num_inputs, linear.num_outputs) for linear in linears)
         trained = sum(linear.rank * (linear.num_inputs + linear.num_outputs) for linear in linears)
         total += trained
+    decay = config.train.layer_lr_decay
+    if decay < 1.0:
+        known_depths(model, architecture, f"train.layer_lr_decay: found {decay:g}")
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)
     parameters: Parameters = ()
     matrices: tuple[MatrixSize, ...] = ()
     if method_class(config.method).measures_inputs:
-        parameters, matrices = plan_matrices(model, architecture, layout, lora, max(0, num_rows - num_embeddings))
+        parameters, matrices = plan_matrices(
+            model,
+            architecture,
+            layout,
+            lora,
+            max(0, num_rows - num_embeddings),
+            by_depth=decay < 1.0,
+        )
     if architecture.has_experts:
         # One token uses only some of the experts.
         num_experts = max(shape[0] for shape in layout.shapes.values())
@@ -138,6 +152,7 @@ def count_parameters(
         inner=inner,
         heads=layout.num_units.get(HEAD, getattr(model.config, "num_attention_heads", 1)),
         vocabulary=max(num_embeddings, num_rows),
+        has_adapters=lora is not None,
         largest_trained=largest_trained,
         parameters=parameters,
         matrices=matrices,

@@ -142,7 +142,7 @@ def estimate_memory(
         else sharding.num_buckets * w * sharding.bucket,
     }
     host: dict[str, int] = {"copy of a checkpoint": copied_bytes // shards + copied_of_rank, **method.host}
-    if sharding.stage == 3 and w != FP32 and size.has_adapters:
+    if sharding.stage == 3 and w != FP32 and size.has_frozen:
         host["frozen weights"] = FP32 * (size.total - size.trained) // weight_shards
     host |= optimizer if sharding.offloads_optimizer else {}
     host |= weights if sharding.offloads_weights else {}

@@ -31,7 +31,7 @@ def format_plan(config: RunConfig, model: PlannedModel, cluster: Cluster, plan: 
     on_gpu["activations"] = plan.activations
     on_host = {name: num_bytes for name, num_bytes in plan.memory.host.items() if num_bytes}
     disk = plan.disk
-    trained = f", of which {size.trained:,} are trained" if size.has_adapters else ""
+    trained = f", of which {size.trained:,} are trained" if size.has_frozen else ""
     lines = {
         "model": f"{size.total:,} parameters{trained}, {size.num_layers} layers",
         "run": f"method {config.method.name}, ZeRO {plan.zero_stage}, {config.train.precision}",

@@ -11,6 +11,7 @@ from das_ds.config import RunConfig
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import UnitLayout
+from das_ds.models.depths import frozen_parameters
 from das_ds.models.flops import StepFlops, step_flops
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import check_sequence_length, find_spec, load_tokenizer, model_config
@@ -62,8 +63,11 @@ def read_model(config: RunConfig) -> PlannedModel:
     if size.has_adapters:
         # Frozen weights have no gradient, which is a third of the operations of a trained one.
         flops = StepFlops(body=flops.body * 2 // 3, attention=flops.attention, head=flops.head * 2 // 3)
+    if config.method.frozen_part is not None:
+        flops = flops.without_frozen(config.method.frozen_part, layout.num_layers)
+    frozen = frozen_parameters(network, architecture, config.method.frozen_part)
     adapters = _adapter_sizes(config, network, layout)
-    return PlannedModel(size, WeightSizes.of_layout(layout, adapters, added_rows), flops)
+    return PlannedModel(size, WeightSizes.of_layout(layout, adapters, added_rows, frozen), flops)
 
 
 def _count_tokens(config: RunConfig) -> tuple[int | None, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,20 @@ class WeightSizes:
         return (*self.matrices, *self.vectors)
 
     @classmethod
-    def of_layout(cls, layout: UnitLayout, adapters: tuple[int, ...] = (), added_tokens: int = 0) -> WeightSizes:
+    def of_layout(
+        cls,
+        layout: UnitLayout,
+        adapters: tuple[int, ...] = (),
+        added_tokens: int = 0,
+        frozen: Collection[str] = (),
+    ) -> WeightSizes:
         """Sizes of a network.
 
         Args:
             layout: of the network without adapters.
             adapters: sizes of LoRA's matrices; then nothing else is trained.
             added_tokens: rows that every parameter with a row per token gains.
+            frozen: parameters that are not trained.
         """
         sizes = {
             name: size + (added_tokens * layout.shapes[name][2] if name in layout.vocabulary else 0)
@@ -63,11 +70,11 @@ class WeightSizes:
         by_layer = tuple(layers.values())
         if adapters:
             return cls(adapters, (), tuple(sizes.values()), by_layer)
-        matrices = [name for name, (_, _, columns) in layout.shapes.items() if columns > 1]
+        matrices = {name for name, (_, _, columns) in layout.shapes.items() if columns > 1}
         return cls(
-            tuple(sizes[name] for name in matrices),
-            tuple(size for name, size in sizes.items() if name not in set(matrices)),
-            (),
+            tuple(size for name, size in sizes.items() if name in matrices and name not in frozen),
+            tuple(size for name, size in sizes.items() if name not in matrices and name not in frozen),
+            tuple(sizes[name] for name in sizes if name in frozen),
             by_layer,
         )
 
@@ -91,7 +98,8 @@ def step_collectives(
 
     At stage 3 every parameter is padded to a multiple of W. In addition: the squared norm in float64 at stages 1 to 3,
     the number of predicted tokens and each loss in float32, and what the method exchanges. With
-    `zero_hpz_partition_size` part of the gathering stays within nodes, which is not considered.
+    `zero_hpz_partition_size` part of the gathering stays within nodes, which is not considered, nor is the padding of
+    the additional groups that `train.layer_lr_decay` makes, 2 W elements each at most.
 
     Args:
         weights: sizes of the parameters.

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 
-from das_ds.config import SoftmaskConfig
+from das_ds.config import MaskTarget, SoftmaskConfig
 from das_ds.distributed.state import Shard
 from das_ds.engine.engine import Engine
 from das_ds.engine.gradient_mask import ElementwiseGradientMask
@@ -43,15 +43,24 @@ def apply_masks(
     importance: Maskable[Settings],
     settings: Settings,
     *,
-    apply_to: Literal["update", "gradient"] = "update",
+    apply_to: MaskTarget = "update",
 ) -> None:
     """Soft-mask all further steps of an engine by an importance, and by nothing else.
+
+    `first_moment` masks the gradient on its way into Adam's first moment, not into the second (Hu et al., *Hidden
+    Failure Modes of Gradient Modification under Adam in Continual Learning*, arXiv 2604.22407, 2026):
+
+        m <- b1 m + (1 - b1) M g          v <- b2 v + (1 - b2) g^2
+
+    M = diag(1 - I) is constant from one reset of the moments to the next, and m is linear in g: this m is M times that
+    of unmasked gradients, and the update, which is linear in m, M times the unmasked one. So the update is masked, and
+    its weight decay, which is not part of the moment, is not.
 
     Args:
         engine: whose steps are masked.
         importance: source of the masks.
         settings: from which, with importance, they are made.
-        apply_to: `gradient` needs element-wise masks of all flat tensors.
+        apply_to: `gradient` and `first_moment` need element-wise masks of all flat tensors.
     """
     clear_masks(engine)
     masks = importance.masks(settings)
@@ -60,6 +69,9 @@ def apply_masks(
         return
     elementwise = {flat: mask for flat, mask in masks.items() if isinstance(mask, ElementwiseMask)}
     assert len(elementwise) == len(masks), "gradients are masked element by element"
+    if apply_to == "first_moment":
+        engine.set_masks(elementwise, masks_decay=False)
+        return
     engine.set_gradient_mask(ElementwiseGradientMask(engine.weights.shards, elementwise))
 
 

@@ -55,7 +55,7 @@ def plan_loads(size: ModelSize, sharding: Sharding) -> tuple[RankLoad, ...]:
 # Memory, operations and exchanges of one plan ask for the same loads.
 @lru_cache(maxsize=4)
 def _plan_loads(
-    parameters: tuple[tuple[int, bool], ...], matrices: tuple[MatrixSize, ...], stage: int, num_ranks: int
+    parameters: tuple[tuple[int, int], ...], matrices: tuple[MatrixSize, ...], stage: int, num_ranks: int
 ) -> tuple[RankLoad, ...]:
     loads = [RankLoad() for _ in range(num_ranks if stage >= 1 else 1)]
     parts_of = divide_parameters(parameters, stage, num_ranks)
@@ -69,17 +69,17 @@ def _plan_loads(
     return tuple(loads)
 
 
-def divide_parameters(parameters: Sequence[tuple[int, bool]], stage: int, num_ranks: int) -> list[list[Part]]:
+def divide_parameters(parameters: Sequence[tuple[int, int]], stage: int, num_ranks: int) -> list[list[Part]]:
     """Parameter -> its parts in order, as DeepSpeed 0.19.8 divides them.
 
     | stage | division |
     |-------|----------|
     | 0     | none; the one part stands for every rank |
-    | 1, 2  | matrices in a row, and vectors in a row: equal parts, a multiple of two elements each |
+    | 1, 2  | the parameters of a group in a row: equal parts, a multiple of two elements each |
     | 3     | every parameter in equal parts |
 
     Args:
-        parameters: (elements, whether it is a matrix) in the engine's order.
+        parameters: (elements, group of the optimizer) in the engine's order.
         stage: ZeRO stage.
         num_ranks: W.
     """
@@ -87,13 +87,15 @@ def divide_parameters(parameters: Sequence[tuple[int, bool]], stage: int, num_ra
         return [[Part(0, 0, numel)] for numel, _ in parameters]
     if stage == 3:
         return [list(_divide(0, numel, -(-numel // num_ranks))) for numel, _ in parameters]
-    positions = {True: 0, False: 0}
-    totals = {kind: sum(numel for numel, is_matrix in parameters if is_matrix is kind) for kind in (True, False)}
+    totals: Counter[int] = Counter()
+    for numel, group in parameters:
+        totals[group] += numel
+    positions: Counter[int] = Counter()
     found = []
-    for numel, is_matrix in parameters:
-        part_size = -(-totals[is_matrix] // (2 * num_ranks)) * 2
-        found.append(list(_divide(positions[is_matrix], numel, part_size)))
-        positions[is_matrix] += numel
+    for numel, group in parameters:
+        part_size = -(-totals[group] // (2 * num_ranks)) * 2
+        found.append(list(_divide(positions[group], numel, part_size)))
+        positions[group] += numel
     return found
 
 

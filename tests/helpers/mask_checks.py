@@ -34,11 +34,12 @@ UNITS: list[dict[str, Any]] = [
     },
     {"name": "das", "softmask": {"groups": ["intermediate"], "exponent": 0.5, "apply_to": "gradient"}},
     {"name": "dga", "softmask": {"apply_to": "gradient"}},
-    {"name": "dga", "softmask": {"groups": ["intermediate", "output"]}},
+    {"name": "dga", "softmask": {"groups": ["intermediate", "output"], "apply_to": "first_moment"}},
 ]
 PARAMETERS: list[dict[str, Any]] = [
     {"name": "das", "softmask": {"groups": ["intermediate", "unowned"], "exponent": 2.0, "unowned_update_scale": 0.5}},
     {"name": "das", "softmask": {"groups": ["head", "output"], "unowned_update_scale": 0.25, "apply_to": "gradient"}},
+    {"name": "das", "softmask": {"groups": ["output"], "unowned_update_scale": 0.5, "apply_to": "first_moment"}},
 ]
 
 

@@ -44,14 +44,20 @@ def configs(folder: Path, world_size: int, zero: dict[str, Any], precision: str 
 
 
 def parity_configs(
-    folder: Path, world_size: int, zero: dict[str, Any], methods: list[dict[str, Any]], precision: str = "fp32"
+    folder: Path,
+    world_size: int,
+    zero: dict[str, Any],
+    methods: list[dict[str, Any]],
+    precision: str = "fp32",
+    **changes: Any,
 ) -> list[RunConfig]:
-    """One run per method section."""
+    """One run per method section; `changes` are keys of the section `train`."""
     train = {
         "micro_batch_size": ROWS // world_size,
         "global_batch_size": ROWS * ACCUMULATION,
         "precision": precision,
         "eps": EPS,
+        **changes,
     }
     return [
         run_config(

@@ -300,7 +300,7 @@ def reference_train(
     importance: Units | None,
     *,
     learning_rates: Sequence[float],
-    apply_to: Literal["update", "gradient"] = "update",
+    apply_to: Literal["update", "gradient", "first_moment"] = "update",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
@@ -315,7 +315,8 @@ def reference_train(
     """Trains a copy of `model`, in evaluation mode (no dropout), on `steps` of micro-batches joined over all ranks.
 
     L = L_mlm + contrast_weight * L_con; `update`: theta <- theta + (1 - I) * Delta, where Delta is AdamW's full step
-    with decoupled decay (not for tensors of one dimension); `gradient`: g <- (1 - I) * g before clipping.
+    with decoupled decay (not for tensors of one dimension); `gradient`: g <- (1 - I) * g before clipping;
+    `first_moment`: the first moment sees (1 - I) * g, the second g.
     Clipping as in DeepSpeed: g <- g * min(1, max_grad_norm / (|g| + 1e-6)); 0 does not clip.
     Importance None masks nothing and gates nothing; `contrast_weight` 0 leaves the contrast out. `scales` is 1 - I of
     every weight in place of the units' masks; the importance of units then only gates.
@@ -343,7 +344,11 @@ def reference_train(
         clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm > 0 else 1.0
         for name, parameter in parameters.items():
             decay = weight_decay if parameter.ndim > 1 else 0.0
-            delta = adamw_step(parameter, named[name] * clip, *moments[name], number, learning_rate, betas, eps, decay)
+            gradient = named[name] * clip
+            routed = gradient * scales[name] if apply_to == "first_moment" else gradient
+            delta = adamw_step(
+                parameter, gradient, *moments[name], number, learning_rate, betas, eps, decay, first_moment=routed
+            )
             parameter.data += delta * scales[name] if apply_to == "update" else delta
         run.mlm_losses.append(mlm.item())
         run.contrast_losses.append(contrastive.item())
@@ -362,12 +367,15 @@ def adamw_step(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    *,
+    first_moment: Tensor | None = None,
 ) -> Tensor:
     """-lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta) for step `number` = 1, 2, ...; updates m and v.
 
+    `first_moment` is what m averages in place of the gradient.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, algorithm 2.
     """
-    m.copy_(betas[0] * m + (1 - betas[0]) * gradient)
+    m.copy_(betas[0] * m + (1 - betas[0]) * (gradient if first_moment is None else first_moment))
     v.copy_(betas[1] * v + (1 - betas[1]) * gradient**2)
     m_hat = m / (1 - betas[0] ** number)
     v_hat = v / (1 - betas[1] ** number)

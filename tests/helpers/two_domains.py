@@ -34,7 +34,7 @@ ShardSlice = tuple[str, int, Tensor]
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run over two domains left; weights as after each domain's last hook."""
+    """What a run over two domains left; weights as after each domain's last hook, frozen ones on rank 0 only."""
 
     weights: list[Weights]
     lines: list[Metrics]
@@ -82,7 +82,8 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
         tokens_per_step = config.train.global_batch_size * LENGTH
         trainer.run(iter(parts), DomainProgress("domain", 0, 0, tokens_per_step, len(parts)))
         method.after_domain(domain)
-        weights.append({name: weight.detach().clone() for name, weight in engine.weights.fp32_weights()})
+        frozen = {name: weight for name, weight in engine.frozen_weights() if weight is not None}
+        weights.append(frozen | {name: weight.detach().clone() for name, weight in engine.weights.fp32_weights()})
     sharded = {
         name: [(s.name, s.param_start, flats[s.flat][s.span].clone()) for s in engine.weights.shards]
         for name, flats in method.state_dict().sharded.items()
@@ -106,12 +107,19 @@ def learn_plainly(
     *,
     strength: float = 0.0,
     decay: float = 1.0,
+    l2: float = 0.0,
+    frozen: tuple[str, ...] = (),
+    rates: dict[str, float] | None = None,
+    max_perplexity: float | None = None,
     shares: tuple[float, ...] = (0.0, 0.0),
     saturation: float | None = None,
     apply_to: str = "update",
 ) -> Expected:
-    """AdamW on the loss and its penalty by autograd, then theta <- (1 - share) theta + share theta_before.
+    """AdamW on the loss and its penalties by autograd, then theta <- (1 - share) theta + share theta_before.
 
+    `strength` is that of EWC, `l2` that of the plain distance; parameters that begin with `frozen` stay as they are;
+    `rates` are factors of the learning rate, by the beginning of a name, 1 for all others; tokens of a higher
+    perplexity than `max_perplexity` at the start of a domain have no loss.
     With a saturation c gradients or steps of linear layers, or both, are multiplied by (I + M / c)^-1, and so is their
     weight decay.
     """
@@ -121,13 +129,22 @@ def learn_plainly(
     result = Expected([], [], [], {name: torch.zeros_like(value) for name, value in parameters.items()})
     for steps, share in zip(domains, shares, strict=True):
         before = {name: value.detach().clone() for name, value in parameters.items()}
+        teacher = copy.deepcopy(model)
         moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in before.items()}
         for number, micro_batches in enumerate(steps):
             inputs = [vars(batch) for batch in micro_batches]
+            num_predicted = sum(batch.num_predicted for batch in micro_batches)
+            if max_perplexity is not None:
+                inputs = [_without_surprising(teacher, batch, max_perplexity) for batch in inputs]
             loss, _ = step_losses(model, inputs, unit_ones(model), 1.0, contrast=False)
-            distances = ((result.fisher[n] * (parameters[n] - before[n]) ** 2).sum() for n in parameters)
-            penalty = strength / 2 * torch.stack(list(distances)).sum()
+            loss = loss * (sum(len(batch["targets"]) for batch in inputs) / num_predicted)
+            squares = {n: (parameters[n] - before[n]) ** 2 for n in parameters}
+            distances = [((strength * result.fisher[n] + l2) / 2 * squares[n]).sum() for n in parameters]
+            penalty = torch.stack(distances).sum()
             gradients = torch.autograd.grad(loss + penalty, list(parameters.values()))
+            if frozen:
+                stays = [name.startswith(frozen) for name in parameters]
+                gradients = tuple(g * 0.0 if stay else g for g, stay in zip(gradients, stays, strict=True))
             masks = {
                 name: torch.linalg.inv(torch.eye(len(moment)).double() + moment / saturation)
                 for name, moment in moments_of_inputs.items()
@@ -138,9 +155,11 @@ def learn_plainly(
                 gradients = tuple(gradient @ masks[name] if name in masks else gradient for name, gradient in pairs)
             norm = torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().sqrt().item()
             clip = min(1.0, 0.5 / (norm + 1e-6))
-            rate = 1e-2 * (len(steps) - number) / len(steps)
+            scheduled = 1e-2 * (len(steps) - number) / len(steps)
             for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
-                weight_decay = 0.01 if value.ndim > 1 else 0.0
+                factors = [factor for start, factor in (rates or {}).items() if name.startswith(start)]
+                rate = scheduled * (factors[0] if factors else 1.0)
+                weight_decay = 0.01 if value.ndim > 1 and not (frozen and name.startswith(frozen)) else 0.0
                 # Without decay, which the mask holds back wherever it acts.
                 step = adamw_step(value, gradient * clip, *moments[name], number + 1, rate, (0.9, 0.999), EPS, 0.0)
                 decay_step = -rate * weight_decay * value.data
@@ -157,6 +176,14 @@ def learn_plainly(
         for name, moment in _normalized_moments(model, [batch for step in steps for batch in step]).items():
             moments_of_inputs[name] = moments_of_inputs.get(name, 0.0) + moment
     return result
+
+
+@torch.no_grad()
+def _without_surprising(teacher: Any, batch: dict[str, Any], max_perplexity: float) -> dict[str, Any]:
+    """The batch without the predictions whose inverse probability is above `max_perplexity`."""
+    probabilities = teacher(input_ids=batch["corrupted_ids"]).logits.flatten(0, 1)[batch["predicted"]].softmax(-1)
+    kept = 1 / probabilities[torch.arange(len(probabilities)), batch["targets"]] <= max_perplexity
+    return {**batch, "predicted": batch["predicted"][kept], "targets": batch["targets"][kept]}
 
 
 def _normalized_moments(model: Any, batches: list[Batch]) -> Weights:

@@ -32,18 +32,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dga": {"importance": IMPORTANCE},
     "directions": {"num_samples": 10, "merge": {"weight": 0.25}},
     "ewc": {"lambda": 1e4, "num_samples": 10},
+    "freeze": {"num_layers": 1},
     "kd": {"weight": 10.0},
+    "l2": {"lambda": 0.1},
+    "stm": {"max_perplexity": 1e3},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},
+    "das-first-moment": {"name": "das", "importance": IMPORTANCE, "softmask": {"apply_to": "first_moment"}},
+    "ncl-rates-by-layer": {"name": "ncl"},
     "das-replay": {"name": "das", "importance": IMPORTANCE, "replay": {"fraction": 0.25}},
 }
+TRAIN: dict[str, dict[str, Any]] = {"ncl-rates-by-layer": {"layer_lr_decay": 0.7}}
 CASES = {**{name: {"name": name, **SETTINGS.get(name, {})} for name in METHODS}, **VARIANTS}
 
 
 def values(folder: Path, name: str, case: str) -> dict[str, Any]:
     """Few and large batches: at ZeRO 3 most of the time goes into the number of forward passes."""
-    changes = {"log_interval": 1, "micro_batch_size": 4}
+    changes = {"log_interval": 1, "micro_batch_size": 4, **TRAIN.get(case, {})}
     run = resumable_run(folder, name, stage=3, method=CASES[case], asynchronous=False, **changes)
     evaluation = {"batch_size": 12, "max_sequences": 24}
     return {**run, "checkpoint": {**run["checkpoint"], "interval": 3}, "evaluation": evaluation}

@@ -43,6 +43,7 @@ BERT = ArchitectureSpec(
     ),
     unmasked=(*EMBEDDINGS, *LAYER_UNMASKED, "cls.predictions.*"),
     lm_head=("cls",),
+    embeddings=EMBEDDINGS,
 )
 
 ELECTRA = replace(
@@ -56,4 +57,5 @@ ELECTRA = replace(
         "generator_lm_head.*",
     ),
     lm_head=("generator_predictions", "generator_lm_head"),
+    embeddings=(*EMBEDDINGS, "{base}.embeddings_project.*"),
 )

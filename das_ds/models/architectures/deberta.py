@@ -8,6 +8,15 @@ from dataclasses import replace
 from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.bert import BERT, EMBEDDINGS, LAYER, LAYER_UNMASKED
 
+# Relative positions, which all layers read, and a convolution over the embeddings beside the first layer are here, too.
+ALL_EMBEDDINGS = (
+    *EMBEDDINGS,
+    "{base}.embeddings.embed_proj.weight",
+    "{base}.encoder.rel_embeddings.weight",
+    "{base}.encoder.LayerNorm.*",
+    "{base}.encoder.conv.conv.*",
+    "{base}.encoder.conv.LayerNorm.*",
+)
 DEBERTA_V2 = replace(
     BERT,
     model_type="deberta-v2",
@@ -29,15 +38,11 @@ DEBERTA_V2 = replace(
         ),
     ),
     unmasked=(
-        *EMBEDDINGS,
-        "{base}.embeddings.embed_proj.weight",
-        "{base}.encoder.rel_embeddings.weight",
-        "{base}.encoder.LayerNorm.*",
-        "{base}.encoder.conv.conv.*",
-        "{base}.encoder.conv.LayerNorm.*",
+        *ALL_EMBEDDINGS,
         *LAYER_UNMASKED,
         "cls.predictions.*",
         "lm_predictions.lm_head.*",
     ),
+    embeddings=ALL_EMBEDDINGS,
     embedding_head="lm_predictions",
 )

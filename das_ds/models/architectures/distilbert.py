@@ -4,6 +4,11 @@ from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 
 LAYER = "{base}.transformer.layer.{layer}"
+EMBEDDINGS = (
+    "{base}.embeddings.word_embeddings.weight",
+    "{base}.embeddings.position_embeddings.weight",
+    "{base}.embeddings.LayerNorm.*",
+)
 
 DISTILBERT = ArchitectureSpec(
     model_type="distilbert",
@@ -29,9 +34,7 @@ DISTILBERT = ArchitectureSpec(
         GateSite(OUTPUT, f"{LAYER}.ffn.lin2", "output"),
     ),
     unmasked=(
-        "{base}.embeddings.word_embeddings.weight",
-        "{base}.embeddings.position_embeddings.weight",
-        "{base}.embeddings.LayerNorm.*",
+        *EMBEDDINGS,
         f"{LAYER}.attention.out_lin.bias",
         f"{LAYER}.sa_layer_norm.*",
         f"{LAYER}.output_layer_norm.*",
@@ -40,4 +43,5 @@ DISTILBERT = ArchitectureSpec(
         "vocab_projector.*",
     ),
     lm_head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+    embeddings=EMBEDDINGS,
 )

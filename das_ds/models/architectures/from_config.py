@@ -20,6 +20,7 @@ def spec_from_config(section: ArchitectureConfig, model_type: str) -> Architectu
         sites=tuple(GateSite(**site.model_dump()) for site in section.sites),
         unmasked=tuple(section.unmasked),
         lm_head=tuple(section.lm_head),
+        embeddings=tuple(section.embeddings),
         embedding_head=section.embedding_head,
         key_value_heads=section.key_value_heads,
         logit_cap_attribute=section.logit_cap_attribute,

@@ -34,4 +34,5 @@ GPT2 = ArchitectureSpec(
         "lm_head.weight",
     ),
     lm_head=("lm_head",),
+    embeddings=("{base}.wte.weight", "{base}.wpe.weight"),
 )

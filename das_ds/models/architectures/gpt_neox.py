@@ -33,4 +33,5 @@ GPT_NEOX = ArchitectureSpec(
         "lm_head.weight",
     ),
     lm_head=("lm_head",),
+    embeddings=("{base}.embed_in.weight",),
 )

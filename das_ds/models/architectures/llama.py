@@ -56,6 +56,7 @@ LLAMA = ArchitectureSpec(
     ),
     unmasked=(*UNMASKED, PRE_NORM),
     lm_head=("lm_head",),
+    embeddings=("{base}.embed_tokens.weight",),
     key_value_heads="num_key_value_heads",
 )
 MISTRAL = replace(LLAMA, model_type="mistral")

@@ -35,4 +35,5 @@ MODERNBERT = ArchitectureSpec(
         "decoder.*",
     ),
     lm_head=("head", "decoder"),
+    embeddings=("{base}.embeddings.tok_embeddings.weight", "{base}.embeddings.norm.*"),
 )

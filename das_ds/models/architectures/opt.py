@@ -51,5 +51,10 @@ OPT = ArchitectureSpec(
         "lm_head.weight",
     ),
     lm_head=("lm_head",),
+    embeddings=(
+        "{base}.decoder.embed_tokens.weight",
+        "{base}.decoder.embed_positions.weight",
+        "{base}.decoder.project_in.weight",
+    ),
     unsupported=skips_layers,
 )

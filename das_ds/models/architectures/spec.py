@@ -68,6 +68,8 @@ class ArchitectureSpec:
     """Parameters that no unit owns, on purpose; `*` matches anything."""
     lm_head: tuple[str, ...]
     """Modules that turn hidden states into logits, applied one after the other."""
+    embeddings: tuple[str, ...] = ()
+    """Parameters between token ids and the first layer, patterns like those of `unmasked`."""
     embedding_head: str | None = None
     """Module that replaces `lm_head` in models that have it; it takes the input embeddings too."""
     key_value_heads: str | None = None
@@ -139,6 +141,28 @@ class ArchitectureSpec:
         self._check_complete(shapes, {item.parameter for item in ownerships if not item.consumer}, base)
         vocabulary = frozenset(vocabulary_parameters(model))
         return UnitLayout(self.model_type, config.num_hidden_layers, num_units, tuple(ownerships), shapes, vocabulary)
+
+    def depths(self, model: PreTrainedModel) -> dict[str, int]:
+        """Parameter -> 0 for embeddings, l + 1 for layer l of L, L + 1 for what follows the layers, and the LM head.
+
+        An LM head that is tied to the embeddings is one of them.
+        """
+        base = model.base_model_prefix
+        prefixes = {rule.parameter.partition("{layer}")[0].replace("{base}", base) for rule in self.rules}
+        layer = re.compile(rf"(?:{'|'.join(re.escape(prefix) for prefix in sorted(prefixes))})(\d+)\.")
+        embeddings = [_compile_pattern(pattern, base) for pattern in self.embeddings]
+
+        def depth(name: str) -> int:
+            if match := layer.match(name):
+                return int(match[1]) + 1
+            is_embedding = any(pattern.fullmatch(name) for pattern in embeddings)
+            return 0 if is_embedding else int(model.config.num_hidden_layers) + 1
+
+        # A tied parameter is listed once, in some networks under its name in the LM head.
+        lowest: dict[nn.Parameter, int] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            lowest[parameter] = min(depth(name), lowest.get(parameter, depth(name)))
+        return {name: lowest[parameter] for name, parameter in model.named_parameters()}
 
     def gate_modules(self, model: PreTrainedModel) -> Iterator[tuple[GateSite, int, nn.Module]]:
         """(site, layer, module) of every gate of a model."""

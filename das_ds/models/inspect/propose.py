@@ -21,6 +21,7 @@ from das_ds.functional.units import HEAD, INTERMEDIATE, OUTPUT, UnitRule
 from das_ds.models.architectures.spec import ArchitectureSpec, GateSite
 from das_ds.models.inspect.probe import INNER_NAMES, probe_models, skeleton
 from das_ds.models.inspect.structure import (
+    find_embedding_patterns,
     find_layers,
     find_lm_head,
     find_position_offset,
@@ -129,6 +130,7 @@ def _propose(model: PreTrainedModel, objective: ObjectiveName) -> Proposal:
         sites=tuple(sites),
         unmasked=find_unmasked_patterns(model, prefix, rules),
         lm_head=lm_head,
+        embeddings=find_embedding_patterns(model, prefix),
         key_value_heads=key_value_heads,
         logit_cap_attribute=cap,
         position_offset=find_position_offset(model),

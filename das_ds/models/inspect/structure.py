@@ -74,6 +74,26 @@ def find_unmasked_patterns(model: PreTrainedModel, prefix: str, rules: list[Unit
     return tuple(dict.fromkeys(names))
 
 
+def find_embedding_patterns(model: PreTrainedModel, prefix: str) -> tuple[str, ...]:
+    """Parameters before the first layer: of the embedding tables outside the layers, and those next to them."""
+    base = model.base_model_prefix
+    layers = prefix.format(base=base, layer="")
+    # With all names of tied parameters, which may be listed under their names in the LM head.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    inside = {name for name, pattern in _match_parameters(model, prefix) if pattern is not None}
+    outside = [name for name in names if name not in inside]
+    tables = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.startswith(f"{base}.") and f"{name}.weight" in outside
+    ]
+    # A module that contains the layers as well contains what follows them.
+    parents = {f"{name.rpartition('.')[0]}." for name in tables}
+    apart = tuple(parent for parent in parents if not layers.startswith(parent))
+    found = [name for name in outside if name.removesuffix(".weight") in tables or name.startswith(apart)]
+    return tuple(re.sub(f"^{base}\\.", "{base}.", name) for name in found)
+
+
 def list_layer_patterns(model: PreTrainedModel, prefix: str) -> list[str]:
     """Patterns of the parameters of a layer."""
     return list(dict.fromkeys(pattern for _, pattern in _match_parameters(model, prefix) if pattern is not None))

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from das_ds.config import TrainConfig
 from das_ds.engine import mask as masks
 from das_ds.engine.mask import ElementwiseMask
-from das_ds.engine.optimizer import MaskedAdamW, MaskedOptimizer, MaskedUpdateWrapper
+from das_ds.engine.optimizer import MaskedAdamW, MaskedOptimizer, MaskedUpdateWrapper, build_optimizer
 from das_ds.kernels.protection import Protection
 from helpers.optimizers import NUM_STEPS, NUMEL, Make, check_pulled_back_in_chunks
 from helpers.optimizers import run_steps as run
@@ -55,6 +56,32 @@ def test_masked_adamw_equals_scaled_adamw_steps() -> None:
     run(INNER["adamw"]([{"params": [twin]}]), twin, importance.view(6, 50))
     torch.testing.assert_close(param.data, twin.data, rtol=1e-5, atol=1e-6)
     assert set(found.state[param]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
+def test_mask_without_decay_is_that_of_the_first_moment(make: Callable[..., MaskedOptimizer]) -> None:
+    """Masked gradients in the first moment, unmasked ones in the second, and complete decay, written out in float64."""
+    start = torch.randn(6, 50)
+    importance = torch.rand(300)
+    importance[:20] = 1.0
+    importance[20:40] = 0.0
+    param = torch.nn.Parameter(start.clone())
+    optimizer = make([{"params": [param]}])
+    optimizer.set_masks({param: ElementwiseMask(Protection(300, importance=importance))}, masks_decay=False)
+    run(optimizer, param)
+    expected, scale = start.double(), 1 - importance.view(6, 50).double()
+    m, v = torch.zeros_like(expected), torch.zeros_like(expected)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, NUM_STEPS + 1):
+        gradient = torch.randn(6, 50, generator=generator).double()
+        m = 0.9 * m + 0.1 * scale * gradient
+        v = 0.999 * v + 0.001 * gradient**2
+        expected -= 1e-2 * 0.1 * expected
+        expected -= 1e-2 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(param.data.double(), expected, rtol=1e-5, atol=1e-6)
+    # Protected weights decay, and do nothing else.
+    decayed = start.flatten()[:20] * (1 - 1e-3) ** NUM_STEPS
+    torch.testing.assert_close(param.data.flatten()[:20], decayed, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
@@ -177,3 +204,45 @@ def test_decay_mask_without_weight_decay_is_not_used() -> None:
     param.grad = torch.ones(8)
     masked.step()
     assert (param != 1.0).all()
+
+
+def test_groups_by_layer_have_decaying_rates() -> None:
+    matrices = {"embedding": (9, 3), "first": (3, 3), "second": (3, 3), "head": (3, 9)}
+    shapes: dict[str, tuple[int, ...]] = {**matrices, "first.bias": (3,), "head.bias": (9,)}
+    depths = {"embedding": 0, "first": 1, "first.bias": 1, "second": 2, "head": 3, "head.bias": 3, "frozen": 3}
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    names = {parameter: name for name, parameter in parameters.items()}
+
+    def groups(decay: float) -> list[tuple[list[str], float, float]]:
+        optimizer = build_optimizer(parameters, TrainConfig(layer_lr_decay=decay), on_host=True, depths=depths)
+        return [
+            ([names[p] for p in group["params"]], group["lr_scale"], group["weight_decay"])
+            for group in optimizer.param_groups
+        ]
+
+    assert groups(0.5) == [
+        (["head"], 1.0, 0.01),
+        (["second"], 0.5, 0.01),
+        (["first"], 0.25, 0.01),
+        (["embedding"], 0.125, 0.01),
+        (["head.bias"], 1.0, 0.0),
+        (["first.bias"], 0.25, 0.0),
+    ]
+    assert groups(1.0) == [
+        (["embedding", "first", "second", "head"], 1.0, 0.01),
+        (["first.bias", "head.bias"], 1.0, 0.0),
+    ]
+
+
+def test_step_counts_of_flats_that_were_not_saved_are_ignored() -> None:
+    """Flat tensors with only padding on a rank are not in a checkpoint; theirs start anew."""
+    flats = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = masked_adamw([{"params": flats}])
+    moments = {key: {flats[0]: torch.ones(4)} for key in ("exp_avg", "exp_avg_sq")}
+    optimizer.load_moments(moments, {"step": 7.0})
+    for flat in flats:
+        flat.grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.moments()[1] == {"step": 8.0}
+    with optimizer.accumulate_importance({flats[0]: torch.zeros(4)}, "abs_grad"):
+        optimizer.step()

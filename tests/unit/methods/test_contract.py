@@ -85,3 +85,32 @@ def test_one_with_head_warmup_is_error() -> None:
     with pytest.raises(ConfigError, match=r"model.head_warmup_steps: found 3 with method one, whose domains all start"):
         build_engine_config(make_config("run", "method=one", model), world_size=1)
     build_engine_config(make_config("run", "method=ncl", model), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.lora={}", "method.name: found freeze with model.lora, under which the network is frozen already"),
+        ("data.add_tokens={domain: [new]}", "method.embeddings: found true with data.add_tokens, whose tokens would"),
+    ],
+)
+def test_freeze_with_lora_or_added_tokens_is_error(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        build_engine_config(make_config("run", "method=freeze", override), world_size=1)
+    build_engine_config(make_config("run", "method=ncl", override), world_size=1)
+
+
+def test_freeze_of_nothing_is_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"num_layers: found 0 with embeddings: false, expected at least 1, or method"
+    ):
+        make_config("run", "method={name: freeze, embeddings: false}")
+
+
+def test_mask_of_first_moment_with_lion_is_error() -> None:
+    method = "method={name: dga, softmask: {apply_to: first_moment}}"
+    with pytest.raises(
+        ConfigError, match=r"softmask.apply_to: found first_moment with train.optimizer lion, which takes"
+    ):
+        build_engine_config(make_config("run", method, "train.optimizer=lion"), world_size=1)
+    build_engine_config(make_config("run", method), world_size=1)

@@ -68,8 +68,11 @@ def importance(**softmask: Any) -> dict[str, Any]:
     [
         ("ewc", 2, "bf16", "Fisher information", 2000),
         ("ewc", 0, "bf16", "Fisher information", 8000),
+        ("l2", 2, "bf16", "anchor", 1000),
+        ("l2", 0, "fp32", "anchor", 4000),
         ("kd", 2, "bf16", "teacher", 2000),
         ("kd", 0, "fp32", "teacher", 4000),
+        ("stm", 3, "bf16", "teacher", 500),
         ("kd", 3, "fp16", "teacher", 500),
         # Eleven rows on four ranks are three on the first.
         (DERPP, 3, "bf16", "buffer", 3 * ROW),
@@ -214,6 +217,8 @@ def test_memory_merge_and_offload_are_in_host_memory() -> None:
         # Of a checkpoint within a domain, of every domain, of the run.
         ("ewc", (8000, 4000, 0)),
         ("kd", (2000, 0, 0)),
+        ("l2", (4000, 0, 0)),
+        ("freeze", (0, 0, 0)),
         (DERPP, (11 * ROW, 11 * ROW, 0)),
         ("directions", (2 * MOMENTS, 2 * MOMENTS, MOMENTS)),
         ("merge", (4000, 0, 0)),

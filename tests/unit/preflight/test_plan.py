@@ -210,6 +210,28 @@ def test_plan_of_lora_trains_adapters_only(capsys: pytest.CaptureFixture[str]) -
     assert gradients["num_bytes"] == pytest.approx(64 * 2 * values["model"]["trained"], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("embeddings", "body", "attention"),
+    [("true", 1 - 8 / 32 * 2 / 3, 1 - 8 / 32 * 2 / 3), ("false", 1 - 8 / 32 / 3, 1)],
+)
+def test_plan_of_frozen_layers(embeddings: str, body: float, attention: float) -> None:
+    """Eight of 32 layers have no optimizer state; above frozen embeddings they have no backward pass either."""
+    method = f"method={{name: freeze, num_layers: 8, embeddings: {embeddings}}}"
+    config = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", [method])
+    found = read_model(config)
+    plain = model("8b")
+    layer = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    frozen = 8 * layer + (128256 * 4096 if embeddings == "true" else 0)
+    assert plain.size.trained - found.size.trained == frozen and found.size.total == plain.size.total
+    assert sum(found.weights.frozen) == frozen and sum(found.weights.trained) == found.size.trained
+    assert found.flops.body == pytest.approx(plain.flops.body * body)
+    assert found.flops.attention == pytest.approx(plain.flops.attention * attention)
+    assert found.flops.head == plain.flops.head
+    engine = build_engine_config(config, 8)
+    memory, full = (estimate_run_memory(config, size, engine, 8) for size in (found.size, plain.size))
+    assert full.device["moments"] - memory.device["moments"] == 8 * frozen // 8
+
+
 def test_table_names_reasons_of_impossible_plans(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_plan("train.micro_batch_size=16") == 0
     text = capsys.readouterr().out

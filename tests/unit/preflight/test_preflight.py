@@ -159,6 +159,18 @@ def test_count_parameters_equals_built_model(name: str, tmp_path: Path) -> None:
     assert count_parameters(run, model, spec, 100).total == sum(p.numel() for p in model.parameters())
 
 
+def test_count_parameters_frozen_layers(tmp_path: Path) -> None:
+    run = config(tmp_path, method={"name": "freeze", "num_layers": 1})
+    model, spec = load_model(run.model, seed=0, vocab_size=300)
+    size = count_parameters(run, model, spec, 300)
+    base = model.base_model
+    frozen = sum(p.numel() for module in (base.embeddings, base.encoder.layer[0]) for p in module.parameters())
+    assert size.total - size.trained == frozen and size.total == sum(p.numel() for p in model.parameters())
+    assert size.has_frozen and not size.has_adapters
+    # The largest that is left is a matrix of the second layer's MLP.
+    assert size.largest_trained == max(p.numel() for p in base.encoder.layer[1].parameters())
+
+
 def test_count_parameters_lora_and_added_tokens(tmp_path: Path) -> None:
     lora = config(tmp_path, model={"lora": {"rank": 2}})
     model, spec = load_model(lora.model, seed=0, vocab_size=300)
@@ -182,6 +194,7 @@ def test_count_parameters_lora_and_added_tokens(tmp_path: Path) -> None:
         ({"model": {"config": {"model_type": "t5"}}}, "no architecture spec for model type 't5'"),
         ({"data": {"sequence_length": 512}}, "data.sequence_length: found 512"),
         ({"model": {"lora": {"rank": 1000}}}, "model.lora.rank: found 1000"),
+        ({"method": {"name": "freeze", "num_layers": 9}}, "method.num_layers: found 9, allowed: at most 2"),
         ({"model": {"config": {"model_type": "roberta", "vocab_size": 100}}}, "embeddings for only 100"),
     ],
 )

@@ -23,8 +23,8 @@ class FakeEngine:
         self.calls: list[tuple[str, int]] = []
         self.weights = SimpleNamespace(shards=[])
 
-    def set_masks(self, masks: Mapping[torch.Tensor, UpdateMask]) -> None:
-        self.calls.append(("update", len(masks)))
+    def set_masks(self, masks: Mapping[torch.Tensor, UpdateMask], *, masks_decay: bool = True) -> None:
+        self.calls.append(("update" if masks_decay else "first_moment", len(masks)))
 
     def set_gradient_mask(self, mask: GradientMask | None) -> None:
         self.calls.append(("gradient", 0 if mask is None else 1))
@@ -42,7 +42,7 @@ class FakeImportance:
         return {torch.zeros(4): self.mask}
 
 
-@pytest.mark.parametrize("apply_to", ["update", "gradient"])
+@pytest.mark.parametrize("apply_to", ["update", "first_moment", "gradient"])
 def test_apply_masks_clears_earlier_masks_before_new_are_made(apply_to: Any) -> None:
     engine: Any = FakeEngine()
     importance = FakeImportance(engine, ElementwiseMask(Protection(4)))
@@ -50,8 +50,9 @@ def test_apply_masks_clears_earlier_masks_before_new_are_made(apply_to: Any) -> 
     assert engine.calls == [("update", 0), ("gradient", 0), ("settings", 1), (apply_to, 1)]
 
 
-def test_apply_masks_gradient_of_direction_mask_is_refused() -> None:
+@pytest.mark.parametrize("apply_to", ["first_moment", "gradient"])
+def test_apply_masks_gradient_of_direction_mask_is_refused(apply_to: Any) -> None:
     engine: Any = FakeEngine()
     importance = FakeImportance(engine, DirectionUpdateMask([], MaskLayout([], []), {}, torch.device("cpu"), 4))
     with pytest.raises(AssertionError, match="element by element"):
-        apply_masks(engine, importance, "settings", apply_to="gradient")
+        apply_masks(engine, importance, "settings", apply_to=apply_to)

@@ -249,3 +249,40 @@ def test_layout_unsupported_config_raises() -> None:
             spec_for("qwen3_moe").layout(tiny_model("qwen3_moe", **changes))
     with pytest.raises(ModelError, match=r"opt architecture spec does not support layerdrop: found 0.1, allowed: 0"):
         spec_for("opt").layout(tiny_model("opt", layerdrop=0.1))
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_spec_depth_is_the_first_layer_whose_output_changes(label: str) -> None:
+    """Layer l is the first that a parameter of depth l + 1 changes; embeddings change the first, the head none."""
+    _, model, spec = built(label)
+    layers = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))
+    assert len(layers) == model.config.num_hidden_layers == 2
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def run() -> list[torch.Tensor]:
+        outputs.clear()
+        with torch.no_grad():
+            model(input_ids=token_ids(3))
+        return list(outputs)
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    depths = spec.depths(model)
+    before = run()
+    for name, parameter in model.named_parameters():
+        # No difference, or rounding alone: keys' biases. A convolution over embeddings enters after the first layer.
+        if name.endswith(KEY_BIASES) or ".conv." in name:
+            continue
+        values = parameter.data.clone()
+        parameter.data.add_(torch.randn(values.shape, generator=torch.Generator().manual_seed(0)))
+        changed = [not torch.allclose(x, y, atol=1e-5) for x, y in zip(before, run(), strict=True)]
+        parameter.data.copy_(values)
+        first = changed.index(True) + 1 if any(changed) else 3
+        assert first == max(depths[name], 1), name
+    for handle in handles:
+        handle.remove()
+    # Nothing follows the layers where norms come after them and the LM head is tied.
+    assert set(depths.values()) == {0, 1, 2} | ({3} if label != "opt post norm" else set())
+    assert all(depths[name] == 0 for name in depths if ".conv." in name)
