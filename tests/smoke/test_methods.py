@@ -34,8 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ewc": {"lambda": 1e4, "num_samples": 10},
     "freeze": {"num_layers": 1},
     "kd": {"weight": 10.0},
-    "l2": {"lambda": 0.1},
-    "stm": {"max_perplexity": 1e3},
+    "l2": {"lambda": 1.0},
+    "stm": {"max_perplexity": 300.0},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},
