@@ -62,7 +62,7 @@ class DirectionsConfig(MethodConfig):
     protects what the model knew; null: where `general.train` is given."""
     init_from: PathText | None = None
     """Accumulated directions file of an earlier run, which the first domain protects; null: none."""
-    min_passing: float | None = Field(default=0.05, gt=0.0, lt=1.0)
+    min_passing: float | None = Field(default=0.02, gt=0.0, lt=1.0)
     """Share of a domain's input energy that has to pass the masks of earlier domains, or else a warning says what to
     change; null: never."""
 
