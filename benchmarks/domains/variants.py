@@ -40,7 +40,7 @@ def kd(weight: float) -> Variant:
 
 def directions(label: str, half_saturation: float = 3.0, **common: dict[str, Any]) -> Variant:
     """directions with a c of its mask on updates, the form of all recorded results, and keys that all methods have."""
-    form = {"apply_to": "update", "half_saturation": half_saturation, "general": False}
+    form = {"apply_to": "update", "half_saturation": half_saturation, "general": False, "freeze_unmasked": False}
     return Variant(label, {"method": {"name": "directions", **form, **common}})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any
@@ -113,6 +113,8 @@ class Engine:
         """The fp32 weights, sharded over the ranks."""
         self.weights.set_exact(exact_trained)
         self._gradient_mask: GradientMask | None = None
+        self._frozen_elements: dict[int, int] = {}
+        """Number of the shard -> how many of its first elements are frozen."""
         self._gradients = get_gradients(self._engine, self.weights.shards, parameters)
         # AdamW's kernel divides gradients as it reads them; other optimizers get divided gradients.
         set_grad_scale = self._optimizer.set_grad_scale if isinstance(self._optimizer, MaskedAdamW) else None
@@ -191,8 +193,8 @@ class Engine:
         if not self._is_measuring:
             self.on_weights_will_change()
             # Before the norm: clipping uses the norm of the masked gradients.
-            if self._gradient_mask is not None:
-                self._gradient_mask.apply_(self._gradients())
+            if self._gradient_mask is not None or self._frozen_elements:
+                self._mask_gradients(self._gradients())
         norm = self._norm.measure_unwrapped()
         refuse = refuse or (norm is not None and not bool(norm.isfinite()))
         # DeepSpeed also drops the gradients of a step that is refused, and advances its counters.
@@ -210,6 +212,12 @@ class Engine:
             assert self._scheduler is not None, "start_domain comes before step"
             self._scheduler.step()
         return self._norm.last() if measure_norm else None
+
+    def _mask_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
+        if self._gradient_mask is not None:
+            self._gradient_mask.apply_(gradients)
+        if self._frozen_elements:
+            torch._foreach_zero_([gradients[number][:count] for number, count in self._frozen_elements.items()])
 
     @property
     def step_was_applied(self) -> bool:
@@ -278,12 +286,38 @@ class Engine:
     @contextmanager
     def training_only(self, names: set[str]) -> Iterator[None]:
         """Inside, steps leave all other parameters bitwise unchanged; keeps a copy of this rank's shards of them."""
-        frozen: dict[torch.Tensor, list[tuple[slice, torch.Tensor]]] = {}
-        for shard in self.weights.shards:
-            if shard.name not in names:
-                frozen.setdefault(shard.flat, []).append((shard.span, shard.values.clone()))
-        with self._optimizer.freezing(frozen):
+        others = {name: numel for name, numel in self.weights.numels().items() if name not in names}
+        self._optimizer.set_frozen(self._spans_by_flat(self._held_elements(others)))
+        try:
             yield
+        finally:
+            self._optimizer.set_frozen({})
+
+    def set_frozen(self, frozen: Mapping[str, int]) -> None:
+        """Leave parameters bitwise unchanged in all further steps, and no others.
+
+        Their gradients become 0 before the norm is taken for clipping. Keeps a copy of this rank's shards of them.
+
+        Args:
+            frozen: parameter -> how many of its first elements keep their values.
+        """
+        self._frozen_elements = self._held_elements(frozen)
+        self._optimizer.set_frozen(self._spans_by_flat(self._frozen_elements))
+
+    def _held_elements(self, first_elements: Mapping[str, int]) -> dict[int, int]:
+        """Number of the shard -> how many of its first elements are among the first of its parameter."""
+        held = {
+            number: min(first_elements.get(shard.name, 0) - shard.param_start, shard.numel)
+            for number, shard in enumerate(self.weights.shards)
+        }
+        return {number: count for number, count in held.items() if count > 0}
+
+    def _spans_by_flat(self, held: Mapping[int, int]) -> dict[torch.Tensor, list[slice]]:
+        spans: dict[torch.Tensor, list[slice]] = {}
+        for number, count in held.items():
+            shard = self.weights.shards[number]
+            spans.setdefault(shard.flat, []).append(slice(shard.flat_start, shard.flat_start + count))
+        return spans
 
     def gradient_accumulation(self, num_micro_steps: int) -> AbstractContextManager[None]:
         """Inside, a step ends after so many micro-steps; entered and left between steps."""

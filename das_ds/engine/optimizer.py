@@ -6,7 +6,7 @@ Shape legend: F elements of a flat tensor, n elements of a chunk of it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         self._masks: dict[int, UpdateMask] = {}
         self._masks_decay = True
         self._decay_masks: dict[int, DecayMask] = {}
-        self._frozen: dict[int, list[tuple[slice, torch.Tensor]]] = {}
+        self._frozen: dict[int, tuple[list[slice], list[torch.Tensor]]] = {}
         self._sums: Flats | None = None
         self._kind: ImportanceScore = "abs_grad"
         self._skips_update = False
@@ -63,14 +63,12 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
         """Mask the weight decay of these flat tensors from now on, and of no others."""
         self._decay_masks = {id(flat): mask for flat, mask in masks.items()}
 
-    @contextmanager
-    def freezing(self, frozen: dict[torch.Tensor, list[tuple[slice, torch.Tensor]]]) -> Iterator[None]:
-        """Inside, a step leaves (slice, values) of flat tensors at these values, whatever optimizer steps."""
-        self._frozen = {id(flat): slices for flat, slices in frozen.items()}
-        try:
-            yield
-        finally:
-            self._frozen = {}
+    def set_frozen(self, frozen: Mapping[torch.Tensor, Sequence[slice]]) -> None:
+        """Leave these spans of flat tensors at their present values from now on, and no others, whatever steps them."""
+        self._frozen = {}
+        for flat, spans in frozen.items():
+            values = flat.data.view(-1)
+            self._frozen[id(flat)] = (list(spans), [values[span].clone() for span in spans])
 
     @contextmanager
     def accumulate_importance(self, sums: Flats, kind: ImportanceScore) -> Iterator[None]:
@@ -148,8 +146,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                 if mask is not None:
                     mask.finish_(param.data.view(-1))
                 # Last, whatever optimizer and mask did.
-                for frozen, values in self._frozen.get(id(param), ()):
-                    param.data.view(-1)[frozen] = values
+                if id(param) in self._frozen:
+                    spans, values = self._frozen[id(param)]
+                    flat = param.data.view(-1)
+                    torch._foreach_copy_([flat[span] for span in spans], values)
         return loss
 
     def _mask_decay(self, param: torch.Tensor, group: dict[str, Any]) -> None:

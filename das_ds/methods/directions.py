@@ -52,6 +52,9 @@ class DirectionsConfig(MethodConfig):
     rank: Literal["auto", "full"] | Annotated[int, Field(ge=1)] = "full"
     """Directions of each input that have a factor of their own, all others sharing one; `auto`: as few as change no
     factor by more than a tenth; `full`: all."""
+    freeze_unmasked: bool = True
+    """Whether biases, normalization and embeddings of positions, which act on every text alike and have no directions,
+    are trained only until there is something to protect."""
     num_samples: int | None = Field(default=None, ge=1)
     """Sequences per domain on which the inputs are measured, at most the complete corpus; null: as many as have 20
     tokens for each element of the widest input of a layer, and at least 512."""
@@ -197,7 +200,11 @@ class Directions(Method[DirectionsConfig]):
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; rows of tokens added since are not masked."""
         if self._importance is not None:
-            self._importance.mask(self._take_projectors(self._importance), apply_to=self.settings.apply_to)
+            self._importance.mask(
+                self._take_projectors(self._importance),
+                apply_to=self.settings.apply_to,
+                freeze_unmasked=self.settings.freeze_unmasked,
+            )
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add the directions that the domain's text uses in every layer."""

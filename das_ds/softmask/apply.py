@@ -79,6 +79,7 @@ def clear_masks(engine: Engine) -> None:
     """Mask nothing: earlier masks may be as large as the next ones, and both need not fit in memory."""
     engine.set_masks({})
     engine.set_gradient_mask(None)
+    engine.set_frozen({})
 
 
 def unit_masks(
@@ -127,6 +128,7 @@ def mask_directions(
     projectors: Mapping[str, Projector],
     *,
     apply_to: DirectionTarget,
+    frozen: Mapping[str, int] | None = None,
 ) -> None:
     """Multiply gradients, updates or both by projectors in all further steps, and by nothing else; a collective.
 
@@ -139,7 +141,9 @@ def mask_directions(
         projectors: input -> P on the device of the process group, equal on all ranks that have it; those of the
             inputs that this rank steps a matrix of are needed.
         apply_to: what is multiplied.
+        frozen: parameter -> how many of its first elements are not trained at all, see `Engine.set_frozen`.
     """
+    engine.set_frozen(frozen or {})
     shards = engine.weights.shards
     flats = engine.weights.flats_by_parameter()
     device = engine.ranks.info.device

@@ -19,7 +19,7 @@ from das_ds.softmask.apply import DirectionTarget, clear_masks, mask_directions
 from das_ds.softmask.directions_file import load_directions, save_directions
 from das_ds.softmask.input_layout import InputLayout
 from das_ds.softmask.input_moments import measure_moments
-from das_ds.softmask.linear_inputs import find_masked_matrices
+from das_ds.softmask.linear_inputs import find_masked_matrices, find_unmasked_elements
 from das_ds.softmask.projector_exchange import find_room, move_projector, share_projector
 
 MEASURED = "measured"
@@ -134,7 +134,13 @@ class DirectionImportance:
         for name, moment in self.moments.items():
             yield name, self._compute(moment, half_saturation, rank)
 
-    def mask(self, projectors: Mapping[str, Projector], *, apply_to: DirectionTarget = "gradient") -> None:
+    def mask(
+        self,
+        projectors: Mapping[str, Projector],
+        *,
+        apply_to: DirectionTarget = "gradient",
+        freeze_unmasked: bool = False,
+    ) -> None:
         """Mask all further steps of the engine, and by nothing else; a collective.
 
         Rows of tokens that were added since are not masked: no earlier text has them.
@@ -142,9 +148,11 @@ class DirectionImportance:
         Args:
             projectors: of `build_projectors`.
             apply_to: what P multiplies, see `mask_directions`.
+            freeze_unmasked: whether what acts on every text alike is not trained, see `find_unmasked_elements`.
         """
         matrices = find_masked_matrices(self.run, self.num_tokens)
-        mask_directions(self.run.engine, matrices, projectors, apply_to=apply_to)
+        frozen = find_unmasked_elements(self.run, self.num_tokens) if freeze_unmasked else {}
+        mask_directions(self.run.engine, matrices, projectors, apply_to=apply_to, frozen=frozen)
 
     def _compute(self, moment: torch.Tensor, half_saturation: float, rank: Rank) -> Projector:
         """The projector of a moment in host memory, on this rank's device."""

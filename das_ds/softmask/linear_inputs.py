@@ -5,6 +5,7 @@ Shape legend: d width of an input, n vectors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -133,6 +134,29 @@ def find_masked_matrices(run: RunContext, num_tokens: int | None = None) -> list
         return list(matrices)
     vocabulary = run.layout.vocabulary
     return [replace(m, num_outputs=num_tokens) if m.parameter in vocabulary else m for m in matrices]
+
+
+def find_unmasked_elements(run: RunContext, num_tokens: int | None = None) -> dict[str, int]:
+    """What acts on every text alike: parameter -> number of its elements that do.
+
+    These are all trained parameters that multiply no input of their own, but tables of token embeddings: biases,
+    normalization, embeddings of positions. A change of them changes what the network makes of any text, so that they
+    have no direction that earlier text leaves open.
+
+    Args:
+        run: the engine and its network.
+        num_tokens: see `find_masked_matrices`; a bias of the LM head has an element for each token.
+    """
+    masked = {matrix.parameter for matrix in find_masked_matrices(run)}
+    elements = {}
+    for name, parameter in run.engine.parameters.items():
+        shape = full_shape(parameter)
+        if name in masked or (name in run.layout.vocabulary and len(shape) > 1):
+            continue
+        elements[name] = math.prod(shape)
+        if name in run.layout.vocabulary and num_tokens is not None:
+            elements[name] = min(elements[name], num_tokens)
+    return elements
 
 
 @contextmanager

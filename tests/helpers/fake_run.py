@@ -26,6 +26,7 @@ def make_run(folder: Path, method: dict[str, Any], model_type: str = "roberta", 
         ranks=SingleRank(),
         set_masks=lambda masks: None,
         set_gradient_mask=lambda mask: None,
+        set_frozen=lambda frozen: None,
         weights=SimpleNamespace(
             release_gathered=lambda: None,
             shards=[Shard(n, p, 0, 0, p.numel()) for n, p in parameters.items()],

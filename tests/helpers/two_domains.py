@@ -121,7 +121,7 @@ def learn_plainly(
     `rates` are factors of the learning rate, by the beginning of a name, 1 for all others; tokens of a higher
     perplexity than `max_perplexity` at the start of a domain have no loss.
     With a saturation c gradients or steps of linear layers, or both, are multiplied by (I + M / c)^-1, and so is their
-    weight decay.
+    weight decay; from the second domain on all other parameters stay as they are.
     """
     moments_of_inputs: Weights = {}
     model = nn.Module.to(copy.deepcopy(tiny_model(**NO_DROPOUT)), torch.float64).train(False)
@@ -150,6 +150,9 @@ def learn_plainly(
                 for name, moment in moments_of_inputs.items()
                 if saturation is not None
             }
+            if masks:
+                pairs = zip(parameters, gradients, strict=True)
+                gradients = tuple(gradient * (name in masks) for name, gradient in pairs)
             if apply_to != "update":
                 pairs = zip(parameters, gradients, strict=True)
                 gradients = tuple(gradient @ masks[name] if name in masks else gradient for name, gradient in pairs)
@@ -166,7 +169,8 @@ def learn_plainly(
                 if name in masks:
                     decay_step = decay_step @ masks[name]
                     step = step if apply_to == "gradient" else step @ masks[name]
-                value.data += step + decay_step
+                if not masks or name in masks:
+                    value.data += step + decay_step
             result.penalties.append(penalty.item())
             result.grad_norms.append(norm)
         for name, gradients_squared in _squares(model, steps).items():

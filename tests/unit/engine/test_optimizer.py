@@ -174,6 +174,25 @@ def test_step_finishes_mask_once_after_its_chunks(make: Callable[..., MaskedOpti
     assert mask.finished == 300 * NUM_STEPS
 
 
+@pytest.mark.parametrize("make", [masked_adamw, lambda groups: MaskedUpdateWrapper(INNER["adamw"](groups))])
+def test_set_frozen_spans_keep_their_values_under_masks_and_decay(make: Callable[..., MaskedOptimizer]) -> None:
+    start = torch.randn(300)
+    param, twin = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    some, free = (make([{"params": [p], "weight_decay": 0.1}]) for p in (param, twin))
+    for optimizer, p in ((some, param), (free, twin)):
+        optimizer.set_masks({p: HalfMask()})
+    some.set_frozen({param: [slice(0, 10), slice(140, 170)]})
+    run(some, param)
+    run(free, twin)
+    expected = twin.detach().clone()
+    for span in (slice(0, 10), slice(140, 170)):
+        expected[span] = start[span]
+    assert param.detach().equal(expected)
+    some.set_frozen({})
+    run(some, param)
+    assert not param[:10].detach().equal(start[:10])
+
+
 class QuarterDecay:
     """Three of four elements do not decay."""
 

@@ -27,7 +27,7 @@ from das_ds.softmask.direction import DirectionImportance
 from das_ds.softmask.directions_file import save_directions
 from das_ds.softmask.input_layout import InputLayout, build_input_layout
 from das_ds.softmask.input_moments import default_num_samples, measure_moments
-from das_ds.softmask.linear_inputs import find_masked_matrices
+from das_ds.softmask.linear_inputs import find_masked_matrices, find_unmasked_elements
 from das_ds.softmask.masked_matrix import MaskedMatrix
 from helpers.architectures import causal_batch
 from helpers.configs import make_config
@@ -146,6 +146,45 @@ def test_directions_init_from_tokens_without_text_are_not_masked(
     method.on_train_start(no_text_domain(tmp_path))
     rows = {matrix.name: matrix.num_outputs for matrix in masked}
     assert rows["roberta.embeddings.word_embeddings.weight"] == num_masked
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_find_unmasked_elements_are_all_but_matrices_and_token_tables(is_tied: bool, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tie_word_embeddings=is_tied)
+    matrices = {matrix.parameter for matrix in find_masked_matrices(run)}
+    table = "roberta.embeddings.word_embeddings.weight"
+    assert (table in matrices) is is_tied
+    expected = {n: p.numel() for n, p in run.engine.parameters.items() if n not in matrices and n != table}
+    assert {"lm_head.bias", "roberta.embeddings.position_embeddings.weight"} < expected.keys()
+    assert find_unmasked_elements(run) == expected
+    # Without tied embeddings the bias is another parameter.
+    bias = "lm_head.bias" if is_tied else "lm_head.decoder.bias"
+    assert find_unmasked_elements(run, 90) == {**expected, bias: 90}
+
+
+def test_find_unmasked_elements_of_adapters_are_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    adapters = {matrix.parameter for matrix in find_masked_matrices(run)}
+    run.engine.parameters = {name: p for name, p in run.engine.parameters.items() if name in adapters}
+    assert find_unmasked_elements(run) == {}
+
+
+@pytest.mark.parametrize("freezes", [True, False])
+def test_unmasked_parameters_are_frozen_once_there_is_something_to_protect(
+    freezes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, {**METHOD, "freeze_unmasked": freezes})
+    frozen: list[dict[str, int]] = []
+    monkeypatch.setattr(direction, "mask_directions", lambda *args, **kwargs: frozen.append(kwargs["frozen"]))
+    method = build_method(run)
+    assert isinstance(method, Directions)
+    method.on_train_start(no_text_domain(tmp_path))
+    assert not frozen
+    layout = layout_of(run)
+    moments: dict[str, torch.Tensor | None] = {name: torch.eye(width) for name, width in layout.widths.items()}
+    method._importance = DirectionImportance(run, layout, moments, None)
+    method.on_train_start(no_text_domain(tmp_path))
+    assert frozen == [find_unmasked_elements(run) if freezes else {}]
 
 
 def test_general_text_is_protected_from_first_domain_on(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ class FakeEngine:
     def set_gradient_mask(self, mask: GradientMask | None) -> None:
         self.calls.append(("gradient", 0 if mask is None else 1))
 
+    def set_frozen(self, frozen: Mapping[str, int]) -> None:
+        self.calls.append(("frozen", len(frozen)))
+
 
 class FakeImportance:
     """One mask, made from settings that are recorded."""
@@ -47,7 +50,7 @@ def test_apply_masks_clears_earlier_masks_before_new_are_made(apply_to: Any) -> 
     engine: Any = FakeEngine()
     importance = FakeImportance(engine, ElementwiseMask(Protection(4)))
     apply_masks(engine, importance, "settings", apply_to=apply_to)
-    assert engine.calls == [("update", 0), ("gradient", 0), ("settings", 1), (apply_to, 1)]
+    assert engine.calls == [("update", 0), ("gradient", 0), ("frozen", 0), ("settings", 1), (apply_to, 1)]
 
 
 @pytest.mark.parametrize("apply_to", ["first_moment", "gradient"])
