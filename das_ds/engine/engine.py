@@ -217,7 +217,7 @@ class Engine:
         if self._gradient_mask is not None:
             self._gradient_mask.apply_(gradients)
         if self._frozen_elements:
-            torch._foreach_zero_([gradients[number][:count] for number, count in self._frozen_elements.items()])
+            torch._foreach_zero_([gradients[number][:numel] for number, numel in self._frozen_elements.items()])
 
     @property
     def step_was_applied(self) -> bool:
@@ -287,7 +287,7 @@ class Engine:
     def training_only(self, names: set[str]) -> Iterator[None]:
         """Inside, steps leave all other parameters bitwise unchanged; keeps a copy of this rank's shards of them."""
         others = {name: numel for name, numel in self.weights.numels().items() if name not in names}
-        self._optimizer.set_frozen(self._spans_by_flat(self._held_elements(others)))
+        self._optimizer.set_frozen(self._spans_by_flat(self._elements_of_shards(others)))
         try:
             yield
         finally:
@@ -301,22 +301,22 @@ class Engine:
         Args:
             frozen: parameter -> how many of its first elements keep their values.
         """
-        self._frozen_elements = self._held_elements(frozen)
+        self._frozen_elements = self._elements_of_shards(frozen)
         self._optimizer.set_frozen(self._spans_by_flat(self._frozen_elements))
 
-    def _held_elements(self, first_elements: Mapping[str, int]) -> dict[int, int]:
+    def _elements_of_shards(self, first_elements: Mapping[str, int]) -> dict[int, int]:
         """Number of the shard -> how many of its first elements are among the first of its parameter."""
-        held = {
+        numels = {
             number: min(first_elements.get(shard.name, 0) - shard.param_start, shard.numel)
             for number, shard in enumerate(self.weights.shards)
         }
-        return {number: count for number, count in held.items() if count > 0}
+        return {number: numel for number, numel in numels.items() if numel > 0}
 
-    def _spans_by_flat(self, held: Mapping[int, int]) -> dict[torch.Tensor, list[slice]]:
+    def _spans_by_flat(self, numels: Mapping[int, int]) -> dict[torch.Tensor, list[slice]]:
         spans: dict[torch.Tensor, list[slice]] = {}
-        for number, count in held.items():
+        for number, numel in numels.items():
             shard = self.weights.shards[number]
-            spans.setdefault(shard.flat, []).append(slice(shard.flat_start, shard.flat_start + count))
+            spans.setdefault(shard.flat, []).append(slice(shard.flat_start, shard.flat_start + numel))
         return spans
 
     def gradient_accumulation(self, num_micro_steps: int) -> AbstractContextManager[None]:

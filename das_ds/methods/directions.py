@@ -90,10 +90,11 @@ class Directions(Method[DirectionsConfig]):
     & Jaeger, ICLR 2018). P is the projector of orthogonal weight modification (Zeng et al., Nature Machine Intelligence
     2019) with a larger constant; gradient projection memory (Saha et al., ICLR 2021) is its form with a threshold.
 
-    Every trained matrix that multiplies an input is masked: not biases, normalization and embeddings that are not tied
-    to the LM head, nor rows of tokens that no earlier domain had. What was known before the first domain is protected
-    by the moments of general text (`general`) and of an earlier run (`init_from`). There is no contrast, which needs
-    units.
+    Every trained matrix that multiplies an input is masked, but for rows of tokens that no earlier domain had. Biases,
+    normalization and embeddings of positions act on every text alike and have no directions: they keep the values
+    that they have when there is first something to protect (`freeze_unmasked`). Token embeddings that are not tied to
+    the LM head are trained without a mask. What was known before the first domain is protected by the moments of
+    general text (`general`) and of an earlier run (`init_from`). There is no contrast, which needs units.
 
     Each input of layers (queries, keys and values share one) has an fp32 matrix M (d, d), in the host memory of one
     rank. P is on the device of the ranks that step a layer of that input. Extra compute: d / (3 * tokens of the global
