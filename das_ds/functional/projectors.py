@@ -30,15 +30,23 @@ class ProjectorSize(Protocol):
         """Bytes that it occupies."""
 
 
-class Projector(ProjectorSize, Protocol):
+class VectorMap(Protocol):
+    """What a mask needs of a projector: the product with complete vectors."""
+
+    @property
+    def width(self) -> int:
+        """d."""
+
+    def project(self, vectors: torch.Tensor) -> torch.Tensor:
+        """x P of complete vectors x, (n, d) -> (n, d) in the dtype of the vectors."""
+
+
+class Projector(ProjectorSize, VectorMap, Protocol):
     """A symmetric matrix P (d, d) with eigenvalues in [0, 1]."""
 
     @property
     def trace(self) -> float:
         """tr(P); waits for the device."""
-
-    def project(self, vectors: torch.Tensor) -> torch.Tensor:
-        """x P of complete vectors x, (n, d) -> (n, d) in the dtype of the vectors."""
 
     def encode(self, fragments: torch.Tensor, columns: slice) -> torch.Tensor:
         """Code of the fragments (n, m) of vectors at these columns, (n, k) float32; linear in the fragment."""

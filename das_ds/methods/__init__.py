@@ -17,6 +17,7 @@ from das_ds.methods.directions import Directions
 from das_ds.methods.ewc import EWC
 from das_ds.methods.kd import KD
 from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
+from das_ds.methods.osft import OSFT
 from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "merge": ModelMerging,
     "ncl": NCL,
     "one": PerDomain,
+    "osft": OSFT,
     "pool": Pool,
     "replay": ExperienceReplay,
 }

@@ -43,7 +43,7 @@ from das_ds.preflight.memory_estimate import (
     estimate_memory,
     logits_bytes,
 )
-from das_ds.softmask.planned_matrices import Parameters, plan_matrices
+from das_ds.softmask.planned_matrices import Parameters, plan_hidden_matrices, plan_matrices
 
 if TYPE_CHECKING:
     # It loads DeepSpeed, which takes seconds that an estimate need not wait for.
@@ -110,7 +110,8 @@ def count_parameters(
     embedding: Any = model.get_input_embeddings()
     num_embeddings, hidden = embedding.weight.shape
     # A new token adds a row to every parameter with one row per token.
-    added = max(0, num_rows - num_embeddings) * sum(layout.shapes[name][2] for name in layout.vocabulary)
+    added_tokens = max(0, num_rows - num_embeddings)
+    added = added_tokens * sum(layout.shapes[name][2] for name in layout.vocabulary)
     total = trained = sum(layout.sizes.values()) + added
     largest_trained = max(layout.sizes.values())
     lora = None if config.model.lora is None else Lora.plan(model, layout, config.model.lora)
@@ -122,8 +123,11 @@ def count_parameters(
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)
     parameters: Parameters = ()
     matrices: tuple[MatrixSize, ...] = ()
-    if method_class(config.method).measures_inputs:
-        parameters, matrices = plan_matrices(model, architecture, layout, lora, max(0, num_rows - num_embeddings))
+    planned = method_class(config.method).planned_matrices
+    if planned == "inputs":
+        parameters, matrices = plan_matrices(model, architecture, layout, lora, added_tokens)
+    elif planned == "hidden":
+        parameters, matrices = plan_hidden_matrices(model, layout, added_tokens)
     if architecture.has_experts:
         # One token uses only some of the experts.
         num_experts = max(shape[0] for shape in layout.shapes.values())

@@ -10,6 +10,7 @@ from das_ds.models.find_readers import find_readers
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import AdaptedLinear, Lora
 from das_ds.models.size import MatrixSize
+from das_ds.softmask.hidden_matrices import find_hidden_matrices
 from das_ds.softmask.layer_inputs import trace_without_values
 from das_ds.softmask.masked_matrix import MaskedMatrix
 
@@ -42,13 +43,37 @@ def plan_matrices(
         return _adapters([linear for name in parameters for linear in lora.linears if linear.weight == name], inputs)
     traced = trace_without_values(LanguageModel(network, architecture), find_readers(network, parameters))
     added = {name: added_tokens if name in layout.vocabulary else 0 for name in parameters}
+    numbers = {name: number for number, name in enumerate(parameters)}
+    matrices = tuple(_describe(m, numbers[m.parameter], added[m.parameter]) for m in traced.matrices)
+    return _parameter_sizes(network, layout, added_tokens), matrices
+
+
+def plan_hidden_matrices(
+    network: PreTrainedModel, layout: UnitLayout, added_tokens: int
+) -> tuple[Parameters, tuple[MatrixSize, ...]]:
+    """Trained parameters in the engine's order, and the matrices of attention and MLPs as they are stored.
+
+    Args:
+        network: on any device, without adapters.
+        layout: of the network.
+        added_tokens: see `plan_matrices`.
+    """
+    numbers = {name: number for number, (name, _) in enumerate(network.named_parameters())}
+    matrices = tuple(
+        MatrixSize(numbers[matrix.parameter], matrix.start, matrix.num_rows, matrix.num_columns, matrix.name)
+        for matrix in find_hidden_matrices(layout)
+    )
+    return _parameter_sizes(network, layout, added_tokens), matrices
+
+
+def _parameter_sizes(network: PreTrainedModel, layout: UnitLayout, added_tokens: int) -> Parameters:
     sizes = []
-    for name, parameter in parameters.items():
+    for name, parameter in network.named_parameters():
         num_rows, *shape = parameter.shape
         row = parameter.numel() // num_rows
-        sizes.append(((num_rows + added[name]) * row, len(shape) > 0))
-    numbers = {name: number for number, name in enumerate(parameters)}
-    return tuple(sizes), tuple(_describe(m, numbers[m.parameter], added[m.parameter]) for m in traced.matrices)
+        added = added_tokens if name in layout.vocabulary else 0
+        sizes.append(((num_rows + added) * row, len(shape) > 0))
+    return tuple(sizes)
 
 
 def _describe(matrix: MaskedMatrix, parameter: int, added_rows: int) -> MatrixSize:

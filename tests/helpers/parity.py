@@ -44,12 +44,18 @@ def configs(folder: Path, world_size: int, zero: dict[str, Any], precision: str 
 
 
 def parity_configs(
-    folder: Path, world_size: int, zero: dict[str, Any], methods: list[dict[str, Any]], precision: str = "fp32"
+    folder: Path,
+    world_size: int,
+    zero: dict[str, Any],
+    methods: list[dict[str, Any]],
+    precision: str = "fp32",
+    *,
+    num_rows: int = ROWS,
 ) -> list[RunConfig]:
-    """One run per method section."""
+    """One run per method section, on micro-batches of so many rows over all ranks."""
     train = {
-        "micro_batch_size": ROWS // world_size,
-        "global_batch_size": ROWS * ACCUMULATION,
+        "micro_batch_size": num_rows // world_size,
+        "global_batch_size": num_rows * ACCUMULATION,
         "precision": precision,
         "eps": EPS,
     }

@@ -42,10 +42,10 @@ class Learned:
     """This rank's shards of the tensors that the method would save at the end."""
 
 
-def make_domains() -> list[Steps]:
+def make_domains(num_rows: int = ROWS) -> list[Steps]:
     """Joined micro-batches of `NUM_STEPS` steps of each domain."""
     numbers = range(2 * NUM_STEPS * ACCUMULATION)
-    batches = [random_batch(ROWS, 50 + number) for number in numbers]
+    batches = [random_batch(num_rows, 50 + number) for number in numbers]
     steps = [batches[first : first + ACCUMULATION] for first in range(0, len(batches), ACCUMULATION)]
     return [steps[:NUM_STEPS], steps[NUM_STEPS:]]
 
@@ -109,10 +109,14 @@ def learn_plainly(
     shares: tuple[float, ...] = (0.0, 0.0),
     saturation: float | None = None,
     apply_to: str = "update",
+    unfreeze_rank_ratio: float | None = None,
 ) -> Expected:
     """AdamW on the loss and its penalty by autograd, then theta <- (1 - share) theta + share theta_before.
 
     With a saturation c gradients or steps of linear layers, or both, are multiplied by (I + M / c)^-1, and so is their
+    weight decay.
+
+    With a ratio the leading singular directions of the encoder's linear layers are taken out of gradients, steps and
     weight decay.
     """
     moments_of_inputs: Weights = {}
@@ -122,6 +126,11 @@ def learn_plainly(
     for steps, share in zip(domains, shares, strict=True):
         before = {name: value.detach().clone() for name, value in parameters.items()}
         moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in before.items()}
+        frozen = {
+            name: leading_directions(value, unfreeze_rank_ratio)
+            for name, value in before.items()
+            if unfreeze_rank_ratio is not None and value.ndim == 2 and ".encoder." in name
+        }
         for number, micro_batches in enumerate(steps):
             inputs = [vars(batch) for batch in micro_batches]
             loss, _ = step_losses(model, inputs, unit_ones(model), 1.0, contrast=False)
@@ -136,6 +145,10 @@ def learn_plainly(
             if apply_to != "update":
                 pairs = zip(parameters, gradients, strict=True)
                 gradients = tuple(gradient @ masks[name] if name in masks else gradient for name, gradient in pairs)
+            gradients = tuple(
+                project_out(gradient, *frozen[name]) if name in frozen else gradient
+                for name, gradient in zip(parameters, gradients, strict=True)
+            )
             norm = torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().sqrt().item()
             clip = min(1.0, 0.5 / (norm + 1e-6))
             rate = 1e-2 * (len(steps) - number) / len(steps)
@@ -147,6 +160,8 @@ def learn_plainly(
                 if name in masks:
                     decay_step = decay_step @ masks[name]
                     step = step if apply_to == "gradient" else step @ masks[name]
+                if name in frozen:
+                    step, decay_step = (project_out(part, *frozen[name]) for part in (step, decay_step))
                 value.data += step + decay_step
             result.penalties.append(penalty.item())
             result.grad_norms.append(norm)
@@ -157,6 +172,20 @@ def learn_plainly(
         for name, moment in _normalized_moments(model, [batch for step in steps for batch in step]).items():
             moments_of_inputs[name] = moments_of_inputs.get(name, 0.0) + moment
     return result
+
+
+def leading_directions(weight: Tensor, unfreeze_rank_ratio: float) -> tuple[Tensor, Tensor]:
+    """U_k (o, k) and V_k (d, k): eigenvectors of W W^T and W^T W, which come in ascending order."""
+    num_frozen = int((1.0 - unfreeze_rank_ratio) * min(weight.shape))
+    sides = (torch.linalg.eigh(gram).eigenvectors for gram in (weight @ weight.T, weight.T @ weight))
+    left, right = (vectors[:, vectors.shape[1] - num_frozen :] for vectors in sides)
+    return left, right
+
+
+def project_out(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """(I - U_k U_k^T) X (I - V_k V_k^T)."""
+    update = update - left @ (left.T @ update)
+    return update - (update @ right) @ right.T
 
 
 def _normalized_moments(model: Any, batches: list[Batch]) -> Weights:
