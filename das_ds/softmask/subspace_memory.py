@@ -31,9 +31,12 @@ class PlannedSubspaces:
     @classmethod
     def plan(cls, matrix: MatrixSize, unfreeze_rank_ratio: float) -> PlannedSubspaces:
         """Those of a matrix (o, d)."""
-        o, d = matrix.num_outputs, matrix.width
-        frozen = num_frozen_directions(o, d, unfreeze_rank_ratio)
-        return cls(o, d, stored_rank(o, min(o, d), frozen), stored_rank(d, min(o, d), frozen))
+        num_rows = matrix.num_outputs
+        num_columns = matrix.width
+        smaller = min(num_rows, num_columns)
+        frozen = num_frozen_directions(num_rows, num_columns, unfreeze_rank_ratio)
+        left = stored_rank(num_rows, smaller, frozen)
+        return cls(num_rows, num_columns, left, stored_rank(num_columns, smaller, frozen))
 
     @property
     def numel(self) -> int:

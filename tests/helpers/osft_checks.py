@@ -17,6 +17,9 @@ NUM_ROWS = 6
 """Of a micro-batch: one, two and three ranks read as many each."""
 # Of 24 directions 16 are frozen, so that a square matrix is stored with the others; or 7, with these.
 RATIOS = (0.3, 0.7)
+TOLERANCES = (2e-5, 2e-4)
+"""After each domain: what weights differ by at its start changes their singular vectors by as much, divided by the gap
+between two singular values, at least 0.2 % of the largest one."""
 
 
 @cache
@@ -37,8 +40,8 @@ def check_osft(folder: Path, world_size: int, zero: dict[str, Any], precisions: 
         true = expected(ratio)
         norms = [line["grad_norm"] for line in run.lines]
         if config.train.precision == "fp32":
-            for mine, theirs in zip(run.weights, true.weights, strict=True):
-                assert relative_difference(mine, theirs) <= 2e-5
+            for mine, theirs, tolerance in zip(run.weights, true.weights, TOLERANCES, strict=True):
+                assert relative_difference(mine, theirs) <= tolerance
             assert norms == pytest.approx(true.grad_norms, rel=1e-4)
             continue
         # The gradient of a key's bias is rounding alone.
