@@ -211,8 +211,7 @@ def test_memory_osft_by_hand(stage: int) -> None:
     use = method_memory(config("osft"), size, sharding)
     complete = 4 * square + 2 * rectangle
     assert use.checkpoint == complete and use.domain == use.run == 0
-    # At stage 2 the first half of all elements ends 384 elements into the fourth matrix; at stage 3 both ranks have half
-    # of each matrix and take turns.
+    # At stage 2 the first rank's half ends 384 elements into the fourth matrix; at stage 3 ranks take turns.
     halves = {0: complete, 2: max(4 * square, 2 * rectangle), 3: 2 * square + rectangle}
     assert use.device["frozen subspaces"] == halves[stage]
     step = method_step_use(config("osft"), size, sharding)
