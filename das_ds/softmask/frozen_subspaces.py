@@ -113,7 +113,7 @@ class FrozenSubspaces:
     def state_dict(self) -> ComponentState:
         """What this rank decomposed; copied to host memory from a GPU."""
         rank = self._engine.ranks.info.rank
-        owned = {}
+        owned: dict[str, torch.Tensor] = {}
         for name, projector in self.projectors.items():
             if self._layout.owners[name] == rank:
                 for side, values in (("left", projector.left), ("right", projector.right)):

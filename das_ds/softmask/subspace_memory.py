@@ -137,8 +137,9 @@ def _projected(load: RankLoad, planned: dict[str, PlannedSubspaces]) -> Iterable
 
 def _largest_chunk(load: RankLoad, planned: dict[str, PlannedSubspaces], size: ModelSize, sharding: Sharding) -> int:
     """Elements that are stepped at once: a matrix is not divided."""
-    # Without ZeRO every parameter is a flat tensor of its own.
-    numel = max(n for n, _ in size.parameters) if sharding.stage == 0 else -(-size.trained // sharding.num_ranks)
+    # Without ZeRO every parameter is a flat tensor of its own, and others than these are not masked.
+    largest = max(size.parameters[matrix.parameter][0] for matrix in size.matrices)
+    numel = largest if sharding.stage == 0 else -(-size.trained // sharding.num_ranks)
     fragments = (min(count, planned[name].numel) for name, count in load.stepped.items())
     return max(min(numel, MAX_CHUNK_ELEMENTS), max(fragments, default=0))
 
