@@ -120,7 +120,7 @@ def broadcast_among(tensor: torch.Tensor, source: int, receivers: Sequence[int])
         receivers: ranks, the source among them or not; the same on every rank.
     """
     others = [receiver for receiver in receivers if receiver != source]
-    if not others or rank() not in (source, *others):
+    if not others or not tensor.numel() or rank() not in (source, *others):
         return
     with in_collective():
         if len(others) == world_size() - 1:

@@ -11,12 +11,19 @@ from typing import Protocol
 import torch
 
 
-class Projector(Protocol):
-    """A symmetric matrix P (d, d) with eigenvalues in [0, 1]."""
+class VectorMap(Protocol):
+    """What a mask needs of a projector: the product with complete vectors."""
 
     @property
     def width(self) -> int:
         """d."""
+
+    def project(self, vectors: torch.Tensor) -> torch.Tensor:
+        """x P of complete vectors x, (n, d) -> (n, d) in the dtype of the vectors."""
+
+
+class Projector(VectorMap, Protocol):
+    """A symmetric matrix P (d, d) with eigenvalues in [0, 1]."""
 
     @property
     def num_bytes(self) -> int:
@@ -25,9 +32,6 @@ class Projector(Protocol):
     @property
     def trace(self) -> float:
         """tr(P); waits for the device."""
-
-    def project(self, vectors: torch.Tensor) -> torch.Tensor:
-        """x P of vectors x, (n, d) -> (n, d) in the dtype of the vectors."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from das_ds.methods.freeze import Freeze
 from das_ds.methods.kd import KD
 from das_ds.methods.l2 import L2
 from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
+from das_ds.methods.osft import OSFT
 from das_ds.methods.stm import STM
 from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, Sharding, StepUse
 
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "merge": ModelMerging,
     "ncl": NCL,
     "one": PerDomain,
+    "osft": OSFT,
     "pool": Pool,
     "replay": ExperienceReplay,
     "stm": STM,

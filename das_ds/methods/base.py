@@ -17,7 +17,7 @@ from das_ds.config import MethodConfig, RunConfig
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.functional.units import UnitValues
-from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, Sharding, StepUse
+from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, PlannedMatrices, Sharding, StepUse
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
@@ -45,8 +45,8 @@ class Method(Generic[C]):
     starts_from_base = False
     """Each domain starts from the base model instead of the previous domain's."""
 
-    measures_inputs = False
-    """Whether `memory` and `step_use` need to know the trained matrices of the network and their inputs."""
+    planned_matrices: PlannedMatrices = "none"
+    """Trained matrices of the network that `memory` and `step_use` need to know."""
 
     def __init__(self, run: RunContext) -> None:
         self.run = run

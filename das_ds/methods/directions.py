@@ -106,7 +106,7 @@ class Directions(Method[DirectionsConfig]):
     """
 
     Config = DirectionsConfig
-    measures_inputs = True
+    planned_matrices = "inputs"
 
     def __init__(self, run: RunContext) -> None:
         from das_ds.softmask.input_layout import build_input_layout

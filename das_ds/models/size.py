@@ -14,6 +14,8 @@ Measurement = Literal["none", "forward", "backward", "gradients"]
 of few tensors, or passes with the gradients of all weights."""
 MEASUREMENTS: tuple[Measurement, ...] = ("none", "forward", "backward", "gradients")
 """From the least memory to the most."""
+PlannedMatrices = Literal["none", "inputs", "hidden"]
+"""Matrices that the estimates of a method count: none, all that multiply an input, or those of attention and MLPs."""
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
@@ -66,7 +68,7 @@ class ModelSize:
     """(elements, group of the optimizer) of every trained parameter in the order of the engine; like `matrices` only
     where the method asks for it."""
     matrices: tuple[MatrixSize, ...] = ()
-    """Every trained matrix that multiplies an input, in the order in which masks have them."""
+    """The method's `planned_matrices`, in the order in which masks have them."""
 
     @property
     def has_frozen(self) -> bool:

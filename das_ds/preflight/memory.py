@@ -44,7 +44,7 @@ from das_ds.preflight.memory_estimate import (
     estimate_memory,
     logits_bytes,
 )
-from das_ds.softmask.planned_matrices import Parameters, plan_matrices
+from das_ds.softmask.planned_matrices import Parameters, plan_hidden_matrices, plan_matrices
 
 if TYPE_CHECKING:
     # It loads DeepSpeed, which takes seconds that an estimate need not wait for.
@@ -110,10 +110,11 @@ def count_parameters(
     layout = architecture.layout(model)
     embedding: Any = model.get_input_embeddings()
     num_embeddings, hidden = embedding.weight.shape
+    # A new token adds a row to every parameter with one row per token.
+    added_tokens = max(0, num_rows - num_embeddings)
     trained_layout = layout.without(frozen_parameters(model, architecture, config.method.frozen_part))
     total, trained = (
-        # A new token adds a row to every parameter with one row per token.
-        sum(part.sizes.values()) + max(0, num_rows - num_embeddings) * sum(part.shapes[n][2] for n in part.vocabulary)
+        sum(part.sizes.values()) + added_tokens * sum(part.shapes[n][2] for n in part.vocabulary)
         for part in (layout, trained_layout)
     )
     largest_trained = max(trained_layout.sizes.values())
@@ -129,15 +130,11 @@ def count_parameters(
     inner = layout.num_units.get(INTERMEDIATE, 4 * hidden)
     parameters: Parameters = ()
     matrices: tuple[MatrixSize, ...] = ()
-    if method_class(config.method).measures_inputs:
-        parameters, matrices = plan_matrices(
-            model,
-            architecture,
-            layout,
-            lora,
-            max(0, num_rows - num_embeddings),
-            by_depth=decay < 1.0,
-        )
+    planned = method_class(config.method).planned_matrices
+    if planned == "inputs":
+        parameters, matrices = plan_matrices(model, architecture, layout, lora, added_tokens, by_depth=decay < 1.0)
+    elif planned == "hidden":
+        parameters, matrices = plan_hidden_matrices(model, architecture, layout, added_tokens, by_depth=decay < 1.0)
     if architecture.has_experts:
         # One token uses only some of the experts.
         num_experts = max(shape[0] for shape in layout.shapes.values())

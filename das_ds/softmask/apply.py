@@ -17,7 +17,7 @@ from das_ds.engine.engine import Engine
 from das_ds.engine.gradient_mask import ElementwiseGradientMask
 from das_ds.engine.mask import ElementwiseMask, ElementwiseMasks, UpdateMasks
 from das_ds.functional.masks import MaskTable, SegmentTable, build_lookup_tables, fill_gaps
-from das_ds.functional.projectors import Projector
+from das_ds.functional.projectors import VectorMap
 from das_ds.functional.units import UnitLayout, UnitValues
 from das_ds.kernels.protection import NUM_LEVELS, Protection
 from das_ds.softmask.direction_mask import build_decay_masks, build_direction_mask
@@ -125,7 +125,7 @@ def parameter_masks(
 def mask_directions(
     engine: Engine,
     matrices: Sequence[MaskedMatrix],
-    projectors: Mapping[str, Projector],
+    projectors: Mapping[str, VectorMap],
     *,
     apply_to: DirectionTarget,
     frozen: Mapping[str, int] | None = None,

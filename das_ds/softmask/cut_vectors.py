@@ -16,7 +16,7 @@ import torch
 
 from das_ds.distributed.neighbor_exchange import Outgoing
 from das_ds.engine.loss_scaler import tf32
-from das_ds.functional.projectors import Projector
+from das_ds.functional.projectors import VectorMap
 from das_ds.softmask.fragments import Fragment
 from das_ds.softmask.projection import project_
 
@@ -60,7 +60,7 @@ class CutVectors:
         self,
         fragments: list[torch.Tensor],
         dtype: torch.dtype,
-        projectors: Mapping[str, Projector],
+        projectors: Mapping[str, VectorMap],
         device: torch.device,
     ) -> Generator[Outgoing, torch.Tensor, list[torch.Tensor]]:
         """The fragments of x P from those of x; two exchanges, see `neighbor_exchange`.
@@ -84,7 +84,7 @@ class CutVectors:
         returned = yield Outgoing(received, self.receive_sizes, self.send_sizes)
         return _split(returned.to(fragments[0].device), self.sent) if fragments else []
 
-    def _project_(self, received: torch.Tensor, projectors: Mapping[str, Projector]) -> None:
+    def _project_(self, received: torch.Tensor, projectors: Mapping[str, VectorMap]) -> None:
         """Fragments that arrived (R,) -> these fragments of the products, in place."""
         sizes = [self.num_vectors[name] * self.widths[name] for name in self.num_vectors]
         complete = received.new_empty(sum(sizes)).split(sizes)

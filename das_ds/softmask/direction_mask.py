@@ -18,7 +18,7 @@ from das_ds.distributed.collectives import rank, world_size
 from das_ds.distributed.neighbor_exchange import Exchanges, run_exchanges
 from das_ds.distributed.state import Shard
 from das_ds.engine.loss_scaler import tf32
-from das_ds.functional.projectors import Projector
+from das_ds.functional.projectors import VectorMap
 from das_ds.softmask.fragments import find_fragments
 from das_ds.softmask.mask_layout import Batch, MaskLayout, gather_cut_elements, plan_layout
 from das_ds.softmask.masked_matrix import MaskedMatrix
@@ -42,7 +42,7 @@ class DirectionMask:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], layout: MaskLayout, projectors: Mapping[str, Projector], device: torch.device
+        self, shards: Sequence[Shard], layout: MaskLayout, projectors: Mapping[str, VectorMap], device: torch.device
     ) -> None:
         self.layout = layout
         self._shards = shards
@@ -98,7 +98,7 @@ class DirectionMask:
 def build_direction_mask(
     shards: Sequence[Shard],
     matrices: Sequence[MaskedMatrix],
-    projectors: Mapping[str, Projector],
+    projectors: Mapping[str, VectorMap],
     device: torch.device,
 ) -> DirectionMask:
     """Mask of the vectors of these matrices in all of this rank's shards; a collective.
@@ -146,7 +146,7 @@ def build_decay_masks(
     shards: Sequence[Shard],
     flats: Mapping[str, torch.Tensor],
     matrices: Sequence[MaskedMatrix],
-    projectors: Mapping[str, Projector],
+    projectors: Mapping[str, VectorMap],
     device: torch.device,
 ) -> dict[torch.Tensor, DirectionDecayMask]:
     """Flat tensor -> mask of its weight decay, of all that hold a masked matrix on any rank; a collective.

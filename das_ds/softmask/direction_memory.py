@@ -48,7 +48,7 @@ class DirectionForm:
 
 @dataclass(frozen=True)
 class PlannedProjector:
-    """Sizes of a projector; see `functional.projectors.ProjectorSize`."""
+    """Sizes of a projector, which need not exist; see `functional.projectors.Projector`."""
 
     width: int
     code_width: int

@@ -12,7 +12,7 @@ import torch
 from das_ds.distributed.neighbor_exchange import Exchanges, run_exchanges
 from das_ds.distributed.state import Shard
 from das_ds.engine.loss_scaler import tf32
-from das_ds.functional.projectors import Projector
+from das_ds.functional.projectors import VectorMap
 from das_ds.softmask.direction_mask import plan_by_flat
 from das_ds.softmask.fragments import Fragment
 from das_ds.softmask.mask_layout import Batch, MaskLayout
@@ -40,7 +40,7 @@ class DirectionUpdateMask:
         self,
         shards: Sequence[Shard],
         layout: MaskLayout,
-        projectors: Mapping[str, Projector],
+        projectors: Mapping[str, VectorMap],
         device: torch.device,
         numel: int,
     ) -> None:
@@ -105,7 +105,7 @@ def build_update_masks(
     shards: Sequence[Shard],
     flats: Mapping[str, torch.Tensor],
     matrices: Sequence[MaskedMatrix],
-    projectors: Mapping[str, Projector],
+    projectors: Mapping[str, VectorMap],
     device: torch.device,
 ) -> dict[torch.Tensor, DirectionUpdateMask]:
     """Flat tensor -> mask of its updates, of all that hold a masked matrix on any rank; a collective.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from das_ds.softmask.masked_matrix import MaskedMatrix
@@ -46,10 +46,14 @@ def find_fragments(
             if parts:
                 parts_by_matrix.setdefault(held.matrix, []).extend(parts)
     found = {}
+    completed: Counter[int] = Counter()
+    """Rank -> elements that it completes of the matrices so far."""
     for number in sorted(parts_by_matrix):
         parts = parts_by_matrix[number]
-        owners = _share_columns(parts) if matrices[number].transposed else _share_rows(parts)
+        owners = _share_columns(parts) if matrices[number].transposed else _share_rows(parts, completed)
         found[number] = list(_assign(parts, owners))
+        for fragment in found[number]:
+            completed[fragment.owner] += fragment.block.numel
     return found
 
 
@@ -70,14 +74,18 @@ class _Owned:
     vectors: range
 
 
-def _share_rows(parts: list[_Part]) -> list[_Owned]:
-    """Rows, of which ranks cut few: the rank with most of a row completes it, so that least has to travel."""
+def _share_rows(parts: list[_Part], completed: Mapping[int, int]) -> list[_Owned]:
+    """Rows, of which ranks cut few: the rank with most of a row completes it, so that least has to travel.
+
+    Of ranks with equally much that one completes it which has completed least of the matrices before, then the lowest:
+    where rows are as long as matrices and all ranks share all of them, the ranks take turns.
+    """
     by_row: dict[int, list[_Part]] = {}
     for part in parts:
         by_row.setdefault(part.block.vectors.start, []).append(part)
     owned = []
     for row in sorted(by_row):
-        largest = max(by_row[row], key=lambda part: (part.block.numel, -part.rank))
+        largest = max(by_row[row], key=lambda part: (part.block.numel, -completed.get(part.rank, 0), -part.rank))
         owned.append(_Owned(largest.rank, range(row, row + 1)))
     return owned
 

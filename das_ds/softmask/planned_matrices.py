@@ -10,6 +10,7 @@ from das_ds.models.find_readers import find_readers
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import AdaptedLinear, Lora
 from das_ds.models.size import MatrixSize
+from das_ds.softmask.hidden_matrices import find_hidden_matrices
 from das_ds.softmask.layer_inputs import trace_without_values
 from das_ds.softmask.masked_matrix import MaskedMatrix
 
@@ -42,7 +43,7 @@ def plan_matrices(
         ModelError: see `LayerInputs.trace`.
     """
     parameters = dict(network.named_parameters())
-    depths = architecture.depths(network) if by_depth else dict.fromkeys(parameters, 0)
+    depths = _find_depths(network, architecture, by_depth)
     if lora is not None:
         adapted = {linear.weight: parameters[linear.weight] for linear in lora.linears}
         traced = trace_without_values(LanguageModel(network, architecture), find_readers(network, adapted))
@@ -51,13 +52,49 @@ def plan_matrices(
         return _adapters(linears, inputs, depths)
     traced = trace_without_values(LanguageModel(network, architecture), find_readers(network, parameters))
     added = {name: added_tokens if name in layout.vocabulary else 0 for name in parameters}
+    numbers = {name: number for number, name in enumerate(parameters)}
+    matrices = tuple(_describe(m, numbers[m.parameter], added[m.parameter]) for m in traced.matrices)
+    return _parameter_sizes(network, layout, added_tokens, depths), matrices
+
+
+def plan_hidden_matrices(
+    network: PreTrainedModel,
+    architecture: ArchitectureSpec,
+    layout: UnitLayout,
+    added_tokens: int,
+    *,
+    by_depth: bool = False,
+) -> tuple[Parameters, tuple[MatrixSize, ...]]:
+    """Trained parameters in the engine's order, and the matrices of attention and MLPs as they are stored.
+
+    Args:
+        network: on any device, without adapters.
+        architecture, layout, added_tokens, by_depth: see `plan_matrices`.
+    """
+    depths = _find_depths(network, architecture, by_depth)
+    numbers = {name: number for number, (name, _) in enumerate(network.named_parameters())}
+    matrices = tuple(
+        MatrixSize(numbers[matrix.parameter], matrix.start, matrix.num_rows, matrix.num_columns, matrix.name)
+        for matrix in find_hidden_matrices(layout)
+    )
+    return _parameter_sizes(network, layout, added_tokens, depths), matrices
+
+
+def _find_depths(network: PreTrainedModel, architecture: ArchitectureSpec, by_depth: bool) -> dict[str, int]:
+    """Parameter -> its depth; 0 for all where rates do not differ by depth."""
+    return architecture.depths(network) if by_depth else {name: 0 for name, _ in network.named_parameters()}
+
+
+def _parameter_sizes(
+    network: PreTrainedModel, layout: UnitLayout, added_tokens: int, depths: dict[str, int]
+) -> Parameters:
     sizes = []
-    for name, parameter in parameters.items():
+    for name, parameter in network.named_parameters():
         num_rows, *shape = parameter.shape
         row = parameter.numel() // num_rows
-        sizes.append(((num_rows + added[name]) * row, 2 * depths[name] + (len(shape) > 0)))
-    numbers = {name: number for number, name in enumerate(parameters)}
-    return tuple(sizes), tuple(_describe(m, numbers[m.parameter], added[m.parameter]) for m in traced.matrices)
+        added = added_tokens if name in layout.vocabulary else 0
+        sizes.append(((num_rows + added) * row, 2 * depths[name] + (len(shape) > 0)))
+    return tuple(sizes)
 
 
 def _describe(matrix: MaskedMatrix, parameter: int, added_rows: int) -> MatrixSize:

@@ -40,6 +40,8 @@ class RankLoad:
     """Of cut vectors that it completes, its own fragments among them."""
     sent: int = 0
     """To other ranks in both exchanges of a pass over all vectors."""
+    owned: set[str] = field(default_factory=set)
+    """Inputs of the cut vectors that it completes."""
 
 
 def plan_loads(size: ModelSize, sharding: Sharding) -> tuple[RankLoad, ...]:
@@ -121,7 +123,7 @@ def _within(parts: list[Part], matrix: MatrixSize) -> list[Part]:
 def _add_cut_vectors(loads: list[RankLoad], matrix: MatrixSize, parts: list[Part]) -> None:
     if matrix.transposed:
         for sender, owner, numel in _column_fragments(matrix, parts):
-            _add_fragment(loads, sender, owner, numel)
+            _add_fragment(loads, matrix, sender, owner, numel)
         return
     rows: dict[int, list[tuple[int, int]]] = {}
     """Row -> (elements, rank) of its fragments."""
@@ -131,10 +133,12 @@ def _add_cut_vectors(loads: list[RankLoad], matrix: MatrixSize, parts: list[Part
             numel = min(part.end, first + matrix.width) - max(part.begin, first)
             if numel < matrix.width:
                 rows.setdefault(row, []).append((numel, part.rank))
+    # Of a matrix at once, as ranks are chosen by what they complete of the matrices before it.
+    completed = [load.completed for load in loads]
     for fragments in rows.values():
-        _, owner = max(fragments, key=lambda fragment: (fragment[0], -fragment[1]))
+        _, owner = max(fragments, key=lambda fragment: (fragment[0], -completed[fragment[1]], -fragment[1]))
         for numel, sender in fragments:
-            _add_fragment(loads, sender, owner, numel)
+            _add_fragment(loads, matrix, sender, owner, numel)
 
 
 def _column_fragments(matrix: MatrixSize, parts: list[Part]) -> Iterator[tuple[int, int, int]]:
@@ -147,8 +151,9 @@ def _column_fragments(matrix: MatrixSize, parts: list[Part]) -> Iterator[tuple[i
         yield fragment.sender, fragment.owner, fragment.block.numel
 
 
-def _add_fragment(loads: list[RankLoad], sender: int, owner: int, numel: int) -> None:
+def _add_fragment(loads: list[RankLoad], matrix: MatrixSize, sender: int, owner: int, numel: int) -> None:
     loads[sender].fragments += numel
+    loads[owner].owned.add(matrix.input)
     loads[owner].completed += numel
     if sender != owner:
         # There, and the fragment of the product back.

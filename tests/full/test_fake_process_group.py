@@ -73,3 +73,16 @@ def test_directions_exchange_cut_vectors_only(world_size: int, stage: int, form:
 def test_directions_at_stage_0_exchange_nothing(tmp_path: Path) -> None:
     config = fake_run(tmp_path, 8, 0, "method=directions")
     check_memory(config, check_rank(config, 3, 8, 0), 8, 3)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_osft_exchanges_cut_matrices_only(world_size: int, stage: int, tmp_path: Path) -> None:
+    """Bytes of the rank that sends most, and no collective of another kind."""
+    config = fake_run(tmp_path, world_size, stage, "method=osft", *NO_REUSE)
+    check_rank(config, busiest_rank(config, world_size), world_size, stage)
+
+
+def test_osft_at_stage_0_exchanges_nothing_and_holds_all_subspaces(tmp_path: Path) -> None:
+    config = fake_run(tmp_path, 8, 0, "method=osft")
+    check_memory(config, check_rank(config, 3, 8, 0), 8, 3)

@@ -11,12 +11,13 @@ import pytest
 
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
-from das_ds.methods import method_memory, method_step_use
+from das_ds.methods import method_class, method_memory, method_step_use
 from das_ds.preflight.memory import activation_estimate, estimate_run_memory, zero_sharding
 from das_ds.preflight.planned_model import read_model
 from das_ds.preflight.traffic import step_collectives
 from das_ds.softmask.input_layout import assign_owners
 from das_ds.softmask.planned_shards import plan_loads
+from das_ds.softmask.subspace_memory import plan_matrix_loads
 from helpers.configs import make_config
 from helpers.fake_ranks import Observation, observe
 from helpers.tiny_models import CONFIGS
@@ -72,16 +73,17 @@ def expected_bytes(config: RunConfig, world_size: int) -> dict[str, int]:
 def busiest_rank(config: RunConfig, world_size: int) -> int:
     """The rank that sends most of cut vectors; where several do, the one that steps most, then the first."""
     sharding = zero_sharding(config, build_engine_config(config, world_size), world_size)
-    loads = plan_loads(read_model(config).size, sharding)
+    are_matrices = method_class(config.method).planned_matrices == "hidden"
+    loads = (plan_matrix_loads if are_matrices else plan_loads)(read_model(config).size, sharding)
     return max(range(len(loads)), key=lambda rank: (loads[rank].sent, sum(loads[rank].stepped.values()), -rank))
 
 
 def own_moment_bytes(config: RunConfig, rank: int, world_size: int) -> int:
     """Bytes of the moments of inputs that a rank owns, which are in the same memory on a CPU; 0 for other methods."""
+    if method_class(config.method).planned_matrices != "inputs":
+        return 0
     size = read_model(config).size
     widths = {matrix.input: matrix.width for matrix in size.matrices}
-    if not widths:
-        return 0
     loads = plan_loads(size, zero_sharding(config, build_engine_config(config, world_size), world_size))
     stepped = [load.stepped for load in loads] * (world_size // len(loads))
     owners = assign_owners(widths, stepped)

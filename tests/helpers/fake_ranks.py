@@ -34,7 +34,7 @@ from das_ds.methods import build_method
 from das_ds.methods.directions import Directions
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.domain_trainer import DomainTrainer
-from helpers.fake_directions import protect_directions
+from helpers.fake_directions import protect_directions, tell_what_ranks_project
 from helpers.run_ranks import run_ranks
 from helpers.training import build, random_batch
 
@@ -78,6 +78,8 @@ def observe(config: RunConfig, rank: int, world_size: int, **model_changes: Any)
 def _observe(config: RunConfig, rank: int, world_size: int, model_changes: dict[str, Any]) -> Observation:
     with _fake_group(rank, world_size) as ranks:
         run = build(config, ranks, **model_changes)
+        if config.method.name == "osft":
+            tell_what_ranks_project(run.engine, world_size)
         method = build_method(run)
         domain = _domain(Path(config.output_dir))
         if isinstance(method, Directions):

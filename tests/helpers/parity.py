@@ -49,12 +49,14 @@ def parity_configs(
     zero: dict[str, Any],
     methods: list[dict[str, Any]],
     precision: str = "fp32",
+    *,
+    num_rows: int = ROWS,
     **changes: Any,
 ) -> list[RunConfig]:
-    """One run per method section; `changes` are keys of the section `train`."""
+    """One run per method section, on micro-batches of so many rows over all ranks; `changes` are keys of `train`."""
     train = {
-        "micro_batch_size": ROWS // world_size,
-        "global_batch_size": ROWS * ACCUMULATION,
+        "micro_batch_size": num_rows // world_size,
+        "global_batch_size": num_rows * ACCUMULATION,
         "precision": precision,
         "eps": EPS,
         **changes,

@@ -42,10 +42,10 @@ class Learned:
     """This rank's shards of the tensors that the method would save at the end."""
 
 
-def make_domains() -> list[Steps]:
+def make_domains(num_rows: int = ROWS) -> list[Steps]:
     """Joined micro-batches of `NUM_STEPS` steps of each domain."""
     numbers = range(2 * NUM_STEPS * ACCUMULATION)
-    batches = [random_batch(ROWS, 50 + number) for number in numbers]
+    batches = [random_batch(num_rows, 50 + number) for number in numbers]
     steps = [batches[first : first + ACCUMULATION] for first in range(0, len(batches), ACCUMULATION)]
     return [steps[:NUM_STEPS], steps[NUM_STEPS:]]
 
@@ -114,6 +114,7 @@ def learn_plainly(
     shares: tuple[float, ...] = (0.0, 0.0),
     saturation: float | None = None,
     apply_to: str = "update",
+    unfreeze_rank_ratio: float | None = None,
 ) -> Expected:
     """AdamW on the loss and its penalties by autograd, then theta <- (1 - share) theta + share theta_before.
 
@@ -122,6 +123,9 @@ def learn_plainly(
     perplexity than `max_perplexity` at the start of a domain have no loss.
     With a saturation c gradients or steps of linear layers, or both, are multiplied by (I + M / c)^-1, and so is their
     weight decay; from the second domain on all other parameters stay as they are.
+
+    With a ratio the leading singular directions of the encoder's linear layers are taken out of gradients, steps and
+    weight decay.
     """
     moments_of_inputs: Weights = {}
     model = nn.Module.to(copy.deepcopy(tiny_model(**NO_DROPOUT)), torch.float64).train(False)
@@ -131,6 +135,11 @@ def learn_plainly(
         before = {name: value.detach().clone() for name, value in parameters.items()}
         teacher = copy.deepcopy(model)
         moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in before.items()}
+        subspaces = {
+            name: leading_directions(value, unfreeze_rank_ratio)
+            for name, value in before.items()
+            if unfreeze_rank_ratio is not None and value.ndim == 2 and ".encoder." in name
+        }
         for number, micro_batches in enumerate(steps):
             inputs = [vars(batch) for batch in micro_batches]
             num_predicted = sum(batch.num_predicted for batch in micro_batches)
@@ -156,6 +165,10 @@ def learn_plainly(
             if apply_to != "update":
                 pairs = zip(parameters, gradients, strict=True)
                 gradients = tuple(gradient @ masks[name] if name in masks else gradient for name, gradient in pairs)
+            gradients = tuple(
+                project_out(gradient, *subspaces[name]) if name in subspaces else gradient
+                for name, gradient in zip(parameters, gradients, strict=True)
+            )
             norm = torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().sqrt().item()
             clip = min(1.0, 0.5 / (norm + 1e-6))
             scheduled = 1e-2 * (len(steps) - number) / len(steps)
@@ -169,6 +182,8 @@ def learn_plainly(
                 if name in masks:
                     decay_step = decay_step @ masks[name]
                     step = step if apply_to == "gradient" else step @ masks[name]
+                if name in subspaces:
+                    step, decay_step = (project_out(part, *subspaces[name]) for part in (step, decay_step))
                 if not masks or name in masks:
                     value.data += step + decay_step
             result.penalties.append(penalty.item())
@@ -188,6 +203,20 @@ def _without_surprising(teacher: Any, batch: dict[str, Any], max_perplexity: flo
     probabilities = teacher(input_ids=batch["corrupted_ids"]).logits.flatten(0, 1)[batch["predicted"]].softmax(-1)
     kept = 1 / probabilities[torch.arange(len(probabilities)), batch["targets"]] <= max_perplexity
     return {**batch, "predicted": batch["predicted"][kept], "targets": batch["targets"][kept]}
+
+
+def leading_directions(weight: Tensor, unfreeze_rank_ratio: float) -> tuple[Tensor, Tensor]:
+    """U_k (o, k) and V_k (d, k): eigenvectors of W W^T and W^T W, which come in ascending order."""
+    num_frozen = int((1.0 - unfreeze_rank_ratio) * min(weight.shape))
+    sides = (torch.linalg.eigh(gram).eigenvectors for gram in (weight @ weight.T, weight.T @ weight))
+    left, right = (vectors[:, vectors.shape[1] - num_frozen :] for vectors in sides)
+    return left, right
+
+
+def project_out(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """(I - U_k U_k^T) X (I - V_k V_k^T)."""
+    update = update - left @ (left.T @ update)
+    return update - (update @ right) @ right.T
 
 
 def _normalized_moments(model: Any, batches: list[Batch]) -> Weights:

@@ -202,6 +202,33 @@ def test_step_of_directions_by_hand(method: str, passes: int, rank: str | int, o
     assert method_step_use(run, WITH_MATRICES, everywhere).flops == 4 * found.flops
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_memory_osft_by_hand(stage: int) -> None:
+    """Of 24 directions 18 are frozen: a side of 24 is stored with 6 others, one of 40 with the 18."""
+    matrices = [(24, 24), (24, 24), (24, 24), (24, 24), (40, 24), (24, 40)]
+    size = replace(
+        SIZE,
+        parameters=tuple((o * d, True) for o, d in matrices),
+        matrices=tuple(MatrixSize(number, 0, o, d, f"{number}") for number, (o, d) in enumerate(matrices)),
+        trained=sum(o * d for o, d in matrices),
+    )
+    square = 4 * 2 * (24 + 1) * 6
+    rectangle = 4 * ((24 + 1) * 6 + (40 + 1) * 18)
+    sharding = replace(SHARDING, stage=stage, num_ranks=2)
+    use = method_memory(config("osft"), size, sharding)
+    complete = 4 * square + 2 * rectangle
+    assert use.checkpoint == complete and use.domain == use.run == 0
+    # At stage 2 the first rank's half ends 384 elements into the fourth matrix; at stage 3 ranks take turns.
+    halves = {0: complete, 2: max(4 * square, 2 * rectangle), 3: 2 * square + rectangle}
+    assert use.device["frozen subspaces"] == halves[stage]
+    step = method_step_use(config("osft"), size, sharding)
+    products = 4 * 4 * 24 * 24 * (6 + 6) + 2 * 4 * 40 * 24 * (6 + 18)
+    assert step.flops == 2 * products * (2 if stage == 0 else 1)
+    # Gradients in float32 as they are accumulated, and updates: there and back.
+    sent = {0: 0, 2: 24 * 24 - 384, 3: size.trained // 2}
+    assert sum(collective.num_bytes for collective in step.collectives) == 2 * 4 * sent[stage]
+
+
 def test_memory_merge_and_offload_are_in_host_memory() -> None:
     run = config("merge")
     found = estimate_run_memory(run, SIZE, build_engine_config(run, 4), 4)
