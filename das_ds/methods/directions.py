@@ -200,12 +200,17 @@ class Directions(Method[DirectionsConfig]):
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; rows of tokens added since are not masked."""
-        if self._importance is not None:
-            self._importance.mask(
-                self._take_projectors(self._importance),
-                apply_to=self.settings.apply_to,
-                freeze_unmasked=self.settings.freeze_unmasked,
-            )
+        if self._importance is None:
+            from das_ds.softmask.apply import clear_masks
+
+            # A rollback may come here from a later domain, whose masks the engine still has.
+            clear_masks(self.run.engine)
+            return
+        self._importance.mask(
+            self._take_projectors(self._importance),
+            apply_to=self.settings.apply_to,
+            freeze_unmasked=self.settings.freeze_unmasked,
+        )
 
     def after_domain(self, domain: DomainContext) -> None:
         """Add the directions that the domain's text uses in every layer."""

@@ -187,6 +187,20 @@ def test_unmasked_parameters_are_frozen_once_there_is_something_to_protect(
     assert frozen == [find_unmasked_elements(run) if freezes else {}]
 
 
+def test_nothing_stays_masked_after_a_return_to_a_domain_with_nothing_to_protect(tmp_path: Path) -> None:
+    """As in a rollback, where only an earlier domain has a valid checkpoint."""
+    run = make_run(tmp_path)
+    states: dict[str, Any] = {"masks": "earlier", "gradient_mask": "earlier", "frozen": "earlier"}
+    for name in states:
+        setattr(run.engine, f"set_{name}", lambda value, name=name: states.update({name: value}))
+    method = build_method(run)
+    assert isinstance(method, Directions)
+    saved: Any = SimpleNamespace(metadata={"is_prepared": True})
+    method.load_state_dict(saved)
+    method.on_train_start(no_text_domain(tmp_path))
+    assert states == {"masks": {}, "gradient_mask": None, "frozen": {}}
+
+
 def test_general_text_is_protected_from_first_domain_on(tmp_path: Path) -> None:
     """Its moments come before those of any domain, are added to an earlier run's, and are not measured again."""
     run = make_run(tmp_path)
