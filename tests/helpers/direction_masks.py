@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from das_ds.distributed.neighbor_exchange import Exchanges, Outgoing
 from das_ds.distributed.state import Shard
 from das_ds.functional.projectors import DenseProjector, Projector
+from das_ds.models.size import MatrixSize, ModelSize
 from das_ds.softmask.direction_mask import DirectionMask
 from das_ds.softmask.fragments import find_fragments
 from das_ds.softmask.mask_layout import MaskLayout, plan_layout
@@ -55,6 +56,8 @@ SHAPES = {
     "norm": (6,),
 }
 """Parameter -> its shape; `conv` is stored transposed, `bias`, `free` and `norm` are not masked."""
+SIZES = {name: (torch.Size(shape).numel(), len(shape) > 1) for name, shape in SHAPES.items()}
+"""Parameter -> its elements, and whether it is a matrix."""
 MATRICES = [
     MaskedMatrix("query", "query", 0, 5, 7, "hidden"),
     MaskedMatrix("key", "key", 0, 3, 7, "hidden"),
@@ -64,6 +67,24 @@ MATRICES = [
     # The last three rows are those of added tokens.
     MaskedMatrix("embeddings", "embeddings", 0, 6, 7, "head"),
 ]
+
+
+def model_size(matrices: Iterable[MatrixSize]) -> ModelSize:
+    """What is planned of a network of these parameters and some matrices of them."""
+    numel = sum(numel for numel, _ in SIZES.values())
+    return ModelSize(
+        trained=numel,
+        total=numel,
+        largest_layer=0,
+        num_units=0,
+        num_layers=1,
+        hidden=7,
+        inner=31,
+        heads=1,
+        vocabulary=9,
+        parameters=tuple(SIZES.values()),
+        matrices=tuple(matrices),
+    )
 
 
 def make_projectors() -> dict[str, Projector]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from das_ds.functional.subspaces import TwoSidedProjector, freeze_leading_directions, num_frozen_directions
-from das_ds.models.size import MatrixSize, ModelSize, Sharding
+from das_ds.models.size import MatrixSize, Sharding
 from das_ds.softmask.direction_mask import DirectionMask
 from das_ds.softmask.direction_update_mask import DirectionUpdateMask
 from das_ds.softmask.fragments import find_fragments
@@ -17,13 +17,21 @@ from das_ds.softmask.hidden_matrices import HiddenMatrix, find_hidden_matrices
 from das_ds.softmask.mask_layout import MaskLayout, plan_layout
 from das_ds.softmask.matrix_blocks import find_held_elements
 from das_ds.softmask.subspace_memory import PlannedSubspaces, plan_matrix_loads
-from helpers.direction_masks import CPU, SHAPES, collect, cut_values, lay_out, random_values, run_together
+from helpers.direction_masks import (
+    CPU,
+    SHAPES,
+    SIZES,
+    collect,
+    cut_values,
+    lay_out,
+    model_size,
+    random_values,
+    run_together,
+)
 from helpers.fake_run import make_run
 from helpers.two_domains import leading_directions, project_out
 from helpers.zero_layout import owned
 
-NUMELS = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
-SIZES = {name: (NUMELS[name], len(shape) > 1) for name, shape in SHAPES.items()}
 MATRICES = [
     HiddenMatrix("query", "query", 0, 5, 7),
     HiddenMatrix("key", "key", 0, 3, 7),
@@ -111,34 +119,19 @@ def test_ranks_that_share_all_matrices_take_turns() -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_planned_loads_are_those_of_layouts(stage: int, num_ranks: int) -> None:
     numbers = list(SHAPES)
-    size = ModelSize(
-        trained=sum(NUMELS.values()),
-        total=sum(NUMELS.values()),
-        largest_layer=0,
-        num_units=0,
-        num_layers=1,
-        hidden=7,
-        inner=31,
-        heads=1,
-        vocabulary=9,
-        parameters=tuple(SIZES.values()),
-        matrices=tuple(
-            MatrixSize(numbers.index(m.parameter), m.start, m.num_rows, m.num_columns, m.name) for m in MATRICES
-        ),
+    size = model_size(
+        MatrixSize(numbers.index(m.parameter), m.start, m.num_rows, m.num_columns, m.name) for m in MATRICES
     )
     loads = plan_matrix_loads(size, Sharding(stage, num_ranks, weight_bytes=4, gradient_bytes=4, num_moments=2))
     _, layouts = cut(stage, num_ranks)
+    numels = {matrix.name: matrix.numel for matrix in MATRICES}
     for rank, (load, layout) in enumerate(zip(loads, layouts, strict=True)):
         assert load.owned == {name for cut in layout.rounds for name in cut.num_vectors}
-        complete = {name for name, count in load.stepped.items() if count == dict(numel_of())[name]}
+        complete = {name for name, count in load.stepped.items() if count == numels[name]}
         assert complete == {batch.input for batch in layout.batches}
         outgoing = sum(sum(c.send_sizes) + sum(c.receive_sizes) for c in layout.rounds)
         kept = sum(c.send_sizes[rank] + c.receive_sizes[rank] for c in layout.rounds)
         assert load.sent == outgoing - kept
-
-
-def numel_of() -> list[tuple[str, int]]:
-    return [(matrix.name, matrix.numel) for matrix in MATRICES]
 
 
 def test_decompose_and_reload_are_equal_to_the_last_bit(tmp_path: Any) -> None:

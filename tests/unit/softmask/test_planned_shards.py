@@ -16,7 +16,7 @@ from das_ds.models.architectures.registry import spec_for
 from das_ds.models.find_readers import find_readers
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import Lora
-from das_ds.models.size import MatrixSize, ModelSize, Sharding
+from das_ds.models.size import MatrixSize, Sharding
 from das_ds.preflight.memory import count_parameters
 from das_ds.softmask.direction_memory import DirectionForm
 from das_ds.softmask.direction_step import directions_step_use
@@ -27,32 +27,21 @@ from helpers.configs import make_config
 from helpers.direction_masks import (
     MATRICES,
     SHAPES,
+    SIZES,
     cut_values,
     lay_out,
     layouts_of,
     masks_of,
+    model_size,
     random_values,
     run_together,
 )
 from helpers.tiny_models import tiny_model
 from helpers.zero_layout import owned
 
-NUMELS = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
-SIZE = ModelSize(
-    trained=sum(NUMELS.values()),
-    total=sum(NUMELS.values()),
-    largest_layer=0,
-    num_units=0,
-    num_layers=1,
-    hidden=7,
-    inner=31,
-    heads=1,
-    vocabulary=9,
-    parameters=tuple((NUMELS[name], len(shape) > 1) for name, shape in SHAPES.items()),
-    matrices=tuple(
-        MatrixSize(list(SHAPES).index(m.parameter), m.start, m.num_outputs, m.width, m.input, m.transposed)
-        for m in MATRICES
-    ),
+SIZE = model_size(
+    MatrixSize(list(SHAPES).index(m.parameter), m.start, m.num_outputs, m.width, m.input, m.transposed)
+    for m in MATRICES
 )
 
 
@@ -61,8 +50,7 @@ def sharding(stage: int, num_ranks: int) -> Sharding:
 
 
 def shards_of_ranks(stage: int, num_ranks: int) -> list[list[Shard]]:
-    sizes = {name: (NUMELS[name], len(shape) > 1) for name, shape in SHAPES.items()}
-    return [lay_out(owned(sizes, stage, rank, num_ranks)) for rank in range(num_ranks)]
+    return [lay_out(owned(SIZES, stage, rank, num_ranks)) for rank in range(num_ranks)]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 24, 97])
