@@ -285,13 +285,12 @@ class Engine:
 
     @contextmanager
     def training_only(self, names: set[str]) -> Iterator[None]:
-        """Inside, steps leave all other parameters bitwise unchanged; keeps a copy of this rank's shards of them."""
-        others = {name: numel for name, numel in self.weights.numels().items() if name not in names}
-        self._optimizer.set_frozen(self._spans_by_flat(self._elements_of_shards(others)))
+        """Inside, steps leave all other parameters bitwise unchanged, see `set_frozen`; afterwards none is frozen."""
+        self.set_frozen({name: numel for name, numel in self.weights.numels().items() if name not in names})
         try:
             yield
         finally:
-            self._optimizer.set_frozen({})
+            self.set_frozen({})
 
     def set_frozen(self, frozen: Mapping[str, int]) -> None:
         """Leave parameters bitwise unchanged in all further steps, and no others.
@@ -301,23 +300,19 @@ class Engine:
         Args:
             frozen: parameter -> how many of its first elements keep their values.
         """
-        self._frozen_elements = self._elements_of_shards(frozen)
-        self._optimizer.set_frozen(self._spans_by_flat(self._frozen_elements))
-
-    def _elements_of_shards(self, first_elements: Mapping[str, int]) -> dict[int, int]:
-        """Number of the shard -> how many of its first elements are among the first of its parameter."""
-        numels = {
-            number: min(first_elements.get(shard.name, 0) - shard.param_start, shard.numel)
-            for number, shard in enumerate(self.weights.shards)
-        }
-        return {number: numel for number, numel in numels.items() if numel > 0}
-
-    def _spans_by_flat(self, numels: Mapping[int, int]) -> dict[torch.Tensor, list[slice]]:
+        self._frozen_elements = {}
         spans: dict[torch.Tensor, list[slice]] = {}
-        for number, numel in numels.items():
-            shard = self.weights.shards[number]
-            spans.setdefault(shard.flat, []).append(slice(shard.flat_start, shard.flat_start + numel))
-        return spans
+        for number, shard in enumerate(self.weights.shards):
+            numel = min(frozen.get(shard.name, 0) - shard.param_start, shard.numel)
+            if numel <= 0:
+                continue
+            self._frozen_elements[number] = numel
+            in_flat = spans.setdefault(shard.flat, [])
+            # A flat tensor of nothing but biases and normalization is one span, hence one copy per step.
+            is_adjacent = bool(in_flat) and in_flat[-1].stop == shard.flat_start
+            start = in_flat.pop().start if is_adjacent else shard.flat_start
+            in_flat.append(slice(start, shard.flat_start + numel))
+        self._optimizer.set_frozen(spans)
 
     def gradient_accumulation(self, num_micro_steps: int) -> AbstractContextManager[None]:
         """Inside, a step ends after so many micro-steps; entered and left between steps."""
