@@ -87,6 +87,20 @@ class Method(Generic[C]):
         sample = config.method.sample_size
         return MeasuredSequences(after=0 if sample is None or sample.num_samples is None else sample.num_samples)
 
+    @classmethod
+    def check_files(cls, config: RunConfig) -> None:
+        """Check the files that the method's settings name, as far as that takes no network; for preflight.
+
+        Raises:
+            DasError: a file that cannot be read, or of another kind.
+        """
+
+    def on_run_start(self) -> None:
+        """Called once, when a run starts from its beginning; reads the files that its settings name.
+
+        A file that does not fit then ends the run before anything is computed or recorded.
+        """
+
     def before_domain(self, domain: DomainContext) -> None:
         """Called before the first step on a domain, not when a run continues within its steps."""
 

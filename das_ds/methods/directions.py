@@ -174,6 +174,19 @@ class Directions(Method[DirectionsConfig]):
         protects_first = general > 0 or settings.init_from is not None
         return MeasuredSequences(general + probe * protects_first, probe, sample)
 
+    @classmethod
+    def check_files(cls, config: RunConfig) -> None:
+        """Whether `init_from` is a directions file."""
+        from das_ds.softmask.directions_file import check_directions_file
+
+        path = cls.settings_in(config).init_from
+        if path is not None:
+            check_directions_file(Path(path))
+
+    def on_run_start(self) -> None:
+        """What earlier runs protect."""
+        self._load_initial()
+
     def before_domain(self, domain: DomainContext) -> None:
         """Measure what earlier domains leave free; before the first one also what is known already.
 
@@ -184,19 +197,24 @@ class Directions(Method[DirectionsConfig]):
         self._measure_open(domain)
 
     def _prepare(self, domain: DomainContext) -> None:
-        from das_ds.softmask.direction import DirectionImportance
-
-        importance: DirectionImportance | None = None
-        if self.settings.init_from is not None:
-            importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
-            # Without new tokens all rows are masked, also those that no token has.
-            if domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
-                importance.num_tokens = None
+        if self._importance is None:
+            # A run that continues from before its first domain.
+            self._load_initial()
+        importance = self._importance
+        # Without new tokens all rows are masked, also those that no token has.
+        if importance is not None and domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
+            importance.num_tokens = None
         if domain.general is not None and self.settings.general is not False:
             importance = self._measure(domain.general).accumulate(importance)
             self._latest = None
         self._importance = importance
         self._is_prepared = True
+
+    def _load_initial(self) -> None:
+        from das_ds.softmask.direction import DirectionImportance
+
+        if self.settings.init_from is not None:
+            self._importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; rows of tokens added since are not masked."""

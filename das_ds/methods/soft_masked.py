@@ -89,6 +89,8 @@ class SoftMasked(Method[S]):
         self._softmask = self._resolved_softmask()
         self._contrastive = ContrastiveLoss(run, self.settings.contrastive)
         self._accumulated: Importance[SoftmaskConfig] | None = None
+        self._initial: Importance[SoftmaskConfig] | None = None
+        """From a file, until the first domain."""
         self._unit_gates: UnitValues | None = None
 
     @classmethod
@@ -123,6 +125,21 @@ class SoftMasked(Method[S]):
         importance = cls.settings_in(config).importance
         is_measured = importance.init_from is None
         return MeasuredSequences(before_first=2 * importance.num_samples if is_measured else 0)
+
+    @classmethod
+    def check_files(cls, config: RunConfig) -> None:
+        """Whether `importance.init_from` is an importance file of the granularity."""
+        from das_ds.softmask.importance_file import check_granularity, stored_importance
+
+        importance = cls.settings_in(config).importance
+        if importance.init_from is not None:
+            path = Path(importance.init_from)
+            with stored_importance(path) as stored:
+                check_granularity(path, stored.granularity, importance.granularity)
+
+    def on_run_start(self) -> None:
+        """Importance from a file, which is checked against the network."""
+        self._initial = self._load_initial()
 
     def before_domain(self, domain: DomainContext) -> None:
         """Before the first domain: importance of general knowledge."""
@@ -211,12 +228,18 @@ class SoftMasked(Method[S]):
             )
         return softmask.model_copy(update={"groups": groups})
 
+    def _load_initial(self) -> Importance[SoftmaskConfig] | None:
+        path = self.settings.importance.init_from
+        return None if path is None else self._granularity.load(self.run, Path(path))
+
     def _initial_importance(self, domain: DomainContext) -> Importance[SoftmaskConfig]:
         from das_ds.softmask.measure import GENERAL_KNOWLEDGE
 
-        path = self.settings.importance.init_from
-        if path is not None:
-            return self._granularity.load(self.run, Path(path))
+        # A run that continues from before its first domain has not read it.
+        initial = self._initial or self._load_initial()
+        self._initial = None
+        if initial is not None:
+            return initial
         general = self.measure(domain, "importance of general knowledge", GENERAL_KNOWLEDGE)
         gates = general.unit_gates()
         is_zero = gates is not None and not any(values.any() for values in gates.values())

@@ -13,6 +13,7 @@ from das_ds.config.deepspeed import EngineConfig, build_engine_config
 from das_ds.config.io import config_values
 from das_ds.engine.loss_scaler import check_precision, emulated_precision_warning
 from das_ds.errors import PreflightError
+from das_ds.methods import method_class
 from das_ds.preflight.checks import Checklist
 from das_ds.preflight.peers import LinkSpeed, PeerCheck
 from das_ds.versions import library_versions
@@ -108,6 +109,16 @@ def check_settings(checks: Checklist, config: RunConfig, num_ranks: int) -> Engi
 
     configs = checks.run("settings", "batch sizes, ZeRO settings and precision that fit together", probe, summarize)
     return None if configs is None else configs[0]
+
+
+def check_method_files(checks: Checklist, config: RunConfig) -> None:
+    """Files that the method's settings name, such as `init_from`, on every rank; a network is not built."""
+
+    def probe() -> str:
+        method_class(config.method).check_files(config)
+        return config.method.name
+
+    checks.run("method", "files of the section `method` that can be read", probe, lambda names: names[0])
 
 
 def _code_checksum(folder: Path) -> str:

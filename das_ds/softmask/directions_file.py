@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +26,7 @@ from das_ds.softmask.importance_file import (
     STRUCTURE,
     TOKENS,
     Shapes,
+    check_granularity,
     check_model,
     check_origin,
     structure_digest,
@@ -101,22 +104,39 @@ def load_directions(
     """
     expected: Shapes = {name: (width, width) for name, width in widths.items()}
     moments = {}
+    with _open_directions(path) as (file, header):
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+        check_model(path, header, found, layout, DIRECTION, expected)
+        check_origin(path, header, layout, tokens)
+        digests = json.loads(header.get(CHECKSUM, "{}"))
+        for name in names:
+            # A copy: the file may be replaced while the run needs the moment.
+            moments[name] = file.get_tensor(name).clone()
+            _check_moment(path, name, moments[name], digests.get(name))
+    return moments, int(header[NUM_TOKENS])
+
+
+def check_directions_file(path: Path) -> None:
+    """Check that a file is of this format, without the network that it belongs to; no moment is read.
+
+    Raises:
+        ImportanceError: missing or damaged file, another format or granularity.
+    """
+    with _open_directions(path) as (_, header):
+        check_granularity(path, header["granularity"], DIRECTION)
+
+
+@contextmanager
+def _open_directions(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The open file and its header, once the format is right."""
     try:
         require_file(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             _check_format(path, header)
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-            check_model(path, header, found, layout, DIRECTION, expected)
-            check_origin(path, header, layout, tokens)
-            digests = json.loads(header.get(CHECKSUM, "{}"))
-            for name in names:
-                # A copy: the file may be replaced while the run needs the moment.
-                moments[name] = file.get_tensor(name).clone()
-                _check_moment(path, name, moments[name], digests.get(name))
+            yield file, header
     except (OSError, SafetensorError, ValueError) as error:
         raise ImportanceError(f"{path}: cannot read directions: {error}") from error
-    return moments, int(header[NUM_TOKENS])
 
 
 def moment_digest(moment: torch.Tensor) -> str:

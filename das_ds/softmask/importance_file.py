@@ -182,6 +182,8 @@ def _open_checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
         require_file(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+            if header.get("granularity") == DIRECTION:
+                raise ImportanceError(f"{path}: importance by {DIRECTION}, expected by {UNIT} or {PARAMETER}")
             if header.get("format_version") != FORMAT_VERSION:
                 raise ImportanceError(
                     f"{path}: importance format {header.get('format_version')!r}, this version reads {FORMAT_VERSION!r}"
@@ -192,6 +194,17 @@ def _open_checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
             yield file, header, found
     except (OSError, SafetensorError) as error:
         raise ImportanceError(f"{path}: cannot read importance: {error}") from error
+
+
+def check_granularity(path: Path, found: str, expected: str) -> None:
+    """Check that a file is of this granularity.
+
+    Raises:
+        ImportanceError: it is not.
+    """
+    if found != expected:
+        key = "method.init_from" if expected == DIRECTION else "method.importance.granularity"
+        raise ImportanceError(f"{path}: importance by {found}, expected by {expected} ({key})")
 
 
 def check_model(
@@ -215,10 +228,7 @@ def check_model(
     Raises:
         ImportanceError: it is not.
     """
-    if header["granularity"] != granularity:
-        raise ImportanceError(
-            f"{path}: importance by {header['granularity']}, expected by {granularity} (method.importance.granularity)"
-        )
+    check_granularity(path, header["granularity"], granularity)
     shorter = {name for name in layout.vocabulary & set(found) if _is_shorter(found[name], layout.shapes[name])}
     # Rows of tokens that were added since the file was written may be missing.
     completed = {**found, **{name: expected[name] for name in shorter}}

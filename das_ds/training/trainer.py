@@ -125,9 +125,11 @@ class ContinualTrainer(Callbacks):
             self._earlier_seconds = manifest.run.wall_seconds
             with self._watchdog.suspend_timeout("reading a checkpoint"):
                 self._state = self._checkpoints.load(manifest)
-        elif self._state.phase == HEAD_WARMUP:
-            # Steps come after a checkpoint, to which a rollback could return.
-            self._save_point.save(self._state)
+        else:
+            self._method.on_run_start()
+            if self._state.phase == HEAD_WARMUP:
+                # Steps come after a checkpoint, to which a rollback could return.
+                self._save_point.save(self._state)
         # Lines logged after the checkpoint would appear twice.
         self._checkpoints.truncate_metrics(self._state, manifest)
         self._console.run_started(self._summary(manifest))

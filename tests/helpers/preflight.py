@@ -46,6 +46,7 @@ CHECKS = [
     "clocks",
     "versions",
     "settings",
+    "method",
     "folder",
     "writing",
     "sharing",

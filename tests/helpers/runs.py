@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from das_ds.config import RunConfig
 from das_ds.context import DomainContext
 from das_ds.distributed.process_group import init_process_group
+from das_ds.errors import DasError
 from das_ds.methods import METHODS
 from das_ds.methods.base import Method
 from das_ds.models.loading import load_model
@@ -87,6 +89,17 @@ def run_all(runs: list[dict[str, Any]]) -> list[Results]:
     allow_fp16_on_cpu()
     ranks = init_process_group()
     return [train(RunConfig(**values), ranks) for values in runs]
+
+
+def start_errors(runs: list[dict[str, Any]]) -> list[str]:
+    """The message with which each run ends on these ranks."""
+    ranks = init_process_group()
+    messages = []
+    for values in runs:
+        with pytest.raises(DasError) as caught:
+            train(RunConfig(**values), ranks)
+        messages.append(str(caught.value))
+    return messages
 
 
 def run_stopped_and_continued(values: dict[str, Any], method: str = "ncl") -> Results:

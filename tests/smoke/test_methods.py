@@ -9,17 +9,20 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
+from das_ds.config import RunConfig
 from das_ds.config.io import load_config
 from das_ds.functional.importance import elementwise_maximum
 from das_ds.methods import METHODS
 from das_ds.models.architectures.registry import spec_for
+from das_ds.preflight.output_dir import check_folder
 from das_ds.reporting.results import Results
 from das_ds.run_dir import RESULTS_FILE
 from das_ds.softmask.importance_file import load_unit_importance
 from das_ds.tracking.names import STEP_METRICS
+from helpers.preflight import Alone, silent_checks
 from helpers.resume import Place, assert_same_run, resumable_run, run_complete_and_broken
 from helpers.run_ranks import run_ranks
-from helpers.runs import metrics_lines
+from helpers.runs import metrics_lines, save_random_importance, small_run, start_errors
 
 pytestmark = pytest.mark.multirank
 
@@ -123,3 +126,24 @@ def test_methods_write_own_files_only(finished: tuple[Path, dict[str, Place | st
     files = [path.name for path in (folder / "dga").rglob("importance*.safetensors")]
     assert files == ["importance_general.safetensors"]
     assert (folder / "dga" / "report" / "importance.png").exists()
+
+
+def test_file_that_does_not_fit_ends_run_before_results(tmp_path: Path) -> None:
+    """A wrong path, and importance of another network: nothing is evaluated, and the folder is not claimed."""
+    other = small_run(tmp_path / "other")
+    other["model"]["config"]["num_hidden_layers"] = 3
+    path = save_random_importance(other, tmp_path / "other.safetensors")
+    weights = {"granularity": "parameter", "init_from": str(path)}
+    methods = {
+        "directions": {"name": "directions", "init_from": str(tmp_path / "none.safetensors")},
+        "das": {"name": "das", "importance": weights},
+    }
+    runs = {name: small_run(tmp_path / name, method=method) for name, method in methods.items()}
+    no_file, other_network = run_ranks(start_errors, 2, list(runs.values()))[0]
+    assert "none.safetensors: cannot read directions" in no_file
+    assert f"{path}: importance of another model" in other_network
+    for name, values in runs.items():
+        folder = RunConfig(**values).output_dir
+        assert not (folder / RESULTS_FILE).exists() and not metrics_lines(folder), name
+        checks = silent_checks(Alone())
+        assert check_folder(checks, RunConfig(**values, seed=8), Alone()), checks.results

@@ -15,20 +15,25 @@ from das_ds.config import RunConfig
 from das_ds.config.io import dump_config, load_config
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
+from das_ds.models.architectures.registry import spec_for
 from das_ds.models.loading import load_model
 from das_ds.models.lora import Lora
 from das_ds.preflight.checks import CheckResult, CheckWarning, format_bytes, group_reasons
 from das_ds.preflight.corpora import check_corpora
-from das_ds.preflight.environment import check_settings
+from das_ds.preflight.environment import check_method_files, check_settings
 from das_ds.preflight.host_memory import free_memory
 from das_ds.preflight.memory import MemoryBudget, check_memory, check_model, compare_memory, count_parameters
 from das_ds.preflight.memory_estimate import MemoryEstimate, activation_bytes
 from das_ds.preflight.output_dir import check_disk, check_folder
+from das_ds.softmask.directions_file import save_directions
+from das_ds.softmask.importance_file import save_unit_importance
+from das_ds.softmask.input_layout import InputLayout
 from helpers.head_warmup import headless_run
 from helpers.locking import holding_process
 from helpers.preflight import Alone, silent_checks
 from helpers.runs import WORDS, small_run
-from helpers.tiny_models import CONFIGS, NO_DROPOUT, tiny_model
+from helpers.single_rank import SingleRank
+from helpers.tiny_models import CONFIGS, NO_DROPOUT, random_importance, tiny_model
 from helpers.tiny_tokenizer import word_tokenizer
 
 GIB = 2**30
@@ -224,6 +229,30 @@ def test_check_settings_wrong_number_of_ranks_fails(tmp_path: Path) -> None:
     assert (good.status, good.found) == ("ok", "fp32, ZeRO 2, 8 sequences = 2 ranks x 4 x 1 micro-steps")
     bad = only(check_settings, config(tmp_path), 3)
     assert bad.status == "failed" and "train.global_batch_size: found 8" in bad.found
+
+
+@pytest.mark.parametrize("method", ["das", "directions"])
+def test_check_method_files_missing_or_of_another_method_fails(method: str, tmp_path: Path) -> None:
+    layout = spec_for("roberta").layout(tiny_model())
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("das", "directions")}
+    save_unit_importance(paths["das"], random_importance(tiny_model()), layout)
+    inputs = InputLayout((), {"layer.q": 24}, {"layer.q": 0}, {"layer.q": (0,)})
+    save_directions(paths["directions"], {"layer.q": torch.eye(24)}, inputs, layout, SingleRank())
+
+    def check(path: Path) -> CheckResult:
+        file = {"init_from": str(path)}
+        settings = file if method == "directions" else {"importance": file}
+        return only(check_method_files, config(tmp_path, method={"name": method, **settings}))
+
+    assert (check(paths[method]).status, check(paths[method]).found) == ("ok", method)
+    missing = check(tmp_path / "none.safetensors")
+    assert missing.status == "failed" and "none.safetensors: cannot read" in missing.found
+    other = check(paths["das" if method == "directions" else "directions"])
+    expected = {
+        "das": "by direction, expected by unit or parameter",
+        "directions": "by unit, expected by direction (method.init_from)",
+    }
+    assert other.status == "failed" and other.found.endswith(f"importance {expected[method]}")
 
 
 @pytest.mark.parametrize(
