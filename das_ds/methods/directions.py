@@ -70,6 +70,13 @@ class DirectionsConfig(MethodConfig):
     change; null: never."""
 
     @property
+    def in_words(self) -> str:
+        """The form of the masks."""
+        masked = "gradient and update" if self.apply_to == "both" else self.apply_to
+        frozen = "; biases, normalization and positions are frozen" if self.freeze_unmasked else ""
+        return f"masks on {masked}, half_saturation {self.half_saturation:g}, rank {self.rank}{frozen}"
+
+    @property
     def sample_size(self) -> SampleSize:
         """Size of the sample of inputs."""
         return SampleSize(self.num_samples, self.batch_size)
@@ -323,7 +330,12 @@ class Directions(Method[DirectionsConfig]):
             label = f"energy of {domain.name} that passes"
             probe = None if domain.probe_batches is None else domain.probe_batches(label, NUM_PROBED)
             inputs = measure_plasticity(self.run, self._inputs, self._projectors, probe)
-        self._plasticity = DomainPlasticity(domain=domain.name, before=self._summarize(inputs))
+        self._plasticity = DomainPlasticity(
+            domain=domain.name,
+            protected=self._names_of_protected(domain),
+            form=self.settings.in_words,
+            before=self._summarize(inputs),
+        )
         if self.run.engine.ranks.info.is_main:
             _warn_of_little_passing(self._plasticity, self.settings)
 
@@ -340,8 +352,17 @@ class Directions(Method[DirectionsConfig]):
         else:
             projectors = self._importance.own_projectors(self.settings.half_saturation, self.settings.rank)
         after = self._summarize(measure_protected(self.run, self._inputs, projectors, moments))
-        before = after if self._plasticity is None else self._plasticity.before
-        self._plasticity = DomainPlasticity(domain=domain.name, before=before, after=after)
+        before = self._plasticity or DomainPlasticity(domain=domain.name, before=after)
+        self._plasticity = before.model_copy(update={"after": after})
+
+    def _names_of_protected(self, domain: DomainContext) -> list[str]:
+        """What `_importance` has when a domain begins, in the order in which it was added."""
+        config = self.run.config
+        names = [] if self.settings.init_from is None else [Path(self.settings.init_from).name]
+        if _has_general_text(config) and self.settings.general is not False:
+            assert config.general is not None, "it has text"
+            names.append(config.general.name)
+        return names + [stage.name for stage in config.stages[: domain.index]]
 
     def _summarize(self, inputs: Mapping[str, InputPlasticity]) -> PlasticityReading:
         from das_ds.softmask.layer_groups import layer_groups

@@ -92,6 +92,10 @@ class DomainPlasticity(VersionedJson):
     format_version: Literal[1] = FORMAT_VERSION
     """Version of this format."""
     domain: str
+    protected: list[str] = Field(default_factory=list)
+    """What the masks protect while the domain is learned: files, the general corpus, earlier domains."""
+    form: str = ""
+    """How, in words: settings of the masks, and what is frozen beside them."""
     before: PlasticityReading
     """Under the masks of earlier domains, on the domain's text, before it is learned."""
     after: PlasticityReading | None = None

@@ -154,6 +154,16 @@ def evaluation_line(stage: str, losses: dict[str, float], before: dict[str, floa
     return f"held-out loss {stage}: {', '.join(parts)}"
 
 
+def protection_line(measured: DomainPlasticity) -> str:
+    """What masks protect while a domain is learned, and how.
+
+    `protected from acl: general, restaurant (masks on gradient and update, half_saturation 1, rank full)`.
+    """
+    if not measured.protected:
+        return f"protected from {measured.domain}: nothing yet"
+    return f"protected from {measured.domain}: {', '.join(measured.protected)} ({measured.form})"
+
+
 def plasticity_line(measured: DomainPlasticity) -> str:
     """What is free before a domain, or after it what is left of that.
 
@@ -229,6 +239,8 @@ class RunConsole:
 
     def plasticity_measured(self, measured: DomainPlasticity) -> None:
         """Print what a method measured of the capacity left."""
+        if measured.after is None:
+            self._say(protection_line(measured))
         self._say(plasticity_line(measured))
 
     def exported(self, stage: str, folder: Path) -> None:

@@ -355,6 +355,30 @@ def test_plasticity_of_equal_directions_is_their_factor(tmp_path: Path) -> None:
     assert sum(group.num_inputs for group in measured.before.groups.values()) == 10
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_plasticity_names_what_is_protected_and_how(index: int, tmp_path: Path) -> None:
+    """In the order in which it was added: a file, general text, earlier domains."""
+    run = make_run(tmp_path)
+    layout = layout_of(run)
+    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
+    save_directions(tmp_path / "earlier.safetensors", moments, layout, run.layout, run.engine.ranks)
+    settings = {**METHOD, "init_from": str(tmp_path / "earlier.safetensors"), "rank": 2}
+    run = make_run(tmp_path, settings)
+    first = run.config.domains[0]
+    general = first.model_copy(update={"name": "general", "train": ["general.txt"]})
+    run.config = run.config.model_copy(update={"general": general})
+    method = build_method(run)
+    assert isinstance(method, Directions)
+    method._is_prepared = True
+    method.before_domain(replace(probed_domain(tmp_path), index=index))
+    measured = method.plasticity()
+    assert measured is not None
+    assert measured.protected == ["earlier.safetensors", "general", first.name][: 2 + index]
+    assert measured.form == (
+        "masks on gradient and update, half_saturation 2, rank 2; biases, normalization and positions are frozen"
+    )
+
+
 def test_plasticity_nothing_learned_is_all(tmp_path: Path) -> None:
     method = build_method(make_run(tmp_path))
     method.before_domain(probed_domain(tmp_path))

@@ -17,6 +17,7 @@ from das_ds.training.console import (
     RunSummary,
     evaluation_line,
     plasticity_line,
+    protection_line,
     step_line,
 )
 
@@ -126,6 +127,13 @@ def test_plasticity_line_before_and_after_a_domain() -> None:
     )
     without = DomainPlasticity(domain="acl", before=reading(0.5, None))
     assert plasticity_line(without) == "plasticity before acl: 50% of all directions are open"
+
+
+def test_protection_line_names_what_and_how() -> None:
+    reading = PlasticityReading.summarize({"q": InputPlasticity(2, 0.5, None)}, {"q": "attention input"})
+    measured = DomainPlasticity(domain="acl", before=reading, protected=["general", "food"], form="masks on update")
+    assert protection_line(measured) == "protected from acl: general, food (masks on update)"
+    assert protection_line(DomainPlasticity(domain="acl", before=reading)) == "protected from acl: nothing yet"
 
 
 def test_run_console_estimates_the_end_of_all_domains(capsys: pytest.CaptureFixture[str]) -> None:
