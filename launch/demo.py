@@ -236,6 +236,7 @@ def show(demo: Demo) -> None:
     """
     started = time.monotonic()
     os.chdir(ROOT)
+    print(f"preparing corpora in {CORPORA_FOLDER}", flush=True)
     built = build_corpora(CORPORA_FOLDER)
     names = ", ".join(corpus.name for corpus in CORPORA)
     state = f"built in {time.monotonic() - started:.0f} s" if built else "up to date"

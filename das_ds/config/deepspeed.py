@@ -133,7 +133,8 @@ def _locate(source: str) -> Path:
         if path.exists() and not path.is_dir():
             return path
     known = ", ".join(f"ds_configs/{path.name}" for path in sorted((REPOSITORY / "ds_configs").glob("*.json")))
-    raise ConfigError(f"deepspeed: found no file {source} in {Path.cwd()} or {REPOSITORY}; expected a path or {known}")
+    folders = " or ".join(dict.fromkeys([str(Path.cwd()), str(REPOSITORY)]))
+    raise ConfigError(f"deepspeed: found no file {source} in {folders}; expected a path or {known}")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ class RunConfig(Section):
     domains: list[DomainConfig] = Field(min_length=1)
     """Domains in training order."""
     general: CorpusConfig | None = None
-    """General-language corpus for evaluation; only `method.replay.general` trains on it (to pre-train a base model on
-    it, list it as a domain)."""
+    """General-language corpus for evaluation; its training text is protected by method `directions` and replayed by
+    `method.replay.general` (to pre-train a base model on it, list it as a domain)."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: AnyMethodConfig = Field(default_factory=lambda: parse_method({}))

@@ -50,5 +50,6 @@ def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list
     if info.is_main and as_json:
         print(json.dumps({"ok": not checks.failed, "checks": [asdict(result) for result in checks.results]}))
     if checks.failed:
-        raise PreflightError(f"preflight: {len(checks.failed)} checks failed: {', '.join(checks.failed)}")
+        number = "1 check" if len(checks.failed) == 1 else f"{len(checks.failed)} checks"
+        raise PreflightError(f"preflight: {number} failed: {', '.join(checks.failed)}")
     return checks.results

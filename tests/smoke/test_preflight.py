@@ -37,4 +37,4 @@ def test_preflight_command_failing_check_exits_with_2(tmp_path: Path) -> None:
     assert not report["ok"] and [check["check"] for check in report["checks"]] == CHECKS
     failed = [check for check in report["checks"] if check["status"] != "ok"]
     assert [check["check"] for check in failed] == ["corpora"] and "no_such_file.txt" in failed[0]["found"]
-    assert "das_ds: preflight: 1 checks failed: corpora" in done.stderr and "Traceback" not in done.stderr
+    assert "das_ds: preflight: 1 check failed: corpora" in done.stderr and "Traceback" not in done.stderr
