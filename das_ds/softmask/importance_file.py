@@ -182,6 +182,10 @@ def _open_checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
         require_file(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+            if header.get("granularity") == DIRECTION:
+                raise ImportanceError(
+                    f"{path}: importance by {DIRECTION}, from a run of directions, expected by {UNIT} or {PARAMETER}"
+                )
             if header.get("format_version") != FORMAT_VERSION:
                 raise ImportanceError(
                     f"{path}: importance format {header.get('format_version')!r}, this version reads {FORMAT_VERSION!r}"
@@ -216,9 +220,9 @@ def check_model(
         ImportanceError: it is not.
     """
     if header["granularity"] != granularity:
-        raise ImportanceError(
-            f"{path}: importance by {header['granularity']}, expected by {granularity} (method.importance.granularity)"
-        )
+        # Directions have a method of their own, without a section for importance.
+        key = "method.init_from" if granularity == DIRECTION else "method.importance.granularity"
+        raise ImportanceError(f"{path}: importance by {header['granularity']}, expected by {granularity} ({key})")
     shorter = {name for name in layout.vocabulary & set(found) if _is_shorter(found[name], layout.shapes[name])}
     # Rows of tokens that were added since the file was written may be missing.
     completed = {**found, **{name: expected[name] for name in shorter}}
