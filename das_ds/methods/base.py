@@ -87,6 +87,12 @@ class Method(Generic[C]):
         sample = config.method.sample_size
         return MeasuredSequences(after=0 if sample is None or sample.num_samples is None else sample.num_samples)
 
+    def on_run_start(self) -> None:
+        """Called once, before anything of a run is computed or saved, and not when a run continues.
+
+        Files that the method needs later are checked here: once there is a checkpoint, the config cannot change.
+        """
+
     def before_domain(self, domain: DomainContext) -> None:
         """Called before the first step on a domain, not when a run continues within its steps."""
 

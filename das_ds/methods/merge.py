@@ -63,6 +63,10 @@ class MergingWrapper(Method[MethodConfig]):
         self._weight = weight
         self._before: Flats | None = None
 
+    def on_run_start(self) -> None:
+        """Delegates to the method."""
+        self._method.on_run_start()
+
     def before_domain(self, domain: DomainContext) -> None:
         """Copy the weights from which the domain starts."""
         self._before = {flat: weights.to("cpu", copy=True) for flat, weights in self.run.engine.weights.flats().items()}

@@ -125,9 +125,11 @@ class ContinualTrainer(Callbacks):
             self._earlier_seconds = manifest.run.wall_seconds
             with self._watchdog.suspend_timeout("reading a checkpoint"):
                 self._state = self._checkpoints.load(manifest)
-        elif self._state.phase == HEAD_WARMUP:
-            # Steps come after a checkpoint, to which a rollback could return.
-            self._save_point.save(self._state)
+        else:
+            self._method.on_run_start()
+            if self._state.phase == HEAD_WARMUP:
+                # Steps come after a checkpoint, to which a rollback could return.
+                self._save_point.save(self._state)
         # Lines logged after the checkpoint would appear twice.
         self._checkpoints.truncate_metrics(self._state, manifest)
         self._console.run_started(self._summary(manifest))
@@ -231,7 +233,7 @@ class ContinualTrainer(Callbacks):
         """
         self._loops.reset()
         self._checkpoints.close_reader()
-        self._state = state
+        self._state = state = state.model_copy(update={"within_phase": False})
         if state.phase == "finished" or not state.global_step:
             # Saved before the first metric is logged: metrics without a checkpoint mean that checkpoints were deleted.
             self._save_point.wait()
@@ -318,6 +320,7 @@ class ContinualTrainer(Callbacks):
         """Save or stop after a batch of an importance pass or an evaluation, if that is due."""
         num_batches = self._loops.num_batches
         self._watchdog.beat(f"a batch of phase {self._state.phase}", num_batches)
+        self._state = self._state.model_copy(update={"within_phase": True})
         self._check_save_point(save=num_batches % self._config.checkpoint.interval == 0)
 
     def extra_metrics(self) -> dict[str, float]:
