@@ -29,6 +29,8 @@ class RunState(Section):
     domains_done: int = 0
     """Domains, or stages of several domains, trained on and exported; the phase `evaluate` follows each of them."""
     phase: Phase = "evaluate"
+    within_phase: bool = False
+    """Whether batches of the phase are done that are no optimizer steps: of an importance pass or an evaluation."""
     domain_step: int = 0
     """Optimizer steps of the current domain."""
     global_step: int = 0
@@ -44,8 +46,11 @@ class RunState(Section):
 
     @property
     def ends_domain(self) -> bool:
-        """Whether this is the state right after a domain was learned, evaluated and exported."""
-        return self.domains_done > 0 and self.phase in ("before", "finished")
+        """Whether this is the state right after a domain was learned, evaluated and exported.
+
+        Within `before`, what is measured of the next domain comes on top.
+        """
+        return self.domains_done > 0 and self.phase in ("before", "finished") and not self.within_phase
 
 
 @dataclass(frozen=True)

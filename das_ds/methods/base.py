@@ -96,9 +96,9 @@ class Method(Generic[C]):
         """
 
     def on_run_start(self) -> None:
-        """Called once, when a run starts from its beginning; reads the files that its settings name.
+        """Called once, before anything of a run is computed or saved, and not when a run continues.
 
-        A file that does not fit then ends the run before anything is computed or recorded.
+        Files that the method needs later are checked here: once there is a checkpoint, the config cannot change.
         """
 
     def before_domain(self, domain: DomainContext) -> None:

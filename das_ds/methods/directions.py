@@ -48,7 +48,7 @@ class DirectionsConfig(MethodConfig):
     is halved."""
     apply_to: Literal["gradient", "update", "both"] = "both"
     """What P multiplies: `gradient` before the optimizer, `update` after it, or `both`, which forgets least at equal
-    learning and costs twice as much as one of them."""
+    learning and costs twice as much as `update`, or as `gradient` without `train.weight_decay`."""
     rank: Literal["auto", "full"] | Annotated[int, Field(ge=1)] = "full"
     """Directions of each input that have a factor of their own, all others sharing one; `auto`: as few as change no
     factor by more than a tenth; `full`: all."""
@@ -64,7 +64,8 @@ class DirectionsConfig(MethodConfig):
     """Whether the inputs are also measured on the training text of `general` before the first domain, which then
     protects what the model knew; null: where `general.train` is given."""
     init_from: PathText | None = None
-    """Accumulated directions file of an earlier run, which the first domain protects; null: none."""
+    """Accumulated directions file of an earlier run, which the first domain protects; null: none. It contains the
+    general text of that run, which counts twice if `general` measures it again."""
     min_passing: float | None = Field(default=0.02, gt=0.0, lt=1.0)
     """Share of a domain's input energy that has to pass the masks of earlier domains, or else a warning says what to
     change; null: never."""
@@ -105,8 +106,8 @@ class Directions(Method[DirectionsConfig]):
 
     Each input of layers (queries, keys and values share one) has an fp32 matrix M (d, d), in the host memory of one
     rank. P is on the device of the ranks that step a layer of that input. Extra compute: d / (3 * tokens of the global
-    batch) of a training step for each of gradient and update, and per domain one forward pass over the sample for every
-    2 GiB of moments.
+    batch) of a training step for each of gradient and update (or weight decay, where only gradients are masked), and
+    per domain one forward pass over the sample for every 2 GiB of moments.
 
     Raises:
         ModelError: the network has layers whose directions cannot be masked.
@@ -191,8 +192,15 @@ class Directions(Method[DirectionsConfig]):
             check_directions_file(Path(path))
 
     def on_run_start(self) -> None:
-        """What earlier runs protect."""
-        self._load_initial()
+        """Check that the file of an earlier run belongs to this network; its moments are read in `before_domain`."""
+        from das_ds.softmask.directions_file import load_directions
+
+        path = self.settings.init_from
+        if path is not None:
+            layout = self.run.layout
+            self.run.engine.ranks.run_on_main(
+                lambda: load_directions(Path(path), (), self._inputs.widths, layout, self.run.tokens)
+            )
 
     def before_domain(self, domain: DomainContext) -> None:
         """Measure what earlier domains leave free; before the first one also what is known already.
@@ -204,24 +212,20 @@ class Directions(Method[DirectionsConfig]):
         self._measure_open(domain)
 
     def _prepare(self, domain: DomainContext) -> None:
-        if self._importance is None:
-            # A run that continues from before its first domain.
-            self._load_initial()
-        importance = self._importance
-        # Without new tokens all rows are masked, also those that no token has.
-        if importance is not None and domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
-            importance.num_tokens = None
+        from das_ds.softmask.direction import DirectionImportance
+
+        importance: DirectionImportance | None = None
+        if self.settings.init_from is not None:
+            with domain.suspend_timeout("reading directions"):
+                importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
+            # Without new tokens all rows are masked, also those that no token has.
+            if domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
+                importance.num_tokens = None
         if domain.general is not None and self.settings.general is not False:
             importance = self._measure(domain.general).accumulate(importance)
             self._latest = None
         self._importance = importance
         self._is_prepared = True
-
-    def _load_initial(self) -> None:
-        from das_ds.softmask.direction import DirectionImportance
-
-        if self.settings.init_from is not None:
-            self._importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; rows of tokens added since are not masked."""
@@ -232,7 +236,7 @@ class Directions(Method[DirectionsConfig]):
             clear_masks(self.run.engine)
             return
         self._importance.mask(
-            self._take_projectors(self._importance),
+            self._take_projectors(domain, self._importance),
             apply_to=self.settings.apply_to,
             freeze_unmasked=self.settings.freeze_unmasked,
         )
@@ -310,12 +314,14 @@ class Directions(Method[DirectionsConfig]):
         else:
             self._importance.save(run_path, tokens)
 
-    def _take_projectors(self, importance: DirectionImportance) -> dict[str, Projector]:
+    def _take_projectors(self, domain: DomainContext, importance: DirectionImportance) -> dict[str, Projector]:
         """Those that were kept, else new ones; a collective. They are computed once, and then belong to the caller."""
         projectors = self._projectors
         self._projectors = None
         if projectors is None:
-            projectors = importance.build_projectors(self.settings.half_saturation, self.settings.rank)
+            # Ranks wait for the owner of each input in turn; wide inputs take minutes.
+            with domain.suspend_timeout("computing projectors"):
+                projectors = importance.build_projectors(self.settings.half_saturation, self.settings.rank)
         return projectors
 
     def _measure_open(self, domain: DomainContext) -> None:
@@ -326,7 +332,7 @@ class Directions(Method[DirectionsConfig]):
         if self._importance is None:
             inputs = everything_open(self._inputs)
         else:
-            self._projectors = self._take_projectors(self._importance)
+            self._projectors = self._take_projectors(domain, self._importance)
             label = f"energy of {domain.name} that passes"
             probe = None if domain.probe_batches is None else domain.probe_batches(label, NUM_PROBED)
             inputs = measure_plasticity(self.run, self._inputs, self._projectors, probe)
@@ -347,11 +353,12 @@ class Directions(Method[DirectionsConfig]):
         assert self._importance is not None, "the domain is in the sum"
         if domain.index + 1 < len(self.run.config.stages):
             # The next domain's, which are kept until it begins: in place of this one's, which the engine drops.
-            self._projectors = self._take_projectors(self._importance)
+            self._projectors = self._take_projectors(domain, self._importance)
             projectors: Iterator[tuple[str, Projector]] = iter(self._projectors.items())
         else:
             projectors = self._importance.own_projectors(self.settings.half_saturation, self.settings.rank)
-        after = self._summarize(measure_protected(self.run, self._inputs, projectors, moments))
+        with domain.suspend_timeout("computing projectors"):
+            after = self._summarize(measure_protected(self.run, self._inputs, projectors, moments))
         before = self._plasticity or DomainPlasticity(domain=domain.name, before=after)
         self._plasticity = before.model_copy(update={"after": after})
 

@@ -183,7 +183,9 @@ def _open_checked(path: Path) -> Iterator[tuple[Any, dict[str, str], Shapes]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("granularity") == DIRECTION:
-                raise ImportanceError(f"{path}: importance by {DIRECTION}, expected by {UNIT} or {PARAMETER}")
+                raise ImportanceError(
+                    f"{path}: importance by {DIRECTION}, from a run of directions, expected by {UNIT} or {PARAMETER}"
+                )
             if header.get("format_version") != FORMAT_VERSION:
                 raise ImportanceError(
                     f"{path}: importance format {header.get('format_version')!r}, this version reads {FORMAT_VERSION!r}"

@@ -165,6 +165,8 @@ def _reduce_to_owners(
 def normalize_moment_(total: torch.Tensor) -> bool:
     """total <- total / (tr(total) / d), in place; 0 stays 0. The number of vectors that were summed cancels.
 
+    A mean below the normal numbers of float32 counts as 0: it has no digits left, and its inverse would be infinite.
+
     Args:
         total: (d, d) float32, a sum of x x^T.
 
@@ -172,5 +174,6 @@ def normalize_moment_(total: torch.Tensor) -> bool:
         Whether all x were finite. The diagonal tells: no entry of a sum of squares is larger in size.
     """
     mean = total.diagonal().double().mean()
-    total.mul_(torch.where(mean == 0, 0.0, 1.0 / mean).float())
+    is_negligible = mean < torch.finfo(torch.float32).tiny
+    total.mul_(torch.where(is_negligible, 0.0, 1.0 / mean).float())
     return bool(mean.isfinite())

@@ -126,7 +126,8 @@ class ContinualTrainer(Callbacks):
             with self._watchdog.suspend_timeout("reading a checkpoint"):
                 self._state = self._checkpoints.load(manifest)
         else:
-            self._method.on_run_start()
+            with self._watchdog.suspend_timeout("reading files of the method"):
+                self._method.on_run_start()
             if self._state.phase == HEAD_WARMUP:
                 # Steps come after a checkpoint, to which a rollback could return.
                 self._save_point.save(self._state)
@@ -233,7 +234,7 @@ class ContinualTrainer(Callbacks):
         """
         self._loops.reset()
         self._checkpoints.close_reader()
-        self._state = state
+        self._state = state = state.model_copy(update={"within_phase": False})
         if state.phase == "finished" or not state.global_step:
             # Saved before the first metric is logged: metrics without a checkpoint mean that checkpoints were deleted.
             self._save_point.wait()
@@ -320,6 +321,7 @@ class ContinualTrainer(Callbacks):
         """Save or stop after a batch of an importance pass or an evaluation, if that is due."""
         num_batches = self._loops.num_batches
         self._watchdog.beat(f"a batch of phase {self._state.phase}", num_batches)
+        self._state = self._state.model_copy(update={"within_phase": True})
         self._check_save_point(save=num_batches % self._config.checkpoint.interval == 0)
 
     def extra_metrics(self) -> dict[str, float]:

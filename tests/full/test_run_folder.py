@@ -18,7 +18,8 @@ pytestmark = pytest.mark.multirank
 def test_start_after_fixed_config_error_runs(tmp_path: Path) -> None:
     values = small_run(tmp_path, method={"name": "ncl"}, train={"steps_per_domain": 2})
     path = write_config(tmp_path, values)
-    for wrong in ("data.tokenizer=no/such/folder", "model.config.model_type=roberto", "data.sequence_length=4000"):
+    wrong_values = ("data.tokenizer=no/such/folder", "model.config.model_type=roberto", "data.sequence_length=4000")
+    for wrong in (*wrong_values, "method={name: directions, init_from: no/such/file}"):
         failed = program("launch/train.py", "--config", path, wrong)
         assert failed.returncode == 2, failed.stderr
     done = program("launch/train.py", "--config", path)

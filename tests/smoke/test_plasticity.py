@@ -36,6 +36,9 @@ def test_run_stopped_while_it_measures_and_within_the_domain_continues(tmp_path:
     assert [place[:2] for place in places] == [("before", 1), ("train", 1)]
     run_ranks(run_all, 2, [values("parts")])
     assert_same_run(tmp_path / "parts", tmp_path / "complete")
+    for name in ("complete", "parts"):
+        # The end of the first domain, and the newest two: none of those within the probe of the second.
+        assert len(list((tmp_path / name / "checkpoints").iterdir())) == 3
     for domain in ("00_food", "01_papers"):
         files = [tmp_path / name / "domains" / domain / "plasticity.json" for name in ("parts", "complete")]
         assert files[0].read_bytes() == files[1].read_bytes()

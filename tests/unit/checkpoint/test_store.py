@@ -50,7 +50,8 @@ def test_store_publish_keeps_newest_and_domain_ends(tmp_path: Path) -> None:
     for number in range(4):
         save(store, f"{number:06d}_food_train_{number}", phase="train")
     save(store, "000004_food_before_0", phase="before", domains_done=1)
-    for number in range(5, 9):
+    save(store, "000005_food_before_0", phase="before", domains_done=1, within_phase=True)
+    for number in range(6, 9):
         save(store, f"{number:06d}_papers_train_{number}", phase="train", domains_done=1)
     assert store.names() == ["000004_food_before_0", "000007_papers_train_7", "000008_papers_train_8"]
     store.wait_for_removals()

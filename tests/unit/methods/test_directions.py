@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,8 @@ from das_ds.config.deepspeed import build_engine_config
 from das_ds.context import CorpusSample, DomainContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.resumable import ResumableLoop
-from das_ds.errors import ConfigError, TrainingError
+from das_ds.errors import ConfigError, ImportanceError, TrainingError
+from das_ds.functional.projectors import Projector
 from das_ds.methods import METHODS, build_method
 from das_ds.methods.directions import Directions
 from das_ds.methods.merge import MergingWrapper
@@ -124,6 +127,29 @@ def test_directions_init_from_protects_first_domain(tmp_path: Path) -> None:
     method.before_domain(no_text_domain(tmp_path))
     assert isinstance(method, Directions)
     assert method.state_dict().owned.keys() == {f"total/{name}" for name in moments}
+
+
+def test_directions_init_from_is_checked_before_the_run(tmp_path: Path) -> None:
+    """Without its moments, and also where a wrapper merges; what is altered there is found when they are read."""
+    path = tmp_path / DIRECTIONS_FILE
+    method = build_method(make_run(tmp_path, {**METHOD, "init_from": str(path), "merge": {"weight": 0.5}}))
+    assert isinstance(method, MergingWrapper)
+    with pytest.raises(ImportanceError, match=rf"{path}: cannot read directions"):
+        method.on_run_start()
+    other = make_run(tmp_path, intermediate_size=48)
+    inputs = layout_of(other)
+    moments = {name: torch.eye(width) for name, width in inputs.widths.items()}
+    save_directions(path, moments, inputs, other.layout, other.engine.ranks)
+    with pytest.raises(ImportanceError, match=rf"{path}: importance of another model"):
+        method.on_run_start()
+    run = make_run(tmp_path)
+    inputs = layout_of(run)
+    moments = {name: torch.eye(width) for name, width in inputs.widths.items()}
+    save_directions(path, moments, inputs, run.layout, run.engine.ranks)
+    method.on_run_start()
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ImportanceError, match=rf"{path}: cannot read directions"):
+        method.on_run_start()
 
 
 @pytest.mark.parametrize(("num_measured", "num_masked"), [(90, 90), (95, 100)])
@@ -428,6 +454,37 @@ def test_projectors_are_computed_once_for_measuring_and_masking(
     # A run that continues within the domain has to compute them again, but measures nothing.
     method.on_train_start(probed_domain(tmp_path))
     assert len(made) == 20 and masked[1].keys() == masked[0].keys()
+
+
+@pytest.mark.parametrize("num_domains", [1, 2])
+def test_projectors_may_take_any_time(num_domains: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every hook, also after the last domain: the hang watchdog sees no progress meanwhile."""
+    work: list[str] = []
+    made: list[str] = []
+
+    @contextmanager
+    def suspend(location: str) -> Iterator[None]:
+        work.append(location)
+        yield
+        work.pop()
+
+    def counted(moment: torch.Tensor, *args: Any) -> Projector:
+        made.append(work[-1] if work else "under the watchdog")
+        return build_projector(moment, *args)
+
+    build_projector = direction.build_projector
+    monkeypatch.setattr(direction, "build_projector", counted)
+    method = protecting(tmp_path, 6.0)
+    monkeypatch.setattr(DirectionImportance, "mask", lambda *_, **__: None)
+    method.run.config = method.run.config.model_copy(update={"domains": [method.run.config.domains[0]] * num_domains})
+    sample = replace(probed_domain(tmp_path), suspend_timeout=suspend)
+    domain = replace(sample, sample_batches=lambda label, **_: ResumableLoop([random_batch(2, 0)]))
+    method.before_domain(domain)
+    method.on_train_start(domain)
+    # A run that continues within the domain.
+    method.on_train_start(domain)
+    method.after_domain(domain)
+    assert made == 3 * 10 * ["computing projectors"]
 
 
 def test_plasticity_is_saved_with_the_state_and_missing_in_older_ones(tmp_path: Path) -> None:

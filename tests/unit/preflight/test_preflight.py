@@ -249,7 +249,7 @@ def test_check_method_files_missing_or_of_another_method_fails(method: str, tmp_
     assert missing.status == "failed" and "none.safetensors: cannot read" in missing.found
     other = check(paths["das" if method == "directions" else "directions"])
     expected = {
-        "das": "by direction, expected by unit or parameter",
+        "das": "by direction, from a run of directions, expected by unit or parameter",
         "directions": "by unit, expected by direction (method.init_from)",
     }
     assert other.status == "failed" and other.found.endswith(f"importance {expected[method]}")

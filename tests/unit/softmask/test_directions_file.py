@@ -17,7 +17,13 @@ from das_ds.errors import ImportanceError, RunFolderError
 from das_ds.models.architectures.registry import spec_for
 from das_ds.softmask import directions_file
 from das_ds.softmask.directions_file import load_directions, moment_digest, save_directions
-from das_ds.softmask.importance_file import DIRECTION, save_unit_importance, structure_digest, token_digest
+from das_ds.softmask.importance_file import (
+    DIRECTION,
+    load_unit_importance,
+    save_unit_importance,
+    structure_digest,
+    token_digest,
+)
 from das_ds.softmask.input_layout import InputLayout
 from helpers.single_rank import SingleRank
 from helpers.tiny_models import random_importance, tiny_model
@@ -114,8 +120,16 @@ def test_load_directions_missing_damaged_foreign_files_raise(tmp_path: Path) -> 
     with pytest.raises(ImportanceError, match="directions format None, this version reads '5'; measure them again"):
         load(path)
     save_unit_importance(path, random_importance(tiny_model()), layout())
-    with pytest.raises(ImportanceError, match="importance by unit, expected by direction"):
+    with pytest.raises(ImportanceError, match=r"importance by unit, expected by direction \(method.init_from\)"):
         load(path)
+
+
+def test_load_importance_of_directions_raises(tmp_path: Path) -> None:
+    path = tmp_path / "directions.safetensors"
+    save(path, random_moments())
+    message = rf"{path}: importance by direction, from a run of directions, expected by unit or parameter"
+    with pytest.raises(ImportanceError, match=message):
+        load_unit_importance(path, layout())
 
 
 def test_load_directions_earlier_format_raises(tmp_path: Path) -> None:
