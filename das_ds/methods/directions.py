@@ -312,7 +312,7 @@ class Directions(Method[DirectionsConfig]):
             # The sum over one domain is its file.
             self.run.engine.ranks.run_on_main(lambda: link_importance(domain_path, run_path))
         else:
-            self._importance.save(run_path, tokens)
+            self._importance.save(run_path, self.run.tokens[: self._importance.num_tokens])
 
     def _take_projectors(self, domain: DomainContext, importance: DirectionImportance) -> dict[str, Projector]:
         """Those that were kept, else new ones; a collective. They are computed once, and then belong to the caller."""

@@ -92,13 +92,16 @@ class DirectionImportance:
             latest = self._moments.pop(name)
             before = earlier._moments.pop(name)
             total[name] = None if latest is None or before is None else latest + before
-        return DirectionImportance(self.run, self.inputs, total, self.num_tokens)
+        numbers = [self.num_tokens, earlier.num_tokens]
+        num_tokens = None if None in numbers else max(number for number in numbers if number is not None)
+        return DirectionImportance(self.run, self.inputs, total, num_tokens)
 
     def projectors(self, compute: Callable[[torch.Tensor], Projector]) -> Iterator[tuple[str, Projector]]:
         """(input, projector) of each input that this rank steps a matrix of, in turn; a collective.
 
         All ranks walk through the inputs in one order. An owner computes the projector on its device, one at a time,
-        and sends it to the other ranks that step a matrix of the input: 4 d^2 bytes to each where it is dense.
+        and sends it to the other ranks that step a matrix of the input: 4 d^2 bytes to each where it is dense. Its next
+        one is computed before it waits for those of others, so that owners compute at the same time.
         At ZeRO stages 1 and 2 these are the few ranks whose shards meet there, at 0 and 3 all ranks (a broadcast). The
         caller has to take all: ranks wait for each other.
 
@@ -106,9 +109,13 @@ class DirectionImportance:
             compute: M, (d, d) in host memory -> its projector on the device.
         """
         device = self.run.engine.ranks.info.device
+        computed = map(compute, self.moments.values())
+        own_next = next(computed, None)
         for name, moment in self._moments.items():
-            own = None if moment is None else compute(moment)
+            own = None if moment is None else own_next
             projector = share_projector(own, self.inputs.owners[name], self.inputs.users[name], device)
+            if moment is not None:
+                own_next = next(computed, None)
             if projector is not None:
                 yield name, projector
 

@@ -439,6 +439,34 @@ def test_enough_passing_energy_or_no_limit_does_not_warn(
     assert caplog.messages == []
 
 
+def test_owners_compute_next_projector_before_they_wait_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    layout = layout_of(run)
+    # The second and third input belong to other ranks.
+    names = list(layout.widths)[:4]
+    moments = {name: None if number in (1, 2) else torch.eye(24) for number, name in enumerate(names)}
+    events: list[str] = []
+    monkeypatch.setattr(direction, "share_projector", lambda own, *_: events.append(f"share {own}") or own)
+    importance = DirectionImportance(run, layout, moments, None)
+    found = importance.projectors(lambda _: events.append("compute") or "P")  # type: ignore[arg-type, func-returns-value]
+    assert [name for name, _ in found] == [names[0], names[3]]
+    assert events == ["compute", "share P", "compute", "share None", "share None", "share P"]
+
+
+@pytest.mark.parametrize(
+    ("latest", "earlier", "expected"), [(90, 95, 95), (95, 90, 95), (None, 90, None), (90, None, None)]
+)
+def test_sum_of_moments_has_every_token_of_either(
+    latest: int | None, earlier: int | None, expected: int | None, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    layout = layout_of(run)
+    first, second = (DirectionImportance(run, layout, {}, number) for number in (latest, earlier))
+    assert first.accumulate(second).num_tokens == expected
+
+
 def test_projectors_are_computed_once_for_measuring_and_masking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
