@@ -87,7 +87,7 @@ def build_engine_config(config: RunConfig, world_size: int) -> EngineConfig:
     for key, (owner, value) in _owned_values(config, engine, world_size).items():
         _set_owned(engine, key, owner, value)
     engine_config = EngineConfig.from_raw(ENGINE_DEFAULTS | engine)
-    load_methods().METHODS[config.method.name].validate(config, engine_config)
+    load_methods().validate_method(config, engine_config)
     return engine_config
 
 

@@ -36,6 +36,11 @@ class ReplayConfig(Section):
     default, which is no replay for all but the method that does nothing else."""
     general: bool = False
     """Replay the training text of `general` as well, in the first domain too."""
+    loss: Literal["ce", "kl"] = "ce"
+    """What replayed text teaches: `ce` its tokens; `kl` what the model before the domain predicts there, by the
+    divergence KL(that model || model), which needs a copy of that model."""
+    kl_weight: float = Field(default=1.0, gt=0.0)
+    """Factor of the divergence, as a mean over all predicted tokens of the batch."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class MethodConfig(Section):
     """All domains are one stage, learned at once."""
     supports_replay: ClassVar[bool] = True
     """False where no domain comes after another."""
+    has_teacher: ClassVar[bool] = False
+    """The method asks the model before the domain about all text."""
     default_merge_weight: ClassVar[float | None] = None
     """`merge.weight` where the config gives none; None: no merging."""
     default_replay_fraction: ClassVar[float | None] = None
@@ -103,15 +110,15 @@ class MethodClass(Protocol):
 
     Config: type[MethodConfig]
 
-    def validate(self, config: Any, engine_config: Any) -> None:
-        """See `das_ds.methods.base.Method`."""
-
 
 class MethodRegistry(Protocol):
     """The part of the methods package that the config uses."""
 
     METHODS: dict[str, MethodClass]
     DEFAULT_METHOD: str
+
+    def validate_method(self, config: Any, engine_config: Any) -> None:
+        """See `das_ds.methods.validate_method`."""
 
 
 def load_methods() -> MethodRegistry:

@@ -77,6 +77,12 @@ class RunConfig(Section):
         general = [self.general.name] if self.general is not None and self.method.replay.general else []
         return names[: names.index(domain)] + general
 
+    @property
+    def distills_replay(self) -> bool:
+        """Whether replayed text teaches what an earlier model predicts there, in domains that replay some."""
+        replays = not self.method.trains_jointly and any(self.replayed(domain.name) for domain in self.domains)
+        return self.method.replay.loss == "kl" and replays
+
     @field_validator("deepspeed")
     @classmethod
     def _file_is_expanded(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
@@ -139,6 +145,13 @@ class RunConfig(Section):
         if replay.general and not self.num_replayed:
             raise ValueError(
                 "method.replay.general: found true with nothing to replay, expected method.replay.fraction"
+            )
+        if replay.loss == "kl" and not self.num_replayed:
+            raise ValueError("method.replay.loss: found kl with nothing to replay, expected method.replay.fraction")
+        if replay.loss == "kl" and self.method.has_teacher:
+            raise ValueError(
+                f"method.replay.loss: found kl with method {self.method.name}, which asks the same teacher about all "
+                "text; allowed there: ce"
             )
         return self
 

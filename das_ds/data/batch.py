@@ -28,6 +28,10 @@ class Batch:
     """(B,) float32: 1, or 0 for padding rows, which exist so that all ranks run equally many forward passes."""
     position_ids: Tensor | None = None
     """(B, S) long, position of each token in its document; None without document mask."""
+    replayed_rows: Tensor | None = None
+    """(R,) long, rows that are replayed, ascending; None: none are."""
+    replayed: Tensor | None = None
+    """(Q,) long, which of `predicted` are in these rows, ascending; None: none are."""
 
     @property
     def num_predicted(self) -> int:

@@ -6,7 +6,7 @@ Shape legend: B rows, S tokens per row, P predicted tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,6 +31,8 @@ class SampleRef(NamedTuple):
     """Index of the block."""
     source: int = 0
     """Index of the corpus in `SampleStream.datasets`; with replay: 0 is the domain, i + 1 is replayed corpus i."""
+    is_replayed: bool = False
+    """Whether it is earlier text that takes the place of the domain's."""
 
 
 class RowSource(Protocol):
@@ -56,7 +58,8 @@ class Replay:
         """
         source = number % len(self.sources)
         generator = sample_generator(seed, f"{stream}{REPLAY_STREAM}/choice", number)
-        return SampleRef(number, int(generator.integers(len(self.sources[source][0]))), source + 1)
+        block = int(generator.integers(len(self.sources[source][0])))
+        return SampleRef(number, block, source + 1, is_replayed=True)
 
 
 NO_REPLAY = Replay()
@@ -78,9 +81,17 @@ class MixedRows(Dataset[Batch]):
             if rows:
                 batches.append(dataset.__getitems__([refs[row] for row in rows]))
                 order += rows
-        if len(batches) == 1:
-            return batches[0]
-        return interleave(batches, order)
+        batch = batches[0] if len(batches) == 1 else interleave(batches, order)
+        return mark_replayed(batch, [row for row, ref in enumerate(refs) if ref.is_replayed])
+
+
+def mark_replayed(batch: Batch, rows: Sequence[int]) -> Batch:
+    """A batch that says which of its rows are replayed; `rows` are their indices, ascending."""
+    if not rows:
+        return batch
+    replayed_rows = torch.tensor(rows)
+    is_replayed = torch.isin(batch.predicted // batch.input_ids.shape[1], replayed_rows)
+    return replace(batch, replayed_rows=replayed_rows, replayed=is_replayed.nonzero().squeeze(1))
 
 
 def interleave(batches: Sequence[Batch], rows: Sequence[int]) -> Batch:

@@ -167,8 +167,8 @@ class Engine:
             self._optimizer, self._train, num_steps, is_first=is_first, is_last=is_last
         )
 
-    def __call__(self, *inputs: torch.Tensor | None) -> Any:
-        """Forward pass for training."""
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward pass for training; the module's arguments, in their order."""
         return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:

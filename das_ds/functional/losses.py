@@ -7,6 +7,7 @@ Shape legend: B local sequences (rows), N global sequences, S positions, H hidde
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -38,10 +39,15 @@ def representation_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor
     Returns:
         (B,) float32, the mean over the S positions.
     """
-    # (B, S, H), in float32 whatever the model computes in.
-    log_p = functional.log_softmax(first.float(), dim=-1)
-    log_q = functional.log_softmax(second.float(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean(dim=1)
+    # In float32 whatever the model computes in.
+    return softmax_kl(first.float(), second.float()).mean(dim=1)
+
+
+def softmax_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(first) || softmax(second)) over the last dimension: (..., V), (..., V) float -> (...)."""
+    log_p = functional.log_softmax(first, dim=-1)
+    log_q = functional.log_softmax(second, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
 def distillation_loss(teacher: torch.Tensor, student: torch.Tensor, *, temperature: float) -> torch.Tensor:
@@ -56,6 +62,27 @@ def distillation_loss(teacher: torch.Tensor, student: torch.Tensor, *, temperatu
     """
     kl = representation_kl(teacher.float() / temperature, student.float() / temperature)
     return temperature**2 * kl.mean()
+
+
+def top_k_entropy(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Entropy of the K most likely tokens, from 0 (one is certain) to 1 (all K are equally likely).
+
+        H_p = -(1 / ln K) sum_k q_pk ln q_pk              q_p = softmax of the K largest logits
+
+    The approximation of the entropy over the vocabulary by which EAFT weights tokens (Diao et al., *Entropy-Adaptive
+    Fine-Tuning*, 2026, arXiv 2601.02151).
+
+    Args:
+        logits: (P, V) float.
+        top_k: K, at least 2; all V tokens where there are fewer.
+
+    Returns:
+        (P,) of the type of `logits`.
+    """
+    num_tokens = min(top_k, logits.shape[-1])
+    probabilities = functional.softmax(logits.topk(num_tokens, dim=-1, sorted=False).values, dim=-1)
+    # Not p ln p: probabilities may be 0. Rounding may exceed the largest entropy.
+    return (torch.special.entr(probabilities).sum(dim=-1) / math.log(num_tokens)).clamp(0.0, 1.0)
 
 
 def contrastive_loss(

@@ -24,6 +24,8 @@ DISTILLATION_LOSS = "distillation"
 class KdConfig(MethodConfig):
     """Knowledge distillation from the model as it was before the domain."""
 
+    has_teacher = True
+
     name: Literal["kd"] = "kd"
     weight: float = Field(default=1.0, ge=0.0)
     """Factor of the divergence of final hidden states from those of the teacher, which is tiny at weight 1;
@@ -50,7 +52,7 @@ class KD(TeacherMethod[KdConfig]):
     @classmethod
     def step_use(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
         """The teacher's forward pass."""
-        return StepUse(forward_passes=1, num_losses=1)
+        return StepUse(forward_passes=1, forward_rows=1.0, num_losses=1)
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:

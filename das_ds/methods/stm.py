@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 class StmConfig(MethodConfig):
     """Selective token masking: no loss on tokens whose perplexity was high before the domain."""
 
+    has_teacher = True
+
     name: Literal["stm"] = "stm"
     max_perplexity: float = Field(default=2.5, ge=1.0)
-    """Largest perplexity, under the model before the domain, of a token that is trained on."""
+    """Largest perplexity, under the model before the domain, of a token that is trained on; 2.5 is the default of the
+    authors' training script."""
 
 
 class STM(TeacherMethod[StmConfig]):
@@ -46,7 +49,7 @@ class STM(TeacherMethod[StmConfig]):
     @classmethod
     def step_use(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> StepUse:
         """The teacher's forward pass, of which the LM head is not counted."""
-        return StepUse(forward_passes=1)
+        return StepUse(forward_passes=1, forward_rows=1.0)
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:

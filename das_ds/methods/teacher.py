@@ -1,16 +1,19 @@
-"""The teacher: the model from before the domain, which methods ask about the text of the domain.
+"""The teacher: the model from before the domain, which methods ask about the text they train on.
 
 Shape legend: B local sequences, S positions, P predicted tokens, H hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 
 from das_ds.config import MethodConfig, RunConfig
-from das_ds.distributed.state import ComponentState, SavedComponentState
+from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
 from das_ds.errors import ConfigError
 from das_ds.methods.base import Method
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
@@ -26,6 +29,70 @@ TEACHER = "teacher"
 C = TypeVar("C", bound=MethodConfig)
 
 
+class Teacher:
+    """The model as it was when `begin` was called, until `end`.
+
+    Args:
+        run: of the method that asks.
+    """
+
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        self._snapshot: WeightSnapshot | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one."""
+        return self._snapshot is not None
+
+    def begin(self, saved: Flats | None = None) -> None:
+        """The present model becomes the teacher, or the one with these weights."""
+        self._snapshot = self._run.engine.weights.weight_snapshot(saved)
+
+    def end(self) -> None:
+        """There is no teacher until the next `begin`."""
+        self._snapshot = None
+
+    def flats(self) -> Flats:
+        """Its weights, for a checkpoint."""
+        assert self._snapshot is not None, "a domain begins with a teacher"
+        return self._snapshot.flats()
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The teacher as a module, for one forward pass on all ranks, without dropout and without gradients."""
+        assert self._snapshot is not None, "a domain begins with a teacher"
+        module = self._run.engine.module
+        module.eval()
+        with torch.no_grad(), self._snapshot.swapped_in():
+            yield module
+        module.train()
+
+
+def check_teacher(cause: str, engine_config: EngineConfig) -> None:
+    """ZeRO-3 must gather the teacher where it gathers the weights, not from a second copy of these.
+
+    Args:
+        cause: key and value of the config that need a teacher.
+        engine_config: DeepSpeed's merged settings.
+
+    Raises:
+        ConfigError: there is a second copy.
+    """
+    if engine_config.has_secondary_shards:
+        copies = engine_config.raw["zero_optimization"]["zero_hpz_partition_size"]
+        raise ConfigError(
+            f"deepspeed zero_optimization.zero_hpz_partition_size: found {copies!r} with {cause}, allowed: 1; "
+            "DeepSpeed would gather the teacher from a second copy of the present weights"
+        )
+
+
+def teacher_memory(size: ModelSize, sharding: Sharding) -> MemoryUse:
+    """The teacher, in the type of training."""
+    teacher = sharding.weight_bytes * size.trained
+    return MemoryUse(device={"teacher": teacher // sharding.weight_shards}, checkpoint=teacher)
+
+
 class TeacherMethod(Method[C]):
     """A method with a teacher: the model before the domain, the base model in the first.
 
@@ -35,45 +102,39 @@ class TeacherMethod(Method[C]):
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
-        self._teacher: WeightSnapshot | None = None
+        self._teacher = Teacher(run)
 
     @classmethod
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
-        """ZeRO-3 must gather the teacher where it gathers the weights, not from a second copy of these."""
-        if engine_config.has_secondary_shards:
-            copies = engine_config.raw["zero_optimization"]["zero_hpz_partition_size"]
-            raise ConfigError(
-                f"deepspeed zero_optimization.zero_hpz_partition_size: found {copies!r} with method.name "
-                f"{config.method.name}, allowed: 1; DeepSpeed would gather the teacher from a second copy of the "
-                "present weights"
-            )
+        """There is no second copy of the weights, see `check_teacher`."""
+        check_teacher(f"method.name {config.method.name}", engine_config)
 
     @classmethod
     def memory(cls, config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
         """The teacher, in the type of training."""
-        teacher = sharding.weight_bytes * size.trained
-        return MemoryUse(device={"teacher": teacher // sharding.weight_shards}, checkpoint=teacher)
+        return teacher_memory(size, sharding)
 
     def before_domain(self, domain: DomainContext) -> None:
         """The present model becomes the teacher."""
-        self._teacher = self.run.engine.weights.weight_snapshot()
+        self._teacher.begin()
 
     def after_domain(self, domain: DomainContext) -> None:
         """The next domain has another teacher."""
-        self._teacher = None
+        self._teacher.end()
 
     def state_dict(self) -> ComponentState:
         """The teacher, while there is one."""
-        if self._teacher is None:
+        if not self._teacher.exists:
             return ComponentState(metadata={"has_teacher": False})
         return ComponentState(sharded={TEACHER: self._teacher.flats()}, metadata={"has_teacher": True})
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue with the same teacher."""
-        has_teacher = saved.metadata["has_teacher"]
-        self._teacher = self.run.engine.weights.weight_snapshot(saved.sharded(TEACHER)) if has_teacher else None
+        if saved.metadata["has_teacher"]:
+            self._teacher.begin(saved.sharded(TEACHER))
+        else:
+            self._teacher.end()
 
-    @torch.no_grad()
     def teach(self, batch: Batch, predicted: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward pass of the teacher over the corrupted rows, without dropout and without gradients.
 
@@ -85,10 +146,6 @@ class TeacherMethod(Method[C]):
         Returns:
             Hidden states (B, S, H), and the cross-entropy of each position (P,) float32.
         """
-        assert self._teacher is not None, "a domain begins with a teacher"
-        module = self.run.engine.module
-        module.eval()
-        with self._teacher.swapped_in():
+        with self._teacher.active() as module:
             hidden, losses = module(batch.corrupted_ids, predicted, targets, batch.position_ids)
-        module.train()
         return hidden, losses

@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from das_ds.config import TrainConfig
+from das_ds.kernels.linear_cross_entropy import Weigh
+from das_ds.kernels.linear_divergence import LinearLogits
 from das_ds.models.architectures.spec import ArchitectureSpec
-from das_ds.models.lm_loss import ChunkedLMLoss, positions_per_chunk
+from das_ds.models.lm_loss import ChunkedLMLoss, Distillation, positions_per_chunk
 
 DEFAULT_LOGITS_MIB = TrainConfig().max_logits_mib
 
@@ -35,6 +37,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self._trains_head_only = False
+        self._captured: list[LinearLogits] | None = None
+        self._distillation: Distillation | None = None
         self._head = spec.head(model)
         self._losses = ChunkedLMLoss(
             self._logits,
@@ -62,12 +66,39 @@ class LanguageModel(nn.Module):
         finally:
             self._trains_head_only = False
 
+    @property
+    def can_distill(self) -> bool:
+        """Whether `capturing_logits` and `distilling` are possible: the LM head ends in a plain `nn.Linear`."""
+        return self._losses.can_distill
+
+    @contextmanager
+    def capturing_logits(self) -> Iterator[list[LinearLogits]]:
+        """Inside, calls append the logits of predicted positions, without gradients; their losses are zeros."""
+        self._captured = []
+        try:
+            yield self._captured
+        finally:
+            self._captured = None
+
+    @contextmanager
+    def distilling(self, distillation: Distillation) -> Iterator[None]:
+        """Inside, calls put what some predicted positions learn from a teacher into `distillation.divergences`.
+
+        Their losses are zeros. The positions are counted among those that a call predicts, whose number may be larger.
+        """
+        self._distillation = distillation
+        try:
+            yield
+        finally:
+            self._distillation = None
+
     def forward(
         self,
         input_ids: torch.Tensor,
         predicted: torch.Tensor,
         targets: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        weigh: Weigh | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode packed rows and predict.
 
@@ -77,9 +108,10 @@ class LanguageModel(nn.Module):
             targets: (P,) int64, the tokens to predict there.
             position_ids: (R, S) int64, positions within documents that attention must not cross; None: one document
                 per row.
+            weigh: weights of predicted positions from their logits, see `ChunkedLMLoss`; None: 1.
 
         Returns:
-            Hidden states (R, S, H), and the cross-entropy of each predicted position (P,) float32.
+            Hidden states (R, S, H), and the weighted cross-entropy of each predicted position (P,) float32.
         """
         options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         if self._is_causal:
@@ -88,7 +120,14 @@ class LanguageModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trains_head_only):
             hidden = self.model.base_model(input_ids=input_ids, **options).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, predicted)
-        return hidden, self._losses(chosen, targets, max_positions=input_ids.numel())
+        if self._captured is not None:
+            self._captured.append(self._losses.linear_logits(chosen))
+            return hidden, torch.zeros_like(targets, dtype=torch.float32)
+        if self._distillation is not None:
+            losses = self._losses.distilled(chosen, targets, self._distillation, weigh)
+            self._distillation.divergences = losses.index_select(0, self._distillation.positions)
+            return hidden, losses.index_fill(0, self._distillation.positions, 0.0)
+        return hidden, self._losses(chosen, targets, max_positions=input_ids.numel(), weigh=weigh)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(P, H) -> (P, V), before a cap."""

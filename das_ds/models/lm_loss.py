@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from das_ds.kernels.linear_cross_entropy import linear_cross_entropy
+from das_ds.kernels.linear_cross_entropy import Weigh, linear_cross_entropy
+from das_ds.kernels.linear_divergence import LinearLogits, linear_divergence
 
 MIB = 2**20
 
@@ -21,6 +23,18 @@ MIB = 2**20
 def positions_per_chunk(vocab_size: int, logits_mib: int) -> int:
     """Positions whose float32 logits fill `logits_mib` MiB; at least one."""
     return max(1, logits_mib * MIB // (torch.float32.itemsize * vocab_size))
+
+
+@dataclass
+class Distillation:
+    """Predicted positions that learn a teacher's prediction in place of a token."""
+
+    positions: torch.Tensor
+    """(Q,) int64, which of the predicted positions, ascending."""
+    teacher: LinearLogits
+    """Its logits at these positions."""
+    divergences: torch.Tensor | None = None
+    """(Q,) float32, KL(teacher || model) of each with gradients, from the latest call of the model."""
 
 
 class ChunkedLMLoss:
@@ -59,13 +73,16 @@ class ChunkedLMLoss:
         self.num_rows: int | None = None
         """The softmax covers the first `num_rows` rows of the vocabulary; None: all."""
 
-    def __call__(self, hidden: torch.Tensor, targets: torch.Tensor, *, max_positions: int) -> torch.Tensor:
-        """Cross-entropy of each position.
+    def __call__(
+        self, hidden: torch.Tensor, targets: torch.Tensor, *, max_positions: int, weigh: Weigh | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy of each position, times its weight.
 
         Args:
             hidden: (P, H) hidden states; P = 0 calls the head too, because ZeRO expects a gradient of every weight.
             targets: (P,) int64.
             max_positions: upper bound of P, equal on all ranks, such as the number of positions in the batch.
+            weigh: weights from the logits of a chunk, constants of the loss; None: 1.
 
         Returns:
             (P,) float32.
@@ -73,19 +90,80 @@ class ChunkedLMLoss:
         assert len(hidden) <= max_positions, f"{len(hidden)} positions, expected at most {max_positions}"
         # The exact type: a subclass may do more than multiply by its weight.
         if type(self._projection) is not nn.Linear:
-            return self._checkpointed_loss(hidden, targets, max_positions)
+            return self._checkpointed_loss(hidden, targets, max_positions, weigh)
         if len(hidden) <= self._chunk:
-            return self._unchunked_loss(hidden, targets)
+            return self._unchunked_loss(hidden, targets, weigh)
         projection = self._projection
 
         def losses(transformed: torch.Tensor) -> torch.Tensor:
             weight, bias = self._active_rows(projection)
-            return linear_cross_entropy(transformed, weight, bias, targets, chunk=self._chunk, soft_cap=self._soft_cap)
+            return linear_cross_entropy(
+                transformed, weight, bias, targets, chunk=self._chunk, soft_cap=self._soft_cap, weigh=weigh
+            )
 
         with _replace_forward(projection, losses):
             return self._head(hidden)
 
-    def _unchunked_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    @property
+    def can_distill(self) -> bool:
+        """Whether the logits are those of a plain `nn.Linear`, which `linear_logits` and `distilled` need."""
+        return type(self._projection) is nn.Linear
+
+    def linear_logits(self, hidden: torch.Tensor) -> LinearLogits:
+        """Logits of hidden states (Q, H) as inputs and weights of the projection, without a gradient.
+
+        Under ZeRO-3 they keep the gathered weights alive.
+        """
+        projection = self._projection
+        assert isinstance(projection, nn.Linear), f"found {type(projection).__name__}, expected nn.Linear"
+        captured: list[LinearLogits] = []
+
+        def capture(transformed: torch.Tensor) -> torch.Tensor:
+            weight, bias = self._active_rows(projection)
+            bias = None if bias is None else bias.detach()
+            captured.append(LinearLogits(transformed.detach(), weight.detach(), bias))
+            return transformed.new_zeros(len(transformed))
+
+        with _replace_forward(projection, capture):
+            self._head(hidden)
+        return captured[0]
+
+    def distilled(
+        self, hidden: torch.Tensor, targets: torch.Tensor, distillation: Distillation, weigh: Weigh | None
+    ) -> torch.Tensor:
+        """As a call, but the divergence from the teacher at the positions of `distillation`: (P, H) -> (P,)."""
+        projection = self._projection
+        assert isinstance(projection, nn.Linear), f"found {type(projection).__name__}, expected nn.Linear"
+        is_taught = torch.zeros_like(targets, dtype=torch.uint8).index_fill_(0, distillation.positions, 1)
+        # Tokens first, then what is taught, each in order.
+        order = is_taught.argsort(stable=True)
+        tokens = order[: len(targets) - len(distillation.positions)]
+
+        def losses(transformed: torch.Tensor) -> torch.Tensor:
+            weight, bias = self._active_rows(projection)
+            of_tokens = linear_cross_entropy(
+                transformed.index_select(0, tokens),
+                weight,
+                bias,
+                targets.index_select(0, tokens),
+                chunk=self._chunk,
+                soft_cap=self._soft_cap,
+                weigh=weigh,
+            )
+            of_teacher = linear_divergence(
+                transformed.index_select(0, distillation.positions),
+                weight,
+                bias,
+                distillation.teacher,
+                chunk=self._chunk,
+                soft_cap=self._soft_cap,
+            )
+            return torch.cat((of_tokens, of_teacher)).index_select(0, order.argsort())
+
+        with _replace_forward(projection, losses):
+            return self._head(hidden)
+
+    def _unchunked_loss(self, hidden: torch.Tensor, targets: torch.Tensor, weigh: Weigh | None) -> torch.Tensor:
         logits = self._head(hidden)
         if self.num_rows is not None:
             logits = logits[:, : self.num_rows]
@@ -93,7 +171,8 @@ class ChunkedLMLoss:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._soft_cap is not None:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
-        return functional.cross_entropy(logits, targets, reduction="none")
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        return losses if weigh is None else losses * weigh(logits.detach())
 
     def _active_rows(self, projection: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (V, H) and bias (V,) of the rows that can be predicted."""
@@ -102,13 +181,15 @@ class ChunkedLMLoss:
         bias = None if projection.bias is None else projection.bias[: self.num_rows]
         return projection.weight[: self.num_rows], bias
 
-    def _checkpointed_loss(self, hidden: torch.Tensor, targets: torch.Tensor, max_positions: int) -> torch.Tensor:
+    def _checkpointed_loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, max_positions: int, weigh: Weigh | None
+    ) -> torch.Tensor:
         if max_positions <= self._chunk:
-            return self._unchunked_loss(hidden, targets)
+            return self._unchunked_loss(hidden, targets, weigh)
         # Chunks after the last local position are empty; they still call the head in the forward and in the backward
         # pass, because the call is a collective that other ranks wait for.
         chunks = [slice(start, start + self._chunk) for start in range(0, max_positions, self._chunk)]
-        losses = [checkpoint(self._unchunked_loss, hidden[c], targets[c], use_reentrant=False) for c in chunks]
+        losses = [checkpoint(self._unchunked_loss, hidden[c], targets[c], weigh, use_reentrant=False) for c in chunks]
         return torch.cat(losses)
 
 

@@ -192,7 +192,9 @@ class StepUse:
     flops: int = 0
     """Floating-point operations of all ranks together, as few large matrix products."""
     forward_passes: int = 0
-    """Further forward passes over the rows of the batch."""
+    """Further forward passes of each micro-step, for which ZeRO-3 gathers the weights."""
+    forward_rows: float = 0.0
+    """Rows that they read, relative to those of the global batch."""
     collectives: tuple[Collective, ...] = ()
     """What ranks exchange, without what DeepSpeed gathers for the passes."""
     num_losses: int = 0
@@ -202,6 +204,7 @@ class StepUse:
         return StepUse(
             flops=self.flops + other.flops,
             forward_passes=self.forward_passes + other.forward_passes,
+            forward_rows=self.forward_rows + other.forward_rows,
             collectives=(*self.collectives, *other.collectives),
             num_losses=self.num_losses + other.num_losses,
         )

@@ -173,7 +173,7 @@ def _executed_flops(config: RunConfig, model: PlannedModel, use: MemoryUse, step
     plain = model.flops
     extra_rows = use.extra_rows / config.train.micro_batch_size
     body = plain.body + plain.attention
-    return plain.total + round(extra_rows * body) + step.forward_passes * plain.forward + step.flops
+    return plain.total + round(extra_rows * body) + round(step.forward_rows * plain.forward) + step.flops
 
 
 def _measured_seconds(

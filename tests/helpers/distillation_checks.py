@@ -34,14 +34,18 @@ def expected_elements(stage: int, num_ranks: int, threshold: int) -> int:
 
 Losses = tuple[torch.Tensor, ...]
 Reference = tuple[dict[str, torch.Tensor], list[list[float]]]
-"""Weights at the end, and per step the losses: mlm and those of the method."""
+"""Weights at the end, and per step all losses."""
 
 
-def trained(compute_losses: Callable[[PreTrainedModel], Callable[[PreTrainedModel, list[Batch]], Losses]]) -> Reference:
+def trained(
+    compute_losses: Callable[[PreTrainedModel], Callable[[PreTrainedModel, list[Batch]], Losses]],
+    steps: list[list[Batch]],
+) -> Reference:
     """Plain torch in float64 on one process.
 
     Args:
-        compute_losses: first model -> (model, joined micro-batches of a step) -> losses of the method.
+        compute_losses: first model -> (model, joined micro-batches of a step) -> all losses.
+        steps: joined micro-batches of every step.
     """
     model = tiny_model(**NO_DROPOUT).double()
     method = compute_losses(model)
@@ -50,11 +54,10 @@ def trained(compute_losses: Callable[[PreTrainedModel], Callable[[PreTrainedMode
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, eps=EPS)
     lines = []
-    for number, step in enumerate(steps()):
+    for number, step in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (NUM_STEPS - number) / NUM_STEPS
-        predicted = torch.stack([_token_loss(model, batch) for batch in step]).sum()
-        losses = (predicted / sum(batch.num_predicted for batch in step), *method(model, step))
+        losses = method(model, step)
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 0.5)
@@ -63,9 +66,12 @@ def trained(compute_losses: Callable[[PreTrainedModel], Callable[[PreTrainedMode
     return {name: value.detach() for name, value in parameters.items()}, lines
 
 
-def _token_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    logits = model(input_ids=batch.corrupted_ids).logits.flatten(0, 1)[batch.predicted]
-    return functional.cross_entropy(logits, batch.targets, reduction="sum")
+def _token_loss(model: PreTrainedModel, step: list[Batch]) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in step:
+        logits = model(input_ids=batch.corrupted_ids).logits.flatten(0, 1)[batch.predicted]
+        total = total + functional.cross_entropy(logits, batch.targets, reduction="sum")
+    return total / sum(batch.num_predicted for batch in step)
 
 
 def _distillation(first: PreTrainedModel) -> Callable[[PreTrainedModel, list[Batch]], Losses]:
@@ -78,19 +84,25 @@ def _distillation(first: PreTrainedModel) -> Callable[[PreTrainedModel, list[Bat
         old, new = (model.base_model(input_ids=ids).last_hidden_state for model in (teacher, student))
         p = functional.softmax(old / temperature, dim=-1)
         q = functional.softmax(new / temperature, dim=-1)
-        return (weight * temperature**2 * (p * (p / q).log()).sum(dim=-1).mean(),)
+        distillation = weight * temperature**2 * (p * (p / q).log()).sum(dim=-1).mean()
+        return _token_loss(student, step), distillation
 
     return losses
 
 
+def _dark_replay(_: PreTrainedModel) -> Callable[[PreTrainedModel, list[Batch]], Losses]:
+    buffer = PlainBuffer()
+    return lambda model, step: (_token_loss(model, step), *buffer.step(model, step))
+
+
 @cache
 def kd_reference() -> Reference:
-    return trained(_distillation)
+    return trained(_distillation, steps())
 
 
 @cache
 def derpp_reference() -> Reference:
-    return trained(lambda _: PlainBuffer().step)
+    return trained(_dark_replay, steps())
 
 
 def assert_losses(found: list[Any], expected: list[list[float]], names: tuple[str, ...], rel: float) -> None:

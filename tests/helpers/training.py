@@ -11,6 +11,7 @@ from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
 from das_ds.context import DomainContext, RunContext, build_context
 from das_ds.data.batch import Batch
+from das_ds.data.replay import mark_replayed
 from das_ds.distributed.process_group import ProcessGroup, init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods import build_method
@@ -59,13 +60,15 @@ def rank_part(batch: Batch, rank: int, world_size: int) -> Batch:
     rows = batch.predicted // LENGTH
     own = (rows >= first) & (rows < first + num_rows)
     window = slice(first, first + num_rows)
-    return Batch(
+    part = Batch(
         batch.input_ids[window],
         batch.corrupted_ids[window],
         batch.predicted[own] - first * LENGTH,
         batch.targets[own],
         batch.row_weights[window],
     )
+    replayed = [] if batch.replayed_rows is None else batch.replayed_rows.tolist()
+    return mark_replayed(part, [row - first for row in replayed if first <= row < first + num_rows])
 
 
 def run_config(output_dir: Path, **changes: Any) -> RunConfig:

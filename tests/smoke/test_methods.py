@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "das-parameter": {"name": "das", "importance": {**IMPORTANCE, "granularity": "parameter"}},
     "das-first-moment": {"name": "das", "importance": IMPORTANCE, "softmask": {"apply_to": "first_moment"}},
     "ncl-rates-by-layer": {"name": "ncl"},
-    "das-replay": {"name": "das", "importance": IMPORTANCE, "replay": {"fraction": 0.25}},
+    "das-replay-kl": {"name": "das", "importance": IMPORTANCE, "replay": {"fraction": 0.25, "loss": "kl"}},
 }
 TRAIN: dict[str, dict[str, Any]] = {"ncl-rates-by-layer": {"layer_lr_decay": 0.7}}
 CASES = {**{name: {"name": name, **SETTINGS.get(name, {})} for name in METHODS}, **VARIANTS}

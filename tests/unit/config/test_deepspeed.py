@@ -114,17 +114,20 @@ def test_engine_config_contradiction_is_error(engine: dict[str, Any], expected: 
 
 
 @pytest.mark.parametrize(
-    ("zero", "expected"),
+    ("method", "cause"),
     [
-        ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size: found 8 with method.name kd, allowed: 1"),
+        ("kd", "method.name kd"),
+        ({"name": "ncl", "replay": {"fraction": 0.5, "loss": "kl"}}, "method.replay.loss kl"),
     ],
 )
-def test_engine_config_kd_with_secondary_shards_is_error(zero: dict[str, Any], expected: str) -> None:
-    config = run_config({"zero_optimization": {"stage": 3, **zero}})
+def test_engine_config_teacher_with_secondary_shards_is_error(method: str | dict[str, Any], cause: str) -> None:
+    config = run_config({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}})
+    later = config.domains[0].model_copy(update={"name": "later"})
+    changes = {"method": parse_method(method), "domains": [*config.domains, later]}
     build_engine_config(config, world_size=1)
     with pytest.raises(ConfigError) as caught:
-        build_engine_config(config.model_copy(update={"method": parse_method("kd")}), world_size=1)
-    assert expected in str(caught.value)
+        build_engine_config(config.model_copy(update=changes), world_size=1)
+    assert f"zero_hpz_partition_size: found 8 with {cause}, allowed: 1" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,17 @@ def test_stages_are_domains_or_their_pool() -> None:
         ),
         (
             RunConfig,
+            {**SMALL, "method": {"replay": {"loss": "kl"}}},
+            "method.replay.loss: found kl with nothing to replay, expected method.replay.fraction",
+        ),
+        (
+            RunConfig,
+            {**SMALL, "method": {"name": "kd", "replay": {"loss": "kl", "fraction": 0.5}}},
+            "method.replay.loss: found kl with method kd, which asks the same teacher about all text; allowed there: ",
+        ),
+        (RunConfig, {**SMALL, "method": {"name": "eaft", "top_k": 1}}, "greater than or equal to 2"),
+        (
+            RunConfig,
             {
                 **SMALL,
                 "method": {"importance": {"granularity": "parameter"}, "softmask": {"include_consumers": True}},

@@ -175,6 +175,18 @@ def test_replay_causal_rows(corpora: dict[str, TokenBlocks]) -> None:
                 assert row.predicted == tuple((place, row.token) for place in range(LENGTH - 1))
 
 
+@pytest.mark.parametrize("num_replayed", [0, 3, 15])
+def test_replay_marks_rows_and_predictions(corpora: dict[str, TokenBlocks], num_replayed: int) -> None:
+    for step in load(corpora, num_replayed=num_replayed, micro_batch_size=2):
+        for batch in step:
+            replayed = [row for row, found in enumerate(list_rows(batch)) if found.corpus != "papers"]
+            assert (batch.replayed_rows is None) == (batch.replayed is None) == (not replayed)
+            if batch.replayed_rows is not None and batch.replayed is not None:
+                assert batch.replayed_rows.tolist() == replayed
+                rows = (batch.predicted // LENGTH).tolist()
+                assert batch.replayed.tolist() == [index for index, row in enumerate(rows) if row in replayed]
+
+
 def test_interleave_moves_position_ids() -> None:
     def made(rows: list[list[int]], predicted: list[int]) -> Batch:
         ids = torch.tensor(rows)
@@ -184,4 +196,5 @@ def test_interleave_moves_position_ids() -> None:
     joined = interleave([made([[1, 2], [3, 4]], [1, 2]), made([[5, 6]], [0])], [2, 0, 1])
     expected = made([[3, 4], [5, 6], [1, 2]], [0, 2, 5])
     for field in fields(Batch):
-        assert getattr(joined, field.name).equal(getattr(expected, field.name)), field.name
+        if field.name not in ("replayed_rows", "replayed"):
+            assert getattr(joined, field.name).equal(getattr(expected, field.name)), field.name

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from das_ds.functional.losses import contrastive_loss, distillation_loss, representation_kl, sequence_token_loss
+from das_ds.functional.losses import (
+    contrastive_loss,
+    distillation_loss,
+    representation_kl,
+    sequence_token_loss,
+    softmax_kl,
+    top_k_entropy,
+)
 
 
 def test_contrastive_loss_two_by_two_by_hand() -> None:
@@ -62,6 +69,32 @@ def test_distillation_loss_by_hand() -> None:
     rows = torch.cat((teacher, student))
     equal = torch.cat((student, student))
     assert distillation_loss(rows, equal, temperature=2.0).item() == pytest.approx(2 * kl, rel=1e-6)
+
+
+def test_softmax_kl_by_hand() -> None:
+    first = torch.tensor([[2 * math.log(3), 0.0], [1.0, 1.0]], dtype=torch.float64)
+    second = torch.tensor([[0.0, 0.0], [7.0, 7.0]], dtype=torch.float64)
+    expected = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
+    assert softmax_kl(first, second).tolist() == pytest.approx([expected, 0.0])
+
+
+def test_top_k_entropy_by_hand() -> None:
+    """Of the two likeliest tokens: (1/2, 1/2), (3/4, 1/4), and (1, 0)."""
+    logits = torch.tensor([[5.0, 1.0, 5.0], [0.0, math.log(3), -2.0], [-9.0, 1000.0, 0.0]], dtype=torch.float64)
+    middle = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
+    assert top_k_entropy(logits, 2).tolist() == pytest.approx([1.0, middle, 0.0])
+
+
+@pytest.mark.parametrize("top_k", [2, 20, 50, 60])
+def test_top_k_entropy_equals_loop(top_k: int) -> None:
+    logits = 4.0 * torch.randn(7, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for row, found in zip(logits, top_k_entropy(logits, top_k).tolist(), strict=True):
+        largest = sorted(row.tolist(), reverse=True)[:top_k]
+        total = sum(math.exp(value) for value in largest)
+        probabilities = [math.exp(value) / total for value in largest]
+        entropy = -sum(p * math.log(p) for p in probabilities)
+        # As many tokens as there are.
+        assert found == pytest.approx(entropy / math.log(min(top_k, 50)), rel=1e-12)
 
 
 def test_sequence_token_loss_is_mean_per_sequence() -> None:

@@ -11,7 +11,7 @@ import pytest
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
 from das_ds.methods import method_memory, method_step_use
-from das_ds.models.size import MatrixSize, MemoryUse, ModelSize, Sharding
+from das_ds.models.size import MatrixSize, MemoryUse, ModelSize, Sharding, StepUse
 from das_ds.preflight.memory import activation_estimate, disk_use, estimate_run_memory, unsharded_use
 from helpers.configs import make_config
 
@@ -108,6 +108,39 @@ def test_memory_own_mask_is_counted(method: dict[str, Any], has_own_mask: bool) 
     assert use.optimizer["importance"] == (7 if has_own_mask else 6) * 1000 // 4
     by_unit = {**method, "importance": {"granularity": "unit"}}
     assert method_memory(config(by_unit), SIZE, SHARDING).optimizer["importance"] == 3 * 4 * 50
+
+
+REPLAY_KL: dict[str, Any] = {"name": "ncl", "replay": {"fraction": 0.125, "loss": "kl"}}
+SECOND_DOMAIN = "domains=[{name: first, train: [unused.txt]}, {name: second, train: [unused.txt]}]"
+
+
+@pytest.mark.parametrize(
+    ("stage", "device"),
+    [
+        (2, {"teacher": 2000}),
+        # In addition the gathered LM head, 100 tokens of 24 numbers.
+        (3, {"teacher": 500, "LM head of the teacher": 2 * 100 * 24}),
+    ],
+)
+def test_memory_replay_kl_counts_teacher(stage: int, device: dict[str, int]) -> None:
+    sharding = replace(SHARDING, stage=stage)
+    run = config(REPLAY_KL, SECOND_DOMAIN)
+    assert method_memory(run, SIZE, sharding) == MemoryUse(device=device, checkpoint=2000)
+    # 4 of 32 sequences; at stage 3 one of each of the 32 / 4 micro-batches.
+    step = method_step_use(run, SIZE, sharding)
+    assert (step.forward_passes, step.forward_rows, step.num_losses) == (1, 0.25 if stage == 3 else 0.125, 1)
+    merged = config({**REPLAY_KL, "name": "ewc", "merge": {"weight": 0.5}}, SECOND_DOMAIN)
+    plain = config({"name": "ewc", "merge": {"weight": 0.5}}, SECOND_DOMAIN)
+    found, without = (method_memory(c, SIZE, sharding) for c in (merged, plain))
+    assert found.checkpoint == without.checkpoint + 2000 and set(found.device) == {*without.device, *device}
+
+
+def test_memory_replay_kl_of_nothing_is_free() -> None:
+    """A single domain, and cross-entropy on two."""
+    cross_entropy = {"name": "ncl", "replay": {"fraction": 0.125}}
+    for run in (config(REPLAY_KL), config(cross_entropy, SECOND_DOMAIN)):
+        assert method_memory(run, SIZE, SHARDING) == MemoryUse()
+        assert method_step_use(run, SIZE, SHARDING) == StepUse()
 
 
 def widest_sets(stage: int) -> tuple[int, int]:

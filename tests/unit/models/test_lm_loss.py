@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from das_ds.models.lm_loss import ChunkedLMLoss, positions_per_chunk
+from das_ds.functional.losses import top_k_entropy
+from das_ds.kernels.linear_cross_entropy import Weigh
+from das_ds.models.lm_loss import ChunkedLMLoss, Distillation, positions_per_chunk
 from helpers.token_losses import Wrapped
 
 # H below the chunk: the transposed gradient of the (V, H) weight would pass for logits of H positions.
@@ -68,7 +70,14 @@ def losses_and_gradients(
     return [losses, *torch.autograd.grad(losses, [hidden, *head.parameters()], upstream.to(losses.dtype))]
 
 
-def reference(head: nn.Module, soft_cap: float | None, num_positions: int) -> list[torch.Tensor]:
+def entropy_weight(logits: torch.Tensor) -> torch.Tensor:
+    """A weight that depends on the logits."""
+    return top_k_entropy(logits, 5).square()
+
+
+def reference(
+    head: nn.Module, soft_cap: float | None, num_positions: int, weigh: Weigh | None = None
+) -> list[torch.Tensor]:
     """All logits at once, in float64."""
     double = Head(bias=any("decoder" in n and "bias" in n for n, _ in head.named_parameters()), wrapped=False).double()
     double.load_state_dict({name.replace("inner.", ""): weight for name, weight in head.state_dict().items()})
@@ -77,7 +86,8 @@ def reference(head: nn.Module, soft_cap: float | None, num_positions: int) -> li
         logits = double(hidden)
         if soft_cap is not None:
             logits = torch.tanh(logits / soft_cap) * soft_cap
-        return -logits.log_softmax(dim=1)[torch.arange(len(targets)), targets]
+        losses = -logits.log_softmax(dim=1)[torch.arange(len(targets)), targets]
+        return losses if weigh is None else losses * weigh(logits).detach()
 
     return losses_and_gradients(compute_losses, double, num_positions)
 
@@ -95,6 +105,71 @@ def test_chunked_lm_loss_equals_unchunked(
     assert found[0].dtype == torch.float32 and found[0].shape == (num_positions,)
     for value, expected in zip(found, reference(head, soft_cap, num_positions), strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("num_positions", POSITIONS)
+def test_weighted_lm_loss_equals_unchunked(num_positions: int, soft_cap: float | None, wrapped: bool) -> None:
+    head = Head(bias=True, wrapped=wrapped)
+    compute_losses = ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap)
+    found = losses_and_gradients(
+        lambda h, t: compute_losses(h, t, max_positions=MOST, weigh=entropy_weight), head, num_positions
+    )
+    for value, expected in zip(found, reference(head, soft_cap, num_positions, entropy_weight), strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("taught", [[], [0], [1, 3, 4, 5, 6, 7, 8, 9, 10, 12], list(range(13))])
+def test_distilled_lm_loss_equals_unchunked(taught: list[int], soft_cap: float | None) -> None:
+    """Some of 13 positions learn what another head predicts, the others their tokens, weighted."""
+    student, teacher = (Head(bias=True, wrapped=False, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        teacher.decoder.weight.mul_(1.5).add_(0.1)
+        teacher.transform.bias.sub_(0.3)
+    hidden, targets, upstream = case(13, torch.float64)
+    positions = torch.tensor(taught, dtype=torch.int64)
+    of_student, of_teacher = (
+        ChunkedLMLoss(head, head.decoder, chunk=CHUNK, soft_cap=soft_cap) for head in (student, teacher)
+    )
+    distillation = Distillation(positions, of_teacher.linear_logits(2.0 * hidden[positions]))
+    found = of_student.distilled(hidden, targets, distillation, entropy_weight)
+
+    def logits(head: Head, inputs: torch.Tensor) -> torch.Tensor:
+        return head(inputs) if soft_cap is None else soft_cap * torch.tanh(head(inputs) / soft_cap)
+
+    own = logits(student, hidden)
+    expected = functional.cross_entropy(own, targets, reduction="none") * entropy_weight(own).detach()
+    with torch.no_grad():
+        answers = logits(teacher, 2.0 * hidden[positions]).log_softmax(dim=1)
+    divergence = functional.kl_div(own[positions].log_softmax(dim=1), answers, reduction="none", log_target=True)
+    expected = expected.index_put((positions,), divergence.sum(dim=1))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    inputs = [hidden, *student.parameters()]
+    for value, gradient in zip(
+        torch.autograd.grad(found, inputs, upstream.double()),
+        torch.autograd.grad(expected, inputs, upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(value, gradient, rtol=1e-11, atol=1e-12)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_distilled_lm_loss_memory_is_half_a_chunk_of_each() -> None:
+    head = Head(bias=True, wrapped=False)
+    compute_losses = ChunkedLMLoss(head, head.decoder, chunk=2 * CHUNK)
+    hidden, targets, upstream = case(MOST)
+    with LargestLogits() as seen:
+        distillation = Distillation(torch.arange(MOST), compute_losses.linear_logits(hidden))
+        compute_losses.distilled(hidden, targets, distillation, None).backward(upstream)
+    assert seen.positions == CHUNK
+
+
+def test_distilled_lm_loss_needs_linear_projection() -> None:
+    plain, wrapped = (Head(bias=True, wrapped=is_wrapped) for is_wrapped in (False, True))
+    assert ChunkedLMLoss(plain, plain.decoder, chunk=CHUNK).can_distill
+    assert not ChunkedLMLoss(wrapped, wrapped.decoder, chunk=CHUNK).can_distill
 
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])

@@ -211,6 +211,27 @@ def test_plan_of_lora_trains_adapters_only(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
+    ("method", "stage", "share"),
+    [
+        ("kd", 3, 1.0),
+        ("{name: ncl, replay: {fraction: 0.125, loss: kl}}", 2, 0.125),
+        # One row of every rank and micro-step is as much as everything.
+        ("{name: ncl, replay: {fraction: 0.125, loss: kl}}", 3, 1.0),
+        ("{name: ncl, replay: {fraction: 0.125}}", 3, 0.0),
+    ],
+)
+def test_plan_counts_forward_passes_of_teacher(method: str, stage: int, share: float) -> None:
+    domains = "domains=[{name: first, train: [a.txt]}, {name: second, train: [b.txt]}]"
+    file = ROOT / "launch" / "configs" / "llama_8b.yaml"
+    config = load_config(file, [f"method={method}", domains, "train.micro_batch_size=1"])
+    plain = load_config(file, ["method=ncl", domains, "train.micro_batch_size=1"])
+    found, without = (
+        plan_run(with_zero_stage(run, stage), model("8b"), cluster(memory_gib=1e4), 8) for run in (config, plain)
+    )
+    assert found.flops - without.flops == round(share * model("8b").flops.forward)
+
+
+@pytest.mark.parametrize(
     ("embeddings", "body", "attention"),
     [("true", 1 - 8 / 32 * 2 / 3, 1 - 8 / 32 * 2 / 3), ("false", 1 - 8 / 32 / 3, 1)],
 )
