@@ -36,8 +36,9 @@ class EAFT(Method[EaftConfig]):
 
     over the N predicted tokens of the global batch, l_p being the cross-entropy of one and q_p the model's
     probabilities of the K most likely tokens there, renormalized (`functional.losses.top_k_entropy`). A token that the
-    model is sure of changes little, above all where the text contradicts it. K = 20 and a = 1 are the paper's. Weights
-    are not normalized over the batch, so that the loss is smaller than that of naive training.
+    model is sure of changes little, above all where the text contradicts it. K = 20 and a = 1 are the defaults of
+    LLaMA-Factory and Axolotl. Weights are not normalized over the batch, so that the loss is smaller than that of
+    naive training.
 
     Keeps nothing in memory. Extra compute: the K largest of the logits that exist anyway, chunk by chunk; Liger's
     kernel, which shows no logits, is not used.

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from das_ds.config import MethodConfig
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState
-from das_ds.functional.units import UnitValues
-from das_ds.methods.base import Losses, Method
+from das_ds.methods.base import Method
+from das_ds.methods.wrapper import MethodWrapper
 from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 
 if TYPE_CHECKING:
     from das_ds.context import DomainContext
-    from das_ds.data.batch import Batch
-    from das_ds.softmask.plasticity import DomainPlasticity
 
 BEFORE = "before"
 
@@ -37,7 +31,7 @@ class ModelMerging(Method[MergeMethodConfig]):
     Config = MergeMethodConfig
 
 
-class MergingWrapper(Method[MethodConfig]):
+class MergingWrapper(MethodWrapper):
     """Any method, and after each domain theta <- (1 - c) * theta + c * theta_before, c = `merge.weight`.
 
     The weight-space ensemble of Wortsman et al. (WiSE-FT, CVPR 2022), applied after each domain to the model that the
@@ -55,36 +49,15 @@ class MergingWrapper(Method[MethodConfig]):
         weight: c.
     """
 
-    Config = MethodConfig
-
     def __init__(self, method: Method[Any], weight: float | Literal["average"]) -> None:
-        super().__init__(method.run)
-        self._method = method
+        super().__init__(method)
         self._weight = weight
         self._before: Flats | None = None
-
-    def on_run_start(self) -> None:
-        """Delegates to the method."""
-        self._method.on_run_start()
 
     def before_domain(self, domain: DomainContext) -> None:
         """Copy the weights from which the domain starts."""
         self._before = {flat: weights.to("cpu", copy=True) for flat, weights in self.run.engine.weights.flats().items()}
         self._method.before_domain(domain)
-
-    def on_train_start(self, domain: DomainContext) -> None:
-        """Delegates to the method."""
-        self._method.on_train_start(domain)
-
-    def on_step_start(self, step: int) -> None:
-        """Delegates to the method."""
-        self._method.on_step_start(step)
-
-    @contextmanager
-    def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
-        """Delegates to the method."""
-        with self._method.losses(batch, token_scale) as losses:
-            yield losses
 
     def after_domain(self, domain: DomainContext) -> None:
         """Merge once, and drop the copy with it: a checkpoint has either unmerged weights or nothing to merge."""
@@ -106,14 +79,6 @@ class MergingWrapper(Method[MethodConfig]):
         self._method.load_state_dict(saved)
         before = saved.sharded(BEFORE) if saved.has_sharded(BEFORE) else None
         self._before = before and {flat: values.cpu() for flat, values in before.items()}
-
-    def accumulated_importance(self) -> UnitValues | None:
-        """Delegates to the method."""
-        return self._method.accumulated_importance()
-
-    def plasticity(self) -> DomainPlasticity | None:
-        """Delegates to the method."""
-        return self._method.plasticity()
 
 
 def merging_memory(size: ModelSize, sharding: Sharding) -> MemoryUse:

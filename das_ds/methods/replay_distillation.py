@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from das_ds.config import MethodConfig, RunConfig
+from das_ds.config import RunConfig
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
-from das_ds.functional.units import UnitValues
 from das_ds.methods.base import Losses, Method
 from das_ds.methods.teacher import Teacher, teacher_memory
+from das_ds.methods.wrapper import MethodWrapper
 from das_ds.models.lm_loss import Distillation
 from das_ds.models.size import MemoryUse, ModelSize, Sharding, StepUse
 
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
     from das_ds.context import DomainContext
     from das_ds.data.batch import Batch
     from das_ds.kernels.linear_divergence import LinearLogits
-    from das_ds.softmask.plasticity import DomainPlasticity
 
 DIVERGENCE_LOSS = "replay_kl"
 REPLAY_TEACHER = "replay_teacher"
 
 
-class ReplayDistillation(Method[MethodConfig]):
+class ReplayDistillation(MethodWrapper):
     """Any method that replays earlier text, which is learned by the divergence from an earlier model:
 
         L = (1/N) [ sum_new l_p(theta) + w sum_replayed KL(q_p(theta*) || q_p(theta)) ]          w = replay.kl_weight
@@ -57,16 +56,13 @@ class ReplayDistillation(Method[MethodConfig]):
         ConfigError: the LM head does not end in a plain linear layer.
     """
 
-    Config = MethodConfig
-
     def __init__(self, method: Method[Any]) -> None:
-        super().__init__(method.run)
+        super().__init__(method)
         if not self.run.network.can_distill:
             raise ConfigError(
                 "method.replay.loss: found kl with an LM head that does not end in a plain linear layer, because of "
                 "its architecture or because LoRA wraps it; allowed there: ce"
             )
-        self._method = method
         self._weight = self.run.config.method.replay.kl_weight
         self._teacher = Teacher(self.run)
 
@@ -75,14 +71,6 @@ class ReplayDistillation(Method[MethodConfig]):
         if self.run.config.replayed(domain.name):
             self._teacher.begin()
         self._method.before_domain(domain)
-
-    def on_train_start(self, domain: DomainContext) -> None:
-        """Delegates to the method."""
-        self._method.on_train_start(domain)
-
-    def on_step_start(self, step: int) -> None:
-        """Delegates to the method."""
-        self._method.on_step_start(step)
 
     @contextmanager
     def losses(self, batch: Batch, token_scale: torch.Tensor) -> Iterator[Losses]:
@@ -138,14 +126,6 @@ class ReplayDistillation(Method[MethodConfig]):
             self._teacher.begin(saved.sharded(REPLAY_TEACHER))
         else:
             self._teacher.end()
-
-    def accumulated_importance(self) -> UnitValues | None:
-        """Delegates to the method."""
-        return self._method.accumulated_importance()
-
-    def plasticity(self) -> DomainPlasticity | None:
-        """Delegates to the method."""
-        return self._method.plasticity()
 
 
 def _teacher_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

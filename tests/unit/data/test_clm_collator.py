@@ -1,6 +1,6 @@
 """Causal collator: equal to a loop and to transformers' loss; document boundaries, padding rows."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -85,9 +85,10 @@ def test_add_document_positions_no_prediction_across_documents(num_real: int) ->
     assert batch.num_predicted == {0: 0, 1: 7, 4: 7 + 4 + 0 + 6}[num_real]
 
 
-def test_batch_to_moves_position_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_to_moves_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     position_ids = torch.arange(8).expand(2, -1)
     batch = add_document_positions(next_tokens(random_ids(2, 8)), position_ids)
+    batch = replace(batch, replayed_rows=torch.tensor([1]), replayed=torch.arange(7, 14))
     moved = batch.to("meta")
     assert {getattr(moved, f.name).device.type for f in fields(moved)} == {"meta"}
     # Page-locked memory needs an accelerator; the test checks that every tensor is asked for it.

@@ -69,9 +69,10 @@ def test_batch_to_moves_all_tensors() -> None:
     batch = MASKER(random_ids(2, 64), [0, 1], seed=0, stream="s")
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    tensors = [f.name for f in fields(Batch) if f.name != "position_ids"]
+    optional = {"position_ids", "replayed_rows", "replayed"}
+    tensors = [f.name for f in fields(Batch) if f.name not in optional]
     assert {getattr(moved, name).device.type for name in tensors} == {"meta"}
-    assert moved.position_ids is batch.position_ids is None
+    assert all(getattr(moved, name) is getattr(batch, name) is None for name in optional)
     assert moved.num_predicted == batch.num_predicted == len(batch.predicted)
     expected = [torch.long, torch.long, torch.long, torch.long, torch.float32]
     assert [getattr(batch, name).dtype for name in tensors] == expected
