@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.domains.jobs import TrainingRun
+from benchmarks.domains.jobs import Job, TrainingRun
 from benchmarks.domains.runner import MANIFEST, MIN_TIME_TO_START_S, Runner
 from das_ds.errors import RunFolderError, StoppedError, TrainingError
 from das_ds.reporting.results import build_results
@@ -61,6 +61,32 @@ def test_runner_runs_jobs_once_and_records_them(tmp_path: Path) -> None:
     assert sorted(line["job"] for line in manifest(tmp_path)) == ["a", "b", "c"]
 
 
+def test_runner_tells_of_every_finished_job(tmp_path: Path) -> None:
+    jobs = [writing(tmp_path / name) for name in ("a", "b", "c")]
+    jobs[0].file.touch()
+    told: list[str] = []
+    Runner(tmp_path, threads=1).run(jobs, lambda job: told.append(job.name))
+    # What was done before is not told again.
+    assert told == ["b", "c"]
+
+
+def test_runner_error_while_telling_stops_the_other_jobs(tmp_path: Path) -> None:
+    def refuse(job: Job) -> None:
+        raise RunFolderError(f"{job.name} differs")
+
+    with pytest.raises(RunFolderError, match="a differs"):
+        Runner(tmp_path, threads=1, parallel=2).run(
+            [writing(tmp_path / "a"), Script(tmp_path / "long", STOPPED)], refuse
+        )
+    assert [line["exit_code"] for line in manifest(tmp_path) if line["job"] == "long"] == [75]
+
+
+def test_runner_one_job_alone_gets_all_threads(tmp_path: Path) -> None:
+    job = writing(tmp_path / "a")
+    Runner(tmp_path, threads=3, parallel=2).run_alone(job)
+    assert job.log.read_text() == "6\n"
+
+
 @pytest.mark.parametrize("code", ["raise SystemExit(2)", "pass"])
 def test_runner_failed_job_is_named(tmp_path: Path, code: str) -> None:
     with pytest.raises(TrainingError, match=r"bad: ended with exit code [02], expected 0 and results; see .*bad\.log"):
@@ -94,6 +120,12 @@ def done_run(folder: Path, rate: float = 1e-3) -> TrainingRun:
     run.command()
     for name in ("checkpoints", "domains/00_a/model"):
         (run.folder / name).mkdir(parents=True)
+    for name in (
+        "directions.safetensors",
+        "domains/00_a/importance.safetensors",
+        "domains/00_a/model/model.safetensors",
+    ):
+        (run.folder / name).touch()
     results = build_results(
         method="ncl",
         domains=["a"],
@@ -108,14 +140,19 @@ def done_run(folder: Path, rate: float = 1e-3) -> TrainingRun:
     return run
 
 
-def test_training_run_finish_removes_checkpoints_and_models(tmp_path: Path) -> None:
+def test_training_run_finish_removes_checkpoints_masks_and_models(tmp_path: Path) -> None:
     run = done_run(tmp_path)
     assert run.is_done()
     run.finish()
-    assert not (run.folder / "checkpoints").exists() and not list(run.folder.glob("domains/*/model"))
+    assert not (run.folder / "checkpoints").exists() and not list(run.folder.rglob("*.safetensors"))
+    with pytest.raises(RunFolderError, match=r"seed0: found no model after domain 0, expected it to be kept; move"):
+        run.model(0)
     with_models = TrainingRun(done_run(tmp_path / "kept").folder, run.values, keeps_models=True)
     with_models.finish()
-    assert with_models.model(0).is_dir()
+    assert [path.name for path in with_models.model(0).iterdir()] == ["model.safetensors"]
+    with_masks = TrainingRun(done_run(tmp_path / "masks").folder, run.values, keeps_masks=True)
+    with_masks.finish()
+    assert len(list(with_masks.folder.rglob("*.safetensors"))) == 2 and not with_masks.has_model(0)
 
 
 def test_training_run_of_another_plan_is_refused(tmp_path: Path) -> None:
