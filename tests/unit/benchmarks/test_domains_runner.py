@@ -14,8 +14,6 @@ from das_ds.errors import RunFolderError, StoppedError, TrainingError
 from das_ds.reporting.results import build_results
 from das_ds.run_dir import RESULTS_FILE
 
-STOPPED = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)"
-
 
 @dataclass(frozen=True)
 class Script:
@@ -40,6 +38,22 @@ class Script:
 
     def finish(self) -> None:
         self.file.with_suffix(".finished").touch()
+
+
+class Endless(Script):
+    """A job that exits with code 75 when it is asked to stop; from then on there is a file that others wait for."""
+
+    @property
+    def ready(self) -> Path:
+        return self.file.with_suffix(".ready")
+
+    def command(self) -> list[str]:
+        return ["sh", "-c", f"trap 'exit 75' TERM; : > '{self.ready}'; while :; do sleep 0.1; done"]
+
+
+def after(endless: Endless, code: str) -> str:
+    """Words of Python that run once another job can be stopped."""
+    return f"import os, time\nwhile not os.path.exists({str(endless.ready)!r}): time.sleep(0.05)\n{code}"
 
 
 def writing(path: Path, text: str = "once") -> Script:
@@ -74,10 +88,10 @@ def test_runner_error_while_telling_stops_the_other_jobs(tmp_path: Path) -> None
     def refuse(job: Job) -> None:
         raise RunFolderError(f"{job.name} differs")
 
+    endless = Endless(tmp_path / "long", "")
+    first = Script(tmp_path / "a", after(endless, f"open({str(tmp_path / 'a')!r}, 'w')"))
     with pytest.raises(RunFolderError, match="a differs"):
-        Runner(tmp_path, threads=1, parallel=2).run(
-            [writing(tmp_path / "a"), Script(tmp_path / "long", STOPPED)], refuse
-        )
+        Runner(tmp_path, threads=1, parallel=2).run([first, endless], refuse)
     assert [line["exit_code"] for line in manifest(tmp_path) if line["job"] == "long"] == [75]
 
 
@@ -95,7 +109,8 @@ def test_runner_failed_job_is_named(tmp_path: Path, code: str) -> None:
 
 
 def test_runner_failure_stops_other_jobs_and_is_raised(tmp_path: Path) -> None:
-    jobs = [Script(tmp_path / "long", STOPPED), Script(tmp_path / "bad", "import time; time.sleep(1); 1 / 0")]
+    endless = Endless(tmp_path / "long", "")
+    jobs = [endless, Script(tmp_path / "bad", after(endless, "1 / 0"))]
     with pytest.raises(TrainingError, match="bad: ended with exit code 1"):
         Runner(tmp_path, threads=1, parallel=2).run(jobs)
     assert {line["job"]: line["exit_code"] for line in manifest(tmp_path)} == {"long": 75, "bad": 1}
@@ -104,7 +119,7 @@ def test_runner_failure_stops_other_jobs_and_is_raised(tmp_path: Path) -> None:
 def test_runner_deadline_asks_jobs_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.domains.runner.MIN_TIME_TO_START_S", 0.0)
     with pytest.raises(StoppedError, match="long: stopped and saved; the same command resumes"):
-        Runner(tmp_path, threads=1, minutes=1 / 60).run([Script(tmp_path / "long", STOPPED)])
+        Runner(tmp_path, threads=1, minutes=5 / 60).run([Endless(tmp_path / "long", "")])
     assert [line["exit_code"] for line in manifest(tmp_path)] == [75]
 
 
