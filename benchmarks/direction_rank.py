@@ -68,7 +68,7 @@ def train(base: Path, data: Path, folder: Path) -> Path:
         TIER.settings,
         {"train": {"steps_per_domain": NUM_STEPS}},
     )
-    run = TrainingRun(folder / "run", values)
+    run = TrainingRun(folder / "run", values, keeps_masks=True)
     if not run.is_done():
         command = run.command()
         with run.log.open("w") as log:

@@ -1,4 +1,4 @@
-"""Compare methods over real domains: `python -m benchmarks.domains cpu` or `gpu`.
+"""Compare methods over real domains: `python -m benchmarks.domains TIER`.
 
 Corpora are read from the folder that `DAS_DS_DATA` names. The same command resumes an interrupted benchmark.
 """
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("tier", choices=TIERS, help="size of the benchmark")
     parser.add_argument("--minutes", type=float, help="save and stop after this time; default: no limit")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"for base models and runs; default: {FOLDER}")
-    parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="a variant, may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="a group, may be repeated")
     parser.add_argument("--extend", type=Path, metavar="RESULT", help="result file whose runs are not repeated")
     parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/domains_<tier>_<device>")
     options = parser.parse_args(arguments)
@@ -58,7 +58,7 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
     if known is not None:
         check_tier(known, tier)
     corpora = data.data_folder()
-    data.check_files(corpora, [data.GENERAL, *tier.corpora], data.TASKS if tier.task_variants else ())
+    data.check_files(corpora, [data.GENERAL, *tier.corpora], data.TASKS if tier.fine_tunes else ())
     precision = tier.settings["train"]["precision"]
     if warning := emulated_precision_warning(precision):
         allowed = ", ".join(one.name for one in TIERS.values() if one.settings["train"]["precision"] != precision)
@@ -66,7 +66,7 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
             f"tier {tier.name} trains in {precision}: {warning}; expected another device, or tier {allowed}"
         )
     device = default_device()
-    runs = folder / tier.name
+    runs = folder / tier.run_folder
     runs.mkdir(parents=True, exist_ok=True)
     runner = Runner(runs, threads=tier.threads, parallel=tier.parallel, minutes=minutes)
     runner.stop_on_signals()
@@ -76,23 +76,21 @@ def run(tier: Tier, folder: Path, minutes: float | None, output: Path | None, ex
 
 
 def select_variants(tier: Tier, labels: list[str]) -> Tier:
-    """The tier with some of its variants, naive training always among them; all of them without labels.
+    """The tier with some of its groups, naive training always among them; all of them without labels.
 
     Raises:
-        ConfigError: the tier does not have a variant.
+        ConfigError: the tier does not have a group.
     """
-    known = [variant.label for variant in tier.variants]
-    if unknown := [label for label in labels if label not in known]:
-        raise ConfigError(f"--only: found {unknown[0]!r}, allowed: {', '.join(map(repr, known))}")
+    if unknown := [label for label in labels if label not in tier.groups]:
+        raise ConfigError(f"--only: found {unknown[0]!r}, allowed: {', '.join(map(repr, tier.groups))}")
     if not labels:
         return tier
-    variants = tuple(variant for variant in tier.variants if variant.label in (NAIVE, *labels))
-    selected = {variant.label for variant in variants}
+    selected = (NAIVE, *labels)
     return replace(
         tier,
-        variants=variants,
-        matched=tuple(label for label in tier.matched if label in selected),
+        variants=tuple(variant for variant in tier.variants if variant.is_compared and variant.group in selected),
         contenders=tuple(label for label in tier.contenders if label in selected),
+        against_naive=tuple(label for label in tier.against_naive if label in selected),
         task_variants=tuple(label for label in tier.task_variants if label in selected),
         repeated=tier.repeated if tier.repeated in selected else NAIVE,
     )

@@ -10,7 +10,7 @@ import torch
 from benchmarks.chaos.run_digest import TIMED
 from benchmarks.domains.base import HeadTraining, base_encoder
 from benchmarks.domains.decoder import decoder_tokenizer
-from benchmarks.domains.lr_search import Choice, choose
+from benchmarks.domains.lr_search import LrSearch
 from benchmarks.domains.plan import BaseName, Tier, Values
 from benchmarks.domains.pretraining import pretraining_run
 from benchmarks.domains.result_file import Extended, Repeated, TierResult, write_result_file
@@ -52,12 +52,12 @@ class Benchmark:
         self._device = device
         self._result_path = result_path
         self._known = known
-        self._choices: dict[BaseName, dict[str, Choice]] = {}
+        self._searches: dict[str, LrSearch] = {}
         self._suites: list[SuiteRuns] = []
         self._repeated = known.repeated if known else None
 
     def run(self) -> None:
-        """Make all missing runs; the result file is written after each stage of a suite.
+        """Make all missing runs; the result file is written after each of them.
 
         Raises:
             StoppedError: time is up; the same call resumes.
@@ -66,22 +66,13 @@ class Benchmark:
         bases = {name: self._build_base(name) for name in self._tier.bases}
         for suite in self._tier.suites:
             factory = RunFactory(self._tier, suite, self._folder, self._data, bases[suite.base])
-            if suite.base not in self._choices:
-                known = self._known.choices.get(suite.base, []) if self._known else []
-                self._choices[suite.base] = choose(factory, self._tier.variants, self._runner, known)
+            search = self._search(factory)
             if self._repeated is None:
-                self._repeated = self._repeat_run(factory)
-            runs = SuiteRuns(factory, self._choices[suite.base], self._runner, find_suite(self._known, suite))
+                self._repeated = self._repeat_run(factory, search)
+            runs = SuiteRuns(factory, search, self._runner, find_suite(self._known, suite), self._write)
             self._suites.append(runs)
-            runs.run_variants()
+            runs.run(self._device)
             self._write()
-            runs.match_naive()
-            self._write()
-            runs.restore_groups(self._device)
-            self._write()
-            if self._tier.task_variants:
-                runs.fine_tune()
-                self._write()
 
     def _build_base(self, name: BaseName) -> Path:
         folder = self._folder.parent / "base"
@@ -91,30 +82,49 @@ class Benchmark:
             head = base_encoder(folder, self._data, cache, HeadTraining(), self._device)
             start = {"model": {"name_or_path": str(head)}}
         else:
-            start = {"data": {"tokenizer": str(decoder_tokenizer(folder, self._data))}}
+            start = {"data": {"tokenizer": str(decoder_tokenizer(folder, self._data, self._tier.vocab_size))}}
         run = pretraining_run(self._tier, name, folder, self._data, cache, start)
-        self._runner.run([run])
+        self._runner.run_alone(run)
         return run.model(0)
 
-    def _repeat_run(self, factory: RunFactory) -> Repeated:
+    def _search(self, factory: RunFactory) -> LrSearch:
+        name = self._tier.search_name(factory.suite)
+        if name not in self._searches:
+            known = self._known.choices.get(name, []) if self._known else []
+            self._searches[name] = LrSearch(factory, self._runner, known, self._write)
+        return self._searches[name]
+
+    def _repeat_run(self, factory: RunFactory, search: LrSearch) -> Repeated:
         """Make a run twice and compare the results."""
         variant = self._tier.variant(self._tier.repeated)
+        search.run([variant])
         rate = self._tier.rates(variant)[0]
         first = factory.lr_search_run(variant, rate)
         again = factory.lr_search_run(variant, rate, again=True)
-        self._runner.run([again])
+        self._runner.run([first, again])
         is_equal = reproducible_results(first.results()) == reproducible_results(again.results())
         return Repeated(label=variant.label, learning_rate=rate, is_equal=is_equal)
 
     def _write(self) -> None:
+        choices = dict(self._known.choices) if self._known else {}
+        strengths = dict(self._known.strengths) if self._known else {}
+        # Known suites stay, also before their turn.
+        suites = {suite.name: suite for suite in self._known.suites} if self._known else {}
+        for name, search in self._searches.items():
+            choices[name] = search.choices
+            strengths[name] = search.strengths
+        for runs in self._suites:
+            if (suite := runs.result()) is not None:
+                suites[suite.name] = suite
         result = TierResult(
             tier=self._tier.name,
             environment=describe(self._device),
             extended=self._extended(),
             settings=self._tier.recorded_settings,
-            choices={base: list(choices.values()) for base, choices in self._choices.items()},
+            choices=choices,
+            strengths=strengths,
             repeated=self._repeated,
-            suites=[runs.result() for runs in self._suites],
+            suites=list(suites.values()),
         )
         write_result_file(self._result_path, result)
 

@@ -9,14 +9,12 @@ from benchmarks.domains.data import GENERAL, corpus
 from das_ds.storage import atomic_dir
 from launch.demo_corpora import train_tokenizer
 
-VOCAB_SIZE = 16_384
 
-
-def decoder_tokenizer(folder: Path, data: Path) -> Path:
+def decoder_tokenizer(folder: Path, data: Path, vocab_size: int) -> Path:
     """Folder of the tokenizer, which is trained unless it exists."""
-    tokenizer = folder / "decoder_tokenizer"
+    tokenizer = folder / f"decoder_tokenizer_{vocab_size}"
     if not tokenizer.exists():
         text = lzma.decompress(Path(corpus(data, GENERAL)["train"][0]).read_bytes()).decode()
         with atomic_dir(tokenizer) as partial:
-            train_tokenizer(text.splitlines(), VOCAB_SIZE).save_pretrained(partial)
+            train_tokenizer(text.splitlines(), vocab_size).save_pretrained(partial)
     return tokenizer

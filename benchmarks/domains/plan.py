@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ Values = dict[str, Any]
 NAIVE = "ncl"
 """Label of naive training, the baseline."""
 LR_SEARCH_DOMAINS = 2
-"""Number of first domains on which learning rates are chosen."""
+"""Number of first domains on which learning rates and strengths are chosen."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,14 @@ class Variant:
     rate_scale: float = 1.0
     """Factor of the tier's candidate learning rates, so that every variant has equally many candidates."""
     is_compared: bool = True
-    """Whether it is run over all domains; otherwise only in the learning-rate search, on the first two."""
+    """Whether it is run over all domains; otherwise only in the search, on the first two."""
+    strength_of: str | None = None
+    """Label of several strengths of one method, of which the best in the search is compared under this label."""
+
+    @property
+    def group(self) -> str:
+        """Label under which it is compared, if it is."""
+        return self.strength_of or self.label
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Suite:
     name: str
     base: BaseName
     domains: tuple[str, ...]
+    steps: int | None = None
+    """Steps per domain; None: those of the tier's settings."""
 
 
 @dataclass(frozen=True)
@@ -53,41 +63,60 @@ class Tier:
     num_samples: int
     """Sequences on which a method measures after each domain, if it does."""
     learning_rates: tuple[float, ...]
-    """Candidates in ascending order."""
+    """Candidates in ascending order, each twice the one before."""
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
+    """Of every variant; the first seed of all variants is run before the second of any."""
     lr_search_seed: int
-    """Seed of the learning-rate search, not one of `seeds`."""
+    """Seed of the search, not one of `seeds`."""
     sweep_factors: tuple[float, ...]
-    """Multiples of its chosen rate at which naive training is also run: the baseline sweep, which learns less."""
-    matched: tuple[str, ...]
-    """Variants to which naive training is matched, see `lr_matching.py`."""
+    """Multiples of its chosen rate at which naive training is also run: the baseline sweep."""
     repeated: str
     """Variant whose first run is made twice, to check that results are reproducible."""
     threads: int
     """CPU threads per run; the order of summation depends on it."""
+    lr_search_steps: int | None = None
+    """Most steps per domain in the search; None: those of the runs."""
+    max_extensions: int = 2
+    """Further candidates on each side, tried while the best learning rate is the first or last one."""
     contenders: tuple[str, ...] = ()
-    """Variants that are also run with `more_seeds`. They form the families of tests, fixed here before anything is run:
-    each of them compared with the baseline sweep, and the matched ones with the others."""
+    """Groups that are also run with `more_seeds`, and first. They are in the families of tests, fixed here and in
+    `evidence/families.py` before anything is run."""
+    against_naive: tuple[str, ...] = ()
+    """Contenders that are tested against naive training at equal learning: the first family."""
     more_seeds: tuple[int, ...] = ()
     """Additional seeds of the contenders and of naive training."""
     parallel: int = 1
     """Runs at a time."""
-    tolerance: float = 0.01
-    """Nats by which a matched loss after learning domains 2..T may differ."""
-    max_probes: int = 4
-    """Learning rates to try for each match."""
-    task_seeds: int = 0
-    """Fine-tuning seeds of each end task; 0: no end tasks."""
+    runs_of: str | None = None
+    """Tier whose runs it shares, by the same settings; None: it has its own."""
+    restores_groups: bool = True
+    """Whether parameter groups are restored in the first naive run, see `ablation_groups.py`."""
+    fine_tunes: bool = False
+    """Whether end tasks are learned; otherwise models are only kept for a tier that does it later."""
     task_variants: tuple[str, ...] = ()
-    """Variants whose models are fine-tuned on the end tasks."""
+    """Groups whose models are kept and fine-tuned on the end tasks."""
+    task_runs: tuple[int, ...] = (0,)
+    """Seeds of the runs whose models are."""
+    task_seeds: int = 5
+    """Fine-tuning seeds of each end task."""
+    task_settings: Values = field(default_factory=dict)
+    """Keys of every task's section."""
+    vocab_size: int = 16_384
+    """Of the decoder's tokenizer."""
     pretraining: dict[BaseName, Values] = field(default_factory=dict)
     """Base model -> keys of the run that pre-trains it on the general corpus."""
 
     @property
     def recorded_settings(self) -> Values:
-        """The settings, with the size of the sample."""
-        return {**self.settings, "num_samples": self.num_samples}
+        """The settings, with the size of the sample and the length of the search."""
+        length = {} if self.lr_search_steps is None else {"lr_search_steps": self.lr_search_steps}
+        return {**self.settings, "num_samples": self.num_samples, **length}
+
+    @property
+    def run_folder(self) -> str:
+        """Name of the folder of its runs."""
+        return self.runs_of or self.name
 
     @property
     def corpora(self) -> list[str]:
@@ -100,21 +129,50 @@ class Tier:
         return list(dict.fromkeys(suite.base for suite in self.suites))
 
     @property
-    def compared(self) -> list[Variant]:
-        """Variants that are run over all domains."""
-        return [variant for variant in self.variants if variant.is_compared]
+    def groups(self) -> dict[str, list[Variant]]:
+        """Label of what is compared -> the variant, or the strengths of which the best one is."""
+        groups: dict[str, list[Variant]] = {}
+        for variant in self.variants:
+            if variant.is_compared:
+                groups.setdefault(variant.group, []).append(variant)
+        return groups
+
+    @property
+    def waves(self) -> list[list[str]]:
+        """Labels of what is searched and run before the next ones: naive training and the contenders, then the rest."""
+        first = [NAIVE, *(label for label in self.groups if label in self.contenders)]
+        return [first, [label for label in self.groups if label not in first]]
+
+    def searched_with(self, labels: Sequence[str]) -> list[Variant]:
+        """Variants to search for these groups, with the variants that are only searched after the last group."""
+        found = [variant for variant in self.variants if variant.is_compared and variant.group in labels]
+        is_last = self.waves[-1] == labels
+        return found + [variant for variant in self.variants if is_last and not variant.is_compared]
 
     def variant(self, label: str) -> Variant:
         """The variant with this label."""
         return next(variant for variant in self.variants if variant.label == label)
 
-    def run_seeds(self, label: str) -> tuple[int, ...]:
-        """Seeds of a variant's runs."""
-        return self.seeds + (self.more_seeds if label in (NAIVE, *self.contenders) else ())
+    def run_seeds(self, group: str) -> tuple[int, ...]:
+        """Seeds of a group's runs."""
+        return self.seeds + (self.more_seeds if group in (NAIVE, *self.contenders) else ())
 
     def rates(self, variant: Variant) -> list[float]:
-        """Candidate learning rates of a variant."""
+        """First candidate learning rates of a variant."""
         return [rate * variant.rate_scale for rate in self.learning_rates]
+
+    def steps(self, suite: Suite) -> int:
+        """Steps per domain of a suite."""
+        steps: int = self.settings["train"]["steps_per_domain"]
+        return suite.steps or steps
+
+    def search_steps(self, suite: Suite) -> int:
+        """Steps per domain of a suite's search."""
+        return min(self.steps(suite), self.lr_search_steps or self.steps(suite))
+
+    def search_name(self, suite: Suite) -> str:
+        """Name of a suite's search, which suites of one base model and length share."""
+        return suite.base if suite.steps is None else f"{suite.base}_{self.search_steps(suite)}"
 
 
 def sampling(method: Values, num_samples: int) -> Values:

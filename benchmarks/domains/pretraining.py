@@ -27,4 +27,4 @@ def pretraining_run(tier: Tier, name: BaseName, folder: Path, data: Path, cache:
     """
     general = {"domains": [corpus(data, GENERAL)], "data": {"cache_dir": str(cache)}}
     values = merge_values(general, tier.settings, tier.pretraining[name], start)
-    return TrainingRun(folder / f"{name}_{tier.name}", values, keeps_models=True)
+    return TrainingRun(folder / f"{name}_{tier.run_folder}", values, keeps_models=True)

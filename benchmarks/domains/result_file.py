@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,18 +9,13 @@ import torch
 from pydantic import Field, ValidationError
 
 from benchmarks.domains.ablation_groups import RestoredLosses
-from benchmarks.domains.jobs import TrainingRun
-from benchmarks.domains.lr_matching import Match
 from benchmarks.domains.lr_search import Choice
-from benchmarks.domains.plan import NAIVE
 from benchmarks.result_io import RESULTS
 from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison
-from das_ds.reporting.group_runs import compare_runs
-from das_ds.reporting.load_runs import load_run
 from das_ds.storage import Section, read_json_with_checksum, write_json_with_checksum
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 
 class Repeated(Section):
@@ -38,9 +32,9 @@ class SuiteResult(Section):
 
     name: str
     base: str
+    steps_per_domain: int
     comparison: Comparison
     """Of all its runs, with naive training as the baseline."""
-    matches: list[Match]
     groups: list[RestoredLosses]
     """Of the first naive run; empty until measured."""
 
@@ -57,7 +51,7 @@ class Extended(Section):
 class TierResult(Section):
     """Results of a tier."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     """Version of this format."""
     tier: str
     environment: dict[str, Any]
@@ -67,19 +61,11 @@ class TierResult(Section):
     settings: dict[str, Any]
     """Keys of the run config that all runs share."""
     choices: dict[str, list[Choice]]
-    """Base model -> learning-rate choice of every variant."""
+    """Base model, and the length where suites have several -> candidate learning rates of every variant so far."""
+    strengths: dict[str, dict[str, str]]
+    """The same -> group of several strengths -> the variant that is compared."""
     repeated: Repeated | None
     suites: list[SuiteResult]
-
-
-def compare_finished_runs(runs: Mapping[str, Sequence[TrainingRun]]) -> Comparison:
-    """Comparison of the finished runs with naive training, which must be among them.
-
-    Args:
-        runs: label -> its runs.
-    """
-    finished = [(label, run) for label, group in runs.items() for run in group if run.is_done()]
-    return compare_runs([load_run(f"{label}={run.folder}") for label, run in finished], NAIVE)
 
 
 def result_path(tier: str, device: torch.device) -> Path:

@@ -36,9 +36,13 @@ def find_suite(result: TierResult | None, suite: Suite) -> SuiteResult | None:
     """Known results of a suite, if any.
 
     Raises:
-        RunFolderError: a suite of this name has other domains.
+        RunFolderError: a suite of this name has other domains, or another length.
     """
     known = next((one for one in result.suites if one.name == suite.name), None) if result else None
+    if known is not None and suite.steps not in (None, known.steps_per_domain):
+        raise RunFolderError(
+            f"--extend: found suite {suite.name} of {known.steps_per_domain} steps per domain, expected {suite.steps}"
+        )
     if known is not None and tuple(known.comparison.domains) != suite.domains:
         raise RunFolderError(
             f"--extend: found suite {suite.name} over {', '.join(known.comparison.domains)}, "
@@ -72,8 +76,8 @@ def check_agreement(known: RunSummary, repeated: RunSummary) -> float:
 def join_comparisons(known: Comparison, new: Comparison) -> Comparison:
     """All runs of both comparisons; of a run that both have, the known one.
 
-    Both have the baseline. If a config key distinguishes groups in only one of them, all groups of the other get the
-    baseline's value of that key.
+    It gets new scores of end tasks if it has none. Both comparisons have the baseline. If a config key distinguishes
+    groups in only one of them, all groups of the other get the baseline's value of that key.
 
     Raises:
         RunFolderError: runs of one label have other settings.
@@ -84,8 +88,11 @@ def join_comparisons(known: Comparison, new: Comparison) -> Comparison:
     for label in labels:
         same_label = [group for comparison in (known, new) for group in comparison.groups if group.label == label]
         settings = _check_settings([reference | group.settings for group in same_label], label)
-        # Known runs come last, so that they replace repeated ones.
-        runs = {run.seed: run for group in reversed(same_label) for run in group.runs}
+        runs: dict[int, RunSummary] = {}
+        for run in (run for group in same_label for run in group.runs):
+            earlier = runs.setdefault(run.seed, run)
+            if earlier.end_tasks is None:
+                runs[run.seed] = earlier.model_copy(update={"end_tasks": run.end_tasks})
         sorted_runs = [runs[seed] for seed in sorted(runs)]
         groups.append(same_label[0].model_copy(update={"settings": settings, "runs": sorted_runs}))
     return Comparison(
@@ -98,11 +105,12 @@ def join_comparisons(known: Comparison, new: Comparison) -> Comparison:
 
 
 def _check_settings(settings: Sequence[Settings], label: str) -> Settings:
+    """Settings of one label in both comparisons; a key is only recorded where groups differ, so one may lack it."""
     expected = settings[0]
     found = settings[-1]
-    if differing := [key for key in expected if expected[key] != found.get(key)]:
+    if differing := [key for key in expected if expected[key] != found.get(key, expected[key])]:
         key = differing[0]
         raise RunFolderError(
             f"--extend: {label}: found {key} {found.get(key)}, expected {expected[key]} as in the results to extend"
         )
-    return expected
+    return found | expected

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -48,38 +48,62 @@ class Runner:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run_alone(self, job: Job) -> None:
+        """Run one job with the threads of all that could run beside it; see `run`."""
+        self._run([job], lambda job: None, self._threads * self._parallel)
+
+    def run(self, jobs: Sequence[Job], on_finish: Callable[[Job], None] = lambda job: None) -> None:
         """Run all jobs to completion.
+
+        Args:
+            jobs: of which those that are done are left out.
+            on_finish: called in this thread as soon as a job has finished.
 
         Raises:
             StoppedError: time is up, or a signal came; the same call resumes.
             TrainingError: a job failed.
         """
+        self._run(jobs, on_finish, self._threads)
+
+    def _run(self, jobs: Sequence[Job], on_finish: Callable[[Job], None], threads: int) -> None:
         pending = [job for job in jobs if not job.is_done()]
         for job in jobs:
             if job not in pending:
                 # An earlier process may have been killed before it finished the job.
                 job.finish()
+        errors = []
         with ThreadPoolExecutor(self._parallel) as pool:
-            futures = [pool.submit(self._run_job, job) for job in pending]
-        errors = [error for future in futures if (error := future.exception()) is not None]
+            futures = {pool.submit(self._run_job, job, threads): job for job in pending}
+            for future in as_completed(futures):
+                if (error := future.exception()) is None:
+                    self._call(on_finish, futures[future])
+                else:
+                    errors.append(error)
         # A failure comes before the jobs that were stopped because of it.
         for error in sorted(errors, key=lambda error: isinstance(error, StoppedError)):
             raise error
 
-    def _run_job(self, job: Job) -> None:
+    def _call(self, on_finish: Callable[[Job], None], job: Job) -> None:
         try:
-            self._start_job(job)
+            on_finish(job)
+        except BaseException:
+            # The pool waits for its jobs before this error is seen.
+            self._is_stopped.set()
+            raise
+
+    def _run_job(self, job: Job, threads: int) -> None:
+        try:
+            self._start_job(job, threads)
         except BaseException:
             # Set here, before this thread takes the next job.
             self._is_stopped.set()
             raise
 
-    def _start_job(self, job: Job) -> None:
+    def _start_job(self, job: Job, threads: int) -> None:
         if self._is_stopped.is_set() or time.monotonic() > self._deadline - MIN_TIME_TO_START_S:
             raise StoppedError("time is up; the same command resumes")
         start = time.monotonic()
-        code = self._run_process(job)
+        code = self._run_process(job, threads)
         self._record(job, code, time.monotonic() - start)
         if code == EXIT_STOPPED:
             raise StoppedError(f"{job.name}: stopped and saved; the same command resumes")
@@ -87,22 +111,18 @@ class Runner:
             raise TrainingError(f"{job.name}: ended with exit code {code}, expected 0 and results; see {job.log}")
         job.finish()
 
-    def _run_process(self, job: Job) -> int:
+    def _run_process(self, job: Job, threads: int) -> int:
         command = job.command()
         with job.log.open("ab") as log:
             # A separate session, so that Ctrl-C reaches the runs only through this process.
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self._environment(), stdout=log, stderr=log, start_new_session=True
+                command, cwd=ROOT, env=_environment(threads), stdout=log, stderr=log, start_new_session=True
             )
             while process.poll() is None:
                 if self._is_stopped.is_set() or time.monotonic() > self._deadline:
                     return _stop(process)
                 time.sleep(POLL_S)
         return process.returncode
-
-    def _environment(self) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return os.environ | {"OMP_NUM_THREADS": str(self._threads), "PYTHONPATH": path}
 
     def _record(self, job: Job, code: int, seconds: float) -> None:
         line = {
@@ -118,6 +138,11 @@ class Runner:
 
     def _stop(self, _: int, __: FrameType | None) -> None:
         self._is_stopped.set()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:

@@ -25,33 +25,35 @@ class RunFactory:
     base: Path
     """The base model."""
 
-    def run(self, variant: Variant, rate: float, seed: int, name: str | None = None) -> TrainingRun:
-        """A run over all domains of the suite; `name` replaces the variant's label in the folder."""
-        label = name or variant.label
-        keeps = (variant.label == NAIVE and name is None) or label in self.tier.task_variants
-        values = self._values(variant, rate, seed, self.suite.domains)
-        if label in self.tier.task_variants:
-            values["tasks"] = [data.task(self.data, task, range(self.tier.task_seeds)) for task in data.TASKS]
-        folder = self.folder / self.suite.name / _slug(label) / f"seed{seed}"
-        return TrainingRun(folder, values, keeps_models=keeps)
+    def run(self, variant: Variant, rate: float, seed: int, label: str) -> TrainingRun:
+        """A run over all domains of the suite; the label is that of its group."""
+        is_fine_tuned = label in self.tier.task_variants and seed in self.tier.task_runs
+        keeps_models = is_fine_tuned or (label, seed) == (NAIVE, self.tier.seeds[0])
+        values = self._values(variant, rate, seed, self.suite.domains, self.tier.steps(self.suite))
+        return TrainingRun(self.folder / self.suite.name / _slug(label) / f"seed{seed}", values, keeps_models)
 
     def lr_search_run(self, variant: Variant, rate: float, again: bool = False) -> TrainingRun:
-        """A run over the first domains for the learning-rate search; `again`: the same run in another folder."""
+        """A run over the first domains for the search; `again`: the same run in another folder."""
         domains = self.suite.domains[:LR_SEARCH_DOMAINS]
-        folder = self.folder / ("again" if again else "choice") / self.suite.base / _slug(variant.label)
-        return TrainingRun(folder / f"{rate:g}", self._values(variant, rate, self.tier.lr_search_seed, domains))
+        folder = self.folder / ("again" if again else "choice") / self.tier.search_name(self.suite)
+        steps = self.tier.search_steps(self.suite)
+        values = self._values(variant, rate, self.tier.lr_search_seed, domains, steps)
+        return TrainingRun(folder / _slug(variant.label) / f"{rate:g}", values)
 
-    def fine_tuning_jobs(self, run: TrainingRun) -> list[FineTuning]:
-        """Each domain's task after that domain, and all tasks after the last domain."""
-        domains = self.suite.domains
-        last = len(domains) - 1
-        jobs = [
-            FineTuning(run, index, (data.TASK_OF[domain],), self.tier.task_seeds)
-            for index, domain in enumerate(domains[:last])
-        ]
-        return [*jobs, FineTuning(run, last, tuple(data.TASK_OF[domain] for domain in domains), self.tier.task_seeds)]
+    def final_tasks(self, run: TrainingRun) -> FineTuning:
+        """Fine-tuning of a run's last model on the tasks of all domains."""
+        return self._fine_tuning(run, len(self.suite.domains) - 1, self.suite.domains)
 
-    def _values(self, variant: Variant, rate: float, seed: int, domains: Sequence[str]) -> Values:
+    def earlier_tasks(self, run: TrainingRun) -> list[FineTuning]:
+        """Fine-tuning of all earlier models, each on the task of its last domain."""
+        return [self._fine_tuning(run, index, [name]) for index, name in enumerate(self.suite.domains[:-1])]
+
+    def _fine_tuning(self, run: TrainingRun, index: int, domains: Sequence[str]) -> FineTuning:
+        seeds = range(self.tier.task_seeds)
+        tasks = [data.task(self.data, data.TASK_OF[name], seeds) | self.tier.task_settings for name in domains]
+        return FineTuning(run, index, tasks)
+
+    def _values(self, variant: Variant, rate: float, seed: int, domains: Sequence[str], steps: int) -> Values:
         return merge_values(
             {
                 "model": {"name_or_path": str(self.base)},
@@ -62,13 +64,14 @@ class RunFactory:
                 "seed": seed,
             },
             self.tier.settings,
+            {"train": {"steps_per_domain": steps}},
             variant.overrides,
             {"method": sampling(variant.overrides.get("method", {}), self.tier.num_samples)},
         )
 
 
 def loss_after_learning(results: Results) -> float:
-    """Mean over domains of the loss right after learning the domain; the criterion of the learning-rate search."""
+    """Mean over domains of the loss right after learning the domain; the criterion of learning rates."""
     losses = _losses_after_learning(results)
     return sum(losses) / len(losses)
 

@@ -1,22 +1,23 @@
-"""The runs of one suite, stage by stage: variants, naive sweep, matched naive runs, parameter groups, end tasks."""
+"""The runs of one suite: in waves of groups and seed by seed, so that every prefix can be compared."""
 
 from __future__ import annotations
 
-import statistics
-from functools import partial
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from benchmarks.domains.ablation_groups import RestoredLosses, measure_restored_losses
-from benchmarks.domains.jobs import TrainingRun
-from benchmarks.domains.lr_matching import Match, Probe, match
-from benchmarks.domains.lr_search import Choice
+from benchmarks.domains.jobs import Job, TrainingRun
+from benchmarks.domains.lr_search import LrSearch
 from benchmarks.domains.plan import NAIVE, Variant
-from benchmarks.domains.result_file import SuiteResult, compare_finished_runs
+from benchmarks.domains.result_file import SuiteResult
 from benchmarks.domains.resume_results import check_agreement, find_run, join_comparisons
 from benchmarks.domains.runner import Runner
 from benchmarks.domains.runs import RunFactory
 from das_ds.reporting.comparison import Comparison
+from das_ds.reporting.group_runs import compare_runs
+from das_ds.reporting.load_runs import LoadedRun, load_run
 
 
 class SuiteRuns:
@@ -24,129 +25,143 @@ class SuiteRuns:
 
     Args:
         factory: builds the runs.
-        choices: label -> chosen learning rate.
+        search: finds learning rates and strengths.
         runner: makes the runs.
         known: earlier results, whose runs are not repeated, except for one, which must agree.
+        on_update: called after each run.
     """
 
     def __init__(
-        self, factory: RunFactory, choices: dict[str, Choice], runner: Runner, known: SuiteResult | None = None
+        self,
+        factory: RunFactory,
+        search: LrSearch,
+        runner: Runner,
+        known: SuiteResult | None = None,
+        on_update: Callable[[], None] = lambda: None,
     ) -> None:
         self._factory = factory
-        self._choices = choices
+        self._search = search
         self._runner = runner
         self._known = known
-        self._runs: dict[str, list[TrainingRun]] = {}
-        """Label -> runs made here."""
-        self._naive_rates: dict[str, float] = {NAIVE: choices[NAIVE].learning_rate}
-        """Label -> learning rate of naive runs, which matching starts from."""
-        self._matches: dict[str, Match] = {found.label: found for found in known.matches} if known else {}
+        self._on_update = on_update
+        self._planned: dict[str, tuple[Variant, float, tuple[int, ...]]] = {}
+        """Label -> variant, learning rate, seeds."""
+        self._started: dict[Path, tuple[str, TrainingRun]] = {}
+        """Folder -> label and run, of all made here."""
+        self._loaded: dict[Path, LoadedRun] = {}
         self._groups: list[RestoredLosses] = known.groups if known else []
         self.difference: float | None = None
         """Largest difference in nats of any loss of the repeated known run; None without one."""
 
-    def result(self) -> SuiteResult:
-        """Results so far."""
+    def result(self) -> SuiteResult | None:
+        """Results so far; None before the first naive run."""
+        comparison = self._comparison()
+        if comparison is None:
+            return None
         suite = self._factory.suite
         return SuiteResult(
             name=suite.name,
             base=suite.base,
-            comparison=self._comparison(),
-            matches=list(self._matches.values()),
+            steps_per_domain=self._factory.tier.steps(suite),
+            comparison=comparison,
             groups=self._groups,
         )
 
-    def run_variants(self) -> None:
-        """Run every variant at its chosen rate, and naive training at the rates of the sweep; all seeds."""
+    def run(self, device: torch.device) -> None:
+        """Make all runs: the first seed of the contenders, then of all others, then the other seeds of all groups.
+
+        Args:
+            device: to evaluate restored parameter groups on.
+        """
         tier = self._factory.tier
-        for variant in tier.compared:
-            self._add(variant, self._choices[variant.label].learning_rate)
-        for factor in tier.sweep_factors:
-            self._add_naive(f"{NAIVE} x {factor:g}", factor * self._naive_rates[NAIVE])
-        for rate in self._known_matching_rates():
-            self._add_naive_at(rate)
-        self._runner.run([run for runs in self._runs.values() for run in runs])
-        first = find_run(self._known, NAIVE, tier.seeds[0])
-        if first is not None:
-            repeated = compare_finished_runs(self._runs).group(NAIVE).runs[0]
-            self.difference = check_agreement(first, repeated)
+        first, *others = tier.seeds
+        for labels in tier.waves:
+            self._search.run(tier.searched_with(labels))
+            for label in labels:
+                self.plan(label)
+            self.train(first)
+            self._restore_groups(device)
+        for seed in (*others, *tier.more_seeds):
+            self.train(seed)
+        if tier.fine_tunes:
+            self._fine_tune()
 
-    def match_naive(self) -> None:
-        """Run naive training at rates at which it learns as much as each variant to match."""
+    def train(self, seed: int) -> None:
+        """Run all groups so far that have a seed."""
+        runs = []
+        for label, (variant, rate, seeds) in self._planned.items():
+            # The first naive run is always made: it checks known results, and its models are needed.
+            if seed in seeds and (not self._is_known(label, seed) or self._is_first(label, seed)):
+                run = self._factory.run(variant, rate, seed, label)
+                self._started[run.folder] = label, run
+                runs.append(run)
+        self._check_repeated()
+        self._runner.run(runs, self._finish)
+
+    def plan(self, label: str) -> None:
+        """Plan the runs of a group at its chosen rate, and with naive training its sweep."""
         tier = self._factory.tier
-        for label in tier.matched:
-            # Once per match: it reads all run folders, with their importance files.
-            comparison = self._comparison()
-            known = [
-                Probe(rate, self._mean_loss(comparison, name, seeds_of=label))
-                for name, rate in self._naive_rates.items()
-            ]
-            self._matches[label] = match(
-                label,
-                self._mean_loss(comparison, label, seeds_of=label),
-                known,
-                partial(self._run_naive_at, matched=label),
-                tolerance=tier.tolerance,
-                max_probes=tier.max_probes,
-            )
+        variant, rate = self._search.chosen(label)
+        self._planned[label] = variant, rate, tier.run_seeds(label)
+        if label == NAIVE:
+            for factor in tier.sweep_factors:
+                self._planned[f"{NAIVE} x {factor:g}"] = variant, factor * rate, tier.run_seeds(NAIVE)
 
-    def restore_groups(self, device: torch.device) -> None:
-        """Measure what each parameter group contributes to forgetting, on the first naive run."""
-        if not self._groups:
-            self._groups = measure_restored_losses(self._runs[NAIVE][0], device)
+    def _finish(self, _: Job) -> None:
+        self._check_repeated()
+        self._on_update()
 
-    def fine_tune(self) -> None:
-        """Fine-tune on the end tasks, for the variants that the tier names."""
-        runs = [run for label in self._factory.tier.task_variants for run in self._runs[label]]
-        self._runner.run([job for run in runs for job in self._factory.fine_tuning_jobs(run)])
-
-    def _run_naive_at(self, rate: float, matched: str) -> float:
-        """Loss after learning domains 2..T of naive training at a rate, over the seeds of the matched variant."""
-        label = self._add_naive_at(rate)
-        self._runner.run(self._runs[label])
-        return self._mean_loss(self._comparison(), label, seeds_of=matched)
-
-    def _add_naive_at(self, rate: float) -> str:
-        """Add a rate of the matching, rounded to the digits of its label; returns the label."""
-        label = _format_naive_label(rate)
-        self._add_naive(label, float(f"{rate:.3g}"))
-        return label
-
-    def _add_naive(self, label: str, rate: float) -> None:
-        self._naive_rates[label] = rate
-        self._add(self._factory.tier.variant(NAIVE), rate, label)
-
-    def _add(self, variant: Variant, rate: float, name: str | None = None) -> None:
-        """Add the unknown runs of a variant, and always the first naive one, which checks the known results."""
-        tier = self._factory.tier
-        label = name or variant.label
-        self._runs[label] = [
-            self._factory.run(variant, rate, seed, name)
-            for seed in tier.run_seeds(variant.label)
-            if not self._is_known(label, seed) or (label, seed) == (NAIVE, tier.seeds[0])
-        ]
+    def _is_first(self, label: str, seed: int) -> bool:
+        return (label, seed) == (NAIVE, self._factory.tier.seeds[0])
 
     def _is_known(self, label: str, seed: int) -> bool:
+        tier = self._factory.tier
         run = find_run(self._known, label, seed)
-        return run is not None and (run.end_tasks is not None or label not in self._factory.tier.task_variants)
+        needs_model = tier.fine_tunes and label in tier.task_variants and seed in tier.task_runs
+        has_scores = run is not None and run.end_tasks is not None and len(run.end_tasks.tasks) == len(run.learned_rows)
+        return run is not None and (has_scores or not needs_model)
 
-    def _known_matching_rates(self) -> list[float]:
-        """Naive rates that known matches have tried."""
-        labels = {group.label for group in self._known.comparison.groups} if self._known else set()
-        rates = {probe.learning_rate for found in self._matches.values() for probe in found.probes}
-        return sorted(rate for rate in rates if _format_naive_label(rate) in labels)
+    def _check_repeated(self) -> None:
+        """Check the repeated naive run as soon as it is there."""
+        seed = self._factory.tier.seeds[0]
+        known = find_run(self._known, NAIVE, seed)
+        if known is None or self.difference is not None or not (loaded := self._load_finished()):
+            return
+        naive = [run for run in loaded if run.label == NAIVE and run.config.seed == seed]
+        if naive:
+            self.difference = check_agreement(known, compare_runs(naive).groups[0].runs[0])
 
-    def _comparison(self) -> Comparison:
-        """Of all finished runs."""
-        new = compare_finished_runs(self._runs)
-        return join_comparisons(self._known.comparison, new) if self._known else new
+    def _restore_groups(self, device: torch.device) -> None:
+        """Measure what each parameter group contributes to forgetting, on the first naive run."""
+        if self._factory.tier.restores_groups and not self._groups:
+            first = next(run for label, run in self._started.values() if label == NAIVE)
+            self._groups = measure_restored_losses(first, device)
+            self._on_update()
 
-    def _mean_loss(self, comparison: Comparison, label: str, *, seeds_of: str) -> float:
-        """Mean loss after learning domains 2..T of a group, over the seeds of another variant."""
-        seeds = self._factory.tier.run_seeds(seeds_of)
-        runs = comparison.group(label).runs
-        return statistics.fmean(run.loss_after_learning_later for run in runs if run.seed in seeds)
+    def _fine_tune(self) -> None:
+        """Learn the end tasks: first all of them at the end of every run, then each domain's after the domain."""
+        tier = self._factory.tier
+        runs = [
+            run
+            for wanted in tier.task_variants
+            for label, run in self._started.values()
+            if label == wanted and run.values["seed"] in tier.task_runs
+        ]
+        self._runner.run([self._factory.final_tasks(run) for run in runs], self._finish)
+        self._runner.run([job for run in runs for job in self._factory.earlier_tasks(run)], self._finish)
 
+    def _load_finished(self) -> list[LoadedRun]:
+        """All finished runs made here."""
+        for folder, (label, run) in self._started.items():
+            if folder not in self._loaded and run.is_done():
+                self._loaded[folder] = load_run(f"{label}={folder}")
+        return list(self._loaded.values())
 
-def _format_naive_label(rate: float) -> str:
-    return f"{NAIVE} at {rate:.3g}"
+    def _comparison(self) -> Comparison | None:
+        """Of all finished runs; None before the first naive run."""
+        known = self._known.comparison if self._known else None
+        loaded = self._load_finished()
+        if not any(run.label == NAIVE for run in loaded):
+            return known
+        new = compare_runs(loaded, NAIVE)
+        return join_comparisons(known, new) if known else new

@@ -7,10 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from das_ds.reporting.comparison import Comparison, Group, RunSummary
-from das_ds.reporting.statistics import Difference, Estimate, Point, estimate, interpolate_front, paired_difference
+from das_ds.reporting.statistics import (
+    Difference,
+    Estimate,
+    Point,
+    estimate,
+    interpolate_front,
+    paired_difference,
+    pareto_front,
+)
 
 LEARNING_KEYS = "train."
 """Prefix of the config keys that decide how much a run learns; groups that differ only in these form a sweep."""
+LAYER_LR_DECAY = "train.layer_lr_decay"
+"""The exception: it decides where a run learns, and is a method of its own."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,8 @@ def baseline_sweep(comparison: Comparison) -> list[Group]:
     reference = comparison.group(comparison.reference)
 
     def fixed_settings(group: Group) -> dict[str, str]:
-        return {key: value for key, value in group.settings.items() if not key.startswith(LEARNING_KEYS)}
+        settings = group.settings.items()
+        return {key: value for key, value in settings if key == LAYER_LR_DECAY or not key.startswith(LEARNING_KEYS)}
 
     return [
         group
@@ -118,30 +129,32 @@ def baseline_sweep(comparison: Comparison) -> list[Group]:
 def forgetting_vs_matched_baseline(comparison: Comparison, group: Group) -> Difference | None:
     """Forgetting minus that of the baseline at the same loss after learning (2..T), paired by seed.
 
-    The baseline's forgetting is interpolated between two runs of `baseline_sweep`. A seed whose loss is outside the
-    range of its sweep is not counted.
-
     Returns:
-        None if no seed counts.
+        None if no seed counts in `matched_pairs`.
     """
-    pairs = _matched_pairs(comparison, group)
+    pairs = matched_pairs(comparison, group).values()
     return paired_difference(*zip(*pairs, strict=True)) if pairs else None
 
 
 def matched_baseline_forgetting(comparison: Comparison, group: Group) -> float | None:
     """Mean forgetting of the baseline over the seeds that count in `forgetting_vs_matched_baseline`."""
-    pairs = _matched_pairs(comparison, group)
-    return sum(baseline for _, baseline in pairs) / len(pairs) if pairs else None
+    pairs = matched_pairs(comparison, group).values()
+    return statistics.fmean(baseline for _, baseline in pairs) if pairs else None
 
 
-def _matched_pairs(comparison: Comparison, group: Group) -> list[tuple[float, float]]:
-    """(forgetting of a run, forgetting of the baseline at equal learning) for each seed that counts."""
+def matched_pairs(comparison: Comparison, group: Group) -> dict[int, tuple[float, float]]:
+    """Seed -> forgetting of its run, and of the baseline at the same loss after learning (2..T).
+
+    The baseline's forgetting is interpolated along the Pareto front of `baseline_sweep`: a rate at which another one
+    learns more and forgets less is no rate to compare with. A seed whose loss is outside the range of its front is not
+    counted.
+    """
     sweep = baseline_sweep(comparison)
-    pairs = []
+    pairs = {}
     for run in group.runs:
         baseline = _interpolate_baseline(sweep, run)
         if baseline is not None and run.forgetting is not None:
-            pairs.append((run.forgetting, baseline))
+            pairs[run.seed] = run.forgetting, baseline
     return pairs
 
 
@@ -153,4 +166,5 @@ def _interpolate_baseline(sweep: list[Group], run: RunSummary) -> float | None:
         for other in group.runs
         if other.seed == run.seed and other.forgetting is not None
     ]
-    return interpolate_front(points, run.loss_after_learning_later)
+    front = [points[index] for index in pareto_front(points)]
+    return interpolate_front(front, run.loss_after_learning_later)

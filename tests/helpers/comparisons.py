@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from das_ds.reporting.comparison import Comparison, Cost, Group, GroupOverlap, ImportanceSummary, RunSummary
+from das_ds.reporting.score_matrix import SCORE_NAMES, RunScores, ScoredTask, ScoreMatrix, TaskForgetting
 
 T_OF_TWO = 12.706204736
 """The 97.5 % quantile of Student's t with one degree of freedom, from a table."""
@@ -89,3 +90,19 @@ def importance_summary(mask_saturation: float = 0.25, jaccard: float = 0.5) -> I
         sources=["acl", "pubmed"],
         groups={"head": overlap, "others": overlap.model_copy(update={"mask_saturation": [mask_saturation]})},
     )
+
+
+def with_scores(scored: Group, score: float) -> Group:
+    """A group whose last models score the same on the tasks of both domains, in every metric."""
+    matrix = ScoreMatrix(
+        scores=[[None, None], [0.5, None], [score, score]],
+        forgetting=TaskForgetting(average=None, per_task={}),
+        backward_transfer=None,
+        forward_transfer=None,
+    )
+    tasks = [
+        ScoredTask(name=f"{domain}_task", domain=domain, row_learned=row, metric="macro_f1", seeds=[0])
+        for row, domain in enumerate(("acl", "pubmed"), start=1)
+    ]
+    scores = RunScores(stages=STAGES, tasks=tasks, matrices=dict.fromkeys(SCORE_NAMES, matrix), missing=[])
+    return scored.model_copy(update={"runs": [run.model_copy(update={"end_tasks": scores}) for run in scored.runs]})

@@ -12,7 +12,8 @@ from benchmarks.domains.plan import NAIVE, BaseName, Tier, Values, merge_values
 from benchmarks.domains.pretraining import pretraining_run
 from benchmarks.domains.runs import RunFactory, loss_after_learning
 from benchmarks.domains.tiers import TIERS
-from das_ds.config import RunConfig
+from benchmarks.domains.variants import METHODS
+from das_ds.config import RunConfig, parse_method
 from das_ds.errors import ConfigError, DataError
 from das_ds.reporting.results import build_results
 
@@ -22,12 +23,14 @@ TIERS_BY_NAME = pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
 def configs(tier: Tier) -> list[RunConfig]:
     """Every run config of a tier, with the smallest learning rate as if it were chosen."""
     found = []
-    experiments = [RunFactory(tier, suite, Path("runs"), Path("data"), Path("base")) for suite in tier.suites]
-    by_base = {factory.suite.base: factory for factory in experiments}
+    factories = [RunFactory(tier, suite, Path("runs"), Path("data"), Path("base")) for suite in tier.suites]
+    by_search = {tier.search_name(factory.suite): factory for factory in factories}
     for variant in tier.variants:
         rates = tier.rates(variant)
-        found += [factory.lr_search_run(variant, rate) for factory in by_base.values() for rate in rates]
-        found += [factory.run(variant, rates[0], seed) for factory in experiments for seed in tier.seeds]
+        found += [factory.lr_search_run(variant, rate) for factory in by_search.values() for rate in rates]
+    for label, members in tier.groups.items():
+        for factory in factories:
+            found += [factory.run(members[0], tier.rates(members[0])[0], seed, label) for seed in tier.run_seeds(label)]
     return [RunConfig.model_validate({"output_dir": run.folder, **run.values}) for run in found]
 
 
@@ -43,10 +46,54 @@ def test_runs_have_valid_and_different_configs(tier: Tier) -> None:
 def test_tier_names_its_variants_and_has_a_search_seed(tier: Tier) -> None:
     labels = [variant.label for variant in tier.variants]
     assert len(set(labels)) == len(labels)
-    assert {NAIVE, tier.repeated, *tier.matched, *tier.task_variants} <= set(labels)
-    assert tier.lr_search_seed not in tier.seeds
-    assert all(low < high for low, high in pairwise(tier.learning_rates))
+    assert not set(labels) & set(tier.groups) - {variant.label for variant in tier.variants if not variant.strength_of}
+    assert {NAIVE, *tier.contenders, *tier.task_variants} <= set(tier.groups)
+    assert tier.repeated in labels
+    assert tier.lr_search_seed not in (*tier.seeds, *tier.more_seeds)
+    assert all(high == 2 * low for low, high in pairwise(tier.learning_rates))
     assert set(data.TASK_OF) >= set(tier.corpora if tier.task_variants else ())
+    assert sorted(label for wave in tier.waves for label in wave) == sorted(tier.groups)
+    searched = [variant.label for wave in tier.waves for variant in tier.searched_with(wave)]
+    assert sorted(searched) == sorted(labels)
+
+
+@pytest.mark.parametrize("name", ["cpu", "length", "decoder", "tasks", "gpu"])
+def test_methods_are_searched_with_the_same_budget(name: str) -> None:
+    tier = TIERS[name]
+    assert len(tier.learning_rates) == 4 and tier.max_extensions == 2
+    strengths = {label: len(members) for label, members in tier.groups.items() if len(members) > 1}
+    assert set(strengths.values()) <= {2, 3}
+    # Of directions one strength is compared, and two more are only searched.
+    assert all(count == 3 for label, count in strengths.items() if label != "freeze")
+    assert sum(variant.label.startswith("directions ") for variant in METHODS) == 2
+
+
+def test_directions_is_the_method_as_shipped_without_general_text() -> None:
+    default = parse_method({"name": "directions"})
+    found = {variant.label: parse_method(variant.overrides["method"]) for variant in METHODS}
+    assert found["directions"] == default.model_copy(update={"general": False})
+    assert found["directions, general"] == default.model_copy(update={"general": True})
+    form = {"apply_to": "update", "half_saturation": 3.0, "freeze_unmasked": False, "general": False}
+    assert found["directions, first form"] == default.model_copy(update=form)
+
+
+def test_tasks_tier_shares_the_runs_of_cpu() -> None:
+    suite = TIERS["cpu"].suites[0]
+    cpu, tasks = (RunFactory(TIERS[name], suite, Path("runs"), Path("data"), Path("base")) for name in ("cpu", "tasks"))
+    assert TIERS["tasks"].run_folder == TIERS["cpu"].run_folder == "cpu"
+    for label, members in TIERS["tasks"].groups.items():
+        for member in members:
+            rate = TIERS["cpu"].rates(member)[0]
+            run = tasks.run(member, rate, 0, label)
+            assert run == cpu.run(member, rate, 0, label) and run.keeps_models
+            assert tasks.lr_search_run(member, rate) == cpu.lr_search_run(member, rate)
+
+
+def test_suites_of_other_lengths_have_searches_of_their_own() -> None:
+    tier = TIERS["length"]
+    assert [tier.steps(suite) for suite in tier.suites] == [40, 150, 600]
+    assert [tier.search_name(suite) for suite in tier.suites] == ["encoder_40", "encoder_150", "encoder_150"]
+    assert TIERS["gpu"].search_name(TIERS["gpu"].suites[0]) == "encoder"
 
 
 @TIERS_BY_NAME
@@ -74,8 +121,10 @@ def test_merge_values_merges_sections_and_replaces_lists() -> None:
 def test_select_variants_keeps_naive_training() -> None:
     tier = select_variants(TIERS["cpu"], ["replay"])
     assert [variant.label for variant in tier.variants] == [NAIVE, "replay"]
-    assert tier.matched == () and tier.repeated == NAIVE
-    with pytest.raises(ConfigError, match=r"--only: found 'wishes', allowed: 'ncl', 'one', 'pool'"):
+    assert tier.contenders == ("replay",) and tier.repeated == NAIVE
+    strengths = select_variants(TIERS["cpu"], ["osft"])
+    assert [variant.label for variant in strengths.variants] == [NAIVE, "osft 0.1", "osft 0.25", "osft 0.5"]
+    with pytest.raises(ConfigError, match=r"--only: found 'wishes', allowed: 'ncl', 'directions', "):
         select_variants(TIERS["cpu"], ["wishes"])
 
 

@@ -1,6 +1,6 @@
 """Extending results without their run folders: no run is repeated, and nothing incompatible is joined."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +9,7 @@ import pytest
 from benchmarks.domains import data
 from benchmarks.domains.__main__ import main
 from benchmarks.domains.jobs import Job
-from benchmarks.domains.lr_matching import Match, Probe
-from benchmarks.domains.lr_search import Candidate, Choice, choose
+from benchmarks.domains.lr_search import Candidate, Choice, LrSearch
 from benchmarks.domains.plan import NAIVE, Tier
 from benchmarks.domains.result_file import SuiteResult, TierResult, write_result_file
 from benchmarks.domains.resume_results import (
@@ -28,10 +27,12 @@ from benchmarks.domains.tiers import CPU, GPU
 from das_ds.errors import RunFolderError, StoppedError
 from das_ds.reporting.comparison import Comparison, Group
 from das_ds.reporting.metrics import baseline_sweep
-from helpers.comparisons import comparison, group, run_summary
+from helpers.comparisons import comparison, group, run_summary, with_scores
+from helpers.domain_runs import FakeRunner
 
 RATE = "train__learning_rate"
 SUITE = replace(CPU.suites[0], domains=("acl", "pubmed"))
+RATES = (Candidate(1e-4, 3.3, 0.3), Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4), Candidate(8e-4, 3.2, 0.4))
 
 
 class RecordingRunner(Runner):
@@ -40,7 +41,7 @@ class RecordingRunner(Runner):
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[Job], on_finish: Callable[[Job], None] = lambda job: None) -> None:
         self.names += [job.name for job in jobs]
         raise StoppedError("noted")
 
@@ -60,8 +61,7 @@ def seeds(of: Group) -> list[int]:
 
 
 def suite() -> SuiteResult:
-    matches = [Match("directions", 3.2, 0.01, (Probe(4e-4, 3.0), Probe(1.8612e-4, 3.2)))]
-    return SuiteResult(name=SUITE.name, base=SUITE.base, comparison=known(), matches=matches, groups=[])
+    return SuiteResult(name=SUITE.name, base=SUITE.base, steps_per_domain=400, comparison=known(), groups=[])
 
 
 def record(tier: Tier = CPU) -> TierResult:
@@ -69,7 +69,8 @@ def record(tier: Tier = CPU) -> TierResult:
         tier=tier.name,
         environment={"device": "a processor", "date": "2026-01-01", "versions": {"torch": "2.0"}},
         settings=tier.recorded_settings,
-        choices={"encoder": [Choice("replay", (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4)))]},
+        choices={"encoder": [Choice("replay", RATES)]},
+        strengths={},
         repeated=None,
         suites=[suite()],
     )
@@ -106,10 +107,27 @@ def test_join_comparisons_fills_settings_from_the_baseline() -> None:
     assert [one.label for one in baseline_sweep(both)] == [NAIVE, "ncl x 0.5", "ncl at 0.000186"]
 
 
+def test_join_comparisons_end_tasks_of_a_known_run_are_added() -> None:
+    first = comparison(group(NAIVE, [(3.0, 1.0), (3.1, 1.1)]))
+    scored = comparison(with_scores(group(NAIVE, [(9.0, 9.0)]), 0.7))
+    runs = join_comparisons(first, scored).group(NAIVE).runs
+    assert [run.loss_after_learning for run in runs] == pytest.approx([3.0, 3.1])
+    assert runs[0].end_tasks == scored.groups[0].runs[0].end_tasks and runs[1].end_tasks is None
+
+
 def test_join_comparisons_other_settings_are_refused() -> None:
     other = comparison(group(NAIVE, [(3.0, 1.0)], **{RATE: "2e-4"}))
     with pytest.raises(RunFolderError, match=r"ncl: found train.learning_rate 2e-4, expected 4e-4"):
         join_comparisons(known(), other)
+
+
+def test_join_comparisons_keys_that_one_side_did_not_record_are_kept() -> None:
+    # A key of the method's section is not recorded where no other group has another value than its default.
+    first = comparison(group(NAIVE, [(3.0, 1.0)]), group("das", [(3.1, 0.1)], method__granularity="unit"))
+    again = comparison(group(NAIVE, [(3.0, 1.0)]), group("das", [(3.1, 0.1)] * 3, method__weight="0"))
+    joined = join_comparisons(first, again).group("das")
+    assert joined.settings == {"method.granularity": "unit", "method.weight": "0"}
+    assert seeds(joined) == [0, 1, 2]
 
 
 def test_check_tier_other_tier_is_refused() -> None:
@@ -121,8 +139,10 @@ def test_check_tier_other_tier_is_refused() -> None:
     assert find_suite(None, SUITE) is None
     assert find_suite(record(), replace(SUITE, name="another")) is None
     assert find_suite(record(), SUITE) == suite()
-    with pytest.raises(RunFolderError, match=r"found suite encoder over acl, pubmed, expected restaurant, acl, pubmed"):
+    with pytest.raises(RunFolderError, match=r"found suite encoder_six over acl, pubmed, expected restaurant, acl, ai"):
         find_suite(record(), CPU.suites[0])
+    with pytest.raises(RunFolderError, match=r"found suite encoder_six of 400 steps per domain, expected 40$"):
+        find_suite(record(), replace(SUITE, steps=40))
 
 
 def test_check_agreement_large_difference_is_refused() -> None:
@@ -146,44 +166,72 @@ def factory(*labels: str) -> RunFactory:
     return RunFactory(tier, SUITE, Path("runs"), Path("data"), Path("base"))
 
 
-def test_choose_known_choices_are_not_repeated() -> None:
+def search(setup: RunFactory, runner: RecordingRunner, *labels: str) -> LrSearch:
+    return LrSearch(setup, runner, [Choice(label, RATES) for label in labels])
+
+
+def test_search_known_candidates_are_not_repeated() -> None:
     runner = RecordingRunner()
     setup = factory(NAIVE, "replay")
+    partial = LrSearch(setup, runner, [Choice("replay", RATES), Choice(NAIVE, RATES[1:3])])
     with pytest.raises(StoppedError, match="noted"):
-        choose(setup, setup.tier.variants, runner, record().choices["encoder"])
-    assert runner.names == ["encoder/ncl/0.0002", "encoder/ncl/0.0004"]
+        partial.run(setup.tier.variants)
+    assert runner.names == ["encoder/ncl/0.0001", "encoder/ncl/0.0008"]
 
 
-def test_run_variants_repeats_only_the_first_naive_run() -> None:
+def first_names(setup: RunFactory, *labels: str, seed: int) -> list[str]:
+    """Names of the runs of one seed, after all groups were planned."""
     runner = RecordingRunner()
-    rates = (Candidate(2e-4, 3.2, 0.3), Candidate(4e-4, 3.1, 0.4))
-    choices = {label: Choice(label, rates) for label in (NAIVE, "replay", "merge")}
+    runs = SuiteRuns(setup, search(setup, runner, *labels), runner, suite())
+    for label in labels:
+        runs.plan(label)
     with pytest.raises(StoppedError, match="noted"):
-        SuiteRuns(factory(NAIVE, "replay", "merge"), choices, runner, suite()).run_variants()
-    assert runner.names == [
-        "encoder/ncl/seed0",
-        "encoder/ncl/seed2",
-        "encoder/replay/seed2",
-        "encoder/merge/seed0",
-        "encoder/merge/seed1",
-        "encoder/ncl_x_0.25/seed0",
-        "encoder/ncl_x_0.25/seed1",
-        "encoder/ncl_x_0.25/seed2",
-        "encoder/ncl_x_0.5/seed2",
-        "encoder/ncl_at_0.000186/seed2",
+        runs.train(seed)
+    return runner.names
+
+
+def test_train_repeats_only_the_first_naive_run() -> None:
+    labels = (NAIVE, "replay", "lora")
+    setup = factory(*labels)
+    assert first_names(setup, *labels, seed=0) == [
+        "encoder_six/ncl/seed0",
+        "encoder_six/ncl_x_0.125/seed0",
+        "encoder_six/ncl_x_0.25/seed0",
+        "encoder_six/ncl_x_2/seed0",
+        "encoder_six/lora/seed0",
+    ]
+    assert "encoder_six/ncl/seed1" not in first_names(setup, *labels, seed=1)
+    assert first_names(setup, *labels, seed=2) == [
+        "encoder_six/ncl/seed2",
+        "encoder_six/ncl_x_0.125/seed2",
+        "encoder_six/ncl_x_0.25/seed2",
+        "encoder_six/ncl_x_0.5/seed2",
+        "encoder_six/ncl_x_2/seed2",
+        "encoder_six/replay/seed2",
     ]
 
 
-def test_run_variants_repeats_runs_whose_models_are_needed() -> None:
+def test_train_repeats_runs_whose_models_are_needed() -> None:
     setup = factory(NAIVE, "replay")
-    setup = replace(
-        setup, tier=replace(setup.tier, task_variants=("replay",), task_seeds=1, sweep_factors=(), more_seeds=())
-    )
-    choices = {label: Choice(label, (Candidate(4e-4, 3.1, 0.4),)) for label in (NAIVE, "replay")}
-    runner = RecordingRunner()
-    with pytest.raises(StoppedError, match="noted"):
-        SuiteRuns(setup, choices, runner, suite()).run_variants()
-    assert runner.names == ["encoder/ncl/seed0", "encoder/replay/seed0", "encoder/replay/seed1"]
+    tier = replace(setup.tier, task_variants=("replay",), sweep_factors=())
+    assert first_names(replace(setup, tier=tier), NAIVE, "replay", seed=0) == ["encoder_six/ncl/seed0"]
+    tuned = replace(setup, tier=replace(tier, fine_tunes=True))
+    assert first_names(tuned, NAIVE, "replay", seed=0) == ["encoder_six/ncl/seed0", "encoder_six/replay/seed0"]
+    assert first_names(tuned, NAIVE, "replay", seed=1) == []
+
+
+def test_train_twice_plans_no_run_twice(tmp_path: Path) -> None:
+    setup = replace(factory(NAIVE, "replay"), folder=tmp_path)
+    tier = replace(setup.tier, sweep_factors=(), task_variants=("replay",), fine_tunes=True, contenders=("replay",))
+    tuned = FakeRunner()
+    runs = SuiteRuns(replace(setup, tier=tier), search(setup, RecordingRunner(), NAIVE, "replay"), tuned)
+    runs.plan(NAIVE)
+    runs.plan("replay")
+    runs.train(0)
+    runs.train(0)
+    assert tuned.names == ["encoder_six/ncl/seed0", "encoder_six/replay/seed0"]
+    result = runs.result()
+    assert result is not None and [seeds(one) for one in result.comparison.groups] == [[0], [0]]
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.domains.jobs import TrainingRun
+from benchmarks.domains.jobs import Job, TrainingRun
 from benchmarks.domains.runner import MANIFEST, MIN_TIME_TO_START_S, Runner
 from das_ds.errors import RunFolderError, StoppedError, TrainingError
 from das_ds.reporting.results import build_results
 from das_ds.run_dir import RESULTS_FILE
-
-STOPPED = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)"
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,22 @@ class Script:
         self.file.with_suffix(".finished").touch()
 
 
+class Endless(Script):
+    """A job that exits with code 75 when it is asked to stop; from then on there is a file that others wait for."""
+
+    @property
+    def ready(self) -> Path:
+        return self.file.with_suffix(".ready")
+
+    def command(self) -> list[str]:
+        return ["sh", "-c", f"trap 'exit 75' TERM; : > '{self.ready}'; while :; do sleep 0.1; done"]
+
+
+def after(endless: Endless, code: str) -> str:
+    """Words of Python that run once another job can be stopped."""
+    return f"import os, time\nwhile not os.path.exists({str(endless.ready)!r}): time.sleep(0.05)\n{code}"
+
+
 def writing(path: Path, text: str = "once") -> Script:
     return Script(path, f"import os; open({str(path)!r}, 'a').write({text!r}); print(os.environ['OMP_NUM_THREADS'])")
 
@@ -61,6 +75,32 @@ def test_runner_runs_jobs_once_and_records_them(tmp_path: Path) -> None:
     assert sorted(line["job"] for line in manifest(tmp_path)) == ["a", "b", "c"]
 
 
+def test_runner_tells_of_every_finished_job(tmp_path: Path) -> None:
+    jobs = [writing(tmp_path / name) for name in ("a", "b", "c")]
+    jobs[0].file.touch()
+    told: list[str] = []
+    Runner(tmp_path, threads=1).run(jobs, lambda job: told.append(job.name))
+    # What was done before is not told again.
+    assert told == ["b", "c"]
+
+
+def test_runner_error_while_telling_stops_the_other_jobs(tmp_path: Path) -> None:
+    def refuse(job: Job) -> None:
+        raise RunFolderError(f"{job.name} differs")
+
+    endless = Endless(tmp_path / "long", "")
+    first = Script(tmp_path / "a", after(endless, f"open({str(tmp_path / 'a')!r}, 'w')"))
+    with pytest.raises(RunFolderError, match="a differs"):
+        Runner(tmp_path, threads=1, parallel=2).run([first, endless], refuse)
+    assert [line["exit_code"] for line in manifest(tmp_path) if line["job"] == "long"] == [75]
+
+
+def test_runner_one_job_alone_gets_all_threads(tmp_path: Path) -> None:
+    job = writing(tmp_path / "a")
+    Runner(tmp_path, threads=3, parallel=2).run_alone(job)
+    assert job.log.read_text() == "6\n"
+
+
 @pytest.mark.parametrize("code", ["raise SystemExit(2)", "pass"])
 def test_runner_failed_job_is_named(tmp_path: Path, code: str) -> None:
     with pytest.raises(TrainingError, match=r"bad: ended with exit code [02], expected 0 and results; see .*bad\.log"):
@@ -69,7 +109,8 @@ def test_runner_failed_job_is_named(tmp_path: Path, code: str) -> None:
 
 
 def test_runner_failure_stops_other_jobs_and_is_raised(tmp_path: Path) -> None:
-    jobs = [Script(tmp_path / "long", STOPPED), Script(tmp_path / "bad", "import time; time.sleep(1); 1 / 0")]
+    endless = Endless(tmp_path / "long", "")
+    jobs = [endless, Script(tmp_path / "bad", after(endless, "1 / 0"))]
     with pytest.raises(TrainingError, match="bad: ended with exit code 1"):
         Runner(tmp_path, threads=1, parallel=2).run(jobs)
     assert {line["job"]: line["exit_code"] for line in manifest(tmp_path)} == {"long": 75, "bad": 1}
@@ -78,7 +119,7 @@ def test_runner_failure_stops_other_jobs_and_is_raised(tmp_path: Path) -> None:
 def test_runner_deadline_asks_jobs_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.domains.runner.MIN_TIME_TO_START_S", 0.0)
     with pytest.raises(StoppedError, match="long: stopped and saved; the same command resumes"):
-        Runner(tmp_path, threads=1, minutes=1 / 60).run([Script(tmp_path / "long", STOPPED)])
+        Runner(tmp_path, threads=1, minutes=5 / 60).run([Endless(tmp_path / "long", "")])
     assert [line["exit_code"] for line in manifest(tmp_path)] == [75]
 
 
@@ -94,6 +135,12 @@ def done_run(folder: Path, rate: float = 1e-3) -> TrainingRun:
     run.command()
     for name in ("checkpoints", "domains/00_a/model"):
         (run.folder / name).mkdir(parents=True)
+    for name in (
+        "directions.safetensors",
+        "domains/00_a/importance.safetensors",
+        "domains/00_a/model/model.safetensors",
+    ):
+        (run.folder / name).touch()
     results = build_results(
         method="ncl",
         domains=["a"],
@@ -108,14 +155,19 @@ def done_run(folder: Path, rate: float = 1e-3) -> TrainingRun:
     return run
 
 
-def test_training_run_finish_removes_checkpoints_and_models(tmp_path: Path) -> None:
+def test_training_run_finish_removes_checkpoints_masks_and_models(tmp_path: Path) -> None:
     run = done_run(tmp_path)
     assert run.is_done()
     run.finish()
-    assert not (run.folder / "checkpoints").exists() and not list(run.folder.glob("domains/*/model"))
+    assert not (run.folder / "checkpoints").exists() and not list(run.folder.rglob("*.safetensors"))
+    with pytest.raises(RunFolderError, match=r"seed0: found no model after domain 0, expected it to be kept; move"):
+        run.model(0)
     with_models = TrainingRun(done_run(tmp_path / "kept").folder, run.values, keeps_models=True)
     with_models.finish()
-    assert with_models.model(0).is_dir()
+    assert [path.name for path in with_models.model(0).iterdir()] == ["model.safetensors"]
+    with_masks = TrainingRun(done_run(tmp_path / "masks").folder, run.values, keeps_masks=True)
+    with_masks.finish()
+    assert len(list(with_masks.folder.rglob("*.safetensors"))) == 2 and not with_masks.has_model(0)
 
 
 def test_training_run_of_another_plan_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from das_ds.reporting.metrics import (
     estimate_metric,
     forgetting_vs_matched_baseline,
     matched_baseline_forgetting,
+    matched_pairs,
     metric_difference,
     metric_values,
 )
@@ -52,6 +53,22 @@ def test_baseline_sweep_differs_only_in_train_keys() -> None:
     assert found is not None
     assert (found.mean, found.num_seeds) == pytest.approx((((0.6 - 0.7) + (0.3 - 0.5)) / 2, 2))
     assert matched_baseline_forgetting(everything, DAS) == pytest.approx(0.6)
+
+
+def test_baseline_sweep_leaves_out_layer_wise_rates() -> None:
+    key = "train__layer_lr_decay"
+    naive = group("ncl", [(3.0, 0.9)], train__learning_rate="1e-3", **{key: "1"})
+    decayed = group("ncl, layer decay", [(3.1, 0.2)], train__learning_rate="1e-3", **{key: "0.8"})
+    assert [found.label for found in baseline_sweep(comparison(naive, decayed))] == ["ncl"]
+
+
+def test_matched_baseline_dominated_rates_do_not_count() -> None:
+    # At this rate it learns less and forgets more than at another: the line from 0.9 to 0.5 stays.
+    too_fast = group("ncl fast", [(3.5, 2.0)], train__learning_rate="1e-2")
+    das = group("das", [(3.5, 0.6)], train__learning_rate="1e-3")
+    everything = comparison(NCL, SLOW, too_fast, das)
+    assert "ncl fast" in [found.label for found in baseline_sweep(everything)]
+    assert matched_pairs(everything, das) == {0: pytest.approx((0.6, 0.7))}
 
 
 def test_matched_baseline_first_domain_does_not_count() -> None:
