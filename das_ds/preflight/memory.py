@@ -278,7 +278,7 @@ def disk_use(config: RunConfig, size: ModelSize, num_ranks: int) -> DiskUse:
         run=method.run,
         # While a checkpoint is written, those to keep are still there.
         num_checkpoints=config.checkpoint.keep_last + 1,
-        num_domains=len(config.stages),
+        num_domains=len(config.learned),
     )
 
 
