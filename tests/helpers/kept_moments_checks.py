@@ -30,11 +30,11 @@ def kept_config(folder: Path, stage: int, world_size: int, **train: object) -> R
 
 
 def check_divided_run_equals_one(
-    folder: Path, stage: int, world_size: int, precision: str, optimizer: str = "adamw"
+    folder: Path, stage: int, world_size: int, precision: str, optimizer: str = "adamw", timeout: float = 240.0
 ) -> None:
     """Bit for bit with kept moments, and clearly not with reset ones."""
     config = kept_config(folder, stage, world_size, precision=precision, optimizer=optimizer)
-    for once, kept, reset in run_ranks(train_once_and_divided, world_size, config):
+    for once, kept, reset in run_ranks(train_once_and_divided, world_size, config, timeout=timeout):
         assert all(kept[name].equal(value) for name, value in once.items())
         assert relative_difference(reset, once) > 1e-3
 

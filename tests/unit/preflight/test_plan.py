@@ -64,6 +64,10 @@ def test_plan_has_the_steps_of_each_domain() -> None:
     tokens = config.train.global_batch_size * config.data.sequence_length
     assert [domain.steps for domain in plan.domains][:2] == [3, -(-(10**12) // tokens)]
     assert plan.domains[0].tokens == 3 * tokens
+    kept = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", ["train.reset_optimizer=false"])
+    # Two moments in fp32 in the checkpoint that every domain keeps.
+    added = plan_run(kept, model("8b"), cluster(), 8).disk.domain - plan.disk.domain
+    assert added == 8 * model("8b").size.total
     in_epochs = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", ["domains.0.epochs=2"])
     with pytest.raises(ConfigError, match=r"domains.0.epochs: found 2, which are steps only once the text is read"):
         plan_run(in_epochs, model("8b"), cluster(), 8)
