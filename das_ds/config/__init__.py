@@ -11,7 +11,8 @@ from das_ds.config.architecture import (
     SiteConfig,
     UnitCountsConfig,
 )
-from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
+from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig, SourceConfig
+from das_ds.config.domain import DomainConfig, DomainReplayConfig
 from das_ds.config.method import FrozenPart, MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
 from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.run import RunConfig
@@ -27,7 +28,9 @@ __all__ = [
     "CorpusConfig",
     "DataConfig",
     "DomainConfig",
+    "DomainReplayConfig",
     "EvaluationConfig",
+    "EvaluationCorpusConfig",
     "ExportConfig",
     "FaultsConfig",
     "FrozenPart",
@@ -48,6 +51,7 @@ __all__ = [
     "Section",
     "SiteConfig",
     "SoftmaskConfig",
+    "SourceConfig",
     "TaskConfig",
     "TrainConfig",
     "UnitCountsConfig",

@@ -8,6 +8,19 @@ from das_ds.config.section import NAME_PATTERN, PathText, Section
 from das_ds.user_files import expand_path
 
 
+class SourceConfig(Section):
+    """One of the corpora that a domain mixes."""
+
+    name: str | None = Field(default=None, pattern=NAME_PATTERN)
+    """Name in messages; null: `source` and its position."""
+    train: list[PathText] = Field(min_length=1)
+    """Training text: files, globs and hub names as in `domains.0.train`."""
+    weight: float = Field(gt=0.0)
+    """Part of the domain's samples that come from it, relative to the weights of the other sources."""
+    text_column: str | None = None
+    """Text column of .jsonl, .parquet and hub data sets; null: that of the domain."""
+
+
 class CorpusConfig(Section):
     """A corpus: files, globs or hub data sets, for training and for held-out evaluation."""
 
@@ -18,26 +31,36 @@ class CorpusConfig(Section):
     `owner/name[:config][@split][#revision]`; without a revision the commit of the first start is recorded and kept."""
     valid: list[PathText] = Field(default=[])
     """Held-out text in the same forms, without files of `train`; empty: the last `valid_fraction` of the blocks of
-    `train`."""
+    `train`, or of each source."""
     valid_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
     """Fraction of the training blocks that is held out when `valid` is empty."""
     text_column: str = "text"
     """Text column of .jsonl, .parquet and hub data sets."""
 
+    @property
+    def training_sources(self) -> list[SourceConfig]:
+        """Where training samples come from: `train` as one source; empty if the corpus is only evaluated."""
+        return [SourceConfig(train=self.train, weight=1.0, text_column=self.text_column)] if self.train else []
+
+    @property
+    def training_text(self) -> list[str]:
+        """All training text."""
+        return [text for source in self.training_sources for text in source.train]
+
     @model_validator(mode="after")
     def _has_text(self) -> CorpusConfig:
-        if not self.train and not self.valid:
+        if not self.training_text and not self.valid:
             raise ValueError("needs train or valid text")
         return self
 
 
-class DomainConfig(CorpusConfig):
-    """A corpus that the model is pre-trained on."""
+class EvaluationCorpusConfig(CorpusConfig):
+    """A corpus that models are evaluated on, and no method trains on."""
 
     @model_validator(mode="after")
-    def _has_train(self) -> DomainConfig:
-        if not self.train:
-            raise ValueError("a domain needs train text")
+    def _is_only_evaluated(self) -> EvaluationCorpusConfig:
+        if self.train:
+            raise ValueError(f"train: found {self.train} in a corpus that is only evaluated, allowed: valid")
         return self
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
+from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig
+from das_ds.config.domain import DomainConfig
 from das_ds.config.method import AnyMethodConfig, parse_method
 from das_ds.config.model import ModelConfig
 from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
@@ -15,6 +18,7 @@ from das_ds.config.section import FolderPath, Section
 from das_ds.config.stage import Stage
 from das_ds.config.tasks import TaskConfig
 from das_ds.config.train import EvaluationConfig, TrainConfig
+from das_ds.errors import ConfigError
 from das_ds.user_files import expand_path
 
 
@@ -29,6 +33,8 @@ class RunConfig(Section):
     general: CorpusConfig | None = None
     """General-language corpus for evaluation; its training text is protected by method `directions` and replayed by
     `method.replay.general` (to pre-train a base model on it, list it as a domain)."""
+    evaluate_on: list[EvaluationCorpusConfig] = Field(default=[])
+    """More corpora for evaluation alone; each is a column of the loss matrix."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: AnyMethodConfig = Field(default_factory=lambda: parse_method({}))
@@ -46,13 +52,49 @@ class RunConfig(Section):
     """Seed of weights, data order, corruption and dropout."""
 
     @property
-    def stages(self) -> list[Stage]:
-        """Stages in order: the domains one by one, or all at once in the same number of steps (`trains_jointly`)."""
+    def learned(self) -> list[tuple[str, ...]]:
+        """Domains of each stage in order: one by one, or all at once (`trains_jointly`)."""
         names = [domain.name for domain in self.domains]
-        num_steps = self.train.steps_per_domain
-        if self.method.trains_jointly:
-            return [Stage(0, tuple(names), len(names) * num_steps)]
-        return [Stage(index, (name,), num_steps) for index, name in enumerate(names)]
+        return [tuple(names)] if self.method.trains_jointly else [(name,) for name in names]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Stages in order; joint training takes as many steps, and samples of each domain, as all of them one by one.
+
+        Raises:
+            ConfigError: the length of a domain is in epochs, see `with_steps`.
+        """
+        steps = {domain.name: self._num_steps(number) for number, domain in enumerate(self.domains)}
+        stages = []
+        for index, names in enumerate(self.learned):
+            weights = tuple(steps[name] for name in names)
+            equal = len(set(weights)) == 1
+            stages.append(Stage(index, names, sum(weights), () if equal else weights))
+        return stages
+
+    def with_steps(self, num_blocks: Mapping[str, int]) -> RunConfig:
+        """The config with steps in place of epochs.
+
+        Args:
+            num_blocks: domain -> its training blocks.
+        """
+        domains = []
+        for domain in self.domains:
+            if domain.epochs is not None:
+                # As a decimal: 0.1 x 30 samples are 3, and not a little more.
+                samples = Fraction(str(domain.epochs)) * num_blocks[domain.name]
+                steps = math.ceil(samples / self.own_samples_per_step(domain.name))
+                domain = domain.model_copy(update={"steps": steps, "epochs": None})
+            domains.append(domain)
+        return self.model_copy(update={"domains": domains})
+
+    def train_settings(self, domain: str) -> TrainConfig:
+        """The section `train` as it is for one domain."""
+        return self.train.model_copy(update=self.domain(domain).schedule)
+
+    def domain(self, name: str) -> DomainConfig:
+        """The domain of this name."""
+        return next(domain for domain in self.domains if domain.name == name)
 
     @property
     def gradient_batch_size(self) -> int:
@@ -60,19 +102,26 @@ class RunConfig(Section):
         sample = self.method.sample_size
         return (sample and sample.gradient_batch_size) or self.train.global_batch_size
 
-    @property
-    def num_replayed(self) -> int:
-        """Sequences of each global batch that are earlier text, in domains that have some."""
+    def num_replayed(self, domain: str) -> int:
+        """Sequences of each global batch that are earlier text while a domain is learned, if there is any."""
         size = self.train.global_batch_size
-        if self.method.replay.fraction is not None:
-            return round(self.method.replay.fraction * size)
+        fraction = self.domain(domain).replay.fraction
+        if fraction is None:
+            fraction = self.method.replay.fraction
+        if fraction is not None:
+            return round(fraction * size)
         default = self.method.default_replay_fraction
         return 0 if default is None else max(1, round(default * size))
 
     def replayed(self, domain: str) -> list[str]:
         """Corpora that sequences are replayed from while a domain is learned: earlier domains, general text."""
-        if not self.num_replayed:
-            return []
+        return self._earlier_text(domain) if self.num_replayed(domain) else []
+
+    def own_samples_per_step(self, domain: str) -> int:
+        """Sequences of each global batch that are not replayed while a domain is learned."""
+        return self.train.global_batch_size - (self.num_replayed(domain) if self.replayed(domain) else 0)
+
+    def _earlier_text(self, domain: str) -> list[str]:
         names = [domain.name for domain in self.domains]
         general = [self.general.name] if self.general is not None and self.method.replay.general else []
         return names[: names.index(domain)] + general
@@ -83,6 +132,17 @@ class RunConfig(Section):
         replays = not self.method.trains_jointly and any(self.replayed(domain.name) for domain in self.domains)
         return self.method.replay.loss == "kl" and replays
 
+    def _num_steps(self, number: int) -> int:
+        domain = self.domains[number]
+        if domain.epochs is not None:
+            raise ConfigError(
+                f"domains.{number}.epochs: found {domain.epochs:g}, which are steps only once the text is read; "
+                f"expected steps or tokens here (domains.{number}.epochs=null domains.{number}.tokens=...)"
+            )
+        if domain.tokens is not None:
+            return -(-domain.tokens // (self.train.global_batch_size * self.data.sequence_length))
+        return domain.steps or self.train.steps_per_domain
+
     @field_validator("deepspeed")
     @classmethod
     def _file_is_expanded(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
@@ -90,7 +150,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> RunConfig:
-        names = [domain.name for domain in self.domains] + ([self.general.name] if self.general else [])
+        corpora = [*self.domains, *([self.general] if self.general else []), *self.evaluate_on]
+        names = [corpus.name for corpus in corpora]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"corpus names must differ, found more than once: {', '.join(repeated)}")
@@ -126,27 +187,52 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _domain_settings_fit(self) -> RunConfig:
+        for number, domain in enumerate(self.domains):
+            key = f"domains.{number}"
+            if domain.lr_scheduler is not None and self.train.lr_scheduler == "infinite":
+                raise ValueError(
+                    f"{key}.lr_scheduler: found {domain.lr_scheduler} with train.lr_scheduler infinite, one schedule "
+                    "for all domains; allowed there: null"
+                )
+            if domain.schedule and self.method.trains_jointly:
+                name = next(iter(domain.schedule))
+                raise ValueError(
+                    f"{key}.{name}: found {domain.schedule[name]} with method {self.method.name}, where all domains "
+                    "share one schedule; allowed there: null, and steps, epochs or tokens"
+                )
+            try:
+                TrainConfig.model_validate({**self.train.model_dump(), **domain.schedule})
+            except ValidationError as error:
+                raise ValueError(f"{key}: {error.errors()[0]['ctx']['error']}") from None
+        return self
+
+    @model_validator(mode="after")
     def _replay_is_possible(self) -> RunConfig:
         replay = self.method.replay
         size = self.train.global_batch_size
         if replay.fraction is not None:
-            _check_fraction(replay.fraction, size)
-        elif self.num_replayed >= size:
+            _check_fraction("method.replay.fraction", replay.fraction, size)
+        elif any(self.num_replayed(domain.name) >= size for domain in self.domains):
             raise ValueError(
                 f"method.name: found {self.method.name} with train.global_batch_size {size}, expected at least 2"
             )
-        if self.num_replayed and not self.method.supports_replay:
+        for number, domain in enumerate(self.domains):
+            if domain.replay.fraction is not None:
+                self._check_own_replay(f"domains.{number}.replay.fraction", domain.name, domain.replay.fraction)
+        if replay.fraction and not self.method.supports_replay:
             raise ValueError(
                 f"method.replay.fraction: found {replay.fraction:g} with method {self.method.name}, where no domain "
                 "comes after another; allowed there: 0"
             )
         if replay.general and (self.general is None or not self.general.train):
             raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")
-        if replay.general and not self.num_replayed:
+        replays = any(self.num_replayed(domain.name) for domain in self.domains)
+        if replay.general and not replays:
             raise ValueError(
                 "method.replay.general: found true with nothing to replay, expected method.replay.fraction"
             )
-        if replay.loss == "kl" and not self.num_replayed:
+        if replay.loss == "kl" and not replays:
             raise ValueError("method.replay.loss: found kl with nothing to replay, expected method.replay.fraction")
         if replay.loss == "kl" and self.method.has_teacher:
             raise ValueError(
@@ -155,8 +241,21 @@ class RunConfig(Section):
             )
         return self
 
+    def _check_own_replay(self, key: str, domain: str, fraction: float) -> None:
+        _check_fraction(key, fraction, self.train.global_batch_size)
+        if fraction and not self.method.supports_replay:
+            raise ValueError(
+                f"{key}: found {fraction:g} with method {self.method.name}, where no domain comes after another; "
+                "allowed there: 0"
+            )
+        if fraction and not self._earlier_text(domain):
+            raise ValueError(
+                f"{key}: found {fraction:g} where there is no earlier text, allowed there: 0, or general text with "
+                "method.replay.general"
+            )
 
-def _check_fraction(fraction: float, global_batch_size: int) -> None:
+
+def _check_fraction(key: str, fraction: float, global_batch_size: int) -> None:
     """Check that a fraction of a batch is an integer number of sequences, up to rounding to six digits."""
     count = fraction * global_batch_size
     if math.isclose(count, round(count), rel_tol=1e-5) and round(count) < global_batch_size:
@@ -164,6 +263,6 @@ def _check_fraction(fraction: float, global_batch_size: int) -> None:
     nearest = [number for number in (math.floor(count), math.floor(count) + 1) if number < global_batch_size]
     allowed = " or ".join(f"{number / global_batch_size:.6g} ({number} of them)" for number in nearest)
     raise ValueError(
-        f"method.replay.fraction: found {fraction}, {count:g} of {global_batch_size} sequences "
-        f"(train.global_batch_size); nearest allowed: {allowed}"
+        f"{key}: found {fraction}, {count:g} of {global_batch_size} sequences (train.global_batch_size); nearest "
+        f"allowed: {allowed}"
     )

@@ -140,7 +140,8 @@ def nearest_keys(key: str, method: str | None = None) -> list[str]:
     rows = list(config_keys(method).values())
     siblings = {row.leaf: f"{section}.{row.leaf}".lstrip(".") for row in rows if row.section == table_key(section)}
     found = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
-    found += [row.key for row in rows if row.leaf == leaf]
+    # Those of all domains or tasks before those of one.
+    found += sorted((row.key for row in rows if row.leaf == leaf), key=lambda other: ".0." in other)
     if not found:
         close = difflib.get_close_matches(leaf, {row.leaf for row in rows}, n=1)
         found = [row.key for row in rows if row.leaf in close]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from das_ds.user_files import expand_path
 
 LARGEST_INTEGER = 2**32 - 1
-"""Limit of every integer, so that products of two fit every library."""
+"""Limit of integers, so that products of two fit every library."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
@@ -31,12 +31,16 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
+    largest: ClassVar[dict[str, int]] = {}
+    """Field -> limit of its integers where it is not `LARGEST_INTEGER`."""
+
     @field_validator("*")
     @classmethod
-    def _integers_are_bounded(cls, value: Any) -> Any:
+    def _integers_are_bounded(cls, value: Any, info: ValidationInfo) -> Any:
+        limit = cls.largest.get(str(info.field_name), LARGEST_INTEGER)
         for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, int) and abs(item) > LARGEST_INTEGER:
+            if isinstance(item, int) and abs(item) > limit:
                 # Python refuses to print integers with thousands of digits.
                 found = item if abs(item) < 10**30 else f"an integer of {item.bit_length()} bits"
-                raise ValueError(f"found {found}, allowed: at most {LARGEST_INTEGER}")
+                raise ValueError(f"found {found}, allowed: at most {limit}")
         return value

@@ -16,9 +16,11 @@ class Stage:
     index: int
     """Position in the run, from 0."""
     domains: tuple[str, ...]
-    """Domains in the order of the run, in equal parts of every global batch."""
+    """Domains in the order of the run, which take turns in every global batch."""
     num_steps: int
     """Optimizer steps."""
+    weights: tuple[int, ...] = ()
+    """Parts of the samples that each domain has, as integers; empty: equal parts."""
 
     @property
     def name(self) -> str:

@@ -8,12 +8,15 @@ from pydantic import Field, model_validator
 
 from das_ds.config.section import Section
 
+LRSchedulerName = Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"]
+
 
 class TrainConfig(Section):
-    """Optimization, with the same settings for every domain."""
+    """Optimization; a domain may have its own length, learning rate and schedule (`domains`)."""
 
     steps_per_domain: int = Field(default=2500, ge=1)
-    """Optimizer steps per domain; joint training takes as many as all domains together."""
+    """Optimizer steps of every domain without a length of its own; joint training takes as many as all domains
+    together."""
     global_batch_size: int = Field(default=256, ge=1)
     """Sequences per optimizer step over all ranks and accumulation steps."""
     micro_batch_size: int = Field(default=32, ge=1)
@@ -26,13 +29,17 @@ class TrainConfig(Section):
     layer_lr_decay: float = Field(default=1.0, gt=0.0, le=1.0)
     """Layer-wise learning-rate decay: ratio of the rate of each layer to that of the layer above it; the LM head has
     the full rate, embeddings the lowest; 1: one rate for all."""
-    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup", "wsd", "infinite"] = "linear"
+    lr_scheduler: LRSchedulerName = "linear"
     """Learning-rate schedule, restarted for each domain; `wsd`: warm-up, stable, decay; `infinite`: one such schedule
     across all domains, with warm-up in the first and decay in the last."""
     warmup_ratio: float = Field(default=0.06, ge=0.0, lt=1.0)
     """Fraction of a domain's steps over which the learning rate rises from 0."""
     decay_ratio: float = Field(default=0.2, ge=0.0, le=1.0)
-    """Fraction of a domain's steps, at its end, over which the learning rate falls to 0 in `wsd` and `infinite`."""
+    """Fraction of a domain's steps, at its end, over which the learning rate falls in `wsd` and `infinite`."""
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Learning rate at the end of a schedule that falls, as a fraction of the peak."""
+    reset_optimizer: bool = True
+    """Start every domain with zero moments; false: those of the domain before, and in fp16 its loss scale, are kept."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Decoupled weight decay; biases and normalization layers are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)

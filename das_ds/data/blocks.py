@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from das_ds.config import CorpusConfig, DataConfig, ObjectiveName
+from das_ds.config import CorpusConfig, DataConfig, DomainConfig, ObjectiveName, SourceConfig
 from das_ds.data.objectives import end_of_text
 from das_ds.data.sources import find_shared_sources
 from das_ds.data.tokenize import STARTS_DTYPE, TokenFile, prepare_tokens
 from das_ds.errors import DataError
+from das_ds.functional.round_robin import WeightedRoundRobin
 from das_ds.user_files import expand_path
 
 CACHE_VARIABLE = "DAS_DS_CACHE"
@@ -63,6 +65,19 @@ class TokenBlocks:
     def __len__(self) -> int:
         return self.stop - self.first
 
+    @property
+    def parts(self) -> tuple[TokenBlocks, ...]:
+        """The one token file that they come from."""
+        return (self,)
+
+    def part_of(self, number: int) -> range:
+        """Indices of the blocks that sample `number` may be."""
+        return range(len(self))
+
+    def spread(self, num_blocks: int) -> list[int]:
+        """Number of blocks of each part among the first so many samples, each block once."""
+        return [min(num_blocks, len(self))]
+
     def __getitem__(self, index: int) -> Tensor:
         """Block `index`; (S,) long."""
         return torch.from_numpy(self._blocks[index].astype(np.int64))
@@ -106,11 +121,78 @@ class TokenBlocks:
 
 
 @dataclass(frozen=True)
+class MixedBlocks:
+    """Blocks of several sources, one after the other, from which samples are drawn in given proportions."""
+
+    names: tuple[str, ...]
+    """Of the sources."""
+    parts: tuple[TokenBlocks, ...]
+    """Blocks of each source."""
+    weights: tuple[int, ...]
+    """Parts of the samples that come from each source, as integers."""
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    @cached_property
+    def turns(self) -> WeightedRoundRobin:
+        """The source of every sample."""
+        return WeightedRoundRobin(self.weights)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Index of the first block of each source."""
+        return tuple(self._bounds[:-1].tolist())
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *map(len, self.parts)])
+
+    def part_of(self, number: int) -> range:
+        """Indices of the blocks that sample `number` may be: those of the source whose turn it is."""
+        source, _ = self.turns[number]
+        return range(self.starts[source], self.starts[source] + len(self.parts[source]))
+
+    def spread(self, num_blocks: int) -> list[int]:
+        """Number of blocks of each source among the first so many samples, each block once."""
+        return self.turns.capped_counts(min(num_blocks, len(self)), list(map(len, self.parts)))
+
+    def index_select(self, indices: Sequence[int]) -> Tensor:
+        """The blocks with these indices; (len(indices), S) long."""
+        return self._join(indices, [part.index_select(local) for part, local in self._local(indices)])
+
+    def positions(self, indices: Sequence[int]) -> Tensor | None:
+        """Position of every token of these blocks in its document, see `TokenBlocks.positions`."""
+        found = [part.positions(local) for part, local in self._local(indices)]
+        positions = [rows for rows in found if rows is not None]
+        return self._join(indices, positions) if positions else None
+
+    def _local(self, indices: Sequence[int]) -> Iterator[tuple[TokenBlocks, list[int]]]:
+        """Sources that have some of these blocks, in order, and the indices of the blocks within each."""
+        sources = self._sources(indices)
+        for source in np.unique(sources):
+            local = np.asarray(indices)[sources == source] - self._bounds[source]
+            yield self.parts[source], local.tolist()
+
+    def _join(self, indices: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
+        """Rows by source, as `_local` gives them, in the order of the indices."""
+        order = np.argsort(self._sources(indices), kind="stable")
+        return torch.cat(list(rows))[torch.from_numpy(np.argsort(order))]
+
+    def _sources(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        return np.searchsorted(self._bounds, np.asarray(indices), side="right") - 1
+
+
+Blocks = TokenBlocks | MixedBlocks
+"""Blocks of one corpus."""
+
+
+@dataclass(frozen=True)
 class CorpusBlocks:
     """Training and held-out blocks of one corpus; `train` is None if the corpus is only evaluated."""
 
-    train: TokenBlocks | None
-    valid: TokenBlocks
+    train: Blocks | None
+    valid: Blocks
 
 
 def resolve_cache_folder(data: DataConfig) -> Path:
@@ -136,7 +218,8 @@ def prepare_corpus(
     """Tokenize a corpus, or find it in the cache, and split it into blocks.
 
     For causal language modeling every document ends in the end-of-text token.
-    Without `corpus.valid` the last `valid_fraction` of the training blocks, at least one, is held out.
+    Without `corpus.valid` the last `valid_fraction` of the training blocks, at least one, is held out, of every source
+    by itself.
 
     Raises:
         DataError: text that cannot be read, is empty or makes too few blocks; names the corpus.
@@ -144,12 +227,12 @@ def prepare_corpus(
     """
     ending = end_of_text(tokenizer) if objective == "clm" else None
 
-    def load_blocks(sources: Sequence[str], split: str) -> TokenBlocks:
+    def load_blocks(sources: Sequence[str], text_column: str, split: str) -> TokenBlocks:
         name = f"{corpus.name}-{split}"
         tokens = prepare_tokens(
             sources,
             corpus=name,
-            text_column=corpus.text_column,
+            text_column=text_column,
             tokenizer=tokenizer,
             cache_dir=resolve_cache_folder(data),
             progress=progress,
@@ -158,14 +241,30 @@ def prepare_corpus(
         try:
             return TokenBlocks(tokens, data.sequence_length, document_mask=data.document_mask)
         except DataError as error:
-            raise DataError(f"corpus '{name}': {error}") from error
+            raise DataError(f"corpus '{corpus.name}': {error}") from error
 
     check_valid_is_held_out(corpus)
-    train = load_blocks(corpus.train, "train") if corpus.train else None
+    sources = corpus.training_sources
+    train = [
+        load_blocks(source.train, source.text_column or corpus.text_column, _split_name("train", source))
+        for source in sources
+    ]
     if corpus.valid:
-        return CorpusBlocks(train, load_blocks(corpus.valid, "valid"))
-    assert train is not None
-    return CorpusBlocks(*_hold_out(train, corpus))
+        valid: Blocks = load_blocks(corpus.valid, corpus.text_column, "valid")
+        return CorpusBlocks(_mix(corpus, train) if train else None, valid)
+    halves = [_hold_out(blocks, corpus, source) for blocks, source in zip(train, sources, strict=True)]
+    return CorpusBlocks(_mix(corpus, [first for first, _ in halves]), _mix(corpus, [last for _, last in halves]))
+
+
+def _split_name(split: str, source: SourceConfig) -> str:
+    return split if source.name is None else f"{source.name}-{split}"
+
+
+def _mix(corpus: CorpusConfig, parts: Sequence[TokenBlocks]) -> Blocks:
+    if not isinstance(corpus, DomainConfig) or not corpus.sources:
+        return parts[0]
+    names = [str(source.name) for source in corpus.training_sources]
+    return MixedBlocks(tuple(names), tuple(parts), corpus.source_weights)
 
 
 def check_valid_is_held_out(corpus: CorpusConfig) -> None:
@@ -175,7 +274,7 @@ def check_valid_is_held_out(corpus: CorpusConfig) -> None:
         DataError: a source is in both `train` and `valid`, or cannot be found; names the corpus.
     """
     try:
-        shared = find_shared_sources(corpus.train, corpus.valid)
+        shared = find_shared_sources(corpus.training_text, corpus.valid)
     except DataError as error:
         raise DataError(f"corpus '{corpus.name}': {error}") from error
     if shared:
@@ -185,11 +284,12 @@ def check_valid_is_held_out(corpus: CorpusConfig) -> None:
         )
 
 
-def _hold_out(train: TokenBlocks, corpus: CorpusConfig) -> tuple[TokenBlocks, TokenBlocks]:
+def _hold_out(train: TokenBlocks, corpus: CorpusConfig, source: SourceConfig) -> tuple[TokenBlocks, TokenBlocks]:
     if len(train) < 2:
+        place = "" if source.name is None else f", source '{source.name}'"
         raise DataError(
-            f"corpus '{corpus.name}': found one block of {train.sequence_length} tokens; expected at least two, one to "
-            f"train on and one to hold out (or valid text for {corpus.name})"
+            f"corpus '{corpus.name}'{place}: found one block of {train.sequence_length} tokens; expected at least "
+            f"two, one to train on and one to hold out (or valid text for {corpus.name})"
         )
     num_valid = max(1, round(len(train) * corpus.valid_fraction))
     return train.split(min(num_valid, len(train) - 1))

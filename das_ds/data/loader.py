@@ -20,9 +20,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from das_ds.data.batch import Batch
-from das_ds.data.blocks import TokenBlocks
+from das_ds.data.blocks import Blocks
 from das_ds.data.objectives import Collator, add_document_positions
 from das_ds.data.replay import MixedRows, SampleRef
+from das_ds.data.subsets import first_blocks
 from das_ds.errors import ConfigError
 
 
@@ -82,7 +83,7 @@ class StepPlan:
 class SampleDataset(Dataset[Batch]):
     """One corpus as batches of samples; runs in the loader's worker processes."""
 
-    blocks: TokenBlocks
+    blocks: Blocks
     collator: Collator
     seed: int
     stream: str
@@ -219,7 +220,7 @@ class AccumulatedBatches:
 
 
 def evaluation_batches(
-    blocks: TokenBlocks,
+    blocks: Blocks,
     collator: Collator,
     *,
     seed: int,
@@ -243,5 +244,5 @@ def evaluation_batches(
         max_sequences: maximum number of blocks; only without `indices`.
         indices: indices of blocks, at least one.
     """
-    selected = range(len(blocks))[:max_sequences] if indices is None else indices
+    selected = first_blocks(blocks, max_sequences) if indices is None else indices
     return EvaluationBatches(SampleDataset(blocks, collator, seed, stream), selected, batch_size, rank, world_size)

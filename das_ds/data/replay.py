@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from das_ds.data.batch import Batch
-from das_ds.data.blocks import TokenBlocks
+from das_ds.data.blocks import Blocks
 from das_ds.data.objectives import Collator
 from das_ds.functional.sampling import sample_generator
 
@@ -48,18 +48,20 @@ class Replay:
 
     num_sequences: int = 0
     """Replayed sequences per global batch."""
-    sources: tuple[tuple[TokenBlocks, Collator], ...] = ()
+    sources: tuple[tuple[Blocks, Collator], ...] = ()
     """Blocks of each replayed corpus, and the collator for its tokenizer."""
 
     def ref(self, number: int, seed: int, stream: str) -> SampleRef:
         """Replayed sample `number` of a stream: round robin over the corpora, so that large ones do not dominate.
 
         Blocks are drawn with replacement: few of many are replayed, so a permutation per corpus is not worth keeping.
+        The sources of a corpus that is a mixture take turns as they do when it is learned.
         """
-        source = number % len(self.sources)
+        corpus_number, source = divmod(number, len(self.sources))
+        blocks = self.sources[source][0]
         generator = sample_generator(seed, f"{stream}{REPLAY_STREAM}/choice", number)
-        block = int(generator.integers(len(self.sources[source][0])))
-        return SampleRef(number, block, source + 1, is_replayed=True)
+        part = blocks.part_of(corpus_number)
+        return SampleRef(number, part.start + int(generator.integers(len(part))), source + 1, is_replayed=True)
 
 
 NO_REPLAY = Replay()

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_tokenizers(config: RunConfig, base: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
-    """Corpus -> tokenizer: a domain's has the added tokens of all domains up to it, the general corpus has the base.
+    """Corpus -> tokenizer: a domain's has the added tokens of all domains up to it, that of other corpora is the base.
 
     An added token matches complete words only. Tokens that the tokenizer already has are skipped with a warning.
 
@@ -33,8 +33,8 @@ def build_tokenizers(config: RunConfig, base: PreTrainedTokenizerBase) -> dict[s
             tokens = _load_tokens(domain.name, config.data.add_tokens[domain.name])
             current = _add_tokens(current, domain.name, tokens)
         tokenizers[domain.name] = current
-    if config.general is not None:
-        tokenizers[config.general.name] = base
+    for corpus in ([config.general] if config.general else []) + config.evaluate_on:
+        tokenizers[corpus.name] = base
     return tokenizers
 
 

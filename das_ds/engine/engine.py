@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -146,25 +147,48 @@ class Engine:
         return int(self._engine.zero_optimization_stage())
 
     def start_domain(
-        self, num_steps: int, *, is_first: bool = True, is_last: bool = True, learning_rate: float | None = None
+        self,
+        num_steps: int,
+        *,
+        train: TrainConfig | None = None,
+        is_first: bool = True,
+        is_last: bool = True,
+        keeps_moments: bool = False,
     ) -> None:
-        """Reset optimizer moments, learning-rate schedule, loss scale and the count of skipped steps.
+        """Start the learning-rate schedule and the count of skipped steps; reset optimizer moments and loss scale.
 
         Args:
             num_steps: steps of the domain.
+            train: learning rate and schedule of the domain; None: those of the run.
             is_first: whether it is the first domain of the run.
             is_last: whether it is the last.
-            learning_rate: peak of the schedule; None: that of the run.
+            keeps_moments: leave moments, their step counts and the loss scale as they are.
         """
-        peak = self._train.learning_rate if learning_rate is None else learning_rate
+        train = self._train if train is None else train
         self.on_weights_will_change()
-        self._optimizer.reset_state()
-        self._loss_scale.reset()
+        if not keeps_moments:
+            self._optimizer.reset_state()
+            self._loss_scale.reset()
         self.skipped_steps = 0
         for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = peak * group["lr_scale"]
-        self._scheduler = build_lr_scheduler(
-            self._optimizer, self._train, num_steps, is_first=is_first, is_last=is_last
+            group["lr"] = group["initial_lr"] = train.learning_rate * group["lr_scale"]
+        self._scheduler = build_lr_scheduler(self._optimizer, train, num_steps, is_first=is_first, is_last=is_last)
+
+    def mask_first_moments(self) -> None:
+        """Mask kept first moments like the gradients that they average; may be a collective.
+
+        m is linear in the gradients, so that what earlier ones left in it does not pass a mask that came after them.
+        """
+        if self._gradient_mask is None:
+            return
+        self.on_weights_will_change()
+        moments = self._optimizer.moments()[0].get("exp_avg", {})
+        # Where every step so far was refused there are no moments yet, on any rank.
+        self._gradient_mask.apply_(
+            [
+                moments[shard.flat][shard.span] if shard.flat in moments else shard.flat.new_zeros(shard.numel)
+                for shard in self.weights.shards
+            ]
         )
 
     def __call__(self, *inputs: Any) -> Any:
@@ -338,13 +362,17 @@ class Engine:
         return self._frozen.gather()
 
     def state_dict(self) -> ComponentState:
-        """Weights, and the loss scale, on which importance depends; views of tensors that training changes."""
-        return ComponentState(
+        """Weights, and the loss scale, on which importance depends; views of tensors that training changes.
+
+        Where moments outlive a domain, they are part of it.
+        """
+        state = ComponentState(
             sharded={WEIGHTS: self.weights.flats()}, metadata={"loss_scale": self._loss_scale.state()}
         )
+        return state if self._train.reset_optimizer else self._with_moments(state)
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
-        """Restore weights, however they were sharded, and the loss scale.
+        """Restore weights, however they were sharded, the loss scale, and moments that outlive a domain.
 
         Raises:
             CheckpointError: they are those of another network.
@@ -352,34 +380,49 @@ class Engine:
         self._check_complete(saved.sizes(WEIGHTS))
         self._loss_scale.load(saved.metadata["loss_scale"])
         self.weights.load(saved.sharded(WEIGHTS))
+        if not self._train.reset_optimizer:
+            self._load_moments(saved)
 
     def domain_state_dict(self) -> ComponentState:
-        """Optimizer moments, learning-rate schedule and loss scale within a domain; views, as in `state_dict`."""
+        """Learning-rate schedule, loss scale, and moments that end with the domain; views, as in `state_dict`."""
         assert self._scheduler is not None, "start_domain comes before domain_state_dict"
-        moments, steps = self._optimizer.moments()
-        metadata = {
-            "optimizer": steps,
-            "schedule": self._scheduler.last_epoch,
-            "skipped_steps": self.skipped_steps,
-            "loss_scale": self._loss_scale.state(),
-        }
-        return ComponentState(
-            sharded={f"{MOMENT}{key}": flats for key, flats in moments.items()},
-            metadata=metadata,
+        state = ComponentState(
+            metadata={
+                "schedule": self._scheduler.last_epoch,
+                "skipped_steps": self.skipped_steps,
+                "loss_scale": self._loss_scale.state(),
+            }
         )
+        return self._with_moments(state) if self._train.reset_optimizer else state
 
     def load_domain_state_dict(self, saved: SavedComponentState) -> None:
         """Resume within a domain; comes after `start_domain`, which resets all of this."""
         assert self._scheduler is not None, "start_domain comes before load_domain_state_dict"
         metadata = saved.metadata
-        keys = [key for key in self._optimizer.moment_keys if saved.has_sharded(f"{MOMENT}{key}")]
-        self._optimizer.load_moments({key: saved.sharded(f"{MOMENT}{key}") for key in keys}, metadata["optimizer"])
+        if self._train.reset_optimizer:
+            self._load_moments(saved)
         self._loss_scale.load(metadata["loss_scale"])
         self.skipped_steps = metadata["skipped_steps"]
         self._scheduler.last_epoch = steps = metadata["schedule"]
         rates = zip(self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True)
         for group, (peak, factor) in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = peak * factor(steps)
+
+    def _with_moments(self, state: ComponentState) -> ComponentState:
+        moments, steps = self._optimizer.moments()
+        return replace(
+            state,
+            sharded={**state.sharded, **{f"{MOMENT}{key}": flats for key, flats in moments.items()}},
+            metadata={**state.metadata, "optimizer": steps},
+        )
+
+    def _load_moments(self, saved: SavedComponentState) -> None:
+        """Continue with the moments of a checkpoint; zero where it was saved before the first step."""
+        self._optimizer.reset_state()
+        keys = [key for key in self._optimizer.moment_keys if saved.has_sharded(f"{MOMENT}{key}")]
+        self._optimizer.load_moments(
+            {key: saved.sharded(f"{MOMENT}{key}") for key in keys}, saved.metadata["optimizer"]
+        )
 
     def _check_complete(self, stored: dict[str, int]) -> None:
         expected = self.weights.numels()

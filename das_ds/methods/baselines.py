@@ -39,7 +39,12 @@ class PerDomain(Method[PerDomainConfig]):
 
     @classmethod
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
-        """A new LM head would be trained for the first domain only."""
+        """A new LM head would be trained for the first domain only, and moments belong to one model."""
+        if not config.train.reset_optimizer:
+            raise ConfigError(
+                f"train.reset_optimizer: found false with method {config.method.name}, whose domains all start from "
+                "the stored weights; allowed there: true"
+            )
         if config.model.head_warmup_steps:
             raise ConfigError(
                 f"model.head_warmup_steps: found {config.model.head_warmup_steps} with method {config.method.name}, "
@@ -61,7 +66,8 @@ class Pool(Method[PoolConfig]):
     """Joint training on all domains, the upper bound of continual learning (`Pool` in DAS, Ke et al., ICLR 2023).
 
     The run has one stage (`RunConfig.stages`), in whose batches all domains take turns (`data/mixture.py`); each gives
-    as many samples as in a sequence of domains. Keeps nothing in memory, no extra compute, but needs the text of all
+    as many samples as in a sequence of domains, also where the
+    domains have different lengths. Keeps nothing in memory, no extra compute, but needs the text of all
     domains from the beginning.
     """
 

@@ -351,7 +351,7 @@ class Directions(Method[DirectionsConfig]):
         from das_ds.softmask.plasticity import DomainPlasticity
 
         assert self._importance is not None, "the domain is in the sum"
-        if domain.index + 1 < len(self.run.config.stages):
+        if domain.index + 1 < len(self.run.config.learned):
             # The next domain's, which are kept until it begins: in place of this one's, which the engine drops.
             self._projectors = self._take_projectors(domain, self._importance)
             projectors: Iterator[tuple[str, Projector]] = iter(self._projectors.items())

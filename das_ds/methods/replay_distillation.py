@@ -156,7 +156,7 @@ def replay_distillation_memory(size: ModelSize, sharding: Sharding) -> MemoryUse
 def replay_distillation_step_use(config: RunConfig, sharding: Sharding) -> StepUse:
     """The teacher's forward pass over replayed rows, of which the LM head is not counted."""
     batch_size = config.train.global_batch_size
-    num_rows = config.num_replayed
+    num_rows = max(config.num_replayed(domain.name) for domain in config.domains)
     if sharding.stage == 3:
         # At least one row of every rank and micro-step.
         num_rows = max(num_rows, batch_size // config.train.micro_batch_size)

@@ -86,33 +86,42 @@ def _scan_corpus(
     """
     check_valid_is_held_out(corpus)
     try:
-        train = [source for name in corpus.train for source in resolve_source(name)]
-        valid = [source for name in corpus.valid for source in resolve_source(name)]
-        for source in (*train, *valid):
-            _read_first(source, corpus.text_column, counter)
+        # Text and its column of every split: the sources of a mixture each have blocks of their own.
+        splits = [(source.train, source.text_column or corpus.text_column) for source in corpus.training_sources]
+        # Without `valid`, a second block of the training text is held out.
+        num_blocks = [1 if corpus.valid else 2] * len(splits)
+        if corpus.valid:
+            splits.append((corpus.valid, corpus.text_column))
+            num_blocks.append(1)
+        resolved = [([source for name in names for source in resolve_source(name)], column) for names, column in splits]
+        for sources, column in resolved:
+            for source in sources:
+                _read_first(source, column, counter)
         if counter is not None:
             check_unknown_tokens(counter.total)
         if tokenization is not None:
-            # Without `valid`, a second block of the training text is held out.
-            _check_length(corpus, config, tokenization, train, num_blocks=1 if valid else 2)
-            _check_length(corpus, config, tokenization, valid, num_blocks=1)
+            for (sources, column), needed in zip(resolved, num_blocks, strict=True):
+                _check_length(corpus.name, column, config, tokenization, sources, needed)
     except DataError as error:
         raise DataError(f"corpus '{corpus.name}': {error}") from error
-    return [*train, *valid]
+    return [source for sources, _ in resolved for source in sources]
 
 
 def _check_length(
-    corpus: CorpusConfig, config: RunConfig, tokenization: Tokenization, sources: Sequence[Source], num_blocks: int
+    corpus: str,
+    text_column: str,
+    config: RunConfig,
+    tokenization: Tokenization,
+    sources: Sequence[Source],
+    num_blocks: int,
 ) -> None:
-    """Raises DataError if there is text, but less than a run needs."""
-    if not sources:
-        return
+    """Raises DataError if there is less text than a run needs."""
     tokenizers, ends_documents = tokenization
-    tokenizer = tokenizers[corpus.name]
+    tokenizer = tokenizers[corpus]
     needed = num_blocks * config.data.sequence_length
     num_tokens = count_tokens(
         sources,
-        text_column=corpus.text_column,
+        text_column=text_column,
         tokenizer=tokenizer,
         end_of_text=end_of_text(tokenizer) if ends_documents else None,
         limit=needed,
@@ -128,7 +137,7 @@ def _check_length(
 def _find_leak(config: RunConfig, corpora: list[CorpusConfig]) -> str:
     """A description of held-out text that another domain trains on; empty if there is none."""
     for domain, corpus in product(config.domains, corpora):
-        if domain.name != corpus.name and (shared := find_shared_sources(corpus.valid, domain.train)):
+        if domain.name != corpus.name and (shared := find_shared_sources(corpus.valid, domain.training_text)):
             return f"{shared[0]} is held out for {corpus.name}, but domain {domain.name} trains on it"
     return ""
 

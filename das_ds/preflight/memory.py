@@ -272,13 +272,14 @@ def disk_use(config: RunConfig, size: ModelSize, num_ranks: int) -> DiskUse:
     """Disk space of a run on so many ranks."""
     method = unsharded_use(config, size)
     method_checkpoint = method.checkpoint + num_ranks * method.checkpoint_of_rank
+    num_kept_moments = 0 if config.train.reset_optimizer else NUM_MOMENTS[config.train.optimizer]
     return DiskUse(
         checkpoint=checkpoint_bytes(size.trained, config.train.optimizer) + method_checkpoint,
-        domain=domain_bytes(size) + method.domain,
+        domain=domain_bytes(size, num_kept_moments) + method.domain,
         run=method.run,
         # While a checkpoint is written, those to keep are still there.
         num_checkpoints=config.checkpoint.keep_last + 1,
-        num_domains=len(config.stages),
+        num_domains=len(config.learned),
     )
 
 

@@ -32,10 +32,15 @@ def checkpoint_bytes(trained: int, optimizer: str) -> int:
     return FP32 * trained * (1 + NUM_MOMENTS[optimizer])
 
 
-def domain_bytes(size: ModelSize) -> int:
-    """Disk space for every domain: weights-only checkpoint 4 P, exported model 4 A (LoRA: also 4 P)."""
+def domain_bytes(size: ModelSize, num_kept_moments: int = 0) -> int:
+    """Disk space for every domain: checkpoint 4 P (1 + k), exported model 4 A (LoRA: also 4 P).
+
+    Args:
+        size: of the network.
+        num_kept_moments: k, moments that outlive a domain.
+    """
     adapter = FP32 * size.trained if size.has_adapters else 0
-    return FP32 * size.trained + FP32 * size.total + adapter
+    return FP32 * size.trained * (1 + num_kept_moments) + FP32 * size.total + adapter
 
 
 @dataclass(frozen=True)

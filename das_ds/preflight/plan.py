@@ -111,7 +111,8 @@ def plan_run(config: RunConfig, model: PlannedModel, cluster: Cluster, num_gpus:
         num_gpus: ranks.
 
     Raises:
-        ConfigError: a number of GPUs that the nodes, the batch sizes or DeepSpeed's settings do not allow.
+        ConfigError: a number of GPUs that the nodes, the batch sizes or DeepSpeed's settings do not allow, or a domain
+            whose length is in epochs, which depend on its text.
     """
     cluster.check_gpus(num_gpus)
     engine = build_engine_config(config, num_gpus)
@@ -195,7 +196,7 @@ def _measured_seconds(
         MEASUREMENT_GATHERS[measurement] * gathered / rows / cluster.bandwidth(num_ranks),
     )
     found = method_measured_sequences(config, model.size, num_ranks)
-    before = [found.before_first, *[found.before_later] * (len(config.stages) - 1)]
+    before = [found.before_first, *[found.before_later] * (len(config.learned) - 1)]
     return [seconds * (num_sequences + found.after) for num_sequences in before]
 
 

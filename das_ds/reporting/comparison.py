@@ -83,6 +83,8 @@ class RunSummary(Section):
     forgetting_per_domain: dict[str, float]
     general_drift: float | None
     """Null without a general corpus."""
+    drift: dict[str, float] = Field(default_factory=dict)
+    """Other corpora that are only evaluated -> loss after the last stage minus before training."""
     forward_transfer: float | None
     """Effect of earlier domains on later ones; null where undefined."""
     end_tasks: RunScores | None
@@ -152,7 +154,7 @@ class Comparison(VersionedJson):
     domains: list[str] = Field(min_length=1)
     """In training order."""
     eval_domains: list[str]
-    """Columns of the loss matrices: the domains, then the general corpus if there is one."""
+    """Columns of the loss matrices: the domains, the general corpus if there is one, then other corpora."""
     groups: list[Group] = Field(min_length=1)
     """In the order in which their runs were given."""
     reference: str

@@ -78,7 +78,7 @@ def plot_pareto(comparison: Comparison, path: Path) -> None:
 def plot_loss_matrices(comparison: Comparison, path: Path) -> None:
     """Plot each group's loss matrix, averaged over seeds, all on one color scale.
 
-    The number is the loss. The color is the change since the domain was learned (general corpus: since before
+    The number is the loss. The color is the change since the domain was learned (other corpora: since before
     training): red is forgotten, blue is better, gray is not learned yet.
     """
     means = [torch.tensor(mean_losses(group), dtype=torch.float64) for group in comparison.groups]
@@ -227,7 +227,7 @@ def _draw_overlap(plot: Axes, runs: list[ImportanceSummary], name: str) -> AxesI
 
 
 def _reference_rows(comparison: Comparison, group: Group) -> list[int]:
-    """For each column, the row that changes are relative to: right after learning; general corpus: row 0."""
+    """For each column, the row that changes are relative to: right after learning; other corpora: row 0."""
     learned = group.runs[0].learned_rows
     return [*learned, *[0] * (len(comparison.eval_domains) - len(learned))]
 

@@ -92,7 +92,7 @@ def _summary(comparison: Comparison) -> str:
         "learning.\n"
         f"{explain_intervals(comparison)}\n"
         f"{_table(tables.summary_rows(comparison))}\n"
-        "Positive forgetting: forgotten. Positive general-domain drift: general language got worse. Positive forward\n"
+        "Positive forgetting: forgotten. Positive drift: text that is only evaluated got worse. Positive forward\n"
         "transfer: earlier domains helped later ones. Backward transfer is minus the forgetting.\n\n"
         f"{_image(PARETO)}\n"
         "Forgetting by domain:\n\n"

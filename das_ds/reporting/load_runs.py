@@ -67,6 +67,7 @@ def summarize_run(run: LoadedRun) -> RunSummary:
         forgetting=results.forgetting.average,
         forgetting_per_domain=results.forgetting.per_domain,
         general_drift=results.general_drift,
+        drift=results.drift,
         forward_transfer=results.forward_transfer,
         end_tasks=read_run_scores(run.path),
         importance=summarize_importance(run.path, run.config.model),

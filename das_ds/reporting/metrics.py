@@ -80,10 +80,17 @@ ALL_METRICS = (
 def available_metrics(comparison: Comparison) -> list[Metric]:
     """Metrics that at least one run has; the (2..T) column only with several domains."""
     runs = [run for group in comparison.groups for run in group.runs]
-    metrics = [metric for metric in ALL_METRICS if any(metric.value(run) is not None for run in runs)]
+    corpora = dict.fromkeys(corpus for run in runs for corpus in run.drift)
+    place = ALL_METRICS.index(GENERAL_DRIFT) + 1
+    metrics = [*ALL_METRICS[:place], *map(_drift_metric, corpora), *ALL_METRICS[place:]]
+    metrics = [metric for metric in metrics if any(metric.value(run) is not None for run in runs)]
     if len(comparison.domains) == 1:
         metrics.remove(LOSS_AFTER_LEARNING_LATER)
     return metrics
+
+
+def _drift_metric(corpus: str) -> Metric:
+    return Metric(f"drift of {corpus}", lambda run: run.drift.get(corpus))
 
 
 def metric_values(group: Group, metric: Metric) -> dict[int, float]:

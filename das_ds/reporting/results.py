@@ -67,12 +67,14 @@ class Results(VersionedJson):
     learned: list[list[str]]
     """Domains of each stage: one per stage, or several at once (`pool`)."""
     eval_domains: list[str]
-    """Columns of the loss matrix: the domains, then the general corpus if there is one."""
+    """Columns of the loss matrix: the domains, the general corpus if there is one, then other corpora."""
     loss_matrix: list[list[float]] = Field(min_length=1)
     """Held-out loss: row 0 before training, row t after stage t; one column per evaluated corpus."""
     forgetting: Forgetting
     general_drift: float | None
     """Loss on the general corpus now minus before training; null without such a corpus."""
+    drift: dict[str, float] = Field(default_factory=dict)
+    """The same for each of the other corpora that are only evaluated."""
     backward_transfer: float | None
     """Effect of later domains on earlier ones; positive is better; null until a second stage is learned."""
     forward_transfer: float | None
@@ -94,8 +96,12 @@ class Results(VersionedJson):
     def _matrix_fits_names(self) -> Results:
         num_domains = len(self.domains)
         num_columns = len(self.eval_domains)
-        if self.eval_domains[:num_domains] != self.domains or num_columns > num_domains + 1:
-            raise ValueError("eval_domains must be the domains in order and at most one general corpus")
+        others = self.eval_domains[num_domains:]
+        num_general = 0 if self.general_drift is None else 1
+        if self.eval_domains[:num_domains] != self.domains or others[num_general:] != list(self.drift):
+            raise ValueError(
+                "eval_domains must be the domains in order, at most one general corpus, and those of drift"
+            )
         if [domain for stage in self.learned for domain in stage] != self.domains or not all(self.learned):
             raise ValueError("learned must have every domain in order, in stages of at least one")
         max_rows = len(self.learned) + 1
@@ -142,6 +148,7 @@ class Results(VersionedJson):
             "backward_transfer": self.backward_transfer,
             "forward_transfer": self.forward_transfer,
             "general_drift": self.general_drift,
+            **{f"drift/{corpus}": value for corpus, value in self.drift.items()},
         }
         return {name: value for name, value in metrics.items() if value is not None}
 
@@ -157,6 +164,7 @@ def build_results(
     world_size: int,
     zero_stage: int,
     learned: Sequence[Sequence[str]] | None = None,
+    others: Sequence[str] = (),
     weights: dict[str, Any] | None = None,
 ) -> Results:
     """Compute the results of a run from the rows of its loss matrix so far.
@@ -165,6 +173,7 @@ def build_results(
         method, domains, eval_domains, tokens_seen, wall_seconds, world_size, zero_stage: see `Results`.
         loss_matrix: one row per evaluation, the first before training.
         learned: domains of each stage; None: one domain per stage.
+        others: corpora that are only evaluated, beside the general corpus.
         weights: see `LoadedWeights`; None: random weights.
 
     Raises:
@@ -175,6 +184,7 @@ def build_results(
     losses = torch.tensor(loss_matrix, dtype=torch.float64)
     rows = learned_rows(eval_domains, stages)
     forgetting = transfer.forgetting(losses, rows)
+    drift = dict(zip(eval_domains, transfer.drift(losses, rows).tolist(), strict=True))
     has_forgetting = transfer.has_forgetting(losses, rows)
     average_forgetting = transfer.average(forgetting, rows, has_forgetting)
     average_forward_transfer = transfer.average(
@@ -195,7 +205,8 @@ def build_results(
                 if counts
             },
         ),
-        general_drift=transfer.average(transfer.drift(losses, rows), rows, rows == 0),
+        general_drift=next((drift[corpus] for corpus in eval_domains[len(domains) :] if corpus not in others), None),
+        drift={corpus: drift[corpus] for corpus in others},
         # Subtracting from 0 avoids -0.0.
         backward_transfer=None if average_forgetting is None else 0.0 - average_forgetting,
         forward_transfer=average_forward_transfer,

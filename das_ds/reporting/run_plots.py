@@ -28,7 +28,7 @@ def plot_loss_matrix(results: Results, path: Path) -> None:
     """Plot the loss matrix: the number is the loss, the color its change relative to a reference in the same column.
 
     Corpora differ in entropy, so absolute losses cannot share a color scale. The reference of a domain is its loss
-    right after learning (framed); that of the general corpus is its loss before training. Cells of a domain that is
+    right after learning (framed); that of other corpora is their loss before training. Cells of a domain that is
     not learned yet are gray.
     """
     change = loss_changes(results)
@@ -141,7 +141,7 @@ def new_figure(
 
 
 def _reference_rows(results: Results) -> list[int]:
-    """For each column, the row that changes are relative to: right after learning; general corpus: row 0."""
+    """For each column, the row that changes are relative to: right after learning; other corpora: row 0."""
     rows = results.rows_learned
     return [rows.get(corpus, 0) for corpus in results.eval_domains]
 

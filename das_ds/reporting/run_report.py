@@ -99,6 +99,10 @@ def _transfer(results: Results) -> str:
             _signed(results.general_drift),
             "general loss minus before training; above 0: worse",
         ],
+        *(
+            [f"drift of {corpus}", f"{value:+.4f}", "loss minus before training; above 0: worse"]
+            for corpus, value in results.drift.items()
+        ),
         ["backward transfer", _signed(results.backward_transfer), "above 0: later domains helped earlier ones"],
         ["forward transfer", _signed(results.forward_transfer), "above 0: earlier domains helped later ones"],
     ]

@@ -21,6 +21,7 @@ import psutil
 
 from das_ds.config import RunConfig
 from das_ds.config.io import resolved_dict
+from das_ds.config.stage import stage_name
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.run_dir import WANDB_RUN_ID_FILE
 from das_ds.storage import atomic_write
@@ -210,9 +211,9 @@ class WandbSink(Sink):
 
     def _define_axes(self, run: Any) -> None:
         run.define_metric(GLOBAL_STEP)
-        for stage in self._config.stages:
-            run.define_metric(_step_axis(stage.name), hidden=True)
-            run.define_metric(f"{stage.name}/*", step_metric=_step_axis(stage.name))
+        for name in map(stage_name, self._config.learned):
+            run.define_metric(_step_axis(name), hidden=True)
+            run.define_metric(f"{name}/*", step_metric=_step_axis(name))
         run.define_metric(DOMAINS_LEARNED, hidden=True)
         run.define_metric(eval_loss("*"), step_metric=DOMAINS_LEARNED)
 

@@ -5,7 +5,7 @@ Everything goes to standard error, so that the standard output of a command stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,17 @@ from das_ds.training.callbacks import LoggedStep
 
 
 @dataclass(frozen=True)
+class SourceSummary:
+    """One source of a domain that is a mixture."""
+
+    name: str
+    num_blocks: int
+    """Training sequences."""
+    num_samples: int
+    """Sequences of the domain's steps that come from it."""
+
+
+@dataclass(frozen=True)
 class DomainSummary:
     """The training text of one stage."""
 
@@ -27,6 +38,10 @@ class DomainSummary:
     """Training sequences."""
     num_steps: int
     """Optimizer steps."""
+    num_samples: int
+    """Sequences of these steps that are not replayed."""
+    sources: Sequence[SourceSummary] = ()
+    """Empty: one corpus."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +74,6 @@ class RunSummary:
         micro_steps = self.global_batch_size // (self.micro_batch_size * self.num_ranks)
         trained = "" if self.num_trained == self.num_parameters else f", {_count(self.num_trained)} trained"
         ranks = f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}"
-        width = max(len(domain.name) for domain in self.domains)
-        domains = [
-            f"{domain.name:<{width}}  {domain.num_blocks:>9,} blocks  "
-            f"{_count(domain.num_blocks * self.sequence_length):>7} tokens  {domain.num_steps:>7,} steps  "
-            f"{domain.num_steps * self.global_batch_size / max(1, domain.num_blocks):5.2f} epochs"
-            for domain in self.domains
-        ]
         facts = [
             ("model", f"{self.model}, {_count(self.num_parameters)} parameters{trained}, {self.objective}"),
             ("hardware", f"{ranks} on {self.device}, ZeRO {self.zero_stage}, {self.precision}, {self.optimizer}"),
@@ -74,7 +82,7 @@ class RunSummary:
                 f"{self.global_batch_size} sequences of {self.sequence_length} tokens = {tokens_per_step:,} tokens a "
                 f"step ({ranks} x {self.micro_batch_size} sequences x {micro_steps} micro-steps)",
             ),
-            *(("domains" if not number else "", line) for number, line in enumerate(domains)),
+            *(("domains" if not number else "", line) for number, line in enumerate(self._text_lines())),
             ("phases", "evaluate; then per domain: prepare, train, update the method, export, evaluate"),
             ("evaluates", ", ".join(self.eval_corpora)),
             ("results", f"{self.output_dir} (results.json, report/, domains/*/model)"),
@@ -82,6 +90,24 @@ class RunSummary:
         ]
         title = f"Continual pre-training with das_ds, method {self.method}"
         return [title, *(f"  {name:<11}{text}" for name, text in facts)]
+
+    def _text_lines(self) -> Iterator[str]:
+        """Every domain with its length, and below it its sources with their part of its sequences."""
+        names = [
+            name for domain in self.domains for name in (domain.name, *(f"  {one.name}" for one in domain.sources))
+        ]
+        width = max(map(len, names))
+        for domain in self.domains:
+            yield f"{domain.name:<{width}}  {self._describe_text(domain, f'{domain.num_steps:>7,} steps')}"
+            for source in domain.sources:
+                share = source.num_samples / max(1, domain.num_samples)
+                yield f"{f'  {source.name}':<{width}}  {self._describe_text(source, f'{share:>7.1%} share')}"
+
+    def _describe_text(self, text: DomainSummary | SourceSummary, part: str) -> str:
+        """Size of a text, its part of the run, and how often it is seen."""
+        num_tokens = _count(text.num_blocks * self.sequence_length)
+        epochs = text.num_samples / max(1, text.num_blocks)
+        return f"{text.num_blocks:>9,} blocks  {num_tokens:>7} tokens  {part}  {epochs:5.2f} epochs"
 
 
 @dataclass

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from das_ds.config import CorpusConfig, ObjectiveName, RunConfig, SampleSize
 from das_ds.config.stage import Stage
 from das_ds.data.batch import Batch
-from das_ds.data.blocks import CorpusBlocks, TokenBlocks, prepare_corpus
+from das_ds.data.blocks import Blocks, CorpusBlocks, MixedBlocks, prepare_corpus
 from das_ds.data.loader import (
     AccumulatedBatches,
     EvaluationBatches,
@@ -24,11 +24,11 @@ from das_ds.data.loader import (
 from das_ds.data.mixture import MixedDomains, SingleDomain
 from das_ds.data.objectives import Collator, build_collator
 from das_ds.data.replay import NO_REPLAY, Replay
+from das_ds.data.subsets import random_subset
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.distributed.process_group import RankInfo
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import RunFolderError
-from das_ds.functional.sampling import subset_indices
 from das_ds.functional.token_ids import num_tokens, tokens_by_id
 from das_ds.models.loading import load_tokenizer, num_embedding_rows
 from das_ds.models.vocabulary import Vocabulary
@@ -39,6 +39,7 @@ class DataModule:
     """Everything a run reads: the same batches for any number of ranks, divided among them."""
 
     config: RunConfig
+    """With steps in place of epochs."""
     info: RankInfo
     base_tokenizer: PreTrainedTokenizerBase
     """The tokenizer before the first domain."""
@@ -47,7 +48,7 @@ class DataModule:
     objectives: dict[str, Collator]
     """Corpus name -> what its batches predict."""
     blocks: dict[str, CorpusBlocks]
-    """Corpus name -> blocks: the domains in order, then the general corpus."""
+    """Corpus name -> blocks, in the order of `eval_corpora`."""
     vocabulary: Vocabulary | None
     """Sizes of the vocabulary from corpus to corpus; None where no tokens are added."""
 
@@ -69,7 +70,7 @@ class DataModule:
         """Corpus -> fingerprints of text and tokenizer, of its training and its held-out split."""
         splits = {name: [blocks.train, blocks.valid] for name, blocks in self.blocks.items()}
         return {
-            name: [split.token_file.path.parent.name for split in both if split is not None]
+            name: [part.token_file.path.parent.name for split in both if split is not None for part in split.parts]
             for name, both in splits.items()
         }
 
@@ -128,7 +129,7 @@ class DataModule:
             batch_size=self._sample_size.batch_size or self.config.train.micro_batch_size,
             rank=0,
             world_size=1,
-            indices=subset_indices(len(blocks), num_sequences, self.config.seed),
+            indices=random_subset(blocks, num_sequences, self.config.seed),
         )
 
     def importance_steps(self, corpus: str) -> AccumulatedBatches:
@@ -159,9 +160,9 @@ class DataModule:
             max_sequences=evaluation.max_sequences,
         )
 
-    def _importance_subset(self, blocks: TokenBlocks, num_samples: int | None = None) -> Sequence[int]:
+    def _importance_subset(self, blocks: Blocks, num_samples: int | None = None) -> Sequence[int]:
         size = self._sample_size.num_samples or num_samples or len(blocks)
-        return subset_indices(len(blocks), size, self.config.seed)
+        return random_subset(blocks, size, self.config.seed)
 
     @property
     def _sample_size(self) -> SampleSize:
@@ -175,7 +176,7 @@ class DataModule:
             for name in stage.domains
         )
         if len(samples) > 1:
-            return MixedDomains(samples)
+            return MixedDomains(samples, stage.weights)
         return SingleDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain))
 
     def _replay(self, corpus: str) -> Replay:
@@ -184,19 +185,27 @@ class DataModule:
         if not names:
             return NO_REPLAY
         sources = tuple((self._training_blocks(name), self.objectives[name]) for name in names)
-        return Replay(self.config.num_replayed, sources)
+        return Replay(self.config.num_replayed(corpus), sources)
 
     def num_training_blocks(self, corpus: str) -> int:
         """Sequences that one epoch of a domain has."""
         return len(self._training_blocks(corpus))
 
-    def _training_blocks(self, corpus: str) -> TokenBlocks:
+    def source_visits(self, domain: str, num_samples: int) -> dict[str, tuple[int, int]]:
+        """Source -> its training sequences, and how many of a domain's first samples are theirs; {} for one source."""
+        blocks = self._training_blocks(domain)
+        if not isinstance(blocks, MixedBlocks):
+            return {}
+        counts = blocks.turns.counts(num_samples)
+        return {name: (len(part), count) for name, part, count in zip(blocks.names, blocks.parts, counts, strict=True)}
+
+    def _training_blocks(self, corpus: str) -> Blocks:
         blocks = self.blocks[corpus].train
         assert blocks is not None, f"{corpus} is only evaluated"
         return blocks
 
     def _batches(
-        self, corpus: str, blocks: TokenBlocks, stream: str, batch_size: int | None, **choice: Any
+        self, corpus: str, blocks: Blocks, stream: str, batch_size: int | None, **choice: Any
     ) -> EvaluationBatches:
         return evaluation_batches(
             blocks,
@@ -225,13 +234,14 @@ def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName) ->
         tokenizer = tokenizers[corpus.name]
         return prepare_corpus(corpus, config.data, tokenizer, objective=objective, progress=info.is_main)
 
+    prepared = {corpus.name: blocks(corpus) for corpus in eval_corpora(config)}
     return DataModule(
-        config=config,
+        config=config.with_steps({name: len(both.train) for name, both in prepared.items() if both.train is not None}),
         info=info,
         base_tokenizer=base,
         tokenizers=tokenizers,
         objectives=objectives,
-        blocks={corpus.name: blocks(corpus) for corpus in eval_corpora(config)},
+        blocks=prepared,
         vocabulary=_vocabulary(config, base, tokenizers) if config.data.add_tokens else None,
     )
 
@@ -245,5 +255,5 @@ def _vocabulary(
 
 
 def eval_corpora(config: RunConfig) -> list[CorpusConfig]:
-    """Corpora in the order of the loss matrix's columns: the domains, then the general corpus."""
-    return [*config.domains, *([config.general] if config.general else [])]
+    """Corpora in the order of the loss matrix's columns: the domains, the general corpus, those of `evaluate_on`."""
+    return [*config.domains, *([config.general] if config.general else []), *config.evaluate_on]

@@ -115,7 +115,10 @@ def model_card(
     domains = ", ".join(domain for stage in stages for domain in stage.domains)
     how = "in order" if len(newest.domains) == 1 else "all at once"
     replayed = config.replayed(newest.last_domain)
-    replay = f" In the last domain {config.num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
+    num_replayed = config.num_replayed(newest.last_domain)
+    replay = f" In the last domain {num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
+    steps = [stage.num_steps for stage in stages]
+    lengths = str(steps[0]) if len(set(steps)) == 1 else ", ".join(map(str, steps))
     folder = config.output_dir / stage_folder(newest.index, newest.name) / "model"
     base = config.model.name_or_path or "random weights"
     card = f"""---
@@ -128,7 +131,7 @@ tags: [das_ds, continual-pre-training]
 
 Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.
 
-Domains {how}: {domains}; {newest.num_steps} steps of {config.train.global_batch_size} sequences of \
+Domains {how}: {domains}; {lengths} steps of {config.train.global_batch_size} sequences of \
 {config.data.sequence_length} tokens each.{replay}
 
 ```python

@@ -32,7 +32,8 @@ def collect_results(config: RunConfig, state: RunState, world_size: int, zero_st
         wall_seconds=state.wall_seconds,
         world_size=world_size,
         zero_stage=zero_stage,
-        learned=[stage.domains for stage in config.stages],
+        learned=config.learned,
+        others=[corpus.name for corpus in config.evaluate_on],
         weights=state.weights,
     )
 

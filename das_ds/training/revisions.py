@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import constants
 
-from das_ds.config import CorpusConfig, RunConfig
+from das_ds.config import CorpusConfig, DomainConfig, RunConfig
 from das_ds.data.sources import HUB_FORM, parse_hub_name
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import DataError, ModelError, RunFolderError
@@ -19,6 +19,7 @@ from das_ds.storage import read_json_with_checksum, write_json_with_checksum
 Commits = dict[str, str]
 """`model owner/name@revision` or `dataset owner/name@revision` -> commit."""
 Find = Callable[[Kind, str, str | None], str | None]
+AnyCorpus = TypeVar("AnyCorpus", bound=CorpusConfig)
 
 
 def pin_revisions(config: RunConfig, ranks: ProcessGroup) -> RunConfig:
@@ -90,8 +91,13 @@ def _key(kind: Kind, name: str, revision: str | None) -> str:
 def _with_commits(config: RunConfig, find: Find) -> RunConfig:
     """The config with every revision of the hub replaced by what `find` gives for it."""
 
-    def corpus(one: CorpusConfig) -> CorpusConfig:
-        return one.model_copy(update={part: [text(name) for name in getattr(one, part)] for part in ("train", "valid")})
+    def corpus(one: AnyCorpus) -> AnyCorpus:
+        changes: dict[str, Any] = {part: list(map(text, getattr(one, part))) for part in ("train", "valid")}
+        if isinstance(one, DomainConfig):
+            changes["sources"] = [
+                source.model_copy(update={"train": list(map(text, source.train))}) for source in one.sources
+            ]
+        return one.model_copy(update=changes)
 
     def text(name: str) -> str:
         source = parse_hub_name(name)
@@ -110,4 +116,5 @@ def _with_commits(config: RunConfig, find: Find) -> RunConfig:
         changes["data"] = data.model_copy(update={"tokenizer_revision": commit})
     if config.general is not None:
         changes["general"] = corpus(config.general)
+    changes["evaluate_on"] = [corpus(one) for one in config.evaluate_on]
     return config.model_copy(update=changes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from das_ds.config import RunConfig
+from das_ds.config.stage import Stage
 from das_ds.context import RunContext
 from das_ds.engine.zero import full_numel
-from das_ds.training.console import DomainSummary, RunSummary
+from das_ds.training.console import DomainSummary, RunSummary, SourceSummary
 from das_ds.training.data_module import DataModule, eval_corpora
 
 
@@ -20,14 +21,6 @@ def summarize_run(config: RunConfig, context: RunContext, data: DataModule, resu
     """
     engine = context.engine
     model = context.network.model
-    domains = [
-        DomainSummary(
-            name=stage.name,
-            num_blocks=sum(data.num_training_blocks(domain) for domain in stage.domains),
-            num_steps=stage.num_steps,
-        )
-        for stage in config.stages
-    ]
     return RunSummary(
         method=config.method.name,
         model=f"{config.model.name_or_path or 'random weights'} ({model.config.model_type})",
@@ -43,8 +36,28 @@ def summarize_run(config: RunConfig, context: RunContext, data: DataModule, resu
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
         sequence_length=config.data.sequence_length,
-        domains=domains,
+        domains=[_summarize_stage(stage, config, data) for stage in config.stages],
         eval_corpora=[corpus.name for corpus in eval_corpora(config)],
         output_dir=str(config.output_dir),
         resumes=resumes,
+    )
+
+
+def _summarize_stage(stage: Stage, config: RunConfig, data: DataModule) -> DomainSummary:
+    weights = stage.weights or (1,) * len(stage.domains)
+    sources = []
+    num_samples = 0
+    for domain, weight in zip(stage.domains, weights, strict=True):
+        num_own = stage.num_steps * weight // sum(weights) * config.own_samples_per_step(domain)
+        num_samples += num_own
+        sources += [
+            SourceSummary(name, num_blocks, num_seen)
+            for name, (num_blocks, num_seen) in data.source_visits(domain, num_own).items()
+        ]
+    return DomainSummary(
+        name=stage.name,
+        num_blocks=sum(data.num_training_blocks(domain) for domain in stage.domains),
+        num_steps=stage.num_steps,
+        num_samples=num_samples,
+        sources=sources,
     )

@@ -65,7 +65,7 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
 
 
 def _prepare(config: RunConfig, ranks: ProcessGroup, watchdog: Watchdog) -> tuple[RunConfig, DataModule]:
-    """Fetch the model and tokenize the text; returns the config with pinned revisions."""
+    """Fetch the model and tokenize the text; returns the config with pinned revisions and steps."""
     with watchdog.suspend_timeout("fetching the model"):
         config = pin_revisions(config, ranks)
         ranks.main_process_first(lambda: (weights_folder(config.model),))
@@ -73,7 +73,7 @@ def _prepare(config: RunConfig, ranks: ProcessGroup, watchdog: Watchdog) -> tupl
         ranks.run_on_main(lambda: check_files(config.model))
         objective = find_spec(config.model).objective
         data = ranks.main_process_first(lambda: prepare_data(config, ranks.info, objective))
-    return config, data
+    return data.config, data
 
 
 def _exit_without_writing(message: str) -> None:

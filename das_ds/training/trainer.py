@@ -165,7 +165,8 @@ class ContinualTrainer(Callbacks):
         body = f"{self._model.base_model_prefix}."
         head = {name for name in self.engine.parameters if not name.startswith(body)}
         with self._network.training_head_only(), self.engine.training_only(head):
-            self._run_steps(stage, HEAD_WARMUP, Method(self._context), learning_rate=model.head_warmup_learning_rate)
+            train = self._config.train.model_copy(update={"learning_rate": model.head_warmup_learning_rate})
+            self._run_steps(stage, HEAD_WARMUP, Method(self._context), train=train)
         self._enter(self._state.model_copy(update={"phase": "evaluate", "domain_step": 0}))
 
     def _evaluate(self) -> None:
@@ -205,6 +206,7 @@ class ContinualTrainer(Callbacks):
             stage,
             stage.name,
             self._method,
+            train=self._config.train_settings(stage.last_domain),
             is_first=is_alone or stage.index == 0,
             is_last=is_alone or stage.index == len(self._stages) - 1,
         )
@@ -271,9 +273,13 @@ class ContinualTrainer(Callbacks):
             guard=self._guard,
             callbacks=self,
         )
-        # Resets moments and schedule; `load_step_components` restores them when the run resumes within the domain.
-        self.engine.start_domain(stage.num_steps, **schedule)
+        # Resets schedule and moments; `load_step_components` restores them when the run resumes within the domain, but
+        # moments that outlive a domain, which are restored with the weights.
+        keeps_moments = not self._config.train.reset_optimizer and (first_step > 0 or stage.index > 0)
+        self.engine.start_domain(stage.num_steps, keeps_moments=keeps_moments, **schedule)
         method.on_train_start(self._domain_context())
+        if keeps_moments and first_step == 0:
+            self.engine.mask_first_moments()
         self._seed(STEP_SEEDS[self._state.phase])
         self._checkpoints.step_components = {
             "engine_domain": EngineDomainState(self.engine),

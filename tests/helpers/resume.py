@@ -133,6 +133,19 @@ def break_off(values: dict[str, Any], limit: int) -> Place | None:
     return breaks[0] if breaks else None
 
 
+def break_off_at(values: dict[str, Any], place: Place) -> bool:
+    """Interrupt one start where the run is at a place for the first time; whether it came there."""
+    allow_fp16_on_cpu()
+    breaks: list[Place] = []
+
+    def is_there(run: RunState) -> bool:
+        return (run.phase, run.domains_done, run.domain_step) == place
+
+    with suppress(BrokenOffError):
+        _breaking_run(RunConfig(**values), init_process_group(), is_there, breaks)
+    return bool(breaks)
+
+
 def continue_over_another_network(values: dict[str, Any], num_layers: int) -> str:
     """Restart an interrupted run after the folder of its model has another number of layers; the error message."""
     allow_fp16_on_cpu()

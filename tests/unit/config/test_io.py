@@ -141,7 +141,10 @@ def test_override_changes_one_alias_only(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("train.learning_rat=1", "train.learning_rat: unknown key; did you mean train.learning_rate?"),
-        ("learning_rate=1", "learning_rate: unknown key; did you mean train.learning_rate or tasks.0.learning_rate?"),
+        (
+            "learning_rate=1",
+            "unknown key; did you mean train.learning_rate or domains.0.learning_rate or tasks.0.learning_rate?",
+        ),
         (
             "method.temprature=1",
             "method.temprature: unknown key; did you mean method.contrastive.temperature?",
@@ -177,7 +180,7 @@ def test_override_changes_one_alias_only(tmp_path: Path) -> None:
             "rules.1.spread: unknown key; did you mean model.architecture.rules.1.layout?",
         ),
         ("method.contrastive.zzz=1", "unknown key; allowed in method.contrastive: weight, temperature"),
-        ("zzz=1", "zzz: unknown key; allowed at the top: output_dir, model, domains, general, data"),
+        ("zzz=1", "zzz: unknown key; allowed at the top: output_dir, model, domains, general, evaluate_on, data"),
         ("train={7: 1}", "train.7: unknown key; allowed in train: steps_per_domain"),
         ("train.eps=fast", "train.eps: found 'fast', allowed: number > 0"),
         ("train.learning_rate=-1", "train.learning_rate: found -1, allowed: number > 0"),
@@ -229,7 +232,7 @@ def test_load_config_reports_all_mistakes_in_one_line(run_file: Path) -> None:
         f"method.name: found 'dsa', allowed: {' | '.join(METHODS)}",
         "seed: found -1, allowed: integer >= 0 and < 4294967296",
         "learning_rate: unknown key",
-        "did you mean train.learning_rate or tasks.0.learning_rate?",
+        "did you mean train.learning_rate or domains.0.learning_rate or tasks.0.learning_rate?",
     ]
 
 
@@ -420,6 +423,7 @@ PATH_KEYS = (
     "model.lora.init_from",
     "domains.0.train.0",
     "domains.0.valid.0",
+    "domains.1.sources.0.train.0",
     "data.tokenizer",
     "data.cache_dir",
     "data.add_tokens.acl",
@@ -439,7 +443,7 @@ def path_run(path: str) -> list[str]:
     """Overrides that set every path of a run config."""
     return [
         "model.config=null",
-        "domains=[{name: acl, train: [x.txt], valid: [x.txt]}]",
+        "domains=[{name: acl, train: [x.txt], valid: [x.txt]}, {name: mixed, sources: [{train: [x.txt], weight: 1}]}]",
         "tasks=[{name: t, train: x, dev: x, test: x}]",
         *(f"{key}={path}" for key in PATH_KEYS if key not in SET_ALONE and not key.startswith("model.lora")),
     ]
@@ -478,7 +482,7 @@ def test_path_keys_unset_variable_is_error(run_file: Path, key: str, monkeypatch
 
 def test_path_keys_are_complete() -> None:
     """A new key that names a file or folder has to stand above, and to be of a type that is expanded."""
-    known = {re.sub(r"\.0$", "", key) for key in PATH_KEYS}
+    known = {re.sub(r"\.0$", "", key).replace("domains.1.", "domains.0.") for key in PATH_KEYS}
     named = [
         row
         for method in METHODS
@@ -486,5 +490,5 @@ def test_path_keys_are_complete() -> None:
         if "text" in row.allowed and row.section != "wandb" and row.leaf != "name"
     ]
     found = {row.key for row in named if re.search(r"\b(folder|files?)\b", row.meaning.lower())}
-    # General text is read as that of domains is.
-    assert {key.replace("general.", "domains.0.") for key in found} <= known
+    # Other corpora are read as those of domains are.
+    assert {re.sub(r"^(general|evaluate_on\.0)\.", "domains.0.", key) for key in found} <= known

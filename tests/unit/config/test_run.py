@@ -57,7 +57,7 @@ def replaying(share: float | None, size: int = 256, name: str = "ncl", **changes
     ],
 )
 def test_num_replayed_is_integer(name: str, share: float | None, size: int, expected: int) -> None:
-    assert RunConfig.model_validate(replaying(share, size, name)).num_replayed == expected
+    assert RunConfig.model_validate(replaying(share, size, name)).num_replayed("acl") == expected
 
 
 def test_replayed_lists_earlier_domains_and_general() -> None:

@@ -87,17 +87,32 @@ def test_mixed_domains_samples_equal_single_domains(samples: dict[str, SampleDat
     """Of each domain the same samples in the same order, corruption included."""
     pooled = [row for (batch,) in load(samples) for row in batch]
     for name, mine in samples.items():
-        alone = training_steps(
-            SingleDomain(mine, GLOBAL_BATCH),
-            first_step=0,
-            num_steps=STEPS_PER_DOMAIN,
-            global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=GLOBAL_BATCH,
-            rank=0,
-            world_size=1,
-        )
-        expected = [row for (batch,) in alone for row in list_rows(batch)]
+        expected = _load_steps(SingleDomain(mine, GLOBAL_BATCH), STEPS_PER_DOMAIN)
         assert [row for row in pooled if row[0] == name] == expected
+
+
+def test_mixed_domains_of_different_lengths_equal_single_domains(samples: dict[str, SampleDataset]) -> None:
+    lengths = {"papers": 6, "food": 1, "news": 3}
+    pooled = _load_steps(MixedDomains(tuple(samples.values()), tuple(lengths.values())), sum(lengths.values()))
+    for name, mine in samples.items():
+        expected = _load_steps(SingleDomain(mine, GLOBAL_BATCH), lengths[name])
+        assert [row for row in pooled if row[0] == name] == expected
+    for begin in range(0, len(pooled) - 10):
+        counts = Counter(name for name, _, _ in pooled[begin : begin + 10])
+        assert all(abs(counts[name] - length) < 2 for name, length in lengths.items())
+
+
+def _load_steps(stream: MixedDomains | SingleDomain, num_steps: int) -> list[Row]:
+    steps = training_steps(
+        stream,
+        first_step=0,
+        num_steps=num_steps,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=GLOBAL_BATCH,
+        rank=0,
+        world_size=1,
+    )
+    return [row for (batch,) in steps for row in list_rows(batch)]
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])

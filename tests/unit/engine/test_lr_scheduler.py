@@ -75,3 +75,33 @@ def test_lr_scheduler_rounded_phases_fit_domain() -> None:
     # Half of three steps is rounded to two, twice.
     assert rates("wsd", num_steps=3, warmup_ratio=0.5) == pytest.approx([0.0, PEAK / 2, PEAK])
     assert rates("wsd", num_steps=3, warmup_ratio=0.0, decay_ratio=0.0) == [PEAK] * 3
+
+
+@pytest.mark.parametrize("minimum", [0.1, 0.25, 1.0])
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("linear", lambda step: (NUM_STEPS - step) / (NUM_STEPS - WARMUP)),
+        ("cosine", lambda step: (1 + cos(pi * (step - WARMUP) / (NUM_STEPS - WARMUP))) / 2),
+        ("constant_with_warmup", lambda step: 1.0),
+        ("wsd", falling),
+        ("infinite", falling),
+    ],
+)
+def test_lr_scheduler_falls_to_the_minimum(schedule: str, factor: Callable[[int], float], minimum: float) -> None:
+    """The warm-up still begins at 0, and the rest falls from the peak to its part of the peak."""
+    found = rates(schedule, min_lr_ratio=minimum)
+    expected = [
+        PEAK * (step / WARMUP if step < WARMUP else minimum + (1 - minimum) * factor(step)) for step in range(NUM_STEPS)
+    ]
+    assert found == pytest.approx(expected)
+    assert min(found[WARMUP:]) >= PEAK * minimum
+
+
+def test_infinite_scheduler_falls_to_the_minimum_in_the_last_domain_only() -> None:
+    first, last = (
+        rates("infinite", is_first=is_first, is_last=not is_first, min_lr_ratio=0.25) for is_first in (True, False)
+    )
+    assert first == pytest.approx([PEAK * rising(step) for step in range(NUM_STEPS)])
+    assert last == pytest.approx([PEAK * (0.25 + 0.75 * falling(step)) for step in range(NUM_STEPS)])
+    assert last[0] == PEAK

@@ -47,6 +47,7 @@ def test_checkpoint_bytes_adamw_equals_its_state() -> None:
 
 def test_domain_bytes_are_weights_and_model() -> None:
     assert domain_bytes(SIZE) == 8000
+    assert domain_bytes(SIZE, num_kept_moments=2) == 16000
     # LoRA: weights and adapter of 100, exported model of 1000.
     assert domain_bytes(replace(SIZE, trained=100, has_adapters=True)) == 400 + 4000 + 400
     # Frozen layers: weights of 100, exported model of 1000.

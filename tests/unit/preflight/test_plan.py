@@ -14,6 +14,7 @@ from das_ds.cli import main
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config, with_zero_stage
 from das_ds.config.io import load_config
+from das_ds.errors import ConfigError
 from das_ds.methods import method_measured_sequences
 from das_ds.models.size import MeasuredSequences
 from das_ds.preflight.cluster import Cluster
@@ -54,6 +55,22 @@ def cluster(**changes: float) -> Cluster:
 def test_sizes_of_llama() -> None:
     assert model("8b").size.total == 8_030_261_248
     assert model("70b").size.total == 70_553_706_496
+
+
+def test_plan_has_the_steps_of_each_domain() -> None:
+    overrides = ["domains.0.steps=3", "domains.1.tokens=1e12"]
+    config = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", overrides)
+    plan = plan_run(config, model("8b"), cluster(), 8)
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    assert [domain.steps for domain in plan.domains][:2] == [3, -(-(10**12) // tokens)]
+    assert plan.domains[0].tokens == 3 * tokens
+    kept = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", ["train.reset_optimizer=false"])
+    # Two moments in fp32 in the checkpoint that every domain keeps.
+    added = plan_run(kept, model("8b"), cluster(), 8).disk.domain - plan.disk.domain
+    assert added == 8 * model("8b").size.total
+    in_epochs = load_config(ROOT / "launch" / "configs" / "llama_8b.yaml", ["domains.0.epochs=2"])
+    with pytest.raises(ConfigError, match=r"domains.0.epochs: found 2, which are steps only once the text is read"):
+        plan_run(in_epochs, model("8b"), cluster(), 8)
 
 
 @pytest.mark.parametrize("num_ranks", [8, 64, 512])

@@ -30,6 +30,7 @@ from das_ds.softmask.importance_file import save_unit_importance
 from das_ds.softmask.input_layout import InputLayout
 from helpers.head_warmup import headless_run
 from helpers.locking import holding_process
+from helpers.mixed_domains import mixed_run
 from helpers.preflight import Alone, silent_checks
 from helpers.runs import WORDS, small_run
 from helpers.single_rank import SingleRank
@@ -277,6 +278,22 @@ def test_check_corpora_unreadable_source_fails(name: str, content: bytes | None,
 def test_check_corpora_are_counted(tmp_path: Path) -> None:
     result = only(check_corpora, config(tmp_path))
     assert result.status == "ok" and result.found.startswith("3 corpora, 3 sources, ")
+
+
+def test_check_corpora_reads_every_source_and_evaluated_corpus(tmp_path: Path) -> None:
+    values = mixed_run(tmp_path, "run")
+    result = only(check_corpora, RunConfig(**values))
+    assert result.status == "ok" and result.found.startswith("5 corpora, 6 sources, ")
+    recipes = tmp_path / "recipes.txt"
+    text = recipes.read_text()
+    recipes.write_text("hi")
+    result = only(check_corpora, RunConfig(**values))
+    assert result.status == "failed" and result.found.startswith("corpus 'food': found 4 tokens in")
+    recipes.write_text(text)
+    leaking = {**values, "evaluate_on": [{"name": "law", "valid": [str(recipes)]}]}
+    result = only(check_corpora, RunConfig(**leaking))
+    assert result.status == "warning"
+    assert result.found.endswith("recipes.txt is held out for law, but domain food trains on it")
 
 
 def test_check_corpora_unknown_tokens_are_reported(tmp_path: Path) -> None:

@@ -107,3 +107,14 @@ def test_available_metrics_undefined_ones_are_omitted() -> None:
     assert GENERAL_DRIFT not in available_metrics(comparison(NCL.model_copy(update={"runs": drift_free})))
     assert available_metrics(comparison(pooled("pool", [2.5]))).count(FORGETTING) == 0
     assert FORGETTING in available_metrics(comparison(pooled("pool", [2.5]), NCL))
+
+
+def test_available_metrics_have_the_drift_of_every_other_corpus() -> None:
+    """After that of the general corpus, also where only some groups have it."""
+    drifting = [run.model_copy(update={"drift": {"law": 0.25, "code": -0.5}}) for run in NCL.runs]
+    metrics = available_metrics(comparison(NCL.model_copy(update={"runs": drifting}), DAS))
+    titles = [metric.title for metric in metrics]
+    place = metrics.index(GENERAL_DRIFT)
+    assert titles[place + 1 : place + 3] == ["drift of law", "drift of code"]
+    assert [metric.value(drifting[0]) for metric in metrics[place + 1 : place + 3]] == [0.25, -0.5]
+    assert metrics[place + 1].value(DAS.runs[0]) is None

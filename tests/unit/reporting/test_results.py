@@ -75,6 +75,35 @@ def test_build_results_without_general_corpus_has_no_drift(make_results: Results
     assert "general_drift" not in results.summary
 
 
+def test_build_results_other_corpora_drift_by_themselves(tmp_path: Path) -> None:
+    """They are no part of the general drift, with or without a general corpus; other orders of columns are refused."""
+    values: dict[str, Any] = {"method": "ncl", "domains": ["acl"], "tokens_seen": 1, "wall_seconds": 1.0}
+    matrix = [[5.0, 4.0, 3.0, 2.0], [4.0, 4.5, 2.75, 2.5]]
+    both = build_results(
+        **values,
+        eval_domains=["acl", "general", "law", "code"],
+        loss_matrix=matrix,
+        world_size=1,
+        zero_stage=0,
+        others=["law", "code"],
+    )
+    assert both.general_drift == 0.5 and both.drift == {"law": -0.25, "code": 0.5}
+    assert both.summary == {"general_drift": 0.5, "drift/law": -0.25, "drift/code": 0.5}
+    both.write(tmp_path / RESULTS_FILE)
+    assert Results.read(tmp_path / RESULTS_FILE) == both
+    alone = build_results(
+        **values,
+        eval_domains=["acl", "law"],
+        loss_matrix=[row[:2] for row in matrix],
+        world_size=1,
+        zero_stage=0,
+        others=["law"],
+    )
+    assert alone.general_drift is None and alone.drift == {"law": 0.5}
+    with pytest.raises(ValidationError, match="at most one general corpus, and those of drift"):
+        Results.model_validate({**both.model_dump(), "eval_domains": ["acl", "law", "general", "code"]})
+
+
 def test_results_table_and_summary_worked_example(make_results: ResultsMaker) -> None:
     columns, rows = make_results().table
     assert columns == ["stage", "acl", "pubmed", "restaurant", "general"]

@@ -58,6 +58,11 @@ def test_report_text_unfinished_run_says_so(make_results: ResultsMaker) -> None:
     text = report_text(make_results(num_rows=2, general=False), None)
     assert "not complete: 1 of 3 domains learned" in text
     assert table_row(text, "general-domain drift")[1] == "-"
+    others = make_results().model_copy(update={"drift": {"law": -0.25, "code": 0.5}})
+    assert [table_row(report_text(others, None), f"drift of {name}")[1] for name in others.drift] == [
+        "-0.2500",
+        "+0.5000",
+    ]
 
 
 def test_report_text_pool_has_no_forgetting(make_results: ResultsMaker) -> None:

@@ -15,6 +15,7 @@ from das_ds.training.console import (
     RunClock,
     RunConsole,
     RunSummary,
+    SourceSummary,
     evaluation_line,
     plasticity_line,
     protection_line,
@@ -38,7 +39,13 @@ def summary(resumes: str | None = None) -> RunSummary:
         micro_batch_size=4,
         global_batch_size=16,
         sequence_length=64,
-        domains=[DomainSummary("acl", 1600, 75), DomainSummary("restaurants", 10, 5)],
+        domains=[
+            DomainSummary("acl", 1600, 75, 1200),
+            # Each step replays two of its sequences.
+            DomainSummary(
+                "restaurants", 10, 5, 70, [SourceSummary("yelp", 6, 49), SourceSummary("foursquare_tips", 4, 21)]
+            ),
+        ],
         eval_corpora=["acl", "restaurants", "general"],
         output_dir="runs/papers",
         resumes=resumes,
@@ -52,8 +59,10 @@ def test_run_summary_says_what_is_trained_on_what() -> None:
         "roberta-base (roberta), 125 M parameters, mlm",
         "2 ranks on cpu, ZeRO 2, bf16, adamw",
         "16 sequences of 64 tokens = 1,024 tokens a step (2 ranks x 4 sequences x 2 micro-steps)",
-        "acl              1,600 blocks    102 K tokens       75 steps   0.75 epochs",
-        "restaurants         10 blocks      640 tokens        5 steps   8.00 epochs",
+        "acl                    1,600 blocks    102 K tokens       75 steps   0.75 epochs",
+        "restaurants               10 blocks      640 tokens        5 steps   7.00 epochs",
+        "  yelp                     6 blocks      384 tokens    70.0% share   8.17 epochs",
+        "  foursquare_tips          4 blocks      256 tokens    30.0% share   5.25 epochs",
         "acl, restaurants, general",
         "runs/papers (results.json",
         "from the beginning",
