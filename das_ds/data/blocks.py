@@ -91,6 +91,16 @@ class TokenBlocks:
             row[starts] = starts
         return torch.from_numpy(np.arange(length) - np.maximum.accumulate(document_starts, axis=1))
 
+    def tokens_per_byte(self, num_blocks: int | None = None) -> float:
+        """Tokens per UTF-8 byte of the documents that the first `num_blocks` blocks (None: all) reach into.
+
+        Documents are counted in full, so the first and the last one with what lies outside of the blocks.
+        """
+        stop = len(self) if num_blocks is None else min(num_blocks, len(self))
+        length = self.sequence_length
+        num_tokens, num_bytes = self.token_file.count_documents(self.first * length, (self.first + stop) * length)
+        return num_tokens / num_bytes
+
     def split(self, num_last: int) -> tuple[Self, Self]:
         """(all but the last `num_last` blocks, the last `num_last` blocks), as views."""
         cut = self.stop - num_last
