@@ -159,6 +159,11 @@ class DataModule:
             max_sequences=evaluation.max_sequences,
         )
 
+    def tokens_per_byte(self) -> dict[str, float]:
+        """Corpus -> tokens per UTF-8 byte of its evaluated text."""
+        limit = self.config.evaluation.max_sequences
+        return {name: blocks.valid.tokens_per_byte(limit) for name, blocks in self.blocks.items()}
+
     def _importance_subset(self, blocks: TokenBlocks, num_samples: int | None = None) -> Sequence[int]:
         size = self._sample_size.num_samples or num_samples or len(blocks)
         return subset_indices(len(blocks), size, self.config.seed)

@@ -50,6 +50,13 @@ class DomainProgress:
     tokens_seen: int
     tokens_per_step: int
     num_steps: int
+    evaluate_every: int | None = None
+    """Steps between two evaluations, at which metrics are logged too."""
+
+    def is_logged(self, step: int, log_interval: int) -> bool:
+        """Whether metrics are logged after a step."""
+        is_evaluated = self.evaluate_every is not None and step % self.evaluate_every == 0
+        return step % log_interval == 0 or step == self.num_steps or is_evaluated
 
 
 class RollbackError(Exception):
@@ -124,13 +131,16 @@ class DomainTrainer:
         """Resume within the domain."""
         self._meter.load_state_dict(saved.metadata)
 
-    def run(self, steps: Iterator[list[Batch]], progress: DomainProgress, *, first_step: int = 0) -> None:
+    def run(self, steps: Iterator[list[Batch]], progress: DomainProgress, *, first_step: int = 0) -> int:
         """Train on one list of micro-batches per optimizer step; the engine has started the domain or resumed it.
 
         Args:
             steps: those after `first_step`.
             progress: of the run when the domain began.
             first_step: number of steps already done.
+
+        Returns:
+            Number of steps done: all of the domain's, unless the callbacks ended it before.
 
         Raises:
             TrainingError: a loss or gradient that is not finite, or a spike, where the guard says stop.
@@ -152,7 +162,7 @@ class DomainTrainer:
         )
         for step, micro_batches in enumerate(bar, start=first_step + 1):
             self._callbacks.on_progress("forward and backward", step)
-            is_logged = step % self._train.log_interval == 0 or step == num_steps
+            is_logged = progress.is_logged(step, self._train.log_interval)
             # Read before the step, which advances the schedule.
             learning_rate = self._engine.learning_rate()
             grad_norm = None
@@ -182,8 +192,11 @@ class DomainTrainer:
             self._callbacks.on_progress("between steps", step)
             if step < num_steps:
                 with throughput.paused():
-                    self._callbacks.on_step_end(step)
+                    ends = self._callbacks.on_step_end(step)
+                if ends:
+                    return step
                 self._callbacks.on_progress("reading a batch", step + 1)
+        return num_steps
 
     def train_step(self, step: int, micro_batches: list[Batch], *, measure_norm: bool) -> torch.Tensor | float | None:
         """One optimizer step over this rank's micro-batches, which all ranks take together.

@@ -101,6 +101,9 @@ def model_card(
     stages_done: int,
     objective: ObjectiveName,
     losses: Mapping[str, tuple[float, float]] | None = None,
+    *,
+    num_steps: int | None = None,
+    name: str = "model",
 ) -> str:
     """README of an exported model: its base, its training, how to load it, and its held-out losses.
 
@@ -109,14 +112,17 @@ def model_card(
         stages_done: stages that the model was trained on.
         objective: of pre-training.
         losses: corpus -> loss before training and loss of this model; None: not evaluated yet.
+        num_steps: steps of the newest stage that the model was trained for; None: all of them.
+        name: of the model's folder, in that of its domain.
     """
     stages = config.stages[:stages_done]
     newest = stages[-1]
+    steps = newest.num_steps if num_steps is None else num_steps
     domains = ", ".join(domain for stage in stages for domain in stage.domains)
     how = "in order" if len(newest.domains) == 1 else "all at once"
     replayed = config.replayed(newest.last_domain)
     replay = f" In the last domain {config.num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
-    folder = config.output_dir / stage_folder(newest.index, newest.name) / "model"
+    folder = config.output_dir / stage_folder(newest.index, newest.name) / name
     base = config.model.name_or_path or "random weights"
     card = f"""---
 library_name: transformers
@@ -128,7 +134,7 @@ tags: [das_ds, continual-pre-training]
 
 Continually pre-trained with das_ds, method `{config.method.name}`, from {base}.
 
-Domains {how}: {domains}; {newest.num_steps} steps of {config.train.global_batch_size} sequences of \
+Domains {how}: {domains}; {steps} steps of {config.train.global_batch_size} sequences of \
 {config.data.sequence_length} tokens each.{replay}
 
 ```python
