@@ -9,6 +9,12 @@ LEARNING_RATE = "lr"
 GRAD_NORM = "grad_norm"
 SKIPPED_STEPS = "skipped_steps"
 TOKENS_PER_S = "tokens_per_s"
+MODEL_TFLOPS = "model_tflops"
+"""TFLOP/s of a device for what plain training needs."""
+MFU = "mfu"
+"""Their fraction of the device's peak; missing where that is unknown."""
+DATA_WAIT = "data_wait"
+"""Fraction of the time that rank 0 waited for batches."""
 PEAK_MEMORY_GIB = "peak_memory_gib"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_STALL_S = "checkpoint_stall_s"
@@ -30,6 +36,9 @@ STEP_METRICS = (
 
 HARDWARE_METRICS = (
     TOKENS_PER_S,
+    MODEL_TFLOPS,
+    MFU,
+    DATA_WAIT,
     PEAK_MEMORY_GIB,
     CHECKPOINTS,
     CHECKPOINT_STALL_S,

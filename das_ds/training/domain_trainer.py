@@ -22,6 +22,7 @@ from das_ds.errors import TrainingError
 from das_ds.methods.base import Method
 from das_ds.progress import Progress
 from das_ds.tracking.names import (
+    DATA_WAIT,
     DOMAIN,
     DOMAIN_STEP,
     GRAD_NORM,
@@ -33,7 +34,7 @@ from das_ds.tracking.names import (
     TOKENS_SEEN,
     loss_part,
 )
-from das_ds.tracking.throughput import Throughput, peak_memory_gib
+from das_ds.tracking.throughput import Rate, Throughput, Utilization, peak_memory_gib
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.loss_guard import LossGuard, Verdict
@@ -100,6 +101,7 @@ class DomainTrainer:
         engine, method, tracker, train: of the run.
         guard: checks every step; None: with the defaults of `FaultsConfig`.
         callbacks: called during and between steps.
+        utilization: for FLOP/s in the metrics; None: none.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class DomainTrainer:
         *,
         guard: LossGuard | None = None,
         callbacks: Callbacks | None = None,
+        utilization: Utilization | None = None,
     ) -> None:
         self._engine = engine
         self._method = method
@@ -121,6 +124,7 @@ class DomainTrainer:
         self._is_main = engine.ranks.info.is_main
         self._guard = guard or LossGuard(FaultsConfig())
         self._callbacks = callbacks or Callbacks()
+        self._utilization = utilization
         self._meter = LossMeter()
 
     def state_dict(self) -> ComponentState:
@@ -151,7 +155,7 @@ class DomainTrainer:
         throughput = Throughput()
         last_logged = first_step
         bar = Progress(
-            steps,
+            throughput.waiting_for(steps),
             f"train {progress.domain}",
             num_steps,
             initial=first_step,
@@ -173,8 +177,8 @@ class DomainTrainer:
             throughput.add(progress.tokens_per_step)
             if is_logged:
                 losses = self._meter.pop_means()
-                tokens_per_s = throughput.pop_rate()
-                self._log(progress, step, losses, learning_rate, grad_norm, tokens_per_s)
+                rate = throughput.pop_rate()
+                self._log(progress, step, losses, learning_rate, grad_norm, rate)
                 new_steps = step - last_logged
                 last_logged = step
                 logged = LoggedStep(
@@ -182,11 +186,11 @@ class DomainTrainer:
                     step=step,
                     num_steps=num_steps,
                     steps_since_last=new_steps,
-                    seconds=new_steps * progress.tokens_per_step / tokens_per_s if tokens_per_s else 0.0,
+                    seconds=new_steps * progress.tokens_per_step / rate.tokens_per_s if rate.tokens_per_s else 0.0,
                     # NaN where every step since the last line was skipped.
                     loss=sum(losses.values()) if losses else math.nan,
                     learning_rate=learning_rate,
-                    tokens_per_s=tokens_per_s,
+                    tokens_per_s=rate.tokens_per_s,
                 )
                 bar.set_postfix(self._callbacks.on_step_logged(logged))
             self._callbacks.on_progress("between steps", step)
@@ -282,8 +286,9 @@ class DomainTrainer:
         losses: dict[str, float],
         learning_rate: float,
         grad_norm: torch.Tensor | float | None,
-        tokens_per_s: float,
+        rate: Rate,
     ) -> None:
+        utilization = self._utilization.metrics(rate.tokens_per_s) if self._utilization is not None else {}
         self._tracker.log(
             {
                 DOMAIN: progress.domain,
@@ -295,7 +300,9 @@ class DomainTrainer:
                 LEARNING_RATE: learning_rate,
                 GRAD_NORM: math.nan if grad_norm is None else float(grad_norm),
                 SKIPPED_STEPS: self._engine.skipped_steps,
-                TOKENS_PER_S: tokens_per_s,
+                TOKENS_PER_S: rate.tokens_per_s,
+                **utilization,
+                DATA_WAIT: rate.data_wait,
                 PEAK_MEMORY_GIB: peak_memory_gib(),
                 **self._callbacks.extra_metrics(),
             },

@@ -38,6 +38,7 @@ from das_ds.training.publish import collect_results, plasticity_metrics, publish
 from das_ds.training.run_checkpoints import EngineDomainState, RunCheckpoints, current_stage
 from das_ds.training.run_services import RunServices
 from das_ds.training.run_summary import summarize_run
+from das_ds.training.utilization import build_utilization
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class ContinualTrainer(Callbacks):
         self._loops = ResumableLoops(
             self.on_batch_end, show_progress=self._ranks.info.is_main, device=self._ranks.info.device
         )
+        self._utilization = build_utilization(config, self._context, data) if self._ranks.info.is_main else None
         self._progress: DomainProgress | None = None
         every_steps = config.evaluation.every_steps
         self._console = RunConsole(config.stages, is_main=self._ranks.info.is_main, every_steps=every_steps)
@@ -280,6 +282,7 @@ class ContinualTrainer(Callbacks):
             self._config.train,
             guard=self._guard,
             callbacks=self,
+            utilization=self._utilization,
         )
         # Resets moments and schedule; `load_step_components` restores them when the run resumes within the domain.
         self.engine.start_domain(stage.num_steps, **schedule)

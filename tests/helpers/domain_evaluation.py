@@ -63,6 +63,9 @@ def check_evaluations_leave_training_as_it_is(stage: int, folder: Path, **train:
     found = {line["global_step"]: line["grad_norm"] for line in lines if is_step(line)}
     assert list(found) == [2, 3, 4, 6, 8, 9, 10, 12]
     assert all(norms[step] == norm for step, norm in found.items())
+    for line in filter(is_step, lines):
+        # A CPU has no data sheet.
+        assert line["model_tflops"] > 0.0 and 0.0 <= line["data_wait"] < 1.0 and "mfu" not in line
     check_records(mine, lines)
 
 
