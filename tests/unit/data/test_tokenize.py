@@ -96,7 +96,7 @@ def test_sizes_are_bytes_of_the_text_whatever_the_tokenizer_keeps(tmp_path: Path
     (tmp_path / "corpus.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     # It splits at white space, which it drops.
     tokens = prepare(tmp_path / "corpus.txt", word_tokenizer(" ".join(lines).split()))
-    assert np.fromfile(tokens.sizes_path, "<u8").tolist() == [len(line.encode()) for line in lines] == [16, 13, 6, 3]
+    assert np.fromfile(tokens.sizes_path, "<u8").tolist() == [len(line.encode()) for line in lines] == [16, 14, 6, 3]
 
 
 @pytest.mark.parametrize("end_of_text", [None, 2])
