@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from das_ds.checkpoint.manifest import DomainEnd
+from das_ds.checkpoint.manifest import DomainEnd, read_manifest
 from das_ds.reporting.results import Results
 from helpers.configs import changed
 from helpers.domain_evaluation import (
@@ -53,8 +53,11 @@ def test_evaluations_are_the_same_on_other_ranks_and_resume_there(tmp_path: Path
         return {**changed(base, {"train": train}), "model": small_run(tmp_path)["model"]}
 
     run_ranks(run_all, 2, [values("still", 2, 2)])
+    assert run_ranks(break_off, 2, values("moved", 2, 2), 10)[0] == ("train", 0, 4)
     # In the middle of the second evaluation of the first domain.
-    assert run_ranks(break_off, 2, values("moved", 2, 2), 16)[0] == ("train", 0, 4)
+    newest = max((tmp_path / "moved" / "checkpoints").iterdir())
+    done = read_manifest(newest).metadata["loops"]["done"]
+    assert done == [["evaluate food", 2], ["evaluate general", 1]]
     run_ranks(run_all, 1, [values("moved", 3, 4)])
     mine, theirs = (read_results(tmp_path, name) for name in ("moved", "still"))
     assert [(r.domain, r.step, r.global_step) for r in mine.evaluations] == [

@@ -96,7 +96,7 @@ def check_run_in_pieces_equals_the_complete_run(
     runs = [evaluated_run(folder, name, stage=stage, **changes) for name in ("complete", "parts")]
     run_ranks(run_all, num_ranks, runs[:1])
     _, breaks = run_ranks(run_in_pieces, num_ranks, runs[1], limit)[0]
-    assert len([phase for phase, _, _ in breaks if phase == "train"]) > 3
+    assert len([phase for phase, _, _ in breaks if phase == "train"]) > 1
     assert_same_run(folder / "parts", folder / "complete")
 
 
