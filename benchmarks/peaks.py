@@ -1,4 +1,4 @@
-"""Peak FLOP/s of devices: from the vendors' data sheets (`das_ds/preflight/gpus.py`), or measured here."""
+"""Peak FLOP/s of devices: from the vendors' data sheets (`das_ds/tracking/device_peak.py`), or measured here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import torch
 
 from benchmarks.timing import now
-from das_ds.preflight.gpus import PEAK_TFLOPS, TERA, vendor_peak
+from das_ds.tracking.device_peak import PEAK_TFLOPS, TERA, vendor_peak
 
 __all__ = ["PEAK_TFLOPS", "TERA", "measured_peak", "vendor_peak"]
 

@@ -94,7 +94,7 @@ def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.training.evaluate import evaluate_model
 
     ranks = _start_ranks(config)
-    losses = evaluate_model(config, ranks, options.model)
+    losses = evaluate_model(config, ranks, options.model, in_bits_per_byte=options.bits_per_byte)
     ranks.close()
     if ranks.info.is_main:
         print(json.dumps(losses))
@@ -236,6 +236,8 @@ def _add_evaluate(commands: _Commands) -> None:
     text = "print an exported model's held-out losses on the corpora of a config, as JSON"
     command = _add_config_command(commands, "evaluate", _evaluate, text)
     command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
+    text = "print bits per byte of text instead of nats per token; causal models only"
+    command.add_argument("--bits-per-byte", action="store_true", help=text)
 
 
 def _add_finetune(commands: _Commands) -> None:

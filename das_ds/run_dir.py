@@ -35,6 +35,7 @@ PLASTICITY_FILE = "plasticity.json"
 METRICS_FILE = "metrics.jsonl"
 WANDB_RUN_ID_FILE = "wandb_run_id"
 LOSS_MATRIX_PLOT = "loss_matrix.png"
+CURVES_PLOT = "curves.png"
 IMPORTANCE_PLOT = "importance.png"
 PLASTICITY_PLOT = "plasticity.png"
 REPORT_FILE = "report.md"
@@ -57,7 +58,7 @@ class RunDir:
     output_dir/
       config.yaml, results.json, metrics.jsonl, importance.safetensors ...
       checkpoints/<number>_<domain>_<phase>_<step>/
-      domains/<ii>_<name>/model/, adapter/, plasticity.json
+      domains/<ii>_<name>/model/, adapter/, best/ or last/, plasticity.json
       report/
     """
 
@@ -109,6 +110,14 @@ class RunDir:
     def adapter(self, index: int, name: str) -> Path:
         """LoRA weights after one domain."""
         return self.domain(index, name) / "adapter"
+
+    def other_model(self, index: int, name: str, which: str) -> Path:
+        """Exported model of another step of one domain: `best`, or `last`."""
+        return self.domain(index, name) / which
+
+    def other_adapter(self, index: int, name: str, which: str) -> Path:
+        """LoRA weights of that step."""
+        return self.domain(index, name) / f"{which}_adapter"
 
     def hang_report(self, rank: int) -> Path:
         """Stacks of a rank that the watchdog ended."""

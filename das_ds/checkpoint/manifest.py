@@ -23,6 +23,38 @@ Phase = Literal["head_warmup", "evaluate", "before", "train", "after", "finished
 export; nothing left."""
 
 
+EndReason = Literal["steps", "early_stopping", "max_forgetting"]
+"""Why the training of a domain ended: after all of its steps, or before."""
+
+
+class DomainEvaluation(Section):
+    """Held-out losses at one step of a domain (`evaluation.every_steps`)."""
+
+    domain: str
+    """Name of the stage."""
+    step: int
+    """Optimizer steps of the domain taken so far; 0: the domain begins."""
+    global_step: int
+    """Optimizer steps over all domains."""
+    losses: dict[str, float]
+    """Corpus -> loss in nats per predicted token: the domain itself, all earlier ones, the general corpus."""
+
+
+class DomainEnd(Section):
+    """How the training of a domain ended, and with which of its models the run goes on (`evaluation.every_steps`)."""
+
+    domain: str
+    """Name of the stage."""
+    reason: EndReason
+    """Why the training ended."""
+    step: int
+    """Last optimizer step of the domain."""
+    best_step: int | None
+    """Evaluated step with the lowest held-out loss of the domain itself; null: none kept the limits on forgetting."""
+    model_step: int
+    """Step whose model the run goes on with; 0: the one that the domain began with."""
+
+
 class RunState(Section):
     """Progress of a run."""
 
@@ -41,6 +73,12 @@ class RunState(Section):
     """Time spent in all starts of the run together."""
     loss_matrix: list[list[float]] = Field(default_factory=list)
     """Rows of the loss matrix so far; row 0 is before training."""
+    evaluations: list[DomainEvaluation] = Field(default_factory=list)
+    """Evaluations within domains, of all domains so far."""
+    ends: list[DomainEnd] = Field(default_factory=list)
+    """How the domains so far ended."""
+    tokens_per_byte: dict[str, float] | None = None
+    """Corpus -> tokens per UTF-8 byte of the evaluated text; None where losses are no code lengths."""
     weights: dict[str, Any] | None = None
     """How the network was built from files, see `reporting.results.LoadedWeights`."""
 

@@ -254,6 +254,24 @@ class RunConfig(Section):
                 "method.replay.general"
             )
 
+    @model_validator(mode="after")
+    def _forgetting_is_measured(self) -> RunConfig:
+        limits = self.faults.max_forgetting
+        if limits is None:
+            return self
+        if self.evaluation.every_steps is None:
+            raise ValueError("faults.max_forgetting: needs evaluations within domains, expected evaluation.every_steps")
+        if limits.general is not None and self.general is None:
+            raise ValueError(
+                f"faults.max_forgetting.general: found {limits.general:g} without a corpus, expected general"
+            )
+        if limits.earlier is not None and not self.method.supports_replay:
+            raise ValueError(
+                f"faults.max_forgetting.earlier: found {limits.earlier:g} with method {self.method.name}, where no "
+                "domain comes after another; allowed there: null"
+            )
+        return self
+
 
 def _check_fraction(key: str, fraction: float, global_batch_size: int) -> None:
     """Check that a fraction of a batch is an integer number of sequences, up to rounding to six digits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from das_ds.config.section import Section
 
@@ -30,6 +30,25 @@ class ExportConfig(Section):
     config names none)."""
 
 
+class MaxForgettingConfig(Section):
+    """Limits on what a domain may cost other text, in nats per predicted token, checked at every evaluation within it
+    (`evaluation.every_steps`)."""
+
+    general: float | None = Field(default=None, gt=0.0)
+    """Held-out loss of the general corpus above that at the start of the domain; null: no limit."""
+    earlier: float | None = Field(default=None, gt=0.0)
+    """Held-out loss of each earlier domain above that right after it was learned; null: no limit."""
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """On a higher loss: `warn` logs a warning, `stop` ends the domain's training at that step, `rollback` as well, and
+    returns to the weights of the last evaluated step that kept the limits, or of the domain's start if none did."""
+
+    @model_validator(mode="after")
+    def _has_limit(self) -> MaxForgettingConfig:
+        if self.general is None and self.earlier is None:
+            raise ValueError("found no limit, expected general, earlier or both")
+        return self
+
+
 class FaultsConfig(Section):
     """Response to failures of training."""
 
@@ -44,6 +63,8 @@ class FaultsConfig(Section):
     """Steps of that mean and standard deviation; no step counts as a spike before the window is full."""
     max_rewinds: int = Field(default=3, ge=1)
     """Rollbacks per run before it stops."""
+    max_forgetting: MaxForgettingConfig | None = None
+    """Limits on forgetting within a domain; null: none."""
 
 
 class RuntimeConfig(Section):

@@ -75,10 +75,41 @@ class TrainConfig(Section):
         return self
 
 
+class EarlyStoppingConfig(Section):
+    """Ends the training of a domain when its own held-out loss no longer falls."""
+
+    patience: int = Field(default=3, ge=1)
+    """Evaluations in a row without an improvement after which the domain ends."""
+    min_delta: float = Field(default=0.0, ge=0.0)
+    """Nats per predicted token by which the lowest loss so far has to fall for an improvement."""
+
+
 class EvaluationConfig(Section):
-    """Held-out evaluation before training and after each domain."""
+    """Held-out evaluation before training and after each domain, and within domains if `every_steps` is given."""
 
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences per rank and forward pass; null: `train.micro_batch_size`."""
     max_sequences: int | None = Field(default=None, ge=1)
     """Maximum number of held-out sequences per corpus; null: all."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps of a domain between two evaluations of the domain itself, all earlier ones and the general corpus; also
+    after its last step; null: none within a domain."""
+    keep_best: bool = False
+    """Export two models of a domain: the last, and that of the step with the lowest held-out loss of the domain itself;
+    `model/` is the one that `continue_from` names, `best/` or `last/` the other."""
+    continue_from: Literal["last", "best"] = "last"
+    """Model of a domain that the next one continues from."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Early stopping; null: every domain takes all of its steps."""
+
+    @model_validator(mode="after")
+    def _needs_evaluations(self) -> EvaluationConfig:
+        if self.every_steps is None and (self.keep_best or self.continue_from == "best" or self.early_stopping):
+            key = "early_stopping" if self.early_stopping else "keep_best" if self.keep_best else "continue_from"
+            raise ValueError(f"{key}: needs evaluations within domains, expected every_steps")
+        return self
+
+    @property
+    def selects_best(self) -> bool:
+        """Whether the best model of a domain is kept."""
+        return self.keep_best or self.continue_from == "best"

@@ -106,6 +106,15 @@ class TokenBlocks:
             row[starts] = starts
         return torch.from_numpy(np.arange(length) - np.maximum.accumulate(document_starts, axis=1))
 
+    def count_documents(self, num_blocks: int | None = None) -> tuple[int, int]:
+        """Tokens, and UTF-8 bytes, of the documents that the first `num_blocks` blocks (None: all) reach into.
+
+        Documents are counted in full, so the first and the last one with what lies outside of the blocks.
+        """
+        stop = len(self) if num_blocks is None else min(num_blocks, len(self))
+        length = self.sequence_length
+        return self.token_file.count_documents(self.first * length, (self.first + stop) * length)
+
     def split(self, num_last: int) -> tuple[Self, Self]:
         """(all but the last `num_last` blocks, the last `num_last` blocks), as views."""
         cut = self.stop - num_last
@@ -156,6 +165,12 @@ class MixedBlocks:
     def spread(self, num_blocks: int) -> list[int]:
         """Number of blocks of each source among the first so many samples, each block once."""
         return self.turns.capped_counts(min(num_blocks, len(self)), list(map(len, self.parts)))
+
+    def count_documents(self, num_blocks: int | None = None) -> tuple[int, int]:
+        """Tokens and bytes of the documents that the first samples reach into, see `TokenBlocks.count_documents`."""
+        numbers = self.spread(len(self) if num_blocks is None else num_blocks)
+        counts = [part.count_documents(number) for part, number in zip(self.parts, numbers, strict=True) if number]
+        return sum(num_tokens for num_tokens, _ in counts), sum(num_bytes for _, num_bytes in counts)
 
     def index_select(self, indices: Sequence[int]) -> Tensor:
         """The blocks with these indices; (len(indices), S) long."""
@@ -241,7 +256,7 @@ def prepare_corpus(
         try:
             return TokenBlocks(tokens, data.sequence_length, document_mask=data.document_mask)
         except DataError as error:
-            raise DataError(f"corpus '{corpus.name}': {error}") from error
+            raise DataError(f"corpus '{name}': {error}") from error
 
     check_valid_is_held_out(corpus)
     sources = corpus.training_sources

@@ -1,7 +1,8 @@
 """Tokenization: text to one flat file of token ids, cached by the content of the text and the tokenizer's settings.
 
 A cache entry is a folder `<corpus>-<key>` with `tokens.bin` (little-endian uint16 or uint32), `starts.bin` (the index
-of each document's first token, little-endian uint64) and `meta.json`. It is written to a temporary folder and renamed
+of each document's first token, little-endian uint64), `sizes.bin` (bytes of each document's text in UTF-8, the same)
+and `meta.json`. It is written to a temporary folder and renamed
 when complete, so that an existing entry is complete.
 """
 
@@ -107,6 +108,28 @@ class TokenFile:
     def starts_path(self) -> Path:
         """File of the index of each document's first token, (num_documents,) STARTS_DTYPE, ascending."""
         return self.path.with_name("starts.bin")
+
+    @property
+    def sizes_path(self) -> Path:
+        """File of the UTF-8 bytes of each document's text, (num_documents,) STARTS_DTYPE."""
+        return self.path.with_name("sizes.bin")
+
+    def count_documents(self, first: int, stop: int) -> tuple[int, int]:
+        """Size of the documents that tokens [first, stop) are of, each counted in full.
+
+        Args:
+            first, stop: indices of tokens, first < stop.
+
+        Returns:
+            Number of their tokens, and UTF-8 bytes of their text, of which the tokenizer may have dropped some.
+        """
+        starts = np.memmap(self.starts_path, STARTS_DTYPE, "r")
+        sizes = np.memmap(self.sizes_path, STARTS_DTYPE, "r")
+        # Starts ascend, and equal ones are documents without a token before the one that has it.
+        begin = int(np.searchsorted(starts, first, side="right")) - 1
+        end = int(np.searchsorted(starts, stop, side="left"))
+        last_token = self.num_tokens if end == len(starts) else int(starts[end])
+        return last_token - int(starts[begin]), int(sizes[begin:end].sum())
 
 
 @dataclass(frozen=True)
@@ -238,15 +261,18 @@ def _name_corpus(corpus: str) -> Iterator[None]:
 
 
 def _read_entry(folder: Path) -> TokenFile | None:
-    """The cache entry; None if it is missing, of the wrong size, or without counts of unknown tokens."""
+    """The cache entry; None if it is missing, of the wrong size, or without what earlier versions did not count."""
     path = folder / "tokens.bin"
     try:
         meta = json.loads((folder / "meta.json").read_text())
         unknown = UnknownTokens(**meta["unknown"])
         token_file = TokenFile(path, meta["dtype"], meta["num_tokens"], meta["num_documents"], unknown)
         token_bytes = token_file.num_tokens * np.dtype(token_file.dtype).itemsize
-        start_bytes = token_file.num_documents * STARTS_DTYPE.itemsize
-        is_complete = path.stat().st_size == token_bytes and token_file.starts_path.stat().st_size == start_bytes
+        document_bytes = token_file.num_documents * STARTS_DTYPE.itemsize
+        by_document = (token_file.starts_path, token_file.sizes_path)
+        is_complete = path.stat().st_size == token_bytes and all(
+            other.stat().st_size == document_bytes for other in by_document
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return token_file if is_complete else None
@@ -281,16 +307,22 @@ def _publish(partial: Path, folder: Path) -> None:
 
 
 def _tokenize_documents(folder: Path, job: _Tokenization, progress: bool) -> TokenFile:
-    """Write `tokens.bin` and `starts.bin`."""
+    """Write `tokens.bin`, `starts.bin` and `sizes.bin`."""
     dtype = np.dtype("<u2" if max(job.backend.get_vocab().values()) < 2**16 else "<u4")
     result = TokenFile(folder / "tokens.bin", dtype.str, 0, 0)
     total = sum(source.stat().st_size for source in job.sources if isinstance(source, Path))
     counter = UnknownCounter(job.backend)
     shows_bar = progress and is_terminal()
     bar = tqdm(total=total or None, desc=f"tokenize {job.corpus}", unit="B", unit_scale=True, disable=not shows_bar)
-    with result.path.open("wb") as tokens, result.starts_path.open("wb") as starts, bar:
+    with (
+        result.path.open("wb") as tokens,
+        result.starts_path.open("wb") as starts,
+        result.sizes_path.open("wb") as sizes,
+        bar,
+    ):
         for source in job.sources:
             for batch in read_documents(source, job.text_column):
+                sizes.write(np.array([len(text.encode()) for text in batch.texts], dtype=STARTS_DTYPE).data)
                 for ids, lengths in _encode_documents(batch.texts, job.backend, job.end_of_text, counter):
                     tokens.write(np.array(ids, dtype=dtype).data)
                     ends = np.cumsum(lengths)
@@ -302,7 +334,7 @@ def _tokenize_documents(folder: Path, job: _Tokenization, progress: bool) -> Tok
                     )
                 bar.update(batch.num_bytes)
         # The entry is renamed next; after a power loss an existing entry must have its content.
-        for file in (tokens, starts):
+        for file in (tokens, starts, sizes):
             file.flush()
             os.fsync(file.fileno())
     if result.num_documents == 0:

@@ -169,3 +169,15 @@ def _is_last_token(is_token: torch.Tensor, position_ids: torch.Tensor | None) ->
 def pool(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum over positions, in float32: hidden (B, S, H), weights (B, S) float32 -> (B, H) float32."""
     return torch.einsum("bs,bsh->bh", weights, hidden.float())
+
+
+def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """A causal model's loss in bits per byte of text, which does not depend on how a tokenizer splits the text.
+
+        BPB = loss / ln 2 * tokens / bytes        (Gao et al., *The Pile*, 2020, section 3.1)
+
+    Args:
+        loss: nats per token.
+        tokens_per_byte: number of tokens of the text / number of its bytes in UTF-8.
+    """
+    return loss / math.log(2.0) * tokens_per_byte

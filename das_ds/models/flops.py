@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from das_ds.config import FrozenPart
+from das_ds.config import FrozenPart, ObjectiveName, RunConfig
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,31 @@ class StepFlops:
         if part.embeddings:
             return StepFlops(self.body - 2 * body // 3, self.attention - 2 * attention // 3, self.head)
         return StepFlops(self.body - body // 3, self.attention, self.head)
+
+
+def run_step_flops(model: Any, config: RunConfig, objective: ObjectiveName, num_layers: int) -> StepFlops:
+    """Operations of an optimizer step of a run over its global batch, as plain training would take it.
+
+    LoRA's own matrices are not counted.
+
+    Args:
+        model: its network with complete weights or on the meta device, without LoRA.
+        config: of the run.
+        objective: of pre-training, which decides on the number of predicted tokens: on average those of the config.
+        num_layers: of the network.
+    """
+    length = config.data.sequence_length
+    num_tokens = config.train.global_batch_size * length
+    predicted = config.data.mlm_probability if objective == "mlm" else 1.0
+    flops = step_flops(
+        model, num_tokens=num_tokens, num_predicted=round(num_tokens * predicted), sequence_length=length
+    )
+    if config.model.lora is not None:
+        # Frozen weights have no gradient, which is a third of the operations of a trained one.
+        flops = StepFlops(body=flops.body * 2 // 3, attention=flops.attention, head=flops.head * 2 // 3)
+    if config.method.frozen_part is not None:
+        flops = flops.without_frozen(config.method.frozen_part, num_layers)
+    return flops
 
 
 def step_flops(model: Any, *, num_tokens: int, num_predicted: int, sequence_length: int) -> StepFlops:

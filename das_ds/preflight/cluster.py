@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from das_ds.errors import ConfigError
-from das_ds.preflight.gpus import GPUS, TERA, find_gpu, vendor_peak
+from das_ds.preflight.gpus import GPUS, find_gpu
+from das_ds.tracking.device_peak import TERA, vendor_peak
 
 DEFAULT_GPU = "h100"
 GIGA = 1e9

@@ -45,6 +45,7 @@ from das_ds.preflight.memory_estimate import (
     logits_bytes,
 )
 from das_ds.softmask.planned_matrices import Parameters, plan_hidden_matrices, plan_matrices
+from das_ds.training.kept_weights import kept_memory
 
 if TYPE_CHECKING:
     # It loads DeepSpeed, which takes seconds that an estimate need not wait for.
@@ -220,7 +221,7 @@ def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activa
 def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig, num_ranks: int) -> MemoryEstimate:
     """Memory of one rank without activations, by the merged DeepSpeed config."""
     sharding = zero_sharding(config, engine, num_ranks)
-    method = method_memory(config, size, sharding)
+    method = method_memory(config, size, sharding) + kept_memory(config, size, sharding)
     copied = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint - method.checkpoint_in_place
     is_copied = config.checkpoint.async_save
     return estimate_memory(
@@ -233,19 +234,16 @@ def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig
 
 
 def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
-    """Bytes that the method adds to checkpoints and folders, over all ranks, however they are sharded."""
+    """Bytes that method and kept weights add to checkpoints and folders, over all ranks, however they are sharded."""
     weight_bytes = _weight_bytes(config)
-    return method_memory(
-        config,
-        size,
-        Sharding(
-            stage=0,
-            num_ranks=1,
-            weight_bytes=weight_bytes,
-            gradient_bytes=weight_bytes,
-            num_moments=NUM_MOMENTS[config.train.optimizer],
-        ),
+    sharding = Sharding(
+        stage=0,
+        num_ranks=1,
+        weight_bytes=weight_bytes,
+        gradient_bytes=weight_bytes,
+        num_moments=NUM_MOMENTS[config.train.optimizer],
     )
+    return method_memory(config, size, sharding) + kept_memory(config, size, sharding)
 
 
 @dataclass(frozen=True)

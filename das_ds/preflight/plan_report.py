@@ -11,10 +11,10 @@ from das_ds.config.deepspeed import with_zero_stage
 from das_ds.errors import ConfigError
 from das_ds.preflight.checks import format_bytes
 from das_ds.preflight.cluster import GIGA, Cluster
-from das_ds.preflight.gpus import TERA
 from das_ds.preflight.plan import GIB, HEADROOM, Plan, plan_run
 from das_ds.preflight.planned_model import PlannedModel
 from das_ds.preflight.traffic import bytes_sent
+from das_ds.tracking.device_peak import TERA
 
 TABLE_GPUS = (1, 8, 16, 64, 128, 512)
 STAGES = (0, 1, 2, 3)

@@ -12,7 +12,7 @@ from das_ds.data.tokenizers import build_tokenizers
 from das_ds.functional.token_ids import num_tokens
 from das_ds.functional.units import UnitLayout
 from das_ds.models.depths import frozen_parameters
-from das_ds.models.flops import StepFlops, step_flops
+from das_ds.models.flops import StepFlops, run_step_flops
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import check_sequence_length, find_spec, load_tokenizer, model_config
 from das_ds.models.lora import Lora
@@ -51,20 +51,7 @@ def read_model(config: RunConfig) -> PlannedModel:
     size = count_parameters(config, network, architecture, num_rows)
     layout = architecture.layout(network)
     added_rows = size.vocabulary - int(embedding.weight.shape[0])
-    length = config.data.sequence_length
-    num_sequences = config.train.global_batch_size
-    predicted = config.data.mlm_probability if architecture.objective == "mlm" else 1.0
-    flops = step_flops(
-        network,
-        num_tokens=num_sequences * length,
-        num_predicted=round(num_sequences * length * predicted),
-        sequence_length=length,
-    )
-    if size.has_adapters:
-        # Frozen weights have no gradient, which is a third of the operations of a trained one.
-        flops = StepFlops(body=flops.body * 2 // 3, attention=flops.attention, head=flops.head * 2 // 3)
-    if config.method.frozen_part is not None:
-        flops = flops.without_frozen(config.method.frozen_part, layout.num_layers)
+    flops = run_step_flops(network, config, architecture.objective, layout.num_layers)
     frozen = frozen_parameters(network, architecture, config.method.frozen_part)
     adapters = _adapter_sizes(config, network, layout)
     return PlannedModel(size, WeightSizes.of_layout(layout, adapters, added_rows, frozen), flops)

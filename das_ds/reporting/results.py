@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
+from das_ds.checkpoint.manifest import DomainEnd, DomainEvaluation
 from das_ds.config.stage import stage_name
 from das_ds.errors import TrainingError
+from das_ds.functional.losses import bits_per_byte
 from das_ds.reporting import transfer
 from das_ds.storage import Section, VersionedJson
 from das_ds.versions import library_versions
@@ -91,6 +93,13 @@ class Results(VersionedJson):
     """Versions of Python and of the libraries that results depend on."""
     weights: LoadedWeights | None = None
     """Where the weights came from; null for random weights, and in files of older versions."""
+    tokens_per_byte: dict[str, float] | None = None
+    """Corpus -> tokens per UTF-8 byte of its evaluated text; null in masked language modeling, where the loss of some
+    tokens, given all others, is no code length of the text; and in files of older versions."""
+    evaluations: list[DomainEvaluation] = Field(default=[])
+    """Evaluations within domains, from the start of each; empty without `evaluation.every_steps`."""
+    ends: list[DomainEnd] = Field(default=[])
+    """How the domains so far ended; empty without `evaluation.every_steps`."""
 
     @model_validator(mode="after")
     def _matrix_fits_names(self) -> Results:
@@ -140,6 +149,14 @@ class Results(VersionedJson):
         return ["stage", *self.eval_domains], [[stage, *losses] for stage, losses in named]
 
     @property
+    def bits_per_byte(self) -> list[list[float]] | None:
+        """The loss matrix in bits per byte (`functional.losses.bits_per_byte`); None without `tokens_per_byte`."""
+        if self.tokens_per_byte is None:
+            return None
+        ratios = [self.tokens_per_byte[corpus] for corpus in self.eval_domains]
+        return [list(map(bits_per_byte, row, ratios)) for row in self.loss_matrix]
+
+    @property
     def summary(self) -> dict[str, float]:
         """The metrics by which runs are compared, for a tracker's `log_summary`."""
         metrics = {
@@ -166,6 +183,9 @@ def build_results(
     learned: Sequence[Sequence[str]] | None = None,
     others: Sequence[str] = (),
     weights: dict[str, Any] | None = None,
+    tokens_per_byte: dict[str, float] | None = None,
+    evaluations: Sequence[DomainEvaluation] = (),
+    ends: Sequence[DomainEnd] = (),
 ) -> Results:
     """Compute the results of a run from the rows of its loss matrix so far.
 
@@ -175,6 +195,7 @@ def build_results(
         learned: domains of each stage; None: one domain per stage.
         others: corpora that are only evaluated, beside the general corpus.
         weights: see `LoadedWeights`; None: random weights.
+        tokens_per_byte, evaluations, ends: see `Results`.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -216,6 +237,9 @@ def build_results(
         zero_stage=zero_stage,
         versions=library_versions(),
         weights=None if weights is None else LoadedWeights.model_validate(weights),
+        tokens_per_byte=tokens_per_byte,
+        evaluations=list(evaluations),
+        ends=list(ends),
     )
 
 

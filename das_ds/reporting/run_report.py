@@ -8,11 +8,12 @@ from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.functional.units import UnitValues
+from das_ds.reporting.curves import curves_section, plot_curves
 from das_ds.reporting.plasticity import plasticity_section, plot_plasticity, read_plasticity
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_plots import plot_importance, plot_loss_matrix
 from das_ds.reporting.tables import format_duration, format_markdown
-from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, PLASTICITY_PLOT, REPORT_FILE, REPORT_FOLDER
+from das_ds.run_dir import CURVES_PLOT, IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, PLASTICITY_PLOT, REPORT_FILE, REPORT_FOLDER
 from das_ds.softmask.plasticity import DomainPlasticity
 
 PROTECTED = 0.9
@@ -21,7 +22,9 @@ NONE = "-"
 
 
 def write_report(run_folder: Path, results: Results, importance: UnitValues | None) -> Path:
-    """Write `report/` into the run folder: report.md, loss_matrix.png, and importance and plasticity if there are any.
+    """Write `report/` into the run folder: report.md, loss_matrix.png, and curves, importance and plasticity.
+
+    The last three only where there are evaluations within domains, importance, and measured plasticity.
 
     Args:
         run_folder: of the run; in the folders of its domains may be files of what was left free to learn.
@@ -39,6 +42,8 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
     try:
         folder.mkdir(exist_ok=True)
         plot_loss_matrix(results, folder / LOSS_MATRIX_PLOT)
+        if results.evaluations:
+            plot_curves(results, folder / CURVES_PLOT)
         if importance:
             plot_importance(importance, folder / IMPORTANCE_PLOT)
         if plasticity:
@@ -54,6 +59,8 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
 def report_text(results: Results, importance: UnitValues | None, plasticity: Sequence[DomainPlasticity] = ()) -> str:
     """The Markdown text of a report."""
     sections = [_heading(results), _losses(results), _transfer(results)]
+    if results.evaluations:
+        sections.append(curves_section(results))
     if importance:
         sections.append(_mask_saturation(importance))
     if plasticity:
@@ -74,6 +81,14 @@ def _losses(results: Results) -> str:
     header = ["stage", *results.eval_domains]
     losses = [[stage, *(f"{loss:.4f}" for loss in row)] for stage, row in _stage_rows(results)]
     perplexities = [[stage, *(_perplexity(loss) for loss in row)] for stage, row in _stage_rows(results)]
+    bits = ""
+    if results.bits_per_byte is not None:
+        by_stage = zip(results.stages, results.bits_per_byte, strict=True)
+        rows = [header, *([stage, *(f"{value:.4f}" for value in row)] for stage, row in by_stage)]
+        bits = (
+            "\nAs bits per byte of the text, which models with different tokenizers can be compared by.\n\n"
+            f"{format_markdown(rows)}\n"
+        )
     return (
         "## Held-out loss\n\n"
         "Nats per predicted token, with fixed corruption; lower is better. Read down a column: the loss falls where\n"
@@ -81,7 +96,7 @@ def _losses(results: Results) -> str:
         f"{format_markdown([header, *losses])}\n\n"
         f"![loss matrix]({LOSS_MATRIX_PLOT})\n\n"
         "As perplexity, exp(loss): the effective number of equally likely tokens.\n\n"
-        f"{format_markdown([header, *perplexities])}\n"
+        f"{format_markdown([header, *perplexities])}\n{bits}"
     )
 
 

@@ -9,6 +9,12 @@ LEARNING_RATE = "lr"
 GRAD_NORM = "grad_norm"
 SKIPPED_STEPS = "skipped_steps"
 TOKENS_PER_S = "tokens_per_s"
+MODEL_TFLOPS = "model_tflops"
+"""TFLOP/s of a device for what plain training needs."""
+MFU = "mfu"
+"""Their fraction of the device's peak; missing where that is unknown."""
+DATA_WAIT = "data_wait"
+"""Fraction of the time that rank 0 waited for batches."""
 PEAK_MEMORY_GIB = "peak_memory_gib"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_STALL_S = "checkpoint_stall_s"
@@ -26,10 +32,13 @@ STEP_METRICS = (
     SKIPPED_STEPS,
     TOKENS_PER_S,
 )
-"""Fields of every line of metrics.jsonl; `loss_part` names and others may be added."""
+"""Fields of every line of a step in metrics.jsonl; `loss_part` names and others may be added."""
 
 HARDWARE_METRICS = (
     TOKENS_PER_S,
+    MODEL_TFLOPS,
+    MFU,
+    DATA_WAIT,
     PEAK_MEMORY_GIB,
     CHECKPOINTS,
     CHECKPOINT_STALL_S,
@@ -40,6 +49,7 @@ HARDWARE_METRICS = (
 
 DOMAINS_LEARNED = "domains_learned"
 LOSS_MATRIX = "loss_matrix"
+CURVES = "curves"
 IMPORTANCE = "importance"
 PLASTICITY = "plasticity"
 """Share of all directions that earlier domains left open when the domain began, in its lines; and of the plot."""
@@ -52,6 +62,20 @@ def loss_part(name: str) -> str:
     return f"{LOSS}/{name}"
 
 
+EVALUATION_METRICS = (GLOBAL_STEP, DOMAIN, DOMAIN_STEP)
+"""Fields of every line of an evaluation within a domain, in addition to the `eval_loss` of each evaluated corpus."""
+
+
 def eval_loss(corpus: str) -> str:
     """Name of the held-out loss on a corpus, such as `eval/pubmed`."""
     return f"eval/{corpus}"
+
+
+def eval_bits_per_byte(corpus: str) -> str:
+    """Name of the same loss in bits per byte, such as `bits_per_byte/pubmed`."""
+    return f"bits_per_byte/{corpus}"
+
+
+def within_domain(name: str) -> str:
+    """Name of a metric of evaluations within domains where it has to differ from that of evaluations after them."""
+    return f"within/{name}"

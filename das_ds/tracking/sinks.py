@@ -27,6 +27,9 @@ class Sink:
     def log_evaluation(self, losses: Mapping[str, float], *, domains_learned: int, global_step: int) -> None:
         """Log the held-out loss per corpus, before training (`domains_learned` 0) or after a domain."""
 
+    def log_domain_evaluation(self, metrics: Metrics, *, global_step: int) -> None:
+        """Log an evaluation within a domain: `names.EVALUATION_METRICS`, and the `names.eval_loss` of every corpus."""
+
     def log_summary(self, metrics: Metrics) -> None:
         """Log metrics of the complete run, such as its average forgetting."""
 
@@ -40,12 +43,13 @@ class Sink:
         """Length of the sink's file, 0 without one."""
         return 0
 
-    def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
-        """Drop all steps after `global_step`; called when a run resumes there.
+    def truncate_after(self, global_step: int, num_bytes: int | None = None) -> None:
+        """Drop all that was logged after a checkpoint; called when a run resumes there.
 
         Args:
             global_step: last step to keep.
-            num_bytes: value of `num_bytes()` when that step was saved.
+            num_bytes: value of `num_bytes()` when the checkpoint was saved; None: everything up to `global_step` is
+                kept.
         """
 
     def close(self, exit_code: int = 0) -> None:
@@ -81,27 +85,33 @@ class JsonlSink(Sink):
                 self._file.close()
             raise self._cannot_write(error) from error
 
+    def log_domain_evaluation(self, metrics: Metrics, *, global_step: int) -> None:
+        """Append one line, as for a step."""
+        self.log(metrics, global_step=global_step)
+
     def num_bytes(self) -> int:
         """Length of the file."""
         # By path, because a failed write closes the file.
         return self._path.stat().st_size
 
-    def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
-        """Cut the file at the first line that is after `global_step` or incomplete.
+    def truncate_after(self, global_step: int, num_bytes: int | None = None) -> None:
+        """Cut the file at the first line that is after `global_step`, not among the first `num_bytes`, or incomplete.
 
-        Lines that existed when the step was saved but are gone cannot be recovered, which is logged as a warning.
+        The number of bytes tells apart what was logged before and after a checkpoint within an evaluation. Lines that
+        existed when the step was saved but are gone cannot be recovered, which is logged as a warning.
         """
         end = 0
         try:
             self._file.seek(0)
             for line in self._file:
-                if not line.endswith(b"\n") or _parse_step(line) > global_step:
+                is_later = _parse_step(line) > global_step or (num_bytes is not None and end + len(line) > num_bytes)
+                if is_later or not line.endswith(b"\n"):
                     break
                 end += len(line)
             self._file.truncate(end)
         except OSError as error:
             raise self._cannot_write(error) from error
-        if end < num_bytes:
+        if num_bytes is not None and end < num_bytes:
             logger.warning(
                 "%s: %d bytes of lines up to step %d are missing and cannot be recovered; training continues",
                 self._path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -26,11 +26,18 @@ class Tracker(Sink):
 
     def log(self, metrics: Metrics, *, global_step: int) -> None:
         """Forward a training step; nothing after a `failure`."""
+        self._log_line(lambda sink: sink.log(metrics, global_step=global_step))
+
+    def log_domain_evaluation(self, metrics: Metrics, *, global_step: int) -> None:
+        """Forward an evaluation within a domain; nothing after a `failure`."""
+        self._log_line(lambda sink: sink.log_domain_evaluation(metrics, global_step=global_step))
+
+    def _log_line(self, log: Callable[[Sink], None]) -> None:
         if self.failure is not None:
             return
         try:
             for sink in self._sinks:
-                sink.log(metrics, global_step=global_step)
+                log(sink)
         except DasError as error:
             self.failure = error
 
@@ -58,8 +65,8 @@ class Tracker(Sink):
         """Length of metrics.jsonl, 0 on other ranks than 0."""
         return max((sink.num_bytes() for sink in self._sinks), default=0)
 
-    def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
-        """Drop all steps after `global_step` in every sink."""
+    def truncate_after(self, global_step: int, num_bytes: int | None = None) -> None:
+        """Drop all that was logged after a checkpoint, in every sink."""
         for sink in self._sinks:
             sink.truncate_after(global_step, num_bytes)
 

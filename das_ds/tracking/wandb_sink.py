@@ -26,7 +26,15 @@ from das_ds.errors import ConfigError, RunFolderError
 from das_ds.run_dir import WANDB_RUN_ID_FILE
 from das_ds.storage import atomic_write
 from das_ds.tracking.background import BackgroundWorker
-from das_ds.tracking.names import DOMAIN, DOMAIN_STEP, DOMAINS_LEARNED, GLOBAL_STEP, TOKENS_SEEN, eval_loss
+from das_ds.tracking.names import (
+    DOMAIN,
+    DOMAIN_STEP,
+    DOMAINS_LEARNED,
+    GLOBAL_STEP,
+    TOKENS_SEEN,
+    eval_loss,
+    within_domain,
+)
 from das_ds.tracking.sinks import Metrics, Scalar, Sink
 
 MAX_PENDING_CALLS = 10_000
@@ -123,6 +131,12 @@ class WandbSink(Sink):
         row |= {DOMAINS_LEARNED: domains_learned, GLOBAL_STEP: global_step}
         self._worker.submit(lambda run: run.log(row))
 
+    def log_domain_evaluation(self, metrics: Metrics, *, global_step: int) -> None:
+        """Log `within/eval/<corpus>` over the global step: one curve per corpus over all domains."""
+        row = {within_domain(name): value for name, value in metrics.items() if name not in (DOMAIN, DOMAIN_STEP)}
+        row[GLOBAL_STEP] = global_step
+        self._worker.submit(lambda run: run.log(row))
+
     def log_summary(self, metrics: Metrics) -> None:
         """Set columns of the project's table of runs."""
         values = dict(metrics)
@@ -216,6 +230,7 @@ class WandbSink(Sink):
             run.define_metric(f"{name}/*", step_metric=_step_axis(name))
         run.define_metric(DOMAINS_LEARNED, hidden=True)
         run.define_metric(eval_loss("*"), step_metric=DOMAINS_LEARNED)
+        run.define_metric(within_domain("*"), step_metric=GLOBAL_STEP)
 
 
 def _name_by_domain(metrics: Metrics) -> dict[str, Scalar]:

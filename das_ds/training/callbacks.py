@@ -34,8 +34,13 @@ class Callbacks:
             step: number of the current step, from 1.
         """
 
-    def on_step_end(self, step: int) -> None:
-        """Called after every optimizer step of a domain but the last, with the number of steps done."""
+    def on_step_end(self, step: int) -> bool:
+        """Called after every optimizer step of a domain but the last, with the number of steps done.
+
+        Returns:
+            Whether the domain ends there.
+        """
+        return False
 
     def on_step_logged(self, logged: LoggedStep) -> str:
         """Called after metrics were logged; returns the text that the progress bar shows."""

@@ -9,13 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from das_ds.checkpoint.manifest import RunState
+from das_ds.checkpoint.manifest import DomainEnd, DomainEvaluation, EndReason, RunState
 from das_ds.config.stage import Stage
 from das_ds.progress import format_duration, is_terminal, say
 from das_ds.reporting.plasticity import format_share
 from das_ds.reporting.results import BEFORE_TRAINING
 from das_ds.softmask.plasticity import DomainPlasticity, PlasticityReading
 from das_ds.training.callbacks import LoggedStep
+
+WITHIN = "within"
+"""Name of evaluations within domains, for the estimate of the remaining time."""
+END_REASONS: dict[EndReason, str] = {
+    "steps": "took all of its steps",
+    "early_stopping": "ended early, as its held-out loss no longer fell (evaluation.early_stopping)",
+    "max_forgetting": "ended early, as other text lost too much (faults.max_forgetting)",
+}
+"""Why a domain ended, in words."""
 
 
 @dataclass(frozen=True)
@@ -218,11 +227,13 @@ class RunConsole:
     Args:
         stages: of the run.
         is_main: whether this is rank 0.
+        every_steps: see `EvaluationConfig`.
     """
 
-    def __init__(self, stages: Sequence[Stage], *, is_main: bool) -> None:
+    def __init__(self, stages: Sequence[Stage], *, is_main: bool, every_steps: int | None = None) -> None:
         self._stages = stages
         self._is_main = is_main
+        self._every_steps = every_steps
         self._clock = RunClock()
 
     def run_started(self, summary: RunSummary) -> None:
@@ -243,7 +254,8 @@ class RunConsole:
         """
         self._clock.add_steps(logged.steps_since_last, logged.seconds)
         steps_left = logged.num_steps - logged.step + self._later_steps(state)
-        seconds_left = self._clock.seconds_left(steps_left, self._phases_left(state))
+        phases_left = {**self._phases_left(state), WITHIN: self._evaluations_left(logged.step, state)}
+        seconds_left = self._clock.seconds_left(steps_left, phases_left)
         if not is_terminal():
             self._say(step_line(logged, seconds_left))
         text = f"loss={logged.loss:.3f}"
@@ -263,6 +275,17 @@ class RunConsole:
         before = dict(zip(losses, loss_matrix[-2], strict=True))
         self._say(evaluation_line(f"after {stage.name}", losses, before))
 
+    def evaluated_within(self, record: DomainEvaluation, *, before: DomainEvaluation) -> None:
+        """Print held-out losses within a domain, with their change since the evaluation before."""
+        self._say(evaluation_line(f"at step {record.step} of {record.domain}", record.losses, before.losses))
+
+    def domain_ended(self, end: DomainEnd) -> None:
+        """Print how a domain ended, unless it took all of its steps and the run goes on with the last model."""
+        if end.reason == "steps" and end.model_step == end.step:
+            return
+        text = f"{end.domain} {END_REASONS[end.reason]}, at step {end.step}"
+        self._say(text if end.model_step == end.step else f"{text}; going on with the model of step {end.model_step}")
+
     def plasticity_measured(self, measured: DomainPlasticity) -> None:
         """Print what a method measured of the capacity left."""
         if measured.after is None:
@@ -278,6 +301,17 @@ class RunConsole:
         is_warmup = state.phase == "head_warmup"
         later = self._stages[state.domains_done + (0 if is_warmup else 1) :]
         return sum(stage.num_steps for stage in later)
+
+    def _evaluations_left(self, step: int, state: RunState) -> int:
+        """Evaluations within domains that come after a logged step; one at that step itself is still to come."""
+        if self._every_steps is None:
+            return 0
+        later = sum(-(-stage.num_steps // self._every_steps) for stage in self._stages[state.domains_done + 1 :])
+        stage = self._stages[min(state.domains_done, len(self._stages) - 1)]
+        total = -(-stage.num_steps // self._every_steps)
+        if state.phase == "head_warmup":
+            return total + later
+        return total - min((step - 1) // self._every_steps, total) + later
 
     def _phases_left(self, state: RunState) -> dict[str, int]:
         """Phases without optimizer steps that come after the current one, which has steps."""

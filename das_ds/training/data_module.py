@@ -160,6 +160,12 @@ class DataModule:
             max_sequences=evaluation.max_sequences,
         )
 
+    def tokens_per_byte(self) -> dict[str, float]:
+        """Corpus -> tokens per UTF-8 byte of its evaluated text."""
+        limit = self.config.evaluation.max_sequences
+        counts = {name: blocks.valid.count_documents(limit) for name, blocks in self.blocks.items()}
+        return {name: num_tokens / num_bytes for name, (num_tokens, num_bytes) in counts.items()}
+
     def _importance_subset(self, blocks: Blocks, num_samples: int | None = None) -> Sequence[int]:
         size = self._sample_size.num_samples or num_samples or len(blocks)
         return random_subset(blocks, size, self.config.seed)

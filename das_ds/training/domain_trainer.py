@@ -22,6 +22,7 @@ from das_ds.errors import TrainingError
 from das_ds.methods.base import Method
 from das_ds.progress import Progress
 from das_ds.tracking.names import (
+    DATA_WAIT,
     DOMAIN,
     DOMAIN_STEP,
     GRAD_NORM,
@@ -33,7 +34,7 @@ from das_ds.tracking.names import (
     TOKENS_SEEN,
     loss_part,
 )
-from das_ds.tracking.throughput import Throughput, peak_memory_gib
+from das_ds.tracking.throughput import Rate, Throughput, Utilization, peak_memory_gib
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.loss_guard import LossGuard, Verdict
@@ -50,6 +51,13 @@ class DomainProgress:
     tokens_seen: int
     tokens_per_step: int
     num_steps: int
+    evaluate_every: int | None = None
+    """Steps between two evaluations, at which metrics are logged too."""
+
+    def is_logged(self, step: int, log_interval: int) -> bool:
+        """Whether metrics are logged after a step."""
+        is_evaluated = self.evaluate_every is not None and step % self.evaluate_every == 0
+        return step % log_interval == 0 or step == self.num_steps or is_evaluated
 
 
 class RollbackError(Exception):
@@ -93,6 +101,7 @@ class DomainTrainer:
         engine, method, tracker, train: of the run.
         guard: checks every step; None: with the defaults of `FaultsConfig`.
         callbacks: called during and between steps.
+        utilization: for FLOP/s in the metrics; None: none.
     """
 
     def __init__(
@@ -104,6 +113,7 @@ class DomainTrainer:
         *,
         guard: LossGuard | None = None,
         callbacks: Callbacks | None = None,
+        utilization: Utilization | None = None,
     ) -> None:
         self._engine = engine
         self._method = method
@@ -114,6 +124,7 @@ class DomainTrainer:
         self._is_main = engine.ranks.info.is_main
         self._guard = guard or LossGuard(FaultsConfig())
         self._callbacks = callbacks or Callbacks()
+        self._utilization = utilization
         self._meter = LossMeter()
 
     def state_dict(self) -> ComponentState:
@@ -124,13 +135,16 @@ class DomainTrainer:
         """Resume within the domain."""
         self._meter.load_state_dict(saved.metadata)
 
-    def run(self, steps: Iterator[list[Batch]], progress: DomainProgress, *, first_step: int = 0) -> None:
+    def run(self, steps: Iterator[list[Batch]], progress: DomainProgress, *, first_step: int = 0) -> int:
         """Train on one list of micro-batches per optimizer step; the engine has started the domain or resumed it.
 
         Args:
             steps: those after `first_step`.
             progress: of the run when the domain began.
             first_step: number of steps already done.
+
+        Returns:
+            Number of steps done: all of the domain's, unless the callbacks ended it before.
 
         Raises:
             TrainingError: a loss or gradient that is not finite, or a spike, where the guard says stop.
@@ -141,7 +155,7 @@ class DomainTrainer:
         throughput = Throughput()
         last_logged = first_step
         bar = Progress(
-            steps,
+            throughput.waiting_for(steps),
             f"train {progress.domain}",
             num_steps,
             initial=first_step,
@@ -152,7 +166,7 @@ class DomainTrainer:
         )
         for step, micro_batches in enumerate(bar, start=first_step + 1):
             self._callbacks.on_progress("forward and backward", step)
-            is_logged = step % self._train.log_interval == 0 or step == num_steps
+            is_logged = progress.is_logged(step, self._train.log_interval)
             # Read before the step, which advances the schedule.
             learning_rate = self._engine.learning_rate()
             grad_norm = None
@@ -163,8 +177,8 @@ class DomainTrainer:
             throughput.add(progress.tokens_per_step)
             if is_logged:
                 losses = self._meter.pop_means()
-                tokens_per_s = throughput.pop_rate()
-                self._log(progress, step, losses, learning_rate, grad_norm, tokens_per_s)
+                rate = throughput.pop_rate()
+                self._log(progress, step, losses, learning_rate, grad_norm, rate)
                 new_steps = step - last_logged
                 last_logged = step
                 logged = LoggedStep(
@@ -172,18 +186,21 @@ class DomainTrainer:
                     step=step,
                     num_steps=num_steps,
                     steps_since_last=new_steps,
-                    seconds=new_steps * progress.tokens_per_step / tokens_per_s if tokens_per_s else 0.0,
+                    seconds=new_steps * progress.tokens_per_step / rate.tokens_per_s if rate.tokens_per_s else 0.0,
                     # NaN where every step since the last line was skipped.
                     loss=sum(losses.values()) if losses else math.nan,
                     learning_rate=learning_rate,
-                    tokens_per_s=tokens_per_s,
+                    tokens_per_s=rate.tokens_per_s,
                 )
                 bar.set_postfix(self._callbacks.on_step_logged(logged))
             self._callbacks.on_progress("between steps", step)
             if step < num_steps:
                 with throughput.paused():
-                    self._callbacks.on_step_end(step)
+                    ends = self._callbacks.on_step_end(step)
+                if ends:
+                    return step
                 self._callbacks.on_progress("reading a batch", step + 1)
+        return num_steps
 
     def train_step(self, step: int, micro_batches: list[Batch], *, measure_norm: bool) -> torch.Tensor | float | None:
         """One optimizer step over this rank's micro-batches, which all ranks take together.
@@ -269,8 +286,9 @@ class DomainTrainer:
         losses: dict[str, float],
         learning_rate: float,
         grad_norm: torch.Tensor | float | None,
-        tokens_per_s: float,
+        rate: Rate,
     ) -> None:
+        utilization = self._utilization.metrics(rate.tokens_per_s) if self._utilization is not None else {}
         self._tracker.log(
             {
                 DOMAIN: progress.domain,
@@ -282,7 +300,9 @@ class DomainTrainer:
                 LEARNING_RATE: learning_rate,
                 GRAD_NORM: math.nan if grad_norm is None else float(grad_norm),
                 SKIPPED_STEPS: self._engine.skipped_steps,
-                TOKENS_PER_S: tokens_per_s,
+                TOKENS_PER_S: rate.tokens_per_s,
+                **utilization,
+                DATA_WAIT: rate.data_wait,
                 PEAK_MEMORY_GIB: peak_memory_gib(),
                 **self._callbacks.extra_metrics(),
             },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
-from das_ds.errors import DataError, ModelError
+from das_ds.errors import ConfigError, DataError, ModelError
+from das_ds.functional.losses import bits_per_byte
 from das_ds.functional.token_ids import num_tokens
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import (
@@ -61,24 +63,41 @@ def compute_eval_loss(model: nn.Module, batches: ResumableLoop[Batch], device: t
     return float(loss_sum / count)
 
 
-def evaluate_corpora(network: LanguageModel, data: DataModule, loops: ResumableLoops) -> dict[str, float]:
+def evaluate_corpora(
+    network: LanguageModel, data: DataModule, loops: ResumableLoops, corpora: Iterable[str] | None = None
+) -> dict[str, float]:
     """Corpus -> loss in nats per predicted token, equal on every rank.
 
     Each corpus is read and predicted with its own vocabulary, even if the network has gained tokens since, so that its
-    losses always refer to the same targets.
+    losses always refer to the same targets; the network is left with that of the last one.
+
+    Args:
+        network: to evaluate.
+        data: its held-out text.
+        loops: that a run which was stopped continues.
+        corpora: names of corpora; None: all.
     """
     losses = {}
-    for corpus in data.blocks:
+    for corpus in data.blocks if corpora is None else corpora:
         network.num_rows = data.num_rows(corpus)
         batches = loops.start(data.evaluation_batches(corpus), f"evaluate {corpus}")
         losses[corpus] = compute_eval_loss(network, batches, data.info.device)
     return losses
 
 
-def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict[str, float]:
+def evaluate_model(
+    config: RunConfig, ranks: ProcessGroup, folder: Path, *, in_bits_per_byte: bool = False
+) -> dict[str, float]:
     """Losses of an exported model in float32; the ranks share the batches.
 
+    Args:
+        config: names the corpora.
+        ranks: the process group.
+        folder: of the model.
+        in_bits_per_byte: instead of nats per predicted token.
+
     Raises:
+        ConfigError: bits per byte of a masked language model.
         DasError: a model or corpus that cannot be used.
     """
     config = with_recorded_revisions(config)
@@ -87,7 +106,13 @@ def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict
     )
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     ranks.run_on_main(lambda: check_files(source))
-    data = ranks.main_process_first(lambda: prepare_data(config, ranks.info, find_spec(source).objective))
+    objective = find_spec(source).objective
+    if in_bits_per_byte and objective != "clm":
+        raise ConfigError(
+            f"--bits-per-byte: found objective {objective}, whose loss on some tokens, given all others, is no code "
+            "length of the text; allowed: clm"
+        )
+    data = ranks.main_process_first(lambda: prepare_data(config, ranks.info, objective))
     vocabulary = data.base_tokenizer.get_vocab()
     ranks.run_on_main(lambda: _check_same_tokens(vocabulary, folder))
     model, spec = load_model(source, seed=config.seed, vocab_size=num_tokens(vocabulary))
@@ -96,11 +121,15 @@ def evaluate_model(config: RunConfig, ranks: ProcessGroup, folder: Path) -> dict
     if data.vocabulary is not None:
         reserve_embedding_rows(model, num_tokens(open_tokenizer(str(folder)).get_vocab()), data.vocabulary.total)
     check_sequence_length(model, spec, config.data.sequence_length)
-    return evaluate_corpora(
+    losses = evaluate_corpora(
         LanguageModel(model, spec, logits_mib=config.train.max_logits_mib).to(ranks.info.device),
         data,
         ResumableLoops(show_progress=ranks.info.is_main),
     )
+    if not in_bits_per_byte:
+        return losses
+    ratios = data.tokens_per_byte()
+    return {corpus: bits_per_byte(loss, ratios[corpus]) for corpus, loss in losses.items()}
 
 
 def _check_same_tokens(vocabulary: dict[str, int], folder: Path) -> None:

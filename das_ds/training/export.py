@@ -101,6 +101,9 @@ def model_card(
     stages_done: int,
     objective: ObjectiveName,
     losses: Mapping[str, tuple[float, float]] | None = None,
+    *,
+    num_steps: int | None = None,
+    name: str = "model",
 ) -> str:
     """README of an exported model: its base, its training, how to load it, and its held-out losses.
 
@@ -109,17 +112,21 @@ def model_card(
         stages_done: stages that the model was trained on.
         objective: of pre-training.
         losses: corpus -> loss before training and loss of this model; None: not evaluated yet.
+        num_steps: steps of the newest stage that the model was trained for; None: all of them.
+        name: of the model's folder, in that of its domain.
     """
     stages = config.stages[:stages_done]
     newest = stages[-1]
+    steps = [stage.num_steps for stage in stages]
+    if num_steps is not None:
+        steps[-1] = num_steps
     domains = ", ".join(domain for stage in stages for domain in stage.domains)
     how = "in order" if len(newest.domains) == 1 else "all at once"
     replayed = config.replayed(newest.last_domain)
     num_replayed = config.num_replayed(newest.last_domain)
     replay = f" In the last domain {num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
-    steps = [stage.num_steps for stage in stages]
     lengths = str(steps[0]) if len(set(steps)) == 1 else ", ".join(map(str, steps))
-    folder = config.output_dir / stage_folder(newest.index, newest.name) / "model"
+    folder = config.output_dir / stage_folder(newest.index, newest.name) / name
     base = config.model.name_or_path or "random weights"
     card = f"""---
 library_name: transformers

@@ -10,9 +10,9 @@ from das_ds.errors import RunFolderError
 from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results, build_results
 from das_ds.reporting.run_report import write_report
-from das_ds.run_dir import IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, PLASTICITY_FILE, PLASTICITY_PLOT, RunDir
+from das_ds.run_dir import CURVES_PLOT, IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, PLASTICITY_FILE, PLASTICITY_PLOT, RunDir
 from das_ds.softmask.plasticity import DomainPlasticity, PlasticityReading
-from das_ds.tracking.names import IMPORTANCE, LOSS_MATRIX, PASSING_ENERGY, PLASTICITY
+from das_ds.tracking.names import CURVES, IMPORTANCE, LOSS_MATRIX, PASSING_ENERGY, PLASTICITY
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.data_module import eval_corpora
 
@@ -35,6 +35,9 @@ def collect_results(config: RunConfig, state: RunState, world_size: int, zero_st
         learned=config.learned,
         others=[corpus.name for corpus in config.evaluate_on],
         weights=state.weights,
+        tokens_per_byte=state.tokens_per_byte,
+        evaluations=state.evaluations,
+        ends=state.ends,
     )
 
 
@@ -66,6 +69,8 @@ def publish_results(
     tracker.log_image(LOSS_MATRIX, report / LOSS_MATRIX_PLOT)
     if importance is not None:
         tracker.log_image(IMPORTANCE, report / IMPORTANCE_PLOT)
+    if results.evaluations:
+        tracker.log_image(CURVES, report / CURVES_PLOT)
     if (report / PLASTICITY_PLOT).exists():
         tracker.log_image(PLASTICITY, report / PLASTICITY_PLOT)
     tracker.log_summary(results.summary)

@@ -26,16 +26,19 @@ from das_ds.reporting.results import Results
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.console import RunConsole, RunSummary
 from das_ds.training.data_module import DataModule
+from das_ds.training.domain_evaluation import DomainEvaluator
 from das_ds.training.domain_samples import DomainSamples
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
 from das_ds.training.evaluate import evaluate_corpora
-from das_ds.training.export import export_dtype, export_model, model_card, write_model_card
+from das_ds.training.export import export_dtype
 from das_ds.training.load_context import load_context
 from das_ds.training.loss_guard import LossGuard
+from das_ds.training.model_exports import ModelExports
 from das_ds.training.publish import collect_results, plasticity_metrics, publish_results, write_plasticity
 from das_ds.training.run_checkpoints import EngineDomainState, RunCheckpoints, current_stage
 from das_ds.training.run_services import RunServices
 from das_ds.training.run_summary import summarize_run
+from das_ds.training.utilization import build_utilization
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ class ContinualTrainer(Callbacks):
         self._start_time = time.monotonic()
         self._earlier_seconds = 0.0
         # Before the model is built, so that an unsupported export dtype fails in the first second.
-        self._export_dtype = export_dtype(config)
+        export_dtype(config)
         self._context = load_context(config, data, engine_config, self._ranks)
         self._network = self._context.network
         self._model = self._network.model
@@ -84,8 +87,14 @@ class ContinualTrainer(Callbacks):
         self._loops = ResumableLoops(
             self.on_batch_end, show_progress=self._ranks.info.is_main, device=self._ranks.info.device
         )
+        self._utilization = build_utilization(config, self._context, data) if self._ranks.info.is_main else None
         self._progress: DomainProgress | None = None
-        self._console = RunConsole(config.stages, is_main=self._ranks.info.is_main)
+        every_steps = config.evaluation.every_steps
+        self._console = RunConsole(config.stages, is_main=self._ranks.info.is_main, every_steps=every_steps)
+        self._exports = ModelExports(config, self._context, services, data, self._console)
+        self._evaluator = DomainEvaluator(
+            config, self._context, services, data, self._loops, self._console, self._exports
+        )
         components: dict[str, Stateful] = {
             # First, so that changed text is reported before anything is restored.
             "data": data,
@@ -106,7 +115,10 @@ class ContinualTrainer(Callbacks):
         warms_up = bool(drawn) and self._config.model.head_warmup_steps > 0
         if self._config.model.head_warmup_steps and not warms_up and self._ranks.info.is_main:
             logger.warning("model.head_warmup_steps: the files hold the LM head, which is used as it is")
-        return RunState(phase=HEAD_WARMUP if warms_up else "evaluate", weights=record)
+        # The loss of masked tokens, given all others, is no code length of the text.
+        tokens_per_byte = self._data.tokens_per_byte() if self._context.objective == "clm" else None
+        phase: Phase = HEAD_WARMUP if warms_up else "evaluate"
+        return RunState(phase=phase, weights=record, tokens_per_byte=tokens_per_byte)
 
     def run(self, manifest: Manifest | None) -> Results:
         """Run all remaining phases.
@@ -210,6 +222,8 @@ class ContinualTrainer(Callbacks):
             is_first=is_alone or stage.index == 0,
             is_last=is_alone or stage.index == len(self._stages) - 1,
         )
+        with self._watchdog.suspend_timeout("exporting"):
+            self._state = self._evaluator.finish(stage, self._state)
         self._enter(self._state.model_copy(update={"phase": "after"}))
 
     def _after_domain(self) -> None:
@@ -221,7 +235,7 @@ class ContinualTrainer(Callbacks):
         self._report_plasticity()
         with self._watchdog.suspend_timeout("exporting"):
             self._reset_new_tokens(stage.last_domain)
-            self._export(stage)
+            self._exports.export(stage, self._state)
         domains_done = self._state.domains_done + 1
         self._enter(
             self._state.model_copy(update={"phase": "evaluate", "domains_done": domains_done, "domain_step": 0})
@@ -261,6 +275,7 @@ class ContinualTrainer(Callbacks):
             tokens_seen=self._state.tokens_seen - first_step * tokens_per_step,
             tokens_per_step=tokens_per_step,
             num_steps=stage.num_steps,
+            evaluate_every=self._config.evaluation.every_steps if self._state.phase == "train" else None,
         )
         self._progress = progress
         # Logits cover only the tokens that this domain knows.
@@ -272,6 +287,7 @@ class ContinualTrainer(Callbacks):
             self._config.train,
             guard=self._guard,
             callbacks=self,
+            utilization=self._utilization,
         )
         # Resets schedule and moments; `load_step_components` restores them when the run resumes within the domain, but
         # moments that outlive a domain, which are restored with the weights.
@@ -284,19 +300,36 @@ class ContinualTrainer(Callbacks):
         self._checkpoints.step_components = {
             "engine_domain": EngineDomainState(self.engine),
             "domain_trainer": trainer,
+            **({"kept_weights": self._evaluator.kept} if self._evaluator.policy.is_enabled else {}),
             # Last: nothing may draw random numbers between their restoration and the first step.
             "rng": RngState(),
         }
         try:
             if first_step == 0:
                 self._guard.start_domain(name)
+                self._start_evaluations(stage)
             else:
                 self._checkpoints.load_step_components()
-            trainer.run(self._data.training_steps(stage, first_step), progress, first_step=first_step)
+            # A run that was stopped within an evaluation finishes it first.
+            if not self._evaluate_within():
+                steps = self._data.training_steps(stage, first_step)
+                self._state = self._state_after(trainer.run(steps, progress, first_step=first_step))
+                self._evaluate_within()
         finally:
             # Also after a rollback or stop: later phases must not save the state of these steps.
             self._checkpoints.step_components = {}
-        self._state = self._state_after(stage.num_steps)
+
+    def _start_evaluations(self, stage: Stage) -> None:
+        if self._state.phase == "train":
+            row = self._state.loss_matrix[-1 if self._base is None else 0]
+            self._state = self._evaluator.start(stage, self._state, row)
+
+    def _evaluate_within(self) -> bool:
+        """Evaluate after this step of the domain, if that is due; whether the domain ends here."""
+        if self._state.phase != "train" or not self._evaluator.policy.is_enabled:
+            return False
+        self._state = self._evaluator.evaluate(self._stage, self._state)
+        return self._evaluator.policy.end_reason(self._stage, self._state) is not None
 
     def _state_after(self, step: int) -> RunState:
         """Progress of the run after so many optimizer steps of the current phase."""
@@ -314,10 +347,14 @@ class ContinualTrainer(Callbacks):
         """Report progress to the watchdog."""
         self._watchdog.beat(location, step)
 
-    def on_step_end(self, step: int) -> None:
-        """Save or stop after an optimizer step, if that is due."""
+    def on_step_end(self, step: int) -> bool:
+        """Evaluate, save or stop after an optimizer step, if that is due; whether the domain ends there."""
         self._state = self._state_after(step)
+        # The end of a domain is saved with the next phase.
+        if self._evaluate_within():
+            return True
         self._check_save_point(save=step % self._config.checkpoint.interval == 0)
+        return False
 
     def on_step_logged(self, logged: LoggedStep) -> str:
         """Print the step, or show it behind the progress bar."""
@@ -383,15 +420,7 @@ class ContinualTrainer(Callbacks):
             self._method.accumulated_importance(),
         )
         if self._state.domains_done:
-            self._write_model_card(losses)
-
-    def _write_model_card(self, losses: dict[str, float]) -> None:
-        """Add the losses of the model that was exported last, evaluated since, to its card."""
-        stage = self._stages[self._state.domains_done - 1]
-        before = dict(zip(losses, self._state.loss_matrix[0], strict=True))
-        pairs = {corpus: (before[corpus], loss) for corpus, loss in losses.items()}
-        card = model_card(self._config, self._state.domains_done, self._context.objective, pairs)
-        write_model_card(self._services.run_dir.model(stage.index, stage.name), card)
+            self._exports.write_losses(self._stages[self._state.domains_done - 1], self._state, losses)
 
     def _results(self) -> Results:
         return collect_results(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)
@@ -406,23 +435,6 @@ class ContinualTrainer(Callbacks):
     def _summary(self, manifest: Manifest | None) -> RunSummary:
         resumes = None if manifest is None else f"{manifest.name}: {self._checkpoints.describe(self._state)}"
         return summarize_run(self._config, self._context, self._data, resumes)
-
-    def _export(self, stage: Stage) -> None:
-        corpus = stage.last_domain
-        run_dir = self._services.run_dir
-        export_model(
-            run_dir.model(stage.index, stage.name),
-            self.engine,
-            self._model,
-            self._data.tokenizers[corpus],
-            model_card(self._config, stage.index + 1, self._context.objective),
-            dtype=self._export_dtype,
-            num_rows=self._data.num_rows(corpus),
-            lora=self._context.lora,
-            adapter_folder=run_dir.adapter(stage.index, stage.name),
-            base=self._config.model.name_or_path,
-        )
-        self._console.exported(stage.name, run_dir.model(stage.index, stage.name))
 
     def _with_wall_time(self, state: RunState) -> RunState:
         seconds = self._earlier_seconds + time.monotonic() - self._start_time

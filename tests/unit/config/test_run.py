@@ -8,6 +8,8 @@ from pydantic import BaseModel, ValidationError
 from das_ds.config import (
     CorpusConfig,
     DomainConfig,
+    EvaluationConfig,
+    FaultsConfig,
     ImportanceConfig,
     ModelConfig,
     RunConfig,
@@ -101,6 +103,31 @@ def test_stages_are_domains_or_their_pool() -> None:
             TrainConfig,
             {"lr_scheduler": "wsd", "warmup_ratio": 0.4, "decay_ratio": 0.7},
             r"warmup_ratio \+ decay_ratio: found 0.4 \+ 0.7 with lr_scheduler wsd, allowed: at most 1 together",
+        ),
+        (EvaluationConfig, {"keep_best": True}, "keep_best: needs evaluations within domains, expected every_steps"),
+        (EvaluationConfig, {"continue_from": "best"}, "continue_from: needs evaluations within domains"),
+        (EvaluationConfig, {"early_stopping": {}}, "early_stopping: needs evaluations within domains"),
+        (FaultsConfig, {"max_forgetting": {"action": "stop"}}, "found no limit, expected general, earlier or both"),
+        (
+            RunConfig,
+            {**SMALL, "faults": {"max_forgetting": {"earlier": 0.2}}},
+            "faults.max_forgetting: needs evaluations within domains, expected evaluation.every_steps",
+        ),
+        (
+            RunConfig,
+            {**SMALL, "evaluation": {"every_steps": 5}, "faults": {"max_forgetting": {"general": 0.1}}},
+            "faults.max_forgetting.general: found 0.1 without a corpus, expected general",
+        ),
+        (
+            RunConfig,
+            {
+                **SMALL,
+                "evaluation": {"every_steps": 5},
+                "faults": {"max_forgetting": {"earlier": 0.2}},
+                "method": {"name": "one"},
+            },
+            "faults.max_forgetting.earlier: found 0.2 with method one, where no domain comes after another; allowed "
+            "there: null",
         ),
         (RunConfig, {**SMALL, "domains": SMALL["domains"] * 2}, "found more than once: acl"),
         (RunConfig, {**SMALL, "general": {"name": "acl", "valid": ["a.txt"]}}, "found more than once: acl"),

@@ -100,6 +100,21 @@ def token_blocks(
     return TokenBlocks(token_file, sequence_length, document_mask=document_mask)
 
 
+def test_count_documents_is_that_of_the_documents_in_the_blocks(tmp_path: Path) -> None:
+    """Documents of 3, 5, 4 and 6 tokens, with 10, 20, 30 and 40 bytes, in blocks of 4 tokens."""
+    blocks = token_blocks(tmp_path, [3, 5, 4, 6], 4)
+    np.array([10, 20, 30, 40]).astype("<u8").tofile(blocks.token_file.sizes_path)
+    # Two tokens of the last document are after the last block, and still counted.
+    assert blocks.count_documents() == (18, 100)
+    assert blocks.count_documents(1) == blocks.count_documents(2) == (8, 30)
+    assert blocks.count_documents(9) == blocks.count_documents()
+    # Blocks 1 to 3 begin within the second document.
+    train, valid = blocks.split(3)
+    assert train.count_documents() == (8, 30)
+    assert valid.count_documents(1) == (5, 20)
+    assert valid.count_documents() == (15, 90)
+
+
 def positions_by_hand(row: list[int]) -> list[int]:
     positions: list[int] = []
     for s, token in enumerate(row):

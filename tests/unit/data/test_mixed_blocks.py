@@ -101,6 +101,14 @@ def test_mixed_blocks_have_positions_in_documents(tmp_path: Path) -> None:
     assert positions.tolist() == [whole[: LENGTH // 2] * 2, whole, whole]
 
 
+def test_count_documents_has_the_first_samples_of_every_source(blocks: MixedBlocks) -> None:
+    """Ten samples are 5, 4 and 1 blocks; a document of `large` has 7 bytes, of `small` 9, of `tiny` 11."""
+    for part, num_bytes in zip(blocks.parts, (7, 9, 11), strict=True):
+        np.full(part.token_file.num_documents, num_bytes).astype("<u8").tofile(part.token_file.sizes_path)
+    assert blocks.count_documents(10) == (10 * LENGTH, 5 * 7 + 4 * 2 * 9 + 1 * 11)
+    assert blocks.count_documents() == (105 * LENGTH, 90 * 7 + 24 * 9 + 3 * 11)
+
+
 def test_mixture_has_its_proportions_in_every_window(blocks: MixedBlocks) -> None:
     names = [source_of(row[0]) for step in load(blocks) for row in step]
     for length in range(1, len(names) + 1, 3):

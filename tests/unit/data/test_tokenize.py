@@ -91,6 +91,28 @@ def test_prepare_tokens_equal_tokenizer(
     assert stored_starts(tokens) == joined_by_hand(tokenizer, LINES, None)[1]
 
 
+def test_sizes_are_bytes_of_the_text_whatever_the_tokenizer_keeps(tmp_path: Path) -> None:
+    lines = ["Soup  is\tserved.", "Größe: 3 €", "\u4f60\u597d", " x "]
+    (tmp_path / "corpus.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    # It splits at white space, which it drops.
+    tokens = prepare(tmp_path / "corpus.txt", word_tokenizer(" ".join(lines).split()))
+    assert np.fromfile(tokens.sizes_path, "<u8").tolist() == [len(line.encode()) for line in lines] == [16, 14, 6, 3]
+
+
+@pytest.mark.parametrize("end_of_text", [None, 2])
+def test_count_documents_counts_all_that_tokens_are_of(corpus_file: Path, end_of_text: int | None) -> None:
+    tokens = prepare(corpus_file, with_template("A"), end_of_text=end_of_text)
+    starts = stored_starts(tokens)
+    stops = [*starts[1:], tokens.num_tokens]
+    sizes = [len(line.encode()) for line in LINES]
+    generator = np.random.default_rng(0)
+    for first, stop in [(0, 1), (0, tokens.num_tokens), *generator.integers(0, tokens.num_tokens, (30, 2)).tolist()]:
+        first, stop = min(first, stop), max(first, stop, first + 1)
+        touched = [d for d in range(len(starts)) if starts[d] < stop and stops[d] > first]
+        expected = (sum(stops[d] - starts[d] for d in touched), sum(sizes[d] for d in touched))
+        assert tokens.count_documents(first, stop) == expected
+
+
 # Nothing added (GPT-2), a token before (Llama), one after, both, and before it the token that also ends (OPT).
 @pytest.mark.parametrize(
     ("template", "front"), [("A", []), ("<s> A", [0]), ("A </s>", []), ("<s> A </s>", [0]), ("</s> A", [2])]
@@ -175,7 +197,7 @@ def test_prepare_tokens_cache_key_covers_content_and_settings(corpus_file: Path)
 
 
 @pytest.mark.parametrize(
-    "damage", ["short tokens", "no tokens", "short starts", "no starts", "broken meta", "incomplete meta"]
+    "damage", ["short tokens", "no tokens", "short starts", "no starts", "no sizes", "broken meta", "incomplete meta"]
 )
 def test_prepare_tokens_rewrites_damaged_entry(corpus_file: Path, damage: str) -> None:
     tokens = prepare(corpus_file)
@@ -189,6 +211,9 @@ def test_prepare_tokens_rewrites_damaged_entry(corpus_file: Path, damage: str) -
         os.truncate(tokens.starts_path, 10)
     elif damage == "no starts":
         tokens.starts_path.unlink()
+    elif damage == "no sizes":
+        # As in entries of earlier versions.
+        tokens.sizes_path.unlink()
     else:
         meta.write_text("{" if damage == "broken meta" else "{}")
     assert stored_ids(prepare(corpus_file)) == expected

@@ -83,3 +83,12 @@ def test_report_text_huge_perplexity_is_an_exponent(make_results: ResultsMaker) 
 def test_write_report_unwritable_folder_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"missing/report: cannot be written \(No such file.*free space"):
         write_report(tmp_path / "missing", make_results(), None)
+
+
+def test_report_text_has_bits_per_byte_of_causal_models_only(make_results: ResultsMaker) -> None:
+    assert "bits per byte" not in report_text(make_results(), None)
+    ratios = {"acl": 0.25, "pubmed": 0.5, "restaurant": 0.2, "general": 1.0}
+    text = report_text(make_results().model_copy(update={"tokens_per_byte": ratios}), None)
+    bits = text.split("As bits per byte")[1]
+    # 4.6 nats per token, a quarter of a token per byte.
+    assert table_row(bits, "after pubmed")[1:3] == [f"{4.6 / math.log(2) / 4:.4f}", f"{2.0 / math.log(2) / 2:.4f}"]

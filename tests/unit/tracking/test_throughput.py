@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import psutil
 import pytest
 import torch
 
-from das_ds.tracking.throughput import GIB, Throughput, peak_memory_gib
+from das_ds.tracking.throughput import GIB, Rate, Throughput, Utilization, peak_memory_gib
 
 
 class Clock:
@@ -25,10 +27,10 @@ def test_pop_rate_restarts_the_interval() -> None:
     meter.add(300)
     meter.add(700)
     clock.seconds += 4.0
-    assert meter.pop_rate() == 250.0
+    assert meter.pop_rate().tokens_per_s == 250.0
     meter.add(60)
     clock.seconds += 2.0
-    assert meter.pop_rate() == 30.0
+    assert meter.pop_rate().tokens_per_s == 30.0
 
 
 def test_paused_time_is_excluded_even_on_error() -> None:
@@ -42,10 +44,10 @@ def test_paused_time_is_excluded_even_on_error() -> None:
     with meter.paused():
         clock.seconds += 50.0
     clock.seconds += 1.0
-    assert meter.pop_rate() == 50.0
+    assert meter.pop_rate().tokens_per_s == 50.0
     meter.add(10)
     clock.seconds += 1.0
-    assert meter.pop_rate() == 10.0
+    assert meter.pop_rate().tokens_per_s == 10.0
 
 
 def test_restart_drops_tokens_and_time() -> None:
@@ -54,10 +56,36 @@ def test_restart_drops_tokens_and_time() -> None:
     meter.add(100)
     clock.seconds += 9.0
     meter.restart()
-    assert meter.pop_rate() == 0.0
+    assert meter.pop_rate().tokens_per_s == 0.0
     meter.add(5)
     clock.seconds += 1.0
-    assert meter.pop_rate() == 5.0
+    assert meter.pop_rate().tokens_per_s == 5.0
+
+
+def test_waiting_for_data_is_a_fraction_of_the_time_without_pauses() -> None:
+    clock = Clock()
+    meter = Throughput(clock)
+
+    def batches() -> Iterator[int]:
+        for number in range(3):
+            clock.seconds += 1.0
+            yield number
+
+    for number in meter.waiting_for(batches()):
+        clock.seconds += 3.0
+        meter.add(8)
+        with meter.paused():
+            clock.seconds += 50.0
+        if number == 1:
+            assert meter.pop_rate() == Rate(tokens_per_s=2.0, data_wait=0.25)
+    assert meter.pop_rate() == Rate(tokens_per_s=2.0, data_wait=0.25)
+
+
+def test_utilization_divides_model_flops_by_the_peak_of_all_devices() -> None:
+    # 1e5 tokens/s of 6 FLOPs for each of 1e9 weights on 4 devices of 1000 TFLOP/s.
+    found = Utilization(6e9, 4, 1e15).metrics(1e5)
+    assert found == {"model_tflops": pytest.approx(150.0), "mfu": pytest.approx(0.15)}
+    assert Utilization(6e9, 4, None).metrics(1e5).keys() == {"model_tflops"}
 
 
 def test_peak_memory_is_at_least_current_memory() -> None:

@@ -44,6 +44,9 @@ class Recorder(Sink):
     def log_evaluation(self, losses: Any, *, domains_learned: int, global_step: int) -> None:
         self.calls.append(("evaluation", losses, domains_learned, global_step))
 
+    def log_domain_evaluation(self, metrics: Any, *, global_step: int) -> None:
+        self.calls.append(("within", metrics, global_step))
+
     def log_summary(self, metrics: Any) -> None:
         self.calls.append(("summary", metrics))
 
@@ -53,17 +56,18 @@ class Recorder(Sink):
     def log_image(self, name: str, path: Path) -> None:
         self.calls.append(("image", name, path))
 
-    def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
-        self.calls.append(("truncate", global_step))
+    def truncate_after(self, global_step: int, num_bytes: int | None = None) -> None:
+        self.calls.append(("truncate", global_step, num_bytes))
 
     def close(self, exit_code: int = 0) -> None:
         self.calls.append(("close", exit_code))
 
 
 def report_everything(tracker: Tracker) -> None:
-    tracker.truncate_after(2)
+    tracker.truncate_after(2, 80)
     tracker.log({"domain": "acl"}, global_step=3)
     tracker.log_evaluation({"acl": 1.0}, domains_learned=1, global_step=3)
+    tracker.log_domain_evaluation({"domain": "acl", "eval/acl": 1.0}, global_step=3)
     tracker.log_summary({"forgetting": 0.5})
     tracker.log_table("losses", ["stage", "acl"], [["before", 1.0]])
     tracker.log_image("losses", Path("losses.png"))
@@ -76,9 +80,10 @@ def test_tracker_forwards_every_call_to_every_sink() -> None:
         report_everything(tracker)
     assert first.calls == second.calls
     assert first.calls == [
-        ("truncate", 2),
+        ("truncate", 2, 80),
         ("log", {"domain": "acl"}, 3),
         ("evaluation", {"acl": 1.0}, 1, 3),
+        ("within", {"domain": "acl", "eval/acl": 1.0}, 3),
         ("summary", {"forgetting": 0.5}),
         ("table", "losses", ["stage", "acl"], [["before", 1.0]]),
         ("image", "losses", Path("losses.png")),
@@ -103,10 +108,15 @@ def test_build_tracker_disabled_writes_nothing(make_config: ConfigMaker, tmp_pat
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_jsonl_sink_ignores_all_but_steps(make_config: ConfigMaker, tmp_path: Path) -> None:
+def test_jsonl_sink_ignores_all_but_steps_and_evaluations_within_domains(
+    make_config: ConfigMaker, tmp_path: Path
+) -> None:
     with build_tracker(make_config(tmp_path, "disabled"), enabled=True) as tracker:
         report_everything(tracker)
-    assert read_strictly(tmp_path / METRICS_FILE) == [{"global_step": 3, "domain": "acl"}]
+    assert read_strictly(tmp_path / METRICS_FILE) == [
+        {"global_step": 3, "domain": "acl"},
+        {"global_step": 3, "domain": "acl", "eval/acl": 1.0},
+    ]
 
 
 def test_jsonl_sink_flushes_every_line(tmp_path: Path) -> None:
@@ -157,6 +167,29 @@ def test_jsonl_sink_full_disk_is_named(tmp_path: Path) -> None:
     sink = JsonlSink(path)
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written \(No space left.*free space"):
         sink.log(step_metrics(1), global_step=1)
+
+
+def test_truncate_after_drops_lines_of_the_same_step_that_the_checkpoint_did_not_have(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / METRICS_FILE)
+    sink.log(step_metrics(4), global_step=4)
+    saved = sink.num_bytes()
+    evaluation = {"domain": "acl", "domain_step": 4, "eval/acl": 1.0}
+    for _ in range(2):
+        sink.log_domain_evaluation(evaluation, global_step=4)
+        # As when the run is stopped in the middle of the evaluation, and evaluates again.
+        sink.truncate_after(4, saved)
+        assert len(read_strictly(tmp_path / METRICS_FILE)) == 1
+    sink.log_domain_evaluation(evaluation, global_step=4)
+    sink.truncate_after(4, sink.num_bytes())
+    sink.close()
+    assert read_strictly(tmp_path / METRICS_FILE)[1:] == [{"global_step": 4, **evaluation}]
+
+
+def test_full_disk_within_an_evaluation_is_raised_later_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).symlink_to("/dev/full")
+    tracker = Tracker([JsonlSink(tmp_path / METRICS_FILE)])
+    tracker.log_domain_evaluation({"domain": "acl"}, global_step=1)
+    assert isinstance(tracker.failure, RunFolderError)
 
 
 def test_truncate_after_lost_lines_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

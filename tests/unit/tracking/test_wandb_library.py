@@ -143,7 +143,8 @@ def test_wandb_run_has_config(run_folder: Path, records: list[Any]) -> None:
 def test_wandb_domains_and_evaluation_have_axes(records: list[Any]) -> None:
     metrics = [record.metric for record in records if record.HasField("metric")]
     axes = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
-    assert axes == {"acl/*": "acl/step", "pub-med/*": "pub-med/step", "eval/*": "domains_learned"}
+    by_domain = {"acl/*": "acl/step", "pub-med/*": "pub-med/step"}
+    assert axes == {**by_domain, "eval/*": "domains_learned", "within/*": "global_step"}
     assert {"acl/step", "pub-med/step", "domains_learned"} <= {metric.name for metric in metrics}
 
 

@@ -165,7 +165,16 @@ def test_every_stage_has_an_axis(make_config: ConfigMaker, tmp_path: Path, metho
     library = FakeWandb()
     sink = WandbSink(config.model_copy(update={"method": parse_method(method)}), library)
     sink.close()
-    assert library.run.axes == {**{f"{name}/*": f"{name}/step" for name in names}, "eval/*": "domains_learned"}
+    by_domain = {f"{name}/*": f"{name}/step" for name in names}
+    assert library.run.axes == {**by_domain, "eval/*": "domains_learned", "within/*": "global_step"}
+
+
+def test_evaluation_within_a_domain_is_a_curve_over_the_run(make_config: ConfigMaker, tmp_path: Path) -> None:
+    library = FakeWandb()
+    sink = WandbSink(make_config(tmp_path, "offline"), library)
+    sink.log_domain_evaluation({"domain": "acl", "domain_step": 5, "eval/acl": 1.5, "eval/general": 2.5}, global_step=7)
+    sink.close()
+    assert library.run.rows == [{"within/eval/acl": 1.5, "within/eval/general": 2.5, "global_step": 7}]
 
 
 @pytest.mark.parametrize("failing", ["login", "init offline", "define_metric", "log", "finish"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from das_ds.checkpoint.manifest import RunState
+from das_ds.checkpoint.manifest import DomainEnd, DomainEvaluation, RunState
 from das_ds.config.stage import Stage
 from das_ds.softmask.plasticity import DomainPlasticity, InputPlasticity, PlasticityReading
 from das_ds.training.callbacks import LoggedStep
@@ -179,3 +179,45 @@ def test_run_console_names_the_stage_that_was_evaluated(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == (
         "held-out loss before training: acl 6.000\nheld-out loss after acl: acl 5.000 (-1.000)\n"
     )
+
+
+def test_run_console_counts_evaluations_within_domains(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [Stage(0, ("acl",), 75), Stage(1, ("restaurants",), 25)]
+    console = RunConsole(stages, is_main=True, every_steps=10)
+    console.phase_ended("within", 5.0)
+    logged = LoggedStep(
+        domain="acl",
+        step=20,
+        num_steps=75,
+        steps_since_last=20,
+        seconds=20.0,
+        loss=5.5,
+        learning_rate=1e-4,
+        tokens_per_s=512.0,
+    )
+    # 55 + 25 steps of 1 s; evaluations at 20, 30 ... 70 and 75, and at 10, 20 and 25.
+    state = RunState(phase="train", loss_matrix=[[6.0, 6.5]])
+    assert console.step_logged(logged, state) == "loss=5.500, run ends in 2m10s"
+    warmup = RunState(phase="head_warmup", loss_matrix=[])
+    # 55 + 75 + 25 steps, and 8 + 3 evaluations.
+    assert console.step_logged(logged, warmup) == "loss=5.500, run ends in 3m30s"
+
+
+def test_run_console_prints_evaluations_within_domains_and_early_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    console = RunConsole([Stage(0, ("acl",), 75)], is_main=True)
+    first, second = (
+        DomainEvaluation(domain="acl", step=step, global_step=step, losses={"acl": loss, "general": 4.0})
+        for step, loss in ((0, 6.0), (10, 5.5))
+    )
+    console.evaluated_within(second, before=first)
+    ends = (("steps", 75, 75), ("steps", 75, 60), ("early_stopping", 50, 50), ("max_forgetting", 50, 40))
+    for reason, step, model_step in ends:
+        end = {"domain": "acl", "reason": reason, "step": step, "best_step": 40, "model_step": model_step}
+        console.domain_ended(DomainEnd.model_validate(end))
+    assert capsys.readouterr().err.splitlines() == [
+        "held-out loss at step 10 of acl: acl 5.500 (-0.500), general 4.000 (+0.000)",
+        "acl took all of its steps, at step 75; going on with the model of step 60",
+        "acl ended early, as its held-out loss no longer fell (evaluation.early_stopping), at step 50",
+        "acl ended early, as other text lost too much (faults.max_forgetting), at step 50; going on with the model of "
+        "step 40",
+    ]

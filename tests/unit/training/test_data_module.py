@@ -1,14 +1,18 @@
 """The text of a causal run, from config to batches, compared with batches made by hand."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from das_ds.config import RunConfig, parse_method
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import ConfigError, ModelError
+from das_ds.reporting.results import build_results
 from das_ds.training.data_module import prepare_data
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer
 
@@ -55,6 +59,40 @@ def test_data_module_causal_predicts_next_tokens(tmp_path: Path, isolate: bool) 
         found |= set(zip(batch.input_ids.flatten()[batch.predicted].tolist(), batch.targets.tolist(), strict=True))
     assert found <= pairs | {crossing}
     assert (crossing in found) != isolate
+
+
+def test_bits_per_byte_of_one_model_are_the_same_for_two_tokenizers(tmp_path: Path) -> None:
+    """Each character has 3 bits; a tokenizer of pairs of characters has 6 for each of its tokens."""
+    text = "abcd" * 40
+    found = []
+    for width, bits in ((1, 3.0), (2, 6.0)):
+        words = sorted({text[start : start + width] for start in range(0, len(text), width)})
+        backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*words, "<eos>"])}, "<eos>"))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("." * width), "isolated")
+        folder = tmp_path / f"tokenizer{width}"
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+        values = run_config(tmp_path, isolate=False).model_dump()
+        values["data"]["tokenizer"] = str(folder)
+        values["domains"][0]["valid"] = [str(tmp_path / "held_out.txt")]
+        for name, num_documents in (("soup", 2), ("held_out", 1)):
+            (tmp_path / f"{name}.txt").write_text(f"{text}\n" * num_documents)
+        ratio = prepare_data(RunConfig.model_validate(values), INFO, "clm").tokens_per_byte()["soup"]
+        # One token ends the document.
+        assert ratio == (160 // width + 1) / 160
+        results = build_results(
+            method="ncl",
+            domains=["soup"],
+            eval_domains=["soup"],
+            loss_matrix=[[bits * math.log(2.0) * 160 / width / (160 / width + 1)]],
+            tokens_seen=0,
+            wall_seconds=0.0,
+            world_size=1,
+            zero_stage=0,
+            tokens_per_byte={"soup": ratio},
+        )
+        assert results.bits_per_byte is not None
+        found += results.bits_per_byte[0]
+    assert found == pytest.approx([3.0, 3.0])
 
 
 def test_prepare_data_missing_token_is_named(tmp_path: Path) -> None:

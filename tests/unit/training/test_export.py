@@ -56,6 +56,13 @@ def test_model_card_names_the_base_as_given_and_how_to_load_the_model(tmp_path: 
     assert "Held-out loss" not in card
 
 
+def test_model_card_names_folder_and_steps_of_a_model_of_another_step(tmp_path: Path) -> None:
+    config = run(tmp_path, "fp32")
+    assert f"; {config.train.steps_per_domain} steps of " in model_card(config, 2, "mlm")
+    card = model_card(config, 2, "mlm", num_steps=3, name="best")
+    assert "; 3 steps of " in card and f'from_pretrained("{tmp_path}/run/domains/01_papers/best")' in card
+
+
 def test_model_card_has_losses_once_the_model_was_evaluated(tmp_path: Path) -> None:
     card = model_card(run(tmp_path, "fp32"), 2, "mlm", {"food": (5.7, 5.6), "general": (4.0, 4.25)})
     assert "Domains in order: food, papers;" in card
