@@ -60,7 +60,10 @@ def test_model_card_names_folder_and_steps_of_a_model_of_another_step(tmp_path: 
     config = run(tmp_path, "fp32")
     assert f"; {config.train.steps_per_domain} steps of " in model_card(config, 2, "mlm")
     card = model_card(config, 2, "mlm", num_steps=3, name="best")
-    assert "; 3 steps of " in card and f'from_pretrained("{tmp_path}/run/domains/01_papers/best")' in card
+    assert (
+        f"; {config.train.steps_per_domain}, 3 steps of " in card
+        and f'from_pretrained("{tmp_path}/run/domains/01_papers/best")' in card
+    )
 
 
 def test_model_card_has_losses_once_the_model_was_evaluated(tmp_path: Path) -> None:
