@@ -11,6 +11,7 @@ from das_ds.config.architecture import (
     SiteConfig,
     UnitCountsConfig,
 )
+from das_ds.config.benchmarks import BenchmarksConfig, ScoringRule
 from das_ds.config.data import CorpusConfig, DataConfig, DomainConfig
 from das_ds.config.method import FrozenPart, MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
 from das_ds.config.model import LoraConfig, ModelConfig
@@ -23,6 +24,7 @@ from das_ds.config.train import EvaluationConfig, TrainConfig
 
 __all__ = [
     "ArchitectureConfig",
+    "BenchmarksConfig",
     "CheckpointConfig",
     "CorpusConfig",
     "DataConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "SampleSize",
+    "ScoringRule",
     "Section",
     "SiteConfig",
     "SoftmaskConfig",
