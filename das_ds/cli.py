@@ -119,6 +119,28 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
         print(json.dumps(summarize_scores(scores, tasks)))
 
 
+def _benchmark(config: RunConfig, options: argparse.Namespace) -> None:
+    from das_ds.benchmark.harness_results import import_results
+    from das_ds.benchmark.models import list_models
+    from das_ds.benchmark.run import run_benchmarks
+    from das_ds.progress import disable_library_bars
+    from das_ds.reporting.benchmark_report import accuracy_rows, update_report
+    from das_ds.reporting.tables import format_plain
+    from das_ds.training.revisions import with_recorded_revisions
+
+    disable_library_bars()
+    ranks = _start_ranks(config)
+    config = with_recorded_revisions(config)
+    ranks.run_on_main(lambda: import_results(config, list_models(config), options.results))
+    # Results of another program need no tasks of one's own.
+    if config.benchmarks.tasks or not options.results:
+        run_benchmarks(config, ranks)
+    matrix = ranks.run_on_main(lambda: update_report(config.output_dir))
+    ranks.close()
+    if matrix is not None:
+        print(json.dumps(matrix.summary) if options.json else format_plain(accuracy_rows(matrix), text_columns=(0, 1)))
+
+
 def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     from datetime import timedelta
 
@@ -202,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_command(commands, "train", _train, "run or resume a sequence of domains")
     _add_evaluate(commands)
     _add_finetune(commands)
+    _add_benchmark(commands)
     _add_preflight(commands)
     _add_plan(commands)
     _add_config_command(
@@ -248,6 +271,14 @@ def _add_finetune(commands: _Commands) -> None:
     command.add_argument("--task", action="append", default=[], metavar="NAME", help=text)
     text = "file of scores to create or extend; default: end_tasks.json next to the model of a run, or in base/"
     command.add_argument("--output", type=Path, metavar="FILE", help=text)
+
+
+def _add_benchmark(commands: _Commands) -> None:
+    text = "score public benchmarks on a run's base model and exports, and put them into its report"
+    command = _add_config_command(commands, "benchmark", _benchmark, text)
+    text = "results of lm-evaluation-harness to record too, of STAGE (base, or a domain) or of the model that they name"
+    command.add_argument("--results", action="append", default=[], metavar="[STAGE=]FILE", help=text)
+    command.add_argument("--json", action="store_true", help="print the accuracies as one JSON object")
 
 
 def _add_preflight(commands: _Commands) -> None:

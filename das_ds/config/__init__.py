@@ -11,6 +11,7 @@ from das_ds.config.architecture import (
     SiteConfig,
     UnitCountsConfig,
 )
+from das_ds.config.benchmarks import BenchmarksConfig, ScoringRule
 from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig, SourceConfig
 from das_ds.config.domain import DomainConfig, DomainReplayConfig
 from das_ds.config.method import FrozenPart, MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
@@ -24,6 +25,7 @@ from das_ds.config.train import EvaluationConfig, TrainConfig
 
 __all__ = [
     "ArchitectureConfig",
+    "BenchmarksConfig",
     "CheckpointConfig",
     "CorpusConfig",
     "DataConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "SampleSize",
+    "ScoringRule",
     "Section",
     "SiteConfig",
     "SoftmaskConfig",

@@ -31,7 +31,7 @@ MAX_NODES = 1_000_000
 
 # Keys, or sections of them, that may change when a run resumes: location, data loading speed, logging, saving and
 # stopping, and, with ZeRO stage and micro-batch, how the work is divided. None of them changes the order of the data,
-# nor a weight beyond the order of floating-point sums. Training does not read `tasks`.
+# nor a weight beyond the order of floating-point sums. Training reads neither `tasks` nor `benchmarks`.
 MUTABLE_KEYS = (
     "output_dir",
     "wandb",
@@ -40,6 +40,7 @@ MUTABLE_KEYS = (
     "data.cache_dir",
     "evaluation.batch_size",
     "tasks",
+    "benchmarks",
     "checkpoint",
     "export",
     "runtime",

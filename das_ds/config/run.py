@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from das_ds.config.benchmarks import BenchmarksConfig
 from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig
 from das_ds.config.domain import DomainConfig
 from das_ds.config.method import AnyMethodConfig, parse_method
@@ -41,6 +42,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tasks: list[TaskConfig] = Field(default=[])
     """End tasks for `das-ds finetune`; training ignores them."""
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
     deepspeed: str | dict[str, Any] = "ds_configs/zero2.json"
     """DeepSpeed file (engine knobs only) or its content."""
     checkpoint: CheckpointConfig = CheckpointConfig()

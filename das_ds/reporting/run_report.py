@@ -8,6 +8,8 @@ from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.functional.units import UnitValues
+from das_ds.reporting.benchmark_matrix import BenchmarkMatrix, read_benchmark_matrix
+from das_ds.reporting.benchmark_report import benchmark_section
 from das_ds.reporting.curves import curves_section, plot_curves
 from das_ds.reporting.plasticity import plasticity_section, plot_plasticity, read_plasticity
 from das_ds.reporting.results import Results
@@ -27,7 +29,8 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
     The last three only where there are evaluations within domains, importance, and measured plasticity.
 
     Args:
-        run_folder: of the run; in the folders of its domains may be files of what was left free to learn.
+        run_folder: of the run; in the folders of its domains may be files of what was left free to learn, and of scores
+            on benchmarks.
         results: complete or not.
         importance: accumulated importance, unit group -> (L, U); None for methods without it.
 
@@ -38,6 +41,7 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
         RunFolderError: the folder cannot be written or is full, or a file of a domain is damaged.
     """
     plasticity = read_plasticity(run_folder)
+    benchmarks = read_benchmark_matrix(run_folder)
     folder = run_folder / REPORT_FOLDER
     try:
         folder.mkdir(exist_ok=True)
@@ -48,7 +52,8 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
             plot_importance(importance, folder / IMPORTANCE_PLOT)
         if plasticity:
             plot_plasticity(plasticity, folder / PLASTICITY_PLOT)
-        (folder / REPORT_FILE).write_text(report_text(results, importance, plasticity), encoding="utf-8")
+        text = report_text(results, importance, plasticity, benchmarks)
+        (folder / REPORT_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
             f"{folder}: cannot be written ({error.strerror}); the run folder must be writable and have free space"
@@ -56,7 +61,12 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
     return folder
 
 
-def report_text(results: Results, importance: UnitValues | None, plasticity: Sequence[DomainPlasticity] = ()) -> str:
+def report_text(
+    results: Results,
+    importance: UnitValues | None,
+    plasticity: Sequence[DomainPlasticity] = (),
+    benchmarks: BenchmarkMatrix | None = None,
+) -> str:
     """The Markdown text of a report."""
     sections = [_heading(results), _losses(results), _transfer(results)]
     if results.evaluations:
@@ -65,6 +75,8 @@ def report_text(results: Results, importance: UnitValues | None, plasticity: Seq
         sections.append(_mask_saturation(importance))
     if plasticity:
         sections.append(plasticity_section(plasticity))
+    if benchmarks is not None:
+        sections.append(benchmark_section(benchmarks))
     return "\n".join([*sections, _cost(results)])
 
 

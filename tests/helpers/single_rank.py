@@ -18,6 +18,9 @@ class SingleRank:
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
 
+    def main_process_first(self, prepare: Callable[[], Any]) -> Any:
+        return prepare()
+
     def run_on_main(self, do: Callable[[], Any]) -> Any:
         return do()
 

@@ -63,7 +63,7 @@ def test_check_config_invalid_value_is_error(
     assert not captured.out
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "finetune"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "finetune", "benchmark"])
 def test_commands_take_timeouts_from_config(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[timedelta, timedelta]] = []
 
@@ -74,7 +74,7 @@ def test_commands_take_timeouts_from_config(command: str, tmp_path: Path, monkey
     monkeypatch.setattr("das_ds.distributed.process_group.init_process_group", start)
     task = dict.fromkeys(("name", "train", "dev", "test"), "task")
     path = write_config(tmp_path, small_run(tmp_path, tasks=[task], runtime={"hang_timeout": 1000.0}))
-    model = [] if command == "train" else ["--model", str(tmp_path)]
+    model = [] if command in ("train", "benchmark") else ["--model", str(tmp_path)]
     output = ["--output", str(tmp_path / "scores.json")] if command == "finetune" else []
     assert main([command, "--config", str(path), *model, *output]) == 2
     assert started == [(timedelta(seconds=1000), timedelta(seconds=2120))]

@@ -22,7 +22,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 INDEX = ROOT / "docs" / "README.md"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ENTRY_POINTS = ("train", "preflight", "evaluate", "finetune")
+ENTRY_POINTS = ("train", "preflight", "evaluate", "finetune", "benchmark")
 PATH_ROOTS = (ROOT, ROOT / "das_ds")
 CODE_PATH = re.compile(r"`((?:\w+/)+\w+\.(?:py|sh|sbatch|json|md|cpp))`")
 NOT_OURS = ("base", "report", "domains", "networks", "approaches")
@@ -185,7 +185,8 @@ def test_overrides_of_commands_are_valid(page: Path, tmp_path: Path) -> None:
     for words in commands(page):
         arguments = product_call(words)
         if arguments is not None and arguments[0] != "report":  # its LABEL=RUN is no override
-            overrides = [word for word in arguments if re.fullmatch(r"[a-z][\w.]*=.*", word)]
+            values = [word for before, word in zip(["", *arguments], arguments, strict=False) if before != "--results"]
+            overrides = [word for word in values if re.fullmatch(r"[a-z][\w.]*=.*", word)]
             load_config(config, overrides)
 
 

@@ -34,6 +34,7 @@ LAYERS: tuple[str, ...] = (
     "checkpoint",
     "methods",
     "downstream",
+    "benchmark",
     "reporting",
     "training",
     "preflight",

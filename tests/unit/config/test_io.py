@@ -432,6 +432,8 @@ PATH_KEYS = (
     "tasks.0.train",
     "tasks.0.dev",
     "tasks.0.test",
+    "benchmarks.tasks.0",
+    "benchmarks.data",
     "deepspeed",
 )
 
@@ -445,6 +447,7 @@ def path_run(path: str) -> list[str]:
         "model.config=null",
         "domains=[{name: acl, train: [x.txt], valid: [x.txt]}, {name: mixed, sources: [{train: [x.txt], weight: 1}]}]",
         "tasks=[{name: t, train: x, dev: x, test: x}]",
+        "benchmarks={tasks: [x.jsonl]}",
         *(f"{key}={path}" for key in PATH_KEYS if key not in SET_ALONE and not key.startswith("model.lora")),
     ]
 

@@ -1,0 +1,125 @@
+"""Benchmarks in the report of a run: accuracy by model, and the items that each model lost and won."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from das_ds.errors import RunFolderError
+from das_ds.reporting.benchmark_matrix import BenchmarkMatrix, read_benchmark_matrix
+from das_ds.reporting.tables import Row, format_markdown
+from das_ds.run_dir import REPORT_FILE, REPORT_FOLDER
+from das_ds.storage import atomic_write
+
+HEADING = "## Benchmarks"
+NEXT_HEADING = "## Cost and versions"
+"""Section of the report that comes after this one."""
+NONE = "-"
+
+
+def benchmark_section(matrix: BenchmarkMatrix) -> str:
+    """The section of the report.
+
+    Args:
+        matrix: of the run.
+    """
+    parts = [
+        f"{HEADING}\n",
+        "Accuracy of public benchmarks by log-likelihood; `greedy` is a cloze, right where every token is the most\n"
+        "probable one. Chance is the accuracy of guessing.\n",
+        format_markdown(accuracy_rows(matrix), text_columns=(0, 1)) + "\n",
+        "Adjusted for chance, (accuracy - chance) / (1 - chance): 0 is guessing.\n",
+        format_markdown(_adjusted_rows(matrix)) + "\n",
+    ]
+    if any(value is not None for row in matrix.rows for value in row.bits_per_byte):
+        parts += ["Bits per byte of the right choice; lower is better.\n", format_markdown(_bits_rows(matrix)) + "\n"]
+    if len(transitions := _transition_rows(matrix)) > 1:
+        parts += [
+            "Items against the model before training. Adjusted numbers are shares of all items, without what guessing\n"
+            "explains (arXiv 2510.17776).\n",
+            format_markdown(transitions, text_columns=(0, 1)) + "\n",
+        ]
+    parts += [f"Left out: {sentence}.\n" for sentence in matrix.omitted]
+    return "\n".join(parts)
+
+
+def accuracy_rows(matrix: BenchmarkMatrix) -> list[Row]:
+    """Header, and a row per benchmark."""
+    header = ["benchmark", "rule", "items", "chance", *matrix.stages]
+    return [
+        header,
+        *(
+            [row.name, row.rule, str(row.num_items), _percent(row.chance), *map(_percent, row.accuracy)]
+            for row in matrix.rows
+        ),
+    ]
+
+
+def update_report(run_folder: Path) -> BenchmarkMatrix | None:
+    """Put the benchmark scores of a run into its report, if it has one; the matrix, None if no model was scored.
+
+    Raises:
+        RunFolderError: a file is damaged or cannot be written.
+    """
+    matrix = read_benchmark_matrix(run_folder)
+    path = run_folder / REPORT_FOLDER / REPORT_FILE
+    if matrix is None or not path.is_file():
+        return matrix
+    try:
+        text = replace_section(path.read_text(encoding="utf-8"), benchmark_section(matrix))
+        with atomic_write(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return matrix
+
+
+def replace_section(report: str, section: str) -> str:
+    """A report with this section in place of the one of the same heading, else in front of the last one."""
+    others = [part for part in re.split(r"^(?=## )", report, flags=re.MULTILINE) if not part.startswith(f"{HEADING}\n")]
+    position = next((n for n, part in enumerate(others) if part.startswith(NEXT_HEADING)), len(others))
+    return "".join([*others[:position], f"{section}\n", *others[position:]])
+
+
+def _adjusted_rows(matrix: BenchmarkMatrix) -> list[Row]:
+    rows: list[Row] = [["benchmark", *matrix.stages]]
+    rows += [[row.name, *map(_percent, row.adjusted)] for row in matrix.rows]
+    if matrix.mean_adjusted is not None and len(matrix.rows) > 1:
+        rows.append(["mean", *map(_percent, matrix.mean_adjusted)])
+    return rows
+
+
+def _bits_rows(matrix: BenchmarkMatrix) -> list[Row]:
+    return [["benchmark", *matrix.stages], *([row.name, *map(_number, row.bits_per_byte)] for row in matrix.rows)]
+
+
+def _transition_rows(matrix: BenchmarkMatrix) -> list[Row]:
+    rows: list[Row] = [
+        [
+            "benchmark",
+            "model",
+            "right to wrong",
+            "wrong to right",
+            "forgetting, adjusted",
+            "backward transfer, adjusted",
+        ]
+    ]
+    for row in matrix.rows:
+        for stage, transitions in zip(matrix.stages, row.transitions, strict=True):
+            if transitions is None:
+                continue
+            adjusted: Sequence[float | None] = (
+                (None, None) if row.guessing is None else transitions.adjusted(row.guessing)
+            )
+            counts = (str(transitions.right_to_wrong), str(transitions.wrong_to_right))
+            rows.append([row.name, stage, *counts, *map(_percent, adjusted)])
+    return rows
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{100.0 * value:.1f}%"
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"
