@@ -24,9 +24,6 @@ class SingleRank:
     def run_on_main(self, do: Callable[[], Any]) -> Any:
         return do()
 
-    def main_process_first(self, do: Callable[[], Any]) -> Any:
-        return do()
-
     def raise_on_all_ranks(self, failure: Exception | None) -> None:
         if failure is not None:
             raise failure
