@@ -34,6 +34,7 @@ MAX_NODES = 1_000_000
 # nor a weight beyond the order of floating-point sums. Training does not read `tasks`.
 MUTABLE_KEYS = (
     "output_dir",
+    "tracking",
     "wandb",
     "train.log_interval",
     "data.num_workers",

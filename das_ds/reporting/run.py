@@ -51,9 +51,10 @@ def report_runs(arguments: Sequence[str], output: Path, baseline: str | None, *,
 
 def _log_to_wandb(comparison: Comparison, plots: dict[str, Path], config: RunConfig, output: Path) -> None:
     """Log to a separate W&B run in the project of the first run, whose config is given."""
+    # The user asked for W&B on the command line, so at least an offline run is written.
     if config.wandb.mode == "disabled":
-        # The user asked for W&B on the command line, so at least an offline run is written.
         config = config.model_copy(update={"wandb": config.wandb.model_copy(update={"mode": "auto"})})
+    config = config.model_copy(update={"tracking": None})
     runs = [run.folder for group in comparison.groups for run in group.runs]
     job = WandbJob(output, JOB_TYPE, f"{output.resolve().name} {JOB_TYPE}", {"runs": runs})
     text_tables = {

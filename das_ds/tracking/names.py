@@ -1,5 +1,9 @@
 """Names of metrics, defined once for the code that logs them and the code that reads them."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 GLOBAL_STEP = "global_step"
 DOMAIN = "domain"
 DOMAIN_STEP = "domain_step"
@@ -55,3 +59,15 @@ def loss_part(name: str) -> str:
 def eval_loss(corpus: str) -> str:
     """Name of the held-out loss on a corpus, such as `eval/pubmed`."""
     return f"eval/{corpus}"
+
+
+def step_axis(domain: str) -> str:
+    """Name of the step within a domain, such as `pubmed/step`."""
+    return f"{domain}/step"
+
+
+def name_by_domain(metrics: Mapping[str, float | int | str]) -> dict[str, float | int | str]:
+    """Metrics of a step, prefixed with its domain; counters of the complete run keep their names."""
+    domain = str(metrics[DOMAIN])
+    names = {GLOBAL_STEP: GLOBAL_STEP, TOKENS_SEEN: TOKENS_SEEN, DOMAIN_STEP: step_axis(domain)}
+    return {names.get(name, f"{domain}/{name}"): value for name, value in metrics.items() if name != DOMAIN}

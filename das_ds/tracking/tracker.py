@@ -9,8 +9,9 @@ from types import TracebackType
 from das_ds.config import RunConfig
 from das_ds.errors import EXIT_STOPPED, DasError, StoppedError
 from das_ds.run_dir import METRICS_FILE
+from das_ds.tracking.libraries import build_job_sink, build_library_sinks
 from das_ds.tracking.sinks import JsonlSink, Metrics, Scalar, Sink
-from das_ds.tracking.wandb_sink import WandbJob, build_wandb_sink
+from das_ds.tracking.wandb_sink import WandbJob
 
 
 class Tracker(Sink):
@@ -21,6 +22,8 @@ class Tracker(Sink):
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = tuple(sinks)
+        self._last_logged = 0
+        """Last step that the sinks had before the run was resumed or rolled back to an earlier step."""
         self.failure: DasError | None = None
         """Why steps can no longer be logged. Only rank 0 logs, so the trainer raises it later on all ranks."""
 
@@ -30,7 +33,9 @@ class Tracker(Sink):
             return
         try:
             for sink in self._sinks:
-                sink.log(metrics, global_step=global_step)
+                # A sink that keeps what it has would show this step twice.
+                if sink.drops_steps or global_step > self._last_logged:
+                    sink.log(metrics, global_step=global_step)
         except DasError as error:
             self.failure = error
 
@@ -58,8 +63,13 @@ class Tracker(Sink):
         """Length of metrics.jsonl, 0 on other ranks than 0."""
         return max((sink.num_bytes() for sink in self._sinks), default=0)
 
+    def last_step(self) -> int:
+        """Last global step that was logged; 0 on other ranks than 0."""
+        return max((sink.last_step() for sink in self._sinks), default=0)
+
     def truncate_after(self, global_step: int, num_bytes: int = 0) -> None:
-        """Drop all steps after `global_step` in every sink."""
+        """Drop all steps after `global_step` in every sink, or log none that is there already."""
+        self._last_logged = self.last_step()
         for sink in self._sinks:
             sink.truncate_after(global_step, num_bytes)
 
@@ -78,28 +88,25 @@ class Tracker(Sink):
 
 
 def build_tracker(config: RunConfig, *, enabled: bool) -> Tracker:
-    """Build the tracker of a run: JSONL and, depending on `config.wandb`, W&B; empty unless `enabled` (rank 0).
+    """Build the tracker of a run: JSONL and the libraries of `config.tracking`; empty unless `enabled` (rank 0).
 
     Raises:
         RunFolderError: `metrics.jsonl` cannot be opened; the run folder must exist.
-        ConfigError: W&B is required but not installed.
+        ConfigError: a library that the config asks for is not installed.
     """
     if not enabled:
         return Tracker()
-    sinks: list[Sink] = [JsonlSink(config.output_dir / METRICS_FILE)]
-    wandb_sink = build_wandb_sink(config)
-    if wandb_sink is not None:
-        sinks.append(wandb_sink)
-    return Tracker(sinks)
+    # JSONL first: a step that another sink has is then in the file.
+    return Tracker([JsonlSink(config.output_dir / METRICS_FILE), *build_library_sinks(config)])
 
 
 def build_job_tracker(config: RunConfig, job: WandbJob, *, enabled: bool) -> Tracker:
-    """Build the tracker of a job other than training: only W&B, depending on `config.wandb`; empty unless `enabled`.
+    """Build the tracker of a job other than training: only W&B, if the run logs to it; empty unless `enabled`.
 
     Raises:
-        ConfigError: W&B is required but not installed.
+        ConfigError: the config asks for W&B, which is not installed.
     """
-    sink = build_wandb_sink(config, job) if enabled else None
+    sink = build_job_sink(config, job) if enabled else None
     return Tracker([] if sink is None else [sink])
 
 
