@@ -27,6 +27,7 @@ from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, 
 
 if TYPE_CHECKING:
     from das_ds.distributed.process_group import ProcessGroup
+from das_ds.run_dir import REPORT_FILE, REPORT_FOLDER, RESULTS_FILE
 
 LEAST_START_TIMEOUT = timedelta(minutes=2)
 """Ranks import the same libraries at different speeds."""
@@ -87,7 +88,7 @@ def _train(config: RunConfig, _: argparse.Namespace) -> None:
     ranks.close()
     if ranks.info.is_main:
         state = "complete" if results.complete else "incomplete"
-        print(f"run {state}: {config.output_dir / 'results.json'}, {config.output_dir / 'report' / 'report.md'}")
+        print(f"run {state}: {config.output_dir / RESULTS_FILE}, {config.output_dir / REPORT_FOLDER / REPORT_FILE}")
 
 
 def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
@@ -109,6 +110,7 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
 
     tasks = select_tasks(config.tasks, options.task)
     path = resolve_scores_path(config, options.model, options.output)
+    from das_ds.reporting.run_report import refresh_page
     # The head of a classifier is new by nature; transformers would report it for every job.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -119,6 +121,10 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
         print(json.dumps(summarize_scores(scores, tasks)))
 
 
+        # The scores of a run are in base/ or domains/<ii>_<name>/ of its folder.
+        for folder in path.resolve().parents[1:3]:
+            if (folder / RESULTS_FILE).exists() and (folder / REPORT_FOLDER).is_dir():
+                refresh_page(folder)
 def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     from datetime import timedelta
 

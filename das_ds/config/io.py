@@ -165,6 +165,17 @@ def identity_values(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in _flatten(resolved_dict(config)) if not _is_mutable(key)}
 
 
+def values_set(config: RunConfig) -> dict[str, str]:
+    """Dotted key -> value as text, for the keys that are required or differ from their default."""
+    rows = config_keys(config.method.name)
+    values = dict(_flatten(resolved_dict(config)))
+    return {
+        key: _shown(values, key)
+        for key, value in values.items()
+        if (row := rows.get(table_key(key))) is None or row.required or row.default != value
+    }
+
+
 def method_defaults(name: str) -> dict[str, Any]:
     """Dotted key -> plain default value, for every key of the section `method` of one method."""
     return dict(_flatten(parse_method(name).model_dump(mode="json", by_alias=True), METHOD))

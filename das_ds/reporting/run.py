@@ -15,7 +15,7 @@ from das_ds.reporting.group_runs import compare_runs
 from das_ds.reporting.load_runs import load_run
 from das_ds.reporting.metrics import available_metrics, estimate_metric
 from das_ds.reporting.tables import format_plain
-from das_ds.run_dir import COMPARISON_FILE, REPORT_FILE
+from das_ds.run_dir import COMPARISON_FILE, HTML_REPORT_FILE, REPORT_FILE
 from das_ds.tracking.sinks import Scalar
 from das_ds.tracking.tracker import build_job_tracker
 from das_ds.tracking.wandb_sink import WandbJob
@@ -24,7 +24,7 @@ JOB_TYPE = "report"
 
 
 def report_runs(arguments: Sequence[str], output: Path, baseline: str | None, *, wandb: bool) -> Comparison:
-    """Compare runs, write comparison.json, report.md and plots, and print the main table.
+    """Compare runs, write comparison.json, report.md, index.html and plots, and print the main table.
 
     Args:
         arguments: run folders, or LABEL=RUN.
@@ -45,7 +45,7 @@ def report_runs(arguments: Sequence[str], output: Path, baseline: str | None, *,
     print(format_plain(tables.summary_rows(comparison)))
     for note in comparison.notes:
         print(f"note: {note}")
-    print(f"report: {output / REPORT_FILE}, {output / COMPARISON_FILE}")
+    print(f"report: {output / REPORT_FILE}, {output / HTML_REPORT_FILE}, {output / COMPARISON_FILE}")
     return comparison
 
 
