@@ -184,10 +184,30 @@ def method_defaults(name: str) -> dict[str, Any]:
 def describe_config() -> str:
     """Every key that all runs have, with its allowed values, default and meaning, as the text of `--help`."""
     intro = (
-        "Keys of the run config; in a list of domains, 0 is the position. The other keys of `method` depend on "
-        "its name:\n`das-ds methods` lists the methods, `das-ds methods NAME` the keys of one."
+        "Keys of the run config; `--help SECTION` prints those of one section. In a list of domains, 0 is the "
+        "position; a list\nof one text may be written as that text. The other keys of `method` depend on its name: "
+        "`das-ds methods` lists the\nmethods, `das-ds methods NAME` the keys of one."
     )
     return _table(intro, list(config_keys().values()))
+
+
+def describe_section(section: str) -> str:
+    """The keys of one section, or one key, as the text of `--help SECTION`.
+
+    Args:
+        section: dotted, such as `train` or `model.lora`.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    rows = [row for row in config_keys().values() if f"{row.key}.".startswith(f"{table_key(section)}.")]
+    if not rows:
+        nearest = nearest_keys(section)
+        sections = dict.fromkeys(row.key.partition(".")[0] for row in config_keys().values())
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"allowed: {', '.join(sections)}"
+        raise ConfigError(f"--help {section}: found no such section; {hint}")
+    other = " Its other keys depend on the method: `das-ds methods NAME`." if section == METHOD else ""
+    return _table(f"Keys of {section}.{other}\n", rows)
 
 
 def describe_method(name: str) -> str:
@@ -266,6 +286,9 @@ def _descend(node: Any, name: str, key: str, next_name: str) -> Any:
         child = row.default if row is not None else None
     if child is None:
         child = [] if next_name.isdecimal() else {}
+    if isinstance(child, str) and next_name.isdecimal():
+        # A list of one text may be given as that text.
+        child = [child]
     if not isinstance(child, dict | list):
         raise ConfigError(f"override {key}.{next_name}: {key} is {_found(child)}, a value without keys below it")
     child = child.copy()

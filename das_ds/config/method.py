@@ -112,6 +112,7 @@ class MethodRegistry(Protocol):
 
     METHODS: dict[str, MethodClass]
     DEFAULT_METHOD: str
+    FIRST_CHOICE: str
 
 
 def load_methods() -> MethodRegistry:
