@@ -41,7 +41,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "tensorboard": ["tensorboard>=2.18"],
         "mlflow": ["mlflow>=3.0"],
-        "trackio": ["trackio>=0.20"],
+        "trackio": ["trackio>=0.40"],
         "lora": ["peft>=0.19"],
         "dev": [
             "triton>=3.6",

@@ -17,15 +17,8 @@ import yaml
 from das_ds import __version__
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
-from das_ds.config.io import (
-    describe_config,
-    describe_method,
-    describe_methods,
-    describe_section,
-    load_config,
-    read_mapping,
-    resolved_dict,
-)
+from das_ds.config.help import describe_config, describe_method, describe_methods, describe_section
+from das_ds.config.io import load_config, read_mapping, resolved_dict
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
 from das_ds.run_dir import REPORT_FILE, REPORT_FOLDER, RESULTS_FILE
 

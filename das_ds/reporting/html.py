@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import tempfile
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from das_ds.reporting.document import Document, Plot
@@ -20,6 +21,11 @@ MAX_OPACITY = 0.6
 
 def render_html(document: Document) -> str:
     """The page of a report; everything in it that is not from das_ds is escaped."""
+    return _template().render(document=document)
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -28,7 +34,7 @@ def render_html(document: Document) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"code": _mark_code, "svg": _inline_svg, "color": _color, "anchor": _anchor}
-    return environment.get_template(TEMPLATE).render(document=document)
+    return environment.get_template(TEMPLATE)
 
 
 def _mark_code(text: str) -> Markup:

@@ -8,12 +8,10 @@ import pytest
 import yaml
 
 from das_ds.config import RunConfig
+from das_ds.config.help import describe_config, describe_method, describe_methods
 from das_ds.config.io import (
     config_differences,
     config_values,
-    describe_config,
-    describe_method,
-    describe_methods,
     dump_config,
     load_config,
     resolved_dict,
