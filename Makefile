@@ -38,8 +38,8 @@ test-full: setup
 	$(BIN)/pytest $(TEST_OPTIONS) tests/full tests/smoke tests/unit
 	$(MAKE) test-slow
 
-# Launchers, hang time-outs, two hosts (iproute2) and a SLURM cluster (slurm-wlm, munge): one at a time, as they measure
-# time. Tests whose system packages are missing are skipped and say which.
+# Launchers, hang time-outs, two hosts (iproute2), a SLURM cluster (slurm-wlm, munge) and a browser (chromium): one at a
+# time, as they measure time. Tests whose system packages are missing are skipped and say which.
 test-slow: setup
 	$(BIN)/pytest -q -m "not gpu" tests/slow
 

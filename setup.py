@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["das_ds", "das_ds.*"]),
-    package_data={"das_ds.kernels.native": ["*.cpp"]},
+    package_data={"das_ds.kernels.native": ["*.cpp"], "das_ds.reporting": ["*.jinja"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=2.0",
@@ -26,6 +26,7 @@ setup(
         "pydantic>=2.10",
         "PyYAML>=6.0",
         "matplotlib>=3.9",
+        "Jinja2>=3.1",
         "tqdm>=4.66",
         "huggingface_hub>=1.31",
         "xxhash>=3.0",
@@ -38,11 +39,15 @@ setup(
         # 0.8.1 and older give wrong gradients of per-token losses, see das_ds/kernels/dispatch.py.
         "liger": ["triton>=3.6", "liger-kernel>=0.8.2"],
         "wandb": ["wandb>=0.20"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "mlflow": ["mlflow>=3.0"],
+        "trackio": ["trackio>=0.40"],
         "lora": ["peft>=0.19"],
         "dev": [
             "triton>=3.6",
             "liger-kernel>=0.8.2",
             "peft>=0.19",
+            "tensorboard>=2.18",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -7,23 +7,20 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
+from das_ds import __version__
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
-from das_ds.config.io import (
-    describe_config,
-    describe_method,
-    describe_methods,
-    load_config,
-    read_mapping,
-    resolved_dict,
-)
+from das_ds.config.help import describe_config, describe_method, describe_methods, describe_section
+from das_ds.config.io import load_config, read_mapping, resolved_dict
 from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
+from das_ds.run_dir import REPORT_FILE, REPORT_FOLDER, RESULTS_FILE
 
 if TYPE_CHECKING:
     from das_ds.distributed.process_group import ProcessGroup
@@ -87,7 +84,7 @@ def _train(config: RunConfig, _: argparse.Namespace) -> None:
     ranks.close()
     if ranks.info.is_main:
         state = "complete" if results.complete else "incomplete"
-        print(f"run {state}: {config.output_dir / 'results.json'}, {config.output_dir / 'report' / 'report.md'}")
+        print(f"run {state}: {config.output_dir / RESULTS_FILE}, {config.output_dir / REPORT_FOLDER / REPORT_FILE}")
 
 
 def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
@@ -106,6 +103,7 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.downstream.run import finetune_model, resolve_scores_path
     from das_ds.downstream.scores import summarize_scores
     from das_ds.downstream.tasks import select_tasks
+    from das_ds.reporting.run_report import refresh_page
 
     tasks = select_tasks(config.tasks, options.task)
     path = resolve_scores_path(config, options.model, options.output)
@@ -116,6 +114,10 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     scores = finetune_model(config, ranks, options.model, tasks, path)
     ranks.close()
     if ranks.info.is_main:
+        # The scores of a run are in base/ or domains/<ii>_<name>/ of its folder.
+        for folder in path.resolve().parents[1:3]:
+            if (folder / RESULTS_FILE).exists() and (folder / REPORT_FOLDER).is_dir():
+                refresh_page(folder)
         print(json.dumps(summarize_scores(scores, tasks)))
 
 
@@ -156,6 +158,20 @@ def _plan(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.preflight.plan_command import run_plan
 
     run_plan(config, options)
+
+
+def _init(options: argparse.Namespace) -> None:
+    from das_ds.new_config import write_new_config
+
+    write_new_config(options.output, options.model, options.domain, options.general, options.method)
+    print(f"wrote {options.output}; next: das-ds preflight --config {options.output}")
+
+
+def _status(options: argparse.Namespace) -> None:
+    from das_ds.training.status import read_status
+
+    status = read_status(options.run)
+    print(json.dumps(asdict(status)) if options.json else "\n".join(status.lines()))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -213,11 +229,26 @@ class _CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
 
+class _ConfigHelp(argparse.Action):
+    """`--help` of a command that takes a config: everything, or with an argument the keys of one section."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if values is None:
+            parser.print_help()
+            parser.exit()
+        try:
+            print(describe_section(values))
+        except ConfigError as error:
+            parser.exit(EXIT_USER_ERROR, f"das_ds: {error}\n")
+        parser.exit()
+
+
 _Commands: TypeAlias = "argparse._SubParsersAction[_CommandParser]"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _CommandParser(prog="das-ds", description="Continual pre-training without forgetting.")
+    parser.add_argument("--version", action="version", version=f"das_ds {__version__}")
     # The DeepSpeed launcher puts it first when it starts a module (`deepspeed --module das_ds train ...`).
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands: _Commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -233,6 +264,8 @@ def _parser() -> argparse.ArgumentParser:
         _check_config,
         "check a config and its DeepSpeed file without ranks, text or model, and print it with all defaults",
     )
+    _add_init(commands)
+    _add_status(commands)
     _add_report(commands)
     _add_methods(commands)
     _add_inspect(commands)
@@ -244,9 +277,11 @@ def _add_config_command(
 ) -> _CommandParser:
     """A command that takes a run config and overrides."""
     command = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
     )
     command.lists_config_keys = True
+    text = "show this help; with a SECTION such as train, only its config keys"
+    command.add_argument("-h", "--help", action=_ConfigHelp, nargs="?", metavar="SECTION", help=text)
     command.set_defaults(action=action)
     command.add_argument("--config", required=True, type=Path, help="run config (YAML)")
     command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
@@ -307,6 +342,27 @@ def _add_plan(commands: _Commands) -> None:
     command.add_argument("--host-memory", type=float, metavar="GIB", help="host memory of a node; default: not checked")
     command.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in any currency; default: no cost")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_init(commands: _Commands) -> None:
+    text = "write a run config with comments for a model and folders of text"
+    command = commands.add_parser("init", help=text, description=text)
+    command.set_defaults(action=_init)
+    command.add_argument("--model", required=True, help="model folder or hub name")
+    text = "domains in the order of learning; PATH is a folder of text, a file, a glob or a hub data set"
+    command.add_argument("--domain", required=True, nargs="+", action="extend", metavar="NAME=PATH", help=text)
+    command.add_argument("--general", metavar="PATH", help="general text, which is only evaluated; default: none")
+    command.add_argument("--method", metavar="NAME", help="see `das-ds methods`; default: the one to try first")
+    text = "file to write, which must not exist; default: run.yaml"
+    command.add_argument("--output", type=Path, default=Path("run.yaml"), metavar="FILE", help=text)
+
+
+def _add_status(commands: _Commands) -> None:
+    text = "print where a run is, from the files in its folder: phase, step, time left, losses, newest checkpoint"
+    command = commands.add_parser("status", help=text, description=text)
+    command.set_defaults(action=_status)
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_report(commands: _Commands) -> None:

@@ -35,12 +35,19 @@ BASE_FOLDER = "base"
 PLASTICITY_FILE = "plasticity.json"
 """What earlier domains leave one domain to learn, in its folder."""
 METRICS_FILE = "metrics.jsonl"
+LAST_STEP_FILE = "metrics.last_step"
+"""Last step that was ever logged, once metrics.jsonl has been cut at an earlier one."""
 WANDB_RUN_ID_FILE = "wandb_run_id"
+MLFLOW_RUN_ID_FILE = "mlflow_run_id"
+TRACKIO_RUN_NAME_FILE = "trackio_run_name"
+TRACKING_ID_FILES = (WANDB_RUN_ID_FILE, MLFLOW_RUN_ID_FILE, TRACKIO_RUN_NAME_FILE)
+"""Each has the name under which a library continues the run."""
 LOSS_MATRIX_PLOT = "loss_matrix.png"
 CURVES_PLOT = "curves.png"
 IMPORTANCE_PLOT = "importance.png"
 PLASTICITY_PLOT = "plasticity.png"
 REPORT_FILE = "report.md"
+HTML_REPORT_FILE = "index.html"
 CHECKPOINTS_DIR = "checkpoints"
 STAGING_PREFIX = ".partial-"
 """Beginning of the name of a checkpoint that is being written."""
@@ -49,6 +56,9 @@ REPLACED_CONFIG_FILE = "config.replaced.yaml"
 REVISIONS_FILE = "revisions.json"
 """Commits of the hub's models and data sets that the run began with."""
 WANDB_FOLDER = "wandb"
+TENSORBOARD_FOLDER = "tensorboard"
+MLFLOW_FOLDER = "mlflow"
+"""Database and artifacts, unless MLFLOW_TRACKING_URI names another place."""
 HANG_REPORT = "hang-rank"
 """Beginning of the names of the watchdog's stack dumps."""
 
@@ -143,7 +153,7 @@ def open_run_dir(config: RunConfig) -> RunDir:
             if recorded.exists():
                 logger.warning("%s: nothing was trained there yet; its config is replaced by that of this start", root)
                 recorded.replace(root / REPLACED_CONFIG_FILE)
-            for name in (WANDB_RUN_ID_FILE, REVISIONS_FILE):
+            for name in (*TRACKING_ID_FILES, REVISIONS_FILE):
                 (root / name).unlink(missing_ok=True)
             dump_config(config, recorded)
     except OSError as error:
@@ -197,5 +207,6 @@ def _is_of_a_failed_start(path: Path) -> bool:
         return not path.stat().st_size
     if path.name == CHECKPOINTS_DIR:
         return all(entry.name.startswith(STAGING_PREFIX) for entry in path.iterdir())
-    names = (CONFIG_FILE, REPLACED_CONFIG_FILE, REVISIONS_FILE, WANDB_RUN_ID_FILE, WANDB_FOLDER)
+    folders = (WANDB_FOLDER, TENSORBOARD_FOLDER, MLFLOW_FOLDER)
+    names = (CONFIG_FILE, REPLACED_CONFIG_FILE, REVISIONS_FILE, *TRACKING_ID_FILES, *folders)
     return path.name in names or path.name.startswith(HANG_REPORT)

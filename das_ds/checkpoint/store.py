@@ -9,13 +9,16 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from das_ds.checkpoint.manifest import FileRecord, Manifest, read_manifest
-from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import CheckpointError
 from das_ds.run_dir import STAGING_PREFIX
 from das_ds.storage import checksum, sync, sync_all
 from das_ds.thread_guard import ThreadGuard
+
+if TYPE_CHECKING:
+    from das_ds.distributed.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """The run config; the docstrings of its fields are the text that `--help` prints.
 
-Reading, overriding and writing configs is `config/io.py`, the table of all keys `config/schema.py`.
+Reading, overriding and writing configs is `config/io.py`, the table of all keys `config/schema.py`, their help
+`config/help.py`.
 """
 
 from das_ds.config.architecture import (

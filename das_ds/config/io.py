@@ -6,10 +6,8 @@ allowed values; several mistakes are reported together.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from das_ds.config.schema import METHOD, ConfigKey, config_keys, method_keys, me
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.user_files import read_text
 
-HELP_WIDTH = 120
 MAX_FOUND_LENGTH = 80
 MAX_DEPTH = 50
 MAX_NODES = 1_000_000
@@ -34,6 +31,7 @@ MAX_NODES = 1_000_000
 # nor a weight beyond the order of floating-point sums. Training reads neither `tasks` nor `benchmarks`.
 MUTABLE_KEYS = (
     "output_dir",
+    "tracking",
     "wandb",
     "train.log_interval",
     "data.num_workers",
@@ -165,37 +163,20 @@ def identity_values(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in _flatten(resolved_dict(config)) if not _is_mutable(key)}
 
 
+def values_set(config: RunConfig) -> dict[str, str]:
+    """Dotted key -> value as text, for the keys that are required or differ from their default."""
+    rows = config_keys(config.method.name)
+    values = dict(_flatten(resolved_dict(config)))
+    return {
+        key: _shown(values, key)
+        for key, value in values.items()
+        if (row := rows.get(table_key(key))) is None or row.required or row.default != value
+    }
+
+
 def method_defaults(name: str) -> dict[str, Any]:
     """Dotted key -> plain default value, for every key of the section `method` of one method."""
     return dict(_flatten(parse_method(name).model_dump(mode="json", by_alias=True), METHOD))
-
-
-def describe_config() -> str:
-    """Every key that all runs have, with its allowed values, default and meaning, as the text of `--help`."""
-    intro = (
-        "Keys of the run config; in a list of domains, 0 is the position. The other keys of `method` depend on "
-        "its name:\n`das-ds methods` lists the methods, `das-ds methods NAME` the keys of one."
-    )
-    return _table(intro, list(config_keys().values()))
-
-
-def describe_method(name: str) -> str:
-    """Every key of the section `method` for one method, as the text of `das-ds methods NAME`.
-
-    Raises:
-        ConfigError: unknown name.
-    """
-    configs = method_configs()
-    if name not in configs:
-        raise ConfigError(f"method.name: found {name!r}, allowed: {' | '.join(configs)}")
-    return _table(f"{_summary(name)}\n", list(method_keys(name)))
-
-
-def describe_methods() -> str:
-    """Name and purpose of every method, as the text of `das-ds methods`."""
-    names = list(method_configs())
-    width = max(map(len, names)) + 2
-    return "\n".join(f"{name:<{width}}{_summary(name)}" for name in names)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -255,6 +236,9 @@ def _descend(node: Any, name: str, key: str, next_name: str) -> Any:
         child = row.default if row is not None else None
     if child is None:
         child = [] if next_name.isdecimal() else {}
+    if isinstance(child, str) and next_name.isdecimal():
+        # A list of one text may be given as that text.
+        child = [child]
     if not isinstance(child, dict | list):
         raise ConfigError(f"override {key}.{next_name}: {key} is {_found(child)}, a value without keys below it")
     child = child.copy()
@@ -351,26 +335,3 @@ def _shown(values: dict[str, Any], key: str) -> str:
 
 def _is_mutable(key: str) -> bool:
     return any(key == mutable or key.startswith(f"{mutable}.") for mutable in MUTABLE_KEYS)
-
-
-def _summary(method: str) -> str:
-    """First line of the docstring of a method's config."""
-    return str(method_configs()[method].__doc__).partition("\n")[0]
-
-
-def _table(intro: str, rows: list[ConfigKey]) -> str:
-    width = max(len(row.key) for row in rows) + 2
-    return "\n".join([intro, *(_described(row, width) for row in rows)])
-
-
-def _described(row: ConfigKey, width: int) -> str:
-    lines = textwrap.wrap(row.meaning, HELP_WIDTH - width)
-    if not row.is_section:
-        value = f"{row.allowed}; {'required' if row.required else f'default {_plain(row.default)}'}"
-        lines = textwrap.wrap(value, HELP_WIDTH - width) + lines
-    gap = "\n" if row.is_section or not row.section else ""
-    return f"{gap}{row.key:<{width}}" + f"\n{' ' * width}".join(lines)
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

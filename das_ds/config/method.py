@@ -116,6 +116,7 @@ class MethodRegistry(Protocol):
 
     METHODS: dict[str, MethodClass]
     DEFAULT_METHOD: str
+    FIRST_CHOICE: str
 
     def validate_method(self, config: Any, engine_config: Any) -> None:
         """See `das_ds.methods.validate_method`."""

@@ -14,7 +14,14 @@ from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig
 from das_ds.config.domain import DomainConfig
 from das_ds.config.method import AnyMethodConfig, parse_method
 from das_ds.config.model import ModelConfig
-from das_ds.config.runtime import CheckpointConfig, ExportConfig, FaultsConfig, RuntimeConfig, WandbConfig
+from das_ds.config.runtime import (
+    CheckpointConfig,
+    ExportConfig,
+    FaultsConfig,
+    RuntimeConfig,
+    TrackingLibrary,
+    WandbConfig,
+)
 from das_ds.config.section import FolderPath, Section
 from das_ds.config.stage import Stage
 from das_ds.config.tasks import TaskConfig
@@ -49,6 +56,8 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     faults: FaultsConfig = FaultsConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    tracking: list[TrackingLibrary] | None = None
+    """Libraries that get the metrics beside metrics.jsonl; null: W&B as `wandb.mode` says; []: none."""
     wandb: WandbConfig = WandbConfig()
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of weights, data order, corruption and dropout."""
@@ -207,6 +216,17 @@ class RunConfig(Section):
                 TrainConfig.model_validate({**self.train.model_dump(), **domain.schedule})
             except ValidationError as error:
                 raise ValueError(f"{key}: {error.errors()[0]['ctx']['error']}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _tracking_is_consistent(self) -> RunConfig:
+        names = self.tracking or []
+        if len(set(names)) < len(names):
+            raise ValueError(f"tracking: found {', '.join(names)}, allowed: each once")
+        if "wandb" in names and self.wandb.mode == "disabled":
+            raise ValueError(
+                "tracking: found wandb with wandb.mode disabled, allowed: another wandb.mode, or tracking without wandb"
+            )
         return self
 
     @model_validator(mode="after")

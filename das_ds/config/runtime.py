@@ -1,4 +1,4 @@
-"""Runtime: checkpoints, export, faults, hang watchdog, signals and W&B."""
+"""Runtime: checkpoints, export, faults, hang watchdog, signals and metric tracking."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from das_ds.config.section import Section
 
 SignalName = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]
+TrackingLibrary = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 
 
 class CheckpointConfig(Section):
@@ -78,7 +79,7 @@ class RuntimeConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases."""
+    """Weights & Biases, if `tracking` lists it or is null."""
 
     project: str = "das_ds"
     """W&B project."""

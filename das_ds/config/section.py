@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -21,7 +21,10 @@ FolderPath = Annotated[Path, AfterValidator(lambda path: Path(expand_path(str(pa
 
 
 class Section(BaseModel):
-    """A group of keys; unknown keys are errors, and values are immutable."""
+    """A group of keys; unknown keys are errors, and values are immutable.
+
+    A list of texts that has one entry may be given as that text.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -34,6 +37,13 @@ class Section(BaseModel):
     largest: ClassVar[dict[str, int]] = {}
     """Field -> limit of its integers where it is not `LARGEST_INTEGER`."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_text_is_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "fields have names"
+        is_list = isinstance(value, str) and _is_list_of_texts(cls.model_fields[info.field_name].annotation)
+        return [value] if is_list else value
+
     @field_validator("*")
     @classmethod
     def _integers_are_bounded(cls, value: Any, info: ValidationInfo) -> Any:
@@ -44,3 +54,16 @@ class Section(BaseModel):
                 found = item if abs(item) < 10**30 else f"an integer of {item.bit_length()} bits"
                 raise ValueError(f"found {found}, allowed: at most {limit}")
         return value
+
+
+def _is_list_of_texts(annotation: Any) -> bool:
+    """Whether a field takes a list of texts (or null), and no single text with another meaning."""
+    options = [annotation, *get_args(annotation)] if get_origin(annotation) is not list else [annotation]
+    items = [get_args(option)[0] for option in options if get_origin(option) is list]
+    return str not in options and any(item is str or _is_text(item) for item in items)
+
+
+def _is_text(item: Any) -> bool:
+    if get_origin(item) is Annotated:
+        return get_args(item)[0] is str
+    return get_origin(item) is Literal and all(isinstance(choice, str) for choice in get_args(item))

@@ -53,6 +53,8 @@ METHODS: dict[str, type[Method[Any]]] = {
     "stm": STM,
 }
 DEFAULT_METHOD = "das"
+FIRST_CHOICE = "directions"
+"""The method of a config that `das-ds init` writes."""
 
 
 def method_class(settings: MethodConfig) -> type[Method[Any]]:

@@ -1,4 +1,4 @@
-"""Preflight checks of the ranks' environment: network, clocks, versions, and settings at this number of ranks."""
+"""Preflight checks of the ranks' environment: network, clocks, versions, metrics, and settings."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from das_ds.errors import PreflightError
 from das_ds.methods import method_class
 from das_ds.preflight.checks import Checklist
 from das_ds.preflight.peers import LinkSpeed, PeerCheck
+from das_ds.tracking.libraries import import_libraries
 from das_ds.versions import library_versions
 
 MAX_SKEW_S = 5.0
@@ -81,6 +82,17 @@ def check_versions(
         return "; ".join(f"{name} {expected[name]}" for name in ("python", "torch", "deepspeed", "transformers"))
 
     checks.run("versions", "the same libraries, das_ds and config on all ranks", probe, summarize)
+
+
+def check_tracking(checks: Checklist, config: RunConfig, rank: int) -> None:
+    """Libraries that get the metrics, which only rank 0 needs."""
+
+    def probe() -> str:
+        modules = import_libraries(config) if rank == 0 else {}
+        missing = " (wandb is not installed, which wandb.mode auto allows)" if None in modules.values() else ""
+        return ", ".join(["metrics.jsonl", *(name for name, module in modules.items() if module)]) + missing
+
+    checks.run("tracking", "all libraries in tracking to be installed", probe, lambda found: found[0])
 
 
 def check_settings(checks: Checklist, config: RunConfig, num_ranks: int) -> EngineConfig | None:

@@ -9,7 +9,14 @@ from das_ds.config import RunConfig
 from das_ds.errors import PreflightError
 from das_ds.preflight.checks import Checklist, CheckResult
 from das_ds.preflight.corpora import check_corpora
-from das_ds.preflight.environment import check_clocks, check_method_files, check_network, check_settings, check_versions
+from das_ds.preflight.environment import (
+    check_clocks,
+    check_method_files,
+    check_network,
+    check_settings,
+    check_tracking,
+    check_versions,
+)
 from das_ds.preflight.memory import check_memory, check_model
 from das_ds.preflight.output_dir import check_disk, check_folder
 from das_ds.preflight.peers import PeerCheck
@@ -32,6 +39,7 @@ def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list
     check_network(checks, peers)
     check_clocks(checks, peers)
     check_versions(checks, config)
+    check_tracking(checks, config, info.rank)
     engine = check_settings(checks, config, info.world_size)
     check_method_files(checks, config)
     is_usable = check_folder(checks, config, peers)

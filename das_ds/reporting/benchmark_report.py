@@ -8,40 +8,43 @@ from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.reporting.benchmark_matrix import BenchmarkMatrix, read_benchmark_matrix
-from das_ds.reporting.tables import Row, format_markdown
+from das_ds.reporting.document import Block, Section, Table, Text, section_markdown
+from das_ds.reporting.tables import Row
 from das_ds.run_dir import REPORT_FILE, REPORT_FOLDER
 from das_ds.storage import atomic_write
 
-HEADING = "## Benchmarks"
+TITLE = "Benchmarks"
+HEADING = f"## {TITLE}"
 NEXT_HEADING = "## Cost and versions"
 """Section of the report that comes after this one."""
 NONE = "-"
 
 
-def benchmark_section(matrix: BenchmarkMatrix) -> str:
+def benchmark_section(matrix: BenchmarkMatrix) -> Section:
     """The section of the report.
 
     Args:
         matrix: of the run.
     """
-    parts = [
-        f"{HEADING}\n",
-        "Accuracy of public benchmarks by log-likelihood; `greedy` is a cloze, right where every token is the most\n"
-        "probable one. Chance is the accuracy of guessing.\n",
-        format_markdown(accuracy_rows(matrix), text_columns=(0, 1)) + "\n",
-        "Adjusted for chance, (accuracy - chance) / (1 - chance): 0 is guessing.\n",
-        format_markdown(_adjusted_rows(matrix)) + "\n",
+    blocks: list[Block] = [
+        Text(
+            "Accuracy of public benchmarks by log-likelihood; `greedy` is a cloze, right where every token is the\n"
+            "most probable one. Chance is the accuracy of guessing."
+        ),
+        Table(accuracy_rows(matrix), text_columns=(0, 1)),
+        Text("Adjusted for chance, (accuracy - chance) / (1 - chance): 0 is guessing."),
+        Table(_adjusted_rows(matrix)),
     ]
     if any(value is not None for row in matrix.rows for value in row.bits_per_byte):
-        parts += ["Bits per byte of the right choice; lower is better.\n", format_markdown(_bits_rows(matrix)) + "\n"]
+        blocks += [Text("Bits per byte of the right choice; lower is better."), Table(_bits_rows(matrix))]
     if len(transitions := _transition_rows(matrix)) > 1:
-        parts += [
+        text = (
             "Items against the model before training. Adjusted numbers are shares of all items, without what guessing\n"
-            "explains (arXiv 2510.17776).\n",
-            format_markdown(transitions, text_columns=(0, 1)) + "\n",
-        ]
-    parts += [f"Left out: {sentence}.\n" for sentence in matrix.omitted]
-    return "\n".join(parts)
+            "explains (arXiv 2510.17776)."
+        )
+        blocks += [Text(text), Table(transitions, text_columns=(0, 1))]
+    blocks += [Text(f"Left out: {sentence}.") for sentence in matrix.omitted]
+    return Section(TITLE, blocks)
 
 
 def accuracy_rows(matrix: BenchmarkMatrix) -> list[Row]:
@@ -67,7 +70,7 @@ def update_report(run_folder: Path) -> BenchmarkMatrix | None:
     if matrix is None or not path.is_file():
         return matrix
     try:
-        text = replace_section(path.read_text(encoding="utf-8"), benchmark_section(matrix))
+        text = replace_section(path.read_text(encoding="utf-8"), section_markdown(benchmark_section(matrix)))
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -1,28 +1,25 @@
-"""The report of a comparison: report.md and its plots, rendered from the model in comparison.json."""
+"""The report of a comparison: report.md and its plots, and index.html, rendered from the model in comparison.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.reporting import comparison_tables as tables
 from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.comparison_plots import plot_loss_matrices, plot_mask_saturation, plot_overlap, plot_pareto
+from das_ds.reporting.document import Bullets, Document, Plot, Section, Table, Text
+from das_ds.reporting.html import render_html
 from das_ds.reporting.metrics import baseline_sweep
-from das_ds.reporting.tables import Row, format_markdown
-from das_ds.run_dir import COMPARISON_FILE, REPORT_FILE
+from das_ds.run_dir import COMPARISON_FILE, HTML_REPORT_FILE, REPORT_FILE
 
-PARETO = "pareto"
-LOSS_MATRICES = "loss_matrices"
-OVERLAP = "overlap"
-MASK_SATURATION = "mask_saturation"
 MIN_SIGNIFICANT_PAIRS = 6
 """Pairs from which a single sign-flip test can reach a p-value below 0.05."""
 
 
 def write_comparison_report(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Write comparison.json, report.md and the plots into a folder, which is created if needed.
+    """Write comparison.json, report.md with its plots and index.html into a folder, which is created if needed.
 
     Returns:
         Name -> PNG file of each plot.
@@ -30,13 +27,14 @@ def write_comparison_report(comparison: Comparison, folder: Path) -> dict[str, P
     Raises:
         RunFolderError: the folder cannot be written or is full.
     """
-    plots = _plots(comparison)
-    paths = {name: folder / _png_name(name) for name in plots}
+    document = _document(comparison)
+    paths = {plot.name: folder / f"{plot.name}.png" for plot in document.plots("markdown")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, plot in plots.items():
-            plot(comparison, paths[name])
-        (folder / REPORT_FILE).write_text(report_text(comparison), encoding="utf-8")
+        for plot in document.plots("markdown"):
+            plot.draw(paths[plot.name])
+        (folder / REPORT_FILE).write_text(document.markdown(), encoding="utf-8")
+        (folder / HTML_REPORT_FILE).write_text(render_html(document), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
             f"--output {folder}: cannot be written ({error.strerror}); expected a folder with free space"
@@ -47,8 +45,11 @@ def write_comparison_report(comparison: Comparison, folder: Path) -> dict[str, P
 
 def report_text(comparison: Comparison) -> str:
     """The report in Markdown."""
+    return _document(comparison).markdown()
+
+
+def _document(comparison: Comparison) -> Document:
     sections = [
-        _heading(comparison),
         _summary(comparison),
         _differences(comparison),
         _matched_baseline(comparison),
@@ -58,7 +59,15 @@ def report_text(comparison: Comparison) -> str:
         _cost(comparison),
         _notes(comparison),
     ]
-    return "\n".join(section for section in sections if section)
+    text = (
+        "Losses are nats per predicted token on held-out text; lower is better. Runs of one group differ only in\n"
+        "their seed."
+    )
+    return Document(
+        title=f"Runs over {' -> '.join(comparison.domains)}",
+        blocks=[Text(text), Table(tables.settings_rows(comparison), text_columns=(0, 1))],
+        sections=[section for section in sections if section is not None],
+    )
 
 
 def explain_intervals(comparison: Comparison) -> str:
@@ -76,130 +85,117 @@ def explain_intervals(comparison: Comparison) -> str:
     return text
 
 
-def _heading(comparison: Comparison) -> str:
-    return (
-        f"# Runs over {' -> '.join(comparison.domains)}\n\n"
-        "Losses are nats per predicted token on held-out text; lower is better. Runs of one group differ only in\n"
-        "their seed.\n\n"
-        f"{_table(tables.settings_rows(comparison), text_columns=(0, 1))}"
-    )
-
-
-def _summary(comparison: Comparison) -> str:
-    return (
-        "## Learning and forgetting\n\n"
+def _summary(comparison: Comparison) -> Section:
+    text = (
         "Means over domains. A run that learns less also forgets less, so compare forgetting at similar loss after\n"
-        "learning.\n"
-        f"{explain_intervals(comparison)}\n"
-        f"{_table(tables.summary_rows(comparison))}\n"
+        f"learning.\n{explain_intervals(comparison).rstrip()}"
+    )
+    signs = (
         "Positive forgetting: forgotten. Positive drift: text that is only evaluated got worse. Positive forward\n"
-        "transfer: earlier domains helped later ones. Backward transfer is minus the forgetting.\n\n"
-        f"{_image(PARETO)}\n"
-        "Forgetting by domain:\n\n"
-        f"{_table(tables.forgetting_rows(comparison))}"
+        "transfer: earlier domains helped later ones. Backward transfer is minus the forgetting."
+    )
+    return Section(
+        "Learning and forgetting",
+        [
+            Text(text),
+            Table(tables.summary_rows(comparison)),
+            Text(signs),
+            Plot("pareto", partial(plot_pareto, comparison)),
+            Text("Forgetting by domain:"),
+            Table(tables.forgetting_rows(comparison)),
+        ],
     )
 
 
-def _differences(comparison: Comparison) -> str:
+def _differences(comparison: Comparison) -> Section | None:
     rows = tables.difference_rows(comparison)
     if len(rows) == 1:
-        return ""
-    return (
-        f"## Compared with {comparison.reference}\n\n"
+        return None
+    text = (
         f"Group minus `{comparison.reference}`, paired by seed, which cancels effects of the seed common to both.\n"
         "p is that of the exact sign-flip test, at least 2^(1-n) for n pairs, Holm-corrected for the groups of its\n"
-        "column. It is not corrected for the number of columns.\n\n"
-        f"{_table(rows)}"
+        "column. It is not corrected for the number of columns."
     )
+    return Section(f"Compared with {comparison.reference}", [Text(text), Table(rows)])
 
 
-def _matched_baseline(comparison: Comparison) -> str:
+def _matched_baseline(comparison: Comparison) -> Section | None:
     rows = tables.matched_baseline_rows(comparison)
     if len(rows) == 1:
-        return ""
+        return None
     labels = ", ".join(f"`{group.label}`" for group in baseline_sweep(comparison))
-    return (
-        "## Compared at equal learning\n\n"
+    text = (
         f"The baseline sweep ({labels})\n"
         "shows how much less is forgotten by simply learning less. Each run is compared, seed by seed, with the\n"
         "baseline interpolated to the same loss after learning domains 2..T. A negative difference means that the run\n"
         "forgets less than the baseline at equal learning. Seeds outside the range of the sweep are not counted. p is\n"
-        "Holm-corrected for the groups of this table.\n\n"
-        f"{_table(rows)}"
+        "Holm-corrected for the groups of this table."
     )
+    return Section("Compared at equal learning", [Text(text), Table(rows)])
 
 
-def _losses(comparison: Comparison) -> str:
-    return (
-        "## Held-out loss\n\n"
+def _losses(comparison: Comparison) -> Section:
+    text = (
         "Means over seeds. Read down a column: the loss falls where the domain is learned; any rise below that row is\n"
-        "forgetting.\n\n"
-        f"{_table(tables.stage_rows(comparison), text_columns=(0, 1))}\n"
-        f"{_image(LOSS_MATRICES)}"
+        "forgetting."
+    )
+    return Section(
+        "Held-out loss",
+        [
+            Text(text),
+            Table(tables.stage_rows(comparison), text_columns=(0, 1)),
+            Plot("loss_matrices", partial(plot_loss_matrices, comparison)),
+        ],
     )
 
 
-def _end_tasks(comparison: Comparison) -> str:
+def _end_tasks(comparison: Comparison) -> Section | None:
     rows = tables.task_rows(comparison)
     if len(rows) == 1:
-        return ""
-    return (
-        "## End tasks\n\n"
+        return None
+    text = (
         "Test scores by the metric that each task reports; higher is better. The score of a run is the mean over the\n"
-        "seeds of fine-tuning; brackets are over the seeds of training. Positive forgetting: the score fell.\n\n"
-        f"{_table(rows, text_columns=(0, 1, 2, 3))}"
+        "seeds of fine-tuning; brackets are over the seeds of training. Positive forgetting: the score fell."
     )
+    return Section("End tasks", [Text(text), Table(rows, text_columns=(0, 1, 2, 3))])
 
 
-def _importance(comparison: Comparison) -> str:
+def _importance(comparison: Comparison) -> Section:
     importance = tables.importance_by_group(comparison)
     missing = [group.label for group in comparison.groups if group.label not in importance]
     if not importance:
-        return "## Importance\n\nOmitted: no run has importance files.\n"
-    omitted = f"Without importance files, omitted here: {', '.join(missing)}.\n\n" if missing else ""
+        return Section("Importance", [Text("Omitted: no run has importance files.")])
+    omitted = [Text(f"Without importance files, omitted here: {', '.join(missing)}.")] if missing else []
     threshold = next(iter(importance.values()))[0].threshold
-    return (
-        "## Importance\n\n"
-        f"{omitted}"
+    saturation = (
         "Mask saturation is the mean of the accumulated importance; 1 minus it is the capacity left for later\n"
-        f"domains. A source claims units with an importance of at least {threshold:g}.\n\n"
-        f"{_table(tables.mask_saturation_rows(comparison), text_columns=(0, 1, 2, 6))}\n"
-        f"{_image(MASK_SATURATION)}\n"
+        f"domains. A source claims units with an importance of at least {threshold:g}."
+    )
+    overlap = (
         "Overlap of two sources: Jaccard index (units claimed by both / by either), its value for independent claims,\n"
-        "and the cosine of all importance.\n\n"
-        f"{_table(tables.overlap_rows(comparison), text_columns=(0, 1, 2))}\n"
-        f"{_image(OVERLAP)}"
+        "and the cosine of all importance."
+    )
+    return Section(
+        "Importance",
+        [
+            *omitted,
+            Text(saturation),
+            Table(tables.mask_saturation_rows(comparison), text_columns=(0, 1, 2, 6)),
+            Plot("mask_saturation", partial(plot_mask_saturation, comparison)),
+            Text(overlap),
+            Table(tables.overlap_rows(comparison), text_columns=(0, 1, 2)),
+            Plot("overlap", partial(plot_overlap, comparison)),
+        ],
     )
 
 
-def _cost(comparison: Comparison) -> str:
-    return (
-        "## Cost\n\n"
+def _cost(comparison: Comparison) -> Section:
+    text = (
         "Means over seeds; speed is relative to the baseline. A rank is a GPU, or a process without one. Memory is\n"
-        "that of rank 0: allocated on its GPU or, without one, resident in RAM.\n\n"
-        f"{_table(tables.cost_rows(comparison))}"
+        "that of rank 0: allocated on its GPU or, without one, resident in RAM."
     )
+    return Section("Cost", [Text(text), Table(tables.cost_rows(comparison))])
 
 
-def _notes(comparison: Comparison) -> str:
-    return "## Notes\n\n" + "".join(f"- {note}\n" for note in comparison.notes) if comparison.notes else ""
-
-
-def _plots(comparison: Comparison) -> dict[str, Callable[[Comparison, Path], None]]:
-    plots: dict[str, Callable[[Comparison, Path], None]] = {PARETO: plot_pareto, LOSS_MATRICES: plot_loss_matrices}
-    if tables.importance_by_group(comparison):
-        plots[MASK_SATURATION] = plot_mask_saturation
-        plots[OVERLAP] = plot_overlap
-    return plots
-
-
-def _table(rows: list[Row], text_columns: tuple[int, ...] = (0,)) -> str:
-    return format_markdown(rows, text_columns) + "\n"
-
-
-def _image(name: str) -> str:
-    return f"![{name.replace('_', ' ')}]({_png_name(name)})\n"
-
-
-def _png_name(name: str) -> str:
-    return f"{name}.png"
+def _notes(comparison: Comparison) -> Section | None:
+    return Section("Notes", [Bullets(comparison.notes)]) if comparison.notes else None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from das_ds.checkpoint.manifest import DomainEvaluation
 from das_ds.config.stage import stage_name
+from das_ds.reporting.document import Plot, Section, Table, Text
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_plots import DPI, new_figure
-from das_ds.reporting.tables import Row, format_markdown
+from das_ds.reporting.tables import Row
 from das_ds.run_dir import CURVES_PLOT
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def stability_gaps(results: Results) -> list[Gap]:
     return gaps
 
 
-def curves_section(results: Results) -> str:
+def curves_section(results: Results) -> Section:
     """The section of the report, with its tables and picture.
 
     Args:
@@ -71,13 +73,12 @@ def curves_section(results: Results) -> str:
     for gap in stability_gaps(results):
         losses = [f"{loss:.4f}" for loss in (gap.start, gap.highest, gap.end)]
         gaps.append([gap.corpus, gap.domain, losses[0], losses[1], str(gap.step), losses[2], f"{gap.height:.4f}"])
-    tables = [format_markdown(rows, columns) for rows, columns in ((ends, (0, 2)), (gaps, (0, 1))) if rows[1:]]
-    return (
-        "## Within domains\n\n"
+    text = (
         "Held-out loss while each domain was learned. Steps are those of the domain; the best one has the lowest loss\n"
-        "of the domain itself. Gap: how far the loss of other text rose in between above that at both ends.\n\n"
-        + "\n\n".join([*tables, f"![curves]({CURVES_PLOT})\n"])
+        "of the domain itself. Gap: how far the loss of other text rose in between above that at both ends."
     )
+    tables = [Table(rows, columns) for rows, columns in ((ends, (0, 2)), (gaps, (0, 1))) if rows[1:]]
+    return Section("Within domains", [Text(text), *tables, Plot(Path(CURVES_PLOT).stem, partial(plot_curves, results))])
 
 
 def plot_curves(results: Results, path: Path) -> None:

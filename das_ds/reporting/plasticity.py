@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from das_ds.reporting.document import Plot, Section, Table, Text
 from das_ds.reporting.run_plots import DPI, new_figure
-from das_ds.reporting.tables import Row, format_markdown
+from das_ds.reporting.tables import Row
 from das_ds.run_dir import PLASTICITY_FILE, PLASTICITY_PLOT
 from das_ds.softmask.plasticity import DomainPlasticity, PlasticityReading, Spread
 
@@ -38,7 +40,7 @@ def format_share(share: float) -> str:
     return f"{percent:.1f}%" if percent >= 0.95 else f"{percent:.2g}%" if percent >= 0.001 else "<0.001%"
 
 
-def plasticity_section(domains: Sequence[DomainPlasticity]) -> str:
+def plasticity_section(domains: Sequence[DomainPlasticity]) -> Section:
     """The section of the report, with its table and picture.
 
     Args:
@@ -46,14 +48,19 @@ def plasticity_section(domains: Sequence[DomainPlasticity]) -> str:
     """
     header = ["domain", "input of", "open before", "passes before", "open after", "passes after"]
     rows = [row for measured in domains for row in _rows(measured)]
-    return (
-        "## Plasticity\n\n"
+    text = (
         "What earlier domains left free when a domain began, and what was left once it was learned and protected.\n"
         "Open: the share of all input directions along which layers may learn. Passes: the share of the energy of\n"
         "the domain's own inputs that lies there: before, what it could learn by; after, what later domains can still\n"
-        "disturb. By kind of layer the median over its inputs, and the least and the most.\n\n"
-        f"{format_markdown([header, *rows], text_columns=(0, 1))}\n\n"
-        f"![plasticity]({PLASTICITY_PLOT})\n"
+        "disturb. By kind of layer the median over its inputs, and the least and the most."
+    )
+    return Section(
+        "Plasticity",
+        [
+            Text(text),
+            Table([header, *rows], text_columns=(0, 1)),
+            Plot(Path(PLASTICITY_PLOT).stem, partial(plot_plasticity, domains)),
+        ],
     )
 
 

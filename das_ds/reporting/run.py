@@ -15,7 +15,7 @@ from das_ds.reporting.group_runs import compare_runs
 from das_ds.reporting.load_runs import load_run
 from das_ds.reporting.metrics import available_metrics, estimate_metric
 from das_ds.reporting.tables import format_plain
-from das_ds.run_dir import COMPARISON_FILE, REPORT_FILE
+from das_ds.run_dir import COMPARISON_FILE, HTML_REPORT_FILE, REPORT_FILE
 from das_ds.tracking.sinks import Scalar
 from das_ds.tracking.tracker import build_job_tracker
 from das_ds.tracking.wandb_sink import WandbJob
@@ -24,7 +24,7 @@ JOB_TYPE = "report"
 
 
 def report_runs(arguments: Sequence[str], output: Path, baseline: str | None, *, wandb: bool) -> Comparison:
-    """Compare runs, write comparison.json, report.md and plots, and print the main table.
+    """Compare runs, write comparison.json, report.md, index.html and plots, and print the main table.
 
     Args:
         arguments: run folders, or LABEL=RUN.
@@ -45,15 +45,16 @@ def report_runs(arguments: Sequence[str], output: Path, baseline: str | None, *,
     print(format_plain(tables.summary_rows(comparison)))
     for note in comparison.notes:
         print(f"note: {note}")
-    print(f"report: {output / REPORT_FILE}, {output / COMPARISON_FILE}")
+    print(f"report: {output / REPORT_FILE}, {output / HTML_REPORT_FILE}, {output / COMPARISON_FILE}")
     return comparison
 
 
 def _log_to_wandb(comparison: Comparison, plots: dict[str, Path], config: RunConfig, output: Path) -> None:
     """Log to a separate W&B run in the project of the first run, whose config is given."""
+    # The user asked for W&B on the command line, so at least an offline run is written.
     if config.wandb.mode == "disabled":
-        # The user asked for W&B on the command line, so at least an offline run is written.
         config = config.model_copy(update={"wandb": config.wandb.model_copy(update={"mode": "auto"})})
+    config = config.model_copy(update={"tracking": None})
     runs = [run.folder for group in comparison.groups for run in group.runs]
     job = WandbJob(output, JOB_TYPE, f"{output.resolve().name} {JOB_TYPE}", {"runs": runs})
     text_tables = {

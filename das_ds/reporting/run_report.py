@@ -1,21 +1,34 @@
-"""The report of one run: report.md with its plots."""
+"""The report of one run: report.md with its plots, and the same as one page, index.html."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.functional.units import UnitValues
 from das_ds.reporting.benchmark_matrix import BenchmarkMatrix, read_benchmark_matrix
 from das_ds.reporting.benchmark_report import benchmark_section
-from das_ds.reporting.curves import curves_section, plot_curves
-from das_ds.reporting.plasticity import plasticity_section, plot_plasticity, read_plasticity
+from das_ds.reporting.curves import curves_section
+from das_ds.reporting.document import Block, Document, Plot, Section, Shade, Table, Text
+from das_ds.reporting.html import render_html
+from das_ds.reporting.plasticity import plasticity_section, read_plasticity
 from das_ds.reporting.results import Results
-from das_ds.reporting.run_plots import plot_importance, plot_loss_matrix
-from das_ds.reporting.tables import format_duration, format_markdown
-from das_ds.run_dir import CURVES_PLOT, IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, PLASTICITY_PLOT, REPORT_FILE, REPORT_FOLDER
+from das_ds.reporting.run_plots import MIN_COLOR_RANGE, loss_changes, plot_importance, plot_loss_matrix
+from das_ds.reporting.run_sections import end_task_section, learning_section, settings_section
+from das_ds.reporting.tables import format_duration
+from das_ds.run_dir import (
+    HTML_REPORT_FILE,
+    IMPORTANCE_FILE,
+    IMPORTANCE_PLOT,
+    LOSS_MATRIX_PLOT,
+    REPORT_FILE,
+    REPORT_FOLDER,
+    RESULTS_FILE,
+)
+from das_ds.softmask.importance_file import read_unit_importance
 from das_ds.softmask.plasticity import DomainPlasticity
 
 PROTECTED = 0.9
@@ -24,13 +37,10 @@ NONE = "-"
 
 
 def write_report(run_folder: Path, results: Results, importance: UnitValues | None) -> Path:
-    """Write `report/` into the run folder: report.md, loss_matrix.png, and curves, importance and plasticity.
-
-    The last three only where there are evaluations within domains, importance, and measured plasticity.
+    """Write `report/` into the run folder: report.md, its plots as PNG files, and index.html.
 
     Args:
-        run_folder: of the run; in the folders of its domains may be files of what was left free to learn, and of scores
-            on benchmarks.
+        run_folder: of the run; its settings, metrics, scores and what was left free to learn are read from it.
         results: complete or not.
         importance: accumulated importance, unit group -> (L, U); None for methods without it.
 
@@ -40,25 +50,41 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
     Raises:
         RunFolderError: the folder cannot be written or is full, or a file of a domain is damaged.
     """
-    plasticity = read_plasticity(run_folder)
-    benchmarks = read_benchmark_matrix(run_folder)
+    mask = [] if not importance else [_mask_saturation(importance)]
+    document = _document(results, mask, read_plasticity(run_folder), read_benchmark_matrix(run_folder), run_folder)
     folder = run_folder / REPORT_FOLDER
     try:
         folder.mkdir(exist_ok=True)
-        plot_loss_matrix(results, folder / LOSS_MATRIX_PLOT)
-        if results.evaluations:
-            plot_curves(results, folder / CURVES_PLOT)
-        if importance:
-            plot_importance(importance, folder / IMPORTANCE_PLOT)
-        if plasticity:
-            plot_plasticity(plasticity, folder / PLASTICITY_PLOT)
-        text = report_text(results, importance, plasticity, benchmarks)
-        (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+        for plot in document.plots("markdown"):
+            plot.draw(folder / f"{plot.name}.png")
+        (folder / REPORT_FILE).write_text(document.markdown(), encoding="utf-8")
+        (folder / HTML_REPORT_FILE).write_text(render_html(document), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
             f"{folder}: cannot be written ({error.strerror}); the run folder must be writable and have free space"
         ) from error
     return folder
+
+
+def refresh_page(run_folder: Path) -> None:
+    """Write index.html anew, after end tasks or benchmarks were scored.
+
+    Raises:
+        RunFolderError: the results are damaged, or the folder cannot be written.
+    """
+    results = Results.read(run_folder / RESULTS_FILE)
+    mask = []
+    if (run_folder / REPORT_FOLDER / IMPORTANCE_PLOT).exists():
+        mask = [Section("Mask saturation", [Text(f"See {REPORT_FILE} and {IMPORTANCE_PLOT}.")])]
+        if (importance := read_unit_importance(run_folder / IMPORTANCE_FILE)) is not None:
+            mask = [_mask_saturation(importance)]
+    benchmarks = read_benchmark_matrix(run_folder)
+    page = render_html(_document(results, mask, read_plasticity(run_folder), benchmarks, run_folder))
+    path = run_folder / REPORT_FOLDER / HTML_REPORT_FILE
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); expected free space") from error
 
 
 def report_text(
@@ -68,51 +94,103 @@ def report_text(
     benchmarks: BenchmarkMatrix | None = None,
 ) -> str:
     """The Markdown text of a report."""
-    sections = [_heading(results), _losses(results), _transfer(results)]
-    if results.evaluations:
-        sections.append(curves_section(results))
-    if importance:
-        sections.append(_mask_saturation(importance))
-    if plasticity:
-        sections.append(plasticity_section(plasticity))
-    if benchmarks is not None:
-        sections.append(benchmark_section(benchmarks))
-    return "\n".join([*sections, _cost(results)])
+    mask = [] if not importance else [_mask_saturation(importance)]
+    return _document(results, mask, plasticity, benchmarks).markdown()
 
 
-def _heading(results: Results) -> str:
+def _document(
+    results: Results,
+    mask: list[Section],
+    plasticity: Sequence[DomainPlasticity],
+    benchmarks: BenchmarkMatrix | None,
+    run_folder: Path | None = None,
+) -> Document:
     num_learned = len(results.losses_learned)
     state = "complete" if results.complete else f"not complete: {num_learned} of {len(results.domains)} domains learned"
-    return (
-        f"# {results.method}: {' -> '.join(' + '.join(stage) for stage in results.learned)}\n\n"
-        f"Continual pre-training with method `{results.method}` over {len(results.domains)} domains ({state}).\n"
+    heading = f"Continual pre-training with method `{results.method}` over {len(results.domains)} domains ({state})."
+    # Only in HTML, from further files of the run.
+    learning = [] if run_folder is None else learning_section(run_folder)
+    others = [] if run_folder is None else [*end_task_section(run_folder), *settings_section(run_folder)]
+    return Document(
+        title=f"{results.method}: {' -> '.join(' + '.join(stage) for stage in results.learned)}",
+        blocks=[Text(heading)],
+        sections=[
+            _losses(results),
+            _transfer(results),
+            *learning,
+            *([curves_section(results)] if results.evaluations else []),
+            *mask,
+            *([plasticity_section(plasticity)] if plasticity else []),
+            *([benchmark_section(benchmarks)] if benchmarks is not None else []),
+            *others,
+            _cost(results),
+        ],
+        key_numbers=_key_numbers(results),
     )
 
 
-def _losses(results: Results) -> str:
+def _key_numbers(results: Results) -> list[tuple[str, str]]:
+    learned = list(results.losses_learned.values())
+    final = results.loss_matrix[-1][: len(learned)]
+    numbers = [("domains learned", f"{len(learned)} of {len(results.domains)}")]
+    if learned:
+        numbers.append(("loss after learning", f"{sum(learned) / len(learned):.4f}"))
+        numbers.append(("loss now", f"{sum(final) / len(final):.4f}"))
+    numbers.append(("average forgetting", _signed(results.forgetting.average)))
+    numbers.append(("general-domain drift", _signed(results.general_drift)))
+    return numbers
+
+
+def _losses(results: Results) -> Section:
     header = ["stage", *results.eval_domains]
     losses = [[stage, *(f"{loss:.4f}" for loss in row)] for stage, row in _stage_rows(results)]
     perplexities = [[stage, *(_perplexity(loss) for loss in row)] for stage, row in _stage_rows(results)]
-    bits = ""
+    text = (
+        "Nats per predicted token, with fixed corruption; lower is better. Read down a column: the loss falls where\n"
+        "its domain is learned; any rise below that row is forgetting."
+    )
+    colors = (
+        "Small number and color: change since the framed cell of the column (right after learning; general text: "
+        "before training). Red is forgotten, blue is better, gray is not learned yet."
+    )
+    perplexity = "As perplexity, exp(loss): the effective number of equally likely tokens."
+    blocks: list[Block] = [
+        Text(text),
+        Table([header, *losses], only="markdown"),
+        Plot(Path(LOSS_MATRIX_PLOT).stem, partial(plot_loss_matrix, results), only="markdown"),
+        Text(colors, only="html"),
+        Table([header, *losses], shades=_shades(results), only="html"),
+        Text(perplexity, only="markdown"),
+        Table([header, *perplexities], only="markdown"),
+        Table([header, *perplexities], summary=perplexity, only="html"),
+    ]
     if results.bits_per_byte is not None:
+        bits = "As bits per byte of the text, which models with different tokenizers can be compared by."
         by_stage = zip(results.stages, results.bits_per_byte, strict=True)
         rows = [header, *([stage, *(f"{value:.4f}" for value in row)] for stage, row in by_stage)]
-        bits = (
-            "\nAs bits per byte of the text, which models with different tokenizers can be compared by.\n\n"
-            f"{format_markdown(rows)}\n"
-        )
-    return (
-        "## Held-out loss\n\n"
-        "Nats per predicted token, with fixed corruption; lower is better. Read down a column: the loss falls where\n"
-        "its domain is learned; any rise below that row is forgetting.\n\n"
-        f"{format_markdown([header, *losses])}\n\n"
-        f"![loss matrix]({LOSS_MATRIX_PLOT})\n\n"
-        "As perplexity, exp(loss): the effective number of equally likely tokens.\n\n"
-        f"{format_markdown([header, *perplexities])}\n{bits}"
-    )
+        blocks += [
+            Text(bits, only="markdown"),
+            Table(rows, only="markdown"),
+            Table(rows, summary=bits, only="html"),
+        ]
+    return Section("Held-out loss", blocks)
 
 
-def _transfer(results: Results) -> str:
+def _shades(results: Results) -> list[list[Shade]]:
+    """Colors of the loss matrix as in its plot: by the change since the reference of the column."""
+    changes = loss_changes(results)
+    limit = max(changes.nan_to_num().abs().max().item(), MIN_COLOR_RANGE)
+    references = [results.rows_learned.get(corpus, 0) for corpus in results.eval_domains]
+    return [
+        [
+            Shade(None, 0.0, False) if math.isnan(change) else Shade(change, change / limit, row == reference)
+            for change, reference in zip(row_changes, references, strict=True)
+        ]
+        for row, row_changes in enumerate(changes.tolist())
+    ]
+
+
+def _transfer(results: Results) -> Section:
     per_domain = [
         [f"forgetting of {domain}", f"{value:+.4f}", "loss now minus loss right after learning it; above 0: forgotten"]
         for domain, value in results.forgetting.per_domain.items()
@@ -133,10 +211,10 @@ def _transfer(results: Results) -> str:
         ["backward transfer", _signed(results.backward_transfer), "above 0: later domains helped earlier ones"],
         ["forward transfer", _signed(results.forward_transfer), "above 0: earlier domains helped later ones"],
     ]
-    return f"## Forgetting and transfer\n\n{format_markdown(rows, text_columns=(0, 2))}\n"
+    return Section("Forgetting and transfer", [Table(rows, text_columns=(0, 2))])
 
 
-def _mask_saturation(importance: UnitValues) -> str:
+def _mask_saturation(importance: UnitValues) -> Section:
     rows = [["unit group", "layers x units", "mean importance", f"units >= {PROTECTED}", "most saturated layer"]]
     for group, values in importance.items():
         layer_means = values.double().mean(dim=1)
@@ -149,16 +227,17 @@ def _mask_saturation(importance: UnitValues) -> str:
                 f"{int(layer_means.argmax()) + 1} ({layer_means.max().item():.3f})",
             ]
         )
-    return (
-        "## Mask saturation\n\n"
+    text = (
         "Importance accumulated over all domains so far. Updates of a unit are scaled by 1 - importance, so a mean of\n"
-        "0.8 leaves a fifth of the capacity free.\n\n"
-        f"{format_markdown(rows)}\n\n"
-        f"![importance]({IMPORTANCE_PLOT})\n"
+        "0.8 leaves a fifth of the capacity free."
+    )
+    return Section(
+        "Mask saturation",
+        [Text(text), Table(rows), Plot(Path(IMPORTANCE_PLOT).stem, partial(plot_importance, importance))],
     )
 
 
-def _cost(results: Results) -> str:
+def _cost(results: Results) -> Section:
     rows = [
         ["tokens seen", f"{results.tokens_seen:,}"],
         ["wall time", format_duration(results.wall_seconds)],
@@ -166,7 +245,7 @@ def _cost(results: Results) -> str:
         ["ZeRO stage", str(results.zero_stage)],
         *([package, version] for package, version in results.versions.items()),
     ]
-    return f"## Cost and versions\n\n{format_markdown([['', 'value'], *rows])}\n"
+    return Section("Cost and versions", [Table([["", "value"], *rows])])
 
 
 def _stage_rows(results: Results) -> list[tuple[str, list[float]]]:

@@ -85,6 +85,18 @@ def load_unit_importance(path: Path, layout: UnitLayout, tokens: Sequence[str] |
         return {group: file.get_tensor(group) for group in expected}
 
 
+def read_unit_importance(path: Path) -> UnitValues | None:
+    """Importance by unit of any model, unit group -> (L, U); None without such a file.
+
+    Raises:
+        ImportanceError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    with stored_importance(path) as stored:
+        return {group: stored.values(group) for group in stored.shapes} if stored.granularity == UNIT else None
+
+
 def save_parameter_importance(
     path: Path, importance: dict[str, torch.Tensor], layout: UnitLayout, tokens: Sequence[str] = ()
 ) -> None:

@@ -1,1 +1,1 @@
-"""Metric tracking: a tracker that fans out to sinks (JSONL always, W&B if enabled), and a throughput meter."""
+"""Metric tracking: a tracker that fans out to sinks (JSONL always, others if chosen), and a throughput meter."""

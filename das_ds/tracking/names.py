@@ -1,5 +1,9 @@
 """Names of metrics, defined once for the code that logs them and the code that reads them."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 GLOBAL_STEP = "global_step"
 DOMAIN = "domain"
 DOMAIN_STEP = "domain_step"
@@ -79,3 +83,20 @@ def eval_bits_per_byte(corpus: str) -> str:
 def within_domain(name: str) -> str:
     """Name of a metric of evaluations within domains where it has to differ from that of evaluations after them."""
     return f"within/{name}"
+
+
+def step_axis(domain: str) -> str:
+    """Name of the step within a domain, such as `pubmed/step`."""
+    return f"{domain}/step"
+
+
+def name_by_domain(metrics: Mapping[str, float | int | str]) -> dict[str, float | int | str]:
+    """Metrics of a step, prefixed with its domain; counters of the complete run keep their names."""
+    domain = str(metrics[DOMAIN])
+    names = {GLOBAL_STEP: GLOBAL_STEP, TOKENS_SEEN: TOKENS_SEEN, DOMAIN_STEP: step_axis(domain)}
+    return {names.get(name, f"{domain}/{name}"): value for name, value in metrics.items() if name != DOMAIN}
+
+
+def name_within_domain(metrics: Mapping[str, float | int | str]) -> dict[str, float | int | str]:
+    """Metrics of an evaluation within a domain, over the steps of the run: one curve per corpus over all domains."""
+    return {within_domain(name): value for name, value in metrics.items() if name not in (DOMAIN, DOMAIN_STEP)}

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
+from das_ds.run_dir import LAST_STEP_FILE
+from das_ds.storage import atomic_write
 from das_ds.tracking.names import GLOBAL_STEP
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,9 @@ Metrics = Mapping[str, Scalar]
 
 class Sink:
     """Receives the metrics of a run; a sink overrides the methods that it supports and ignores the rest."""
+
+    drops_steps = False
+    """Whether `truncate_after` drops steps. False: logged steps stay, so that they are not logged again."""
 
     def log(self, metrics: Metrics, *, global_step: int) -> None:
         """Log a training step: the fields of `names.STEP_METRICS`, and any others."""
@@ -43,6 +48,10 @@ class Sink:
         """Length of the sink's file, 0 without one."""
         return 0
 
+    def last_step(self) -> int:
+        """Last global step that was ever logged to the sink's file, 0 without one."""
+        return 0
+
     def truncate_after(self, global_step: int, num_bytes: int | None = None) -> None:
         """Drop all that was logged after a checkpoint; called when a run resumes there.
 
@@ -64,6 +73,8 @@ class JsonlSink(Sink):
     Raises:
         RunFolderError: the file cannot be opened or written.
     """
+
+    drops_steps = True
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -94,6 +105,14 @@ class JsonlSink(Sink):
         # By path, because a failed write closes the file.
         return self._path.stat().st_size
 
+    def last_step(self) -> int:
+        """Last global step of all lines, also of those that were dropped."""
+        steps = [_parse_step(line) for line in self._path.read_bytes().splitlines()]
+        record = self._path.with_name(LAST_STEP_FILE)
+        if record.exists() and (text := record.read_text().strip()).isdecimal():
+            steps.append(int(text))
+        return int(max((step for step in steps if step < math.inf), default=0))
+
     def truncate_after(self, global_step: int, num_bytes: int | None = None) -> None:
         """Cut the file at the first line that is after `global_step`, not among the first `num_bytes`, or incomplete.
 
@@ -102,6 +121,9 @@ class JsonlSink(Sink):
         """
         end = 0
         try:
+            if (last_step := self.last_step()) > global_step:
+                with atomic_write(self._path.with_name(LAST_STEP_FILE)) as partial:
+                    partial.write_text(f"{last_step}\n")
             self._file.seek(0)
             for line in self._file:
                 is_later = _parse_step(line) > global_step or (num_bytes is not None and end + len(line) > num_bytes)

@@ -9,8 +9,9 @@ from types import TracebackType
 from das_ds.config import RunConfig
 from das_ds.errors import EXIT_STOPPED, DasError, StoppedError
 from das_ds.run_dir import METRICS_FILE
+from das_ds.tracking.libraries import build_job_sink, build_library_sinks
 from das_ds.tracking.sinks import JsonlSink, Metrics, Scalar, Sink
-from das_ds.tracking.wandb_sink import WandbJob, build_wandb_sink
+from das_ds.tracking.wandb_sink import WandbJob
 
 
 class Tracker(Sink):
@@ -21,23 +22,32 @@ class Tracker(Sink):
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = tuple(sinks)
+        self._last_logged = 0
+        """Last step that the sinks had before the run was resumed or rolled back to an earlier step."""
         self.failure: DasError | None = None
         """Why steps can no longer be logged. Only rank 0 logs, so the trainer raises it later on all ranks."""
 
     def log(self, metrics: Metrics, *, global_step: int) -> None:
         """Forward a training step; nothing after a `failure`."""
-        self._log_line(lambda sink: sink.log(metrics, global_step=global_step))
+        self._log_line(lambda sink: sink.log(metrics, global_step=global_step), global_step, self._last_logged)
 
     def log_domain_evaluation(self, metrics: Metrics, *, global_step: int) -> None:
         """Forward an evaluation within a domain; nothing after a `failure`."""
-        self._log_line(lambda sink: sink.log_domain_evaluation(metrics, global_step=global_step))
+        # The last step may be logged without its evaluation, which is the same when it is logged twice.
+        self._log_line(
+            lambda sink: sink.log_domain_evaluation(metrics, global_step=global_step),
+            global_step,
+            self._last_logged - 1,
+        )
 
-    def _log_line(self, log: Callable[[Sink], None]) -> None:
+    def _log_line(self, log: Callable[[Sink], None], global_step: int, last_kept: int) -> None:
         if self.failure is not None:
             return
         try:
             for sink in self._sinks:
-                log(sink)
+                # A sink that keeps what it has would show this step twice.
+                if sink.drops_steps or global_step > last_kept:
+                    log(sink)
         except DasError as error:
             self.failure = error
 
@@ -65,8 +75,13 @@ class Tracker(Sink):
         """Length of metrics.jsonl, 0 on other ranks than 0."""
         return max((sink.num_bytes() for sink in self._sinks), default=0)
 
+    def last_step(self) -> int:
+        """Last global step that was logged; 0 on other ranks than 0."""
+        return max((sink.last_step() for sink in self._sinks), default=0)
+
     def truncate_after(self, global_step: int, num_bytes: int | None = None) -> None:
-        """Drop all that was logged after a checkpoint, in every sink."""
+        """Drop all that was logged after a checkpoint in every sink, or log nothing that is there already."""
+        self._last_logged = self.last_step()
         for sink in self._sinks:
             sink.truncate_after(global_step, num_bytes)
 
@@ -85,28 +100,25 @@ class Tracker(Sink):
 
 
 def build_tracker(config: RunConfig, *, enabled: bool) -> Tracker:
-    """Build the tracker of a run: JSONL and, depending on `config.wandb`, W&B; empty unless `enabled` (rank 0).
+    """Build the tracker of a run: JSONL and the libraries of `config.tracking`; empty unless `enabled` (rank 0).
 
     Raises:
         RunFolderError: `metrics.jsonl` cannot be opened; the run folder must exist.
-        ConfigError: W&B is required but not installed.
+        ConfigError: a library that the config asks for is not installed.
     """
     if not enabled:
         return Tracker()
-    sinks: list[Sink] = [JsonlSink(config.output_dir / METRICS_FILE)]
-    wandb_sink = build_wandb_sink(config)
-    if wandb_sink is not None:
-        sinks.append(wandb_sink)
-    return Tracker(sinks)
+    # JSONL first: a step that another sink has is then in the file.
+    return Tracker([JsonlSink(config.output_dir / METRICS_FILE), *build_library_sinks(config)])
 
 
 def build_job_tracker(config: RunConfig, job: WandbJob, *, enabled: bool) -> Tracker:
-    """Build the tracker of a job other than training: only W&B, depending on `config.wandb`; empty unless `enabled`.
+    """Build the tracker of a job other than training: only W&B, if the run logs to it; empty unless `enabled`.
 
     Raises:
-        ConfigError: W&B is required but not installed.
+        ConfigError: the config asks for W&B, which is not installed.
     """
-    sink = build_wandb_sink(config, job) if enabled else None
+    sink = build_job_sink(config, job) if enabled else None
     return Tracker([] if sink is None else [sink])
 
 

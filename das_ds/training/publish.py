@@ -62,8 +62,12 @@ def publish_results(
     Raises:
         RunFolderError: the folder cannot be written or is full.
     """
+    num_rows = _num_published_rows(run_dir.results_file)
     results.write(run_dir.results_file)
     report = write_report(run_dir.root, results, importance)
+    if num_rows == len(results.loss_matrix):
+        # The run ended between publishing and its next checkpoint; sinks would have this evaluation twice.
+        return
     tracker.log_evaluation(row, domains_learned=len(results.losses_learned), global_step=state.global_step)
     tracker.log_table(LOSS_MATRIX, *results.table)
     tracker.log_image(LOSS_MATRIX, report / LOSS_MATRIX_PLOT)
@@ -74,6 +78,14 @@ def publish_results(
     if (report / PLASTICITY_PLOT).exists():
         tracker.log_image(PLASTICITY, report / PLASTICITY_PLOT)
     tracker.log_summary(results.summary)
+
+
+def _num_published_rows(path: Path) -> int:
+    """Rows of the loss matrix in results.json; 0 if there is none that can be read."""
+    try:
+        return len(Results.read(path).loss_matrix)
+    except RunFolderError:
+        return 0
 
 
 def write_plasticity(folder: Path, measured: DomainPlasticity) -> None:

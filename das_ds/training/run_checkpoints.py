@@ -13,7 +13,7 @@ from das_ds.config.stage import Stage
 from das_ds.distributed.state import ComponentState, SavedComponentState, Stateful
 from das_ds.engine.engine import Engine
 from das_ds.errors import DasError
-from das_ds.tracking.wandb_sink import stored_run_id
+from das_ds.tracking.run_ids import stored_run_id
 from das_ds.training.run_services import RunServices
 from das_ds.training.save_point import SavePoint
 from das_ds.versions import library_versions

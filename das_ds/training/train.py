@@ -16,8 +16,9 @@ from das_ds.models.loading import check_files, find_spec, weights_folder
 from das_ds.progress import disable_library_bars, is_terminal
 from das_ds.reporting.results import Results
 from das_ds.run_dir import METRICS_FILE, RunDir, open_run_dir
+from das_ds.tracking.libraries import import_libraries
+from das_ds.tracking.run_ids import store_run_id, stored_run_id
 from das_ds.tracking.tracker import Tracker, build_tracker
-from das_ds.tracking.wandb_sink import store_run_id, stored_run_id
 from das_ds.training.data_module import DataModule, prepare_data
 from das_ds.training.publish import collect_results
 from das_ds.training.revisions import pin_revisions
@@ -34,6 +35,8 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         StoppedError: the run was asked to stop and is saved.
     """
     engine_config = build_engine_config(config, ranks.info.world_size)
+    # Before anything is written or computed: a missing library should not end a run after its text was prepared.
+    ranks.run_on_main(lambda: import_libraries(config))
     if not (ranks.info.is_main and is_terminal()):
         disable_library_bars()
     run_dir = RunDir(config.output_dir)

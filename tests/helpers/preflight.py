@@ -45,6 +45,7 @@ CHECKS = [
     "network",
     "clocks",
     "versions",
+    "tracking",
     "settings",
     "method",
     "folder",

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import das_ds.training.train  # noqa: F401
-from das_ds.reporting import run_report
+from das_ds.reporting import run_report, run_sections
 from helpers.compiled_ops import keep_compiled_ops
 
 keep_compiled_ops()
@@ -19,12 +19,15 @@ get_checkpoint_conversion_mapping("roberta")
 
 
 def _one_pixel(_: object, path: Path) -> None:
-    Image.new("L", (1, 1)).save(path)
+    if path.suffix == ".svg":
+        path.write_text("<svg xmlns='http://www.w3.org/2000/svg'></svg>")
+    else:
+        Image.new("L", (1, 1)).save(path)
 
 
-# Both plots of a report take longer than the rest of a tiny run. They have their own tests, and runs that are
+# The plots of a report take longer than the rest of a tiny run. They have their own tests, and runs that are
 # started as commands draw them.
-run_report.plot_loss_matrix = run_report.plot_importance = _one_pixel
+run_report.plot_loss_matrix = run_report.plot_importance = run_sections.plot_learning_curves = _one_pixel
 
 # ZeRO-3 collects garbage when it begins; what is loaded by now is none, and takes a second to look through.
 gc.collect()

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
@@ -184,6 +185,38 @@ def assert_same_run(mine: Path, theirs: Path) -> None:
     assert lines[0] == lines[1]
 
 
+def assert_tensorboard_has_every_step_once(run: Path) -> None:
+    """All lines of metrics.jsonl and all rows of the loss matrix are in TensorBoard's files, at their steps."""
+    points = read_tensorboard(run / "tensorboard")
+    lines = metrics_lines(run)
+    for domain in ("food", "papers"):
+        expected = [line for line in lines if line["domain"] == domain]
+        assert [step for step, _ in points[f"{domain}/loss"]] == [line["global_step"] for line in expected]
+        assert [loss for _, loss in points[f"{domain}/loss"]] == pytest.approx([line["loss"] for line in expected])
+    results = Results.read(run / "results.json")
+    for column, corpus in enumerate(results.eval_domains):
+        losses = [row[column] for row in results.loss_matrix]
+        assert [loss for _, loss in points[f"eval/{corpus}"]] == pytest.approx(losses)
+
+
+def read_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value) of every scalar that later files leave valid, in the order in which it was written."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    points: dict[str, list[tuple[int, float]]] = {}
+    # A name ends with the number of the file in its process; by name, 10 would come before 9 of the same second.
+    for path in sorted(folder.iterdir(), key=lambda path: int(path.suffix[1:])):
+        for event in EventFileLoader(str(path)).Load():
+            if event.HasField("session_log"):
+                points = {tag: [point for point in values if point[0] < event.step] for tag, values in points.items()}
+            for value in event.summary.value:
+                array = make_ndarray(value.tensor)
+                if array.dtype.kind == "f" and array.ndim == 0:
+                    points.setdefault(value.tag, []).append((event.step, float(array)))
+    return points
+
+
 def check_a_run_in_pieces_equals_the_complete_run(
     stage: int, granularity: str, precision: str, optimizer: str, asynchronous: bool, folder: Path
 ) -> None:
@@ -191,9 +224,11 @@ def check_a_run_in_pieces_equals_the_complete_run(
     changes = {"precision": precision, "optimizer": optimizer, "asynchronous": asynchronous}
     method = {"importance": {"num_samples": 24, "granularity": granularity}}
     runs = [resumable_run(folder, name, stage=stage, method=method, **changes) for name in ("complete", "parts")]
+    runs[1]["tracking"] = ["tensorboard"]
     run_ranks(run_all, 2, runs[:1])
     _, breaks = run_ranks(run_in_pieces, 2, runs[1], 5)[0]
     # How far a start comes beyond its newest checkpoint is chance where these are written in the background.
     met = {phase for phase, _, _ in breaks}
     assert met == {"evaluate", "before", "train", "after"} if not asynchronous else "train" in met
     assert_same_run(folder / "parts", folder / "complete")
+    assert_tensorboard_has_every_step_once(folder / "parts")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import das_ds
 from das_ds.cli import main
+from das_ds.config.schema import config_keys
 from das_ds.errors import ConfigError
 from helpers.commands import write_config
 from helpers.runs import small_run
@@ -34,6 +36,32 @@ def test_help_explains_keys(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for key in ("train.learning_rate", "method.replay.fraction", "domains.0.train", "wandb.mode"):
         assert key in text
+
+
+@pytest.mark.parametrize("section", ["train", "model.lora", "domains", "method", "data.sequence_length"])
+def test_help_of_a_section_has_its_keys_only(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help", section])
+    text = capsys.readouterr().out
+    shown = [line.split()[0] for line in text.splitlines() if line[:1] not in ("", " ")][1:]
+    assert shown == [key for key in config_keys() if f"{key}.".startswith(f"{section}.")]
+    assert all(str(config_keys()[key].allowed)[:20] in text for key in shown if not config_keys()[key].is_section)
+
+
+@pytest.mark.parametrize(
+    ("section", "hint"), [("trian", "did you mean train?"), ("zzz", "allowed: output_dir, model, domains, ")]
+)
+def test_help_of_an_unknown_section_is_one_line(section: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--help", section])
+    error = capsys.readouterr().err
+    assert error.startswith(f"das_ds: --help {section}: found no such section; {hint}") and error.count("\n") == 1
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"das_ds {das_ds.__version__}\n"
 
 
 @pytest.mark.parametrize(

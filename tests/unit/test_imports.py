@@ -38,6 +38,7 @@ LAYERS: tuple[str, ...] = (
     "reporting",
     "training",
     "preflight",
+    "new_config",
     "cli",
     "__main__",
 )
@@ -56,7 +57,17 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 WITHOUT_TORCH = ("config", "storage", "run_dir", "user_files", "hub", "versions")
 PROCESS_GROUP_LAYERS = ("distributed", "engine", "softmask", "fault_tolerance", "preflight")
 """Layers that call torch.distributed themselves; the others go through `distributed.ProcessGroup`."""
-LAZY = ("wandb", "datasets", "matplotlib", "triton", "liger_kernel", "peft")
+LAZY = (
+    "wandb",
+    "torch.utils.tensorboard",
+    "mlflow",
+    "trackio",
+    "datasets",
+    "matplotlib",
+    "triton",
+    "liger_kernel",
+    "peft",
+)
 TRITON_FILE = "_triton"
 """Ending of the files that hold Triton kernels; nothing else imports Triton or them when it is loaded."""
 

@@ -8,14 +8,14 @@ import pytest
 import yaml
 
 from das_ds.config import RunConfig
+from das_ds.config.help import describe_config, describe_method, describe_methods
 from das_ds.config.io import (
     config_differences,
-    describe_config,
-    describe_method,
-    describe_methods,
+    config_values,
     dump_config,
     load_config,
     resolved_dict,
+    values_set,
 )
 from das_ds.config.schema import RENAMED_KEYS, config_keys, method_keys
 from das_ds.errors import ConfigError, RunFolderError
@@ -114,6 +114,21 @@ def test_resolved_config_lists_own_method_keys_only(run_file: Path, method: str)
 def test_describe_method_unknown_name_is_error() -> None:
     with pytest.raises(ConfigError, match=r"^method.name: found 'dsa', allowed: das \| derpp"):
         describe_method("dsa")
+
+
+def test_override_of_an_entry_of_a_list_that_is_one_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: r\nmodel: {name_or_path: m}\ndomains: [{name: acl, train: a.txt}]\n")
+    assert load_config(path, ["domains.0.train.1=b.txt"]).domains[0].train == ["a.txt", "b.txt"]
+    assert load_config(path, ["domains.0.train=c.txt"]).domains[0].train == ["c.txt"]
+
+
+def test_values_set_are_those_required_or_changed(run_file: Path) -> None:
+    config = load_config(run_file, ["train.eps=1e-5", "wandb.project=das_ds"])
+    values = values_set(config)
+    assert values["train.eps"] == "1e-05" and values["output_dir"] == repr(str(config.output_dir))
+    assert not {"wandb.project", "train.betas", "seed"} & values.keys()
+    assert values.items() <= config_values(config).items()
 
 
 def test_override_later_one_wins(run_file: Path) -> None:

@@ -40,6 +40,42 @@ def test_run_config_is_frozen() -> None:
         config.train.learning_rate = 1.0
 
 
+def test_one_text_is_a_list_of_one() -> None:
+    values = {
+        **SMALL,
+        "domains": [{"name": "acl", "train": "acl.txt", "valid": "valid.txt"}],
+        "tracking": "tensorboard",
+        "runtime": {"stop_signals": "SIGTERM"},
+        "method": {"name": "das", "softmask": {"groups": "head"}},
+    }
+    config = RunConfig.model_validate(values)
+    assert (config.domains[0].train, config.domains[0].valid) == (["acl.txt"], ["valid.txt"])
+    assert (config.tracking, config.runtime.stop_signals) == (["tensorboard"], ["SIGTERM"])
+    assert config.model_dump(mode="json", by_alias=True)["method"]["softmask"]["groups"] == ["head"]
+    assert RunConfig.model_validate(config.model_dump(mode="json", by_alias=True)) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domains": "acl.txt"}, "list"),
+        ({"domains": [{"name": "acl", "train": 5}]}, "list"),
+        ({"domains": [{"name": "acl", "train": {"a": "b"}}]}, "list"),
+        ({"tracking": "csv"}, "tensorboard"),
+        ({"method": {"name": "directions", "half_saturation": "one"}}, "number"),
+    ],
+)
+def test_one_value_of_another_type_is_no_list(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate({**SMALL, **changes})
+
+
+def test_text_with_a_meaning_of_its_own_stays_text() -> None:
+    values = {**SMALL, "data": {"add_tokens": {"acl": "tokens.txt"}}, "deepspeed": "zero.json"}
+    config = RunConfig.model_validate(values)
+    assert config.data.add_tokens == {"acl": "tokens.txt"} and config.deepspeed == "zero.json"
+
+
 def replaying(share: float | None, size: int = 256, name: str = "ncl", **changes: Any) -> dict[str, Any]:
     method = {"name": name, "replay": {"fraction": share}}
     return {**SMALL, "train": {"global_batch_size": size, "micro_batch_size": 1}, "method": method, **changes}

@@ -15,10 +15,12 @@ from das_ds.config.io import dump_config, load_config
 from das_ds.downstream.run import resolve_scores_path
 from das_ds.downstream.scores import EndTaskScores
 from das_ds.errors import ConfigError
-from das_ds.run_dir import END_TASKS_FILE, open_run_dir
+from das_ds.reporting.results import build_results
+from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE, open_run_dir
 from das_ds.storage import write_checksums
 from helpers.commands import program
 from helpers.end_tasks import jobs_of_a_start, save_model, scores_on_ranks, small_task, task_run
+from helpers.html_pages import Page
 from helpers.run_ranks import run_ranks
 
 QUICK = {"epochs": 1, "learning_rate": 1e-3}
@@ -77,6 +79,18 @@ def test_finetune_model_modified_export_raises(tmp_path: Path) -> None:
 
 def test_finetune_command_prints_and_records_scores(tmp_path: Path) -> None:
     model = save_model(tmp_path)
+    results = build_results(
+        method="ncl",
+        domains=["food"],
+        eval_domains=["food"],
+        loss_matrix=[[5.0], [4.0]],
+        tokens_seen=8,
+        wall_seconds=1.0,
+        world_size=1,
+        zero_stage=0,
+    )
+    results.write(tmp_path / "run" / RESULTS_FILE)
+    (tmp_path / "run" / "report").mkdir()
     config = tmp_path / "run.yaml"
     dump_config(task_run(tmp_path, two_tasks(tmp_path)), config)
     words = ("launch/finetune.py", "--config", config, "--model", model, "--task", "toy_pair")
@@ -87,6 +101,10 @@ def test_finetune_command_prints_and_records_scores(tmp_path: Path) -> None:
     assert list(shown) == ["toy_pair"] and shown["toy_pair"]["metric"] == "accuracy"
     assert shown["toy_pair"]["test"] == {"mean": entry.seeds[0].test.accuracy, "deviation": None}
     assert list((model.parent / "wandb").glob("offline-run-*")) and not (tmp_path / "run" / "wandb").exists()
+    # The report of the run has the score too.
+    page = Page((tmp_path / "run" / "report" / "index.html").read_text())
+    (table,) = [table for table in page.tables if table[0][1:2] == ["toy_pair (accuracy, 1 seeds)"]]
+    assert [row[1] for row in table[1:3]] == ["-", f"{entry.seeds[0].test.accuracy:.4f}"]
     # Not a terminal, so no bar.
     assert "epoch 1" not in done.stderr and "LOAD REPORT" not in done.stderr
 

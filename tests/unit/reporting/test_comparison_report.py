@@ -13,7 +13,7 @@ from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.comparison_plots import plot_loss_matrices, plot_mask_saturation, plot_overlap, plot_pareto
 from das_ds.reporting.comparison_report import report_text, write_comparison_report
-from das_ds.run_dir import COMPARISON_FILE, REPORT_FILE
+from das_ds.run_dir import COMPARISON_FILE, HTML_REPORT_FILE, REPORT_FILE
 from helpers.comparisons import comparison, group, importance_summary, pooled
 
 NCL = group("ncl", [(3.0, 0.9), (3.2, 0.7)], train__learning_rate="1e-3")
@@ -30,7 +30,7 @@ def test_write_report_from_stored_comparison_is_identical(tmp_path: Path) -> Non
     drawn = write_comparison_report(comparison(NCL, SLOW, DAS, pooled("pool", [2.5])), tmp_path / "new" / "first")
     assert sorted(drawn) == ["loss_matrices", "mask_saturation", "overlap", "pareto"]
     write_comparison_report(Comparison.read(tmp_path / "new" / "first" / COMPARISON_FILE), tmp_path / "second")
-    names = {path.name for path in drawn.values()} | {COMPARISON_FILE, REPORT_FILE}
+    names = {path.name for path in drawn.values()} | {COMPARISON_FILE, REPORT_FILE, HTML_REPORT_FILE}
     for folder in (tmp_path / "new" / "first", tmp_path / "second"):
         assert {path.name for path in folder.iterdir()} == names
     for name in names:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from das_ds.errors import RunFolderError
+from das_ds.reporting.document import section_markdown
 from das_ds.reporting.plasticity import format_share, plasticity_section, plot_plasticity, read_plasticity
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_report import write_report
@@ -65,7 +66,7 @@ def table_rows(text: str) -> list[list[str]]:
 
 
 def test_plasticity_section_has_a_row_for_each_domain_and_kind_of_layer() -> None:
-    text = plasticity_section([ACL, PUBMED])
+    text = section_markdown(plasticity_section([ACL, PUBMED]))
     assert table_rows(text) == [
         ["acl", "all", "83%", "100%", "50%", "6.0%"],
         ["", "attention input", "75% (50% to 100%)", "75% (50% to 100%)", "45% (30% to 60%)", "4.5% (3.0% to 6.0%)"],
@@ -77,7 +78,7 @@ def test_plasticity_section_has_a_row_for_each_domain_and_kind_of_layer() -> Non
 
 
 def test_plasticity_section_energy_that_was_not_measured_is_a_dash() -> None:
-    text = plasticity_section([DomainPlasticity(domain="acl", before=reading(0.5, None))])
+    text = section_markdown(plasticity_section([DomainPlasticity(domain="acl", before=reading(0.5, None))]))
     assert table_rows(text)[0] == ["acl", "all", "42%", "-", "-", "-"]
 
 
@@ -102,7 +103,7 @@ def test_write_report_has_plasticity_of_runs_that_measured_it(
 def test_write_report_of_an_older_run_has_no_plasticity(make_results: Callable[..., Results], tmp_path: Path) -> None:
     (tmp_path / "domains" / "00_acl" / "model").mkdir(parents=True)
     folder = write_report(tmp_path, make_results(), None)
-    assert sorted(path.name for path in folder.iterdir()) == ["loss_matrix.png", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == ["index.html", "loss_matrix.png", "report.md"]
     assert "Plasticity" not in (folder / "report.md").read_text()
 
 

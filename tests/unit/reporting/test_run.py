@@ -142,7 +142,7 @@ def test_report_command_writes_folder_and_prints_table(
     write_run(tmp_path / "half", num_rows=2)
     assert main(["report", "ncl", "naive=half", "--output", "out"]) == 0
     shown = capsys.readouterr().out
-    assert "\nncl        1" in shown and "note: " in shown and "report: out/report.md, out/comparison.json" in shown
+    assert "\nncl        1" in shown and "note: " in shown and "report: out/report.md, out/index.html, " in shown
     assert Comparison.read(tmp_path / "out" / "comparison.json").groups[0].label == "ncl"
     assert not (tmp_path / "out" / "wandb").exists()
 

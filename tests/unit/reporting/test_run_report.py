@@ -27,14 +27,19 @@ def test_write_report_folder_has_text_and_plots(make_results: ResultsMaker, tmp_
     folder = write_report(tmp_path, make_results(), IMPORTANCE)
     write_report(tmp_path, make_results(), IMPORTANCE)
     assert folder == tmp_path / "report"
-    assert sorted(path.name for path in folder.iterdir()) == ["importance.png", "loss_matrix.png", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "importance.png",
+        "index.html",
+        "loss_matrix.png",
+        "report.md",
+    ]
     text = (folder / "report.md").read_text()
     assert "(loss_matrix.png)" in text and "(importance.png)" in text
 
 
 def test_write_report_without_importance_has_no_mask_section(make_results: ResultsMaker, tmp_path: Path) -> None:
     folder = write_report(tmp_path, make_results("ncl"), None)
-    assert sorted(path.name for path in folder.iterdir()) == ["loss_matrix.png", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == ["index.html", "loss_matrix.png", "report.md"]
     assert "mask" not in (folder / "report.md").read_text()
 
 

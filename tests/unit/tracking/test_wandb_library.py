@@ -23,6 +23,7 @@ PREPARE = """
 import logging, sys
 from pathlib import Path
 import das_ds.tracking.wandb_sink as module
+from das_ds.tracking.background import MAX_PENDING_CALLS
 from das_ds.config import RunConfig
 from das_ds.tracking.tracker import Tracker, build_tracker
 folder, mode = Path(sys.argv[1]), sys.argv[2]
@@ -46,16 +47,15 @@ with build_tracker(config, enabled=True) as tracker:
 """
 
 UNREACHABLE = """
-import functools
-module.WandbSink = functools.partial(module.WandbSink, init_timeout_s=1.0)
-sink = module.build_wandb_sink(config)
+import wandb
+sink = module.build_wandb_sink(config, wandb, init_timeout_s=1.0)
 sink.log(step(1), global_step=1)
 sink.close()
 """
 
 FROZEN = """
 import threading, time, psutil, wandb
-sink = module.WandbSink(config, wandb, close_timeout_s=1.0)
+sink = module.build_wandb_sink(config, wandb, close_timeout_s=1.0)
 deadline = time.monotonic() + 60
 while not list(folder.glob("wandb/*/*.wandb")) and time.monotonic() < deadline:
     time.sleep(0.05)
@@ -64,7 +64,7 @@ service.suspend()
 rescue = threading.Timer(60, lambda: (print("rescued", flush=True), service.kill()))
 rescue.daemon = True
 rescue.start()
-for number in range(1, module.MAX_PENDING_CALLS + 100):
+for number in range(1, MAX_PENDING_CALLS + 100):
     sink.log(step(number), global_step=number)
 sink.close()
 print("closed")

@@ -15,7 +15,9 @@ from das_ds.config import RunConfig, parse_method
 from das_ds.errors import ConfigError
 from das_ds.run_dir import WANDB_RUN_ID_FILE
 from das_ds.tracking import wandb_sink
-from das_ds.tracking.wandb_sink import MAX_PENDING_CALLS, WandbJob, WandbSink, build_wandb_sink
+from das_ds.tracking.background import MAX_PENDING_CALLS
+from das_ds.tracking.libraries import build_library_sinks
+from das_ds.tracking.wandb_sink import WandbJob, build_wandb_sink
 
 ConfigMaker = Callable[[Path, str], RunConfig]
 STEP: dict[str, float | int | str] = {"domain": "acl", "domain_step": 1, "loss": 1.0}
@@ -102,7 +104,7 @@ def test_mode_and_key_select_online_or_offline(
     make_config: ConfigMaker, tmp_path: Path, mode: str, has_key: bool, calls: list[str]
 ) -> None:
     library = FakeWandb(has_key=has_key)
-    WandbSink(make_config(tmp_path, mode), library).close(3)
+    build_wandb_sink(make_config(tmp_path, mode), library).close(3)
     assert library.calls == calls
     assert library.run.exit_code == 3
     assert library.init_arguments["resume"] == ("allow" if calls[-1] == "init online" else None)
@@ -111,7 +113,7 @@ def test_mode_and_key_select_online_or_offline(
 def test_init_arguments_follow_the_config(make_config: ConfigMaker, tmp_path: Path) -> None:
     library = FakeWandb()
     config = make_config(tmp_path / "papers" / "seed0", "auto")
-    WandbSink(config, library, init_timeout_s=4.0, close_timeout_s=10.0).close()
+    build_wandb_sink(config, library, init_timeout_s=4.0, close_timeout_s=10.0).close()
     arguments = library.init_arguments
     assert (arguments["name"], arguments["group"], arguments["job_type"]) == ("seed0", "papers", "ncl")
     assert (arguments["project"], arguments["entity"]) == ("tests", None)
@@ -125,20 +127,20 @@ def test_wandb_job_is_a_separate_run_in_the_group(make_config: ConfigMaker, tmp_
     config = make_config(tmp_path / "papers" / "seed0", "auto")
     folder = tmp_path / "papers" / "seed0" / "domains" / "00_acl"
     folder.mkdir(parents=True)
-    WandbSink(config, library, job=WandbJob(folder, "finetune", "00_acl finetune")).close()
+    build_wandb_sink(config, library, job=WandbJob(folder, "finetune", "00_acl finetune")).close()
     arguments = library.init_arguments
     assert (arguments["name"], arguments["group"], arguments["job_type"]) == ("00_acl finetune", "papers", "finetune")
     assert arguments["dir"] == str(folder) and arguments["id"] == (folder / WANDB_RUN_ID_FILE).read_text().strip()
     assert not (config.output_dir / WANDB_RUN_ID_FILE).exists()
     assert arguments["config"]["seed"] == config.seed
-    WandbSink(config, library, job=WandbJob(folder, "report", "papers report", {"runs": ["a", "b"]})).close()
+    build_wandb_sink(config, library, job=WandbJob(folder, "report", "papers report", {"runs": ["a", "b"]})).close()
     assert library.init_arguments["config"] == {"runs": ["a", "b"]}
 
 
 def test_run_id_is_reused_unless_damaged(make_config: ConfigMaker, tmp_path: Path) -> None:
     def run_id() -> str:
         library = FakeWandb()
-        WandbSink(make_config(tmp_path, "offline"), library).close()
+        build_wandb_sink(make_config(tmp_path, "offline"), library).close()
         return str(library.init_arguments["id"])
 
     first = run_id()
@@ -147,14 +149,15 @@ def test_run_id_is_reused_unless_damaged(make_config: ConfigMaker, tmp_path: Pat
     assert run_id() not in (first, "no id/")
 
 
+@pytest.mark.parametrize(("failing", "tried"), [("login", []), ("init online", ["init online"])])
 def test_unreachable_server_falls_back_to_offline(
-    make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, failing: str, tried: list[str]
 ) -> None:
-    library = FakeWandb(has_key=True, failing=("init online",))
-    sink = WandbSink(make_config(tmp_path, "online"), library)
+    library = FakeWandb(has_key=True, failing=(failing,))
+    sink = build_wandb_sink(make_config(tmp_path, "online"), library)
     sink.log(STEP, global_step=1)
     sink.close()
-    assert library.calls == ["login", "init online", "teardown", "init offline"]
+    assert library.calls == ["login", *tried, "teardown", "init offline"]
     assert library.run.rows == [{"global_step": 1, "acl/step": 1, "acl/loss": 1.0}]
     assert len(list_warnings(caplog)) == 1 and "kept offline" in caplog.text
 
@@ -163,7 +166,7 @@ def test_unreachable_server_falls_back_to_offline(
 def test_every_stage_has_an_axis(make_config: ConfigMaker, tmp_path: Path, method: str, names: list[str]) -> None:
     config = make_config(tmp_path, "offline")
     library = FakeWandb()
-    sink = WandbSink(config.model_copy(update={"method": parse_method(method)}), library)
+    sink = build_wandb_sink(config.model_copy(update={"method": parse_method(method)}), library)
     sink.close()
     by_domain = {f"{name}/*": f"{name}/step" for name in names}
     assert library.run.axes == {**by_domain, "eval/*": "domains_learned", "within/*": "global_step"}
@@ -171,18 +174,18 @@ def test_every_stage_has_an_axis(make_config: ConfigMaker, tmp_path: Path, metho
 
 def test_evaluation_within_a_domain_is_a_curve_over_the_run(make_config: ConfigMaker, tmp_path: Path) -> None:
     library = FakeWandb()
-    sink = WandbSink(make_config(tmp_path, "offline"), library)
+    sink = build_wandb_sink(make_config(tmp_path, "offline"), library)
     sink.log_domain_evaluation({"domain": "acl", "domain_step": 5, "eval/acl": 1.5, "eval/general": 2.5}, global_step=7)
     sink.close()
     assert library.run.rows == [{"within/eval/acl": 1.5, "within/eval/general": 2.5, "global_step": 7}]
 
 
-@pytest.mark.parametrize("failing", ["login", "init offline", "define_metric", "log", "finish"])
+@pytest.mark.parametrize("failing", ["init offline", "define_metric", "log", "finish"])
 def test_failures_warn_once_and_are_contained(
     make_config: ConfigMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
     library = FakeWandb(failing=(failing,))
-    sink = WandbSink(make_config(tmp_path, "auto"), library)
+    sink = build_wandb_sink(make_config(tmp_path, "auto"), library)
     for step in range(3):
         sink.log(STEP, global_step=step)
     sink.log({"loss": 1.0}, global_step=3)
@@ -207,7 +210,7 @@ def test_system_exit_does_not_end_the_worker(
         raise SystemExit(1)
 
     monkeypatch.setattr(library.run, "log", leave_at_the_first)
-    sink = WandbSink(make_config(tmp_path, "auto"), library)
+    sink = build_wandb_sink(make_config(tmp_path, "auto"), library)
     for step in range(3):
         sink.log(STEP, global_step=step)
     sink.close()
@@ -226,7 +229,7 @@ def test_hanging_library_blocks_neither_log_nor_close(
     monkeypatch.setattr(wandb_sink, "TEARDOWN_TIMEOUT_S", 0.1)
     library = FakeWandb(has_key=True, hanging=(hanging, "teardown"))
     library.run.finish = lambda exit_code: library._enter("finish")  # type: ignore[method-assign]
-    sink = WandbSink(make_config(tmp_path, "auto"), library, close_timeout_s=0.2)
+    sink = build_wandb_sink(make_config(tmp_path, "auto"), library, close_timeout_s=0.2)
     for step in range(MAX_PENDING_CALLS + 10 if hanging != "finish" else 10):
         sink.log(STEP, global_step=step)
     closing = threading.Thread(target=sink.close, daemon=True)
@@ -242,11 +245,11 @@ def test_missing_package_is_an_error_only_if_required(
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert build_wandb_sink(make_config(tmp_path, "auto")) is None
+    assert build_library_sinks(make_config(tmp_path, "auto")) == []
     assert "not installed" in caplog.text
     for mode in ("online", "offline"):
         with pytest.raises(ConfigError, match=rf"wandb\.mode: found {mode}.*install .*auto or disabled"):
-            build_wandb_sink(make_config(tmp_path, mode))
+            build_library_sinks(make_config(tmp_path, mode))
 
 
 @pytest.mark.parametrize(("mode", "environment"), [("disabled", ""), ("auto", "disabled")])
@@ -254,4 +257,4 @@ def test_disabled_by_config_or_environment_builds_no_sink(
     make_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, environment: str
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", environment)
-    assert build_wandb_sink(make_config(tmp_path, mode)) is None
+    assert build_library_sinks(make_config(tmp_path, mode)) == []

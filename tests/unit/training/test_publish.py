@@ -47,6 +47,21 @@ def test_publish_results_logs_losses_over_domains_learned(
     assert sink.domains_learned == [sum(map(len, learned[:done])) for done in range(len(learned) + 1)]
 
 
+def test_publish_results_again_after_a_kill_does_not_log_the_evaluation_twice(tmp_path: Path) -> None:
+    config = run_config(tmp_path, domains=DOMAINS)
+    sink = Evaluations()
+    matrix = [[3.0, 4.0], [2.0, 3.5]]
+    for num_rows in (1, 1, 2, 2):
+        state = RunState(domains_done=num_rows - 1, loss_matrix=matrix[:num_rows])
+        results = collect_results(config, state, 1, 2)
+        publish_results(results, RunDir(tmp_path), Tracker([sink]), {"acl": 1.0}, state, None)
+    assert sink.domains_learned == [0, 1]
+    # What cannot be read was not published.
+    (tmp_path / RESULTS_FILE).write_text("{")
+    publish_results(results, RunDir(tmp_path), Tracker([sink]), {"acl": 1.0}, state, None)
+    assert sink.domains_learned == [0, 1, 1]
+
+
 def reading(passing: float | None) -> PlasticityReading:
     return PlasticityReading.summarize({"q": InputPlasticity(2, 0.5, passing)}, {"q": "attention input"})
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from das_ds.cli import main
 from das_ds.config import ArchitectureConfig, GroupName, ModelConfig, RuleConfig
-from das_ds.config.io import describe_config, dump_config, load_config
+from das_ds.config.help import describe_config
+from das_ds.config.io import dump_config, load_config
 from das_ds.errors import ConfigError, ModelError
 from das_ds.functional.axis_layouts import AXIS_LAYOUTS
 from das_ds.functional.units import GROUPS

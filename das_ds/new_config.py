@@ -1,0 +1,128 @@
+"""The run config that `das-ds init` writes: the keys that every run sets, with comments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from das_ds.config.io import load_config, parse_config
+from das_ds.config.method import load_methods
+from das_ds.data.sources import FILE_SUFFIXES, parse_hub_name
+from das_ds.errors import ConfigError, DataError, RunFolderError
+
+PLAIN = re.compile(r"(?:[A-Za-z/]|\.\.?/)[\w./*-]*")
+"""Text that YAML reads as it is, unless it is a word such as `yes`."""
+
+TEMPLATE = """\
+# Run config, to be adapted. `das-ds train --help` explains every key, `--help train` those of one section.
+output_dir: {output_dir}   # new, empty, or that of the same run, which then resumes
+model:
+  name_or_path: {model}
+domains:   # in the order of learning
+{domains}
+{general}
+data:
+  sequence_length: 128   # tokens per block; packed from whole documents
+train:
+  steps_per_domain: 1000
+  global_batch_size: 256   # sequences per step, over all GPUs
+  micro_batch_size: 32   # sequences per GPU at once; lower it if memory is short
+  learning_rate: 1e-4
+  precision: bf16   # fp32 on CPUs, which only emulate it
+method: {method}   # `das-ds methods` lists all; ncl trains without protection, for comparison
+deepspeed: {{zero_optimization: {{stage: 2}}}}   # or a file such as ds_configs/zero3.json
+tracking: []   # beside metrics.jsonl: wandb, tensorboard, mlflow, trackio
+"""
+
+
+def write_new_config(
+    path: Path, model: str, domains: Sequence[str], general: str | None, method: str | None = None
+) -> None:
+    """Write a valid run config with comments.
+
+    Args:
+        path: of the file, which must not exist.
+        model: folder or hub name.
+        domains: NAME=PATH in the order of learning; a path is a folder of text, a file, a glob or a hub data set.
+        general: path of text that is only evaluated; None: none.
+        method: its name; None: the first choice.
+
+    Raises:
+        ConfigError: a domain is no NAME=PATH, or a name or the method is not allowed.
+        DataError: there is no text at a path.
+        RunFolderError: the file exists or cannot be written.
+    """
+    method = method or load_methods().FIRST_CHOICE
+    sources = [(name, _find_text(source)) for name, source in map(_split, domains)]
+    general_text = None if general is None else _find_text(general)
+    values: dict[str, Any] = {
+        "output_dir": f"runs/{path.stem}",
+        "model": {"name_or_path": model},
+        "domains": [{"name": name, "train": text} for name, text in sources],
+        "method": method,
+    }
+    if general_text is not None:
+        values["general"] = {"name": "general", "valid": general_text}
+    # Before anything is written; the rest of the file has no values of the user.
+    parse_config(values, [])
+    text = TEMPLATE.format(
+        output_dir=_quote(values["output_dir"]),
+        model=_quote(model),
+        domains="\n".join(_corpus("- ", name, "train", text) for name, text in sources),
+        general=_general(general_text),
+        method=method,
+    )
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RunFolderError(f"--output {path}: found a file there, expected a new one") from None
+    except OSError as error:
+        raise RunFolderError(f"--output {path}: cannot be written ({error.strerror})") from error
+    load_config(path)
+
+
+def _split(argument: str) -> tuple[str, str]:
+    name, equals, source = argument.partition("=")
+    if not equals or not name or not source:
+        raise ConfigError(f"--domain: found {argument!r}, expected NAME=PATH, such as acl=corpora/acl")
+    return name, source
+
+
+def _find_text(source: str) -> list[str]:
+    """Sources as a config has them: for a folder, a glob for each kind of text files anywhere in it."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        is_there = path.exists() or any(character in source for character in "*?[$")
+        if not is_there and parse_hub_name(source) is None:
+            raise DataError(f"{source}: found no such file or folder, expected text, a glob or a hub name")
+        return [source]
+    files = [file for file in map(Path, glob(f"{escape(str(path))}/**/*", recursive=True)) if file.is_file()]
+    kinds = [suffix for suffix in FILE_SUFFIXES if any(file.name.endswith(suffix) for file in files)]
+    if not kinds:
+        endings = ", ".join(FILE_SUFFIXES)
+        raise DataError(f"{source}: found no text in this folder, expected files that end in {endings}")
+    return [f"{source.rstrip('/')}/**/*{suffix}" for suffix in kinds]
+
+
+def _corpus(bullet: str, name: str, key: str, text: Sequence[str]) -> str:
+    listed = ", ".join(map(_quote, text))
+    return f"  {bullet}name: {_quote(name)}\n  {' ' * len(bullet)}{key}: {f'[{listed}]' if len(text) > 1 else listed}"
+
+
+def _general(text: Sequence[str] | None) -> str:
+    if text is None:
+        return "# general: {name: general, valid: general.txt}   # evaluated, to see what is forgotten of general text"
+    return "general:   # only evaluated\n" + _corpus("", "general", "valid", text)
+
+
+def _quote(text: str) -> str:
+    """The text as YAML."""
+    if PLAIN.fullmatch(text) and yaml.safe_load(text) == text:
+        return text
+    return yaml.safe_dump(text, default_style="'", width=10_000, allow_unicode=True).strip()
