@@ -127,6 +127,7 @@ def _benchmark(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.benchmark.run import run_benchmarks
     from das_ds.progress import disable_library_bars
     from das_ds.reporting.benchmark_report import accuracy_rows, update_report
+    from das_ds.reporting.run_report import refresh_page
     from das_ds.reporting.tables import format_plain
     from das_ds.training.revisions import with_recorded_revisions
 
@@ -140,6 +141,8 @@ def _benchmark(config: RunConfig, options: argparse.Namespace) -> None:
     matrix = ranks.run_on_main(lambda: update_report(config.output_dir))
     ranks.close()
     if matrix is not None:
+        if ranks.info.is_main and (config.output_dir / REPORT_FOLDER).is_dir():
+            refresh_page(config.output_dir)
         print(json.dumps(matrix.summary) if options.json else format_plain(accuracy_rows(matrix), text_columns=(0, 1)))
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from das_ds.reporting.document import Plot, Section, Table, Text
+from das_ds.reporting.document import Bullets, Plot, Section, Table, Text
 from das_ds.reporting.run_plots import DPI, new_figure
 from das_ds.reporting.tables import Row
 from das_ds.run_dir import PLASTICITY_FILE, PLASTICITY_PLOT
@@ -48,6 +48,11 @@ def plasticity_section(domains: Sequence[DomainPlasticity]) -> Section:
     """
     header = ["domain", "input of", "open before", "passes before", "open after", "passes after"]
     rows = [row for measured in domains for row in _rows(measured)]
+    protections = [
+        f"Protected while {measured.domain} is learned: {', '.join(measured.protected)} ({measured.form})."
+        for measured in domains
+        if measured.protected
+    ]
     text = (
         "What earlier domains left free when a domain began, and what was left once it was learned and protected.\n"
         "Open: the share of all input directions along which layers may learn. Passes: the share of the energy of\n"
@@ -59,6 +64,7 @@ def plasticity_section(domains: Sequence[DomainPlasticity]) -> Section:
         [
             Text(text),
             Table([header, *rows], text_columns=(0, 1)),
+            *([Bullets(protections)] if protections else []),
             Plot(Path(PLASTICITY_PLOT).stem, partial(plot_plasticity, domains)),
         ],
     )

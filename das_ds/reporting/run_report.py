@@ -31,6 +31,10 @@ from das_ds.run_dir import (
 from das_ds.softmask.importance_file import read_unit_importance
 from das_ds.softmask.plasticity import DomainPlasticity
 
+UNDER_TRAINED = (
+    "A value below 0 means that other text still improves the model: it is not fully trained on this one, and the\n"
+    "run says little about what protection it gives."
+)
 PROTECTED = 0.9
 """Units of at least this importance hardly change."""
 NONE = "-"
@@ -211,7 +215,11 @@ def _transfer(results: Results) -> Section:
         ["backward transfer", _signed(results.backward_transfer), "above 0: later domains helped earlier ones"],
         ["forward transfer", _signed(results.forward_transfer), "above 0: earlier domains helped later ones"],
     ]
-    return Section("Forgetting and transfer", [Table(rows, text_columns=(0, 2))])
+    blocks: list[Block] = [Table(rows, text_columns=(0, 2))]
+    changes = [results.forgetting.average, results.general_drift, *results.drift.values()]
+    if any(change is not None and change < 0.0 for change in changes):
+        blocks.append(Text(UNDER_TRAINED))
+    return Section("Forgetting and transfer", blocks)
 
 
 def _mask_saturation(importance: UnitValues) -> Section:

@@ -13,6 +13,7 @@ from das_ds.benchmark.scores import BenchmarkScores, ModelBenchmarks
 from das_ds.errors import RunFolderError
 from das_ds.reporting.benchmark_matrix import BenchmarkMatrix, read_benchmark_matrix
 from das_ds.reporting.benchmark_report import benchmark_section, replace_section, update_report
+from das_ds.reporting.document import section_markdown
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_report import write_report
 
@@ -77,7 +78,7 @@ def test_matrix_leaves_out_scores_on_other_items(tmp_path: Path) -> None:
     matrix = matrix_of(tmp_path, {"arc": scores("11")}, {"arc": scores("1100")}, {"arc": scores("1110")})
     assert matrix.rows[0].accuracy == [None, 0.5, 0.75] and matrix.rows[0].transitions == [None] * 3
     assert matrix.omitted == ["arc before training was scored on other items than after pub_med"]
-    assert f"Left out: {matrix.omitted[0]}." in benchmark_section(matrix)
+    assert f"Left out: {matrix.omitted[0]}." in section_markdown(benchmark_section(matrix))
 
 
 def test_matrix_orders_more_than_a_hundred_domains(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_matrix_damaged_file_raises(tmp_path: Path) -> None:
 def test_section_has_all_numbers(tmp_path: Path) -> None:
     unknown = scores("1000", chance=None, guessing=None, bits_per_byte=None)
     models = [{"arc": scores(digits), "other": unknown} for digits in ("1100", "0101", "0000")]
-    text = benchmark_section(matrix_of(tmp_path, *models))
+    text = section_markdown(benchmark_section(matrix_of(tmp_path, *models)))
     assert cells(text, "arc", "acc") == ["arc", "acc", "4", "25.0%", "50.0%", "50.0%", "0.0%"]
     assert cells(text, "other", "acc")[3] == "-"
     adjusted = text.partition("Adjusted for chance")[2]

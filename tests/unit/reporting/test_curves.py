@@ -11,6 +11,7 @@ from PIL import Image
 
 from das_ds.checkpoint.manifest import DomainEnd, DomainEvaluation
 from das_ds.reporting.curves import curves_section, plot_curves, stability_gaps
+from das_ds.reporting.document import section_markdown
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_report import report_text, write_report
 
@@ -58,12 +59,13 @@ def test_domain_that_has_just_begun_has_no_gap(results: Results) -> None:
     begun = results.model_copy(update={"evaluations": EVALUATIONS[:3], "ends": ENDS[:1]})
     assert [gap.domain for gap in stability_gaps(begun)] == ["acl"]
     started = results.model_copy(update={"evaluations": EVALUATIONS[:1], "ends": []})
-    text = curves_section(started)
+    text = section_markdown(curves_section(started))
     assert "(curves.png)" in text and "|" not in text
 
 
 def test_curves_section_has_all_values(results: Results) -> None:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in curves_section(results).splitlines()]
+    lines = section_markdown(curves_section(results)).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert ["acl", "10", "steps", "10", "10"] in rows
     assert ["pubmed", "8", "max forgetting", "-", "0"] in rows
     assert ["acl", "pubmed", "4.0000", "5.0000", "4", "4.6000", "0.4000"] in rows
@@ -71,7 +73,12 @@ def test_curves_section_has_all_values(results: Results) -> None:
 
 def test_report_has_curves_only_with_evaluations(results: Results, tmp_path: Path) -> None:
     folder = write_report(tmp_path, results, None)
-    assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "loss_matrix.png", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "curves.png",
+        "index.html",
+        "loss_matrix.png",
+        "report.md",
+    ]
     assert "## Within domains" in (folder / "report.md").read_text()
     assert "Within domains" not in report_text(results.model_copy(update={"evaluations": []}), None)
 

@@ -82,6 +82,13 @@ def test_plasticity_section_energy_that_was_not_measured_is_a_dash() -> None:
     assert table_rows(text)[0] == ["acl", "all", "42%", "-", "-", "-"]
 
 
+def test_plasticity_section_names_what_was_protected() -> None:
+    later = PUBMED.model_copy(update={"protected": ["general", "acl"], "form": "masks on update"})
+    text = section_markdown(plasticity_section([ACL, later]))
+    assert "- Protected while pubmed is learned: general, acl (masks on update)." in text
+    assert text.count("Protected while") == 1
+
+
 @pytest.mark.parametrize("domains", [[ACL], [PUBMED], [ACL, PUBMED]])
 def test_plot_plasticity_draws_every_group(domains: list[DomainPlasticity], tmp_path: Path) -> None:
     plot_plasticity(domains, tmp_path / "plasticity.png")

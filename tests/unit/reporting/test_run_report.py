@@ -11,7 +11,7 @@ import torch
 
 from das_ds.errors import RunFolderError
 from das_ds.reporting.results import Results
-from das_ds.reporting.run_report import report_text, write_report
+from das_ds.reporting.run_report import UNDER_TRAINED, report_text, write_report
 
 ResultsMaker = Callable[..., Results]
 IMPORTANCE = {"head": torch.tensor([[0.0, 0.95], [0.9, 0.95]]), "output": torch.full((2, 5), 0.25)}
@@ -64,6 +64,7 @@ def test_report_text_unfinished_run_says_so(make_results: ResultsMaker) -> None:
     assert "not complete: 1 of 3 domains learned" in text
     assert table_row(text, "general-domain drift")[1] == "-"
     others = make_results().model_copy(update={"drift": {"law": -0.25, "code": 0.5}})
+    assert UNDER_TRAINED in report_text(others, None) and UNDER_TRAINED not in report_text(make_results(), None)
     assert [table_row(report_text(others, None), f"drift of {name}")[1] for name in others.drift] == [
         "-0.2500",
         "+0.5000",
