@@ -116,8 +116,7 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     if ranks.info.is_main:
         # The scores of a run are in base/ or domains/<ii>_<name>/ of its folder.
         for folder in path.resolve().parents[1:3]:
-            if (folder / RESULTS_FILE).exists() and (folder / REPORT_FOLDER).is_dir():
-                refresh_page(folder)
+            refresh_page(folder)
         print(json.dumps(summarize_scores(scores, tasks)))
 
 
@@ -141,7 +140,7 @@ def _benchmark(config: RunConfig, options: argparse.Namespace) -> None:
     matrix = ranks.run_on_main(lambda: update_report(config.output_dir))
     ranks.close()
     if matrix is not None:
-        if ranks.info.is_main and (config.output_dir / REPORT_FOLDER).is_dir():
+        if ranks.info.is_main:
             refresh_page(config.output_dir)
         print(json.dumps(matrix.summary) if options.json else format_plain(accuracy_rows(matrix), text_columns=(0, 1)))
 

@@ -71,11 +71,13 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
 
 
 def refresh_page(run_folder: Path) -> None:
-    """Write index.html anew, after end tasks or benchmarks were scored.
+    """Write index.html anew, after end tasks or benchmarks were scored; nothing where a run has no report yet.
 
     Raises:
         RunFolderError: the results are damaged, or the folder cannot be written.
     """
+    if not ((run_folder / RESULTS_FILE).exists() and (run_folder / REPORT_FOLDER).is_dir()):
+        return
     results = Results.read(run_folder / RESULTS_FILE)
     mask = []
     if (run_folder / REPORT_FOLDER / IMPORTANCE_PLOT).exists():
