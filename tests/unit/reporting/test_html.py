@@ -156,7 +156,10 @@ def test_refresh_page_adds_scores_and_reads_stored_importance(tmp_path: Path) ->
 
 def test_refresh_page_unwritable_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    with pytest.raises(RunFolderError, match=r"report/index.html: cannot be written \(No such file"):
+    refresh_page(folder)
+    assert not (folder / "report").exists()
+    (folder / "report" / "index.html").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match=r"report/index.html: cannot be written \(Is a directory"):
         refresh_page(folder)
 
 
