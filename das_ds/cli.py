@@ -152,7 +152,7 @@ def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.preflight.run import run_preflight
 
     peers = PeerCheck(timedelta(seconds=config.runtime.hang_timeout))
-    run_preflight(config, peers, as_json=options.json)
+    run_preflight(config, peers, as_json=options.json, estimates_time=options.time)
     peers.ranks.close()
 
 
@@ -322,6 +322,11 @@ def _add_preflight(commands: _Commands) -> None:
     text = "check ranks, folders, disk, text, model and memory before a run; start it like train"
     command = _add_config_command(commands, "preflight", _preflight, text)
     command.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    text = (
+        "also tokenize all text, take a few steps and batches and two exports with the model of the run, and say how "
+        "long the run will take"
+    )
+    command.add_argument("--time", action="store_true", help=text)
 
 
 def _add_plan(commands: _Commands) -> None:

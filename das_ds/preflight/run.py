@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 from das_ds.config import RunConfig
+from das_ds.config.deepspeed import EngineConfig
 from das_ds.errors import PreflightError
 from das_ds.preflight.checks import Checklist, CheckResult
 from das_ds.preflight.corpora import check_corpora
@@ -20,11 +21,21 @@ from das_ds.preflight.environment import (
 from das_ds.preflight.memory import check_memory, check_model
 from das_ds.preflight.output_dir import check_disk, check_folder
 from das_ds.preflight.peers import PeerCheck
+from das_ds.preflight.rehearsal import describe_estimate, time_run
+from das_ds.preflight.timings import TimeEstimate
 from das_ds.training.revisions import with_recorded_revisions
 
 
-def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list[CheckResult]:
-    """Run all checks without building an engine; rank 0 prints one line each, or one JSON object at the end.
+def run_preflight(
+    config: RunConfig, peers: PeerCheck, *, as_json: bool, estimates_time: bool = False
+) -> list[CheckResult]:
+    """Run all checks; rank 0 prints one line each, or one JSON object at the end.
+
+    Args:
+        config: of the run.
+        peers: the ranks.
+        as_json: whether to print JSON.
+        estimates_time: whether to rehearse the run, see `time_run`; without it no engine is built.
 
     Raises:
         PreflightError: at least one check failed; raised after all were run.
@@ -55,9 +66,32 @@ def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list
         check_memory(checks, config, info, size, engine)
     else:
         checks.skip("memory", "a model that fits", needs=("settings", "model"))
+    if estimates_time:
+        _check_time(checks, config, peers, engine, shows_summary=info.is_main and not as_json)
     if info.is_main and as_json:
         print(json.dumps({"ok": not checks.failed, "checks": [asdict(result) for result in checks.results]}))
     if checks.failed:
         number = "1 check" if len(checks.failed) == 1 else f"{len(checks.failed)} checks"
         raise PreflightError(f"preflight: {number} failed: {', '.join(checks.failed)}")
     return checks.results
+
+
+def _check_time(
+    checks: Checklist, config: RunConfig, peers: PeerCheck, engine: EngineConfig | None, *, shows_summary: bool
+) -> None:
+    """Rehearse the run: only where nothing failed, as what failed would end the rehearsal too."""
+    expected = "a run whose first steps, batches and exports succeed"
+    if checks.failed or engine is None:
+        checks.skip("time", expected, needs=tuple(checks.failed))
+        return
+
+    def probe() -> TimeEstimate:
+        summary, estimate = time_run(config, engine, peers.ranks)
+        if shows_summary:
+            print("\n".join(summary.lines()), flush=True)
+        return estimate
+
+    info = peers.ranks.info
+    checks.run(
+        "time", expected, probe, lambda estimates: describe_estimate(estimates[0], info.world_size, info.device.type)
+    )

@@ -53,7 +53,7 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         ranks.run_on_main(lambda: _check_run_dir(run_dir, manifest))
         if manifest is not None and manifest.run.phase == "finished":
             return _write_final_results(config, ranks, run_dir, manifest)
-        config, data = _prepare(config, ranks, watchdog)
+        config, data = prepare_run(config, ranks, watchdog)
         _stop_if_requested(ranks, shutdown)
         # Rank 0 alone logs; the others have a tracker without sinks.
         tracker = ranks.run_on_main(lambda: build_tracker(config, enabled=True)) or Tracker()
@@ -67,7 +67,7 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
                 trainer.engine.close()
 
 
-def _prepare(config: RunConfig, ranks: ProcessGroup, watchdog: Watchdog) -> tuple[RunConfig, DataModule]:
+def prepare_run(config: RunConfig, ranks: ProcessGroup, watchdog: Watchdog) -> tuple[RunConfig, DataModule]:
     """Fetch the model and tokenize the text; returns the config with pinned revisions and steps."""
     with watchdog.suspend_timeout("fetching the model"):
         config = pin_revisions(config, ranks)

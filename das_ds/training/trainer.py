@@ -63,6 +63,9 @@ class ContinualTrainer(Callbacks):
         engine_config: DeepSpeed's merged settings.
     """
 
+    prints_progress = True
+    """Whether rank 0 prints what happens."""
+
     def __init__(self, config: RunConfig, services: RunServices, data: DataModule, engine_config: EngineConfig) -> None:
         self._config = config
         self._services = services
@@ -74,26 +77,26 @@ class ContinualTrainer(Callbacks):
         self._earlier_seconds = 0.0
         # Before the model is built, so that an unsupported export dtype fails in the first second.
         export_dtype(config)
-        self._context = load_context(config, data, engine_config, self._ranks)
-        self._network = self._context.network
+        self.context = load_context(config, data, engine_config, self._ranks)
+        self._network = self.context.network
         self._model = self._network.model
-        self.engine = self._context.engine
+        self.engine = self.context.engine
         self._state = self._initial_state()
         # In host memory, and only for methods that train every domain from the base model.
         self._base = self.engine.weights.snapshot() if method_class(config.method).starts_from_base else None
-        self._method = build_method(self._context)
+        self._method = build_method(self.context)
         # Rewinds are counted over the run, so one guard serves all domains.
         self._guard = LossGuard(config.faults)
-        self._loops = ResumableLoops(
-            self.on_batch_end, show_progress=self._ranks.info.is_main, device=self._ranks.info.device
-        )
-        self._utilization = build_utilization(config, self._context, data) if self._ranks.info.is_main else None
+        self._loops = self._build_loops()
+        self._utilization = build_utilization(config, self.context, data) if self._ranks.info.is_main else None
         self._progress: DomainProgress | None = None
         every_steps = config.evaluation.every_steps
-        self._console = RunConsole(config.stages, is_main=self._ranks.info.is_main, every_steps=every_steps)
-        self._exports = ModelExports(config, self._context, services, data, self._console)
+        self._console = RunConsole(
+            config.stages, is_main=self._ranks.info.is_main and self.prints_progress, every_steps=every_steps
+        )
+        self._exports = ModelExports(config, self.context, services, data, self._console)
         self._evaluator = DomainEvaluator(
-            config, self._context, services, data, self._loops, self._console, self._exports
+            config, self.context, services, data, self._loops, self._console, self._exports
         )
         components: dict[str, Stateful] = {
             # First, so that changed text is reported before anything is restored.
@@ -107,6 +110,11 @@ class ContinualTrainer(Callbacks):
         self._checkpoints = RunCheckpoints(config, services, self.engine, components)
         self._save_point = self._checkpoints.save_point
 
+    def _build_loops(self) -> ResumableLoops:
+        """Loops over batches, between two of which the run may be saved or stopped."""
+        info = self._ranks.info
+        return ResumableLoops(self.on_batch_end, show_progress=info.is_main, device=info.device)
+
     def _initial_state(self) -> RunState:
         """Start with the head warm-up if the LM head was initialized at random and the config asks for it."""
         record = get_weights_record(self._model)
@@ -116,7 +124,7 @@ class ContinualTrainer(Callbacks):
         if self._config.model.head_warmup_steps and not warms_up and self._ranks.info.is_main:
             logger.warning("model.head_warmup_steps: the files hold the LM head, which is used as it is")
         # The loss of masked tokens, given all others, is no code length of the text.
-        tokens_per_byte = self._data.tokens_per_byte() if self._context.objective == "clm" else None
+        tokens_per_byte = self._data.tokens_per_byte() if self.context.objective == "clm" else None
         phase: Phase = HEAD_WARMUP if warms_up else "evaluate"
         return RunState(phase=phase, weights=record, tokens_per_byte=tokens_per_byte)
 
@@ -178,7 +186,7 @@ class ContinualTrainer(Callbacks):
         head = {name for name in self.engine.parameters if not name.startswith(body)}
         with self._network.training_head_only(), self.engine.training_only(head):
             train = self._config.train.model_copy(update={"learning_rate": model.head_warmup_learning_rate})
-            self._run_steps(stage, HEAD_WARMUP, Method(self._context), train=train)
+            self._run_steps(stage, HEAD_WARMUP, Method(self.context), train=train)
         self._enter(self._state.model_copy(update={"phase": "evaluate", "domain_step": 0}))
 
     def _evaluate(self) -> None:
@@ -434,7 +442,7 @@ class ContinualTrainer(Callbacks):
 
     def _summary(self, manifest: Manifest | None) -> RunSummary:
         resumes = None if manifest is None else f"{manifest.name}: {self._checkpoints.describe(self._state)}"
-        return summarize_run(self._config, self._context, self._data, resumes)
+        return summarize_run(self._config, self.context, self._data, resumes)
 
     def _with_wall_time(self, state: RunState) -> RunState:
         seconds = self._earlier_seconds + time.monotonic() - self._start_time

@@ -17,12 +17,15 @@ from das_ds.config import RunConfig
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import PreflightError
 from das_ds.preflight import output_dir as folder
+from das_ds.preflight import rehearsal
 from das_ds.preflight.checks import Checklist, CheckResult
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.environment import check_clocks, check_network, check_settings, check_versions
 from das_ds.preflight.output_dir import check_folder, check_sharing
 from das_ds.preflight.peers import PeerCheck
+from das_ds.preflight.rehearsal import RehearsalTrainer
 from das_ds.preflight.run import run_preflight
+from das_ds.preflight.timings import Rehearsal
 from das_ds.versions import library_versions
 
 TIMEOUT = timedelta(seconds=60)
@@ -156,3 +159,20 @@ def equal_on_all(findings: list[list[CheckResult]]) -> list[CheckResult]:
     """What all ranks found, which is the same."""
     assert findings[0] == findings[1]
     return findings[0]
+
+
+def rehearsed(values: dict[str, Any]) -> tuple[CheckResult, Rehearsal]:
+    """The result of the check of time, and what it measured."""
+    made: list[RehearsalTrainer] = []
+
+    class SeenTrainer(RehearsalTrainer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    rehearsal.RehearsalTrainer = SeenTrainer  # type: ignore[misc]
+    try:
+        results = run_preflight(RunConfig(**values), PeerCheck(TIMEOUT), as_json=False, estimates_time=True)
+    finally:
+        rehearsal.RehearsalTrainer = RehearsalTrainer  # type: ignore[misc]
+    return results[-1], made[0].rehearsal

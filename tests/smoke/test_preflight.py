@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from das_ds.preflight.rehearsal import NUM_BATCHES, NUM_STEPS
 from helpers.commands import program, write_config
-from helpers.preflight import CHECKS, different_ranks, equal_on_all
+from helpers.preflight import CHECKS, different_ranks, equal_on_all, rehearsed
 from helpers.run_ranks import run_ranks
 from helpers.runs import small_run
 
@@ -25,6 +26,23 @@ def test_checks_on_different_ranks_fail_on_all(tmp_path: Path) -> None:
     assert settings.found == "rank 1 reads another DeepSpeed file than rank 0"
     assert "different files on different ranks" in corpora.found
     assert "rank 0 does not see the file of rank 1" in sharing.found and "share" in sharing.found
+
+
+def test_rehearsal_times_every_phase_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    values = small_run(tmp_path, evaluation={"batch_size": 1}, method={"name": "directions", "num_samples": 40})
+    for result, measured in run_ranks(rehearsed, 2, values):
+        assert result.status == "ok" and result.found.endswith("s in papers"), result
+        assert [len(stage.steps) for stage in measured.steps] == [NUM_STEPS - 1] * 2
+        assert [sorted(one.loops) for one in measured.evaluations] == [
+            ["evaluate food", "evaluate general", "evaluate papers"]
+        ] * 3
+        # Of 24 sequences on two ranks.
+        loops = [one.loops["evaluate general"] for one in measured.evaluations]
+        assert all((loop.num_batches, len(loop.seconds)) == (12, NUM_BATCHES) for loop in loops)
+        # Nothing is protected before the first domain; 40 samples are 5 batches of 4 on each of two ranks.
+        assert [list(one.loops) for one in measured.before] == [[], ["energy of papers that passes"]]
+        assert [[loop.num_batches for loop in one.loops.values()] for one in measured.after] == [[5], [5]]
+    assert not list(tmp_path.glob(".*")) and not list((tmp_path / "run").iterdir())
 
 
 def test_preflight_command_failing_check_exits_with_2(tmp_path: Path) -> None:
