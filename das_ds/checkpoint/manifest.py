@@ -77,6 +77,8 @@ class RunState(Section):
     """Evaluations within domains, of all domains so far."""
     ends: list[DomainEnd] = Field(default_factory=list)
     """How the domains so far ended."""
+    base_divergences: list[float] = Field(default_factory=list)
+    """KL(base || model) on each stage's held-out text, right after it was learned (`evaluation.base_divergence`)."""
     tokens_per_byte: dict[str, float] | None = None
     """Corpus -> tokens per UTF-8 byte of the evaluated text; None where losses are no code lengths."""
     weights: dict[str, Any] | None = None

@@ -102,6 +102,10 @@ class EvaluationConfig(Section):
     early_stopping: EarlyStoppingConfig | None = None
     """Early stopping; null: every domain takes all of its steps."""
 
+    base_divergence: bool = False
+    """Measure KL(base || model) on the held-out text of each domain after learning it, the base being the model before
+    the first domain: a predictor of forgetting that needs no other text. Keeps the base weights in host memory."""
+
     @model_validator(mode="after")
     def _needs_evaluations(self) -> EvaluationConfig:
         if self.every_steps is None and (self.keep_best or self.continue_from == "best" or self.early_stopping):

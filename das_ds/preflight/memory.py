@@ -45,6 +45,7 @@ from das_ds.preflight.memory_estimate import (
     logits_bytes,
 )
 from das_ds.softmask.planned_matrices import Parameters, plan_hidden_matrices, plan_matrices
+from das_ds.training.base_divergence import base_divergence_memory
 from das_ds.training.kept_weights import kept_memory
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activa
 def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig, num_ranks: int) -> MemoryEstimate:
     """Memory of one rank without activations, by the merged DeepSpeed config."""
     sharding = zero_sharding(config, engine, num_ranks)
-    method = method_memory(config, size, sharding) + kept_memory(config, size, sharding)
+    method = run_memory(config, size, sharding)
     copied = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint - method.checkpoint_in_place
     is_copied = config.checkpoint.async_save
     return estimate_memory(
@@ -243,7 +244,13 @@ def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
         gradient_bytes=weight_bytes,
         num_moments=NUM_MOMENTS[config.train.optimizer],
     )
-    return method_memory(config, size, sharding) + kept_memory(config, size, sharding)
+    return run_memory(config, size, sharding)
+
+
+def run_memory(config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
+    """What a run needs in addition to model and optimizer: its method, kept weights and base weights."""
+    parts = (method_memory, kept_memory, base_divergence_memory)
+    return sum((part(config, size, sharding) for part in parts), MemoryUse())
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ def short_config(config: RunConfig) -> RunConfig:
             ],
             "model": model.model_copy(update={"head_warmup_steps": min(NUM_STEPS, model.head_warmup_steps)}),
             "checkpoint": config.checkpoint.model_copy(update={"interval": 10**9, "keep_last": 1}),
-            "evaluation": type(config.evaluation)(
-                batch_size=config.evaluation.batch_size, max_sequences=config.evaluation.max_sequences
+            "evaluation": config.evaluation.model_copy(
+                update={"every_steps": None, "keep_best": False, "continue_from": "last", "early_stopping": None}
             ),
             "faults": config.faults.model_copy(update={"max_forgetting": None}),
             "tracking": [],

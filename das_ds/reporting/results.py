@@ -100,6 +100,9 @@ class Results(VersionedJson):
     """Evaluations within domains, from the start of each; empty without `evaluation.every_steps`."""
     ends: list[DomainEnd] = Field(default=[])
     """How the domains so far ended; empty without `evaluation.every_steps`."""
+    base_divergences: list[float] = Field(default=[])
+    """KL(base || model) in nats per predicted token on the held-out text of each stage so far, right after it, the base
+    being the model before the first; empty without `evaluation.base_divergence`."""
 
     @model_validator(mode="after")
     def _matrix_fits_names(self) -> Results:
@@ -157,6 +160,12 @@ class Results(VersionedJson):
         return [list(map(bits_per_byte, row, ratios)) for row in self.loss_matrix]
 
     @property
+    def divergence_of_stages(self) -> dict[str, float]:
+        """Stage -> its entry of `base_divergences`; {} where they were not measured."""
+        names = [stage_name(domains) for domains in self.learned[: len(self.base_divergences)]]
+        return dict(zip(names, self.base_divergences, strict=True))
+
+    @property
     def summary(self) -> dict[str, float]:
         """The metrics by which runs are compared, for a tracker's `log_summary`."""
         metrics = {
@@ -166,6 +175,7 @@ class Results(VersionedJson):
             "forward_transfer": self.forward_transfer,
             "general_drift": self.general_drift,
             **{f"drift/{corpus}": value for corpus, value in self.drift.items()},
+            **{f"base_divergence/{stage}": value for stage, value in self.divergence_of_stages.items()},
         }
         return {name: value for name, value in metrics.items() if value is not None}
 
@@ -186,6 +196,7 @@ def build_results(
     tokens_per_byte: dict[str, float] | None = None,
     evaluations: Sequence[DomainEvaluation] = (),
     ends: Sequence[DomainEnd] = (),
+    base_divergences: Sequence[float] = (),
 ) -> Results:
     """Compute the results of a run from the rows of its loss matrix so far.
 
@@ -195,7 +206,7 @@ def build_results(
         learned: domains of each stage; None: one domain per stage.
         others: corpora that are only evaluated, beside the general corpus.
         weights: see `LoadedWeights`; None: random weights.
-        tokens_per_byte, evaluations, ends: see `Results`.
+        tokens_per_byte, evaluations, ends, base_divergences: see `Results`.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -239,6 +250,7 @@ def build_results(
         weights=None if weights is None else LoadedWeights.model_validate(weights),
         tokens_per_byte=tokens_per_byte,
         evaluations=list(evaluations),
+        base_divergences=list(base_divergences),
         ends=list(ends),
     )
 

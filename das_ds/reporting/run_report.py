@@ -214,6 +214,14 @@ def _transfer(results: Results) -> Section:
             [f"drift of {corpus}", f"{value:+.4f}", "loss minus before training; above 0: worse"]
             for corpus, value in results.drift.items()
         ),
+        *(
+            [
+                f"divergence from base on {stage}",
+                f"{value:.4f}",
+                "KL from base to model right after it; predicts forgetting",
+            ]
+            for stage, value in results.divergence_of_stages.items()
+        ),
         ["backward transfer", _signed(results.backward_transfer), "above 0: later domains helped earlier ones"],
         ["forward transfer", _signed(results.forward_transfer), "above 0: earlier domains helped later ones"],
     ]

@@ -279,6 +279,10 @@ class RunConsole:
         """Print held-out losses within a domain, with their change since the evaluation before."""
         self._say(evaluation_line(f"at step {record.step} of {record.domain}", record.losses, before.losses))
 
+    def divergence_measured(self, stage: str, divergence: float) -> None:
+        """Print how far the model's predictions are from those of the base model."""
+        self._say(f"KL(base || model) on held-out text of {stage}: {divergence:.4f}")
+
     def domain_ended(self, end: DomainEnd) -> None:
         """Print how a domain ended, unless it took all of its steps and the run goes on with the last model."""
         if end.reason == "steps" and end.model_step == end.step:

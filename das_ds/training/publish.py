@@ -38,6 +38,7 @@ def collect_results(config: RunConfig, state: RunState, world_size: int, zero_st
         tokens_per_byte=state.tokens_per_byte,
         evaluations=state.evaluations,
         ends=state.ends,
+        base_divergences=state.base_divergences,
     )
 
 

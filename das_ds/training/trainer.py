@@ -23,6 +23,7 @@ from das_ds.methods.base import Method
 from das_ds.models.loading import get_weights_record
 from das_ds.models.vocabulary import mean_init_rows, vocabulary_parameters
 from das_ds.reporting.results import Results
+from das_ds.training.base_divergence import BaseDivergence
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.console import RunConsole, RunSummary
 from das_ds.training.data_module import DataModule
@@ -98,6 +99,9 @@ class ContinualTrainer(Callbacks):
         self._evaluator = DomainEvaluator(
             config, self.context, services, data, self._loops, self._console, self._exports
         )
+        self._divergence = (
+            BaseDivergence(self.context, data, self._loops) if config.evaluation.base_divergence else None
+        )
         components: dict[str, Stateful] = {
             # First, so that changed text is reported before anything is restored.
             "data": data,
@@ -105,6 +109,7 @@ class ContinualTrainer(Callbacks):
             "method": self._method,
             "loops": self._loops,
             "loss_guard": self._guard,
+            **({"base_divergence": self._divergence} if self._divergence is not None else {}),
         }
         # Last: it makes process groups, which all ranks have to do in the same order.
         self._checkpoints = RunCheckpoints(config, services, self.engine, components)
@@ -196,6 +201,7 @@ class ContinualTrainer(Callbacks):
         state = self._state.model_copy(
             update={
                 "loss_matrix": [*self._state.loss_matrix, list(losses.values())],
+                "base_divergences": self._measure_divergence(),
                 "phase": "finished" if is_last else "before",
             }
         )
@@ -205,6 +211,18 @@ class ContinualTrainer(Callbacks):
             self._ranks.run_on_main(lambda: self._publish(losses))
         self._console.evaluated(losses, self._state.loss_matrix)
         self._enter(self._state)
+
+    def _measure_divergence(self) -> list[float]:
+        """The divergences from the base so far; before training this is the base."""
+        if self._divergence is None:
+            return []
+        if self._state.domains_done == 0:
+            self._divergence.keep_base()
+            return []
+        stage = self._stages[self._state.domains_done - 1]
+        divergence = self._divergence.measure(stage)
+        self._console.divergence_measured(stage.name, divergence)
+        return [*self._state.base_divergences, divergence]
 
     def _before_domain(self) -> None:
         """Let the method prepare the domain, for example measure importance."""
