@@ -58,6 +58,9 @@ class TrainConfig(Section):
     pass."""
     log_interval: int = Field(default=10, ge=1)
     """Optimizer steps between two lines of metrics.jsonl."""
+    log_group_norms: bool = False
+    """Whether these lines also have the gradient norms of attention, MLPs, embeddings, normalization and the rest
+    (`grad_norm/attention`, ...)."""
 
     @model_validator(mode="after")
     def _valid_betas(self) -> TrainConfig:

@@ -19,6 +19,7 @@ from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.state import ComponentState, Flats, SavedComponentState, zeros_by_flat
 from das_ds.engine.frozen_weights import FrozenWeights
 from das_ds.engine.gradient_norm import GradientNorm
+from das_ds.engine.group_norms import GroupNorms
 from das_ds.engine.loss_scaler import LossScaler, check_precision, emulated_precision_warning
 from das_ds.engine.lr_scheduler import build_lr_scheduler
 from das_ds.engine.mask import DecayMasks, GradientMask, UpdateMasks
@@ -114,6 +115,10 @@ class Engine:
         """The fp32 weights, sharded over the ranks."""
         self.weights.set_exact(exact_trained)
         self._gradient_mask: GradientMask | None = None
+        self._group_norms: GroupNorms | None = None
+        self.group_norms: dict[str, float] = {}
+        """Group of parameters -> norm of the gradient like that of `step`, of the last step that measured it; {} unless
+        `measure_groups` was called."""
         self._frozen_elements: dict[int, int] = {}
         """Number of the shard -> how many of its first elements are frozen."""
         self._gradients = get_gradients(self._engine, self.weights.shards, parameters)
@@ -219,6 +224,8 @@ class Engine:
             # Before the norm: clipping uses the norm of the masked gradients.
             if self._gradient_mask is not None or self._frozen_elements:
                 self._mask_gradients(self._gradients())
+        if measure_norm and self._group_norms is not None:
+            self.group_norms = self._group_norms.measure(self._gradients(), self._loss_scale.value)
         norm = self._norm.measure_unwrapped()
         refuse = refuse or (norm is not None and not bool(norm.isfinite()))
         # DeepSpeed also drops the gradients of a step that is refused, and advances its counters.
@@ -296,6 +303,14 @@ class Engine:
         """
         self._gradient_mask = mask
         self._optimizer.set_decay_masks(decay or {})
+
+    def measure_groups(self, groups: Mapping[str, str]) -> None:
+        """Measure `group_norms` in further steps that measure their norm.
+
+        Args:
+            groups: parameter -> group, of all parameters.
+        """
+        self._group_norms = GroupNorms(self.weights.shards, groups, is_sharded=self.zero_stage > 0)
 
     def add_quadratic_penalty(self, strength: float, curvature: Flats | None, anchor: Flats) -> QuadraticPenalty:
         """A penalty on the distance of the weights from an anchor; the caller adds its gradient before each step.

@@ -66,6 +66,11 @@ def loss_part(name: str) -> str:
     return f"{LOSS}/{name}"
 
 
+def group_norm(group: str) -> str:
+    """Name of the gradient norm of a group of parameters, such as `grad_norm/attention`."""
+    return f"{GRAD_NORM}/{group}"
+
+
 EVALUATION_METRICS = (GLOBAL_STEP, DOMAIN, DOMAIN_STEP)
 """Fields of every line of an evaluation within a domain, in addition to the `eval_loss` of each evaluated corpus."""
 

@@ -32,6 +32,7 @@ from das_ds.tracking.names import (
     SKIPPED_STEPS,
     TOKENS_PER_S,
     TOKENS_SEEN,
+    group_norm,
     loss_part,
 )
 from das_ds.tracking.throughput import Rate, Throughput, Utilization, peak_memory_gib
@@ -299,6 +300,7 @@ class DomainTrainer:
                 **{loss_part(name): value for name, value in losses.items()},
                 LEARNING_RATE: learning_rate,
                 GRAD_NORM: math.nan if grad_norm is None else float(grad_norm),
+                **{group_norm(group): norm for group, norm in self._engine.group_norms.items()},
                 SKIPPED_STEPS: self._engine.skipped_steps,
                 TOKENS_PER_S: rate.tokens_per_s,
                 **utilization,

@@ -32,6 +32,7 @@ from das_ds.training.domain_samples import DomainSamples
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype
+from das_ds.training.gradient_groups import gradient_groups
 from das_ds.training.load_context import load_context
 from das_ds.training.loss_guard import LossGuard
 from das_ds.training.model_exports import ModelExports
@@ -82,6 +83,8 @@ class ContinualTrainer(Callbacks):
         self._network = self.context.network
         self._model = self._network.model
         self.engine = self.context.engine
+        if config.train.log_group_norms:
+            self.engine.measure_groups(gradient_groups(self.context.layout, self.context.lora))
         self._state = self._initial_state()
         # In host memory, and only for methods that train every domain from the base model.
         self._base = self.engine.weights.snapshot() if method_class(config.method).starts_from_base else None
