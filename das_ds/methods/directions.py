@@ -222,10 +222,26 @@ class Directions(Method[DirectionsConfig]):
             if domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
                 importance.num_tokens = None
         if domain.general is not None and self.settings.general is not False:
+            self._warn_of_untrained_weights()
             importance = self._measure(domain.general).accumulate(importance)
             self._latest = None
         self._importance = importance
         self._is_prepared = True
+
+    def _warn_of_untrained_weights(self) -> None:
+        from das_ds.models.loading import get_weights_record
+
+        record = get_weights_record(self.run.network.model)
+        if record is None or not record["drawn"] or self.run.config.model.head_warmup_steps:
+            return
+        if self.run.engine.ranks.info.is_main:
+            drawn = record["drawn"]
+            logger.warning(
+                "method.general: protects general text from the first step on, but no file held %s%s, which have "
+                "random values and learn behind the masks; set model.head_warmup_steps, or method.general=false",
+                drawn[0],
+                "" if len(drawn) == 1 else f" and {len(drawn) - 1} more",
+            )
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; rows of tokens added since are not masked."""

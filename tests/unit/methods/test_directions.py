@@ -24,6 +24,7 @@ from das_ds.methods import METHODS, build_method
 from das_ds.methods.directions import Directions
 from das_ds.methods.merge import MergingWrapper
 from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
+from das_ds.models.loading import WEIGHTS_RECORD
 from das_ds.run_dir import DIRECTIONS_FILE
 from das_ds.softmask import direction, input_moments
 from das_ds.softmask.direction import DirectionImportance
@@ -243,6 +244,26 @@ def test_general_text_is_protected_from_first_domain_on(tmp_path: Path) -> None:
     first = method._importance
     method.before_domain(domain)
     assert method._importance is first
+
+
+@pytest.mark.parametrize(
+    ("drawn", "warmup", "warns"),
+    [(["lm_head.bias", "lm_head.dense.weight"], 0, True), ([], 0, False), (["a"], 5, False)],
+)
+def test_general_text_with_random_weights_warns(
+    drawn: list[str], warmup: int, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path)
+    setattr(run.network.model.config, WEIGHTS_RECORD, {"drawn": drawn})
+    model = run.config.model.model_copy(update={"head_warmup_steps": warmup})
+    run.config = run.config.model_copy(update={"model": model})
+    sample = CorpusSample("inputs of general", lambda label, **_: ResumableLoop([random_batch(4, 3)]), None)
+    build_method(run).before_domain(replace(no_text_domain(tmp_path), general=sample))
+    message = (
+        "method.general: protects general text from the first step on, but no file held lm_head.bias and 1 more, which "
+        "have random values and learn behind the masks; set model.head_warmup_steps, or method.general=false"
+    )
+    assert caplog.messages == ([message] if warns else [])
 
 
 def test_general_text_is_ignored_on_request(tmp_path: Path) -> None:
