@@ -71,8 +71,9 @@ class RunState(Section):
     """Tokens trained on over all domains and ranks."""
     wall_seconds: float = 0.0
     """Time spent in all starts of the run together."""
-    loss_matrix: list[list[float]] = Field(default_factory=list)
-    """Rows of the loss matrix so far; row 0 is before training."""
+    loss_matrix: list[list[float | None]] = Field(default_factory=list)
+    """Rows of the loss matrix so far; row 0 is before training. None: not measured, as for a model of an earlier run
+    whose checkpoint was removed before a corpus was added."""
     evaluations: list[DomainEvaluation] = Field(default_factory=list)
     """Evaluations within domains, of all domains so far."""
     ends: list[DomainEnd] = Field(default_factory=list)

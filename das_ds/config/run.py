@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from das_ds.config.benchmarks import BenchmarksConfig
+from das_ds.config.continuation import CONTINUE, ContinueConfig
 from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig
 from das_ds.config.domain import DomainConfig
 from das_ds.config.method import AnyMethodConfig, parse_method
@@ -35,9 +36,12 @@ class RunConfig(Section):
 
     output_dir: FolderPath
     """Run folder: new, empty, or that of the same run, which then resumes."""
+    continue_from: ContinueConfig | None = None
+    """Earlier run that this one continues with further domains: its model, text and all that its method knows are kept;
+    null: none."""
     model: ModelConfig
     domains: list[DomainConfig] = Field(min_length=1)
-    """Domains in training order."""
+    """Domains in training order; with `continue_from` those of the earlier run come first and need not be given."""
     general: CorpusConfig | None = None
     """General-language corpus for evaluation; its training text is protected by method `directions` and replayed by
     `method.replay.general` (to pre-train a base model on it, list it as a domain)."""
@@ -61,6 +65,13 @@ class RunConfig(Section):
     wandb: WandbConfig = WandbConfig()
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of weights, data order, corruption and dropout."""
+
+    @property
+    def num_earlier(self) -> int:
+        """Domains at the beginning of `domains` that were learned by the run that this one continues; 0: none."""
+        if self.continue_from is None:
+            return 0
+        return [domain.name for domain in self.domains].index(str(self.continue_from.after)) + 1
 
     @property
     def learned(self) -> list[tuple[str, ...]]:
@@ -143,6 +154,11 @@ class RunConfig(Section):
         replays = not self.method.trains_jointly and any(self.replayed(domain.name) for domain in self.domains)
         return self.method.replay.loss == "kl" and replays
 
+    @property
+    def _own_domains(self) -> list[tuple[int, DomainConfig]]:
+        """Domains that this run learns, by their position; settings of earlier ones are those of another run."""
+        return list(enumerate(self.domains))[self.num_earlier :]
+
     def _num_steps(self, number: int) -> int:
         domain = self.domains[number]
         if domain.epochs is not None:
@@ -166,6 +182,26 @@ class RunConfig(Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"corpus names must differ, found more than once: {', '.join(repeated)}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_further_domain(self) -> RunConfig:
+        if self.continue_from is None:
+            return self
+        after = self.continue_from.after
+        names = [domain.name for domain in self.domains]
+        if after not in names:
+            raise ValueError(
+                f"{CONTINUE}.after: found {after}, expected a domain of the earlier run, which `domains` has to begin "
+                f"with, found {', '.join(names)}"
+            )
+        if after == names[-1]:
+            raise ValueError(f"domains: found none after {after}, expected the domains to continue {CONTINUE} with")
+        if self.method.trains_jointly:
+            raise ValueError(
+                f"{CONTINUE}: found a run with method {self.method.name}, which learns all domains at once; allowed "
+                "there: null"
+            )
         return self
 
     @model_validator(mode="after")
@@ -199,7 +235,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _domain_settings_fit(self) -> RunConfig:
-        for number, domain in enumerate(self.domains):
+        for number, domain in self._own_domains:
             key = f"domains.{number}"
             if domain.lr_scheduler is not None and self.train.lr_scheduler == "infinite":
                 raise ValueError(
@@ -235,11 +271,11 @@ class RunConfig(Section):
         size = self.train.global_batch_size
         if replay.fraction is not None:
             _check_fraction("method.replay.fraction", replay.fraction, size)
-        elif any(self.num_replayed(domain.name) >= size for domain in self.domains):
+        elif any(self.num_replayed(domain.name) >= size for _, domain in self._own_domains):
             raise ValueError(
                 f"method.name: found {self.method.name} with train.global_batch_size {size}, expected at least 2"
             )
-        for number, domain in enumerate(self.domains):
+        for number, domain in self._own_domains:
             if domain.replay.fraction is not None:
                 self._check_own_replay(f"domains.{number}.replay.fraction", domain.name, domain.replay.fraction)
         if replay.fraction and not self.method.supports_replay:
@@ -249,7 +285,7 @@ class RunConfig(Section):
             )
         if replay.general and (self.general is None or not self.general.train):
             raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")
-        replays = any(self.num_replayed(domain.name) for domain in self.domains)
+        replays = any(self.num_replayed(domain.name) for _, domain in self._own_domains)
         if replay.general and not replays:
             raise ValueError(
                 "method.replay.general: found true with nothing to replay, expected method.replay.fraction"

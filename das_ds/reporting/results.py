@@ -21,7 +21,8 @@ FORMAT_VERSION: Literal[3] = 3
 
 BEFORE_TRAINING = "before training"
 
-LossRow = Sequence[float]
+LossRow = Sequence[float | None]
+"""Losses of a stage; None: not measured."""
 
 
 class Forgetting(Section):
@@ -70,13 +71,14 @@ class Results(VersionedJson):
     """Domains of each stage: one per stage, or several at once (`pool`)."""
     eval_domains: list[str]
     """Columns of the loss matrix: the domains, the general corpus if there is one, then other corpora."""
-    loss_matrix: list[list[float]] = Field(min_length=1)
-    """Held-out loss: row 0 before training, row t after stage t; one column per evaluated corpus."""
+    loss_matrix: list[list[float | None]] = Field(min_length=1)
+    """Held-out loss: row 0 before training, row t after stage t; one column per evaluated corpus; null: not measured,
+    which happens only to rows of an earlier run that is continued."""
     forgetting: Forgetting
     general_drift: float | None
     """Loss on the general corpus now minus before training; null without such a corpus."""
-    drift: dict[str, float] = Field(default_factory=dict)
-    """The same for each of the other corpora that are only evaluated."""
+    drift: dict[str, float | None] = Field(default_factory=dict)
+    """The same for each of the other corpora that are only evaluated; null: not measured before training."""
     backward_transfer: float | None
     """Effect of later domains on earlier ones; positive is better; null until a second stage is learned."""
     forward_transfer: float | None
@@ -137,24 +139,32 @@ class Results(VersionedJson):
     def losses_learned(self) -> dict[str, float]:
         """Domain -> loss right after learning it, for the domains learned so far."""
         return {
-            domain: self.loss_matrix[row][column]
+            domain: measured(self.loss_matrix[row][column])
             for column, (domain, row) in enumerate(self.rows_learned.items())
             if row < len(self.loss_matrix)
         }
 
     @property
+    def last_losses(self) -> dict[str, float]:
+        """Corpus -> loss after the last stage so far, which is always measured."""
+        return dict(zip(self.eval_domains, map(measured, self.loss_matrix[-1]), strict=True))
+
+    @property
     def table(self) -> tuple[list[str], list[list[float | str]]]:
         """Column names, and rows of the loss matrix with their names, for a tracker's `log_table`."""
-        named = zip(self.stages, self.loss_matrix, strict=True)
+        named = zip(self.stages, transfer.to_matrix(self.loss_matrix).tolist(), strict=True)
         return ["stage", *self.eval_domains], [[stage, *losses] for stage, losses in named]
 
     @property
-    def bits_per_byte(self) -> list[list[float]] | None:
+    def bits_per_byte(self) -> list[list[float | None]] | None:
         """The loss matrix in bits per byte (`functional.losses.bits_per_byte`); None without `tokens_per_byte`."""
         if self.tokens_per_byte is None:
             return None
         ratios = [self.tokens_per_byte[corpus] for corpus in self.eval_domains]
-        return [list(map(bits_per_byte, row, ratios)) for row in self.loss_matrix]
+        return [
+            [None if loss is None else bits_per_byte(loss, ratio) for loss, ratio in zip(row, ratios, strict=True)]
+            for row in self.loss_matrix
+        ]
 
     @property
     def summary(self) -> dict[str, float]:
@@ -202,10 +212,13 @@ def build_results(
     """
     _check_finite(loss_matrix, eval_domains)
     stages = [list(stage) for stage in learned] if learned is not None else [[domain] for domain in domains]
-    losses = torch.tensor(loss_matrix, dtype=torch.float64)
+    losses = transfer.to_matrix(loss_matrix)
     rows = learned_rows(eval_domains, stages)
     forgetting = transfer.forgetting(losses, rows)
-    drift = dict(zip(eval_domains, transfer.drift(losses, rows).tolist(), strict=True))
+    changes = transfer.drift(losses, rows).tolist()
+    drift = {
+        corpus: None if math.isnan(change) else change for corpus, change in zip(eval_domains, changes, strict=True)
+    }
     has_forgetting = transfer.has_forgetting(losses, rows)
     average_forgetting = transfer.average(forgetting, rows, has_forgetting)
     average_forward_transfer = transfer.average(
@@ -243,6 +256,12 @@ def build_results(
     )
 
 
+def measured(loss: float | None) -> float:
+    """A loss of a row that is always measured: right after a domain was learned, or the last one."""
+    assert loss is not None, "the model was evaluated when it was learned"
+    return loss
+
+
 def learned_rows(columns: Sequence[str | None], stages: Sequence[Sequence[str]]) -> torch.Tensor:
     """For each column, the row right after learning its domain, 0 for no domain; (C,) int64, as `transfer` takes it."""
     rows = {domain: row for row, stage in enumerate(stages, start=1) for domain in stage}
@@ -252,7 +271,7 @@ def learned_rows(columns: Sequence[str | None], stages: Sequence[Sequence[str]])
 def _check_finite(loss_matrix: Sequence[LossRow], eval_domains: Sequence[str]) -> None:
     for num_learned, row in enumerate(loss_matrix):
         for corpus, loss in zip(eval_domains, row, strict=True):
-            if not math.isfinite(loss):
+            if loss is not None and not math.isfinite(loss):
                 raise TrainingError(
                     f"held-out loss of {corpus} after {num_learned} domains: found {loss}, expected a finite number; "
                     "lower train.learning_rate or train in fp32"

@@ -180,10 +180,10 @@ def evaluation_line(stage: str, losses: dict[str, float], before: dict[str, floa
     Args:
         stage: row name of the loss matrix.
         losses: corpus -> loss in nats per predicted token.
-        before: the row before; None: this is the first.
+        before: the row before, as far as it was measured; None: this is the first.
     """
     parts = [
-        f"{corpus} {loss:.3f}" + ("" if before is None else f" ({loss - before[corpus]:+.3f})")
+        f"{corpus} {loss:.3f}" + (f" ({loss - before[corpus]:+.3f})" if before and corpus in before else "")
         for corpus, loss in losses.items()
     ]
     return f"held-out loss {stage}: {', '.join(parts)}"
@@ -261,7 +261,7 @@ class RunConsole:
         text = f"loss={logged.loss:.3f}"
         return text if seconds_left is None else f"{text}, run ends in {format_duration(seconds_left)}"
 
-    def evaluated(self, losses: dict[str, float], loss_matrix: Sequence[Sequence[float]]) -> None:
+    def evaluated(self, losses: dict[str, float], loss_matrix: Sequence[Sequence[float | None]]) -> None:
         """Print held-out losses.
 
         Args:
@@ -272,7 +272,8 @@ class RunConsole:
             self._say(evaluation_line(BEFORE_TRAINING, losses, None))
             return
         stage = self._stages[len(loss_matrix) - 2]
-        before = dict(zip(losses, loss_matrix[-2], strict=True))
+        pairs = zip(losses, loss_matrix[-2], strict=True)
+        before = {corpus: loss for corpus, loss in pairs if loss is not None}
         self._say(evaluation_line(f"after {stage.name}", losses, before))
 
     def evaluated_within(self, record: DomainEvaluation, *, before: DomainEvaluation) -> None:

@@ -14,6 +14,7 @@ from das_ds.checkpoint.manifest import DomainEnd, DomainEvaluation, EndReason, R
 from das_ds.config import RunConfig
 from das_ds.config.stage import Stage
 from das_ds.errors import TrainingError
+from das_ds.reporting.results import measured
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class EvaluationPolicy:
             for other in self._stages[: stage.index]:
                 row = state.loss_matrix[other.index + 1]
                 for domain in other.domains:
-                    reference = row[self._columns.index(domain)]
+                    reference = measured(row[self._columns.index(domain)])
                     since = "right after it was learned"
                     limits[domain] = _Limit(reference, self._limits.earlier, since, "faults.max_forgetting.earlier")
         if self._limits.general is not None:

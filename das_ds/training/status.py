@@ -145,7 +145,7 @@ def read_status(root: Path) -> RunStatus:
         tokens_per_s=tokens_per_s,
         logged_seconds_ago=_seconds_since(run_dir.metrics_file.stat().st_mtime) if steps else None,
         stage=None if results is None else results.stages[-1],
-        losses={} if results is None else dict(zip(results.eval_domains, results.loss_matrix[-1], strict=True)),
+        losses={} if results is None else results.last_losses,
         checkpoint=None if manifest is None else manifest.name,
         saved_seconds_ago=None
         if manifest is None

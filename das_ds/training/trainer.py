@@ -22,13 +22,15 @@ from das_ds.methods import build_method, method_class
 from das_ds.methods.base import Method
 from das_ds.models.loading import get_weights_record
 from das_ds.models.vocabulary import mean_init_rows, vocabulary_parameters
-from das_ds.reporting.results import Results
+from das_ds.reporting.results import Results, measured
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.console import RunConsole, RunSummary
+from das_ds.training.continuation import Continuation
 from das_ds.training.data_module import DataModule
 from das_ds.training.domain_evaluation import DomainEvaluator
 from das_ds.training.domain_samples import DomainSamples
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
+from das_ds.training.earlier_run import EarlierRun
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype
 from das_ds.training.load_context import load_context
@@ -61,9 +63,17 @@ class ContinualTrainer(Callbacks):
         services: of the run.
         data: tokenizers and batches.
         engine_config: DeepSpeed's merged settings.
+        earlier: the run that it continues; None: none, or the run has begun with its own domains.
     """
 
-    def __init__(self, config: RunConfig, services: RunServices, data: DataModule, engine_config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        services: RunServices,
+        data: DataModule,
+        engine_config: EngineConfig,
+        earlier: EarlierRun | None = None,
+    ) -> None:
         self._config = config
         self._services = services
         self._ranks = services.process_group
@@ -82,6 +92,13 @@ class ContinualTrainer(Callbacks):
         # In host memory, and only for methods that train every domain from the base model.
         self._base = self.engine.weights.snapshot() if method_class(config.method).starts_from_base else None
         self._method = build_method(self._context)
+        self._continuation: Continuation | None = None
+        if earlier is not None:
+            has_base = self._state.phase != HEAD_WARMUP
+            reset = self._reset_new_tokens
+            self._continuation = Continuation(
+                config, earlier, self._context, self._method, data, reset, has_base=has_base
+            )
         # Rewinds are counted over the run, so one guard serves all domains.
         self._guard = LossGuard(config.faults)
         self._loops = ResumableLoops(
@@ -137,6 +154,9 @@ class ContinualTrainer(Callbacks):
             self._earlier_seconds = manifest.run.wall_seconds
             with self._watchdog.suspend_timeout("reading a checkpoint"):
                 self._state = self._checkpoints.load(manifest)
+        elif self._continuation is not None:
+            self._earlier_seconds = self._continuation.wall_seconds
+            self._state = self._continuation.start(self._state)
         else:
             with self._watchdog.suspend_timeout("reading files of the method"):
                 self._method.on_run_start()
@@ -183,7 +203,18 @@ class ContinualTrainer(Callbacks):
 
     def _evaluate(self) -> None:
         """Evaluate all corpora and publish the results so far."""
-        losses = evaluate_corpora(self._network, self._data, self._loops)
+        history = self._continuation
+        if history is not None and history.is_at_history(self._state):
+            row = history.evaluate(self._state, self._loops)
+            if not history.is_at_end(self._state):
+                matrix = [*self._state.loss_matrix, list(row.values())]
+                with self._watchdog.suspend_timeout("reading a checkpoint of the earlier run"):
+                    self._state = history.load_next(self._state).model_copy(update={"loss_matrix": matrix})
+                self._enter(self._state, save=False)
+                return
+            losses = {corpus: loss for corpus, loss in row.items() if loss is not None}
+        else:
+            losses = evaluate_corpora(self._network, self._data, self._loops)
         is_last = self._state.domains_done == len(self._stages)
         state = self._state.model_copy(
             update={
@@ -251,7 +282,8 @@ class ContinualTrainer(Callbacks):
         self._loops.reset()
         self._checkpoints.close_reader()
         self._state = state = state.model_copy(update={"within_phase": False})
-        if state.phase == "finished" or not state.global_step:
+        earlier_steps = 0 if self._continuation is None else self._continuation.global_step
+        if state.phase == "finished" or (state.phase != "evaluate" and state.global_step == earlier_steps):
             # Saved before the first metric is logged: metrics without a checkpoint mean that checkpoints were deleted.
             self._save_point.wait()
             self._save_point.save(state)
@@ -322,7 +354,7 @@ class ContinualTrainer(Callbacks):
     def _start_evaluations(self, stage: Stage) -> None:
         if self._state.phase == "train":
             row = self._state.loss_matrix[-1 if self._base is None else 0]
-            self._state = self._evaluator.start(stage, self._state, row)
+            self._state = self._evaluator.start(stage, self._state, list(map(measured, row)))
 
     def _evaluate_within(self) -> bool:
         """Evaluate after this step of the domain, if that is due; whether the domain ends here."""
