@@ -25,7 +25,15 @@ class ContinueConfig(Section):
     run: FolderPath
     """Run folder of the earlier run, which is only read; every key that this config leaves out is as there."""
     after: str | None = Field(default=None, pattern=NAME_PATTERN)
-    """Domain of that run after which this one continues; null: its last one."""
+    """Domain of the earlier run after which this one continues; null: its last one."""
+    evaluate: bool = True
+    """Whether corpora of earlier domains are still evaluated, and replayed where the method replays, which needs their
+    text; false: their columns of the loss matrix end."""
+
+    @property
+    def in_words(self) -> str:
+        """The run and the domain."""
+        return f"{self.run} after {self.after}"
 
     @model_validator(mode="before")
     @classmethod

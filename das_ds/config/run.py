@@ -74,14 +74,28 @@ class RunConfig(Section):
         return [domain.name for domain in self.domains].index(str(self.continue_from.after)) + 1
 
     @property
+    def readable_domains(self) -> list[DomainConfig]:
+        """Domains whose text is read: all, or without those of an earlier run (`continue_from.evaluate`)."""
+        if self.continue_from is None or self.continue_from.evaluate:
+            return self.domains
+        return self.domains[self.num_earlier :]
+
+    @property
     def learned(self) -> list[tuple[str, ...]]:
         """Domains of each stage in order: one by one, or all at once (`trains_jointly`)."""
         names = [domain.name for domain in self.domains]
         return [tuple(names)] if self.method.trains_jointly else [(name,) for name in names]
 
     @property
+    def own_stages(self) -> list[Stage]:
+        """Stages that this run learns itself: all but those of the run that it continues."""
+        return self.stages[self.num_earlier :]
+
+    @property
     def stages(self) -> list[Stage]:
         """Stages in order; joint training takes as many steps, and samples of each domain, as all of them one by one.
+
+        A domain that an earlier run learned for a number of epochs has 0 steps until its text is read.
 
         Raises:
             ConfigError: the length of a domain is in epochs, see `with_steps`.
@@ -98,11 +112,11 @@ class RunConfig(Section):
         """The config with steps in place of epochs.
 
         Args:
-            num_blocks: domain -> its training blocks.
+            num_blocks: domain -> its training blocks, of the domains whose text is read.
         """
         domains = []
         for domain in self.domains:
-            if domain.epochs is not None:
+            if domain.epochs is not None and domain.name in num_blocks:
                 # As a decimal: 0.1 x 30 samples are 3, and not a little more.
                 samples = Fraction(str(domain.epochs)) * num_blocks[domain.name]
                 steps = math.ceil(samples / self.own_samples_per_step(domain.name))
@@ -144,9 +158,10 @@ class RunConfig(Section):
         return self.train.global_batch_size - (self.num_replayed(domain) if self.replayed(domain) else 0)
 
     def _earlier_text(self, domain: str) -> list[str]:
-        names = [domain.name for domain in self.domains]
+        names = [domain.name for domain in self.readable_domains]
         general = [self.general.name] if self.general is not None and self.method.replay.general else []
-        return names[: names.index(domain)] + general
+        # An earlier domain that is not read has no text before it either.
+        return names[: names.index(domain) if domain in names else 0] + general
 
     @property
     def distills_replay(self) -> bool:
@@ -161,6 +176,9 @@ class RunConfig(Section):
 
     def _num_steps(self, number: int) -> int:
         domain = self.domains[number]
+        if domain.epochs is not None and number < self.num_earlier:
+            # What follows from the text of an earlier run is of no use to this one.
+            return 0
         if domain.epochs is not None:
             raise ConfigError(
                 f"domains.{number}.epochs: found {domain.epochs:g}, which are steps only once the text is read; "
@@ -286,6 +304,13 @@ class RunConfig(Section):
         if replay.general and (self.general is None or not self.general.train):
             raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")
         replays = any(self.num_replayed(domain.name) for _, domain in self._own_domains)
+        if self.continue_from is not None and not self.continue_from.evaluate:
+            _, first = self._own_domains[0]
+            if self.num_replayed(first.name) and not self._earlier_text(first.name):
+                raise ValueError(
+                    f"{CONTINUE}.evaluate: found false where {first.name} replays earlier text, which then is "
+                    "not read; allowed there: true, or method.replay.fraction 0"
+                )
         if replay.general and not replays:
             raise ValueError(
                 "method.replay.general: found true with nothing to replay, expected method.replay.fraction"

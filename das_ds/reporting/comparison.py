@@ -113,9 +113,10 @@ class RunSummary(Section):
         return sum(self._losses_learned[i] for i in later) / len(later)
 
     @property
-    def final_loss(self) -> float:
-        """Mean over domains of the loss after the last stage."""
-        return sum(map(measured, self.loss_matrix[-1][: len(self.learned_rows)])) / len(self.learned_rows)
+    def final_loss(self) -> float | None:
+        """Mean over domains of the loss after the last stage; None where one is no longer evaluated."""
+        losses = [loss for loss in self.loss_matrix[-1][: len(self.learned_rows)] if loss is not None]
+        return sum(losses) / len(losses) if len(losses) == len(self.learned_rows) else None
 
     @property
     def _losses_learned(self) -> list[float]:

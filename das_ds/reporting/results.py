@@ -29,9 +29,9 @@ class Forgetting(Section):
     """Loss now minus loss right after learning; see `reporting.transfer.forgetting`."""
 
     average: float | None
-    """Mean over the domains learned before the last stage; null if there are none."""
+    """Mean over the domains learned before the last stage; null if there are none, or one is no longer evaluated."""
     per_domain: dict[str, float]
-    """One value per such domain."""
+    """One value per such domain that is still evaluated."""
 
 
 class LoadedWeights(Section):
@@ -73,7 +73,7 @@ class Results(VersionedJson):
     """Columns of the loss matrix: the domains, the general corpus if there is one, then other corpora."""
     loss_matrix: list[list[float | None]] = Field(min_length=1)
     """Held-out loss: row 0 before training, row t after stage t; one column per evaluated corpus; null: not measured,
-    which happens only to rows of an earlier run that is continued."""
+    where a run continues another one of which a model or the text of a domain is gone."""
     forgetting: Forgetting
     general_drift: float | None
     """Loss on the general corpus now minus before training; null without such a corpus."""
@@ -146,8 +146,9 @@ class Results(VersionedJson):
 
     @property
     def last_losses(self) -> dict[str, float]:
-        """Corpus -> loss after the last stage so far, which is always measured."""
-        return dict(zip(self.eval_domains, map(measured, self.loss_matrix[-1]), strict=True))
+        """Corpus -> loss after the last stage so far, of all corpora that are still evaluated."""
+        pairs = zip(self.eval_domains, self.loss_matrix[-1], strict=True)
+        return {corpus: loss for corpus, loss in pairs if loss is not None}
 
     @property
     def table(self) -> tuple[list[str], list[list[float | str]]]:
@@ -236,7 +237,7 @@ def build_results(
             per_domain={
                 domain: value
                 for domain, value, counts in zip(eval_domains, forgetting.tolist(), has_forgetting, strict=True)
-                if counts
+                if counts and not math.isnan(value)
             },
         ),
         general_drift=next((drift[corpus] for corpus in eval_domains[len(domains) :] if corpus not in others), None),
@@ -257,8 +258,8 @@ def build_results(
 
 
 def measured(loss: float | None) -> float:
-    """A loss of a row that is always measured: right after a domain was learned, or the last one."""
-    assert loss is not None, "the model was evaluated when it was learned"
+    """A loss that is always there, as that of a domain right after it was learned."""
+    assert loss is not None, "every domain is evaluated when it was learned"
     return loss
 
 

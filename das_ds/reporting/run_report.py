@@ -137,11 +137,12 @@ def _document(
 
 def _key_numbers(results: Results) -> list[tuple[str, str]]:
     learned = list(results.losses_learned.values())
-    final = list(results.last_losses.values())[: len(learned)]
+    final = [loss for corpus, loss in results.last_losses.items() if corpus in results.losses_learned]
     numbers = [("domains learned", f"{len(learned)} of {len(results.domains)}")]
     if learned:
         numbers.append(("loss after learning", f"{sum(learned) / len(learned):.4f}"))
-        numbers.append(("loss now", f"{sum(final) / len(final):.4f}"))
+        which = "loss now" if len(final) == len(learned) else f"loss now, of {len(final)} domains"
+        numbers.append((which, f"{sum(final) / len(final):.4f}"))
     numbers.append(("average forgetting", _signed(results.forgetting.average)))
     numbers.append(("general-domain drift", _signed(results.general_drift)))
     return numbers

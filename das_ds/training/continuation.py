@@ -87,14 +87,12 @@ class Continuation:
         return state.domains_done == self._earlier.num_learned
 
     def evaluate(self, state: RunState, loops: ResumableLoops) -> dict[str, float | None]:
-        """Corpus -> loss of the model that is loaded; None where it has no loss, because the model is gone."""
+        """Corpus -> loss of the model that is loaded, or None where it is not known and the model is gone."""
         known = self._earlier.losses(state.domains_done)
-        new = [corpus for corpus in self._data.blocks if corpus not in known]
-        if self._has_model(state.domains_done):
-            measured: dict[str, float | None] = dict(evaluate_corpora(self._network, self._data, loops, new))
-        else:
-            measured = dict.fromkeys(new)
-        return {corpus: {**known, **measured}[corpus] for corpus in self._data.blocks}
+        if not self._has_model(state.domains_done):
+            return known
+        new = [corpus for corpus in self._data.blocks if known.get(corpus) is None]
+        return {**known, **evaluate_corpora(self._network, self._data, loops, new)}
 
     def load_next(self, state: RunState) -> RunState:
         """Load the model that the earlier run had after one more domain, and after the last one what its method knows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from das_ds.config.continuation import CONTINUE
 from das_ds.config.io import config_values, load_config
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import CheckpointError, ConfigError, RunFolderError
-from das_ds.run_dir import RunDir
-from das_ds.training.data_module import eval_corpora
+from das_ds.run_dir import RunDir, earlier_run_dirs
+from das_ds.training.data_module import loss_columns
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,8 @@ def find_earlier_run(config: RunConfig) -> EarlierRun:
     _check_settings(config, earlier)
     after = str(config.continue_from.after)
     ends: dict[int, DomainEnd] = {}
-    for run_folder, limit in _chain(config):
-        for end in _domain_ends(run_folder):
+    for run_dir, limit in earlier_run_dirs(config):
+        for end in _domain_ends(run_dir):
             # Of a run that was itself continued, the nearest one counts.
             if end.manifest.run.domains_done <= limit:
                 ends.setdefault(end.manifest.run.domains_done, end)
@@ -125,7 +125,7 @@ def find_earlier_run(config: RunConfig) -> EarlierRun:
             f"{_describe(ends, config)}; finish that run, put the checkpoint back, or continue after a domain that has "
             f"one ({CONTINUE}.after)"
         )
-    columns = tuple(corpus.name for corpus in eval_corpora(earlier))
+    columns = tuple(loss_columns(earlier))
     return EarlierRun(folder, after, columns, ends)
 
 
@@ -199,23 +199,9 @@ def _is_free(key: str) -> bool:
     return is_text or _is_below(key, FREE_KEYS)
 
 
-def _chain(config: RunConfig) -> Iterator[tuple[Path, int]]:
-    """(folder, domains that count) of the earlier run, of the one that it continued, and so on."""
-    limit = config.num_earlier
-    while config.continue_from is not None:
-        folder = config.continue_from.run
-        yield folder, limit
-        try:
-            config = _load_config(folder)
-        except (ConfigError, RunFolderError):
-            # An earlier run of the earlier run need not be there any more.
-            return
-        limit = min(limit, config.num_earlier)
-
-
-def _domain_ends(folder: Path) -> list[DomainEnd]:
+def _domain_ends(run_dir: RunDir) -> list[DomainEnd]:
     """Checkpoints of a run from the ends of domains, the newest first; damaged ones are left out."""
-    checkpoints = RunDir(folder).checkpoints_dir
+    checkpoints = run_dir.checkpoints_dir
     ends = []
     for name in reversed(CheckpointStore(checkpoints, keep=1).names()):
         try:

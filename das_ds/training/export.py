@@ -126,7 +126,9 @@ def model_card(
     replayed = config.replayed(newest.last_domain)
     num_replayed = config.num_replayed(newest.last_domain)
     replay = f" In the last domain {num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
-    lengths = str(steps[0]) if len(set(steps)) == 1 else ", ".join(map(str, steps))
+    # The length of an earlier run's domain is not known where it was given in epochs and the text is gone.
+    shown = [str(number) if number else "?" for number in steps]
+    lengths = shown[0] if len(set(shown)) == 1 else ", ".join(shown)
     folder = config.output_dir / stage_folder(newest.index, newest.name) / name
     base = config.model.name_or_path or "random weights"
     card = f"""---

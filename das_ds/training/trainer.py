@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +23,11 @@ from das_ds.methods import build_method, method_class
 from das_ds.methods.base import Method
 from das_ds.models.loading import get_weights_record
 from das_ds.models.vocabulary import mean_init_rows, vocabulary_parameters
-from das_ds.reporting.results import Results, measured
+from das_ds.reporting.results import Results
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.console import RunConsole, RunSummary
 from das_ds.training.continuation import Continuation
-from das_ds.training.data_module import DataModule
+from das_ds.training.data_module import DataModule, loss_columns
 from das_ds.training.domain_evaluation import DomainEvaluator
 from das_ds.training.domain_samples import DomainSamples
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
@@ -80,6 +81,7 @@ class ContinualTrainer(Callbacks):
         self._watchdog = services.watchdog
         self._data = data
         self._stages = config.stages
+        self._columns = loss_columns(config)
         self._start_time = time.monotonic()
         self._earlier_seconds = 0.0
         # Before the model is built, so that an unsupported export dtype fails in the first second.
@@ -205,20 +207,20 @@ class ContinualTrainer(Callbacks):
         """Evaluate all corpora and publish the results so far."""
         history = self._continuation
         if history is not None and history.is_at_history(self._state):
-            row = history.evaluate(self._state, self._loops)
+            found = history.evaluate(self._state, self._loops)
             if not history.is_at_end(self._state):
-                matrix = [*self._state.loss_matrix, list(row.values())]
+                matrix = [*self._state.loss_matrix, self._row(found)]
                 with self._watchdog.suspend_timeout("reading a checkpoint of the earlier run"):
                     self._state = history.load_next(self._state).model_copy(update={"loss_matrix": matrix})
                 self._enter(self._state, save=False)
                 return
-            losses = {corpus: loss for corpus, loss in row.items() if loss is not None}
+            losses = {corpus: loss for corpus in self._columns if (loss := found.get(corpus)) is not None}
         else:
             losses = evaluate_corpora(self._network, self._data, self._loops)
         is_last = self._state.domains_done == len(self._stages)
         state = self._state.model_copy(
             update={
-                "loss_matrix": [*self._state.loss_matrix, list(losses.values())],
+                "loss_matrix": [*self._state.loss_matrix, self._row(losses)],
                 "phase": "finished" if is_last else "before",
             }
         )
@@ -226,8 +228,13 @@ class ContinualTrainer(Callbacks):
         self._state = self._with_wall_time(state)
         with self._watchdog.suspend_timeout("writing results"):
             self._ranks.run_on_main(lambda: self._publish(losses))
-        self._console.evaluated(losses, self._state.loss_matrix)
+        before = dict(zip(self._columns, self._state.loss_matrix[-2], strict=True)) if self._state.domains_done else {}
+        self._console.evaluated(losses, before, self._state.domains_done)
         self._enter(self._state)
+
+    def _row(self, losses: Mapping[str, float | None]) -> list[float | None]:
+        """Losses by corpus as a row of the loss matrix."""
+        return [losses.get(corpus) for corpus in self._columns]
 
     def _before_domain(self) -> None:
         """Let the method prepare the domain, for example measure importance."""
@@ -354,7 +361,7 @@ class ContinualTrainer(Callbacks):
     def _start_evaluations(self, stage: Stage) -> None:
         if self._state.phase == "train":
             row = self._state.loss_matrix[-1 if self._base is None else 0]
-            self._state = self._evaluator.start(stage, self._state, list(map(measured, row)))
+            self._state = self._evaluator.start(stage, self._state, row)
 
     def _evaluate_within(self) -> bool:
         """Evaluate after this step of the domain, if that is due; whether the domain ends here."""
