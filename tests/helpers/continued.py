@@ -105,7 +105,7 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_continued(mine: Path, theirs: Path, first: int, *, rtol: float = 0.0, atol: float = 0.0) -> None:
-    """A continued run agrees with one over all domains from domain number `first` on, bit for bit without a tolerance."""
+    """A continued run agrees with one over all domains from number `first` on, bit for bit without a tolerance."""
     numbers = [f"{number:02d}_{name}" for number, name in enumerate(NAMES) if number >= first]
     files = [path.relative_to(theirs) for path in sorted(theirs.rglob("*.safetensors"))]
     # General knowledge is measured before the first domain.
