@@ -46,6 +46,8 @@ class RunContext:
     """The adapters that are trained in place of the weights."""
     tokens: tuple[str, ...] = ()
     """The vocabulary by id, with the tokens that domains are to add at its end."""
+    num_base_tokens: int | None = None
+    """Tokens before the first domain; None: the vocabulary does not grow."""
 
 
 class SampleBatches(Protocol):
@@ -120,6 +122,7 @@ def build_context(
     *,
     exact: ExactWeights | None = None,
     tokens: tuple[str, ...] = (),
+    num_base_tokens: int | None = None,
 ) -> RunContext:
     """Put a network under an engine, with LoRA or frozen layers where the config asks for them.
 
@@ -128,7 +131,7 @@ def build_context(
         engine_config: DeepSpeed's settings.
         ranks: the process group.
         exact: see `Engine`.
-        tokens: see `RunContext`.
+        tokens, num_base_tokens: see `RunContext`.
 
     Raises:
         ConfigError: LoRA that does not fit the network, or without peft; layers to be frozen that it lacks; rates
@@ -167,7 +170,9 @@ def build_context(
     if config.data.document_mask:
         _check_document_mask(engine, model, spec, ranks)
     view_dropout = 0.0 if has_dropout(model.config, spec.dropouts) else config.method.view_noise
-    return RunContext(config, engine, layout, gates, spec.objective, network, view_dropout, lora, tokens)
+    return RunContext(
+        config, engine, layout, gates, spec.objective, network, view_dropout, lora, tokens, num_base_tokens
+    )
 
 
 def _check_document_mask(engine: Engine, model: PreTrainedModel, spec: ArchitectureSpec, ranks: ProcessGroup) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +135,39 @@ class RunDir:
     def hang_report(self, rank: int) -> Path:
         """Stacks of a rank that the watchdog ended."""
         return self.root / f"{HANG_REPORT}{rank}.txt"
+
+
+def earlier_run_dirs(config: RunConfig) -> Iterator[tuple[RunDir, int]]:
+    """(folder, stages that count) of the run that a run continues, of the one that this continued, and so on.
+
+    Where a folder of the chain is no longer there, or its config is damaged, the chain ends with it.
+    """
+    limit = config.num_earlier
+    while config.continue_from is not None:
+        run_dir = RunDir(config.continue_from.run)
+        yield run_dir, limit
+        try:
+            config = load_config(run_dir.config_file)
+        except ConfigError:
+            return
+        limit = min(limit, config.num_earlier)
+
+
+def recorded_earlier_run_dirs(run_dir: RunDir) -> list[tuple[RunDir, int]]:
+    """The same by the config that a run folder records; [] without one that can be read."""
+    try:
+        return list(earlier_run_dirs(load_config(run_dir.config_file)))
+    except ConfigError:
+        return []
+
+
+def model_run_dir(config: RunConfig, num_learned: int) -> RunDir:
+    """The run folder that has the model after so many stages, which an earlier run may have learned."""
+    found = RunDir(config.output_dir)
+    for run_dir, limit in earlier_run_dirs(config):
+        if num_learned <= limit:
+            found = run_dir
+    return found
 
 
 def open_run_dir(config: RunConfig) -> RunDir:

@@ -13,7 +13,7 @@ from das_ds.config import ModelConfig, RunConfig
 from das_ds.functional.token_ids import num_tokens
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.loading import check_files, load_model, load_tokenizer, open_tokenizer, weights_folder
-from das_ds.run_dir import BASE_FOLDER, BENCHMARKS_FILE, RunDir
+from das_ds.run_dir import BASE_FOLDER, BENCHMARKS_FILE, RunDir, model_run_dir
 from das_ds.storage import CHECKSUM_FILE, checksum
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -45,7 +45,8 @@ def list_models(config: RunConfig) -> list[RunModel]:
         path = run_dir.root / BASE_FOLDER / BENCHMARKS_FILE
         models.append(RunModel(BASE_FOLDER, config.model, True, path))
     for stage in config.stages:
-        folder = run_dir.model(stage.index, stage.name)
+        # Scores of earlier runs' models are written to the folder of this run all the same.
+        folder = model_run_dir(config, stage.index + 1).model(stage.index, stage.name)
         if folder.is_dir():
             source = ModelConfig(
                 name_or_path=str(folder), attention=config.model.attention, architecture=config.model.architecture

@@ -71,14 +71,16 @@ class RunState(Section):
     """Tokens trained on over all domains and ranks."""
     wall_seconds: float = 0.0
     """Time spent in all starts of the run together."""
-    loss_matrix: list[list[float]] = Field(default_factory=list)
-    """Rows of the loss matrix so far; row 0 is before training."""
+    loss_matrix: list[list[float | None]] = Field(default_factory=list)
+    """Rows of the loss matrix so far; row 0 is before training. None: not measured, as for a model of an earlier run
+    whose checkpoint was removed before a corpus was added."""
     evaluations: list[DomainEvaluation] = Field(default_factory=list)
     """Evaluations within domains, of all domains so far."""
     ends: list[DomainEnd] = Field(default_factory=list)
     """How the domains so far ended."""
-    base_divergences: list[float] = Field(default_factory=list)
-    """KL(base || model) on each stage's held-out text, right after it was learned (`evaluation.base_divergence`)."""
+    base_divergences: list[float | None] = Field(default_factory=list)
+    """KL(base || model) on each stage's held-out text, right after it was learned (`evaluation.base_divergence`); null
+    where an earlier run learned it, whose model or text is gone."""
     tokens_per_byte: dict[str, float] | None = None
     """Corpus -> tokens per UTF-8 byte of the evaluated text; None where losses are no code lengths."""
     weights: dict[str, Any] | None = None

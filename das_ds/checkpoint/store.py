@@ -160,7 +160,7 @@ def find_latest_valid(store: CheckpointStore, ranks: ProcessGroup) -> Manifest |
     names = ranks.all_gather_object(store.names() if ranks.info.is_main else [])[0]
     # Newest first; usually the first one is valid.
     for name in reversed(names):
-        manifest, problems = _validate(store, name, ranks)
+        manifest, problems = validate_checkpoint(store, name, ranks)
         if not problems:
             return manifest
         ranks.run_on_main(lambda name=name, problems=problems: store.quarantine(name, problems))  # type: ignore[misc]
@@ -172,8 +172,8 @@ def find_latest_valid(store: CheckpointStore, ranks: ProcessGroup) -> Manifest |
     return None
 
 
-def _validate(store: CheckpointStore, name: str, ranks: ProcessGroup) -> tuple[Manifest | None, list[str]]:
-    """(manifest, problems found by any rank); each rank checks every W-th file, W being the world size."""
+def validate_checkpoint(store: CheckpointStore, name: str, ranks: ProcessGroup) -> tuple[Manifest | None, list[str]]:
+    """(manifest, problems found by any rank); ranks share the files; a collective."""
     rank = ranks.info.rank
     world_size = ranks.info.world_size
     manifest = None

@@ -13,6 +13,7 @@ from das_ds.config.architecture import (
     UnitCountsConfig,
 )
 from das_ds.config.benchmarks import BenchmarksConfig, ScoringRule
+from das_ds.config.continuation import ContinueConfig
 from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig, SourceConfig
 from das_ds.config.domain import DomainConfig, DomainReplayConfig
 from das_ds.config.method import FrozenPart, MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
@@ -28,6 +29,7 @@ __all__ = [
     "ArchitectureConfig",
     "BenchmarksConfig",
     "CheckpointConfig",
+    "ContinueConfig",
     "CorpusConfig",
     "DataConfig",
     "DomainConfig",

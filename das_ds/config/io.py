@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from das_ds.config import RunConfig
+from das_ds.config.continuation import CONTINUE, complete_from_earlier_run
 from das_ds.config.method import load_methods, method_configs, parse_method
 from das_ds.config.schema import METHOD, ConfigKey, config_keys, method_keys, methods_with_key, nearest_keys, table_key
 from das_ds.errors import ConfigError, RunFolderError
@@ -81,10 +82,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def parse_config(values: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
-    """A run config from its nested values and overrides; see `load_config`."""
+    """A run config from its nested values and overrides; see `load_config`.
+
+    What it leaves out is taken from the run that it continues, if there is one; overrides come before that.
+    """
     raw = dict(values)
     for override in overrides:
         _apply_override(raw, override)
+    raw = complete_from_earlier_run(raw, read_mapping)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -217,8 +222,10 @@ def _children(node: Any) -> list[Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
-    if names[0] == METHOD and len(names) > 1 and isinstance(raw.get(METHOD), str):
-        raw[METHOD] = {"name": raw[METHOD]}
+    for section, first_key in ((METHOD, "name"), (CONTINUE, "run")):
+        # Sections for which a text may stand.
+        if names[0] == section and len(names) > 1 and isinstance(raw.get(section), str):
+            raw[section] = {first_key: raw[section]}
     if not equals or not all(names):
         raise ConfigError(f"override {override!r}: expected dotted.key=value, for example train.learning_rate=1e-4")
     value = _parse_yaml(text, source=f"override {override!r}")

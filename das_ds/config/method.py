@@ -76,6 +76,9 @@ class MethodConfig(Section):
     """The method asks the model before the domain about all text."""
     default_merge_weight: ClassVar[float | None] = None
     """`merge.weight` where the config gives none; None: no merging."""
+    state_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys, or sections of them, that decide what the method keeps of a domain; a run that continues another one
+    (`continue_from`) has to have the same values."""
     default_replay_fraction: ClassVar[float | None] = None
     """`replay.fraction` where the config gives none, up to an integer number of sequences; None: no replay."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from das_ds.config.benchmarks import BenchmarksConfig
+from das_ds.config.continuation import CONTINUE, ContinueConfig
 from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig
 from das_ds.config.domain import DomainConfig
 from das_ds.config.method import AnyMethodConfig, parse_method
@@ -35,9 +36,12 @@ class RunConfig(Section):
 
     output_dir: FolderPath
     """Run folder: new, empty, or that of the same run, which then resumes."""
+    continue_from: ContinueConfig | None = None
+    """Earlier run that this one continues with further domains: its model, text and all that its method knows are kept;
+    null: none."""
     model: ModelConfig
     domains: list[DomainConfig] = Field(min_length=1)
-    """Domains in training order."""
+    """Domains in training order; with `continue_from` those of the earlier run come first and need not be given."""
     general: CorpusConfig | None = None
     """General-language corpus for evaluation; its training text is protected by method `directions` and replayed by
     `method.replay.general` (to pre-train a base model on it, list it as a domain)."""
@@ -63,14 +67,35 @@ class RunConfig(Section):
     """Seed of weights, data order, corruption and dropout."""
 
     @property
+    def num_earlier(self) -> int:
+        """Domains at the beginning of `domains` that were learned by the run that this one continues; 0: none."""
+        if self.continue_from is None:
+            return 0
+        return [domain.name for domain in self.domains].index(str(self.continue_from.after)) + 1
+
+    @property
+    def readable_domains(self) -> list[DomainConfig]:
+        """Domains whose text is read: all, or without those of an earlier run (`continue_from.evaluate`)."""
+        if self.continue_from is None or self.continue_from.evaluate:
+            return self.domains
+        return self.domains[self.num_earlier :]
+
+    @property
     def learned(self) -> list[tuple[str, ...]]:
         """Domains of each stage in order: one by one, or all at once (`trains_jointly`)."""
         names = [domain.name for domain in self.domains]
         return [tuple(names)] if self.method.trains_jointly else [(name,) for name in names]
 
     @property
+    def own_stages(self) -> list[Stage]:
+        """Stages that this run learns itself: all but those of the run that it continues."""
+        return self.stages[self.num_earlier :]
+
+    @property
     def stages(self) -> list[Stage]:
         """Stages in order; joint training takes as many steps, and samples of each domain, as all of them one by one.
+
+        A domain that an earlier run learned for a number of epochs has 0 steps until its text is read.
 
         Raises:
             ConfigError: the length of a domain is in epochs, see `with_steps`.
@@ -87,11 +112,11 @@ class RunConfig(Section):
         """The config with steps in place of epochs.
 
         Args:
-            num_blocks: domain -> its training blocks.
+            num_blocks: domain -> its training blocks, of the domains whose text is read.
         """
         domains = []
         for domain in self.domains:
-            if domain.epochs is not None:
+            if domain.epochs is not None and domain.name in num_blocks:
                 # As a decimal: 0.1 x 30 samples are 3, and not a little more.
                 samples = Fraction(str(domain.epochs)) * num_blocks[domain.name]
                 steps = math.ceil(samples / self.own_samples_per_step(domain.name))
@@ -133,9 +158,10 @@ class RunConfig(Section):
         return self.train.global_batch_size - (self.num_replayed(domain) if self.replayed(domain) else 0)
 
     def _earlier_text(self, domain: str) -> list[str]:
-        names = [domain.name for domain in self.domains]
+        names = [domain.name for domain in self.readable_domains]
         general = [self.general.name] if self.general is not None and self.method.replay.general else []
-        return names[: names.index(domain)] + general
+        # An earlier domain that is not read has no text before it either.
+        return names[: names.index(domain) if domain in names else 0] + general
 
     @property
     def distills_replay(self) -> bool:
@@ -143,8 +169,16 @@ class RunConfig(Section):
         replays = not self.method.trains_jointly and any(self.replayed(domain.name) for domain in self.domains)
         return self.method.replay.loss == "kl" and replays
 
+    @property
+    def _own_domains(self) -> list[tuple[int, DomainConfig]]:
+        """Domains that this run learns, by their position; settings of earlier ones are those of another run."""
+        return list(enumerate(self.domains))[self.num_earlier :]
+
     def _num_steps(self, number: int) -> int:
         domain = self.domains[number]
+        if domain.epochs is not None and number < self.num_earlier:
+            # What follows from the text of an earlier run is of no use to this one.
+            return 0
         if domain.epochs is not None:
             raise ConfigError(
                 f"domains.{number}.epochs: found {domain.epochs:g}, which are steps only once the text is read; "
@@ -166,6 +200,26 @@ class RunConfig(Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"corpus names must differ, found more than once: {', '.join(repeated)}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_further_domain(self) -> RunConfig:
+        if self.continue_from is None:
+            return self
+        after = self.continue_from.after
+        names = [domain.name for domain in self.domains]
+        if after not in names:
+            raise ValueError(
+                f"{CONTINUE}.after: found {after}, expected a domain of the earlier run, which `domains` has to begin "
+                f"with, found {', '.join(names)}"
+            )
+        if after == names[-1]:
+            raise ValueError(f"domains: found none after {after}, expected the domains to continue {CONTINUE} with")
+        if self.method.trains_jointly:
+            raise ValueError(
+                f"{CONTINUE}: found a run with method {self.method.name}, which learns all domains at once; allowed "
+                "there: null"
+            )
         return self
 
     @model_validator(mode="after")
@@ -199,7 +253,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _domain_settings_fit(self) -> RunConfig:
-        for number, domain in enumerate(self.domains):
+        for number, domain in self._own_domains:
             key = f"domains.{number}"
             if domain.lr_scheduler is not None and self.train.lr_scheduler == "infinite":
                 raise ValueError(
@@ -235,11 +289,11 @@ class RunConfig(Section):
         size = self.train.global_batch_size
         if replay.fraction is not None:
             _check_fraction("method.replay.fraction", replay.fraction, size)
-        elif any(self.num_replayed(domain.name) >= size for domain in self.domains):
+        elif any(self.num_replayed(domain.name) >= size for _, domain in self._own_domains):
             raise ValueError(
                 f"method.name: found {self.method.name} with train.global_batch_size {size}, expected at least 2"
             )
-        for number, domain in enumerate(self.domains):
+        for number, domain in self._own_domains:
             if domain.replay.fraction is not None:
                 self._check_own_replay(f"domains.{number}.replay.fraction", domain.name, domain.replay.fraction)
         if replay.fraction and not self.method.supports_replay:
@@ -249,7 +303,14 @@ class RunConfig(Section):
             )
         if replay.general and (self.general is None or not self.general.train):
             raise ValueError("method.replay.general: found true without training text, expected general: {train: ...}")
-        replays = any(self.num_replayed(domain.name) for domain in self.domains)
+        replays = any(self.num_replayed(domain.name) for _, domain in self._own_domains)
+        if self.continue_from is not None and not self.continue_from.evaluate:
+            _, first = self._own_domains[0]
+            if self.num_replayed(first.name) and not self._earlier_text(first.name):
+                raise ValueError(
+                    f"{CONTINUE}.evaluate: found false where {first.name} replays earlier text, which then is "
+                    "not read; allowed there: true, or method.replay.fraction 0"
+                )
         if replay.general and not replays:
             raise ValueError(
                 "method.replay.general: found true with nothing to replay, expected method.replay.fraction"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
@@ -386,13 +386,17 @@ class Engine:
         )
         return state if self._train.reset_optimizer else self._with_moments(state)
 
-    def load_state_dict(self, saved: SavedComponentState) -> None:
+    def load_state_dict(self, saved: SavedComponentState, *, growing: Collection[str] = ()) -> None:
         """Restore weights, however they were sharded, the loss scale, and moments that outlive a domain.
+
+        Args:
+            saved: of a checkpoint.
+            growing: parameters that may have more rows than when they were saved; the values of these become 0.
 
         Raises:
             CheckpointError: they are those of another network.
         """
-        self._check_complete(saved.sizes(WEIGHTS))
+        self._check_complete(saved.sizes(WEIGHTS), growing)
         self._loss_scale.load(saved.metadata["loss_scale"])
         self.weights.load(saved.sharded(WEIGHTS))
         if not self._train.reset_optimizer:
@@ -439,8 +443,12 @@ class Engine:
             {key: saved.sharded(f"{MOMENT}{key}") for key in keys}, saved.metadata["optimizer"]
         )
 
-    def _check_complete(self, stored: dict[str, int]) -> None:
+    def _check_complete(self, stored: dict[str, int], growing: Collection[str]) -> None:
         expected = self.weights.numels()
+        stored = {
+            name: expected[name] if name in growing and size < expected.get(name, 0) else size
+            for name, size in stored.items()
+        }
         different = [name for name in {**expected, **stored} if expected.get(name) != stored.get(name)]
         if different:
             first = different[0]

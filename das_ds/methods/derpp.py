@@ -42,6 +42,8 @@ RECORDS = "records"
 class DerppConfig(MethodConfig):
     """DER++: replay from a buffer, with the hidden states that the model had when it stored a sequence."""
 
+    state_keys = ("capacity", "max_positions")
+
     name: Literal["derpp"] = "derpp"
     alpha: float = Field(default=0.5, ge=0.0)
     """Factor of the distance of final hidden states from the stored ones."""

@@ -42,6 +42,8 @@ of tokens, which few of them tell to two digits."""
 class DirectionsConfig(MethodConfig):
     """Directions: linear layers learn least along the input directions that earlier domains use most."""
 
+    state_keys = ("num_samples", "general", "init_from")
+
     name: Literal["directions"] = "directions"
     half_saturation: float = Field(default=1.0, gt=0.0)
     """c of the mask P = (I + M / c)^-1; larger protects less: a direction with c times the average share of the input

@@ -32,6 +32,8 @@ ANCHOR = "anchor"
 class EwcConfig(MethodConfig):
     """Elastic weight consolidation: weights are pulled back by their Fisher information in earlier domains."""
 
+    state_keys = ("decay", "num_samples", "gradient_batch_size")
+
     name: Literal["ewc"] = "ewc"
     lambda_: float = Field(default=10.0, ge=0.0, alias="lambda")
     """Factor of the penalty lambda / 2 * sum_i F_i (theta_i - theta*_i)^2, F being that of single sequences.

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 class SoftMaskedConfig(MethodConfig):
     """Settings of methods that soft-mask by importance."""
 
+    state_keys = ("view_dropout", "importance")
+
     view_dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout at the units where views are made (contrast, general knowledge), for networks without dropout."""
     softmask: SoftmaskConfig = SoftmaskConfig()

@@ -19,7 +19,7 @@ from das_ds.data.tokenizers import build_tokenizers
 from das_ds.errors import DasError, DataError, PreflightError
 from das_ds.models.loading import find_spec, load_tokenizer
 from das_ds.preflight.checks import Checklist, CheckWarning, format_bytes
-from das_ds.training.data_module import eval_corpora
+from das_ds.training.data_module import eval_corpora, explain_missing_text
 
 FIRST_DOCUMENTS = 200
 """Documents of each source that are tokenized to count unknown tokens."""
@@ -47,7 +47,10 @@ def check_corpora(checks: Checklist, config: RunConfig) -> None:
         unknown: dict[str, UnknownTokens] = {}
         for corpus in corpora:
             counter = None if tokenization is None else UnknownCounter(build_backend(tokenization[0][corpus.name]))
-            sources += _scan_corpus(corpus, config, tokenization, counter)
+            try:
+                sources += _scan_corpus(corpus, config, tokenization, counter)
+            except DataError as error:
+                raise explain_missing_text(config, corpus, error) from error
             if counter is not None:
                 unknown[corpus.name] = counter.total
         return CorpusScan(sources, unknown)
@@ -136,7 +139,7 @@ def _check_length(
 
 def _find_leak(config: RunConfig, corpora: list[CorpusConfig]) -> str:
     """A description of held-out text that another domain trains on; empty if there is none."""
-    for domain, corpus in product(config.domains, corpora):
+    for domain, corpus in product(config.readable_domains, corpora):
         if domain.name != corpus.name and (shared := find_shared_sources(corpus.valid, domain.training_text)):
             return f"{shared[0]} is held out for {corpus.name}, but domain {domain.name} trains on it"
     return ""

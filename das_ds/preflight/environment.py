@@ -127,7 +127,9 @@ def check_method_files(checks: Checklist, config: RunConfig) -> None:
     """Files that the method's settings name, such as `init_from`, on every rank; a network is not built."""
 
     def probe() -> str:
-        method_class(config.method).check_files(config)
+        # A run that continues another one has in its state what they held.
+        if config.continue_from is None:
+            method_class(config.method).check_files(config)
         return config.method.name
 
     checks.run("method", "files of the section `method` that can be read", probe, lambda names: names[0])

@@ -284,7 +284,8 @@ def disk_use(config: RunConfig, size: ModelSize, num_ranks: int) -> DiskUse:
         run=method.run,
         # While a checkpoint is written, those to keep are still there.
         num_checkpoints=config.checkpoint.keep_last + 1,
-        num_domains=len(config.learned),
+        # A run that continues another one keeps the state in which it began, too.
+        num_domains=len(config.own_stages) + (config.num_earlier > 0),
     )
 
 

@@ -196,7 +196,8 @@ def _measured_seconds(
         MEASUREMENT_GATHERS[measurement] * gathered / rows / cluster.bandwidth(num_ranks),
     )
     found = method_measured_sequences(config, model.size, num_ranks)
-    before = [found.before_first, *[found.before_later] * (len(config.learned) - 1)]
+    first = found.before_later if config.num_earlier else found.before_first
+    before = [first, *[found.before_later] * (len(config.own_stages) - 1)]
     return [seconds * (num_sequences + found.after) for num_sequences in before]
 
 
@@ -216,7 +217,7 @@ def _domains(
     tokens = config.train.global_batch_size * config.data.sequence_length
     export = _export_bytes(config, model) / cluster.disk
     planned = []
-    for stage, measured in zip(config.stages, measured_seconds, strict=True):
+    for stage, measured in zip(config.own_stages, measured_seconds, strict=True):
         seconds = stage.num_steps * step_seconds + measured + export
         gpu_hours = num_gpus * seconds / 3600
         cost = None if cluster.price is None else cluster.price * gpu_hours

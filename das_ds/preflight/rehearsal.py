@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ from das_ds.tracking.names import CHECKPOINT_STALL_S, CHECKPOINTS
 from das_ds.tracking.tracker import Tracker
 from das_ds.training.console import RunSummary
 from das_ds.training.data_module import DataModule, eval_corpora
+from das_ds.training.earlier_run import open_earlier_run
 from das_ds.training.evaluation_policy import EvaluationPolicy
 from das_ds.training.run_services import RunServices
 from das_ds.training.run_summary import summarize_run
@@ -73,13 +74,14 @@ def time_run(config: RunConfig, engine_config: EngineConfig, ranks: ProcessGroup
         with watchdog, ShutdownHandler(RunDir(folder), config.runtime.stop_signals) as shutdown:
             elsewhere = config.model_copy(update={"output_dir": folder})
             run_dir = ranks.main_process_first(lambda: open_run_dir(elsewhere))
+            earlier = None if config.continue_from is None else open_earlier_run(config, ranks)
             prepared, data = prepare_run(elsewhere, ranks, watchdog)
             short = short_config(prepared)
             services = RunServices(
                 ranks, run_dir, Tracker(), CheckpointStore(run_dir.checkpoints_dir, 1), shutdown, watchdog
             )
             with watchdog.suspend_timeout("building the engine"):
-                trainer = RehearsalTrainer(short, services, _shorten(data, short), engine_config)
+                trainer = RehearsalTrainer(short, services, _shorten(data, short), engine_config, earlier)
             try:
                 trainer.run(None)
                 config = prepared.model_copy(update={"output_dir": config.output_dir})
@@ -97,13 +99,16 @@ def time_run(config: RunConfig, engine_config: EngineConfig, ranks: ProcessGroup
 def short_config(config: RunConfig) -> RunConfig:
     """The first stages with `NUM_STEPS` steps, without what ends, repeats or reports steps."""
     joint = config.method.trains_jointly
-    domains = config.domains if joint else config.domains[:NUM_STAGES]
+    domains = config.domains if joint else config.domains[: config.num_earlier + NUM_STAGES]
     num_steps = -(-NUM_STEPS // len(domains)) if joint else NUM_STEPS
     model = config.model
     return config.model_copy(
         update={
             "domains": [
-                domain.model_copy(update={"steps": num_steps, "epochs": None, "tokens": None}) for domain in domains
+                domain.model_copy(update={"steps": num_steps, "epochs": None, "tokens": None})
+                if number >= config.num_earlier
+                else domain
+                for number, domain in enumerate(domains)
             ],
             "model": model.model_copy(update={"head_warmup_steps": min(NUM_STEPS, model.head_warmup_steps)}),
             "checkpoint": config.checkpoint.model_copy(update={"interval": 10**9, "keep_last": 1}),
@@ -125,10 +130,10 @@ def _estimate(config: RunConfig, data: DataModule, rehearsal: Rehearsal) -> Time
     batches = {corpus.name: len(data.evaluation_batches(corpus.name)) for corpus in eval_corpora(config)}
     policy = EvaluationPolicy(config)
     lengths = []
-    for stage in config.stages:
+    for stage in config.own_stages:
         every = config.evaluation.every_steps
         num_evaluations = 0 if every is None else -(-stage.num_steps // every)
-        num_batches = sum(batches[corpus] for corpus in policy.corpora(stage))
+        num_batches = sum(batches.get(corpus, 0) for corpus in policy.corpora(stage))
         num_saves = (stage.num_steps - 1) // config.checkpoint.interval
         lengths.append(StageLength(stage.name, stage.num_steps, num_evaluations * num_batches, num_saves))
     return estimate_time(rehearsal, lengths, sum(batches.values()), config.model.head_warmup_steps)
@@ -154,12 +159,12 @@ class RehearsalTrainer(ContinualTrainer):
 
     prints_progress = False
 
-    def __init__(self, config: RunConfig, services: RunServices, data: DataModule, engine_config: EngineConfig) -> None:
+    def __init__(self, *arguments: Any) -> None:
         self.rehearsal = Rehearsal()
         self._last_step_end = 0.0
         self._steps = StepsTiming()
         self._saves: list[tuple[float, float]] = []
-        super().__init__(config, services, data, engine_config)
+        super().__init__(*arguments)
 
     def _build_loops(self) -> ResumableLoops:
         return TimedLoops(self._ranks.info)

@@ -10,6 +10,7 @@ from das_ds.config.deepspeed import EngineConfig
 from das_ds.errors import PreflightError
 from das_ds.preflight.checks import Checklist, CheckResult
 from das_ds.preflight.corpora import check_corpora
+from das_ds.preflight.earlier import check_earlier_run
 from das_ds.preflight.environment import (
     check_clocks,
     check_method_files,
@@ -53,6 +54,8 @@ def run_preflight(
     check_tracking(checks, config, info.rank)
     engine = check_settings(checks, config, info.world_size)
     check_method_files(checks, config)
+    if config.continue_from is not None:
+        check_earlier_run(checks, config)
     is_usable = check_folder(checks, config, peers)
     # A run that is resumed keeps the hub revisions that it recorded.
     pinned = with_recorded_revisions(config) if is_usable else config

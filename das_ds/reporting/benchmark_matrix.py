@@ -10,7 +10,7 @@ from pathlib import Path
 from das_ds.benchmark.rules import Transitions, adjust_for_chance, compare_items
 from das_ds.benchmark.scores import BenchmarkScores, ModelBenchmarks
 from das_ds.reporting.results import BEFORE_TRAINING
-from das_ds.run_dir import BASE_FOLDER, BENCHMARKS_FILE
+from das_ds.run_dir import BASE_FOLDER, BENCHMARKS_FILE, RunDir, recorded_earlier_run_dirs
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,25 @@ def _compare(before: BenchmarkScores | None, after: BenchmarkScores | None, rule
 
 
 def _list_score_files(run_folder: Path) -> list[Path]:
-    """Of the model before training, then of those after each stage, in order."""
-    base = run_folder / BASE_FOLDER / BENCHMARKS_FILE
-    found = sorted(run_folder.glob(f"domains/*/{BENCHMARKS_FILE}"), key=lambda path: _stage_number(path.parent.name))
-    return [*([base] if base.exists() else []), *found]
+    """Of the model before training, then of those after each stage, in order.
+
+    Of a model of an earlier run, the file in this run's folder comes before that beside the model.
+    """
+    files: dict[int, Path] = {}
+    own = RunDir(run_folder)
+    for run_dir, limit in [(own, None), *recorded_earlier_run_dirs(own)]:
+        paths = (run_dir.root / BASE_FOLDER / BENCHMARKS_FILE, *run_dir.root.glob(f"domains/*/{BENCHMARKS_FILE}"))
+        for path in filter(Path.exists, paths):
+            row = _row(path.parent.name)
+            if limit is None or row <= limit:
+                files.setdefault(row, path)
+    return [files[row] for row in sorted(files)]
 
 
-def _stage_number(folder: str) -> int:
+def _row(folder: str) -> int:
+    """Row of the loss matrix that the model of a folder has: 0 for the base, 1 for the domain with number 0."""
     match = re.match(r"\d+", folder)
-    return int(match[0]) if match else 0
+    return int(match[0]) + 1 if match else 0
 
 
 def _stage_name(path: Path) -> str:

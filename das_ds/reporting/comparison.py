@@ -10,12 +10,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from das_ds.reporting.results import measured
 from das_ds.reporting.score_matrix import RunScores, ScoreMatrix
 from das_ds.storage import Section, VersionedJson
 
 FORMAT_VERSION: Literal[1] = 1
 
 Matrix = list[list[float]]
+Losses = list[list[float | None]]
+"""None: not measured, as in `Results.loss_matrix`."""
 
 
 class GroupOverlap(Section):
@@ -74,7 +77,7 @@ class RunSummary(Section):
     seed: int
     folder: str
     """The last two parts of its path."""
-    loss_matrix: Matrix = Field(min_length=2)
+    loss_matrix: Losses = Field(min_length=2)
     """Held-out loss in nats: row 0 before training, then one row per stage; one column per evaluated corpus."""
     learned_rows: list[int]
     """For each domain, the row right after learning it, as in `Results.rows_learned`."""
@@ -83,7 +86,7 @@ class RunSummary(Section):
     forgetting_per_domain: dict[str, float]
     general_drift: float | None
     """Null without a general corpus."""
-    drift: dict[str, float] = Field(default_factory=dict)
+    drift: dict[str, float | None] = Field(default_factory=dict)
     """Other corpora that are only evaluated -> loss after the last stage minus before training."""
     forward_transfer: float | None
     """Effect of earlier domains on later ones; null where undefined."""
@@ -97,7 +100,7 @@ class RunSummary(Section):
     @property
     def loss_after_learning(self) -> float:
         """Mean over domains of the loss right after learning the domain."""
-        return sum(self.loss_matrix[row][i] for i, row in enumerate(self.learned_rows)) / len(self.learned_rows)
+        return sum(self._losses_learned) / len(self._losses_learned)
 
     @property
     def loss_after_learning_later(self) -> float:
@@ -107,12 +110,17 @@ class RunSummary(Section):
         learn it at full speed; including it would count as learning that costs no forgetting.
         """
         later = range(1, len(self.learned_rows)) if len(self.learned_rows) > 1 else range(1)
-        return sum(self.loss_matrix[self.learned_rows[i]][i] for i in later) / len(later)
+        return sum(self._losses_learned[i] for i in later) / len(later)
 
     @property
-    def final_loss(self) -> float:
-        """Mean over domains of the loss after the last stage."""
-        return sum(self.loss_matrix[-1][: len(self.learned_rows)]) / len(self.learned_rows)
+    def final_loss(self) -> float | None:
+        """Mean over domains of the loss after the last stage; None where one is no longer evaluated."""
+        losses = [loss for loss in self.loss_matrix[-1][: len(self.learned_rows)] if loss is not None]
+        return sum(losses) / len(losses) if len(losses) == len(self.learned_rows) else None
+
+    @property
+    def _losses_learned(self) -> list[float]:
+        return [measured(self.loss_matrix[row][i]) for i, row in enumerate(self.learned_rows)]
 
     @property
     def scores(self) -> ScoreMatrix | None:

@@ -24,6 +24,7 @@ from das_ds.reporting.run_plots import (
     new_figure,
 )
 from das_ds.reporting.statistics import Estimate, pareto_front
+from das_ds.reporting.transfer import to_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +82,7 @@ def plot_loss_matrices(comparison: Comparison, path: Path) -> None:
     The number is the loss. The color is the change since the domain was learned (other corpora: since before
     training): red is forgotten, blue is better, gray is not learned yet.
     """
-    means = [torch.tensor(mean_losses(group), dtype=torch.float64) for group in comparison.groups]
+    means = [to_matrix(mean_losses(group)) for group in comparison.groups]
     changes = [
         delta_since(losses, _reference_rows(comparison, group))
         for losses, group in zip(means, comparison.groups, strict=True)
@@ -104,6 +105,8 @@ def plot_loss_matrices(comparison: Comparison, path: Path) -> None:
         image = plot.imshow(change.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         _label_cells(plot, comparison.eval_domains, group.stages)
         for (row, column), loss in _cells(losses.tolist()):
+            if math.isnan(loss):
+                continue
             is_dark = abs(change[row, column].nan_to_num().item()) > DARK * limit
             _write_cell(plot, row, column, f"{loss:.3f}", is_dark=is_dark)
         plot.set_title(_wrap_title(group.label), fontsize=8)

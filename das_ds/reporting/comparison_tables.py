@@ -20,8 +20,9 @@ from das_ds.reporting.metrics import (
     metric_difference,
 )
 from das_ds.reporting.overlap import expected_jaccard
+from das_ds.reporting.results import measured
 from das_ds.reporting.statistics import Difference, Estimate, holm
-from das_ds.reporting.tables import Row, format_duration
+from das_ds.reporting.tables import Row, format_duration, format_loss
 
 NONE = "-"
 
@@ -121,7 +122,7 @@ def stage_rows(comparison: Comparison) -> list[Row]:
     """Mean held-out loss after each stage, all groups of a stage together."""
     stages = list(dict.fromkeys(stage for group in comparison.groups for stage in group.stages))
     rows = [
-        [stage, group.label, *(f"{loss:.4f}" for loss in mean_losses(group)[group.stages.index(stage)])]
+        [stage, group.label, *map(format_loss, mean_losses(group)[group.stages.index(stage)])]
         for stage in stages
         for group in comparison.groups
         if stage in group.stages
@@ -244,10 +245,10 @@ def importance_by_group(comparison: Comparison) -> dict[str, list[ImportanceSumm
     return {label: runs for label, runs in summaries.items() if runs}
 
 
-def mean_losses(group: Group) -> list[list[float]]:
-    """The loss matrix, averaged over seeds."""
+def mean_losses(group: Group) -> list[list[float | None]]:
+    """The loss matrix, averaged over seeds; None where one was not measured."""
     return [
-        [statistics.fmean(losses) for losses in zip(*rows, strict=True)]
+        [None if None in losses else statistics.fmean(map(measured, losses)) for losses in zip(*rows, strict=True)]
         for rows in zip(*(run.loss_matrix for run in group.runs), strict=True)
     ]
 

@@ -21,16 +21,17 @@ FORMAT_VERSION: Literal[3] = 3
 
 BEFORE_TRAINING = "before training"
 
-LossRow = Sequence[float]
+LossRow = Sequence[float | None]
+"""Losses of a stage; None: not measured."""
 
 
 class Forgetting(Section):
     """Loss now minus loss right after learning; see `reporting.transfer.forgetting`."""
 
     average: float | None
-    """Mean over the domains learned before the last stage; null if there are none."""
+    """Mean over the domains learned before the last stage; null if there are none, or one is no longer evaluated."""
     per_domain: dict[str, float]
-    """One value per such domain."""
+    """One value per such domain that is still evaluated."""
 
 
 class LoadedWeights(Section):
@@ -70,13 +71,14 @@ class Results(VersionedJson):
     """Domains of each stage: one per stage, or several at once (`pool`)."""
     eval_domains: list[str]
     """Columns of the loss matrix: the domains, the general corpus if there is one, then other corpora."""
-    loss_matrix: list[list[float]] = Field(min_length=1)
-    """Held-out loss: row 0 before training, row t after stage t; one column per evaluated corpus."""
+    loss_matrix: list[list[float | None]] = Field(min_length=1)
+    """Held-out loss: row 0 before training, row t after stage t; one column per evaluated corpus; null: not measured,
+    where a run continues another one of which a model or the text of a domain is gone."""
     forgetting: Forgetting
     general_drift: float | None
     """Loss on the general corpus now minus before training; null without such a corpus."""
-    drift: dict[str, float] = Field(default_factory=dict)
-    """The same for each of the other corpora that are only evaluated."""
+    drift: dict[str, float | None] = Field(default_factory=dict)
+    """The same for each of the other corpora that are only evaluated; null: not measured before training."""
     backward_transfer: float | None
     """Effect of later domains on earlier ones; positive is better; null until a second stage is learned."""
     forward_transfer: float | None
@@ -100,9 +102,9 @@ class Results(VersionedJson):
     """Evaluations within domains, from the start of each; empty without `evaluation.every_steps`."""
     ends: list[DomainEnd] = Field(default=[])
     """How the domains so far ended; empty without `evaluation.every_steps`."""
-    base_divergences: list[float] = Field(default=[])
+    base_divergences: list[float | None] = Field(default=[])
     """KL(base || model) in nats per predicted token on the held-out text of each stage so far, right after it, the base
-    being the model before the first; empty without `evaluation.base_divergence`."""
+    being the model before the first; empty without `evaluation.base_divergence`, null where it was not measured."""
 
     @model_validator(mode="after")
     def _matrix_fits_names(self) -> Results:
@@ -140,30 +142,40 @@ class Results(VersionedJson):
     def losses_learned(self) -> dict[str, float]:
         """Domain -> loss right after learning it, for the domains learned so far."""
         return {
-            domain: self.loss_matrix[row][column]
+            domain: measured(self.loss_matrix[row][column])
             for column, (domain, row) in enumerate(self.rows_learned.items())
             if row < len(self.loss_matrix)
         }
 
     @property
+    def last_losses(self) -> dict[str, float]:
+        """Corpus -> loss after the last stage so far, of all corpora that are still evaluated."""
+        pairs = zip(self.eval_domains, self.loss_matrix[-1], strict=True)
+        return {corpus: loss for corpus, loss in pairs if loss is not None}
+
+    @property
     def table(self) -> tuple[list[str], list[list[float | str]]]:
         """Column names, and rows of the loss matrix with their names, for a tracker's `log_table`."""
-        named = zip(self.stages, self.loss_matrix, strict=True)
+        named = zip(self.stages, transfer.to_matrix(self.loss_matrix).tolist(), strict=True)
         return ["stage", *self.eval_domains], [[stage, *losses] for stage, losses in named]
 
     @property
-    def bits_per_byte(self) -> list[list[float]] | None:
+    def bits_per_byte(self) -> list[list[float | None]] | None:
         """The loss matrix in bits per byte (`functional.losses.bits_per_byte`); None without `tokens_per_byte`."""
         if self.tokens_per_byte is None:
             return None
         ratios = [self.tokens_per_byte[corpus] for corpus in self.eval_domains]
-        return [list(map(bits_per_byte, row, ratios)) for row in self.loss_matrix]
+        return [
+            [None if loss is None else bits_per_byte(loss, ratio) for loss, ratio in zip(row, ratios, strict=True)]
+            for row in self.loss_matrix
+        ]
 
     @property
     def divergence_of_stages(self) -> dict[str, float]:
-        """Stage -> its entry of `base_divergences`; {} where they were not measured."""
+        """Stage -> its entry of `base_divergences`, of those that were measured."""
         names = [stage_name(domains) for domains in self.learned[: len(self.base_divergences)]]
-        return dict(zip(names, self.base_divergences, strict=True))
+        pairs = zip(names, self.base_divergences, strict=True)
+        return {name: value for name, value in pairs if value is not None}
 
     @property
     def summary(self) -> dict[str, float]:
@@ -196,7 +208,7 @@ def build_results(
     tokens_per_byte: dict[str, float] | None = None,
     evaluations: Sequence[DomainEvaluation] = (),
     ends: Sequence[DomainEnd] = (),
-    base_divergences: Sequence[float] = (),
+    base_divergences: Sequence[float | None] = (),
 ) -> Results:
     """Compute the results of a run from the rows of its loss matrix so far.
 
@@ -213,10 +225,13 @@ def build_results(
     """
     _check_finite(loss_matrix, eval_domains)
     stages = [list(stage) for stage in learned] if learned is not None else [[domain] for domain in domains]
-    losses = torch.tensor(loss_matrix, dtype=torch.float64)
+    losses = transfer.to_matrix(loss_matrix)
     rows = learned_rows(eval_domains, stages)
     forgetting = transfer.forgetting(losses, rows)
-    drift = dict(zip(eval_domains, transfer.drift(losses, rows).tolist(), strict=True))
+    changes = transfer.drift(losses, rows).tolist()
+    drift = {
+        corpus: None if math.isnan(change) else change for corpus, change in zip(eval_domains, changes, strict=True)
+    }
     has_forgetting = transfer.has_forgetting(losses, rows)
     average_forgetting = transfer.average(forgetting, rows, has_forgetting)
     average_forward_transfer = transfer.average(
@@ -234,7 +249,7 @@ def build_results(
             per_domain={
                 domain: value
                 for domain, value, counts in zip(eval_domains, forgetting.tolist(), has_forgetting, strict=True)
-                if counts
+                if counts and not math.isnan(value)
             },
         ),
         general_drift=next((drift[corpus] for corpus in eval_domains[len(domains) :] if corpus not in others), None),
@@ -255,6 +270,12 @@ def build_results(
     )
 
 
+def measured(loss: float | None) -> float:
+    """A loss that is always there, as that of a domain right after it was learned."""
+    assert loss is not None, "every domain is evaluated when it was learned"
+    return loss
+
+
 def learned_rows(columns: Sequence[str | None], stages: Sequence[Sequence[str]]) -> torch.Tensor:
     """For each column, the row right after learning its domain, 0 for no domain; (C,) int64, as `transfer` takes it."""
     rows = {domain: row for row, stage in enumerate(stages, start=1) for domain in stage}
@@ -264,7 +285,7 @@ def learned_rows(columns: Sequence[str | None], stages: Sequence[Sequence[str]])
 def _check_finite(loss_matrix: Sequence[LossRow], eval_domains: Sequence[str]) -> None:
     for num_learned, row in enumerate(loss_matrix):
         for corpus, loss in zip(eval_domains, row, strict=True):
-            if not math.isfinite(loss):
+            if loss is not None and not math.isfinite(loss):
                 raise TrainingError(
                     f"held-out loss of {corpus} after {num_learned} domains: found {loss}, expected a finite number; "
                     "lower train.learning_rate or train in fp32"

@@ -11,6 +11,7 @@ import torch
 
 from das_ds.functional.units import UnitValues
 from das_ds.reporting.results import Results
+from das_ds.reporting.transfer import to_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ def plot_loss_matrix(results: Results, path: Path) -> None:
 
     Corpora differ in entropy, so absolute losses cannot share a color scale. The reference of a domain is its loss
     right after learning (framed); that of other corpora is their loss before training. Cells of a domain that is
-    not learned yet are gray.
+    not learned yet are gray; one that was not measured is empty.
     """
     change = loss_changes(results)
     num_rows, num_columns = change.shape
@@ -46,7 +47,8 @@ def plot_loss_matrix(results: Results, path: Path) -> None:
     plot.set_yticks(range(num_rows), results.stages)
     for row, losses in enumerate(results.loss_matrix):
         for column, loss in enumerate(losses):
-            _write_cell(plot, row, column, loss, change[row, column].item(), limit)
+            if loss is not None:
+                _write_cell(plot, row, column, loss, change[row, column].item(), limit)
     _frame_references(plot, results)
     plot.set_title(
         f"Held-out loss of {results.method} (nats per token)\n"
@@ -59,7 +61,7 @@ def plot_loss_matrix(results: Results, path: Path) -> None:
 
 def loss_changes(results: Results) -> torch.Tensor:
     """Loss minus the reference of its column, (rows, columns) float64; NaN where a domain is not learned yet."""
-    return delta_since(torch.tensor(results.loss_matrix, dtype=torch.float64), _reference_rows(results))
+    return delta_since(to_matrix(results.loss_matrix), _reference_rows(results))
 
 
 def delta_since(losses: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

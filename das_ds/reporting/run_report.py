@@ -18,7 +18,7 @@ from das_ds.reporting.plasticity import plasticity_section, read_plasticity
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_plots import MIN_COLOR_RANGE, loss_changes, plot_importance, plot_loss_matrix
 from das_ds.reporting.run_sections import end_task_section, learning_section, settings_section
-from das_ds.reporting.tables import format_duration
+from das_ds.reporting.tables import format_duration, format_loss
 from das_ds.run_dir import (
     HTML_REPORT_FILE,
     IMPORTANCE_FILE,
@@ -137,11 +137,12 @@ def _document(
 
 def _key_numbers(results: Results) -> list[tuple[str, str]]:
     learned = list(results.losses_learned.values())
-    final = results.loss_matrix[-1][: len(learned)]
+    final = [loss for corpus, loss in results.last_losses.items() if corpus in results.losses_learned]
     numbers = [("domains learned", f"{len(learned)} of {len(results.domains)}")]
     if learned:
         numbers.append(("loss after learning", f"{sum(learned) / len(learned):.4f}"))
-        numbers.append(("loss now", f"{sum(final) / len(final):.4f}"))
+        which = "loss now" if len(final) == len(learned) else f"loss now, of {len(final)} domains"
+        numbers.append((which, f"{sum(final) / len(final):.4f}"))
     numbers.append(("average forgetting", _signed(results.forgetting.average)))
     numbers.append(("general-domain drift", _signed(results.general_drift)))
     return numbers
@@ -149,7 +150,7 @@ def _key_numbers(results: Results) -> list[tuple[str, str]]:
 
 def _losses(results: Results) -> Section:
     header = ["stage", *results.eval_domains]
-    losses = [[stage, *(f"{loss:.4f}" for loss in row)] for stage, row in _stage_rows(results)]
+    losses = [[stage, *map(format_loss, row)] for stage, row in _stage_rows(results)]
     perplexities = [[stage, *(_perplexity(loss) for loss in row)] for stage, row in _stage_rows(results)]
     text = (
         "Nats per predicted token, with fixed corruption; lower is better. Read down a column: the loss falls where\n"
@@ -173,7 +174,7 @@ def _losses(results: Results) -> Section:
     if results.bits_per_byte is not None:
         bits = "As bits per byte of the text, which models with different tokenizers can be compared by."
         by_stage = zip(results.stages, results.bits_per_byte, strict=True)
-        rows = [header, *([stage, *(f"{value:.4f}" for value in row)] for stage, row in by_stage)]
+        rows = [header, *([stage, *map(format_loss, row)] for stage, row in by_stage)]
         blocks += [
             Text(bits, only="markdown"),
             Table(rows, only="markdown"),
@@ -211,7 +212,7 @@ def _transfer(results: Results) -> Section:
             "general loss minus before training; above 0: worse",
         ],
         *(
-            [f"drift of {corpus}", f"{value:+.4f}", "loss minus before training; above 0: worse"]
+            [f"drift of {corpus}", _signed(value), "loss minus before training; above 0: worse"]
             for corpus, value in results.drift.items()
         ),
         *(
@@ -266,11 +267,13 @@ def _cost(results: Results) -> Section:
     return Section("Cost and versions", [Table([["", "value"], *rows])])
 
 
-def _stage_rows(results: Results) -> list[tuple[str, list[float]]]:
+def _stage_rows(results: Results) -> list[tuple[str, list[float | None]]]:
     return list(zip(results.stages, results.loss_matrix, strict=True))
 
 
-def _perplexity(loss: float) -> str:
+def _perplexity(loss: float | None) -> str:
+    if loss is None:
+        return NONE
     # Beyond e^20 the digits would only widen the table.
     return f"{math.exp(loss):.2f}" if loss < 20.0 else f"e^{loss:.1f}"
 

@@ -15,7 +15,7 @@ from das_ds.downstream.scores import EndTaskScores, MetricName, SeedScores, Task
 from das_ds.errors import RunFolderError
 from das_ds.reporting import transfer
 from das_ds.reporting.results import Results, learned_rows
-from das_ds.run_dir import BASE_FOLDER, END_TASKS_FILE, RESULTS_FILE
+from das_ds.run_dir import BASE_FOLDER, END_TASKS_FILE, RESULTS_FILE, RunDir, recorded_earlier_run_dirs
 from das_ds.storage import Section
 
 ScoreName = Literal["reported", "accuracy", "macro_f1", "micro_f1"]
@@ -180,10 +180,19 @@ def _build_matrix(kind: ScoreName, columns: Sequence[_Column], learned: torch.Te
 
 
 def _score_paths(run_folder: Path, results: Results) -> list[Path]:
-    """For each row of the loss matrix so far, where its scores are if there are any."""
+    """For each row of the loss matrix so far, where its scores are if there are any.
+
+    Those of models of an earlier run are in this run's folder, or beside the models.
+    """
     stages = (stage_folder(index, stage_name(stage)) for index, stage in enumerate(results.learned))
     folders = [BASE_FOLDER, *stages][: len(results.loss_matrix)]
-    return [run_folder / folder / END_TASKS_FILE for folder in folders]
+    paths = [run_folder / folder / END_TASKS_FILE for folder in folders]
+    for run_dir, limit in recorded_earlier_run_dirs(RunDir(run_folder)):
+        for row, folder in enumerate(folders[: limit + 1]):
+            path = run_dir.root / folder / END_TASKS_FILE
+            if not paths[row].exists() and path.exists():
+                paths[row] = path
+    return paths
 
 
 def _check_same_settings(name: str, first: tuple[TaskScores, Path], other: tuple[TaskScores, Path]) -> None:

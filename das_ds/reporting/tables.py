@@ -33,6 +33,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds_left:02} s"
 
 
+def format_loss(loss: float | None) -> str:
+    """A loss to four digits; `-` where it was not measured."""
+    return "-" if loss is None else f"{loss:.4f}"
+
+
 def _column_widths(rows: Sequence[Row]) -> list[int]:
     # A Markdown rule needs three characters.
     return [max(max(map(len, column)), 3) for column in zip(*rows, strict=True)]

@@ -12,8 +12,14 @@ value that it needs was not measured. Losses are better when lower, scores when 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+
+
+def to_matrix(rows: Sequence[Sequence[float | None]]) -> torch.Tensor:
+    """R as float64, from rows in which None is not measured."""
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)
 
 
 def has_forgetting(matrix: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:

@@ -187,7 +187,9 @@ class DirectionImportance:
         own = [name for name in inputs.owned_by(run.engine.ranks.info.rank) if name in names]
         found = saved.owned(f"{prefix}{name}" for name in own)
         moments = {name: found.get(f"{prefix}{name}") for name in names}
-        return cls(run, inputs, moments, saved.metadata[f"{prefix}{NUM_TOKENS}"])
+        num_tokens = saved.metadata[f"{prefix}{NUM_TOKENS}"]
+        # An earlier run to whose vocabulary nothing was added knew the tokens that this one begins with.
+        return cls(run, inputs, moments, run.num_base_tokens if num_tokens is None else num_tokens)
 
     def save(self, path: Path, tokens: Sequence[str]) -> None:
         """Owners write their moments into one file; see `save_directions`."""

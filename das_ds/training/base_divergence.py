@@ -66,12 +66,14 @@ class BaseDivergence:
         snapshot = self._context.engine.weights.weight_snapshot()
         self._base = {flat: values.cpu() for flat, values in snapshot.flats().items()}
 
-    def measure(self, stage: Stage) -> float:
-        """The divergence on held-out text of all domains of a stage; a collective.
+    def measure(self, stage: Stage) -> float | None:
+        """The divergence on held-out text of all domains of a stage; a collective. None: base or text is gone.
 
         Text is read with the tokens that its domain knows, which may be more than the base knew: to the base these are
         like the mean of its tokens.
         """
+        if not self._base or any(domain not in self._data.blocks for domain in stage.domains):
+            return None
         base = self._context.engine.weights.weight_snapshot(self._base)
         network = self._context.network
         device = self._data.info.device

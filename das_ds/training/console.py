@@ -74,6 +74,8 @@ class RunSummary:
     domains: Sequence[DomainSummary]
     eval_corpora: Sequence[str]
     output_dir: str
+    continues: str | None
+    """Which earlier run it continues, and after which domain; None: none."""
     resumes: str | None
     """Where the run continues, in words; None: it starts."""
 
@@ -95,6 +97,7 @@ class RunSummary:
             ("phases", "evaluate; then per domain: prepare, train, update the method, export, evaluate"),
             ("evaluates", ", ".join(self.eval_corpora)),
             ("results", f"{self.output_dir} (results.json, report/, domains/*/model)"),
+            *([] if self.continues is None else [("continues", self.continues)]),
             ("start", "from the beginning" if self.resumes is None else f"resuming from {self.resumes}"),
         ]
         title = f"Continual pre-training with das_ds, method {self.method}"
@@ -174,16 +177,16 @@ def step_line(logged: LoggedStep, seconds_left: float | None) -> str:
     return " | ".join(parts)
 
 
-def evaluation_line(stage: str, losses: dict[str, float], before: dict[str, float] | None) -> str:
+def evaluation_line(stage: str, losses: Mapping[str, float], before: Mapping[str, float]) -> str:
     """Held-out losses after a stage, with their change since the evaluation before: `after acl: acl 5.61 (-0.47), ...`.
 
     Args:
         stage: row name of the loss matrix.
         losses: corpus -> loss in nats per predicted token.
-        before: the row before; None: this is the first.
+        before: the row before, as far as it was measured; {}: this is the first.
     """
     parts = [
-        f"{corpus} {loss:.3f}" + ("" if before is None else f" ({loss - before[corpus]:+.3f})")
+        f"{corpus} {loss:.3f}" + (f" ({loss - before[corpus]:+.3f})" if corpus in before else "")
         for corpus, loss in losses.items()
     ]
     return f"held-out loss {stage}: {', '.join(parts)}"
@@ -261,19 +264,16 @@ class RunConsole:
         text = f"loss={logged.loss:.3f}"
         return text if seconds_left is None else f"{text}, run ends in {format_duration(seconds_left)}"
 
-    def evaluated(self, losses: dict[str, float], loss_matrix: Sequence[Sequence[float]]) -> None:
+    def evaluated(self, losses: dict[str, float], before: Mapping[str, float | None], num_learned: int) -> None:
         """Print held-out losses.
 
         Args:
-            losses: corpus -> loss, the last row.
-            loss_matrix: all rows so far: before training, then one per stage.
+            losses: corpus -> loss.
+            before: the same after the stage before, or None where it was not measured; {} before training.
+            num_learned: stages learned.
         """
-        if len(loss_matrix) == 1:
-            self._say(evaluation_line(BEFORE_TRAINING, losses, None))
-            return
-        stage = self._stages[len(loss_matrix) - 2]
-        before = dict(zip(losses, loss_matrix[-2], strict=True))
-        self._say(evaluation_line(f"after {stage.name}", losses, before))
+        row = f"after {self._stages[num_learned - 1].name}" if num_learned else BEFORE_TRAINING
+        self._say(evaluation_line(row, losses, {name: loss for name, loss in before.items() if loss is not None}))
 
     def evaluated_within(self, record: DomainEvaluation, *, before: DomainEvaluation) -> None:
         """Print held-out losses within a domain, with their change since the evaluation before."""

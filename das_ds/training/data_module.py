@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from das_ds.config import CorpusConfig, ObjectiveName, RunConfig, SampleSize
+from das_ds.config.continuation import CONTINUE
 from das_ds.config.stage import Stage
 from das_ds.data.batch import Batch
 from das_ds.data.blocks import Blocks, CorpusBlocks, MixedBlocks, prepare_corpus
@@ -28,7 +29,7 @@ from das_ds.data.subsets import random_subset
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.distributed.process_group import RankInfo
 from das_ds.distributed.state import ComponentState, SavedComponentState
-from das_ds.errors import RunFolderError
+from das_ds.errors import DataError, RunFolderError
 from das_ds.functional.token_ids import num_tokens, tokens_by_id
 from das_ds.models.loading import load_tokenizer, num_embedding_rows
 from das_ds.models.vocabulary import Vocabulary
@@ -238,7 +239,10 @@ def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName) ->
 
     def blocks(corpus: CorpusConfig) -> CorpusBlocks:
         tokenizer = tokenizers[corpus.name]
-        return prepare_corpus(corpus, config.data, tokenizer, objective=objective, progress=info.is_main)
+        try:
+            return prepare_corpus(corpus, config.data, tokenizer, objective=objective, progress=info.is_main)
+        except DataError as error:
+            raise explain_missing_text(config, corpus, error) from error
 
     prepared = {corpus.name: blocks(corpus) for corpus in eval_corpora(config)}
     return DataModule(
@@ -261,5 +265,22 @@ def _vocabulary(
 
 
 def eval_corpora(config: RunConfig) -> list[CorpusConfig]:
-    """Corpora in the order of the loss matrix's columns: the domains, the general corpus, those of `evaluate_on`."""
-    return [*config.domains, *([config.general] if config.general else []), *config.evaluate_on]
+    """Corpora whose text is read, in the order of the loss matrix's columns."""
+    return [*config.readable_domains, *([config.general] if config.general else []), *config.evaluate_on]
+
+
+def loss_columns(config: RunConfig) -> list[str]:
+    """Columns of the loss matrix: the domains, the general corpus, those of `evaluate_on`."""
+    corpora = [*config.domains, *([config.general] if config.general else []), *config.evaluate_on]
+    return [corpus.name for corpus in corpora]
+
+
+def explain_missing_text(config: RunConfig, corpus: CorpusConfig, error: DataError) -> DataError:
+    """The error of a corpus that cannot be read, with what to do if it is of an earlier run."""
+    earlier = config.domains[: config.num_earlier]
+    if config.continue_from is None or corpus.name not in [domain.name for domain in earlier]:
+        return error
+    return DataError(
+        f"{error}; {corpus.name} was learned by {config.continue_from.run}: put its text back, or set "
+        f"{CONTINUE}.evaluate: false, with which it is no longer evaluated"
+    )

@@ -61,7 +61,7 @@ class DomainEvaluator:
         self.kept = KeptWeights(context.engine.weights)
         """A component of checkpoints within a domain."""
 
-    def start(self, stage: Stage, state: RunState, row: list[float]) -> RunState:
+    def start(self, stage: Stage, state: RunState, row: list[float | None]) -> RunState:
         """Begin a domain.
 
         Args:

@@ -14,6 +14,8 @@ from das_ds.checkpoint.manifest import DomainEnd, DomainEvaluation, EndReason, R
 from das_ds.config import RunConfig
 from das_ds.config.stage import Stage
 from das_ds.errors import TrainingError
+from das_ds.reporting.results import measured
+from das_ds.training.data_module import loss_columns
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class EvaluationPolicy:
         self._limits = config.faults.max_forgetting
         self._stages = config.stages
         self._general = None if config.general is None else config.general.name
-        self._columns = [domain.name for domain in config.domains] + ([self._general] if self._general else [])
+        self._columns = loss_columns(config)
+        self._readable = [domain.name for domain in config.readable_domains]
 
     @property
     def is_enabled(self) -> bool:
@@ -60,9 +63,10 @@ class EvaluationPolicy:
     def corpora(self, stage: Stage) -> list[str]:
         """What is evaluated: the domains up to those of the stage, in the order of the run, then the general corpus."""
         domains = [domain for other in self._stages[: stage.index + 1] for domain in other.domains]
+        domains = [domain for domain in domains if domain in self._readable]
         return domains + ([self._general] if self._general else [])
 
-    def start(self, stage: Stage, state: RunState, row: Sequence[float]) -> DomainEvaluation:
+    def start(self, stage: Stage, state: RunState, row: Sequence[float | None]) -> DomainEvaluation:
         """The evaluation at step 0, which the loss matrix has already.
 
         Args:
@@ -71,7 +75,7 @@ class EvaluationPolicy:
             row: of the loss matrix, of the model that the stage begins with.
         """
         losses = dict(zip(self._columns, row, strict=True))
-        kept = {corpus: losses[corpus] for corpus in self.corpora(stage)}
+        kept = {corpus: measured(losses[corpus]) for corpus in self.corpora(stage)}
         return DomainEvaluation(domain=stage.name, step=0, global_step=state.global_step, losses=kept)
 
     def exceeded(self, stage: Stage, state: RunState, at: DomainEvaluation) -> list[str]:
@@ -137,8 +141,8 @@ class EvaluationPolicy:
         if self._limits.earlier is not None:
             for other in self._stages[: stage.index]:
                 row = state.loss_matrix[other.index + 1]
-                for domain in other.domains:
-                    reference = row[self._columns.index(domain)]
+                for domain in filter(self._readable.__contains__, other.domains):
+                    reference = measured(row[self._columns.index(domain)])
                     since = "right after it was learned"
                     limits[domain] = _Limit(reference, self._limits.earlier, since, "faults.max_forgetting.earlier")
         if self._limits.general is not None:

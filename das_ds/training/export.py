@@ -20,6 +20,7 @@ from das_ds.errors import ConfigError, RunFolderError
 from das_ds.models.loading import model_config
 from das_ds.models.lora import Lora
 from das_ds.models.vocabulary import override_vocab_size, vocabulary_parameters
+from das_ds.reporting.tables import format_loss
 from das_ds.storage import MODEL_CARD, atomic_dir, atomic_write
 
 PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
@@ -100,7 +101,7 @@ def model_card(
     config: RunConfig,
     stages_done: int,
     objective: ObjectiveName,
-    losses: Mapping[str, tuple[float, float]] | None = None,
+    losses: Mapping[str, tuple[float | None, float]] | None = None,
     *,
     num_steps: int | None = None,
     name: str = "model",
@@ -111,7 +112,7 @@ def model_card(
         config: of the run.
         stages_done: stages that the model was trained on.
         objective: of pre-training.
-        losses: corpus -> loss before training and loss of this model; None: not evaluated yet.
+        losses: corpus -> loss before training, if it was measured, and loss of this model; None: not evaluated yet.
         num_steps: steps of the newest stage that the model was trained for; None: all of them.
         name: of the model's folder, in that of its domain.
     """
@@ -125,7 +126,9 @@ def model_card(
     replayed = config.replayed(newest.last_domain)
     num_replayed = config.num_replayed(newest.last_domain)
     replay = f" In the last domain {num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
-    lengths = str(steps[0]) if len(set(steps)) == 1 else ", ".join(map(str, steps))
+    # The length of an earlier run's domain is not known where it was given in epochs and the text is gone.
+    shown = [str(number) if number else "?" for number in steps]
+    lengths = shown[0] if len(set(shown)) == 1 else ", ".join(shown)
     folder = config.output_dir / stage_folder(newest.index, newest.name) / name
     base = config.model.name_or_path or "random weights"
     card = f"""---
@@ -150,7 +153,9 @@ model = {AUTO_MODELS[objective]}.from_pretrained("{folder}")
 """
     if losses is None:
         return card
-    rows = "".join(f"| {corpus} | {before:.4f} | {after:.4f} |\n" for corpus, (before, after) in losses.items())
+    rows = "".join(
+        f"| {corpus} | {format_loss(before)} | {after:.4f} |\n" for corpus, (before, after) in losses.items()
+    )
     return (
         f"{card}\nHeld-out loss in nats per predicted token:\n\n"
         f"| corpus | before training | after {newest.name} |\n|---|---:|---:|\n{rows}"

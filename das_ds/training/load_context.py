@@ -42,4 +42,5 @@ def load_context(config: RunConfig, data: DataModule, engine_config: EngineConfi
         ranks,
         exact=construction.take_exact_weights() if construction else None,
         tokens=data.all_tokens,
+        num_base_tokens=None if vocabulary is None else vocabulary.base_tokens,
     )

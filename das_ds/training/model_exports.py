@@ -9,7 +9,7 @@ from das_ds.config import RunConfig
 from das_ds.config.stage import Stage
 from das_ds.context import RunContext
 from das_ds.training.console import RunConsole
-from das_ds.training.data_module import DataModule
+from das_ds.training.data_module import DataModule, loss_columns
 from das_ds.training.export import export_dtype, export_model, model_card, write_model_card
 from das_ds.training.run_services import RunServices
 
@@ -69,7 +69,7 @@ class ModelExports:
         Raises:
             RunFolderError: the disk is full, or the folder cannot be written.
         """
-        before = dict(zip(losses, state.loss_matrix[0], strict=True))
+        before = dict(zip(loss_columns(self._config), state.loss_matrix[0], strict=True))
         pairs = {corpus: (before[corpus], loss) for corpus, loss in losses.items()}
         objective = self._context.objective
         steps = _model_step(stage, state)

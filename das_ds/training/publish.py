@@ -14,7 +14,7 @@ from das_ds.run_dir import CURVES_PLOT, IMPORTANCE_PLOT, LOSS_MATRIX_PLOT, PLAST
 from das_ds.softmask.plasticity import DomainPlasticity, PlasticityReading
 from das_ds.tracking.names import CURVES, IMPORTANCE, LOSS_MATRIX, PASSING_ENERGY, PLASTICITY
 from das_ds.tracking.tracker import Tracker
-from das_ds.training.data_module import eval_corpora
+from das_ds.training.data_module import loss_columns
 
 
 def collect_results(config: RunConfig, state: RunState, world_size: int, zero_stage: int) -> Results:
@@ -26,7 +26,7 @@ def collect_results(config: RunConfig, state: RunState, world_size: int, zero_st
     return build_results(
         method=config.method.name,
         domains=[domain.name for domain in config.domains],
-        eval_domains=[corpus.name for corpus in eval_corpora(config)],
+        eval_domains=loss_columns(config),
         loss_matrix=state.loss_matrix,
         tokens_seen=state.tokens_seen,
         wall_seconds=state.wall_seconds,

@@ -48,11 +48,13 @@ def with_recorded_revisions(config: RunConfig) -> RunConfig:
 def _find_and_record(config: RunConfig) -> Commits:
     path = RunDir(config.output_dir).revisions_file
     recorded = _read_record(path)
+    # A run that continues another one continues from the same base model.
+    earlier = {} if config.continue_from is None else _read_record(RunDir(config.continue_from.run).revisions_file)
     commits = Commits()
 
     def find(kind: Kind, name: str, revision: str | None) -> str:
         key = _key(kind, name, revision)
-        commits[key] = recorded.get(key) or _look_up(kind, name, revision)
+        commits[key] = recorded.get(key) or earlier.get(key) or _look_up(kind, name, revision)
         return commits[key]
 
     _with_commits(config, find)

@@ -36,9 +36,10 @@ def summarize_run(config: RunConfig, context: RunContext, data: DataModule, resu
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
         sequence_length=config.data.sequence_length,
-        domains=[_summarize_stage(stage, config, data) for stage in config.stages],
+        domains=[_summarize_stage(stage, config, data) for stage in config.own_stages],
         eval_corpora=[corpus.name for corpus in eval_corpora(config)],
         output_dir=str(config.output_dir),
+        continues=None if config.continue_from is None else config.continue_from.in_words,
         resumes=resumes,
     )
 

@@ -47,7 +47,7 @@ class RunStatus:
     """Optimizer steps of the domain that were logged or saved."""
     num_steps: int
     total_step: int
-    """Optimizer steps of all domains, without a warm-up of the head."""
+    """Optimizer steps of all domains, without a warm-up of the head and without those of an earlier run."""
     total_steps: int
     tokens_seen: int
     seconds_left: float | None
@@ -118,12 +118,16 @@ def read_status(root: Path) -> RunStatus:
     num_done, phase, step = _find_place([stage.name for stage in stages], saved, last)
     # The last stage after all are done.
     index = min(num_done, len(stages) - 1)
-    total_steps = sum(stage.num_steps for stage in stages)
-    total_step = sum(stage.num_steps for stage in stages[:num_done]) + (step if phase in ("train", "after") else 0)
+    # Those of a run that this one continues are done.
+    total_steps = sum(stage.num_steps for stage in config.own_stages)
+    own_done = stages[config.num_earlier : num_done]
+    total_step = sum(stage.num_steps for stage in own_done) + (step if phase in ("train", "after") else 0)
     tokens_per_s = statistics.median(step.tokens_per_s for step in steps) if steps else None
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     if run_dir.stop_file.exists():
         notes.append("a stop is requested (file STOP)")
+    if config.continue_from is not None:
+        notes.append(f"the run continues {config.continue_from.in_words}")
     if reports := sorted(path.name for path in root.glob(f"{HANG_REPORT}*")):
         notes.append(f"an earlier start hung, see {', '.join(reports)}")
     return RunStatus(
@@ -145,7 +149,7 @@ def read_status(root: Path) -> RunStatus:
         tokens_per_s=tokens_per_s,
         logged_seconds_ago=_seconds_since(run_dir.metrics_file.stat().st_mtime) if steps else None,
         stage=None if results is None else results.stages[-1],
-        losses={} if results is None else dict(zip(results.eval_domains, results.loss_matrix[-1], strict=True)),
+        losses={} if results is None else results.last_losses,
         checkpoint=None if manifest is None else manifest.name,
         saved_seconds_ago=None
         if manifest is None

@@ -20,6 +20,7 @@ from das_ds.tracking.libraries import import_libraries
 from das_ds.tracking.run_ids import store_run_id, stored_run_id
 from das_ds.tracking.tracker import Tracker, build_tracker
 from das_ds.training.data_module import DataModule, prepare_data
+from das_ds.training.earlier_run import EarlierRun, open_earlier_run
 from das_ds.training.publish import collect_results
 from das_ds.training.revisions import pin_revisions
 from das_ds.training.run_lock import RunLock
@@ -53,6 +54,8 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         ranks.run_on_main(lambda: _check_run_dir(run_dir, manifest))
         if manifest is not None and manifest.run.phase == "finished":
             return _write_final_results(config, ranks, run_dir, manifest)
+        with watchdog.suspend_timeout("reading the earlier run"):
+            earlier = _find_earlier_run(config, ranks, manifest)
         config, data = prepare_run(config, ranks, watchdog)
         _stop_if_requested(ranks, shutdown)
         # Rank 0 alone logs; the others have a tracker without sinks.
@@ -60,11 +63,20 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         services = RunServices(ranks, run_dir, tracker, store, shutdown, watchdog)
         with tracker:
             with watchdog.suspend_timeout("building the engine"):
-                trainer = ContinualTrainer(config, services, data, engine_config)
+                trainer = ContinualTrainer(config, services, data, engine_config, earlier)
             try:
                 return trainer.run(manifest)
             finally:
                 trainer.engine.close()
+
+
+def _find_earlier_run(config: RunConfig, ranks: ProcessGroup, manifest: Manifest | None) -> EarlierRun | None:
+    """The run that this one continues, until it has begun with its own domains; then it has all that it needs."""
+    if config.continue_from is None:
+        return None
+    if manifest is not None and (manifest.run.phase != "evaluate" or manifest.run.domains_done > config.num_earlier):
+        return None
+    return open_earlier_run(config, ranks)
 
 
 def prepare_run(config: RunConfig, ranks: ProcessGroup, watchdog: Watchdog) -> tuple[RunConfig, DataModule]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,10 +27,12 @@ from das_ds.reporting.results import Results
 from das_ds.training.base_divergence import BaseDivergence
 from das_ds.training.callbacks import Callbacks, LoggedStep
 from das_ds.training.console import RunConsole, RunSummary
-from das_ds.training.data_module import DataModule
+from das_ds.training.continuation import Continuation
+from das_ds.training.data_module import DataModule, loss_columns
 from das_ds.training.domain_evaluation import DomainEvaluator
 from das_ds.training.domain_samples import DomainSamples
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
+from das_ds.training.earlier_run import EarlierRun
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype
 from das_ds.training.gradient_groups import gradient_groups
@@ -63,18 +66,27 @@ class ContinualTrainer(Callbacks):
         services: of the run.
         data: tokenizers and batches.
         engine_config: DeepSpeed's merged settings.
+        earlier: the run that it continues; None: none, or the run has begun with its own domains.
     """
 
     prints_progress = True
     """Whether rank 0 prints what happens."""
 
-    def __init__(self, config: RunConfig, services: RunServices, data: DataModule, engine_config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        services: RunServices,
+        data: DataModule,
+        engine_config: EngineConfig,
+        earlier: EarlierRun | None = None,
+    ) -> None:
         self._config = config
         self._services = services
         self._ranks = services.process_group
         self._watchdog = services.watchdog
         self._data = data
         self._stages = config.stages
+        self._columns = loss_columns(config)
         self._start_time = time.monotonic()
         self._earlier_seconds = 0.0
         # Before the model is built, so that an unsupported export dtype fails in the first second.
@@ -89,6 +101,13 @@ class ContinualTrainer(Callbacks):
         # In host memory, and only for methods that train every domain from the base model.
         self._base = self.engine.weights.snapshot() if method_class(config.method).starts_from_base else None
         self._method = build_method(self.context)
+        self._continuation: Continuation | None = None
+        if earlier is not None:
+            has_base = self._state.phase != HEAD_WARMUP
+            reset = self._reset_new_tokens
+            self._continuation = Continuation(
+                config, earlier, self.context, self._method, data, reset, has_base=has_base
+            )
         # Rewinds are counted over the run, so one guard serves all domains.
         self._guard = LossGuard(config.faults)
         self._loops = self._build_loops()
@@ -153,6 +172,9 @@ class ContinualTrainer(Callbacks):
             self._earlier_seconds = manifest.run.wall_seconds
             with self._watchdog.suspend_timeout("reading a checkpoint"):
                 self._state = self._checkpoints.load(manifest)
+        elif self._continuation is not None:
+            self._earlier_seconds = self._continuation.wall_seconds
+            self._state = self._continuation.start(self._state)
         else:
             with self._watchdog.suspend_timeout("reading files of the method"):
                 self._method.on_run_start()
@@ -199,11 +221,23 @@ class ContinualTrainer(Callbacks):
 
     def _evaluate(self) -> None:
         """Evaluate all corpora and publish the results so far."""
-        losses = evaluate_corpora(self._network, self._data, self._loops)
+        history = self._continuation
+        if history is not None and history.is_at_history(self._state):
+            found = history.evaluate(self._state, self._loops)
+            if not history.is_at_end(self._state):
+                matrix = [*self._state.loss_matrix, self._row(found)]
+                known = {"loss_matrix": matrix, "base_divergences": self._measure_divergence()}
+                with self._watchdog.suspend_timeout("reading a checkpoint of the earlier run"):
+                    self._state = history.load_next(self._state).model_copy(update=known)
+                self._enter(self._state, save=False)
+                return
+            losses = {corpus: loss for corpus in self._columns if (loss := found.get(corpus)) is not None}
+        else:
+            losses = evaluate_corpora(self._network, self._data, self._loops)
         is_last = self._state.domains_done == len(self._stages)
         state = self._state.model_copy(
             update={
-                "loss_matrix": [*self._state.loss_matrix, list(losses.values())],
+                "loss_matrix": [*self._state.loss_matrix, self._row(losses)],
                 "base_divergences": self._measure_divergence(),
                 "phase": "finished" if is_last else "before",
             }
@@ -212,20 +246,29 @@ class ContinualTrainer(Callbacks):
         self._state = self._with_wall_time(state)
         with self._watchdog.suspend_timeout("writing results"):
             self._ranks.run_on_main(lambda: self._publish(losses))
-        self._console.evaluated(losses, self._state.loss_matrix)
+        before = dict(zip(self._columns, self._state.loss_matrix[-2], strict=True)) if self._state.domains_done else {}
+        self._console.evaluated(losses, before, self._state.domains_done)
         self._enter(self._state)
 
-    def _measure_divergence(self) -> list[float]:
-        """The divergences from the base so far; before training this is the base."""
+    def _measure_divergence(self) -> list[float | None]:
+        """The divergences from the base so far, which is kept before training; None: a model or its text is gone."""
         if self._divergence is None:
             return []
-        if self._state.domains_done == 0:
-            self._divergence.keep_base()
+        num_learned = self._state.domains_done
+        has_model = self._continuation is None or self._continuation.has_model(self._state)
+        if num_learned == 0:
+            if has_model:
+                self._divergence.keep_base()
             return []
-        stage = self._stages[self._state.domains_done - 1]
-        divergence = self._divergence.measure(stage)
-        self._console.divergence_measured(stage.name, divergence)
+        stage = self._stages[num_learned - 1]
+        divergence = self._divergence.measure(stage) if has_model else None
+        if divergence is not None:
+            self._console.divergence_measured(stage.name, divergence)
         return [*self._state.base_divergences, divergence]
+
+    def _row(self, losses: Mapping[str, float | None]) -> list[float | None]:
+        """Losses by corpus as a row of the loss matrix."""
+        return [losses.get(corpus) for corpus in self._columns]
 
     def _before_domain(self) -> None:
         """Let the method prepare the domain, for example measure importance."""
@@ -280,7 +323,8 @@ class ContinualTrainer(Callbacks):
         self._loops.reset()
         self._checkpoints.close_reader()
         self._state = state = state.model_copy(update={"within_phase": False})
-        if state.phase == "finished" or not state.global_step:
+        earlier_steps = 0 if self._continuation is None else self._continuation.global_step
+        if state.phase == "finished" or (state.phase != "evaluate" and state.global_step == earlier_steps):
             # Saved before the first metric is logged: metrics without a checkpoint mean that checkpoints were deleted.
             self._save_point.wait()
             self._save_point.save(state)

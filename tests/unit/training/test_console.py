@@ -48,6 +48,7 @@ def summary(resumes: str | None = None) -> RunSummary:
         ],
         eval_corpora=["acl", "restaurants", "general"],
         output_dir="runs/papers",
+        continues=None,
         resumes=resumes,
     )
 
@@ -114,7 +115,7 @@ def test_step_line_has_loss_rate_speed_and_time_left() -> None:
 def test_evaluation_line_has_the_change_since_the_row_before() -> None:
     before = {"acl": 6.08, "general": 4.2}
     after = {"acl": 5.61, "general": 4.25}
-    assert evaluation_line("before training", before, None) == "held-out loss before training: acl 6.080, general 4.200"
+    assert evaluation_line("before training", before, {}) == "held-out loss before training: acl 6.080, general 4.200"
     assert evaluation_line("after acl", after, before) == (
         "held-out loss after acl: acl 5.610 (-0.470), general 4.250 (+0.050)"
     )
@@ -167,17 +168,19 @@ def test_run_console_estimates_the_end_of_all_domains(capsys: pytest.CaptureFixt
 def test_run_console_of_other_ranks_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     console = RunConsole([Stage(0, ("acl",), 75)], is_main=False)
     console.run_started(summary())
-    console.evaluated({"acl": 5.0}, [[6.0], [5.0]])
+    console.evaluated({"acl": 5.0}, {"acl": 6.0}, 1)
     console.exported("acl", Path("model"))
     assert capsys.readouterr().err == ""
 
 
 def test_run_console_names_the_stage_that_was_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
     console = RunConsole([Stage(0, ("acl",), 75)], is_main=True)
-    console.evaluated({"acl": 6.0}, [[6.0]])
-    console.evaluated({"acl": 5.0}, [[6.0], [5.0]])
+    console.evaluated({"acl": 6.0}, {}, 0)
+    console.evaluated({"acl": 5.0}, {"acl": 6.0}, 1)
+    console.evaluated({"acl": 5.0, "law": 7.0}, {"acl": 6.0, "law": None}, 1)
     assert capsys.readouterr().err == (
         "held-out loss before training: acl 6.000\nheld-out loss after acl: acl 5.000 (-1.000)\n"
+        "held-out loss after acl: acl 5.000 (-1.000), law 7.000\n"
     )
 
 
