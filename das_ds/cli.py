@@ -339,7 +339,7 @@ def _add_plan(commands: _Commands) -> None:
     command.add_argument("--link-bandwidth", type=float, metavar="GB/S", help=text)
     text = "GB/s that a GPU sends to other nodes; default: 50, 400 Gbit/s for each GPU"
     command.add_argument("--network-bandwidth", type=float, default=50.0, metavar="GB/S", help=text)
-    text = "GB/s at which rank 0 exports a model; default: 1"
+    text = "GB/s at which each rank that exports writes its files of a model; default: 1"
     command.add_argument("--disk-bandwidth", type=float, default=1.0, metavar="GB/S", help=text)
     command.add_argument("--host-memory", type=float, metavar="GIB", help="host memory of a node; default: not checked")
     command.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in any currency; default: no cost")

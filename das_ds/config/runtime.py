@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from das_ds.config.section import Section
 
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+"""Of sizes of files, as transformers reads them."""
+
 SignalName = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]
 TrackingLibrary = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 
@@ -29,6 +32,14 @@ class ExportConfig(Section):
     dtype: Literal["fp32", "bf16", "base"] = "fp32"
     """Type of the exported weights, also recorded in config.json; `base` is that of the base model (fp32 where its
     config names none)."""
+    max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(KB|MB|GB|TB)$")
+    """Size of the files that a model is divided into, which all ranks write side by side; a rank holds one file at a
+    time."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return int(self.max_shard_size[:-2]) * SIZE_UNITS[self.max_shard_size[-2:]]
 
 
 class MaxForgettingConfig(Section):

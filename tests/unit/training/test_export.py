@@ -11,7 +11,8 @@ from das_ds.config import RunConfig
 from das_ds.config.io import config_differences
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.storage import MODEL_CARD
-from das_ds.training.export import export_dtype, model_card, write_model_card
+from das_ds.training.export import export_dtype
+from das_ds.training.model_card import model_card, write_model_card
 from helpers.runs import small_run
 from helpers.tiny_models import tiny_model
 
