@@ -44,14 +44,14 @@ def list_models(config: RunConfig) -> list[RunModel]:
     if not config.model.head_warmup_steps and (lora is None or lora.init_from is None):
         path = run_dir.root / BASE_FOLDER / BENCHMARKS_FILE
         models.append(RunModel(BASE_FOLDER, config.model, True, path))
-    for stage in config.stages:
-        folder = run_dir.model(stage.index, stage.name)
+    for index, name in enumerate(config.stage_names):
+        folder = run_dir.model(index, name)
         if folder.is_dir():
             source = ModelConfig(
                 name_or_path=str(folder), attention=config.model.attention, architecture=config.model.architecture
             )
-            path = run_dir.domain(stage.index, stage.name) / BENCHMARKS_FILE
-            models.append(RunModel(stage.name, source, False, path))
+            path = run_dir.domain(index, name) / BENCHMARKS_FILE
+            models.append(RunModel(name, source, False, path))
     return models
 
 

@@ -23,7 +23,7 @@ from das_ds.config.runtime import (
     WandbConfig,
 )
 from das_ds.config.section import FolderPath, Section
-from das_ds.config.stage import Stage
+from das_ds.config.stage import Stage, stage_name
 from das_ds.config.tasks import TaskConfig
 from das_ds.config.train import EvaluationConfig, TrainConfig
 from das_ds.errors import ConfigError
@@ -67,6 +67,11 @@ class RunConfig(Section):
         """Domains of each stage in order: one by one, or all at once (`trains_jointly`)."""
         names = [domain.name for domain in self.domains]
         return [tuple(names)] if self.method.trains_jointly else [(name,) for name in names]
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Name of each stage in order, also where `stages` are not known before the text is read."""
+        return [stage_name(names) for names in self.learned]
 
     @property
     def stages(self) -> list[Stage]:

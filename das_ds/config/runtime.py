@@ -36,10 +36,27 @@ class ExportConfig(Section):
     """Size of the files that a model is divided into, which all ranks write side by side; a rank holds one file at a
     time."""
 
+    push_to_hub: bool = False
+    """Upload the model of every domain to the Hugging Face hub in the background, with the token of `hf auth login` or
+    HF_TOKEN; a failed upload is tried again and never ends the run."""
+    hub_model_id: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository `owner/name` on the hub, which is created."""
+    hub_layout: Literal["tags", "repositories"] = "tags"
+    """`tags`: one repository whose main branch has the newest model, and a tag for each domain; `repositories`:
+    `owner/name-domain` for each domain."""
+    hub_private_repo: bool = True
+    """Whether a repository that is created is private."""
+
     @property
     def max_shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
         return int(self.max_shard_size[:-2]) * SIZE_UNITS[self.max_shard_size[-2:]]
+
+    @model_validator(mode="after")
+    def _names_repository(self) -> ExportConfig:
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("hub_model_id: found null with push_to_hub, expected a repository owner/name")
+        return self
 
 
 class MaxForgettingConfig(Section):

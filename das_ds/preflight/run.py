@@ -11,6 +11,7 @@ from das_ds.preflight.checks import Checklist, CheckResult
 from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.environment import (
     check_clocks,
+    check_hub,
     check_method_files,
     check_network,
     check_settings,
@@ -40,6 +41,7 @@ def run_preflight(config: RunConfig, peers: PeerCheck, *, as_json: bool) -> list
     check_clocks(checks, peers)
     check_versions(checks, config)
     check_tracking(checks, config, info.rank)
+    check_hub(checks, config, info.rank)
     engine = check_settings(checks, config, info.world_size)
     check_method_files(checks, config)
     is_usable = check_folder(checks, config, peers)

@@ -9,8 +9,11 @@ from das_ds.config import ObjectiveName, RunConfig
 from das_ds.config.stage import stage_folder
 from das_ds.errors import RunFolderError
 from das_ds.storage import MODEL_CARD, atomic_write
+from das_ds.training.hub_upload import hub_target
 
 PIPELINES: dict[ObjectiveName, str] = {"mlm": "fill-mask", "clm": "text-generation"}
+MODEL = "model"
+"""Name of the folder that is uploaded where `export.push_to_hub` is on."""
 AUTO_MODELS: dict[ObjectiveName, str] = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM"}
 
 
@@ -21,7 +24,7 @@ def model_card(
     losses: Mapping[str, tuple[float, float]] | None = None,
     *,
     num_steps: int | None = None,
-    name: str = "model",
+    name: str = MODEL,
 ) -> str:
     """README of an exported model: its base, its training, how to load it, and its held-out losses.
 
@@ -45,6 +48,10 @@ def model_card(
     replay = f" In the last domain {num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
     lengths = str(steps[0]) if len(set(steps)) == 1 else ", ".join(map(str, steps))
     folder = config.output_dir / stage_folder(newest.index, newest.name) / name
+    location = f'"{folder}"'
+    if config.export.push_to_hub and name == MODEL:
+        target = hub_target(config, newest.name)
+        location = f'"{target.repo_id}"' + ("" if target.tag is None else f', revision="{target.tag}"')
     base = config.model.name_or_path or "random weights"
     card = f"""---
 library_name: transformers
@@ -62,8 +69,8 @@ Domains {how}: {domains}; {lengths} steps of {config.train.global_batch_size} se
 ```python
 from transformers import AutoTokenizer, {AUTO_MODELS[objective]}
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = {AUTO_MODELS[objective]}.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained({location})
+model = {AUTO_MODELS[objective]}.from_pretrained({location})
 ```
 """
     if losses is None:

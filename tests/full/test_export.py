@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load
 
 from helpers.export_checks import (
     check_full_disk_publishes_nothing,
@@ -12,6 +13,11 @@ from helpers.export_checks import (
     check_no_rank_has_the_model,
     check_sharded_export_equals_one_file,
 )
+from helpers.exports import run_with_hub
+from helpers.fake_hub import fake_hub
+from helpers.run_ranks import run_ranks
+from helpers.runs import exported_weights, small_run
+from helpers.writable_hub import WritableHub
 
 pytestmark = pytest.mark.multirank
 
@@ -46,3 +52,22 @@ def test_export_no_rank_has_the_model(stage: int, world_size: int, tmp_path: Pat
 @pytest.mark.parametrize("full_rank", [0, 1])
 def test_export_full_disk_of_any_rank_publishes_nothing(full_rank: int, tmp_path: Path) -> None:
     check_full_disk_publishes_nothing(3, 2, full_rank, tmp_path)
+
+
+def test_run_uploads_models_with_their_losses_and_a_later_start_those_that_are_missing(tmp_path: Path) -> None:
+    hub = {"push_to_hub": True, "hub_model_id": "owner/papers"}
+    values = small_run(tmp_path, method={"name": "ncl"}, deepspeed={"zero_optimization": {"stage": 3}}, export=hub)
+    nobody = "http://127.0.0.1:1"
+    # Without an answer the run is complete all the same.
+    assert run_ranks(run_with_hub, 2, values, nobody) == [True, True]
+    with fake_hub(WritableHub) as served:
+        assert run_ranks(run_with_hub, 2, values, served.endpoint) == [True, True]
+    repository = served.repositories["owner/papers"]
+    assert list(repository.tags) == ["food", "papers"] and repository.tags["papers"] == repository.head
+    for index, name in enumerate(repository.tags):
+        folder = tmp_path / "run" / "domains" / f"{index:02d}_{name}"
+        uploaded = repository.files(name)
+        assert load(uploaded["model.safetensors"]).keys() == exported_weights(tmp_path / "run", folder.name).keys()
+        assert uploaded["model.safetensors"] == (folder / "model" / "model.safetensors").read_bytes()
+        assert f"| corpus | before training | after {name} |" in uploaded["README.md"].decode()
+        assert (folder / "hub.json").exists()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from das_ds.config import RunConfig
@@ -18,9 +20,11 @@ from das_ds.distributed.process_group import ProcessGroup, init_process_group
 from das_ds.engine.sharded_init import sharded_init
 from das_ds.errors import RunFolderError
 from das_ds.models.loading import load_model
-from das_ds.training import export
+from das_ds.training import export, hub_uploads
 from das_ds.training.export import ExportFormat, export_model
+from das_ds.training.train import train
 from helpers.allocations import AllocationCounter
+from helpers.fake_hub import point_to
 from helpers.half import allow_fp16_on_cpu
 from helpers.training import run_config
 
@@ -136,3 +140,13 @@ def _export(run: RunContext, folder: Path, form: ExportFormat) -> Exported:
 class _NoTokenizer:
     def save_pretrained(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+
+
+def run_with_hub(values: dict[str, Any], endpoint: str) -> bool:
+    """A run on these ranks that uploads its models there, without waits between attempts; whether it is complete."""
+    point_to(endpoint)
+    constants.HF_HUB_DISABLE_XET = True
+    constants.HF_HUB_OFFLINE = False
+    os.environ["HF_TOKEN"] = "hf_written_for_tests"
+    hub_uploads.RETRY_SECONDS = (0.0,)
+    return train(RunConfig(**values), init_process_group()).complete
