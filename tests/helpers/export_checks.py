@@ -111,4 +111,4 @@ def check_no_rank_has_the_model(stage: int, world_size: int, folder: Path) -> No
     assert model > 400_000
     for rank in found:
         assert rank["many"].peak <= 20_000 + 4 * largest
-        assert rank["many"].peak < 0.2 * model
+        assert rank["many"].peak < 0.1 * model
