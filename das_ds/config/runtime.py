@@ -33,8 +33,8 @@ class ExportConfig(Section):
     """Type of the exported weights, also recorded in config.json; `base` is that of the base model (fp32 where its
     config names none)."""
     max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(KB|MB|GB|TB)$")
-    """Size of the files that a model is divided into, which all ranks write side by side; a rank holds one file at a
-    time."""
+    """Largest size of each part that the weights are stored in (`model-00001-of-00007.safetensors`); ranks write parts
+    side by side, and a rank holds one at a time."""
 
     push_to_hub: bool = False
     """Upload the model of every domain to the Hugging Face hub in the background, with the token of `hf auth login` or
