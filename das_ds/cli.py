@@ -19,10 +19,11 @@ from das_ds.config import RunConfig
 from das_ds.config.deepspeed import build_engine_config
 from das_ds.config.help import describe_config, describe_method, describe_methods, describe_section
 from das_ds.config.io import load_config, read_mapping, resolved_dict
-from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, StoppedError
-from das_ds.run_dir import REPORT_FILE, REPORT_FOLDER, RESULTS_FILE
+from das_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, DasError, RunFolderError, StoppedError
+from das_ds.run_dir import REPORT_FILE, REPORT_FOLDER, RESULTS_FILE, RunDir, holds_same_run
 
 if TYPE_CHECKING:
+    from das_ds.config import TaskConfig
     from das_ds.distributed.process_group import ProcessGroup
 
 LEAST_START_TIMEOUT = timedelta(minutes=2)
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if "config" in options:
-            options.action(load_config(options.config, options.overrides), options)
+            options.action(_load_config(options), options)
         else:
             options.action(options)
     except (DasError, StoppedError) as error:
@@ -47,6 +48,33 @@ def main(arguments: list[str] | None = None) -> int:
             hard_exit(exit_code)
         return exit_code
     return 0
+
+
+def _load_config(options: argparse.Namespace) -> RunConfig:
+    """The config that a command names: a file, or that of a run, of which another file may have more tasks.
+
+    Raises:
+        ConfigError: an invalid config.
+        RunFolderError: a folder without a run, or a config of another run.
+    """
+    run: Path | None = options.run if "run" in options else None
+    if run is None:
+        if options.config is None:
+            raise ConfigError("--config: found none with --model, expected the run config that has the tasks")
+        return load_config(options.config, options.overrides)
+    recorded = RunDir(run).config_file
+    if not recorded.is_file():
+        raise RunFolderError(f"--run {run}: found no {recorded.name} there, expected the folder of a run")
+    config = load_config(options.config or recorded, options.overrides)
+    if not config.tasks:
+        raise ConfigError(
+            f"tasks: found none in {options.config or recorded}, expected at least one with name, train, dev and test; "
+            "--config FILE reads them from another config of the run"
+        )
+    # The folder may have been moved since it was recorded.
+    config = config.model_copy(update={"output_dir": run})
+    holds_same_run(config)
+    return config
 
 
 def _prints_errors() -> bool:
@@ -103,9 +131,12 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.downstream.run import finetune_model, resolve_scores_path
     from das_ds.downstream.scores import summarize_scores
     from das_ds.downstream.tasks import select_tasks
-    from das_ds.reporting.run_report import refresh_page
+    from das_ds.reporting.run_report import refresh_report
 
     tasks = select_tasks(config.tasks, options.task)
+    if options.run is not None:
+        _finetune_run(config, options, tasks)
+        return
     path = resolve_scores_path(config, options.model, options.output)
     # The head of a classifier is new by nature; transformers would report it for every job.
     logging.set_verbosity_error()
@@ -116,8 +147,33 @@ def _finetune(config: RunConfig, options: argparse.Namespace) -> None:
     if ranks.info.is_main:
         # The scores of a run are in base/ or domains/<ii>_<name>/ of its folder.
         for folder in path.resolve().parents[1:3]:
-            refresh_page(folder)
+            refresh_report(folder)
         print(json.dumps(summarize_scores(scores, tasks)))
+
+
+def _finetune_run(config: RunConfig, options: argparse.Namespace, tasks: list[TaskConfig]) -> None:
+    from transformers.utils import logging
+
+    from das_ds.downstream.run import finetune_models, list_scored_models
+    from das_ds.downstream.scores import summarize_scores
+    from das_ds.reporting.run_report import refresh_report
+    from das_ds.training.revisions import with_recorded_revisions
+
+    if options.output is not None:
+        raise ConfigError(
+            f"--output: found {options.output} with --run, whose scores are next to each model; expected none"
+        )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    ranks = _start_ranks(config)
+    config = with_recorded_revisions(config)
+    models = list_scored_models(config, ranks)
+    # After each model, so that an interruption loses nothing of the report.
+    scores = finetune_models(config, ranks, models, tasks, lambda: refresh_report(config.output_dir))
+    ranks.close()
+    if ranks.info.is_main:
+        by_stage = {model.stage: summarize_scores(found, tasks) for model, found in zip(models, scores, strict=True)}
+        print(json.dumps(by_stage))
 
 
 def _benchmark(config: RunConfig, options: argparse.Namespace) -> None:
@@ -126,7 +182,7 @@ def _benchmark(config: RunConfig, options: argparse.Namespace) -> None:
     from das_ds.benchmark.run import run_benchmarks
     from das_ds.progress import disable_library_bars
     from das_ds.reporting.benchmark_report import accuracy_rows, update_report
-    from das_ds.reporting.run_report import refresh_page
+    from das_ds.reporting.run_report import refresh_report
     from das_ds.reporting.tables import format_plain
     from das_ds.training.revisions import with_recorded_revisions
 
@@ -141,7 +197,7 @@ def _benchmark(config: RunConfig, options: argparse.Namespace) -> None:
     ranks.close()
     if matrix is not None:
         if ranks.info.is_main:
-            refresh_page(config.output_dir)
+            refresh_report(config.output_dir)
         print(json.dumps(matrix.summary) if options.json else format_plain(accuracy_rows(matrix), text_columns=(0, 1)))
 
 
@@ -275,7 +331,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config_command(
-    commands: _Commands, name: str, action: Callable[[RunConfig, argparse.Namespace], None], text: str
+    commands: _Commands,
+    name: str,
+    action: Callable[[RunConfig, argparse.Namespace], None],
+    text: str,
+    *,
+    requires_config: bool = True,
 ) -> _CommandParser:
     """A command that takes a run config and overrides."""
     command = commands.add_parser(
@@ -285,7 +346,7 @@ def _add_config_command(
     text = "show this help; with a SECTION such as train, only its config keys"
     command.add_argument("-h", "--help", action=_ConfigHelp, nargs="?", metavar="SECTION", help=text)
     command.set_defaults(action=action)
-    command.add_argument("--config", required=True, type=Path, help="run config (YAML)")
+    command.add_argument("--config", required=requires_config, type=Path, help="run config (YAML)")
     command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides of the config")
     # Passed by the DeepSpeed launcher; the environment variable LOCAL_RANK counts.
     command.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -301,9 +362,12 @@ def _add_evaluate(commands: _Commands) -> None:
 
 
 def _add_finetune(commands: _Commands) -> None:
-    text = "fine-tune an exported model on the tasks of a config and record its scores"
-    command = _add_config_command(commands, "finetune", _finetune, text)
-    command.add_argument("--model", required=True, type=Path, help="folder of an exported model")
+    text = "fine-tune an exported model, or all models of a run, on the tasks of a config and record the scores"
+    command = _add_config_command(commands, "finetune", _finetune, text, requires_config=False)
+    models = command.add_mutually_exclusive_group(required=True)
+    models.add_argument("--model", type=Path, help="folder of an exported model")
+    text = "run folder: the model before training and all exports; --config may be left out"
+    models.add_argument("--run", type=Path, help=text)
     text = "a task of the config, may be repeated; default: all"
     command.add_argument("--task", action="append", default=[], metavar="NAME", help=text)
     text = "file of scores to create or extend; default: end_tasks.json next to the model of a run, or in base/"
@@ -344,7 +408,7 @@ def _add_plan(commands: _Commands) -> None:
     command.add_argument("--link-bandwidth", type=float, metavar="GB/S", help=text)
     text = "GB/s that a GPU sends to other nodes; default: 50, 400 Gbit/s for each GPU"
     command.add_argument("--network-bandwidth", type=float, default=50.0, metavar="GB/S", help=text)
-    text = "GB/s at which rank 0 exports a model; default: 1"
+    text = "GB/s at which each rank that exports writes its files of a model; default: 1"
     command.add_argument("--disk-bandwidth", type=float, default=1.0, metavar="GB/S", help=text)
     command.add_argument("--host-memory", type=float, metavar="GIB", help="host memory of a node; default: not checked")
     command.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in any currency; default: no cost")

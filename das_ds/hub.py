@@ -27,6 +27,8 @@ SMALL_FILES = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
 """Files of config and tokenizer."""
 WEIGHTS = (re.compile(r"model(-\d+-of-\d+)?\.safetensors"), re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"))
 """Formats of weights in order of preference."""
+_gave_up = False
+"""Whether this process, and not its user, stopped asking the hub."""
 
 
 class HubError(OSError):
@@ -144,8 +146,19 @@ def _query_hub(kind: Kind, name: str, revision: str | None) -> Any:
     # Any other error of its HTTP library means that the hub is unreachable.
     except Exception as error:
         _print_on_rank_0(f"{name}: {constants.ENDPOINT} does not answer ({type(error).__name__})")
+        global _gave_up
+        _gave_up = True
         constants.HF_HUB_OFFLINE = True
         return None
+
+
+def allow_requests() -> bool:
+    """Let the hub's client send requests again after it was not answered; False: `HF_HUB_OFFLINE` forbids them."""
+    global _gave_up
+    if _gave_up:
+        _gave_up = False
+        constants.HF_HUB_OFFLINE = False
+    return not constants.HF_HUB_OFFLINE
 
 
 def _describe_missing(kind: Kind) -> str:

@@ -33,6 +33,8 @@ BENCHMARKS_FILE = "benchmarks.json"
 """Scores of one model on public benchmarks, in the same folders."""
 BASE_FOLDER = "base"
 """Folder in a run folder for the scores of the model that the run starts from."""
+HUB_FILE = "hub.json"
+"""Where on the hub the model of one domain is, in its folder."""
 PLASTICITY_FILE = "plasticity.json"
 """What earlier domains leave one domain to learn, in its folder."""
 METRICS_FILE = "metrics.jsonl"
@@ -71,7 +73,7 @@ class RunDir:
     output_dir/
       config.yaml, results.json, metrics.jsonl, importance.safetensors ...
       checkpoints/<number>_<domain>_<phase>_<step>/
-      domains/<ii>_<name>/model/, adapter/, best/ or last/, plasticity.json
+      domains/<ii>_<name>/model/, adapter/, best/ or last/, plasticity.json, hub.json
       report/
     """
 
@@ -123,6 +125,10 @@ class RunDir:
     def adapter(self, index: int, name: str) -> Path:
         """LoRA weights after one domain."""
         return self.domain(index, name) / "adapter"
+
+    def hub_record(self, index: int, name: str) -> Path:
+        """What was uploaded of the model after one domain."""
+        return self.domain(index, name) / HUB_FILE
 
     def other_model(self, index: int, name: str, which: str) -> Path:
         """Exported model of another step of one domain: `best`, or `last`."""

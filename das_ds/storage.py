@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,9 +20,9 @@ from das_ds.errors import RunFolderError
 
 CHECKSUM = "sha256"
 CHECKSUM_FILE = "SHA256SUMS"
+"""Checksums of a folder's files in the format of `sha256sum --check`."""
 MODEL_CARD = "README.md"
 """For readers, who may edit it: has no checksum."""
-"""Checksums of a folder's files in the format of `sha256sum --check`."""
 
 
 @contextmanager
@@ -72,25 +72,64 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full, or the parent cannot be written; `folder` is unchanged.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(partial, ignore_errors=True)
+    staged = StagedDir(folder)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        write_checksums(partial)
-        _give_modes(partial)
-        sync_all(partial)
+        staged.create()
+        yield staged.partial
+        staged.publish()
+    except BaseException:
+        staged.discard()
+        raise
+
+
+class StagedDir:
+    """A folder that is filled under another name, by one process or by several, and then takes its own name at once.
+
+    One process calls `create` before the others write and `publish` after they have; a folder that was not published
+    is removed by the next `create`.
+
+    Args:
+        folder: its own name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.partial = folder.with_name(folder.name + ".partial")
+        """Where to write."""
+
+    def create(self) -> None:
+        """Make the empty folder to fill.
+
+        Raises:
+            OSError: the parent cannot be written.
+        """
+        self.discard()
+        self.partial.mkdir(parents=True)
+
+    def publish(self, checksums: Mapping[str, str] | None = None) -> None:
+        """Replace `folder` by what was written, with checksums of its files.
+
+        Args:
+            checksums: file -> its checksum, of those that need not be read again.
+
+        Raises:
+            OSError: the disk is full, or the parent cannot be written; `folder` is unchanged.
+        """
+        write_checksums(self.partial, checksums)
+        _give_modes(self.partial)
+        sync_all(self.partial)
+        old = self.folder.with_name(self.folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         # A folder cannot be replaced by a rename unless it is empty, so the old one is moved away first.
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():
+            os.replace(self.folder, old)
+        os.replace(self.partial, self.folder)
+        sync(self.folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _give_modes(folder: Path) -> None:
@@ -154,12 +193,19 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checksums(folder: Path) -> None:
-    """Record every file of a folder but its model card in its `CHECKSUM_FILE`."""
+def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Record every file of a folder but its model card in its `CHECKSUM_FILE`.
+
+    Args:
+        folder: to be described.
+        known: file -> its checksum, of those that need not be read.
+    """
+    digests = dict(known or {})
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and path.name not in (CHECKSUM_FILE, MODEL_CARD)
     )
-    lines = [f"{checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    lines = [f"{digests.get(name) or checksum(path)}  {name}\n" for name, path in names.items()]
     (folder / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Scores of an exported model on end tasks: `deepspeed launch/finetune.py --config FILE --model FOLDER`."""
+"""Scores on end tasks: `deepspeed launch/finetune.py --config FILE --model FOLDER`, or `--run RUN` for all its models."""
 
 import sys
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from das_ds.config.stage import Stage
 from das_ds.distributed.resumable import ResumableLoop
-from das_ds.training import trainer
+from das_ds.training import model_exports, trainer
 from das_ds.training.data_module import DataModule
 
 Spot = tuple[str, str, int]
@@ -84,14 +84,14 @@ def follow(progress_log: ProgressLog) -> None:
     _follow_evaluation(progress_log)
     _follow_loops(progress_log)
     _follow_training(progress_log)
-    export = trainer.export_model
+    export = model_exports.export_model
 
     def followed(folder: Path, *args: Any, **kwargs: Any) -> None:
         progress_log.add(EXPORT, f"export {folder.parent.name}")
         export(folder, *args, **kwargs)
         progress_log.add(BETWEEN, f"after export {folder.parent.name}")
 
-    trainer.export_model = followed
+    model_exports.export_model = followed
 
 
 def _follow_evaluation(progress_log: ProgressLog) -> None:

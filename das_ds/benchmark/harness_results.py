@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from das_ds.benchmark.items import read_rows
-from das_ds.benchmark.models import RunModel, identify_weights
+from das_ds.benchmark.models import identify_weights
 from das_ds.benchmark.scores import BenchmarkScores, Source, open_benchmarks, write_scores
 from das_ds.config import RunConfig
 from das_ds.errors import DataError, RunFolderError
+from das_ds.models.run_models import RunModel
 from das_ds.user_files import read_text
 
 HARNESS: Source = "lm-evaluation-harness"

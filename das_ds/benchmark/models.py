@@ -4,56 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from das_ds.config import ModelConfig, RunConfig
+from das_ds.config import RunConfig
 from das_ds.functional.token_ids import num_tokens
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.loading import check_files, load_model, load_tokenizer, open_tokenizer, weights_folder
-from das_ds.run_dir import BASE_FOLDER, BENCHMARKS_FILE, RunDir, model_run_dir
+from das_ds.models.run_models import RunModel, list_run_models, list_weight_files
+from das_ds.run_dir import BENCHMARKS_FILE
 from das_ds.storage import CHECKSUM_FILE, checksum
-
-WEIGHT_FILES = ("*.safetensors", "*.bin")
-
-
-@dataclass(frozen=True)
-class RunModel:
-    """A model of a run."""
-
-    stage: str
-    """The stage after which it was exported: a domain, or `pool`; `base` for the model that the run starts from."""
-    source: ModelConfig
-    is_base: bool
-    """Whether the run starts from it."""
-    scores_path: Path
-    """File of its scores."""
 
 
 def list_models(config: RunConfig) -> list[RunModel]:
-    """The models of a run that exist, in the order of training.
-
-    The model before training is left out where it is in no files: after a warm-up of its head, or with the adapter of
-    an earlier run.
-    """
-    run_dir = RunDir(config.output_dir)
-    lora = config.model.lora
-    models = []
-    if not config.model.head_warmup_steps and (lora is None or lora.init_from is None):
-        path = run_dir.root / BASE_FOLDER / BENCHMARKS_FILE
-        models.append(RunModel(BASE_FOLDER, config.model, True, path))
-    for stage in config.stages:
-        # Scores of earlier runs' models are written to the folder of this run all the same.
-        folder = model_run_dir(config, stage.index + 1).model(stage.index, stage.name)
-        if folder.is_dir():
-            source = ModelConfig(
-                name_or_path=str(folder), attention=config.model.attention, architecture=config.model.architecture
-            )
-            path = run_dir.domain(stage.index, stage.name) / BENCHMARKS_FILE
-            models.append(RunModel(stage.name, source, False, path))
-    return models
+    """The models of a run that exist, in the order of training; see `list_run_models`."""
+    return list_run_models(config, BENCHMARKS_FILE)
 
 
 def load_run_model(
@@ -81,7 +47,7 @@ def identify_weights(config: RunConfig, model: RunModel) -> str:
     if folder is None:
         described = json.dumps([model.source.config, config.seed], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
-    paths = next((paths for pattern in WEIGHT_FILES if (paths := sorted(Path(folder).glob(pattern)))), [])
+    paths = list_weight_files(Path(folder))
     recorded = _read_checksums(Path(folder) / CHECKSUM_FILE)
     digests = "".join(recorded.get(path.name) or checksum(path) for path in paths)
     return hashlib.sha256(digests.encode()).hexdigest()

@@ -9,10 +9,11 @@ import torch
 
 from das_ds.benchmark.benchmarks import Benchmark, read_benchmarks
 from das_ds.benchmark.log_likelihood import ChoiceScorer
-from das_ds.benchmark.models import RunModel, identify_weights, list_models, load_run_model
+from das_ds.benchmark.models import identify_weights, list_models, load_run_model
 from das_ds.benchmark.scores import ModelBenchmarks, open_benchmarks, summarize_items, write_scores
 from das_ds.config import RunConfig
 from das_ds.distributed.process_group import ProcessGroup
+from das_ds.models.run_models import RunModel
 
 
 def run_benchmarks(config: RunConfig, ranks: ProcessGroup) -> list[ModelBenchmarks]:

@@ -24,7 +24,7 @@ from das_ds.config.runtime import (
     WandbConfig,
 )
 from das_ds.config.section import FolderPath, Section
-from das_ds.config.stage import Stage
+from das_ds.config.stage import Stage, stage_name
 from das_ds.config.tasks import TaskConfig
 from das_ds.config.train import EvaluationConfig, TrainConfig
 from das_ds.errors import ConfigError
@@ -90,6 +90,11 @@ class RunConfig(Section):
     def own_stages(self) -> list[Stage]:
         """Stages that this run learns itself: all but those of the run that it continues."""
         return self.stages[self.num_earlier :]
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Name of each stage in order, also where `stages` are not known before the text is read."""
+        return [stage_name(names) for names in self.learned]
 
     @property
     def stages(self) -> list[Stage]:

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from das_ds.config.section import Section
 
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+"""Of sizes of files, as transformers reads them."""
+
 SignalName = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]
 TrackingLibrary = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 
@@ -29,6 +32,31 @@ class ExportConfig(Section):
     dtype: Literal["fp32", "bf16", "base"] = "fp32"
     """Type of the exported weights, also recorded in config.json; `base` is that of the base model (fp32 where its
     config names none)."""
+    max_shard_size: str = Field(default="5GB", pattern=r"^[1-9]\d*(KB|MB|GB|TB)$")
+    """Largest size of each part that the weights are stored in (`model-00001-of-00007.safetensors`); ranks write parts
+    side by side, and a rank holds one at a time."""
+
+    push_to_hub: bool = False
+    """Upload the model of every domain to the Hugging Face hub in the background, with the token of `hf auth login` or
+    HF_TOKEN; a failed upload is tried again and never ends the run."""
+    hub_model_id: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository `owner/name` on the hub, which is created."""
+    hub_layout: Literal["tags", "repositories"] = "tags"
+    """`tags`: one repository whose main branch has the newest model, and a tag for each domain; `repositories`:
+    `owner/name-domain` for each domain."""
+    hub_private_repo: bool = True
+    """Whether a repository that is created is private."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return int(self.max_shard_size[:-2]) * SIZE_UNITS[self.max_shard_size[-2:]]
+
+    @model_validator(mode="after")
+    def _names_repository(self) -> ExportConfig:
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("hub_model_id: found null with push_to_hub, expected a repository owner/name")
+        return self
 
 
 class MaxForgettingConfig(Section):

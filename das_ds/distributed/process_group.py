@@ -142,6 +142,33 @@ class ProcessGroup:
             dist.all_gather_into_tensor(gathered, padded, group=self._cpu_group)
         return gathered
 
+    def gather_cpu(self, shard: torch.Tensor, size: int, owner: int) -> torch.Tensor | None:
+        """As `all_gather_cpu`, on one rank alone; None on the others.
+
+        Args:
+            shard: (n,) with n <= size, on the host.
+            size: the same on all ranks.
+            owner: the rank.
+        """
+        padded = nn.functional.pad(shard, (0, size - shard.numel())) if shard.numel() < size else shard
+        is_owner = self.info.rank == owner
+        gathered = torch.empty(self.info.world_size * size if is_owner else 0, dtype=shard.dtype)
+        with in_collective():
+            dist.gather(padded, list(gathered.split(size)) if is_owner else None, dst=owner, group=self._cpu_group)
+        return gathered if is_owner else None
+
+    def broadcast_cpu(self, values: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """The float32 tensor of rank 0 on every rank, in host memory.
+
+        Args:
+            values: on rank 0.
+            shape: of it.
+        """
+        received = torch.empty(shape, dtype=torch.float32) if values is None else values
+        with in_collective():
+            dist.broadcast(received, src=0, group=self._cpu_group)
+        return received
+
     def barrier(self) -> None:
         """Wait for all ranks; a rank may take any time to come here."""
         with in_collective():

@@ -13,6 +13,7 @@ from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError, first_line
 from das_ds.functional.token_ids import num_tokens, tokens_in_holes
 from das_ds.models.loading import check_embeddings, find_spec, model_config, open_tokenizer
+from das_ds.models.run_models import list_weight_files
 
 
 class Classifier(NamedTuple):
@@ -22,22 +23,24 @@ class Classifier(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_classifier(source: ModelConfig, labels: Sequence[str], markers: Sequence[str] = ()) -> Classifier:
+def load_classifier(
+    source: ModelConfig, labels: Sequence[str], markers: Sequence[str] = (), tokenizer_folder: str | None = None
+) -> Classifier:
     """The network in float32; the head is initialized from torch's global generator.
 
     Args:
         source: folder of the model, and its attention implementation.
         labels: names of the classes.
         markers: become one token each, whose embedding is the mean of those of the tokens it was split into before.
+        tokenizer_folder: where the tokenizer is; None: with the model.
 
     Raises:
         ModelError: no weights, quantized weights, a LoRA adapter next to them, weights of another network, or a model
             type without classifier.
     """
-    folder = str(source.name_or_path)
     # For its checks: refuses adapters and quantized weights.
     model_config(source)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_tokenizer(str(source.name_or_path) if tokenizer_folder is None else tokenizer_folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = _load(source, labels)
@@ -66,11 +69,6 @@ def check_model_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: found no config.json, expected the folder of a model as from save_pretrained")
     if not list_weight_files(folder):
         raise ModelError(f"{folder}: found no weights, expected model.safetensors or its shards")
-
-
-def list_weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model, sorted."""
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _load(source: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:

@@ -26,7 +26,15 @@ logger = logging.getLogger(__name__)
 MAX_GRAD_NORM = 1.0
 
 
-def fine_tune(task: EndTask, seed: int, source: ModelConfig, device: torch.device, *, show: bool) -> SeedScores:
+def fine_tune(
+    task: EndTask,
+    seed: int,
+    source: ModelConfig,
+    device: torch.device,
+    *,
+    tokenizer_folder: str | None = None,
+    show: bool,
+) -> SeedScores:
     """Train a classifier until the dev score stops improving, and score its best epoch.
 
     All random numbers follow from the seed, so that a job's result does not depend on the jobs before it.
@@ -36,6 +44,7 @@ def fine_tune(task: EndTask, seed: int, source: ModelConfig, device: torch.devic
         seed: of the head's weights, the order of rows, and dropout.
         source: the model to start from.
         device: where to train.
+        tokenizer_folder: where the tokenizer is; None: with the model.
         show: show a progress bar, and warn of truncated rows.
 
     Raises:
@@ -43,7 +52,7 @@ def fine_tune(task: EndTask, seed: int, source: ModelConfig, device: torch.devic
     """
     seed_everything(seed)
     markers = task.config.markers if task.config.kind == "entities" else []
-    classifier = load_classifier(source, task.labels, markers)
+    classifier = load_classifier(source, task.labels, markers, tokenizer_folder)
     check_task_length(source, classifier.model, task.config.sequence_length, task.config.name)
     return _FineTuning(task, seed, classifier, device, show=show).run()
 

@@ -372,9 +372,23 @@ class Engine:
         finally:
             self._is_measuring = False
 
-    def frozen_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(name, complete fp32 weight as it was loaded) of all that is not trained; None but on rank 0; collective."""
-        return self._frozen.gather()
+    @property
+    def frozen_names(self) -> list[str]:
+        """Parameters that are not trained."""
+        return self._frozen.names
+
+    def gather_weight(self, name: str, owners: Collection[int]) -> torch.Tensor | None:
+        """The complete fp32 weight of a parameter on some ranks, None elsewhere; a collective.
+
+        Args:
+            name: of a trained weight, or of a frozen one, which is as it was loaded.
+            owners: ranks that get it in host memory; it may be the engine's own memory, so they do not change it.
+        """
+        if name not in self.parameters:
+            return self._frozen.gather(name, owners)
+        # From the fp32 shards: under ZeRO-3 the parameters of the module are partitioned, and in 16 bits rounded.
+        weight = self.weights.fp32_weight(name)
+        return weight.cpu() if self.ranks.info.rank in owners else None
 
     def state_dict(self) -> ComponentState:
         """Weights, and the loss scale, on which importance depends; views of tensors that training changes.

@@ -7,7 +7,7 @@ sharded where the network was initialized sharded, on rank 0 elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 
 import deepspeed
 import torch
@@ -54,25 +54,30 @@ class FrozenWeights:
             }
         self._names_on_main = set(ranks.all_gather_object(list(self._complete))[0])
 
-    def gather(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(name, complete float32 weight in host memory) in turn; None except on rank 0. A collective where sharded."""
-        for name, parameter in self._parameters.items():
-            yield name, self._gather(name, parameter)
+    @property
+    def names(self) -> list[str]:
+        """Parameters that are not trained."""
+        return list(self._parameters)
 
-    def _gather(self, name: str, parameter: nn.Parameter) -> torch.Tensor | None:
-        is_main = self._ranks.info.is_main
+    def gather(self, name: str, owners: Collection[int]) -> torch.Tensor | None:
+        """The complete float32 weight in host memory on the ranks in `owners`, None elsewhere; a collective."""
+        parameter = self._parameters[name]
+        is_owner = self._ranks.info.rank in owners
+        shape = full_shape(parameter)
         if name in self._slices:
-            shape = full_shape(parameter)
             slice_numel = -(-shape.numel() // self._ranks.info.world_size)
-            slices = self._ranks.all_gather_cpu(self._slices[name].values, slice_numel)
+            gathered = [self._ranks.gather_cpu(self._slices[name].values, slice_numel, rank) for rank in sorted(owners)]
             # The last slices are padded after the last element.
-            return slices[: shape.numel()].view(shape) if is_main else None
+            return next((slices[: shape.numel()].view(shape) for slices in gathered if slices is not None), None)
         if name in self._names_on_main:
-            return self._complete.get(name)
+            if set(owners) == {0}:
+                return self._complete.get(name)
+            complete = self._ranks.broadcast_cpu(self._complete.get(name), shape)
+            return complete if is_owner else None
         if is_partitioned(parameter):
             with deepspeed.zero.GatheredParameters([parameter]):
-                return _copy_to_host(parameter) if is_main else None
-        return _copy_to_host(parameter) if is_main else None
+                return _copy_to_host(parameter) if is_owner else None
+        return _copy_to_host(parameter) if is_owner else None
 
 
 def _changes_when_rounded(values: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -81,8 +81,12 @@ class ShardedWeights:
 
     def fp32_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, complete fp32 weight) of every parameter in turn, on every rank; a collective per parameter."""
-        for name, parameter in self._parameters.items():
-            yield name, full_fp32_weight(self._engine, parameter)
+        for name in self._parameters:
+            yield name, self.fp32_weight(name)
+
+    def fp32_weight(self, name: str) -> torch.Tensor:
+        """The complete fp32 weight of a parameter, on every rank; a collective."""
+        return full_fp32_weight(self._engine, self._parameters[name])
 
     def map_weights(self, names: Iterable[str], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace each named weight by `change(weight)`, complete, in fp32, on the host; a collective per parameter.
@@ -93,8 +97,7 @@ class ShardedWeights:
         """
         self._on_weights_will_change()
         for name in names:
-            weight = full_fp32_weight(self._engine, self._parameters[name])
-            changed = change(weight.cpu()).view(-1)
+            changed = change(self.fp32_weight(name).cpu()).view(-1)
             shard = self.named_shards.get(name)
             if shard is not None:
                 shard.values.copy_(changed[shard.param_span])

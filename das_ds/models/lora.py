@@ -130,24 +130,26 @@ class Lora:
         adapters = self._peft_keys()
         return {name: _strip_base_layer(name) for name, _ in model.named_parameters() if name not in adapters}
 
-    def split(self, weights: Weights) -> tuple[Weights, Weights]:
-        """Split the weights of the network with adapters into (base weights, by their names without peft; adapters)."""
-        adapters = {name: weights[name] for name in self._peft_keys()}
-        base = {_strip_base_layer(name): weight for name, weight in weights.items() if name not in adapters}
-        return base, adapters
+    @property
+    def adapter_names(self) -> list[str]:
+        """Parameters of the adapters in the network."""
+        return list(self._peft_keys())
 
-    def merge(self, weights: Weights, adapters: Weights) -> None:
-        """Replace each W0 that has an adapter by W0 + (alpha / r) B A, in float32.
+    def adapted(self, weight: str) -> AdaptedLinear | None:
+        """The adapted layer whose W0 has this name in the network without adapters; None: it has no adapter."""
+        return next((linear for linear in self.linears if linear.weight == weight), None)
+
+    def merge(self, linear: AdaptedLinear, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """W0 + (alpha / r) B A in float32, a new tensor.
 
         Args:
-            weights: of the network without adapters; entries are replaced, tensors are not modified.
-            adapters: A and B.
+            linear: an adapted layer.
+            weight: W0.
+            a: (r, I).
+            b: (O, r).
         """
         scale = self.config.alpha / self.config.rank
-        for linear in self.linears:
-            weights[linear.weight] = add_low_rank_update(
-                weights[linear.weight], adapters[linear.a], adapters[linear.b], scale, transposed=linear.transposed
-            ).contiguous()
+        return add_low_rank_update(weight, a, b, scale, transposed=linear.transposed).contiguous()
 
     def save(self, folder: Path, adapters: Weights, base: str | None) -> None:
         """Write adapters in peft's format, for `PeftModel.from_pretrained`, to an empty folder."""

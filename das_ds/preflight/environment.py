@@ -14,9 +14,10 @@ from das_ds.config.io import config_values
 from das_ds.engine.loss_scaler import check_precision, emulated_precision_warning
 from das_ds.errors import PreflightError
 from das_ds.methods import method_class
-from das_ds.preflight.checks import Checklist
+from das_ds.preflight.checks import Checklist, CheckWarning
 from das_ds.preflight.peers import LinkSpeed, PeerCheck
 from das_ds.tracking.libraries import import_libraries
+from das_ds.training.hub_upload import check_hub_names, find_account, hub_target
 from das_ds.versions import library_versions
 
 MAX_SKEW_S = 5.0
@@ -93,6 +94,24 @@ def check_tracking(checks: Checklist, config: RunConfig, rank: int) -> None:
         return ", ".join(["metrics.jsonl", *(name for name, module in modules.items() if module)]) + missing
 
     checks.run("tracking", "all libraries in tracking to be installed", probe, lambda found: found[0])
+
+
+def check_hub(checks: Checklist, config: RunConfig, rank: int) -> None:
+    """Names and token for uploads of models, which only rank 0 needs; nothing where none are uploaded."""
+    if not config.export.push_to_hub:
+        return
+
+    def probe() -> str | None:
+        check_hub_names(config)
+        return find_account(config) if rank == 0 else None
+
+    def summarize(accounts: list[str | None]) -> str | CheckWarning:
+        repositories = dict.fromkeys(hub_target(config, stage).repo_id for stage in config.stage_names)
+        if accounts[0] is None:
+            return CheckWarning("the hub does not answer; models would stay in the run folder until it does")
+        return f"models go to {', '.join(repositories)} as {accounts[0]}"
+
+    checks.run("hub", "a token that may write to the repositories of export.hub_model_id", probe, summarize)
 
 
 def check_settings(checks: Checklist, config: RunConfig, num_ranks: int) -> EngineConfig | None:

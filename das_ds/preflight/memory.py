@@ -32,11 +32,12 @@ from das_ds.models.loading import (
     model_config,
 )
 from das_ds.models.lora import Lora
-from das_ds.models.size import MatrixSize, MemoryUse, ModelSize, Sharding
+from das_ds.models.size import FP32, MatrixSize, MemoryUse, ModelSize, Sharding
 from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, format_bytes
 from das_ds.preflight.host_memory import free_memory
 from das_ds.preflight.memory_estimate import (
     NUM_MOMENTS,
+    ExportSize,
     MemoryEstimate,
     activation_bytes,
     checkpoint_bytes,
@@ -195,8 +196,9 @@ def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activa
     host_per_rank = estimate.host_bytes if gpus else estimate.device_bytes
     free = {node: min(budget.host for budget in budgets if budget.node == node) for node in num_ranks_by_node}
     needed = {node: num_ranks * host_per_rank for node, num_ranks in num_ranks_by_node.items()}
-    # Rank 0 also collects the model to export it.
-    needed[budgets[0].node] += estimate.host_export
+    needed[budgets[0].node] += estimate.host_main
+    for rank in estimate.writers:
+        needed[budgets[rank].node] += estimate.host_export
     tightest = min(num_ranks_by_node, key=lambda node: free[node] - needed[node])
     num_ranks = num_ranks_by_node[tightest]
     found = (
@@ -229,9 +231,15 @@ def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig
         size,
         sharding,
         method=method,
+        export=export_size(config, size),
         copied_bytes=copied if is_copied else 0,
         copied_of_rank=method.checkpoint_of_rank if is_copied else 0,
     )
+
+
+def export_size(config: RunConfig, size: ModelSize) -> ExportSize:
+    """The exported model; `base` is written in the type of the base model, which is at most float32."""
+    return ExportSize((2 if config.export.dtype == "bf16" else FP32) * size.total, config.export.max_shard_bytes)
 
 
 def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:

@@ -9,9 +9,10 @@ this estimate adds importance, masks, LoRA, checkpoint copies, and the peaks of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from das_ds.models.export_plan import writer_ranks
 from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 
 STAGE_0_BUCKET = 5 * 10**8
@@ -44,6 +45,20 @@ def domain_bytes(size: ModelSize, num_kept_moments: int = 0) -> int:
 
 
 @dataclass(frozen=True)
+class ExportSize:
+    """An exported model."""
+
+    total: int
+    """Bytes of all its files."""
+    file: int
+    """Largest bytes of one file."""
+
+    def writers(self, num_ranks: int) -> list[int]:
+        """Ranks that write a file at the same time."""
+        return writer_ranks(min(-(-self.total // self.file), num_ranks), num_ranks)
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one rank that do not depend on the batch."""
 
@@ -55,7 +70,11 @@ class MemoryEstimate:
     """While the model is built, before most items exist."""
     host_start: int
     host_export: int
-    """Additional host memory on rank 0 while a model is exported."""
+    """Additional host memory on every rank in `writers` while a model is exported."""
+    writers: Sequence[int] = (0,)
+    """Ranks that write exported files at the same time."""
+    host_main: int = 0
+    """Additional host memory on rank 0, always."""
     at_domain_start: Mapping[str, int] = field(default_factory=dict)
     """Item -> bytes on the device between two steps, while a domain starts."""
     at_domain_end: Mapping[str, int] = field(default_factory=dict)
@@ -92,13 +111,21 @@ class MemoryEstimate:
             max(self.device_start, self.host_start),
             0,
             self.host_export,
+            self.writers,
+            self.host_main,
             _sum_of_items(self.at_domain_start, self.host) if self.at_domain_start else {},
             _sum_of_items(self.at_domain_end, self.host, host_at_end) if self.at_domain_end else {},
         )
 
 
 def estimate_memory(
-    size: ModelSize, sharding: Sharding, *, method: MemoryUse, copied_bytes: int, copied_of_rank: int = 0
+    size: ModelSize,
+    sharding: Sharding,
+    *,
+    method: MemoryUse,
+    export: ExportSize,
+    copied_bytes: int,
+    copied_of_rank: int = 0,
 ) -> MemoryEstimate:
     """Memory of one rank; R = 1 for what its ZeRO stage does not shard.
 
@@ -117,14 +144,15 @@ def estimate_memory(
     it is reduced. G = (g + 4) P. During a step, gradients exist both as accumulated and as passed to
     the optimizer. Between steps there are no gradients and buckets but those that stage 3 keeps: g P / R, and its
     bucket. Offload moves weights, or fp32 weights, moments, sharded gradients and the method's state, to host memory.
-    The unrounded copy of frozen weights is always in host memory; below stage 3 only rank 0 has it, as part of the
-    complete model that it exports, 4 A.
+    The unrounded copy of frozen weights is always in host memory; below stage 3 only rank 0 has it. While a model is
+    exported a rank that writes has one file of it and the largest weight in fp32, and rank 0 afterwards the adapters.
     Libraries and fragmentation of the allocator are not included.
 
     Args:
         size: of the model.
         sharding: how it is sharded.
         method: memory that the method adds.
+        export: the model that is exported.
         copied_bytes: of a checkpoint that is staged in host memory, over all ranks; 0 for none.
         copied_of_rank: of this rank in addition.
     """
@@ -147,8 +175,9 @@ def estimate_memory(
         else sharding.num_buckets * w * sharding.bucket,
     }
     host: dict[str, int] = {"copy of a checkpoint": copied_bytes // shards + copied_of_rank, **method.host}
-    if sharding.stage == 3 and w != FP32 and size.has_frozen:
-        host["frozen weights"] = FP32 * (size.total - size.trained) // weight_shards
+    frozen = FP32 * (size.total - size.trained) if w != FP32 else 0
+    if sharding.stage == 3 and frozen:
+        host["frozen weights"] = frozen // weight_shards
     host |= optimizer if sharding.offloads_optimizer else {}
     host |= weights if sharding.offloads_weights else {}
     on_device = {**weights, **temporary, **optimizer, **method.device}
@@ -166,7 +195,12 @@ def estimate_memory(
         host,
         device_start=0 if sharding.stage == 3 else start,
         host_start=start + exact,
-        host_export=FP32 * size.total,
+        host_export=max(
+            min(export.file, export.total) + FP32 * max(size.largest_layer, size.largest_trained),
+            FP32 * size.trained if size.has_adapters else 0,
+        ),
+        writers=tuple(export.writers(sharding.num_ranks)),
+        host_main=0 if sharding.stage == 3 else frozen,
         at_domain_start={**at_rest, **method.device_at_start},
         at_domain_end={**(device if with_gradients else at_rest | gathered), **method.device_at_end},
         host_at_domain_end=sum(method.host_at_end.values()),

@@ -19,6 +19,7 @@ from das_ds.preflight.memory import (
     activation_estimate,
     disk_use,
     estimate_run_memory,
+    export_size,
     forward_estimate,
     zero_sharding,
 )
@@ -139,7 +140,7 @@ def plan_run(config: RunConfig, model: PlannedModel, cluster: Cluster, num_gpus:
         memory=memory,
         activations=activations,
         peaks=_peaks(config, model, memory, activations, use),
-        host_per_node=ranks_of_node * memory.host_bytes + memory.host_export,
+        host_per_node=_host_per_node(memory, ranks_of_node),
         disk=disk_use(config, model.size, num_gpus),
         collectives=tuple(collectives),
         flops=flops,
@@ -148,6 +149,12 @@ def plan_run(config: RunConfig, model: PlannedModel, cluster: Cluster, num_gpus:
         tokens_per_step=tokens,
         domains=_domains(config, model, cluster, num_gpus, max(compute_seconds, traffic_seconds), measured),
     )
+
+
+def _host_per_node(memory: MemoryEstimate, ranks_of_node: int) -> int:
+    """Host memory of the first node, which has rank 0 and most of those that write a model."""
+    num_writers = sum(rank < ranks_of_node for rank in memory.writers)
+    return ranks_of_node * memory.host_bytes + memory.host_main + num_writers * memory.host_export
 
 
 def _micro_steps(engine: EngineConfig) -> int:
@@ -201,11 +208,6 @@ def _measured_seconds(
     return [seconds * (num_sequences + found.after) for num_sequences in before]
 
 
-def _export_bytes(config: RunConfig, model: PlannedModel) -> int:
-    """An exported model; `base` is written in the type of the base model, which is at most float32."""
-    return (2 if config.export.dtype == "bf16" else 4) * model.size.total
-
-
 def _domains(
     config: RunConfig,
     model: PlannedModel,
@@ -215,7 +217,8 @@ def _domains(
     measured_seconds: Sequence[float],
 ) -> tuple[DomainPlan, ...]:
     tokens = config.train.global_batch_size * config.data.sequence_length
-    export = _export_bytes(config, model) / cluster.disk
+    size = export_size(config, model.size)
+    export = size.total / len(size.writers(num_gpus)) / cluster.disk
     planned = []
     for stage, measured in zip(config.own_stages, measured_seconds, strict=True):
         seconds = stage.num_steps * step_seconds + measured + export

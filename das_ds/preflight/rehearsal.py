@@ -35,6 +35,7 @@ from das_ds.training.console import RunSummary
 from das_ds.training.data_module import DataModule, eval_corpora
 from das_ds.training.earlier_run import open_earlier_run
 from das_ds.training.evaluation_policy import EvaluationPolicy
+from das_ds.training.hub_uploads import HubUploads
 from das_ds.training.run_services import RunServices
 from das_ds.training.run_summary import summarize_run
 from das_ds.training.train import prepare_run
@@ -78,7 +79,13 @@ def time_run(config: RunConfig, engine_config: EngineConfig, ranks: ProcessGroup
             prepared, data = prepare_run(elsewhere, ranks, watchdog)
             short = short_config(prepared)
             services = RunServices(
-                ranks, run_dir, Tracker(), CheckpointStore(run_dir.checkpoints_dir, 1), shutdown, watchdog
+                ranks,
+                run_dir,
+                Tracker(),
+                CheckpointStore(run_dir.checkpoints_dir, 1),
+                shutdown,
+                watchdog,
+                HubUploads(short, run_dir),
             )
             with watchdog.suspend_timeout("building the engine"):
                 trainer = RehearsalTrainer(short, services, _shorten(data, short), engine_config, earlier)
@@ -117,6 +124,7 @@ def short_config(config: RunConfig) -> RunConfig:
             ),
             "faults": config.faults.model_copy(update={"max_forgetting": None}),
             "tracking": [],
+            "export": config.export.model_copy(update={"push_to_hub": False}),
         }
     )
 

@@ -13,6 +13,7 @@ from das_ds.preflight.corpora import check_corpora
 from das_ds.preflight.earlier import check_earlier_run
 from das_ds.preflight.environment import (
     check_clocks,
+    check_hub,
     check_method_files,
     check_network,
     check_settings,
@@ -52,6 +53,7 @@ def run_preflight(
     check_clocks(checks, peers)
     check_versions(checks, config)
     check_tracking(checks, config, info.rank)
+    check_hub(checks, config, info.rank)
     engine = check_settings(checks, config, info.world_size)
     check_method_files(checks, config)
     if config.continue_from is not None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from das_ds.errors import RunFolderError
 from das_ds.reporting.benchmark_matrix import BenchmarkMatrix, read_benchmark_matrix
-from das_ds.reporting.document import Block, Section, Table, Text, section_markdown
+from das_ds.reporting.document import Block, Section, Table, Text, replace_section
 from das_ds.reporting.tables import Row
 from das_ds.run_dir import REPORT_FILE, REPORT_FOLDER
 from das_ds.storage import atomic_write
 
 TITLE = "Benchmarks"
-HEADING = f"## {TITLE}"
-NEXT_HEADING = "## Cost and versions"
-"""Section of the report that comes after this one."""
+NEXT_SECTIONS = ("End tasks", "Cost and versions")
+"""Sections of the report that come after this one."""
 NONE = "-"
 
 
@@ -70,19 +68,12 @@ def update_report(run_folder: Path) -> BenchmarkMatrix | None:
     if matrix is None or not path.is_file():
         return matrix
     try:
-        text = replace_section(path.read_text(encoding="utf-8"), section_markdown(benchmark_section(matrix)))
+        text = replace_section(path.read_text(encoding="utf-8"), benchmark_section(matrix), before=NEXT_SECTIONS)
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written ({error.strerror or error})") from error
     return matrix
-
-
-def replace_section(report: str, section: str) -> str:
-    """A report with this section in place of the one of the same heading, else in front of the last one."""
-    others = [part for part in re.split(r"^(?=## )", report, flags=re.MULTILINE) if not part.startswith(f"{HEADING}\n")]
-    position = next((n for n, part in enumerate(others) if part.startswith(NEXT_HEADING)), len(others))
-    return "".join([*others[:position], f"{section}\n", *others[position:]])
 
 
 def _adjusted_rows(matrix: BenchmarkMatrix) -> list[Row]:

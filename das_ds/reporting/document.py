@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,21 @@ class Document:
         for section in self._sections("markdown"):
             parts += [f"## {section.title}", *_markdown_blocks(section.blocks)]
         return "\n\n".join(parts) + "\n"
+
+
+def replace_section(report: str, section: Section, *, before: Sequence[str]) -> str:
+    """A report in Markdown with a section in place of the one of the same title, or of none.
+
+    Args:
+        report: the text.
+        section: the new one.
+        before: titles of the sections that it comes in front of, where they are there; else it is the last.
+    """
+    parts = re.split(r"^(?=## )", report, flags=re.MULTILINE)
+    others = [part for part in parts if not part.startswith(f"## {section.title}\n")]
+    headings = tuple(f"## {title}\n" for title in before)
+    position = next((number for number, part in enumerate(others) if part.startswith(headings)), len(others))
+    return "".join([*others[:position], f"{section_markdown(section)}\n", *others[position:]])
 
 
 def section_markdown(section: Section) -> str:

@@ -12,7 +12,7 @@ from das_ds.functional.units import UnitValues
 from das_ds.reporting.benchmark_matrix import BenchmarkMatrix, read_benchmark_matrix
 from das_ds.reporting.benchmark_report import benchmark_section
 from das_ds.reporting.curves import curves_section
-from das_ds.reporting.document import Block, Document, Plot, Section, Shade, Table, Text
+from das_ds.reporting.document import Block, Document, Plot, Section, Shade, Table, Text, replace_section
 from das_ds.reporting.html import render_html
 from das_ds.reporting.plasticity import plasticity_section, read_plasticity
 from das_ds.reporting.results import Results
@@ -30,6 +30,7 @@ from das_ds.run_dir import (
 )
 from das_ds.softmask.importance_file import read_unit_importance
 from das_ds.softmask.plasticity import DomainPlasticity
+from das_ds.storage import atomic_write
 
 UNDER_TRAINED = (
     "A value below 0 means that other text still improves the model: it is not fully trained on this one, and the\n"
@@ -70,8 +71,10 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
     return folder
 
 
-def refresh_page(run_folder: Path) -> None:
-    """Write index.html anew, after end tasks or benchmarks were scored; nothing where a run has no report yet.
+def refresh_report(run_folder: Path) -> None:
+    """Write index.html, and the end tasks in report.md, anew after end tasks or benchmarks were scored.
+
+    Nothing is written where a run has no report yet.
 
     Raises:
         RunFolderError: the results are damaged, or the folder cannot be written.
@@ -86,9 +89,17 @@ def refresh_page(run_folder: Path) -> None:
             mask = [_mask_saturation(importance)]
     benchmarks = read_benchmark_matrix(run_folder)
     page = render_html(_document(results, mask, read_plasticity(run_folder), benchmarks, run_folder))
-    path = run_folder / REPORT_FOLDER / HTML_REPORT_FILE
+    _replace(run_folder / REPORT_FOLDER / HTML_REPORT_FILE, page)
+    text = run_folder / REPORT_FOLDER / REPORT_FILE
+    for section in end_task_section(run_folder) if text.is_file() else ():
+        report = replace_section(text.read_text(encoding="utf-8"), section, before=["Cost and versions"])
+        _replace(text, report)
+
+
+def _replace(path: Path, text: str) -> None:
     try:
-        path.write_text(page, encoding="utf-8")
+        with atomic_write(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written ({error.strerror}); expected free space") from error
 
@@ -114,7 +125,7 @@ def _document(
     num_learned = len(results.losses_learned)
     state = "complete" if results.complete else f"not complete: {num_learned} of {len(results.domains)} domains learned"
     heading = f"Continual pre-training with method `{results.method}` over {len(results.domains)} domains ({state})."
-    # Only in HTML, from further files of the run.
+    # From further files of the run.
     learning = [] if run_folder is None else learning_section(run_folder)
     others = [] if run_folder is None else [*end_task_section(run_folder), *settings_section(run_folder)]
     return Document(

@@ -1,7 +1,8 @@
-"""Sections of a run's page, index.html, that report.md does not have: learning curves, end tasks, settings."""
+"""Sections of a run's report that are not from its results: learning curves and settings (index.html), end tasks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,9 +10,13 @@ from das_ds.config.io import config_values, load_config, values_set
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.reporting.document import Block, Plot, Section, Table, Text
 from das_ds.reporting.learning_curves import plot_learning_curves, read_learning_curves
-from das_ds.reporting.score_matrix import RunScores, read_run_scores
+from das_ds.reporting.score_matrix import RunScores, ScoreMatrix, ScoreName, read_run_scores
+from das_ds.reporting.tables import Row
 from das_ds.run_dir import CONFIG_FILE, RESULTS_FILE
 
+END_TASKS = "End tasks"
+METRICS: dict[ScoreName, str] = {"macro_f1": "macro-F1", "accuracy": "accuracy"}
+"""Metrics that the report has for all tasks -> their names there."""
 NONE = "-"
 
 
@@ -31,7 +36,7 @@ def end_task_section(run_folder: Path) -> list[Section]:
         scores = read_run_scores(run_folder) if (run_folder / RESULTS_FILE).exists() else None
     except RunFolderError as error:
         # Scores come from another command and are no part of training, which writes this report too.
-        return [Section("End tasks", [Text(f"Omitted: {error}")], only="html")]
+        return [Section(END_TASKS, [Text(f"Omitted: {error}.")])]
     return [] if scores is None else [_end_tasks(scores)]
 
 
@@ -53,20 +58,45 @@ def settings_section(run_folder: Path) -> list[Section]:
 
 
 def _end_tasks(scores: RunScores) -> Section:
-    matrix = scores.matrices["reported"]
     names = [f"{task.name} ({task.metric}, {len(task.seeds)} seeds)" for task in scores.tasks]
-    rows = [
-        [stage, *(NONE if score is None else f"{score:.4f}" for score in row)]
-        for stage, row in zip(scores.stages, matrix.scores, strict=True)
-    ]
-    forgetting = [
-        "forgetting",
-        *(
-            NONE if (value := matrix.forgetting.per_task.get(task.name)) is None else f"{value:+.4f}"
-            for task in scores.tasks
-        ),
-    ]
     text = "Test scores of the model after each stage, mean over seeds of fine-tuning; higher is better."
-    blocks: list[Block] = [Text(text), Table([["stage", *names], *rows, forgetting])]
+    blocks: list[Block] = [Text(text), Table(_score_rows(scores, scores.matrices["reported"], names))]
+    others = {name: label for name, label in METRICS.items() if any(task.metric != name for task in scores.tasks)}
+    for name, label in others.items():
+        rows = _score_rows(scores, scores.matrices[name], [task.name for task in scores.tasks])
+        blocks += [Text(f"As {label}.", only="markdown"), Table(rows, only="markdown")]
+        blocks.append(Table(rows, summary=f"As {label}", only="html"))
+    rates = (
+        "Means over domains, each the mean of its tasks. The forgetting rate is the score right after a domain was\n"
+        "learned minus the score after the last one; above 0: forgotten."
+    )
+    blocks += [Text(rates), Table(_rate_rows(scores, {"reported": "as reported", **others}))]
     blocks += [Text(f"{sentence}.") for sentence in scores.missing]
-    return Section("End tasks", blocks, only="html")
+    return Section(END_TASKS, blocks)
+
+
+def _score_rows(scores: RunScores, matrix: ScoreMatrix, names: Sequence[str]) -> list[Row]:
+    """A row per stage and a column per task, and what was forgotten of each."""
+    forgotten = matrix.forgetting.per_task
+    return [
+        ["stage", *names],
+        *([stage, *map(_score, row)] for stage, row in zip(scores.stages, matrix.scores, strict=True)),
+        ["forgetting", *(_change(forgotten.get(task.name)) for task in scores.tasks)],
+    ]
+
+
+def _rate_rows(scores: RunScores, names: Mapping[ScoreName, str]) -> list[Row]:
+    rows: list[Row] = [["score", "forgetting rate", "backward transfer", "forward transfer"]]
+    for name, label in names.items():
+        matrix = scores.matrices[name]
+        values = (matrix.forgetting.average, matrix.backward_transfer, matrix.forward_transfer)
+        rows.append([label, *map(_change, values)])
+    return rows
+
+
+def _score(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"
+
+
+def _change(value: float | None) -> str:
+    return NONE if value is None else f"{value:+.4f}"

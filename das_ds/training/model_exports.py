@@ -10,7 +10,8 @@ from das_ds.config.stage import Stage
 from das_ds.context import RunContext
 from das_ds.training.console import RunConsole
 from das_ds.training.data_module import DataModule, loss_columns
-from das_ds.training.export import export_dtype, export_model, model_card, write_model_card
+from das_ds.training.export import ExportFormat, export_dtype, export_model
+from das_ds.training.model_card import model_card, write_model_card
 from das_ds.training.run_services import RunServices
 
 
@@ -85,8 +86,7 @@ class ModelExports:
             self._context.network.model,
             self._data.tokenizers[corpus],
             model_card(self._config, stage.index + 1, objective, num_steps=num_steps, name=folder.name),
-            dtype=self._dtype,
-            num_rows=self._data.num_rows(corpus),
+            ExportFormat(self._dtype, self._config.export.max_shard_bytes, self._data.num_rows(corpus)),
             lora=self._context.lora,
             adapter_folder=adapter_folder,
             base=self._config.model.name_or_path,

@@ -10,6 +10,7 @@ from das_ds.fault_tolerance.shutdown import ShutdownHandler
 from das_ds.fault_tolerance.watchdog import Watchdog
 from das_ds.run_dir import RunDir
 from das_ds.tracking.tracker import Tracker
+from das_ds.training.hub_uploads import HubUploads
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,5 @@ class RunServices:
     """Requests to stop or save."""
     watchdog: Watchdog
     """Gets the progress of this rank."""
+    uploads: HubUploads
+    """Of exported models; used on rank 0."""

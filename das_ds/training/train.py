@@ -21,6 +21,7 @@ from das_ds.tracking.run_ids import store_run_id, stored_run_id
 from das_ds.tracking.tracker import Tracker, build_tracker
 from das_ds.training.data_module import DataModule, prepare_data
 from das_ds.training.earlier_run import EarlierRun, open_earlier_run
+from das_ds.training.hub_uploads import HubUploads
 from das_ds.training.publish import collect_results
 from das_ds.training.revisions import pin_revisions
 from das_ds.training.run_lock import RunLock
@@ -44,6 +45,7 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
     watchdog = Watchdog(ranks, config.runtime.hang_timeout, run_dir)
     lock = RunLock(config.output_dir, on_loss=_exit_without_writing)
     # The lock is acquired inside: a start that waits for it is not hung, and a signal ends it cleanly.
+    uploads = HubUploads(config, run_dir)
     with watchdog, lock, ShutdownHandler(run_dir, config.runtime.stop_signals) as shutdown:
         with watchdog.suspend_timeout("opening the run folder"):
             ranks.run_on_main(lock.acquire)
@@ -53,19 +55,26 @@ def train(config: RunConfig, ranks: ProcessGroup) -> Results:
         # Rank 0 alone: files on a network file system may appear later on other nodes.
         ranks.run_on_main(lambda: _check_run_dir(run_dir, manifest))
         if manifest is not None and manifest.run.phase == "finished":
-            return _write_final_results(config, ranks, run_dir, manifest)
+            results = _write_final_results(config, ranks, run_dir, manifest)
+            _finish_uploads(uploads, ranks, watchdog, shutdown, manifest.run.domains_done)
+            return results
+        if manifest is not None and ranks.info.is_main:
+            # The model of a domain that is to be evaluated follows after that.
+            uploads.add(manifest.run.domains_done - (manifest.run.phase == "evaluate"))
         with watchdog.suspend_timeout("reading the earlier run"):
             earlier = _find_earlier_run(config, ranks, manifest)
         config, data = prepare_run(config, ranks, watchdog)
         _stop_if_requested(ranks, shutdown)
         # Rank 0 alone logs; the others have a tracker without sinks.
         tracker = ranks.run_on_main(lambda: build_tracker(config, enabled=True)) or Tracker()
-        services = RunServices(ranks, run_dir, tracker, store, shutdown, watchdog)
+        services = RunServices(ranks, run_dir, tracker, store, shutdown, watchdog, uploads)
         with tracker:
             with watchdog.suspend_timeout("building the engine"):
                 trainer = ContinualTrainer(config, services, data, engine_config, earlier)
             try:
-                return trainer.run(manifest)
+                results = trainer.run(manifest)
+                _finish_uploads(uploads, ranks, watchdog, shutdown, len(config.learned))
+                return results
             finally:
                 trainer.engine.close()
 
@@ -114,6 +123,23 @@ def _write_final_results(config: RunConfig, ranks: ProcessGroup, run_dir: RunDir
     results = collect_results(config, manifest.run, manifest.world_size, manifest.zero_stage)
     ranks.run_on_main(lambda: results.write(run_dir.results_file))
     return results
+
+
+def _finish_uploads(
+    uploads: HubUploads, ranks: ProcessGroup, watchdog: Watchdog, shutdown: ShutdownHandler, num_domains: int
+) -> None:
+    """Wait until all models of a finished run are on the hub, where they are uploaded, or a stop is requested."""
+
+    def is_stopped() -> bool:
+        return shutdown.poll(files=True).stop is not None
+
+    def finish() -> None:
+        uploads.add(num_domains)
+        if not uploads.wait(is_stopped):
+            shutdown.remove_stop_file()
+
+    with watchdog.suspend_timeout("uploading models"):
+        ranks.run_on_main(finish)
 
 
 def _stop_if_requested(ranks: ProcessGroup, shutdown: ShutdownHandler) -> None:

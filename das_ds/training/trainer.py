@@ -494,6 +494,8 @@ class ContinualTrainer(Callbacks):
         )
         if self._state.domains_done:
             self._exports.write_losses(self._stages[self._state.domains_done - 1], self._state, losses)
+            # Once its card is complete.
+            self._services.uploads.add(self._state.domains_done)
 
     def _results(self) -> Results:
         return collect_results(self._config, self._state, self._ranks.info.world_size, self.engine.zero_stage)

@@ -35,7 +35,8 @@ class AllocationCounter(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._live:
+        # Tensors on the meta device have no memory.
+        if key in self._live or storage.device.type == "meta":
             return
         self._live.add(key)
         size = storage.nbytes()

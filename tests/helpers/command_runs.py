@@ -106,7 +106,7 @@ def fill_disk_of_importance() -> None:
 
 def fill_disk_of_exports() -> None:
     """For `disturb`: the system refuses to write models on rank 0."""
-    export._write = _on_full_disk(export._write, 4096)
+    export._write_file = _on_full_disk(export._write_file, 4096)
 
 
 def fill_disk_of_tokenizers() -> None:

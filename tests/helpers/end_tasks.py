@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from das_ds.config import RunConfig
+from das_ds.config import RunConfig, TaskConfig
+from das_ds.config.io import dump_config
 from das_ds.distributed.process_group import init_process_group
 from das_ds.downstream import run as finetune
 from das_ds.downstream.scores import EndTaskScores, SeedScores
 from das_ds.downstream.tasks import EndTask
+from das_ds.reporting.results import build_results
+from das_ds.reporting.run_report import write_report
 from helpers.tiny_models import tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -93,3 +96,64 @@ def jobs_of_a_start(config: RunConfig, folder: Path) -> list[tuple[str, int]]:
     finally:
         finetune.fine_tune = fine_tune
     return jobs
+
+
+def finished_run(folder: Path, tasks: list[dict[str, Any]]) -> RunConfig:
+    """The files of a run over two domains that started from a saved model, whose config was recorded without tasks."""
+    base = folder / "base"
+    tokenizer = tiny_tokenizer()
+    config = RunConfig.model_validate(
+        {
+            "output_dir": folder / "run",
+            "model": {"name_or_path": str(base)},
+            "domains": [{"name": name, "train": ["none.txt"]} for name in ("food", "papers")],
+            "wandb": {"mode": "disabled"},
+        }
+    )
+    models = [base, *(folder / "run" / "domains" / name / "model" for name in ("00_food", "01_papers"))]
+    for seed, model in enumerate(models):
+        tiny_model("bert", seed=seed, vocab_size=len(tokenizer)).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    dump_config(config, folder / "run" / "config.yaml")
+    results = build_results(
+        method="ncl",
+        domains=["food", "papers"],
+        eval_domains=["food", "papers"],
+        loss_matrix=[[5.0, 5.0], [4.0, 4.5], [4.2, 4.0]],
+        tokens_seen=8,
+        wall_seconds=1.0,
+        world_size=1,
+        zero_stage=0,
+    )
+    results.write(folder / "run" / "results.json")
+    write_report(folder / "run", results, None)
+    return config.model_copy(update={"tasks": [TaskConfig.model_validate(task) for task in tasks]})
+
+
+def jobs_over_a_run(config: RunConfig, failing: str = "") -> tuple[list[str], list[tuple[str, str, int]]]:
+    """Stages of a run that a start fine-tunes, and (folder, task, seed) of what it trains on this rank.
+
+    Args:
+        config: of the run.
+        failing: folder of a model whose training is interrupted.
+    """
+    ranks = init_process_group()
+    jobs = []
+    fine_tune = finetune.fine_tune
+
+    def noted(task: EndTask, seed: int, source: Any, *args: Any, **options: Any) -> SeedScores:
+        folder = Path(source.name_or_path).parent.name
+        if folder == failing:
+            raise KeyboardInterrupt
+        jobs.append((folder, task.config.name, seed))
+        return fine_tune(task, seed, source, *args, **options)
+
+    finetune.fine_tune = noted
+    models = finetune.list_scored_models(config, ranks)
+    try:
+        finetune.finetune_models(config, ranks, models, config.tasks)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        finetune.fine_tune = fine_tune
+    return [model.stage for model in models], jobs

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import constants
 
@@ -60,20 +60,35 @@ class FakeHub:
                 return 200, {"ETag": f'"{_digest(file)}"', "X-Repo-Commit": commit}, file.read_bytes()
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
+    def receive(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body for a request that changes something."""
+        self.requests.append(f"{method} {path}")
+        return 403, {}, b"{}"
+
+
+Hub = TypeVar("Hub", bound=FakeHub)
+
 
 @contextmanager
-def fake_hub() -> Iterator[FakeHub]:
+def fake_hub(kind: type[Hub] = FakeHub) -> Iterator[Hub]:  # type: ignore[assignment]
     """Serves until the end of the block, after which its address refuses connections."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._send(is_head=False)
+            self._send(hub.answer(self.path.partition("?")[0]))
 
         def do_HEAD(self) -> None:
-            self._send(is_head=True)
+            self._send(hub.answer(self.path.partition("?")[0]), is_head=True)
 
-        def _send(self, *, is_head: bool) -> None:
-            status, headers, body = hub.answer(self.path.partition("?")[0])
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._send(hub.receive(self.command, self.path.partition("?")[0], body))
+
+        def do_DELETE(self) -> None:
+            self.do_POST()
+
+        def _send(self, answer: tuple[int, dict[str, str], bytes], *, is_head: bool = False) -> None:
+            status, headers, body = answer
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
@@ -85,7 +100,7 @@ def fake_hub() -> Iterator[FakeHub]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub = FakeHub(f"http://127.0.0.1:{server.server_address[1]}")
+    hub = kind(f"http://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

@@ -82,7 +82,8 @@ def _learn(config: RunConfig, domains: list[Steps]) -> Learned:
         tokens_per_step = config.train.global_batch_size * LENGTH
         trainer.run(iter(parts), DomainProgress("domain", 0, 0, tokens_per_step, len(parts)))
         method.after_domain(domain)
-        frozen = {name: weight for name, weight in engine.frozen_weights() if weight is not None}
+        gathered = {name: engine.gather_weight(name, {0}) for name in engine.frozen_names}
+        frozen = {name: weight for name, weight in gathered.items() if weight is not None}
         weights.append(frozen | {name: weight.detach().clone() for name, weight in engine.weights.fp32_weights()})
     sharded = {
         name: [(s.name, s.param_start, flats[s.flat][s.span].clone()) for s in engine.weights.shards]

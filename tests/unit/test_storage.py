@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from das_ds.storage import (
     CHECKSUM_FILE,
     MODEL_CARD,
+    StagedDir,
     atomic_dir,
     atomic_write,
+    checksum,
     find_corrupted,
     read_json_with_checksum,
     write_json_with_checksum,
@@ -44,6 +46,31 @@ def test_atomic_dir_failure_keeps_old_folder(tmp_path: Path) -> None:
         (partial / "weights").write_text("three")
         raise RuntimeError
     assert (folder / "part" / "weights").read_text() == "two" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_staged_dir_that_was_not_published_is_cleared_and_never_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    killed = StagedDir(folder)
+    killed.create()
+    (killed.partial / "model-00001-of-00002.safetensors").write_text("half a model")
+    assert not folder.exists()
+    staged = StagedDir(folder)
+    staged.create()
+    (staged.partial / "model.safetensors").write_text("whole")
+    staged.publish()
+    assert sorted(path.name for path in folder.iterdir()) == [CHECKSUM_FILE, "model.safetensors"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_staged_dir_records_known_checksums_without_reading(tmp_path: Path) -> None:
+    staged = StagedDir(tmp_path / "model")
+    staged.create()
+    for name in ("a", "b"):
+        (staged.partial / name).write_text(name)
+    staged.publish({"a": "of another process"})
+    lines = (staged.folder / CHECKSUM_FILE).read_text().splitlines()
+    assert lines[0] == "of another process  a" and lines[1] == f"{checksum(staged.folder / 'b')}  b"
+    assert find_corrupted(staged.folder) == ["a"]
 
 
 def test_write_checksums_matches_sha256sum(tmp_path: Path) -> None:

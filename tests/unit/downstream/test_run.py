@@ -19,7 +19,15 @@ from das_ds.reporting.results import build_results
 from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE, open_run_dir
 from das_ds.storage import write_checksums
 from helpers.commands import program
-from helpers.end_tasks import jobs_of_a_start, save_model, scores_on_ranks, small_task, task_run
+from helpers.end_tasks import (
+    finished_run,
+    jobs_of_a_start,
+    jobs_over_a_run,
+    save_model,
+    scores_on_ranks,
+    small_task,
+    task_run,
+)
 from helpers.html_pages import Page
 from helpers.run_ranks import run_ranks
 
@@ -107,6 +115,76 @@ def test_finetune_command_prints_and_records_scores(tmp_path: Path) -> None:
     assert [row[1] for row in table[1:3]] == ["-", f"{entry.seeds[0].test.accuracy:.4f}"]
     # Not a terminal, so no bar.
     assert "epoch 1" not in done.stderr and "LOAD REPORT" not in done.stderr
+
+
+@pytest.mark.multirank
+def test_finetune_run_scores_all_models_and_continues_where_it_was_interrupted(tmp_path: Path) -> None:
+    config = finished_run(tmp_path, [small_task(tmp_path, seeds=[0, 1], **QUICK)])
+    first, second = run_ranks(jobs_over_a_run, 1, config, "01_papers")[0], run_ranks(jobs_over_a_run, 1, config)[0]
+    assert first[0] == second[0] == ["base", "food", "papers"]
+    # The base is a folder beside the run.
+    assert first[1] == [(name, "toy_text", seed) for name in (tmp_path.name, "00_food") for seed in (0, 1)]
+    assert second[1] == [("01_papers", "toy_text", 0), ("01_papers", "toy_text", 1)]
+    # Where the base is no longer, its row is left out; exports that were moved away are too.
+    (tmp_path / "base").rename(tmp_path / "moved")
+    (tmp_path / "run" / "domains" / "01_papers" / "model").rename(tmp_path / "moved_too")
+    third = run_ranks(jobs_over_a_run, 2, config)
+    assert third == [(["food"], [])] * 2
+
+
+def test_finetune_run_command_writes_both_reports(tmp_path: Path) -> None:
+    task = small_task(tmp_path, seeds=[0], name="food_task", **QUICK)
+    config = finished_run(tmp_path, [task])
+    path = tmp_path / "with_tasks.yaml"
+    dump_config(config, path)
+    run = tmp_path / "elsewhere"
+    (tmp_path / "run").rename(run)
+    done = program("launch/finetune.py", "--run", run, "--config", path)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout.splitlines()[-1])
+    assert list(shown) == ["base", "food", "papers"]
+    scores = [shown[stage]["food_task"]["test"]["mean"] for stage in shown]
+    page = Page((run / "report" / "index.html").read_text())
+    (table,) = [table for table in page.tables if table[0][1:] == ["food_task (macro_f1, 1 seeds)"]]
+    assert [row[1] for row in table[1:4]] == [f"{score:.4f}" for score in scores]
+    text = (run / "report" / "report.md").read_text()
+    assert f"{scores[1] - scores[2]:+.4f}" in text[text.index("forgetting rate |") :] and "As accuracy." in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--run", "{0}/none"], "--run {0}/none: found no config.yaml there, expected the folder of a run"),
+        (["--run", "{0}/run"], "tasks: found none in {0}/run/config.yaml, expected at least one with name, train, dev"),
+        (["--run", "{0}/run", "--config", "{0}/other.yaml"], "output_dir: {0}/run belongs to another run; its config"),
+        (
+            ["--run", "{0}/run", "--config", "{0}/tasks.yaml", "--output", "scores.json"],
+            "--output: found scores.json with --run, whose scores are next to each model; expected none",
+        ),
+        (["--model", "{0}/base"], "--config: found none with --model, expected the run config that has the tasks"),
+    ],
+)
+def test_finetune_run_command_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    config = finished_run(tmp_path, two_tasks(tmp_path))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    dump_config(config, tmp_path / "tasks.yaml")
+    dump_config(config.model_copy(update={"seed": 1}), tmp_path / "other.yaml")
+    # Bars of the library that saved the models.
+    capsys.readouterr()
+    assert main(["finetune", *(word.format(tmp_path) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("das_ds: " + expected.format(tmp_path)) and error.count("\n") == 1
+
+
+def test_finetune_run_without_exports_is_one_line(tmp_path: Path) -> None:
+    config = finished_run(tmp_path, two_tasks(tmp_path))
+    for folder in (tmp_path / "base", *(tmp_path / "run" / "domains").iterdir()):
+        folder.rename(tmp_path / f"moved_{folder.name}")
+    with pytest.raises(RuntimeError, match=r"RunFolderError: --run .*/run: found no exported model, expected at least"):
+        run_ranks(jobs_over_a_run, 1, config)
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,12 @@ def test_merge_equals_adapted_network_and_peft(model_type: str, tmp_path: Path) 
     expected = model(tokens()).logits
     assert not torch.allclose(expected, network(model_type)[0](tokens()).logits, atol=0.01)
     base, _ = network(model_type)
-    weights, trained = lora.split({name: parameter.detach() for name, parameter in model.named_parameters()})
-    lora.merge(weights, trained)
+    adapted_weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {base: adapted_weights[name] for name, base in lora.base_names(model).items()}
+    for linear in lora.linears:
+        assert lora.adapted(linear.weight) is linear
+        a, b = adapted_weights[linear.a], adapted_weights[linear.b]
+        weights[linear.weight] = lora.merge(linear, weights[linear.weight], a, b)
     assert set(weights) == dict(base.named_parameters()).keys()
     base.load_state_dict(weights, strict=False)
     torch.testing.assert_close(base(tokens()).logits, expected, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ import torch
 
 from das_ds.models.size import MemoryUse, ModelSize, Sharding
 from das_ds.preflight.memory_estimate import (
+    ExportSize,
     MemoryEstimate,
     activation_bytes,
     checkpoint_bytes,
@@ -29,6 +30,7 @@ SIZE = ModelSize(
     vocabulary=60,
 )
 NOTHING = MemoryUse()
+EXPORT = ExportSize(total=4000, file=1500)
 SHARDING = Sharding(stage=2, num_ranks=4, weight_bytes=2, gradient_bytes=4, num_moments=2, bucket=100)
 
 
@@ -67,7 +69,11 @@ def test_domain_bytes_are_weights_and_model() -> None:
 )
 def test_estimate_memory_by_stage(stage: int, weight_bytes: int, expected: tuple[int, ...]) -> None:
     needed = estimate_memory(
-        SIZE, replace(SHARDING, stage=stage, weight_bytes=weight_bytes), method=NOTHING, copied_bytes=12_000
+        SIZE,
+        replace(SHARDING, stage=stage, weight_bytes=weight_bytes),
+        method=NOTHING,
+        export=EXPORT,
+        copied_bytes=12_000,
     )
     names = ("weights", "gathered weights", "gradients", "buckets", "fp32 weights", "moments", "gradients of the shard")
     assert tuple(needed.device[name] for name in names) == expected
@@ -78,9 +84,13 @@ def test_estimate_memory_by_stage(stage: int, weight_bytes: int, expected: tuple
 def test_estimate_memory_offload_moves_items_to_the_host() -> None:
     stage_3 = replace(SHARDING, stage=3)
     method = MemoryUse(device={"buffer": 5}, optimizer={"importance": 6}, host={"copy": 7})
-    here = estimate_memory(SIZE, stage_3, method=method, copied_bytes=0)
+    here = estimate_memory(SIZE, stage_3, method=method, export=EXPORT, copied_bytes=0)
     there = estimate_memory(
-        SIZE, replace(stage_3, offloads_optimizer=True, offloads_weights=True), method=method, copied_bytes=0
+        SIZE,
+        replace(stage_3, offloads_optimizer=True, offloads_weights=True),
+        method=method,
+        export=EXPORT,
+        copied_bytes=0,
     )
     assert there.device.keys() == {"gathered weights", "gradients", "buckets", "buffer"}
     assert here.device["importance"] == 6 and here.host["copy"] == 7
@@ -91,13 +101,13 @@ def test_estimate_memory_offload_moves_items_to_the_host() -> None:
 def test_estimate_memory_zero3_gathers_largest_layer_or_live() -> None:
     def gathered(live: int) -> int:
         sharding = replace(SHARDING, stage=3, live=live)
-        return estimate_memory(SIZE, sharding, method=NOTHING, copied_bytes=0).device["gathered weights"]
+        return estimate_memory(SIZE, sharding, method=NOTHING, export=EXPORT, copied_bytes=0).device["gathered weights"]
 
     assert (gathered(0), gathered(500), gathered(10**9)) == (600, 1000, 2000)
 
 
 def test_estimate_memory_construction_may_be_the_peak() -> None:
-    needed = estimate_memory(SIZE, replace(SHARDING, num_ranks=1000), method=NOTHING, copied_bytes=0)
+    needed = estimate_memory(SIZE, replace(SHARDING, num_ranks=1000), method=NOTHING, export=EXPORT, copied_bytes=0)
     assert needed.device_bytes == 4000 > sum(needed.device.values())
     # float32 as it is read, and the copy of what 16 bits would round.
     assert needed.host_bytes == 8000
@@ -120,9 +130,38 @@ def test_activation_bytes_recomputed_layers_keep_inputs() -> None:
 def test_estimate_memory_rounded_frozen_weights_are_kept() -> None:
     def frozen_bytes(**changes: int) -> int:
         found = estimate_memory(
-            replace(SIZE, trained=100), replace(SHARDING, **changes), method=NOTHING, copied_bytes=0
+            replace(SIZE, trained=100), replace(SHARDING, **changes), method=NOTHING, export=EXPORT, copied_bytes=0
         )
         return found.host.get("frozen weights", 0)
 
     assert frozen_bytes(stage=3) == 4 * 900 // 4
     assert frozen_bytes(stage=3, weight_bytes=4) == frozen_bytes(stage=2) == 0
+
+
+def test_estimate_memory_rounded_frozen_weights_are_on_rank_0_below_zero3() -> None:
+    size = replace(SIZE, trained=100)
+
+    def of_main(**changes: int) -> int:
+        sharding = replace(SHARDING, **changes)
+        return estimate_memory(size, sharding, method=NOTHING, export=EXPORT, copied_bytes=0).host_main
+
+    assert of_main() == 4 * 900
+    assert of_main(weight_bytes=4) == of_main(stage=3) == 0
+
+
+def test_estimate_memory_export_is_a_file_and_a_weight_on_ranks_that_write() -> None:
+    size = replace(SIZE, largest_trained=70)
+
+    def found(num_ranks: int, export: ExportSize, size: ModelSize = size) -> tuple[int, tuple[int, ...]]:
+        sharding = replace(SHARDING, num_ranks=num_ranks)
+        needed = estimate_memory(size, sharding, method=NOTHING, export=export, copied_bytes=0)
+        return needed.host_export, tuple(needed.writers)
+
+    weight = 4 * max(size.largest_layer, 70)
+    # Three files: all ranks where there are fewer, else spread over them.
+    assert found(2, EXPORT) == (1500 + weight, (0, 1))
+    assert found(6, EXPORT) == (1500 + weight, (0, 2, 4))
+    # One file, by rank 0; adapters are gathered after it.
+    assert found(6, ExportSize(4000, 5000)) == (4000 + weight, (0,))
+    adapters = replace(size, trained=10_000, has_adapters=True)
+    assert found(6, EXPORT, adapters) == (40_000, (0, 2, 4))

@@ -106,7 +106,9 @@ def test_time_and_cost_by_hand() -> None:
     sent = 63 / 64 * 2 * 8 * (3 * model("8b").size.total - 0.5 * BILLION)
     assert plan.traffic_seconds == pytest.approx(sent / 50e9, rel=0.01)
     assert plan.step_seconds == max(plan.compute_seconds, plan.traffic_seconds)
-    export = 4 * model("8b").size.total / 1e9
+    # Seven files of 5 GB, by seven ranks.
+    assert 6 * 5e9 < 4 * model("8b").size.total <= 7 * 5e9
+    export = 4 * model("8b").size.total / 7 / 1e9
     seconds = 2500 * plan.step_seconds + export
     assert [domain.seconds for domain in plan.domains] == pytest.approx([seconds] * 2)
     assert plan.gpu_hours == pytest.approx(2 * 64 * seconds / 3600)
@@ -128,7 +130,8 @@ def test_fits_leaves_a_tenth_of_the_gpu_and_checks_the_host() -> None:
     plan = plan_run(config, model("8b"), cluster(), 8)
     assert plan.fits(cluster(memory_gib=1.01 * plan.peak / GIB / 0.9))
     assert not plan.fits(cluster(memory_gib=0.99 * plan.peak / GIB / 0.9))
-    assert plan.host_per_node == 8 * plan.memory.host_bytes + plan.memory.host_export
+    assert plan.memory.writers == (0, 1, 2, 3, 4, 5, 6)
+    assert plan.host_per_node == 8 * plan.memory.host_bytes + 7 * plan.memory.host_export
     assert not plan.fits(cluster(host_memory_gib=plan.host_per_node / GIB))
     assert plan.fits(cluster(host_memory_gib=1.2 * plan.host_per_node / GIB))
 

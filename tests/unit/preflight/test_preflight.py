@@ -329,8 +329,10 @@ def room(node: str, host: int, device: int | None = None) -> MemoryBudget:
     return MemoryBudget(node, None if device is None else device * GIB, host * GIB)
 
 
-def needs(device: int, host: int = 0, export: int = 0) -> MemoryEstimate:
-    return MemoryEstimate({"all": device * GIB}, {"all": host * GIB}, 0, 0, export * GIB)
+def needs(
+    device: int, host: int = 0, export: int = 0, writers: tuple[int, ...] = (0,), main: int = 0
+) -> MemoryEstimate:
+    return MemoryEstimate({"all": device * GIB}, {"all": host * GIB}, 0, 0, export * GIB, writers, main * GIB)
 
 
 @pytest.mark.parametrize(
@@ -338,9 +340,13 @@ def needs(device: int, host: int = 0, export: int = 0) -> MemoryEstimate:
     [
         ([room("a", 8), room("a", 8)], needs(4), 0, "ok"),
         ([room("a", 8), room("a", 7)], needs(4), 0, "failed"),
-        # Rank 0 exports, on the first node only.
+        # Rank 0 exports, on the first node only; or both do.
         ([room("a", 8), room("a", 8)], needs(3, export=3), 0, "failed"),
         ([room("a", 8), room("b", 4)], needs(4, export=4), 0, "ok"),
+        ([room("a", 8), room("b", 4)], needs(4, export=4, writers=(0, 1)), 0, "failed"),
+        ([room("a", 8), room("b", 8)], needs(4, export=4, writers=(0, 1)), 0, "ok"),
+        ([room("a", 8), room("b", 4)], needs(4, main=5), 0, "failed"),
+        ([room("a", 9), room("b", 4)], needs(4, main=5), 0, "ok"),
         ([room("a", 8), room("a", 8)], needs(3), 1, "ok"),
         ([room("a", 8), room("a", 8)], needs(3), 2, "doubt"),
         ([room("a", 8, 4), room("a", 8, 4)], needs(3, 4), 1, "ok"),

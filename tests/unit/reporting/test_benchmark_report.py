@@ -12,8 +12,8 @@ from das_ds.benchmark.rules import Transitions
 from das_ds.benchmark.scores import BenchmarkScores, ModelBenchmarks
 from das_ds.errors import RunFolderError
 from das_ds.reporting.benchmark_matrix import BenchmarkMatrix, read_benchmark_matrix
-from das_ds.reporting.benchmark_report import benchmark_section, replace_section, update_report
-from das_ds.reporting.document import section_markdown
+from das_ds.reporting.benchmark_report import benchmark_section, update_report
+from das_ds.reporting.document import Section, Text, replace_section, section_markdown
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_report import write_report
 
@@ -129,7 +129,11 @@ def test_write_report_has_section_before_cost(make_results: Callable[..., Result
 
 
 def test_replace_section_without_cost_is_last() -> None:
-    assert replace_section("# run\n", "## Benchmarks\n\nnew\n") == "# run\n## Benchmarks\n\nnew\n\n"
+    section = Section("Benchmarks", [Text("new")])
+    assert replace_section("# run\n", section, before=["Cost"]) == "# run\n## Benchmarks\n\nnew\n\n"
+    report = "# run\n\n## Benchmarks\n\nold\n\n## End tasks\n\nx\n\n## Cost\n"
+    expected = "# run\n\n## Benchmarks\n\nnew\n\n## End tasks\n\nx\n\n## Cost\n"
+    assert replace_section(report, section, before=["Cost", "End tasks"]) == expected
 
 
 def test_update_report_without_report_writes_none(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from das_ds.reporting.document import Bullets, Document, Plot, Section, Shade, T
 from das_ds.reporting.html import render_html
 from das_ds.reporting.learning_curves import MAX_POINTS, plot_learning_curves, read_learning_curves
 from das_ds.reporting.results import Results
-from das_ds.reporting.run_report import refresh_page, write_report
+from das_ds.reporting.run_report import refresh_report, write_report
 from das_ds.run_dir import IMPORTANCE_FILE
 from helpers.comparisons import comparison, group, importance_summary
 from helpers.html_pages import Page
@@ -137,30 +137,53 @@ def test_markdown_has_no_section_of_the_page_only(run_folder: Path) -> None:
         "Held-out loss",
         "Forgetting and transfer",
         "Mask saturation",
+        "End tasks",
         "Cost and versions",
     ]
     assert not (run_folder / "report" / "learning_curves.png").exists()
 
 
-def test_refresh_page_adds_scores_and_reads_stored_importance(tmp_path: Path) -> None:
+def test_refresh_report_adds_scores_and_reads_stored_importance(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     write_report(folder, Results.read(folder / "results.json"), IMPORTANCE)
     write_task(folder, "base", 0.5)
-    refresh_page(folder)
+    refresh_report(folder)
     page = Page((folder / "report" / "index.html").read_text())
     assert "End tasks" in page.headings and "Mask saturation" in page.headings and page.tags.count("svg") == 0
     write_unit_importance(folder, {IMPORTANCE_FILE: 0.5})
-    refresh_page(folder)
+    refresh_report(folder)
     assert Page((folder / "report" / "index.html").read_text()).row("head")[2] == f"{(0.5 + 0.25 + 0.5) / 3:.3f}"
 
 
-def test_refresh_page_unwritable_is_named(tmp_path: Path) -> None:
+def test_refresh_report_puts_end_tasks_into_both_reports(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    refresh_page(folder)
+    write_report(folder, Results.read(folder / "results.json"), IMPORTANCE)
+    path = folder / "report" / "report.md"
+    without = path.read_text()
+    assert "End tasks" not in without
+    write_task(folder, "base", 0.5)
+    refresh_report(folder)
+    assert "0.5000" in path.read_text()
+    for stage, score in (("domains/00_acl", 0.75), ("domains/01_pubmed", 0.625)):
+        write_task(folder, stage, score)
+    refresh_report(folder)
+    text = path.read_text()
+    # As a report that is written anew has it.
+    write_report(folder, Results.read(folder / "results.json"), IMPORTANCE)
+    assert text == path.read_text()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    assert ["as reported", "+0.1250", "-0.1250", "-"] in cells
+    assert ["forgetting", "+0.1250"] in cells and "As accuracy." in text
+    assert Page((folder / "report" / "index.html").read_text()).row("as reported")[1] == "+0.1250"
+
+
+def test_refresh_report_unwritable_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    refresh_report(folder)
     assert not (folder / "report").exists()
     (folder / "report" / "index.html").mkdir(parents=True)
     with pytest.raises(RunFolderError, match=r"report/index.html: cannot be written \(Is a directory"):
-        refresh_page(folder)
+        refresh_report(folder)
 
 
 def test_page_with_damaged_scores_says_so(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from das_ds.data.blocks import MixedBlocks
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import RunFolderError
 from das_ds.training.data_module import DataModule, prepare_data
-from das_ds.training.export import model_card
+from das_ds.training.model_card import model_card
 from das_ds.training.publish import collect_results
 from helpers.mixed_domains import mixed_run
 

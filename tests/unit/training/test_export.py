@@ -10,8 +10,10 @@ import torch
 from das_ds.config import RunConfig
 from das_ds.config.io import config_differences
 from das_ds.errors import ConfigError, RunFolderError
-from das_ds.storage import MODEL_CARD
-from das_ds.training.export import export_dtype, model_card, write_model_card
+from das_ds.storage import MODEL_CARD, StagedDir
+from das_ds.training import export
+from das_ds.training.export import export_dtype
+from das_ds.training.model_card import model_card, write_model_card
 from helpers.runs import small_run
 from helpers.tiny_models import tiny_model
 
@@ -46,6 +48,20 @@ def test_export_dtype_unsupported_raises(tmp_path: Path) -> None:
 
 def test_export_dtype_may_change_on_resume(tmp_path: Path) -> None:
     assert config_differences(run(tmp_path, "fp32"), run(tmp_path, "bf16")) == []
+
+
+def test_publish_without_a_file_of_another_rank_raises(tmp_path: Path) -> None:
+    staged = StagedDir(tmp_path / "model")
+    staged.create()
+    (staged.partial / "model-00001-of-00002.safetensors").touch()
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    with pytest.raises(RunFolderError) as caught:
+        export._publish(staged, dict.fromkeys(names, "0"))
+    assert str(caught.value) == (
+        f"{staged.partial / names[1]}: found no such file on rank 0, though another rank wrote it; output_dir must be "
+        "on a file system that all nodes share"
+    )
+    assert not staged.folder.exists()
 
 
 def test_model_card_names_the_base_as_given_and_how_to_load_the_model(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from das_ds.config import RunConfig
 from das_ds.data.blocks import TokenBlocks
 from das_ds.distributed.process_group import RankInfo
 from das_ds.training.data_module import DataModule, prepare_data
-from das_ds.training.export import model_card
+from das_ds.training.model_card import model_card
 from helpers.runs import small_run
 
 INFO = RankInfo(0, 0, 1, torch.device("cpu"))
