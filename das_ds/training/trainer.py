@@ -19,6 +19,7 @@ from das_ds.distributed.process_group import seed_everything
 from das_ds.distributed.resumable import ResumableLoops
 from das_ds.distributed.rng import RngState
 from das_ds.distributed.state import Stateful
+from das_ds.errors import ConfigError
 from das_ds.methods import build_method, method_class
 from das_ds.methods.base import Method
 from das_ds.models.loading import get_weights_record
@@ -67,6 +68,9 @@ class ContinualTrainer(Callbacks):
         data: tokenizers and batches.
         engine_config: DeepSpeed's merged settings.
         earlier: the run that it continues; None: none, or the run has begun with its own domains.
+
+    Raises:
+        ConfigError: the run cannot be continued, or has settings that do not fit the network.
     """
 
     prints_progress = True
@@ -104,6 +108,12 @@ class ContinualTrainer(Callbacks):
         self._continuation: Continuation | None = None
         if earlier is not None:
             has_base = self._state.phase != HEAD_WARMUP
+            if self._base is not None and not has_base:
+                raise ConfigError(
+                    f"continue_from: found method {config.method.name}, which trains every domain from the base model, "
+                    "with model.head_warmup_steps, whose result is not kept; expected another method, or a new run "
+                    "over all domains"
+                )
             reset = self._reset_new_tokens
             self._continuation = Continuation(
                 config, earlier, self.context, self._method, data, reset, has_base=has_base

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from das_ds.config import RunConfig
-from das_ds.config.io import parse_config
+from das_ds.config.io import dump_config, parse_config
 
 DEFAULT_METHOD = "das"
 LENGTH = 12
@@ -51,3 +51,19 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _name(method: Any) -> str:
     return str(method.get("name", DEFAULT_METHOD) if isinstance(method, dict) else method)
+
+
+def record_continued(folder: Path, earlier: tuple[str, ...], after: str, own: tuple[str, ...]) -> tuple[Path, Path]:
+    """Two run folders with their configs: one that learned `earlier`, and one that continues it with `own` domains."""
+    first = folder / "first"
+    beginning = {**base_values(first), "domains": [{"name": name, "train": ["unused.txt"]} for name in earlier]}
+    following = {
+        "output_dir": folder / "next",
+        "continue_from": {"run": first, "after": after},
+        "domains": [{"name": name, "train": ["unused.txt"]} for name in own],
+    }
+    for values in (beginning, following):
+        config = parse_config(values, [])
+        config.output_dir.mkdir()
+        dump_config(config, config.output_dir / "config.yaml")
+    return first, folder / "next"

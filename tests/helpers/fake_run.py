@@ -34,5 +34,11 @@ def make_run(folder: Path, method: dict[str, Any], model_type: str = "roberta", 
     )
     config = run_config(folder, method=method)
     return SimpleNamespace(
-        config=config, engine=engine, network=network, layout=spec.layout(model), tokens=(), lora=None
+        config=config,
+        engine=engine,
+        network=network,
+        layout=spec.layout(model),
+        tokens=(),
+        lora=None,
+        num_base_tokens=None,
     )

@@ -15,7 +15,7 @@ import yaml
 
 from das_ds import cli
 from das_ds.config import RunConfig
-from das_ds.config.io import load_config
+from das_ds.config.io import dump_config, load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -192,10 +192,17 @@ def test_overrides_of_commands_are_valid(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_yaml_blocks_are_run_configs(page: Path) -> None:
+def test_yaml_blocks_are_run_configs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / "runs" / "papers"
+    earlier.mkdir(parents=True)
+    dump_config(RunConfig.model_validate(MINIMAL), earlier / "config.yaml")
     for block in blocks(page, "yaml"):
         for values in documents(block):
-            RunConfig.model_validate(complete(values))
+            if "continue_from" in values:
+                parse_config(values, [])
+            else:
+                RunConfig.model_validate(complete(values))
 
 
 def test_commands_are_found_behind_every_launcher() -> None:

@@ -16,6 +16,7 @@ from das_ds.reporting.benchmark_report import benchmark_section, update_report
 from das_ds.reporting.document import Section, Text, replace_section, section_markdown
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_report import write_report
+from helpers.configs import record_continued
 
 FOLDERS = ("base", "domains/00_acl", "domains/01_pub_med")
 
@@ -68,6 +69,17 @@ def test_matrix_has_benchmarks_by_models(tmp_path: Path) -> None:
     # The mean is over those that all models have.
     assert matrix.mean_adjusted == first.adjusted
     assert matrix.summary["words"] == {"after acl": 0.5, "after pub_med": 0.5}
+
+
+def test_matrix_of_a_continued_run_has_models_of_the_earlier_one(tmp_path: Path) -> None:
+    first, following = record_continued(tmp_path, ("acl", "law"), "acl", ("pub_med",))
+    write_scores(first, {"arc": scores("0000")}, {"arc": scores("1000")})
+    (first / "domains/01_law").mkdir()
+    ModelBenchmarks(model="law", tasks={"arc": scores("1111")}).write(first / "domains/01_law/benchmarks.json")
+    # The model after acl was scored again by this run.
+    matrix = matrix_of(following, {}, {"arc": scores("1100")}, {"arc": scores("1110")})
+    assert matrix.stages == ["before training", "after acl", "after pub_med"]
+    assert matrix.rows[0].accuracy == [0.0, 0.5, 0.75]
 
 
 def test_matrix_without_scores_is_none(tmp_path: Path) -> None:

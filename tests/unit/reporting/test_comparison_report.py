@@ -13,6 +13,7 @@ from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison
 from das_ds.reporting.comparison_plots import plot_loss_matrices, plot_mask_saturation, plot_overlap, plot_pareto
 from das_ds.reporting.comparison_report import report_text, write_comparison_report
+from das_ds.reporting.comparison_tables import stage_rows
 from das_ds.run_dir import COMPARISON_FILE, HTML_REPORT_FILE, REPORT_FILE
 from helpers.comparisons import comparison, group, importance_summary, pooled
 
@@ -99,3 +100,18 @@ def test_plots_different_unit_groups_are_drawn(tmp_path: Path) -> None:
     groups = comparison(DAS, group("das few", [(3.0, 0.1)], importance=only_head))
     for draw in (plot_overlap, plot_mask_saturation):
         assert min(pixels(draw, groups, tmp_path).shape[:2]) >= 300
+
+
+def test_report_of_runs_with_unmeasured_losses(tmp_path: Path) -> None:
+    """One of two seeds continues a run of which a model is gone: no mean is made of the rest."""
+    first, second = NCL.runs
+    matrix: list[list[float | None]] = [[6.0, None, 3.0], *first.loss_matrix[1:]]
+    gone = first.model_copy(update={"loss_matrix": matrix})
+    ended = second.model_copy(update={"loss_matrix": [*second.loss_matrix[:-1], [None, 3.2, 3.7]]})
+    changed = comparison(NCL.model_copy(update={"runs": [gone, ended]}), DAS)
+    write_comparison_report(Comparison.model_validate(changed.model_dump()), tmp_path)
+    assert [gone.final_loss, ended.final_loss] == [first.final_loss, None]
+    rows = {(row[0], row[1]): row[2:] for row in stage_rows(changed)}
+    assert rows["before training", "ncl"] == ["6.0000", "-", "3.0000"]
+    assert rows["after pubmed", "ncl"] == ["-", "3.1000", "3.8000"]
+    assert rows["before training", "das"] == ["6.0000", "5.0000", "3.0000"]

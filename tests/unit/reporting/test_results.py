@@ -194,3 +194,28 @@ def test_results_read_missing_file_is_named(tmp_path: Path) -> None:
 def test_results_are_immutable(make_results: ResultsMaker) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         make_results().method = "ncl"
+
+
+def test_build_results_of_a_continued_run_keeps_what_was_not_measured(tmp_path: Path) -> None:
+    """pubmed is new, but for the base model only its last one is there; text of acl is gone since."""
+    results = build_results(
+        method="das",
+        domains=["acl", "pubmed"],
+        eval_domains=["acl", "pubmed", "general", "extra"],
+        loss_matrix=[[6.0, None, 3.0, None], [4.0, 5.0, 3.1, 2.0], [None, 2.0, 3.4, 2.5]],
+        others=["extra"],
+        tokens_seen=1,
+        wall_seconds=1.0,
+        world_size=1,
+        zero_stage=0,
+        tokens_per_byte={"acl": 0.5, "pubmed": 0.5, "general": 0.5, "extra": 0.5},
+    )
+    assert results.forgetting.model_dump() == {"average": None, "per_domain": {}}
+    assert (results.backward_transfer, results.forward_transfer) == (None, None)
+    assert results.general_drift == pytest.approx(0.4) and results.drift == {"extra": None}
+    assert results.losses_learned == {"acl": 4.0, "pubmed": 2.0}
+    assert results.last_losses == {"pubmed": 2.0, "general": 3.4, "extra": 2.5}
+    assert results.bits_per_byte is not None and results.bits_per_byte[2][0] is None
+    assert results.summary == {"general_drift": results.general_drift}
+    results.write(tmp_path / RESULTS_FILE)
+    assert Results.read(tmp_path / RESULTS_FILE) == results

@@ -98,3 +98,17 @@ def test_report_text_has_bits_per_byte_of_causal_models_only(make_results: Resul
     bits = text.split("As bits per byte")[1]
     # 4.6 nats per token, a quarter of a token per byte.
     assert table_row(bits, "after pubmed")[1:3] == [f"{4.6 / math.log(2) / 4:.4f}", f"{2.0 / math.log(2) / 2:.4f}"]
+
+
+def test_report_leaves_out_what_was_not_measured(make_results: ResultsMaker, tmp_path: Path) -> None:
+    matrix: list[list[float | None]] = [[6.0, None, 3.0], [4.0, 5.0, 3.1], [None, 2.0, 3.4]]
+    forgetting = {"average": None, "per_domain": {}}
+    results = make_results(num_rows=3, num_domains=2).model_copy(update={"loss_matrix": matrix})
+    results = Results.model_validate({**results.model_dump(), "forgetting": forgetting, "complete": True})
+    text = (write_report(tmp_path, results, None) / "report.md").read_text()
+    losses, perplexities = text.split("As perplexity")
+    assert table_row(losses, "before training") == ["before training", "6.0000", "-", "3.0000"]
+    assert table_row(losses, "after pubmed") == ["after pubmed", "-", "2.0000", "3.4000"]
+    assert table_row(perplexities, "after pubmed")[1] == "-"
+    assert table_row(text, "average forgetting")[1] == "-"
+    assert "loss now, of 1 domains" in (tmp_path / "report" / "index.html").read_text()

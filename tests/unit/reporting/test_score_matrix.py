@@ -14,6 +14,7 @@ from das_ds.errors import RunFolderError
 from das_ds.reporting.results import Results
 from das_ds.reporting.score_matrix import RunScores, read_run_scores
 from das_ds.run_dir import END_TASKS_FILE, RESULTS_FILE
+from helpers.configs import record_continued
 
 ResultsMaker = Callable[..., Results]
 FOLDERS = ["base", "domains/00_acl", "domains/01_pubmed", "domains/02_restaurant"]
@@ -197,6 +198,21 @@ def test_read_run_scores_other_settings_are_rejected(
     write_row(root, "domains/02_restaurant", {"acl_arc": entry({0: 0.5}, **changes)})
     with pytest.raises(RunFolderError, match=message):
         read_run_scores(root)
+
+
+def test_read_run_scores_of_a_continued_run_has_models_of_the_earlier_one(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_run()
+    expected = read_run_scores(root)
+    first, following = record_continued(tmp_path, ("acl", "law"), "acl", ("pubmed", "restaurant"))
+    for number, folder in enumerate(FOLDERS):
+        place = (first if number < 2 else following) / folder
+        place.parent.mkdir(exist_ok=True)
+        (root / folder).rename(place)
+    write_row(first, "domains/01_law", {"acl_arc": entry({0: 0.1, 1: 0.1})})
+    (root / RESULTS_FILE).rename(following / RESULTS_FILE)
+    assert read_run_scores(following) == expected
 
 
 def test_read_run_scores_without_scores_is_none(make_results: ResultsMaker, tmp_path: Path) -> None:
