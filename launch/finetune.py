@@ -1,4 +1,4 @@
-"""Scores on end tasks: `deepspeed launch/finetune.py --config FILE --model FOLDER`, or `--run RUN` for all its models."""
+"""Scores on end tasks: `deepspeed launch/finetune.py --config FILE --model FOLDER`, or `--run RUN`."""
 
 import sys
 
