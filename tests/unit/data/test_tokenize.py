@@ -6,6 +6,7 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,34 @@ def test_prepare_tokens_error_in_a_part_names_the_line(corpus_file: Path, num_pr
             num_processes=num_processes,
         )
     assert not list((tmp_path / "cache").glob("*.json"))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_prepare_tokens_process_that_is_killed_raises(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: Any) -> None:
+        raise BrokenProcessPool("a process ended")
+
+    monkeypatch.setattr(part_writer, "as_completed", kill)
+    with pytest.raises(DataError, match=r"corpus 'soup': a tokenizing process was killed, .* with fewer processes"):
+        prepare_tokens(
+            [str(corpus_file)],
+            corpus="soup",
+            text_column="text",
+            tokenizer=tiny_tokenizer(),
+            cache_dir=corpus_file.parent / "cache",
+            progress=False,
+            num_processes=2,
+        )
+
+
+def test_prepare_tokens_warns_of_cuts_that_may_change_a_token(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encoder, "BATCH_CHARS", 100)
+    monkeypatch.setattr(encoder, "PIECE_CHARS", 40)
+    corpus_file.write_text("x" * 200 + "\nshort\n")
+    prepare(corpus_file)
+    assert "corpus 'soup': documents of more than a million characters were cut at 2 places" in caplog.text
 
 
 def test_remove_abandoned_keeps_what_is_being_written(tmp_path: Path) -> None:
