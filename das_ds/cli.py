@@ -201,6 +201,13 @@ def _benchmark(config: RunConfig, options: argparse.Namespace) -> None:
         print(json.dumps(matrix.summary) if options.json else format_plain(accuracy_rows(matrix), text_columns=(0, 1)))
 
 
+def _tokenize(config: RunConfig, options: argparse.Namespace) -> None:
+    from das_ds.reporting.tables import format_plain
+    from das_ds.training.tokenize_corpora import tokenize_corpora
+
+    print(format_plain(tokenize_corpora(config, options.processes)))
+
+
 def _preflight(config: RunConfig, options: argparse.Namespace) -> None:
     from datetime import timedelta
 
@@ -315,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_benchmark(commands)
     _add_preflight(commands)
+    _add_tokenize(commands)
     _add_plan(commands)
     _add_config_command(
         commands,
@@ -391,6 +399,21 @@ def _add_preflight(commands: _Commands) -> None:
         "long the run will take"
     )
     command.add_argument("--time", action="store_true", help=text)
+
+
+def _add_tokenize(commands: _Commands) -> None:
+    text = (
+        "tokenize all text of a run into the cache that training reads, before GPUs are taken; a start after an "
+        "interruption continues, and several at once do not disturb each other"
+    )
+    command = _add_config_command(commands, "tokenize", _tokenize, text)
+    text = "processes that tokenize; default: one for each CPU core"
+    command.add_argument("--processes", type=int, default=_num_cores(), metavar="N", help=text)
+
+
+def _num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _add_plan(commands: _Commands) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,28 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.chmod(mode)
         # Content first, then the name, then the folder's entry: in this order nothing half-written can appear.
         sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a small text file that several processes may write at once: the last one's content stays, complete.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; `path` is unchanged.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # `mkstemp` lets only the owner read; others of the folder may need it too.
+        partial.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

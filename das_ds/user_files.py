@@ -101,12 +101,13 @@ def read_text(path: Path) -> str:
     return "\n".join([*decode_lines(path.read_bytes()), ""])
 
 
-def decode_lines(block: bytes, num_lines: int = 0) -> list[str]:
+def decode_lines(block: bytes, num_lines: int = 0, *, is_first: bool | None = None) -> list[str]:
     """Decode UTF-8 lines that end in LF, CR LF or CR, without line ends and byte-order mark.
 
     Args:
         block: complete lines of a file.
         num_lines: number of lines of the file before them.
+        is_first: whether the block is the beginning of the file; None: if there are no lines before it.
 
     Raises:
         NotTextError: a byte is not UTF-8; names the line.
@@ -117,7 +118,8 @@ def decode_lines(block: bytes, num_lines: int = 0) -> list[str]:
         line = num_lines + len(decode_lines(block[: error.start] + b"."))
         raise NotTextError(f"line {line}: found byte 0x{block[error.start]:02x}, expected UTF-8") from None
     # Some editors put a byte-order mark at the beginning of a file.
-    text = text if num_lines else text.removeprefix(BYTE_ORDER_MARK)
+    starts_file = num_lines == 0 if is_first is None else is_first
+    text = text.removeprefix(BYTE_ORDER_MARK) if starts_file else text
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.removesuffix("\n").split("\n")

@@ -1,4 +1,4 @@
-"""Blocks: a corpus as rows of S tokens each, a memory-mapped view of its token file."""
+"""Blocks: a corpus as rows of S tokens each, a view of its memory-mapped token files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from das_ds.config import CorpusConfig, DataConfig, DomainConfig, ObjectiveName, SourceConfig
 from das_ds.data.objectives import end_of_text
 from das_ds.data.sources import find_shared_sources
-from das_ds.data.tokenize import STARTS_DTYPE, TokenFile, prepare_tokens
+from das_ds.data.token_file import TokenCorpus
+from das_ds.data.tokenize import prepare_tokens
 from das_ds.errors import DataError
 from das_ds.functional.round_robin import WeightedRoundRobin
 from das_ds.user_files import expand_path
@@ -32,42 +33,39 @@ class TokenBlocks:
 
     def __init__(
         self,
-        token_file: TokenFile,
+        tokens: TokenCorpus,
         sequence_length: int,
         first: int = 0,
         stop: int | None = None,
         *,
         document_mask: bool = False,
     ) -> None:
-        """Blocks [first, stop) of a token file; `stop` None: to the end.
+        """Blocks [first, stop) of a corpus; `stop` None: to the end.
 
         With `document_mask` the blocks know the position of each token in its document.
 
         Raises:
-            DataError: the file contains less than one block.
+            DataError: the corpus has less than one block.
         """
-        num_blocks = token_file.num_tokens // sequence_length
+        num_blocks = tokens.num_tokens // sequence_length
         if num_blocks == 0:
             raise DataError(
-                f"found {token_file.num_tokens} tokens in {token_file.num_documents} documents; expected at least "
+                f"found {tokens.num_tokens} tokens in {tokens.num_documents} documents; expected at least "
                 f"{sequence_length}, one block (data.sequence_length)"
             )
-        self.token_file = token_file
+        self.tokens = tokens
         self.sequence_length = sequence_length
         self.first = first
         self.stop = num_blocks if stop is None else stop
         assert 0 <= first < self.stop <= num_blocks
-        shape = (num_blocks, sequence_length)
-        self._blocks = np.memmap(token_file.path, token_file.dtype, "r", shape=shape)[first : self.stop]
         self.document_mask = document_mask
-        self._starts = np.memmap(token_file.starts_path, STARTS_DTYPE, "r") if document_mask else None
 
     def __len__(self) -> int:
         return self.stop - self.first
 
     @property
     def parts(self) -> tuple[TokenBlocks, ...]:
-        """The one token file that they come from."""
+        """The one corpus that they come from."""
         return (self,)
 
     def part_of(self, number: int) -> range:
@@ -80,11 +78,18 @@ class TokenBlocks:
 
     def __getitem__(self, index: int) -> Tensor:
         """Block `index`; (S,) long."""
-        return torch.from_numpy(self._blocks[index].astype(np.int64))
+        return self.index_select([index])[0]
 
     def index_select(self, indices: Sequence[int]) -> Tensor:
-        """The blocks with these indices, as `torch.index_select`; (len(indices), S) long."""
-        return torch.from_numpy(self._blocks[list(indices)].astype(np.int64))
+        """The blocks with these indices, as `torch.index_select`; (len(indices), S) long.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        if any(not 0 <= index < len(self) for index in indices):
+            raise IndexError(f"found blocks {list(indices)}, expected 0 to {len(self) - 1}")
+        begins = [(self.first + index) * self.sequence_length for index in indices]
+        return torch.from_numpy(self.tokens.read(begins, self.sequence_length))
 
     def positions(self, indices: Sequence[int]) -> Tensor | None:
         """Position of every token of these blocks in its document.
@@ -94,15 +99,14 @@ class TokenBlocks:
         Returns:
             (len(indices), S) long, or None without document mask.
         """
-        if self._starts is None:
+        if not self.document_mask:
             return None
         length = self.sequence_length
         # Column j of a row: j if a document starts there, else 0; the running maximum is the start of j's document.
         document_starts = np.zeros((len(indices), length), dtype=np.int64)
         for row, index in zip(document_starts, indices, strict=True):
             begin = (self.first + index) * length
-            lowest, highest = np.searchsorted(self._starts, np.array([begin, begin + length], dtype=np.uint64))
-            starts = self._starts[lowest:highest].astype(np.int64) - begin
+            starts = self.tokens.find_starts(begin, begin + length)
             row[starts] = starts
         return torch.from_numpy(np.arange(length) - np.maximum.accumulate(document_starts, axis=1))
 
@@ -113,7 +117,7 @@ class TokenBlocks:
         """
         stop = len(self) if num_blocks is None else min(num_blocks, len(self))
         length = self.sequence_length
-        return self.token_file.count_documents(self.first * length, (self.first + stop) * length)
+        return self.tokens.count_documents(self.first * length, (self.first + stop) * length)
 
     def split(self, num_last: int) -> tuple[Self, Self]:
         """(all but the last `num_last` blocks, the last `num_last` blocks), as views."""
@@ -121,12 +125,12 @@ class TokenBlocks:
         return self._slice(self.first, cut), self._slice(cut, self.stop)
 
     def _slice(self, first: int, stop: int) -> Self:
-        return type(self)(self.token_file, self.sequence_length, first, stop, document_mask=self.document_mask)
+        return type(self)(self.tokens, self.sequence_length, first, stop, document_mask=self.document_mask)
 
-    def __reduce__(self) -> tuple[partial[Self], tuple[TokenFile, int, int, int]]:
-        # A loader worker maps the files itself; pickling a memory map would copy its content.
+    def __reduce__(self) -> tuple[partial[Self], tuple[TokenCorpus, int, int, int]]:
+        # A loader worker maps the files itself.
         make = partial(type(self), document_mask=self.document_mask)
-        return make, (self.token_file, self.sequence_length, self.first, self.stop)
+        return make, (self.tokens, self.sequence_length, self.first, self.stop)
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,7 @@ def prepare_corpus(
     *,
     objective: ObjectiveName,
     progress: bool,
+    num_processes: int = 1,
 ) -> CorpusBlocks:
     """Tokenize a corpus, or find it in the cache, and split it into blocks.
 
@@ -252,6 +257,7 @@ def prepare_corpus(
             cache_dir=resolve_cache_folder(data),
             progress=progress,
             end_of_text=ending,
+            num_processes=num_processes,
         )
         try:
             return TokenBlocks(tokens, data.sequence_length, document_mask=data.document_mask)

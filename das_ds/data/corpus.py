@@ -9,18 +9,22 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from das_ds.data.parts import SourceRange
 from das_ds.data.sources import HubDataset, Source, file_suffix
 from das_ds.errors import DataError, first_line
 from das_ds.user_files import NotTextError, UnusableFileError, decode_lines, require_file
 
 CHUNK_BYTES = 1 << 18
 ROWS_PER_BATCH = 1000
+"""Rows that are read at once; fewer where they are long, so that a batch of rows takes about CHUNK_BYTES."""
+HUB_ROWS_PER_BATCH = 100
 CORRUPT_ARCHIVE_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -31,21 +35,28 @@ class DocumentBatch(NamedTuple):
     num_bytes: int
 
 
-def read_documents(source: Source, text_column: str) -> Iterator[DocumentBatch]:
+def read_documents(source: Source | SourceRange, text_column: str) -> Iterator[DocumentBatch]:
     """Documents in order: lines of .txt, or the `text_column` of the rows of other formats; blank ones are dropped.
+
+    Memory is bounded by the longest document, of which there are up to four copies at once.
+
+    Args:
+        source: a source or a range of it.
+        text_column: column with the text in .jsonl, .parquet and hub datasets.
 
     Raises:
         DataError: an unreadable or corrupt file, text that is not UTF-8, a malformed row, a missing or non-text column,
             or a hub dataset that cannot be streamed.
     """
-    if isinstance(source, HubDataset):
-        batches = _read_hub(source, text_column)
-    elif file_suffix(source) == ".parquet":
-        batches = _read_parquet(source, text_column)
-    elif file_suffix(source).startswith(".jsonl"):
-        batches = _read_jsonl(source, text_column)
+    piece = source if isinstance(source, SourceRange) else SourceRange(source)
+    if isinstance(piece.source, HubDataset):
+        batches = _read_hub(piece.source, text_column)
+    elif file_suffix(piece.source) == ".parquet":
+        batches = _read_parquet(piece.source, text_column, piece.first, piece.stop)
+    elif file_suffix(piece.source).startswith(".jsonl"):
+        batches = _read_jsonl(piece.source, text_column, piece.first, piece.stop)
     else:
-        batches = read_lines(source)
+        batches = read_lines(piece.source, piece.first, piece.stop)
     for texts, num_bytes in batches:
         yield DocumentBatch([text for text in texts if text and not text.isspace()], num_bytes)
 
@@ -58,21 +69,32 @@ def _decompress(path: Path, file: IO[bytes]) -> Any:
     return lzma.open(file) if name.endswith(".xz") else nullcontext(file)
 
 
-def read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
+def read_lines(path: Path, first: int = 0, stop: int | None = None) -> Iterator[tuple[list[str], int]]:
     """Lines of a text file, compressed or not, in chunks; each with the bytes of the file that it came from.
 
     A line ends in LF, CR LF or CR, as in Python's text files; a byte-order mark at the beginning is skipped.
+
+    Args:
+        path: the file.
+        first, stop: bytes of a file that is not compressed, from the beginning of a line to the beginning of another
+            one; None: to the end.
 
     Raises:
         DataError: not a regular file, a Git LFS pointer, unreadable, corrupt, or not UTF-8.
     """
     num_lines = 0
-    position = 0
+    position = first
     try:
         require_file(path)
         with path.open("rb") as file, _decompress(path, file) as stream:
-            for chunk in _split_after_lines(stream):
-                lines = decode_lines(chunk, num_lines)
+            file.seek(first)
+            for chunk in _split_after_lines(stream, None if stop is None else stop - first):
+                # Lines before this range are only counted for a message.
+                try:
+                    lines = decode_lines(chunk, num_lines, is_first=first == 0 and num_lines == 0)
+                except NotTextError:
+                    decode_lines(chunk, num_lines + _count_lines(path, first))
+                    raise
                 # Of the compressed file, also if the stream is decompressed.
                 last_position = position
                 position = file.tell()
@@ -86,29 +108,44 @@ def read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _split_after_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """The bytes of a stream in chunks of complete lines, about CHUNK_BYTES each."""
+def _count_lines(path: Path, stop: int) -> int:
+    """Lines in the first `stop` bytes of a file."""
+    with path.open("rb") as file:
+        return sum(len(decode_lines(chunk)) for chunk in _split_after_lines(file, stop))
+
+
+def _split_after_lines(stream: IO[bytes], num_bytes: int | None = None) -> Iterator[bytes]:
+    """The next bytes of a stream (None: all) in chunks of complete lines, about CHUNK_BYTES each."""
     buffer = bytearray()
-    while block := stream.read(CHUNK_BYTES):
+    remaining = sys.maxsize if num_bytes is None else num_bytes
+    while block := stream.read(min(CHUNK_BYTES, remaining)):
+        remaining -= len(block)
         searched = max(0, len(buffer) - 1)
         buffer += block
         # A CR at the very end may be the first half of CR LF.
         cut = 1 + max(buffer.rfind(b"\n", searched), buffer.rfind(b"\r", searched, len(buffer) - 1))
         if cut:
-            yield bytes(buffer[:cut])
+            with memoryview(buffer) as view:
+                chunk = bytes(view[:cut])
             del buffer[:cut]
+            yield chunk
     if buffer:
         yield bytes(buffer)
 
 
-def _read_jsonl(path: Path, text_column: str) -> Iterator[tuple[list[str], int]]:
+def _read_jsonl(path: Path, text_column: str, first: int, stop: int | None) -> Iterator[tuple[list[str], int]]:
     num_lines = 0
-    for lines, num_bytes in read_lines(path):
-        rows = enumerate(lines, num_lines + 1)
-        yield (
-            [_parse_text(line, text_column, f"{path}, line {number}") for number, line in rows if line.strip()],
-            num_bytes,
-        )
+    for lines, num_bytes in read_lines(path, first, stop):
+        texts: list[str] = []
+        for number, line in enumerate(lines, num_lines + 1):
+            if not line.strip():
+                continue
+            try:
+                texts.append(_parse_text(line, text_column, str(path)))
+            except DataError:
+                _parse_text(line, text_column, f"{path}, line {number + _count_lines(path, first)}")
+                raise
+        yield texts, num_bytes
         num_lines += len(lines)
 
 
@@ -157,7 +194,7 @@ def _check_column(text_column: str, columns: Iterable[str], location: str) -> No
         )
 
 
-def _read_parquet(path: Path, text_column: str) -> Iterator[tuple[list[str], int]]:
+def _read_parquet(path: Path, text_column: str, first: int, stop: int | None) -> Iterator[tuple[list[str], int]]:
     import pyarrow.parquet as pq
 
     try:
@@ -165,7 +202,9 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[tuple[list[str], int
         with pq.ParquetFile(path) as file:
             _check_column(text_column, file.schema_arrow.names, str(path))
             bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(ROWS_PER_BATCH, columns=[text_column]):
+            groups = list(range(file.metadata.num_row_groups))[first:stop]
+            num_rows = _rows_per_batch(file.metadata, text_column, groups)
+            for batch in file.iter_batches(num_rows, row_groups=groups, columns=[text_column]):
                 values = batch.column(0).to_pylist()
                 texts = [_validate_text(value, text_column, str(path)) for value in values]
                 yield texts, round(len(texts) * bytes_per_row)
@@ -180,6 +219,17 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[tuple[list[str], int
         raise DataError(f"{path}: damaged parquet file ({first_line(error)})") from error
 
 
+def _rows_per_batch(metadata: Any, text_column: str, groups: Sequence[int]) -> int:
+    """Rows whose text takes about CHUNK_BYTES."""
+    num_bytes = 0
+    num_rows = 0
+    for group in map(metadata.row_group, groups):
+        columns = map(group.column, range(group.num_columns))
+        num_bytes += sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
+        num_rows += group.num_rows
+    return max(1, min(ROWS_PER_BATCH, CHUNK_BYTES * num_rows // max(num_bytes, 1)))
+
+
 def _read_hub(source: HubDataset, text_column: str) -> Iterator[tuple[list[str], int]]:
     import datasets
 
@@ -187,7 +237,7 @@ def _read_hub(source: HubDataset, text_column: str) -> Iterator[tuple[list[str],
         stream = datasets.load_dataset(
             source.repo, source.config, split=source.split, revision=source.revision, streaming=True
         )
-        for rows in stream.iter(batch_size=ROWS_PER_BATCH):
+        for rows in stream.iter(batch_size=HUB_ROWS_PER_BATCH):
             _check_column(text_column, rows, str(source))
             yield [_validate_text(value, text_column, str(source)) for value in rows[text_column]], 0
     except DataError:

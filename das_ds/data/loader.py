@@ -4,8 +4,8 @@ Why not `datasets.map` and torchdata's `StatefulDataLoader`: addressing here is 
 at step t is a pure function of (t, r, b) (`StepPlan`), and its order and corruption are functions of (seed, stream,
 sample number) by the counter-based generator Philox (`functional.sampling`). So resuming means starting at another
 step, without loader state in checkpoints, and any number of ranks or workers reads the same global batches. The state
-of a `StatefulDataLoader` belongs to the ranks and workers that wrote it. Tokens come from one memory-mapped file per
-corpus (`tokenize.py`), which needs no Arrow table of rows.
+of a `StatefulDataLoader` belongs to the ranks and workers that wrote it. Tokens come from memory-mapped files
+(`token_file.py`), which need no Arrow table of rows.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from das_ds.config import CorpusConfig, RunConfig
 from das_ds.data.blocks import check_valid_is_held_out
 from das_ds.data.corpus import read_documents
+from das_ds.data.encoder import DocumentEncoder, UnknownTokens
 from das_ds.data.objectives import end_of_text
 from das_ds.data.sources import Source, find_shared_sources, resolve_source
-from das_ds.data.tokenize import UnknownCounter, UnknownTokens, build_backend, check_unknown_tokens, count_tokens
+from das_ds.data.tokenize import build_backend, check_unknown_tokens, count_tokens
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.errors import DasError, DataError, PreflightError
 from das_ds.models.loading import find_spec, load_tokenizer
@@ -46,13 +47,15 @@ def check_corpora(checks: Checklist, config: RunConfig) -> None:
         sources: list[Source] = []
         unknown: dict[str, UnknownTokens] = {}
         for corpus in corpora:
-            counter = None if tokenization is None else UnknownCounter(build_backend(tokenization[0][corpus.name]))
+            encoder = (
+                None if tokenization is None else DocumentEncoder(build_backend(tokenization[0][corpus.name]), None)
+            )
             try:
-                sources += _scan_corpus(corpus, config, tokenization, counter)
+                sources += _scan_corpus(corpus, config, tokenization, encoder)
             except DataError as error:
                 raise explain_missing_text(config, corpus, error) from error
-            if counter is not None:
-                unknown[corpus.name] = counter.total
+            if encoder is not None:
+                unknown[corpus.name] = encoder.unknown
         return CorpusScan(sources, unknown)
 
     def summarize(scans: list[CorpusScan]) -> str | CheckWarning:
@@ -80,7 +83,7 @@ def _find_tokenization(config: RunConfig) -> Tokenization | None:
 
 
 def _scan_corpus(
-    corpus: CorpusConfig, config: RunConfig, tokenization: Tokenization | None, counter: UnknownCounter | None
+    corpus: CorpusConfig, config: RunConfig, tokenization: Tokenization | None, encoder: DocumentEncoder | None
 ) -> list[Source]:
     """All sources of a corpus.
 
@@ -99,9 +102,9 @@ def _scan_corpus(
         resolved = [([source for name in names for source in resolve_source(name)], column) for names, column in splits]
         for sources, column in resolved:
             for source in sources:
-                _read_first(source, column, counter)
-        if counter is not None:
-            check_unknown_tokens(counter.total)
+                _read_first(source, column, encoder)
+        if encoder is not None:
+            check_unknown_tokens(encoder.unknown)
         if tokenization is not None:
             for (sources, column), needed in zip(resolved, num_blocks, strict=True):
                 _check_length(corpus.name, column, config, tokenization, sources, needed)
@@ -145,10 +148,11 @@ def _find_leak(config: RunConfig, corpora: list[CorpusConfig]) -> str:
     return ""
 
 
-def _read_first(source: Source, text_column: str, counter: UnknownCounter | None) -> None:
+def _read_first(source: Source, text_column: str, encoder: DocumentEncoder | None) -> None:
     """Raises DataError if no document can be read."""
     documents = next((batch.texts for batch in read_documents(source, text_column) if batch.texts), None)
     if documents is None:
         raise DataError(f"no text in {source}; expected at least one line that is not blank")
-    if counter is not None:
-        counter.add_texts(documents[:FIRST_DOCUMENTS])
+    if encoder is not None:
+        for _ in encoder.encode(documents[:FIRST_DOCUMENTS]):
+            pass

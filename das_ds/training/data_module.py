@@ -71,7 +71,7 @@ class DataModule:
         """Corpus -> fingerprints of text and tokenizer, of its training and its held-out split."""
         splits = {name: [blocks.train, blocks.valid] for name, blocks in self.blocks.items()}
         return {
-            name: [part.token_file.path.parent.name for split in both if split is not None for part in split.parts]
+            name: [part.tokens.name for split in both if split is not None for part in split.parts]
             for name, both in splits.items()
         }
 
@@ -226,8 +226,14 @@ class DataModule:
         )
 
 
-def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName) -> DataModule:
+def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName, *, num_processes: int = 1) -> DataModule:
     """Load the tokenizer, and tokenize every corpus or find it in the cache.
+
+    Args:
+        config: of the run.
+        info: this rank.
+        objective: what batches predict.
+        num_processes: processes that tokenize; 1: this one.
 
     Raises:
         DasError: a tokenizer or corpus that cannot be used, or not for this objective.
@@ -240,7 +246,14 @@ def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName) ->
     def blocks(corpus: CorpusConfig) -> CorpusBlocks:
         tokenizer = tokenizers[corpus.name]
         try:
-            return prepare_corpus(corpus, config.data, tokenizer, objective=objective, progress=info.is_main)
+            return prepare_corpus(
+                corpus,
+                config.data,
+                tokenizer,
+                objective=objective,
+                progress=info.is_main,
+                num_processes=num_processes,
+            )
         except DataError as error:
             raise explain_missing_text(config, corpus, error) from error
 

@@ -12,7 +12,7 @@ from das_ds.data.blocks import TokenBlocks
 from das_ds.data.loader import AccumulatedBatches, EvaluationBatches, SampleDataset, evaluation_batches, training_steps
 from das_ds.data.mixture import SingleDomain
 from das_ds.data.objectives import CausalLMCollator, Collator, MLMCollator
-from das_ds.data.tokenize import TokenFile
+from das_ds.data.token_file import TokenCorpus, TokenFile
 from das_ds.errors import ConfigError
 
 LENGTH = 32
@@ -26,7 +26,7 @@ def blocks(tmp_path: Path) -> TokenBlocks:
     """All tokens of block i are 5 + i, so that rows identify their block."""
     path = tmp_path / "tokens.bin"
     np.repeat(np.arange(5, 5 + NUM_BLOCKS), LENGTH).astype("<u2").tofile(path)
-    return TokenBlocks(TokenFile(path, "<u2", NUM_BLOCKS * LENGTH, 1), LENGTH)
+    return TokenBlocks(TokenCorpus("text", (TokenFile(path, "<u2", NUM_BLOCKS * LENGTH, 1),)), LENGTH)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def documents(tmp_path: Path) -> TokenBlocks:
     token_file = TokenFile(tmp_path / "tokens.bin", "<u2", len(tokens), len(lengths))
     tokens.astype("<u2").tofile(token_file.path)
     (np.cumsum(lengths) - lengths).astype("<u8").tofile(token_file.starts_path)
-    return TokenBlocks(token_file, LENGTH, document_mask=True)
+    return TokenBlocks(TokenCorpus("text", (token_file,)), LENGTH, document_mask=True)
 
 
 def steps(

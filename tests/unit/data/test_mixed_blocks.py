@@ -18,7 +18,7 @@ from das_ds.data.mixture import SingleDomain
 from das_ds.data.objectives import MLMCollator
 from das_ds.data.replay import Replay
 from das_ds.data.subsets import first_blocks, random_subset
-from das_ds.data.tokenize import TokenFile
+from das_ds.data.token_file import TokenCorpus, TokenFile
 from das_ds.errors import DataError
 from helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -41,7 +41,9 @@ def token_blocks(folder: Path, name: str, *, document_mask: bool = False) -> Tok
     step = LENGTH // 2 if name == "small" else LENGTH
     starts = np.arange(0, count * LENGTH, step)
     starts.astype("<u8").tofile(path.with_name("starts.bin"))
-    return TokenBlocks(TokenFile(path, "<u2", count * LENGTH, len(starts)), LENGTH, document_mask=document_mask)
+    return TokenBlocks(
+        TokenCorpus("text", (TokenFile(path, "<u2", count * LENGTH, len(starts)),)), LENGTH, document_mask=document_mask
+    )
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def test_mixed_blocks_have_positions_in_documents(tmp_path: Path) -> None:
 def test_count_documents_has_the_first_samples_of_every_source(blocks: MixedBlocks) -> None:
     """Ten samples are 5, 4 and 1 blocks; a document of `large` has 7 bytes, of `small` 9, of `tiny` 11."""
     for part, num_bytes in zip(blocks.parts, (7, 9, 11), strict=True):
-        np.full(part.token_file.num_documents, num_bytes).astype("<u8").tofile(part.token_file.sizes_path)
+        np.full(part.tokens.num_documents, num_bytes).astype("<u8").tofile(part.tokens.files[0].sizes_path)
     assert blocks.count_documents(10) == (10 * LENGTH, 5 * 7 + 4 * 2 * 9 + 1 * 11)
     assert blocks.count_documents() == (105 * LENGTH, 90 * 7 + 24 * 9 + 3 * 11)
 
@@ -209,10 +211,10 @@ def test_prepare_corpus_holds_out_of_every_source(tmp_path: Path) -> None:
     assert isinstance(valid, MixedBlocks)
     assert train.names == valid.names == ("abstracts", "notes") and train.weights == valid.weights == (7, 3)
     for kept, held in zip(train.parts, valid.parts, strict=True):
-        assert kept.token_file == held.token_file and kept.stop == held.first
+        assert kept.tokens == held.tokens and kept.stop == held.first
         assert len(held) == max(1, round((len(kept) + len(held)) * 0.1))
     # A source is a cache entry of its own, which another domain or weight does not change.
-    assert sorted(path.name.rpartition("-")[0] for path in (tmp_path / "cache").iterdir()) == [
+    assert sorted(path.name.rpartition("-")[0] for path in (tmp_path / "cache").glob("*.json")) == [
         "medical-abstracts-train",
         "medical-notes-train",
     ]

@@ -14,7 +14,7 @@ from das_ds.data.blocks import TokenBlocks
 from das_ds.data.loader import SampleDataset, training_steps
 from das_ds.data.mixture import MixedDomains, SingleDomain
 from das_ds.data.objectives import MLMCollator
-from das_ds.data.tokenize import TokenFile
+from das_ds.data.token_file import TokenCorpus, TokenFile
 from das_ds.functional import sampling
 
 LENGTH = 16
@@ -36,7 +36,7 @@ def samples(tmp_path: Path) -> dict[str, SampleDataset]:
     for name, num_blocks in NUM_BLOCKS.items():
         path = tmp_path / f"{name}.bin"
         np.repeat(np.arange(FIRST_TOKEN[name], FIRST_TOKEN[name] + num_blocks), LENGTH).astype("<u2").tofile(path)
-        blocks = TokenBlocks(TokenFile(path, "<u2", num_blocks * LENGTH, 1), LENGTH)
+        blocks = TokenBlocks(TokenCorpus("text", (TokenFile(path, "<u2", num_blocks * LENGTH, 1),)), LENGTH)
         made[name] = SampleDataset(blocks, MASKER, 0, f"train/{name}")
     return made
 

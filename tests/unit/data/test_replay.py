@@ -15,7 +15,7 @@ from das_ds.data.loader import SampleDataset, training_steps
 from das_ds.data.mixture import SingleDomain
 from das_ds.data.objectives import CausalLMCollator, Collator, MLMCollator
 from das_ds.data.replay import Replay, interleave
-from das_ds.data.tokenize import TokenFile
+from das_ds.data.token_file import TokenCorpus, TokenFile
 from das_ds.functional.sampling import replay_number
 
 LENGTH = 16
@@ -53,7 +53,7 @@ def corpora(tmp_path: Path) -> dict[str, TokenBlocks]:
     for name, num_blocks in NUM_BLOCKS.items():
         path = tmp_path / f"{name}.bin"
         np.repeat(np.arange(TOKEN[name], TOKEN[name] + num_blocks), LENGTH).astype("<u2").tofile(path)
-        made[name] = TokenBlocks(TokenFile(path, "<u2", num_blocks * LENGTH, 1), LENGTH)
+        made[name] = TokenBlocks(TokenCorpus("text", (TokenFile(path, "<u2", num_blocks * LENGTH, 1),)), LENGTH)
     return made
 
 

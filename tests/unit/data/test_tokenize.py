@@ -1,20 +1,25 @@
 """Token files: equal to the concatenated output of the tokenizer, cached by content and settings."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from das_ds.data import tokenize
-from das_ds.data.tokenize import TokenFile, UnknownTokens, prepare_tokens
+from das_ds.data import encoder, part_writer, parts, tokenize
+from das_ds.data.encoder import UnknownTokens
+from das_ds.data.token_file import TokenCorpus, TokenFile
+from das_ds.data.tokenize import prepare_tokens
 from das_ds.errors import DataError, ModelError
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer, word_tokenizer
 
@@ -35,7 +40,7 @@ def prepare(
     text_column: str = "text",
     progress: bool = False,
     end_of_text: int | None = None,
-) -> TokenFile:
+) -> TokenCorpus:
     return prepare_tokens(
         [str(path)],
         corpus="soup",
@@ -47,12 +52,19 @@ def prepare(
     )
 
 
-def stored_ids(tokens: TokenFile) -> list[int]:
-    return [int(token) for token in np.fromfile(tokens.path, tokens.dtype)]
+def only_file(tokens: TokenCorpus) -> TokenFile:
+    (file,) = tokens.files
+    return file
 
 
-def stored_starts(tokens: TokenFile) -> list[int]:
-    return [int(start) for start in np.fromfile(tokens.starts_path, "<u8")]
+def stored_ids(tokens: TokenCorpus) -> list[int]:
+    return [int(token) for file in tokens.files for token in np.fromfile(file.path, file.dtype)]
+
+
+def stored_starts(tokens: TokenCorpus) -> list[int]:
+    bounds = tokens.bounds.tolist()
+    files = zip(bounds, tokens.files, strict=False)
+    return [first + int(start) for first, file in files for start in np.fromfile(file.starts_path, "<u8")]
 
 
 def joined_by_hand(
@@ -78,11 +90,9 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.mark.parametrize("documents_per_call", [1, 3, 1000])
-def test_prepare_tokens_equal_tokenizer(
-    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, documents_per_call: int
-) -> None:
-    monkeypatch.setattr(tokenize, "DOCUMENTS_PER_CALL", documents_per_call)
+@pytest.mark.parametrize("batch_chars", [1, 100, 1000])
+def test_prepare_tokens_equal_tokenizer(corpus_file: Path, monkeypatch: pytest.MonkeyPatch, batch_chars: int) -> None:
+    monkeypatch.setattr(encoder, "BATCH_CHARS", batch_chars)
     tokens = prepare(corpus_file)
     tokenizer = tiny_tokenizer()
     expected = [token for line in LINES for token in tokenizer(line)["input_ids"]]
@@ -96,7 +106,11 @@ def test_sizes_are_bytes_of_the_text_whatever_the_tokenizer_keeps(tmp_path: Path
     (tmp_path / "corpus.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     # It splits at white space, which it drops.
     tokens = prepare(tmp_path / "corpus.txt", word_tokenizer(" ".join(lines).split()))
-    assert np.fromfile(tokens.sizes_path, "<u8").tolist() == [len(line.encode()) for line in lines] == [16, 14, 6, 3]
+    assert (
+        np.fromfile(only_file(tokens).sizes_path, "<u8").tolist()
+        == [len(line.encode()) for line in lines]
+        == [16, 14, 6, 3]
+    )
 
 
 @pytest.mark.parametrize("end_of_text", [None, 2])
@@ -117,11 +131,11 @@ def test_count_documents_counts_all_that_tokens_are_of(corpus_file: Path, end_of
 @pytest.mark.parametrize(
     ("template", "front"), [("A", []), ("<s> A", [0]), ("A </s>", []), ("<s> A </s>", [0]), ("</s> A", [2])]
 )
-@pytest.mark.parametrize("documents_per_call", [3, 1000])
+@pytest.mark.parametrize("batch_chars", [100, 1000])
 def test_prepare_tokens_one_end_of_text_per_document(
-    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, template: str, front: list[int], documents_per_call: int
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, template: str, front: list[int], batch_chars: int
 ) -> None:
-    monkeypatch.setattr(tokenize, "DOCUMENTS_PER_CALL", documents_per_call)
+    monkeypatch.setattr(encoder, "BATCH_CHARS", batch_chars)
     tokenizer = with_template(template)
     tokens = prepare(corpus_file, tokenizer, end_of_text=2)
     documents = [[*front, *tokenizer(line, add_special_tokens=False)["input_ids"], 2] for line in LINES]
@@ -178,7 +192,7 @@ def test_prepare_tokens_ignores_truncation_and_padding(corpus_file: Path) -> Non
 
 def test_prepare_tokens_second_call_reads_cache(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(corpus_file)
-    monkeypatch.delattr(tokenize, "read_documents")
+    monkeypatch.delattr(part_writer, "read_documents")
     assert prepare(corpus_file) == first
     moved = corpus_file.with_name("moved.txt")
     corpus_file.rename(moved)
@@ -186,41 +200,50 @@ def test_prepare_tokens_second_call_reads_cache(corpus_file: Path, monkeypatch: 
 
 
 def test_prepare_tokens_cache_key_covers_content_and_settings(corpus_file: Path) -> None:
-    paths = [prepare(corpus_file).path, prepare(corpus_file, tiny_tokenizer(320)).path]
+    names = [prepare(corpus_file).name, prepare(corpus_file, tiny_tokenizer(320)).name]
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["soup"])
-    paths += [prepare(corpus_file, tokenizer).path, prepare(corpus_file, text_column="body").path]
-    paths += [prepare(corpus_file, end_of_text=end).path for end in (0, 2)]
+    names += [prepare(corpus_file, tokenizer).name, prepare(corpus_file, text_column="body").name]
+    names += [prepare(corpus_file, end_of_text=end).name for end in (0, 2)]
     corpus_file.write_text(TEXT + "more\n")
-    paths.append(prepare(corpus_file).path)
-    assert len(set(paths)) == len(paths)
+    names.append(prepare(corpus_file).name)
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(
     "damage", ["short tokens", "no tokens", "short starts", "no starts", "no sizes", "broken meta", "incomplete meta"]
 )
-def test_prepare_tokens_rewrites_damaged_entry(corpus_file: Path, damage: str) -> None:
+def test_prepare_tokens_rewrites_damaged_part(corpus_file: Path, damage: str) -> None:
     tokens = prepare(corpus_file)
+    file = only_file(tokens)
     expected = stored_ids(tokens)
-    meta = tokens.path.with_name("meta.json")
+    meta = file.path.with_name("meta.json")
     if damage == "short tokens":
-        os.truncate(tokens.path, 10)
+        os.truncate(file.path, 10)
     elif damage == "no tokens":
-        tokens.path.unlink()
+        file.path.unlink()
     elif damage == "short starts":
-        os.truncate(tokens.starts_path, 10)
+        os.truncate(file.starts_path, 10)
     elif damage == "no starts":
-        tokens.starts_path.unlink()
+        file.starts_path.unlink()
     elif damage == "no sizes":
-        # As in entries of earlier versions.
-        tokens.sizes_path.unlink()
+        file.sizes_path.unlink()
     else:
         meta.write_text("{" if damage == "broken meta" else "{}")
     assert stored_ids(prepare(corpus_file)) == expected
 
 
-def test_prepare_tokens_keeps_entry_of_concurrent_job(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish = tokenize._publish
+@pytest.mark.parametrize("damage", ["{", "{}", "[]", '{"parts": ["gone"]}'])
+def test_prepare_tokens_rewrites_damaged_entry(corpus_file: Path, damage: str) -> None:
+    expected = prepare(corpus_file)
+    (entry,) = (corpus_file.parent / "cache").glob("*.json")
+    entry.write_text(damage)
+    assert prepare(corpus_file) == expected
+    assert json.loads(entry.read_text())["parts"] == [only_file(expected).path.parent.name]
+
+
+def test_prepare_tokens_keeps_part_of_concurrent_job(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = part_writer._publish
     order = list[str]()
 
     def publish_after_another(partial: Path, folder: Path) -> None:
@@ -230,10 +253,127 @@ def test_prepare_tokens_keeps_entry_of_concurrent_job(corpus_file: Path, monkeyp
             (folder / "mark").touch()
         publish(partial, folder)
 
-    monkeypatch.setattr(tokenize, "_publish", publish_after_another)
+    monkeypatch.setattr(part_writer, "_publish", publish_after_another)
+    file = only_file(prepare(corpus_file))
+    assert file.path.with_name("mark").exists()
+    assert [entry.name for entry in file.path.parents[1].iterdir()] == [file.path.parent.name]
+    assert len(list((corpus_file.parent / "cache").iterdir())) == 2
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 120)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_prepare_tokens_in_parts_equals_one(corpus_file: Path, num_processes: int) -> None:
+    tokens = prepare_tokens(
+        [str(corpus_file)],
+        corpus="soup",
+        text_column="text",
+        tokenizer=tiny_tokenizer(),
+        cache_dir=corpus_file.parent / "cache",
+        progress=False,
+        num_processes=num_processes,
+    )
+    assert len(tokens.files) > 3
+    assert (stored_ids(tokens), stored_starts(tokens)) == joined_by_hand(tiny_tokenizer(), LINES, None)
+    assert tokens.num_documents == len(LINES)
+    assert tokens.num_new_tokens == tokens.num_tokens and tokens.seconds > 0.0
+    assert prepare(corpus_file).num_new_tokens == 0
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_prepare_tokens_continues_after_interruption(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_part = part_writer.write_part
+    written = list[Path]()
+
+    def interrupt(*arguments: Any) -> part_writer.WrittenPart:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        part = write_part(*arguments)
+        written.append(part.folder)
+        return part
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(part_writer, "write_part", interrupt)
+        prepare(corpus_file)
+    times = [folder.stat().st_mtime_ns for folder in written]
     tokens = prepare(corpus_file)
-    assert tokens.path.with_name("mark").exists()
-    assert [entry.name for entry in tokens.path.parents[1].iterdir()] == [tokens.path.parent.name]
+    assert stored_ids(tokens) == joined_by_hand(tiny_tokenizer(), LINES, None)[0]
+    assert [folder.stat().st_mtime_ns for folder in written] == times
+    assert tokens.num_new_tokens == sum(file.num_tokens for file in tokens.files[2:])
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_prepare_tokens_of_a_corpus_that_grew_makes_the_new_file_only(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 50)
+    before = prepare(tmp_path / "*.txt")
+    (tmp_path / "d.txt").write_text("d " * 50)
+    after = prepare(tmp_path / "*.txt")
+    assert after.files[:3] == before.files and after.name != before.name
+    assert after.num_new_tokens == after.files[3].num_tokens
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_prepare_tokens_error_in_a_part_names_the_line(corpus_file: Path, num_processes: int, tmp_path: Path) -> None:
+    corpus_file.write_bytes(b"good line\n" * 50 + b"b\xe9d\n" + b"good line\n" * 50)
+    with pytest.raises(DataError, match=r"corpus 'soup': .*corpus\.txt, line 51: found byte 0xe9"):
+        prepare_tokens(
+            [str(corpus_file)],
+            corpus="soup",
+            text_column="text",
+            tokenizer=tiny_tokenizer(),
+            cache_dir=tmp_path / "cache",
+            progress=False,
+            num_processes=num_processes,
+        )
+    assert not list((tmp_path / "cache").glob("*.json"))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_prepare_tokens_process_that_is_killed_raises(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: Any) -> None:
+        raise BrokenProcessPool("a process ended")
+
+    monkeypatch.setattr(part_writer, "as_completed", kill)
+    with pytest.raises(DataError, match=r"corpus 'soup': a tokenizing process was killed, .* with fewer processes"):
+        prepare_tokens(
+            [str(corpus_file)],
+            corpus="soup",
+            text_column="text",
+            tokenizer=tiny_tokenizer(),
+            cache_dir=corpus_file.parent / "cache",
+            progress=False,
+            num_processes=2,
+        )
+
+
+def test_prepare_tokens_warns_of_cuts_that_may_change_a_token(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encoder, "BATCH_CHARS", 100)
+    monkeypatch.setattr(encoder, "PIECE_CHARS", 40)
+    corpus_file.write_text("x" * 200 + "\nshort\n")
+    prepare(corpus_file)
+    assert "corpus 'soup': documents of more than a million characters were cut at 2 places" in caplog.text
+
+
+def test_remove_abandoned_keeps_what_is_being_written(tmp_path: Path) -> None:
+    for name in ("dead", "alive", "starting"):
+        (tmp_path / f".partial-{name}").mkdir()
+    (tmp_path / ".partial-dead" / "lock").touch()
+    (tmp_path / "part").mkdir()
+    with (tmp_path / ".partial-alive" / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        part_writer.remove_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-alive", ".partial-starting", "part"]
+    os.utime(tmp_path / ".partial-starting", (0, 0))
+    part_writer.remove_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part"]
 
 
 @pytest.mark.parametrize(("on_terminal", "expected"), [(True, "tokenize soup: 100%"), (False, "tokenized soup: 419 ")])
@@ -256,7 +396,7 @@ def test_prepare_tokens_empty_corpus_raises(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(DataError, match=r"corpus 'soup': no text in .*blank\.txt; expected at least one line"):
         prepare(path)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not list((tmp_path / "cache").glob("*.json"))
 
 
 def test_prepare_tokens_error_names_corpus(tmp_path: Path) -> None:
@@ -271,7 +411,7 @@ def test_prepare_tokens_full_disk_raises_and_cleans_up(corpus_file: Path, monkey
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(No space left on device\); free space"):
         prepare(corpus_file)
-    assert list((corpus_file.parent / "cache").iterdir()) == []
+    assert [path.name for path in (corpus_file.parent / "cache").rglob("*")] == ["parts"]
 
 
 @contextmanager
@@ -288,7 +428,7 @@ def small_files() -> Iterator[None]:
 def test_prepare_tokens_short_write_raises(corpus_file: Path) -> None:
     with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(File too large\)"), small_files():
         prepare(corpus_file)
-    assert list((corpus_file.parent / "cache").iterdir()) == []
+    assert [path.name for path in (corpus_file.parent / "cache").rglob("*")] == ["parts"]
 
 
 def test_prepare_tokens_cache_folder_is_file_raises(corpus_file: Path) -> None:
@@ -352,12 +492,3 @@ def test_unknown_tokens_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixt
     path.write_text("a a a x\n")
     prepare(path, word_tokenizer(["a"]), progress=True)
     assert caplog.messages == ["corpus 'soup': 6 tokens, 25.00% of the text's unknown"]
-
-
-def test_prepare_tokens_rewrites_entry_without_unknown_counts(corpus_file: Path) -> None:
-    first = prepare(corpus_file, word_tokenizer(TEXT.split()))
-    meta = json.loads((first.path.parent / "meta.json").read_text())
-    del meta["unknown"]
-    (first.path.parent / "meta.json").write_text(json.dumps(meta))
-    again = prepare(corpus_file, word_tokenizer(TEXT.split()))
-    assert again == first and again.unknown.num_tokens == len(TEXT.split())
