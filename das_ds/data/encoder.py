@@ -111,7 +111,8 @@ class DocumentEncoder:
         for document in documents:
             if batch and num_chars + len(document) > BATCH_CHARS:
                 yield self._encode_batch(batch)
-                batch, num_chars = [], 0
+                batch = []
+                num_chars = 0
             if len(document) > BATCH_CHARS:
                 yield from self._encode_long(document)
             else:
@@ -193,11 +194,16 @@ class DocumentEncoder:
         """Pieces of a long document, of one to two times PIECE_CHARS characters."""
         start = 0
         while len(document) - start > 2 * PIECE_CHARS:
-            first, stop = start + PIECE_CHARS, start + 2 * PIECE_CHARS
+            first = start + PIECE_CHARS
+            stop = first + PIECE_CHARS
             match = self._cuts.search(document, first, stop) if self._cuts is not None else None
-            end, begin = match.span() if match else (self._find_likely_cut(document, first, stop),) * 2
-            yield document[start:end]
-            start = begin
+            if match:
+                yield document[start : match.start()]
+                start = match.end()
+            else:
+                place = self._find_likely_cut(document, first, stop)
+                yield document[start:place]
+                start = place
         yield document[start:]
 
     def _find_likely_cut(self, document: str, first: int, stop: int) -> int:
@@ -239,7 +245,8 @@ def _read_template(processor: dict[str, Any] | None) -> tuple[list[int], list[in
             suffix: list[int] = []
             for inner in processors:
                 before, after = _read_template(inner)
-                prefix, suffix = before + prefix, suffix + after
+                prefix = before + prefix
+                suffix = suffix + after
             return prefix, suffix
         case {"type": "BertProcessing" | "RobertaProcessing", "cls": [_, first], "sep": [_, last]}:
             return [first], [last]
