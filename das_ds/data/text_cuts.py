@@ -69,6 +69,9 @@ def find_cut_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
     if not all(map(_is_local, normalizers)):
         return None
     strips = any(part["type"] == "Strip" for part in normalizers)
+    if strips and any(token["normalized"] for token in spec["added_tokens"]):
+        # They are found in the stripped text: the space before one is a token of its own, unless a piece begins with it.
+        return None
     if any(part["type"] == "Prepend" for part in normalizers):
         before_mark = None if splitters or strips else _find_before_mark(spec)
         if before_mark is None:
