@@ -33,7 +33,7 @@ MINIMAL: dict[str, Any] = {
     "domains": [{"name": name, "train": [f"{name}.txt"]} for name in ("acl", "pubmed", "chemistry")],
     "general": {"name": "general", "train": ["general.txt"]},
     "method": {"name": "directions"},
-    "deepspeed": "ds_configs/zero2.json",
+    "deepspeed": "zero2",
 }
 """Completes a block that shows some sections only."""
 
