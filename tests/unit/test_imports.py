@@ -40,6 +40,7 @@ LAYERS: tuple[str, ...] = (
     "training",
     "preflight",
     "new_config",
+    "slurm",
     "cli",
     "__main__",
 )
