@@ -52,7 +52,7 @@ build.sub_commands.append(("build_shipped", None))
 def readme() -> str:
     """README.md; links to other files of the repository, which a package index has not, become plain text."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)\s]+\)", r"\1", text)
+    return re.sub(r"!?\[([^\]]+)\]\((?!https?://)[^)\s]+\)", r"\1", text)
 
 
 FEATURES = {
