@@ -91,14 +91,13 @@ def test_new_config_is_checked_and_trains_on_two_ranks(environment: Environment,
     assert yaml.safe_load(shown)["deepspeed"] == "zero2"
     environment.run("das-ds", "check-config", "--config", "run.yaml", *SMALL, "deepspeed=zero3_offload")
     launcher = ["deepspeed", "--num_accelerators", 2, "--master_port", reserve_port(), "--module", "das_ds"]
-    trained = environment.run(*launcher, "train", "--config", "run.yaml", *SMALL)
+    environment.run(*launcher, "train", "--config", "run.yaml", *SMALL)
     run = home / "runs" / "run"
     results = Results.read(run / RESULTS_FILE)
     assert results.complete and results.world_size == 2 and results.domains == ["food", "papers"]
     assert (run / REPORT_FOLDER / REPORT_FILE).exists() and (run / REPORT_FOLDER / "index.html").exists()
     # Compiled from the source in the wheel, as this home folder had nothing compiled before.
-    if shutil.which("g++") is not None:
-        assert "CPU kernels: C++, compiled with" in trained.stdout + trained.stderr
+    assert len(list((home / ".cache" / "das_ds" / "kernels").glob("*.so"))) == 1
     assert environment.run("das-ds", "status", run).stdout.startswith(f"{run}: finished")
 
 

@@ -58,18 +58,13 @@ def test_built_package_has_every_file_of_the_package_and_of_shipped_folders(buil
     assert files(built) == files(ROOT / "das_ds") | shipped
 
 
-def test_built_package_reads_its_own_files(built: Path, tmp_path: Path) -> None:
-    script = (
-        "from das_ds.shipped_files import shipped_folder; from das_ds.kernels.native import SOURCE; "
-        "print(shipped_folder('ds_configs'), SOURCE)"
-    )
+def test_built_package_reads_the_shipped_files(built: Path, tmp_path: Path) -> None:
+    script = "from das_ds.shipped_files import shipped_folder; print(shipped_folder('ds_configs'))"
     environment = {**os.environ, "PYTHONPATH": str(built.parent)}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    folder, source = map(Path, done.stdout.split())
-    assert folder == built / "shipped" / "ds_configs" and source == built / "kernels" / "native" / "masked.cpp"
-    assert files(folder) == files(shipped_folder("ds_configs"))
+    assert Path(done.stdout.strip()) == built / "shipped" / "ds_configs"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
