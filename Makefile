@@ -10,7 +10,7 @@ BENCHMARKS := adam_mask kernels step mask_cost tokenize vocabulary construction 
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu evidence chaos lint format
+.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu evidence chaos wheel lint format
 
 setup: $(STAMP)
 
@@ -74,6 +74,12 @@ evidence: setup
 
 chaos: setup
 	$(BIN)/python -m benchmarks.chaos
+
+# dist/: an sdist, and the wheel that is built from it. Only its users need the packages that are installed here.
+wheel: setup
+	$(BIN)/python -m pip install -r requirements-build.txt
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -232,6 +233,15 @@ def _init(options: argparse.Namespace) -> None:
     print(f"wrote {options.output}; next: das-ds preflight --config {options.output}")
 
 
+def _slurm_init(options: argparse.Namespace) -> None:
+    from das_ds.slurm.batch_files import write_batch_files
+
+    written = write_batch_files(options.folder)
+    train = shlex.quote(str(options.folder / "train.sbatch"))
+    print(f"wrote {', '.join(map(str, written))}")
+    print(f"next: sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 {train} --config run.yaml")
+
+
 def _status(options: argparse.Namespace) -> None:
     from das_ds.training.status import read_status
 
@@ -331,6 +341,7 @@ def _parser() -> argparse.ArgumentParser:
         "check a config and its DeepSpeed file without ranks, text or model, and print it with all defaults",
     )
     _add_init(commands)
+    _add_slurm(commands)
     _add_status(commands)
     _add_report(commands)
     _add_methods(commands)
@@ -449,6 +460,17 @@ def _add_init(commands: _Commands) -> None:
     command.add_argument("--method", metavar="NAME", help="see `das-ds methods`; default: the one to try first")
     text = "file to write, which must not exist; default: run.yaml"
     command.add_argument("--output", type=Path, default=Path("run.yaml"), metavar="FILE", help=text)
+
+
+def _add_slurm(commands: _Commands) -> None:
+    text = "write SLURM batch files that save, requeue and resume runs"
+    command = commands.add_parser("slurm", help=text, description=text)
+    actions: _Commands = command.add_subparsers(metavar="COMMAND", required=True)
+    text = "write the batch files train, train_deepspeed and sweep for the environment of this command"
+    init = actions.add_parser("init", help=text, description=text)
+    init.set_defaults(action=_slurm_init)
+    text = "folder to write to, which must not have such files; default: slurm"
+    init.add_argument("folder", nargs="?", type=Path, default=Path("slurm"), metavar="DIR", help=text)
 
 
 def _add_status(commands: _Commands) -> None:

@@ -35,7 +35,7 @@ train:
   learning_rate: 1e-4
   precision: bf16   # fp32 on CPUs, which only emulate it
 method: {method}   # `das-ds methods` lists all; ncl trains without protection, for comparison
-deepspeed: {{zero_optimization: {{stage: 2}}}}   # or a file such as ds_configs/zero3.json
+deepspeed: zero2   # zero0 to zero3, zero2_offload, zero3_offload, or a DeepSpeed file of your own
 tracking: []   # beside metrics.jsonl: wandb, tensorboard, mlflow, trackio
 """
 

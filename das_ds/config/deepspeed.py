@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: engine knobs from a JSON file, everything else from the run config.
+"""The DeepSpeed config of a run: engine knobs by name or from a JSON file, everything else from the run config.
 
 DeepSpeed lets one file set batch sizes, precision, clipping and the optimizer. Here the run config owns them; a file
 that contradicts it is an error and never a silent choice between the two.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from das_ds.config import RunConfig
 from das_ds.config.deepspeed_keys import AUTO, checked_engine
 from das_ds.config.method import load_methods
 from das_ds.errors import ConfigError
+from das_ds.shipped_files import shipped_folder
 from das_ds.user_files import read_text
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ZERO_STAGES = (0, 1, 2, 3)
 ENGINE_DEFAULTS = {
     # Masked AdamW is a torch optimizer that DeepSpeed does not know, also under offload.
@@ -76,10 +77,10 @@ def build_engine_config(config: RunConfig, world_size: int) -> EngineConfig:
     """The engine's config: engine knobs of `config.deepspeed` plus the keys that the run config owns.
 
     Raises:
-        ConfigError: file missing or not a JSON object, a key or value that is not listed in `config/deepspeed_keys.py`,
-            a value that contradicts the run config, an own optimizer or scheduler, fp16 at stage 0, offload or shards
-            that do not fit the stage or the ranks, batch sizes that do not divide, or settings that the method does not
-            support.
+        ConfigError: name unknown, file missing or not a JSON object, a key or value that is not listed in
+            `config/deepspeed_keys.py`, a value that contradicts the run config, an own optimizer or scheduler, fp16 at
+            stage 0, offload or shards that do not fit the stage or the ranks, batch sizes that do not divide, or
+            settings that the method does not support.
     """
     engine = checked_engine(_read_engine(config.deepspeed))
     _refuse_unsupported(engine, config.train.precision)
@@ -95,7 +96,7 @@ def with_zero_stage(config: RunConfig, stage: int) -> RunConfig:
     """The run with all engine knobs of its DeepSpeed file but the ZeRO stage.
 
     Raises:
-        ConfigError: the file is missing or not a JSON object.
+        ConfigError: the name is unknown, or the file is missing or not a JSON object.
     """
     engine = _read_engine(config.deepspeed)
     engine["zero_optimization"] = {**_section(engine, "zero_optimization"), "stage": stage}
@@ -128,13 +129,17 @@ def _read_engine(source: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _locate(source: str) -> Path:
-    """A relative path counts from the working directory first, then from the root of the repository."""
-    for path in (Path(source), REPOSITORY / source):
-        if path.exists() and not path.is_dir():
-            return path
-    known = ", ".join(f"ds_configs/{path.name}" for path in sorted((REPOSITORY / "ds_configs").glob("*.json")))
-    folders = " or ".join(dict.fromkeys([str(Path.cwd()), str(REPOSITORY)]))
-    raise ConfigError(f"deepspeed: found no file {source} in {folders}; expected a path or {known}")
+    """The file of one of the names that das_ds brings, whatever lies in the working directory, or of a path."""
+    shipped = {path.stem: path for path in sorted(shipped_folder("ds_configs").glob("*.json"))}
+    if source in shipped:
+        return shipped[source]
+    # Not Path.exists, which raises an error where the text cannot be a path.
+    if os.path.exists(source) and not os.path.isdir(source):
+        return Path(source)
+    raise ConfigError(
+        f"deepspeed: found {source!r}, which is no file in {Path.cwd()}; expected one of {', '.join(shipped)}, or the "
+        "path of a DeepSpeed file"
+    )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -54,8 +54,9 @@ class RunConfig(Section):
     tasks: list[TaskConfig] = Field(default=[])
     """End tasks for `das-ds finetune`; training ignores them."""
     benchmarks: BenchmarksConfig = BenchmarksConfig()
-    deepspeed: str | dict[str, Any] = "ds_configs/zero2.json"
-    """DeepSpeed file (engine knobs only) or its content."""
+    deepspeed: str | dict[str, Any] = "zero2"
+    """Engine knobs of DeepSpeed: zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, the path of a DeepSpeed
+    file, or its content."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     faults: FaultsConfig = FaultsConfig()

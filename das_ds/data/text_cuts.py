@@ -70,7 +70,7 @@ def find_cut_pattern(backend: Tokenizer) -> re.Pattern[str] | None:
         return None
     strips = any(part["type"] == "Strip" for part in normalizers)
     if strips and any(token["normalized"] for token in spec["added_tokens"]):
-        # They are found in the stripped text: the space before one is a token of its own, unless a piece begins with it.
+        # Found in the stripped text: the space before one is a token of its own, unless a piece begins with it.
         return None
     if any(part["type"] == "Prepend" for part in normalizers):
         before_mark = None if splitters or strips else _find_before_mark(spec)

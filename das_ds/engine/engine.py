@@ -48,8 +48,7 @@ def stage_hint(config: EngineConfig, train: TrainConfig, world_size: int) -> str
     if config.zero_stage == 0 or has_reason:
         return ""
     return (
-        f"ZeRO {config.zero_stage} on one rank has nothing to shard; stage 0 (ds_configs/zero0.json) trains the same, "
-        "faster"
+        f"ZeRO {config.zero_stage} on one rank has nothing to shard; stage 0 (deepspeed: zero0) trains the same, faster"
     )
 
 

@@ -1,5 +1,13 @@
 # shellcheck shell=bash disable=SC2154
-# Functions of the batch files of this folder, which set `root` (the repository) and source this file; docs/guide/clusters.md.
+# Functions of the batch files of this folder, which set `root` (the repository) and source this file. They read
+# `default_python`, the Python that runs where DAS_DS_PYTHON names none, and `how_to_install`, for where there is none.
+
+# >>> repository: das-ds slurm init writes the Python of its environment here
+default_python=$root/.venv/bin/python
+how_to_install="run make setup in $root"
+# The code that runs is next to the batch files, whatever is installed.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# <<< repository
 
 readonly exit_user_error=2
 readonly exit_stopped=75
@@ -14,10 +22,10 @@ say() {
   echo "das_ds: $*"
 }
 
-# One attempt with one srun task per rank; ends the script. Arguments: those of launch/train.py.
+# One attempt with one srun task per rank; ends the script. Arguments: those of das-ds train.
 train_under_srun() {
   prepare_job "$@"
-  run_ranks forward_signal srun "${srun_options[@]}" "$python" -u "$root/launch/train.py" "$@"
+  run_ranks forward_signal srun "${srun_options[@]}" "${das_ds[@]}" train "$@"
   finish_job
 }
 
@@ -28,7 +36,7 @@ forward_signal() {
 }
 
 # Find Python, the run folder and the address of rank 0, print where the job runs, and count the attempt.
-# Sets python, output_dir, job.
+# Sets das_ds, output_dir, job.
 prepare_job() {
   find_python
   # An array's element by its own name: the last one has the id of the array.
@@ -36,7 +44,7 @@ prepare_job() {
   job=${job:-$SLURM_JOB_ID}
   local facts
   # A wrong config ends the job here, before any rank starts.
-  facts=$("$python" "$root/launch/slurm/job_facts.py" "$@") || exit
+  facts=$("$python" -P -m das_ds.slurm.job_facts "$@") || exit
   output_dir=${facts%%$'\n'*}
   MASTER_ADDR=$(first_address)
   # Below 32768 ports are not handed out to clients; jobs of one day differ.
@@ -61,14 +69,14 @@ first_address() {
   fi
 }
 
-# Sets python; the code that runs is next to the batch files, whatever is installed.
+# Sets python, and das_ds: the words that run the das-ds command. -P: nothing is imported from the current folder.
 find_python() {
-  python=${DAS_DS_PYTHON:-$root/.venv/bin/python}
+  python=${DAS_DS_PYTHON:-$default_python}
+  das_ds=("$python" -P -u -m das_ds)
   if [[ ! -x $python ]]; then
-    say "found no Python at $python; run make setup in $root, or set DAS_DS_PYTHON to one with das_ds's packages" >&2
+    say "found no Python at $python; $how_to_install, or set DAS_DS_PYTHON to one that has das_ds" >&2
     exit "$exit_user_error"
   fi
-  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   # Left by the shell that submitted the job they would win over SLURM's own variables.
   unset RANK WORLD_SIZE LOCAL_RANK
 }

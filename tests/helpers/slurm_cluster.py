@@ -19,6 +19,8 @@ from helpers.commands import QUICK_START, ROOT
 
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
+TRAIN = "-m das_ds train"
+"""Part of the command line of every rank of the batch files."""
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 CONFIG = """\
 ClusterName=das_ds
@@ -84,10 +86,10 @@ class SlurmCluster:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._end()
 
-    def submit(self, *words: object, **environment: str) -> str:
-        """Id of a new job: `sbatch WORDS` in the repository, with more variables in its environment."""
+    def submit(self, *words: object, cwd: Path = ROOT, **environment: str) -> str:
+        """Id of a new job: `sbatch WORDS` in a folder, with more variables in its environment."""
         command = ["sbatch", "--parsable", *map(str, words)]
-        return self._run(command, self._environment | environment).strip()
+        return self._run(command, self._environment | environment, cwd).strip()
 
     def call(self, *words: object) -> str:
         """Output of one of SLURM's commands."""
@@ -117,13 +119,13 @@ class SlurmCluster:
             time.sleep(0.2)
 
     def ranks(self, job: str) -> dict[int, psutil.Process]:
-        """Processes that run a job's `launch/train.py` as tasks of srun, by rank."""
+        """Processes that run a job's `das-ds train` as tasks of srun, by rank."""
         found = {}
         for process in self._processes():
             with suppress(psutil.Error):
                 environment = process.environ()
                 is_rank = environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment
-                if is_rank and any(word.endswith("launch/train.py") for word in process.cmdline()):
+                if is_rank and TRAIN in " ".join(process.cmdline()):
                     found[int(environment["SLURM_PROCID"])] = process
         return found
 
@@ -186,9 +188,9 @@ class SlurmCluster:
                     found.append(process)
         return found
 
-    def _run(self, command: list[str], environment: dict[str, str]) -> str:
+    def _run(self, command: list[str], environment: dict[str, str], cwd: Path = ROOT) -> str:
         done = subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+            command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
         )
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.multirank
 
 
 def test_train_two_ranks_agrees_with_evaluate(tmp_path: Path) -> None:
-    values = small_run(tmp_path, deepspeed="ds_configs/zero3.json")
+    values = small_run(tmp_path, deepspeed="zero3")
     path = write_config(tmp_path, values)
     done = on_two_ranks("launch/train.py", "--config", path, "train.micro_batch_size=2")
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ MINIMAL: dict[str, Any] = {
     "domains": [{"name": name, "train": [f"{name}.txt"]} for name in ("acl", "pubmed", "chemistry")],
     "general": {"name": "general", "train": ["general.txt"]},
     "method": {"name": "directions"},
-    "deepspeed": "ds_configs/zero2.json",
+    "deepspeed": "zero2",
 }
 """Completes a block that shows some sections only."""
 
@@ -80,6 +80,8 @@ def product_call(words: list[str]) -> list[str] | None:
         path = Path(word)
         if path.parent == Path("launch") and path.suffix == ".py" and path.stem in ENTRY_POINTS:
             return [path.stem, *words[position + 1 :]]
+        if word == "das_ds" and words[position - 1] in ("-m", "--module"):
+            return words[position + 1 :]
         if path.suffix == ".sbatch" and path.stem.startswith("train"):
             return ["train", *words[position + 1 :]]
     return None
@@ -211,6 +213,8 @@ def test_commands_are_found_behind_every_launcher() -> None:
         "deepspeed --num_accelerators 2 launch/train.py --config a",
         "srun python launch/train.py --config a",
         "sbatch --nodes 2 launch/slurm/train.sbatch --config a",
+        "python -m das_ds train --config a",
+        "deepspeed --module das_ds train --config a",
     ]
     assert [product_call(shlex.split(call)) for call in calls] == [["train", "--config", "a"]] * len(calls)
     assert product_call(["make", "demo"]) is None

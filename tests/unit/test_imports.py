@@ -16,6 +16,7 @@ LAYERS: tuple[str, ...] = (
     "thread_guard",
     "progress",
     "user_files",
+    "shipped_files",
     "storage",
     "hub",
     "config",
@@ -39,6 +40,7 @@ LAYERS: tuple[str, ...] = (
     "training",
     "preflight",
     "new_config",
+    "slurm",
     "cli",
     "__main__",
 )
@@ -54,7 +56,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "methods": ("checkpoint", "fault_tolerance", "tracking"),
 }
 """Layer -> layers that it may not import although they stand lower."""
-WITHOUT_TORCH = ("config", "storage", "run_dir", "user_files", "hub", "versions")
+WITHOUT_TORCH = ("config", "storage", "run_dir", "user_files", "shipped_files", "hub", "versions")
 PROCESS_GROUP_LAYERS = ("distributed", "engine", "softmask", "fault_tolerance", "preflight")
 """Layers that call torch.distributed themselves; the others go through `distributed.ProcessGroup`."""
 LAZY = (

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.multirank
 STAND_IN = """\
 #!/bin/bash
 case "$*" in
-  *launch/train.py*) trap 'exit 75' TERM; touch "$STARTED"; eval "$RANK_DOES"; exit ;;
+  *'-m das_ds train'*) trap 'exit 75' TERM; touch "$STARTED"; eval "$RANK_DOES"; exit ;;
 esac
 exec {python} "$@"
 """

@@ -12,7 +12,8 @@ import pytest
 
 from das_ds.reporting.results import Results
 from das_ds.run_dir import RESULTS_FILE
-from helpers.commands import write_config
+from das_ds.slurm.batch_files import write_batch_files
+from helpers.commands import ROOT, write_config
 from helpers.resume import assert_same_run
 from helpers.runs import last_step, small_run
 from helpers.slurm_cluster import SlurmCluster
@@ -26,16 +27,22 @@ ON_TWO_NODES = ("--nodes", 2, "--ntasks-per-node", 1)
 
 
 class Job:
-    """A job over `folder`; its run is `folder/run`, its log `folder/log`."""
+    """A job over `folder`; its run is `folder/run`, its log `folder/log`.
 
-    def __init__(self, cluster: SlurmCluster, folder: Path, file: str, **changes: Any) -> None:
+    Args:
+        file: a batch file of the repository, or the path of one that needs none: then it is submitted in `folder`.
+    """
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, file: str | Path, **changes: Any) -> None:
         folder.mkdir(exist_ok=True)
         self.cluster = cluster
         self.run = folder / "run"
         self._log = folder / "log"
         values = small_run(folder, train=TRAIN, checkpoint=CHECKPOINT, **changes)
         config = write_config(folder, {**values, "domains": values["domains"][:1]})
-        self.id = cluster.submit(*ON_TWO_NODES, "--output", self._log, f"launch/slurm/{file}", "--config", config)
+        cwd = ROOT if isinstance(file, str) else folder
+        script = cwd / "launch" / "slurm" / file
+        self.id = cluster.submit(*ON_TWO_NODES, "--output", self._log, script, "--config", config, cwd=cwd)
 
     @property
     def log(self) -> str:
@@ -71,6 +78,16 @@ def uninterrupted(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactor
 def test_job_on_two_nodes_finishes(uninterrupted: Path) -> None:
     results = Results.read(uninterrupted / RESULTS_FILE)
     assert results.complete and results.world_size == 2
+
+
+@pytest.mark.parametrize("file", ["train.sbatch", "train_deepspeed.sbatch"])
+def test_written_batch_file_trains_the_same_without_the_repository(
+    file: str, cluster: SlurmCluster, uninterrupted: Path, tmp_path: Path
+) -> None:
+    written = next(path for path in write_batch_files(tmp_path / "slurm") if path.name == file)
+    job = Job(cluster, tmp_path / "elsewhere", written)
+    job.finish(restarts=0)
+    assert_same_run(job.run, uninterrupted)
 
 
 @pytest.mark.parametrize(

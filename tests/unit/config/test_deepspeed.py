@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from das_ds.config import RunConfig, parse_method
-from das_ds.config.deepspeed import REPOSITORY, EngineConfig, build_engine_config
+from das_ds.config.deepspeed import EngineConfig, build_engine_config
 from das_ds.config.deepspeed_keys import KEYS
 from das_ds.errors import ConfigError
+from das_ds.shipped_files import shipped_folder
 from helpers.configs import make_config
 
-FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+FILES = sorted(shipped_folder("ds_configs").glob("*.json"))
 
 
 def run_config(deepspeed: str | dict[str, Any], **train: Any) -> RunConfig:
@@ -314,7 +315,7 @@ def test_ds_configs_hold_engine_knobs_only(path: Path) -> None:
 def test_ds_configs_are_accepted_by_deepspeed(path: Path, precision: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    engine = build_engine_config(run_config(f"ds_configs/{path.name}", precision=precision), world_size=1)
+    engine = build_engine_config(run_config(path.stem, precision=precision), world_size=1)
     parsed = DeepSpeedConfig(engine.raw)
     assert parsed.zero_config.stage == engine.zero_stage
     assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (256, 8)
@@ -326,19 +327,34 @@ def test_ds_configs_cover_all_stages() -> None:
     assert [path.stem for path in FILES] == expected
 
 
-def test_engine_file_working_directory_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_engine_name_is_the_shipped_file_from_any_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / path.stem).write_text('{"zero_optimization": {"stage": 9}}', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    config = run_config("ds_configs/zero2.json")
-    assert build_engine_config(config, world_size=1).zero_stage == 2
+    built = build_engine_config(run_config(path.stem), world_size=1)
+    assert built == build_engine_config(run_config(json.loads(path.read_text(encoding="utf-8"))), world_size=1)
+
+
+@pytest.mark.parametrize("name", ["ds_configs/zero2.json", "own.json", "own"])
+def test_engine_path_counts_from_the_working_directory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ds_configs").mkdir()
-    (tmp_path / "ds_configs/zero2.json").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
-    assert build_engine_config(config, world_size=1).zero_stage == 1
+    (tmp_path / name).write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert build_engine_config(run_config(name), world_size=1).zero_stage == 1
+    assert build_engine_config(run_config(str(tmp_path / name)), world_size=1).zero_stage == 1
 
 
-def test_engine_file_missing_lists_shipped_files() -> None:
-    message = error_message("ds_configs/zero9.json")
-    assert "found no file ds_configs/zero9.json" in message
-    assert "ds_configs/zero3_offload.json" in message
+@pytest.mark.parametrize("name", ["zero9", "ds_configs/zero9.json", "ds_configs", "n" * 5000, ""])
+def test_engine_name_unknown_lists_the_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ds_configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = "zero0, zero1, zero2, zero2_offload, zero3, zero3_offload"
+    expected = f"found {name!r}, which is no file in {tmp_path}; expected one of {names}, or the path of a DeepSpeed"
+    assert expected in error_message(name)
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_override_changes_one_alias_only(tmp_path: Path) -> None:
         ("train={eps: 1, eps: 2}", "not valid YAML at line 1, column 10: key eps found twice"),
         ("seed=2020-13-45", "override 'seed=2020-13-45': not valid YAML: month must be in 1..12"),
         ("train.eps.x=1", "override train.eps.x: train.eps is 1e-08, a value without keys below it"),
-        ("deepspeed.bf16=1", "override deepspeed.bf16: deepspeed is 'ds_configs/zero2.json', a value without keys"),
+        ("deepspeed.bf16=1", "override deepspeed.bf16: deepspeed is 'zero2', a value without keys"),
         ("domains.3.name=x", "override domains.3: found position '3', allowed: 0 to 2 (2 appends)"),
         ("domains.last.name=x", "override domains.last: found position 'last', allowed: 0 to 2"),
     ],

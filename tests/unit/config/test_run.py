@@ -31,7 +31,7 @@ def test_run_config_needs_three_keys() -> None:
     config = RunConfig.model_validate(SMALL)
     assert config.train.learning_rate == 1e-4
     assert config.method.name == DEFAULT_METHOD
-    assert config.deepspeed == "ds_configs/zero2.json"
+    assert config.deepspeed == "zero2"
 
 
 def test_run_config_is_frozen() -> None:

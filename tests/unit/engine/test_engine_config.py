@@ -32,7 +32,7 @@ def test_stage_hint_names_stage_0_where_one_rank_shards_nothing(
     world_size: int, zero: dict[str, Any], train: dict[str, Any], is_given: bool
 ) -> None:
     hint = stage_hint(EngineConfig.from_raw({"zero_optimization": zero}), TrainConfig(**train), world_size)
-    expected = f"ZeRO {zero['stage']} on one rank has nothing to shard; stage 0 (ds_configs/zero0.json) trains the same"
+    expected = f"ZeRO {zero['stage']} on one rank has nothing to shard; stage 0 (deepspeed: zero0) trains the same"
     assert hint == (f"{expected}, faster" if is_given else "")
 
 

@@ -58,7 +58,8 @@ def _method_section(settings: MethodConfig, name: str) -> dict[str, Any]:
     """The config's section for another method: the settings that both methods take in the same sense."""
     other = method_configs().get(name, MethodConfig)
     # Methods may have keys of one name, such as `batch_size`, and mean different things by them.
-    shared = next(base for base in type(settings).__mro__ if issubclass(other, base))
+    bases = (base for base in type(settings).__mro__ if issubclass(base, MethodConfig))
+    shared = next(base for base in bases if issubclass(other, base))
     kept = settings.model_dump(mode="json", by_alias=True, exclude_unset=True)
     names = {field.alias or key for key, field in shared.model_fields.items()}
     return {key: value for key, value in kept.items() if key in names} | {"name": name}

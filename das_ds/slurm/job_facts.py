@@ -8,10 +8,12 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from das_ds import __version__
 from das_ds.config.io import load_config
 from das_ds.errors import EXIT_USER_ERROR, DasError
 
 PACKAGES = ("torch", "deepspeed", "transformers")
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
@@ -26,7 +28,8 @@ def main() -> int:
         print(f"das_ds: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     print(config.output_dir)
-    print(f"python {platform.python_version()}", *(f"{package} {metadata.version(package)}" for package in PACKAGES))
+    versions = [f"{package} {metadata.version(package)}" for package in PACKAGES]
+    print(f"das_ds {__version__} of {PACKAGE}, python {platform.python_version()}", *versions)
     return 0
 
 

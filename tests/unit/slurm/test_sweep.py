@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from das_ds.config import RunConfig
 from das_ds.config.io import load_config
-from helpers.commands import command, write_config
+from das_ds.slurm import sweep
+from das_ds.slurm.sweep import sweep_overrides
+from helpers.commands import write_config
 from helpers.runs import small_run
-from launch.slurm.sweep import sweep_overrides
 
 
 def test_elements_are_the_product_and_each_is_a_run_of_its_own(tmp_path: Path) -> None:
@@ -46,11 +45,14 @@ def test_without_axes_there_is_the_config_itself(tmp_path: Path) -> None:
     )
 
 
-def test_arguments_keep_the_overrides_of_the_user(tmp_path: Path) -> None:
+def test_arguments_keep_the_overrides_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
-    done = _sweep("--element", 1, "--seeds", "0,1", "--config", path, "train.steps_per_domain=9")
-    arguments = done.stdout.splitlines()
-    assert done.returncode == 0 and arguments[:2] == ["--config", str(path)]
+    words = ("--element", 1, "--seeds", "0,1", "--config", path, "train.steps_per_domain=9")
+    assert run_sweep(monkeypatch, *words) == 0
+    arguments = capsys.readouterr().out.splitlines()
+    assert arguments[:2] == ["--config", str(path)]
     run = load_config(path, arguments[2:])
     assert run.seed == 1 and run.train.steps_per_domain == 9
 
@@ -69,12 +71,20 @@ def test_arguments_keep_the_overrides_of_the_user(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_axes_are_exit_code_2_and_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_axes_are_exit_code_2_and_one_line(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = write_config(tmp_path, small_run(tmp_path))
-    done = _sweep("--element", 0, *words, "--config", path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("das_ds: ") and message in done.stderr
+    assert run_sweep(monkeypatch, "--element", 0, *words, "--config", path) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and error.startswith("das_ds: ") and message in error
 
 
-def _sweep(*words: object) -> subprocess.CompletedProcess[str]:
-    return command(sys.executable, "launch/slurm/sweep.py", *words)
+def run_sweep(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """`python -m das_ds.slurm.sweep WORDS` in this process."""
+    monkeypatch.setattr("sys.argv", ["sweep", *map(str, words)])
+    return sweep.main()
