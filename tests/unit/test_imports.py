@@ -38,6 +38,7 @@ LAYERS: tuple[str, ...] = (
     "reporting",
     "training",
     "preflight",
+    "integrations",
     "new_config",
     "cli",
     "__main__",
