@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from das_ds.config import ImportanceConfig, RunConfig, SoftmaskConfig
 from das_ds.context import CorpusSample, RunContext
@@ -170,6 +171,9 @@ def rows(batches: list[Batch]) -> list[Inputs]:
 
 def build_trainer(folder: Path, zero: dict[str, Any] | None, world_size: int, **changes: Any) -> InOrderTrainer:
     """A Trainer of the same steps; `zero` is DeepSpeed's section, None: no DeepSpeed."""
+    # The config of an earlier Trainer would shard the model while it is built.
+    unset_hf_deepspeed_config()
+    model = tiny_model(**NO_DROPOUT)
     deepspeed = None
     if zero is not None:
         deepspeed = {
@@ -200,9 +204,7 @@ def build_trainer(folder: Path, zero: dict[str, Any] | None, world_size: int, **
         **{"save_strategy": "no", **changes},
     )
     dataset: Any = rows([batch for step in steps() for batch in step])
-    return InOrderTrainer(
-        model=tiny_model(**NO_DROPOUT), args=arguments, train_dataset=dataset, compute_loss_func=token_mean
-    )
+    return InOrderTrainer(model=model, args=arguments, train_dataset=dataset, compute_loss_func=token_mean)
 
 
 def token_mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
@@ -246,12 +248,13 @@ def compare(folder: Path, kind: Kind, trainer: str, zero: dict[str, Any] | None)
     own_folder, other_folder = folder / f"own_{kind}", folder / f"{trainer}_{kind}"
     for path in (own_folder, other_folder):
         path.mkdir(exist_ok=True)
+    unset_hf_deepspeed_config()
+    initial = dict(tiny_model(**NO_DROPOUT).named_parameters())
     own, own_measured = train_own(own_folder, zero or {"stage": 0}, kind)
     if trainer == "huggingface":
         other, measured = train_huggingface(other_folder, zero, kind)
     else:
         other, measured = train_torch(other_folder, kind, ddp=trainer == "ddp")
-    initial = dict(tiny_model(**NO_DROPOUT).named_parameters())
     assert own_measured.keys() == measured.keys() and own.keys() == other.keys()
     measured_difference = max(
         float(
