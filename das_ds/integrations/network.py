@@ -143,11 +143,12 @@ class Network:
         return runner(batch[0] if isinstance(batch, list | tuple) else batch)
 
     def _takes(self, key: str) -> bool:
-        # Of the class: accelerate and DeepSpeed wrap the method of an object.
-        parameters = inspect.signature(type(self.model).forward).parameters
+        # Of the class, as accelerate and DeepSpeed wrap the method of an object; and without adapters, which pass on
+        # all that they get.
+        parameters = inspect.signature(type(self.text_model or self.model).forward).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         # Models of transformers pass on whatever they do not know, which is not always harmless.
-        return key in parameters or (takes_any and not isinstance(self.text_model, PreTrainedModel))
+        return key in parameters or (takes_any and self.text_model is None)
 
     def loss(self, batch: Any, through: Callable[..., Any] | None = None) -> torch.Tensor:
         """Scalar loss of a batch.
