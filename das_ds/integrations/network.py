@@ -177,9 +177,11 @@ class Network:
             DataError: the network is no language model, or the batch has no labels.
         """
         self.num_sequences(batch)
-        logits, labels = self.run(batch, through).logits, batch["labels"]
+        logits = self.run(batch, through).logits
+        labels = batch["labels"]
         if self.objective == "clm":
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            logits = logits[:, :-1]
+            labels = labels[:, 1:]
         chosen = labels != IGNORED
         losses = functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
         return sequence_token_loss(losses, chosen.nonzero()[:, 0], len(labels))
@@ -279,7 +281,9 @@ class Network:
         """Which vectors of a batch count."""
         if self.text_model is None or not isinstance(batch, Mapping):
             return TextBatch(None, None)
-        ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        labels = batch.get("labels")
         tokens = mask.float() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids).float()
         if self.objective is None or labels is None or labels.shape != ids.shape:
             return TextBatch(tokens, tokens)

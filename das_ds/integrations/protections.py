@@ -186,7 +186,7 @@ class DirectionProtection(Protection):
             return
         settings = self._settings
         if settings.apply_to == "gradient":
-            self.steps.check_decay()
+            self.steps.check_gradient_masks()
         layers, _ = self._inputs()
         vocabulary = self.network.layout.vocabulary
         num_tokens = self._masked_tokens()

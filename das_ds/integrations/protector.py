@@ -127,6 +127,8 @@ class Protector:
         Raises:
             ConfigError: an optimizer of other parameters, or none of torch.
         """
+        # Masks depend on how the optimizer decays weights.
+        self._is_stale = not self.is_empty
         if self._engine is not None:
             if optimizer is not None and optimizer is not self._engine:
                 raise ConfigError(
@@ -198,9 +200,9 @@ class Protector:
 
     def _renew(self) -> None:
         if self._is_stale:
-            # First, as masks of steps are made by the same calls.
-            self._is_stale = False
             self._protection.apply()
+            # Not earlier: steps after an error must not be without masks.
+            self._is_stale = False
 
     def _check_not_empty(self, what: str) -> None:
         if self.is_empty:

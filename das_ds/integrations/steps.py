@@ -19,7 +19,7 @@ from das_ds.engine.step_masks import StepMasks, frozen_spans
 from das_ds.errors import ConfigError, ModelError
 from das_ds.functional.importance import importance_score
 
-DECOUPLED = ("adamw", "lion")
+DECOUPLED = "adamw"
 """In the name of an optimizer that multiplies weights by 1 - rate * weight decay."""
 Backward = Callable[[torch.Tensor], None]
 """Loss of this rank's batch -> None; its gradient, averaged over ranks, is scored."""
@@ -110,16 +110,21 @@ class HookedSteps(ABC):
             self._removes.pop()()
         self._optimizers = []
 
-    def check_decay(self) -> None:
-        """Check that masks of gradients alone can mask the weight decay too.
+    def check_gradient_masks(self) -> None:
+        """Check that masks of gradients alone protect.
 
         Raises:
-            ConfigError: an optimizer whose decay is neither decoupled nor 0.
+            ConfigError: an optimizer that takes their signs, or whose decay is neither decoupled nor 0.
         """
         for optimizer in self._optimizers:
             kind = type(optimizer).__name__
+            if "lion" in kind.lower():
+                raise ConfigError(
+                    f"apply_to: found gradient with {kind}, which steps by the sign of each element and so undoes the "
+                    "mask; allowed with it: update, both"
+                )
             for group in optimizer.param_groups:
-                is_decoupled = group.get("decoupled_weight_decay", any(name in kind.lower() for name in DECOUPLED))
+                is_decoupled = group.get("decoupled_weight_decay", DECOUPLED in kind.lower())
                 if group.get("weight_decay", 0.0) > 0.0 and not is_decoupled:
                     raise ConfigError(
                         f"apply_to: found gradient with {kind}, whose weight decay is no factor of the weights and "

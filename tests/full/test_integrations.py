@@ -1,4 +1,4 @@
-"""Masks in other trainers: plain torch, DDP, and Hugging Face's Trainer at every stage, against das_ds's own trainer."""
+"""Masks in other trainers: torch, DDP, and Hugging Face's Trainer at every stage, against das_ds's own trainer."""
 
 from __future__ import annotations
 

@@ -19,6 +19,10 @@ from transformers import Adafactor, AutoConfig, AutoModelForSequenceClassificati
 from das_ds.errors import ConfigError, DasError, DataError, ImportanceError, ModelError, RunFolderError, TrainingError
 from das_ds.integrations import Protector
 from das_ds.integrations.protector import unwrap_model
+from das_ds.integrations.settings import METHODS
+from das_ds.models.architectures.registry import spec_for
+from das_ds.softmask.directions_file import load_directions
+from das_ds.softmask.importance_file import load_parameter_importance, load_unit_importance, save_unit_importance
 from helpers.tiny_models import CONFIGS, NO_DROPOUT, tiny_model
 from helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -367,6 +371,28 @@ def test_training_resumes_bitwise(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+def test_files_are_those_of_das_ds(tmp_path: Path) -> None:
+    model = tiny_model()
+    layout = spec_for("roberta").layout(model)
+    protectors = {method: Protector(model, method) for method in METHODS}  # type: ignore[arg-type]
+    for method, protector in protectors.items():
+        protector.measure([text(1, causal=False)])
+        protector.save(tmp_path / method)
+    tensors = {method: protector.state_dict()["tensors"] for method, protector in protectors.items()}
+    widths = {name: len(moment) for name, moment in tensors["directions"].items()}
+    moments, num_tokens = load_directions(tmp_path / "directions", widths, widths, layout, ("a", "b"))
+    assert num_tokens == 0 and all(torch.equal(moments[name], tensors["directions"][name]) for name in widths)
+    units = load_unit_importance(tmp_path / "unit", layout)
+    assert all(torch.equal(units[group], tensors["unit"][group]) for group in units)
+    with load_parameter_importance(tmp_path / "parameter", layout) as read:
+        assert all(torch.equal(read(n, 0, len(v)), v) for n, v in tensors["parameter"].items())
+    # And the other way round, with a vocabulary that is not compared.
+    halved = {group: values / 2 for group, values in units.items()}
+    save_unit_importance(tmp_path / "run", halved, layout, ("a", "b"))
+    protectors["unit"].load(tmp_path / "run")
+    assert all(torch.equal(v, halved[g]) for g, v in protectors["unit"].state_dict()["tensors"].items())
+
+
 def test_rows_of_added_tokens_are_not_masked(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(280)
     model = tiny_model("llama", vocab_size=280, tie_word_embeddings=False)
@@ -522,4 +548,11 @@ def test_wrong_optimizer_is_an_error() -> None:
     protector.wrap(torch.optim.SGD(network.parameters(), lr=RATE, weight_decay=0.1))
     backward(network)
     with pytest.raises(ConfigError, match=r"apply_to: found gradient with SGD, .* expected both or update"):
+        protector.mask_gradients()
+
+    class Lion(SignSGD):
+        pass
+
+    protector.wrap(Lion(network.parameters()))
+    with pytest.raises(ConfigError, match=r"apply_to: found gradient with Lion, which steps by the sign"):
         protector.mask_gradients()
