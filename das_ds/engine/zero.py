@@ -353,12 +353,18 @@ def check_engine(engine: DeepSpeedEngine) -> None:
     Raises:
         ConfigError: its shards are where das_ds does not reach them, or ranks share more than data.
     """
-    offload = getattr(engine.zero_offload_optimizer(), "device", None)
-    if getattr(offload, "value", offload) == "nvme":
-        raise ConfigError(
-            "deepspeed: found zero_optimization.offload_optimizer.device nvme, whose weights are not in memory between "
-            "steps; allowed: cpu, none"
-        )
+    for key, offload in (
+        ("offload_optimizer", engine.zero_offload_optimizer()),
+        ("offload_param", engine.zero_offload_param()),
+    ):
+        device = getattr(offload, "device", "none")
+        device = getattr(device, "value", device)
+        if device not in ("none", None):
+            # DeepSpeed takes the norm of gradients on their way to the host, before they can be masked.
+            raise ConfigError(
+                f"deepspeed: found zero_optimization.{key}.device {device}, where gradients are measured before they "
+                "can be masked; allowed in other trainers: none"
+            )
     if getattr(engine, "zenflow", False):
         raise ConfigError("deepspeed: found zenflow, whose steps are not at one time; expected a config without it")
     group_size = dist.get_world_size(engine.data_parallel_group)

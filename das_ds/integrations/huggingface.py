@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from das_ds.errors import ConfigError, DataError, ImportanceError
 from das_ds.integrations.protector import Protector, is_engine
-from das_ds.integrations.settings import MethodName, parse_settings
+from das_ds.integrations.settings import DEFAULT_METHOD, MethodName, parse_settings
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class ProtectionCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        method: MethodName = "directions",
+        method: MethodName = DEFAULT_METHOD,
         *,
         load: str | Path | None = None,
         measure: bool | Dataset[Any] | DataLoader[Any] = True,

@@ -15,7 +15,13 @@ from das_ds.errors import ConfigError, ImportanceError, ModelError
 from das_ds.functional.token_ids import tokens_by_id
 from das_ds.integrations.network import Forward, FullShape, Network
 from das_ds.integrations.protections import DirectionProtection, ParameterProtection, Protection, UnitProtection
-from das_ds.integrations.settings import DirectionsSettings, MethodName, parse_architecture, parse_settings
+from das_ds.integrations.settings import (
+    DEFAULT_METHOD,
+    DirectionsSettings,
+    MethodName,
+    parse_architecture,
+    parse_settings,
+)
 from das_ds.integrations.steps import HookedSteps, TorchSteps
 from das_ds.models.architectures.from_config import spec_from_config
 from das_ds.models.architectures.registry import ARCHITECTURES
@@ -55,7 +61,7 @@ class Protector:
     def __init__(
         self,
         model: nn.Module,
-        method: MethodName = "directions",
+        method: MethodName = DEFAULT_METHOD,
         *,
         architecture: Mapping[str, Any] | None = None,
         tokenizer: Any = None,

@@ -14,6 +14,8 @@ from das_ds.errors import ConfigError
 
 MethodName = Literal["directions", "unit", "parameter"]
 METHODS: tuple[str, ...] = get_args(MethodName)
+DIRECTIONS: MethodName = "directions"
+DEFAULT_METHOD = DIRECTIONS
 
 
 class DirectionsSettings(Section):
@@ -56,13 +58,13 @@ def parse_settings(method: str, values: Mapping[str, Any]) -> Settings:
     """
     if method not in METHODS:
         raise ConfigError(f"method: found {method!r}, allowed: {' | '.join(METHODS)}")
-    allowed = tuple(DirectionsSettings.model_fields) if method == "directions" else IMPORTANCE_KEYS + SOFTMASK_KEYS
+    allowed = tuple(DirectionsSettings.model_fields) if method == DIRECTIONS else IMPORTANCE_KEYS + SOFTMASK_KEYS
     for key in values:
         if key not in allowed:
             raise ConfigError(
                 f"{key}: found with method {method}, which has no such setting; allowed: {_list(allowed)}"
             )
-    if method == "directions":
+    if method == DIRECTIONS:
         return _build(lambda: DirectionsSettings(**values))
     importance = _build(
         lambda: ImportanceConfig(granularity=method, **{key: values[key] for key in IMPORTANCE_KEYS if key in values})

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from helpers.integration_checks import check_torch, check_trainer
-from helpers.parity import OFFLOAD
 
 pytestmark = pytest.mark.multirank
 
@@ -26,7 +25,6 @@ def test_plain_torch_equals_own_trainer(world_size: int, tmp_path: Path) -> None
         ({"stage": 0}, 2),
         ({"stage": 1}, 2),
         ({"stage": 2}, 2),
-        ({"stage": 2, **OFFLOAD}, 2),
         ({"stage": 3}, 1),
     ],
 )

@@ -23,13 +23,17 @@ class DeepSpeedEngine:
         self.module = nn.Linear(3, 2)
         self.optimizer = self.basic_optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1)
         self.data_parallel_group = None
-        self.offload: Any = None
+        self.offload: Any = SimpleNamespace(device="none")
+        self.param: Any = None
         self.is_managed = True
         self.is_fp16 = False
         vars(self).update(changes)
 
     def zero_offload_optimizer(self) -> Any:
         return self.offload
+
+    def zero_offload_param(self) -> Any:
+        return self.param
 
     def managed_gradient_accumulation(self) -> bool:
         return self.is_managed
@@ -47,7 +51,8 @@ def _one_of_two_data_parallel_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"offload": SimpleNamespace(device="nvme")}, "found zero_optimization.offload_optimizer.device nvme"),
+        ({"offload": SimpleNamespace(device="cpu")}, "found zero_optimization.offload_optimizer.device cpu"),
+        ({"param": SimpleNamespace(device="nvme")}, "found zero_optimization.offload_param.device nvme"),
         ({"zenflow": True}, "found zenflow"),
         ({"data_parallel_group": "half"}, "found 2 data-parallel ranks of 1, expected all"),
         ({"is_managed": False}, "found managed_gradient_accumulation false, expected true"),
