@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import deepspeed
 import numpy
 import torch
 import torch.distributed as dist
@@ -49,15 +48,18 @@ class RankInfo:
 class ProcessGroup:
     """The process group of a run: who this rank is, and waiting for each other without a collective time-out.
 
-    Made by `init_process_group`, on all ranks together.
+    Made by `init_process_group` or `adopt_process_group`, on all ranks together.
 
     Args:
         info: this rank.
-        cpu_group: gloo group of all ranks, whose collectives may take up to `LONG_TIMEOUT`.
+        cpu_group: gloo group of all ranks, whose collectives may take up to `LONG_TIMEOUT`; None: there is one rank, in
+            no group.
         collective_timeout: time-out of collectives of every other group; None: that of their backend.
     """
 
-    def __init__(self, info: RankInfo, cpu_group: dist.ProcessGroup, collective_timeout: timedelta | None) -> None:
+    def __init__(
+        self, info: RankInfo, cpu_group: dist.ProcessGroup | None, collective_timeout: timedelta | None
+    ) -> None:
         self.info = info
         self._cpu_group = cpu_group
         self._collective_timeout = collective_timeout
@@ -105,6 +107,8 @@ class ProcessGroup:
 
     def all_gather_object(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank; a rank may take any time to come here."""
+        if self._cpu_group is None:
+            return [value]
         values: list[Any] = [None] * self.info.world_size
         with in_collective():
             dist.all_gather_object(values, value, group=self._cpu_group)
@@ -197,6 +201,8 @@ def init_process_group(timeout: timedelta | None = None, collective_timeout: tim
     _avoid_compiled_collectives()
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     if not dist.is_initialized():
+        import deepspeed
+
         backend = "nccl" if device.type == "cuda" else "gloo"
         with report_missing_ranks(timeout):
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **options)
@@ -207,6 +213,20 @@ def init_process_group(timeout: timedelta | None = None, collective_timeout: tim
     process_group = ProcessGroup(info, cpu_group, timeout if collective_timeout is None else collective_timeout)
     process_group.limit_collectives()
     return process_group
+
+
+def adopt_process_group(device: torch.device) -> ProcessGroup:
+    """The process group that another trainer has made, whose environment and time-outs stay as they are; a collective.
+
+    Args:
+        device: of this rank.
+    """
+    if not dist.is_initialized():
+        return ProcessGroup(RankInfo(0, 0, 1, device), None, None)
+    info = RankInfo(dist.get_rank(), int(os.environ.get("LOCAL_RANK", dist.get_rank())), dist.get_world_size(), device)
+    cpu_group = dist.new_group(backend="gloo")
+    set_group_timeout(cpu_group, LONG_TIMEOUT)
+    return ProcessGroup(info, cpu_group, None)
 
 
 def _set_default_environment() -> None:
@@ -246,6 +266,8 @@ def _avoid_compiled_collectives() -> None:
     The compilation is guarded by a lock file that a killed process leaves behind and every later start waits for; gloo
     needs neither compiler nor lock.
     """
+    import deepspeed
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

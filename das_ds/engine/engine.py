@@ -26,6 +26,7 @@ from das_ds.engine.mask import DecayMasks, GradientMask, UpdateMasks
 from das_ds.engine.optimizer import MaskedAdamW, build_optimizer
 from das_ds.engine.quadratic_penalty import QuadraticPenalty
 from das_ds.engine.sharded_init import ExactWeights, Slice
+from das_ds.engine.step_masks import frozen_spans
 from das_ds.engine.weights import ShardedWeights
 from das_ds.engine.zero import drop_gradients, get_gradients, gradient_accumulation, without_clipping
 from das_ds.errors import CheckpointError, TrainingError
@@ -338,18 +339,7 @@ class Engine:
         Args:
             frozen: parameter -> how many of its first elements keep their values.
         """
-        self._frozen_elements = {}
-        spans: dict[torch.Tensor, list[slice]] = {}
-        for number, shard in enumerate(self.weights.shards):
-            numel = min(frozen.get(shard.name, 0) - shard.param_start, shard.numel)
-            if numel <= 0:
-                continue
-            self._frozen_elements[number] = numel
-            in_flat = spans.setdefault(shard.flat, [])
-            # A flat tensor of nothing but biases and normalization is one span, hence one copy per step.
-            is_adjacent = bool(in_flat) and in_flat[-1].stop == shard.flat_start
-            start = in_flat.pop().start if is_adjacent else shard.flat_start
-            in_flat.append(slice(start, shard.flat_start + numel))
+        self._frozen_elements, spans = frozen_spans(self.weights.shards, frozen)
         self._optimizer.set_frozen(spans)
 
     def gradient_accumulation(self, num_micro_steps: int) -> AbstractContextManager[None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,23 +43,6 @@ def emulated_precision_warning(precision: str) -> str:
     if torch.backends.mkldnn.is_available() and is_fast():
         return ""
     return f"this CPU has no instructions for {precision}, which is many times slower here than fp32"
-
-
-@contextmanager
-def tf32(device: torch.device) -> Iterator[None]:
-    """Inside, float32 matrix products on this device may round their factors to TF32; nothing changes on a CPU.
-
-    For products whose result is a small change of something else, and whose factors need no more than 10 bits.
-    """
-    saved = torch.get_float32_matmul_precision()
-    if device.type != "cuda" or saved != "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(saved)
 
 
 class LossScaler:

@@ -15,7 +15,8 @@ from torch import nn
 
 from das_ds.config import ImportanceScore, TrainConfig
 from das_ds.distributed.state import Flats
-from das_ds.engine.mask import CHUNK_TILES, DecayMask, DecayMasks, ElementwiseMask, UpdateMask, UpdateMasks
+from das_ds.engine.mask import CHUNK_TILES, DecayMasks, ElementwiseMask, UpdateMask, UpdateMasks
+from das_ds.engine.step_masks import StepMasks
 from das_ds.engine.zero import full_shape
 from das_ds.errors import ConfigError
 from das_ds.functional.importance import importance_score
@@ -28,20 +29,15 @@ MAX_BUFFER_ELEMENTS = CHUNK_TILES * CPU_TILE_ELEMENTS
 
 
 class MaskedOptimizer(torch.optim.Optimizer, ABC):
-    """What both optimizers share: the mask of each flat tensor, and measuring gradients in place of stepping.
-
-    Tensors are known by identity: DeepSpeed swaps its flat tensors in and out of `param_groups` but keeps the objects.
-    """
+    """What both optimizers share: the masks of each flat tensor, and measuring gradients in place of stepping."""
 
     moment_keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     """State by weight that any optimizer here may have."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self._masks: dict[int, UpdateMask] = {}
+        self._masks = StepMasks()
         self._masks_decay = True
-        self._decay_masks: dict[int, DecayMask] = {}
-        self._frozen: dict[int, tuple[list[slice], list[torch.Tensor]]] = {}
         self._sums: Flats | None = None
         self._kind: ImportanceScore = "abs_grad"
         self._skips_update = False
@@ -55,20 +51,17 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
             masks: flat tensor -> its mask.
             masks_decay: whether the decoupled weight decay is masked with the rest of the update.
         """
-        self._masks = {id(flat): mask for flat, mask in masks.items()}
+        self._masks.set_updates(masks)
         self._masks_decay = masks_decay
         self._old = None
 
     def set_decay_masks(self, masks: DecayMasks) -> None:
         """Mask the weight decay of these flat tensors from now on, and of no others."""
-        self._decay_masks = {id(flat): mask for flat, mask in masks.items()}
+        self._masks.set_decay(masks)
 
     def set_frozen(self, frozen: Mapping[torch.Tensor, Sequence[slice]]) -> None:
         """Leave these spans of flat tensors at their present values from now on, and no others, whatever steps them."""
-        self._frozen = {}
-        for flat, spans in frozen.items():
-            values = flat.data.view(-1)
-            self._frozen[id(flat)] = (list(spans), [values[span].clone() for span in spans])
+        self._masks.set_frozen(frozen)
 
     @contextmanager
     def accumulate_importance(self, sums: Flats, kind: ImportanceScore) -> Iterator[None]:
@@ -139,25 +132,14 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):
                     if param in self._sums:
                         self._add_score(param, self._sums[param])
                     continue
-                self._mask_decay(param, group)
-                mask = self._masks.get(id(param))
+                self._masks.compensate_decay_(param, group)
+                mask = self._masks.update_mask(param)
                 settings = group if mask is None or self._masks_decay else self._decay_in_full(param, group)
                 self._step_flat(param, settings, mask)
                 if mask is not None:
                     mask.finish_(param.data.view(-1))
-                # Last, whatever optimizer and mask did.
-                if id(param) in self._frozen:
-                    spans, values = self._frozen[id(param)]
-                    flat = param.data.view(-1)
-                    torch._foreach_copy_([flat[span] for span in spans], values)
+                self._masks.restore_frozen_(param)
         return loss
-
-    def _mask_decay(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        """Before a step, so that its decoupled decay moves weights as far as their mask allows."""
-        mask = self._decay_masks.get(id(param))
-        decay = group["lr"] * group.get("weight_decay", 0.0)
-        if mask is not None and decay > 0.0:
-            mask.compensate_(param.data.view(-1), decay)
 
     def _decay_in_full(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Decay before the step, outside its mask, as decoupled decay comes first; the settings of a step without."""

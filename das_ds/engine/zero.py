@@ -344,6 +344,95 @@ def _do_nothing(*_: Any, **__: Any) -> None:
     """In place of what DeepSpeed would do for each parameter, or wait for."""
 
 
+# Engines of another trainer.
+
+
+def check_engine(engine: DeepSpeedEngine) -> None:
+    """Check that the steps of an engine that another trainer built can be masked.
+
+    Raises:
+        ConfigError: its shards are where das_ds does not reach them, or ranks share more than data.
+    """
+    for key, offload in (
+        ("offload_optimizer", engine.zero_offload_optimizer()),
+        ("offload_param", engine.zero_offload_param()),
+    ):
+        device = getattr(offload, "device", "none")
+        device = getattr(device, "value", device)
+        if device not in ("none", None):
+            # DeepSpeed takes the norm of gradients on their way to the host, before they can be masked.
+            raise ConfigError(
+                f"deepspeed: found zero_optimization.{key}.device {device}, where gradients are measured before they "
+                "can be masked; allowed in other trainers: none"
+            )
+    if getattr(engine, "zenflow", False):
+        raise ConfigError("deepspeed: found zenflow, whose steps are not at one time; expected a config without it")
+    group_size = dist.get_world_size(engine.data_parallel_group)
+    if group_size != dist.get_world_size():
+        raise ConfigError(
+            f"deepspeed: found {group_size} data-parallel ranks of {dist.get_world_size()}, expected all; masks do not "
+            "know tensor, pipeline or sequence parallelism"
+        )
+    if not engine.managed_gradient_accumulation():
+        raise ConfigError("deepspeed: found managed_gradient_accumulation false, expected true")
+
+
+def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer that steps the flat tensors."""
+    optimizer: torch.optim.Optimizer = engine.basic_optimizer
+    return optimizer
+
+
+def call_before_steps(engine: DeepSpeedEngine, function: Callable[[], None]) -> Callable[[], None]:
+    """Call a function between backward pass and step of every optimizer step from now on; returns what ends this."""
+    step = engine.step
+
+    def masked_step(*args: Any, **kwargs: Any) -> Any:
+        if engine.is_gradient_accumulation_boundary():
+            function()
+        return step(*args, **kwargs)
+
+    engine.step = masked_step
+    return lambda: delattr(engine, "step")
+
+
+@contextmanager
+def observing_steps(engine: DeepSpeedEngine, observe: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Inside, steps give each flat tensor with its averaged gradient to `observe`, and change nothing.
+
+    Every backward pass is an optimizer step, without clipping; counters and schedule of the engine stay as they are.
+
+    Args:
+        engine: in fp32 or bf16, where no loss scale would change.
+        observe: called once for every flat tensor and step; reads `grad`.
+    """
+    base: Any = base_optimizer(engine)
+    names = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler", "_is_gradient_accumulation_boundary")
+    saved = {name: getattr(engine, name) for name in names}
+    engine.lr_scheduler = None
+    engine.set_gradient_accumulation_boundary(True)
+
+    def observe_all(closure: Any = None) -> None:
+        for group in base.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    observe(flat)
+
+    had_step = "step" in vars(base)
+    step = base.step
+    base.step = observe_all
+    try:
+        with without_clipping(engine), gradient_accumulation(engine, 1):
+            yield
+    finally:
+        if had_step:
+            base.step = step
+        else:
+            del base.step
+        for name, value in saved.items():
+            setattr(engine, name, value)
+
+
 # Sharded initialization.
 
 

@@ -12,10 +12,10 @@ from typing import Literal, Protocol, TypeVar
 import torch
 
 from das_ds.config import MaskTarget, SoftmaskConfig
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.state import Shard
-from das_ds.engine.engine import Engine
 from das_ds.engine.gradient_mask import ElementwiseGradientMask
-from das_ds.engine.mask import ElementwiseMask, ElementwiseMasks, UpdateMasks
+from das_ds.engine.mask import DecayMasks, ElementwiseMask, ElementwiseMasks, GradientMask, UpdateMasks
 from das_ds.functional.masks import MaskTable, SegmentTable, build_lookup_tables, fill_gaps
 from das_ds.functional.projectors import VectorMap
 from das_ds.functional.units import UnitLayout, UnitValues
@@ -31,6 +31,42 @@ DirectionTarget = Literal["gradient", "update", "both"]
 """
 
 
+class StepWeights(Protocol):
+    """The weights that an optimizer steps, in flat tensors."""
+
+    @property
+    def shards(self) -> list[Shard]:
+        """This rank's, at most one per parameter."""
+
+    def flats_by_parameter(self) -> dict[str, torch.Tensor]:
+        """Parameter -> the flat tensor that it is stepped in, also where this rank has no shard of it."""
+
+
+class MaskedSteps(Protocol):
+    """Optimizer steps that can be masked: those of das_ds's engine, or of another trainer."""
+
+    @property
+    def ranks(self) -> ProcessGroup:
+        """The process group."""
+
+    @property
+    def weights(self) -> StepWeights:
+        """What is stepped."""
+
+    @property
+    def decays_weights(self) -> bool:
+        """Whether steps multiply weights by 1 - learning rate * weight decay."""
+
+    def set_masks(self, masks: UpdateMasks, *, masks_decay: bool = True) -> None:
+        """Mask the updates of these flat tensors from now on, and of no others."""
+
+    def set_gradient_mask(self, mask: GradientMask | None, decay: DecayMasks | None = None) -> None:
+        """Mask the gradients of `weights.shards` from now on, before they are clipped; None: no longer."""
+
+    def set_frozen(self, frozen: Mapping[str, int]) -> None:
+        """Leave the first elements of parameters bitwise unchanged in all further steps, and no others."""
+
+
 class Maskable(Protocol[Settings]):
     """What `apply_masks` needs of an `Importance`."""
 
@@ -39,7 +75,7 @@ class Maskable(Protocol[Settings]):
 
 
 def apply_masks(
-    engine: Engine,
+    engine: MaskedSteps,
     importance: Maskable[Settings],
     settings: Settings,
     *,
@@ -75,7 +111,7 @@ def apply_masks(
     engine.set_gradient_mask(ElementwiseGradientMask(engine.weights.shards, elementwise))
 
 
-def clear_masks(engine: Engine) -> None:
+def clear_masks(engine: MaskedSteps) -> None:
     """Mask nothing: earlier masks may be as large as the next ones, and both need not fit in memory."""
     engine.set_masks({})
     engine.set_gradient_mask(None)
@@ -83,7 +119,7 @@ def clear_masks(engine: Engine) -> None:
 
 
 def unit_masks(
-    engine: Engine, layout: UnitLayout, importance: UnitValues, softmask: SoftmaskConfig
+    engine: MaskedSteps, layout: UnitLayout, importance: UnitValues, softmask: SoftmaskConfig
 ) -> ElementwiseMasks:
     """Masks by the importance of units, group -> (L, U): tables of segments, whose size does not grow with F."""
     shards = engine.weights.shards
@@ -103,7 +139,7 @@ def unit_masks(
 
 
 def parameter_masks(
-    engine: Engine, layout: UnitLayout, importance: ShardedImportance, softmask: SoftmaskConfig
+    engine: MaskedSteps, layout: UnitLayout, importance: ShardedImportance, softmask: SoftmaskConfig
 ) -> ElementwiseMasks:
     """Masks by the importance of every weight.
 
@@ -123,7 +159,7 @@ def parameter_masks(
 
 
 def mask_directions(
-    engine: Engine,
+    engine: MaskedSteps,
     matrices: Sequence[MaskedMatrix],
     projectors: Mapping[str, VectorMap],
     *,

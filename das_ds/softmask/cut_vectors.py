@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Mapping
 import torch
 
 from das_ds.distributed.neighbor_exchange import Outgoing
-from das_ds.engine.loss_scaler import tf32
+from das_ds.engine.matmul_precision import tf32
 from das_ds.functional.projectors import VectorMap
 from das_ds.softmask.fragments import Fragment
 from das_ds.softmask.projection import project_

@@ -17,7 +17,7 @@ import torch
 from das_ds.distributed.collectives import rank, world_size
 from das_ds.distributed.neighbor_exchange import Exchanges, run_exchanges
 from das_ds.distributed.state import Shard
-from das_ds.engine.loss_scaler import tf32
+from das_ds.engine.matmul_precision import tf32
 from das_ds.functional.projectors import VectorMap
 from das_ds.softmask.fragments import find_fragments
 from das_ds.softmask.mask_layout import Batch, MaskLayout, gather_cut_elements, plan_layout

@@ -11,7 +11,7 @@ import torch
 
 from das_ds.distributed.neighbor_exchange import Exchanges, run_exchanges
 from das_ds.distributed.state import Shard
-from das_ds.engine.loss_scaler import tf32
+from das_ds.engine.matmul_precision import tf32
 from das_ds.functional.projectors import VectorMap
 from das_ds.softmask.direction_mask import plan_by_flat
 from das_ds.softmask.fragments import Fragment

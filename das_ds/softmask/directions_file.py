@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def save_directions(
         ranks.run_on_main(lambda: _publish(path, partial))
     except DasError:
         if ranks.info.is_main:
-            partial.unlink(missing_ok=True)
+            # What cannot be written may not be removable either; the error is the first one.
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
         raise
 
 

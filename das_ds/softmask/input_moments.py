@@ -8,18 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from das_ds.context import RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import rank, reduce_sum
+from das_ds.distributed.process_group import ProcessGroup
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import TrainingError
 from das_ds.models.size import FP32
 from das_ds.softmask.input_layout import InputLayout, group_inputs
 from das_ds.softmask.linear_inputs import record_inputs
 from das_ds.softmask.measure import PRETRAINING
+
+if TYPE_CHECKING:
+    from das_ds.context import RunContext
 
 SUMS_BYTES = 2 << 30
 """Of the sums that a rank has on its device at a time, 4 d^2 bytes for each input, or those of the widest input. It
@@ -80,7 +84,7 @@ def measure_moments(
             continue
         loop = start_loop(label if len(groups) == 1 else f"{label}, part {number + 1} of {len(groups)}")
         _sum_over_sample(run, layout, loop, group)
-        measured |= _reduce_to_owners(run, layout, loop.accumulators, group)
+        measured |= reduce_to_owners(run.engine.ranks, layout, loop.accumulators, group)
         # The owners have them: neither the device nor a checkpoint of the next group needs the sums.
         loop.accumulators.clear()
 
@@ -141,10 +145,20 @@ def has_mixed_products() -> bool:
     return "dtype" in torch.ops.aten.mm.overloads()
 
 
-def _reduce_to_owners(
-    run: RunContext, layout: InputLayout, sums: dict[str, torch.Tensor], group: Sequence[str]
+def reduce_to_owners(
+    ranks: ProcessGroup, layout: InputLayout, sums: dict[str, torch.Tensor], group: Sequence[str]
 ) -> dict[str, torch.Tensor | None]:
-    """Input -> M in host memory on its owner, None elsewhere; the sums are used up."""
+    """Input -> M in host memory on its owner, None elsewhere; a collective.
+
+    Args:
+        ranks: the process group.
+        layout: of the inputs.
+        sums: input -> (d, d) float32 sum of x x^T on this rank; used up.
+        group: the inputs, in the same order on every rank.
+
+    Raises:
+        TrainingError: on every rank, where an input was not finite on any.
+    """
     moments: dict[str, torch.Tensor | None] = {}
     failure: TrainingError | None = None
     for name in group:
@@ -158,7 +172,7 @@ def _reduce_to_owners(
                 "diverged, or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
             )
         moments[name] = total.cpu()
-    run.engine.ranks.raise_on_all_ranks(failure)
+    ranks.raise_on_all_ranks(failure)
     return moments
 
 

@@ -41,6 +41,10 @@ class InputKind(StrEnum):
     """The tokens of one expert."""
 
 
+Classify = Callable[[str, MatrixReader, torch.Tensor], InputKind]
+"""(name of an input, the reader of its first matrix, x (..., d) of one call) -> what the vectors belong to."""
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One matrix of one reader."""
@@ -61,7 +65,12 @@ class LayerInputs:
     """Input -> of each call in a forward pass."""
 
     @classmethod
-    def trace(cls, readers: Iterable[MatrixReader], run_network: Callable[[Batch], object]) -> LayerInputs:
+    def trace(
+        cls,
+        readers: Iterable[MatrixReader],
+        run_network: Callable[[Batch], object],
+        classify: Classify | None = None,
+    ) -> LayerInputs:
         """Find out which matrices read the same input by one forward pass.
 
         Two inputs are the same if they are the same elements in memory, unchanged in between; equal values are not
@@ -71,6 +80,7 @@ class LayerInputs:
             readers: of the network, in the order that the matrices are to have.
             run_network: runs the network on a tiny batch, without gradients and dropout. A forward pass on the meta
                 device is enough.
+            classify: tells what vectors belong to; None: `classify_traced`.
 
         Raises:
             ModelError: a layer that does not run, or whose input belongs neither to tokens nor to predicted positions
@@ -91,11 +101,15 @@ class LayerInputs:
         finally:
             for remove in removes:
                 remove()
-        return cls._group(stored, sites, calls)
+        return cls._group(stored, sites, calls, classify or classify_traced)
 
     @classmethod
     def _group(
-        cls, stored: dict[str, StoredMatrix], sites: dict[str, list[Site]], calls: dict[str, list[_Call]]
+        cls,
+        stored: dict[str, StoredMatrix],
+        sites: dict[str, list[Site]],
+        calls: dict[str, list[_Call]],
+        classify: Classify,
     ) -> LayerInputs:
         matrices = []
         inputs: dict[tuple[object, ...], str] = {}
@@ -118,7 +132,13 @@ class LayerInputs:
                     transposed=matrix.transposed,
                 )
             )
-        kinds = {name: [call.kind(name) for call in calls[name]] for name in inputs.values()}
+        kinds = {
+            name: [
+                InputKind.ROUTED if call.is_routed else classify(name, sites[name][0].reader, call.x)
+                for call in calls[name]
+            ]
+            for name in inputs.values()
+        }
         return cls(matrices, {name: sites[name] for name in kinds}, kinds)
 
 
@@ -139,19 +159,22 @@ class _Call:
         elements = (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.shape[-1], x.dtype, self.version)
         return elements if x.is_contiguous() else (*elements, x.shape, x.stride())
 
-    def kind(self, name: str) -> InputKind:
-        """What the vectors belong to, from the shape that it has for the traced batch."""
-        shape = tuple(self.x.shape)
-        if self.is_routed:
-            return InputKind.ROUTED
-        if shape[0] in (TRACED_ROWS, TRACED_ROWS * TRACED_POSITIONS):
-            return InputKind.TOKENS
-        if shape[0] == 1:
-            return InputKind.PREDICTED if len(shape) == 2 else InputKind.TABLE
-        raise ModelError(
-            f"{name}: found an input of shape {shape} for {TRACED_ROWS} rows of {TRACED_POSITIONS} tokens that predict "
-            "one position, expected (rows, ..., d), (tokens, ..., d), (predicted, d) or a table (1, ..., d)"
-        )
+
+def classify_traced(name: str, _: MatrixReader, x: torch.Tensor) -> InputKind:
+    """What the vectors belong to, from the shape that an input has for the traced batch.
+
+    Raises:
+        ModelError: neither to tokens nor to predicted positions nor to a table.
+    """
+    shape = tuple(x.shape)
+    if shape[0] in (TRACED_ROWS, TRACED_ROWS * TRACED_POSITIONS):
+        return InputKind.TOKENS
+    if shape[0] == 1:
+        return InputKind.PREDICTED if len(shape) == 2 else InputKind.TABLE
+    raise ModelError(
+        f"{name}: found an input of shape {shape} for {TRACED_ROWS} rows of {TRACED_POSITIONS} tokens that predict "
+        "one position, expected (rows, ..., d), (tokens, ..., d), (predicted, d) or a table (1, ..., d)"
+    )
 
 
 def _note_call(

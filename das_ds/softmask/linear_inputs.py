@@ -6,18 +6,17 @@ Shape legend: d width of an input, n vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from das_ds.context import RunContext
 from das_ds.data.batch import Batch
-from das_ds.engine.zero import full_shape
 from das_ds.errors import ModelError
 from das_ds.models.find_readers import embedding_names, find_readers
 from das_ds.models.matrix_readers import MatrixReader, Remove
@@ -25,19 +24,49 @@ from das_ds.models.moe import RoutedTokens
 from das_ds.softmask.layer_inputs import InputKind, LayerInputs
 from das_ds.softmask.masked_matrix import MaskedMatrix
 
+if TYPE_CHECKING:
+    from das_ds.context import RunContext
+
 ReceiveInput = Callable[[str, torch.Tensor, torch.Tensor | None, bool], None]
 """(name of an input, vectors x (n, d), weights (n,) float32 or None: all 1, whether x is a table)."""
 
 
-class InputRecorder:
+B = TypeVar("B")
+B_contra = TypeVar("B_contra", contravariant=True)
+
+
+class WeighVectors(Protocol[B_contra]):
+    """Weights of the vectors that a layer reads in a forward pass on a batch."""
+
+    def __call__(
+        self, batch: B_contra, kind: InputKind, num_vectors: int, routed: RoutedTokens | None, /
+    ) -> torch.Tensor | None:
+        """(n,) float32, or None for 1."""
+
+
+def weigh_by_row(batch: Batch, kind: InputKind, num_vectors: int, routed: RoutedTokens | None) -> torch.Tensor | None:
+    """The weight of the vectors' row, for batches of das_ds; see `record_inputs`."""
+    if routed is not None:
+        rows = routed.tokens // batch.input_ids.shape[1]
+        return batch.row_weights[rows] * routed.weights.float().square()
+    if kind is not InputKind.TOKENS:
+        return None
+    # Vectors of one row follow each other, however many a layer makes of a token.
+    per_row, rest = divmod(num_vectors, len(batch.row_weights))
+    assert rest == 0, f"found {num_vectors} vectors of {len(batch.row_weights)} rows, expected as many in each"
+    return batch.row_weights.repeat_interleave(per_row)
+
+
+class InputRecorder(Generic[B]):
     """Gives the inputs of a forward pass to a function, with the weights of their vectors."""
 
-    def __init__(self, receive: ReceiveInput) -> None:
+    def __init__(self, receive: ReceiveInput, weigh: WeighVectors[B]) -> None:
         self._receive = receive
-        self._batch: Batch | None = None
+        self._weigh = weigh
+        self._batch: B | None = None
         self._num_calls: dict[str, int] = {}
 
-    def start(self, batch: Batch) -> None:
+    def start(self, batch: B) -> None:
         """Begin a forward pass on this batch, which is on the network's device."""
         self._batch = batch
         self._num_calls.clear()
@@ -57,26 +86,21 @@ class InputRecorder:
         self._num_calls[name] = call + 1
         kind = kinds[min(call, len(kinds) - 1)]
         vectors = x.detach().flatten(0, -2)
-        self._receive(name, vectors, self._weights(self._batch, kind, len(vectors), routed), kind is InputKind.TABLE)
-
-    @staticmethod
-    def _weights(batch: Batch, kind: InputKind, num_vectors: int, routed: RoutedTokens | None) -> torch.Tensor | None:
-        """(n,) float32, or None for 1."""
-        if routed is not None:
-            rows = routed.tokens // batch.input_ids.shape[1]
-            return batch.row_weights[rows] * routed.weights.float().square()
-        if kind is not InputKind.TOKENS:
-            return None
-        # Vectors of one row follow each other, however many a layer makes of a token.
-        per_row, rest = divmod(num_vectors, len(batch.row_weights))
-        assert rest == 0, f"found {num_vectors} vectors of {len(batch.row_weights)} rows, expected as many in each"
-        return batch.row_weights.repeat_interleave(per_row)
+        self._receive(name, vectors, self._weigh(self._batch, kind, len(vectors), routed), kind is InputKind.TABLE)
 
 
 @contextmanager
-def record_layer_inputs(layers: LayerInputs, inputs: Iterable[str], receive: ReceiveInput) -> Iterator[InputRecorder]:
-    """`record_inputs` for a network that was traced."""
-    recorder = InputRecorder(receive)
+def record_layer_inputs(
+    layers: LayerInputs, inputs: Iterable[str], receive: ReceiveInput, weigh: WeighVectors[B]
+) -> Iterator[InputRecorder[B]]:
+    """`record_inputs` for a network that was traced, and batches of any kind.
+
+    Args:
+        layers: of the network.
+        inputs, receive: see `record_inputs`.
+        weigh: gives the weights of vectors.
+    """
+    recorder = InputRecorder(receive, weigh)
     wanted = set(inputs)
     unknown = wanted - set(layers.sites)
     assert not unknown, f"found inputs {sorted(unknown)}, expected names of inputs of masked matrices"
@@ -97,7 +121,7 @@ def record_layer_inputs(layers: LayerInputs, inputs: Iterable[str], receive: Rec
 
 
 def _pass_on(
-    recorder: InputRecorder,
+    recorder: InputRecorder[B],
     kinds: dict[str, list[InputKind]],
     names: dict[int, str],
     index: int,
@@ -129,10 +153,21 @@ def find_masked_matrices(run: RunContext, num_tokens: int | None = None) -> list
         ModelError: a trained matrix in a layer of a kind that das_ds does not know, which would stay unprotected; see
             `LayerInputs.trace` for others.
     """
-    matrices = _layer_inputs(run).matrices
+    return crop_vocabulary(_layer_inputs(run).matrices, run.layout.vocabulary, num_tokens)
+
+
+def crop_vocabulary(
+    matrices: Iterable[MaskedMatrix], vocabulary: Collection[str], num_tokens: int | None
+) -> list[MaskedMatrix]:
+    """Matrices without rows of tokens that were added since their inputs were measured.
+
+    Args:
+        matrices: of a network.
+        vocabulary: its parameters with one row per token.
+        num_tokens: see `find_masked_matrices`.
+    """
     if num_tokens is None:
         return list(matrices)
-    vocabulary = run.layout.vocabulary
     return [replace(m, num_outputs=num_tokens) if m.parameter in vocabulary else m for m in matrices]
 
 
@@ -147,20 +182,39 @@ def find_unmasked_elements(run: RunContext, num_tokens: int | None = None) -> di
         run: the engine and its network.
         num_tokens: see `find_masked_matrices`; a bias of the LM head has an element for each token.
     """
-    masked = {matrix.parameter for matrix in find_masked_matrices(run)}
+    from das_ds.engine.zero import full_shape
+
+    shapes = {name: full_shape(parameter) for name, parameter in run.engine.parameters.items()}
+    return unmasked_elements(shapes, find_masked_matrices(run), run.layout.vocabulary, num_tokens)
+
+
+def unmasked_elements(
+    shapes: Mapping[str, torch.Size],
+    matrices: Iterable[MaskedMatrix],
+    vocabulary: Collection[str],
+    num_tokens: int | None,
+) -> dict[str, int]:
+    """`find_unmasked_elements` of any network.
+
+    Args:
+        shapes: trained parameter -> its complete shape.
+        matrices: all that are masked.
+        vocabulary: parameters with one row per token.
+        num_tokens: see `find_masked_matrices`.
+    """
+    masked = {matrix.parameter for matrix in matrices}
     elements = {}
-    for name, parameter in run.engine.parameters.items():
-        shape = full_shape(parameter)
-        if name in masked or (name in run.layout.vocabulary and len(shape) > 1):
+    for name, shape in shapes.items():
+        if name in masked or (name in vocabulary and len(shape) > 1):
             continue
         elements[name] = math.prod(shape)
-        if name in run.layout.vocabulary and num_tokens is not None:
+        if name in vocabulary and num_tokens is not None:
             elements[name] = min(elements[name], num_tokens)
     return elements
 
 
 @contextmanager
-def record_inputs(run: RunContext, inputs: Iterable[str], receive: ReceiveInput) -> Iterator[InputRecorder]:
+def record_inputs(run: RunContext, inputs: Iterable[str], receive: ReceiveInput) -> Iterator[InputRecorder[Batch]]:
     """Inside, each forward pass calls `receive` once for every call of a layer that reads one of these inputs.
 
     The input's second moment over a sample is A = sum_i w_i x_i x_i^T / sum_i w_i over the vectors x_i of all calls.
@@ -186,30 +240,45 @@ def record_inputs(run: RunContext, inputs: Iterable[str], receive: ReceiveInput)
         inputs: names, `MaskedMatrix.input`.
         receive: gets (name, x (n, d) as the layer reads it, w (n,) float32 or None for 1, is_table).
     """
-    with record_layer_inputs(_layer_inputs(run), inputs, receive) as recorder:
+    with record_layer_inputs(_layer_inputs(run), inputs, receive, weigh_by_row) as recorder:
         yield recorder
 
 
 def _layer_inputs(run: RunContext) -> LayerInputs:
     if run.network not in _TRACED:
+        from das_ds.engine.zero import full_shape
+
         trained = run.engine.parameters
         readers = find_readers(run.network.model, trained, run.lora, full_shape)
-        _check_complete(run, readers)
+        shapes = {name: full_shape(parameter) for name, parameter in trained.items()}
+        embeddings = embedding_names(run.network.model, trained)
+        check_readers_complete(readers, shapes, embeddings, f"method.name: found {run.config.method.name}")
         _TRACED[run.network] = LayerInputs.trace(readers, partial(_run_network, run))
     return _TRACED[run.network]
 
 
-def _check_complete(run: RunContext, readers: Iterable[MatrixReader]) -> None:
+def check_readers_complete(
+    readers: Iterable[MatrixReader], shapes: Mapping[str, torch.Size], embeddings: Collection[str], found: str
+) -> None:
+    """Check that no trained matrix would stay unprotected because its kind of layer is not known.
+
+    Args:
+        readers: of the network.
+        shapes: trained parameter -> its complete shape.
+        embeddings: parameters from which rows are taken.
+        found: beginning of the error's message.
+
+    Raises:
+        ModelError: one would.
+    """
     known = {matrix.parameter for reader in readers for matrix in reader.matrices}
-    known |= embedding_names(run.network.model, run.engine.parameters)
-    for name, parameter in run.engine.parameters.items():
-        shape = tuple(full_shape(parameter))
+    known.update(embeddings)
+    for name, shape in shapes.items():
         if name not in known and sum(size > 1 for size in shape) > 1:
             raise ModelError(
-                f"method.name: found {run.config.method.name}, but {name} {shape} is a matrix of a kind of layer that "
-                "has no directions; allowed are linear layers, stacked experts with gate_up_proj and down_proj, and "
-                "convolutions over positions that are padded with zeros, by a number; for this network: masks of units "
-                "or weights"
+                f"{found}, but {name} {tuple(shape)} is a matrix of a kind of layer that has no directions; allowed "
+                "are linear layers, stacked experts with gate_up_proj and down_proj, and convolutions over positions "
+                "that are padded with zeros, by a number; for this network: masks of units or weights"
             )
 
 

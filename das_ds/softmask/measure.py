@@ -8,18 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from das_ds.config import ImportanceScore
-from das_ds.context import RunContext
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_max, all_reduce_sum
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.errors import TrainingError
 from das_ds.functional.importance import importance_score
 from das_ds.functional.losses import representation_kl, sequence_token_loss
-from das_ds.functional.units import UnitValues
+from das_ds.functional.units import UnitLayout, UnitValues
+
+if TYPE_CHECKING:
+    from das_ds.context import RunContext
+    from das_ds.models.gates import UnitGates
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 """(input ids, predicted positions, targets, position ids) -> (hidden states, losses): an engine or its module."""
@@ -128,16 +132,28 @@ def measure_unit_importance(
             sums[TOTALS] = sums[TOTALS] + count_and_sum(batch, losses)
             sums[SCALE] = torch.tensor(scale, dtype=torch.float64)
     by_group = {group: sums[group] for group in run.layout.num_units}
-    if not _all_finite(by_group):
+    # Summed over ranks in place; the loop's own sums stay this rank's.
+    return average_scores(by_group, sums[TOTALS].clone())
+
+
+def average_scores(sums: UnitValues, totals: torch.Tensor) -> UnitValues:
+    """Mean score over the sequences of all ranks, group -> (L, U) float32, equal on every rank; a collective.
+
+    Args:
+        sums: group -> (L, B, U) float32, sums of scores on this rank.
+        totals: (2,) float64, its number of sequences and the sum of their losses; changed.
+
+    Raises:
+        TrainingError: a gradient that is not finite, on any rank.
+    """
+    if not _all_finite(sums):
         raise TrainingError(
             "importance: found a gradient of a gate that is not finite, expected finite numbers; the model diverged, "
             "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
         )
-    # Summed over ranks in place; the loop's own sums stay this rank's.
-    totals = sums[TOTALS].clone()
     per_sequence = is_above_noise_floor(totals) / totals[0].float()
     # (L, B, U) -> (L, U) over all sequences of all ranks.
-    return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in by_group.items()}
+    return {group: all_reduce_sum(total.sum(dim=1)) * per_sequence for group, total in sums.items()}
 
 
 def count_and_sum(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
@@ -162,18 +178,46 @@ def _scaled_gradients(
     run: RunContext, batch: Batch, loss: ImportanceLoss, scale: float
 ) -> tuple[UnitValues, torch.Tensor]:
     """scale * |dL(x_n) / dg| of one batch, group -> (L, B, U) float32, and the losses (B,)."""
-    num_layers = run.layout.num_layers
-    num_sequences = len(batch.input_ids)
+    with loss.views(run, batch):
+        result = gate_gradients(
+            run.gates,
+            run.layout,
+            batch.row_weights,
+            lambda: loss.of_sequences(run.engine.module, batch),
+            num_views=loss.num_views,
+            scale=scale,
+        )
+    run.engine.weights.release_gathered()
+    return result
+
+
+def gate_gradients(
+    gates: UnitGates,
+    layout: UnitLayout,
+    row_weights: torch.Tensor,
+    of_sequences: Callable[[], torch.Tensor],
+    *,
+    num_views: int = 1,
+    scale: float = 1.0,
+) -> tuple[UnitValues, torch.Tensor]:
+    """scale * w_n |dL(x_n) / dg| of every gate g, group -> (L, B, U) float32, and the losses (B,).
+
+    Args:
+        gates: of the network.
+        layout: its units.
+        row_weights: (B,) float32, w.
+        of_sequences: runs the network; gives the loss of each sequence, (B,).
+        num_views: rows of the forward pass for each sequence.
+        scale: factor of the loss.
+    """
     sums = {
-        group: torch.zeros(num_layers, num_sequences, num_units, device=batch.input_ids.device)
-        for group, num_units in run.layout.num_units.items()
+        group: torch.zeros(layout.num_layers, len(row_weights), num_units, device=row_weights.device)
+        for group, num_units in layout.num_units.items()
     }
-    measuring = run.gates.measuring(sums, batch.row_weights, loss.num_views)
-    with loss.views(run, batch), measuring as anchor:
-        losses = loss.of_sequences(run.engine.module, batch)
+    with gates.measuring(sums, row_weights, num_views) as anchor:
+        losses = of_sequences()
         # Every gate adds to `sums` in its backward pass; no gradient of a weight is computed.
         torch.autograd.grad(losses.sum() * scale, anchor)
-    run.engine.weights.release_gathered()
     return sums, losses.detach()
 
 

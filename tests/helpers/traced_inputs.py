@@ -17,7 +17,7 @@ from das_ds.models.find_readers import find_readers
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.lora import Lora
 from das_ds.softmask.layer_inputs import LayerInputs
-from das_ds.softmask.linear_inputs import ReceiveInput, record_layer_inputs
+from das_ds.softmask.linear_inputs import ReceiveInput, record_layer_inputs, weigh_by_row
 from das_ds.softmask.masked_matrix import MaskedMatrix
 from helpers.lora import adapted
 from helpers.tiny_models import CONFIGS, tiny_model
@@ -59,7 +59,7 @@ class Traced:
     def record(self, batch: Batch, receive: ReceiveInput, inputs: set[str] | None = None) -> torch.Tensor:
         """Hidden states of one forward pass whose inputs are received."""
         wanted = set(self.layers.sites) if inputs is None else inputs
-        with record_layer_inputs(self.layers, wanted, receive) as recorder:
+        with record_layer_inputs(self.layers, wanted, receive, weigh_by_row) as recorder:
             recorder.start(batch)
             hidden, _ = self.run(batch)
         return hidden

@@ -19,7 +19,7 @@ from das_ds.distributed.state import Shard
 from das_ds.functional.directions import Rank, build_projector
 from das_ds.functional.projectors import DenseProjector, Projector
 from das_ds.methods import build_method, directions
-from das_ds.softmask import direction
+from das_ds.softmask import direction_moments
 from das_ds.softmask.direction import DirectionImportance
 from das_ds.softmask.direction_mask import build_direction_mask
 from das_ds.softmask.direction_update_mask import build_update_masks
@@ -149,7 +149,7 @@ def masks_made(config: RunConfig) -> tuple[list[str], list[str], list[int]]:
     inputs = method._inputs
     own = inputs.owned_by(ranks.info.rank)
     moments = {name: torch.eye(width) if name in own else None for name, width in inputs.widths.items()}
-    with patch.object(direction, "build_projector", counted):
+    with patch.object(direction_moments, "build_projector", counted):
         method._importance = DirectionImportance(run, inputs, moments, None)
         method.on_train_start(no_text_domain(config.output_dir))
     run.engine.close()

@@ -39,6 +39,7 @@ LAYERS: tuple[str, ...] = (
     "reporting",
     "training",
     "preflight",
+    "integrations",
     "new_config",
     "slurm",
     "cli",

@@ -10,7 +10,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from das_ds.downstream.run import finetune_model
-from das_ds.engine.loss_scaler import check_precision, emulated_precision_warning, tf32
+from das_ds.engine.loss_scaler import check_precision, emulated_precision_warning
+from das_ds.engine.matmul_precision import tf32
 from das_ds.errors import ConfigError
 from das_ds.training.evaluate import evaluate_model
 from helpers.training import run_config

@@ -44,12 +44,16 @@ def test_config_loads_without_methods() -> None:
     assert done.stdout.strip() == "False"
 
 
+OTHER_TRAINERS = "das_ds/integrations/settings.py"
+"""Names the masks that other trainers can choose."""
+
+
 def test_method_names_appear_in_methods_only() -> None:
     root = Path(das_ds.__file__).parents[1]
     found = {
         (str(path.relative_to(root)), node.value)
         for path in (root / "das_ds").rglob("*.py")
-        if "methods" not in path.relative_to(root).parts
+        if "methods" not in path.relative_to(root).parts and str(path.relative_to(root)) != OTHER_TRAINERS
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and node.value in METHODS
     }

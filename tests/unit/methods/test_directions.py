@@ -26,7 +26,7 @@ from das_ds.methods.merge import MergingWrapper
 from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.loading import WEIGHTS_RECORD
 from das_ds.run_dir import DIRECTIONS_FILE
-from das_ds.softmask import direction, input_moments
+from das_ds.softmask import direction, direction_moments, input_moments
 from das_ds.softmask.direction import DirectionImportance
 from das_ds.softmask.directions_file import save_directions
 from das_ds.softmask.input_layout import InputLayout, build_input_layout
@@ -469,7 +469,7 @@ def test_owners_compute_next_projector_before_they_wait_for_others(
     names = list(layout.widths)[:4]
     moments = {name: None if number in (1, 2) else torch.eye(24) for number, name in enumerate(names)}
     events: list[str] = []
-    monkeypatch.setattr(direction, "share_projector", lambda own, *_: events.append(f"share {own}") or own)
+    monkeypatch.setattr(direction_moments, "share_projector", lambda own, *_: events.append(f"share {own}") or own)
     importance = DirectionImportance(run, layout, moments, None)
     found = importance.projectors(lambda _: events.append("compute") or "P")  # type: ignore[arg-type, func-returns-value]
     assert [name for name, _ in found] == [names[0], names[3]]
@@ -493,8 +493,10 @@ def test_projectors_are_computed_once_for_measuring_and_masking(
 ) -> None:
     made: list[int] = []
     masked: list[Any] = []
-    build_projector = direction.build_projector
-    monkeypatch.setattr(direction, "build_projector", lambda m, *a: made.append(len(m)) or build_projector(m, *a))
+    build_projector = direction_moments.build_projector
+    monkeypatch.setattr(
+        direction_moments, "build_projector", lambda m, *a: made.append(len(m)) or build_projector(m, *a)
+    )
     monkeypatch.setattr(DirectionImportance, "mask", lambda self, projectors, **_: masked.append(projectors))
     method = protecting(tmp_path, 6.0)
     method.before_domain(probed_domain(tmp_path))
@@ -521,8 +523,8 @@ def test_projectors_may_take_any_time(num_domains: int, tmp_path: Path, monkeypa
         made.append(work[-1] if work else "under the watchdog")
         return build_projector(moment, *args)
 
-    build_projector = direction.build_projector
-    monkeypatch.setattr(direction, "build_projector", counted)
+    build_projector = direction_moments.build_projector
+    monkeypatch.setattr(direction_moments, "build_projector", counted)
     method = protecting(tmp_path, 6.0)
     monkeypatch.setattr(DirectionImportance, "mask", lambda *_, **__: None)
     method.run.config = method.run.config.model_copy(update={"domains": [method.run.config.domains[0]] * num_domains})

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from das_ds.distributed.neighbor_exchange import Exchanges
 from das_ds.distributed.state import Shard
-from das_ds.engine.loss_scaler import tf32
+from das_ds.engine.matmul_precision import tf32
 from das_ds.engine.optimizer import MaskedAdamW, MaskedOptimizer, MaskedUpdateWrapper
 from das_ds.functional.projectors import DenseProjector
 from das_ds.softmask import cut_vectors, direction_mask, mask_layout, projection, update_chunks

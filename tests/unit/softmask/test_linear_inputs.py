@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from das_ds.config import LoraConfig
 from das_ds.data.batch import Batch
 from das_ds.errors import ModelError
-from das_ds.softmask.linear_inputs import find_masked_matrices, record_layer_inputs
+from das_ds.softmask.linear_inputs import find_masked_matrices, record_layer_inputs, weigh_by_row
 from helpers.tiny_models import tiny_model
 from helpers.traced_inputs import NETWORKS, Traced, padded_batch, traced
 
@@ -231,11 +231,11 @@ def test_record_rejects_unknown_input_missing_batch_and_gradients() -> None:
         run.record(padded_batch(), lambda *_: None, {"roberta.encoder.layer.0.attention.self.key.weight"})
     batch = padded_batch()
     with (
-        record_layer_inputs(run.layers, set(run.layers.sites), lambda *_: None),
+        record_layer_inputs(run.layers, set(run.layers.sites), lambda *_: None, weigh_by_row),
         pytest.raises(AssertionError, match="start"),
     ):
         run.run(batch)
-    with record_layer_inputs(run.layers, set(run.layers.sites), lambda *_: None) as recorder:
+    with record_layer_inputs(run.layers, set(run.layers.sites), lambda *_: None, weigh_by_row) as recorder:
         recorder.start(batch)
         with pytest.raises(AssertionError, match="activation checkpointing"):
             run.network(batch.corrupted_ids, batch.predicted, batch.targets)
