@@ -34,6 +34,8 @@ BASE_FOLDER = "base"
 """Folder in a run folder for the scores of the model that the run starts from."""
 PLASTICITY_FILE = "plasticity.json"
 """What earlier domains leave one domain to learn, in its folder."""
+GENERATED_FOLDER = "generated"
+"""Text that the model wrote before one domain, in its folder."""
 METRICS_FILE = "metrics.jsonl"
 LAST_STEP_FILE = "metrics.last_step"
 """Last step that was ever logged, once metrics.jsonl has been cut at an earlier one."""
@@ -130,6 +132,10 @@ class RunDir:
     def other_adapter(self, index: int, name: str, which: str) -> Path:
         """LoRA weights of that step."""
         return self.domain(index, name) / f"{which}_adapter"
+
+    def generated(self, index: int, name: str) -> Path:
+        """Text that the model wrote before one domain, as token blocks."""
+        return self.domain(index, name) / GENERATED_FOLDER
 
     def hang_report(self, rank: int) -> Path:
         """Stacks of a rank that the watchdog ended."""

@@ -92,11 +92,19 @@ class DataModule:
                 "saved; put files and data.add_tokens back as they were or use another folder"
             )
 
-    def training_steps(self, stage: Stage, first_step: int = 0) -> Iterator[list[Batch]]:
-        """One list of micro-batches per optimizer step."""
+    def training_steps(
+        self, stage: Stage, first_step: int = 0, *, generated: tuple[Blocks, Collator] | None = None
+    ) -> Iterator[list[Batch]]:
+        """One list of micro-batches per optimizer step.
+
+        Args:
+            stage: what is learned.
+            first_step: steps that are done.
+            generated: blocks and collator of generated text that is replayed; None: none.
+        """
         train = self.config.train
         return training_steps(
-            self._sample_stream(stage),
+            self._sample_stream(stage, generated),
             first_step=first_step,
             num_steps=stage.num_steps,
             global_batch_size=train.global_batch_size,
@@ -176,22 +184,22 @@ class DataModule:
         assert sample_size is not None, f"method {self.config.method.name} measures nothing"
         return sample_size
 
-    def _sample_stream(self, stage: Stage) -> SampleStream:
+    def _sample_stream(self, stage: Stage, generated: tuple[Blocks, Collator] | None) -> SampleStream:
         samples = tuple(
             SampleDataset(self._training_blocks(name), self.objectives[name], self.config.seed, f"train/{name}")
             for name in stage.domains
         )
         if len(samples) > 1:
             return MixedDomains(samples, stage.weights)
-        return SingleDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain))
+        return SingleDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain, generated))
 
-    def _replay(self, corpus: str) -> Replay:
+    def _replay(self, corpus: str, generated: tuple[Blocks, Collator] | None) -> Replay:
         # Earlier text keeps its own tokenizer, as in evaluation; every later tokenizer has all of its tokens.
         names = self.config.replayed(corpus)
-        if not names:
-            return NO_REPLAY
-        sources = tuple((self._training_blocks(name), self.objectives[name]) for name in names)
-        return Replay(self.config.num_replayed(corpus), sources)
+        sources = [(self._training_blocks(name), self.objectives[name]) for name in names]
+        if generated is not None:
+            sources.append(generated)
+        return Replay(self.config.num_replayed(corpus), tuple(sources)) if sources else NO_REPLAY
 
     def num_training_blocks(self, corpus: str) -> int:
         """Sequences that one epoch of a domain has."""

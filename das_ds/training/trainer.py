@@ -31,6 +31,7 @@ from das_ds.training.domain_samples import DomainSamples
 from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, RollbackError
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype
+from das_ds.training.generated_text import GeneratedText
 from das_ds.training.load_context import load_context
 from das_ds.training.loss_guard import LossGuard
 from das_ds.training.model_exports import ModelExports
@@ -82,6 +83,7 @@ class ContinualTrainer(Callbacks):
         # In host memory, and only for methods that train every domain from the base model.
         self._base = self.engine.weights.snapshot() if method_class(config.method).starts_from_base else None
         self._method = build_method(self._context)
+        self._generated = GeneratedText(config, self._context, data, services)
         # Rewinds are counted over the run, so one guard serves all domains.
         self._guard = LossGuard(config.faults)
         self._loops = ResumableLoops(
@@ -103,6 +105,8 @@ class ContinualTrainer(Callbacks):
             "loops": self._loops,
             "loss_guard": self._guard,
         }
+        if any(config.replays_generated(domain.name) for domain in config.domains):
+            components["generated_text"] = self._generated
         # Last: it makes process groups, which all ranks have to do in the same order.
         self._checkpoints = RunCheckpoints(config, services, self.engine, components)
         self._save_point = self._checkpoints.save_point
@@ -203,6 +207,7 @@ class ContinualTrainer(Callbacks):
         if self._base is not None:
             self.engine.weights.restore(self._base)
         self._network.num_rows = self._data.num_rows(self._stage.last_domain)
+        self._generated.before_domain(self._stage, self._loops)
         self._seed(BEFORE_SEED)
         self._method.before_domain(self._domain_context())
         self._report_plasticity()
@@ -224,6 +229,7 @@ class ContinualTrainer(Callbacks):
         )
         with self._watchdog.suspend_timeout("exporting"):
             self._state = self._evaluator.finish(stage, self._state)
+        self._generated.clear()
         self._enter(self._state.model_copy(update={"phase": "after"}))
 
     def _after_domain(self) -> None:
@@ -312,7 +318,7 @@ class ContinualTrainer(Callbacks):
                 self._checkpoints.load_step_components()
             # A run that was stopped within an evaluation finishes it first.
             if not self._evaluate_within():
-                steps = self._data.training_steps(stage, first_step)
+                steps = self._data.training_steps(stage, first_step, generated=self._generated.source)
                 self._state = self._state_after(trainer.run(steps, progress, first_step=first_step))
                 self._evaluate_within()
         finally:
