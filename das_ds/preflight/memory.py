@@ -22,6 +22,7 @@ from das_ds.functional.units import HEAD, INTERMEDIATE
 from das_ds.methods import method_class, method_memory
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.depths import frozen_parameters, known_depths
+from das_ds.models.generation import check_prompts
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import (
     check_embeddings,
@@ -34,6 +35,7 @@ from das_ds.models.loading import (
 from das_ds.models.lora import Lora
 from das_ds.models.size import MatrixSize, MemoryUse, ModelSize, Sharding
 from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, format_bytes
+from das_ds.preflight.generation import generates, generation_memory
 from das_ds.preflight.host_memory import free_memory
 from das_ds.preflight.memory_estimate import (
     NUM_MOMENTS,
@@ -76,6 +78,7 @@ def check_model(checks: Checklist, config: RunConfig) -> ModelSize | None:
         tokenizers = build_tokenizers(config, base_tokenizer)
         for tokenizer in tokenizers.values():
             build_collator(architecture.objective, tokenizer, config.data)
+        check_prompts(config.method.replay.generation, architecture.objective)
         model = skeleton(model_config(config.model, vocab_size=base_vocab_size), architecture.objective)
         check_embeddings(model, base_vocab_size)
         check_sequence_length(model, architecture, config.data.sequence_length)
@@ -221,7 +224,7 @@ def compare_memory(budgets: list[MemoryBudget], estimate: MemoryEstimate, activa
 def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig, num_ranks: int) -> MemoryEstimate:
     """Memory of one rank without activations, by the merged DeepSpeed config."""
     sharding = zero_sharding(config, engine, num_ranks)
-    method = method_memory(config, size, sharding) + kept_memory(config, size, sharding)
+    method = _added_memory(config, size, sharding)
     copied = checkpoint_bytes(size.trained, config.train.optimizer) + method.checkpoint - method.checkpoint_in_place
     is_copied = config.checkpoint.async_save
     return estimate_memory(
@@ -234,7 +237,8 @@ def estimate_run_memory(config: RunConfig, size: ModelSize, engine: EngineConfig
 
 
 def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
-    """Bytes that method and kept weights add to checkpoints and folders, over all ranks, however they are sharded."""
+    """Bytes that method, kept weights and generated text add to checkpoints and folders, over all ranks, however they
+    are sharded."""
     weight_bytes = _weight_bytes(config)
     sharding = Sharding(
         stage=0,
@@ -243,7 +247,15 @@ def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
         gradient_bytes=weight_bytes,
         num_moments=NUM_MOMENTS[config.train.optimizer],
     )
-    return method_memory(config, size, sharding) + kept_memory(config, size, sharding)
+    return _added_memory(config, size, sharding)
+
+
+def _added_memory(config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
+    """What method, kept weights and generated text add."""
+    use = method_memory(config, size, sharding) + kept_memory(config, size, sharding)
+    if not generates(config):
+        return use
+    return use + generation_memory(config, size, sharding, find_spec(config.model).objective)
 
 
 @dataclass(frozen=True)

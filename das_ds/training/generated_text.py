@@ -33,7 +33,6 @@ from das_ds.errors import RunFolderError
 from das_ds.functional.token_sampling import document_starts, infill_groups, sample_uniforms
 from das_ds.models.generation import DocumentTokens, TokenSampler, check_prompts, continue_rows, infill_rows
 from das_ds.models.loading import get_weights_record
-from das_ds.models.size import MemoryUse, ModelSize, Sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKENS = "tokens"
-TOKEN_BYTES = 4
-"""Bytes of a generated token, at most on disk, and in checkpoints while it is generated."""
 
 
 @dataclass(frozen=True)
@@ -334,22 +331,3 @@ class _Writer:
 
 def _document_tokens(tokenizer: PreTrainedTokenizerBase) -> DocumentTokens:
     return DocumentTokens(end_of_text(tokenizer), tuple(document_prefix(tokenizer)))
-
-
-def generation_memory(config: RunConfig, size: ModelSize, sharding: Sharding, *, is_causal: bool) -> MemoryUse:
-    """Memory and disk space of generated text: keys and values of a batch, and at ZeRO 3 all weights.
-
-    Keys and values are counted for as many heads as there are queries, which is the most there can be.
-    """
-    if not any(config.replays_generated(domain.name) for domain in config.domains):
-        return MemoryUse()
-    generation = config.method.replay.generation
-    length = config.data.sequence_length
-    num_rows = generation.batch_size or config.train.micro_batch_size
-    device = {}
-    if is_causal:
-        device["keys and values"] = 2 * num_rows * length * size.num_layers * size.hidden * sharding.weight_bytes
-    if sharding.stage == 3 and generation.gather_weights:
-        device["gathered weights"] = size.total * sharding.weight_bytes
-    text = generation.num_sequences * length * TOKEN_BYTES
-    return MemoryUse(device_at_start=device, checkpoint=text, domain=text)

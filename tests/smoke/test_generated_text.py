@@ -1,4 +1,4 @@
-"""Runs that replay text which their model writes: any ranks write the same, and an interrupted run the same bit for bit."""
+"""Runs that replay text which their model writes: the same on any ranks, and after interruptions bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.multirank
 
 NUM_SEQUENCES = 10
 """Not a multiple of ranks and batches."""
-LLAMA = {**GROUPED, "model_type": "llama"}
+LLAMA = {**GROUPED, "model_type": "llama", "vocab_size": 300}
 
 
 def generating_run(folder: Path, name: str, stage: int, **changes: Any) -> dict[str, Any]:
