@@ -41,12 +41,17 @@ FRACTION = 0.25
 GENERATED = {"fraction": FRACTION, "source": "generated", "generation": {"num_sequences": 512, "batch_size": 128}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "naive": {},
+    "naive, 0.7 x rate": {},
+    "naive, 0.5 x rate": {},
     "generated, ce": GENERATED,
     "generated, kl x 3": {**GENERATED, "loss": "kl", "kl_weight": 3.0},
     "real text, ce": {"fraction": FRACTION, "general": True},
 }
-"""Name -> section `method.replay`; with `kl_weight` 3 the means over new and replayed text have equal weights. `real
+"""Name -> section `method.replay`; naive training at lower rates learns and forgets less, to compare with. With `kl_weight` 3 the means over new and replayed text have equal weights. `real
 text` is that of earlier domains and the general corpus, in equal shares."""
+
+RATES = {"naive, 0.7 x rate": 0.7, "naive, 0.5 x rate": 0.5}
+"""Name -> factor of the learning rate, if it is not 1."""
 
 
 def run_values(
@@ -88,6 +93,7 @@ def continue_on_domains(
     folder: Path, data: Path, base: Path, name: str, seed: int, steps: int, rate: float, ranks: ProcessGroup
 ) -> Results:
     """The results of one variant with one seed."""
+    rate *= RATES.get(name, 1.0)
     values = run_values(folder / name.replace(" ", "_") / str(seed), data, DOMAINS, steps=steps, rate=rate, seed=seed)
     values["model"] = {"name_or_path": str(base)}
     values["general"] = corpus(data, GENERAL)
@@ -146,6 +152,7 @@ def main() -> None:
         "vocab_size": VOCAB_SIZE,
         "domains": list(DOMAINS),
         "variants": VARIANTS,
+        "rates": RATES,
         "steps": options.steps,
         "base_steps": options.base_steps,
         "learning_rate": options.rate,

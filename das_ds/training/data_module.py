@@ -61,6 +61,11 @@ class DataModule:
         return None if self.vocabulary is None else self.vocabulary.num_tokens[corpus]
 
     @property
+    def base_tokens(self) -> int | None:
+        """Tokens before the first domain; None: the vocabulary does not grow."""
+        return None if self.vocabulary is None else self.vocabulary.base_tokens
+
+    @property
     def all_tokens(self) -> tuple[str, ...]:
         """The vocabulary by id, with the tokens that all domains add."""
         return tokens_by_id(max((tokenizer.get_vocab() for tokenizer in self.tokenizers.values()), key=num_tokens))
@@ -123,6 +128,22 @@ class DataModule:
             blocks,
             f"importance/{corpus}",
             self._sample_size.batch_size,
+            indices=self._importance_subset(blocks, num_samples),
+        )
+
+    def generated_batches(
+        self, generated: tuple[Blocks, Collator], domain: str, num_samples: int | None = None
+    ) -> EvaluationBatches:
+        """A fixed random subset of what the model wrote before a domain, of the size of `importance_batches`."""
+        blocks, collator = generated
+        return evaluation_batches(
+            blocks,
+            collator,
+            seed=self.config.seed,
+            stream=f"importance/generated/{domain}",
+            batch_size=self._sample_size.batch_size or self.config.train.micro_batch_size,
+            rank=self.info.rank,
+            world_size=self.info.world_size,
             indices=self._importance_subset(blocks, num_samples),
         )
 

@@ -393,7 +393,7 @@ class ContinualTrainer(Callbacks):
 
     def _domain_context(self) -> DomainContext:
         stage = self._stage
-        samples = DomainSamples(self._data, self._loops, stage)
+        samples = DomainSamples(self._data, self._loops, stage, self._generated.source)
         return DomainContext(
             index=stage.index,
             name=stage.name,
@@ -404,6 +404,7 @@ class ContinualTrainer(Callbacks):
             suspend_timeout=self._watchdog.suspend_timeout,
             num_tokens=self._data.num_tokens(stage.last_domain),
             general=samples.general,
+            generated=samples.generated,
             probe_batches=samples.probe,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from helpers.generated_text import generated_tokens, generating_run
-from helpers.resume import break_off_at
+from helpers.resume import assert_same_run, break_off_at, run_in_pieces
 from helpers.run_ranks import run_ranks
 from helpers.runs import run_all
 from helpers.tiny_tokenizer import tiny_tokenizer
@@ -54,6 +55,20 @@ def test_generation_stopped_on_two_ranks_continues_on_one(tmp_path: Path) -> Non
     assert all(run_ranks(break_off_at, 2, broken, ("before", 0, 0)))
     run_ranks(run_all, 1, [complete, broken])
     assert torch.equal(*(generated_tokens(tmp_path / name, "00_food") for name in ("complete", "broken")))
+
+
+def test_directions_protect_generated_text_in_a_run_in_pieces(tmp_path: Path) -> None:
+    def values(name: str) -> dict[str, Any]:
+        run = generating_run(tmp_path, name, 3, causal=True)
+        replay = run["method"]["replay"]
+        return {**run, "method": {"name": "directions", "general": "generated", "num_samples": 6, "replay": replay}}
+
+    run_ranks(run_all, 2, [values("complete")])
+    _, breaks = run_ranks(run_in_pieces, 2, values("pieces"), 3)[0]
+    assert sum(phase == "before" for phase, _, _ in breaks) > 2
+    assert_same_run(tmp_path / "pieces", tmp_path / "complete")
+    plasticity = json.loads((tmp_path / "complete" / "domains" / "01_papers" / "plasticity.json").read_text())
+    assert plasticity["protected"] == ["generated text", "food"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
