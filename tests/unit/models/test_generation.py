@@ -12,11 +12,11 @@ from das_ds.functional.token_sampling import document_starts, sample_tokens
 from das_ds.models.architectures.registry import spec_for
 from das_ds.models.generation import DocumentTokens, TokenSampler, check_prompts, continue_rows, infill_rows
 from das_ds.models.language_model import LanguageModel
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import CONFIGS, tiny_model
 
 LENGTH = 12
 END = 2
-CAUSAL = ("gpt2", "llama", "opt", "gpt_neox", "mixtral")
+CAUSAL = [name for name in CONFIGS if spec_for(name).objective == "clm"]
 
 
 def network_of(model_type: str) -> LanguageModel:
