@@ -109,6 +109,8 @@ class DomainContext:
     """Tokens that the domain is read with; None: the vocabulary does not grow."""
     general: CorpusSample | None = None
     """The general corpus, where it has training text."""
+    generated: CorpusSample | None = None
+    """Text that the model wrote before the domain, where it is replayed."""
     probe_batches: ProbeBatches | None = None
     """A pass over a few training sequences of the domain; None: it has no text to look at."""
 

@@ -37,6 +37,8 @@ HUB_FILE = "hub.json"
 """Where on the hub the model of one domain is, in its folder."""
 PLASTICITY_FILE = "plasticity.json"
 """What earlier domains leave one domain to learn, in its folder."""
+GENERATED_FOLDER = "generated"
+"""Text that the model wrote before one domain, in its folder."""
 METRICS_FILE = "metrics.jsonl"
 LAST_STEP_FILE = "metrics.last_step"
 """Last step that was ever logged, once metrics.jsonl has been cut at an earlier one."""
@@ -137,6 +139,10 @@ class RunDir:
     def other_adapter(self, index: int, name: str, which: str) -> Path:
         """LoRA weights of that step."""
         return self.domain(index, name) / f"{which}_adapter"
+
+    def generated(self, index: int, name: str) -> Path:
+        """Text that the model wrote before one domain, as token blocks."""
+        return self.domain(index, name) / GENERATED_FOLDER
 
     def hang_report(self, rank: int) -> Path:
         """Stacks of a rank that the watchdog ended."""

@@ -16,6 +16,7 @@ from das_ds.config.benchmarks import BenchmarksConfig, ScoringRule
 from das_ds.config.continuation import ContinueConfig
 from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig, SourceConfig
 from das_ds.config.domain import DomainConfig, DomainReplayConfig
+from das_ds.config.generation import GenerationConfig
 from das_ds.config.method import FrozenPart, MergeConfig, MethodConfig, ReplayConfig, SampleSize, parse_method
 from das_ds.config.model import LoraConfig, ModelConfig
 from das_ds.config.run import RunConfig
@@ -39,6 +40,7 @@ __all__ = [
     "ExportConfig",
     "FaultsConfig",
     "FrozenPart",
+    "GenerationConfig",
     "GroupName",
     "ImportanceConfig",
     "ImportanceScore",

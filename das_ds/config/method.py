@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from das_ds.config.generation import GenerationConfig, ReplaySource
 from das_ds.config.section import Section
 
 DEFAULT_REPLAY_FRACTION = 1 / 16
@@ -34,6 +35,11 @@ class ReplayConfig(Section):
     fraction: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Fraction of each global batch that is text of earlier domains, an integer number of sequences; null: the method's
     default, which is no replay for all but the method that does nothing else."""
+    source: ReplaySource = "earlier"
+    """What is replayed: `earlier` text of earlier domains; `generated` text that the model writes before each domain,
+    which needs no earlier text and protects what it knew before the first domain as well; `both`, in equal shares of
+    each earlier domain and of generated text."""
+    generation: GenerationConfig = GenerationConfig()
     general: bool = False
     """Replay the training text of `general` as well, in the first domain too."""
     loss: Literal["ce", "kl"] = "ce"

@@ -13,6 +13,7 @@ from das_ds.config.benchmarks import BenchmarksConfig
 from das_ds.config.continuation import CONTINUE, ContinueConfig
 from das_ds.config.data import CorpusConfig, DataConfig, EvaluationCorpusConfig
 from das_ds.config.domain import DomainConfig
+from das_ds.config.generation import check_generation
 from das_ds.config.method import AnyMethodConfig, parse_method
 from das_ds.config.model import ModelConfig
 from das_ds.config.runtime import (
@@ -145,7 +146,7 @@ class RunConfig(Section):
         return (sample and sample.gradient_batch_size) or self.train.global_batch_size
 
     def num_replayed(self, domain: str) -> int:
-        """Sequences of each global batch that are earlier text while a domain is learned, if there is any."""
+        """Sequences of each global batch that are replayed while a domain is learned, if there is text for it."""
         size = self.train.global_batch_size
         fraction = self.domain(domain).replay.fraction
         if fraction is None:
@@ -159,20 +160,29 @@ class RunConfig(Section):
         """Corpora that sequences are replayed from while a domain is learned: earlier domains, general text."""
         return self._earlier_text(domain) if self.num_replayed(domain) else []
 
+    def replays_generated(self, domain: str) -> bool:
+        """Whether the model writes text before a domain that is replayed while the domain is learned."""
+        return self.method.replay.source != "earlier" and self.num_replayed(domain) > 0
+
+    def replays(self, domain: str) -> bool:
+        """Whether anything is replayed while a domain is learned."""
+        return bool(self.replayed(domain)) or self.replays_generated(domain)
+
     def own_samples_per_step(self, domain: str) -> int:
         """Sequences of each global batch that are not replayed while a domain is learned."""
-        return self.train.global_batch_size - (self.num_replayed(domain) if self.replayed(domain) else 0)
+        return self.train.global_batch_size - (self.num_replayed(domain) if self.replays(domain) else 0)
 
     def _earlier_text(self, domain: str) -> list[str]:
         names = [domain.name for domain in self.readable_domains]
         general = [self.general.name] if self.general is not None and self.method.replay.general else []
         # An earlier domain that is not read has no text before it either.
-        return names[: names.index(domain) if domain in names else 0] + general
+        before = names[: names.index(domain) if domain in names else 0]
+        return general if self.method.replay.source == "generated" else before + general
 
     @property
     def distills_replay(self) -> bool:
         """Whether replayed text teaches what an earlier model predicts there, in domains that replay some."""
-        replays = not self.method.trains_jointly and any(self.replayed(domain.name) for domain in self.domains)
+        replays = not self.method.trains_jointly and any(self.replays(domain.name) for domain in self.domains)
         return self.method.replay.loss == "kl" and replays
 
     @property
@@ -312,11 +322,12 @@ class RunConfig(Section):
         replays = any(self.num_replayed(domain.name) for _, domain in self._own_domains)
         if self.continue_from is not None and not self.continue_from.evaluate:
             _, first = self._own_domains[0]
-            if self.num_replayed(first.name) and not self._earlier_text(first.name):
+            if self.num_replayed(first.name) and not self.replays(first.name):
                 raise ValueError(
                     f"{CONTINUE}.evaluate: found false where {first.name} replays earlier text, which then is "
                     "not read; allowed there: true, or method.replay.fraction 0"
                 )
+        check_generation(self, replays=replays)
         if replay.general and not replays:
             raise ValueError(
                 "method.replay.general: found true with nothing to replay, expected method.replay.fraction"
@@ -337,10 +348,10 @@ class RunConfig(Section):
                 f"{key}: found {fraction:g} with method {self.method.name}, where no domain comes after another; "
                 "allowed there: 0"
             )
-        if fraction and not self._earlier_text(domain):
+        if fraction and not self._earlier_text(domain) and self.method.replay.source == "earlier":
             raise ValueError(
-                f"{key}: found {fraction:g} where there is no earlier text, allowed there: 0, or general text with "
-                "method.replay.general"
+                f"{key}: found {fraction:g} where there is no earlier text, allowed there: 0, or other text with "
+                "method.replay.general or method.replay.source generated"
             )
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from das_ds.engine.zero import (
     flats_by_parameter,
     full_fp32_weight,
     full_numel,
+    gathered_weights,
     refresh_weights,
     release_gathered_weights,
     shards,
@@ -149,6 +150,12 @@ class ShardedWeights:
         earlier = WeightSnapshot(self._engine, self._parameters, self.shards)
         self.restore(present)
         return earlier
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, every rank has all weights, so that passes without gradients gather none; a collective at ZeRO 3."""
+        with gathered_weights(self._engine):
+            yield
 
     def release_gathered(self) -> None:
         """Free the weights that ZeRO-3 left gathered; to be called after `torch.autograd.grad` through the module."""

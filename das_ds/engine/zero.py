@@ -517,6 +517,38 @@ class Zero3Swap:
                 parameter.partition()
 
 
+class _IdleCoordinator:
+    """Gathers and releases nothing, for weights that are gathered already."""
+
+    def is_record_trace(self) -> bool:
+        """DeepSpeed's record of the order of modules stays that of training."""
+        return False
+
+    trace_prologue = fetch_sub_module = release_sub_module = reset_step = _do_nothing
+
+
+@contextmanager
+def gathered_weights(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside, every rank has all weights, which passes without gradients do not gather again; a collective.
+
+    At ZeRO stages 0 to 2 that is always so.
+    """
+    if not is_zero3(engine):
+        yield
+        return
+    release_gathered_weights(engine)
+    offload: Any = engine.optimizer.parameter_offload
+    parameters: list[Any] = list(engine.module.parameters())
+    missing = [parameter for parameter in parameters if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    coordinator = offload.param_coordinator
+    with deepspeed.zero.GatheredParameters(missing):
+        offload.param_coordinator = _IdleCoordinator()
+        try:
+            yield
+        finally:
+            offload.param_coordinator = coordinator
+
+
 def is_zero3(engine: DeepSpeedEngine) -> bool:
     """Whether weights are sharded (ZeRO stage 3)."""
     return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)

@@ -62,9 +62,10 @@ class DirectionsConfig(MethodConfig):
     tokens for each element of the widest input of a layer, and at least 512."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences per rank and forward pass of that measurement; null: `train.micro_batch_size`."""
-    general: bool | None = None
+    general: bool | Literal["generated"] | None = None
     """Whether the inputs are also measured on the training text of `general` before the first domain, which then
-    protects what the model knew; null: where `general.train` is given."""
+    protects what the model knew; `generated`: on the text that the model writes there for `replay.source: generated`;
+    null: where `general.train` is given."""
     init_from: PathText | None = None
     """Accumulated directions file of an earlier run, which the first domain protects; null: none. It contains the
     general text of that run, which counts twice if `general` measures it again."""
@@ -138,8 +139,13 @@ class Directions(Method[DirectionsConfig]):
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
         """Check that text to measure and an optimizer to mask are there."""
         settings = cls.settings_in(config)
-        if settings.general and not _has_general_text(config):
+        if settings.general is True and not _has_general_text(config):
             raise ConfigError("method.general: found true without training text, expected general: {train: ...}")
+        if settings.general == "generated" and not config.replays_generated(config.domains[0].name):
+            raise ConfigError(
+                "method.general: found generated where nothing is generated before the first domain, expected "
+                "method.replay.source generated or both, and a fraction to replay there"
+            )
         if config.train.optimizer == "lion" and settings.apply_to == "gradient":
             raise ConfigError(
                 "method.apply_to: found gradient with train.optimizer: lion, which steps by the sign of each element "
@@ -180,7 +186,7 @@ class Directions(Method[DirectionsConfig]):
             num_samples = default_num_samples(max(widths.values()), config.data.sequence_length)
         sample = num_samples * len(group_inputs(widths, SUMS_BYTES))
         probe = NUM_PROBED * num_ranks
-        general = sample if _has_general_text(config) and settings.general is not False else 0
+        general = sample if _measures_general(config, settings) else 0
         protects_first = general > 0 or settings.init_from is not None
         return MeasuredSequences(general + probe * protects_first, probe, sample)
 
@@ -223,9 +229,10 @@ class Directions(Method[DirectionsConfig]):
             # Without new tokens all rows are masked, also those that no token has.
             if domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
                 importance.num_tokens = None
-        if domain.general is not None and self.settings.general is not False:
+        sample = domain.generated if self.settings.general == "generated" else domain.general
+        if sample is not None and self.settings.general is not False:
             self._warn_of_untrained_weights()
-            importance = self._measure(domain.general).accumulate(importance)
+            importance = self._measure(sample).accumulate(importance)
             self._latest = None
         self._importance = importance
         self._is_prepared = True
@@ -384,7 +391,9 @@ class Directions(Method[DirectionsConfig]):
         """What `_importance` has when a domain begins, in the order in which it was added."""
         config = self.run.config
         names = [] if self.settings.init_from is None else [Path(self.settings.init_from).name]
-        if _has_general_text(config) and self.settings.general is not False:
+        if self.settings.general == "generated":
+            names.append("generated text")
+        elif _measures_general(config, self.settings):
             assert config.general is not None, "it has text"
             names.append(config.general.name)
         return names + [stage.name for stage in config.stages[: domain.index]]
@@ -409,6 +418,11 @@ def _warn_of_little_passing(measured: DomainPlasticity, settings: DirectionsConf
             100 * settings.min_passing,
             settings.half_saturation,
         )
+
+
+def _measures_general(config: RunConfig, settings: DirectionsConfig) -> bool:
+    """Whether what the model knew before the first domain is measured."""
+    return settings.general == "generated" or (_has_general_text(config) and settings.general is not False)
 
 
 def _has_general_text(config: RunConfig) -> bool:

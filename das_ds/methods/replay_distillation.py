@@ -68,7 +68,7 @@ class ReplayDistillation(MethodWrapper):
 
     def before_domain(self, domain: DomainContext) -> None:
         """The present model becomes the teacher, where something is replayed."""
-        if self.run.config.replayed(domain.name):
+        if self.run.config.replays(domain.name):
             self._teacher.begin()
         self._method.before_domain(domain)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from das_ds.config import TrainConfig
 from das_ds.kernels.linear_cross_entropy import Weigh
@@ -20,6 +21,18 @@ from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.lm_loss import ChunkedLMLoss, Distillation, positions_per_chunk
 
 DEFAULT_LOGITS_MIB = TrainConfig().max_logits_mib
+
+
+@dataclass
+class Decoding:
+    """Calls that give logits in place of losses, and that may continue the rows of earlier calls."""
+
+    cache: Cache | None = None
+    """Keys and values of the positions of earlier calls, to which a call adds its own; None: rows are complete."""
+    attention_mask: torch.Tensor | None = None
+    """(R, earlier and present positions), 0 where nothing attends; None: every position attends to all before it."""
+    logits: torch.Tensor | None = None
+    """(P, V) float32, of the latest call."""
 
 
 class LanguageModel(nn.Module):
@@ -39,6 +52,7 @@ class LanguageModel(nn.Module):
         self._trains_head_only = False
         self._captured: list[LinearLogits] | None = None
         self._distillation: Distillation | None = None
+        self._decoding: Decoding | None = None
         self._head = spec.head(model)
         self._losses = ChunkedLMLoss(
             self._logits,
@@ -92,6 +106,15 @@ class LanguageModel(nn.Module):
         finally:
             self._distillation = None
 
+    @contextmanager
+    def decoding(self, decoding: Decoding) -> Iterator[None]:
+        """Inside, calls put the logits of predicted positions into `decoding.logits`; their losses are zeros."""
+        self._decoding = decoding
+        try:
+            yield
+        finally:
+            self._decoding = None
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -117,9 +140,18 @@ class LanguageModel(nn.Module):
         if self._is_causal:
             # With a KV cache, transformers ignores position_ids, and documents would see each other.
             options["use_cache"] = False
+        if self._decoding is not None and self._decoding.cache is not None:
+            options |= {
+                "use_cache": True,
+                "past_key_values": self._decoding.cache,
+                "attention_mask": self._decoding.attention_mask,
+            }
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trains_head_only):
             hidden = self.model.base_model(input_ids=input_ids, **options).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, predicted)
+        if self._decoding is not None:
+            self._decoding.logits = self._losses.logits(chosen)
+            return hidden, torch.zeros_like(targets, dtype=torch.float32)
         if self._captured is not None:
             self._captured.append(self._losses.linear_logits(chosen))
             return hidden, torch.zeros_like(targets, dtype=torch.float32)

@@ -163,14 +163,17 @@ class ChunkedLMLoss:
         with _replace_forward(projection, losses):
             return self._head(hidden)
 
-    def _unchunked_loss(self, hidden: torch.Tensor, targets: torch.Tensor, weigh: Weigh | None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All logits of hidden states (P, H) at once, in at least float32; one call of the head."""
         logits = self._head(hidden)
         if self.num_rows is not None:
             logits = logits[:, : self.num_rows]
-        # At least float32; float64 stays float64.
+        # float64 stays float64.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self._soft_cap is not None:
-            logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
+        return logits if self._soft_cap is None else self._soft_cap * torch.tanh(logits / self._soft_cap)
+
+    def _unchunked_loss(self, hidden: torch.Tensor, targets: torch.Tensor, weigh: Weigh | None) -> torch.Tensor:
+        logits = self.logits(hidden)
         losses = functional.cross_entropy(logits, targets, reduction="none")
         return losses if weigh is None else losses * weigh(logits.detach())
 

@@ -22,6 +22,7 @@ from das_ds.functional.units import HEAD, INTERMEDIATE
 from das_ds.methods import method_class, method_memory
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.depths import frozen_parameters, known_depths
+from das_ds.models.generation import check_prompts
 from das_ds.models.inspect.probe import skeleton
 from das_ds.models.loading import (
     check_embeddings,
@@ -34,6 +35,7 @@ from das_ds.models.loading import (
 from das_ds.models.lora import Lora
 from das_ds.models.size import FP32, MatrixSize, MemoryUse, ModelSize, Sharding
 from das_ds.preflight.checks import UNITS, Checklist, CheckWarning, format_bytes
+from das_ds.preflight.generation import generates, generation_memory
 from das_ds.preflight.host_memory import free_memory
 from das_ds.preflight.memory_estimate import (
     NUM_MOMENTS,
@@ -78,6 +80,7 @@ def check_model(checks: Checklist, config: RunConfig) -> ModelSize | None:
         tokenizers = build_tokenizers(config, base_tokenizer)
         for tokenizer in tokenizers.values():
             build_collator(architecture.objective, tokenizer, config.data)
+        check_prompts(config.method.replay.generation, architecture.objective)
         model = skeleton(model_config(config.model, vocab_size=base_vocab_size), architecture.objective)
         check_embeddings(model, base_vocab_size)
         check_sequence_length(model, architecture, config.data.sequence_length)
@@ -243,7 +246,8 @@ def export_size(config: RunConfig, size: ModelSize) -> ExportSize:
 
 
 def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
-    """Bytes that method and kept weights add to checkpoints and folders, over all ranks, however they are sharded."""
+    """Bytes that method, kept weights and generated text add to checkpoints and folders, over all ranks, however they
+    are sharded."""
     weight_bytes = _weight_bytes(config)
     sharding = Sharding(
         stage=0,
@@ -256,9 +260,12 @@ def unsharded_use(config: RunConfig, size: ModelSize) -> MemoryUse:
 
 
 def run_memory(config: RunConfig, size: ModelSize, sharding: Sharding) -> MemoryUse:
-    """What a run needs in addition to model and optimizer: its method, kept weights and base weights."""
+    """What a run needs in addition to model and optimizer: method, kept weights, base weights, generated text."""
     parts = (method_memory, kept_memory, base_divergence_memory)
-    return sum((part(config, size, sharding) for part in parts), MemoryUse())
+    use = sum((part(config, size, sharding) for part in parts), MemoryUse())
+    if not generates(config):
+        return use
+    return use + generation_memory(config, size, sharding, find_spec(config.model).objective)
 
 
 @dataclass(frozen=True)

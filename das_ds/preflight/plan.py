@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from das_ds.config import RunConfig
 from das_ds.config.deepspeed import EngineConfig, build_engine_config
 from das_ds.methods import method_measured_sequences, method_memory, method_step_use
+from das_ds.models.loading import find_spec
 from das_ds.models.size import Collective, Measurement, MemoryUse, Sharding, StepUse
 from das_ds.preflight.cluster import Cluster
+from das_ds.preflight.generation import generates, generation_seconds
 from das_ds.preflight.memory import (
     DiskUse,
     activation_estimate,
@@ -44,9 +46,9 @@ class DomainPlan:
     steps: int
     tokens: int
     seconds: float
-    """Of its steps, what the method measures before and after them, and the exported model."""
+    """Of its steps, what is generated and what the method measures before and after them, and the exported model."""
     measured_seconds: float
-    """Of what the method measures."""
+    """Of what is generated, and of what the method measures."""
     gpu_hours: float
     cost: float | None
 
@@ -193,7 +195,8 @@ def _measured_seconds(
     engine: EngineConfig,
     cluster: Cluster,
 ) -> list[float]:
-    """Of what the method measures before and after each domain: the larger of operations and gathered weights."""
+    """Of what the method measures before and after each domain, the larger of operations and gathered weights, and of
+    the text that is generated before it."""
     num_ranks = sharding.num_ranks
     sample = config.method.sample_size
     rows = num_ranks * ((sample and sample.batch_size) or config.train.micro_batch_size)
@@ -204,8 +207,22 @@ def _measured_seconds(
     )
     found = method_measured_sequences(config, model.size, num_ranks)
     first = found.before_later if config.num_earlier else found.before_first
-    before = [first, *[found.before_later] * (len(config.own_stages) - 1)]
-    return [seconds * (num_sequences + found.after) for num_sequences in before]
+    own = config.own_stages
+    before = [first, *[found.before_later] * (len(own) - 1)]
+    measured = [seconds * (num_sequences + found.after) for num_sequences in before]
+    if not generates(config):
+        return measured
+    text_seconds = generation_seconds(
+        config,
+        model.size,
+        sharding,
+        find_spec(config.model).objective,
+        flops=model.flops,
+        rate=rate,
+        gather_seconds=gathered / cluster.bandwidth(num_ranks),
+    )
+    generated = [text_seconds * config.replays_generated(stage.last_domain) for stage in own]
+    return [sum(both) for both in zip(measured, generated, strict=True)]
 
 
 def _domains(

@@ -62,6 +62,11 @@ class DataModule:
         return None if self.vocabulary is None else self.vocabulary.num_tokens[corpus]
 
     @property
+    def base_tokens(self) -> int | None:
+        """Tokens before the first domain; None: the vocabulary does not grow."""
+        return None if self.vocabulary is None else self.vocabulary.base_tokens
+
+    @property
     def all_tokens(self) -> tuple[str, ...]:
         """The vocabulary by id, with the tokens that all domains add."""
         return tokens_by_id(max((tokenizer.get_vocab() for tokenizer in self.tokenizers.values()), key=num_tokens))
@@ -93,11 +98,19 @@ class DataModule:
                 "saved; put files and data.add_tokens back as they were or use another folder"
             )
 
-    def training_steps(self, stage: Stage, first_step: int = 0) -> Iterator[list[Batch]]:
-        """One list of micro-batches per optimizer step."""
+    def training_steps(
+        self, stage: Stage, first_step: int = 0, *, generated: tuple[Blocks, Collator] | None = None
+    ) -> Iterator[list[Batch]]:
+        """One list of micro-batches per optimizer step.
+
+        Args:
+            stage: what is learned.
+            first_step: steps that are done.
+            generated: blocks and collator of generated text that is replayed; None: none.
+        """
         train = self.config.train
         return training_steps(
-            self._sample_stream(stage),
+            self._sample_stream(stage, generated),
             first_step=first_step,
             num_steps=stage.num_steps,
             global_batch_size=train.global_batch_size,
@@ -116,6 +129,22 @@ class DataModule:
             blocks,
             f"importance/{corpus}",
             self._sample_size.batch_size,
+            indices=self._importance_subset(blocks, num_samples),
+        )
+
+    def generated_batches(
+        self, generated: tuple[Blocks, Collator], domain: str, num_samples: int | None = None
+    ) -> EvaluationBatches:
+        """A fixed random subset of what the model wrote before a domain, of the size of `importance_batches`."""
+        blocks, collator = generated
+        return evaluation_batches(
+            blocks,
+            collator,
+            seed=self.config.seed,
+            stream=f"importance/generated/{domain}",
+            batch_size=self._sample_size.batch_size or self.config.train.micro_batch_size,
+            rank=self.info.rank,
+            world_size=self.info.world_size,
             indices=self._importance_subset(blocks, num_samples),
         )
 
@@ -177,22 +206,22 @@ class DataModule:
         assert sample_size is not None, f"method {self.config.method.name} measures nothing"
         return sample_size
 
-    def _sample_stream(self, stage: Stage) -> SampleStream:
+    def _sample_stream(self, stage: Stage, generated: tuple[Blocks, Collator] | None) -> SampleStream:
         samples = tuple(
             SampleDataset(self._training_blocks(name), self.objectives[name], self.config.seed, f"train/{name}")
             for name in stage.domains
         )
         if len(samples) > 1:
             return MixedDomains(samples, stage.weights)
-        return SingleDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain))
+        return SingleDomain(samples[0], self.config.train.global_batch_size, self._replay(stage.only_domain, generated))
 
-    def _replay(self, corpus: str) -> Replay:
+    def _replay(self, corpus: str, generated: tuple[Blocks, Collator] | None) -> Replay:
         # Earlier text keeps its own tokenizer, as in evaluation; every later tokenizer has all of its tokens.
         names = self.config.replayed(corpus)
-        if not names:
-            return NO_REPLAY
-        sources = tuple((self._training_blocks(name), self.objectives[name]) for name in names)
-        return Replay(self.config.num_replayed(corpus), sources)
+        sources = [(self._training_blocks(name), self.objectives[name]) for name in names]
+        if generated is not None:
+            sources.append(generated)
+        return Replay(self.config.num_replayed(corpus), tuple(sources)) if sources else NO_REPLAY
 
     def num_training_blocks(self, corpus: str) -> int:
         """Sequences that one epoch of a domain has."""

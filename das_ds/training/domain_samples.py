@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from das_ds.config.stage import Stage
 from das_ds.context import CorpusSample
 from das_ds.data.batch import Batch
+from das_ds.data.blocks import Blocks
+from das_ds.data.objectives import Collator
 from das_ds.distributed.resumable import ResumableLoop, ResumableLoops
 from das_ds.training.data_module import DataModule
 
@@ -19,11 +21,13 @@ class DomainSamples:
         data: batches of all corpora.
         loops: of the present phase.
         stage: of the domain.
+        generated_text: that the model wrote before the domain, and its collator; None: none.
     """
 
     data: DataModule
     loops: ResumableLoops
     stage: Stage
+    generated_text: tuple[Blocks, Collator] | None = None
 
     def batches(self, label: str, *, num_samples: int | None = None) -> ResumableLoop[Batch]:
         """A loop over batches of single sequences."""
@@ -48,3 +52,18 @@ class DomainSamples:
             return self.loops.start(self.data.importance_batches(corpus.name, num_samples), label)
 
         return CorpusSample(f"inputs of {corpus.name}", batches, self.data.num_tokens(corpus.name))
+
+    @property
+    def generated(self) -> CorpusSample | None:
+        """The sample of what the model wrote before the domain; None where it wrote nothing."""
+        source = self.generated_text
+        if source is None:
+            return None
+
+        def batches(label: str, *, num_samples: int | None = None) -> ResumableLoop[Batch]:
+            return self.loops.start(self.data.generated_batches(source, self.stage.only_domain, num_samples), label)
+
+        # The model knew no token that the domain adds.
+        index = self.stage.index
+        known = self.data.base_tokens if index == 0 else self.data.num_tokens(self.data.config.domains[index - 1].name)
+        return CorpusSample("inputs of generated text", batches, known)

@@ -45,6 +45,8 @@ def model_card(
     domains = ", ".join(domain for stage in stages for domain in stage.domains)
     how = "in order" if len(newest.domains) == 1 else "all at once"
     replayed = config.replayed(newest.last_domain)
+    if config.replays_generated(newest.last_domain):
+        replayed = [*replayed, "text that the model before it generated"]
     num_replayed = config.num_replayed(newest.last_domain)
     replay = f" In the last domain {num_replayed} of these are from {', '.join(replayed)}." if replayed else ""
     # The length of an earlier run's domain is not known where it was given in epochs and the text is gone.

@@ -36,6 +36,7 @@ from das_ds.training.domain_trainer import DomainProgress, DomainTrainer, Rollba
 from das_ds.training.earlier_run import EarlierRun
 from das_ds.training.evaluate import evaluate_corpora
 from das_ds.training.export import export_dtype
+from das_ds.training.generated_text import GeneratedText
 from das_ds.training.gradient_groups import gradient_groups
 from das_ds.training.load_context import load_context
 from das_ds.training.loss_guard import LossGuard
@@ -118,6 +119,7 @@ class ContinualTrainer(Callbacks):
             self._continuation = Continuation(
                 config, earlier, self.context, self._method, data, reset, has_base=has_base
             )
+        self._generated = GeneratedText(config, self.context, data, services)
         # Rewinds are counted over the run, so one guard serves all domains.
         self._guard = LossGuard(config.faults)
         self._loops = self._build_loops()
@@ -143,6 +145,8 @@ class ContinualTrainer(Callbacks):
             "loss_guard": self._guard,
             **({"base_divergence": self._divergence} if self._divergence is not None else {}),
         }
+        if any(config.replays_generated(domain.name) for domain in config.domains):
+            components["generated_text"] = self._generated
         # Last: it makes process groups, which all ranks have to do in the same order.
         self._checkpoints = RunCheckpoints(config, services, self.engine, components)
         self._save_point = self._checkpoints.save_point
@@ -285,6 +289,7 @@ class ContinualTrainer(Callbacks):
         if self._base is not None:
             self.engine.weights.restore(self._base)
         self._network.num_rows = self._data.num_rows(self._stage.last_domain)
+        self._generated.before_domain(self._stage, self._loops)
         self._seed(BEFORE_SEED)
         self._method.before_domain(self._domain_context())
         self._report_plasticity()
@@ -306,6 +311,7 @@ class ContinualTrainer(Callbacks):
         )
         with self._watchdog.suspend_timeout("exporting"):
             self._state = self._evaluator.finish(stage, self._state)
+        self._generated.clear()
         self._enter(self._state.model_copy(update={"phase": "after"}))
 
     def _after_domain(self) -> None:
@@ -395,7 +401,7 @@ class ContinualTrainer(Callbacks):
                 self._checkpoints.load_step_components()
             # A run that was stopped within an evaluation finishes it first.
             if not self._evaluate_within():
-                steps = self._data.training_steps(stage, first_step)
+                steps = self._data.training_steps(stage, first_step, generated=self._generated.source)
                 self._state = self._state_after(trainer.run(steps, progress, first_step=first_step))
                 self._evaluate_within()
         finally:
@@ -470,7 +476,7 @@ class ContinualTrainer(Callbacks):
 
     def _domain_context(self) -> DomainContext:
         stage = self._stage
-        samples = DomainSamples(self._data, self._loops, stage)
+        samples = DomainSamples(self._data, self._loops, stage, self._generated.source)
         return DomainContext(
             index=stage.index,
             name=stage.name,
@@ -481,6 +487,7 @@ class ContinualTrainer(Callbacks):
             suspend_timeout=self._watchdog.suspend_timeout,
             num_tokens=self._data.num_tokens(stage.last_domain),
             general=samples.general,
+            generated=samples.generated,
             probe_batches=samples.probe,
         )
 

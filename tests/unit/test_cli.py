@@ -49,7 +49,7 @@ def test_help_of_a_section_has_its_keys_only(section: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("section", "hint"), [("trian", "did you mean train?"), ("zzz", "allowed: output_dir, model, domains, ")]
+    ("section", "hint"), [("trian", "did you mean train?"), ("zzz", "allowed: output_dir, continue_from, model, ")]
 )
 def test_help_of_an_unknown_section_is_one_line(section: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -162,7 +162,8 @@ def test_override_changes_one_alias_only(tmp_path: Path) -> None:
         ),
         (
             "method.temprature=1",
-            "method.temprature: unknown key; did you mean method.contrastive.temperature?",
+            "method.temprature: unknown key; did you mean method.contrastive.temperature or "
+            "method.replay.generation.temperature?",
         ),
         ("domains.1.trian=[a]", "domains.1.trian: unknown key; did you mean domains.1.train?"),
         ("trian.eps=1", "trian: unknown key; did you mean train?"),

@@ -266,6 +266,25 @@ def test_general_text_with_random_weights_warns(
     assert caplog.messages == ([message] if warns else [])
 
 
+def test_generated_text_is_protected_in_place_of_general_text(tmp_path: Path) -> None:
+    replay = {"fraction": 0.5, "source": "generated"}
+    run = make_run(tmp_path, {**METHOD, "general": "generated", "replay": replay})
+    generated = random_batch(4, 3)
+    samples = [
+        CorpusSample(label, lambda label, batch=batch, **_: ResumableLoop([batch]), None)
+        for label, batch in (("general", random_batch(4, 5)), ("generated", generated))
+    ]
+    method = build_method(run)
+    assert isinstance(method, Directions)
+    method.before_domain(replace(probed_domain(tmp_path), general=samples[0], generated=samples[1]))
+    assert method._importance is not None
+    expected = measured(run, [generated])
+    for name, moment in method._importance.moments.items():
+        torch.testing.assert_close(moment, expected[name])
+    plasticity = method.plasticity()
+    assert plasticity is not None and plasticity.protected == ["generated text"]
+
+
 def test_general_text_is_ignored_on_request(tmp_path: Path) -> None:
     run = make_run(tmp_path, {**METHOD, "general": False})
     sample = CorpusSample("inputs of general", lambda label, **_: ResumableLoop([random_batch(4, 3)]), None)
@@ -282,6 +301,11 @@ def test_general_text_is_ignored_on_request(tmp_path: Path) -> None:
         (
             ["method={name: directions, general: true}", "general={name: general, valid: [unused.txt]}"],
             "method.general: found true without training text",
+        ),
+        (
+            ["method={name: directions, general: generated}"],
+            "method.general: found generated where nothing is generated before the first domain, expected "
+            "method.replay.source generated or both, and a fraction",
         ),
         (
             ["method={name: directions, apply_to: gradient}", "train.optimizer=lion"],
