@@ -41,17 +41,16 @@ FRACTION = 0.25
 GENERATED = {"fraction": FRACTION, "source": "generated", "generation": {"num_sequences": 512, "batch_size": 128}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "naive": {},
-    "naive, 0.7 x rate": {},
     "naive, 0.5 x rate": {},
     "generated, ce": GENERATED,
     "generated, kl x 3": {**GENERATED, "loss": "kl", "kl_weight": 3.0},
     "real text, ce": {"fraction": FRACTION, "general": True},
 }
-"""Name -> section `method.replay`. Naive training at lower rates learns and forgets less: to compare with at equal
+"""Name -> section `method.replay`. Naive training at a lower rate learns and forgets less: to compare with at equal
 learning. With `kl_weight` 3 the means over new and replayed text have equal weights. `real text` is that of earlier
 domains and the general corpus, in equal shares."""
 
-RATES = {"naive, 0.7 x rate": 0.7, "naive, 0.5 x rate": 0.5}
+RATES = {"naive, 0.5 x rate": 0.5}
 """Name -> factor of the learning rate, if it is not 1."""
 
 
