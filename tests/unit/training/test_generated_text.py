@@ -21,8 +21,8 @@ from das_ds.models.size import ModelSize, Sharding
 from das_ds.preflight.generation import MEMORY_BANDWIDTH, generation_memory, generation_seconds
 from das_ds.run_dir import RunDir
 from das_ds.training.data_module import prepare_data
-from das_ds.training.export import model_card
 from das_ds.training.generated_text import GeneratedText, SampleNumbers
+from das_ds.training.model_card import model_card
 from helpers.configs import make_config
 from helpers.runs import small_run
 from helpers.tiny_tokenizer import tiny_tokenizer
