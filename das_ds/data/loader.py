@@ -23,6 +23,7 @@ from das_ds.data.batch import Batch
 from das_ds.data.blocks import Blocks
 from das_ds.data.objectives import Collator, add_document_positions
 from das_ds.data.replay import MixedRows, SampleRef
+from das_ds.data.stream_windows import TokenStream
 from das_ds.data.subsets import first_blocks
 from das_ds.errors import ConfigError
 
@@ -36,6 +37,9 @@ class SampleStream(Protocol):
 
     def ref(self, number: int) -> SampleRef:
         """Global sample `number`, a pure function."""
+
+    def windows(self, number: int) -> Iterator[tuple[TokenStream, int]]:
+        """Streams of text among the corpora, and the window that the first sample from `number` on is in."""
 
 
 @dataclass(frozen=True)

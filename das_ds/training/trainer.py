@@ -141,6 +141,7 @@ class ContinualTrainer(Callbacks):
             "method": self._method,
             "loops": self._loops,
             "loss_guard": self._guard,
+            **({"streams": data.stream_positions} if data.stream_positions is not None else {}),
             **({"base_divergence": self._divergence} if self._divergence is not None else {}),
         }
         # Last: it makes process groups, which all ranks have to do in the same order.
