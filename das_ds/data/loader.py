@@ -11,7 +11,7 @@ of a `StatefulDataLoader` belongs to the ranks and workers that wrote it. Tokens
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -128,7 +128,7 @@ def training_steps(
     world_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """The micro-batches of optimizer steps first_step .. num_steps - 1, one list per step.
 
     A step depends only on its number, so that resuming means starting at a later `first_step`. Every epoch visits all
@@ -163,7 +163,7 @@ def training_steps(
     return _group(iter(loader), num_micro_steps)
 
 
-def _group(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+def _group(batches: Iterator[Batch], size: int) -> Generator[list[Batch]]:
     while group := list(islice(batches, size)):
         yield group
 

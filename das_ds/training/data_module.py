@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -102,8 +102,28 @@ class DataModule:
                 "saved; put files and data.add_tokens back as they were or use another folder"
             )
 
-    def training_steps(self, stage: Stage, first_step: int = 0) -> Iterator[list[Batch]]:
-        """One list of micro-batches per optimizer step."""
+    def require_windows(self, stage: Stage, first_step: int = 0) -> None:
+        """Make what a stage needs first of text that is streamed; the other ranks of a node wait for the first one.
+
+        That is the window that a step begins in, and the first window of each stream that is measured on or replayed.
+
+        Raises:
+            DataError: text that cannot be read, see `TokenStream.require`.
+        """
+        if self.stream_positions is None:
+            return
+        general = self.config.general
+        replayed = [] if len(stage.domains) > 1 else self.config.replayed(stage.only_domain)
+        names = [*stage.domains, *replayed, *([] if general is None or not general.train else [general.name])]
+        for part in (part for name in names for part in self._training_blocks(name).parts):
+            if isinstance(part, StreamBlocks):
+                part.require(0)
+        samples = self._sample_stream(stage)
+        for stream, window in samples.windows(first_step * self.config.train.global_batch_size):
+            stream.require(window)
+
+    def training_steps(self, stage: Stage, first_step: int = 0) -> Generator[list[Batch]]:
+        """One list of micro-batches per optimizer step; to be closed where they are not read to the end."""
         train = self.config.train
         samples = self._sample_stream(stage)
         steps = training_steps(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict
 from itertools import count
 
@@ -66,7 +66,7 @@ def feed_steps(
     global_batch_size: int,
     positions: StreamPositions,
     is_feeding: bool,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """The steps, whose streams are read ahead; windows that no step needs any more are removed.
 
     Args:

@@ -34,6 +34,7 @@ from helpers.mixed_domains import mixed_run
 from helpers.preflight import Alone, silent_checks
 from helpers.runs import WORDS, small_run
 from helpers.single_rank import SingleRank
+from helpers.streams import streamed_run
 from helpers.tiny_models import CONFIGS, NO_DROPOUT, random_importance, tiny_model
 from helpers.tiny_tokenizer import word_tokenizer
 

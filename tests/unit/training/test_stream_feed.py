@@ -170,6 +170,17 @@ def test_stream_is_not_read_before_training(values: dict[str, Any], tmp_path: Pa
     assert [size for size, _ in text.source_visits("papers", 40).values()] == [None, 168]
 
 
+def test_windows_that_a_stage_needs_first_are_made_before_it(values: dict[str, Any], tmp_path: Path) -> None:
+    """Step 5 of the mixture begins with sample 40, the 31st of the domain and the 23rd of its stream."""
+    general = {**values["general"], "train": [str(tmp_path / "papers-shards" / "*.txt")], "streaming": True}
+    text = prepare({**values, "general": general})
+    text.require_windows(text.config.stages[1], 5)
+    assert [there(stream_of(text, name)) for name in ("food", "papers", "general")] == [[0], [0, 1], [0]]
+    alone = prepare({**values, "data": {**values["data"], "cache_dir": str(tmp_path / "other")}})
+    alone.require_windows(alone.config.stages[0])
+    assert there(stream_of(alone, "food")) == [0] and len(list((tmp_path / "other" / "streams").iterdir())) == 1
+
+
 def test_changed_stream_is_noticed(values: dict[str, Any], tmp_path: Path) -> None:
     before = prepare(values)
     path = tmp_path / "food-shards" / "0.txt"
