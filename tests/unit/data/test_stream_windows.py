@@ -269,6 +269,28 @@ def test_bad_shard_raises_when_it_is_reached(tmp_path: Path) -> None:
             stream.require(number)
 
 
+def test_bad_line_overwritten_with_spaces_continues_the_same_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_stream, "SAMPLED_BYTES", 16)
+    monkeypatch.setattr(corpus_reader, "CHUNK_BYTES", 64)
+    lines = [json.dumps({"text": f"document {number} has words"}) for number in range(20)]
+    path = tmp_path / "text" / "0.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join([*lines[:12], "not JSON", *lines[12:]]))
+    stream = open_shards(path.parent, tmp_path / "cache", T)
+    first = window_tokens(stream, 0)
+    with pytest.raises(DataError, match=r"^corpus 'soup-train': .*0.jsonl, line 13: not JSON"):
+        for number in range(1, 20):
+            stream.require(number)
+    path.write_bytes(path.read_bytes().replace(b"not JSON", b" " * 8))
+    again = open_shards(path.parent, tmp_path / "cache", T)
+    assert again.spec == stream.spec
+    documents = [json.loads(line)["text"] for line in lines]
+    expected = stream_tokens([documents], SEED, "soup-train", 8 * T)
+    assert first + [token for number in range(1, 8) for token in window_tokens(again, number)] == expected
+
+
 def test_missing_source_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^corpus 'soup-train': .*: found no such file; expected a file, a glob"):
         open_shards(tmp_path / "nowhere", tmp_path, T)
