@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.result_io import print_table, write_result
-from das_ds.data.blocks import TokenBlocks
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.data.tokenize import prepare_tokens
 
 SEQUENCE_LENGTH = 128

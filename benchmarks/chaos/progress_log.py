@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def _loop_place(label: str) -> str:
 def _follow_training(progress_log: ProgressLog) -> None:
     steps = DataModule.training_steps
 
-    def followed(self: DataModule, stage: Stage, first_step: int = 0) -> Iterator[Any]:
+    def followed(self: DataModule, stage: Stage, first_step: int = 0) -> Generator[Any]:
         for step, batches in enumerate(steps(self, stage, first_step), start=first_step):
             progress_log.add(TRAINING, f"train {stage.name}", step)
             yield batches

@@ -19,6 +19,8 @@ class SourceConfig(Section):
     """Part of the domain's samples that come from it, relative to the weights of the other sources."""
     text_column: str | None = None
     """Text column of .jsonl, .parquet and hub data sets; null: that of the domain."""
+    streaming: bool = False
+    """Read its text while it is trained on, as `domains.0.streaming`."""
 
 
 class CorpusConfig(Section):
@@ -36,11 +38,21 @@ class CorpusConfig(Section):
     """Fraction of the training blocks that is held out when `valid` is empty."""
     text_column: str = "text"
     """Text column of .jsonl, .parquet and hub data sets."""
+    streaming: bool = False
+    """Read and tokenize the text of `train` while it is trained on, some windows of `data.shuffle_buffer` blocks ahead,
+    in place of all of it before; needs `valid`, and a length in steps or tokens."""
 
     @property
     def training_sources(self) -> list[SourceConfig]:
         """Where training samples come from: `train` as one source; empty if the corpus is only evaluated."""
-        return [SourceConfig(train=self.train, weight=1.0, text_column=self.text_column)] if self.train else []
+        if not self.train:
+            return []
+        return [SourceConfig(train=self.train, weight=1.0, text_column=self.text_column, streaming=self.streaming)]
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether any of its training text is read while it is trained on."""
+        return any(source.streaming for source in self.training_sources)
 
     @property
     def training_text(self) -> list[str]:
@@ -51,6 +63,17 @@ class CorpusConfig(Section):
     def _has_text(self) -> CorpusConfig:
         if not self.training_text and not self.valid:
             raise ValueError("needs train or valid text")
+        return self
+
+    @model_validator(mode="after")
+    def _stream_has_valid(self) -> CorpusConfig:
+        if self.streaming and not self.train:
+            raise ValueError("streaming: found true without train, expected text in train (or streaming in `sources`)")
+        if self.is_streamed and not self.valid:
+            raise ValueError(
+                "streaming: found true without valid, expected held-out text in valid; a stream has no last blocks to "
+                "hold out"
+            )
         return self
 
 
@@ -82,6 +105,8 @@ class DataConfig(Section):
     crosses them."""
     cache_dir: PathText | None = None
     """Cache folder of tokenized corpora; null: `$DAS_DS_CACHE`, else `~/.cache/das_ds`."""
+    shuffle_buffer: int = Field(default=8192, ge=1)
+    """Blocks of a streamed corpus that are tokenized and shuffled together; at least `train.global_batch_size`."""
     num_workers: int = Field(default=0, ge=0)
     """Data loader processes per rank; 0 loads in the training process."""
 

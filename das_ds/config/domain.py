@@ -91,6 +91,15 @@ class DomainConfig(CorpusConfig):
         return self
 
     @model_validator(mode="after")
+    def _stream_has_no_epochs(self) -> DomainConfig:
+        if self.is_streamed and self.epochs is not None:
+            raise ValueError(
+                f"epochs: found {self.epochs:g} with streaming, where the number of blocks is unknown; allowed: "
+                "steps or tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _schedule_is_its_own(self) -> DomainConfig:
         if self.lr_scheduler == "infinite":
             raise ValueError(

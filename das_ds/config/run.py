@@ -289,6 +289,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _shuffle_buffer_has_a_batch(self) -> RunConfig:
+        # A step that needs many windows at once would make them again and again.
+        size = self.train.global_batch_size
+        corpora = [*self.domains, *([self.general] if self.general else [])]
+        if self.data.shuffle_buffer < size and any(corpus.is_streamed for corpus in corpora):
+            raise ValueError(
+                f"data.shuffle_buffer: found {self.data.shuffle_buffer} with streaming, expected at least {size} "
+                "blocks, one global batch (train.global_batch_size)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tracking_is_consistent(self) -> RunConfig:
         names = self.tracking or []
         if len(set(names)) < len(names):

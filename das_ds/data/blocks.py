@@ -1,13 +1,13 @@
-"""Blocks: a corpus as rows of S tokens each, a view of its memory-mapped token files."""
+"""Blocks of a corpus: of one text, of a stream, or of a mixture of several; and how a run prepares them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from das_ds.config import CorpusConfig, DataConfig, DomainConfig, ObjectiveName, SourceConfig
 from das_ds.data.objectives import end_of_text
 from das_ds.data.sources import find_shared_sources
-from das_ds.data.token_file import TokenCorpus
+from das_ds.data.stream_blocks import StreamBlocks
+from das_ds.data.stream_windows import open_stream
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.data.tokenize import prepare_tokens
 from das_ds.errors import DataError
 from das_ds.functional.round_robin import WeightedRoundRobin
@@ -26,111 +28,7 @@ from das_ds.user_files import expand_path
 
 CACHE_VARIABLE = "DAS_DS_CACHE"
 DEFAULT_CACHE_DIR = "~/.cache/das_ds"
-
-
-class TokenBlocks:
-    """Consecutive blocks of S tokens; tokens after the last full block are dropped."""
-
-    def __init__(
-        self,
-        tokens: TokenCorpus,
-        sequence_length: int,
-        first: int = 0,
-        stop: int | None = None,
-        *,
-        document_mask: bool = False,
-    ) -> None:
-        """Blocks [first, stop) of a corpus; `stop` None: to the end.
-
-        With `document_mask` the blocks know the position of each token in its document.
-
-        Raises:
-            DataError: the corpus has less than one block.
-        """
-        num_blocks = tokens.num_tokens // sequence_length
-        if num_blocks == 0:
-            raise DataError(
-                f"found {tokens.num_tokens} tokens in {tokens.num_documents} documents; expected at least "
-                f"{sequence_length}, one block (data.sequence_length)"
-            )
-        self.tokens = tokens
-        self.sequence_length = sequence_length
-        self.first = first
-        self.stop = num_blocks if stop is None else stop
-        assert 0 <= first < self.stop <= num_blocks
-        self.document_mask = document_mask
-
-    def __len__(self) -> int:
-        return self.stop - self.first
-
-    @property
-    def parts(self) -> tuple[TokenBlocks, ...]:
-        """The one corpus that they come from."""
-        return (self,)
-
-    def part_of(self, number: int) -> range:
-        """Indices of the blocks that sample `number` may be."""
-        return range(len(self))
-
-    def spread(self, num_blocks: int) -> list[int]:
-        """Number of blocks of each part among the first so many samples, each block once."""
-        return [min(num_blocks, len(self))]
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Block `index`; (S,) long."""
-        return self.index_select([index])[0]
-
-    def index_select(self, indices: Sequence[int]) -> Tensor:
-        """The blocks with these indices, as `torch.index_select`; (len(indices), S) long.
-
-        Raises:
-            IndexError: there is no such block.
-        """
-        if any(not 0 <= index < len(self) for index in indices):
-            raise IndexError(f"found blocks {list(indices)}, expected 0 to {len(self) - 1}")
-        begins = [(self.first + index) * self.sequence_length for index in indices]
-        return torch.from_numpy(self.tokens.read(begins, self.sequence_length))
-
-    def positions(self, indices: Sequence[int]) -> Tensor | None:
-        """Position of every token of these blocks in its document.
-
-        A document that began in an earlier block restarts at 0.
-
-        Returns:
-            (len(indices), S) long, or None without document mask.
-        """
-        if not self.document_mask:
-            return None
-        length = self.sequence_length
-        # Column j of a row: j if a document starts there, else 0; the running maximum is the start of j's document.
-        document_starts = np.zeros((len(indices), length), dtype=np.int64)
-        for row, index in zip(document_starts, indices, strict=True):
-            begin = (self.first + index) * length
-            starts = self.tokens.find_starts(begin, begin + length)
-            row[starts] = starts
-        return torch.from_numpy(np.arange(length) - np.maximum.accumulate(document_starts, axis=1))
-
-    def count_documents(self, num_blocks: int | None = None) -> tuple[int, int]:
-        """Tokens, and UTF-8 bytes, of the documents that the first `num_blocks` blocks (None: all) reach into.
-
-        Documents are counted in full, so the first and the last one with what lies outside of the blocks.
-        """
-        stop = len(self) if num_blocks is None else min(num_blocks, len(self))
-        length = self.sequence_length
-        return self.tokens.count_documents(self.first * length, (self.first + stop) * length)
-
-    def split(self, num_last: int) -> tuple[Self, Self]:
-        """(all but the last `num_last` blocks, the last `num_last` blocks), as views."""
-        cut = self.stop - num_last
-        return self._slice(self.first, cut), self._slice(cut, self.stop)
-
-    def _slice(self, first: int, stop: int) -> Self:
-        return type(self)(self.tokens, self.sequence_length, first, stop, document_mask=self.document_mask)
-
-    def __reduce__(self) -> tuple[partial[Self], tuple[TokenCorpus, int, int, int]]:
-        # A loader worker maps the files itself.
-        make = partial(type(self), document_mask=self.document_mask)
-        return make, (self.tokens, self.sequence_length, self.first, self.stop)
+AnyBlocks = TypeVar("AnyBlocks", bound=TokenBlocks | StreamBlocks)
 
 
 @dataclass(frozen=True)
@@ -139,13 +37,13 @@ class MixedBlocks:
 
     names: tuple[str, ...]
     """Of the sources."""
-    parts: tuple[TokenBlocks, ...]
+    parts: tuple[TokenBlocks | StreamBlocks, ...]
     """Blocks of each source."""
     weights: tuple[int, ...]
     """Parts of the samples that come from each source, as integers."""
 
     def __len__(self) -> int:
-        return int(self._bounds[-1])
+        return sum(map(len, self.parts))
 
     @cached_property
     def turns(self) -> WeightedRoundRobin:
@@ -159,7 +57,7 @@ class MixedBlocks:
 
     @cached_property
     def _bounds(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *map(len, self.parts)])
+        return np.cumsum([0, *(part.extent for part in self.parts)])
 
     def part_of(self, number: int) -> range:
         """Indices of the blocks that sample `number` may be: those of the source whose turn it is."""
@@ -171,9 +69,16 @@ class MixedBlocks:
         return self.turns.capped_counts(min(num_blocks, len(self)), list(map(len, self.parts)))
 
     def count_documents(self, num_blocks: int | None = None) -> tuple[int, int]:
-        """Tokens and bytes of the documents that the first samples reach into, see `TokenBlocks.count_documents`."""
+        """Tokens and bytes of the documents that the first samples reach into, see `TokenBlocks.count_documents`.
+
+        Only of held-out text, which is not streamed.
+        """
         numbers = self.spread(len(self) if num_blocks is None else num_blocks)
-        counts = [part.count_documents(number) for part, number in zip(self.parts, numbers, strict=True) if number]
+        counts = [
+            part.count_documents(number)
+            for part, number in zip(self.parts, numbers, strict=True)
+            if number and isinstance(part, TokenBlocks)
+        ]
         return sum(num_tokens for num_tokens, _ in counts), sum(num_bytes for _, num_bytes in counts)
 
     def index_select(self, indices: Sequence[int]) -> Tensor:
@@ -186,7 +91,7 @@ class MixedBlocks:
         positions = [rows for rows in found if rows is not None]
         return self._join(indices, positions) if positions else None
 
-    def _local(self, indices: Sequence[int]) -> Iterator[tuple[TokenBlocks, list[int]]]:
+    def _local(self, indices: Sequence[int]) -> Iterator[tuple[TokenBlocks | StreamBlocks, list[int]]]:
         """Sources that have some of these blocks, in order, and the indices of the blocks within each."""
         sources = self._sources(indices)
         for source in np.unique(sources):
@@ -202,7 +107,7 @@ class MixedBlocks:
         return np.searchsorted(self._bounds, np.asarray(indices), side="right") - 1
 
 
-Blocks = TokenBlocks | MixedBlocks
+Blocks = TokenBlocks | StreamBlocks | MixedBlocks
 """Blocks of one corpus."""
 
 
@@ -211,7 +116,7 @@ class CorpusBlocks:
     """Training and held-out blocks of one corpus; `train` is None if the corpus is only evaluated."""
 
     train: Blocks | None
-    valid: Blocks
+    valid: TokenBlocks | MixedBlocks
 
 
 def resolve_cache_folder(data: DataConfig) -> Path:
@@ -234,12 +139,22 @@ def prepare_corpus(
     objective: ObjectiveName,
     progress: bool,
     num_processes: int = 1,
+    seed: int = 0,
 ) -> CorpusBlocks:
     """Tokenize a corpus, or find it in the cache, and split it into blocks.
 
     For causal language modeling every document ends in the end-of-text token.
     Without `corpus.valid` the last `valid_fraction` of the training blocks, at least one, is held out, of every source
-    by itself.
+    by itself. Training text that is streamed is not read yet.
+
+    Args:
+        corpus: files, globs and hub names.
+        data: how they are tokenized.
+        tokenizer: of the corpus.
+        objective: what batches predict.
+        progress: show a progress bar.
+        num_processes: processes that tokenize; 1: this one.
+        seed: of the order of streamed text.
 
     Raises:
         DataError: text that cannot be read, is empty or makes too few blocks; names the corpus.
@@ -264,16 +179,34 @@ def prepare_corpus(
         except DataError as error:
             raise DataError(f"corpus '{name}': {error}") from error
 
+    def stream_blocks(sources: Sequence[str], text_column: str, split: str) -> StreamBlocks:
+        stream = open_stream(
+            sources,
+            corpus=f"{corpus.name}-{split}",
+            text_column=text_column,
+            tokenizer=tokenizer,
+            cache_dir=resolve_cache_folder(data),
+            end_of_text=ending,
+            seed=seed,
+            window_tokens=data.shuffle_buffer * data.sequence_length,
+        )
+        return StreamBlocks(stream, data.sequence_length, document_mask=data.document_mask)
+
     check_valid_is_held_out(corpus)
     sources = corpus.training_sources
-    train = [
-        load_blocks(source.train, source.text_column or corpus.text_column, _split_name("train", source))
-        for source in sources
-    ]
+    train: list[TokenBlocks | StreamBlocks] = []
+    for source in sources:
+        load = stream_blocks if source.streaming else load_blocks
+        train.append(load(source.train, source.text_column or corpus.text_column, _split_name("train", source)))
     if corpus.valid:
-        valid: Blocks = load_blocks(corpus.valid, corpus.text_column, "valid")
+        valid = load_blocks(corpus.valid, corpus.text_column, "valid")
         return CorpusBlocks(_mix(corpus, train) if train else None, valid)
-    halves = [_hold_out(blocks, corpus, source) for blocks, source in zip(train, sources, strict=True)]
+    halves = [
+        _hold_out(blocks, corpus, source)
+        for blocks, source in zip(train, sources, strict=True)
+        # A stream has no end that could be held out; its config has `valid`.
+        if isinstance(blocks, TokenBlocks)
+    ]
     return CorpusBlocks(_mix(corpus, [first for first, _ in halves]), _mix(corpus, [last for _, last in halves]))
 
 
@@ -281,7 +214,7 @@ def _split_name(split: str, source: SourceConfig) -> str:
     return split if source.name is None else f"{source.name}-{split}"
 
 
-def _mix(corpus: CorpusConfig, parts: Sequence[TokenBlocks]) -> Blocks:
+def _mix(corpus: CorpusConfig, parts: Sequence[AnyBlocks]) -> AnyBlocks | MixedBlocks:
     if not isinstance(corpus, DomainConfig) or not corpus.sources:
         return parts[0]
     names = [str(source.name) for source in corpus.training_sources]

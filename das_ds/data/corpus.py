@@ -12,7 +12,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -50,7 +50,7 @@ def read_documents(source: Source | SourceRange, text_column: str) -> Iterator[D
     """
     piece = source if isinstance(source, SourceRange) else SourceRange(source)
     if isinstance(piece.source, HubDataset):
-        batches = _read_hub(piece.source, text_column)
+        batches = _read_hub(piece.source, text_column, piece.first, piece.stop)
     elif file_suffix(piece.source) == ".parquet":
         batches = _read_parquet(piece.source, text_column, piece.first, piece.stop)
     elif file_suffix(piece.source).startswith(".jsonl"):
@@ -230,16 +230,43 @@ def _rows_per_batch(metadata: Any, text_column: str, groups: Sequence[int]) -> i
     return max(1, min(ROWS_PER_BATCH, CHUNK_BYTES * num_rows // max(num_bytes, 1)))
 
 
-def _read_hub(source: HubDataset, text_column: str) -> Iterator[tuple[list[str], int]]:
-    import datasets
+def count_hub_shards(source: HubDataset) -> int:
+    """Shards, usually files, that a hub dataset can be read by.
 
-    try:
-        stream = datasets.load_dataset(
-            source.repo, source.config, split=source.split, revision=source.revision, streaming=True
-        )
-        for rows in stream.iter(batch_size=HUB_ROWS_PER_BATCH):
+    Raises:
+        DataError: it cannot be streamed.
+    """
+    with _name_hub_errors(source):
+        return int(_open_hub(source).num_shards)
+
+
+def _read_hub(
+    source: HubDataset, text_column: str, first: int = 0, stop: int | None = None
+) -> Iterator[tuple[list[str], int]]:
+    """Texts of shards [first, stop); `stop` None: to the end."""
+    with _name_hub_errors(source):
+        stream = _open_hub(source)
+        if stop is None:
+            streams = [stream]
+        else:
+            streams = [stream.shard(num_shards=stream.num_shards, index=index) for index in range(first, stop)]
+        for rows in (rows for one in streams for rows in one.iter(batch_size=HUB_ROWS_PER_BATCH)):
             _check_column(text_column, rows, str(source))
             yield [_validate_text(value, text_column, str(source)) for value in rows[text_column]], 0
+
+
+def _open_hub(source: HubDataset) -> Any:
+    import datasets
+
+    return datasets.load_dataset(
+        source.repo, source.config, split=source.split, revision=source.revision, streaming=True
+    )
+
+
+@contextmanager
+def _name_hub_errors(source: HubDataset) -> Iterator[None]:
+    try:
+        yield
     except DataError:
         raise
     # A hub dataset may raise the error of any format reader or HTTP library.

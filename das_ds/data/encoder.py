@@ -90,7 +90,8 @@ class DocumentEncoder:
         self._suffix = self._to_bytes(suffix)
         self._end = b"" if end_of_text is None else self._to_bytes([end_of_text])
         self._unknown_id = _find_unknown_id(backend)
-        self._cuts = find_cut_pattern(backend)
+        self._known_cuts = find_cut_pattern(backend)
+        self._cuts = self._known_cuts
         self._is_checked = self._cuts is None
         self._ids_of: dict[str, bytes] = {}
         self._num_chars = 0
@@ -103,6 +104,14 @@ class DocumentEncoder:
         """Begin to count unknown tokens and cuts anew."""
         self.unknown = UnknownTokens()
         self.num_unproven_cuts = 0
+
+    def restart(self) -> None:
+        """Forget all documents, so that what follows depends on the tokenizer and the next documents alone."""
+        self.reset_counts()
+        self._cuts = self._known_cuts
+        self._is_checked = self._cuts is None
+        self._ids_of.clear()
+        self._num_chars = 0
 
     def encode(self, documents: Iterable[str]) -> Iterator[EncodedDocuments]:
         """The ids of documents, in order; equal to those of the tokenizer, document by document."""

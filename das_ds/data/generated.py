@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from das_ds.data.blocks import TokenBlocks
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.data.token_file import STARTS_DTYPE, TokenCorpus, TokenFile
 from das_ds.data.tokenize import build_backend
 from das_ds.errors import RunFolderError

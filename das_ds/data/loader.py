@@ -11,7 +11,7 @@ of a `StatefulDataLoader` belongs to the ranks and workers that wrote it. Tokens
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from das_ds.data.batch import Batch
 from das_ds.data.blocks import Blocks
 from das_ds.data.objectives import Collator, add_document_positions
 from das_ds.data.replay import MixedRows, SampleRef
+from das_ds.data.stream_windows import TokenStream
 from das_ds.data.subsets import first_blocks
 from das_ds.errors import ConfigError
 
@@ -36,6 +37,9 @@ class SampleStream(Protocol):
 
     def ref(self, number: int) -> SampleRef:
         """Global sample `number`, a pure function."""
+
+    def windows(self, number: int) -> Iterator[tuple[TokenStream, int]]:
+        """Streams of text among the corpora, and the window that the first sample from `number` on is in."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def training_steps(
     world_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """The micro-batches of optimizer steps first_step .. num_steps - 1, one list per step.
 
     A step depends only on its number, so that resuming means starting at a later `first_step`. Every epoch visits all
@@ -159,7 +163,7 @@ def training_steps(
     return _group(iter(loader), num_micro_steps)
 
 
-def _group(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+def _group(batches: Iterator[Batch], size: int) -> Generator[list[Batch]]:
     while group := list(islice(batches, size)):
         yield group
 

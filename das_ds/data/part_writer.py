@@ -23,8 +23,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from das_ds.data.corpus import read_documents
@@ -82,14 +84,9 @@ def write_part(job: PartJob, encoder: DocumentEncoder, update: Callable[[int], o
         OSError: the folder cannot be written or is full.
     """
     encoder.reset_counts()
-    with _partial_folder(job.folder) as partial:
+    with partial_folder(job.folder) as partial:
         num_tokens, num_documents = _write_tokens(partial, job, encoder, update)
-        written = TokenFile(partial / "tokens.bin", encoder.dtype.str, num_tokens, num_documents, encoder.unknown)
-        (partial / "meta.json").write_text(json.dumps({**asdict(written), "path": "tokens.bin"}, indent=1))
-        sync(partial / "meta.json")
-        _publish(partial, job.folder)
-    token_file = read_part(job.folder)
-    assert token_file is not None, f"{job.folder} was published"
+        token_file = publish(partial, job.folder, encoder, num_tokens, num_documents)
     return WrittenPart(job.folder, token_file, encoder.num_unproven_cuts)
 
 
@@ -99,14 +96,9 @@ def _write_tokens(
     """Write the three files; returns the number of tokens and documents."""
     num_tokens = 0
     num_documents = 0
-    with (
-        (folder / "tokens.bin").open("wb") as tokens,
-        (folder / "starts.bin").open("wb") as starts,
-        (folder / "sizes.bin").open("wb") as sizes,
-    ):
+    with open_files(folder) as (tokens, starts, sizes):
         for batch in (batch for piece in job.part for batch in read_documents(piece, job.text_column)):
-            num_bytes = [len(text) if text.isascii() else len(text.encode()) for text in batch.texts]
-            sizes.write(np.array(num_bytes, dtype=STARTS_DTYPE).data)
+            sizes.write(text_sizes(batch.texts).data)
             for encoded in encoder.encode(batch.texts):
                 tokens.write(encoded.ids)
                 ends = num_tokens + np.cumsum(encoded.lengths, dtype=np.int64)
@@ -114,15 +106,32 @@ def _write_tokens(
                 num_tokens = int(ends[-1]) if len(ends) else num_tokens
                 num_documents += len(ends)
             update(batch.num_bytes)
+    return num_tokens, num_documents
+
+
+def text_sizes(texts: Sequence[str]) -> NDArray[np.uint64]:
+    """(len(texts),) UTF-8 bytes of each."""
+    sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+    return np.array(sizes, dtype=STARTS_DTYPE)
+
+
+@contextmanager
+def open_files(folder: Path) -> Iterator[tuple[IO[bytes], IO[bytes], IO[bytes]]]:
+    """The files of tokens, starts and sizes of a new part, which are on disk at the end of the block."""
+    with (
+        (folder / "tokens.bin").open("wb") as tokens,
+        (folder / "starts.bin").open("wb") as starts,
+        (folder / "sizes.bin").open("wb") as sizes,
+    ):
+        yield tokens, starts, sizes
         # The folder is renamed next; after a power loss it must have its content.
         for file in (tokens, starts, sizes):
             file.flush()
             os.fsync(file.fileno())
-    return num_tokens, num_documents
 
 
 @contextmanager
-def _partial_folder(folder: Path) -> Iterator[Path]:
+def partial_folder(folder: Path) -> Iterator[Path]:
     """A folder next to another one, locked and removed at the end unless it was renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(mkdtemp(dir=folder.parent, prefix=PARTIAL_PREFIX))
@@ -141,7 +150,18 @@ def _default_mode(folder: Path) -> int:
     return folder.stat().st_mode & 0o777
 
 
-def _publish(partial: Path, folder: Path) -> None:
+def publish(partial: Path, folder: Path, encoder: DocumentEncoder, num_tokens: int, num_documents: int) -> TokenFile:
+    """Give a written part its name, and return it; keeps the one that another process wrote in the meantime.
+
+    Args:
+        partial: folder with the three files.
+        folder: where it belongs.
+        encoder: that made its tokens, and counted the unknown ones.
+        num_tokens, num_documents: that were written.
+    """
+    written = TokenFile(partial / "tokens.bin", encoder.dtype.str, num_tokens, num_documents, encoder.unknown)
+    (partial / "meta.json").write_text(json.dumps({**asdict(written), "path": "tokens.bin"}, indent=1))
+    sync(partial / "meta.json")
     (partial / "lock").unlink()
     try:
         partial.rename(folder)
@@ -151,6 +171,9 @@ def _publish(partial: Path, folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
     map_file.cache_clear()
+    token_file = read_part(folder)
+    assert token_file is not None, f"{folder} was published"
+    return token_file
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -24,7 +24,7 @@ SEARCH_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class SourceRange:
-    """A range of a source: bytes of a text file, row groups of a parquet file."""
+    """A range of a source: bytes of a text file, row groups of a parquet file, shards of a hub dataset."""
 
     source: Source
     first: int = 0
@@ -46,7 +46,7 @@ def divide_sources(sources: Sequence[Source]) -> list[Part]:
     """
     parts: list[Part] = []
     current: list[SourceRange] = []
-    for piece in (piece for source in sources for piece in _divide(source)):
+    for piece in (piece for source in sources for piece in divide_source(source)):
         if current and sum(one.num_bytes for one in current) + piece.num_bytes > PART_BYTES:
             parts.append(tuple(current))
             current = []
@@ -54,7 +54,12 @@ def divide_sources(sources: Sequence[Source]) -> list[Part]:
     return [*parts, tuple(current)] if current else parts
 
 
-def _divide(source: Source) -> list[SourceRange]:
+def divide_source(source: Source) -> list[SourceRange]:
+    """All of one source, in order, in ranges of about PART_BYTES; a hub dataset is one.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     if not isinstance(source, Path):
         return [SourceRange(source, num_bytes=0)]
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from das_ds.data.blocks import Blocks, TokenBlocks
+from das_ds.data.blocks import Blocks
+from das_ds.data.stream_blocks import StreamBlocks
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.functional.sampling import subset_indices
 
 
@@ -20,10 +22,12 @@ def first_blocks(blocks: Blocks, num_blocks: int | None) -> Sequence[int]:
     return _by_part(blocks, num_blocks, lambda _, count: range(count))
 
 
-def _by_part(blocks: Blocks, num_blocks: int, choose: Callable[[TokenBlocks, int], Sequence[int]]) -> list[int]:
+def _by_part(
+    blocks: Blocks, num_blocks: int, choose: Callable[[TokenBlocks | StreamBlocks, int], Sequence[int]]
+) -> list[int]:
     chosen: list[int] = []
     start = 0
     for part, count in zip(blocks.parts, blocks.spread(num_blocks), strict=True):
         chosen += [start + index for index in choose(part, count)]
-        start += len(part)
+        start += part.extent
     return chosen

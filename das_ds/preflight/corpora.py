@@ -100,13 +100,19 @@ def _scan_corpus(
             splits.append((corpus.valid, corpus.text_column))
             num_blocks.append(1)
         resolved = [([source for name in names for source in resolve_source(name)], column) for names, column in splits]
-        for sources, column in resolved:
-            for source in sources:
+        # Valid text, which comes last, is not streamed.
+        streamed = [source.streaming for source in corpus.training_sources] + [False] * bool(corpus.valid)
+        for (sources, column), is_streamed in zip(resolved, streamed, strict=True):
+            # Of a stream, which may have thousands of sources, only the first.
+            for source in sources[:1] if is_streamed else sources:
                 _read_first(source, column, encoder)
         if encoder is not None:
             check_unknown_tokens(encoder.unknown)
         if tokenization is not None:
-            for (sources, column), needed in zip(resolved, num_blocks, strict=True):
+            for (sources, column), needed, is_streamed in zip(resolved, num_blocks, streamed, strict=True):
+                # A stream begins again at its end.
+                if is_streamed:
+                    continue
                 _check_length(corpus.name, column, config, tokenization, sources, needed)
     except DataError as error:
         raise DataError(f"corpus '{corpus.name}': {error}") from error

@@ -32,8 +32,8 @@ class SourceSummary:
     """One source of a domain that is a mixture."""
 
     name: str
-    num_blocks: int
-    """Training sequences."""
+    num_blocks: int | None
+    """Training sequences; None: the text is streamed, in full or in part."""
     num_samples: int
     """Sequences of the domain's steps that come from it."""
 
@@ -43,8 +43,8 @@ class DomainSummary:
     """The training text of one stage."""
 
     name: str
-    num_blocks: int
-    """Training sequences."""
+    num_blocks: int | None
+    """Training sequences; None: the text is streamed, in full or in part."""
     num_steps: int
     """Optimizer steps."""
     num_samples: int
@@ -117,6 +117,8 @@ class RunSummary:
 
     def _describe_text(self, text: DomainSummary | SourceSummary, part: str) -> str:
         """Size of a text, its part of the run, and how often it is seen."""
+        if text.num_blocks is None:
+            return f"{'streamed':>32}  {part}"
         num_tokens = _count(text.num_blocks * self.sequence_length)
         epochs = text.num_samples / max(1, text.num_blocks)
         return f"{text.num_blocks:>9,} blocks  {num_tokens:>7} tokens  {part}  {epochs:5.2f} epochs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from das_ds.data.loader import (
 from das_ds.data.mixture import MixedDomains, SingleDomain
 from das_ds.data.objectives import Collator, build_collator
 from das_ds.data.replay import NO_REPLAY, Replay
+from das_ds.data.stream_blocks import StreamBlocks
 from das_ds.data.subsets import random_subset
 from das_ds.data.tokenizers import build_tokenizers
 from das_ds.distributed.process_group import RankInfo
@@ -33,6 +34,7 @@ from das_ds.errors import DataError, RunFolderError
 from das_ds.functional.token_ids import num_tokens, tokens_by_id
 from das_ds.models.loading import load_tokenizer, num_embedding_rows
 from das_ds.models.vocabulary import Vocabulary
+from das_ds.training.stream_feed import StreamPositions, feed_steps
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,16 @@ class DataModule:
         """Corpus -> fingerprints of text and tokenizer, of its training and its held-out split."""
         splits = {name: [blocks.train, blocks.valid] for name, blocks in self.blocks.items()}
         return {
-            name: [part.tokens.name for split in both if split is not None for part in split.parts]
+            name: [part.name for split in both if split is not None for part in split.parts]
             for name, both in splits.items()
         }
+
+    @cached_property
+    def stream_positions(self) -> StreamPositions | None:
+        """Where training is in the text that is streamed; None where none is."""
+        training = [part for both in self.blocks.values() if both.train is not None for part in both.train.parts]
+        streams = {part.name: part.stream for part in training if isinstance(part, StreamBlocks)}
+        return StreamPositions(streams) if streams else None
 
     def state_dict(self) -> ComponentState:
         """Fingerprints of the text; which batch comes next follows from the step."""
@@ -98,10 +107,32 @@ class DataModule:
                 "saved; put files and data.add_tokens back as they were or use another folder"
             )
 
+    def require_windows(
+        self, stage: Stage, first_step: int = 0, *, generated: tuple[Blocks, Collator] | None = None
+    ) -> None:
+        """Make what a stage needs first of text that is streamed; the other ranks of a node wait for the first one.
+
+        That is the window that a step begins in, and the first window of each stream that is measured on or replayed.
+
+        Raises:
+            DataError: text that cannot be read, see `TokenStream.require`.
+        """
+        if self.stream_positions is None:
+            return
+        general = self.config.general
+        replayed = [] if len(stage.domains) > 1 else self.config.replayed(stage.only_domain)
+        names = [*stage.domains, *replayed, *([] if general is None or not general.train else [general.name])]
+        for part in (part for name in names for part in self._training_blocks(name).parts):
+            if isinstance(part, StreamBlocks):
+                part.require(0)
+        samples = self._sample_stream(stage, generated)
+        for stream, window in samples.windows(first_step * self.config.train.global_batch_size):
+            stream.require(window)
+
     def training_steps(
         self, stage: Stage, first_step: int = 0, *, generated: tuple[Blocks, Collator] | None = None
-    ) -> Iterator[list[Batch]]:
-        """One list of micro-batches per optimizer step.
+    ) -> Generator[list[Batch]]:
+        """One list of micro-batches per optimizer step; to be closed where they are not read to the end.
 
         Args:
             stage: what is learned.
@@ -109,8 +140,9 @@ class DataModule:
             generated: blocks and collator of generated text that is replayed; None: none.
         """
         train = self.config.train
-        return training_steps(
-            self._sample_stream(stage, generated),
+        samples = self._sample_stream(stage, generated)
+        steps = training_steps(
+            samples,
             first_step=first_step,
             num_steps=stage.num_steps,
             global_batch_size=train.global_batch_size,
@@ -119,6 +151,16 @@ class DataModule:
             world_size=self.info.world_size,
             num_workers=self.config.data.num_workers,
             pin_memory=self.info.device.type == "cuda",
+        )
+        if self.stream_positions is None or not list(samples.windows(0)):
+            return steps
+        return feed_steps(
+            steps,
+            samples,
+            first_step=first_step,
+            global_batch_size=train.global_batch_size,
+            positions=self.stream_positions,
+            is_feeding=self.info.local_rank == 0,
         )
 
     def importance_batches(self, corpus: str, num_samples: int | None = None) -> EvaluationBatches:
@@ -223,17 +265,22 @@ class DataModule:
             sources.append(generated)
         return Replay(self.config.num_replayed(corpus), tuple(sources)) if sources else NO_REPLAY
 
-    def num_training_blocks(self, corpus: str) -> int:
-        """Sequences that one epoch of a domain has."""
-        return len(self._training_blocks(corpus))
+    def num_training_blocks(self, corpus: str) -> int | None:
+        """Sequences that one epoch of a domain has; None: it is streamed, in full or in part."""
+        blocks = self._training_blocks(corpus)
+        return None if any(isinstance(part, StreamBlocks) for part in blocks.parts) else len(blocks)
 
-    def source_visits(self, domain: str, num_samples: int) -> dict[str, tuple[int, int]]:
-        """Source -> its training sequences, and how many of a domain's first samples are theirs; {} for one source."""
+    def source_visits(self, domain: str, num_samples: int) -> dict[str, tuple[int | None, int]]:
+        """Source -> its training sequences, and how many of a domain's first samples are theirs; {} for one source.
+
+        A source that is streamed has None in place of its sequences.
+        """
         blocks = self._training_blocks(domain)
         if not isinstance(blocks, MixedBlocks):
             return {}
         counts = blocks.turns.counts(num_samples)
-        return {name: (len(part), count) for name, part, count in zip(blocks.names, blocks.parts, counts, strict=True)}
+        sizes = [None if isinstance(part, StreamBlocks) else len(part) for part in blocks.parts]
+        return dict(zip(blocks.names, zip(sizes, counts, strict=True), strict=True))
 
     def _training_blocks(self, corpus: str) -> Blocks:
         blocks = self.blocks[corpus].train
@@ -282,6 +329,7 @@ def prepare_data(config: RunConfig, info: RankInfo, objective: ObjectiveName, *,
                 objective=objective,
                 progress=info.is_main,
                 num_processes=num_processes,
+                seed=config.seed,
             )
         except DataError as error:
             raise explain_missing_text(config, corpus, error) from error

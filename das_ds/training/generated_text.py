@@ -29,7 +29,7 @@ from das_ds.data.objectives import Collator, MLMCollator, end_of_text
 from das_ds.distributed.collectives import all_reduce_sum
 from das_ds.distributed.resumable import ResumableLoops
 from das_ds.distributed.state import ComponentState, SavedComponentState
-from das_ds.errors import RunFolderError
+from das_ds.errors import ConfigError, RunFolderError
 from das_ds.functional.token_sampling import document_starts, infill_groups, sample_uniforms
 from das_ds.models.generation import DocumentTokens, TokenSampler, check_prompts, continue_rows, infill_rows
 from das_ds.models.loading import get_weights_record
@@ -90,12 +90,13 @@ class GeneratedText:
         services: of the run.
 
     Raises:
-        ConfigError: prompts of a masked language model.
+        ConfigError: prompts of a masked language model, or streamed text to prompt with or to fill in.
     """
 
     def __init__(self, config: RunConfig, context: RunContext, data: DataModule, services: RunServices) -> None:
         if config.method.replay.source != "earlier":
             check_prompts(config.method.replay.generation, context.objective)
+            _check_given_text(config, context, data)
         self._config = config
         self._settings = config.method.replay.generation
         self._context = context
@@ -226,6 +227,20 @@ class GeneratedText:
         write_generated(folder, tokens, starts, tokenizer, settings)
         num_different = len(torch.unique(tokens, dim=0))
         logger.info("%s: %d generated sequences, %d of them different", folder, len(tokens), num_different)
+
+
+def _check_given_text(config: RunConfig, context: RunContext, data: DataModule) -> None:
+    """Text that samples begin with or fill in is read in another order than a stream is made in."""
+    if context.objective == "mlm":
+        names = [domain.name for domain in config.domains if config.replays_generated(domain.name)]
+    else:
+        general = config.general if config.method.replay.generation.prompt_tokens else None
+        names = [] if general is None else [general.name]
+    if streamed := [name for name in names if name in data.blocks and data.num_training_blocks(name) is None]:
+        raise ConfigError(
+            f"method.replay.source: found {config.method.replay.source}, for which the model reads text of "
+            f"{streamed[0]}, which is streamed; expected streaming: false there, or method.replay.source earlier"
+        )
 
 
 class _Writer:

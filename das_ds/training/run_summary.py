@@ -55,9 +55,10 @@ def _summarize_stage(stage: Stage, config: RunConfig, data: DataModule) -> Domai
             SourceSummary(name, num_blocks, num_seen)
             for name, (num_blocks, num_seen) in data.source_visits(domain, num_own).items()
         ]
+    sizes = [data.num_training_blocks(domain) for domain in stage.domains]
     return DomainSummary(
         name=stage.name,
-        num_blocks=sum(data.num_training_blocks(domain) for domain in stage.domains),
+        num_blocks=None if None in sizes else sum(size for size in sizes if size is not None),
         num_steps=stage.num_steps,
         num_samples=num_samples,
         sources=sources,

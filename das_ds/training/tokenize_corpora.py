@@ -8,6 +8,7 @@ import torch
 
 from das_ds.config import RunConfig
 from das_ds.data.blocks import Blocks
+from das_ds.data.stream_blocks import StreamBlocks
 from das_ds.distributed.process_group import RankInfo
 from das_ds.errors import ConfigError, StoppedError
 from das_ds.models.loading import find_spec
@@ -20,6 +21,8 @@ HEADER = ("corpus", "documents", "tokens", "blocks", "tokens/s")
 
 def tokenize_corpora(config: RunConfig, num_processes: int) -> list[Row]:
     """Tokenize every corpus of a run, with the tokens that domains add, or find it in the cache.
+
+    Text that is streamed is left to training.
 
     Args:
         config: of the run.
@@ -49,8 +52,11 @@ def _rows(data: DataModule) -> Iterator[Row]:
         seen = set[str]()
         for split, blocks in splits:
             # Without text of its own, the held-out split is the end of the training text.
-            parts = [] if blocks is None else [part for part in blocks.parts if part.tokens.name not in seen]
+            parts = [] if blocks is None else [part for part in blocks.parts if part.name not in seen]
             for part in parts:
+                if isinstance(part, StreamBlocks):
+                    yield part.name.rpartition("-")[0], "", "", "", "streamed"
+                    continue
                 tokens = part.tokens
                 seen.add(tokens.name)
                 name = tokens.name.rpartition("-")[0] if len(parts) > 1 else f"{corpus}-{split}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -143,6 +144,7 @@ class ContinualTrainer(Callbacks):
             "method": self._method,
             "loops": self._loops,
             "loss_guard": self._guard,
+            **({"streams": data.stream_positions} if data.stream_positions is not None else {}),
             **({"base_divergence": self._divergence} if self._divergence is not None else {}),
         }
         if any(config.replays_generated(domain.name) for domain in config.domains):
@@ -289,6 +291,7 @@ class ContinualTrainer(Callbacks):
         if self._base is not None:
             self.engine.weights.restore(self._base)
         self._network.num_rows = self._data.num_rows(self._stage.last_domain)
+        self._prepare_text(self._stage)
         self._generated.before_domain(self._stage, self._loops)
         self._seed(BEFORE_SEED)
         self._method.before_domain(self._domain_context())
@@ -401,12 +404,19 @@ class ContinualTrainer(Callbacks):
                 self._checkpoints.load_step_components()
             # A run that was stopped within an evaluation finishes it first.
             if not self._evaluate_within():
-                steps = self._data.training_steps(stage, first_step, generated=self._generated.source)
-                self._state = self._state_after(trainer.run(steps, progress, first_step=first_step))
+                self._prepare_text(stage, first_step)
+                # Closed at once, also after an error: a process may read ahead for them.
+                with closing(self._data.training_steps(stage, first_step, generated=self._generated.source)) as steps:
+                    self._state = self._state_after(trainer.run(steps, progress, first_step=first_step))
                 self._evaluate_within()
         finally:
             # Also after a rollback or stop: later phases must not save the state of these steps.
             self._checkpoints.step_components = {}
+
+    def _prepare_text(self, stage: Stage, first_step: int = 0) -> None:
+        """Tokenize the first of what is streamed, which may take minutes."""
+        with self._watchdog.suspend_timeout("tokenizing a stream"):
+            self._data.require_windows(stage, first_step, generated=self._generated.source)
 
     def _start_evaluations(self, stage: Stage) -> None:
         if self._state.phase == "train":

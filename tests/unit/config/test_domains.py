@@ -190,3 +190,61 @@ def test_moments_are_not_kept_from_model_to_model() -> None:
         ConfigError, match=r"train.reset_optimizer: found false with method one, .* allowed there: true"
     ):
         PerDomain.validate(config, None)  # type: ignore[arg-type]
+
+
+VALID = {"valid": ["valid.txt"]}
+STREAM = {"streaming": True}
+
+
+def test_streamed_domains_and_sources_have_steps_or_tokens() -> None:
+    mixed = {"sources": [A | STREAM, B], **VALID}
+    config = run(VALID | STREAM, mixed | {"tokens": 1024}, general={"name": "g", "train": ["g.txt"], **VALID, **STREAM})
+    assert [stage.num_steps for stage in config.stages] == [7, 8]
+    assert [[source.streaming for source in domain.training_sources] for domain in config.domains] == [
+        [True],
+        [True, False],
+    ]
+    assert all(domain.is_streamed for domain in config.domains) and not run({}).domains[0].is_streamed
+
+
+@pytest.mark.parametrize(
+    ("domain", "changes", "message"),
+    [
+        (STREAM, {}, r"streaming: found true without valid, expected held-out text in valid; a stream has no last"),
+        ({"sources": [A, B | STREAM]}, {}, r"streaming: found true without valid, expected held-out text"),
+        (
+            {"sources": [A, B], **VALID, **STREAM},
+            {},
+            r"streaming: found true without train, expected text in train \(or streaming in `sources`\)",
+        ),
+        (VALID | STREAM | {"epochs": 2}, {}, r"epochs: found 2 with streaming, .* unknown; allowed: steps or tokens"),
+        (
+            {"sources": [A | STREAM, B], **VALID, "epochs": 0.5},
+            {},
+            r"epochs: found 0.5 with streaming, .* unknown; allowed: steps or tokens",
+        ),
+        (
+            VALID | STREAM,
+            {"data": {"shuffle_buffer": 7}},
+            r"data.shuffle_buffer: found 7 with streaming, expected at least 8 blocks, one global batch",
+        ),
+        (
+            {},
+            {
+                "data": {"shuffle_buffer": 7},
+                "general": {"name": "g", "train": ["g.txt"], **VALID, **STREAM},
+            },
+            r"data.shuffle_buffer: found 7 with streaming, expected at least 8 blocks, one global batch",
+        ),
+        (
+            {},
+            {"evaluate_on": [{"name": "law", **VALID, **STREAM}]},
+            r"streaming: found true without train, expected text in train",
+        ),
+    ],
+)
+def test_stream_settings_that_do_not_fit_raise(domain: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run(domain, **changes)
+    # Without a stream its size does not matter.
+    assert run({}, data={"shuffle_buffer": 1}).data.shuffle_buffer == 1

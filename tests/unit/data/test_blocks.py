@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from das_ds.config import CorpusConfig, DataConfig
-from das_ds.data.blocks import TokenBlocks, prepare_corpus, resolve_cache_folder
+from das_ds.data.blocks import prepare_corpus, resolve_cache_folder
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.data.token_file import TokenCorpus, TokenFile
 from das_ds.errors import DataError, ModelError
 from tests.helpers.tiny_tokenizer import TEXT, tiny_tokenizer

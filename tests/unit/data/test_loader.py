@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from das_ds.data.batch import Batch
-from das_ds.data.blocks import TokenBlocks
 from das_ds.data.loader import AccumulatedBatches, EvaluationBatches, SampleDataset, evaluation_batches, training_steps
 from das_ds.data.mixture import SingleDomain
 from das_ds.data.objectives import CausalLMCollator, Collator, MLMCollator
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.data.token_file import TokenCorpus, TokenFile
 from das_ds.errors import ConfigError
 

@@ -12,12 +12,13 @@ import pytest
 
 from das_ds.config import DataConfig, DomainConfig, SourceConfig
 from das_ds.data.batch import Batch
-from das_ds.data.blocks import MixedBlocks, TokenBlocks, prepare_corpus
+from das_ds.data.blocks import MixedBlocks, prepare_corpus
 from das_ds.data.loader import SampleDataset, evaluation_batches, training_steps
 from das_ds.data.mixture import SingleDomain
 from das_ds.data.objectives import MLMCollator
 from das_ds.data.replay import Replay
 from das_ds.data.subsets import first_blocks, random_subset
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.data.token_file import TokenCorpus, TokenFile
 from das_ds.errors import DataError
 from helpers.tiny_tokenizer import tiny_tokenizer

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from das_ds.data.batch import Batch
-from das_ds.data.blocks import TokenBlocks
 from das_ds.data.loader import SampleDataset, training_steps
 from das_ds.data.mixture import MixedDomains, SingleDomain
 from das_ds.data.objectives import MLMCollator
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.data.token_file import TokenCorpus, TokenFile
 from das_ds.functional import sampling
 

@@ -243,17 +243,17 @@ def test_prepare_tokens_rewrites_damaged_entry(corpus_file: Path, damage: str) -
 
 
 def test_prepare_tokens_keeps_part_of_concurrent_job(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish = part_writer._publish
+    publish = part_writer.publish
     order = list[str]()
 
-    def publish_after_another(partial: Path, folder: Path) -> None:
+    def publish_after_another(partial: Path, folder: Path, *counts: Any) -> TokenFile:
         if not order:
             order.append("outer")
             prepare(corpus_file)
             (folder / "mark").touch()
-        publish(partial, folder)
+        return publish(partial, folder, *counts)
 
-    monkeypatch.setattr(part_writer, "_publish", publish_after_another)
+    monkeypatch.setattr(part_writer, "publish", publish_after_another)
     file = only_file(prepare(corpus_file))
     assert file.path.with_name("mark").exists()
     assert [entry.name for entry in file.path.parents[1].iterdir()] == [file.path.parent.name]

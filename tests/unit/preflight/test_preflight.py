@@ -34,6 +34,7 @@ from helpers.mixed_domains import mixed_run
 from helpers.preflight import Alone, silent_checks
 from helpers.runs import WORDS, small_run
 from helpers.single_rank import SingleRank
+from helpers.streams import streamed_run
 from helpers.tiny_models import CONFIGS, NO_DROPOUT, random_importance, tiny_model
 from helpers.tiny_tokenizer import word_tokenizer
 
@@ -294,6 +295,29 @@ def test_check_corpora_reads_every_source_and_evaluated_corpus(tmp_path: Path) -
     result = only(check_corpora, RunConfig(**leaking))
     assert result.status == "warning"
     assert result.found.endswith("recipes.txt is held out for law, but domain food trains on it")
+
+
+def test_check_corpora_opens_the_first_source_of_a_stream_only(tmp_path: Path) -> None:
+    """A later one that is bad is found when training reaches it; a bad first one, and bad held-out text, here."""
+    values = streamed_run(tmp_path, "run")
+    shards = tmp_path / "food-shards"
+    (shards / "5.jsonl").write_text("not JSON")
+    result = only(check_corpora, RunConfig(**values))
+    assert result.status == "ok" and result.found.startswith("3 corpora, 17 sources, "), result
+    assert not (tmp_path / "cache").exists()
+    (shards / "0.jsonl").write_text("not JSON")
+    result = only(check_corpora, RunConfig(**values))
+    assert (
+        result.status == "failed" and "corpus 'food': " in result.found and "0.jsonl, line 1: not JSON" in result.found
+    )
+    (shards / "0.jsonl").unlink()
+    (tmp_path / "papers-valid.txt").write_text("short\n")
+    result = only(check_corpora, RunConfig(**values))
+    assert result.status == "failed" and "corpus 'papers': found" in result.found
+    # Held-out text that is also streamed is refused as elsewhere.
+    values["domains"][0]["valid"] = [str(shards / "0.txt")]
+    result = only(check_corpora, RunConfig(**values))
+    assert result.status == "failed" and "0.txt in train and in valid" in result.found
 
 
 def test_check_corpora_unknown_tokens_are_reported(tmp_path: Path) -> None:

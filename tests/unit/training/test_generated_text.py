@@ -14,7 +14,7 @@ from das_ds.config import RunConfig
 from das_ds.data.generated import read_generated, write_generated
 from das_ds.data.objectives import CausalLMCollator
 from das_ds.distributed.process_group import RankInfo
-from das_ds.errors import RunFolderError
+from das_ds.errors import ConfigError, RunFolderError
 from das_ds.models.flops import StepFlops
 from das_ds.models.loading import WEIGHTS_RECORD
 from das_ds.models.size import ModelSize, Sharding
@@ -153,3 +153,16 @@ def test_generation_seconds_by_hand() -> None:
     assert seconds("mlm") == pytest.approx(7 * 20 / 8 * 300 / 1e3 + 4 * 5.0)
     by_layer = make_config("run", RUN.replace("batch_size: 3", "batch_size: 3, gather_weights: false"))
     assert seconds("clm", by_layer) == pytest.approx(4 * 12 * (240 / MEMORY_BANDWIDTH + 5.0))
+
+
+def test_streamed_text_to_fill_in_is_refused(tmp_path: Path) -> None:
+    values = small_run(tmp_path)
+    values["domains"][0] |= {"streaming": True, "valid": values["general"]["valid"]}
+    values["domains"][0].pop("valid_fraction", None)
+    values["method"] = {"name": "replay", "replay": {"fraction": 0.25, "source": "generated"}}
+    config = RunConfig(**values)
+    data = prepare_data(config, RankInfo(0, 0, 1, torch.device("cpu")), "mlm")
+    context: Any = SimpleNamespace(objective="mlm")
+    services: Any = None
+    with pytest.raises(ConfigError, match=r"^method.replay.source: found generated, .* of food, which is streamed"):
+        GeneratedText(data.config, context, data, services)

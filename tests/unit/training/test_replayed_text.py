@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from das_ds.config import RunConfig
-from das_ds.data.blocks import TokenBlocks
+from das_ds.data.token_blocks import TokenBlocks
 from das_ds.distributed.process_group import RankInfo
 from das_ds.training.data_module import DataModule, prepare_data
 from das_ds.training.model_card import model_card

@@ -20,6 +20,7 @@ from das_ds.training import tokenize_corpora
 from das_ds.training.data_module import prepare_data
 from helpers.commands import QUICK_START, ROOT, write_config
 from helpers.runs import small_run
+from helpers.streams import streamed_run
 
 CPU = RankInfo(0, 0, 1, torch.device("cpu"))
 # Parts are small, so that there are many of them, and each is written slowly enough to be interrupted.
@@ -77,6 +78,20 @@ def test_tokenize_makes_what_training_reads(
     # Again nothing is tokenized.
     assert main(["tokenize", "--config", str(path)]) == 0
     assert capsys.readouterr().out.count("in the cache") == 3
+
+
+def test_tokenize_leaves_streamed_text_to_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, streamed_run(tmp_path, "run"))
+    assert main(["tokenize", "--config", str(path), "--processes", "1"]) == 0
+    rows = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["food-train"] == rows["papers-stream-train"] == ["streamed"]
+    assert [name for name, cells in rows.items() if len(cells) == 4] == [
+        "food-valid",
+        "papers-file-train",
+        "papers-valid",
+        "general-valid",
+    ]
+    assert not (tmp_path / "cache" / "streams").exists()
 
 
 def test_tokenize_killed_continues_and_two_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
