@@ -7,10 +7,17 @@ MATRIX := .matrix.json
 # A file is the work of one process, as its tests share what they look at; long files go first.
 TEST_OPTIONS := -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder
 BENCHMARKS := adam_mask kernels step mask_cost tokenize vocabulary construction checkpoint
+# Compared with the package of npm by its digest, as nothing else pins it.
+MERMAID := mermaid@11.16.0
+MERMAID_SHA256 := 74d7c46dabca328c2294733910a8aa1ed0c37451776e8d5295da38a2b758fb9b
+MERMAID_FOLDER := build/mermaid
+MERMAID_FETCH := mkdir -p $(MERMAID_FOLDER) && cd $(MERMAID_FOLDER) && { test -f package/dist/mermaid.min.js || \
+	{ npm pack --silent $(MERMAID) && tar -xzf mermaid-*.tgz package/dist/mermaid.min.js; }; } && \
+	{ echo "$(MERMAID_SHA256)  package/dist/mermaid.min.js" | sha256sum --check --quiet || { rm package/dist/mermaid.min.js; false; }; }
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu evidence chaos wheel lint format
+.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu evidence chaos wheel docs lint format
 
 setup: $(STAMP)
 
@@ -80,6 +87,12 @@ wheel: setup
 	$(BIN)/python -m pip install -r requirements-build.txt
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
+
+# build/site/: the documentation as a site that is complete on a disk, with npm also its diagrams' script.
+docs: setup
+	$(BIN)/python -m pip install -q -r requirements-docs.txt
+	@$(MERMAID_FETCH) || echo "docs: no mermaid ($(MERMAID) from npm): diagrams are drawn where unpkg.com can be reached"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .

@@ -36,6 +36,8 @@ MINIMAL: dict[str, Any] = {
     "deepspeed": "zero2",
 }
 """Completes a block that shows some sections only."""
+WHOLE = {"output_dir", "model", "domains"}
+"""A block with these is a complete config."""
 
 
 def page_id(page: Path) -> str:
