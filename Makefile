@@ -7,13 +7,9 @@ MATRIX := .matrix.json
 # A file is the work of one process, as its tests share what they look at; long files go first.
 TEST_OPTIONS := -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder
 BENCHMARKS := adam_mask kernels step mask_cost tokenize vocabulary construction checkpoint
-# Compared with the package of npm by its digest, as nothing else pins it.
-MERMAID := mermaid@11.16.0
-MERMAID_SHA256 := 74d7c46dabca328c2294733910a8aa1ed0c37451776e8d5295da38a2b758fb9b
-MERMAID_FOLDER := build/mermaid
-MERMAID_FETCH := mkdir -p $(MERMAID_FOLDER) && cd $(MERMAID_FOLDER) && { test -f package/dist/mermaid.min.js || \
-	{ npm pack --silent $(MERMAID) && tar -xzf mermaid-*.tgz package/dist/mermaid.min.js; }; } && \
-	{ echo "$(MERMAID_SHA256)  package/dist/mermaid.min.js" | sha256sum --check --quiet || { rm package/dist/mermaid.min.js; false; }; }
+# Scripts that the site would otherwise fetch from unpkg.com when it is read: diagrams, and search without a server.
+SITE_SCRIPTS := mermaid@11.16.0 iframe-worker@1.0.4
+SITE_SCRIPTS_FOLDER := build/site_scripts
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -88,10 +84,13 @@ wheel: setup
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
 
-# build/site/: the documentation as a site that is complete on a disk, with npm also its diagrams' script.
+# build/site/: the documentation as a site, with npm complete on a disk.
 docs: setup
 	$(BIN)/python -m pip install -q -r requirements-docs.txt
-	@$(MERMAID_FETCH) || echo "docs: no mermaid ($(MERMAID) from npm): diagrams are drawn where unpkg.com can be reached"
+	@mkdir -p $(SITE_SCRIPTS_FOLDER) && cd $(SITE_SCRIPTS_FOLDER) && for package in $(SITE_SCRIPTS); do \
+		test -d $$package || { npm pack --silent --fetch-retries 0 --fetch-timeout 20000 $$package > /dev/null && mkdir $$package && \
+		tar -xzf $${package/@/-}.tgz -C $$package; } || echo "docs: found no $$package (npm); the site fetches it when it is read"; \
+	done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup

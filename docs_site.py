@@ -5,14 +5,15 @@ The repository's web view shows docs/ as it is, so nothing here is written to it
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -22,8 +23,20 @@ ROOT_PAGES = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", 
 """File of the root -> page of the site."""
 SOURCES = "source"
 """Folder of the site with the repository's files that pages link to."""
-MERMAID = ROOT / "build" / "mermaid" / "package" / "dist" / "mermaid.min.js"
-"""Where `make docs` puts it. The theme fetches one from unpkg.com where none is loaded yet."""
+SCRIPTS = {
+    "mermaid.min.js": (
+        "mermaid@11.16.0/package/dist/mermaid.min.js",
+        "74d7c46dabca328c2294733910a8aa1ed0c37451776e8d5295da38a2b758fb9b",
+    ),
+    "iframe-worker.js": (
+        "iframe-worker@1.0.4/package/shim/index.js",
+        "e8e412dbcfea9b7e31b5ffa288d7b6035915e714c542f4176a0cdbe262fc9609",
+    ),
+}
+"""Script of the site -> file of an npm package that `make docs` unpacks, and its SHA-256."""
+SCRIPTS_FOLDER = ROOT / "build" / "site_scripts"
+SHIM_ADDRESS = "https://unpkg.com/iframe-worker/shim"
+"""Where the theme's plugin `offline` has it from."""
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 API = {
@@ -61,15 +74,19 @@ API = {
 }
 """Page -> title, first sentence, and what mkdocstrings shows, with its options."""
 
-logger = logging.getLogger("mkdocs.hooks.docs_site")
-
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    if MERMAID.exists():
+    # The theme fetches mermaid only where none is loaded yet.
+    if _script("mermaid.min.js"):
         config.extra_javascript.append("javascripts/mermaid.min.js")
-    else:
-        logger.info("no mermaid at %s (it needs npm): diagrams are drawn where unpkg.com can be reached", MERMAID)
     return config
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    if _script("iframe-worker.js") is None:
+        return output
+    root = os.path.relpath(".", Path(page.file.dest_uri).parent)
+    return output.replace(SHIM_ADDRESS, f"{root}/javascripts/iframe-worker.js")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -82,8 +99,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(linked):
         target = f"{SOURCES}/{path.relative_to(ROOT)}"
         files.append(File.generated(config, target, abs_src_path=str(path)))
-    if MERMAID.exists():
-        files.append(File.generated(config, "javascripts/mermaid.min.js", abs_src_path=str(MERMAID)))
+    for name in SCRIPTS:
+        if path := _script(name):
+            files.append(File.generated(config, f"javascripts/{name}", abs_src_path=str(path)))
     return files
 
 
@@ -91,6 +109,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by is not None:
         return markdown
     return _in_site(markdown, (DOCS / page.file.src_uri).parent, page.file.src_uri)
+
+
+def _script(name: str) -> Path | None:
+    """A script of the site; None where npm was not there.
+
+    Raises:
+        PluginError: it is another file than expected.
+    """
+    source, digest = SCRIPTS[name]
+    path = SCRIPTS_FOLDER / source
+    if not path.exists():
+        return None
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != digest:
+        raise PluginError(f"{path}: found SHA-256 {found}, expected {digest}; remove build/site_scripts")
+    return path
 
 
 def _directive(path: str, options: dict[str, object]) -> str:
