@@ -7,10 +7,13 @@ MATRIX := .matrix.json
 # A file is the work of one process, as its tests share what they look at; long files go first.
 TEST_OPTIONS := -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder
 BENCHMARKS := adam_mask kernels step mask_cost tokenize vocabulary construction checkpoint
+# Scripts that the site would otherwise fetch from unpkg.com when it is read: diagrams, and search without a server.
+SITE_SCRIPTS := mermaid@11.16.0 iframe-worker@1.0.4
+SITE_SCRIPTS_FOLDER := build/site_scripts
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu evidence chaos wheel lint format
+.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu evidence chaos wheel docs lint format
 
 setup: $(STAMP)
 
@@ -80,6 +83,15 @@ wheel: setup
 	$(BIN)/python -m pip install -r requirements-build.txt
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
+
+# build/site/: the documentation as a site, with npm complete on a disk.
+docs: setup
+	$(BIN)/python -m pip install -q -r requirements-docs.txt
+	@mkdir -p $(SITE_SCRIPTS_FOLDER) && cd $(SITE_SCRIPTS_FOLDER) && for package in $(SITE_SCRIPTS); do \
+		test -d $$package || { npm pack --silent --fetch-retries 0 --fetch-timeout 20000 $$package > /dev/null && mkdir $$package && \
+		tar -xzf $${package/@/-}.tgz -C $$package; } || echo "docs: found no $$package (npm); the site fetches it when it is read"; \
+	done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,13 +2,17 @@
 
 The text is the same on every machine with the same packages: documents are deduplicated, sorted by their digests (which
 mixes the sources and removes the order in which files were found) and truncated at a size.
+
+    python -m launch.demo_corpora FOLDER
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +21,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from das_ds.errors import DataError
+from das_ds.errors import EXIT_USER_ERROR, DataError
 from launch.demo_sources import cpp_documents, formula_documents, general_documents, python_documents
 
 MIN_BYTES = 1_000_000
@@ -161,3 +165,22 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 def _versions() -> dict[str, str]:
     return {package: metadata.version(package) for package in SOURCES}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the corpora of the demo, for the tutorials; a failure is one line and an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.demo_corpora", description="The demo's corpora.")
+    parser.add_argument("folder", type=Path, help="where they are written, unless they are complete there")
+    folder: Path = parser.parse_args(arguments).folder
+    try:
+        written = build_corpora(folder)
+    except DataError as error:
+        print(f"das_ds: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    names = ", ".join(corpus.name for corpus in CORPORA)
+    print(f"{names} and {TOKENIZER_FOLDER}: {'written to' if written else 'up to date in'} {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -37,13 +37,17 @@ class ProtectionCallback(TrainerCallback):
 
     Args:
         trainer: the callback's.
-        method, tokenizer, architecture, loss, settings: see `Protector`; `tokenizer` is by default not compared.
+        method: as of `Protector`.
         load: protection of earlier training, or of a run of das_ds; None: none.
         measure: what is measured after training: True, the training set; a dataset, in the form of the training set,
             or a data loader; False, nothing.
         before: dataset or data loader whose text is protected from the first step on, measured when training begins;
             for general text.
         num_samples: rows of a dataset that are measured, from its beginning; None: all.
+        tokenizer: as of `Protector`; by default vocabularies are not compared.
+        architecture: as of `Protector`.
+        loss: as of `Protector`.
+        settings: as of `Protector`.
 
     Raises:
         ConfigError: unknown method or setting, or FSDP.

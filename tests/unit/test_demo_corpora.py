@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from das_ds.errors import DataError
 from launch import demo_corpora
-from launch.demo_corpora import DemoCorpus, build_corpora, select, tokenizer_sample, train_tokenizer
+from launch.demo_corpora import DemoCorpus, build_corpora, main, select, tokenizer_sample, train_tokenizer
 from launch.demo_sources import chunks, cpp_documents, formula_documents, is_prose, parse, prose, without_docstrings
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody in the whole village is surprised by it any more."
@@ -164,3 +164,15 @@ def test_train_tokenizer_round_trips_text(built: Path) -> None:
 def test_tokenizer_sample_has_the_first_corpus_and_a_tenth_of_the_others() -> None:
     assert tokenizer_sample({"a": ["1", "2"], "b": [str(number) for number in range(30)]}) == ["1", "2", "0", "1", "2"]
     assert len(train_tokenizer([SENTENCE], vocab_size=270)) == 270
+
+
+def test_main_writes_once_and_reports_missing_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build_corpora, "__defaults__", (_small_corpora(),))
+    assert main([str(tmp_path / "corpora")]) == 2
+    assert capsys.readouterr().err.startswith("das_ds: demo corpus 'first': found ")
+    monkeypatch.setattr(demo_corpora, "MIN_BYTES", 5_000)
+    for expected in ("written to", "up to date in"):
+        assert main([str(tmp_path / "corpora")]) == 0
+        assert f"tokenizer: {expected} {tmp_path / 'corpora'}" in capsys.readouterr().out
