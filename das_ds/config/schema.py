@@ -143,7 +143,8 @@ def nearest_keys(key: str, method: str | None = None) -> list[str]:
     # Those of all domains or tasks before those of one.
     found += sorted((row.key for row in rows if row.leaf == leaf), key=lambda other: ".0." in other)
     if not found:
-        close = difflib.get_close_matches(leaf, {row.leaf for row in rows}, n=1)
+        # Elsewhere only what is hardly another word.
+        close = difflib.get_close_matches(leaf, {row.leaf for row in rows}, n=1, cutoff=0.75)
         found = [row.key for row in rows if row.leaf in close]
     return found[:MAX_SUGGESTIONS]
 

@@ -268,7 +268,11 @@ def compare(folder: Path, kind: Kind, trainer: str, zero: dict[str, Any] | None)
     return measured_difference, difference / moved, moved
 
 
-def compare_all(folder: Path, trainer: str, zero: dict[str, Any] | None) -> dict[str, tuple[float, float, float]]:
-    """`compare` for every method."""
-    kinds: tuple[Kind, ...] = ("directions", "unit", "parameter")
+KINDS: tuple[Kind, ...] = ("directions", "unit", "parameter")
+
+
+def compare_all(
+    folder: Path, trainer: str, zero: dict[str, Any] | None, kinds: tuple[Kind, ...] = KINDS
+) -> dict[str, tuple[float, float, float]]:
+    """`compare` for every method, or some."""
     return {kind: compare(folder, kind, trainer, zero) for kind in kinds}
