@@ -9,7 +9,7 @@ import torch
 
 from das_ds.distributed.process_group import init_process_group
 from das_ds.integrations.huggingface import ProtectionCallback
-from helpers.integrations import KINDS, Kind, build_trainer, compare_all, full_weights, rows, sample
+from helpers.integrations import build_trainer, compare_all, full_weights, rows, sample
 
 
 def resume_difference(folder: Path, zero: dict[str, Any] | None) -> float:
@@ -26,9 +26,7 @@ def resume_difference(folder: Path, zero: dict[str, Any] | None) -> float:
     return max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 
-def compare_and_resume(
-    folder: Path, zero: dict[str, Any] | None, kinds: tuple[Kind, ...] = KINDS
-) -> tuple[dict[str, Any], float]:
+def compare_and_resume(folder: Path, zero: dict[str, Any] | None) -> tuple[dict[str, Any], float]:
     """`compare_all` of the Trainer, and `resume_difference`."""
     torch.set_num_threads(1)
-    return compare_all(folder, "huggingface", zero, kinds), resume_difference(folder, zero)
+    return compare_all(folder, "huggingface", zero), resume_difference(folder, zero)
