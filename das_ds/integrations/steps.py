@@ -63,6 +63,8 @@ class HookedSteps(ABC):
         self._masks = StepMasks()
         self._gradient_mask: GradientMask | None = None
         self._frozen_elements: dict[int, int] = {}
+        self._is_masked = False
+        """Whether the present gradients are masked; subclasses reset it when there are others."""
         self._optimizers: list[torch.optim.Optimizer] = []
         self._removes: list[Callable[[], None]] = []
         self._old: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -135,14 +137,14 @@ class HookedSteps(ABC):
     def mask_gradients(self) -> None:
         """Mask the gradients of the next step; a collective. They are masked once, however often this is called."""
         self.prepare()
-        if self._are_masked() or (self._gradient_mask is None and not self._frozen_elements):
+        if self._is_masked or (self._gradient_mask is None and not self._frozen_elements):
             return
         gradients = self._gradients()
         if self._gradient_mask is not None:
             self._gradient_mask.apply_(gradients)
         if self._frozen_elements:
             torch._foreach_zero_([gradients[number][:numel] for number, numel in self._frozen_elements.items()])
-        self._note_masked()
+        self._is_masked = True
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -179,14 +181,6 @@ class HookedSteps(ABC):
     @abstractmethod
     def _gradients(self) -> Sequence[torch.Tensor]:
         """(numel,) averaged gradient of each of this rank's shards, views of what is stepped by."""
-
-    @abstractmethod
-    def _are_masked(self) -> bool:
-        """Whether the present gradients are masked."""
-
-    @abstractmethod
-    def _note_masked(self) -> None:
-        """The present gradients are masked."""
 
     # Measurements.
 
@@ -226,7 +220,6 @@ class TorchSteps(HookedSteps):
         shards = [Shard(name, parameter, 0, 0, parameter.numel()) for name, parameter in parameters.items()]
         super().__init__(parameters, WeightsOfSteps(shards, dict(parameters)), ranks)
         self._runner = runner
-        self._is_masked = False
         for parameter in parameters.values():
             # A gradient that was added to since is masked only in part; the mask then acts before the next step.
             parameter.register_post_accumulate_grad_hook(self._note_backward)
@@ -260,12 +253,6 @@ class TorchSteps(HookedSteps):
                 parameter.grad = parameter.grad.contiguous()
             gradients.append(parameter.grad.view(-1))
         return gradients
-
-    def _are_masked(self) -> bool:
-        return self._is_masked
-
-    def _note_masked(self) -> None:
-        self._is_masked = True
 
     @property
     def runner(self) -> Callable[..., Any]:

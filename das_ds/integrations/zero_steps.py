@@ -47,7 +47,6 @@ class ZeroSteps(HookedSteps):
         super().__init__(parameters, weights, ranks)
         self._engine = engine
         self._find_gradients = get_gradients(engine, weights.shards, parameters)
-        self._is_masked = False
 
     def attach_engine(self) -> None:
         """Mask the steps of the engine from now on."""
@@ -55,19 +54,13 @@ class ZeroSteps(HookedSteps):
         self._removes.append(call_before_steps(self._engine, self._start_step))
 
     def _start_step(self) -> None:
-        # A step that overflowed did not come to its end.
+        # Masked once for all flat tensors, which DeepSpeed steps one after the other. A step that overflowed did not
+        # come to its end.
         self._is_masked = False
         self.mask_gradients()
 
     def _gradients(self) -> Sequence[torch.Tensor]:
         return self._find_gradients()
-
-    def _are_masked(self) -> bool:
-        # DeepSpeed steps its flat tensors one after the other, after all gradients were masked.
-        return self._is_masked
-
-    def _note_masked(self) -> None:
-        self._is_masked = True
 
     @property
     def runner(self) -> Callable[..., Any]:

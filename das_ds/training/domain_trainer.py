@@ -290,6 +290,9 @@ class DomainTrainer:
         rate: Rate,
     ) -> None:
         utilization = self._utilization.metrics(rate.tokens_per_s) if self._utilization is not None else {}
+        # Those of the last step that was taken, which this one need not be.
+        measured = {} if grad_norm is None else self._engine.group_norms
+        group_norms = {group_norm(group): norm for group, norm in measured.items()}
         self._tracker.log(
             {
                 DOMAIN: progress.domain,
@@ -300,7 +303,7 @@ class DomainTrainer:
                 **{loss_part(name): value for name, value in losses.items()},
                 LEARNING_RATE: learning_rate,
                 GRAD_NORM: math.nan if grad_norm is None else float(grad_norm),
-                **{group_norm(group): norm for group, norm in self._engine.group_norms.items()},
+                **group_norms,
                 SKIPPED_STEPS: self._engine.skipped_steps,
                 TOKENS_PER_S: rate.tokens_per_s,
                 **utilization,

@@ -7,20 +7,11 @@ from pathlib import Path
 import pytest
 
 from helpers.base_divergence import expected_divergences
+from helpers.continued import DECODER
 from helpers.run_ranks import run_ranks
 from helpers.runs import run_all, run_stopped_and_continued, small_run
 
 pytestmark = pytest.mark.multirank
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 40,
-}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -35,7 +26,7 @@ def test_divergence_at_every_stage_is_that_of_complete_logits(stage: int, tmp_pa
 
 def test_divergence_of_decoder_is_that_of_complete_logits(tmp_path: Path) -> None:
     values = small_run(tmp_path, evaluation={"base_divergence": True})
-    values["model"] = {"config": LLAMA}
+    values["model"] = {"config": DECODER}
     values["method"] = {"name": "ncl"}
     results = run_ranks(run_all, 2, [values])[0][0]
     assert results.base_divergences == pytest.approx(expected_divergences(values), rel=1e-4)
