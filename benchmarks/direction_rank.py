@@ -167,7 +167,7 @@ def main() -> None:
     folder = options.folder.resolve()
     data = data_folder()
     bases = (options.base or folder / "base").resolve()
-    base = base_encoder(bases, data, folder / "cache", HeadTraining(), CPU)
+    base = base_encoder(bases, data, folder / "cache", HeadTraining(epochs=6), CPU)
     moments = {
         name: moment
         for name, moment in load_file(train(base, data, folder)).items()

@@ -36,9 +36,9 @@ WARMUP_STEPS = 20
 class HeadTraining:
     """How the head is trained."""
 
+    epochs: int
+    """Passes over the hidden states of the batches."""
     batches: int = 400
-    epochs: int = 6
-    """Passes over the hidden states of these batches."""
     batch_size: int = 16
     sequence_length: int = 128
     learning_rate: float = 3e-3

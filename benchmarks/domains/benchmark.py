@@ -79,7 +79,8 @@ class Benchmark:
         cache = self._folder / "cache"
         start: Values
         if name == "encoder":
-            head = base_encoder(folder, self._data, cache, HeadTraining(), self._device)
+            training = HeadTraining(epochs=self._tier.head_epochs)
+            head = base_encoder(folder, self._data, cache, training, self._device)
             start = {"model": {"name_or_path": str(head)}}
         else:
             start = {"data": {"tokenizer": str(decoder_tokenizer(folder, self._data, self._tier.vocab_size))}}

@@ -152,6 +152,7 @@ MASKS_TIER = replace(
     learning_rates=(2e-4, 4e-4),
     max_extensions=0,
     lr_search_steps=None,
+    head_epochs=6,
     variants=(*MASKS, *RIVALS_IN_8),
     sweep_factors=(0.25, 0.5),
     repeated="directions, first form",
