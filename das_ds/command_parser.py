@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,13 +47,17 @@ class _ConfigHelp(argparse.Action):
     """`--help` of a command that takes a config: everything, or with an argument the keys of one section."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        if values is None:
-            parser.print_help()
-            parser.exit()
         try:
-            print(describe_section(values))
+            if values is None:
+                parser.print_help()
+            else:
+                print(describe_section(values))
+            sys.stdout.flush()
         except ConfigError as error:
             parser.exit(EXIT_USER_ERROR, f"das_ds: {error}\n")
+        except BrokenPipeError:
+            # A reader such as `head` has seen enough. Python flushes again when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit()
 
 

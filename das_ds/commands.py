@@ -176,7 +176,9 @@ def init_command(options: argparse.Namespace) -> None:
     """Write a run config."""
     from das_ds.new_config import write_new_config
 
-    write_new_config(options.output, options.model, options.domain, options.general, options.method)
+    from_hub = write_new_config(options.output, options.model, options.domain, options.general, options.method)
+    if from_hub:
+        print(f"taken as hub data sets, as no such file or folder is here: {', '.join(from_hub)}")
     print(f"wrote {options.output}; next: das-ds preflight --config {options.output}")
 
 

@@ -42,7 +42,7 @@ tracking: []   # beside metrics.jsonl: wandb, tensorboard, mlflow, trackio
 
 def write_new_config(
     path: Path, model: str, domains: Sequence[str], general: str | None, method: str | None = None
-) -> None:
+) -> list[str]:
     """Write a valid run config with comments.
 
     Args:
@@ -51,6 +51,9 @@ def write_new_config(
         domains: NAME=PATH in the order of learning; a path is a folder of text, a file, a glob or a hub data set.
         general: path of text that is only evaluated; None: none.
         method: its name; None: the first choice.
+
+    Returns:
+        Paths that were taken as hub data sets, because nothing is there on this machine.
 
     Raises:
         ConfigError: a domain is no NAME=PATH, or a name or the method is not allowed.
@@ -85,6 +88,8 @@ def write_new_config(
     except OSError as error:
         raise RunFolderError(f"--output {path}: cannot be written ({error.strerror})") from error
     load_config(path)
+    every = [source for _, text in sources for source in text] + (general_text or [])
+    return [source for source in every if not _is_local(source)]
 
 
 def _split(argument: str) -> tuple[str, str]:
@@ -98,8 +103,7 @@ def _find_text(source: str) -> list[str]:
     """Sources as a config has them: for a folder, a glob for each kind of text files anywhere in it."""
     path = Path(source).expanduser()
     if not path.is_dir():
-        is_there = path.exists() or any(character in source for character in "*?[$")
-        if not is_there and parse_hub_name(source) is None:
+        if not _is_local(source) and parse_hub_name(source) is None:
             raise DataError(f"{source}: found no such file or folder, expected text, a glob or a hub name")
         return [source]
     files = [file for file in map(Path, glob(f"{escape(str(path))}/**/*", recursive=True)) if file.is_file()]
@@ -108,6 +112,11 @@ def _find_text(source: str) -> list[str]:
         endings = ", ".join(FILE_SUFFIXES)
         raise DataError(f"{source}: found no text in this folder, expected files that end in {endings}")
     return [f"{source.rstrip('/')}/**/*{suffix}" for suffix in kinds]
+
+
+def _is_local(source: str) -> bool:
+    """Whether a source is a glob, or names something on this machine."""
+    return Path(source).expanduser().exists() or any(character in source for character in "*?[$")
 
 
 def _corpus(bullet: str, name: str, key: str, text: Sequence[str]) -> str:

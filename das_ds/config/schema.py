@@ -157,7 +157,7 @@ def _walk(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> I
         yield ConfigKey(
             key=key,
             allowed=_allowed(node),
-            default=None if section else node.get("default"),
+            default=node.get("default") if section is None or is_list else None,
             required=name in schema.get("required", []),
             is_section=section is not None and not is_list,
             meaning=node.get("description") or (section or {}).get("description", ""),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NONE = "-"
 NUM_COLUMNS = 2
+LABEL_OFFSET = (3, -3)
+"""Points from the upper end of the border of a domain to its name, right of it and within the plot."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,16 @@ def _draw_domain(plot: Axes, corpus: str, domain: str, records: Sequence[DomainE
     """One domain's part of the curve of a corpus, which it may not have, between its borders."""
     steps = [record.global_step for record in records]
     plot.axvline(steps[0], color="0.6", linewidth=0.8, linestyle="--")
-    plot.annotate(domain, (steps[0], 1.0), xycoords=("data", "axes fraction"), fontsize=7, color=color, va="top")
+    plot.annotate(
+        domain,
+        (steps[0], 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=LABEL_OFFSET,
+        textcoords="offset points",
+        fontsize=7,
+        color=color,
+        va="top",
+    )
     if corpus in records[0].losses:
         plot.plot(steps, [record.losses[corpus] for record in records], marker=".", color=color)
 

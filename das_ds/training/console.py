@@ -197,11 +197,11 @@ def evaluation_line(stage: str, losses: Mapping[str, float], before: Mapping[str
 def protection_line(measured: DomainPlasticity) -> str:
     """What masks protect while a domain is learned, and how.
 
-    `protected from acl: general, restaurant (masks on gradient and update, half_saturation 1, rank full)`.
+    `protected while acl is learned: general, restaurant (masks on gradient and update, half_saturation 1, rank full)`.
     """
     if not measured.protected:
-        return f"protected from {measured.domain}: nothing yet"
-    return f"protected from {measured.domain}: {', '.join(measured.protected)} ({measured.form})"
+        return f"protected while {measured.domain} is learned: nothing yet"
+    return f"protected while {measured.domain} is learned: {', '.join(measured.protected)} ({measured.form})"
 
 
 def plasticity_line(measured: DomainPlasticity) -> str:

@@ -156,5 +156,5 @@ class SavePoint:
         reasons = self._flag_sync.stop_reasons(local_reason)
         self._ranks.run_on_main(self._shutdown.remove_stop_file)
         raise StoppedError(
-            f"stopped on {reasons} and saved at {self._saveable.describe(run)}; the same command resumes there"
+            f"stopped: {reasons}; saved at {self._saveable.describe(run)}, where the same command resumes"
         )

@@ -147,6 +147,4 @@ def _stop_if_requested(ranks: ProcessGroup, shutdown: ShutdownHandler) -> None:
     reasons = ranks.all_gather_object(shutdown.poll(files=ranks.info.is_main).stop)
     if any(reasons):
         ranks.run_on_main(shutdown.remove_stop_file)
-        raise StoppedError(
-            f"stopped on {next(filter(None, reasons))} before training began; the same command starts it"
-        )
+        raise StoppedError(f"stopped before training began: {next(filter(None, reasons))}; the same command starts it")

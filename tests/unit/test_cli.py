@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -46,6 +49,16 @@ def test_help_of_a_section_has_its_keys_only(section: str, capsys: pytest.Captur
     shown = [line.split()[0] for line in text.splitlines() if line[:1] not in ("", " ")][1:]
     assert shown == [key for key in config_keys() if f"{key}.".startswith(f"{section}.")]
     assert all(str(config_keys()[key].allowed)[:20] in text for key in shown if not config_keys()[key].is_section)
+
+
+@pytest.mark.parametrize("section", [[], ["method"]])
+def test_help_whose_reader_is_gone_ends_without_a_word(section: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "das_ds", "train", "--help", *section]
+    with open(writing, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0 and "Error" not in done.stderr
 
 
 @pytest.mark.parametrize(

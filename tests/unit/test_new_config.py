@@ -31,7 +31,10 @@ def init(*arguments: str, model: str = "roberta-base") -> int:
 def test_init_writes_a_config_with_these_values(corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     domains = ["--domain", "acl=acl/", "pubmed=pub med", "--domain", "hub=owner/name@train"]
     assert init(*domains, "--general", "general.txt", "--output", "papers.yaml") == 0
-    assert capsys.readouterr().out == "wrote papers.yaml; next: das-ds preflight --config papers.yaml\n"
+    assert capsys.readouterr().out == (
+        "taken as hub data sets, as no such file or folder is here: owner/name@train\n"
+        "wrote papers.yaml; next: das-ds preflight --config papers.yaml\n"
+    )
     config = load_config("papers.yaml")
     assert config.output_dir == Path("runs/papers") and config.model.name_or_path == "roberta-base"
     assert {domain.name: domain.train for domain in config.domains} == {
@@ -46,8 +49,9 @@ def test_init_writes_a_config_with_these_values(corpora: Path, capsys: pytest.Ca
     assert main(["check-config", "--config", "papers.yaml"]) == 0
 
 
-def test_init_comments_explain_and_can_be_used(corpora: Path) -> None:
+def test_init_comments_explain_and_can_be_used(corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert init("--domain", "acl=acl", "--method", "ncl") == 0
+    assert "hub" not in capsys.readouterr().out
     text = Path("run.yaml").read_text()
     assert all("#" in line for line in text.splitlines() if line.startswith(("output_dir", "method", "deepspeed")))
     (general,) = [line for line in text.splitlines() if line.startswith("# general:")]

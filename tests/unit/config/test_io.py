@@ -129,6 +129,8 @@ def test_values_set_are_those_required_or_changed(run_file: Path) -> None:
     assert values["train.eps"] == "1e-05" and values["output_dir"] == repr(str(config.output_dir))
     assert not {"wandb.project", "train.betas", "seed"} & values.keys()
     assert values.items() <= config_values(config).items()
+    # Lists of sections, which are empty by default.
+    assert not {"tasks", "evaluate_on", "domains.0.sources"} & values.keys()
 
 
 def test_override_later_one_wins(run_file: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from das_ds.checkpoint.manifest import DomainEnd, DomainEvaluation
-from das_ds.reporting.curves import curves_section, plot_curves, stability_gaps
+from das_ds.reporting.curves import _draw_domain, curves_section, plot_curves, stability_gaps
 from das_ds.reporting.document import section_markdown
 from das_ds.reporting.results import Results
+from das_ds.reporting.run_plots import new_figure
 from das_ds.reporting.run_report import report_text, write_report
 
 ResultsMaker = Callable[..., Results]
@@ -81,6 +82,17 @@ def test_report_has_curves_only_with_evaluations(results: Results, tmp_path: Pat
     ]
     assert "## Within domains" in (folder / "report.md").read_text()
     assert "Within domains" not in report_text(results.model_copy(update={"evaluations": []}), None)
+
+
+def test_names_of_domains_are_within_the_plot() -> None:
+    figure, axes = new_figure(1, 1, width=5.0, height=2.3)
+    plot = axes[0][0]
+    _draw_domain(plot, "acl", "acl", EVALUATIONS[:2], color="C0")
+    figure.draw_without_rendering()
+    (label,) = plot.texts
+    name, frame = label.get_window_extent(), plot.get_window_extent()
+    # The frame and the border of the domain are lines of about a point.
+    assert frame.x0 + 1 < name.x0 and name.y1 < frame.y1 - 1
 
 
 def test_plot_curves_draws_every_domain_in_its_own_color(results: Results, tmp_path: Path) -> None:

@@ -86,6 +86,13 @@ def test_page_numbers_are_those_of_the_results(page: Page, run_folder: Path) -> 
     assert page.row("tokens seen")[1] == f"{results.tokens_seen:,}"
 
 
+def test_page_breaks_long_keys_on_narrow_screens(text: str) -> None:
+    (narrow,) = re.findall(r"@media \(max-width: 40rem\) \{.*\}", text)
+    (first_column,) = re.findall(r"tbody th \{(.*?)\}", narrow)
+    # `anywhere` would also break short words, as it makes columns narrower than those.
+    assert "max-width" in first_column and "overflow-wrap: break-word" in first_column
+
+
 def test_page_heat_is_red_where_forgotten_and_blue_where_better(text: str) -> None:
     heat = text[text.index('class="heat"') : text.index("</table>")]
     cells = re.findall(r"<td([^>]*)>(\d\.\d+)(?:<small>([+-]\d\.\d+))?", heat)

@@ -142,8 +142,10 @@ def test_plasticity_line_before_and_after_a_domain() -> None:
 def test_protection_line_names_what_and_how() -> None:
     reading = PlasticityReading.summarize({"q": InputPlasticity(2, 0.5, None)}, {"q": "attention input"})
     measured = DomainPlasticity(domain="acl", before=reading, protected=["general", "food"], form="masks on update")
-    assert protection_line(measured) == "protected from acl: general, food (masks on update)"
-    assert protection_line(DomainPlasticity(domain="acl", before=reading)) == "protected from acl: nothing yet"
+    assert protection_line(measured) == "protected while acl is learned: general, food (masks on update)"
+    assert (
+        protection_line(DomainPlasticity(domain="acl", before=reading)) == "protected while acl is learned: nothing yet"
+    )
 
 
 def test_run_console_estimates_the_end_of_all_domains(capsys: pytest.CaptureFixture[str]) -> None:
