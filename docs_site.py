@@ -41,8 +41,8 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 PARTS_ONLY: dict[str, object] = {"show_root_heading": False, "show_root_toc_entry": False}
 """Options of a module whose name says nothing to a reader."""
-FIELDS: dict[str, object] = {"show_if_no_docstring": True}
-"""Options of a section: a key whose value is another section is documented there."""
+FIELDS: dict[str, object] = {"show_if_no_docstring": True, "show_labels": False}
+"""Options of a section: a key whose value is another section is documented there, and all are attributes."""
 SECTIONS = [
     "continuation.ContinueConfig",
     "model.ModelConfig",
@@ -104,7 +104,7 @@ API = {
     "results": (
         "Results",
         "`results.json` of a run, and the errors for users.",
-        {"das_ds.reporting.results.Results": {}, "das_ds.errors": PARTS_ONLY},
+        {"das_ds.reporting.results.Results": {"show_labels": False}, "das_ds.errors": PARTS_ONLY},
     ),
 }
 """Page -> title, first sentence, and what mkdocstrings shows, with its options."""
