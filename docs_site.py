@@ -39,6 +39,39 @@ SHIM_ADDRESS = "https://unpkg.com/iframe-worker/shim"
 """Where the theme's plugin `offline` has it from."""
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+PARTS_ONLY: dict[str, object] = {"show_root_heading": False, "show_root_toc_entry": False}
+"""Options of a module whose name says nothing to a reader."""
+FIELDS: dict[str, object] = {"show_if_no_docstring": True, "show_labels": False}
+"""Options of a section: a key whose value is another section is documented there, and all are attributes."""
+SECTIONS = [
+    "continuation.ContinueConfig",
+    "model.ModelConfig",
+    "model.LoraConfig",
+    "data.CorpusConfig",
+    "domain.DomainConfig",
+    "domain.DomainReplayConfig",
+    "data.SourceConfig",
+    "data.EvaluationCorpusConfig",
+    "data.DataConfig",
+    "train.TrainConfig",
+    "method.MethodConfig",
+    "method.MergeConfig",
+    "method.ReplayConfig",
+    "generation.GenerationConfig",
+    "softmask.ImportanceConfig",
+    "softmask.SoftmaskConfig",
+    "train.EvaluationConfig",
+    "train.EarlyStoppingConfig",
+    "tasks.TaskConfig",
+    "benchmarks.BenchmarksConfig",
+    "runtime.CheckpointConfig",
+    "runtime.ExportConfig",
+    "runtime.FaultsConfig",
+    "runtime.MaxForgettingConfig",
+    "runtime.RuntimeConfig",
+    "runtime.WandbConfig",
+]
+"""Classes of `das_ds.config`, in the order of their keys in a run config."""
 API = {
     "integrations": (
         "Other trainers",
@@ -52,24 +85,26 @@ API = {
     "methods": (
         "Methods",
         "What a method of your own implements: [contributing](../contributing.md#adding-a-method).",
-        {"das_ds.methods.base": {"members": True, "show_root_heading": False, "show_root_toc_entry": False}},
+        {
+            "das_ds.methods.base": {"members": ["Method", "Losses", "check_gradient_batch_size"], **PARTS_ONLY},
+            "das_ds.context.RunContext": {},
+            "das_ds.context.DomainContext": {},
+        },
     ),
     "config": (
         "Config",
-        "The sections of a run config as typed classes. `das-ds train --help` prints the same as keys.",
+        "The sections of a run config as typed classes. `das-ds train --help` prints the same as keys, and "
+        "`das-ds methods NAME` those that only one method has.",
         {
-            "das_ds.config.io": {"members": ["load_config", "parse_config", "dump_config"], "show_root_heading": False},
-            "das_ds.config.run.RunConfig": {},
-            **{
-                f"das_ds.config.{module}": {"show_root_heading": False, "show_root_toc_entry": False}
-                for module in ("model", "domain", "data", "train", "softmask", "runtime")
-            },
+            "das_ds.config.io": {"members": ["load_config", "parse_config", "dump_config"], **PARTS_ONLY},
+            "das_ds.config.run.RunConfig": FIELDS,
+            **{f"das_ds.config.{section}": FIELDS for section in SECTIONS},
         },
     ),
     "results": (
         "Results",
         "`results.json` of a run, and the errors for users.",
-        {"das_ds.reporting.results.Results": {}, "das_ds.errors": {"show_root_heading": False}},
+        {"das_ds.reporting.results.Results": {"show_labels": False}, "das_ds.errors": PARTS_ONLY},
     ),
 }
 """Page -> title, first sentence, and what mkdocstrings shows, with its options."""

@@ -18,6 +18,11 @@ from das_ds.errors import ConfigError, DataError, RunFolderError
 PLAIN = re.compile(r"(?:[A-Za-z/]|\.\.?/)[\w./*-]*")
 """Text that YAML reads as it is, unless it is a word such as `yes`."""
 
+TRAIN = "train"
+VALID = "valid"
+PARTS = {TRAIN: TRAIN, VALID: VALID, "validation": VALID, "dev": VALID, "test": "test"}
+"""Name of a file without its suffix -> its part of a corpus."""
+
 TEMPLATE = """\
 # Run config, to be adapted. `das-ds train --help` explains every key, `--help train` those of one section.
 output_dir: {output_dir}   # new, empty, or that of the same run, which then resumes
@@ -48,7 +53,8 @@ def write_new_config(
     Args:
         path: of the file, which must not exist.
         model: folder or hub name.
-        domains: NAME=PATH in the order of learning; a path is a folder of text, a file, a glob or a hub data set.
+        domains: NAME=PATH in the order of learning; a path is a folder of text, a file, a glob or a hub data set. Of a
+            folder that is divided into `train` and `valid` files, each has its own use.
         general: path of text that is only evaluated; None: none.
         method: its name; None: the first choice.
 
@@ -61,12 +67,12 @@ def write_new_config(
         RunFolderError: the file exists or cannot be written.
     """
     method = method or load_methods().FIRST_CHOICE
-    sources = [(name, _find_text(source)) for name, source in map(_split, domains)]
-    general_text = None if general is None else _find_text(general)
+    sources = [(name, *_find_corpus(source)) for name, source in map(_split, domains)]
+    general_text = None if general is None else _find_held_out(general)
     values: dict[str, Any] = {
         "output_dir": f"runs/{path.stem}",
         "model": {"name_or_path": model},
-        "domains": [{"name": name, "train": text} for name, text in sources],
+        "domains": [{"name": name, "train": train, "valid": valid} for name, train, valid in sources],
         "method": method,
     }
     if general_text is not None:
@@ -76,7 +82,7 @@ def write_new_config(
     text = TEMPLATE.format(
         output_dir=_quote(values["output_dir"]),
         model=_quote(model),
-        domains="\n".join(_corpus("- ", name, "train", text) for name, text in sources),
+        domains="\n".join(_corpus("- ", name, train=train, valid=valid) for name, train, valid in sources),
         general=_general(general_text),
         method=method,
     )
@@ -88,7 +94,7 @@ def write_new_config(
     except OSError as error:
         raise RunFolderError(f"--output {path}: cannot be written ({error.strerror})") from error
     load_config(path)
-    every = [source for _, text in sources for source in text] + (general_text or [])
+    every = [source for _, train, _ in sources for source in train] + (general_text or [])
     return [source for source in every if not _is_local(source)]
 
 
@@ -106,8 +112,7 @@ def _find_text(source: str) -> list[str]:
         if not _is_local(source) and parse_hub_name(source) is None:
             raise DataError(f"{source}: found no such file or folder, expected text, a glob or a hub name")
         return [source]
-    files = [file for file in map(Path, glob(f"{escape(str(path))}/**/*", recursive=True)) if file.is_file()]
-    kinds = [suffix for suffix in FILE_SUFFIXES if any(file.name.endswith(suffix) for file in files)]
+    kinds = [suffix for suffix in FILE_SUFFIXES if any(file.name.endswith(suffix) for file in _text_files(path))]
     if not kinds:
         endings = ", ".join(FILE_SUFFIXES)
         raise DataError(f"{source}: found no text in this folder, expected files that end in {endings}")
@@ -119,15 +124,48 @@ def _is_local(source: str) -> bool:
     return Path(source).expanduser().exists() or any(character in source for character in "*?[$")
 
 
-def _corpus(bullet: str, name: str, key: str, text: Sequence[str]) -> str:
-    listed = ", ".join(map(_quote, text))
-    return f"  {bullet}name: {_quote(name)}\n  {' ' * len(bullet)}{key}: {f'[{listed}]' if len(text) > 1 else listed}"
+def _find_corpus(source: str) -> tuple[list[str], list[str]]:
+    """Training and held-out text; none of the latter where a fraction of the former is held out."""
+    files = _divided(source)
+    train, valid = ([f"{source.rstrip('/')}/{file}" for file in files.get(part, [])] for part in (TRAIN, VALID))
+    return (train, valid) if train else (_find_text(source), [])
+
+
+def _find_held_out(source: str) -> list[str]:
+    return _find_corpus(source)[1] or _find_text(source)
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """Those that a glob of `_find_text` finds, sorted."""
+    files = sorted(map(Path, glob(f"{escape(str(folder))}/**/*", recursive=True)))
+    return [file for file in files if file.is_file() and file.name.endswith(FILE_SUFFIXES)]
+
+
+def _divided(source: str) -> dict[str, list[str]]:
+    """Part (train, valid, test) -> names of its files in a folder; empty unless every file of text there is of one."""
+    folder = Path(source).expanduser()
+    parts: dict[str, list[str]] = {}
+    for file in _text_files(folder):
+        part = PARTS.get(file.name.partition(".")[0])
+        if part is None or file.parent != folder:
+            return {}
+        parts.setdefault(part, []).append(file.name)
+    return parts
+
+
+def _corpus(bullet: str, name: str, **text: Sequence[str]) -> str:
+    lines = [f"  {bullet}name: {_quote(name)}"]
+    for key, sources in text.items():
+        if sources:
+            listed = ", ".join(map(_quote, sources))
+            lines.append(f"  {' ' * len(bullet)}{key}: {f'[{listed}]' if len(sources) > 1 else listed}")
+    return "\n".join(lines)
 
 
 def _general(text: Sequence[str] | None) -> str:
     if text is None:
         return "# general: {name: general, valid: general.txt}   # evaluated, to see what is forgotten of general text"
-    return "general:   # only evaluated\n" + _corpus("", "general", "valid", text)
+    return "general:   # only evaluated\n" + _corpus("", "general", valid=text)
 
 
 def _quote(text: str) -> str:

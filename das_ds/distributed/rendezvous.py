@@ -36,18 +36,34 @@ def report_missing_ranks(timeout: timedelta | None) -> Iterator[None]:
         yield
     # Errors of torch's stores and sockets share no more specific class across its versions.
     except RuntimeError as error:
-        limit = "" if timeout is None else f" within {timeout.total_seconds():g} s (runtime.hang_timeout)"
-        message = (
-            f"the ranks do not find each other{limit}: {str(error).splitlines()[0].rstrip('.')}; check that as many "
-            "processes start as WORLD_SIZE says, that all have the same MASTER_ADDR and MASTER_PORT, and that this "
-            "address is reached from every node"
-        )
+        failure = rendezvous_failure(error, timeout)
         if counter.is_unanswered:
             # Rank 0, which prints errors for all ranks, is missing.
-            print(f"das_ds: {message}", file=sys.stderr, flush=True)
-        raise PreflightError(message) from error
+            print(f"das_ds: {failure}", file=sys.stderr, flush=True)
+        raise failure from error
     finally:
         counter.stop()
+
+
+def rendezvous_failure(error: RuntimeError, timeout: timedelta | None) -> PreflightError:
+    """What a user is told of an error of torch's rendezvous.
+
+    Args:
+        error: of torch's stores and sockets.
+        timeout: how long ranks were waited for; None: as long as DeepSpeed chooses.
+    """
+    # The only failure of rank 0 that comes at once, so no rank has been waited for.
+    if "EADDRINUSE" in str(error):
+        return PreflightError(
+            f"MASTER_PORT: found {os.environ['MASTER_PORT']}, which is in use on this machine, perhaps by another run; "
+            "expected a free port (deepspeed --master_port, torchrun --master-port)"
+        )
+    limit = "" if timeout is None else f" within {timeout.total_seconds():g} s (runtime.hang_timeout)"
+    return PreflightError(
+        f"the ranks do not find each other{limit}: {str(error).splitlines()[0].rstrip('.')}; check that as many "
+        "processes start as WORLD_SIZE says, that all have the same MASTER_ADDR and MASTER_PORT, and that this "
+        "address is reached from every node"
+    )
 
 
 class _RankCounter:

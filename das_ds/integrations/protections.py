@@ -145,7 +145,7 @@ class DirectionProtection(Protection):
         if iter(dataloader) is dataloader:
             raise DataError(
                 f"dataloader: found a {type(dataloader).__name__}, which can be read once only, expected a DataLoader "
-                "or a list"
+                "or a list of batches"
             )
         if self._found is None:
             first, _ = next(self.network.batches(dataloader))

@@ -49,8 +49,10 @@ class Protector:
             (importance of weights).
         architecture: table of units of a model that das_ds does not know, as `model.architecture` of a run config.
         tokenizer: compares vocabularies of files; rows of tokens that were added since a file was written are free.
-        forward: (model, batch) -> anything, runs the model on a batch; None: see `Network`.
-        loss: (model, batch) -> scalar, for `parameter`; None: see `Network`.
+        forward: (model, batch) -> anything, runs the model on a batch; None: a mapping has the model's keyword
+            arguments, and of a list or tuple the first entry is its input.
+        loss: (model, batch) -> scalar, for `parameter`; None: that of a language model and the batch's labels, or
+            what the model's output has as `loss`.
         settings: of the method's mask, by the names of the section `method` of a run config.
 
     Raises:
@@ -110,8 +112,8 @@ class Protector:
         has learned the text, or, for what it knew before, in the beginning.
 
         Args:
-            dataloader: batches as for training, those of this rank; `parameter` takes one gradient of each. It may be
-                read several times.
+            dataloader: batches as for training, those of this rank, all of which are read; `parameter` takes one
+                gradient of each. `directions` may read it several times, so it is no iterator.
 
         Raises:
             DataError: a rank without batches, or batches without the loss that the method needs.

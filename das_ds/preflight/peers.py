@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from das_ds.distributed.process_group import init_process_group
+from das_ds.distributed.rendezvous import rendezvous_failure
 from das_ds.errors import PreflightError
 
 T = TypeVar("T")
@@ -51,11 +52,7 @@ class PeerCheck:
             # Results are Python objects, so they are exchanged over gloo whatever the run's backend is.
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         except RuntimeError as error:
-            raise PreflightError(
-                f"the ranks do not find each other within {timeout.total_seconds():g} s (runtime.hang_timeout): "
-                f"{str(error).splitlines()[0]}; check that as many processes start as WORLD_SIZE says, that all have "
-                "the same MASTER_ADDR and MASTER_PORT, and that this address is reached from every node"
-            ) from error
+            raise rendezvous_failure(error, timeout) from error
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank."""

@@ -1,8 +1,11 @@
 """The documents: links and anchors resolve, commands and paths exist, YAML blocks are valid run configs."""
 
+import ast
 import copy
+import importlib
 import importlib.util
 import itertools
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,9 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from das_ds import cli
+from das_ds import cli, config
 from das_ds.config import RunConfig
 from das_ds.config.io import dump_config, load_config, parse_config
+from das_ds.config.section import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -152,6 +156,23 @@ def test_documents_named_in_code_exist() -> None:
 def test_index_lists_every_page() -> None:
     listed = {(INDEX.parent / target).resolve() for target in LINK.findall(INDEX.read_text(encoding="utf-8"))}
     assert listed == {page for page in PAGES if page.is_relative_to(INDEX.parent)} - {INDEX}
+
+
+def test_api_pages_list_every_section_of_a_run_config() -> None:
+    # Read, not imported: mkdocs, which calls it, is no dependency of the tests.
+    tree = ast.parse((ROOT / "docs_site.py").read_text(encoding="utf-8"))
+    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    listed = ast.literal_eval(values["SECTIONS"])
+    names = {f"das_ds.config.{found.name}" for found in pkgutil.iter_modules(config.__path__)}
+    # A table of units has its own page, docs/internals/architecture_specs.md.
+    modules = [importlib.import_module(name) for name in names - {"das_ds.config.architecture"}]
+    sections = {
+        f"{module.__name__.rpartition('.')[2]}.{name}"
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Section) and value.__module__ == module.__name__
+    }
+    assert sorted(listed) == sorted(sections - {"section.Section", "run.RunConfig"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

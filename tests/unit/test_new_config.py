@@ -49,6 +49,34 @@ def test_init_writes_a_config_with_these_values(corpora: Path, capsys: pytest.Ca
     assert main(["check-config", "--config", "papers.yaml"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("files", "train", "valid"),
+    [
+        (["train.jsonl", "valid.jsonl"], ["a b/train.jsonl"], ["a b/valid.jsonl"]),
+        (
+            ["train.txt", "train.txt.xz", "dev.txt", "test.txt", "LICENSE"],
+            ["a b/train.txt", "a b/train.txt.xz"],
+            ["a b/dev.txt"],
+        ),
+        (["train.txt", "test.txt"], ["a b/train.txt"], []),
+        (["valid.txt"], ["a b/**/*.txt"], []),
+        (["train.txt", "valid.txt", "more.txt"], ["a b/**/*.txt"], []),
+        (["train.txt", "valid.txt", "deep/train.txt"], ["a b/**/*.txt"], []),
+    ],
+)
+def test_init_does_not_train_on_held_out_text_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], train: list[str], valid: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        Path("a b", file).parent.mkdir(parents=True, exist_ok=True)
+        Path("a b", file).touch()
+    assert init("--domain", "ab=a b", "--general", "a b/") == 0
+    config = load_config("run.yaml")
+    assert config.domains[0].train == train and config.domains[0].valid == valid
+    assert config.general is not None and config.general.valid == (valid or ["a b/**/*.txt"])
+
+
 def test_init_comments_explain_and_can_be_used(corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert init("--domain", "acl=acl", "--method", "ncl") == 0
     assert "hub" not in capsys.readouterr().out

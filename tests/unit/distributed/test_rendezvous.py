@@ -57,6 +57,16 @@ def test_rendezvous_unanswered_rank_reports_itself(
     assert lines[1].startswith("das_ds: the ranks do not find each other within 5 s ")
 
 
+def test_rendezvous_port_in_use_is_named(port: int) -> None:
+    message = rf"^MASTER_PORT: found {port}, which is in use on this machine, .*; expected a free port"
+    with (
+        socket.create_server(("", port)),
+        pytest.raises(PreflightError, match=message),
+        report_missing_ranks(timedelta(seconds=5)),
+    ):
+        dist.TCPStore("127.0.0.1", port, 4, True, timedelta(seconds=5))
+
+
 def test_rendezvous_complete_prints_nothing(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
