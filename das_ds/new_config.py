@@ -13,10 +13,13 @@ import yaml
 from das_ds.config.io import load_config, parse_config
 from das_ds.config.method import load_methods
 from das_ds.data.sources import FILE_SUFFIXES, parse_hub_name
-from das_ds.errors import ConfigError, DataError, RunFolderError
+from das_ds.errors import ConfigError, DataError, ModelError, RunFolderError
 
 PLAIN = re.compile(r"(?:[A-Za-z/]|\.\.?/)[\w./*-]*")
 """Text that YAML reads as it is, unless it is a word such as `yes`."""
+
+LOCAL = ("/", "./", "../", "~")
+"""What no hub name begins with."""
 
 TRAIN = "train"
 VALID = "valid"
@@ -63,10 +66,12 @@ def write_new_config(
 
     Raises:
         ConfigError: a domain is no NAME=PATH, or a name or the method is not allowed.
+        ModelError: a model that can be neither a folder nor a hub name.
         DataError: there is no text at a path.
         RunFolderError: the file exists or cannot be written.
     """
     method = method or load_methods().FIRST_CHOICE
+    _check_model(model)
     sources = [(name, *_find_corpus(source)) for name, source in map(_split, domains)]
     general_text = None if general is None else _find_held_out(general)
     values: dict[str, Any] = {
@@ -103,6 +108,15 @@ def _split(argument: str) -> tuple[str, str]:
     if not equals or not name or not source:
         raise ConfigError(f"--domain: found {argument!r}, expected NAME=PATH, such as acl=corpora/acl")
     return name, source
+
+
+def _check_model(model: str) -> None:
+    """Hub names are not asked for: the next command does so, and here there may be no network."""
+    path = Path(model).expanduser()
+    if not model or (model.startswith(LOCAL) and not path.exists()):
+        raise ModelError(f"--model: found {model!r}, expected a folder that exists or a hub name")
+    if path.exists() and not (path / "config.json").is_file():
+        raise ModelError(f"--model: found {model} without config.json, expected the folder of a model or a hub name")
 
 
 def _find_text(source: str) -> list[str]:

@@ -55,6 +55,13 @@ class StepMasks:
         if decay > 0.0:
             mask.compensate_(param.data.view(-1), decay)
 
+    def remember_frozen_(self, param: torch.Tensor) -> None:
+        """Before a step: values that were loaded since the last one stay, and not those of before."""
+        if id(param) in self._frozen:
+            spans, values = self._frozen[id(param)]
+            flat = param.data.view(-1)
+            torch._foreach_copy_(values, [flat[span] for span in spans])
+
     def restore_frozen_(self, param: torch.Tensor) -> None:
         """After a step, whatever optimizer and mask did."""
         if id(param) in self._frozen:

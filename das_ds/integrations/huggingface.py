@@ -6,7 +6,7 @@ The Trainer may run alone, under DDP, or under DeepSpeed ZeRO 0 to 3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,11 @@ class ProtectionCallback(TrainerCallback):
         Raises:
             DasError: a model, an optimizer or a file that does not fit.
         """
-        earlier = None if self.protector is None else self.protector.state_dict()
+        earlier = None
+        if self.protector is not None:
+            earlier = self.protector.state_dict()
+            # Training may have ended by an error, with an optimizer that is kept.
+            self.protector.unwrap()
         trainer = self._trainer
         wrapped: Any = trainer.model_wrapped
         protector = Protector(wrapped, **self._options)
@@ -110,6 +114,13 @@ class ProtectionCallback(TrainerCallback):
             if self._before is not None:
                 self._check_measured_once(state)
                 protector.measure(self._batches(self._before))
+        if state.global_step > 0 and protector.is_empty:
+            logger.warning(
+                "%s: found no such file at step %d where this run resumes, so that its steps are not masked; expected "
+                "one if something was protected before",
+                saved,
+                state.global_step,
+            )
         self.protector = protector
         if is_engine(wrapped):
             protector.wrap()
@@ -178,7 +189,13 @@ class ProtectionCallback(TrainerCallback):
             raise DataError("measure: found no training set in the trainer, expected a dataset or a data loader")
         if self._num_samples is not None:
             source = _first_rows(source, self._num_samples)
-        return self._trainer.get_eval_dataloader(source)
+        if isinstance(source, Iterator):
+            raise DataError(
+                f"measure, before: found a {type(source).__name__}, expected a dataset in the form of the training "
+                "set, or a data loader"
+            )
+        # Not that of evaluation, which with persistent workers is kept, whatever dataset is asked for next.
+        return self._trainer.get_test_dataloader(source)
 
 
 def _first_rows(dataset: Any, num_samples: int) -> Any:

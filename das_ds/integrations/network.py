@@ -323,7 +323,8 @@ def weigh_tokens(
 def to_device(value: Any, device: torch.device) -> Any:
     """A batch with all of its tensors on a device."""
     if torch.is_tensor(value):
-        return value.to(device)
+        # Autograd keeps no tensors of inference mode.
+        return value.clone().to(device) if value.is_inference() else value.to(device)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):

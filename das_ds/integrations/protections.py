@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from das_ds.distributed.collectives import broadcast_among, rank, world_size
-from das_ds.errors import DataError, ImportanceError
+from das_ds.errors import DataError, ImportanceError, TrainingError
 from das_ds.functional.importance import elementwise_maximum, importance_score, normalize_units
 from das_ds.functional.units import UnitValues
 from das_ds.integrations.network import Network, weigh_tokens
@@ -32,7 +32,7 @@ from das_ds.softmask.input_layout import InputLayout, build_input_layout, group_
 from das_ds.softmask.input_moments import SUMS_BYTES, add_second_moment_, reduce_to_owners
 from das_ds.softmask.layer_inputs import LayerInputs
 from das_ds.softmask.linear_inputs import crop_vocabulary, record_layer_inputs, unmasked_elements
-from das_ds.softmask.measure import average_scores, gate_gradients, is_above_noise_floor
+from das_ds.softmask.measure import all_finite, average_scores, gate_gradients, is_above_noise_floor
 from das_ds.softmask.sharded_importance import ShardedImportance
 
 Tensors = dict[str, torch.Tensor]
@@ -57,6 +57,15 @@ class Protection(ABC):
     def is_empty(self) -> bool:
         """Whether nothing is protected yet."""
 
+    @property
+    def num_tokens(self) -> int | None:
+        """Of the vocabulary that was measured, where rows of tokens that were added since are free; None: unknown."""
+        return None
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Protect nothing."""
+
     @abstractmethod
     def measure(self, dataloader: Iterable[Any]) -> None:
         """Add what the network needs for this text."""
@@ -78,8 +87,12 @@ class Protection(ABC):
         """Everything that is protected, complete and in host memory on every rank."""
 
     @abstractmethod
-    def load_tensors(self, tensors: Tensors) -> None:
+    def load_tensors(self, tensors: Tensors, num_tokens: int | None = None) -> None:
         """Protect these, in place of what was measured so far.
+
+        Args:
+            tensors: as `tensors` gave them.
+            num_tokens: as the property was then.
 
         Raises:
             ImportanceError: they are of another model.
@@ -110,6 +123,15 @@ class DirectionProtection(Protection):
     def is_empty(self) -> bool:
         """See `Protection`."""
         return self._moments is None
+
+    @property
+    def num_tokens(self) -> int | None:
+        """See `Protection`."""
+        return None if self._moments is None else self._moments.num_tokens
+
+    def clear(self) -> None:
+        """See `Protection`."""
+        self._moments = None
 
     def _inputs(self, batch: Any = None) -> tuple[LayerInputs, InputLayout]:
         """Layers and their inputs; a collective at first."""
@@ -229,13 +251,13 @@ class DirectionProtection(Protection):
             complete[name] = moment.cpu()
         return complete
 
-    def load_tensors(self, tensors: Tensors) -> None:
+    def load_tensors(self, tensors: Tensors, num_tokens: int | None = None) -> None:
         """Each owner keeps its moments."""
         _, inputs = self._inputs()
         self._check_shapes(tensors, {name: (width, width) for name, width in inputs.widths.items()})
         own = set(inputs.owned_by(rank()))
         moments = {name: tensors[name].clone() if name in own else None for name in inputs.widths}
-        self._moments = self._build(moments, len(self.tokens) or None)
+        self._moments = self._build(moments, num_tokens)
 
 
 class UnitProtection(Protection):
@@ -252,6 +274,10 @@ class UnitProtection(Protection):
     def is_empty(self) -> bool:
         """See `Protection`."""
         return self._values is None
+
+    def clear(self) -> None:
+        """See `Protection`."""
+        self._values = None
 
     def measure(self, dataloader: Iterable[Any]) -> None:
         """EMax with normalized mean scores of the gates' gradients, one for each row of a batch."""
@@ -298,7 +324,7 @@ class UnitProtection(Protection):
         assert self._values is not None, "something is protected"
         return {group: values.cpu().clone() for group, values in self._values.items()}
 
-    def load_tensors(self, tensors: Tensors) -> None:
+    def load_tensors(self, tensors: Tensors, num_tokens: int | None = None) -> None:
         """Equal on every rank."""
         layout = self.network.layout
         self._check_shapes(tensors, {group: (layout.num_layers, units) for group, units in layout.num_units.items()})
@@ -320,8 +346,16 @@ class ParameterProtection(Protection):
         """See `Protection`."""
         return self._sharded is None
 
+    def clear(self) -> None:
+        """See `Protection`."""
+        self._sharded = None
+
     def measure(self, dataloader: Iterable[Any]) -> None:
-        """EMax with normalized sums of the scores of gradients, one for the batches of all ranks together."""
+        """EMax with normalized sums of the scores of gradients, one for the batches of all ranks together.
+
+        Raises:
+            TrainingError: a loss or a gradient that is not finite, on any rank.
+        """
         network = self.network
         importance = self._settings.importance
         totals = torch.zeros(2, dtype=torch.float64, device=network.device)
@@ -330,7 +364,15 @@ class ParameterProtection(Protection):
             for batch, counts in network.batches(dataloader):
                 loss = network.loss(batch, self.steps.runner)
                 backward(loss * float(counts))
-                totals += counts * torch.stack((torch.ones_like(loss), loss.detach())).double()
+                # Losses of other kinds, such as densities, may be negative.
+                totals += counts * torch.stack((torch.ones_like(loss), loss.detach().abs())).double()
+            measured = {str(number): total for number, total in enumerate(sums.values())}
+            is_finite = all_finite({"losses": totals, **measured})
+        if not is_finite:
+            raise TrainingError(
+                "importance: found a loss or a gradient that is not finite, expected finite numbers; the model "
+                "diverged, or a batch has values that are not finite"
+            )
         signal = is_above_noise_floor(totals)
         latest = ShardedImportance.from_magnitudes(
             self.steps.weights.named_shards,
@@ -369,7 +411,7 @@ class ParameterProtection(Protection):
         assert self._sharded is not None, "something is protected"
         return {name: values.cpu() for name, values in self._sharded.gather()}
 
-    def load_tensors(self, tensors: Tensors) -> None:
+    def load_tensors(self, tensors: Tensors, num_tokens: int | None = None) -> None:
         """Each rank keeps its shards."""
         self._check_shapes(tensors, {name: (size,) for name, size in self.network.layout.sizes.items()})
         sharded = self._zeros()

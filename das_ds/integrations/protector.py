@@ -30,6 +30,7 @@ from das_ds.user_files import expand_path
 
 METHOD = "method"
 TENSORS = "tensors"
+NUM_TOKENS = "num_tokens"
 
 
 class Protector:
@@ -98,6 +99,8 @@ class Protector:
             self._protection = build(network, self._steps, tokens, parsed)
             _check_groups(network, parsed.softmask.groups)
         self._is_stale = False
+        self._had_decay = False
+        """Whether weights decayed when masks were applied, which depend on it."""
         self._steps.prepare = self._renew
 
     @property
@@ -119,21 +122,25 @@ class Protector:
             DataError: a rank without batches, or batches without the loss that the method needs.
             TrainingError: an input or a gradient that is not finite.
         """
-        self._protection.measure(dataloader)
+        with torch.inference_mode(False), torch.enable_grad():
+            self._protection.measure(dataloader)
         self._is_stale = True
 
     def wrap(self, optimizer: Any = None) -> Any:
         """Mask all further steps, by all that is protected when they begin; a collective with the first step.
 
+        Steps of optimizers that were passed before stay masked, so that several may step parts of a model.
+
         Args:
             optimizer: any of torch, or one that accelerate wraps, which steps the model's parameters by `step()`; None,
-                or the engine, where the model is a DeepSpeed engine.
+                or the engine, where the model is a DeepSpeed engine. A copy of it (`copy.deepcopy`, pickle) has no
+                masks: torch does not copy hooks.
 
         Returns:
             The optimizer itself, whose state and schedule stay its own.
 
         Raises:
-            ConfigError: an optimizer of other parameters, or none of torch.
+            ConfigError: an optimizer of other parameters, none of torch, or one whose steps another Protector masks.
         """
         # Masks depend on how the optimizer decays weights.
         self._is_stale = not self.is_empty
@@ -150,7 +157,6 @@ class Protector:
             raise ConfigError(
                 f"optimizer: found {type(optimizer).__name__}, expected a torch.optim.Optimizer, whose steps have hooks"
             )
-        self._steps.detach()
         self._steps.attach(inner)
         return optimizer
 
@@ -192,25 +198,44 @@ class Protector:
 
     def state_dict(self) -> dict[str, Any]:
         """What is protected, complete and in host memory on every rank; a collective."""
-        return {METHOD: self.method, TENSORS: {} if self.is_empty else self._protection.tensors()}
+        tensors = {} if self.is_empty else self._protection.tensors()
+        return {METHOD: self.method, TENSORS: tensors, NUM_TOKENS: self._protection.num_tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Protect what `state_dict` gave, on any number of ranks; a collective.
+        """Protect what `state_dict` gave, in place of what was measured, on any number of ranks; a collective.
 
         Raises:
             ImportanceError: it is of another model or method.
         """
+        if not isinstance(state, Mapping):
+            raise ImportanceError(f"state_dict: found a {type(state).__name__}, expected what state_dict() gives")
         if state.get(METHOD) != self.method:
             raise ImportanceError(f"state_dict: found method {state.get(METHOD)}, expected {self.method}")
-        if state[TENSORS]:
-            self._protection.load_tensors(state[TENSORS])
-            self._is_stale = True
+        tensors = state.get(TENSORS)
+        if not isinstance(tensors, Mapping) or not all(map(torch.is_tensor, tensors.values())):
+            raise ImportanceError(
+                f"state_dict: found no tensors by name in {TENSORS}, expected what state_dict() gives"
+            )
+        if tensors:
+            self._protection.load_tensors(dict(tensors), state.get(NUM_TOKENS))
+        else:
+            self._protection.clear()
+        self._is_stale = True
+
+    def __getstate__(self) -> Any:
+        # Masks belong to parameters by identity, and hooks of parameters and optimizers are not copied.
+        raise ConfigError(
+            "Protector: found a copy or a pickle of one, which would mask nothing; expected state_dict(), and a "
+            "Protector of the other model"
+        )
 
     def _renew(self) -> None:
-        if self._is_stale:
+        decays = self._steps.decays_weights
+        if self._is_stale or (decays != self._had_decay and not self.is_empty):
             self._protection.apply()
             # Not earlier: steps after an error must not be without masks.
             self._is_stale = False
+            self._had_decay = decays
 
     def _check_not_empty(self, what: str) -> None:
         if self.is_empty:

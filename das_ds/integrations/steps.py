@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from das_ds.config import ImportanceScore
 from das_ds.distributed.collectives import all_reduce_sum, world_size
@@ -23,6 +25,8 @@ DECOUPLED = "adamw"
 """In the name of an optimizer that multiplies weights by 1 - rate * weight decay."""
 Backward = Callable[[torch.Tensor], None]
 """Loss of this rank's batch -> None; its gradient, averaged over ranks, is scored."""
+_masked_by: WeakKeyDictionary[torch.optim.Optimizer, ReferenceType[HookedSteps]] = WeakKeyDictionary()
+"""Whose hooks an optimizer has: two masks of the same steps would act one after the other."""
 
 
 class WeightsOfSteps:
@@ -65,7 +69,8 @@ class HookedSteps(ABC):
         self._frozen_elements: dict[int, int] = {}
         self._is_masked = False
         """Whether the present gradients are masked; subclasses reset it when there are others."""
-        self._optimizers: list[torch.optim.Optimizer] = []
+        # An optimizer that nothing else refers to steps no more, and its state need not stay in memory.
+        self._attached: WeakKeyDictionary[torch.optim.Optimizer, Callable[[], None]] = WeakKeyDictionary()
         self._removes: list[Callable[[], None]] = []
         self._old: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
@@ -74,7 +79,7 @@ class HookedSteps(ABC):
     @property
     def decays_weights(self) -> bool:
         """Whether steps multiply weights by 1 - learning rate * weight decay."""
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self._attached for group in optimizer.param_groups]
         return any(group.get("weight_decay", 0.0) > 0.0 for group in groups)
 
     def set_masks(self, masks: UpdateMasks, *, masks_decay: bool = True) -> None:
@@ -97,20 +102,41 @@ class HookedSteps(ABC):
     @property
     def is_attached(self) -> bool:
         """Whether there is anything whose steps are masked."""
-        return bool(self._optimizers)
+        return bool(self._attached)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Mask the steps of an optimizer from now on."""
-        self._optimizers.append(optimizer)
-        before = optimizer.register_step_pre_hook(self._before_step)
-        after = optimizer.register_step_post_hook(self._after_step)
-        self._removes += [before.remove, after.remove]
+        """Mask the steps of an optimizer from now on, beside those of others.
+
+        Raises:
+            ConfigError: others mask them.
+        """
+        earlier = _masked_by.get(optimizer, lambda: None)()
+        if earlier is self:
+            return
+        if earlier is not None:
+            raise ConfigError(
+                f"optimizer: found {type(optimizer).__name__} whose steps another Protector masks, which would mask "
+                "them twice; expected unwrap() of that one before, or a new optimizer"
+            )
+        # Without the compiler, where a caller compiles the step.
+        before = optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step))
+        after = optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))
+
+        def remove() -> None:
+            before.remove()
+            after.remove()
+
+        self._attached[optimizer] = remove
+        _masked_by[optimizer] = ref(self)
 
     def detach(self) -> None:
         """Mask no steps any more."""
+        for optimizer, remove in list(self._attached.items()):
+            remove()
+            _masked_by.pop(optimizer, None)
+        self._attached.clear()
         while self._removes:
             self._removes.pop()()
-        self._optimizers = []
 
     def check_gradient_masks(self) -> None:
         """Check that masks of gradients alone protect.
@@ -118,7 +144,7 @@ class HookedSteps(ABC):
         Raises:
             ConfigError: an optimizer that takes their signs, or whose decay is neither decoupled nor 0.
         """
-        for optimizer in self._optimizers:
+        for optimizer in self._attached:
             kind = type(optimizer).__name__
             if "lion" in kind.lower():
                 raise ConfigError(
@@ -161,6 +187,7 @@ class HookedSteps(ABC):
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                self._masks.remember_frozen_(param)
                 self._masks.compensate_decay_(param, group)
                 is_masked = self._masks.update_mask(param) is not None
                 self._old.append((param, param.detach().clone() if is_masked else None))
@@ -223,25 +250,66 @@ class TorchSteps(HookedSteps):
         for parameter in parameters.values():
             # A gradient that was added to since is masked only in part; the mask then acts before the next step.
             parameter.register_post_accumulate_grad_hook(self._note_backward)
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._stepped: dict[str, TensorWeakRef] = {}
+        """Masked gradients that a step has used; another one in their place was put there without a backward pass."""
 
     def _note_backward(self, _: torch.Tensor) -> None:
         self._is_masked = False
+
+    def mask_gradients(self) -> None:
+        """See `HookedSteps`."""
+        gradients = {name: self.parameters[name].grad for name in self._stepped}
+        if any(gradient is not None and gradient is not self._stepped[name]() for name, gradient in gradients.items()):
+            self._is_masked = False
+        if not self._is_masked:
+            self._stepped = {}
+        super().mask_gradients()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """See `HookedSteps`.
 
         Raises:
-            ConfigError: an optimizer of other parameters.
+            ConfigError: an optimizer of other parameters, or one whose steps others mask.
         """
-        own = set(map(id, self.parameters.values()))
         stepped = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
-        if unknown := [param for param in stepped if id(param) not in own]:
+        if unknown := [param for param in stepped if id(param) not in self._names]:
             raise ConfigError(
                 f"optimizer: found {len(unknown)} of its {len(stepped)} tensors, the first of shape "
                 f"{tuple(unknown[0].shape)}, that are no trained parameters of the protected model; expected an "
                 "optimizer of model.parameters(), built after the model was moved or wrapped"
             )
         super().attach(optimizer)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._check_stepped(optimizer)
+        super()._before_step(optimizer, args, kwargs)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for param, _ in self._old:
+            if param.grad is not None:
+                self._stepped[self._names[id(param)]] = TensorWeakRef(param.grad)
+        super()._after_step(optimizer, args, kwargs)
+
+    def _check_stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that what was added to an optimizer, unfrozen or converted since it was attached is masked as well.
+
+        Raises:
+            ConfigError: a parameter that was not trained when the masks were built.
+            ModelError: one that is masked in place no more.
+        """
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                name = self._names.get(id(param))
+                if name is None:
+                    raise ConfigError(
+                        f"optimizer: found a gradient of a tensor of shape {tuple(param.shape)} that was no trained "
+                        "parameter of the model when the Protector was built, so that nothing masks it; expected "
+                        "requires_grad as it will be trained before Protector(model)"
+                    )
+                _check_parameter(name, param)
 
     def _gradients(self) -> list[torch.Tensor]:
         gradients = []

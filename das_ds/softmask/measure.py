@@ -5,7 +5,7 @@ Shape legend: B sequences of a batch, S positions, L layers, U units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -123,7 +123,7 @@ def measure_unit_importance(
             scale = float(sums[SCALE])
             scaled, losses = _scaled_gradients(run, batch, loss, scale)
             # In fp16 a batch that leaves the range of the type is measured again before it enters the sums.
-            while scale > 1.0 and not _all_finite(scaled):
+            while scale > 1.0 and not all_finite(scaled):
                 scale = max(scale / 2.0, 1.0)
                 scaled, losses = _scaled_gradients(run, batch, loss, scale)
             for group, values in scaled.items():
@@ -146,7 +146,7 @@ def average_scores(sums: UnitValues, totals: torch.Tensor) -> UnitValues:
     Raises:
         TrainingError: a gradient that is not finite, on any rank.
     """
-    if not _all_finite(sums):
+    if not all_finite(sums):
         raise TrainingError(
             "importance: found a gradient of a gate that is not finite, expected finite numbers; the model diverged, "
             "or its activations leave the range of train.precision (bf16 and fp32 have a larger one)"
@@ -221,7 +221,7 @@ def gate_gradients(
     return sums, losses.detach()
 
 
-def _all_finite(sums: UnitValues) -> bool:
+def all_finite(sums: Mapping[str, torch.Tensor]) -> bool:
     """Whether all entries on all ranks are finite; a collective that waits for the device."""
     is_bad = torch.stack([values.isfinite().all().logical_not() for values in sums.values()]).any()
     return not all_reduce_max(is_bad.float()).item()

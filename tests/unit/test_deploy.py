@@ -14,7 +14,7 @@ import pytest
 import yaml
 from torch.distributed.run import parse_args
 
-from das_ds import cli
+from das_ds import __version__, cli
 from das_ds.config.deepspeed import build_engine_config
 from das_ds.config.io import parse_config
 
@@ -101,6 +101,38 @@ def test_kubernetes_command_starts_a_valid_run_on_all_gpus(tmp_path: Path) -> No
     config = parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), [])
     assert str(config.output_dir).startswith(mounts["shared"])
     build_engine_config(config, world_size=int(options.nnodes) * int(options.nproc_per_node))
+
+
+def test_image_of_kubernetes_is_that_of_this_version() -> None:
+    _, job = documents()
+    images = {
+        replica["template"]["spec"]["containers"][0]["image"] for replica in job["spec"]["pytorchReplicaSpecs"].values()
+    }
+    assert [image.rpartition(":")[2] for image in images] == [__version__]
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        (
+            "kubernetes",
+            [
+                "run.yaml:",
+                "image:",
+                "--nnodes=",
+                "--nproc-per-node=",
+                "limits:",
+                "claimName:",
+                "Worker:\n      replicas:",
+            ],
+        ),
+        ("skypilot", ["num_nodes:", "accelerators:", "/shared:", "RUN_CONFIG:"]),
+    ],
+)
+def test_fields_to_adapt_are_marked(file: str, fields: list[str]) -> None:
+    text = (DEPLOY / file / "train.yaml").read_text(encoding="utf-8")
+    marked = [re.search(rf"{re.escape(field)}.*# <-", text) for field in fields]
+    assert all(marked) and len(re.findall(r"^(?!#).*# <-", text, re.MULTILINE)) == len(fields)
 
 
 @pytest.mark.parametrize("node_rank", [0, 1])

@@ -119,6 +119,18 @@ def test_init_wrong_argument_is_one_line_and_writes_nothing(
     assert sorted(os.listdir(corpora)) == before
 
 
+@pytest.mark.parametrize("model", ["", "./missing", "/nowhere/model", "~/missing", "empty", "general.txt"])
+def test_init_model_that_is_none_is_one_line_and_writes_nothing(
+    corpora: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    assert init("--domain", "acl=acl", model=model) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("das_ds: --model: found ") and "expected" in error and error.count("\n") == 1
+    assert not Path("run.yaml").exists()
+    (corpora / "empty" / "config.json").write_text("{}")
+    assert init("--domain", "acl=acl", model="./empty") == 0
+
+
 def test_init_refuses_to_overwrite(corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text("mine")
     assert init("--domain", "acl=acl") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 import shutil
@@ -14,13 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
 
 from das_ds.errors import ConfigError, DataError, ImportanceError
 from das_ds.integrations import Protector
 from das_ds.integrations.huggingface import PROTECTION_FILE, ProtectionCallback
 from helpers.commands import ROOT
 from helpers.integrations import build_trainer, full_weights, rows, sample
-from helpers.tiny_models import tiny_model
+from helpers.masked_training import ROWS
+from helpers.tiny_models import NO_DROPOUT, tiny_model
 from helpers.tiny_tokenizer import TEXT, tiny_tokenizer
 
 EXAMPLE_OPTIONS = ("--batch-size", "4", "--length", "32")
@@ -89,6 +92,68 @@ def test_unprotected_training_is_that_without_callback(tmp_path: Path) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+class Failure(TrainerCallback):
+    """Ends training by an error after the second step, once."""
+
+    def __init__(self) -> None:
+        self.is_due = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_due and state.global_step == 2:
+            self.is_due = False
+            raise RuntimeError("failed")
+
+
+def test_training_after_a_failed_one_is_masked_once(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path / "failed", None, 1)
+    general: Any = rows(sample())
+    add(trainer, before=general, measure=False)
+    trainer.add_callback(Failure())
+    with pytest.raises(RuntimeError, match="failed"):
+        trainer.train()
+    start = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
+    trainer.train()
+    protector = Protector(tiny_model(**NO_DROPOUT))
+    protector.measure(DataLoader(general, batch_size=ROWS))
+    protector.save(tmp_path / "general.safetensors")
+    # The same steps from where the failed ones ended, with one mask.
+    fresh = build_trainer(tmp_path / "fresh", None, 1)
+    fresh.model.load_state_dict(start[0])
+    fresh.create_optimizer()
+    fresh.optimizer.load_state_dict(start[1])
+    add(fresh, load=tmp_path / "general.safetensors", measure=False)
+    fresh.train()
+    found, expected = full_weights(trainer), full_weights(fresh)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_measured_is_not_the_evaluation_set_of_persistent_workers(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path, None, 1, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    trainer.eval_dataset = rows(sample())  # type: ignore[assignment]
+    loss = trainer.evaluate()["eval_loss"]
+    callback = add(trainer, before=trainer.train_dataset, num_samples=6, measure=False)
+    trainer.args.learning_rate = 0.0
+    trainer.train()
+    assert callback.protector is not None
+    alone = Protector(trainer.model)
+    alone.measure(DataLoader(trainer.train_dataset[:6], batch_size=6))  # type: ignore[index]
+    measured = callback.protector.state_dict()["tensors"]
+    assert all(torch.equal(measured[name], moment) for name, moment in alone.state_dict()["tensors"].items())
+    assert trainer.evaluate()["eval_loss"] == loss
+
+
+def test_resuming_without_protection_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build_trainer(tmp_path, None, 1, save_strategy="steps", save_steps=2)
+    add(trainer, measure=False)
+    trainer.train()
+    assert "are not masked" not in caplog.text
+    resumed = build_trainer(tmp_path / "other", None, 1)
+    add(resumed, measure=False)
+    with caplog.at_level("WARNING"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "found no such file at step 2 where this run resumes, so that its steps are not masked" in caplog.text
+
+
 class Endless(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(rows(sample()))
@@ -106,6 +171,15 @@ def test_bad_input_is_an_error(tmp_path: Path) -> None:
         ProtectionCallback(trainer)
     add(trainer, before=Endless(), num_samples=3)
     with pytest.raises(DataError, match="num_samples: found 3 with a Endless without length"):
+        trainer.train()
+    trainer = build_trainer(tmp_path, None, 1)
+    add(trainer, before=iter(rows(sample())))
+    with pytest.raises(DataError, match="measure, before: found a list_iterator, expected a dataset"):
+        trainer.train()
+    trainer = build_trainer(tmp_path, None, 1)
+    add(trainer, measure=False)
+    add(trainer, measure=False)
+    with pytest.raises(ConfigError, match="optimizer: found AdamW whose steps another Protector masks"):
         trainer.train()
     trainer = build_trainer(tmp_path, None, 1)
     add(trainer, load=tmp_path / "missing.safetensors")

@@ -170,6 +170,85 @@ def test_directions_renewed_mask_acts_on_next_step() -> None:
     torch.testing.assert_close(update(), -RATE * gradient, rtol=0, atol=1e-6)
 
 
+def test_directions_every_optimizer_that_was_passed_is_masked() -> None:
+    network, plain = small_network(), small_network()
+    protector = Protector(network, apply_to="update", freeze_unmasked=False)
+    protector.measure([vectors(1)])
+    masked = [protector.wrap(torch.optim.SGD(layer.parameters(), lr=RATE)) for layer in (network[0], network[2])]
+    # The same one again is masked once.
+    protector.wrap(masked[0])
+    for module in (network, plain):
+        backward(module)
+    for optimizer in masked:
+        optimizer.step()
+    torch.optim.SGD(plain.parameters(), lr=RATE).step()
+    reached = torch.tanh(small_network()[0](vectors(1))).detach()
+    start = small_network()
+    for number, p in ((0, projector(vectors(1))), (2, projector(reached))):
+        before = start[number].weight.detach().double()
+        expected = before + (plain[number].weight.detach().double() - before) @ p
+        torch.testing.assert_close(network[number].weight.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_directions_what_stays_is_what_was_loaded_since() -> None:
+    network = small_network()
+    protector = Protector(network)
+    protector.measure([vectors(1)])
+    optimizer = protector.wrap(torch.optim.SGD(network.parameters(), lr=RATE))
+    backward(network)
+    optimizer.step()
+    loaded = {name: value + 1 for name, value in network.state_dict().items()}
+    network.load_state_dict(loaded)
+    backward(network, 8)
+    optimizer.step()
+    assert torch.equal(network[0].bias, loaded["0.bias"]) and torch.equal(network[2].bias, loaded["2.bias"])
+
+
+def test_directions_gradients_put_in_place_without_backward_are_masked() -> None:
+    network = small_network()
+    protector = Protector(network, apply_to="gradient")
+    protector.measure([vectors(1)])
+    optimizer = protector.wrap(torch.optim.SGD(network.parameters(), lr=RATE))
+    backward(network)
+    optimizer.step()
+    before = network[0].weight.detach().double().clone()
+    gradients = torch.autograd.grad(network(vectors(3)).square().sum(), list(network.parameters()))
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    protector.mask_gradients()
+    # Clipping out of place is no new gradient.
+    network[0].weight.grad = network[0].weight.grad / 2
+    optimizer.step()
+    expected = before - RATE / 2 * gradients[0].double() @ projector(vectors(1))
+    torch.testing.assert_close(network[0].weight.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_directions_gradient_mask_of_decay_that_begins_later() -> None:
+    network = small_network()
+    protector = Protector(network, apply_to="gradient")
+    protector.measure([vectors(1)])
+    optimizer = protector.wrap(torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.0))
+    (0.0 * network(vectors(3))).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    before = network[0].weight.detach().double().clone()
+    optimizer.step()
+    expected = before - RATE * 0.5 * before @ projector(vectors(1))
+    torch.testing.assert_close(network[0].weight.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_directions_compiled_step_is_masked() -> None:
+    network, compiled = small_network(), small_network()
+    for module in (network, compiled):
+        protector = Protector(module)
+        protector.measure([vectors(1)])
+        optimizer = protector.wrap(torch.optim.SGD(module.parameters(), lr=RATE))
+        step = torch.compile(lambda: optimizer.step(), backend="eager") if module is compiled else optimizer.step  # noqa: B023
+        backward(module)
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), compiled.parameters(), strict=True))
+
+
 def test_directions_padding_and_unlabeled_positions_do_not_count() -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
     batch = text(3)
@@ -242,6 +321,30 @@ def test_parameter_sgd_step_is_scaled_by_importance() -> None:
         # Importance is stored in 255ths.
         atol = RATE * float(value.grad.abs().max()) / 255  # type: ignore[union-attr]
         torch.testing.assert_close(value.detach().double(), expected, rtol=0, atol=atol)
+
+
+def test_parameter_loss_may_be_negative() -> None:
+    network = small_network()
+    measured = []
+    for shift in (0.0, -100.0):
+        protector = Protector(network, "parameter", loss=lambda model, batch, s=shift: model(batch).square().sum() + s)
+        protector.measure([vectors(1)])
+        measured.append(protector.state_dict()["tensors"])
+    assert all(torch.equal(measured[1][name], values) for name, values in measured[0].items())
+    assert measured[0]["0.weight"].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_measuring_without_gradients_around_it(method: Any) -> None:
+    model = tiny_model("llama")
+    measured = []
+    for around in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        protector = Protector(model, method)
+        with around():
+            protector.measure([{name: value + 0 for name, value in text(1).items()}])
+        measured.append(protector.state_dict()["tensors"])
+    for found in measured[1:]:
+        assert all(torch.equal(found[name], values) for name, values in measured[0].items())
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "llama"])
@@ -412,6 +515,15 @@ def test_rows_of_added_tokens_are_not_masked(tmp_path: Path) -> None:
         optimizer.step()
     head, full = model.lm_head.weight, plain.lm_head.weight
     assert torch.equal(head[280], full[280]) and not torch.equal(head[279], full[279])
+    # Also where a state is loaded, as when training resumes.
+    resumed = copy.deepcopy(model)
+    again = Protector(resumed, apply_to="update", tokenizer=tokenizer)
+    again.load_state_dict(grown.state_dict())
+    before = resumed.lm_head.weight.detach().clone()
+    resumed(**text(2)).loss.backward()
+    gradient = resumed.lm_head.weight.grad.clone()
+    again.wrap(torch.optim.SGD(resumed.parameters(), lr=RATE)).step()
+    torch.testing.assert_close(resumed.lm_head.weight[280], before[280] - RATE * gradient[280], rtol=0, atol=1e-6)
     with pytest.raises(ImportanceError, match="importance of another tokenizer"):
         Protector(model, tokenizer=tiny_tokenizer(270)).load(tmp_path / "p.safetensors")
 
@@ -507,6 +619,17 @@ def build_and_measure(model: nn.Module, method: Any, data: Any, **settings: Any)
          lambda: Protector(tiny_model()).load("/nowhere/p.safetensors")),
         (ImportanceError, "state_dict: found method unit, expected directions",
          lambda: Protector(small_network()).load_state_dict({"method": "unit"})),
+        (ImportanceError, "state_dict: found no tensors by name in tensors",
+         lambda: Protector(small_network()).load_state_dict({"method": "directions"})),
+        (ImportanceError, "state_dict: found no tensors by name in tensors",
+         lambda: Protector(small_network()).load_state_dict({"method": "directions", "tensors": {"x": 1}})),
+        (ImportanceError, "state_dict: found a NoneType",
+         lambda: Protector(small_network()).load_state_dict(None)),  # type: ignore[arg-type]
+        (ConfigError, "Protector: found a copy or a pickle", lambda: copy.deepcopy(Protector(small_network()))),
+        (TrainingError, "found a loss or a gradient that is not finite",
+         lambda: build_and_measure(
+             small_network(), "parameter", [vectors(1), vectors(2) / 0], loss=lambda model, x: model(x).sum()
+         )),
     ],
 )  # fmt: skip
 def test_bad_input_is_an_error(error: type[DasError], message: str, run: Callable[[], None]) -> None:
@@ -534,6 +657,43 @@ def test_protection_of_another_model_is_an_error(method: Any, tmp_path: Path) ->
         protector.save(tmp_path / "file" / "p.safetensors")
 
 
+def test_empty_state_protects_nothing() -> None:
+    for method in ("directions", "parameter"):
+        protector = Protector(small_network(), method, loss=lambda model, batch: model(batch).square().sum())  # type: ignore[arg-type]
+        protector.measure([vectors(1)])
+        protector.load_state_dict(Protector(small_network(), method).state_dict())  # type: ignore[arg-type]
+        assert protector.is_empty
+
+
+def test_steps_that_masks_would_not_reach_are_errors() -> None:
+    network = small_network()
+    network[0].requires_grad_(False)
+    protector = Protector(network)
+    protector.measure([vectors(1)])
+    optimizer = protector.wrap(torch.optim.SGD(network[2].parameters(), lr=RATE))
+    second = Protector(network)
+    with pytest.raises(
+        ConfigError, match=r"optimizer: found SGD whose steps another Protector masks.* expected unwrap"
+    ):
+        second.wrap(optimizer)
+    protector.unwrap()
+    second.wrap(optimizer)
+    second.unwrap()
+    protector.wrap(optimizer)
+    network[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(network[0].parameters())})
+    backward(network)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ConfigError, match=r"found a gradient of a tensor of shape \(4, 5\) that was no trained"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    network = small_network()
+    optimizer = Protector(network).wrap(torch.optim.SGD(network.parameters(), lr=RATE))
+    network.bfloat16()(vectors(1).bfloat16()).sum().backward()
+    with pytest.raises(ModelError, match=r"0\.weight: found weights in bfloat16"):
+        optimizer.step()
+
+
 def test_wrong_optimizer_is_an_error() -> None:
     network = small_network()
     protector = Protector(network, apply_to="gradient")
@@ -545,7 +705,7 @@ def test_wrong_optimizer_is_an_error() -> None:
     optimizer = protector.wrap(torch.optim.SGD(network.parameters(), lr=RATE))
     with pytest.raises(ConfigError, match=r"optimizer: found a closure in SGD\.step"):
         optimizer.step(lambda: 0.0)
-    protector.wrap(torch.optim.SGD(network.parameters(), lr=RATE, weight_decay=0.1))
+    optimizer = protector.wrap(torch.optim.SGD(network.parameters(), lr=RATE, weight_decay=0.1))
     backward(network)
     with pytest.raises(ConfigError, match=r"apply_to: found gradient with SGD, .* expected both or update"):
         protector.mask_gradients()
@@ -553,6 +713,7 @@ def test_wrong_optimizer_is_an_error() -> None:
     class Lion(SignSGD):
         pass
 
-    protector.wrap(Lion(network.parameters()))
+    protector.unwrap()
+    optimizer = protector.wrap(Lion(network.parameters()))
     with pytest.raises(ConfigError, match=r"apply_to: found gradient with Lion, which steps by the sign"):
         protector.mask_gradients()
