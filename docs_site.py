@@ -189,6 +189,9 @@ def _place(target: Path) -> str:
     path = target.resolve()
     if path.is_relative_to(DOCS):
         return str(path.relative_to(DOCS))
+    if not path.is_relative_to(ROOT):
+        # No page: a strict build names the link.
+        return f"{SOURCES}/{path.name}"
     name = str(path.relative_to(ROOT))
     return ROOT_PAGES.get(name, f"{SOURCES}/{name}")
 
@@ -197,7 +200,7 @@ def _linked_files(page: Path) -> set[Path]:
     """Files of the repository that a page links to and that are no pages of the site."""
     targets = (link[2].partition("#")[0] for link in LINK.finditer(FENCE.sub("", page.read_text("utf-8"))))
     paths = {(page.parent / target).resolve() for target in targets if target and "://" not in target}
-    return {path for path in paths if path.is_file() and _place(path).startswith(f"{SOURCES}/")}
+    return {path for path in paths if path.is_file() and path.is_relative_to(ROOT) and _place(path).startswith(f"{SOURCES}/")}
 
 
 def _outside_blocks(markdown: str, change: Callable[[str], str]) -> str:

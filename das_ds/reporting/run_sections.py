@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from das_ds.config import RunConfig
 from das_ds.config.io import config_values, load_config, values_set
 from das_ds.errors import ConfigError, RunFolderError
 from das_ds.reporting.document import Block, Plot, Section, Table, Text
@@ -26,6 +27,9 @@ def learning_section(run_folder: Path) -> list[Section]:
     if not curves:
         return []
     text = "Training loss by domain, with all terms of the method; a domain begins where the one before it ended."
+    config = _read_config(run_folder)
+    if config is not None and config.continue_from is not None:
+        text += f" Those of earlier domains, and their plasticity, are in the report of {config.continue_from.run}."
     plot = Plot("learning_curves", partial(plot_learning_curves, curves))
     return [Section("Learning curves", [Text(text), plot], only="html")]
 
@@ -42,9 +46,8 @@ def end_task_section(run_folder: Path) -> list[Section]:
 
 def settings_section(run_folder: Path) -> list[Section]:
     """Config keys that differ from their defaults, and all keys; [] without a config that can be read."""
-    try:
-        config = load_config(run_folder / CONFIG_FILE)
-    except ConfigError:
+    config = _read_config(run_folder)
+    if config is None:
         return []
     header = ["key", "value"]
     changed = [[key, value] for key, value in values_set(config).items()]
@@ -55,6 +58,13 @@ def settings_section(run_folder: Path) -> list[Section]:
         Table([header, *every], text_columns=(0, 1), summary=f"All {len(every)} keys"),
     ]
     return [Section("Settings", blocks, only="html")]
+
+
+def _read_config(run_folder: Path) -> RunConfig | None:
+    try:
+        return load_config(run_folder / CONFIG_FILE)
+    except ConfigError:
+        return None
 
 
 def _end_tasks(scores: RunScores) -> Section:

@@ -21,7 +21,7 @@ WITHIN = "within"
 """Name of evaluations within domains, for the estimate of the remaining time."""
 END_REASONS: dict[EndReason, str] = {
     "steps": "took all of its steps",
-    "early_stopping": "ended early, as its held-out loss no longer fell (evaluation.early_stopping)",
+    "early_stopping": "ended early, as its held-out loss hardly fell any more (evaluation.early_stopping)",
     "max_forgetting": "ended early, as other text lost too much (faults.max_forgetting)",
 }
 """Why a domain ended, in words."""

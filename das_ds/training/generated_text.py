@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LEAST_DIFFERENT = 0.5
+"""Share of the sequences below which a warning says that they repeat each other."""
 TOKENS = "tokens"
 
 
@@ -227,6 +229,15 @@ class GeneratedText:
         write_generated(folder, tokens, starts, tokenizer, settings)
         num_different = len(torch.unique(tokens, dim=0))
         logger.info("%s: %d generated sequences, %d of them different", folder, len(tokens), num_different)
+        if num_different < len(tokens) * LEAST_DIFFERENT:
+            logger.warning(
+                "method.replay.generation: of %d generated sequences only %d are different, so that little is "
+                "rehearsed; use a higher temperature (now %g) or top_p (now %g)",
+                len(tokens),
+                num_different,
+                self._settings.temperature,
+                self._settings.top_p,
+            )
 
 
 def _check_given_text(config: RunConfig, context: RunContext, data: DataModule) -> None:

@@ -222,7 +222,7 @@ def test_run_console_prints_evaluations_within_domains_and_early_ends(capsys: py
     assert capsys.readouterr().err.splitlines() == [
         "held-out loss at step 10 of acl: acl 5.500 (-0.500), general 4.000 (+0.000)",
         "acl took all of its steps, at step 75; going on with the model of step 60",
-        "acl ended early, as its held-out loss no longer fell (evaluation.early_stopping), at step 50",
+        "acl ended early, as its held-out loss hardly fell any more (evaluation.early_stopping), at step 50",
         "acl ended early, as other text lost too much (faults.max_forgetting), at step 50; going on with the model of "
         "step 40",
     ]
