@@ -89,13 +89,29 @@ def parse_config(values: Mapping[str, Any], overrides: Sequence[str]) -> RunConf
     raw = dict(values)
     for override in overrides:
         _apply_override(raw, override)
-    raw = complete_from_earlier_run(raw, read_mapping)
+    return _validate(complete_from_earlier_run(raw, _read_recorded))
+
+
+def _validate(raw: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         method = _method_name(raw)
         messages = dict.fromkeys(_message(detail, method) for detail in error.errors())
         raise ConfigError("; ".join(messages)) from None
+
+
+def _read_recorded(path: Path) -> dict[str, Any]:
+    """The complete values of a config that a run has recorded.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return resolved_dict(_validate(read_mapping(path)))
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def read_mapping(
