@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 
 from das_ds.data.parts import SourceRange
 from das_ds.data.sources import HubDataset, Source, file_suffix
+from das_ds.data.xz_reader import XzReader
 from das_ds.errors import DataError, first_line
 from das_ds.user_files import NotTextError, UnusableFileError, decode_lines, require_file
 
@@ -66,7 +67,7 @@ def _decompress(path: Path, file: IO[bytes]) -> Any:
     name = path.name.lower()
     if name.endswith(".gz"):
         return gzip.open(file)
-    return lzma.open(file) if name.endswith(".xz") else nullcontext(file)
+    return nullcontext(XzReader(file) if name.endswith(".xz") else file)
 
 
 def read_lines(path: Path, first: int = 0, stop: int | None = None) -> Iterator[tuple[list[str], int]]:
