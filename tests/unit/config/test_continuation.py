@@ -155,6 +155,7 @@ def test_replay_needs_text(earlier: RunConfig) -> None:
         ("continue_from.after=chemistry", "continue_from.after: found chemistry, allowed: a domain of"),
         ("continue_from={after: acl}", "continue_from.run: not given, expected: text"),
         ("continue_from.form=x", "continue_from.form: unknown key; allowed in continue_from: run, after, evaluate"),
+        ("output_dir=papers/../papers", "output_dir: found papers/../papers, the run that is continued, which is only"),
         ("domains.0.name=acl", "corpus names must differ, found more than once: acl"),
         ("method=pool", "continue_from: found a run with method pool, which learns all domains at once"),
     ],
