@@ -179,13 +179,20 @@ def _validate_text(value: object, text_column: str, location: str) -> str:
         raise DataError(
             f"{location}: text column '{text_column}' contains {type(value).__name__}; expected text or null"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{location}: text column '{text_column}' has a lone surrogate; expected Unicode text"
-        ) from error
+    check_unicode(value, f"{location}: text column '{text_column}'")
     return value
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Check that UTF-8 can encode a text, as tokenizers do; JSON can also hold halves of characters.
+
+    Raises:
+        DataError: it cannot; names the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place} has a lone surrogate; expected Unicode text") from error
 
 
 def _check_column(text_column: str, columns: Iterable[str], location: str) -> None:
