@@ -260,11 +260,16 @@ def _write_new_parts(job: _Tokenization, new: Sequence[PartJob], num_processes: 
     num_documents = 0
     num_unproven_cuts = 0
     bar = tqdm(total=total or None, desc=f"tokenize {job.corpus}", unit="B", unit_scale=True, disable=not shows_bar)
-    with bar:
-        for written in write_parts(new, job.backend, job.end_of_text, num_processes, bar.update):
-            num_tokens += written.token_file.num_tokens
-            num_documents += written.token_file.num_documents
-            num_unproven_cuts += written.num_unproven_cuts
+    try:
+        with bar:
+            for written in write_parts(new, job.backend, job.end_of_text, num_processes, bar.update):
+                num_tokens += written.token_file.num_tokens
+                num_documents += written.token_file.num_documents
+                num_unproven_cuts += written.num_unproven_cuts
+    except BaseException:
+        # Processes that were ended while they wrote: their files may be what fills the disk.
+        remove_abandoned(job.parts_folder)
+        raise
     if num_unproven_cuts:
         logger.warning(
             "corpus '%s': documents of more than a million characters were cut at %d places that may change a token "

@@ -414,6 +414,24 @@ def test_prepare_tokens_full_disk_raises_and_cleans_up(corpus_file: Path, monkey
     assert [path.name for path in (corpus_file.parent / "cache").rglob("*")] == ["parts"]
 
 
+def test_prepare_tokens_removes_what_ended_processes_left(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partials = []
+
+    def fill_disk(jobs: Any, *_: Any) -> Iterator[part_writer.WrittenPart]:
+        partial = jobs[0].folder.with_name(f"{part_writer.PARTIAL_PREFIX}ended")
+        partial.mkdir(parents=True)
+        (partial / "lock").touch()
+        (partial / "tokens.bin").write_bytes(bytes(1000))
+        partials.append(partial)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    monkeypatch.setattr(tokenize, "write_parts", fill_disk)
+    with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(No space left on device\)"):
+        prepare(corpus_file)
+    assert len(partials) == 1 and not partials[0].exists()
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_prepare_tokens_text_that_changes_meanwhile_raises_and_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_processes: int
