@@ -129,7 +129,9 @@ def test_compare_runs_damaged_file_is_named(tmp_path: Path) -> None:
         compare(run)
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be read \(Is a directory\); expected the metrics"):
+    with pytest.raises(
+        RunFolderError, match=r"metrics\.jsonl: cannot be read \(Is a directory\); expected the metrics"
+    ):
         compare(run)
     (run / "metrics.jsonl").rmdir()
     (run / "config.yaml").write_text("nothing: 1\n")

@@ -127,7 +127,9 @@ def test_status_leaves_out_a_line_that_has_no_count(root: Path, key: str) -> Non
     write_metrics(root, ("acl", 2, 2))
     path = root / "metrics.jsonl"
     row = json.loads(path.read_text())
-    path.write_text(path.read_text() + json.dumps({**row, "domain_step": 3, "global_step": 3, key: float("inf")}) + "\n")
+    path.write_text(
+        path.read_text() + json.dumps({**row, "domain_step": 3, "global_step": 3, key: float("inf")}) + "\n"
+    )
     assert read_status(root).step == 2
 
 
