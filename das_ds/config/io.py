@@ -284,7 +284,7 @@ def _put(node: Any, name: str, value: Any, key: str) -> None:
         raise ConfigError(f"override {key}: found position {name!r}, allowed: 0 to {len(node)} ({len(node)} appends)")
 
 
-def _method_name(raw: dict[str, Any]) -> str | None:
+def _method_name(raw: Mapping[str, Any]) -> str | None:
     """Name of the method in the values of a config; None where there is none of this name."""
     section = raw.get(METHOD, {})
     name = section.get("name", load_methods().DEFAULT_METHOD) if isinstance(section, dict) else section

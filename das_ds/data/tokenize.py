@@ -136,7 +136,8 @@ def prepare_tokens(
     backend = build_backend(tokenizer)
     with _name_corpus(corpus):
         resolved = [source for name in sources for source in resolve_source(name)]
-        versions = {source: FileVersion.identify(source) for source in resolved if isinstance(source, Path)}
+        files = [source for source in resolved if isinstance(source, Path)]
+        versions: dict[Source, FileVersion] = {file: FileVersion.identify(file) for file in files}
         job = _Tokenization(corpus, resolved, versions, text_column, backend, end_of_text, cache_dir)
         tokens = _read_entry(job)
         if tokens is None:
