@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from das_ds.data.corpus import parse_json_object, read_lines
+from das_ds.data.corpus import check_unicode, parse_json_object, read_lines
 from das_ds.errors import DataError
 
 
@@ -71,6 +71,8 @@ def _parse_item(row: dict[str, Any], location: str) -> Item:
     answer = row["answer"]
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(f"{location}: answer: found {answer!r}, allowed: an integer from 0 to {len(choices) - 1}")
+    for key, text in (("context", context), *(("choices", choice) for choice in choices)):
+        check_unicode(text, f"{location}: {key}")
     continuations = tuple(_separator(context, choice) + choice for choice in choices)
     return Item((context,) * len(choices), continuations, answer)
 

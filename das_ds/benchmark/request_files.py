@@ -22,6 +22,7 @@ from typing import Any
 
 from das_ds.benchmark.items import Item, read_rows
 from das_ds.config import ScoringRule
+from das_ds.data.corpus import check_unicode
 from das_ds.errors import ConfigError, DataError
 from das_ds.user_files import read_text
 
@@ -124,6 +125,8 @@ def _value(row: dict[str, Any], key: str, kind: type, location: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         found = "none" if value is None else type(value).__name__
         raise DataError(f"{location}: {key}: found {found}, expected {kind.__name__}")
+    if isinstance(value, str):
+        check_unicode(value, f"{location}: {key}")
     return value
 
 

@@ -49,10 +49,10 @@ def complete_from_earlier_run(raw: Mapping[str, Any], read: Callable[[Path], Map
 
     Args:
         raw: values of a config; without `continue_from` they are returned as they are.
-        read: path of a config -> its values.
+        read: path of a recorded config -> its values, which it has checked; raises ConfigError.
 
     Raises:
-        ConfigError: there is no such run, or it has no such domain.
+        ConfigError: there is no such run, its config is damaged, or it has no such domain.
     """
     section = raw.get(CONTINUE)
     values = {"run": section} if isinstance(section, str | Path) else section
@@ -85,12 +85,17 @@ def _read_earlier(
 ) -> Mapping[str, Any] | None:
     """Values of the earlier run, or those that this run took from it at its first start.
 
-    None where there are neither, and `is_complete` tells that they are not needed.
+    None where the former are gone or damaged, and `is_complete` tells that they are not needed.
     """
     path = folder / RECORDED_CONFIG
+    damage: ConfigError | None = None
     if path.exists():
-        return read(path)
-    if is_complete:
+        try:
+            return read(path)
+        except ConfigError as error:
+            damage = error
+    # Where they are still needed, a damaged config is a better message than the keys that are missing without it.
+    if is_complete and (damage is None or "model" in raw):
         return None
     output_dir = raw.get("output_dir")
     if isinstance(output_dir, str | Path) and (own := _folder(output_dir) / RECORDED_CONFIG).exists():
@@ -99,6 +104,8 @@ def _read_earlier(
         names = _names(recorded.get("domains"))
         if section.get("run") == str(folder) and section.get("after") in names:
             return {**recorded, "domains": recorded["domains"][: names.index(section["after"]) + 1]}
+    if damage is not None:
+        raise ConfigError(f"{CONTINUE}.run: {damage}")
     found = "no such folder" if not folder.is_dir() else f"no {RECORDED_CONFIG} in it"
     raise ConfigError(f"{CONTINUE}.run: {folder}: found {found}, expected the folder of the run to continue")
 

@@ -89,13 +89,29 @@ def parse_config(values: Mapping[str, Any], overrides: Sequence[str]) -> RunConf
     raw = dict(values)
     for override in overrides:
         _apply_override(raw, override)
-    raw = complete_from_earlier_run(raw, read_mapping)
+    return _validate(complete_from_earlier_run(raw, _read_recorded))
+
+
+def _validate(raw: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         method = _method_name(raw)
         messages = dict.fromkeys(_message(detail, method) for detail in error.errors())
         raise ConfigError("; ".join(messages)) from None
+
+
+def _read_recorded(path: Path) -> dict[str, Any]:
+    """The complete values of a config that a run has recorded.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return resolved_dict(_validate(read_mapping(path)))
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def read_mapping(
@@ -268,7 +284,7 @@ def _put(node: Any, name: str, value: Any, key: str) -> None:
         raise ConfigError(f"override {key}: found position {name!r}, allowed: 0 to {len(node)} ({len(node)} appends)")
 
 
-def _method_name(raw: dict[str, Any]) -> str | None:
+def _method_name(raw: Mapping[str, Any]) -> str | None:
     """Name of the method in the values of a config; None where there is none of this name."""
     section = raw.get(METHOD, {})
     name = section.get("name", load_methods().DEFAULT_METHOD) if isinstance(section, dict) else section

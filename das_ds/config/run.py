@@ -229,6 +229,11 @@ class RunConfig(Section):
                 f"{CONTINUE}.after: found {after}, expected a domain of the earlier run, which `domains` has to begin "
                 f"with, found {', '.join(names)}"
             )
+        if self.output_dir.resolve() == self.continue_from.run.resolve():
+            raise ValueError(
+                f"output_dir: found {self.output_dir}, the run that is continued, which is only read; expected another "
+                "folder"
+            )
         if after == names[-1]:
             raise ValueError(f"domains: found none after {after}, expected the domains to continue {CONTINUE} with")
         if self.method.trains_jointly:

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 
 from das_ds.data.parts import SourceRange
 from das_ds.data.sources import HubDataset, Source, file_suffix
+from das_ds.data.xz_reader import XzReader
 from das_ds.errors import DataError, first_line
 from das_ds.user_files import NotTextError, UnusableFileError, decode_lines, require_file
 
@@ -66,7 +67,7 @@ def _decompress(path: Path, file: IO[bytes]) -> Any:
     name = path.name.lower()
     if name.endswith(".gz"):
         return gzip.open(file)
-    return lzma.open(file) if name.endswith(".xz") else nullcontext(file)
+    return nullcontext(XzReader(file) if name.endswith(".xz") else file)
 
 
 def read_lines(path: Path, first: int = 0, stop: int | None = None) -> Iterator[tuple[list[str], int]]:
@@ -178,13 +179,20 @@ def _validate_text(value: object, text_column: str, location: str) -> str:
         raise DataError(
             f"{location}: text column '{text_column}' contains {type(value).__name__}; expected text or null"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{location}: text column '{text_column}' has a lone surrogate; expected Unicode text"
-        ) from error
+    check_unicode(value, f"{location}: text column '{text_column}'")
     return value
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Check that UTF-8 can encode a text, as tokenizers do; JSON can also hold halves of characters.
+
+    Raises:
+        DataError: it cannot; names the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place} has a lone surrogate; expected Unicode text") from error
 
 
 def _check_column(text_column: str, columns: Iterable[str], location: str) -> None:

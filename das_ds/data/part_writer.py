@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 from das_ds.data.corpus import read_documents
 from das_ds.data.encoder import DocumentEncoder, UnknownTokens
 from das_ds.data.parts import Part
+from das_ds.data.sources import FileVersion
 from das_ds.data.token_file import STARTS_DTYPE, TokenFile, map_file
 from das_ds.errors import DataError
 from das_ds.storage import sync
@@ -49,6 +50,8 @@ class PartJob:
     """Where its token file belongs."""
     part: Part
     text_column: str
+    versions: tuple[FileVersion, ...] = ()
+    """Its files, with the content by which it is found."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,14 @@ def write_part(job: PartJob, encoder: DocumentEncoder, update: Callable[[int], o
         update: called with the bytes of the file that were read, if known.
 
     Raises:
-        DataError: text that cannot be read.
+        DataError: text that cannot be read, or has changed since it was identified.
         OSError: the folder cannot be written or is full.
     """
     encoder.reset_counts()
     with partial_folder(job.folder) as partial:
         num_tokens, num_documents = _write_tokens(partial, job, encoder, update)
+        for version in job.versions:
+            version.check_unchanged()
         token_file = publish(partial, job.folder, encoder, num_tokens, num_documents)
     return WrittenPart(job.folder, token_file, encoder.num_unproven_cuts)
 
@@ -212,7 +217,7 @@ def write_parts(
         update: called with numbers of bytes that were read.
 
     Raises:
-        DataError: text that cannot be read, or a process that was killed.
+        DataError: text that cannot be read or has changed, or a process that was killed.
         OSError: the cache folder cannot be written or is full.
     """
     num_processes = min(num_processes, len(jobs))

@@ -150,3 +150,43 @@ def fingerprint(source: Source) -> str:
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
     return f"{digest}{file_suffix(source)}"
+
+
+@dataclass(frozen=True)
+class FileVersion:
+    """A file with the content that it had when it was identified."""
+
+    path: Path
+    fingerprint: str
+    stamp: tuple[int, ...]
+    """Inode, size and time of the last change, from before the content was read."""
+
+    @classmethod
+    def identify(cls, path: Path) -> FileVersion:
+        """The present version; reads the file.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        stamp = _stamp(path)
+        return cls(path, fingerprint(path), stamp)
+
+    def check_unchanged(self) -> None:
+        """Check that the file still has this content; reads it again only if its stamp is another one.
+
+        Raises:
+            DataError: it has other content, or cannot be read.
+        """
+        if _stamp(self.path) != self.stamp and fingerprint(self.path) != self.fingerprint:
+            raise DataError(
+                f"{self.path}: found other content than when it was first read, expected a file that does not change "
+                "while it is tokenized; start again"
+            )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns

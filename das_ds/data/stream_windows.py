@@ -14,7 +14,7 @@ import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from das_ds.data.part_writer import (
     text_sizes,
 )
 from das_ds.data.parts import SourceRange
-from das_ds.data.sources import resolve_source
+from das_ds.data.sources import Source, resolve_source
 from das_ds.data.text_stream import StreamPosition, StreamReader, identify, list_shards
 from das_ds.data.token_file import STARTS_DTYPE, TokenFile
 from das_ds.data.tokenize import FORMAT_VERSION, UNKNOWN_LIMIT, build_backend, check_unknown_tokens
@@ -63,6 +63,8 @@ class StreamSpec:
     """Of the text and its tokens, see `TokenCorpus.name`."""
     folder: Path
     shards: tuple[SourceRange, ...]
+    identities: Mapping[Source, str]
+    """Source of a shard -> what it was at the start, see `identify`."""
     text_column: str
     tokenizer: str
     """In JSON."""
@@ -83,7 +85,7 @@ class TokenStream:
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
-        self._reader = StreamReader(spec.shards, spec.text_column, spec.seed, spec.corpus)
+        self._reader = StreamReader(spec.shards, spec.identities, spec.text_column, spec.seed, spec.corpus)
         self._encoder: DocumentEncoder | None = None
 
     def __reduce__(self) -> tuple[type[Self], tuple[StreamSpec]]:
@@ -118,13 +120,15 @@ class TokenStream:
             ) from error
 
     def position(self, window: int) -> StreamPosition | None:
-        """Where a window begins in the text; None if it was not reached."""
+        """Where a window begins in the text; None if it was not reached, or the file that says so is damaged."""
         if window == 0:
             return StreamPosition()
         try:
-            return StreamPosition(**json.loads(self._position_path(window).read_text()))
+            position = StreamPosition(**json.loads(self._position_path(window).read_text()))
         except (OSError, ValueError, TypeError):
             return None
+        is_count = all(type(number) is int and number >= 0 for number in asdict(position).values())
+        return position if is_count and position.shard < len(self.spec.shards) else None
 
     def remember(self, window: int, position: StreamPosition) -> None:
         """Note where a window begins, as a checkpoint knows it; what is noted already stays.
@@ -281,9 +285,10 @@ def open_stream(
     try:
         resolved = [source for name in sources for source in resolve_source(name)]
         shards = list_shards(resolved)
-        contents = [identify(source) for source in resolved]
+        identities = {source: identify(source) for source in resolved}
     except DataError as error:
         raise DataError(f"corpus '{corpus}': {error}") from error
+    contents = [identities[source] for source in resolved]
     key = _hash([FORMAT_VERSION, text_column, end_of_text, backend, contents])
     return TokenStream(
         StreamSpec(
@@ -291,6 +296,7 @@ def open_stream(
             name=f"{corpus}-{key}",
             folder=cache_dir / STREAMS_FOLDER / f"{corpus}-{_hash([key, corpus, seed, window_tokens])}",
             shards=shards,
+            identities=identities,
             text_column=text_column,
             tokenizer=backend,
             end_of_text=end_of_text,

@@ -7,7 +7,7 @@ number of the epoch; within a shard documents come as stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -78,13 +78,17 @@ class StreamReader:
 
     Args:
         shards: at least one.
+        identities: source of a shard -> what it was when the stream was opened, see `identify`.
         text_column: column with the text in .jsonl, .parquet and hub datasets.
         seed: of the order of shards.
         name: of the stream; streams with different names have unrelated orders.
     """
 
-    def __init__(self, shards: Sequence[SourceRange], text_column: str, seed: int, name: str) -> None:
+    def __init__(
+        self, shards: Sequence[SourceRange], identities: Mapping[Source, str], text_column: str, seed: int, name: str
+    ) -> None:
         self._shards = shards
+        self._identities = identities
         self._text_column = text_column
         self._seed = seed
         self._name = name
@@ -123,7 +127,7 @@ class StreamReader:
         beginning = StreamPosition(place.epoch, place.shard)
         if self._opened is None or self._opened_at != beginning or self._opened.first > place.document:
             shard = self._shards[int(self._order(place.epoch)[place.shard])]
-            self._opened = _OpenShard(shard, self._text_column)
+            self._opened = _OpenShard(shard, self._identities[shard.source], self._text_column)
             self._opened_at = beginning
         return self._opened
 
@@ -132,20 +136,45 @@ class StreamReader:
 
 
 class _OpenShard:
-    """A shard that is read forward."""
+    """A shard that is read forward.
 
-    def __init__(self, shard: SourceRange, text_column: str) -> None:
+    Args:
+        shard: to read.
+        identity: that its source has to have.
+        text_column: see `StreamReader`.
+
+    Raises:
+        DataError: its source has changed.
+    """
+
+    def __init__(self, shard: SourceRange, identity: str, text_column: str) -> None:
+        self._source = shard.source
+        self._identity = identity
+        self._check_unchanged()
         self._batches = iter(read_documents(shard, text_column))
         self._texts: list[str] = []
         self.first = 0
         """Number of the first document that can still be read."""
 
     def read(self, document: int) -> list[str]:
-        """Documents from this number on, some of them; [] at the end of the shard."""
+        """Documents from this number on, some of them; [] at the end of the shard.
+
+        Raises:
+            DataError: text that cannot be read, or has changed.
+        """
         while document >= self.first + len(self._texts):
             batch = next(self._batches, None)
             if batch is None:
+                # A file that was cut short seems to be at its end.
+                self._check_unchanged()
                 return []
             self.first += len(self._texts)
             self._texts = batch.texts
         return self._texts[document - self.first :]
+
+    def _check_unchanged(self) -> None:
+        if identify(self._source) != self._identity:
+            raise DataError(
+                f"{self._source}: found another size, beginning or end than when the stream was opened, expected text "
+                "that does not change while it is streamed; put it back and start again"
+            )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from das_ds.data.corpus import read_documents
 from das_ds.data.encoder import DocumentEncoder, UnknownTokens
 from das_ds.data.part_writer import PartJob, read_part, remove_abandoned, write_parts
 from das_ds.data.parts import Part, divide_sources
-from das_ds.data.sources import Source, fingerprint, resolve_source
+from das_ds.data.sources import FileVersion, Source, fingerprint, resolve_source
 from das_ds.data.token_file import TokenCorpus
 from das_ds.errors import DataError, ModelError
 from das_ds.progress import is_terminal, say
@@ -48,7 +48,8 @@ class _Tokenization:
 
     corpus: str
     sources: Sequence[Source]
-    fingerprints: dict[Source, str]
+    versions: Mapping[Source, FileVersion]
+    """Of the sources that are files."""
     text_column: str
     backend: Tokenizer
     end_of_text: int | None
@@ -57,7 +58,7 @@ class _Tokenization:
     @property
     def entry_name(self) -> str:
         """`<corpus>-<key>`; the key covers everything that shapes the tokens."""
-        contents = [self.fingerprints[source] for source in self.sources]
+        contents = [self._content(source) for source in self.sources]
         return f"{self.corpus}-{_hash([*self._settings, contents])}"
 
     @property
@@ -79,10 +80,20 @@ class _Tokenization:
         settings = _hash(self._settings)
 
         def folder(part: Part) -> Path:
-            contents = [(self.fingerprints[piece.source], piece.first, piece.stop) for piece in part]
+            contents = [(self._content(piece.source), piece.first, piece.stop) for piece in part]
             return self.parts_folder / _hash([settings, contents])
 
-        return [PartJob(folder(part), part, self.text_column) for part in divide_sources(self.sources)]
+        return [
+            PartJob(folder(part), part, self.text_column, self._versions_of(part))
+            for part in divide_sources(self.sources)
+        ]
+
+    def _content(self, source: Source) -> str:
+        version = self.versions.get(source)
+        return fingerprint(source) if version is None else version.fingerprint
+
+    def _versions_of(self, part: Part) -> tuple[FileVersion, ...]:
+        return tuple(self.versions[piece.source] for piece in part if piece.source in self.versions)
 
 
 def _hash(values: Sequence[object]) -> str:
@@ -125,8 +136,9 @@ def prepare_tokens(
     backend = build_backend(tokenizer)
     with _name_corpus(corpus):
         resolved = [source for name in sources for source in resolve_source(name)]
-        fingerprints = {source: fingerprint(source) for source in resolved}
-        job = _Tokenization(corpus, resolved, fingerprints, text_column, backend, end_of_text, cache_dir)
+        files = [source for source in resolved if isinstance(source, Path)]
+        versions: dict[Source, FileVersion] = {file: FileVersion.identify(file) for file in files}
+        job = _Tokenization(corpus, resolved, versions, text_column, backend, end_of_text, cache_dir)
         tokens = _read_entry(job)
         if tokens is None:
             tokens = _write_entry(job, num_processes, progress)
@@ -249,11 +261,16 @@ def _write_new_parts(job: _Tokenization, new: Sequence[PartJob], num_processes: 
     num_documents = 0
     num_unproven_cuts = 0
     bar = tqdm(total=total or None, desc=f"tokenize {job.corpus}", unit="B", unit_scale=True, disable=not shows_bar)
-    with bar:
-        for written in write_parts(new, job.backend, job.end_of_text, num_processes, bar.update):
-            num_tokens += written.token_file.num_tokens
-            num_documents += written.token_file.num_documents
-            num_unproven_cuts += written.num_unproven_cuts
+    try:
+        with bar:
+            for written in write_parts(new, job.backend, job.end_of_text, num_processes, bar.update):
+                num_tokens += written.token_file.num_tokens
+                num_documents += written.token_file.num_documents
+                num_unproven_cuts += written.num_unproven_cuts
+    except BaseException:
+        # Processes that were ended while they wrote: their files may be what fills the disk.
+        remove_abandoned(job.parts_folder)
+        raise
     if num_unproven_cuts:
         logger.warning(
             "corpus '%s': documents of more than a million characters were cut at %d places that may change a token "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from das_ds.config import TaskConfig
-from das_ds.data.corpus import parse_json_object, read_lines
+from das_ds.data.corpus import check_unicode, parse_json_object, read_lines
 from das_ds.data.sources import file_suffix, fingerprint
 from das_ds.errors import ConfigError, DataError
 
@@ -136,6 +136,7 @@ def _value(config: TaskConfig, key: str, column: str, row: dict[str, Any], locat
         return str(value)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{location}: column '{column}' contains {value!r}; expected text that is not empty")
+    check_unicode(value, f"{location}: column '{column}'")
     return value
 
 

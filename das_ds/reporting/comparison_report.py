@@ -28,11 +28,9 @@ def write_comparison_report(comparison: Comparison, folder: Path) -> dict[str, P
         RunFolderError: the folder cannot be written or is full.
     """
     document = _document(comparison)
-    paths = {plot.name: folder / f"{plot.name}.png" for plot in document.plots("markdown")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for plot in document.plots("markdown"):
-            plot.draw(paths[plot.name])
+        paths = {plot.name: plot.write(folder) for plot in document.plots("markdown")}
         (folder / REPORT_FILE).write_text(document.markdown(), encoding="utf-8")
         (folder / HTML_REPORT_FILE).write_text(render_html(document), encoding="utf-8")
     except OSError as error:

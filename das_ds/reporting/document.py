@@ -75,6 +75,22 @@ class Plot:
         """The name in words."""
         return self.name.replace("_", " ")
 
+    def write(self, folder: Path) -> Path:
+        """Draw the PNG file, which replaces an earlier one at once: a tracker may be reading that.
+
+        Raises:
+            OSError: the folder cannot be written or is full; an earlier file is unchanged.
+        """
+        path = folder / f"{self.name}.png"
+        # Drawn in the format of its ending.
+        partial = folder / f".partial-{path.name}"
+        try:
+            self.draw(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
 
 Block: TypeAlias = Text | Bullets | Table | Plot
 

@@ -102,12 +102,22 @@ def _cost(run: LoadedRun) -> Cost:
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
     lines = []
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected the metrics of a run") from error
+    for number, text in enumerate(content.splitlines(), start=1):
         try:
             line = json.loads(text)
         except ValueError:
             line = None
         if not isinstance(line, dict):
             raise RunFolderError(f"{path}: line {number} is not a JSON object; move the file away to omit its costs")
+        for key in (TOKENS_PER_S, PEAK_MEMORY_GIB):
+            if not isinstance(line.get(key, 0.0), int | float):
+                raise RunFolderError(
+                    f"{path}: line {number}: {key}: found {line[key]!r}, expected a number; move the file away to omit "
+                    "its costs"
+                )
         lines.append(line)
     return lines

@@ -61,9 +61,10 @@ def write_report(run_folder: Path, results: Results, importance: UnitValues | No
     try:
         folder.mkdir(exist_ok=True)
         for plot in document.plots("markdown"):
-            plot.draw(folder / f"{plot.name}.png")
-        (folder / REPORT_FILE).write_text(document.markdown(), encoding="utf-8")
-        (folder / HTML_REPORT_FILE).write_text(render_html(document), encoding="utf-8")
+            plot.write(folder)
+        for name, text in ((REPORT_FILE, document.markdown()), (HTML_REPORT_FILE, render_html(document))):
+            with atomic_write(folder / name) as partial:
+                partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
             f"{folder}: cannot be written ({error.strerror}); the run folder must be writable and have free space"

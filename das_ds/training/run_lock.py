@@ -254,6 +254,9 @@ def current_holder(root: Path) -> Holder | None:
         holder = _read(descriptor)
         status = _check_holder(holder, Holder.own(), _try_lock(descriptor, fcntl.LOCK_SH))
         is_fresh = time.time() - os.fstat(descriptor).st_mtime < STALE_S
+    except OSError:
+        # No regular file.
+        return None
     finally:
         os.close(descriptor)
     is_held = status is HolderStatus.ALIVE or (status is HolderStatus.UNKNOWN and is_fresh)

@@ -101,7 +101,7 @@ def read_status(root: Path) -> RunStatus:
     """The status of a run.
 
     Raises:
-        RunFolderError: it is no run folder, or its config or results are damaged.
+        RunFolderError: it is no run folder, or its config, results or metrics cannot be used.
         CheckpointError: it has checkpoints, but no intact manifest.
     """
     run_dir = RunDir(root)
@@ -124,6 +124,9 @@ def read_status(root: Path) -> RunStatus:
     total_step = sum(stage.num_steps for stage in own_done) + (step if phase in ("train", "after") else 0)
     tokens_per_s = statistics.median(step.tokens_per_s for step in steps) if steps else None
     tokens_per_step = config.train.global_batch_size * config.data.sequence_length
+    if steps and manifest is None:
+        # The first one is saved before the first step is logged.
+        notes.append("steps were logged, but there is no checkpoint to resume from")
     if run_dir.stop_file.exists():
         notes.append("a stop is requested (file STOP)")
     if config.continue_from is not None:
@@ -203,9 +206,12 @@ def _last_steps(path: Path) -> list[_Step]:
     """The last logged steps; a line that is being written, or is damaged, is left out."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().splitlines()
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}); expected the metrics of a run") from error
     return [step for line in lines if (step := _parse_step(line)) is not None]
 
 
@@ -220,7 +226,7 @@ def _parse_step(line: bytes) -> _Step | None:
             float(row[LOSS]),
             float(row[TOKENS_PER_S]),
         )
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
 
 

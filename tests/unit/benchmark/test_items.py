@@ -41,6 +41,8 @@ def test_read_items_puts_one_space_between_context_and_choice(tmp_path: Path) ->
     ("changes", "expected"),
     [
         ({"context": 3}, "context: found int, expected text"),
+        ({"context": "a \ud800"}, "context has a lone surrogate; expected Unicode text"),
+        ({"choices": ["a", "\udfff"]}, "choices has a lone surrogate; expected Unicode text"),
         ({"choices": []}, "choices: found [], expected a list of at least one text, none empty"),
         ({"choices": ["a", " "]}, "choices: found ['a', ' '], expected a list of at least one text, none empty"),
         ({"choices": "ab"}, "choices: found 'ab', expected a list"),
@@ -116,6 +118,7 @@ def test_read_requests_compressed_with_different_contexts(tmp_path: Path) -> Non
         ({"idx": 1}, "idx: found 1, expected 0: the choices of an item in order"),
         ({"request": "text"}, "request: found str, expected dict"),
         ({"request": {"context": "a"}}, "continuation: found none, expected str"),
+        ({"request": {"context": "a", "continuation": "\ud800"}}, "continuation has a lone surrogate; expected Uni"),
         ({"request": {"context": "a", "continuation": ""}}, "continuation: found no text, expected some"),
     ],
 )

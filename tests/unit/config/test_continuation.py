@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from das_ds.config import RunConfig, parse_method
 from das_ds.config.io import dump_config, load_config, parse_config
@@ -91,6 +92,45 @@ def test_recorded_config_is_complete(earlier: RunConfig, tmp_path: Path) -> None
     assert parse_config(further(earlier), []) == config
 
 
+def test_damaged_config_of_the_earlier_run_is_one_line_until_the_run_has_its_own(
+    earlier: RunConfig, tmp_path: Path
+) -> None:
+    config = parse_config(further(earlier), [])
+    recorded = earlier.output_dir / "config.yaml"
+    recorded.write_text(recorded.read_text()[:200])
+    with pytest.raises(ConfigError, match=r"^continue_from.run: .*papers/config.yaml: "):
+        parse_config(further(earlier), [])
+    path = tmp_path / "law" / "config.yaml"
+    path.parent.mkdir()
+    dump_config(config, path)
+    # It was taken over when the run started.
+    assert load_config(path) == config
+    assert parse_config(further(earlier), []) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "after", "expected"),
+    [
+        ({"domains": None}, None, "domains: found None, allowed: list of mappings, at least 1"),
+        ({"domains": []}, None, "domains: found [], allowed: list of mappings, at least 1"),
+        ({"domains": ["acl"]}, None, "domains.0: found 'acl', allowed: mapping"),
+        ({"domains": [{"name": "acl", "train": ["x"], "tokens": "many"}]}, None, "domains.0.tokens: found 'many'"),
+        ({"train": None}, None, "train: found None, allowed: mapping"),
+        ({"data": None}, "acl", "data: found None, allowed: mapping"),
+        ({"data": {"add_tokens": [1]}}, "acl", "data.add_tokens: found [1], allowed: mapping"),
+    ],
+)
+def test_unusable_value_in_the_earlier_config_is_named(
+    earlier: RunConfig, changes: dict[str, Any], after: str | None, expected: str
+) -> None:
+    recorded = earlier.output_dir / "config.yaml"
+    recorded.write_text(yaml.safe_dump({**yaml.safe_load(recorded.read_text()), **changes}))
+    section = {"run": str(earlier.output_dir), "after": after}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(further(earlier, continue_from=section), [])
+    assert str(caught.value).startswith(f"continue_from.run: {recorded}: {expected}")
+
+
 def test_path_is_expanded(earlier: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNS", str(earlier.output_dir.parent))
     config = parse_config(further(earlier, continue_from="$RUNS/papers"), [])
@@ -115,6 +155,7 @@ def test_replay_needs_text(earlier: RunConfig) -> None:
         ("continue_from.after=chemistry", "continue_from.after: found chemistry, allowed: a domain of"),
         ("continue_from={after: acl}", "continue_from.run: not given, expected: text"),
         ("continue_from.form=x", "continue_from.form: unknown key; allowed in continue_from: run, after, evaluate"),
+        ("output_dir=papers/../papers", "output_dir: found papers/../papers, the run that is continued, which is only"),
         ("domains.0.name=acl", "corpus names must differ, found more than once: acl"),
         ("method=pool", "continue_from: found a run with method pool, which learns all domains at once"),
     ],

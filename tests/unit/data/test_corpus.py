@@ -96,6 +96,33 @@ def test_read_documents_corrupt_archive_raises(tmp_path: Path, name: str) -> Non
         read(path)
 
 
+@pytest.mark.parametrize("num_zeros", [0, 4, 8 + (1 << 16)])
+def test_read_documents_joined_archives_and_padding(tmp_path: Path, num_zeros: int) -> None:
+    path = tmp_path / "joined.txt.xz"
+    padding = bytes(num_zeros)
+    path.write_bytes(lzma.compress(b"one\ntwo\n") + padding + lzma.compress(b"three\n") + padding)
+    assert read(path) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("after_first", "expected"),
+    [
+        (b"\xfe" + lzma.compress(b"two\n")[1:], "Input format not supported by decoder"),
+        (bytes(7) + lzma.compress(b"two\n"), "found 7 zeros after a stream, expected a multiple of 4"),
+        (b"junk", "Input format not supported by decoder"),
+        (lzma.compress(b"two\n")[:20], "Compressed file ended before the end-of-stream marker was reached"),
+    ],
+)
+def test_read_documents_damage_after_the_first_archive_raises(
+    tmp_path: Path, after_first: bytes, expected: str
+) -> None:
+    path = tmp_path / "joined.txt.xz"
+    path.write_bytes(lzma.compress(b"one\n") + after_first)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: damaged archive ({expected})"
+
+
 @pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl.xz", "gone.parquet"])
 def test_read_documents_missing_file_raises(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=rf"{name}: cannot be read"):

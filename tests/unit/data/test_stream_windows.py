@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -18,7 +19,7 @@ from das_ds.data.corpus import DocumentBatch
 from das_ds.data.stream_windows import WINDOWS_AHEAD, TokenStream, keep_ahead, remove_ahead
 from das_ds.data.text_stream import StreamPosition
 from das_ds.errors import DataError
-from helpers.streams import SEED, open_shards, stream_tokens, window_tokens, write_shards
+from helpers.streams import DOCUMENTS, SEED, open_shards, stream_tokens, window_tokens, write_shards
 from helpers.tiny_tokenizer import tiny_tokenizer
 
 T = 50
@@ -104,7 +105,19 @@ def test_remembered_position_continues_there_without_what_came_before(
     assert other.position(8) == position
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"epoch": 1, "other": 2}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        '{"epoch": 1, "other": 2}',
+        '{"shard": 4}',
+        '{"shard": -1}',
+        '{"document": "1"}',
+        '{"token": null}',
+    ],
+)
 def test_damaged_position_is_found_again(
     shards: tuple[Path, list[list[str]]], expected: list[list[int]], tmp_path: Path, damage: str
 ) -> None:
@@ -266,6 +279,42 @@ def test_bad_shard_raises_when_it_is_reached(tmp_path: Path) -> None:
         DataError, match=r"^corpus 'soup-train': .*2.jsonl, line 1: no text column 'text'; found columns"
     ):
         for number in range(20):
+            stream.require(number)
+
+
+@pytest.mark.parametrize("change", ["cut", "append", "replace", "remove"])
+def test_text_that_changes_while_it_is_streamed_raises(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "shards" / "0.txt"
+    path.parent.mkdir()
+    text = "".join(f"{document}\n" for document in DOCUMENTS)
+    path.write_text(text)
+    stream = open_shards(path.parent, tmp_path, T)
+    again = pickle.loads(pickle.dumps(stream))
+    expected = [window_tokens(stream, number) for number in range(3)]
+    stream.remove([1, 2])
+    if change == "remove":
+        path.unlink()
+    else:
+        path.write_text({"cut": text[:50], "append": text + "more\n", "replace": text[::-1]}[change])
+    found = "cannot be read" if change == "remove" else "found another size, beginning or end than when the stream was"
+    with pytest.raises(DataError, match=f"corpus 'soup-train': {path}: {found}"):
+        again.require(1)
+    path.write_text(text)
+    assert [window_tokens(again, number) for number in range(3)] == expected
+
+
+def test_file_that_is_cut_short_while_it_is_read_is_not_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_reader, "CHUNK_BYTES", 64)
+    path = tmp_path / "shards" / "0.txt"
+    path.parent.mkdir()
+    path.write_text("".join(f"{document}\n" for document in DOCUMENTS))
+    stream = open_shards(path.parent, tmp_path, T)
+    stream.require(0)
+    os.truncate(path, 100)
+    with pytest.raises(DataError, match=f"{path}: found another size, beginning or end than when the stream was"):
+        for number in range(1, 30):
             stream.require(number)
 
 

@@ -414,6 +414,78 @@ def test_prepare_tokens_full_disk_raises_and_cleans_up(corpus_file: Path, monkey
     assert [path.name for path in (corpus_file.parent / "cache").rglob("*")] == ["parts"]
 
 
+def test_prepare_tokens_removes_what_ended_processes_left(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partials = []
+
+    def fill_disk(jobs: Any, *_: Any) -> Iterator[part_writer.WrittenPart]:
+        partial = jobs[0].folder.with_name(f"{part_writer.PARTIAL_PREFIX}ended")
+        partial.mkdir(parents=True)
+        (partial / "lock").touch()
+        (partial / "tokens.bin").write_bytes(bytes(1000))
+        partials.append(partial)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    monkeypatch.setattr(tokenize, "write_parts", fill_disk)
+    with pytest.raises(DataError, match=r"cannot write tokens in .*/cache \(No space left on device\)"):
+        prepare(corpus_file)
+    assert len(partials) == 1 and not partials[0].exists()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_prepare_tokens_text_that_changes_meanwhile_raises_and_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_processes: int
+) -> None:
+    changing, other = tmp_path / "changing.txt", tmp_path / "other.txt"
+    for path in (changing, other):
+        path.write_text(f"{TEXT}\n{path.name}\n")
+    expected = stored_ids(prepare(changing))
+    arguments: dict[str, Any] = {
+        "corpus": "soup",
+        "text_column": "text",
+        "tokenizer": tiny_tokenizer(),
+        "cache_dir": tmp_path / "new",
+        "progress": False,
+        "num_processes": num_processes,
+    }
+    divide = tokenize.divide_sources
+
+    def change_first(*sources: Any) -> list[parts.Part]:
+        changing.write_text("other text of as many\n" * 9)
+        return divide(*sources)
+
+    # Each file is a part.
+    monkeypatch.setattr(parts, "PART_BYTES", len(TEXT))
+    with monkeypatch.context() as patch, pytest.raises(DataError) as caught:
+        patch.setattr(tokenize, "divide_sources", change_first)
+        prepare_tokens([str(changing), str(other)], **arguments)
+    assert str(caught.value).startswith(f"corpus 'soup': {changing}: found other content than when it was first read")
+    changing.write_text(f"{TEXT}\n{changing.name}\n")
+    assert stored_ids(prepare_tokens([str(changing)], **arguments)) == expected
+
+
+def test_prepare_tokens_file_that_is_only_touched_meanwhile_is_kept(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = stored_ids(prepare(corpus_file))
+    divide = tokenize.divide_sources
+
+    def touch_first(*sources: Any) -> list[parts.Part]:
+        os.utime(corpus_file, (0, 0))
+        return divide(*sources)
+
+    monkeypatch.setattr(tokenize, "divide_sources", touch_first)
+    found = prepare_tokens(
+        [str(corpus_file)],
+        corpus="soup",
+        text_column="text",
+        tokenizer=tiny_tokenizer(),
+        cache_dir=corpus_file.parent / "new",
+        progress=False,
+    )
+    assert stored_ids(found) == expected
+
+
 @contextmanager
 def small_files() -> Iterator[None]:
     # Only around the call: pytest writes its own output under the same limit.

@@ -62,8 +62,9 @@ def test_feeder_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 def test_feeder_leaves_errors_of_text_to_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").mkdir()
     path = tmp_path / "text" / "0.jsonl"
-    path.write_text("not JSON\n")
+    path.write_text('{"text": "noodles"}\n')
     stream = open_shards(tmp_path / "text", tmp_path / "cache", T)
+    path.rename(tmp_path / "away.jsonl")
     feeder = WindowFeeder([stream.spec])
     try:
         feeder.advance({stream.spec.name: 0})
@@ -72,9 +73,9 @@ def test_feeder_leaves_errors_of_text_to_training(tmp_path: Path, capfd: pytest.
             assert time.monotonic() < deadline
             time.sleep(0.05)
         # It goes on as soon as the text can be read.
-        path.write_text('{"text": "noodles"}\n')
+        (tmp_path / "away.jsonl").rename(path)
         feeder.advance({stream.spec.name: 1})
-        # The first one is there too if the text was put right before it was read.
+        # The first one is there too if the text was back before it was read.
         wait_for(stream, [1, 2, 3], is_exact=False)
     finally:
         feeder.close()

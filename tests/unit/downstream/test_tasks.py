@@ -67,6 +67,12 @@ def test_read_task_configured_labels_keep_order(tmp_path: Path) -> None:
         (ROWS, ROWS, {"labels": ["plus", "even"]}, "train.jsonl) has no rows of even"),
         (ROWS[:1], ROWS[:1], {}, "train.jsonl) has one label only, plus; expected two"),
         (
+            [*ROWS, {"text": "x \ud800", "label": "plus"}],
+            ROWS,
+            {},
+            "train.jsonl, line 3: column 'text' has a lone surrogate; expected Unicode text",
+        ),
+        (
             [*ROWS, {"text": "x", "label": ""}],
             ROWS,
             {},

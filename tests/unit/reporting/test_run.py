@@ -124,7 +124,16 @@ def test_compare_runs_damaged_file_is_named(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"tokens_per_s": 1.0}\n{"tok\n')
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: line 2 is not a JSON object"):
         compare(run)
+    (run / "metrics.jsonl").write_text('{"tokens_per_s": 1.0}\n{"tokens_per_s": null}\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: line 2: tokens_per_s: found None, expected a number"):
+        compare(run)
     (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(
+        RunFolderError, match=r"metrics\.jsonl: cannot be read \(Is a directory\); expected the metrics"
+    ):
+        compare(run)
+    (run / "metrics.jsonl").rmdir()
     (run / "config.yaml").write_text("nothing: 1\n")
     with pytest.raises(RunFolderError, match=r"run: its config\.yaml cannot be used: .*unknown key"):
         compare(run)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from das_ds.errors import RunFolderError
 from das_ds.reporting.results import Results
@@ -89,6 +93,26 @@ def test_report_text_huge_perplexity_is_an_exponent(make_results: ResultsMaker) 
 def test_write_report_unwritable_folder_is_named(make_results: ResultsMaker, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"missing/report: cannot be written \(No such file.*free space"):
         write_report(tmp_path / "missing", make_results(), None)
+
+
+def test_write_report_replaces_complete_files_only(
+    make_results: ResultsMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_report(tmp_path, make_results(), None)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    seen = []
+
+    def fill_disk(figure: Figure, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half of a plot")
+        # What a tracker would read.
+        seen.append((folder / "loss_matrix.png").read_bytes())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Figure, "savefig", fill_disk)
+    with pytest.raises(RunFolderError, match=r"cannot be written \(No space left on device\)"):
+        write_report(tmp_path, make_results("ncl"), None)
+    assert seen == [before["loss_matrix.png"]]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_report_text_has_bits_per_byte_of_causal_models_only(make_results: ResultsMaker) -> None:

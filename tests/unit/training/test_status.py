@@ -121,6 +121,28 @@ def test_status_of_a_head_warmup_has_no_steps_of_domains(root: Path) -> None:
     assert (status.phase, status.step, status.total_step) == ("head_warmup", 7, 0)
 
 
+@pytest.mark.parametrize("key", ["global_step", "domain_step", "tokens_seen"])
+def test_status_leaves_out_a_line_that_has_no_count(root: Path, key: str) -> None:
+    write_checkpoint(root, "000001_acl_train_1", phase="train", domain_step=1, global_step=1)
+    write_metrics(root, ("acl", 2, 2))
+    path = root / "metrics.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(
+        path.read_text() + json.dumps({**row, "domain_step": 3, "global_step": 3, key: float("inf")}) + "\n"
+    )
+    assert read_status(root).step == 2
+
+
+def test_status_of_a_run_without_its_checkpoints_says_so(root: Path) -> None:
+    write_metrics(root, ("acl", 2, 2))
+    assert read_status(root).notes == ["steps were logged, but there is no checkpoint to resume from"]
+
+
+def test_status_of_a_lock_that_is_no_file_is_that_of_a_run_that_nobody_holds(root: Path) -> None:
+    (root / "run.lock").mkdir()
+    assert read_status(root).holder is None
+
+
 def test_status_of_a_finished_run(tmp_path: Path) -> None:
     root = write_run(tmp_path / "run", metrics=False)
     state = {"phase": "finished", "domains_done": 2, "global_step": 10, "tokens_seen": 960}
@@ -149,6 +171,7 @@ def test_status_skips_a_damaged_checkpoint(root: Path) -> None:
         (lambda root: (root / "config.yaml").unlink(), RunFolderError, "found no config.yaml in it, expected the fold"),
         (lambda root: (root / "config.yaml").write_text("a: 1"), RunFolderError, "its config.yaml cannot be used: "),
         (lambda root: (root / "results.json").write_text("{"), RunFolderError, "results.json: is no JSON object"),
+        (lambda root: (root / "metrics.jsonl").mkdir(), RunFolderError, "metrics.jsonl: cannot be read .Is a direc"),
         (
             lambda root: (write_checkpoint(root, "000001_acl_train_1") / "manifest.json").unlink(),
             CheckpointError,
