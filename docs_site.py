@@ -200,7 +200,8 @@ def _linked_files(page: Path) -> set[Path]:
     """Files of the repository that a page links to and that are no pages of the site."""
     targets = (link[2].partition("#")[0] for link in LINK.finditer(FENCE.sub("", page.read_text("utf-8"))))
     paths = {(page.parent / target).resolve() for target in targets if target and "://" not in target}
-    return {path for path in paths if path.is_file() and path.is_relative_to(ROOT) and _place(path).startswith(f"{SOURCES}/")}
+    files = {path for path in paths if path.is_file() and path.is_relative_to(ROOT)}
+    return {path for path in files if _place(path).startswith(f"{SOURCES}/")}
 
 
 def _outside_blocks(markdown: str, change: Callable[[str], str]) -> str:

@@ -13,7 +13,7 @@ from das_ds.benchmark.models import identify_weights, list_models, load_run_mode
 from das_ds.benchmark.scores import ModelBenchmarks, open_benchmarks, summarize_items, write_scores
 from das_ds.config import RunConfig
 from das_ds.distributed.process_group import ProcessGroup
-from das_ds.models.run_models import RunModel
+from das_ds.models.run_models import RunModel, say_which_are_missing
 
 
 def run_benchmarks(config: RunConfig, ranks: ProcessGroup) -> list[ModelBenchmarks]:
@@ -35,6 +35,8 @@ def run_benchmarks(config: RunConfig, ranks: ProcessGroup) -> list[ModelBenchmar
     benchmarks = ranks.main_process_first(lambda: read_benchmarks(config.benchmarks))
     # Rank 0 decides, because other ranks may not see the run folder, or a model that has just been exported.
     models = ranks.all_gather_object(list_models(config))[0]
+    if ranks.info.is_main:
+        say_which_are_missing(config, models)
     # All files first: what does not fit one of them is said before hours of work.
     recorded = [_open_scores(config, ranks, model, benchmarks) for model in models]
     return [

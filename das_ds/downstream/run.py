@@ -19,7 +19,7 @@ from das_ds.downstream.tasks import EndTask, read_task
 from das_ds.errors import ConfigError, DasError, ModelError, RunFolderError
 from das_ds.hub import HubError, resolve_model_folder
 from das_ds.models.loading import check_files, weights_folder
-from das_ds.models.run_models import list_run_models, list_weight_files
+from das_ds.models.run_models import list_run_models, list_weight_files, say_which_are_missing
 from das_ds.progress import say
 from das_ds.run_dir import BASE_FOLDER, END_TASKS_FILE
 from das_ds.storage import checksum
@@ -113,7 +113,10 @@ def list_scored_models(config: RunConfig, ranks: ProcessGroup) -> list[ScoredMod
     """
     models = []
     # Rank 0 decides, because other ranks may not see a model that has just been exported.
-    for model in ranks.all_gather_object(list_run_models(config, END_TASKS_FILE))[0]:
+    listed = ranks.all_gather_object(list_run_models(config, END_TASKS_FILE))[0]
+    if ranks.info.is_main:
+        say_which_are_missing(config, listed)
+    for model in listed:
         if not model.is_base:
             models.append(ScoredModel(Path(str(model.source.name_or_path)), model.scores_path, model.stage))
         elif model.source.name_or_path is not None:

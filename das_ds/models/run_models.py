@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from das_ds.config import ModelConfig, RunConfig
+from das_ds.progress import say
 from das_ds.run_dir import BASE_FOLDER, RunDir, model_run_dir
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -49,6 +51,14 @@ def list_run_models(config: RunConfig, scores_file: str) -> list[RunModel]:
             )
             models.append(RunModel(name, source, False, run_dir.domain(index, name) / scores_file))
     return models
+
+
+def say_which_are_missing(config: RunConfig, models: Sequence[RunModel]) -> None:
+    """Print the stages that have no model although a later one has: they were trained, and are left out."""
+    found = [model.stage for model in models if not model.is_base]
+    learned = config.stage_names[: config.stage_names.index(found[-1])] if found else []
+    if missing := [name for name in learned if name not in found]:
+        say(f"left out, as their exported models are no longer there: {', '.join(missing)}")
 
 
 def list_weight_files(folder: Path) -> list[Path]:

@@ -42,6 +42,8 @@ LAYERS: tuple[str, ...] = (
     "integrations",
     "new_config",
     "slurm",
+    "commands",
+    "command_parser",
     "cli",
     "__main__",
 )
