@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from das_ds.distributed.process_group import adopt_process_group
 from das_ds.errors import ConfigError, ImportanceError, ModelError
 from das_ds.functional.token_ids import tokens_by_id
+from das_ds.integrations.direction_protection import DirectionProtection
 from das_ds.integrations.network import Forward, FullShape, Network
-from das_ds.integrations.protections import DirectionProtection, ParameterProtection, Protection, UnitProtection
+from das_ds.integrations.parameter_protection import ParameterProtection
+from das_ds.integrations.protection import Protection
 from das_ds.integrations.settings import (
     DEFAULT_METHOD,
     DirectionsSettings,
@@ -23,6 +25,7 @@ from das_ds.integrations.settings import (
     parse_settings,
 )
 from das_ds.integrations.steps import HookedSteps, TorchSteps
+from das_ds.integrations.unit_protection import UnitProtection
 from das_ds.models.architectures.from_config import spec_from_config
 from das_ds.models.architectures.registry import ARCHITECTURES
 from das_ds.models.architectures.spec import ArchitectureSpec
