@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,9 +22,13 @@ from das_ds.distributed.process_group import init_process_group
 from das_ds.distributed.resumable import ResumableLoop
 from das_ds.methods import build_method
 from das_ds.models.architectures.registry import spec_for
+from das_ds.training.model_exports import ModelExports
+from das_ds.training.train import train
 from helpers.architectures import architecture_config, causal_batch
 from helpers.parity import relative_difference
+from helpers.resume import BrokenOffError, assert_same_run, break_off_at, resumable_run
 from helpers.run_ranks import run_ranks
+from helpers.runs import run_all
 from helpers.tiny_models import tiny_model, without_dropout
 from helpers.training import build, no_text_domain, random_batch, rank_part
 
@@ -157,3 +163,30 @@ def test_regmean_is_neither_the_last_model_nor_the_mean(model_type: str) -> None
     mean = {name: (first[name] + second[name]) / 2 for name in first}
     for other in (second, mean):
         assert relative_difference(weights[1], other) > 1e-2
+
+
+def kill_after_merge(values: dict[str, Any]) -> bool:
+    """One start that dies when the merged model of a domain is to be exported; whether it came there."""
+    reached: list[bool] = []
+
+    def die(*_: Any) -> None:
+        reached.append(True)
+        raise BrokenOffError
+
+    with patch.object(ModelExports, "export", die), suppress(BrokenOffError):
+        train(RunConfig(**values), init_process_group())
+    return bool(reached)
+
+
+def test_regmean_killed_while_measuring_and_after_merge_resumes_bitwise(tmp_path: Path) -> None:
+    """In the second domain, which is the first that is merged: it is measured to its end, and merged again."""
+    method = {"name": "regmean", "num_samples": 24}
+    runs = [resumable_run(tmp_path, name, stage=3, method=method, asynchronous=False) for name in ("whole", "killed")]
+    run_ranks(run_all, 2, runs[:1])
+    steps = runs[1]["train"]["steps_per_domain"]
+    # Where the phase begins, and then within the pass over the sample.
+    for _ in range(2):
+        assert all(run_ranks(break_off_at, 2, runs[1], ("after", 1, steps)))
+    assert all(run_ranks(kill_after_merge, 2, runs[1]))
+    run_ranks(run_all, 2, runs[1:])
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")

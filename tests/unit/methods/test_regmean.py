@@ -41,7 +41,7 @@ def test_regmean_off_diagonal_out_of_range_is_error(value: str) -> None:
     [
         (
             ["model.lora={rank: 2}"],
-            "model.lora: found adapters with method regmean, whose .*; expected null, or method",
+            "model.lora: found adapters with method regmean, whose .*; expected null, or meth",
         ),
         (["method.merge.weight=0.5"], "method.merge.weight: found 0.5 with method regmean, which merges by itself; ex"),
         (["method.general=true"], "method.general: found true without training text, expected general: {train: ...}"),
