@@ -9,6 +9,7 @@ from typing import Any, Literal
 from das_ds.config import parse_method
 from das_ds.methods.directions import DirectionsConfig
 from das_ds.methods.ewc import EwcConfig
+from das_ds.methods.regmean import RegMeanConfig
 from das_ds.methods.soft_masked import SoftMaskedConfig
 
 BaseName = Literal["encoder", "decoder"]
@@ -182,7 +183,7 @@ def sampling(method: Values, num_samples: int) -> Values:
     match parse_method(method):
         case SoftMaskedConfig():
             return {"importance": {"num_samples": num_samples}}
-        case EwcConfig() | DirectionsConfig():
+        case EwcConfig() | DirectionsConfig() | RegMeanConfig():
             return {"num_samples": num_samples}
         case _:
             return {}

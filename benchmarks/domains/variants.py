@@ -47,9 +47,12 @@ def merging(weight: float) -> Values:
     return {"merge": {"weight": weight}}
 
 
-def strengths(name: str, key: str, *values: float) -> list[Variant]:
-    """A method with several values of a key of its section, the best of which is compared under its name."""
-    return [replace(method(f"{name} {value:g}", name, **{key: value}), strength_of=name) for value in values]
+def strengths(name: str, key: str, *values: float, **keys: object) -> list[Variant]:
+    """A method with several values of a key of its section, the best of which is compared under its name.
+
+    `keys` are the same in all of them.
+    """
+    return [replace(method(f"{name} {value:g}", name, **{key: value}, **keys), strength_of=name) for value in values]
 
 
 def searched(*variants: Variant) -> list[Variant]:
@@ -91,6 +94,8 @@ METHODS = (
         replace(method(f"merge {weight:g}", "merge", **merging(weight)), strength_of="merge")
         for weight in (0.3, 0.5, 0.7)
     ),
+    # Like directions, without general text.
+    *strengths("regmean", "off_diagonal", 0.5, 0.9, 1.0, general=False),
     method("derpp", "derpp"),
     Variant("lora", {"method": {"name": NAIVE}, "model": {"lora": {"rank": 8}}}, rate_scale=4.0),
     method("one", "one"),

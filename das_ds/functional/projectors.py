@@ -65,6 +65,26 @@ class DenseProjector:
 
 
 @dataclass(frozen=True)
+class ExactMap:
+    """Any matrix R, whose products are made in float64, also where the device multiplies float32 with fewer digits.
+
+    Args:
+        matrix: R, (d, d) float64.
+    """
+
+    matrix: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return len(self.matrix)
+
+    def project(self, vectors: torch.Tensor) -> torch.Tensor:
+        """x R."""
+        return (vectors.double() @ self.matrix).to(vectors.dtype)
+
+
+@dataclass(frozen=True)
 class LowRankProjector:
     """P = tau I + V diag(g) V^T: r directions with a factor of their own, tau for all others.
 

@@ -21,6 +21,7 @@ from das_ds.methods.kd import KD
 from das_ds.methods.l2 import L2
 from das_ds.methods.merge import MergingWrapper, ModelMerging, merging_memory
 from das_ds.methods.osft import OSFT
+from das_ds.methods.regmean import RegMean
 from das_ds.methods.replay_distillation import (
     ReplayDistillation,
     replay_distillation_memory,
@@ -49,6 +50,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "one": PerDomain,
     "osft": OSFT,
     "pool": Pool,
+    "regmean": RegMean,
     "replay": ExperienceReplay,
     "stm": STM,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,13 +15,13 @@ from das_ds.config import MethodConfig, RunConfig, SampleSize
 from das_ds.config.section import PathText
 from das_ds.distributed.state import ComponentState, SavedComponentState
 from das_ds.errors import ConfigError
-from das_ds.methods.base import Method
+from das_ds.methods.measured_inputs import MeasuredInputs, check_general_text, has_general_text, num_passed
 from das_ds.models.size import MeasuredSequences, MemoryUse, ModelSize, Sharding, StepUse
 from das_ds.run_dir import DIRECTIONS_FILE
 
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
-    from das_ds.context import CorpusSample, DomainContext, RunContext
+    from das_ds.context import DomainContext, RunContext
     from das_ds.functional.projectors import Projector
     from das_ds.softmask.direction import DirectionImportance
     from das_ds.softmask.direction_memory import DirectionForm
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOTAL = "total/"
-"""Beginning of the names of the sum over domains in checkpoints."""
-LATEST = "latest/"
-"""Beginning of the names of the moments there that are being measured."""
-PREPARED = "is_prepared"
 PLASTICITY = "plasticity"
 NUM_PROBED = 64
 """Sequences of a domain by which it is measured how much of its input energy passes: a share of a sum over thousands
@@ -86,7 +82,7 @@ class DirectionsConfig(MethodConfig):
         return SampleSize(self.num_samples, self.batch_size)
 
 
-class Directions(Method[DirectionsConfig]):
+class Directions(MeasuredInputs[DirectionsConfig]):
     """Lets a layer W (o, d) learn least along the directions of its input that earlier domains use most:
 
         G <- G P, dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d)
@@ -117,20 +113,10 @@ class Directions(Method[DirectionsConfig]):
     """
 
     Config = DirectionsConfig
-    planned_matrices = "inputs"
+    untrained_weights = "have random values and learn behind the masks"
 
     def __init__(self, run: RunContext) -> None:
-        from das_ds.softmask.input_layout import build_input_layout
-        from das_ds.softmask.linear_inputs import find_masked_matrices
-
         super().__init__(run)
-        # Before anything is measured: a network whose layers cannot be masked is refused.
-        matrices = find_masked_matrices(run)
-        self._inputs = build_input_layout(matrices, run.engine.weights.shards, run.engine.ranks)
-        self._importance: DirectionImportance | None = None
-        self._latest: DirectionImportance | None = None
-        self._is_prepared = False
-        """Whether `_importance` has what was known before the first domain."""
         self._projectors: dict[str, Projector] | None = None
         """Those of `_importance`, from the time when they are measured until the engine has them."""
         self._plasticity: DomainPlasticity | None = None
@@ -139,8 +125,7 @@ class Directions(Method[DirectionsConfig]):
     def validate(cls, config: RunConfig, engine_config: EngineConfig) -> None:
         """Check that text to measure and an optimizer to mask are there."""
         settings = cls.settings_in(config)
-        if settings.general is True and not _has_general_text(config):
-            raise ConfigError("method.general: found true without training text, expected general: {train: ...}")
+        check_general_text(config, settings.general)
         if settings.general == "generated" and not config.replays_generated(config.domains[0].name):
             raise ConfigError(
                 "method.general: found generated where nothing is generated before the first domain, expected "
@@ -176,15 +161,8 @@ class Directions(Method[DirectionsConfig]):
     @classmethod
     def measured_sequences(cls, config: RunConfig, size: ModelSize, num_ranks: int) -> MeasuredSequences:
         """The sample once for every group of inputs, also that of general text, and on each rank what is probed."""
-        from das_ds.softmask.input_layout import group_inputs
-        from das_ds.softmask.input_moments import SUMS_BYTES, default_num_samples
-
         settings = cls.settings_in(config)
-        widths = {matrix.input: matrix.width for matrix in size.matrices}
-        num_samples = settings.num_samples
-        if num_samples is None:
-            num_samples = default_num_samples(max(widths.values()), config.data.sequence_length)
-        sample = num_samples * len(group_inputs(widths, SUMS_BYTES))
+        sample = num_passed(config, size)
         probe = NUM_PROBED * num_ranks
         general = sample if _measures_general(config, settings) else 0
         protects_first = general > 0 or settings.init_from is not None
@@ -230,27 +208,7 @@ class Directions(Method[DirectionsConfig]):
             if domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
                 importance.num_tokens = None
         sample = domain.generated if self.settings.general == "generated" else domain.general
-        if sample is not None and self.settings.general is not False:
-            self._warn_of_untrained_weights()
-            importance = self._measure(sample).accumulate(importance)
-            self._latest = None
-        self._importance = importance
-        self._is_prepared = True
-
-    def _warn_of_untrained_weights(self) -> None:
-        from das_ds.models.loading import get_weights_record
-
-        record = get_weights_record(self.run.network.model)
-        if record is None or not record["drawn"] or self.run.config.model.head_warmup_steps:
-            return
-        if self.run.engine.ranks.info.is_main:
-            drawn = record["drawn"]
-            logger.warning(
-                "method.general: protects general text from the first step on, but no file held %s%s, which have "
-                "random values and learn behind the masks; set model.head_warmup_steps, or method.general=false",
-                drawn[0],
-                "" if len(drawn) == 1 else f" and {len(drawn) - 1} more",
-            )
+        self._measure_known(None if self.settings.general is False else sample, importance)
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; rows of tokens added since are not masked."""
@@ -278,29 +236,16 @@ class Directions(Method[DirectionsConfig]):
         self._measure_protected(domain, moments)
 
     def state_dict(self) -> ComponentState:
-        """Sum of the moments, and those of the present domain that are measured; each with its owner."""
-        states = [
-            importance.state_dict(prefix)
-            for prefix, importance in ((TOTAL, self._importance), (LATEST, self._latest))
-            if importance is not None
-        ]
-        return ComponentState(
-            owned={name: moment for state in states for name, moment in state.owned.items()},
-            metadata={
-                PREPARED: self._is_prepared,
-                PLASTICITY: None if self._plasticity is None else self._plasticity.model_dump(mode="json"),
-            }
-            | {key: value for state in states for key, value in state.metadata.items()},
-        )
+        """Sum of the moments, those of the present domain that are measured, and what is left to learn."""
+        state = super().state_dict()
+        measured = None if self._plasticity is None else self._plasticity.model_dump(mode="json")
+        return replace(state, metadata={**state.metadata, PLASTICITY: measured})
 
     def load_state_dict(self, saved: SavedComponentState) -> None:
         """In host memory of the owners, where nothing but the next domain's mask needs it."""
-        from das_ds.softmask.direction import DirectionImportance
         from das_ds.softmask.plasticity import DomainPlasticity
 
-        self._importance = DirectionImportance.load_state_dict(self.run, self._inputs, saved, TOTAL)
-        self._latest = DirectionImportance.load_state_dict(self.run, self._inputs, saved, LATEST)
-        self._is_prepared = saved.metadata[PREPARED]
+        super().load_state_dict(saved)
         self._projectors = None
         measured = saved.metadata.get(PLASTICITY)
         self._plasticity = None if measured is None else DomainPlasticity.model_validate(measured)
@@ -308,19 +253,6 @@ class Directions(Method[DirectionsConfig]):
     def plasticity(self) -> DomainPlasticity | None:
         """tr(P) / d, and the energy of the domain's inputs that passes, by kind of layer."""
         return self._plasticity
-
-    def _measure(self, corpus: CorpusSample) -> DirectionImportance:
-        """Moments of a sample; what a run that is stopped has of them is in its checkpoint, as `_latest`."""
-        from das_ds.softmask.direction import DirectionImportance
-        from das_ds.softmask.input_moments import default_num_samples
-
-        if self._latest is None:
-            self._latest = DirectionImportance(self.run, self._inputs, {}, corpus.num_tokens)
-        num_samples = self.settings.num_samples
-        if num_samples is None:
-            num_samples = default_num_samples(self._inputs.widest, self.run.config.data.sequence_length)
-        self._latest.measure(corpus, num_samples)
-        return self._latest
 
     def _accumulate(self, domain: DomainContext, latest: DirectionImportance) -> None:
         """Save the latest moments and the sum, of which only the sum is kept."""
@@ -422,8 +354,4 @@ def _warn_of_little_passing(measured: DomainPlasticity, settings: DirectionsConf
 
 def _measures_general(config: RunConfig, settings: DirectionsConfig) -> bool:
     """Whether what the model knew before the first domain is measured."""
-    return settings.general == "generated" or (_has_general_text(config) and settings.general is not False)
-
-
-def _has_general_text(config: RunConfig) -> bool:
-    return config.general is not None and bool(config.general.train)
+    return settings.general == "generated" or (has_general_text(config) and settings.general is not False)

@@ -12,7 +12,7 @@ from das_ds.methods.wrapper import MethodWrapper
 from das_ds.models.size import FP32, MemoryUse, ModelSize, Sharding
 
 if TYPE_CHECKING:
-    from das_ds.context import DomainContext
+    from das_ds.context import DomainContext, RunContext
 
 BEFORE = "before"
 
@@ -56,7 +56,7 @@ class MergingWrapper(MethodWrapper):
 
     def before_domain(self, domain: DomainContext) -> None:
         """Copy the weights from which the domain starts."""
-        self._before = {flat: weights.to("cpu", copy=True) for flat, weights in self.run.engine.weights.flats().items()}
+        self._before = copy_weights(self.run)
         self._method.before_domain(domain)
 
     def after_domain(self, domain: DomainContext) -> None:
@@ -77,8 +77,18 @@ class MergingWrapper(MethodWrapper):
     def load_state_dict(self, saved: SavedComponentState) -> None:
         """Continue from any sharding."""
         self._method.load_state_dict(saved)
-        before = saved.sharded(BEFORE) if saved.has_sharded(BEFORE) else None
-        self._before = before and {flat: values.cpu() for flat, values in before.items()}
+        self._before = load_weights(saved)
+
+
+def copy_weights(run: RunContext) -> Flats:
+    """Host copy of this rank's fp32 weights, which a method saves as `BEFORE`."""
+    return {flat: weights.to("cpu", copy=True) for flat, weights in run.engine.weights.flats().items()}
+
+
+def load_weights(saved: SavedComponentState) -> Flats | None:
+    """The copy in a checkpoint, from any sharding; None where there was none."""
+    before = saved.sharded(BEFORE) if saved.has_sharded(BEFORE) else None
+    return before and {flat: values.cpu() for flat, values in before.items()}
 
 
 def merging_memory(size: ModelSize, sharding: Sharding) -> MemoryUse:

@@ -110,35 +110,50 @@ def directions_memory(size: ModelSize, sharding: Sharding, form: DirectionForm) 
     projectors = {name: PlannedProjector.plan(d, form.rank, sharding.weight_bytes) for name, d in widths.items()}
     loads = plan_loads(size, sharding)
     moments = sum(map(moment_bytes, widths.values()))
-    largest = moment_bytes(max(widths.values()))
-    sums = max(sum(moment_bytes(widths[name]) for name in group) for group in group_inputs(widths, SUMS_BYTES))
-    product = min(largest, PRODUCT_BYTES) if sharding.weight_bytes < FP32 else 0
-    own_moments = _most_owned(widths, loads, sharding.num_ranks)
     # At stage 3 the first rank has no less of anything than others.
     busiest = loads[:1] if sharding.stage == 3 else loads
     masks_updates = form.apply_to != "gradient"
     # Without ZeRO every parameter is a flat tensor of its own.
     numel = max(n for n, _ in size.parameters) if sharding.stage == 0 else -(-size.trained // sharding.num_ranks)
-    return MemoryUse(
+    return moments_memory(size, sharding) + MemoryUse(
         device={"direction masks": max(sum(projectors[name].num_bytes for name in load.stepped) for load in busiest)},
         device_in_step={"products of masks": max(scratch_bytes(load, projectors, sharding, form) for load in busiest)},
         # The optimizer keeps their memory from step to step.
         optimizer={"old values of a chunk": FP32 * min(numel, MAX_CHUNK_ELEMENTS)} if masks_updates else {},
-        host={"moments of inputs": own_moments},
         device_at_start={
             "projector of one input": max(
                 projector_work_bytes(projector.width) - projector.num_bytes for projector in projectors.values()
             )
         },
+        # The files: of the domain, and of the sum over all domains.
+        domain=moments,
+        run=moments,
+    )
+
+
+def moments_memory(size: ModelSize, sharding: Sharding) -> MemoryUse:
+    """The part of `directions_memory` that measuring moments and keeping their sum takes, without files.
+
+    Args:
+        size: of the network, with its matrices.
+        sharding: of the optimizer.
+    """
+    widths = {matrix.input: matrix.width for matrix in size.matrices}
+    moments = sum(map(moment_bytes, widths.values()))
+    largest = moment_bytes(max(widths.values()))
+    sums = max(sum(moment_bytes(widths[name]) for name in group) for group in group_inputs(widths, SUMS_BYTES))
+    product = min(largest, PRODUCT_BYTES) if sharding.weight_bytes < FP32 else 0
+    own_moments = _most_owned(widths, plan_loads(size, sharding), sharding.num_ranks)
+    return MemoryUse(
+        host={"moments of inputs": own_moments},
         device_at_end={"sums of inputs": sums + product},
         host_at_end={"moments of one domain": own_moments, "sums over domains": own_moments},
         measurement="forward",
         checkpoint=2 * moments,
         checkpoint_of_rank=sums,
         checkpoint_in_place=2 * moments,
-        # In the checkpoint at its end and in a file; the sum over all domains in a file.
-        domain=2 * moments,
-        run=moments,
+        # In the checkpoint at its end.
+        domain=moments,
     )
 
 

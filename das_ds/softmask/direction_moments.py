@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import DasError
 from das_ds.functional.directions import Rank, build_projector, projector_work_bytes
-from das_ds.functional.projectors import Projector
+from das_ds.functional.projectors import Projector, VectorMap
 from das_ds.functional.units import UnitLayout
 from das_ds.softmask.directions_file import load_directions, save_directions
 from das_ds.softmask.input_layout import InputLayout
 from das_ds.softmask.projector_exchange import find_room, move_projector, share_projector
+
+V = TypeVar("V", bound=VectorMap)
 
 
 class DirectionMoments:
@@ -90,16 +92,26 @@ class DirectionMoments:
         Args:
             compute: M, (d, d) in host memory -> its projector on the device.
         """
+        for name, projector in self.share(map(compute, self.moments.values())):
+            if projector is not None:
+                yield name, projector
+
+    def share(self, computed: Iterator[V]) -> Iterator[tuple[str, V | None]]:
+        """(input, what its owner computed) of all inputs in turn, None where this rank steps no matrix of it.
+
+        A collective, in which owners compute and send as in `projectors`.
+
+        Args:
+            computed: of the inputs that this rank owns, in the order of `moments`.
+        """
         device = self._ranks.info.device
-        computed = map(compute, self.moments.values())
         own_next = next(computed, None)
         for name, moment in self._moments.items():
             own = None if moment is None else own_next
-            projector = share_projector(own, self.inputs.owners[name], self.inputs.users[name], device)
+            shared = share_projector(own, self.inputs.owners[name], self.inputs.users[name], device)
             if moment is not None:
                 own_next = next(computed, None)
-            if projector is not None:
-                yield name, projector
+            yield name, shared
 
     def shared_projectors(self, half_saturation: float, rank: Rank = "full") -> dict[str, Projector]:
         """P = (I + M / c)^-1 of each input that this rank steps a matrix of; a collective.

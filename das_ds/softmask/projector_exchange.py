@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from das_ds.distributed.collectives import broadcast_among, rank
 from das_ds.functional import projectors
-from das_ds.functional.projectors import Projector
+from das_ds.functional.projectors import VectorMap
+
+V = TypeVar("V", bound=VectorMap)
 
 
-def share_projector(
-    projector: Projector | None, owner: int, users: Sequence[int], device: torch.device
-) -> Projector | None:
+def share_projector(projector: V | None, owner: int, users: Sequence[int], device: torch.device) -> V | None:
     """A projector on the ranks that use it; a collective of these and its owner, which others may call too.
 
     Every tensor is sent as it is: its bytes to each user but the owner, and about a hundred bytes before. The ranks
@@ -36,7 +36,8 @@ def share_projector(
         projector = move_projector(projector, device)
         _send(projector, owner, users, device)
         return projector if owner in users else None
-    return _receive(owner, users, device) if rank() in users else None
+    received: V | None = _receive(owner, users, device) if rank() in users else None
+    return received
 
 
 def find_room(device: torch.device, num_bytes: int) -> torch.device:
@@ -54,11 +55,10 @@ def find_room(device: torch.device, num_bytes: int) -> torch.device:
     return device if num_bytes <= free else torch.device("cpu")
 
 
-def move_projector(projector: Any, device: torch.device) -> Projector:
+def move_projector(projector: Any, device: torch.device) -> Any:
     """The same projector with contiguous tensors on a device; they are not copied where they are so already."""
     moved = {name: tensor.to(device) for name, tensor in _tensors(projector).items()}
-    result: Projector = dataclasses.replace(projector, **moved)
-    return result
+    return dataclasses.replace(projector, **moved)
 
 
 def _send(projector: Any, owner: int, users: Sequence[int], device: torch.device) -> None:
@@ -69,7 +69,7 @@ def _send(projector: Any, owner: int, users: Sequence[int], device: torch.device
         broadcast_among(tensor, owner, users)
 
 
-def _receive(owner: int, users: Sequence[int], device: torch.device) -> Projector:
+def _receive(owner: int, users: Sequence[int], device: torch.device) -> Any:
     length = torch.zeros(1, dtype=torch.int64, device=device)
     broadcast_among(length, owner, users)
     header = torch.empty(int(length), dtype=torch.uint8, device=device)
@@ -78,8 +78,7 @@ def _receive(owner: int, users: Sequence[int], device: torch.device) -> Projecto
     for name, (shape, dtype) in shapes.items():
         values[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         broadcast_among(values[name], owner, users)
-    received: Projector = getattr(projectors, form)(**values)
-    return received
+    return getattr(projectors, form)(**values)
 
 
 def _encode_header(projector: Any) -> bytes:

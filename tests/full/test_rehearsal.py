@@ -20,6 +20,7 @@ pytestmark = pytest.mark.multirank
         ({"name": "pool"}, 1, 1),
         ({"name": "one"}, 2, 2),
         ({"name": "ewc", "merge": {"weight": 0.5}}, 3, 2),
+        ({"name": "regmean", "num_samples": 10}, 3, 2),
         ({"name": "das", "importance": {"num_samples": 10}, "view_dropout": 0.0}, 3, 2),
         ({"name": "ncl", "replay": {"fraction": 0.25, "loss": "kl"}}, 0, 2),
     ],

@@ -166,16 +166,17 @@ def test_dga_resumes(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "complete")
 
 
-def test_ewc_merging_directions_and_osft_resume(tmp_path: Path) -> None:
+def test_ewc_merging_directions_osft_and_regmean_resume(tmp_path: Path) -> None:
     """In pieces bit for bit, and from the middle of the second domain on another number of ranks and stage."""
     methods: dict[str, dict[str, Any]] = {
         "ewc": {"name": "ewc", "lambda": 1e4, "num_samples": 24},
         "merge": {"name": "merge"},
         "directions": {"name": "directions", "num_samples": 24, "merge": {"weight": 0.25}},
         "osft": {"name": "osft", "unfreeze_rank_ratio": 0.5},
+        "regmean": {"name": "regmean", "num_samples": 24},
     }
     # So that a start is also interrupted where weights are still to be merged, or within a pass over a sample.
-    limits = {"ewc": 8, "merge": 7, "directions": 7, "osft": 7}
+    limits = {"ewc": 8, "merge": 7, "directions": 7, "osft": 7, "regmean": 7}
 
     def values(name: str, method: str, **changes: Any) -> dict[str, Any]:
         base = run(tmp_path, name, method=methods[method], asynchronous=False, log_interval=1)

@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "derpp": {"name": "derpp", "capacity": 20},
     "kd": {"name": "kd"},
     "merge": {"name": "merge", "merge": {"weight": "average"}},
+    "regmean": {"name": "regmean", "num_samples": 16},
     "one": {"name": "one"},
 }
 

@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "freeze": {"num_layers": 1},
     "kd": {"weight": 10.0},
     "l2": {"lambda": 1.0},
+    "regmean": {"num_samples": 10},
     "stm": {"max_perplexity": 300.0},
 }
 VARIANTS: dict[str, dict[str, Any]] = {

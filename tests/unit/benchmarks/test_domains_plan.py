@@ -68,11 +68,20 @@ def test_methods_are_searched_with_the_same_budget(name: str) -> None:
     assert sum(variant.label.startswith("directions ") for variant in METHODS) == 2
 
 
-def test_directions_is_the_method_as_shipped_without_general_text() -> None:
+@TIERS_BY_NAME
+def test_methods_that_measure_read_equally_many_sequences(tier: Tier) -> None:
+    samples = {run.method.name: run.method.sample_size for run in configs(tier)}
+    found = {name: sample.num_samples for name, sample in samples.items() if sample is not None}
+    assert found and set(found.values()) == {tier.num_samples}, found
+
+
+def test_directions_and_regmean_are_as_shipped_without_general_text() -> None:
     default = parse_method({"name": "directions"})
     found = {variant.label: parse_method(variant.overrides["method"]) for variant in METHODS}
     assert found["directions"] == default.model_copy(update={"general": False})
     assert found["directions, general"] == default.model_copy(update={"general": True})
+    # The default of `off_diagonal` is one of its strengths.
+    assert found["regmean 0.9"] == parse_method({"name": "regmean", "general": False})
     form = {"apply_to": "update", "half_saturation": 3.0, "freeze_unmasked": False, "general": False}
     assert found["directions, first form"] == default.model_copy(update=form)
 

@@ -216,6 +216,19 @@ def test_memory_directions_peaks_between_domains() -> None:
             assert found.device_at_end == {"sums of inputs": sums + product}
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_memory_regmean_by_hand(stage: int) -> None:
+    use = method_memory(config("regmean"), WITH_MATRICES, replace(SHARDING, stage=stage))
+    assert use.host == {
+        "moments of inputs": widest_sets(stage)[1],
+        "weights before the domain": 4000 if stage == 0 else 1000,
+    }
+    assert use.measurement == "forward" and use.device == use.optimizer == use.device_in_step == {}
+    # Of the input of 40 numbers: five float64 matrices, the distances of its matrix of 24 outputs, and two products.
+    elements = {0: 24 * 40, 2: 24 * 40, 3: 24 * 40 // 4}[stage]
+    assert sum(use.device_at_end.values()) == 5 * 8 * 40**2 + (4 + 2 * 8) * elements
+
+
 @pytest.mark.parametrize(
     ("method", "passes"),
     [("gradient", 2), ("update", 1), ("both", 2)],
@@ -282,6 +295,8 @@ def test_memory_merge_and_offload_are_in_host_memory() -> None:
         (DERPP, (11 * ROW, 11 * ROW, 0)),
         ("directions", (2 * MOMENTS, 2 * MOMENTS, MOMENTS)),
         ("merge", (4000, 0, 0)),
+        # Two sums of moments, and the weights before the domain.
+        ("regmean", (2 * MOMENTS + 4000, MOMENTS, 0)),
         ({"name": "ewc", "merge": {"weight": 0.5}}, (12_000, 4000, 0)),
         ("ncl", (0, 0, 0)),
         # Importance of 50 units, and the sums of a pass over them.
