@@ -15,6 +15,9 @@ from das_ds.functional.projectors import DenseProjector, LowRankProjector, Proje
 Rank = int | Literal["full", "auto"]
 """`full`: P as a matrix; or a number of directions with a factor of their own, which `auto` chooses."""
 
+OverDomains = Literal["sum", "mean"]
+"""How the moments of several domains are joined in a mask."""
+
 MAX_FACTOR_ERROR = 0.1
 """Largest error of a factor under rank `auto`, which is the error of P in the spectral norm: what a mask lets through
 of any gradient is off by at most a tenth of that gradient."""
@@ -84,6 +87,23 @@ def direction_projector(
     # P = V S V^T with S = 1 / (1 + a): as the square of V S^(1/2), which is symmetric as computed.
     vectors.mul_((1.0 + shares.clamp_min_(0.0)).rsqrt_())
     return (vectors @ vectors.T).float()
+
+
+def joint_saturation(moment: torch.Tensor, half_saturation: float, over_domains: OverDomains) -> float:
+    """c of P = (I + M / c)^-1 for M as it is kept, the sum over k domains.
+
+    The mask of their mean is (I + (M / k) / c)^-1 = (I + M / (k c))^-1: that of the sum with k c in place of c. Each
+    term was divided by tr(A) / d, so that k = tr(M) / d.
+
+    Args:
+        moment: (d, d), M.
+        half_saturation: c.
+        over_domains: whether P is that of the sum or of the mean.
+    """
+    if over_domains == "sum":
+        return half_saturation
+    # An input that is zero in all text has no trace.
+    return half_saturation * max(1, round(float(moment.diagonal().double().mean())))
 
 
 def projector_work_bytes(width: int) -> int:

@@ -133,7 +133,7 @@ class DirectionProtection(Protection):
         frozen = {}
         if settings.freeze_unmasked:
             frozen = unmasked_elements(self.network.shapes, matrices, vocabulary, num_tokens)
-        projectors = self._moments.shared_projectors(settings.half_saturation, settings.rank)
+        projectors = self._moments.shared_projectors(settings.half_saturation, settings.rank, settings.over_domains)
         mask_directions(self.steps, matrices, projectors, apply_to=settings.apply_to, frozen=frozen)
 
     def _masked_tokens(self) -> int | None:

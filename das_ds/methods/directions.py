@@ -22,6 +22,7 @@ from das_ds.run_dir import DIRECTIONS_FILE
 if TYPE_CHECKING:
     from das_ds.config.deepspeed import EngineConfig
     from das_ds.context import DomainContext, RunContext
+    from das_ds.functional.directions import OverDomains, Rank
     from das_ds.functional.projectors import Projector
     from das_ds.softmask.direction import DirectionImportance
     from das_ds.softmask.direction_memory import DirectionForm
@@ -44,6 +45,9 @@ class DirectionsConfig(MethodConfig):
     half_saturation: float = Field(default=1.0, gt=0.0)
     """c of the mask P = (I + M / c)^-1; larger protects less: a direction with c times the average share of the input
     is halved."""
+    over_domains: Literal["sum", "mean"] = "sum"
+    """How M joins several domains: by their `sum`, so that the mask closes further with each of them, or by their
+    `mean`, so that as much stays open after many as after one, and each of them is protected less."""
     apply_to: Literal["gradient", "update", "both"] = "both"
     """What P multiplies: `gradient` before the optimizer, `update` after it, or `both`, which forgets least at equal
     learning and costs twice as much as `update`, or as `gradient` without `train.weight_decay`."""
@@ -74,7 +78,8 @@ class DirectionsConfig(MethodConfig):
         """The form of the masks."""
         masked = "gradient and update" if self.apply_to == "both" else self.apply_to
         frozen = "; biases, normalization and positions are frozen" if self.freeze_unmasked else ""
-        return f"masks on {masked}, half_saturation {self.half_saturation:g}, rank {self.rank}{frozen}"
+        mean = ", mean over domains" if self.over_domains == "mean" else ""
+        return f"masks on {masked}, half_saturation {self.half_saturation:g}{mean}, rank {self.rank}{frozen}"
 
     @property
     def sample_size(self) -> SampleSize:
@@ -85,7 +90,8 @@ class DirectionsConfig(MethodConfig):
 class Directions(MeasuredInputs[DirectionsConfig]):
     """Lets a layer W (o, d) learn least along the directions of its input that earlier domains use most:
 
-        G <- G P, dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d)
+        G <- G P, dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d),
+                                                              or their mean (`over_domains`)
 
     A_k = E[x x^T] (d, d) is the second moment of the layer's input over `num_samples` sequences of domain k, under the
     model that has just learned it; c is `half_saturation`. For an input x of earlier text, dW P x is small for any dW:
@@ -278,8 +284,13 @@ class Directions(MeasuredInputs[DirectionsConfig]):
         if projectors is None:
             # Ranks wait for the owner of each input in turn; wide inputs take minutes.
             with domain.suspend_timeout("computing projectors"):
-                projectors = importance.build_projectors(self.settings.half_saturation, self.settings.rank)
+                projectors = importance.build_projectors(*self._projector_form)
         return projectors
+
+    @property
+    def _projector_form(self) -> tuple[float, Rank, OverDomains]:
+        """Arguments of `shared_projectors`."""
+        return self.settings.half_saturation, self.settings.rank, self.settings.over_domains
 
     def _measure_open(self, domain: DomainContext) -> None:
         """What earlier domains leave of the domain's inputs, by a forward pass over a few of its sequences."""
@@ -313,7 +324,7 @@ class Directions(MeasuredInputs[DirectionsConfig]):
             self._projectors = self._take_projectors(domain, self._importance)
             projectors: Iterator[tuple[str, Projector]] = iter(self._projectors.items())
         else:
-            projectors = self._importance.own_projectors(self.settings.half_saturation, self.settings.rank)
+            projectors = self._importance.own_projectors(*self._projector_form)
         with domain.suspend_timeout("computing projectors"):
             after = self._summarize(measure_protected(self.run, self._inputs, projectors, moments))
         before = self._plasticity or DomainPlasticity(domain=domain.name, before=after)
@@ -343,12 +354,13 @@ def _warn_of_little_passing(measured: DomainPlasticity, settings: DirectionsConf
     if settings.min_passing is not None and passing is not None and passing < settings.min_passing:
         logger.warning(
             "method.min_passing: %.1f%% of the input energy of %s passes the masks of earlier domains, expected at "
-            "least %g%%; it may learn little. Use a larger method.half_saturation (now %g), fewer earlier domains in "
+            "least %g%%; it may learn little. Use a larger method.half_saturation (now %g), %sfewer earlier domains in "
             "the sum (method.init_from, method.general), or a higher train.learning_rate",
             100 * passing,
             measured.domain,
             100 * settings.min_passing,
             settings.half_saturation,
+            "method.over_domains: mean, " if settings.over_domains == "sum" else "",
         )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from das_ds.context import CorpusSample, RunContext
 from das_ds.distributed.state import ComponentState, SavedComponentState
-from das_ds.functional.directions import Rank
+from das_ds.functional.directions import OverDomains, Rank
 from das_ds.functional.projectors import Projector
 from das_ds.softmask.apply import DirectionTarget, clear_masks, mask_directions
 from das_ds.softmask.direction_moments import DirectionMoments, read_moments
@@ -68,17 +68,19 @@ class DirectionImportance(DirectionMoments):
             self._moments,
         )
 
-    def build_projectors(self, half_saturation: float, rank: Rank = "full") -> dict[str, Projector]:
+    def build_projectors(
+        self, half_saturation: float, rank: Rank = "full", over_domains: OverDomains = "sum"
+    ) -> dict[str, Projector]:
         """P = (I + M / c)^-1 of each input that this rank steps a matrix of; a collective.
 
         Further steps of the engine are not masked until `mask` is called.
 
         Args:
-            half_saturation, rank: see `shared_projectors`.
+            half_saturation, rank, over_domains: see `shared_projectors`.
         """
         # Earlier masks may be as large as the new ones: both need not fit in memory.
         clear_masks(self.run.engine)
-        return self.shared_projectors(half_saturation, rank)
+        return self.shared_projectors(half_saturation, rank, over_domains)
 
     def mask(
         self,

@@ -13,7 +13,13 @@ import torch
 
 from das_ds.distributed.process_group import ProcessGroup
 from das_ds.errors import DasError
-from das_ds.functional.directions import Rank, build_projector, projector_work_bytes
+from das_ds.functional.directions import (
+    OverDomains,
+    Rank,
+    build_projector,
+    joint_saturation,
+    projector_work_bytes,
+)
 from das_ds.functional.projectors import Projector, VectorMap
 from das_ds.functional.units import UnitLayout
 from das_ds.softmask.directions_file import load_directions, save_directions
@@ -113,29 +119,37 @@ class DirectionMoments:
                 own_next = next(computed, None)
             yield name, shared
 
-    def shared_projectors(self, half_saturation: float, rank: Rank = "full") -> dict[str, Projector]:
+    def shared_projectors(
+        self, half_saturation: float, rank: Rank = "full", over_domains: OverDomains = "sum"
+    ) -> dict[str, Projector]:
         """P = (I + M / c)^-1 of each input that this rank steps a matrix of; a collective.
 
         Args:
             half_saturation: c.
             rank: of the projectors, see `build_projector`.
+            over_domains: whether M is the sum over domains or their mean, see `joint_saturation`.
         """
-        return dict(self.projectors(lambda moment: self._compute(moment, half_saturation, rank)))
+        return dict(self.projectors(lambda moment: self._compute(moment, half_saturation, rank, over_domains)))
 
-    def own_projectors(self, half_saturation: float, rank: Rank = "full") -> Iterator[tuple[str, Projector]]:
+    def own_projectors(
+        self, half_saturation: float, rank: Rank = "full", over_domains: OverDomains = "sum"
+    ) -> Iterator[tuple[str, Projector]]:
         """(input, P) of each input that this rank owns, in turn; no other rank is asked.
 
         Args:
-            half_saturation, rank: as for `shared_projectors`.
+            half_saturation, rank, over_domains: as for `shared_projectors`.
         """
         for name, moment in self.moments.items():
-            yield name, self._compute(moment, half_saturation, rank)
+            yield name, self._compute(moment, half_saturation, rank, over_domains)
 
-    def _compute(self, moment: torch.Tensor, half_saturation: float, rank: Rank) -> Projector:
+    def _compute(
+        self, moment: torch.Tensor, half_saturation: float, rank: Rank, over_domains: OverDomains
+    ) -> Projector:
         """The projector of a moment in host memory, on this rank's device."""
         device = self._ranks.info.device
         where = find_room(device, projector_work_bytes(len(moment)))
-        return move_projector(build_projector(moment, half_saturation, rank, self._dtype, where), device)
+        saturation = joint_saturation(moment, half_saturation, over_domains)
+        return move_projector(build_projector(moment, saturation, rank, self._dtype, where), device)
 
     def write(self, path: Path, layout: UnitLayout, tokens: Sequence[str]) -> None:
         """Owners write their moments into one file; see `save_directions`."""

@@ -12,6 +12,7 @@ from das_ds.functional.directions import (
     decompose_moment,
     describe_invalid_moment,
     direction_projector,
+    joint_saturation,
     passing_energy,
     plasticity,
 )
@@ -47,6 +48,18 @@ def test_direction_projector_small_saturation_frees_unused_directions() -> None:
     mask = direction_projector(of_three, 1e-3)
     torch.testing.assert_close(new.T @ mask, new.T, rtol=0, atol=1e-3)
     assert (old.T @ mask).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("num_domains", [1, 3])
+def test_joint_saturation_gives_the_mask_of_the_mean(num_domains: int) -> None:
+    domains = [moment(rank=rank) for rank in range(2, 2 + num_domains)]
+    total = torch.stack(domains).sum(dim=0)
+    mean = torch.stack(domains).double().mean(dim=0)
+    expected = torch.linalg.inv(torch.eye(6, dtype=torch.float64) + mean / 0.4)
+    found = direction_projector(total, joint_saturation(total, 0.4, "mean"))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    assert joint_saturation(total, 0.4, "sum") == 0.4
+    assert joint_saturation(torch.zeros(6, 6), 0.4, "mean") == 0.4
 
 
 def test_direction_projector_zero_moment_is_identity() -> None:

@@ -426,6 +426,19 @@ def test_plasticity_of_equal_directions_is_their_factor(tmp_path: Path) -> None:
     assert sum(group.num_inputs for group in measured.before.groups.values()) == 10
 
 
+def test_plasticity_of_the_mean_is_that_of_one_domain(tmp_path: Path) -> None:
+    # Six domains that use every direction alike: the sum is 6 I, the mean I.
+    method = protecting(tmp_path, 6.0, over_domains="mean")
+    method.before_domain(probed_domain(tmp_path))
+    measured = method.plasticity()
+    assert measured is not None and measured.before.plasticity == pytest.approx(2 / 3)
+    assert measured.before.passing == pytest.approx(4 / 9)
+    assert measured.form is not None and "half_saturation 2, mean over domains" in measured.form
+    method._measure_protected(no_text_domain(tmp_path), method._importance.moments)
+    after = method.plasticity()
+    assert after is not None and after.after is not None and after.after.plasticity == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_plasticity_names_what_is_protected_and_how(index: int, tmp_path: Path) -> None:
     """In the order in which it was added: a file, general text, earlier domains."""
@@ -471,8 +484,8 @@ def test_little_passing_energy_warns_once(tmp_path: Path, caplog: pytest.LogCapt
     method.on_train_start(probed_domain(tmp_path))
     assert caplog.messages == [
         "method.min_passing: 6.2% of the input energy of domain passes the masks of earlier domains, expected at least "
-        "7%; it may learn little. Use a larger method.half_saturation (now 2), fewer earlier domains in the sum "
-        "(method.init_from, method.general), or a higher train.learning_rate"
+        "7%; it may learn little. Use a larger method.half_saturation (now 2), method.over_domains: mean, fewer "
+        "earlier domains in the sum (method.init_from, method.general), or a higher train.learning_rate"
     ]
 
 
