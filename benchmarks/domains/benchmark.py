@@ -76,7 +76,7 @@ class Benchmark:
 
     def _build_base(self, name: BaseName) -> Path:
         folder = self._folder.parent / "base"
-        cache = self._folder / "cache"
+        cache = self._folder.parent / "cache"
         start: Values
         if name == "encoder":
             training = HeadTraining(epochs=self._tier.head_epochs)

@@ -7,6 +7,8 @@ A short pre-training of all weights turns them into a language model that can fo
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from benchmarks.domains.data import GENERAL, corpus
@@ -20,11 +22,13 @@ def pretraining_run(tier: Tier, name: BaseName, folder: Path, data: Path, cache:
     Args:
         tier: its settings, and those of this model.
         name: of the model.
-        folder: of the tier's runs.
+        folder: of base models.
         data: of the corpora.
         cache: of tokenized text.
         start: keys of the run config for its initial weights or tokenizer.
     """
     general = {"domains": [corpus(data, GENERAL)], "data": {"cache_dir": str(cache)}}
     values = merge_values(general, tier.settings, tier.pretraining[name], start)
-    return TrainingRun(folder / f"{name}_{tier.run_folder}", values, keeps_models=True)
+    # Tiers that pre-train in the same way share the model.
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return TrainingRun(folder / f"{name}-{digest[:12]}", values, keeps_models=True)

@@ -59,7 +59,7 @@ class RunFactory:
                 "model": {"name_or_path": str(self.base)},
                 "domains": [data.corpus(self.data, domain) for domain in domains],
                 "general": data.corpus(self.data, data.GENERAL),
-                "data": {"cache_dir": str(self.folder / "cache")},
+                "data": {"cache_dir": str(self.folder.parent / "cache")},
                 "train": {"learning_rate": rate},
                 "seed": seed,
             },

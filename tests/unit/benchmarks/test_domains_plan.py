@@ -121,6 +121,14 @@ def test_pretraining_run_uses_only_general_text(tier: Tier) -> None:
         )
 
 
+def test_tiers_that_pretrain_alike_share_the_base_model() -> None:
+    def base(tier: str) -> Path:
+        start = {"model": {"name_or_path": "head"}}
+        return pretraining_run(TIERS[tier], "encoder", Path("base"), Path("data"), Path("cache"), start).folder
+
+    assert base("cpu") == base("length") == base("tasks") != base("masks")
+
+
 def test_merge_values_merges_sections_and_replaces_lists() -> None:
     first = {"a": {"b": 1, "c": [1, 2]}, "d": 4}
     assert merge_values(first, {"a": {"c": [3]}}, {"e": {"f": 5}}) == {"a": {"b": 1, "c": [3]}, "d": 4, "e": {"f": 5}}
