@@ -17,7 +17,12 @@ from das_ds.reporting.html import render_html
 from das_ds.reporting.plasticity import plasticity_section, read_plasticity
 from das_ds.reporting.results import Results
 from das_ds.reporting.run_plots import MIN_COLOR_RANGE, loss_changes, plot_importance, plot_loss_matrix
-from das_ds.reporting.run_sections import end_task_section, learning_section, settings_section
+from das_ds.reporting.run_sections import (
+    end_task_section,
+    learning_section,
+    read_recorded_config,
+    settings_section,
+)
 from das_ds.reporting.tables import format_duration, format_loss
 from das_ds.run_dir import (
     HTML_REPORT_FILE,
@@ -127,8 +132,9 @@ def _document(
     state = "complete" if results.complete else f"not complete: {num_learned} of {len(results.domains)} domains learned"
     heading = f"Continual pre-training with method `{results.method}` over {len(results.domains)} domains ({state})."
     # From further files of the run.
-    learning = [] if run_folder is None else learning_section(run_folder)
-    others = [] if run_folder is None else [*end_task_section(run_folder), *settings_section(run_folder)]
+    config = None if run_folder is None else read_recorded_config(run_folder)
+    learning = [] if run_folder is None else learning_section(run_folder, config)
+    others = [] if run_folder is None else [*end_task_section(run_folder), *settings_section(config)]
     return Document(
         title=f"{results.method}: {' -> '.join(' + '.join(stage) for stage in results.learned)}",
         blocks=[Text(heading)],

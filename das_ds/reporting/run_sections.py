@@ -21,13 +21,12 @@ METRICS: dict[ScoreName, str] = {"macro_f1": "macro-F1", "accuracy": "accuracy"}
 NONE = "-"
 
 
-def learning_section(run_folder: Path) -> list[Section]:
+def learning_section(run_folder: Path, config: RunConfig | None) -> list[Section]:
     """Training loss over tokens; [] before the first logged step."""
     curves = read_learning_curves(run_folder)
     if not curves:
         return []
     text = "Training loss by domain, with all terms of the method; a domain begins where the one before it ended."
-    config = _read_config(run_folder)
     if config is not None and config.continue_from is not None:
         text += f" Those of earlier domains, and their plasticity, are in the report of {config.continue_from.run}."
     plot = Plot("learning_curves", partial(plot_learning_curves, curves))
@@ -44,9 +43,8 @@ def end_task_section(run_folder: Path) -> list[Section]:
     return [] if scores is None else [_end_tasks(scores)]
 
 
-def settings_section(run_folder: Path) -> list[Section]:
-    """Config keys that differ from their defaults, and all keys; [] without a config that can be read."""
-    config = _read_config(run_folder)
+def settings_section(config: RunConfig | None) -> list[Section]:
+    """Config keys that differ from their defaults, and all keys; [] without a config."""
     if config is None:
         return []
     header = ["key", "value"]
@@ -60,7 +58,8 @@ def settings_section(run_folder: Path) -> list[Section]:
     return [Section("Settings", blocks, only="html")]
 
 
-def _read_config(run_folder: Path) -> RunConfig | None:
+def read_recorded_config(run_folder: Path) -> RunConfig | None:
+    """The config of a run; None where it cannot be read."""
     try:
         return load_config(run_folder / CONFIG_FILE)
     except ConfigError:
