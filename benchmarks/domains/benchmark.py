@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.chaos.run_digest import TIMED
-from benchmarks.domains.base import HeadTraining, base_encoder
-from benchmarks.domains.decoder import decoder_tokenizer
+from benchmarks.domains.base import HeadTraining, base_decoder, base_encoder
 from benchmarks.domains.lr_search import LrSearch
-from benchmarks.domains.plan import BaseName, Tier, Values
+from benchmarks.domains.plan import BaseName, Tier
 from benchmarks.domains.pretraining import pretraining_run
 from benchmarks.domains.result_file import Extended, Repeated, TierResult, write_result_file
 from benchmarks.domains.resume_results import find_suite
@@ -77,14 +76,11 @@ class Benchmark:
     def _build_base(self, name: BaseName) -> Path:
         folder = self._folder.parent / "base"
         cache = self._folder.parent / "cache"
-        start: Values
-        if name == "encoder":
-            training = HeadTraining(epochs=self._tier.head_epochs)
-            head = base_encoder(folder, self._data, cache, training, self._device)
-            start = {"model": {"name_or_path": str(head)}}
-        else:
-            start = {"data": {"tokenizer": str(decoder_tokenizer(folder, self._data, self._tier.vocab_size))}}
-        run = pretraining_run(self._tier, name, folder, self._data, cache, start)
+        training = HeadTraining(epochs=self._tier.head_epochs)
+        base = base_encoder(folder, self._data, cache, training, self._device)
+        if name == "decoder":
+            base = base_decoder(base)
+        run = pretraining_run(self._tier, name, folder, self._data, cache, base)
         self._runner.run_alone(run)
         return run.model(0)
 

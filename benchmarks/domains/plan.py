@@ -103,8 +103,6 @@ class Tier:
     """Fine-tuning seeds of each end task."""
     task_settings: Values = field(default_factory=dict)
     """Keys of every task's section."""
-    vocab_size: int = 16_384
-    """Of the decoder's tokenizer."""
     head_epochs: int = 1
     """Passes over the text by which the base encoder's new head is trained alone, before pre-training trains both."""
     pretraining: dict[BaseName, Values] = field(default_factory=dict)

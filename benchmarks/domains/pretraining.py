@@ -16,7 +16,7 @@ from benchmarks.domains.jobs import TrainingRun
 from benchmarks.domains.plan import BaseName, Tier, Values, merge_values
 
 
-def pretraining_run(tier: Tier, name: BaseName, folder: Path, data: Path, cache: Path, start: Values) -> TrainingRun:
+def pretraining_run(tier: Tier, name: BaseName, folder: Path, data: Path, cache: Path, base: Path) -> TrainingRun:
     """The run that pre-trains a base model.
 
     Args:
@@ -25,10 +25,14 @@ def pretraining_run(tier: Tier, name: BaseName, folder: Path, data: Path, cache:
         folder: of base models.
         data: of the corpora.
         cache: of tokenized text.
-        start: keys of the run config for its initial weights or tokenizer.
+        base: folder of the initial weights.
     """
-    general = {"domains": [corpus(data, GENERAL)], "data": {"cache_dir": str(cache)}}
-    values = merge_values(general, tier.settings, tier.pretraining[name], start)
+    values: Values = {
+        "model": {"name_or_path": str(base)},
+        "domains": [corpus(data, GENERAL)],
+        "data": {"cache_dir": str(cache)},
+    }
+    values = merge_values(values, tier.settings, tier.pretraining[name])
     # Tiers that pre-train in the same way share the model.
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return TrainingRun(folder / f"{name}-{digest[:12]}", values, keeps_models=True)

@@ -1,4 +1,4 @@
-"""The tiers of the benchmark: cpu, length, decoder, tasks, masks and gpu."""
+"""The tiers of the benchmark: cpu, short, length, decoder, tasks, masks and gpu."""
 
 from __future__ import annotations
 
@@ -66,6 +66,22 @@ CPU = Tier(
     pretraining={"encoder": {"train": {"steps_per_domain": 400, "learning_rate": 5e-4}, "method": {"name": NAIVE}}},
 )
 
+# For CPUs without bf16: the same comparison in fp32, with fewer steps.
+SHORT = replace(
+    CPU,
+    name="short",
+    settings=merge_values(
+        CPU.settings,
+        {
+            "train": {"steps_per_domain": 75, "precision": "fp32", "log_interval": 25},
+            "evaluation": {"max_sequences": 128},
+        },
+    ),
+    lr_search_steps=50,
+    sweep_factors=(0.25, 0.5, 2.0),
+    task_variants=(),
+)
+
 # How much is forgotten depends on the length: a mask that lets a little through lets more through in more steps.
 LENGTH = replace(
     CPU,
@@ -81,33 +97,10 @@ LENGTH = replace(
 )
 
 DECODER = replace(
-    CPU,
+    SHORT,
     name="decoder",
     suites=(Suite("decoder_three", "decoder", THREE_DOMAINS),),
-    settings=merge_values(
-        CPU.settings, {"data": {"sequence_length": 128}, "train": {"steps_per_domain": 200, "global_batch_size": 16}}
-    ),
-    learning_rates=(1.25e-4, 2.5e-4, 5e-4, 1e-3),
-    task_variants=(),
-    vocab_size=8192,
-    pretraining={
-        "decoder": {
-            "model": {
-                "config": {
-                    "model_type": "llama",
-                    "hidden_size": 256,
-                    "num_hidden_layers": 6,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 4,
-                    "intermediate_size": 688,
-                    "max_position_embeddings": 256,
-                    "tie_word_embeddings": True,
-                }
-            },
-            "train": {"steps_per_domain": 5000, "learning_rate": 1e-3, "lr_scheduler": "cosine", "betas": [0.9, 0.95]},
-            "method": {"name": NAIVE},
-        },
-    },
+    pretraining={"decoder": {"train": {"steps_per_domain": 400, "learning_rate": 5e-4}, "method": {"name": NAIVE}}},
 )
 
 # The models are those of the first seed of tier cpu.
@@ -198,23 +191,8 @@ GPU = Tier(
     task_runs=(0, 1, 2),
     pretraining={
         "encoder": {"train": {"steps_per_domain": 1000, "learning_rate": 5e-4}, "method": {"name": NAIVE}},
-        "decoder": {
-            "model": {
-                "config": {
-                    "model_type": "llama",
-                    "hidden_size": 384,
-                    "num_hidden_layers": 6,
-                    "num_attention_heads": 6,
-                    "num_key_value_heads": 6,
-                    "intermediate_size": 1024,
-                    "max_position_embeddings": 256,
-                    "tie_word_embeddings": True,
-                }
-            },
-            "train": {"steps_per_domain": 6000, "learning_rate": 1e-3, "lr_scheduler": "cosine", "betas": [0.9, 0.95]},
-            "method": {"name": NAIVE},
-        },
+        "decoder": {"train": {"steps_per_domain": 1000, "learning_rate": 5e-4}, "method": {"name": NAIVE}},
     },
 )
 
-TIERS = {tier.name: tier for tier in (CPU, LENGTH, DECODER, TASKS, MASKS_TIER, GPU)}
+TIERS = {tier.name: tier for tier in (CPU, SHORT, LENGTH, DECODER, TASKS, MASKS_TIER, GPU)}

@@ -289,8 +289,11 @@ def _stored_config(config: ModelConfig) -> Any:
 
 
 def _select_spec(config: ModelConfig) -> ArchitectureSpec:
-    model_type = model_config(config).model_type if config.config is None else config.config["model_type"]
-    return spec_for(model_type) if config.architecture is None else spec_from_config(config.architecture, model_type)
+    values = model_config(config).to_dict() if config.config is None else config.config
+    model_type = values["model_type"]
+    if config.architecture is not None:
+        return spec_from_config(config.architecture, model_type)
+    return spec_for(model_type, values.get("is_decoder", False))
 
 
 def _pretrained(

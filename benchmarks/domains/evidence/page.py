@@ -28,7 +28,7 @@ from das_ds.errors import RunFolderError
 from das_ds.reporting.comparison import Comparison, Group
 from das_ds.reporting.comparison_plots import plot_pareto
 
-HEADLINE_TIERS = (GOAL_TIER, "masks")
+HEADLINE_TIERS = (GOAL_TIER, "short", "masks")
 """Tier of the first table: the first of these that has results."""
 LENGTH_PLOT = f"{IMAGES}/evidence_{LENGTH_TIER}.png"
 LINE_LENGTH = 120

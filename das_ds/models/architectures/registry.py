@@ -1,5 +1,7 @@
 """Registry of architecture specs: Hugging Face `model_type` -> `ArchitectureSpec`."""
 
+from dataclasses import replace
+
 from das_ds.errors import ModelError
 from das_ds.models.architectures.bert import BERT, ELECTRA
 from das_ds.models.architectures.deberta import DEBERTA_V2
@@ -19,8 +21,13 @@ DECODERS = (GPT2, GPT_NEOX, OPT, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GE
 ARCHITECTURES: dict[str, ArchitectureSpec] = {spec.model_type: spec for spec in (*ENCODERS, *DECODERS)}
 
 
-def spec_for(model_type: str) -> ArchitectureSpec:
+def spec_for(model_type: str, is_decoder: bool = False) -> ArchitectureSpec:
     """The registered spec of a Hugging Face `model_type`.
+
+    Args:
+        model_type: of the model's config.
+        is_decoder: the config's attribute of that name: an encoder's attention is causal then, as of BERT in
+            `BertLMHeadModel`, and its objective causal language modeling.
 
     Raises:
         ModelError: no registered spec; the message lists the known types.
@@ -30,4 +37,5 @@ def spec_for(model_type: str) -> ArchitectureSpec:
             f"no architecture spec for model type {model_type!r}; known: {', '.join(sorted(ARCHITECTURES))}; "
             "`das-ds inspect MODEL` proposes a table for model.architecture"
         )
-    return ARCHITECTURES[model_type]
+    spec = ARCHITECTURES[model_type]
+    return replace(spec, objective="clm") if is_decoder else spec

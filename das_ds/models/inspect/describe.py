@@ -12,7 +12,7 @@ from das_ds.config import ObjectiveName
 from das_ds.errors import ModelError
 from das_ds.functional.units import UnitLayout, UnitRule
 from das_ds.models.architectures.from_config import spec_to_config
-from das_ds.models.architectures.registry import ARCHITECTURES
+from das_ds.models.architectures.registry import ARCHITECTURES, spec_for
 from das_ds.models.architectures.spec import ArchitectureSpec
 from das_ds.models.inspect.probe import probe_models, skeleton
 from das_ds.models.inspect.propose import propose_table
@@ -102,10 +102,10 @@ def inspect_model(config: PretrainedConfig, objective: ObjectiveName | None = No
     Raises:
         ModelError: no spec can be proposed, or the registered one is for another objective.
     """
-    spec = ARCHITECTURES.get(config.model_type)
-    if spec is None:
+    if config.model_type not in ARCHITECTURES:
         proposal = propose_table(config, objective)
         return UnitTable(config, proposal.spec, False, proposal.reasons, proposal.problems)
+    spec = spec_for(config.model_type, getattr(config, "is_decoder", False))
     if objective not in (None, spec.objective):
         raise ModelError(
             f"objective: found {objective}, but the registered table of {spec.model_type} is for {spec.objective}"

@@ -1,4 +1,4 @@
-"""The base encoder: only the head is trained, and results are cached by content."""
+"""The base models: only the head is trained, results are cached by content, and the decoder is causal."""
 
 import lzma
 from dataclasses import replace
@@ -7,18 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import BertForMaskedLM
+from transformers import AutoModelForCausalLM, BertForMaskedLM
 
 from benchmarks.domains import base
 from benchmarks.domains.base import (
     HeadTraining,
+    base_decoder,
     base_encoder,
     general_text,
     learning_rate_factor,
     log_frequencies,
     predicted_states,
 )
+from das_ds.config import ModelConfig
 from das_ds.errors import ModelError
+from das_ds.models.loading import find_spec
 from helpers.tiny_models import tiny_model
 from helpers.tiny_tokenizer import TEXT, tiny_tokenizer
 
@@ -69,6 +72,23 @@ def test_base_encoder_is_cached_by_content_and_settings(
     assert trained(tmp_path, replace(TRAINING, seed=1)) != first
     monkeypatch.setattr(base, "train_head", None)
     assert trained(tmp_path, TRAINING) == first
+
+
+def test_base_decoder_has_the_weights_of_the_encoder_and_sees_no_later_tokens(tmp_path: Path, body: Path) -> None:
+    encoder = trained(tmp_path, TRAINING)
+    path = base_decoder(encoder)
+    assert base_decoder(encoder) == path != encoder
+    assert (path / "model.safetensors").read_bytes() == (encoder / "model.safetensors").read_bytes()
+    config = ModelConfig(name_or_path=str(path))
+    assert (find_spec(config).objective, find_spec(ModelConfig(name_or_path=str(encoder))).objective) == ("clm", "mlm")
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokens = torch.arange(5, 21).view(1, 16)
+    changed = tokens.clone()
+    changed[0, 9:] += 1
+    with torch.no_grad():
+        first, second = (model(input_ids=ids).logits[0] for ids in (tokens, changed))
+    torch.testing.assert_close(first[:9], second[:9], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(first[9:], second[9:], atol=1e-3)
 
 
 def test_packaged_body_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.domains import data
 from benchmarks.domains.__main__ import main, select_variants
 from benchmarks.domains.lr_search import Candidate, Choice
-from benchmarks.domains.plan import NAIVE, BaseName, Tier, Values, merge_values
+from benchmarks.domains.plan import NAIVE, Tier, merge_values
 from benchmarks.domains.pretraining import pretraining_run
 from benchmarks.domains.runs import RunFactory, loss_after_learning
 from benchmarks.domains.tiers import TIERS
@@ -57,7 +57,7 @@ def test_tier_names_its_variants_and_has_a_search_seed(tier: Tier) -> None:
     assert sorted(searched) == sorted(labels)
 
 
-@pytest.mark.parametrize("name", ["cpu", "length", "decoder", "tasks", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "short", "length", "decoder", "tasks", "gpu"])
 def test_methods_are_searched_with_the_same_budget(name: str) -> None:
     tier = TIERS[name]
     assert len(tier.learning_rates) == 4 and tier.max_extensions == 2
@@ -107,24 +107,17 @@ def test_suites_of_other_lengths_have_searches_of_their_own() -> None:
 
 @TIERS_BY_NAME
 def test_pretraining_run_uses_only_general_text(tier: Tier) -> None:
-    starts: dict[BaseName, Values] = {
-        "encoder": {"model": {"name_or_path": "head"}},
-        "decoder": {"data": {"tokenizer": "tokenizer"}},
-    }
     for name in tier.bases:
-        run = pretraining_run(tier, name, Path("runs"), Path("data"), Path("cache"), starts[name])
+        run = pretraining_run(tier, name, Path("runs"), Path("data"), Path("cache"), Path("head"))
         config = RunConfig.model_validate({"output_dir": run.folder, **run.values})
         assert [domain.name for domain in config.domains] == [data.GENERAL] and run.keeps_models
         assert config.method.name == NAIVE and config.data.cache_dir == "cache"
-        assert (config.model.name_or_path, config.data.tokenizer) == (
-            ("head", None) if name == "encoder" else (None, "tokenizer")
-        )
+        assert config.model.name_or_path == "head"
 
 
 def test_tiers_that_pretrain_alike_share_the_base_model() -> None:
     def base(tier: str) -> Path:
-        start = {"model": {"name_or_path": "head"}}
-        return pretraining_run(TIERS[tier], "encoder", Path("base"), Path("data"), Path("cache"), start).folder
+        return pretraining_run(TIERS[tier], "encoder", Path("base"), Path("data"), Path("cache"), Path("head")).folder
 
     assert base("cpu") == base("length") == base("tasks") != base("masks")
 
@@ -195,7 +188,7 @@ def test_main_emulated_precision_is_refused(
         "benchmarks.domains.__main__.emulated_precision_warning", lambda precision: f"no {precision} here"
     )
     assert main(["cpu", "--folder", str(tmp_path / "runs")]) == 2
-    message = "das_ds: tier cpu trains in bf16: no bf16 here; expected another device, or tier masks\n"
+    message = "das_ds: tier cpu trains in bf16: no bf16 here; expected another device, or tier short, decoder, masks\n"
     assert capsys.readouterr().err == message
     assert not (tmp_path / "runs").exists()
 
