@@ -102,6 +102,10 @@ def base_decoder(encoder: Path) -> Path:
             values = json.loads(config.read_text(encoding="utf-8"))
             values |= {"is_decoder": True, "architectures": ["BertLMHeadModel"]}
             config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            tokenizer = AutoTokenizer.from_pretrained(partial)
+            # Documents of a decoder are joined by its end-of-text token.
+            tokenizer.eos_token = tokenizer.sep_token
+            tokenizer.save_pretrained(partial)
     return path
 
 
