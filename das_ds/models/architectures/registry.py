@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from das_ds.errors import ModelError
 from das_ds.models.architectures.bert import BERT, ELECTRA
 from das_ds.models.architectures.deberta import DEBERTA_V2
@@ -30,7 +32,7 @@ def spec_for(model_type: str, is_decoder: bool = False) -> ArchitectureSpec:
             `BertLMHeadModel`, and its objective causal language modeling.
 
     Raises:
-        ModelError: no registered spec; the message lists the known types.
+        ModelError: no registered spec; the message lists the known types. Or transformers has no causal model of it.
     """
     if model_type not in ARCHITECTURES:
         raise ModelError(
@@ -38,4 +40,11 @@ def spec_for(model_type: str, is_decoder: bool = False) -> ArchitectureSpec:
             "`das-ds inspect MODEL` proposes a table for model.architecture"
         )
     spec = ARCHITECTURES[model_type]
-    return replace(spec, objective="clm") if is_decoder else spec
+    if not is_decoder:
+        return spec
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"model config of type {model_type!r}: found is_decoder true, but transformers has no causal language "
+            "model of this type; expected false"
+        )
+    return replace(spec, objective="clm")
