@@ -12,18 +12,19 @@ Run: `DAS_DS_DATA=... python -m benchmarks.generated_replay [--seeds 3] [--steps
 from __future__ import annotations
 
 import argparse
+import lzma
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.domains.data import GENERAL, check_files, corpus, data_folder
-from benchmarks.domains.decoder import decoder_tokenizer
 from benchmarks.result_io import print_table, write_result
 from das_ds.config import RunConfig
 from das_ds.distributed.process_group import ProcessGroup, init_process_group
 from das_ds.reporting.results import Results
 from das_ds.training.train import train
+from launch.demo_corpora import train_tokenizer
 
 DOMAINS = ("restaurant", "acl")
 VOCAB_SIZE = 2000
@@ -80,7 +81,9 @@ def run_values(
 
 def pretrain(folder: Path, data: Path, steps: int, ranks: ProcessGroup) -> Path:
     """The base model's folder."""
-    tokenizer = decoder_tokenizer(folder, data, VOCAB_SIZE)
+    tokenizer = folder / "tokenizer"
+    text = lzma.decompress(Path(corpus(data, GENERAL)["train"][0]).read_bytes()).decode()
+    train_tokenizer(text.splitlines(), VOCAB_SIZE).save_pretrained(tokenizer)
     values = run_values(folder / "base", data, (GENERAL,), steps=steps, rate=2e-3, seed=0)
     values["model"] = {"config": MODEL}
     values["method"] = "ncl"
