@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError
+from das_ds.functional.token_sampling import sample_tokens
 from das_ds.models.architectures.registry import spec_for
+from das_ds.models.generation import DocumentTokens, TokenSampler, continue_rows
 from das_ds.models.inspect.describe import inspect_model
 from das_ds.models.language_model import LanguageModel
 from das_ds.models.loading import find_spec, load_model
@@ -19,11 +21,16 @@ CAUSAL_ENCODERS = pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm
 LENGTH = 12
 
 
+def causal(model_type: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **CONFIGS[model_type], is_decoder=True, initializer_range=0.5)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
 @CAUSAL_ENCODERS
 def test_causal_encoder_has_the_next_token_losses_of_transformers(model_type: str) -> None:
-    config = AutoConfig.for_model(model_type, **CONFIGS[model_type], is_decoder=True)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).double().eval()
+    model = causal(model_type).double()
     tokens = torch.randint(5, 60, (2, LENGTH))
     before_last = torch.arange(2 * LENGTH).view(2, LENGTH)[:, :-1].flatten()
     targets = tokens[:, 1:].flatten()
@@ -39,6 +46,20 @@ def test_causal_encoder_has_the_next_token_losses_of_transformers(model_type: st
     other, _ = network(later, before_last, targets)
     torch.testing.assert_close(other[:, :7], hidden[:, :7])
     assert not torch.allclose(other[:, 7:], hidden[:, 7:])
+
+
+@CAUSAL_ENCODERS
+@torch.no_grad()
+def test_causal_encoder_generates_like_transformers_without_a_cache(model_type: str) -> None:
+    network = LanguageModel(causal(model_type), spec_for(model_type, is_decoder=True))
+    allowed = torch.ones(network.model.config.vocab_size, dtype=torch.bool)
+    uniforms = torch.rand(3, LENGTH, dtype=torch.float64)
+    prompts = torch.randint(5, 60, (3, 4))
+    sampler = TokenSampler(allowed, temperature=0.9, top_p=0.95)
+    tokens = continue_rows(network, network, prompts, uniforms, sampler, DocumentTokens(2))
+    for stop in range(4, LENGTH):
+        logits = network.model(tokens[:, :stop], use_cache=False).logits[:, -1].float()
+        assert torch.equal(tokens[:, stop], sample_tokens(logits, uniforms[:, stop], temperature=0.9, top_p=0.95)), stop
 
 
 @CAUSAL_ENCODERS
