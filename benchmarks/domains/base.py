@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from importlib import util
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertForMaskedLM
+from transformers import AutoTokenizer, BertForMaskedLM, BertLMHeadModel
 from transformers.utils import logging
 
 from benchmarks.domains.data import GENERAL, corpus
@@ -96,15 +95,11 @@ def base_decoder(encoder: Path) -> Path:
     """
     path = encoder.with_name(f"{encoder.name}-causal")
     if not path.exists():
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        # Documents of a decoder are joined by its end-of-text token.
+        tokenizer.eos_token = tokenizer.sep_token
         with atomic_dir(path) as partial:
-            shutil.copytree(encoder, partial, dirs_exist_ok=True)
-            config = partial / "config.json"
-            values = json.loads(config.read_text(encoding="utf-8"))
-            values |= {"is_decoder": True, "architectures": ["BertLMHeadModel"]}
-            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            tokenizer = AutoTokenizer.from_pretrained(partial)
-            # Documents of a decoder are joined by its end-of-text token.
-            tokenizer.eos_token = tokenizer.sep_token
+            BertLMHeadModel.from_pretrained(encoder, is_decoder=True).save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     return path
 
