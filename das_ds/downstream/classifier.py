@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from das_ds.config import ModelConfig
 from das_ds.errors import ConfigError, ModelError, first_line
@@ -35,11 +36,11 @@ def load_classifier(
         tokenizer_folder: where the tokenizer is; None: with the model.
 
     Raises:
-        ModelError: no weights, quantized weights, a LoRA adapter next to them, weights of another network, or a model
-            type without classifier.
+        ModelError: no weights, quantized weights, a LoRA adapter next to them, weights of another network, a model
+            type without classifier, or one whose classifier would see a single token.
     """
-    # For its checks: refuses adapters and quantized weights.
-    model_config(source)
+    # Its checks refuse adapters and quantized weights.
+    _check_attention(model_config(source), str(source.name_or_path))
     tokenizer = open_tokenizer(str(source.name_or_path) if tokenizer_folder is None else tokenizer_folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -69,6 +70,16 @@ def check_model_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: found no config.json, expected the folder of a model as from save_pretrained")
     if not list_weight_files(folder):
         raise ModelError(f"{folder}: found no weights, expected model.safetensors or its shards")
+
+
+def _check_attention(config: Any, name: str) -> None:
+    """Raises ModelError for an encoder with causal attention: transformers classifies encoders by their first token."""
+    if getattr(config, "is_decoder", False) and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{name}: found is_decoder true in config.json, but a classifier of type {config.model_type} reads the "
+            "first token, which sees no other one under causal attention; expected false, or a decoder, whose "
+            "classifier reads the last token"
+        )
 
 
 def _load(source: ModelConfig, labels: Sequence[str]) -> PreTrainedModel:
