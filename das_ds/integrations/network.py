@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from das_ds.config import ObjectiveName
 from das_ds.data.batch import Batch
 from das_ds.distributed.collectives import all_reduce_max, world_size
 from das_ds.errors import DataError, ModelError
@@ -94,14 +95,9 @@ class Network:
         return inner if is_text else None
 
     @cached_property
-    def objective(self) -> str | None:
+    def objective(self) -> ObjectiveName | None:
         """`clm` or `mlm`; None: it is no language model."""
-        if self.spec is not None:
-            return self.spec.objective
-        name = type(self.text_model).__name__
-        return (
-            "clm" if name.endswith(("ForCausalLM", "LMHeadModel")) else "mlm" if name.endswith("ForMaskedLM") else None
-        )
+        return named_objective(self.text_model) if self.spec is None else self.spec.objective
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -291,6 +287,12 @@ class Network:
             # A position predicts the next token.
             labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return TextBatch(tokens, (labels != IGNORED).float())
+
+
+def named_objective(model: nn.Module | None) -> ObjectiveName | None:
+    """The objective whose loss the class of a Hugging Face model has, by its name; None: it is no language model."""
+    name = type(model).__name__
+    return "clm" if name.endswith(("ForCausalLM", "LMHeadModel")) else "mlm" if name.endswith("ForMaskedLM") else None
 
 
 def weigh_tokens(

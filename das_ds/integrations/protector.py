@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from das_ds.distributed.process_group import adopt_process_group
 from das_ds.errors import ConfigError, ImportanceError, ModelError
 from das_ds.functional.token_ids import tokens_by_id
 from das_ds.integrations.direction_protection import DirectionProtection
-from das_ds.integrations.network import Forward, FullShape, Network
+from das_ds.integrations.network import Forward, FullShape, Network, named_objective
 from das_ds.integrations.parameter_protection import ParameterProtection
 from das_ds.integrations.protection import Protection
 from das_ds.integrations.settings import (
@@ -286,6 +287,9 @@ def _find_spec(
         spec: ArchitectureSpec | None = spec_from_config(parse_architecture(architecture), model_type)
     else:
         spec = ARCHITECTURES.get(model_type)
+        # Of a causal encoder, such as BertLMHeadModel, not that of its type.
+        if spec is not None and (objective := named_objective(model)) is not None:
+            spec = replace(spec, objective=objective)
     if method == "unit" or architecture is not None:
         if spec is None or not isinstance(model, PreTrainedModel):
             raise ModelError(

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import Adafactor, AutoConfig, AutoModelForSequenceClassification
+from transformers import Adafactor, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from das_ds.errors import ConfigError, DasError, DataError, ImportanceError, ModelError, RunFolderError, TrainingError
 from das_ds.integrations import Protector
@@ -269,6 +269,27 @@ def test_directions_padding_and_unlabeled_positions_do_not_count() -> None:
     expected = hidden.T @ hidden
     found = protector.state_dict()["tensors"]["lm_head.weight"]
     torch.testing.assert_close(found, expected / expected.diagonal().mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_causal_encoder_is_measured_with_its_own_loss() -> None:
+    config = AutoConfig.for_model("bert", **CONFIGS["bert"], **NO_DROPOUT, is_decoder=True, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = text(3)
+    found, expected = Protector(model, "parameter"), Protector(model, "parameter", loss=lambda net, b: net(**b).loss)
+    for protector in (found, expected):
+        protector.measure([batch])
+    for name, values in expected.state_dict()["tensors"].items():
+        # In 255ths, which may be rounded the other way.
+        torch.testing.assert_close(found.state_dict()["tensors"][name].int(), values.int(), rtol=0, atol=1)
+    # A position predicts the next token.
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, :5] = -100
+    directions = Protector(model)
+    directions.measure([batch])
+    hidden = model.base_model(input_ids=batch["input_ids"]).last_hidden_state[:, 4:-1].flatten(0, 1).detach()
+    moment = hidden.T @ hidden
+    head = directions.state_dict()["tensors"]["cls.predictions.transform.dense.weight"]
+    torch.testing.assert_close(head, moment / moment.diagonal().mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_directions_adapters_of_peft_are_masked() -> None:
