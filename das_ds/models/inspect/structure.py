@@ -20,11 +20,14 @@ MAX_POSITION_OFFSET = 4
 
 
 def guess_objective(config: PretrainedConfig) -> ObjectiveName:
-    """The objective of the class in `config.architectures`, else MLM if transformers has such a class, else CLM.
+    """CLM of an encoder with causal attention; else the objective of the class in `config.architectures`, else MLM if
+    transformers has such a class, else CLM.
 
     Raises:
         ModelError: transformers has no language model of this type.
     """
+    if getattr(config, "is_decoder", False) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "clm"
     for name in getattr(config, "architectures", None) or ():
         if name.endswith("ForMaskedLM"):
             return "mlm"

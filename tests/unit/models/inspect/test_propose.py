@@ -159,6 +159,8 @@ def test_guess_objective_follows_architectures() -> None:
     assert guess_objective(AutoConfig.for_model("bert")) == "mlm"
     assert guess_objective(AutoConfig.for_model("bert", architectures=["BertLMHeadModel"])) == "clm"
     assert guess_objective(AutoConfig.for_model("gpt2")) == "clm"
+    causal = AutoConfig.for_model("camembert", architectures=["CamembertForMaskedLM"], is_decoder=True)
+    assert guess_objective(causal) == "clm"
 
 
 @pytest.fixture(scope="module")
