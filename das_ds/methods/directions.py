@@ -354,13 +354,16 @@ def _warn_of_little_passing(measured: DomainPlasticity, settings: DirectionsConf
     if settings.min_passing is not None and passing is not None and passing < settings.min_passing:
         logger.warning(
             "method.min_passing: %.1f%% of the input energy of %s passes the masks of earlier domains, expected at "
-            "least %g%%; it may learn little. Use a larger method.half_saturation (now %g), %sfewer earlier domains in "
-            "the sum (method.init_from, method.general), or a higher train.learning_rate",
+            "least %g%%; it may learn little. Use a larger method.half_saturation (now %g)%s or a higher "
+            "train.learning_rate",
             100 * passing,
             measured.domain,
             100 * settings.min_passing,
             settings.half_saturation,
-            "method.over_domains: mean, " if settings.over_domains == "sum" else "",
+            # Fewer terms change nothing in a mean of domains that are alike.
+            ", method.over_domains: mean, fewer earlier domains in the sum (method.init_from, method.general),"
+            if settings.over_domains == "sum"
+            else "",
         )
 
 

@@ -477,15 +477,26 @@ def test_plasticity_domain_without_text_has_no_energy(tmp_path: Path, caplog: py
     assert measured is not None and measured.before.passing is None and caplog.messages == []
 
 
-def test_little_passing_energy_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    method = protecting(tmp_path, 6.0, min_passing=0.07)
+@pytest.mark.parametrize(
+    ("over_domains", "passing", "advice"),
+    [
+        ("sum", "6.2%", ", method.over_domains: mean, fewer earlier domains in the sum (method.init_from, "
+         "method.general), or"),
+        # Fewer domains in a mean leave no more.
+        ("mean", "44.4%", " or"),
+    ],
+)  # fmt: skip
+def test_little_passing_energy_warns_once(
+    over_domains: str, passing: str, advice: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = protecting(tmp_path, 6.0, min_passing=0.5, over_domains=over_domains)
     method.before_domain(probed_domain(tmp_path))
     method._importance = None
     method.on_train_start(probed_domain(tmp_path))
     assert caplog.messages == [
-        "method.min_passing: 6.2% of the input energy of domain passes the masks of earlier domains, expected at least "
-        "7%; it may learn little. Use a larger method.half_saturation (now 2), method.over_domains: mean, fewer "
-        "earlier domains in the sum (method.init_from, method.general), or a higher train.learning_rate"
+        f"method.min_passing: {passing} of the input energy of domain passes the masks of earlier domains, expected at "
+        f"least 50%; it may learn little. Use a larger method.half_saturation (now 2){advice} a higher "
+        "train.learning_rate"
     ]
 
 
