@@ -208,6 +208,7 @@ class Directions(MeasuredInputs[DirectionsConfig]):
 
         importance: DirectionImportance | None = None
         if self.settings.init_from is not None:
+            self._warn_of_new_adapters()
             with domain.suspend_timeout("reading directions"):
                 importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
             # Without new tokens all rows are masked, also those that no token has.
@@ -215,6 +216,14 @@ class Directions(MeasuredInputs[DirectionsConfig]):
                 importance.num_tokens = None
         sample = domain.generated if self.settings.general == "generated" else domain.general
         self._measure_known(None if self.settings.general is False else sample, importance)
+
+    def _warn_of_new_adapters(self) -> None:
+        lora = self.run.config.model.lora
+        if lora is not None and lora.init_from is None and self.run.engine.ranks.info.is_main:
+            logger.warning(
+                "method.init_from: the directions of what B of an adapter reads were measured through A of the earlier "
+                "run, which a new adapter does not have; expected model.lora.init_from, the adapter of that run"
+            )
 
     def on_train_start(self, domain: DomainContext) -> None:
         """Protect what was learned so far; rows of tokens added since are not masked."""

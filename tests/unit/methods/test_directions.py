@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from das_ds.config import parse_method
+from das_ds.config import LoraConfig, parse_method
 from das_ds.config.deepspeed import build_engine_config
 from das_ds.context import CorpusSample, DomainContext
 from das_ds.data.batch import Batch
@@ -128,6 +128,26 @@ def test_directions_init_from_protects_first_domain(tmp_path: Path) -> None:
     method.before_domain(no_text_domain(tmp_path))
     assert isinstance(method, Directions)
     assert method.state_dict().owned.keys() == {f"total/{name}" for name in moments}
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_directions_init_from_warns_of_a_new_adapter(
+    has_adapter: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What B reads depends on A."""
+    run = make_run(tmp_path)
+    layout = layout_of(run)
+    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
+    save_directions(tmp_path / DIRECTIONS_FILE, moments, layout, run.layout, run.engine.ranks)
+    run = make_run(tmp_path, {**METHOD, "init_from": str(tmp_path / DIRECTIONS_FILE)})
+    lora = LoraConfig(init_from="adapter" if has_adapter else None)
+    run.config = run.config.model_copy(update={"model": run.config.model.model_copy(update={"lora": lora})})
+    build_method(run).before_domain(no_text_domain(tmp_path))
+    expected = [
+        "method.init_from: the directions of what B of an adapter reads were measured through A of the earlier run, "
+        "which a new adapter does not have; expected model.lora.init_from, the adapter of that run"
+    ]
+    assert caplog.messages == ([] if has_adapter else expected)
 
 
 def test_directions_init_from_is_checked_before_the_run(tmp_path: Path) -> None:
