@@ -1,8 +1,8 @@
-"""Forgetting of a small decoder with and without replay of text that it generates itself.
+"""Forgetting of a small decoder with and without text that it generates itself, replayed or protected by directions.
 
 A LLaMA of about a million parameters is pre-trained on the general corpus, and then learns two domains from there.
 Reported are the losses on held-out text in nats per token: what each domain is learned to, how far the loss on general
-text rises, which no variant but `real text` may read again, and how far that on the first domain rises.
+text rises, which only `real text` and `general text` may read again, and how far that on the first domain rises.
 
 The base model is the same for all seeds; a seed decides on the order of text and on what is generated.
 
@@ -40,16 +40,22 @@ MODEL: dict[str, Any] = {
 }
 FRACTION = 0.25
 GENERATED = {"fraction": FRACTION, "source": "generated", "generation": {"num_sequences": 512, "batch_size": 128}}
+GENERATED_KL = {**GENERATED, "loss": "kl", "kl_weight": 3.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "naive": {},
-    "naive, 0.5 x rate": {},
-    "generated, ce": GENERATED,
-    "generated, kl x 3": {**GENERATED, "loss": "kl", "kl_weight": 3.0},
-    "real text, ce": {"fraction": FRACTION, "general": True},
+    "naive": {"name": "ncl"},
+    "naive, 0.5 x rate": {"name": "ncl"},
+    "generated, ce": {"name": "ncl", "replay": GENERATED},
+    "generated, kl x 3": {"name": "ncl", "replay": GENERATED_KL},
+    "real text, ce": {"name": "ncl", "replay": {"fraction": FRACTION, "general": True}},
+    "directions": {"name": "directions", "general": False},
+    "directions, general text": {"name": "directions", "general": True},
+    "directions, generated, kl x 3": {"name": "directions", "general": False, "replay": GENERATED_KL},
+    "directions, general: generated, kl x 3": {"name": "directions", "general": "generated", "replay": GENERATED_KL},
 }
-"""Name -> section `method.replay`. Naive training at a lower rate learns and forgets less: to compare with at equal
-learning. With `kl_weight` 3 the means over new and replayed text have equal weights. `real text` is that of earlier
-domains and the general corpus, in equal shares."""
+"""Name -> section `method`. Naive training at a lower rate learns and forgets less: to compare with at equal learning.
+With `kl_weight` 3 the means over new and replayed text have equal weights. `real text` is that of earlier domains and
+the general corpus, in equal shares. `directions` protects earlier domains, and with `general` also the general text, or
+what the base model wrote."""
 
 RATES = {"naive, 0.5 x rate": 0.5}
 """Name -> factor of the learning rate, if it is not 1."""
@@ -100,7 +106,7 @@ def continue_on_domains(
     values = run_values(folder / name.replace(" ", "_") / str(seed), data, DOMAINS, steps=steps, rate=rate, seed=seed)
     values["model"] = {"name_or_path": str(base)}
     values["general"] = corpus(data, GENERAL)
-    values["method"] = {"name": "ncl", "replay": VARIANTS[name]}
+    values["method"] = VARIANTS[name]
     values["data"] = {**values["data"], "cache_dir": str(folder / "cache")}
     return train(RunConfig.model_validate(values), ranks)
 
@@ -115,7 +121,7 @@ def summarize(name: str, runs: list[Results]) -> dict[str, Any]:
     ]
     spread = statistics.stdev if len(runs) > 1 else lambda _: 0.0
     return {
-        "replay": name,
+        "variant": name,
         "loss after learning": statistics.mean(learned),
         "general loss, change": statistics.mean(general),
         "sd": spread(general),

@@ -13,7 +13,7 @@ from das_ds.config import RunConfig
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_variants_are_configs_that_differ_in_what_they_replay(name: str) -> None:
+def test_variants_are_configs_that_differ_in_what_they_replay_and_protect(name: str) -> None:
     values = run_values(Path("runs"), Path("data"), DOMAINS, steps=5, rate=1e-3, seed=1)
     general = {"name": "general", "train": ["general.txt"], "valid": ["valid.txt"]}
     config = RunConfig.model_validate(
@@ -21,14 +21,16 @@ def test_variants_are_configs_that_differ_in_what_they_replay(name: str) -> None
             **values,
             "model": {"name_or_path": "base"},
             "general": general,
-            "method": {"name": "ncl", "replay": VARIANTS[name]},
+            "method": VARIANTS[name],
         }
     )
     first, second = DOMAINS
-    assert config.replays_generated(first) == name.startswith("generated")
+    assert config.method.name == ("directions" if "directions" in name else "ncl")
+    assert config.replays_generated(first) == ("generated, " in name)
     expected = {"real text, ce": [first, "general"]}
     assert config.replayed(second) == expected.get(name, [])
-    assert config.own_samples_per_step(first) == (16 if name.startswith("naive") else 12)
+    replays = "generated" in name or "real text" in name
+    assert config.own_samples_per_step(first) == (12 if replays else 16)
 
 
 def test_summarize_by_hand() -> None:
