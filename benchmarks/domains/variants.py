@@ -37,8 +37,13 @@ def directions(label: str, **keys: object) -> Variant:
 
 
 def first_form(label: str, half_saturation: float = 3.0, **keys: object) -> Variant:
-    """The first form of directions, that of the oldest results: a mask of updates alone, and nothing frozen."""
-    form = {"apply_to": "update", "half_saturation": half_saturation, "freeze_unmasked": False}
+    """The first form of directions, that of the oldest results: a mask of updates by the sum, and nothing frozen."""
+    form = {
+        "apply_to": "update",
+        "half_saturation": half_saturation,
+        "over_domains": "sum",
+        "freeze_unmasked": False,
+    }
     return directions(label, **form, **keys)
 
 

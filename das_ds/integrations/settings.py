@@ -23,7 +23,7 @@ class DirectionsSettings(Section):
 
     half_saturation: float = Field(default=1.0, gt=0.0)
     """c of the mask P = (I + M / c)^-1; larger protects less."""
-    over_domains: Literal["sum", "mean"] = "sum"
+    over_domains: Literal["sum", "mean"] = "mean"
     """How M joins the texts that were measured."""
     apply_to: Literal["gradient", "update", "both"] = "both"
     """What P multiplies: `gradient` before the optimizer, `update` after it, or `both`."""

@@ -45,9 +45,9 @@ class DirectionsConfig(MethodConfig):
     half_saturation: float = Field(default=1.0, gt=0.0)
     """c of the mask P = (I + M / c)^-1; larger protects less: a direction with c times the average share of the input
     is halved."""
-    over_domains: Literal["sum", "mean"] = "sum"
-    """How M joins several domains: by their `sum`, so that the mask closes further with each of them, or by their
-    `mean`, so that as much stays open after many as after one, and each of them is protected less."""
+    over_domains: Literal["sum", "mean"] = "mean"
+    """How M joins several domains: by their `mean`, so that as much stays open after many as after one, or by their
+    `sum`, so that the mask closes further with each domain, and protects each as if it were the only one."""
     apply_to: Literal["gradient", "update", "both"] = "both"
     """What P multiplies: `gradient` before the optimizer, `update` after it, or `both`, which forgets least at equal
     learning and costs twice as much as `update`, or as `gradient` without `train.weight_decay`."""
@@ -78,8 +78,10 @@ class DirectionsConfig(MethodConfig):
         """The form of the masks."""
         masked = "gradient and update" if self.apply_to == "both" else self.apply_to
         frozen = "; biases, normalization and positions are frozen" if self.freeze_unmasked else ""
-        mean = ", mean over domains" if self.over_domains == "mean" else ""
-        return f"masks on {masked}, half_saturation {self.half_saturation:g}{mean}, rank {self.rank}{frozen}"
+        return (
+            f"masks on {masked}, half_saturation {self.half_saturation:g}, {self.over_domains} over domains, "
+            f"rank {self.rank}{frozen}"
+        )
 
     @property
     def sample_size(self) -> SampleSize:
@@ -90,8 +92,8 @@ class DirectionsConfig(MethodConfig):
 class Directions(MeasuredInputs[DirectionsConfig]):
     """Lets a layer W (o, d) learn least along the directions of its input that earlier domains use most:
 
-        G <- G P, dW <- dW P        P = (I + M / c)^-1        M = sum over earlier domains k of A_k / (tr(A_k) / d),
-                                                              or their mean (`over_domains`)
+        G <- G P, dW <- dW P        P = (I + M / c)^-1        M = mean over earlier domains k of A_k / (tr(A_k) / d),
+                                                              or their sum (`over_domains`)
 
     A_k = E[x x^T] (d, d) is the second moment of the layer's input over `num_samples` sequences of domain k, under the
     model that has just learned it; c is `half_saturation`. For an input x of earlier text, dW P x is small for any dW:

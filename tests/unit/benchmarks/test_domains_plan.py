@@ -82,7 +82,13 @@ def test_directions_and_regmean_are_as_shipped_without_general_text() -> None:
     assert found["directions, general"] == default.model_copy(update={"general": True})
     # The default of `off_diagonal` is one of its strengths.
     assert found["regmean 0.9"] == parse_method({"name": "regmean", "general": False})
-    form = {"apply_to": "update", "half_saturation": 3.0, "freeze_unmasked": False, "general": False}
+    form = {
+        "apply_to": "update",
+        "half_saturation": 3.0,
+        "over_domains": "sum",
+        "freeze_unmasked": False,
+        "general": False,
+    }
     assert found["directions, first form"] == default.model_copy(update=form)
 
 

@@ -422,7 +422,7 @@ def test_directions_keys_of_das_are_error(key: str) -> None:
 
 def protecting(folder: Path, strength: float, **settings: Any) -> Directions:
     """A method that protects every direction of every input alike: P = c / (c + strength) I."""
-    method = build_method(make_run(folder, {**METHOD, **settings}))
+    method = build_method(make_run(folder, {**METHOD, "over_domains": "sum", **settings}))
     assert isinstance(method, Directions)
     moments: dict[str, torch.Tensor | None] = {n: strength * torch.eye(w) for n, w in method._inputs.widths.items()}
     method._importance = DirectionImportance(method.run, method._inputs, moments, None)
@@ -479,7 +479,8 @@ def test_plasticity_names_what_is_protected_and_how(index: int, tmp_path: Path) 
     assert measured is not None
     assert measured.protected == ["earlier.safetensors", "general", first.name][: 2 + index]
     assert measured.form == (
-        "masks on gradient and update, half_saturation 2, rank 2; biases, normalization and positions are frozen"
+        "masks on gradient and update, half_saturation 2, mean over domains, rank 2; biases, normalization and "
+        "positions are frozen"
     )
 
 
