@@ -210,9 +210,9 @@ class Directions(MeasuredInputs[DirectionsConfig]):
 
         importance: DirectionImportance | None = None
         if self.settings.init_from is not None:
-            self._warn_of_new_adapters()
             with domain.suspend_timeout("reading directions"):
                 importance = DirectionImportance.load(self.run, self._inputs, Path(self.settings.init_from))
+            self._warn_of_new_adapters()
             # Without new tokens all rows are masked, also those that no token has.
             if domain.num_tokens is None and importance.num_tokens == len(self.run.tokens):
                 importance.num_tokens = None

@@ -49,6 +49,14 @@ def layout_of(run: Any) -> InputLayout:
     return build_input_layout(find_masked_matrices(run), run.engine.weights.shards, run.engine.ranks)
 
 
+def save_identities(path: Path, run: Any, tokens: tuple[str, ...] = ()) -> list[str]:
+    """Write a file in which every direction of every input of a run counts alike, and give the inputs."""
+    layout = layout_of(run)
+    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
+    save_directions(path, moments, layout, run.layout, run.engine.ranks, tokens)
+    return list(moments)
+
+
 def measured(run: Any, batches: list[Batch]) -> dict[str, torch.Tensor]:
     """Weight -> the moment of its input."""
     layout = layout_of(run)
@@ -120,14 +128,11 @@ def test_second_moments_non_finite_input_is_error(value: float, tmp_path: Path) 
 
 
 def test_directions_init_from_protects_first_domain(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    layout = layout_of(run)
-    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
-    save_directions(tmp_path / DIRECTIONS_FILE, moments, layout, run.layout, run.engine.ranks)
+    inputs = save_identities(tmp_path / DIRECTIONS_FILE, make_run(tmp_path))
     method = build_method(make_run(tmp_path, {**METHOD, "init_from": str(tmp_path / DIRECTIONS_FILE)}))
     method.before_domain(no_text_domain(tmp_path))
     assert isinstance(method, Directions)
-    assert method.state_dict().owned.keys() == {f"total/{name}" for name in moments}
+    assert method.state_dict().owned.keys() == {f"total/{name}" for name in inputs}
 
 
 @pytest.mark.parametrize("has_adapter", [False, True])
@@ -135,10 +140,7 @@ def test_directions_init_from_warns_of_a_new_adapter(
     has_adapter: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What B reads depends on A."""
-    run = make_run(tmp_path)
-    layout = layout_of(run)
-    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
-    save_directions(tmp_path / DIRECTIONS_FILE, moments, layout, run.layout, run.engine.ranks)
+    save_identities(tmp_path / DIRECTIONS_FILE, make_run(tmp_path))
     run = make_run(tmp_path, {**METHOD, "init_from": str(tmp_path / DIRECTIONS_FILE)})
     lora = LoraConfig(init_from="adapter" if has_adapter else None)
     run.config = run.config.model_copy(update={"model": run.config.model.model_copy(update={"lora": lora})})
@@ -157,16 +159,10 @@ def test_directions_init_from_is_checked_before_the_run(tmp_path: Path) -> None:
     assert isinstance(method, MergingWrapper)
     with pytest.raises(ImportanceError, match=rf"{path}: cannot read directions"):
         method.on_run_start()
-    other = make_run(tmp_path, intermediate_size=48)
-    inputs = layout_of(other)
-    moments = {name: torch.eye(width) for name, width in inputs.widths.items()}
-    save_directions(path, moments, inputs, other.layout, other.engine.ranks)
+    save_identities(path, make_run(tmp_path, intermediate_size=48))
     with pytest.raises(ImportanceError, match=rf"{path}: importance of another model"):
         method.on_run_start()
-    run = make_run(tmp_path)
-    inputs = layout_of(run)
-    moments = {name: torch.eye(width) for name, width in inputs.widths.items()}
-    save_directions(path, moments, inputs, run.layout, run.engine.ranks)
+    save_identities(path, make_run(tmp_path))
     method.on_run_start()
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ImportanceError, match=rf"{path}: cannot read directions"):
@@ -178,12 +174,9 @@ def test_directions_init_from_tokens_without_text_are_not_masked(
     num_measured: int, num_masked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of tokens that the tokenizer has gained since; where it has gained none, rows without token are masked."""
-    run = make_run(tmp_path)
-    layout = layout_of(run)
-    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
     path = tmp_path / DIRECTIONS_FILE
     tokens = tuple(f"token {number}" for number in range(95))
-    save_directions(path, moments, layout, run.layout, run.engine.ranks, tokens[:num_measured])
+    save_identities(path, make_run(tmp_path), tokens[:num_measured])
     run = make_run(tmp_path, {**METHOD, "init_from": str(path)})
     run.tokens = tokens
     masked: list[MaskedMatrix] = []
@@ -462,10 +455,7 @@ def test_plasticity_of_the_mean_is_that_of_one_domain(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", [0, 1])
 def test_plasticity_names_what_is_protected_and_how(index: int, tmp_path: Path) -> None:
     """In the order in which it was added: a file, general text, earlier domains."""
-    run = make_run(tmp_path)
-    layout = layout_of(run)
-    moments = {name: torch.eye(width) for name, width in layout.widths.items()}
-    save_directions(tmp_path / "earlier.safetensors", moments, layout, run.layout, run.engine.ranks)
+    save_identities(tmp_path / "earlier.safetensors", make_run(tmp_path))
     settings = {**METHOD, "init_from": str(tmp_path / "earlier.safetensors"), "rank": 2}
     run = make_run(tmp_path, settings)
     first = run.config.domains[0]
